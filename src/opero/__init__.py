@@ -1,0 +1,27 @@
+"""Make functions resilient, and map them over any number of items."""
+
+from opero.concurrency.outcome import Outcome
+from opero.core.cache import clear_cache
+from opero.core.stats import CallStats
+from opero.decorators.opero import opero
+from opero.decorators.opmap import opmap
+from opero.exceptions import AllFailedError, OperoError, WorkerCrashedError
+from opero.utils.logging import configure_logging
+
+try:
+    from opero.__version__ import __version__
+except ImportError:  # a source tree that was never built or installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AllFailedError",
+    "CallStats",
+    "OperoError",
+    "Outcome",
+    "WorkerCrashedError",
+    "__version__",
+    "clear_cache",
+    "configure_logging",
+    "opero",
+    "opmap",
+]

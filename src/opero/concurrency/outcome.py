@@ -1,0 +1,126 @@
+"""What became of one item, and where a map's outcomes are gathered."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T, R]):
+    """What became of one item of a map.
+
+    Attributes:
+        index: Place of the item in the input, from 0.
+        item: The item.
+        error: What the call raised, None if it succeeded.
+        attempts: Executions of the function; 0 for a cache hit.
+        seconds: From the item's start to its end, waits included; items that travelled to a worker together share the
+            average of their batch.
+        cached: Whether the result came from the cache.
+    """
+
+    index: int
+    item: T
+    _value: R | None = field(repr=False)
+    error: Exception | None
+    attempts: int
+    seconds: float
+    cached: bool
+
+    @property
+    def result(self) -> R:
+        """What the function returned.
+
+        Raises:
+            Exception: The item's `error`, if it failed.
+        """
+        if self.error is not None:
+            raise self.error
+        value: Any = self._value
+        return value
+
+
+class Sink(Protocol):
+    """Takes the outcomes of a map in the order in which they happen."""
+
+    def put(self, outcome: Outcome[Any, Any]) -> None:
+        """One item has ended."""
+
+    def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float) -> None:
+        """Consecutive items from ``start`` on have all succeeded at the first attempt."""
+
+    def take(self) -> list[Outcome[Any, Any]]:
+        """What can be handed to a consumer now."""
+
+    def backlog(self) -> int:
+        """How many outcomes wait for an earlier one."""
+
+
+class ListSink:
+    """Gathers plain results for a call that returns a list."""
+
+    def __init__(self, *, ordered: bool) -> None:
+        self.results: list[Any] = []
+        self._ordered = ordered
+
+    def put(self, outcome: Outcome[Any, Any]) -> None:
+        value = outcome._value if outcome.error is None else outcome.error  # noqa: SLF001 - `result` would raise
+        self._place(outcome.index, [value])
+
+    def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float) -> None:
+        self._place(start, values)
+
+    def take(self) -> list[Outcome[Any, Any]]:
+        return []
+
+    def backlog(self) -> int:
+        return 0
+
+    def _place(self, start: int, values: list[Any]) -> None:
+        results = self.results
+        if not self._ordered:
+            results.extend(values)
+            return
+        missing = start + len(values) - len(results)
+        if missing > 0:
+            results.extend([None] * missing)
+        results[start : start + len(values)] = values
+
+
+class StreamSink:
+    """Hands outcomes to a consumer, in input order if asked."""
+
+    def __init__(self, *, ordered: bool) -> None:
+        self._ordered = ordered
+        self._ready: deque[Outcome[Any, Any]] = deque()
+        self._early: dict[int, Outcome[Any, Any]] = {}
+        self._next = 0
+
+    def put(self, outcome: Outcome[Any, Any]) -> None:
+        if not self._ordered:
+            self._ready.append(outcome)
+            return
+        self._early[outcome.index] = outcome
+        while self._next in self._early:
+            self._ready.append(self._early.pop(self._next))
+            self._next += 1
+
+    def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float) -> None:
+        for place, (item, value) in enumerate(zip(items, values, strict=True), start):
+            self.put(Outcome(place, item, value, None, 1, seconds, False))  # noqa: FBT003 - a dataclass of plain facts
+
+    def take(self) -> list[Outcome[Any, Any]]:
+        taken = list(self._ready)
+        self._ready.clear()
+        return taken
+
+    def backlog(self) -> int:
+        return len(self._early)

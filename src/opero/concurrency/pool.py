@@ -1,0 +1,190 @@
+"""Pools by mode: which pool runs a map, and maps without any policy."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Protocol
+
+from opero.concurrency.mapping import MapSettings, Pool, make_map
+from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
+from opero.core.plan import Plan
+from opero.core.signature import check_decoratable, is_async, name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from opero.concurrency.worker import Work
+
+__all__ = ["get_parallel_executor", "get_parallel_map_decorator"]
+
+DEFAULT_TASKS = 100
+MOST_DEFAULT_THREADS = 32
+
+
+class _PoolClass(Protocol):
+    def __call__(self, work: Work, workers: int, **options: Any) -> Pool: ...
+
+
+def _thread_pool() -> _PoolClass:
+    from opero.concurrency.threads import ThreadPool
+
+    return ThreadPool
+
+
+def _process_pool() -> _PoolClass:
+    from opero.concurrency.processes import ProcessPool
+
+    return ProcessPool
+
+
+def _task_pool() -> _PoolClass:
+    from opero.concurrency.tasks import TaskPool
+
+    return TaskPool
+
+
+def _async_process_pool() -> _PoolClass:
+    from opero.concurrency.async_processes import AsyncProcessPool
+
+    return AsyncProcessPool
+
+
+_POOLS: Mapping[str, Callable[[], _PoolClass]] = {
+    "process": _process_pool,
+    "thread": _thread_pool,
+    "async": _task_pool,
+    "async_process": _async_process_pool,
+}
+_ASYNC_ONLY = ("async", "async_process")
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "process": ("start_method", "initializer", "initargs"),
+    "thread": (),
+    "async": (),
+    "async_process": ("start_method", "initializer", "initargs", "concurrency"),
+}
+
+
+def default_workers(mode: str) -> int:
+    """How many workers a mode has when nobody says."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS}.get(mode, cpus)
+
+
+def map_settings(
+    function: Callable[..., Any],
+    *,
+    mode: str = "process",
+    workers: int | None = None,
+    ordered: bool = True,
+    progress: bool | str = True,
+    return_exceptions: bool = True,
+    pool_options: Mapping[str, Any] | None = None,
+) -> MapSettings:
+    """Check the options of a map of ``function``."""
+    check_choice("mode", mode, _POOLS)
+    if mode in _ASYNC_ONLY and not is_async(function):
+        msg = f"mode={mode!r} runs coroutines, but {name_of(function)} is a `def` function; write mode='thread' or 'process'"
+        raise TypeError(msg)
+    count = default_workers(mode) if workers is None else check_count("workers", workers, "workers", smallest=1)
+    check_flag("ordered", ordered)
+    if not isinstance(progress, str):
+        check_flag("progress", progress)
+    check_flag("return_exceptions", return_exceptions)
+    options = check_mapping("pool_options", pool_options)
+    _check_pool_options(mode, options)
+    return MapSettings(
+        make_pool=lambda work: _POOLS[mode]()(work, count, **options),
+        ordered=ordered,
+        progress=progress,
+        return_exceptions=return_exceptions,
+    )
+
+
+def _check_pool_options(mode: str, options: dict[str, Any]) -> None:
+    check_known(f"pool_options with mode={mode!r}", options, _OPTIONS[mode])
+    if "start_method" in options:
+        import multiprocessing
+
+        check_choice("pool_options['start_method']", options["start_method"], multiprocessing.get_all_start_methods())
+    if "initializer" in options:
+        check_callable("pool_options['initializer']", options["initializer"], "a function that prepares each worker")
+    if not isinstance(options.get("initargs", ()), tuple):
+        msg = f"pool_options['initargs']={options['initargs']!r} is {type(options['initargs']).__name__}; write a tuple"
+        raise TypeError(msg)
+    if "concurrency" in options:
+        check_count("pool_options['concurrency']", options["concurrency"], "coroutines in each process", smallest=1)
+    if mode == "async_process":
+        import importlib.util
+
+        if importlib.util.find_spec("aiomultiprocess") is None:
+            msg = "mode='async_process' needs aiomultiprocess; install it with: pip install 'opero[aiomultiprocess]'"
+            raise ImportError(msg)
+
+
+def get_parallel_map_decorator(
+    mode: str = "process",
+    *,
+    workers: int | None = None,
+    ordered: bool = True,
+    progress: bool | str = False,
+    return_exceptions: bool = True,
+    **pool_options: Any,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make a decorator that turns a function of one item into a map, and adds no policy.
+
+    Args:
+        mode: ``"process"``, ``"thread"``, ``"async"`` or ``"async_process"``.
+        workers: Processes, threads or tasks; by default what `opero.opmap` has.
+        ordered: Whether results come in input order, or in order of completion.
+        progress: Whether to show a bar on a terminal; text is its label.
+        return_exceptions: Whether a failed item is its exception in the list, or stops the map and is raised.
+        **pool_options: For the pool, such as ``start_method``.
+
+    Raises:
+        TypeError: If an option has the wrong type or is not known, or the mode does not fit the function.
+        ValueError: If an option's value is out of range.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        check_decoratable(function, "get_parallel_map_decorator")
+        settings = map_settings(
+            function,
+            mode=mode,
+            workers=workers,
+            ordered=ordered,
+            progress=progress,
+            return_exceptions=return_exceptions,
+            pool_options=pool_options,
+        )
+        return make_map(Plan(function), settings, decorate)
+
+    return decorate
+
+
+def get_parallel_executor(
+    mode: str = "process",
+    *,
+    workers: int | None = None,
+    ordered: bool = True,
+    progress: bool | str = False,
+    return_exceptions: bool = True,
+    **pool_options: Any,
+) -> Callable[..., Any]:
+    """Make ``executor(function, items, **kwargs)``, which maps any function without decorating it.
+
+    The arguments and errors are those of `get_parallel_map_decorator`. For an ``async def`` function the executor
+    returns an awaitable of the list.
+    """
+    decorate = get_parallel_map_decorator(
+        mode,
+        workers=workers,
+        ordered=ordered,
+        progress=progress,
+        return_exceptions=return_exceptions,
+        **pool_options,
+    )
+
+    def executor(function: Callable[..., Any], items: Any, /, **kwargs: Any) -> Any:
+        return decorate(function)(items, **kwargs)
+
+    return executor

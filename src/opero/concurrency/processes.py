@@ -1,0 +1,310 @@
+"""The process pool: one twat-mp pool of one process for each worker, and a private pipe to each.
+
+twat-mp (2.6.5) starts and ends the processes. Its own `map` and `apipe` hang for ever when a process dies (so does
+`multiprocessing.Pool`), so the work goes over a pipe of opero's: a death is the end of exactly one pipe, and hits exactly
+the batch that was in it. Items are pickled by the C pickler; twat-mp's queues would use dill's, in Python, for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from opero.concurrency.own_thread import in_own_thread
+from opero.concurrency.process_worker import (
+    AGAIN,
+    BATCH,
+    BROKEN,
+    HELLO,
+    SINGLES,
+    STOP,
+    Door,
+    pack_message,
+    serve,
+    unpack_message,
+)
+from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
+from opero.concurrency.transport import pack_items, pack_work, unpack_singly
+from opero.core.signature import MISSING, name_of
+from opero.exceptions import NotTransferableError, OperoError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+    from opero.concurrency.worker import Work
+
+LARGEST_BATCH = 10_000
+# So many workers in a row that end before they are ready are not an accident.
+MOST_STILLBIRTHS = 3
+_READER_STOP = b"."
+
+
+def default_start_method() -> str:
+    """``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process."""
+    if sys.platform == "linux" and threading.active_count() == 1:
+        return "fork"
+    return "spawn" if sys.platform == "win32" else "forkserver"
+
+
+class _Worker:
+    """One worker process as the parent sees it."""
+
+    def __init__(self, pool: Any, pipe: Connection) -> None:
+        self.pool = pool
+        self.pipe = pipe
+        self.process: Any = None
+        self.batches: dict[int, Batch] = {}
+        self.reserved = False
+
+    @property
+    def ready(self) -> bool:
+        return self.process is not None
+
+    def accepts(self, batch: Batch) -> bool:
+        return self.ready and not self.reserved and not (batch.alone and self.batches)
+
+
+class ProcessPool:
+    """Runs batches in processes; a worker that ends is replaced."""
+
+    largest_batch = LARGEST_BATCH
+
+    def __init__(
+        self,
+        work: Work,
+        workers: int,
+        *,
+        start_method: str | None = None,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
+    ) -> None:
+        import multiprocess
+
+        method = start_method or default_start_method()
+        self._context = multiprocess.get_context(method)
+        # A forked worker has everything already, even what cannot be pickled.
+        self._work: Work | bytes = work if method == "fork" else pack_work(work)
+        self._prepare = (initializer, initargs)
+        self._name = name_of(work.function)
+        self._size = workers
+        self._workers: list[_Worker] = []
+        self._pending: deque[Batch] = deque()
+        self._numbers = 0
+        self._stillbirths = 0
+        self._reader: threading.Thread | None = None
+
+    @property
+    def slots(self) -> int:
+        """Workers that are ready."""
+        return sum(worker.ready for worker in self._workers)
+
+    def start(self, deliver: Callable[[Any], None]) -> None:
+        self._deliver = deliver
+        self._reader_end, self._reader_door = multiprocessing.connection.Pipe(duplex=False)
+        for _ in range(self._size):
+            self._start_worker()
+        self._reader = threading.Thread(target=self._read, name="opero-process-reader", daemon=True)
+        self._reader.start()
+
+    def submit(self, batch: Batch) -> None:
+        self._pending.append(batch)
+        self._hand_out()
+
+    def kill(self, batch: Batch) -> None:
+        """Kill the worker that runs the batch; its end is reported as `Lost`."""
+        for worker in self._workers:
+            if batch in worker.batches.values():
+                worker.process.kill()
+
+    def receive(self, event: Any) -> Any:
+        """Make sense of what the reader thread delivered; None if it is of no interest to the scheduler."""
+        if not isinstance(event, tuple):
+            return event
+        worker, data = event
+        if worker not in self._workers:
+            return None
+        if data is None:
+            return self._worker_ended(worker)
+        kind, number, payload = unpack_message(data)
+        if kind == HELLO:
+            return self._worker_ready(worker, number)
+        if kind == BROKEN:
+            return Fatal(OperoError(f"a worker process cannot run {self._name}: {payload.decode()}"))
+        return self._worker_reports(worker, kind, number, payload)
+
+    def stop(self) -> None:
+        """End idle workers in peace and kill the others; nothing of the pool is left."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            self._dismiss(worker)
+        if self._reader is not None:
+            self._reader_door.send_bytes(_READER_STOP)
+            self._reader.join()
+        for worker in workers:
+            worker.pipe.close()
+        self._reader_door.close()
+        self._reader_end.close()
+
+    async def stop_async(self) -> None:
+        await in_own_thread(self.stop)
+
+    # Workers
+
+    def _start_worker(self) -> None:
+        from twat_mp.mp import MultiPool
+
+        ours, theirs = self._context.Pipe()
+        door = Door(theirs)
+        pool = MultiPool(
+            pool_class=lambda nodes: self._context.Pool(
+                nodes, initializer=serve, initargs=(door, self._work, *self._prepare)
+            ),
+            nodes=1,
+        )
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forks with threads; the threads here are those of the other workers' idle pools.
+            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+            pool.__enter__()
+        # As long as this end is open here too, the worker's death would not end the pipe.
+        theirs.close()
+        self._workers.append(_Worker(pool, ours))
+
+    def _worker_ready(self, worker: _Worker, pid: int) -> None:
+        import multiprocess
+
+        worker.process = next((p for p in multiprocess.active_children() if p.pid == pid), None)
+        self._stillbirths = 0
+        self._hand_out()
+
+    def _worker_ended(self, worker: _Worker) -> Any:
+        reason = _how_it_ended(worker.process)
+        self._workers.remove(worker)
+        self._dismiss(worker)
+        worker.pipe.close()
+        if not worker.ready:
+            self._stillbirths += 1
+            if self._stillbirths >= MOST_STILLBIRTHS:
+                return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
+        self._start_worker()
+        self._wake_reader()
+        return Lost(list(worker.batches.values()), reason)
+
+    def _dismiss(self, worker: _Worker) -> None:
+        if worker.batches or not worker.ready:
+            if worker.ready:
+                worker.process.kill()
+            # What MultiPool does on Ctrl-C is to terminate, not to wait.
+            worker.pool.__exit__(KeyboardInterrupt, None, None)
+            return
+        with contextlib.suppress(OSError):
+            worker.pipe.send_bytes(pack_message(STOP, 0))
+        worker.pool.__exit__(None, None, None)
+
+    # Batches
+
+    def _hand_out(self) -> None:
+        while self._pending:
+            batch = self._pending[0]
+            free = [worker for worker in self._workers if worker.accepts(batch)]
+            if not free:
+                return
+            self._pending.popleft()
+            self._send(min(free, key=lambda worker: len(worker.batches)), batch)
+
+    def _send(self, worker: _Worker, batch: Batch) -> None:
+        self._numbers += 1
+        try:
+            data = pack_items(batch.items, _wire(batch))
+        except NotTransferableError as error:
+            self._deliver(_not_run(batch, error))
+            return
+        worker.batches[self._numbers] = batch
+        worker.reserved = batch.alone
+        # A worker that has just died is found by the reader, with this batch among those it had.
+        with contextlib.suppress(OSError):
+            worker.pipe.send_bytes(pack_message(BATCH, self._numbers, data))
+
+    def _worker_reports(self, worker: _Worker, kind: int, number: int, payload: bytes) -> Any:
+        batch = worker.batches[number]
+        try:
+            values, errors, seconds = pickle.loads(payload)  # noqa: S301 - made by this pool's worker
+        except Exception:  # noqa: BLE001 - one of the results cannot be unpickled here: ask for each by itself
+            worker.pipe.send_bytes(pack_message(AGAIN, number))
+            return None
+        if kind == SINGLES:
+            values = unpack_singly(values, errors)
+        del worker.batches[number]
+        worker.reserved = False
+        self._hand_out()
+        if len(values) < len(batch.items):
+            return _not_run(batch, errors[0])
+        return Done(batch, values, errors, seconds, len(payload))
+
+    # The reader thread
+
+    def _wake_reader(self) -> None:
+        self._reader_door.send_bytes(b"")
+
+    def _read(self) -> None:
+        ended: set[_Worker] = set()
+        while True:
+            workers = {worker.pipe: worker for worker in list(self._workers) if worker not in ended}
+            for pipe in multiprocessing.connection.wait([self._reader_end, *workers]):
+                if pipe is self._reader_end:
+                    if self._reader_end.recv_bytes() == _READER_STOP:
+                        return
+                elif not self._pass_on(workers[pipe]):
+                    ended.add(workers[pipe])
+
+    def _pass_on(self, worker: _Worker) -> bool:
+        """Deliver one message, or the end of the pipe; tells whether there can be more."""
+        try:
+            data = worker.pipe.recv_bytes()
+        except (EOFError, OSError):
+            data = None
+        self._deliver((worker, data))
+        return data is not None
+
+
+def _wire(batch: Batch) -> tuple[bool, Any, Any]:
+    # MISSING is one object in one process; it does not travel.
+    has_candidate = batch.candidate is not MISSING
+    return has_candidate, batch.candidate if has_candidate else None, batch.time_limit
+
+
+def _not_run(batch: Batch, error: Exception) -> Done | Lost:
+    """An item of the batch cannot travel; alone, it is known which."""
+    if len(batch.items) == 1:
+        return Done(batch, [None], {0: error}, 0.0)
+    return Lost([batch], str(error), at_once=True)
+
+
+_MAIN_HINT = (
+    "the main module must be importable without side effects (guard it with `if __name__ == '__main__':`), "
+    "or give pool_options={'start_method': 'fork'}"
+)
+
+
+def _how_it_ended(process: Any) -> str:
+    # The pool of this worker may be the one that reaps it: its exit code can take a moment to be known.
+    deadline = time.monotonic() + 1.0
+    while process is not None and process.exitcode is None and time.monotonic() < deadline:
+        process.join(0.01)
+    code = None if process is None else process.exitcode
+    if code is None:
+        return "its exit code is not known"
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"killed by signal {-code} ({signal.Signals(-code).name})"
+    return f"killed by signal {-code}"

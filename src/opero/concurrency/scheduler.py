@@ -1,0 +1,496 @@
+"""The third driver: carries out the flows of many calls at once, without acting by itself.
+
+`Scheduler` decides nothing about policies and waits for nothing. It is asked for the next batch to send to a worker, told
+what came back, and says when it next wants to be asked. First attempts travel in batches; an item gets a flow when it
+failed, or from the start where something has to be decided before the first attempt. An item in backoff is one entry in a
+heap: it holds no worker.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from opero.core.clock import clock
+from opero.core.flow import call_flow
+from opero.core.plan import Call, Plan
+from opero.core.signature import MISSING
+from opero.core.steps import Attempt, Await, Failed, Flow, Pause
+from opero.concurrency.outcome import Outcome
+from opero.exceptions import WorkerCrashedError
+
+if TYPE_CHECKING:
+    from opero.concurrency.outcome import Sink
+    from opero.core.steps import Arrival
+
+# Items that wait for a retry; above this no new input is taken up.
+MOST_WAITING = 5_000
+# Input taken up in one go, even if all of it ends at once.
+MOST_TAKEN_UP = 1_000
+# How long a batch should keep a worker busy, and from when on a worker gets its next batch ahead of time.
+BATCH_SECONDS = 0.02
+FAST_SECONDS = 0.005
+MOST_BATCH_BYTES = 2_000_000
+
+
+class Source(Protocol):
+    """Where the items come from."""
+
+    exhausted: bool
+
+    def take(self, count: int) -> list[Any]:
+        """Up to ``count`` items; fewer, or none, if there are no more now."""
+
+
+class IterableSource:
+    """A plain iterable, pulled in the thread of whoever calls the map."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._iterator = iter(items)
+        self.exhausted = False
+
+    def take(self, count: int) -> list[Any]:
+        taken = list(itertools.islice(self._iterator, count))
+        self.exhausted = len(taken) < count
+        return taken
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``."""
+
+    head: tuple[Any, ...]
+    rest: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def arguments(self, item: Any) -> tuple[Any, ...]:
+        return (*self.head, item, *self.rest)
+
+
+class _Entry:
+    """One item that is more than a place in a first batch."""
+
+    __slots__ = ("alone", "arrival", "attempt", "call", "flow", "index", "item")
+
+    def __init__(self, index: int, item: Any, call: Call) -> None:
+        self.index = index
+        self.item = item
+        self.call = call
+        self.flow: Flow | None = None
+        self.attempt: Attempt | None = None
+        self.arrival: Arrival | None = None
+        self.alone = False
+
+
+class Batch:
+    """What is sent to a worker in one go.
+
+    ``items`` are the varying first arguments; ``candidate``, unless `MISSING`, goes to the fallback parameter of each;
+    ``time_limit`` is the seconds one execution has, and the option that says so.
+    ``alone``: nothing else may run in the worker's process meanwhile.
+    """
+
+    __slots__ = ("alone", "candidate", "entries", "items", "sent_at", "start", "time_limit")
+
+    def __init__(self, items: list[Any], start: int, entries: list[_Entry] | None = None) -> None:
+        self.items = items
+        self.start = start
+        self.entries = entries
+        self.candidate: Any = MISSING
+        self.time_limit: tuple[float, str] | None = None
+        self.alone = False
+        self.sent_at = 0.0
+
+
+@dataclass(slots=True)
+class Done:
+    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running."""
+
+    batch: Batch
+    values: list[Any]
+    errors: dict[int, Exception]
+    seconds: float
+    size: int = 0
+
+
+@dataclass(slots=True)
+class Lost:
+    """A worker ended; ``batches`` were with it, the first one sent first; ``at_once``: all of them were running."""
+
+    batches: list[Batch]
+    reason: str
+    at_once: bool = False
+
+
+@dataclass(slots=True)
+class Fatal:
+    """Something that ends the whole map: Ctrl-C or exit in a worker thread, a pool that cannot work."""
+
+    error: BaseException
+
+
+@dataclass(slots=True)
+class Wake:
+    """Somebody may have something: an item its rate slot, the input its next item."""
+
+    entry: Any = None
+
+
+class Workers(Protocol):
+    """What the scheduler has to know of a pool."""
+
+    largest_batch: int
+    kill: Callable[[Batch], None] | None
+
+    @property
+    def slots(self) -> int:
+        """Batches that can run at the same time."""
+
+
+@dataclass(slots=True)
+class _BatchSize:
+    """How many items to send at once, learnt from how long they take and how large they are."""
+
+    most: int
+    now: int = 1
+    seconds_per_item: float = field(default=float("inf"))
+
+    def learn(self, done: Done) -> None:
+        count = len(done.values)
+        self.seconds_per_item = max(done.seconds / count, 1e-9)
+        fitting = BATCH_SECONDS / self.seconds_per_item
+        if done.size:
+            fitting = min(fitting, MOST_BATCH_BYTES * count / done.size)
+        self.now = max(1, min(self.most, int(fitting), self.now * 4))
+
+    @property
+    def fast(self) -> bool:
+        return self.seconds_per_item < FAST_SECONDS
+
+
+class Scheduler:
+    """The state of one running map.
+
+    Args:
+        plan: The policies.
+        shape: What all calls have in common.
+        source: The input.
+        sink: Where outcomes go.
+        pool: What the batches are for.
+        stop_at_failure: Whether the first failed item ends the map.
+        window: Most outcomes that may wait for an earlier one; None for no bound.
+        wake: Puts a `Wake` where the driver of this scheduler will find it, from any thread.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        shape: Shape,
+        source: Source,
+        sink: Sink,
+        *,
+        pool: Workers,
+        stop_at_failure: bool,
+        window: int | None,
+        wake: Callable[[Wake], None],
+    ) -> None:
+        self._plan = plan
+        self._shape = shape
+        self._source = source
+        self._sink = sink
+        self._pool = pool
+        self._stop_at_failure = stop_at_failure
+        self._window = window
+        self._wake = wake
+        # Where a worker cannot stop a function by itself, it is killed.
+        self._kill = None if plan.is_async else pool.kill
+        self._one_at_a_time = plan.limit is not None or plan.attempt_timeout is not None or plan.total_timeout is not None
+        self._size = _BatchSize(most=1 if self._one_at_a_time else pool.largest_batch)
+        self._direct = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
+        fallback = plan.fallback
+        self._candidate_is_item = fallback is not None and fallback.position == len(shape.head)
+        self._ready: deque[_Entry] = deque()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._ticks = itertools.count()
+        self._next_index = 0
+        self._in_flight = 0
+        self._pausing = 0
+        self._awaiting = 0
+        self._more_at_once = False
+        self._sent: set[Batch] = set()
+        self._overdue: set[Batch] = set()
+        self._flying: set[_Entry] = set()
+        self.failure: Exception | None = None
+        self.finished_items = 0
+        self.failed_items = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        if self.failure is not None:
+            return True
+        return self._source.exhausted and not (self._in_flight or self._pausing or self._awaiting or self._ready)
+
+    def due_in(self) -> float | None:
+        """Seconds until the scheduler wants to be asked again although nothing came back; None for never."""
+        if self._more_at_once:
+            return 0.0
+        return max(0.0, self._timers[0][0] - clock.now()) if self._timers else None
+
+    def next_batch(self) -> Batch | None:
+        """What to send to a worker now, if anything."""
+        self._run_timers()
+        if self.failure is not None or self._in_flight >= self._pool.slots * self._depth():
+            return None
+        if not self._ready and not self._direct:
+            self._take_up_input()
+        if self._ready:
+            return self._send(self._batch_of_entries())
+        items = self._pull(self._size.now) if self._direct else []
+        if not items:
+            return None
+        self._plan.stats.direct.add(len(items))
+        return self._send(Batch(items, self._next_index - len(items)))
+
+    def handle(self, event: Done | Lost | Fatal | Wake) -> None:
+        """Take note of what happened."""
+        if isinstance(event, Done):
+            self._batch_done(event)
+        elif isinstance(event, Lost):
+            self._batches_lost(event)
+        elif isinstance(event, Fatal):
+            raise event.error
+        elif event.entry is not None:
+            self._look_for_arrival(event.entry)
+
+    def close(self) -> None:
+        """Give up all flows, so that what they hold (places in a line, computations others wait for) is free."""
+        self._timers.clear()
+        for entry in self._flying:
+            if entry.arrival is not None:
+                entry.arrival.notify(None)
+                entry.arrival.withdraw()
+            if entry.flow is not None:
+                entry.flow.close()
+        self._flying.clear()
+
+    def _depth(self) -> int:
+        return 2 if self._size.fast and not self._one_at_a_time else 1
+
+    # Input
+
+    def _pull(self, count: int) -> list[Any]:
+        if self._window is not None:
+            count = min(count, self._window - self._sink.backlog())
+        if count <= 0 or self._pausing + self._awaiting >= MOST_WAITING or self._source.exhausted:
+            return []
+        items = self._source.take(count)
+        self._next_index += len(items)
+        return items
+
+    def _take_up_input(self) -> None:
+        """Start flows until enough of them are ready; those that end at once (cache hits) are bounded too."""
+        self._more_at_once = False
+        for _ in range(MOST_TAKEN_UP):
+            busy = len(self._ready) + self._awaiting + self._in_flight
+            if len(self._ready) >= self._size.now or (self._one_at_a_time and busy >= self._pool.slots):
+                return
+            items = self._pull(1)
+            if not items:
+                return
+            entry = self._open(self._next_index - 1, items[0])
+            self._start_flow(entry, call_flow(self._plan, entry.call))
+        self._more_at_once = True
+
+    # Flows
+
+    def _open(self, index: int, item: Any, *, attempts: int = 0, started: float | None = None) -> _Entry:
+        call = Call(self._shape.arguments(item), self._shape.kwargs, attempts=attempts, started=started)
+        return _Entry(index, item, call)
+
+    def _start_flow(self, entry: _Entry, flow: Flow) -> None:
+        entry.flow = flow
+        self._flying.add(entry)
+        self._advance(entry, None)
+
+    def _advance(self, entry: _Entry, sent: Any) -> None:
+        """Give a flow what it asked for, and see what it asks for next."""
+        assert entry.flow is not None  # noqa: S101 - for the type checkers
+        try:
+            step = entry.flow.send(sent)
+        except StopIteration as end:
+            self._end(entry, end.value)
+        except Exception as error:  # noqa: BLE001 - a key that cannot be made, and the like: the item's error
+            self._end(entry, Failed(error))
+        else:
+            self._obey(entry, step)
+
+    def _obey(self, entry: _Entry, step: Attempt | Pause | Await) -> None:
+        if isinstance(step, Attempt):
+            entry.attempt = step
+            self._ready.append(entry)
+        elif isinstance(step, Pause):
+            self._pausing += 1
+            self._at(clock.now() + step.seconds, lambda: self._resume(entry))
+        else:
+            self._awaiting += 1
+            entry.arrival = step.arrival
+            step.arrival.notify(lambda: self._wake(Wake(entry)))
+            self._look_for_arrival(entry)
+
+    def _resume(self, entry: _Entry) -> None:
+        self._pausing -= 1
+        self._advance(entry, None)
+
+    def _look_for_arrival(self, entry: _Entry) -> None:
+        arrival = entry.arrival
+        if arrival is None:
+            return
+        if not arrival.poll():
+            due = arrival.due_in()
+            if due is not None:
+                self._at(clock.now() + due, lambda: self._look_for_arrival(entry))
+            return
+        entry.arrival = None
+        arrival.notify(None)
+        arrival.withdraw()
+        self._awaiting -= 1
+        self._advance(entry, None)
+
+    def _end(self, entry: _Entry, outcome: Any) -> None:
+        self._flying.discard(entry)
+        entry.flow = None
+        error = outcome.error if outcome.__class__ is Failed else None
+        value = None if error is not None else outcome
+        call = entry.call
+        seconds = clock.now() - call.started
+        self._count(Outcome(entry.index, entry.item, value, error, call.attempts, seconds, call.cached))
+
+    def _count(self, outcome: Outcome[Any, Any]) -> None:
+        self.finished_items += 1
+        if outcome.error is not None:
+            self.failed_items += 1
+            if self._stop_at_failure and self.failure is None:
+                self.failure = outcome.error
+        self._sink.put(outcome)
+
+    # Timers
+
+    def _at(self, when: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (when, next(self._ticks), action))
+
+    def _run_timers(self) -> None:
+        while self._timers and self._timers[0][0] <= clock.now():
+            heapq.heappop(self._timers)[2]()
+
+    # Batches
+
+    def _batch_of_entries(self) -> Batch:
+        """As many ready items as fit one batch: same candidate, no timeout, nobody suspected of crashing."""
+        first = self._ready.popleft()
+        entries = [first]
+        candidate = _candidate(first)
+        if not _travels_alone(first):
+            while self._ready and len(entries) < self._size.now and _fits(self._ready[0], candidate):
+                entries.append(self._ready.popleft())
+        batch = Batch([self._varying(entry) for entry in entries], first.index, entries)
+        batch.candidate = MISSING if self._candidate_is_item else candidate
+        if first.attempt is not None and first.attempt.timeout is not None:
+            batch.time_limit = (first.attempt.timeout, first.attempt.limit)
+        batch.alone = first.alone
+        return batch
+
+    def _varying(self, entry: _Entry) -> Any:
+        """What is sent for an item: the item, or where that holds the candidates, the candidate."""
+        return entry.item if entry.attempt is None else entry.attempt.args[len(self._shape.head)]
+
+    def _send(self, batch: Batch) -> Batch:
+        self._in_flight += 1
+        batch.sent_at = clock.now()
+        if batch.time_limit is not None and self._kill is not None:
+            self._at(batch.sent_at + batch.time_limit[0], lambda: self._time_is_up(batch))
+        self._sent.add(batch)
+        return batch
+
+    def _time_is_up(self, batch: Batch) -> None:
+        if batch in self._sent and self._kill is not None:
+            self._overdue.add(batch)
+            self._kill(batch)
+
+    def _returned(self, batch: Batch) -> bool:
+        if batch not in self._sent:
+            return False
+        self._sent.discard(batch)
+        self._in_flight -= 1
+        return True
+
+    def _batch_done(self, done: Done) -> None:
+        batch = done.batch
+        if not self._returned(batch):
+            return
+        self._overdue.discard(batch)
+        self._size.learn(done)
+        seconds = done.seconds / len(done.values)
+        if batch.entries is None and not done.errors:
+            self.finished_items += len(done.values)
+            self._sink.put_results(batch.start, batch.items, done.values, seconds)
+            return
+        for place, value in enumerate(done.values):
+            error = done.errors.get(place)
+            self._item_done(batch, place, value if error is None else Failed(error), seconds)
+
+    def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:
+        if batch.entries is not None and batch.entries[place].flow is not None:
+            self._advance(batch.entries[place], outcome)
+            return
+        index, item = batch.start + place, batch.items[place]
+        if batch.entries is not None:
+            index, item = batch.entries[place].index, batch.entries[place].item
+        if outcome.__class__ is Failed:
+            entry = self._open(index, item, attempts=1, started=clock.now() - seconds)
+            self._start_flow(entry, call_flow(self._plan, entry.call, outcome.error))
+        else:
+            self._count(Outcome(index, item, outcome, None, 1, seconds, False))  # noqa: FBT003 - plain facts
+
+    def _batches_lost(self, lost: Lost) -> None:
+        """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""
+        batches = [batch for batch in lost.batches if self._returned(batch)]
+        suspects = batches if lost.at_once else batches[:1]
+        if len(suspects) == 1 and len(suspects[0].items) == 1:
+            self._charge(suspects[0], lost.reason)
+        else:
+            for batch in suspects:
+                self._run_again(batch, alone=True)
+        for batch in batches:
+            if batch not in suspects:
+                self._run_again(batch, alone=False)
+
+    def _charge(self, batch: Batch, reason: str) -> None:
+        seconds = clock.now() - batch.sent_at
+        error: Any = Failed(WorkerCrashedError(f"the worker that ran {self._plan.name} ended: {reason}"))
+        if batch in self._overdue and batch.entries is not None and batch.entries[0].attempt is not None:
+            self._overdue.discard(batch)
+            error = batch.entries[0].attempt.timed_out(self._plan.name)
+        self._item_done(batch, 0, error, seconds)
+
+    def _run_again(self, batch: Batch, *, alone: bool) -> None:
+        entries = batch.entries or [self._open(batch.start + n, item) for n, item in enumerate(batch.items)]
+        for entry in entries:
+            entry.alone = alone
+        self._ready.extendleft(reversed(entries))
+
+
+def _candidate(entry: _Entry) -> Any:
+    return MISSING if entry.attempt is None else entry.attempt.candidate
+
+
+def _fits(entry: _Entry, candidate: Any) -> bool:
+    return _candidate(entry) is candidate and not _travels_alone(entry)
+
+
+def _travels_alone(entry: _Entry) -> bool:
+    return entry.alone or (entry.attempt is not None and entry.attempt.timeout is not None)

@@ -1,0 +1,85 @@
+"""The task pool: a fixed number of asyncio tasks in the caller's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from opero.concurrency.scheduler import Batch, Done, Fatal
+from opero.concurrency.worker import Work, in_time
+from opero.core.signature import MISSING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class TaskPool:
+    """Runs single items in tasks that carry copies of the caller's context variables."""
+
+    largest_batch = 1
+    kill = None
+
+    def __init__(self, work: Work, workers: int) -> None:
+        self.slots = workers
+        self._work = work
+        self._call = work.caller()
+        self._batches: deque[Batch] = deque()
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    def start(self, deliver: Callable[[Any], None]) -> None:
+        self._deliver = deliver
+
+    def receive(self, event: Any) -> Any:
+        return event
+
+    def submit(self, batch: Batch) -> None:
+        self._batches.append(batch)
+        while self._idle:
+            waiter = self._idle.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        if len(self._tasks) < self.slots:
+            self._tasks.append(asyncio.get_running_loop().create_task(self._serve()))
+
+    def stop(self) -> None:
+        """Tasks cannot be waited for by blocking their own loop; `stop_async` does the work."""
+
+    async def stop_async(self) -> None:
+        """Cancel the tasks and wait until they have ended."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                while not self._batches:
+                    waiter = loop.create_future()
+                    self._idle.append(waiter)
+                    await waiter
+                await self._run(self._batches.popleft())
+        except BaseException as error:
+            # Exit, and a cancellation that came from the user's function and not from `stop_async`, belong to the caller.
+            if not self._stopping:
+                self._deliver(Fatal(error))
+            if isinstance(error, asyncio.CancelledError):
+                raise
+
+    async def _run(self, batch: Batch) -> None:
+        work, item = self._work, batch.items[0]
+        call = self._call if batch.candidate is MISSING else work.caller(batch.candidate)
+        started = time.perf_counter()
+        errors: dict[int, Exception] = {}
+        value = None
+        try:
+            value = await (call(item) if batch.time_limit is None else in_time(call, item, batch.time_limit, work))
+        except Exception as error:  # noqa: BLE001 - the policies decide about it
+            errors[0] = error
+        self._deliver(Done(batch, [value], errors, time.perf_counter() - started))

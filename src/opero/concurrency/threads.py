@@ -1,0 +1,74 @@
+"""The thread pool: twat-mp's threads, each taking batches from one queue."""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+from typing import TYPE_CHECKING, Any
+
+from opero.concurrency.scheduler import Batch, Done, Fatal
+from opero.concurrency.own_thread import in_own_thread
+from opero.concurrency.worker import AsyncCaller, Report, Work, run_items
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Items are held by reference, so a batch of large ones costs memory only for as long as they live.
+LARGEST_BATCH = 128
+
+
+class ThreadPool:
+    """Runs batches in threads that carry copies of the caller's context variables."""
+
+    largest_batch = LARGEST_BATCH
+    kill = None
+
+    def __init__(self, work: Work, workers: int) -> None:
+        self.slots = workers
+        self._work = work
+        self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._stopped = False
+
+    def start(self, deliver: Callable[[Any], None]) -> None:
+        from multiprocess.pool import ThreadPool as Threads
+        from twat_mp.mp import MultiPool
+
+        self._deliver = deliver
+        # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
+        self._pool = MultiPool(pool_class=lambda nodes: Threads(nodes), nodes=self.slots)
+        threads: Any = self._pool.__enter__()
+        for _ in range(self.slots):
+            threads.apply_async(contextvars.copy_context().run, (self._serve,))
+
+    def receive(self, event: Any) -> Any:
+        return event
+
+    def submit(self, batch: Batch) -> None:
+        self._batches.put(batch)
+
+    def stop(self) -> None:
+        """Let running items end, start no other, and join the threads."""
+        self._stopped = True
+        for _ in range(self.slots):
+            self._batches.put(None)
+        self._pool.__exit__(None, None, None)
+
+    async def stop_async(self) -> None:
+        await in_own_thread(self.stop)
+
+    def _serve(self) -> None:
+        caller = AsyncCaller(self._work) if self._work.is_async else None
+        try:
+            while (batch := self._batches.get()) is not None and not self._stopped:
+                report = self._run(batch, caller)
+                self._deliver(Done(batch, report.values, report.errors, report.seconds))
+        except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
+            self._deliver(Fatal(error))
+        finally:
+            if caller is not None:
+                caller.close()
+
+    def _run(self, batch: Batch, caller: AsyncCaller | None) -> Report:
+        if caller is not None:
+            return caller.run(batch.items, batch.candidate, batch.time_limit)
+        return run_items(self._work, batch.items, batch.candidate)

@@ -1,0 +1,162 @@
+"""How a map's function and its items travel to worker processes, and what comes back."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from opero.core.signature import name_of
+from opero.exceptions import NotTransferableError, RemoteError
+
+if TYPE_CHECKING:
+    from opero.concurrency.worker import Report, Work
+
+PROTOCOL = pickle.HIGHEST_PROTOCOL
+
+
+@dataclass(frozen=True)
+class ByName:
+    """An importable function: its module, its qualified name, and whether the name now stands for its decorated form."""
+
+    module: str
+    qualname: str
+    decorated: bool
+
+    def load(self) -> Callable[..., Any]:
+        found: Any = importlib.import_module(self.module)
+        for part in self.qualname.split("."):
+            found = getattr(found, part)
+        function: Callable[..., Any] = found.__wrapped__ if self.decorated else found
+        return function
+
+
+@dataclass(frozen=True)
+class ByValue:
+    """Any other function, through dill."""
+
+    dilled: bytes
+
+    def load(self) -> Callable[..., Any]:
+        import dill
+
+        function: Callable[..., Any] = dill.loads(self.dilled)
+        return function
+
+
+def pack_work(work: Work) -> bytes:
+    """Pickle a map's work for a process that shares no memory with this one.
+
+    Raises:
+        NotTransferableError: If the function or the arguments that all items have in common cannot be pickled.
+    """
+    try:
+        function = _by_name(work.function) or _by_value(work.function)
+        return pickle.dumps((function, work.is_async, work.shape, work.slot), PROTOCOL)
+    except Exception as error:
+        msg = f"{name_of(work.function)} or its keyword arguments cannot be sent to a worker process: {_text(error)}"
+        raise NotTransferableError(msg) from error
+
+
+def unpack_work(data: bytes) -> Work:
+    from opero.concurrency.worker import Work
+
+    function, is_async, shape, slot = pickle.loads(data)  # noqa: S301 - made by `pack_work` in the parent process
+    return Work(function.load(), is_async, shape, slot)
+
+
+def _by_name(function: Callable[..., Any]) -> ByName | None:
+    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if module in (None, "__main__") or qualname is None:
+        return None
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    if found is function:
+        return ByName(module, qualname, decorated=False)
+    if getattr(found, "__wrapped__", None) is function:
+        return ByName(module, qualname, decorated=True)
+    return None
+
+
+def _by_value(function: Callable[..., Any]) -> ByValue:
+    import dill
+
+    return ByValue(dill.dumps(function, recurse=True))
+
+
+def pack_items(items: list[Any], rest: tuple[Any, ...]) -> bytes:
+    """Pickle what a batch sends.
+
+    Raises:
+        NotTransferableError: If an item cannot be pickled.
+    """
+    try:
+        return pickle.dumps((items, *rest), PROTOCOL)
+    except Exception as error:
+        msg = f"the item {type(items[0]).__qualname__} cannot be sent to a worker process: {_text(error)}"
+        raise NotTransferableError(msg) from error
+
+
+def pack_report(report: Report) -> bytes:
+    """Pickle a worker's report; what cannot be pickled becomes the error of its item."""
+    errors = {place: _portable_error(error) for place, error in report.errors.items()}
+    try:
+        return pickle.dumps((report.values, errors, report.seconds), PROTOCOL)
+    except Exception:  # noqa: BLE001 - found out below, item by item
+        values = list(report.values)
+        for place, value in enumerate(values):
+            problem = _why_not_portable(value)
+            if problem is not None:
+                values[place] = None
+                errors[place] = problem
+        return pickle.dumps((values, errors, report.seconds), PROTOCOL)
+
+
+def pack_singly(report: Report) -> bytes:
+    """Pickle each result by itself, for a parent that could not unpickle them together."""
+    errors = {place: _portable_error(error) for place, error in report.errors.items()}
+    values = [pickle.dumps(None if _why_not_portable(value) else value, PROTOCOL) for value in report.values]
+    return pickle.dumps((values, errors, report.seconds), PROTOCOL)
+
+
+def unpack_singly(values: list[bytes], errors: dict[int, Exception]) -> list[Any]:
+    """Unpickle each result by itself; what cannot be unpickled here becomes the error of its item."""
+    unpacked: list[Any] = []
+    for place, data in enumerate(values):
+        value = None
+        try:
+            value = pickle.loads(data)  # noqa: S301 - made by `pack_singly` in a worker
+        except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
+            errors[place] = NotTransferableError(f"the result cannot be unpickled: {_text(error)}")
+        unpacked.append(value)
+    return unpacked
+
+
+def _why_not_portable(value: Any) -> NotTransferableError | None:
+    try:
+        pickle.dumps(value, PROTOCOL)
+    except Exception as error:  # noqa: BLE001 - anything may happen in a user's __getstate__
+        return NotTransferableError(f"the result {type(value).__qualname__} cannot be pickled: {_text(error)}")
+    return None
+
+
+def _portable_error(error: Exception) -> Exception:
+    """The error with the worker's traceback as a note; its text alone if it cannot be pickled and unpickled."""
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    try:
+        copy = pickle.loads(pickle.dumps(error, PROTOCOL))  # noqa: S301 - just made here
+        faithful = type(copy) is type(error)
+    except Exception:  # noqa: BLE001 - many exceptions cannot: their __init__ takes what args does not hold
+        faithful = False
+    portable = error if faithful else RemoteError(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
+    portable.add_note(f"in the worker:\n{trace}")
+    return portable
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

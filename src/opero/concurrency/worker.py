@@ -1,0 +1,105 @@
+"""What runs in a worker: the user's function on the items of a batch, and nothing of any policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from opero.core.signature import MISSING, ParameterSlot, name_of, refuse_awaitable
+from opero.core.steps import Attempt, Failed, run_attempt_async
+
+if TYPE_CHECKING:
+    from opero.concurrency.scheduler import Shape
+
+# Results of these types are surely no awaitables.
+_PLAIN_RESULTS = frozenset({int, float, str, bytes, bool, list, tuple, dict, set, type(None)})
+
+
+TimeLimit = tuple[float, str]  # seconds, and the option that set them
+
+
+@dataclass(frozen=True)
+class Work:
+    """One map's function and all that its calls have in common; sent to a worker once.
+
+    ``slot`` is the fallback parameter that a batch's candidate goes to, None where there is none to put.
+    """
+
+    function: Callable[..., Any]
+    is_async: bool
+    shape: Shape
+    slot: ParameterSlot | None
+
+    def caller(self, candidate: Any = MISSING) -> Callable[[Any], Any]:
+        """The function, with only the item left to give."""
+        function, shape, slot = self.function, self.shape, self.slot
+        if candidate is not MISSING and slot is not None:
+
+            def call_with_candidate(item: Any) -> Any:
+                args, kwargs = slot.put(shape.arguments(item), shape.kwargs, candidate)
+                return function(*args, **kwargs)
+
+            return call_with_candidate
+        if not (shape.head or shape.rest or shape.kwargs):
+            return function
+        head, rest, kwargs = shape.head, shape.rest, shape.kwargs
+        return lambda item: function(*head, item, *rest, **kwargs)
+
+
+@dataclass(slots=True)
+class Report:
+    """Results in order, errors by place, seconds of running."""
+
+    values: list[Any]
+    errors: dict[int, Exception]
+    seconds: float
+
+
+def run_items(work: Work, items: list[Any], candidate: Any, call: Callable[[Any], Any] | None = None) -> Report:
+    """Run a batch; ``call`` takes the place of the bare function, as for async functions."""
+    call = work.caller(candidate) if call is None else call
+    values: list[Any] = []
+    errors: dict[int, Exception] = {}
+    started = time.perf_counter()
+    for item in items:
+        try:
+            value = call(item)
+            if value.__class__ not in _PLAIN_RESULTS:
+                refuse_awaitable(work.function, value)
+        except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
+            errors[len(values)] = error
+            value = None
+        values.append(value)
+    return Report(values, errors, time.perf_counter() - started)
+
+
+class AsyncCaller:
+    """Runs an async function to its end in a worker that has no loop of its own."""
+
+    def __init__(self, work: Work) -> None:
+        import asyncio
+
+        self._work = work
+        self._runner = asyncio.Runner()
+
+    def run(self, items: list[Any], candidate: Any, limit: TimeLimit | None) -> Report:
+        call = self._work.caller(candidate)
+        return run_items(
+            self._work, items, candidate, lambda item: self._runner.run(in_time(call, item, limit, self._work))
+        )
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:
+    """Await one call, for at most the limit's seconds."""
+    attempt = Attempt((item,), {}, MISSING)
+    if limit is not None:
+        attempt.timeout, attempt.limit = limit
+    outcome = await run_attempt_async(call, attempt, name_of(work.function))
+    if outcome.__class__ is Failed:
+        raise outcome.error
+    return outcome

@@ -1,0 +1,31 @@
+"""The policies one by one, as decorators of their own, and what they share."""
+
+from opero.core.cache import clear_cache, get_cache_decorator
+from opero.core.fallback import get_fallback_decorator
+from opero.core.rate_limit import RateLimiter, get_rate_limit_decorator
+from opero.core.retry import get_retry_decorator
+from opero.exceptions import (
+    AllFailedError,
+    CallTimeoutError,
+    MisuseError,
+    NotTransferableError,
+    OperoError,
+    RemoteError,
+    WorkerCrashedError,
+)
+
+__all__ = [
+    "AllFailedError",
+    "CallTimeoutError",
+    "MisuseError",
+    "NotTransferableError",
+    "OperoError",
+    "RateLimiter",
+    "RemoteError",
+    "WorkerCrashedError",
+    "clear_cache",
+    "get_cache_decorator",
+    "get_fallback_decorator",
+    "get_rate_limit_decorator",
+    "get_retry_decorator",
+]

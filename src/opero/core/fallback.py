@@ -1,0 +1,114 @@
+"""Fallback: the values of one named parameter, tried in order."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from opero.core.checks import check_seconds, check_text
+from opero.core.clock import clock
+from opero.core.forks import watch_forks
+from opero.core.keys import UncacheableError, freeze
+from opero.core.plan import Plan
+from opero.core.resilient import OperoFunction, decorator
+from opero.core.signature import MISSING, ParameterSlot, name_of, parameter_slot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opero.core.plan import Call
+
+__all__ = ["get_fallback_decorator"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class FallbackOverParameter:
+    """Which values, in which order, for this call.
+
+    A list or tuple holds candidates; any other value, text included, is the only one. With a ``cooldown``, candidates
+    that failed within the last so many seconds come last.
+    """
+
+    def __init__(self, slot: ParameterSlot, function_name: str, cooldown: float | None) -> None:
+        self.parameter = slot.name
+        self.position = slot.position
+        self._slot = slot
+        self._function_name = function_name
+        self._cooldown = cooldown
+        self._cooling: dict[Any, float] = {}
+        self.after_fork()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+    def values(self, call: Call) -> list[Any]:
+        given = self._slot.get(call.args, call.kwargs)
+        if not isinstance(given, (list, tuple)):
+            return [given]
+        if not given:
+            msg = (
+                f"{self._function_name} got an empty {type(given).__name__} for {self.parameter!r}; "
+                "give at least one candidate"
+            )
+            raise ValueError(msg)
+        return list(given) if self._cooldown is None else self._coolest_first(given)
+
+    def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if value is MISSING:
+            return call.args, call.kwargs
+        return self._slot.put(call.args, call.kwargs, value)
+
+    def failed(self, value: Any) -> None:
+        if self._cooldown is None:
+            return
+        now = clock.now()
+        with self._lock:
+            self._cooling = {key: until for key, until in self._cooling.items() if until > now}
+            self._cooling[_identity(value)] = now + self._cooldown
+
+    def _coolest_first(self, given: list[Any] | tuple[Any, ...]) -> list[Any]:
+        now = clock.now()
+        with self._lock:
+            return sorted(given, key=lambda value: self._cooling.get(_identity(value), 0.0) > now)
+
+
+def fallback_policy(
+    function: Callable[..., Any], arg_fallback: str, *, cooldown: float | None = None
+) -> FallbackOverParameter:
+    """Check fallback's options and make the policy for ``function``."""
+    check_text("arg_fallback", arg_fallback, "the name of the parameter that holds the candidates")
+    if cooldown is not None:
+        check_seconds("fallback_cooldown", cooldown, zero=False)
+    return FallbackOverParameter(parameter_slot(function, arg_fallback, "arg_fallback"), name_of(function), cooldown)
+
+
+def get_fallback_decorator(
+    arg_fallback: str, *, fallback_cooldown: float | None = None
+) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
+    """Make a decorator that tries the candidate values of one parameter in order, and does nothing else.
+
+    Args:
+        arg_fallback: Name of the parameter. A list or tuple passed for it (by position, by keyword or as the default)
+            holds the candidates and the function gets one of them at a time; any other value is the only candidate.
+        fallback_cooldown: Seconds for which a candidate that failed is tried last. Default: the order never changes.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If the function has no such parameter, or the cooldown is not above 0; at a call, if the sequence of
+            candidates is empty.
+        AllFailedError: At a call, when every candidate failed.
+    """
+    return decorator(
+        "get_fallback_decorator",
+        lambda function: Plan(function, fallback=fallback_policy(function, arg_fallback, cooldown=fallback_cooldown)),
+    )
+
+
+def _identity(value: Any) -> Any:
+    try:
+        return freeze(value)
+    except UncacheableError:
+        return id(value)

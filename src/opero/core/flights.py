@@ -1,0 +1,108 @@
+"""Single flight: the first caller of a key computes, the others wait for the same outcome."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from opero.core.forks import watch_forks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Flight:
+    """One computation under way."""
+
+    __slots__ = ("_wakers", "abandoned", "key", "landed", "outcome", "stale")
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+        self.landed = False
+        self.abandoned = False
+        self.stale = False
+        self.outcome: Any = None
+        self._wakers: list[Callable[[], None]] = []
+
+
+class Flights:
+    """The computations of one cache that are under way."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[Any, Flight] = {}
+        self.after_fork()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        """Forget computations whose threads exist only in the parent."""
+        self.lock = threading.Lock()
+        self._under_way.clear()
+
+    def board(self, key: Any) -> tuple[Flight, bool]:
+        """The flight for ``key``, and whether the caller has to fly it."""
+        with self.lock:
+            flight = self._under_way.get(key)
+            if flight is not None:
+                return flight, False
+            self._under_way[key] = flight = Flight(key)
+            return flight, True
+
+    def land(self, flight: Flight, outcome: Any) -> None:
+        """Give every waiter the outcome."""
+        self._end(flight, outcome)
+
+    def abandon(self, flight: Flight) -> None:
+        """The leader cannot finish: unless it has landed, some waiter has to take over."""
+        if not flight.landed:
+            flight.abandoned = True
+            self._end(flight, None)
+
+    def invalidate(self, key: Any = None) -> None:
+        """What is being computed, for ``key`` or for all, must not be stored; later callers compute anew."""
+        with self.lock:
+            flights = list(self._under_way.values()) if key is None else [self._under_way.get(key)]
+            for flight in flights:
+                if flight is not None:
+                    flight.stale = True
+                    del self._under_way[flight.key]
+
+    def _end(self, flight: Flight, outcome: Any) -> None:
+        with self.lock:
+            if self._under_way.get(flight.key) is flight:
+                del self._under_way[flight.key]
+            flight.outcome = outcome
+            flight.landed = True
+            wakers, flight._wakers = flight._wakers, []
+        for wake in wakers:
+            wake()
+
+
+class Seat:
+    """One waiter's view of a flight; an `Arrival`."""
+
+    __slots__ = ("_flight", "_flights", "_wake")
+
+    def __init__(self, flights: Flights, flight: Flight) -> None:
+        self._flights = flights
+        self._flight = flight
+        self._wake: Callable[[], None] | None = None
+
+    def poll(self) -> bool:
+        return self._flight.landed
+
+    def due_in(self) -> float | None:
+        return None
+
+    def notify(self, wake: Callable[[], None] | None) -> None:
+        with self._flights.lock:
+            if self._wake is not None and self._wake in self._flight._wakers:
+                self._flight._wakers.remove(self._wake)
+            self._wake = wake
+            if wake is not None and not self._flight.landed:
+                self._flight._wakers.append(wake)
+                return
+        if wake is not None:
+            wake()
+
+    def withdraw(self) -> None:
+        """The flight does not know its passengers; nothing to give back."""

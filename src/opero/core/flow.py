@@ -1,0 +1,211 @@
+"""The flow of one call: every decision, in the order of the layers, without sleeping, awaiting or calling.
+
+`_CallFlow` has one method per layer, outermost first; this order is part of opero's contract.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from opero.core.clock import clock
+from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
+from opero.core.signature import MISSING
+from opero.core.steps import Attempt, Await, Failed, Flow, Pause
+from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, NotTransferableError
+from opero.utils.logging import log
+
+
+# No attempt could end otherwise.
+FINAL_ERRORS = (MisuseError, NotTransferableError)
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """One value to try, and how it has fared in this call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    value: Any
+    ready_at: float | None = None
+
+
+def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:
+    """One call from cache to function; with ``failure``, the first attempt has already been made and failed so."""
+    outcome = yield from _CallFlow(plan, call, failure).cache()
+    if outcome.__class__ is Final:
+        outcome = outcome.outcome
+    if outcome.__class__ is Failed:
+        plan.stats.failures.tick()
+    return outcome
+
+
+class _CallFlow:
+    """The layers around one call: each method is one layer and hands on to the next."""
+
+    def __init__(self, plan: Plan, call: Call, failure: Exception | None) -> None:
+        self.plan = plan
+        self.call = call
+        self.first_failure = failure
+        self.candidates: list[_Candidate] = []
+        self.errors: list[Exception] = []
+
+    def cache(self) -> Flow:
+        if self.plan.cache is not None:
+            return self.plan.cache.through(self.call, self.total_timeout, self.plan.stats)
+        if self.first_failure is None:
+            self.plan.stats.flown.tick()
+        return self.total_timeout()
+
+    def total_timeout(self) -> Flow:
+        if self.plan.total_timeout is not None:
+            self.call.deadline = self.call.started + self.plan.total_timeout
+        return self.retry()
+
+    def retry(self) -> Flow:
+        try:
+            self.candidates = self._make_candidates()
+        except ValueError as error:
+            return Failed(error)
+        retry = self.plan.retry
+        rounds = Once() if retry is None else retry.rounds(self.call, self.plan.function)
+        while True:
+            rounds.begin()
+            self.call.rounds += 1
+            outcome = yield from self.fallback(rounds)
+            if outcome.__class__ is not Verdict:
+                return outcome
+            wait = rounds.after(outcome)
+            if wait.__class__ is Final:
+                return self._finish(wait)
+            if self.call.deadline is not None and clock.now() + wait >= self.call.deadline:
+                return self._out_of_time()
+            log("DEBUG", "{} failed, next round in {:.3g} s", self.plan.name, wait)
+            yield Pause(wait)
+            self.plan.stats.retries.tick()
+
+    def fallback(self, rounds: RetryRounds) -> Generator[Any, Any, Any]:
+        """One round; gives the `Verdict` that speaks for it when no candidate succeeded."""
+        verdict = None
+        for place, candidate in enumerate(self._ready_candidates()):
+            if place:
+                self.plan.stats.fallbacks.tick()
+            outcome = yield from self.rate_limit(candidate)
+            if outcome is OUT_OF_TIME:
+                return self._out_of_time()
+            if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS):
+                return outcome
+            judged = rounds.judge(outcome)
+            if judged.accepted:
+                return outcome
+            self._candidate_failed(candidate, judged)
+            if verdict is None or judged.retryable or not verdict.retryable:
+                verdict = judged
+        return self._for_the_round(verdict)
+
+    def rate_limit(self, candidate: _Candidate) -> Generator[Any, Any, Any]:
+        if self.first_failure is not None:
+            failure, self.first_failure = Failed(self.first_failure), None
+            return failure
+        limit = self.plan.limit
+        if limit is not None and not limit.take_now():
+            left = self.call.time_left()
+            if left is not None and limit.expected_wait() >= left:
+                return OUT_OF_TIME
+            asked = clock.now()
+            yield Await(limit.ticket())
+            self.plan.stats.add_waited(clock.now() - asked)
+        return (yield from self.attempt_timeout(candidate))
+
+    def attempt_timeout(self, candidate: _Candidate) -> Generator[Any, Any, Any]:
+        timeout, option = self.plan.attempt_timeout, "attempt_timeout"
+        left = self.call.time_left()
+        if left is not None and (timeout is None or left < timeout):
+            timeout, option = left, "total_timeout"
+        if timeout is not None and timeout <= 0:
+            return OUT_OF_TIME
+        self.call.attempts += 1
+        self.plan.stats.attempts.tick()
+        return (
+            yield Attempt(
+                candidate.args,
+                candidate.kwargs,
+                candidate.value,
+                flight=self.call.flight,
+                timeout=timeout,
+                limit=option,
+            )
+        )
+
+    def _make_candidates(self) -> list[_Candidate]:
+        call, fallback = self.call, self.plan.fallback
+        if fallback is None:
+            return [_Candidate(call.args, call.kwargs, MISSING)]
+        return [_Candidate(*fallback.arguments(call, value), value) for value in fallback.values(call)]
+
+    def _ready_candidates(self) -> list[_Candidate]:
+        now = clock.now()
+        ready = [c for c in self.candidates if c.ready_at is None or c.ready_at <= now]
+        return ready or list(self.candidates)
+
+    def _candidate_failed(self, candidate: _Candidate, verdict: Verdict) -> None:
+        self.errors.append(verdict.error)
+        if not verdict.retryable:
+            self.candidates.remove(candidate)
+        candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
+        if self.plan.fallback is not None:
+            self.plan.fallback.failed(candidate.value)
+
+    def _for_the_round(self, verdict: Verdict | None) -> Verdict:
+        assert verdict is not None  # noqa: S101 - a round has at least one candidate
+        if not self.candidates:
+            return verdict
+        # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
+        times = [c.ready_at for c in self.candidates]
+        soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
+        return Verdict(accepted=False, error=verdict.error, retryable=True, delay=soonest)
+
+    def _out_of_time(self) -> Failed:
+        reason = f"total_timeout={self.plan.total_timeout:g} s ended it"
+        if not self.errors:
+            return Failed(CallTimeoutError(f"{self.plan.name} was not started: {reason} during the wait for a rate slot"))
+        return self._finish(Final(Failed(self.errors[-1])), f"; {reason}")
+
+    def _finish(self, final: Final, reason: str = "") -> Any:
+        failed = final.outcome
+        if failed.__class__ is not Failed:
+            return final
+        call, plan = self.call, self.plan
+        seconds = clock.now() - call.started
+        if plan.fallback is not None:
+            message = (
+                f"{plan.name}: every candidate of {plan.fallback.parameter!r} failed in {_count(call.rounds, 'round')} "
+                f"({_count(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
+            )
+            log("WARNING", "{}", message)
+            return Failed(AllFailedError(message, self.errors))
+        summary = f"{plan.name} failed after {_count(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
+        log("WARNING", "{}", summary)
+        _add_note(failed.error, f"opero: {plan.name} failed after ", f"opero: {summary}")
+        return failed
+
+
+class _OutOfTime:
+    """In place of an outcome: ``total_timeout`` leaves no time for another attempt."""
+
+
+OUT_OF_TIME = _OutOfTime()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _add_note(error: BaseException, prefix: str, note: str) -> None:
+    # One exception object can end many calls; it shall carry the story of the last one only.
+    with contextlib.suppress(Exception):
+        if hasattr(error, "__notes__"):
+            error.__notes__ = [n for n in error.__notes__ if not str(n).startswith(prefix)]
+        error.add_note(note)

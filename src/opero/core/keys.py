@@ -1,0 +1,225 @@
+"""Cache keys: equal arguments give equal keys, arguments of different types never do.
+
+`freeze` turns any argument into a hashable form in which every value stands beside its type, at every depth, so that
+``1``, ``1.0`` and ``True`` are three. Plain arguments (exactly int, str, bool, bytes or None) need no such form: the
+source made by `KeyMaker` pairs them with their classes on the spot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import enum
+import pathlib
+import struct
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Set as AbstractSet
+from typing import TYPE_CHECKING, Any
+
+from opero.core.signature import compile_function, forwarding, name_of
+from opero.exceptions import MisuseError
+
+if TYPE_CHECKING:
+    from opero.core.signature import Forwarding
+
+PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
+
+Frozen = Any
+Freezer = Callable[[Any], Frozen]
+
+
+class UncacheableError(TypeError):
+    """A value that cannot be part of a cache key."""
+
+
+def freeze(value: Any) -> Frozen:
+    """A hashable stand-in for ``value``: the same for equal values of the same type, different for all others."""
+    kind = value.__class__
+    if kind in PLAIN_TYPES:
+        return (kind, value)
+    freezer = _FREEZERS.get(kind)
+    if freezer is None:
+        freezer = _freezer_by_inheritance(value)
+    return (kind, freezer(value))
+
+
+def _freezer_by_inheritance(value: Any) -> Freezer:
+    if hasattr(value, "__cache_key__"):
+        return lambda v: freeze(v.__cache_key__())
+    if isinstance(value, enum.Enum):
+        return lambda v: v.name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _freeze_dataclass
+    for base, freezer in _INHERITED:
+        if isinstance(value, base):
+            return freezer
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
+        return _freeze_array
+    return _freeze_hashable
+
+
+def _freeze_each(values: Any) -> Frozen:
+    return tuple([freeze(v) for v in values])
+
+
+def _freeze_set(values: AbstractSet[Any]) -> Frozen:
+    return frozenset([freeze(v) for v in values])
+
+
+def _freeze_mapping(mapping: Mapping[Any, Any]) -> Frozen:
+    return frozenset([(freeze(k), freeze(v)) for k, v in mapping.items()])
+
+
+def _freeze_dataclass(value: Any) -> Frozen:
+    return tuple([(f.name, freeze(getattr(value, f.name))) for f in dataclasses.fields(value)])
+
+
+def _freeze_float(value: float) -> Frozen:
+    # The bits: 0.0 and -0.0 are equal but not the same argument, and NaN is not even equal to itself.
+    return struct.pack("<d", value)
+
+
+def _freeze_complex(value: complex) -> Frozen:
+    return struct.pack("<dd", value.real, value.imag)
+
+
+def _freeze_moment(value: datetime.datetime | datetime.time) -> Frozen:
+    # Two zones can show one moment, and one zone two moments (fold): the text has neither the zone's name nor the fold.
+    return (value.isoformat(), value.fold, None if value.tzinfo is None else repr(value.tzinfo))
+
+
+def _freeze_array(array: Any) -> Frozen:
+    if array.dtype.hasobject:
+        return (array.shape, _freeze_each(array.ravel().tolist()))
+    return (array.dtype.str, str(array.dtype.descr), array.shape, array.tobytes())
+
+
+def _freeze_hashable(value: Any) -> Frozen:
+    try:
+        hash(value)
+    except TypeError as error:
+        msg = f"a {type(value).__qualname__} is neither hashable nor of a type that opero knows"
+        raise UncacheableError(msg) from error
+    if type(value).__eq__ is object.__eq__:
+        return _freeze_by_identity(value)
+    return value
+
+
+class _Identity(weakref.ref[Any]):
+    """Equal only to another reference to the same living object.
+
+    Nothing is kept alive by it, and a new object at an old address is not mistaken for the old one.
+    """
+
+    __slots__ = ("_id",)
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        self._id = id(value)
+
+    def __hash__(self) -> int:
+        return self._id
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        value = self()
+        return value is not None and isinstance(other, _Identity) and value is other()
+
+
+def _freeze_by_identity(value: Any) -> Frozen:
+    try:
+        return _Identity(value)
+    except TypeError:
+        # Objects with slots only: no weak reference, so the key has to hold the object.
+        return (id(value), value)
+
+
+_FREEZERS: dict[type, Freezer] = {
+    float: _freeze_float,
+    complex: _freeze_complex,
+    tuple: _freeze_each,
+    list: _freeze_each,
+    dict: _freeze_mapping,
+    set: _freeze_set,
+    frozenset: _freeze_set,
+    bytearray: bytes,
+    datetime.datetime: _freeze_moment,
+    datetime.time: _freeze_moment,
+    decimal.Decimal: str,
+}
+
+_INHERITED: tuple[tuple[type, Freezer], ...] = (
+    (tuple, _freeze_each),
+    (list, _freeze_each),
+    (Mapping, _freeze_mapping),
+    (AbstractSet, _freeze_set),
+    (float, _freeze_float),
+    (datetime.datetime, _freeze_moment),
+    (pathlib.PurePath, str),
+)
+
+
+class KeyMaker:
+    """Gives the cache key of a call, and the source of it for a compiled wrapper.
+
+    Attributes:
+        is_method: Whether the first parameter is the instance that owns the method; it is then told apart by identity
+            and not kept alive.
+        source: An expression over the function's parameters, to be evaluated in `namespace`.
+    """
+
+    def __init__(self, function: Callable[..., Any], cache_key: Callable[..., Any] | None) -> None:
+        self.is_method = False
+        self._cache_key = cache_key
+        self._function_name = name_of(function)
+        shape = forwarding(function)
+        self._names = shape.names
+        self.source = _key_source(shape) if cache_key is None else f"_opero_users_key({shape.call})"
+        self.namespace: dict[str, Any] = {
+            "_opero_plain": PLAIN_TYPES,
+            "_opero_frozen_key": self._frozen_key,
+            "_opero_users_key": self._users_key,
+        }
+        source = f"def key_of({shape.parameters}):\n    return {self.source}\n"
+        self.key_of = compile_function(source, "key_of", {**self.namespace, **shape.defaults})
+
+    def _frozen_key(self, *values: Any) -> Frozen:
+        frozen = []
+        for name, value in zip(self._names, values, strict=True):
+            try:
+                owner = self.is_method and name == self._names[0]
+                frozen.append(_freeze_by_identity(value) if owner else freeze(value))
+            except (UncacheableError, RecursionError) as error:
+                raise MisuseError(self._complaint(name, error)) from error
+        return tuple(frozen)
+
+    def _users_key(self, *args: Any, **kwargs: Any) -> Frozen:
+        assert self._cache_key is not None  # noqa: S101 - the source names this method only with a cache_key
+        key = self._cache_key(*args, **kwargs)
+        try:
+            return freeze(key)
+        except (UncacheableError, RecursionError) as error:
+            msg = f"cache_key= of {self._function_name} returned {key!r}: {error}; return text, numbers or tuples of them"
+            raise MisuseError(msg) from error
+
+    def _complaint(self, name: str, error: Exception) -> str:
+        reason = str(error) if isinstance(error, UncacheableError) else "it contains itself or is nested too deeply"
+        return (
+            f"argument {name!r} of {self._function_name} cannot be part of a cache key: {reason}; "
+            "give cache_key=, a function of the same arguments that returns the key"
+        )
+
+
+def _key_source(shape: Forwarding) -> str:
+    packed = "".join(f"{name}, " for name in shape.names)
+    if shape.variadic:
+        return f"_opero_frozen_key({packed})"
+    if not shape.names:
+        return "()"
+    plain = " and ".join(f"{name}.__class__ in _opero_plain" for name in shape.names)
+    classes = "".join(f"{name}.__class__, " for name in shape.names)
+    return f"({packed}{classes}) if {plain} else _opero_frozen_key({packed})"

@@ -1,0 +1,213 @@
+"""The plan of one decorated function: which policies are on, and what each of them is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from opero.core.clock import clock
+from opero.core.signature import MISSING, is_async, name_of
+from opero.core.stats import Stats
+from opero.core.steps import Arrival, Failed, Flow
+
+if TYPE_CHECKING:
+    from opero.core.keys import KeyMaker
+    from opero.core.stats import CallStats
+
+
+class Call:
+    """What belongs to one call and to nothing else."""
+
+    __slots__ = ("args", "attempts", "cached", "deadline", "flight", "key", "kwargs", "rounds", "started")
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        started: float | None = None,
+        attempts: int = 0,
+        key: Any = MISSING,
+    ) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.started = clock.now() if started is None else started
+        self.attempts = attempts
+        self.rounds = 0
+        self.key = key
+        self.cached = False
+        self.flight: object = None
+        self.deadline: float | None = None
+
+    def time_left(self) -> float | None:
+        """Seconds until ``total_timeout`` ends; None without one."""
+        return None if self.deadline is None else self.deadline - clock.now()
+
+
+class Verdict:
+    """What retry thinks of one outcome: accepted, or an error that may be tried again after ``delay`` seconds.
+
+    Without a ``delay`` the usual backoff applies.
+    """
+
+    __slots__ = ("_error", "accepted", "delay", "retryable")
+
+    def __init__(
+        self, *, accepted: bool, error: Exception | None = None, retryable: bool = False, delay: float | None = None
+    ) -> None:
+        self.accepted = accepted
+        self._error = error
+        self.retryable = retryable
+        self.delay = delay
+
+    @property
+    def error(self) -> Exception:
+        if self._error is None:
+            msg = "an accepted outcome has no error"
+            raise AttributeError(msg)
+        return self._error
+
+
+ACCEPTED = Verdict(accepted=True)
+
+
+@dataclass(slots=True)
+class Final:
+    """The end of a call; ``recovered`` when a hook supplied the result in place of the function."""
+
+    outcome: Any
+    recovered: bool = False
+
+
+class CacheInfo(NamedTuple):
+    """What `functools.lru_cache` tells of itself, told by an opero cache."""
+
+    hits: int
+    misses: int
+    maxsize: int | None
+    currsize: int
+
+
+class CachePolicy(Protocol):
+    """Key, entry, and who computes."""
+
+    keys: KeyMaker
+
+    @property
+    def look_up(self) -> Callable[[Any], tuple[Any, float] | None]:
+        """The entry ``(result, expires_at)`` of a key, expired or not, or None."""
+
+    @property
+    def entries_may_expire(self) -> bool:
+        """Whether ``expires_at`` has to be looked at."""
+
+    def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
+        """The call's result from the cache, from an identical call under way, or from ``compute()``."""
+
+    def info(self, stats: CallStats) -> CacheInfo:
+        """Hits, misses and size."""
+
+    def clear(self) -> None:
+        """Forget all entries, and do not store what is being computed now."""
+
+    def delete(self, key: Any) -> bool:
+        """Forget one entry; tells whether there was one."""
+
+
+class RetryRounds(Protocol):
+    """Retry's view of one call."""
+
+    def begin(self) -> None:
+        """A round starts."""
+
+    def judge(self, outcome: Any) -> Verdict:
+        """Whether one execution gave the call's result, and if not, whether it may be tried again."""
+
+    def after(self, verdict: Verdict) -> float | Final:
+        """Seconds until the next round, or the end of the call; ``verdict`` speaks for the whole round."""
+
+
+class Once:
+    """The rounds of a call that is not retried."""
+
+    def begin(self) -> None:
+        """There is one round only."""
+
+    def judge(self, outcome: Any) -> Verdict:
+        return Verdict(accepted=False, error=outcome.error) if outcome.__class__ is Failed else ACCEPTED
+
+    def after(self, verdict: Verdict) -> Final:
+        return Final(Failed(verdict.error))
+
+
+class RetryPolicy(Protocol):
+    """How long until the next round, or give up."""
+
+    @property
+    def watches_every_attempt(self) -> bool:
+        """Whether good results and first attempts have to be shown to it too."""
+
+    def rounds(self, call: Call, function: Callable[..., Any]) -> RetryRounds:
+        """Start the bookkeeping of one call."""
+
+
+class FallbackPolicy(Protocol):
+    """Which values, in which order, for this call."""
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that holds the candidates."""
+
+    @property
+    def position(self) -> int | None:
+        """Its place among the positional arguments, None if it is passed by keyword only."""
+
+    def values(self, call: Call) -> list[Any]:
+        """The candidates in the order in which to try them; raises ValueError if there are none."""
+
+    def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments with one candidate in the place of all."""
+
+    def failed(self, value: Any) -> None:
+        """Remember that this candidate has just failed."""
+
+
+class LimitPolicy(Protocol):
+    """When may this start?"""
+
+    def take_now(self) -> bool:
+        """Take a slot if one is free."""
+
+    def expected_wait(self) -> float:
+        """Seconds until a slot that is asked for now would come."""
+
+    def ticket(self) -> Arrival:
+        """Ask for a slot."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frozen settings of one decorated function: one policy per layer, None where it is off."""
+
+    function: Callable[..., Any]
+    cache: CachePolicy | None = None
+    total_timeout: float | None = None
+    retry: RetryPolicy | None = None
+    fallback: FallbackPolicy | None = None
+    limit: LimitPolicy | None = None
+    attempt_timeout: float | None = None
+    stats: Stats = field(default_factory=Stats)
+    name: str = field(init=False)
+    is_async: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", name_of(self.function))
+        object.__setattr__(self, "is_async", is_async(self.function))
+
+    @property
+    def first_attempt_is_direct(self) -> bool:
+        """Whether, apart from cache and rate limit, nothing has to be decided before the function runs first."""
+        timed = self.total_timeout is not None or self.attempt_timeout is not None
+        watched = self.retry is not None and self.retry.watches_every_attempt
+        return self.fallback is None and not timed and not watched

@@ -1,0 +1,246 @@
+"""From a plan to a callable: the wrapper with the function's own signature, and what is attached to it.
+
+The wrapper is compiled from the signature (as `dataclasses` does it), so that a call that succeeds costs little more than
+the call: one counter, one look at the clock. A wrong call raises its `TypeError` at once and is not retried.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+
+from opero.core.clock import clock
+from opero.core.flow import call_flow
+from opero.core.plan import CacheInfo, Call, Plan
+from opero.core.signature import MISSING, check_decoratable, compile_function, forwarding, refuse_awaitable
+from opero.core.steps import drive, drive_async
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opero.core.stats import CallStats
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+
+if TYPE_CHECKING:
+
+    class _Callable(Generic[P, R]):
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+else:
+    # `functools.partial` calls from C, is seen through by `inspect.iscoroutinefunction`, and its subclasses may have
+    # properties and methods: all that a plain function cannot give at once.
+    class _Callable(functools.partial):
+        def __class_getitem__(cls, _item):
+            return cls
+
+
+class OperoFunction(_Callable[P, R]):
+    """A function made resilient by `opero.opero`; called like the function itself.
+
+    Attributes:
+        __wrapped__: The function as it was.
+    """
+
+    __wrapped__: Callable[P, R]
+    plan: Plan
+
+    @property
+    def stats(self) -> CallStats:
+        """A snapshot of what this function has done so far."""
+        return self.plan.stats.snapshot()
+
+    def cache_info(self) -> CacheInfo:
+        """Hits, misses, largest and current number of entries; zeros without a cache."""
+        cache = self.plan.cache
+        return CacheInfo(0, 0, 0, 0) if cache is None else cache.info(self.stats)
+
+    def cache_clear(self) -> None:
+        """Forget all results; one that is being computed now is returned to its callers but not kept."""
+        if self.plan.cache is not None:
+            self.plan.cache.clear()
+
+    def cache_delete(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Forget the result for these arguments; tells whether there was one."""
+        cache = self.plan.cache
+        return cache is not None and cache.delete(cache.keys.key_of(*args, **kwargs))
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(
+        self: OperoFunction[Concatenate[S, Q], R], instance: S, owner: type | None = None
+    ) -> BoundOperoFunction[Q, R]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else BoundOperoFunction(self, instance)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        if self.plan.cache is not None:
+            self.plan.cache.keys.is_method = True
+
+    def __reduce__(self) -> Any:
+        return reduce_decorated(self)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __repr__(self) -> str:
+        return f"<opero {self.__wrapped__!r}>"
+
+
+class BoundOperoFunction(_Callable[P, R]):
+    """An `OperoFunction` as the method of one instance."""
+
+    if TYPE_CHECKING:
+        stats: CallStats
+
+        def cache_info(self) -> CacheInfo: ...
+        def cache_clear(self) -> None: ...
+
+    def cache_delete(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Forget the result for this instance and these arguments; tells whether there was one."""
+        unbound: Any = self
+        return unbound.func.cache_delete(*unbound.args, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        unbound: Any = self
+        if name == "__wrapped__":
+            return unbound.func.__wrapped__.__get__(*unbound.args)
+        return getattr(unbound.func, name)
+
+
+def reduce_decorated(decorated: Any) -> Any:
+    """Pickle by name where the name leads back to the object, else by what it was made of."""
+    found: Any = sys.modules.get(decorated.__module__)
+    for part in decorated.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is decorated and decorated.__module__ != "__main__":
+        return decorated.__qualname__
+    return decorated.__dict__["remake"], (decorated.__wrapped__,)
+
+
+def make_resilient(plan: Plan, remake: Callable[..., Any]) -> OperoFunction[..., Any]:
+    """Build the callable for a plan; ``remake`` makes it again from the bare function, in another process."""
+    wrapper = _compile_wrapper(plan)
+    resilient: Any = OperoFunction(wrapper)
+    functools.update_wrapper(resilient, plan.function)
+    if not hasattr(plan.function, "__qualname__"):
+        resilient.__name__ = resilient.__qualname__ = plan.name
+    resilient.__dict__.update(plan=plan, remake=remake)
+    return resilient
+
+
+_DIRECT = """
+{define} call({parameters}):
+    {guard}_opero_count()
+    _opero_started = _opero_clock.now()
+    try:
+        return {await_}_opero_function({forwarded})
+    except Exception as _opero_error:
+        _opero_failure = _opero_error
+    try:
+        return {await_}_opero_recover(_opero_failure, _opero_started, {packed})
+    finally:
+        del _opero_failure
+"""
+
+_GUARD = """if not _opero_take_slot():
+        return {await_}_opero_enter({packed})
+    """
+
+_BY_FLOW = """
+{define} call({parameters}):
+    return {await_}_opero_enter({packed})
+"""
+
+_CACHED = """
+{define} call({parameters}):
+    _opero_key = {key}
+    _opero_entry = _opero_look_up(_opero_key)
+    if _opero_entry is not None{in_time}:
+        _opero_count_hit()
+        return _opero_entry[0]
+    return {await_}_opero_enter({packed}, _opero_key)
+"""
+
+
+def _compile_wrapper(plan: Plan) -> Callable[..., Any]:
+    shape = forwarding(plan.function)
+    words = {
+        "define": "async def" if plan.is_async else "def",
+        "await_": "await " if plan.is_async else "",
+        "parameters": shape.parameters,
+        "forwarded": shape.call,
+        "packed": shape.packed,
+    }
+    namespace: dict[str, Any] = {**shape.defaults, "_opero_clock": clock}
+    namespace |= _entrances(plan, namespace)
+    if plan.cache is not None:
+        words["key"] = plan.cache.keys.source
+        words["in_time"] = " and _opero_entry[1] > _opero_clock.now()" if plan.cache.entries_may_expire else ""
+        namespace |= plan.cache.keys.namespace
+        namespace |= {"_opero_look_up": plan.cache.look_up, "_opero_count_hit": plan.stats.hits.tick}
+        template = _CACHED
+    elif plan.first_attempt_is_direct:
+        words["guard"] = "" if plan.limit is None else _GUARD.format(**words)
+        namespace["_opero_count"] = plan.stats.direct.tick
+        namespace["_opero_take_slot"] = None if plan.limit is None else plan.limit.take_now
+        template = _DIRECT
+    else:
+        template = _BY_FLOW
+    wrapper = compile_function(template.format(**words), "call", namespace)
+    # A wrong call is reported under the name that the user knows.
+    wrapper.__qualname__ = plan.name
+    return wrapper
+
+
+def _entrances(plan: Plan, namespace: dict[str, Any]) -> dict[str, Any]:
+    """The ways from a wrapper, whose globals are ``namespace``, to the function and into the flow.
+
+    A plain function's first result is looked at, then the bare function takes the place of the looking one.
+    """
+    if plan.is_async:
+
+        async def enter_async(args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
+            return await drive_async(call_flow(plan, Call(args, kwargs, key=key)), plan.function, plan.name)
+
+        async def recover_async(error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            flow = call_flow(plan, Call(args, kwargs, started=started, attempts=1), error)
+            del error
+            return await drive_async(flow, plan.function, plan.name)
+
+        return {"_opero_function": plan.function, "_opero_enter": enter_async, "_opero_recover": recover_async}
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        result = plan.function(*args, **kwargs)
+        refuse_awaitable(plan.function, result)
+        namespace["_opero_function"] = plan.function
+        return result
+
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
+        return drive(call_flow(plan, Call(args, kwargs, key=key)), namespace["_opero_function"])
+
+    def recover(error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flow = call_flow(plan, Call(args, kwargs, started=started, attempts=1), error)
+        del error
+        return drive(flow, namespace["_opero_function"])
+
+    return {"_opero_function": checked, "_opero_enter": enter, "_opero_recover": recover}
+
+
+def decorator(name: str, make_plan: Callable[[Callable[..., Any]], Plan]) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
+    """A decorator, called ``name`` in its errors, that plans each function by ``make_plan``."""
+
+    def decorate(function: Callable[P, R]) -> OperoFunction[P, R]:
+        check_decoratable(function, name)
+        made: Any = make_resilient(make_plan(function), decorate)
+        return made
+
+    return decorate

@@ -1,0 +1,193 @@
+"""What opero needs to know of a function: its kind, its name, its parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from opero.exceptions import MisuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class _Missing:
+    """The type of `MISSING`, which is one object in every process."""
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING: Any = _Missing()
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Name a function as a message should: its qualified name, through partials."""
+    while isinstance(function, functools.partial) and not hasattr(function, "__qualname__"):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Tell whether calling gives a coroutine: ``async def``, partials and bound methods of it, async ``__call__``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - the method itself is looked at, not whether there is one
+
+
+def check_decoratable(function: Any, decorator: str) -> None:
+    """Refuse what the decorator could only get wrong later."""
+    if isinstance(function, (classmethod, staticmethod)):
+        kind = type(function).__name__
+        msg = f"@{decorator} got a {kind} object; put @{decorator} below @{kind}"
+        raise TypeError(msg)
+    if isinstance(function, type) or not callable(function):
+        msg = f"@{decorator} got {function!r}; it decorates functions and other callables that are not classes"
+        raise TypeError(msg)
+    bare = function
+    while isinstance(bare, functools.partial):
+        bare = bare.func
+    if inspect.isgeneratorfunction(bare) or inspect.isasyncgenfunction(bare):
+        msg = (
+            f"@{decorator} got the generator function {name_of(function)}; it cannot be run again once it has yielded. "
+            "Decorate a function that returns, such as one that makes a single item"
+        )
+        raise TypeError(msg)
+
+
+def refuse_awaitable(function: Callable[..., Any], result: Any) -> None:
+    """Raise when a function that is not ``async def`` turned out to return something to await."""
+    if hasattr(type(result), "__await__"):
+        close = getattr(result, "close", None)
+        if close is not None:
+            close()
+        msg = (
+            f"{name_of(function)} returned {type(result).__name__}, an awaitable, but is not `async def`; "
+            "write `async def` and await inside, so that opero can see the real result"
+        )
+        raise MisuseError(msg)
+
+
+@dataclass(frozen=True)
+class ParameterSlot:
+    """Where the arguments of a call hold one named parameter."""
+
+    name: str
+    position: int | None
+    keyword: bool
+    default: Any
+
+    def get(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value in this call, the default if none was passed, `MISSING` if there is none either."""
+        if self.position is not None and self.position < len(args):
+            return args[self.position]
+        return kwargs.get(self.name, self.default) if self.keyword else self.default
+
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with another value for this parameter."""
+        if self.position is not None and self.position < len(args):
+            return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
+        return args, {**kwargs, self.name: value}
+
+
+def parameter_slot(function: Callable[..., Any], name: str, option: str) -> ParameterSlot:
+    """Find parameter ``name``; ``option`` is the decorator's option that asked for it."""
+    parameters = inspect.signature(function).parameters
+    parameter = parameters.get(name)
+    if parameter is None or parameter.kind in _VARIADIC:
+        named = [p.name for p in parameters.values() if p.kind not in _VARIADIC]
+        msg = f"{option}={name!r} names no parameter of {name_of(function)}; write one of {named}"
+        raise ValueError(msg)
+    positional = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    return ParameterSlot(
+        name=name,
+        position=list(parameters).index(name) if positional else None,
+        keyword=parameter.kind is not inspect.Parameter.POSITIONAL_ONLY,
+        default=MISSING if parameter.default is inspect.Parameter.empty else parameter.default,
+    )
+
+
+@dataclass(frozen=True)
+class Forwarding:
+    """Source text that takes a function's parameters exactly and hands them on.
+
+    Attributes:
+        parameters: What stands between the parentheses of the ``def``.
+        call: What stands between those of the call.
+        packed: An expression for ``args, kwargs``.
+        names: The parameters, in order, ``*args`` and ``**kwargs`` by their bare names.
+        variadic: Whether there is a ``*args`` or ``**kwargs`` among them.
+        defaults: Values for the names that stand for defaults in `parameters`.
+    """
+
+    parameters: str
+    call: str
+    packed: str
+    names: tuple[str, ...]
+    variadic: bool
+    defaults: dict[str, Any]
+
+
+_ANYTHING = Forwarding("*args, **kwargs", "*args, **kwargs", "args, kwargs", ("args", "kwargs"), True, {})  # noqa: FBT003 - a dataclass of text
+
+
+def forwarding(function: Callable[..., Any]) -> Forwarding:
+    """Describe how to forward a call to ``function``; ``*args, **kwargs`` where its own signature is not known."""
+    try:
+        # Not the signature of what it wraps: a wrapper in between may take other arguments.
+        parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
+    except (ValueError, TypeError):
+        return _ANYTHING
+    if any(p.name.startswith("_opero_") or not p.name.isidentifier() for p in parameters):
+        return _ANYTHING
+    return _describe(parameters)
+
+
+def _describe(parameters: list[inspect.Parameter]) -> Forwarding:
+    declared: list[str] = []
+    positional: list[str] = []
+    keywords: list[str] = []
+    mapping: list[str] = []
+    defaults: dict[str, Any] = {}
+    kinds = [p.kind for p in parameters]
+    for place, p in enumerate(parameters):
+        text = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
+        if p.default is not p.empty:
+            text += f"=_opero_default_{p.name}"
+            defaults[f"_opero_default_{p.name}"] = p.default
+        if p.kind is p.KEYWORD_ONLY and p.VAR_POSITIONAL not in kinds and kinds.index(p.KEYWORD_ONLY) == place:
+            declared.append("*")
+        declared.append(text)
+        if p.kind is p.POSITIONAL_ONLY and p.kind not in kinds[place + 1 :]:
+            declared.append("/")
+        if p.kind is p.KEYWORD_ONLY:
+            keywords.append(f"{p.name}={p.name}")
+            mapping.append(f"{p.name!r}: {p.name}")
+        elif p.kind is p.VAR_KEYWORD:
+            keywords.append(f"**{p.name}")
+            mapping.append(f"**{p.name}")
+        else:
+            positional.append(f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name)
+    packed = "".join(f"{name}, " for name in positional)
+    return Forwarding(
+        parameters=", ".join(declared),
+        call=", ".join(positional + keywords),
+        packed=f"({packed}), {{{', '.join(mapping)}}}",
+        names=tuple(p.name for p in parameters),
+        variadic=any(kind in _VARIADIC for kind in kinds),
+        defaults=defaults,
+    )
+
+
+def compile_function(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:
+    """Define function ``name`` by its source; ``namespace`` becomes its globals."""
+    exec(compile(source, "<opero>", "exec"), namespace)  # noqa: S102 - the source is opero's own text and parameter names
+    function: Callable[..., Any] = namespace[name]
+    return function

@@ -1,0 +1,106 @@
+"""Counters of one decorated function."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass
+
+from opero.core.forks import watch_forks
+
+
+@dataclass(frozen=True, slots=True)
+class CallStats:
+    """What a decorated function has done so far, frozen at the moment of asking.
+
+    Attributes:
+        calls: Calls made, cache hits included; in a map every item is one call.
+        hits: Calls answered from the cache, those that joined an identical call under way included.
+        attempts: Executions of the user's function.
+        retries: Rounds after the first.
+        fallbacks: Candidates tried after the first.
+        failures: Calls that raised.
+        cache_errors: Times the cache's backend failed and was passed over.
+        waited: Seconds spent waiting for the rate limit.
+    """
+
+    calls: int = 0
+    hits: int = 0
+    attempts: int = 0
+    retries: int = 0
+    fallbacks: int = 0
+    failures: int = 0
+    cache_errors: int = 0
+    waited: float = 0.0
+
+
+class Counter:
+    """A counter whose `tick` is one C call: cheap, and exact under any number of threads."""
+
+    __slots__ = ("_extra", "_lock", "_reads", "tick")
+
+    def __init__(self) -> None:
+        self.tick = itertools.count().__next__
+        self._lock = threading.Lock()
+        self._reads = 0
+        self._extra = 0
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(self, amount: int) -> None:
+        with self._lock:
+            self._extra += amount
+
+    def value(self) -> int:
+        with self._lock:
+            seen = self.tick() - self._reads + self._extra
+            self._reads += 1
+            return seen
+
+
+_COUNTED = ("attempts", "cache_errors", "direct", "failures", "fallbacks", "flown", "hits", "retries")
+
+
+class Stats:
+    """The live counters behind `CallStats`.
+
+    A call that goes straight to the function costs one tick (`direct`), a hit one (`hits`); calls and attempts are sums.
+    """
+
+    __slots__ = (*_COUNTED, "__weakref__", "_lock", "_waited")
+
+    def __init__(self) -> None:
+        self.attempts = Counter()
+        self.cache_errors = Counter()
+        self.direct = Counter()
+        self.failures = Counter()
+        self.fallbacks = Counter()
+        self.flown = Counter()
+        self.hits = Counter()
+        self.retries = Counter()
+        self._waited = 0.0
+        self._lock = threading.Lock()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        for name in _COUNTED:
+            getattr(self, name).after_fork()
+
+    def add_waited(self, seconds: float) -> None:
+        with self._lock:
+            self._waited += seconds
+
+    def snapshot(self) -> CallStats:
+        direct, hits = self.direct.value(), self.hits.value()
+        return CallStats(
+            calls=direct + self.flown.value() + hits,
+            hits=hits,
+            attempts=direct + self.attempts.value(),
+            retries=self.retries.value(),
+            fallbacks=self.fallbacks.value(),
+            failures=self.failures.value(),
+            cache_errors=self.cache_errors.value(),
+            waited=self._waited,
+        )

@@ -1,0 +1,236 @@
+"""The steps a flow asks for, and the two drivers that carry them out for one call.
+
+A flow is a generator: it decides, and yields steps; whoever drives it acts, and sends back what happened. `drive` blocks,
+`drive_async` awaits; the scheduler of a map is the third driver. None of them holds policy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Generator
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from opero.core.clock import LONGEST_WAIT, clock
+from opero.exceptions import CallTimeoutError
+
+
+class Failed:
+    """An exception as a value, so that flows can pass it on without raising it."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class Attempt:
+    """Step: run the user's function once; sent back: its result, or `Failed`.
+
+    ``timeout`` seconds are left to it, by the option named ``limit``; a blocking driver cannot stop a function and lets
+    it run. ``candidate`` is the fallback value in ``args`` or ``kwargs``, for drivers that send only what differs.
+    ``flight`` is the computation that others may be waiting for, see `opero.core.flights`.
+    """
+
+    __slots__ = ("args", "candidate", "flight", "kwargs", "limit", "timeout")
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        candidate: Any,
+        *,
+        flight: object = None,
+        timeout: float | None = None,
+        limit: str = "",
+    ) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.candidate = candidate
+        self.flight = flight
+        self.timeout = timeout
+        self.limit = limit
+
+    def timed_out(self, name: str) -> Failed:
+        return Failed(CallTimeoutError(f"{name} was stopped: {self.limit} left it {self.timeout:.3g} s"))
+
+
+class Pause:
+    """Step: let ``seconds`` pass; sent back: None."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = min(seconds, LONGEST_WAIT)
+
+
+class Arrival(Protocol):
+    """Something that comes by itself, or is fetched by whoever looks at the right time."""
+
+    def poll(self) -> bool:
+        """Whether it is here; looking may bring it about."""
+
+    def due_in(self) -> float | None:
+        """Seconds until the next look is worth it; None: only `notify` can tell."""
+
+    def notify(self, wake: Callable[[], None] | None) -> None:
+        """Call ``wake``, from any thread, when it may be here."""
+
+    def withdraw(self) -> None:
+        """Nobody waits for it any more."""
+
+
+class Await:
+    """Step: wait for an `Arrival`; sent back: None."""
+
+    __slots__ = ("arrival",)
+
+    def __init__(self, arrival: Arrival) -> None:
+        self.arrival = arrival
+
+
+Step = Attempt | Pause | Await
+Flow = Generator[Step, Any, Any]
+
+
+def raise_or_return(outcome: Any) -> Any:
+    """Turn a flow's last word into what the user's call does."""
+    if outcome.__class__ is not Failed:
+        return outcome
+    try:
+        raise outcome.error
+    finally:
+        # This frame is in the error's traceback: without this the two would keep each other alive.
+        del outcome
+
+
+# The computations that the running code is part of: a call of its own that needs one of them must not wait for it.
+leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozenset())
+
+
+def run_attempt(function: Callable[..., Any], attempt: Attempt) -> Any:
+    token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
+    try:
+        return function(*attempt.args, **attempt.kwargs)
+    except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+        return Failed(error)
+    finally:
+        if token is not None:
+            leading.reset(token)
+
+
+async def run_attempt_async(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
+    token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
+    try:
+        return await _run_in_time(function, attempt, name)
+    finally:
+        if token is not None:
+            leading.reset(token)
+
+
+async def _run_in_time(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
+    if attempt.timeout is None:
+        try:
+            return await function(*attempt.args, **attempt.kwargs)
+        except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+            return Failed(error)
+    import asyncio
+
+    try:
+        async with asyncio.timeout(attempt.timeout):
+            # Inside the timeout, so that a TimeoutError of the function's own is not taken for the library's.
+            try:
+                return await function(*attempt.args, **attempt.kwargs)
+            except Exception as error:  # noqa: BLE001 - as above
+                return Failed(error)
+    except TimeoutError:
+        return attempt.timed_out(name)
+
+
+def await_arrival(arrival: Arrival) -> None:
+    if arrival.poll():
+        return
+    event = threading.Event()
+    arrival.notify(event.set)
+    try:
+        while not arrival.poll():
+            event.wait(arrival.due_in())
+            event.clear()
+    finally:
+        arrival.notify(None)
+        arrival.withdraw()
+
+
+async def await_arrival_async(arrival: Arrival) -> None:
+    if arrival.poll():
+        return
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+
+    def wake() -> None:
+        try:
+            loop.call_soon_threadsafe(event.set)
+        except RuntimeError:
+            # The loop was closed with this waiter still in it; `withdraw` follows when its task is destroyed.
+            return
+
+    arrival.notify(wake)
+    try:
+        while not arrival.poll():
+            due = arrival.due_in()
+            timer = None if due is None else loop.call_later(due, event.set)
+            try:
+                await event.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
+            event.clear()
+    finally:
+        arrival.notify(None)
+        arrival.withdraw()
+
+
+def drive(flow: Flow, function: Callable[..., Any]) -> Any:
+    """Carry out a flow by blocking."""
+    sent: Any = None
+    try:
+        while True:
+            step = flow.send(sent)
+            if step.__class__ is Attempt:
+                sent = run_attempt(function, step)
+            elif step.__class__ is Pause:
+                clock.sleep(step.seconds)
+                sent = None
+            else:
+                await_arrival(step.arrival)
+                sent = None
+    except StopIteration as end:
+        outcome = end.value
+    finally:
+        del sent
+        flow.close()
+    return raise_or_return(outcome)
+
+
+async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
+    """Carry out a flow by awaiting."""
+    sent: Any = None
+    try:
+        while True:
+            step = flow.send(sent)
+            if step.__class__ is Attempt:
+                sent = await run_attempt_async(function, step, name)
+            elif step.__class__ is Pause:
+                await clock.async_sleep(step.seconds)
+                sent = None
+            else:
+                await await_arrival_async(step.arrival)
+                sent = None
+    except StopIteration as end:
+        outcome = end.value
+    finally:
+        del sent
+        flow.close()
+    return raise_or_return(outcome)

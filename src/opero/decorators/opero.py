@@ -1,0 +1,205 @@
+"""`@opero`: one function, made resilient."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
+
+from opero.core.cache import cache_policy
+from opero.core.checks import check_flag, check_known, check_seconds
+from opero.core.fallback import fallback_policy
+from opero.core.plan import Plan
+from opero.core.rate_limit import limit_policy
+from opero.core.resilient import OperoFunction, decorator
+from opero.core.retry import RetryOn, retry_policy
+from opero.core.signature import check_decoratable, is_async, name_of
+
+if TYPE_CHECKING:
+    from opero.core.cache import CacheInMemory
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class OperoOptions(TypedDict, total=False):
+    """Types of the options of `opero`, for type checkers."""
+
+    cache: bool
+    cache_ttl: float | None
+    cache_backend: str
+    cache_key: Callable[..., Any] | None
+    cache_namespace: str | None
+    cache_options: Mapping[str, Any] | None
+    retries: int
+    backoff_factor: float
+    min_delay: float
+    max_delay: float
+    jitter: bool
+    retry_on: RetryOn
+    retry_options: Mapping[str, Any] | None
+    arg_fallback: str | None
+    fallback_cooldown: float | None
+    rate_limit: float | str | None
+    rate_limit_options: Mapping[str, Any] | None
+    attempt_timeout: float | None
+    total_timeout: float | None
+
+
+OPERO_DEFAULTS: OperoOptions = {
+    "cache": False,
+    "cache_ttl": None,
+    "cache_backend": "memory",
+    "cache_key": None,
+    "cache_namespace": None,
+    "cache_options": None,
+    "retries": 3,
+    "backoff_factor": 2.0,
+    "min_delay": 0.1,
+    "max_delay": 30.0,
+    "jitter": True,
+    "retry_on": Exception,
+    "retry_options": None,
+    "arg_fallback": None,
+    "fallback_cooldown": None,
+    "rate_limit": None,
+    "rate_limit_options": None,
+    "attempt_timeout": None,
+    "total_timeout": None,
+}
+
+
+def keyword_signature(function: Callable[..., Any], defaults: Mapping[str, Any]) -> inspect.Signature:
+    """The signature to show for a decorator whose options come as ``**options``."""
+    first = inspect.Parameter("function", inspect.Parameter.POSITIONAL_ONLY, default=None)
+    keywords = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in defaults.items()]
+    return inspect.Signature([first, *keywords])
+
+
+def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: bool = False) -> Plan:
+    """Check the options and plan one function.
+
+    Args:
+        function: What is decorated.
+        options: Checked to be known names; missing ones have their defaults.
+        killable: Whether an execution of a plain function can be stopped from outside, as in a process of its own.
+    """
+    given: OperoOptions = {**OPERO_DEFAULTS, **options}
+    _refuse_useless(given)
+    attempt_timeout = _seconds("attempt_timeout", given["attempt_timeout"])
+    if attempt_timeout is not None and not killable and not is_async(function):
+        msg = (
+            f"attempt_timeout={attempt_timeout!r} cannot apply to {name_of(function)}: a running `def` function cannot be "
+            "stopped; write `async def`, use the function's own timeout, or map it with @opmap(mode='process')"
+        )
+        raise ValueError(msg)
+    return Plan(
+        function,
+        cache=_cache(function, given),
+        total_timeout=_seconds("total_timeout", given["total_timeout"]),
+        retry=retry_policy(
+            retries=given["retries"],
+            backoff_factor=given["backoff_factor"],
+            min_delay=given["min_delay"],
+            max_delay=given["max_delay"],
+            jitter=given["jitter"],
+            retry_on=given["retry_on"],
+            options=given["retry_options"],
+        ),
+        fallback=None
+        if given["arg_fallback"] is None
+        else fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"]),
+        limit=None if given["rate_limit"] is None else limit_policy(given["rate_limit"], given["rate_limit_options"]),
+        attempt_timeout=attempt_timeout,
+    )
+
+
+def _cache(function: Callable[..., Any], given: OperoOptions) -> CacheInMemory | None:
+    if not check_flag("cache", given["cache"]):
+        return None
+    return cache_policy(
+        function,
+        ttl=given["cache_ttl"],
+        backend=given["cache_backend"],
+        key=given["cache_key"],
+        namespace=given["cache_namespace"],
+        options=given["cache_options"],
+    )
+
+
+def _seconds(name: str, value: Any) -> float | None:
+    return None if value is None else check_seconds(name, value, zero=False)
+
+
+def _refuse_useless(given: OperoOptions) -> None:
+    """Refuse options that have no effect without another one."""
+    needs = {
+        "fallback_cooldown": ("arg_fallback", None, "arg_fallback='parameter'"),
+        "rate_limit_options": ("rate_limit", None, "rate_limit=5"),
+        **{
+            name: ("cache", False, "cache=True")
+            for name in ("cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options")
+        },
+    }
+    values: Mapping[str, Any] = given
+    for name, (other, off, example) in needs.items():
+        if values[name] != OPERO_DEFAULTS.get(name) and values[other] is off:
+            msg = f"{name}={values[name]!r} has no effect with {other}={off!r}; add {example}, or leave it out"
+            raise ValueError(msg)
+
+
+@overload
+def opero(function: Callable[P, R], /) -> OperoFunction[P, R]: ...
+@overload
+def opero(**options: Unpack[OperoOptions]) -> Callable[[Callable[P, R]], OperoFunction[P, R]]: ...
+def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[OperoOptions]) -> Any:
+    """Make a function resilient: cache, time limits, retry, fallback and rate limit, in this order from outside in.
+
+    Works with and without parentheses, on ``def`` and ``async def`` functions and on methods; ``@classmethod`` and
+    ``@staticmethod`` go above it. The decorated function has the same signature, and ``.stats``, ``.cache_info()``,
+    ``.cache_clear()``, ``.cache_delete(…)`` and ``.__wrapped__``.
+
+    Only `Exception` is handled; Ctrl-C, exit and cancellation pass through at once. When retries have run out the
+    function's own last exception is raised, with a note telling attempts and seconds. Calls of opero functions inside
+    opero functions work; their retries multiply.
+
+    Args:
+        function: The function, when used without parentheses.
+        **options: All by keyword:
+
+            - ``cache`` (False): cache successful results. Identical calls under way share one execution.
+            - ``cache_ttl`` (None): seconds an entry lives; None keeps it for ever.
+            - ``cache_backend`` (``"memory"``): where entries live.
+            - ``cache_key`` (None): ``callable(*args, **kwargs)`` giving the key in place of the arguments.
+            - ``cache_namespace``: functions with one namespace share entries; each has its own by default.
+            - ``cache_options`` (None): mapping with ``maxsize`` (10 000 entries) and ``policy`` (``"lru"``).
+            - ``retries`` (3): extra rounds after the first.
+            - ``backoff_factor``, ``min_delay``, ``max_delay`` (2.0, 0.1 s, 30 s): the delay after round n is
+              ``min(max_delay, min_delay * backoff_factor**(n-1))``.
+            - ``jitter`` (True): draw each delay from its upper half at random.
+            - ``retry_on`` (Exception): class, tuple, or ``callable(exception)`` returning a bool or seconds to wait.
+            - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
+            - ``arg_fallback`` (None): name of the parameter whose list or tuple holds candidates to try in order.
+            - ``fallback_cooldown`` (None): seconds for which a candidate that failed is tried last.
+            - ``rate_limit`` (None): calls per second, or text such as ``"100/minute"``; every execution takes a slot.
+            - ``rate_limit_options`` (None): mapping for `asynciolimiter.Limiter` (``max_burst``).
+            - ``attempt_timeout`` (None): seconds for one execution; for ``async def`` only.
+            - ``total_timeout`` (None): seconds for the whole call, waits included; an execution of a ``def`` function is
+              not stopped, but none starts later.
+
+    Raises:
+        TypeError: When decorating: an unknown option, a wrong type, or something that is not a function.
+        ValueError: When decorating: a value out of range, or an option that cannot apply. At a call: no candidates.
+        AllFailedError: At a call with ``arg_fallback``: every candidate failed in every round.
+        CallTimeoutError: At a call: a time limit ended it.
+    """
+    check_known("@opero", options, OPERO_DEFAULTS)
+    if function is not None:
+        if options:
+            msg = f"opero got a function and options at once; write opero({', '.join(f'{n}=…' for n in options)})(function)"
+            raise TypeError(msg)
+        return decorator("opero", lambda f: make_plan(f, options))(function)
+    return decorator("opero", lambda f: make_plan(f, options))
+
+
+opero.__signature__ = keyword_signature(opero, OPERO_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help

@@ -1,0 +1,121 @@
+"""`@opmap`: the same policies over many items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
+
+from opero.concurrency.mapping import AsyncMap, SyncMap, make_map
+from opero.concurrency.pool import map_settings
+from opero.core.checks import check_known
+from opero.core.signature import check_decoratable
+from opero.decorators.opero import OPERO_DEFAULTS, OperoOptions, keyword_signature, make_plan
+
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+class OpmapOptions(OperoOptions, total=False):
+    """Types of the options of `opmap`, for type checkers; ``return_exceptions`` stands in its overloads."""
+
+    mode: str
+    workers: int | None
+    ordered: bool
+    progress: bool | str
+    pool_options: Mapping[str, Any] | None
+
+
+MAP_DEFAULTS: dict[str, Any] = {
+    "mode": "process",
+    "workers": None,
+    "ordered": True,
+    "progress": True,
+    "return_exceptions": True,
+    "pool_options": None,
+}
+OPMAP_DEFAULTS: dict[str, Any] = {**MAP_DEFAULTS, **OPERO_DEFAULTS}
+
+
+class _ToMapWithErrors(Protocol):
+    """A decorator whose maps return results and exceptions."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
+    ) -> AsyncMap[T, P, R, R | Exception]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
+
+
+class _ToMap(Protocol):
+    """A decorator whose maps return results, or raise."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /) -> AsyncMap[T, P, R, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R]: ...
+
+
+@overload
+def opmap(
+    function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
+) -> AsyncMap[T, P, R, R | Exception]: ...
+@overload
+def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
+@overload
+def opmap(*, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]) -> _ToMap: ...
+@overload
+def opmap(*, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]) -> _ToMapWithErrors: ...
+def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Make a function of one item a resilient map over any number of items.
+
+    A ``def`` function is called with the items and returns the list of results; an ``async def`` function gives a
+    coroutine of it in every mode, and ``.run(items)`` blocks. Further arguments go to every item. ``.stream(items)``
+    yields an `Outcome` for each, ``.one(item)`` is the single call, ``.stats`` counts both.
+
+    Cache, retries, fallback, rate limit and progress live in the calling process; workers only run the function. So the
+    memory cache and the rate limit hold for all workers together, an item that waits for its retry holds no worker, and
+    a worker that is killed is one failed attempt of the item it ran. Items are pulled as fast as they are finished, so
+    the input may be infinite.
+
+    Args:
+        function: The function, when used without parentheses.
+        **options: All options of `opero.opero`, and:
+
+            - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop) or
+              ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``).
+            - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100).
+            - ``ordered`` (True): results in input order; else in order of completion.
+            - ``progress`` (True): a tqdm bar on a terminal or in a notebook; text is its label.
+            - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
+              the map and is raised.
+            - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``; with
+              ``"async_process"`` also ``concurrency`` (16), the coroutines in each process.
+
+            ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``: the worker that
+            takes longer is killed and replaced.
+
+    Raises:
+        TypeError: When decorating: an unknown option, a wrong type, or a mode that does not fit the function.
+        ValueError: When decorating: a value out of range, or an option that cannot apply.
+    """
+    check_known("@opmap", options, OPMAP_DEFAULTS)
+
+    def decorate(decorated: Callable[..., Any]) -> Any:
+        check_decoratable(decorated, "opmap")
+        given = {**MAP_DEFAULTS, **{name: value for name, value in options.items() if name in MAP_DEFAULTS}}
+        settings = map_settings(decorated, **given)
+        policies: Any = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}
+        plan = make_plan(decorated, policies, killable=given["mode"] == "process")
+        return make_map(plan, settings, decorate)
+
+    if function is None:
+        return decorate
+    if options:
+        msg = f"opmap got a function and options at once; write opmap({', '.join(f'{n}=…' for n in options)})(function)"
+        raise TypeError(msg)
+    return decorate(function)
+
+
+opmap.__signature__ = keyword_signature(opmap, OPMAP_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help

@@ -1,0 +1,59 @@
+"""What opero raises by itself; every other exception comes from the user's function."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "AllFailedError",
+    "CallTimeoutError",
+    "MisuseError",
+    "NotTransferableError",
+    "OperoError",
+    "RemoteError",
+    "WorkerCrashedError",
+]
+
+
+class OperoError(Exception):
+    """Base of every exception class that opero defines."""
+
+
+class AllFailedError(OperoError, ExceptionGroup[Exception]):
+    """Every candidate of an ``arg_fallback`` parameter failed in every round.
+
+    It is an `ExceptionGroup`, so ``except*`` and ``split`` reach the single errors. The message names the function, the
+    parameter and the number of rounds, never a candidate's value (candidates are often secrets).
+    """
+
+    @property
+    def errors(self) -> list[Exception]:
+        """All underlying exceptions, in the order in which they happened."""
+        return list(self.exceptions)
+
+    def derive(self, excs: Sequence[Exception], /) -> AllFailedError:  # type: ignore[override]  # typeshed's is generic
+        """Keep the class when ``split`` or ``except*`` makes a part of this group."""
+        return AllFailedError(self.message, excs)
+
+
+class CallTimeoutError(OperoError, TimeoutError):
+    """``attempt_timeout`` or ``total_timeout`` ended a call; the function's own `TimeoutError` is never this class."""
+
+
+class MisuseError(OperoError, TypeError):
+    """A call showed that the function cannot be used in the way it was decorated; ends the call without a retry."""
+
+
+class WorkerCrashedError(OperoError):
+    """The worker process that ran an item ended in the middle of it; the message has the exit code or the signal."""
+
+
+class NotTransferableError(OperoError):
+    """An item, a result or an exception cannot be pickled on its way to or from a worker; the message has its text."""
+
+
+class RemoteError(OperoError):
+    """An exception of a worker process that cannot be pickled; the message has its class and its text."""
