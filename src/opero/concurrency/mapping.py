@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol
 
 from opero.concurrency.outcome import ListSink, Outcome, StreamSink
 from opero.concurrency.progress import make_progress
-from opero.concurrency.scheduler import Batch, Fatal, IterableSource, Scheduler, Shape, Wake
+from opero.concurrency.scheduler import Batch, IterableSource, Scheduler, Shape, Wake
 from opero.concurrency.worker import Work
-from opero.core.plan import CacheInfo, Plan
 from opero.core.resilient import make_resilient, reduce_decorated
 from opero.core.signature import parameter_slot
 
 if TYPE_CHECKING:
     from opero.concurrency.outcome import Sink
     from opero.concurrency.scheduler import Source
+    from opero.core.plan import CacheInfo, Plan
     from opero.core.stats import CallStats
 
 T = TypeVar("T")
@@ -39,26 +39,36 @@ class Pool(Protocol):
     """Runs a function on the items of batches, and tells each outcome."""
 
     largest_batch: int
-    kill: Callable[[Batch], None] | None
+
+    @property
+    def kill(self) -> Callable[[Batch], None] | None:
+        """Stops the worker that runs a batch; None where a worker cannot be stopped."""
+        ...
 
     @property
     def slots(self) -> int:
         """Batches that can run at the same time."""
+        ...
 
     def start(self, deliver: Callable[[Any], None]) -> None:
         """Begin; events go to ``deliver``, from any thread."""
+        ...
 
     def submit(self, batch: Batch) -> None:
         """Run a batch as soon as a worker is free."""
+        ...
 
     def receive(self, event: Any) -> Any:
         """Make a scheduler's event of what was delivered; None if it is of no interest."""
+        ...
 
     def stop(self) -> None:
         """End the workers; blocks until they have ended."""
+        ...
 
     async def stop_async(self) -> None:
         """End the workers without blocking the event loop."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -128,19 +138,20 @@ class _Run:
 
     def __init__(
         self,
-        owner: _Map[Any, Any, Any, Any],
-        source: Source,
-        items: Any,
+        plan: Plan,
+        settings: MapSettings,
+        *,
         shape: Shape,
+        source: Source,
+        total: int | None,
         sink: Sink,
         deliver: Callable[[Any], None],
     ) -> None:
-        plan, settings = owner.plan, owner.settings
         slot = None if plan.fallback is None else parameter_slot(plan.function, plan.fallback.parameter, "arg_fallback")
         self.pool = settings.make_pool(Work(plan.function, plan.is_async, shape, slot))
         self._deliver = deliver
         self._sink = sink
-        self._progress = make_progress(settings.progress, plan.name, items)
+        self._progress = make_progress(settings.progress, plan.name, total)
         self._scheduler = Scheduler(
             plan,
             shape,
@@ -242,12 +253,11 @@ class _AsyncInbox:
 
 
 async def _drive_map_async(
-    make_run: Callable[[Callable[[Any], None], Source | None], _Run], items: Any
+    make_run: Callable[[Callable[[Any], None]], tuple[_Run, AsyncSource | None]],
 ) -> AsyncIterator[Outcome[Any, Any]]:
     """Run a map by awaiting."""
     inbox = _AsyncInbox()
-    source = AsyncSource(items, inbox.put) if isinstance(items, AsyncIterable) else None
-    run = make_run(inbox.put, source)
+    run, source = make_run(inbox.put)
     steps, events = run.steps(), None
     try:
         while True:
@@ -276,7 +286,7 @@ class _Map(Generic[T, P, R, E]):
     def __init__(self, plan: Plan, settings: MapSettings, single: Any, head: tuple[Any, ...] = ()) -> None:
         self.plan = plan
         self.settings = settings
-        self._single = single
+        self.single = single
         self._head = head
 
     @property
@@ -286,16 +296,16 @@ class _Map(Generic[T, P, R, E]):
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses, largest and current number of entries; zeros without a cache."""
-        info: CacheInfo = self._single.cache_info()
+        info: CacheInfo = self.single.cache_info()
         return info
 
     def cache_clear(self) -> None:
         """Forget all results."""
-        self._single.cache_clear()
+        self.single.cache_clear()
 
     def cache_delete(self, item: T, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Forget the result for this item and these arguments; tells whether there was one."""
-        deleted: bool = self._single.cache_delete(item, *args, **kwargs)
+        deleted: bool = self.single.cache_delete(item, *args, **kwargs)
         return deleted
 
     def __reduce__(self) -> Any:
@@ -307,10 +317,10 @@ class _Map(Generic[T, P, R, E]):
         return f"<opmap {self.plan.function!r}>"
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._single.__set_name__(owner, name)
+        self.single.__set_name__(owner, name)
 
     def _bound_to(self, instance: Any) -> Self:
-        bound = type(self)(self.plan, self.settings, self._single.__get__(instance), (instance,))
+        bound = type(self)(self.plan, self.settings, self.single.__get__(instance), (instance,))
         bound.__dict__.update({k: v for k, v in self.__dict__.items() if k.startswith("__")})
         bound.__dict__["unbound"] = self
         return bound
@@ -350,11 +360,11 @@ class SyncMap(_Map[T, P, R, E]):
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies."""
         if self.plan.attempt_timeout is None:
-            result: R = self._single(item, *args, **kwargs)
+            result: R = self.single(item, *args, **kwargs)
             return result
         # Only in a process of its own can a running function be stopped.
         quiet = replace(self.settings, progress=False)
-        (outcome,) = type(self)(self.plan, quiet, self._single, self._head).stream([item], *args, **kwargs)
+        (outcome,) = type(self)(self.plan, quiet, self.single, self._head).stream([item], *args, **kwargs)
         return outcome.result
 
     @overload
@@ -371,15 +381,25 @@ class SyncMap(_Map[T, P, R, E]):
             msg = f"{self.plan.name} is a `def` function and got the async iterable {items!r}; make it `async def`"
             raise TypeError(msg)
         source = IterableSource(items)
-        return _drive_map(lambda deliver: _Run(self, source, items, shape, sink, deliver))
+
+        def make_run(deliver: Callable[[Any], None]) -> _Run:
+            return _Run(
+                self.plan,
+                self.settings,
+                shape=shape,
+                source=source,
+                total=_length(items),
+                sink=sink,
+                deliver=deliver,
+            )
+
+        return _drive_map(make_run)
 
 
 class AsyncMap(_Map[T, P, R, E]):
     """An ``async def`` function as a map; made by `opero.opmap`."""
 
-    async def __call__(
-        self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> list[E]:
+    async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
         """Call the function with each item, and these arguments, and return all results.
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
@@ -403,7 +423,7 @@ class AsyncMap(_Map[T, P, R, E]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the function with one item, under the same policies, in this event loop."""
-        call: Coroutine[Any, Any, R] = self._single(item, *args, **kwargs)
+        call: Coroutine[Any, Any, R] = self.single(item, *args, **kwargs)
         return call
 
     @overload
@@ -419,9 +439,26 @@ class AsyncMap(_Map[T, P, R, E]):
         self, items: Iterable[T] | AsyncIterable[T], shape: Shape, sink: Sink
     ) -> AsyncIterator[Outcome[T, R]]:
         plain = None if isinstance(items, AsyncIterable) else IterableSource(items)
-        return _drive_map_async(
-            lambda deliver, source: _Run(self, source or plain, items, shape, sink, deliver), items
-        )
+
+        def make_run(deliver: Callable[[Any], None]) -> tuple[_Run, AsyncSource | None]:
+            pulled = AsyncSource(items, deliver) if isinstance(items, AsyncIterable) else None
+            source: Any = pulled or plain
+            run = _Run(
+                self.plan,
+                self.settings,
+                shape=shape,
+                source=source,
+                total=_length(items),
+                sink=sink,
+                deliver=deliver,
+            )
+            return run, pulled
+
+        return _drive_map_async(make_run)
+
+
+def _length(items: Any) -> int | None:
+    return len(items) if hasattr(items, "__len__") else None
 
 
 def _bind(unbound: Any, instance: Any) -> Any:
@@ -433,6 +470,6 @@ def make_map(plan: Plan, settings: MapSettings, remake: Callable[..., Any]) -> A
     kind = AsyncMap if plan.is_async else SyncMap
     made: Any = kind(plan, settings, make_resilient(plan, remake))
     for name in ("__module__", "__name__", "__qualname__", "__doc__", "__wrapped__"):
-        made.__dict__[name] = getattr(made._single, name)
+        made.__dict__[name] = getattr(made.single, name)
     made.__dict__["remake"] = remake
     return made

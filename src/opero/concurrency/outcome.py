@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,8 +44,7 @@ class Outcome(Generic[T, R]):
         """
         if self.error is not None:
             raise self.error
-        value: Any = self._value
-        return value
+        return cast("R", self._value)
 
 
 class Sink(Protocol):
@@ -53,15 +52,19 @@ class Sink(Protocol):
 
     def put(self, outcome: Outcome[Any, Any]) -> None:
         """One item has ended."""
+        ...
 
-    def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float) -> None:
+    def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float, /) -> None:
         """Consecutive items from ``start`` on have all succeeded at the first attempt."""
+        ...
 
     def take(self) -> list[Outcome[Any, Any]]:
         """What can be handed to a consumer now."""
+        ...
 
     def backlog(self) -> int:
         """How many outcomes wait for an earlier one."""
+        ...
 
 
 class ListSink:
@@ -75,7 +78,7 @@ class ListSink:
         value = outcome._value if outcome.error is None else outcome.error  # noqa: SLF001 - `result` would raise
         self._place(outcome.index, [value])
 
-    def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float) -> None:
+    def put_results(self, start: int, _items: Sequence[Any], values: list[Any], _seconds: float, /) -> None:
         self._place(start, values)
 
     def take(self) -> list[Outcome[Any, Any]]:
@@ -113,7 +116,7 @@ class StreamSink:
             self._ready.append(self._early.pop(self._next))
             self._next += 1
 
-    def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float) -> None:
+    def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float, /) -> None:
         for place, (item, value) in enumerate(zip(items, values, strict=True), start):
             self.put(Outcome(place, item, value, None, 1, seconds, False))  # noqa: FBT003 - a dataclass of plain facts
 

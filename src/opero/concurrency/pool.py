@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from opero.concurrency.mapping import MapSettings, Pool, make_map
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
 from opero.core.signature import check_decoratable, is_async, name_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from opero.concurrency.worker import Work
 
 __all__ = ["get_parallel_executor", "get_parallel_map_decorator"]
 
@@ -21,8 +17,7 @@ DEFAULT_TASKS = 100
 MOST_DEFAULT_THREADS = 32
 
 
-class _PoolClass(Protocol):
-    def __call__(self, work: Work, workers: int, **options: Any) -> Pool: ...
+_PoolClass = Callable[..., Pool]
 
 
 def _thread_pool() -> _PoolClass:
@@ -83,7 +78,10 @@ def map_settings(
     """Check the options of a map of ``function``."""
     check_choice("mode", mode, _POOLS)
     if mode in _ASYNC_ONLY and not is_async(function):
-        msg = f"mode={mode!r} runs coroutines, but {name_of(function)} is a `def` function; write mode='thread' or 'process'"
+        msg = (
+            f"mode={mode!r} runs coroutines, but {name_of(function)} is a `def` function; "
+            "write mode='thread' or mode='process'"
+        )
         raise TypeError(msg)
     count = default_workers(mode) if workers is None else check_count("workers", workers, "workers", smallest=1)
     check_flag("ordered", ordered)

@@ -7,11 +7,13 @@ import os
 import pickle
 import signal
 import struct
+import threading
+import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.transport import pack_report, pack_singly, unpack_work
-from opero.concurrency.worker import AsyncCaller, Report, Work, run_items
+from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, in_time, run_items
 from opero.core.signature import MISSING
 from opero.exceptions import NotTransferableError
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 HELLO, BROKEN, BATCH, REPORT, AGAIN, SINGLES, STOP = range(7)
 _HEADER = struct.Struct("<BI")
 # Reports that the parent may still ask for again: it never has more batches than this with one worker.
-_KEPT_REPORTS = 4
+_KEPT_REPORTS = 64
 
 
 def pack_message(kind: int, number: int, payload: bytes = b"") -> bytes:
@@ -59,50 +61,140 @@ class Door:
 def serve(
     door: Door, work: Work | bytes, initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = ()
 ) -> None:
-    """Run batches until the pipe ends; the whole life of a worker."""
-    import multiprocess
+    """Run batches, one after the other, until the pipe ends; the whole life of a worker."""
+    from multiprocess.process import current_process
 
-    if door.locked:
-        os._exit(0)
-    # Ctrl-C goes to the whole process group; the caller's process alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    multiprocess.current_process().daemon = False  # a worker may have workers of its own
-    pipe = door.connection
-    try:
-        work = unpack_work(work) if isinstance(work, bytes) else work
-        if initializer is not None:
-            initializer(*initargs)
-        caller = AsyncCaller(work) if work.is_async else None
-    except Exception as error:  # noqa: BLE001 - the parent raises it
-        pipe.send_bytes(pack_message(BROKEN, 0, f"{type(error).__name__}: {error}".encode()))
+    ready = _get_ready(door, work, initializer, initargs)
+    current_process().daemon = False  # a worker may have workers of its own
+    if ready is None:
         return
+    caller = AsyncCaller(ready) if ready.is_async else None
     # Without a parent there is nobody to report to.
     with contextlib.suppress(EOFError, OSError):
-        pipe.send_bytes(pack_message(HELLO, os.getpid()))
-        _serve_batches(pipe, work, caller)
+        _serve_batches(door.connection, ready, caller)
     if caller is not None:
         caller.close()
 
 
+async def serve_async(
+    door: Door, work: Work | bytes, initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = ()
+) -> None:
+    """Run batches, as many as come at the same time, until the pipe ends; the whole life of a worker."""
+    ready = _get_ready(door, work, initializer, initargs)
+    if ready is not None:
+        with contextlib.suppress(EOFError, OSError):
+            await _AsyncServer(door.connection, ready).serve()
+
+
+def _get_ready(
+    door: Door, work: Work | bytes, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]
+) -> Work | None:
+    """Load the work and say hello; None if the parent has been told that this cannot be done."""
+    if door.locked:
+        os._exit(0)
+    # Ctrl-C goes to the whole process group; the caller's process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        loaded = unpack_work(work) if isinstance(work, bytes) else work
+        if initializer is not None:
+            initializer(*initargs)
+    except Exception as error:  # noqa: BLE001 - the parent raises it
+        door.connection.send_bytes(pack_message(BROKEN, 0, f"{type(error).__name__}: {error}".encode()))
+        return None
+    with contextlib.suppress(OSError):
+        door.connection.send_bytes(pack_message(HELLO, os.getpid()))
+    return loaded
+
+
+class _Reports:
+    """What a worker has reported lately, for a parent that has to ask again."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._latest: OrderedDict[int, Report] = OrderedDict()
+
+    def send(self, number: int, report: Report) -> None:
+        self._latest[number] = report
+        if len(self._latest) > _KEPT_REPORTS:
+            self._latest.popitem(last=False)
+        self._pipe.send_bytes(pack_message(REPORT, number, pack_report(report)))
+
+    def send_singly(self, number: int) -> None:
+        self._pipe.send_bytes(pack_message(SINGLES, number, pack_singly(self._latest[number])))
+
+
 def _serve_batches(pipe: Connection, work: Work, caller: AsyncCaller | None) -> None:
-    reports: OrderedDict[int, Report] = OrderedDict()
+    reports = _Reports(pipe)
     while True:
         kind, number, payload = unpack_message(pipe.recv_bytes())
         if kind == STOP:
             return
         if kind == AGAIN:
-            pipe.send_bytes(pack_message(SINGLES, number, pack_singly(reports[number])))
+            reports.send_singly(number)
             continue
-        reports[number] = report = _run(payload, work, caller)
-        if len(reports) > _KEPT_REPORTS:
-            reports.popitem(last=False)
-        pipe.send_bytes(pack_message(REPORT, number, pack_report(report)))
+        arrived = _unpack_batch(payload)
+        if isinstance(arrived, Report):
+            reports.send(number, arrived)
+            continue
+        items, candidate, limit = arrived
+        report = run_items(work, items, candidate) if caller is None else caller.run(items, candidate, limit)
+        reports.send(number, report)
 
 
-def _run(payload: bytes, work: Work, caller: AsyncCaller | None) -> Report:
+class _AsyncServer:
+    """Runs every batch in a task of its own."""
+
+    def __init__(self, pipe: Connection, work: Work) -> None:
+        self._pipe = pipe
+        self._work = work
+        self._reports = _Reports(pipe)
+        self._tasks: set[Any] = set()
+
+    async def serve(self) -> None:
+        import asyncio
+
+        messages: asyncio.Queue[bytes | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        reader = threading.Thread(target=self._read, args=(loop, messages), daemon=True)
+        reader.start()
+        while (data := await messages.get()) is not None:
+            kind, number, payload = unpack_message(data)
+            if kind == AGAIN:
+                self._reports.send_singly(number)
+            else:
+                task = loop.create_task(self._run(number, payload))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    def _read(self, loop: Any, messages: Any) -> None:
+        data: bytes | None = b""
+        while data is not None:
+            try:
+                data = self._pipe.recv_bytes()
+                if unpack_message(data)[0] == STOP:
+                    data = None
+            except (EOFError, OSError):
+                data = None
+            loop.call_soon_threadsafe(messages.put_nowait, data)
+
+    async def _run(self, number: int, payload: bytes) -> None:
+        arrived = _unpack_batch(payload)
+        if isinstance(arrived, Report):
+            self._reports.send(number, arrived)
+            return
+        (item,), candidate, limit = arrived
+        started = time.perf_counter()
+        value, errors = None, {}
+        try:
+            value = await in_time(self._work.caller(candidate), item, limit, self._work)
+        except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
+            errors[0] = error
+        self._reports.send(number, Report([value], errors, time.perf_counter() - started))
+
+
+def _unpack_batch(payload: bytes) -> tuple[list[Any], Any, TimeLimit | None] | Report:
     try:
         items, has_candidate, candidate, limit = pickle.loads(payload)  # noqa: S301 - from the parent process
     except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
         return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {error}")}, 0.0)
-    given = candidate if has_candidate else MISSING
-    return run_items(work, items, given) if caller is None else caller.run(items, given, limit)
+    return items, candidate if has_candidate else MISSING, limit

@@ -1,15 +1,15 @@
 """The process pool: one twat-mp pool of one process for each worker, and a private pipe to each.
 
 twat-mp (2.6.5) starts and ends the processes. Its own `map` and `apipe` hang for ever when a process dies (so does
-`multiprocessing.Pool`), so the work goes over a pipe of opero's: a death is the end of exactly one pipe, and hits exactly
-the batch that was in it. Items are pickled by the C pickler; twat-mp's queues would use dill's, in Python, for each.
+`multiprocessing.Pool`), so the work goes over a pipe of opero's: a death is the end of exactly one pipe, and hits
+exactly the batch that was in it. Items are pickled by the C pickler; twat-mp's queues would use dill's, in Python, for
+each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing.connection
-import os
 import pickle
 import signal
 import sys
@@ -34,6 +34,7 @@ from opero.concurrency.process_worker import (
 )
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
 from opero.concurrency.transport import pack_items, pack_work, unpack_singly
+from opero.core.forks import ForkSafeLock
 from opero.core.signature import MISSING, name_of
 from opero.exceptions import NotTransferableError, OperoError
 
@@ -48,6 +49,9 @@ LARGEST_BATCH = 10_000
 MOST_STILLBIRTHS = 3
 _READER_STOP = b"."
 
+# Held from making a pipe to closing the worker's end of it here, so that no other worker inherits that end.
+starting = ForkSafeLock()
+
 
 def default_start_method() -> str:
     """``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process."""
@@ -56,8 +60,8 @@ def default_start_method() -> str:
     return "spawn" if sys.platform == "win32" else "forkserver"
 
 
-class _Worker:
-    """One worker process as the parent sees it."""
+class Worker:
+    """One worker process as the parent sees it; ``pool`` is the twat-mp pool of one that started it."""
 
     def __init__(self, pool: Any, pipe: Connection) -> None:
         self.pool = pool
@@ -70,14 +74,28 @@ class _Worker:
     def ready(self) -> bool:
         return self.process is not None
 
+    def found(self, pid: int, /) -> None:
+        """The worker has said hello; find out which process it is."""
+        from multiprocess.process import active_children
+
+        self.process = next((p for p in active_children() if p.pid == pid), None)
+
     def accepts(self, batch: Batch) -> bool:
         return self.ready and not self.reserved and not (batch.alone and self.batches)
+
+    def end(self, *, in_peace: bool) -> None:
+        """Wait until the process has ended, by itself or by force."""
+        if not in_peace and self.ready:
+            self.process.kill()
+        # What MultiPool does on Ctrl-C is to terminate, not to wait.
+        self.pool.__exit__(None if in_peace else KeyboardInterrupt, None, None)
 
 
 class ProcessPool:
     """Runs batches in processes; a worker that ends is replaced."""
 
     largest_batch = LARGEST_BATCH
+    runs_together = False
 
     def __init__(
         self,
@@ -90,14 +108,14 @@ class ProcessPool:
     ) -> None:
         import multiprocess
 
-        method = start_method or default_start_method()
-        self._context = multiprocess.get_context(method)
+        self._method = start_method or default_start_method()
+        self._context: Any = multiprocess.get_context(self._method)  # pyright: ignore[reportAttributeAccessIssue]
         # A forked worker has everything already, even what cannot be pickled.
-        self._work: Work | bytes = work if method == "fork" else pack_work(work)
+        self._work: Work | bytes = work if self._method == "fork" else pack_work(work)
         self._prepare = (initializer, initargs)
         self._name = name_of(work.function)
         self._size = workers
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._pending: deque[Batch] = deque()
         self._numbers = 0
         self._stillbirths = 0
@@ -163,30 +181,31 @@ class ProcessPool:
     def _start_worker(self) -> None:
         from twat_mp.mp import MultiPool
 
-        ours, theirs = self._context.Pipe()
-        door = Door(theirs)
-        pool = MultiPool(
-            pool_class=lambda nodes: self._context.Pool(
+        with starting:
+            ours, theirs = self._context.Pipe()
+            door = Door(theirs)
+            factory: Any = lambda nodes: self._context.Pool(  # noqa: E731 - MultiPool calls it with nodes=
                 nodes, initializer=serve, initargs=(door, self._work, *self._prepare)
-            ),
-            nodes=1,
-        )
+            )
+            pool = MultiPool(pool_class=factory, nodes=1)
+            self._quietly(pool.__enter__)
+            # As long as this end is open in another process, the worker's death does not end the pipe.
+            theirs.close()
+        self._workers.append(Worker(pool, ours))
+
+    @staticmethod
+    def _quietly(start: Callable[[], Any]) -> None:
         with warnings.catch_warnings():
             # Python 3.12 warns of forks with threads; the threads here are those of the other workers' idle pools.
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-            pool.__enter__()
-        # As long as this end is open here too, the worker's death would not end the pipe.
-        theirs.close()
-        self._workers.append(_Worker(pool, ours))
+            start()
 
-    def _worker_ready(self, worker: _Worker, pid: int) -> None:
-        import multiprocess
-
-        worker.process = next((p for p in multiprocess.active_children() if p.pid == pid), None)
+    def _worker_ready(self, worker: Worker, pid: int) -> None:
+        worker.found(pid)
         self._stillbirths = 0
         self._hand_out()
 
-    def _worker_ended(self, worker: _Worker) -> Any:
+    def _worker_ended(self, worker: Worker) -> Any:
         reason = _how_it_ended(worker.process)
         self._workers.remove(worker)
         self._dismiss(worker)
@@ -197,18 +216,14 @@ class ProcessPool:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_worker()
         self._wake_reader()
-        return Lost(list(worker.batches.values()), reason)
+        return Lost(list(worker.batches.values()), reason, at_once=self.runs_together)
 
-    def _dismiss(self, worker: _Worker) -> None:
-        if worker.batches or not worker.ready:
-            if worker.ready:
-                worker.process.kill()
-            # What MultiPool does on Ctrl-C is to terminate, not to wait.
-            worker.pool.__exit__(KeyboardInterrupt, None, None)
-            return
-        with contextlib.suppress(OSError):
-            worker.pipe.send_bytes(pack_message(STOP, 0))
-        worker.pool.__exit__(None, None, None)
+    def _dismiss(self, worker: Worker) -> None:
+        in_peace = worker.ready and not worker.batches
+        if in_peace:
+            with contextlib.suppress(OSError):
+                worker.pipe.send_bytes(pack_message(STOP, 0))
+        worker.end(in_peace=in_peace)
 
     # Batches
 
@@ -221,7 +236,7 @@ class ProcessPool:
             self._pending.popleft()
             self._send(min(free, key=lambda worker: len(worker.batches)), batch)
 
-    def _send(self, worker: _Worker, batch: Batch) -> None:
+    def _send(self, worker: Worker, batch: Batch) -> None:
         self._numbers += 1
         try:
             data = pack_items(batch.items, _wire(batch))
@@ -234,7 +249,7 @@ class ProcessPool:
         with contextlib.suppress(OSError):
             worker.pipe.send_bytes(pack_message(BATCH, self._numbers, data))
 
-    def _worker_reports(self, worker: _Worker, kind: int, number: int, payload: bytes) -> Any:
+    def _worker_reports(self, worker: Worker, kind: int, number: int, payload: bytes) -> Any:
         batch = worker.batches[number]
         try:
             values, errors, seconds = pickle.loads(payload)  # noqa: S301 - made by this pool's worker
@@ -256,9 +271,9 @@ class ProcessPool:
         self._reader_door.send_bytes(b"")
 
     def _read(self) -> None:
-        ended: set[_Worker] = set()
+        ended: set[Worker] = set()
         while True:
-            workers = {worker.pipe: worker for worker in list(self._workers) if worker not in ended}
+            workers: dict[Any, Worker] = {w.pipe: w for w in list(self._workers) if w not in ended}
             for pipe in multiprocessing.connection.wait([self._reader_end, *workers]):
                 if pipe is self._reader_end:
                     if self._reader_end.recv_bytes() == _READER_STOP:
@@ -266,7 +281,7 @@ class ProcessPool:
                 elif not self._pass_on(workers[pipe]):
                     ended.add(workers[pipe])
 
-    def _pass_on(self, worker: _Worker) -> bool:
+    def _pass_on(self, worker: Worker) -> bool:
         """Deliver one message, or the end of the pipe; tells whether there can be more."""
         try:
             data = worker.pipe.recv_bytes()

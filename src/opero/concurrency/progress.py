@@ -10,9 +10,11 @@ class Progress(Protocol):
 
     def show(self, finished: int, failed: int) -> None:
         """So many items have ended, so many of them failed."""
+        ...
 
     def close(self) -> None:
         """The map has ended."""
+        ...
 
 
 class NoProgress:
@@ -32,7 +34,7 @@ class TqdmProgress:
         from tqdm.auto import tqdm
         from tqdm.std import tqdm as terminal_bar
 
-        class Bar(tqdm):  # type: ignore[misc, valid-type]  # tqdm.auto picks its class when it runs
+        class Bar(tqdm):  # type: ignore[type-arg]  # generic for type checkers only
             # tqdm's monitor is a thread that would outlive the map.
             monitor_interval = 0
 
@@ -49,9 +51,8 @@ class TqdmProgress:
         self._bar.close()
 
 
-def make_progress(progress: bool | str, name: str, items: Any) -> Progress:  # noqa: FBT001 - the option's own type
+def make_progress(progress: bool | str, name: str, total: int | None) -> Progress:  # noqa: FBT001 - the option's type
     """The bar that the ``progress`` option asks for, labelled by it or by the function's name."""
     if progress is False:
         return NoProgress()
-    total = len(items) if hasattr(items, "__len__") else None
     return TqdmProgress(progress if isinstance(progress, str) else name, total)

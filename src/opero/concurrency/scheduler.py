@@ -1,9 +1,9 @@
 """The third driver: carries out the flows of many calls at once, without acting by itself.
 
-`Scheduler` decides nothing about policies and waits for nothing. It is asked for the next batch to send to a worker, told
-what came back, and says when it next wants to be asked. First attempts travel in batches; an item gets a flow when it
-failed, or from the start where something has to be decided before the first attempt. An item in backoff is one entry in a
-heap: it holds no worker.
+`Scheduler` decides nothing about policies and waits for nothing. It is asked for the next batch to send to a worker,
+told what came back, and says when it next wants to be asked. First attempts travel in batches; an item gets a flow when
+it failed, or from the start where something has to be decided before the first attempt. An item in backoff is one entry
+in a heap: it holds no worker.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from opero.concurrency.outcome import Outcome
 from opero.core.clock import clock
 from opero.core.flow import call_flow
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
 from opero.core.steps import Attempt, Await, Failed, Flow, Pause
-from opero.concurrency.outcome import Outcome
 from opero.exceptions import WorkerCrashedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from opero.concurrency.outcome import Sink
     from opero.core.steps import Arrival
 
@@ -44,6 +45,7 @@ class Source(Protocol):
 
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` items; fewer, or none, if there are no more now."""
+        ...
 
 
 class IterableSource:
@@ -144,11 +146,16 @@ class Workers(Protocol):
     """What the scheduler has to know of a pool."""
 
     largest_batch: int
-    kill: Callable[[Batch], None] | None
+
+    @property
+    def kill(self) -> Callable[[Batch], None] | None:
+        """Stops the worker that runs a batch; None where a worker cannot be stopped."""
+        ...
 
     @property
     def slots(self) -> int:
         """Batches that can run at the same time."""
+        ...
 
 
 @dataclass(slots=True)
@@ -208,7 +215,9 @@ class Scheduler:
         self._wake = wake
         # Where a worker cannot stop a function by itself, it is killed.
         self._kill = None if plan.is_async else pool.kill
-        self._one_at_a_time = plan.limit is not None or plan.attempt_timeout is not None or plan.total_timeout is not None
+        self._one_at_a_time = (
+            plan.limit is not None or plan.attempt_timeout is not None or plan.total_timeout is not None
+        )
         self._size = _BatchSize(most=1 if self._one_at_a_time else pool.largest_batch)
         self._direct = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
         fallback = plan.fallback

@@ -66,7 +66,7 @@ class TaskPool:
                     await waiter
                 await self._run(self._batches.popleft())
         except BaseException as error:
-            # Exit, and a cancellation that came from the user's function and not from `stop_async`, belong to the caller.
+            # Exit, and a cancellation that came from the user's function, not from `stop_async`, belong to the caller.
             if not self._stopping:
                 self._deliver(Fatal(error))
             if isinstance(error, asyncio.CancelledError):

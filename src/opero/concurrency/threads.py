@@ -6,8 +6,8 @@ import contextvars
 import queue
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.own_thread import in_own_thread
+from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.worker import AsyncCaller, Report, Work, run_items
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class ThreadPool:
 
         self._deliver = deliver
         # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
-        self._pool = MultiPool(pool_class=lambda nodes: Threads(nodes), nodes=self.slots)
+        factory: Any = lambda nodes: Threads(processes=nodes)  # noqa: E731 - MultiPool calls it with nodes=
+        self._pool = MultiPool(pool_class=factory, nodes=self.slots)
         threads: Any = self._pool.__enter__()
         for _ in range(self.slots):
             threads.apply_async(contextvars.copy_context().run, (self._serve,))

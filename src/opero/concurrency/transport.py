@@ -6,7 +6,6 @@ import importlib
 import pickle
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,8 @@ from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, RemoteError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opero.concurrency.worker import Report, Work
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
@@ -21,7 +22,7 @@ PROTOCOL = pickle.HIGHEST_PROTOCOL
 
 @dataclass(frozen=True)
 class ByName:
-    """An importable function: its module, its qualified name, and whether the name now stands for its decorated form."""
+    """An importable function: its module, its name, and whether that name now stands for its decorated form."""
 
     module: str
     qualname: str
@@ -44,7 +45,7 @@ class ByValue:
     def load(self) -> Callable[..., Any]:
         import dill
 
-        function: Callable[..., Any] = dill.loads(self.dilled)
+        function: Callable[..., Any] = dill.loads(self.dilled)  # noqa: S301 - made in the parent process
         return function
 
 

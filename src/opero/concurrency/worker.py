@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,8 @@ from opero.core.signature import MISSING, ParameterSlot, name_of, refuse_awaitab
 from opero.core.steps import Attempt, Failed, run_attempt_async
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opero.concurrency.scheduler import Shape
 
 # Results of these types are surely no awaitables.

@@ -6,9 +6,17 @@ import threading
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
+from opero.core.checks import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_known,
+    check_mapping,
+    check_seconds,
+    check_text,
+)
 from opero.core.clock import clock
 from opero.core.flights import Flight, Flights, Seat
-from opero.core.checks import check_callable, check_choice, check_count, check_known, check_mapping, check_seconds, check_text
 from opero.core.keys import KeyMaker
 from opero.core.plan import CacheInfo, Final, Plan
 from opero.core.resilient import OperoFunction, decorator
@@ -48,7 +56,7 @@ class MemoryStore:
         self.look_up: Callable[[Any], tuple[Any, float] | None] = self._entries.get
 
     def get(self, key: Any) -> tuple[Any, float] | None:
-        entry = self._entries.get(key)
+        entry = self.look_up(key)
         if entry is None or entry[1] > clock.now():
             return entry
         self.delete(key)
@@ -223,15 +231,26 @@ def get_cache_decorator(
         cache_backend: ``"memory"``.
         cache_key: Function of the same arguments that returns the key to use in their place.
         cache_namespace: Functions with one namespace share entries. Default: each function has its own.
-        **options: As ``cache_options`` of `opero.opero`: ``maxsize`` (entries, 10 000 by default), ``policy`` (``"lru"``,
-            ``"lfu"`` or ``"fifo"``).
+        **options: As ``cache_options`` of `opero.opero`: ``maxsize`` (entries, 10 000 by default), ``policy``
+            (``"lru"``, ``"lfu"`` or ``"fifo"``).
 
     Raises:
         TypeError: If an option has the wrong type or is not known.
         ValueError: If an option's value is out of range.
     """
-    given = {"ttl": cache_ttl, "backend": cache_backend, "key": cache_key, "namespace": cache_namespace}
-    return decorator("get_cache_decorator", lambda f: Plan(f, cache=cache_policy(f, **given, options=options)))
+
+    def plan(function: Callable[..., Any]) -> Plan:
+        cache = cache_policy(
+            function,
+            ttl=cache_ttl,
+            backend=cache_backend,
+            key=cache_key,
+            namespace=cache_namespace,
+            options=options,
+        )
+        return Plan(function, cache=cache)
+
+    return decorator("get_cache_decorator", plan)
 
 
 def clear_cache(namespace: str | None = None) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Flight:
     """One computation under way."""
 
-    __slots__ = ("_wakers", "abandoned", "key", "landed", "outcome", "stale")
+    __slots__ = ("abandoned", "key", "landed", "outcome", "stale", "wakers")
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -22,7 +22,7 @@ class Flight:
         self.abandoned = False
         self.stale = False
         self.outcome: Any = None
-        self._wakers: list[Callable[[], None]] = []
+        self.wakers: list[Callable[[], None]] = []
 
 
 class Flights:
@@ -72,7 +72,7 @@ class Flights:
                 del self._under_way[flight.key]
             flight.outcome = outcome
             flight.landed = True
-            wakers, flight._wakers = flight._wakers, []
+            wakers, flight.wakers = flight.wakers, []
         for wake in wakers:
             wake()
 
@@ -95,11 +95,11 @@ class Seat:
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         with self._flights.lock:
-            if self._wake is not None and self._wake in self._flight._wakers:
-                self._flight._wakers.remove(self._wake)
+            if self._wake is not None and self._wake in self._flight.wakers:
+                self._flight.wakers.remove(self._wake)
             self._wake = wake
             if wake is not None and not self._flight.landed:
-                self._flight._wakers.append(wake)
+                self._flight.wakers.append(wake)
                 return
         if wake is not None:
             wake()

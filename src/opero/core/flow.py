@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
 from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
@@ -17,6 +16,8 @@ from opero.core.steps import Attempt, Await, Failed, Flow, Pause
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, NotTransferableError
 from opero.utils.logging import log
 
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 # No attempt could end otherwise.
 FINAL_ERRORS = (MisuseError, NotTransferableError)
@@ -78,7 +79,7 @@ class _CallFlow:
             if outcome.__class__ is not Verdict:
                 return outcome
             wait = rounds.after(outcome)
-            if wait.__class__ is Final:
+            if isinstance(wait, Final):
                 return self._finish(wait)
             if self.call.deadline is not None and clock.now() + wait >= self.call.deadline:
                 return self._out_of_time()
@@ -167,15 +168,17 @@ class _CallFlow:
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
         return Verdict(accepted=False, error=verdict.error, retryable=True, delay=soonest)
 
-    def _out_of_time(self) -> Failed:
+    def _out_of_time(self) -> Failed | Final:
         reason = f"total_timeout={self.plan.total_timeout:g} s ended it"
         if not self.errors:
-            return Failed(CallTimeoutError(f"{self.plan.name} was not started: {reason} during the wait for a rate slot"))
+            return Failed(
+                CallTimeoutError(f"{self.plan.name} was not started: {reason} during the wait for a rate slot")
+            )
         return self._finish(Final(Failed(self.errors[-1])), f"; {reason}")
 
-    def _finish(self, final: Final, reason: str = "") -> Any:
+    def _finish(self, final: Final, reason: str = "") -> Failed | Final:
         failed = final.outcome
-        if failed.__class__ is not Failed:
+        if not isinstance(failed, Failed):
             return final
         call, plan = self.call, self.plan
         seconds = clock.now() - call.started

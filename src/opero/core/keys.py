@@ -8,15 +8,16 @@ source made by `KeyMaker` pairs them with their classes on the spot.
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import decimal
 import enum
 import pathlib
 import struct
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Set as AbstractSet
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any, Self
 
 from opero.core.signature import compile_function, forwarding, name_of
 from opero.exceptions import MisuseError
@@ -86,7 +87,7 @@ def _freeze_complex(value: complex) -> Frozen:
     return struct.pack("<dd", value.real, value.imag)
 
 
-def _freeze_moment(value: datetime.datetime | datetime.time) -> Frozen:
+def _freeze_moment(value: dt.datetime | dt.time) -> Frozen:
     # Two zones can show one moment, and one zone two moments (fold): the text has neither the zone's name nor the fold.
     return (value.isoformat(), value.fold, None if value.tzinfo is None else repr(value.tzinfo))
 
@@ -103,7 +104,8 @@ def _freeze_hashable(value: Any) -> Frozen:
     except TypeError as error:
         msg = f"a {type(value).__qualname__} is neither hashable nor of a type that opero knows"
         raise UncacheableError(msg) from error
-    if type(value).__eq__ is object.__eq__:
+    equality: Any = type(value).__eq__
+    if equality is object.__eq__:
         return _freeze_by_identity(value)
     return value
 
@@ -115,10 +117,12 @@ class _Identity(weakref.ref[Any]):
     """
 
     __slots__ = ("_id",)
+    _id: int
 
-    def __init__(self, value: Any) -> None:
-        super().__init__(value)
-        self._id = id(value)
+    def __new__(cls, value: Any) -> Self:
+        made = super().__new__(cls, value)
+        made._id = id(value)
+        return made
 
     def __hash__(self) -> int:
         return self._id
@@ -147,8 +151,8 @@ _FREEZERS: dict[type, Freezer] = {
     set: _freeze_set,
     frozenset: _freeze_set,
     bytearray: bytes,
-    datetime.datetime: _freeze_moment,
-    datetime.time: _freeze_moment,
+    dt.datetime: _freeze_moment,
+    dt.time: _freeze_moment,
     decimal.Decimal: str,
 }
 
@@ -158,7 +162,7 @@ _INHERITED: tuple[tuple[type, Freezer], ...] = (
     (Mapping, _freeze_mapping),
     (AbstractSet, _freeze_set),
     (float, _freeze_float),
-    (datetime.datetime, _freeze_moment),
+    (dt.datetime, _freeze_moment),
     (pathlib.PurePath, str),
 )
 
@@ -203,7 +207,9 @@ class KeyMaker:
         try:
             return freeze(key)
         except (UncacheableError, RecursionError) as error:
-            msg = f"cache_key= of {self._function_name} returned {key!r}: {error}; return text, numbers or tuples of them"
+            msg = (
+                f"cache_key= of {self._function_name} returned {key!r}: {error}; return text, numbers or tuples of them"
+            )
             raise MisuseError(msg) from error
 
     def _complaint(self, name: str, error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -12,6 +11,8 @@ from opero.core.stats import Stats
 from opero.core.steps import Arrival, Failed, Flow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opero.core.keys import KeyMaker
     from opero.core.stats import CallStats
 
@@ -97,22 +98,28 @@ class CachePolicy(Protocol):
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, float] | None]:
         """The entry ``(result, expires_at)`` of a key, expired or not, or None."""
+        ...
 
     @property
     def entries_may_expire(self) -> bool:
         """Whether ``expires_at`` has to be looked at."""
+        ...
 
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
         """The call's result from the cache, from an identical call under way, or from ``compute()``."""
+        ...
 
     def info(self, stats: CallStats) -> CacheInfo:
         """Hits, misses and size."""
+        ...
 
     def clear(self) -> None:
         """Forget all entries, and do not store what is being computed now."""
+        ...
 
     def delete(self, key: Any) -> bool:
         """Forget one entry; tells whether there was one."""
+        ...
 
 
 class RetryRounds(Protocol):
@@ -120,12 +127,15 @@ class RetryRounds(Protocol):
 
     def begin(self) -> None:
         """A round starts."""
+        ...
 
     def judge(self, outcome: Any) -> Verdict:
         """Whether one execution gave the call's result, and if not, whether it may be tried again."""
+        ...
 
     def after(self, verdict: Verdict) -> float | Final:
         """Seconds until the next round, or the end of the call; ``verdict`` speaks for the whole round."""
+        ...
 
 
 class Once:
@@ -147,9 +157,11 @@ class RetryPolicy(Protocol):
     @property
     def watches_every_attempt(self) -> bool:
         """Whether good results and first attempts have to be shown to it too."""
+        ...
 
     def rounds(self, call: Call, function: Callable[..., Any]) -> RetryRounds:
         """Start the bookkeeping of one call."""
+        ...
 
 
 class FallbackPolicy(Protocol):
@@ -158,19 +170,24 @@ class FallbackPolicy(Protocol):
     @property
     def parameter(self) -> str:
         """Name of the parameter that holds the candidates."""
+        ...
 
     @property
     def position(self) -> int | None:
         """Its place among the positional arguments, None if it is passed by keyword only."""
+        ...
 
     def values(self, call: Call) -> list[Any]:
         """The candidates in the order in which to try them; raises ValueError if there are none."""
+        ...
 
     def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments with one candidate in the place of all."""
+        ...
 
     def failed(self, value: Any) -> None:
         """Remember that this candidate has just failed."""
+        ...
 
 
 class LimitPolicy(Protocol):
@@ -178,12 +195,15 @@ class LimitPolicy(Protocol):
 
     def take_now(self) -> bool:
         """Take a slot if one is free."""
+        ...
 
     def expected_wait(self) -> float:
         """Seconds until a slot that is asked for now would come."""
+        ...
 
     def ticket(self) -> Arrival:
         """Ask for a slot."""
+        ...
 
 
 @dataclass(frozen=True)

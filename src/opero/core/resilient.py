@@ -1,14 +1,14 @@
 """From a plan to a callable: the wrapper with the function's own signature, and what is attached to it.
 
-The wrapper is compiled from the signature (as `dataclasses` does it), so that a call that succeeds costs little more than
-the call: one counter, one look at the clock. A wrong call raises its `TypeError` at once and is not retried.
+The wrapper is compiled from the signature (as `dataclasses` does it), so that a call that succeeds costs little more
+than the call: one counter, one look at the clock. A wrong call raises its `TypeError` at once and is not retried.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
 
 from opero.core.clock import clock
 from opero.core.flow import call_flow
@@ -35,7 +35,7 @@ else:
     # `functools.partial` calls from C, is seen through by `inspect.iscoroutinefunction`, and its subclasses may have
     # properties and methods: all that a plain function cannot give at once.
     class _Callable(functools.partial):
-        def __class_getitem__(cls, _item):
+        def __class_getitem__(cls, _item: Any) -> type:
             return cls
 
 
@@ -76,7 +76,7 @@ class OperoFunction(_Callable[P, R]):
         self: OperoFunction[Concatenate[S, Q], R], instance: S, owner: type | None = None
     ) -> BoundOperoFunction[Q, R]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else BoundOperoFunction(self, instance)
+        return self if instance is None else cast("Any", BoundOperoFunction)(self, instance)
 
     def __set_name__(self, owner: type, name: str) -> None:
         if self.plan.cache is not None:
@@ -107,7 +107,8 @@ class BoundOperoFunction(_Callable[P, R]):
     def cache_delete(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Forget the result for this instance and these arguments; tells whether there was one."""
         unbound: Any = self
-        return unbound.func.cache_delete(*unbound.args, *args, **kwargs)
+        deleted: bool = unbound.func.cache_delete(*unbound.args, *args, **kwargs)
+        return deleted
 
     def __getattr__(self, name: str) -> Any:
         unbound: Any = self
@@ -129,10 +130,11 @@ def reduce_decorated(decorated: Any) -> Any:
 def make_resilient(plan: Plan, remake: Callable[..., Any]) -> OperoFunction[..., Any]:
     """Build the callable for a plan; ``remake`` makes it again from the bare function, in another process."""
     wrapper = _compile_wrapper(plan)
-    resilient: Any = OperoFunction(wrapper)
+    make: Any = OperoFunction
+    resilient: OperoFunction[..., Any] = make(wrapper)
     functools.update_wrapper(resilient, plan.function)
     if not hasattr(plan.function, "__qualname__"):
-        resilient.__name__ = resilient.__qualname__ = plan.name
+        resilient.__dict__.update(__name__=plan.name, __qualname__=plan.name)
     resilient.__dict__.update(plan=plan, remake=remake)
     return resilient
 
@@ -235,12 +237,13 @@ def _entrances(plan: Plan, namespace: dict[str, Any]) -> dict[str, Any]:
     return {"_opero_function": checked, "_opero_enter": enter, "_opero_recover": recover}
 
 
-def decorator(name: str, make_plan: Callable[[Callable[..., Any]], Plan]) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
+def decorator(
+    name: str, make_plan: Callable[[Callable[..., Any]], Plan]
+) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
     """A decorator, called ``name`` in its errors, that plans each function by ``make_plan``."""
 
     def decorate(function: Callable[P, R]) -> OperoFunction[P, R]:
         check_decoratable(function, name)
-        made: Any = make_resilient(make_plan(function), decorate)
-        return made
+        return cast("OperoFunction[P, R]", make_resilient(make_plan(function), decorate))
 
     return decorate

@@ -1,7 +1,7 @@
 """Retry: tenacity's policy, asked from outside one round at a time.
 
-tenacity costs about 15 µs a call and 30 ms to import, so both are paid after a first failure only (unless its hooks want
-to see every attempt). It is driven through `tenacity.Retrying.iter`, on a private copy for each failing call: the
+tenacity costs about 15 µs a call and 30 ms to import, so both are paid after a first failure only (unless its hooks
+want to see every attempt). It is driven through `tenacity.Retrying.iter`, on a private copy for each failing call: the
 `statistics` of a shared one are one dict for all threads (tenacity 9.2.1, its issue 701).
 """
 
@@ -79,7 +79,7 @@ class RetryWithTenacity:
 
     @property
     def watches_every_attempt(self) -> bool:
-        """tenacity's ``retry`` may judge results, and ``before`` is told of every attempt."""
+        """Tenacity's ``retry`` may judge results, and ``before`` is told of every attempt."""
         return "retry" in self.options or "before" in self.options
 
     @property
@@ -186,7 +186,7 @@ class TenacityRounds:
         return float(step)
 
     def _predicate_says_again(self, outcome: Any) -> bool:
-        retrying, state = self._tenacity()
+        _retrying, state = self._tenacity()
         _set_outcome(state, outcome)
         predicate = self._policy.retrying.retry
         return bool(self._guarded("retry", lambda: predicate(state), False))  # noqa: FBT003 - a predicate's answer
@@ -275,15 +275,16 @@ def retry_policy(
 
 def _check_retry_on(retry_on: Any) -> None:
     wanted = "an Exception class, a tuple of them, or a function of the exception that returns a bool or seconds"
-    classes = retry_on if isinstance(retry_on, tuple) else (retry_on,)
     if isinstance(retry_on, (type, tuple)):
-        for cls in classes:
+        for cls in retry_on if isinstance(retry_on, tuple) else (retry_on,):
             if not (isinstance(cls, type) and issubclass(cls, BaseException)):
                 msg = f"retry_on={retry_on!r} is not a class of exceptions; write {wanted}"
                 raise TypeError(msg)
             if not issubclass(cls, Exception):
-                msg = f"retry_on has {cls.__name__}, which is never handled (Ctrl-C, cancellation, exit); write {wanted}"
-                raise ValueError(msg)
+                msg = (
+                    f"retry_on has {cls.__name__}, which is never handled (Ctrl-C, cancellation, exit); write {wanted}"
+                )
+                raise ValueError(msg)  # noqa: TRY004 - it is a class, but none of these
     else:
         check_callable("retry_on", retry_on, wanted)
 
@@ -306,8 +307,8 @@ def get_retry_decorator(
         min_delay: Seconds before the first retry.
         max_delay: Seconds that no delay exceeds.
         jitter: Whether each delay is drawn from its upper half at random.
-        retry_on: Exception class, tuple of classes, or ``callable(exception)`` returning a bool or the seconds to wait.
-        **options: For `tenacity.Retrying` (``stop``, ``wait``, ``retry``, ``before_sleep``, …); they win over the above.
+        retry_on: Exception class, tuple of classes, or ``callable(exception)`` returning a bool or seconds to wait.
+        **options: For `tenacity.Retrying` (``stop``, ``wait``, ``retry``, ``before_sleep``, …); these win.
 
     Raises:
         TypeError: If an option has the wrong type or is not known.

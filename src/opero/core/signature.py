@@ -158,7 +158,7 @@ def _describe(parameters: list[inspect.Parameter]) -> Forwarding:
     defaults: dict[str, Any] = {}
     kinds = [p.kind for p in parameters]
     for place, p in enumerate(parameters):
-        text = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
+        text = ("*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else "") + p.name
         if p.default is not p.empty:
             text += f"=_opero_default_{p.name}"
             defaults[f"_opero_default_{p.name}"] = p.default

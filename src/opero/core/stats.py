@@ -65,7 +65,8 @@ _COUNTED = ("attempts", "cache_errors", "direct", "failures", "fallbacks", "flow
 class Stats:
     """The live counters behind `CallStats`.
 
-    A call that goes straight to the function costs one tick (`direct`), a hit one (`hits`); calls and attempts are sums.
+    A call that goes straight to the function costs one tick (`direct`), a hit one (`hits`); `calls` and `attempts` are
+    sums.
     """
 
     __slots__ = (*_COUNTED, "__weakref__", "_lock", "_waited")

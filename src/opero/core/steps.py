@@ -1,7 +1,7 @@
 """The steps a flow asks for, and the two drivers that carry them out for one call.
 
-A flow is a generator: it decides, and yields steps; whoever drives it acts, and sends back what happened. `drive` blocks,
-`drive_async` awaits; the scheduler of a map is the third driver. None of them holds policy.
+A flow is a generator: it decides, and yields steps; whoever drives it acts, and sends back what happened. `drive`
+blocks, `drive_async` awaits; the scheduler of a map is the third driver. None of them holds policy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Failed:
 
     __slots__ = ("error",)
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
 
 
@@ -69,15 +69,19 @@ class Arrival(Protocol):
 
     def poll(self) -> bool:
         """Whether it is here; looking may bring it about."""
+        ...
 
     def due_in(self) -> float | None:
         """Seconds until the next look is worth it; None: only `notify` can tell."""
+        ...
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         """Call ``wake``, from any thread, when it may be here."""
+        ...
 
     def withdraw(self) -> None:
         """Nobody waits for it any more."""
+        ...
 
 
 class Await:
@@ -198,9 +202,9 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
     try:
         while True:
             step = flow.send(sent)
-            if step.__class__ is Attempt:
+            if isinstance(step, Attempt):
                 sent = run_attempt(function, step)
-            elif step.__class__ is Pause:
+            elif isinstance(step, Pause):
                 clock.sleep(step.seconds)
                 sent = None
             else:
@@ -220,9 +224,9 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
     try:
         while True:
             step = flow.send(sent)
-            if step.__class__ is Attempt:
+            if isinstance(step, Attempt):
                 sent = await run_attempt_async(function, step, name)
-            elif step.__class__ is Pause:
+            elif isinstance(step, Pause):
                 await clock.async_sleep(step.seconds)
                 sent = None
             else:

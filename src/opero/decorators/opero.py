@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from opero.core.cache import cache_policy
@@ -13,9 +12,11 @@ from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.retry import RetryOn, retry_policy
-from opero.core.signature import check_decoratable, is_async, name_of
+from opero.core.signature import is_async, name_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from opero.core.cache import CacheInMemory
 
 P = ParamSpec("P")
@@ -46,7 +47,7 @@ class OperoOptions(TypedDict, total=False):
     total_timeout: float | None
 
 
-OPERO_DEFAULTS: OperoOptions = {
+OPERO_DEFAULTS: dict[str, Any] = {
     "cache": False,
     "cache_ttl": None,
     "cache_backend": "memory",
@@ -69,7 +70,7 @@ OPERO_DEFAULTS: OperoOptions = {
 }
 
 
-def keyword_signature(function: Callable[..., Any], defaults: Mapping[str, Any]) -> inspect.Signature:
+def keyword_signature(defaults: Mapping[str, Any]) -> inspect.Signature:
     """The signature to show for a decorator whose options come as ``**options``."""
     first = inspect.Parameter("function", inspect.Parameter.POSITIONAL_ONLY, default=None)
     keywords = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in defaults.items()]
@@ -84,13 +85,13 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         options: Checked to be known names; missing ones have their defaults.
         killable: Whether an execution of a plain function can be stopped from outside, as in a process of its own.
     """
-    given: OperoOptions = {**OPERO_DEFAULTS, **options}
+    given: dict[str, Any] = {**OPERO_DEFAULTS, **options}
     _refuse_useless(given)
     attempt_timeout = _seconds("attempt_timeout", given["attempt_timeout"])
     if attempt_timeout is not None and not killable and not is_async(function):
         msg = (
-            f"attempt_timeout={attempt_timeout!r} cannot apply to {name_of(function)}: a running `def` function cannot be "
-            "stopped; write `async def`, use the function's own timeout, or map it with @opmap(mode='process')"
+            f"attempt_timeout={attempt_timeout!r} cannot apply to {name_of(function)}: a running `def` function cannot "
+            "be stopped; write `async def`, use the function's own timeout, or map it with @opmap(mode='process')"
         )
         raise ValueError(msg)
     return Plan(
@@ -114,7 +115,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
     )
 
 
-def _cache(function: Callable[..., Any], given: OperoOptions) -> CacheInMemory | None:
+def _cache(function: Callable[..., Any], given: dict[str, Any]) -> CacheInMemory | None:
     if not check_flag("cache", given["cache"]):
         return None
     return cache_policy(
@@ -131,20 +132,19 @@ def _seconds(name: str, value: Any) -> float | None:
     return None if value is None else check_seconds(name, value, zero=False)
 
 
-def _refuse_useless(given: OperoOptions) -> None:
+def _refuse_useless(given: dict[str, Any]) -> None:
     """Refuse options that have no effect without another one."""
     needs = {
         "fallback_cooldown": ("arg_fallback", None, "arg_fallback='parameter'"),
         "rate_limit_options": ("rate_limit", None, "rate_limit=5"),
-        **{
-            name: ("cache", False, "cache=True")
-            for name in ("cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options")
-        },
+        **dict.fromkeys(
+            ("cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options"),
+            ("cache", False, "cache=True"),
+        ),
     }
-    values: Mapping[str, Any] = given
     for name, (other, off, example) in needs.items():
-        if values[name] != OPERO_DEFAULTS.get(name) and values[other] is off:
-            msg = f"{name}={values[name]!r} has no effect with {other}={off!r}; add {example}, or leave it out"
+        if given[name] != OPERO_DEFAULTS[name] and given[other] is off:
+            msg = f"{name}={given[name]!r} has no effect with {other}={off!r}; add {example}, or leave it out"
             raise ValueError(msg)
 
 
@@ -184,8 +184,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``rate_limit`` (None): calls per second, or text such as ``"100/minute"``; every execution takes a slot.
             - ``rate_limit_options`` (None): mapping for `asynciolimiter.Limiter` (``max_burst``).
             - ``attempt_timeout`` (None): seconds for one execution; for ``async def`` only.
-            - ``total_timeout`` (None): seconds for the whole call, waits included; an execution of a ``def`` function is
-              not stopped, but none starts later.
+            - ``total_timeout`` (None): seconds for the whole call, waits included; an execution of a ``def`` function
+              is not stopped, but none starts later.
 
     Raises:
         TypeError: When decorating: an unknown option, a wrong type, or something that is not a function.
@@ -196,10 +196,10 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
     check_known("@opero", options, OPERO_DEFAULTS)
     if function is not None:
         if options:
-            msg = f"opero got a function and options at once; write opero({', '.join(f'{n}=…' for n in options)})(function)"
+            msg = f"opero got a function and options; write opero({', '.join(f'{n}=…' for n in options)})(function)"
             raise TypeError(msg)
         return decorator("opero", lambda f: make_plan(f, options))(function)
     return decorator("opero", lambda f: make_plan(f, options))
 
 
-opero.__signature__ = keyword_signature(opero, OPERO_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help
+opero.__signature__ = keyword_signature(OPERO_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help

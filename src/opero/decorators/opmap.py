@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from opero.concurrency.mapping import AsyncMap, SyncMap, make_map
 from opero.concurrency.pool import map_settings
 from opero.core.checks import check_known
 from opero.core.signature import check_decoratable
 from opero.decorators.opero import OPERO_DEFAULTS, OperoOptions, keyword_signature, make_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,7 +43,7 @@ class _ToMapWithErrors(Protocol):
     """A decorator whose maps return results and exceptions."""
 
     @overload
-    def __call__(
+    def __call__(  # type: ignore[overload-overlap]  # a coroutine is an R too: the first that fits is meant
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
     ) -> AsyncMap[T, P, R, R | Exception]: ...
     @overload
@@ -52,19 +54,23 @@ class _ToMap(Protocol):
     """A decorator whose maps return results, or raise."""
 
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /) -> AsyncMap[T, P, R, R]: ...
+    def __call__(  # type: ignore[overload-overlap]  # as above
+        self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
+    ) -> AsyncMap[T, P, R, R]: ...
     @overload
     def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R]: ...
 
 
 @overload
-def opmap(
+def opmap(  # type: ignore[overload-overlap]  # as above
     function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
 ) -> AsyncMap[T, P, R, R | Exception]: ...
 @overload
 def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
 @overload
-def opmap(*, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]) -> _ToMap: ...
+def opmap(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # False is a bool too
+    *, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]
+) -> _ToMap: ...
 @overload
 def opmap(*, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]) -> _ToMapWithErrors: ...
 def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
@@ -113,9 +119,9 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     if function is None:
         return decorate
     if options:
-        msg = f"opmap got a function and options at once; write opmap({', '.join(f'{n}=…' for n in options)})(function)"
+        msg = f"opmap got a function and options; write opmap({', '.join(f'{n}=…' for n in options)})(function)"
         raise TypeError(msg)
     return decorate(function)
 
 
-opmap.__signature__ = keyword_signature(opmap, OPMAP_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help
+opmap.__signature__ = keyword_signature(OPMAP_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help
