@@ -1,0 +1,62 @@
+"""Measure opero beside its peers, in one run, and print ratios.
+
+``python benchmarks/run.py [group …] [--repeat N]``; a group is ``calls``, ``maps`` or ``imports``. Machines differ
+and are shared: trust the ratio to the peer in the same group, not a single time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+GROUPS = ("calls", "maps", "imports")
+
+# A benchmark measures once and gives seconds; the first of its table is what the others are compared with.
+Row = tuple[str, "Callable[[], float]"]
+Table = tuple[str, "Sequence[Row]"]
+
+
+def main() -> None:
+    """Run the chosen groups."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", default=GROUPS, help=f"any of {', '.join(GROUPS)} (default: all)")
+    parser.add_argument("--repeat", type=int, default=5, help="measurements of each row (default: 5)")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.groups) - set(GROUPS))
+    if unknown:
+        parser.error(f"unknown group {unknown[0]!r}; write any of {', '.join(GROUPS)}")
+    sys.path.insert(0, str(Path(__file__).parent))
+    for group in arguments.groups:
+        for title, rows in importlib.import_module(f"bench_{group}").tables():
+            show(title, rows, arguments.repeat)
+
+
+def show(title: str, rows: Sequence[Row], repeat: int) -> None:
+    """Measure a table, the rows in turn so that all share the machine's moods, and print it."""
+    times: dict[str, list[float]] = {name: [] for name, _ in rows}
+    for _ in range(repeat):
+        for name, measure in rows:
+            times[name].append(measure())
+    base = median(times[rows[0][0]])
+    print(f"\n{title}\n{'':44} {'median':>12} {'best':>12} {'ratio':>8}")
+    for name, seconds in times.items():
+        middle = median(seconds)
+        print(f"  {name:42} {_time(middle):>12} {_time(min(seconds)):>12} {middle / base:8.2f}")
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+if __name__ == "__main__":
+    main()
