@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opero.concurrency.mapping import MapSettings, Pool, make_map
+from opero.concurrency.contract import MapSettings, Pool
+from opero.concurrency.mapping import make_map
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
 from opero.core.signature import check_decoratable, is_async, name_of

@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.concurrency.outcome import Outcome
@@ -23,7 +22,7 @@ from opero.core.steps import Attempt, Await, Failed, Flow, Pause
 from opero.exceptions import WorkerCrashedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
 
     from opero.concurrency.outcome import Sink
     from opero.core.steps import Arrival
@@ -41,18 +40,21 @@ MOST_BATCH_BYTES = 2_000_000
 class Source(Protocol):
     """Where the items come from."""
 
-    exhausted: bool
+    @property
+    def exhausted(self) -> bool:
+        """Whether there will be no more items."""
+        ...
 
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` items; fewer, or none, if there are no more now."""
         ...
 
 
-class IterableSource:
-    """A plain iterable, pulled in the thread of whoever calls the map."""
+class IteratorSource:
+    """A plain iterator, pulled in the thread of whoever calls the map."""
 
-    def __init__(self, items: Iterable[Any]) -> None:
-        self._iterator = iter(items)
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
         self.exhausted = False
 
     def take(self, count: int) -> list[Any]:
@@ -61,13 +63,15 @@ class IterableSource:
         return taken
 
 
-@dataclass(frozen=True)
 class Shape:
     """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``."""
 
-    head: tuple[Any, ...]
-    rest: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    __slots__ = ("head", "kwargs", "rest")
+
+    def __init__(self, head: tuple[Any, ...], rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.head = head
+        self.rest = rest
+        self.kwargs = kwargs
 
     def arguments(self, item: Any) -> tuple[Any, ...]:
         return (*self.head, item, *self.rest)
@@ -108,38 +112,48 @@ class Batch:
         self.sent_at = 0.0
 
 
-@dataclass(slots=True)
 class Done:
-    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running."""
+    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes."""
 
-    batch: Batch
-    values: list[Any]
-    errors: dict[int, Exception]
-    seconds: float
-    size: int = 0
+    __slots__ = ("batch", "errors", "seconds", "size", "values")
+
+    def __init__(
+        self, batch: Batch, values: list[Any], errors: dict[int, Exception], seconds: float, size: int = 0
+    ) -> None:
+        self.batch = batch
+        self.values = values
+        self.errors = errors
+        self.seconds = seconds
+        self.size = size
 
 
-@dataclass(slots=True)
 class Lost:
     """A worker ended; ``batches`` were with it, the first one sent first; ``at_once``: all of them were running."""
 
-    batches: list[Batch]
-    reason: str
-    at_once: bool = False
+    __slots__ = ("at_once", "batches", "reason")
+
+    def __init__(self, batches: list[Batch], reason: str, *, at_once: bool = False) -> None:
+        self.batches = batches
+        self.reason = reason
+        self.at_once = at_once
 
 
-@dataclass(slots=True)
 class Fatal:
     """Something that ends the whole map: Ctrl-C or exit in a worker thread, a pool that cannot work."""
 
-    error: BaseException
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
-@dataclass(slots=True)
 class Wake:
     """Somebody may have something: an item its rate slot, the input its next item."""
 
-    entry: Any = None
+    __slots__ = ("entry",)
+
+    def __init__(self, entry: Any = None) -> None:
+        self.entry = entry
 
 
 class Workers(Protocol):
@@ -158,13 +172,15 @@ class Workers(Protocol):
         ...
 
 
-@dataclass(slots=True)
 class _BatchSize:
     """How many items to send at once, learnt from how long they take and how large they are."""
 
-    most: int
-    now: int = 1
-    seconds_per_item: float = field(default=float("inf"))
+    __slots__ = ("most", "now", "seconds_per_item")
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.now = 1
+        self.seconds_per_item = float("inf")
 
     def learn(self, done: Done) -> None:
         count = len(done.values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Collection, Mapping
@@ -94,6 +93,8 @@ def check_known(where: str, names: Collection[str], known: Collection[str]) -> N
     """Refuse names that are not known, with the nearest one that is."""
     for name in names:
         if name not in known:
+            import difflib
+
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"write any of {_listed(known)}"
             msg = f"{where} got the unknown option {name!r}; {hint}"

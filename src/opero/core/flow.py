@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
@@ -23,14 +22,16 @@ if TYPE_CHECKING:
 FINAL_ERRORS = (MisuseError, NotTransferableError)
 
 
-@dataclass(slots=True)
 class _Candidate:
     """One value to try, and how it has fared in this call."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    value: Any
-    ready_at: float | None = None
+    __slots__ = ("args", "kwargs", "ready_at", "value")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.value = value
+        self.ready_at: float | None = None
 
 
 def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:

@@ -8,10 +8,8 @@ source made by `KeyMaker` pairs them with their classes on the spot.
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
-import decimal
 import enum
-import pathlib
+import functools
 import struct
 import sys
 import weakref
@@ -23,6 +21,8 @@ from opero.core.signature import compile_function, forwarding, name_of
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
+    import datetime as dt
+
     from opero.core.signature import Forwarding
 
 PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
@@ -40,9 +40,7 @@ def freeze(value: Any) -> Frozen:
     kind = value.__class__
     if kind in PLAIN_TYPES:
         return (kind, value)
-    freezer = _FREEZERS.get(kind)
-    if freezer is None:
-        freezer = _freezer_by_inheritance(value)
+    freezer = _FREEZERS.get(kind) or _library_freezers().get(kind) or _freezer_by_inheritance(value)
     return (kind, freezer(value))
 
 
@@ -53,7 +51,7 @@ def _freezer_by_inheritance(value: Any) -> Freezer:
         return lambda v: v.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _freeze_dataclass
-    for base, freezer in _INHERITED:
+    for base, freezer in _inherited_freezers():
         if isinstance(value, base):
             return freezer
     numpy = sys.modules.get("numpy")
@@ -151,20 +149,32 @@ _FREEZERS: dict[type, Freezer] = {
     set: _freeze_set,
     frozenset: _freeze_set,
     bytearray: bytes,
-    dt.datetime: _freeze_moment,
-    dt.time: _freeze_moment,
-    decimal.Decimal: str,
 }
 
-_INHERITED: tuple[tuple[type, Freezer], ...] = (
-    (tuple, _freeze_each),
-    (list, _freeze_each),
-    (Mapping, _freeze_mapping),
-    (AbstractSet, _freeze_set),
-    (float, _freeze_float),
-    (dt.datetime, _freeze_moment),
-    (pathlib.PurePath, str),
-)
+
+@functools.cache
+def _library_freezers() -> dict[type, Freezer]:
+    """Exact types whose modules are not needed by programs that never pass them."""
+    import datetime as dt
+    import decimal
+
+    return {dt.datetime: _freeze_moment, dt.time: _freeze_moment, decimal.Decimal: str}
+
+
+@functools.cache
+def _inherited_freezers() -> tuple[tuple[type, Freezer], ...]:
+    import datetime as dt
+    import pathlib
+
+    return (
+        (tuple, _freeze_each),
+        (list, _freeze_each),
+        (Mapping, _freeze_mapping),
+        (AbstractSet, _freeze_set),
+        (float, _freeze_float),
+        (dt.datetime, _freeze_moment),
+        (pathlib.PurePath, str),
+    )
 
 
 class KeyMaker:

@@ -73,12 +73,13 @@ class Verdict:
 ACCEPTED = Verdict(accepted=True)
 
 
-@dataclass(slots=True)
 class Final:
-    """The end of a call; ``recovered`` when a hook supplied the result in place of the function."""
+    """The end of a call: `Failed`, or a result that a user's hook supplied in place of the function."""
 
-    outcome: Any
-    recovered: bool = False
+    __slots__ = ("outcome",)
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome
 
 
 class CacheInfo(NamedTuple):

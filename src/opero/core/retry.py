@@ -181,7 +181,7 @@ class TenacityRounds:
                 self._complain("retry_options", raised, error)
             return Final(Failed(error.with_traceback(traceback)))
         if not isinstance(step, tenacity.DoSleep):
-            return Final(step, recovered=True)
+            return Final(step)
         state.prepare_for_next_attempt()
         return float(step)
 

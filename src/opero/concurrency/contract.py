@@ -1,0 +1,62 @@
+"""What a map and its pools agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opero.concurrency.scheduler import Batch
+    from opero.concurrency.worker import Work
+
+
+class Pool(Protocol):
+    """Runs a function on the items of batches, and tells each outcome."""
+
+    largest_batch: int
+
+    @property
+    def kill(self) -> Callable[[Batch], None] | None:
+        """Stops the worker that runs a batch; None where a worker cannot be stopped."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Batches that can run at the same time."""
+        ...
+
+    def start(self, deliver: Callable[[Any], None]) -> None:
+        """Begin; events go to ``deliver``, from any thread."""
+        ...
+
+    def submit(self, batch: Batch) -> None:
+        """Run a batch as soon as a worker is free."""
+        ...
+
+    def receive(self, event: Any) -> Any:
+        """Make a scheduler's event of what was delivered; None if it is of no interest."""
+        ...
+
+    def stop(self) -> None:
+        """End the workers; blocks until they have ended."""
+        ...
+
+    async def stop_async(self) -> None:
+        """End the workers without blocking the event loop."""
+        ...
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """How a map runs; the options of `opero.opmap` that are no policies."""
+
+    make_pool: Callable[[Work], Pool]
+    ordered: bool = True
+    progress: bool | str = True
+    return_exceptions: bool = True
+
+
+# The arguments before the item, those after it, and those by keyword.
+Arguments = tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]

@@ -1,0 +1,234 @@
+"""A running map, and the two ways of driving it: by blocking and by awaiting."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from opero.concurrency.outcome import Outcome, StreamSink
+from opero.concurrency.progress import make_progress
+from opero.concurrency.scheduler import IteratorSource, Scheduler, Shape, Wake
+from opero.concurrency.worker import Work
+from opero.core.signature import parameter_slot
+
+if TYPE_CHECKING:
+    from opero.concurrency.contract import Arguments, MapSettings
+    from opero.concurrency.outcome import Sink
+    from opero.concurrency.scheduler import Source
+    from opero.core.plan import Plan
+
+# Outcomes that a stream in input order keeps back for an earlier one.
+STREAM_WINDOW = 10_000
+
+
+class AsyncSource:
+    """An async iterable, pulled by a task of its own, one item ahead of what was asked for."""
+
+    def __init__(self, iterator: AsyncIterator[Any], wake: Callable[[Wake], None]) -> None:
+        self._iterator = iterator
+        self._wake = wake
+        self._ahead: deque[Any] = deque()
+        self._task: Any = None
+        self._error: BaseException | None = None
+        self._at_end = False
+
+    @property
+    def exhausted(self) -> bool:
+        return self._at_end and not self._ahead
+
+    def take(self, count: int) -> list[Any]:
+        import asyncio
+
+        if self._error is not None:
+            raise self._error
+        taken = [self._ahead.popleft() for _ in range(min(count, len(self._ahead)))]
+        if not self._at_end and len(taken) < count and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._pull())
+        return taken
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(BaseException):
+                await self._task
+
+    async def _pull(self) -> None:
+        try:
+            self._ahead.append(await anext(self._iterator))
+        except StopAsyncIteration:
+            self._at_end = True
+        except Exception as error:  # noqa: BLE001 - raised where the map takes its input
+            self._error = error
+        self._task = None
+        self._wake(Wake())
+
+
+class _Wait:
+    """Step of a running map: wait for events, at most so many seconds; sent back: the events."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+
+class _Run:
+    """One running map. Its two drivers, below, only wait and hand out."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: MapSettings,
+        *,
+        arguments: Arguments,
+        source: Source,
+        total: int | None,
+        sink: Sink,
+        deliver: Callable[[Any], None],
+    ) -> None:
+        shape = Shape(*arguments)
+        slot = None if plan.fallback is None else parameter_slot(plan.function, plan.fallback.parameter, "arg_fallback")
+        self.pool = settings.make_pool(Work(plan.function, plan.is_async, shape, slot))
+        self._deliver = deliver
+        self._sink = sink
+        self._progress = make_progress(settings.progress, plan.name, total)
+        self._scheduler = Scheduler(
+            plan,
+            shape,
+            source,
+            sink,
+            pool=self.pool,
+            stop_at_failure=not settings.return_exceptions,
+            window=STREAM_WINDOW if isinstance(sink, StreamSink) and settings.ordered else None,
+            wake=deliver,
+        )
+
+    def steps(self) -> Generator[_Wait | list[Outcome[Any, Any]], Any, None]:
+        """Yields outcomes to hand out, and waits."""
+        scheduler, pool = self._scheduler, self.pool
+        pool.start(self._deliver)
+        while True:
+            while (batch := scheduler.next_batch()) is not None:
+                pool.submit(batch)
+            self._progress.show(scheduler.finished_items, scheduler.failed_items)
+            outcomes = self._sink.take()
+            if outcomes:
+                yield outcomes
+            if scheduler.failure is not None:
+                raise scheduler.failure
+            if scheduler.done:
+                return
+            for event in (yield _Wait(scheduler.due_in())):
+                known = pool.receive(event)
+                if known is not None:
+                    scheduler.handle(known)
+
+    def close(self) -> None:
+        """Give up what has not ended; the pool is stopped by the driver."""
+        self._scheduler.close()
+        self._progress.close()
+
+
+def run_blocking(
+    plan: Plan, settings: MapSettings, arguments: Arguments, sink: Sink, *, items: Iterator[Any], total: int | None
+) -> Iterator[Outcome[Any, Any]]:
+    """Run a map by blocking; yields what the sink hands out."""
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    source = IteratorSource(items)
+    run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, deliver=inbox.put)
+    steps, events = run.steps(), None
+    try:
+        while True:
+            step = steps.send(events)
+            events = None
+            if isinstance(step, list):
+                yield from step
+            else:
+                events = _collect(inbox, step.seconds)
+    except StopIteration:
+        return
+    finally:
+        try:
+            run.close()
+        finally:
+            run.pool.stop()
+
+
+def _collect(inbox: queue.SimpleQueue[Any], seconds: float | None) -> list[Any]:
+    events = []
+    with suppress(queue.Empty):
+        events.append(inbox.get(timeout=seconds))
+        while True:
+            events.append(inbox.get_nowait())
+    return events
+
+
+class _AsyncInbox:
+    """Events for a coroutine, from its own thread or any other."""
+
+    def __init__(self) -> None:
+        import asyncio
+
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._events: deque[Any] = deque()
+        self._arrived = asyncio.Event()
+
+    def put(self, event: Any) -> None:
+        self._events.append(event)
+        if threading.get_ident() == self._thread:
+            self._arrived.set()
+        else:
+            # A closed loop has no map to tell anything any more.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def collect(self, seconds: float | None) -> list[Any]:
+        if not self._events:
+            timer = None if seconds is None else self._loop.call_later(seconds, self._arrived.set)
+            try:
+                await self._arrived.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
+        self._arrived.clear()
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+
+async def run_awaiting(
+    plan: Plan,
+    settings: MapSettings,
+    arguments: Arguments,
+    sink: Sink,
+    *,
+    items: Iterator[Any] | AsyncIterator[Any],
+    total: int | None,
+) -> AsyncIterator[Outcome[Any, Any]]:
+    """Run a map by awaiting; yields what the sink hands out."""
+    inbox = _AsyncInbox()
+    source: Source = AsyncSource(items, inbox.put) if isinstance(items, AsyncIterator) else IteratorSource(items)
+    run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, deliver=inbox.put)
+    steps, events = run.steps(), None
+    try:
+        while True:
+            try:
+                step = steps.send(events)
+            except StopIteration:
+                return
+            events = None
+            if isinstance(step, list):
+                for outcome in step:
+                    yield outcome
+            else:
+                events = await inbox.collect(step.seconds)
+    finally:
+        try:
+            run.close()
+            if isinstance(source, AsyncSource):
+                await source.close()
+        finally:
+            await run.pool.stop_async()
