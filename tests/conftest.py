@@ -33,7 +33,7 @@ class World:
         """Make a plain function one of this world."""
         return as_async(function) if self.is_async else function
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call a function of this world and give its result."""
         if not self.is_async:
             return function(*args, **kwargs)

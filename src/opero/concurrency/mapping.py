@@ -146,6 +146,9 @@ class AsyncMap(_Map[T, P, R, E]):
         """The blocking form, for scripts; inside a running event loop write ``await`` instead."""
         import asyncio
 
+        if asyncio._get_running_loop() is not None:
+            msg = f"{self.plan.name}.run blocks, and this thread has a running event loop; write `await {self.plan.name}(…)`"
+            raise RuntimeError(msg)
         return asyncio.run(self(items, *args, **kwargs))
 
     def stream(

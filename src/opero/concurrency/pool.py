@@ -107,6 +107,9 @@ def _check_pool_options(mode: str, options: dict[str, Any]) -> None:
         check_choice("pool_options['start_method']", options["start_method"], multiprocessing.get_all_start_methods())
     if "initializer" in options:
         check_callable("pool_options['initializer']", options["initializer"], "a function that prepares each worker")
+    if "initargs" in options and "initializer" not in options:
+        msg = f"pool_options['initargs']={options['initargs']!r} has no effect without an initializer; add one"
+        raise ValueError(msg)
     if not isinstance(options.get("initargs", ()), tuple):
         msg = f"pool_options['initargs']={options['initargs']!r} is {type(options['initargs']).__name__}; write a tuple"
         raise TypeError(msg)

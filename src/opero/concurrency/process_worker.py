@@ -66,6 +66,7 @@ def serve(
 
     ready = _get_ready(door, work, initializer, initargs)
     current_process().daemon = False  # a worker may have workers of its own
+    _forget_forkserver()
     if ready is None:
         return
     caller = AsyncCaller(ready) if ready.is_async else None
@@ -74,6 +75,13 @@ def serve(
         _serve_batches(door.connection, ready, caller)
     if caller is not None:
         caller.close()
+
+
+def _forget_forkserver() -> None:
+    """A forked worker inherits its parent's fork server, which only the parent can wait for, and has to start its own."""
+    from multiprocess import forkserver
+
+    forkserver._forkserver.__init__()  # noqa: SLF001 - multiprocess has no function for it
 
 
 async def serve_async(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, RemoteError
+from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,7 +156,7 @@ def _portable_error(error: Exception) -> Exception:
     except Exception:  # noqa: BLE001 - many exceptions cannot: their __init__ takes what args does not hold
         faithful = False
     portable = error if faithful else RemoteError(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
-    portable.add_note(f"in the worker:\n{trace}")
+    add_note(portable, f"in the worker:\n{trace}")
     return portable
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
+
+from opero.core.signature import is_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,11 +28,18 @@ def check_number(name: str, value: Any, what: str, *, smallest: float, exclusive
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         msg = f"{name}={value!r} is {type(value).__name__}; write a number of {what}"
         raise TypeError(msg)
-    if not math.isfinite(value) or value < smallest or (exclusive and value == smallest):
+    if not _is_finite(value) or value < smallest or (exclusive and value == smallest):
         bound = "above" if exclusive else "of at least"
         msg = f"{name}={value!r} is out of range; write a finite number of {what} {bound} {smallest:g}"
         raise ValueError(msg)
     return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 def check_count(name: str, value: Any, what: str, *, smallest: int) -> int:
@@ -82,7 +90,7 @@ def check_callable(name: str, value: Any, what: str) -> Callable[..., Any]:
     if not callable(value):
         msg = f"{name}={value!r} cannot be called; write {what}"
         raise TypeError(msg)
-    if inspect.iscoroutinefunction(value):
+    if is_async(value):
         msg = f"{name}={value!r} is an async function; write a plain one, for async functions too"
         raise TypeError(msg)
     checked: Callable[..., Any] = value

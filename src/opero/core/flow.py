@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
@@ -14,6 +13,7 @@ from opero.core.signature import MISSING
 from opero.core.steps import Attempt, Await, Failed, Flow, Pause
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, NotTransferableError
 from opero.utils.logging import log
+from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -192,7 +192,7 @@ class _CallFlow:
             return Failed(AllFailedError(message, self.errors))
         summary = f"{plan.name} failed after {_count(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
         log("WARNING", "{}", summary)
-        _add_note(failed.error, f"opero: {plan.name} failed after ", f"opero: {summary}")
+        add_note(failed.error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
         return failed
 
 
@@ -205,11 +205,3 @@ OUT_OF_TIME = _OutOfTime()
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _add_note(error: BaseException, prefix: str, note: str) -> None:
-    # One exception object can end many calls; it shall carry the story of the last one only.
-    with contextlib.suppress(Exception):
-        if hasattr(error, "__notes__"):
-            error.__notes__ = [n for n in error.__notes__ if not str(n).startswith(prefix)]
-        error.add_note(note)

@@ -45,10 +45,14 @@ def parse_rate(rate: Any, option: str = "rate_limit") -> float:
     elif isinstance(rate, bool) or not isinstance(rate, (int, float)):
         msg = f"{option}={asked!r} is {type(asked).__name__}; write calls per second, or text such as '100/minute'"
         raise TypeError(msg)
-    if not (math.isfinite(rate) and rate > 0):
+    try:
+        per_second = float(rate)
+    except OverflowError:
+        per_second = math.inf
+    if not (math.isfinite(per_second) and per_second > 0):
         msg = f"{option}={asked!r} limits nothing; write a number of calls per second above 0, or None for no limit"
         raise ValueError(msg)
-    return float(rate)
+    return per_second
 
 
 class RateLimiter:
@@ -129,6 +133,8 @@ def limit_policy(rate_limit: float | str, options: Mapping[str, Any] | None = No
     rate = parse_rate(rate_limit)
     given = check_mapping("rate_limit_options", options)
     check_known("rate_limit_options", given, ("max_burst",))
+    if "max_burst" in given:
+        check_count("rate_limit_options['max_burst']", given["max_burst"], "calls", smallest=1)
     return RateLimiter(rate, **given)
 
 

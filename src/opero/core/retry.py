@@ -22,11 +22,13 @@ from opero.core.checks import (
     check_number,
     check_seconds,
 )
+from opero.core.clock import clock
 from opero.core.plan import ACCEPTED, Call, Final, Plan, Verdict
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.signature import name_of
 from opero.core.steps import Failed
 from opero.utils.logging import log
+from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
     import tenacity
@@ -43,7 +45,7 @@ def backoff_delay(failures: int, *, factor: float, smallest: float, largest: flo
     try:
         return min(largest, smallest * factor ** (failures - 1))
     except OverflowError:
-        return largest
+        return largest if smallest else 0.0
 
 
 def jittered(delay: float, random_unit: float) -> float:
@@ -127,6 +129,7 @@ class TenacityRounds:
         self._function = function
         self._retrying: tenacity.Retrying | None = None
         self._state: tenacity.RetryCallState | None = None
+        self._rejected: Exception | None = None
 
     def begin(self) -> None:
         if self._policy.watches_every_attempt:
@@ -141,7 +144,8 @@ class TenacityRounds:
 
             _retrying, state = self._tenacity()
             assert state.outcome is not None  # noqa: S101 - for the type checkers
-            return Verdict(accepted=False, error=tenacity.RetryError(state.outcome), retryable=True)
+            self._rejected = tenacity.RetryError(state.outcome)
+            return Verdict(accepted=False, error=self._rejected, retryable=True)
         error = outcome.error
         if "retry" in self._policy.options:
             return Verdict(accepted=False, error=error, retryable=self._predicate_says_again(outcome))
@@ -156,9 +160,7 @@ class TenacityRounds:
         retrying, state = self._tenacity()
         if not retrying.enabled:
             return Final(Failed(verdict.error))
-        import tenacity
-
-        if not isinstance(verdict.error, tenacity.RetryError) or state.outcome is None:
+        if verdict.error is not self._rejected:
             _set_outcome(state, Failed(verdict.error))
         retrying.retry = _always
         retrying.wait = self._policy.retrying.wait if verdict.delay is None else _constant(verdict.delay)
@@ -172,12 +174,10 @@ class TenacityRounds:
         traceback = error.__traceback__
         try:
             step = retrying.iter(state)
-        except tenacity.RetryError as given_up:
-            return Final(Failed(given_up))
-        except Exception as raised:  # noqa: BLE001 - tenacity raises the call's own error to give up
-            if isinstance(error, tenacity.TryAgain):
-                return Final(Failed(raised))
+        except Exception as raised:  # noqa: BLE001 - tenacity raises to give up: the call's own error, or its own
             if raised is not error:
+                if isinstance(raised, retrying.retry_error_cls) or isinstance(error, tenacity.TryAgain):
+                    return Final(Failed(raised))
                 self._complain("retry_options", raised, error)
             return Final(Failed(error.with_traceback(traceback)))
         if not isinstance(step, tenacity.DoSleep):
@@ -200,6 +200,8 @@ class TenacityRounds:
             self._state = tenacity.RetryCallState(
                 self._retrying, fn=self._function, args=self._call.args, kwargs=self._call.kwargs
             )
+            # It is made after the first attempt, but its clock shall tell of the whole call.
+            self._state.start_time -= clock.now() - self._call.started
         return self._retrying, self._state
 
     def _guarded(self, hook: str, ask: Callable[[], Any], otherwise: Any) -> Any:
@@ -214,7 +216,7 @@ class TenacityRounds:
         text = f"{hook} of {name_of(self._function)} raised {type(raised).__name__}: {raised}; not retried"
         log("WARNING", "{}", text)
         if error is not None:
-            error.add_note(f"opero: {text}")
+            add_note(error, f"opero: {text}")
 
 
 def _set_outcome(state: tenacity.RetryCallState, outcome: Any) -> None:
@@ -257,9 +259,9 @@ def retry_policy(
     if "sleep" in given:
         msg = "retry_options['sleep'] cannot apply: opero waits by itself, sync or async; write 'wait' to say how long"
         raise ValueError(msg)
-    for name, value in given.items():
-        if callable(value) and not isinstance(value, type):
-            check_callable(f"retry_options[{name!r}]", value, "what tenacity.Retrying takes")
+    for name in _HOOKS:
+        if given.get(name) is not None or (name in given and name not in _OPTIONAL_HOOKS):
+            _check_hook(name, given[name])
     if retries == 0 and not given:
         return None
     return RetryWithTenacity(
@@ -271,6 +273,18 @@ def retry_policy(
         retry_on=retry_on,
         options=given,
     )
+
+
+_HOOKS = ("stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback")
+_OPTIONAL_HOOKS = ("before", "after", "before_sleep", "retry_error_callback")
+
+
+def _check_hook(name: str, hook: Any) -> None:
+    wanted = "a function of tenacity's retry state, or one of tenacity's own objects for it"
+    if isinstance(hook, type):
+        msg = f"retry_options[{name!r}]={hook!r} is a class; write {wanted}"
+        raise TypeError(msg)
+    check_callable(f"retry_options[{name!r}]", hook, wanted)
 
 
 def _check_retry_on(retry_on: Any) -> None:

@@ -25,6 +25,7 @@ class _Missing:
 
 MISSING: Any = _Missing()
 
+_GENERATOR_TESTS = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -54,7 +55,8 @@ def check_decoratable(function: Any, decorator: str) -> None:
     bare = function
     while isinstance(bare, functools.partial):
         bare = bare.func
-    if inspect.isgeneratorfunction(bare) or inspect.isasyncgenfunction(bare):
+    method = getattr(bare, "__call__", None)  # noqa: B004 - the method itself is looked at, not whether there is one
+    if any(is_generator(f) for f in (bare, method) for is_generator in _GENERATOR_TESTS):
         msg = (
             f"@{decorator} got the generator function {name_of(function)}; it cannot be run again once it has yielded. "
             "Decorate a function that returns, such as one that makes a single item"
@@ -99,7 +101,14 @@ class ParameterSlot:
 
 def parameter_slot(function: Callable[..., Any], name: str, option: str) -> ParameterSlot:
     """Find parameter ``name``; ``option`` is the decorator's option that asked for it."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (ValueError, TypeError) as error:
+        msg = (
+            f"{option}={name!r} cannot apply to {name_of(function)}, whose parameters Python does not know; "
+            "write a function with named parameters around it"
+        )
+        raise ValueError(msg) from error
     parameter = parameters.get(name)
     if parameter is None or parameter.kind in _VARIADIC:
         named = [p.name for p in parameters.values() if p.kind not in _VARIADIC]

@@ -104,7 +104,7 @@ def raise_or_return(outcome: Any) -> Any:
     try:
         raise outcome.error
     finally:
-        # This frame is in the error's traceback: without this the two would keep each other alive.
+        # This frame, and the caller's, are in the error's traceback: without this they would keep each other alive.
         del outcome
 
 
@@ -215,7 +215,10 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
     finally:
         del sent
         flow.close()
-    return raise_or_return(outcome)
+    try:
+        return raise_or_return(outcome)
+    finally:
+        del outcome
 
 
 async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
@@ -237,4 +240,7 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
     finally:
         del sent
         flow.close()
-    return raise_or_return(outcome)
+    try:
+        return raise_or_return(outcome)
+    finally:
+        del outcome

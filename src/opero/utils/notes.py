@@ -1,0 +1,17 @@
+"""Notes on exceptions."""
+
+from __future__ import annotations
+
+import contextlib
+
+
+def add_note(error: BaseException, note: str, *, instead_of: str | None = None) -> None:
+    """Add a note, in place of earlier ones that begin with ``instead_of``; never raises.
+
+    One exception object can end many calls, and shall tell the story of the last one only. Some exceptions refuse
+    attributes; a note is no reason to lose them.
+    """
+    with contextlib.suppress(Exception):
+        if instead_of is not None and hasattr(error, "__notes__"):
+            error.__notes__ = [n for n in error.__notes__ if not str(n).startswith(instead_of)]
+        error.add_note(note)
