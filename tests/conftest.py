@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ def as_async(function: Callable[..., Any]) -> Callable[..., Any]:
     made = compile_function(source, "call", {**shape.defaults, "_opero_function": function})
     functools.update_wrapper(made, function)
     del made.__wrapped__
+    made.__signature__ = inspect.signature(function)
     return made
 
 

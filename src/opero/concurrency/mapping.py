@@ -146,8 +146,10 @@ class AsyncMap(_Map[T, P, R, E]):
         """The blocking form, for scripts; inside a running event loop write ``await`` instead."""
         import asyncio
 
-        if asyncio._get_running_loop() is not None:
-            msg = f"{self.plan.name}.run blocks, and this thread has a running event loop; write `await {self.plan.name}(…)`"
+        from opero.concurrency.running import has_running_loop
+
+        if has_running_loop():
+            msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
         return asyncio.run(self(items, *args, **kwargs))
 

@@ -62,11 +62,7 @@ def serve(
     door: Door, work: Work | bytes, initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = ()
 ) -> None:
     """Run batches, one after the other, until the pipe ends; the whole life of a worker."""
-    from multiprocess.process import current_process
-
     ready = _get_ready(door, work, initializer, initargs)
-    current_process().daemon = False  # a worker may have workers of its own
-    _forget_forkserver()
     if ready is None:
         return
     caller = AsyncCaller(ready) if ready.is_async else None
@@ -77,11 +73,17 @@ def serve(
         caller.close()
 
 
-def _forget_forkserver() -> None:
-    """A forked worker inherits its parent's fork server, which only the parent can wait for, and has to start its own."""
-    from multiprocess import forkserver
+def _become_independent() -> None:
+    """Let this worker have workers of its own, for maps inside maps."""
+    import multiprocessing.forkserver
 
-    forkserver._forkserver.__init__()  # noqa: SLF001 - multiprocess has no function for it
+    import multiprocess.forkserver
+
+    for library in (multiprocessing, multiprocess):
+        if library.process.current_process().daemon:
+            library.process.current_process().daemon = False
+        # A fork server that a forked worker inherited can be waited for only by the parent.
+        library.forkserver._forkserver.__init__()  # noqa: SLF001 - there is no function for it
 
 
 async def serve_async(
@@ -100,6 +102,7 @@ def _get_ready(
     """Load the work and say hello; None if the parent has been told that this cannot be done."""
     if door.locked:
         os._exit(0)
+    _become_independent()
     # Ctrl-C goes to the whole process group; the caller's process alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -167,6 +167,17 @@ def _collect(inbox: queue.SimpleQueue[Any], seconds: float | None) -> list[Any]:
     return events
 
 
+def has_running_loop() -> bool:
+    """Whether this thread is inside an event loop."""
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 class _AsyncInbox:
     """Events for a coroutine, from its own thread or any other."""
 

@@ -57,10 +57,8 @@ class MemoryStore:
 
     def get(self, key: Any) -> tuple[Any, float] | None:
         entry = self.look_up(key)
-        if entry is None or entry[1] > clock.now():
-            return entry
-        self.delete(key)
-        return None
+        # An expired entry is left to its successor: deleting it here could hit one that was stored just now.
+        return entry if entry is None or entry[1] > clock.now() else None
 
     def put(self, key: Any, value: Any, ttl: float | None) -> None:
         self._entries[key] = (value, FOREVER if ttl is None else clock.now() + ttl)
@@ -107,7 +105,7 @@ class CacheInMemory:
             flight, is_leader = self.flights.board(key)
             if is_leader:
                 return (yield from self._lead(flight, call, compute, stats))
-            if flight in leading.get():
+            if flight.badge in leading.get():
                 stats.flown.tick()
                 return (yield from compute())
             yield Await(Seat(self.flights, flight))
@@ -141,7 +139,7 @@ class CacheInMemory:
                 self.flights.land(flight, entry[0])
                 return self._hit(call, entry[0], stats)
             stats.flown.tick()
-            call.flight = flight
+            call.flight = flight.badge
             outcome = yield from compute()
             if outcome.__class__ is Final:
                 # A hook made this result up; it is the call's, but not the function's to be remembered.

@@ -132,12 +132,27 @@ class _Identity(weakref.ref[Any]):
         return value is not None and isinstance(other, _Identity) and value is other()
 
 
+class _HeldIdentity:
+    """Equal only to another one of the same object."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _HeldIdentity) and self._value is other._value
+
+
 def _freeze_by_identity(value: Any) -> Frozen:
     try:
         return _Identity(value)
     except TypeError:
         # Objects with slots only: no weak reference, so the key has to hold the object.
-        return (id(value), value)
+        return _HeldIdentity(value)
 
 
 _FREEZERS: dict[type, Freezer] = {
@@ -181,53 +196,61 @@ class KeyMaker:
     """Gives the cache key of a call, and the source of it for a compiled wrapper.
 
     Attributes:
-        is_method: Whether the first parameter is the instance that owns the method; it is then told apart by identity
-            and not kept alive.
         source: An expression over the function's parameters, to be evaluated in `namespace`.
+        key_of: A function of the same arguments that gives the key.
     """
 
     def __init__(self, function: Callable[..., Any], cache_key: Callable[..., Any] | None) -> None:
-        self.is_method = False
-        self._cache_key = cache_key
-        self._function_name = name_of(function)
         shape = forwarding(function)
-        self._names = shape.names
+        name = name_of(function)
+        self._is_method = [False]
         self.source = _key_source(shape) if cache_key is None else f"_opero_users_key({shape.call})"
+        # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
         self.namespace: dict[str, Any] = {
             "_opero_plain": PLAIN_TYPES,
-            "_opero_frozen_key": self._frozen_key,
-            "_opero_users_key": self._users_key,
+            "_opero_frozen_key": _argument_freezer(shape.names, name, self._is_method),
+            "_opero_users_key": None if cache_key is None else _users_key(cache_key, name),
         }
         source = f"def key_of({shape.parameters}):\n    return {self.source}\n"
         self.key_of = compile_function(source, "key_of", {**self.namespace, **shape.defaults})
 
-    def _frozen_key(self, *values: Any) -> Frozen:
+    def belongs_to_method(self) -> None:
+        """The first parameter is the instance that owns the method: told apart by identity, and not kept alive."""
+        self._is_method[0] = True
+
+
+def _argument_freezer(names: tuple[str, ...], function: str, is_method: list[bool]) -> Callable[..., Frozen]:
+    def frozen_key(*values: Any) -> Frozen:
         frozen = []
-        for name, value in zip(self._names, values, strict=True):
+        for name, value in zip(names, values, strict=True):
             try:
-                owner = self.is_method and name == self._names[0]
+                owner = is_method[0] and name == names[0]
                 frozen.append(_freeze_by_identity(value) if owner else freeze(value))
             except (UncacheableError, RecursionError) as error:
-                raise MisuseError(self._complaint(name, error)) from error
+                raise MisuseError(_complaint(name, function, error)) from error
         return tuple(frozen)
 
-    def _users_key(self, *args: Any, **kwargs: Any) -> Frozen:
-        assert self._cache_key is not None  # noqa: S101 - the source names this method only with a cache_key
-        key = self._cache_key(*args, **kwargs)
+    return frozen_key
+
+
+def _users_key(cache_key: Callable[..., Any], function: str) -> Callable[..., Frozen]:
+    def users_key(*args: Any, **kwargs: Any) -> Frozen:
+        key = cache_key(*args, **kwargs)
         try:
             return freeze(key)
         except (UncacheableError, RecursionError) as error:
-            msg = (
-                f"cache_key= of {self._function_name} returned {key!r}: {error}; return text, numbers or tuples of them"
-            )
+            msg = f"cache_key= of {function} returned a {type(key).__qualname__}: {error}; return text or numbers"
             raise MisuseError(msg) from error
 
-    def _complaint(self, name: str, error: Exception) -> str:
-        reason = str(error) if isinstance(error, UncacheableError) else "it contains itself or is nested too deeply"
-        return (
-            f"argument {name!r} of {self._function_name} cannot be part of a cache key: {reason}; "
-            "give cache_key=, a function of the same arguments that returns the key"
-        )
+    return users_key
+
+
+def _complaint(name: str, function: str, error: Exception) -> str:
+    reason = str(error) if isinstance(error, UncacheableError) else "it contains itself or is nested too deeply"
+    return (
+        f"argument {name!r} of {function} cannot be part of a cache key: {reason}; "
+        "give cache_key=, a function of the same arguments that returns the key"
+    )
 
 
 def _key_source(shape: Forwarding) -> str:

@@ -80,7 +80,7 @@ class OperoFunction(_Callable[P, R]):
 
     def __set_name__(self, owner: type, name: str) -> None:
         if self.plan.cache is not None:
-            self.plan.cache.keys.is_method = True
+            self.plan.cache.keys.belongs_to_method()
 
     def __reduce__(self) -> Any:
         return reduce_decorated(self)
@@ -145,7 +145,7 @@ _DIRECT = """
     _opero_started = _opero_clock.now()
     try:
         return {await_}_opero_function({forwarded})
-    except Exception as _opero_error:
+    except _opero_Exception as _opero_error:
         _opero_failure = _opero_error
     try:
         return {await_}_opero_recover(_opero_failure, _opero_started, {packed})
@@ -182,8 +182,14 @@ def _compile_wrapper(plan: Plan) -> Callable[..., Any]:
         "forwarded": shape.call,
         "packed": shape.packed,
     }
-    namespace: dict[str, Any] = {**shape.defaults, "_opero_clock": clock}
-    namespace |= _entrances(plan, namespace)
+    entrances = _AsyncEntrances(plan) if plan.is_async else _Entrances(plan)
+    namespace: dict[str, Any] = {
+        **shape.defaults,
+        "_opero_clock": clock,
+        "_opero_Exception": Exception,  # a parameter may be named like the builtin
+        "_opero_enter": entrances.enter,
+        "_opero_recover": entrances.recover,
+    }
     if plan.cache is not None:
         words["key"] = plan.cache.keys.source
         words["in_time"] = " and _opero_entry[1] > _opero_clock.now()" if plan.cache.entries_may_expire else ""
@@ -192,6 +198,8 @@ def _compile_wrapper(plan: Plan) -> Callable[..., Any]:
         template = _CACHED
     elif plan.first_attempt_is_direct:
         words["guard"] = "" if plan.limit is None else _GUARD.format(**words)
+        namespace["_opero_function"] = entrances.function
+        entrances.when_looked_at(lambda: namespace.update(_opero_function=plan.function))
         namespace["_opero_count"] = plan.stats.direct.tick
         namespace["_opero_take_slot"] = None if plan.limit is None else plan.limit.take_now
         template = _DIRECT
@@ -203,38 +211,60 @@ def _compile_wrapper(plan: Plan) -> Callable[..., Any]:
     return wrapper
 
 
-def _entrances(plan: Plan, namespace: dict[str, Any]) -> dict[str, Any]:
-    """The ways from a wrapper, whose globals are ``namespace``, to the function and into the flow.
+class _Entrances:
+    """The ways from a wrapper to a plain function and into the flow.
 
-    A plain function's first result is looked at, then the bare function takes the place of the looking one.
+    The function's first result is looked at, then the bare function takes the place of the looking one. Nothing here
+    refers to the wrapper after that, so that no garbage collector is needed to free the two.
     """
-    if plan.is_async:
 
-        async def enter_async(args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
-            return await drive_async(call_flow(plan, Call(args, kwargs, key=key)), plan.function, plan.name)
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._looked_at: Callable[[], None] | None = None
+        self._has_looked = False
 
-        async def recover_async(error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            flow = call_flow(plan, Call(args, kwargs, started=started, attempts=1), error)
-            del error
-            return await drive_async(flow, plan.function, plan.name)
+    def when_looked_at(self, act: Callable[[], None]) -> None:
+        self._looked_at = act
 
-        return {"_opero_function": plan.function, "_opero_enter": enter_async, "_opero_recover": recover_async}
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        result = plan.function(*args, **kwargs)
-        refuse_awaitable(plan.function, result)
-        namespace["_opero_function"] = plan.function
+    def function(self, /, *args: Any, **kwargs: Any) -> Any:
+        result = self._plan.function(*args, **kwargs)
+        refuse_awaitable(self._plan.function, result)
+        self._has_looked = True
+        if self._looked_at is not None:
+            self._looked_at()
+            self._looked_at = None
         return result
 
-    def enter(args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
-        return drive(call_flow(plan, Call(args, kwargs, key=key)), namespace["_opero_function"])
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
+        function = self._plan.function if self._has_looked else self.function
+        return drive(call_flow(self._plan, Call(args, kwargs, key=key)), function)
 
-    def recover(error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def recover(self, error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = self._plan.function if self._has_looked else self.function
+        flow = call_flow(self._plan, Call(args, kwargs, started=started, attempts=1), error)
+        del error
+        return drive(flow, function)
+
+
+class _AsyncEntrances:
+    """The ways from a wrapper to an async function and into the flow."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.function = plan.function
+
+    def when_looked_at(self, act: Callable[[], None]) -> None:
+        """What an async function returns is awaited; nothing has to be looked at."""
+
+    async def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
+        plan = self._plan
+        return await drive_async(call_flow(plan, Call(args, kwargs, key=key)), plan.function, plan.name)
+
+    async def recover(self, error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan = self._plan
         flow = call_flow(plan, Call(args, kwargs, started=started, attempts=1), error)
         del error
-        return drive(flow, namespace["_opero_function"])
-
-    return {"_opero_function": checked, "_opero_enter": enter, "_opero_recover": recover}
+        return await drive_async(flow, plan.function, plan.name)
 
 
 def decorator(

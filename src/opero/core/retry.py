@@ -186,8 +186,12 @@ class TenacityRounds:
         return float(step)
 
     def _predicate_says_again(self, outcome: Any) -> bool:
+        import tenacity
+
         _retrying, state = self._tenacity()
         _set_outcome(state, outcome)
+        if outcome.__class__ is Failed and isinstance(outcome.error, tenacity.TryAgain):
+            return True
         predicate = self._policy.retrying.retry
         return bool(self._guarded("retry", lambda: predicate(state), False))  # noqa: FBT003 - a predicate's answer
 

@@ -198,5 +198,6 @@ def _describe(parameters: list[inspect.Parameter]) -> Forwarding:
 def compile_function(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:
     """Define function ``name`` by its source; ``namespace`` becomes its globals."""
     exec(compile(source, "<opero>", "exec"), namespace)  # noqa: S102 - the source is opero's own text and parameter names
-    function: Callable[..., Any] = namespace[name]
+    # Taken out again: a function among its own globals could be freed by the garbage collector only.
+    function: Callable[..., Any] = namespace.pop(name)
     return function

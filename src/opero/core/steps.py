@@ -29,7 +29,7 @@ class Attempt:
 
     ``timeout`` seconds are left to it, by the option named ``limit``; a blocking driver cannot stop a function and lets
     it run. ``candidate`` is the fallback value in ``args`` or ``kwargs``, for drivers that send only what differs.
-    ``flight`` is the computation that others may be waiting for, see `opero.core.flights`.
+    ``flight`` is the badge of the computation that others may be waiting for, see `opero.core.flights`.
     """
 
     __slots__ = ("args", "candidate", "flight", "kwargs", "limit", "timeout")
