@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from opero.core.clock import clock
 from opero.core.signature import compile_function, forwarding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 def as_async(function: Callable[..., Any]) -> Callable[..., Any]:

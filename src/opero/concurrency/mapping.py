@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
 from opero.concurrency.outcome import ListSink, Outcome, StreamSink
-from opero.core.resilient import make_resilient, reduce_decorated
+from opero.core.resilient import Recipe, make_resilient, reduce_decorated
 
 if TYPE_CHECKING:
     from opero.concurrency.contract import Arguments, MapSettings
@@ -21,12 +20,29 @@ T = TypeVar("T")
 R = TypeVar("R")
 E = TypeVar("E")
 S = TypeVar("S")
+Item = TypeVar("Item")
+S_contra = TypeVar("S_contra", contravariant=True)
+Item_contra = TypeVar("Item_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
+E_co = TypeVar("E_co", covariant=True)
 P = ParamSpec("P")
 Q = ParamSpec("Q")
 
 
+class _Method(Protocol[S_contra, Item_contra, Q, R_co, E_co]):
+    """A map whose items would be instances, were it not a method."""
+
+    @property
+    def _types(self) -> Callable[Concatenate[S_contra, Item_contra, Q], tuple[R_co, E_co]]: ...
+
+
 class _Map(Generic[T, P, R, E]):
     """A function that takes many items; what both kinds have in common."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def _types(self) -> Callable[Concatenate[T, P], tuple[R, E]]: ...
 
     def __init__(self, plan: Plan, settings: MapSettings, single: Any, head: tuple[Any, ...] = ()) -> None:
         self.plan = plan
@@ -58,6 +74,12 @@ class _Map(Generic[T, P, R, E]):
             return _bind, (self._unbound(), *self._head)
         return reduce_decorated(self)
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
     def __repr__(self) -> str:
         return f"<opmap {self.plan.function!r}>"
 
@@ -75,13 +97,20 @@ class _Map(Generic[T, P, R, E]):
 
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
-        with suppress(ValueError):
+        try:
             inspect.signature(self.plan.function).bind(*self._head, None, *rest, **kwargs)
+        except ValueError:  # a builtin whose signature is not known: it will complain itself
+            pass
+        except TypeError as error:
+            msg = f"{self.plan.name}() {error}"
+            raise TypeError(msg) from None
         return self._head, rest, kwargs
 
 
 class SyncMap(_Map[T, P, R, E]):
     """A ``def`` function as a map; made by `opero.opmap`."""
+
+    __wrapped__: Callable[Concatenate[T, P], R]
 
     def __call__(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
         """Call the function with each item, and these arguments, and return all results.
@@ -114,9 +143,7 @@ class SyncMap(_Map[T, P, R, E]):
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
     @overload
-    def __get__(
-        self: SyncMap[S, Concatenate[T, Q], R, E], instance: S, owner: type | None = None
-    ) -> SyncMap[T, Q, R, E]: ...
+    def __get__(self: _Method[S, Item, Q, R, E], instance: S, owner: type | None = None) -> SyncMap[Item, Q, R, E]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else self._bound_to(instance)
 
@@ -131,6 +158,8 @@ class SyncMap(_Map[T, P, R, E]):
 
 class AsyncMap(_Map[T, P, R, E]):
     """An ``async def`` function as a map; made by `opero.opmap`."""
+
+    __wrapped__: Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
 
     async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
         """Call the function with each item, and these arguments, and return all results.
@@ -167,9 +196,7 @@ class AsyncMap(_Map[T, P, R, E]):
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
     @overload
-    def __get__(
-        self: AsyncMap[S, Concatenate[T, Q], R, E], instance: S, owner: type | None = None
-    ) -> AsyncMap[T, Q, R, E]: ...
+    def __get__(self: _Method[S, Item, Q, R, E], instance: S, owner: type | None = None) -> AsyncMap[Item, Q, R, E]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else self._bound_to(instance)
 
@@ -190,11 +217,11 @@ def _bind(unbound: Any, instance: Any) -> Any:
     return unbound.__get__(instance)
 
 
-def make_map(plan: Plan, settings: MapSettings, remake: Callable[..., Any]) -> Any:
-    """Make the map object for a plan; ``remake`` makes it again from the bare function, in another process."""
+def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:
+    """Make the map object for a plan; ``recipe`` makes it again from the bare function, in another process."""
     kind = AsyncMap if plan.is_async else SyncMap
-    made: Any = kind(plan, settings, make_resilient(plan, remake))
+    made: Any = kind(plan, settings, make_resilient(plan, recipe))
     for name in ("__module__", "__name__", "__qualname__", "__doc__", "__wrapped__"):
         made.__dict__[name] = getattr(made.single, name)
-    made.__dict__["remake"] = remake
+    made.__dict__["recipe"] = recipe
     return made

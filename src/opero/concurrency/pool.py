@@ -158,7 +158,15 @@ def get_parallel_map_decorator(
             return_exceptions=return_exceptions,
             pool_options=pool_options,
         )
-        return make_map(Plan(function), settings, decorate)
+        recipe = {
+            "mode": mode,
+            "workers": workers,
+            "ordered": ordered,
+            "progress": progress,
+            "return_exceptions": return_exceptions,
+            **pool_options,
+        }
+        return make_map(Plan(function), settings, (get_parallel_map_decorator, recipe))
 
     return decorate
 

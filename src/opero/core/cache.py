@@ -64,7 +64,8 @@ class MemoryStore:
         self._entries[key] = (value, FOREVER if ttl is None else clock.now() + ttl)
 
     def delete(self, key: Any) -> bool:
-        return self._entries.pop(key, None) is not None
+        entry = self._entries.pop(key, None)
+        return entry is not None and entry[1] > clock.now()
 
     def clear(self) -> None:
         self._entries.clear()
@@ -248,7 +249,14 @@ def get_cache_decorator(
         )
         return Plan(function, cache=cache)
 
-    return decorator("get_cache_decorator", plan)
+    recipe = {
+        "cache_ttl": cache_ttl,
+        "cache_backend": cache_backend,
+        "cache_key": cache_key,
+        "cache_namespace": cache_namespace,
+        **options,
+    }
+    return decorator("get_cache_decorator", plan, (get_cache_decorator, recipe))
 
 
 def clear_cache(namespace: str | None = None) -> None:

@@ -104,6 +104,7 @@ def get_fallback_decorator(
     return decorator(
         "get_fallback_decorator",
         lambda function: Plan(function, fallback=fallback_policy(function, arg_fallback, cooldown=fallback_cooldown)),
+        (get_fallback_decorator, {"arg_fallback": arg_fallback, "fallback_cooldown": fallback_cooldown}),
     )
 
 

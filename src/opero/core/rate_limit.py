@@ -153,4 +153,8 @@ def get_rate_limit_decorator(
         ValueError: If the rate is not finite and above 0, or its text cannot be read.
     """
     limit_policy(rate_limit, options)
-    return decorator("get_rate_limit_decorator", lambda f: Plan(f, limit=limit_policy(rate_limit, options)))
+    return decorator(
+        "get_rate_limit_decorator",
+        lambda function: Plan(function, limit=limit_policy(rate_limit, options)),
+        (get_rate_limit_decorator, {"rate_limit": rate_limit, **options}),
+    )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 from opero.core.clock import clock
 from opero.core.flow import call_flow
 from opero.core.plan import CacheInfo, Call, Plan
-from opero.core.signature import MISSING, check_decoratable, compile_function, forwarding, refuse_awaitable
+from opero.core.signature import MISSING, check_decoratable, compile_function, forwarding, innermost, refuse_awaitable
 from opero.core.steps import drive, drive_async
 
 if TYPE_CHECKING:
@@ -37,6 +37,17 @@ else:
     class _Callable(functools.partial):
         def __class_getitem__(cls, _item: Any) -> type:
             return cls
+
+
+S_contra = TypeVar("S_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
+
+
+class _Method(Protocol[S_contra, Q, R_co]):
+    """A function whose first parameter is the instance; for type checkers."""
+
+    @property
+    def _types(self) -> Callable[Concatenate[S_contra, Q], R_co]: ...
 
 
 class OperoFunction(_Callable[P, R]):
@@ -69,14 +80,28 @@ class OperoFunction(_Callable[P, R]):
         cache = self.plan.cache
         return cache is not None and cache.delete(cache.keys.key_of(*args, **kwargs))
 
+    if TYPE_CHECKING:
+
+        @property
+        def _types(self) -> Callable[P, R]: ...
+
+    @overload  # below @classmethod
+    def __get__(
+        self: _Method[type[S], Q, R], instance: S | None, owner: type[S] | None = None
+    ) -> BoundOperoFunction[Q, R]: ...
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
     @overload
-    def __get__(
-        self: OperoFunction[Concatenate[S, Q], R], instance: S, owner: type | None = None
-    ) -> BoundOperoFunction[Q, R]: ...
+    def __get__(self: _Method[S, Q, R], instance: S, owner: type | None = None) -> BoundOperoFunction[Q, R]: ...
+    @overload  # below @staticmethod
+    def __get__(self, instance: object, owner: type | None = None) -> Self: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else cast("Any", BoundOperoFunction)(self, instance)
+        if instance is None:
+            return self
+        bound = cast("Any", BoundOperoFunction)(self, instance)
+        # A class has these two itself; the others are found by `__getattr__`.
+        bound.__doc__, bound.__module__ = self.__doc__, self.__module__
+        return bound
 
     def __set_name__(self, owner: type, name: str) -> None:
         if self.plan.cache is not None:
@@ -104,17 +129,59 @@ class BoundOperoFunction(_Callable[P, R]):
         def cache_info(self) -> CacheInfo: ...
         def cache_clear(self) -> None: ...
 
+    @property
+    def __self__(self) -> object:
+        instance: object = _bound(self)[1]
+        return instance
+
+    @property
+    def __func__(self) -> OperoFunction[..., Any]:
+        return _bound(self)[0]
+
+    @property
+    def __wrapped__(self) -> Callable[P, R]:
+        function, instance = _bound(self)
+        method: Callable[P, R] = function.__wrapped__.__get__(instance)
+        return method
+
     def cache_delete(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Forget the result for this instance and these arguments; tells whether there was one."""
-        unbound: Any = self
-        deleted: bool = unbound.func.cache_delete(*unbound.args, *args, **kwargs)
-        return deleted
+        function, instance = _bound(self)
+        return function.cache_delete(instance, *args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BoundOperoFunction):
+            return NotImplemented
+        (function, instance), (others_function, others_instance) = _bound(self), _bound(other)
+        return function is others_function and instance is others_instance
+
+    def __hash__(self) -> int:
+        function, instance = _bound(self)
+        return hash((id(function), id(instance)))
 
     def __getattr__(self, name: str) -> Any:
-        unbound: Any = self
-        if name == "__wrapped__":
-            return unbound.func.__wrapped__.__get__(*unbound.args)
-        return getattr(unbound.func, name)
+        if name.startswith("__") and name not in _NAMES:
+            raise AttributeError(name)
+        return getattr(_bound(self)[0], name)
+
+    def __repr__(self) -> str:
+        function, instance = _bound(self)
+        return f"<opero {function.__wrapped__!r} of {instance!r}>"
+
+
+_NAMES = ("__name__", "__qualname__")
+
+
+def _bound(method: Any) -> tuple[OperoFunction[..., Any], Any]:
+    return method.func, method.args[0]
+
+
+Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a decorator, and its options
+
+
+def redecorate(factory: Callable[..., Any], options: dict[str, Any], function: Callable[..., Any]) -> Any:
+    """Follow a `Recipe`, in another process."""
+    return factory(**options)(function)
 
 
 def reduce_decorated(decorated: Any) -> Any:
@@ -124,18 +191,25 @@ def reduce_decorated(decorated: Any) -> Any:
         found = getattr(found, part, None)
     if found is decorated and decorated.__module__ != "__main__":
         return decorated.__qualname__
-    return decorated.__dict__["remake"], (decorated.__wrapped__,)
+    return redecorate, (*decorated.__dict__["recipe"], decorated.__wrapped__)
 
 
-def make_resilient(plan: Plan, remake: Callable[..., Any]) -> OperoFunction[..., Any]:
-    """Build the callable for a plan; ``remake`` makes it again from the bare function, in another process."""
-    wrapper = _compile_wrapper(plan)
+def make_resilient(plan: Plan, recipe: Recipe) -> OperoFunction[..., Any]:
+    """Build the callable for a plan; ``recipe`` makes it again from the bare function, in another process."""
     make: Any = OperoFunction
-    resilient: OperoFunction[..., Any] = make(wrapper)
+    resilient: OperoFunction[..., Any] = make(_compile_wrapper(plan))
     functools.update_wrapper(resilient, plan.function)
+    # Copied from what ``plan.function`` wraps, it would hide what is really taken.
+    resilient.__dict__.pop("__signature__", None)
     if not hasattr(plan.function, "__qualname__"):
-        resilient.__dict__.update(__name__=plan.name, __qualname__=plan.name)
-    resilient.__dict__.update(plan=plan, remake=remake)
+        like = innermost(plan.function)
+        resilient.__dict__.update(
+            __name__=plan.name.rpartition(".")[2],
+            __qualname__=plan.name,
+            __module__=getattr(like, "__module__", None),
+            __doc__=getattr(like, "__doc__", None),
+        )
+    resilient.__dict__.update(plan=plan, recipe=recipe)
     return resilient
 
 
@@ -268,12 +342,12 @@ class _AsyncEntrances:
 
 
 def decorator(
-    name: str, make_plan: Callable[[Callable[..., Any]], Plan]
+    name: str, make_plan: Callable[[Callable[..., Any]], Plan], recipe: Recipe
 ) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
     """A decorator, called ``name`` in its errors, that plans each function by ``make_plan``."""
 
     def decorate(function: Callable[P, R]) -> OperoFunction[P, R]:
         check_decoratable(function, name)
-        return cast("OperoFunction[P, R]", make_resilient(make_plan(function), decorate))
+        return cast("OperoFunction[P, R]", make_resilient(make_plan(function), recipe))
 
     return decorate

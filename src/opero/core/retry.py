@@ -285,6 +285,9 @@ _OPTIONAL_HOOKS = ("before", "after", "before_sleep", "retry_error_callback")
 
 def _check_hook(name: str, hook: Any) -> None:
     wanted = "a function of tenacity's retry state, or one of tenacity's own objects for it"
+    if isinstance(hook, type) and issubclass(hook, BaseException):
+        msg = f"retry_options[{name!r}]={hook!r} is a class of exceptions; write retry_on={hook.__name__}"
+        raise TypeError(msg)
     if isinstance(hook, type):
         msg = f"retry_options[{name!r}]={hook!r} is a class; write {wanted}"
         raise TypeError(msg)
@@ -341,4 +344,15 @@ def get_retry_decorator(
         retry_on=retry_on,
         options=options,
     )
-    return decorator("get_retry_decorator", lambda function: Plan(function, retry=policy))
+    recipe = {
+        "retries": retries,
+        "backoff_factor": backoff_factor,
+        "min_delay": min_delay,
+        "max_delay": max_delay,
+        "jitter": jitter,
+        "retry_on": retry_on,
+        **options,
+    }
+    return decorator(
+        "get_retry_decorator", lambda function: Plan(function, retry=policy), (get_retry_decorator, recipe)
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
+import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,13 @@ MISSING: Any = _Missing()
 
 _GENERATOR_TESTS = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a partial was made of, or the class of a callable object."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if hasattr(function, "__qualname__") else type(function)
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -151,12 +160,21 @@ def forwarding(function: Callable[..., Any]) -> Forwarding:
     """Describe how to forward a call to ``function``; ``*args, **kwargs`` where its own signature is not known."""
     try:
         # Not the signature of what it wraps: a wrapper in between may take other arguments.
-        parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
+        parameters = list(inspect.signature(_as_it_is(function), follow_wrapped=False).parameters.values())
     except (ValueError, TypeError):
         return _ANYTHING
-    if any(p.name.startswith("_opero_") or not p.name.isidentifier() for p in parameters):
+    if any(p.name.startswith("_opero_") or keyword.iskeyword(p.name) or not p.name.isidentifier() for p in parameters):
         return _ANYTHING
     return _describe(parameters)
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without a ``__signature__`` that `functools.wraps` has copied from another one."""
+    if not (isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__")):
+        return function
+    bare = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
+    bare.__defaults__, bare.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return bare
 
 
 def _describe(parameters: list[inspect.Parameter]) -> Forwarding:

@@ -194,12 +194,11 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
         CallTimeoutError: At a call: a time limit ended it.
     """
     check_known("@opero", options, OPERO_DEFAULTS)
-    if function is not None:
-        if options:
-            msg = f"opero got a function and options; write opero({', '.join(f'{n}=…' for n in options)})(function)"
-            raise TypeError(msg)
-        return decorator("opero", lambda f: make_plan(f, options))(function)
-    return decorator("opero", lambda f: make_plan(f, options))
+    if function is not None and options:
+        msg = f"opero got a function and options; write opero({', '.join(f'{n}=…' for n in options)})(function)"
+        raise TypeError(msg)
+    decorate = decorator("opero", lambda f: make_plan(f, options), (opero, {**options}))
+    return decorate if function is None else decorate(function)
 
 
 opero.__signature__ = keyword_signature(OPERO_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help

@@ -114,7 +114,7 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         settings = map_settings(decorated, **given)
         policies: Any = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}
         plan = make_plan(decorated, policies, killable=given["mode"] == "process")
-        return make_map(plan, settings, decorate)
+        return make_map(plan, settings, (opmap, options))
 
     if function is None:
         return decorate

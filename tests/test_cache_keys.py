@@ -1,0 +1,872 @@
+"""Which calls share a cache entry: those of equal arguments, however passed, and no others."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import fractions
+import functools
+import itertools
+import math
+import pathlib
+import struct
+import types
+import uuid
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import opero
+
+thoroughly = settings(deadline=None, max_examples=250)
+
+
+def cached(function, **options):
+    return opero.opero(cache=True, retries=0, **options)(function)
+
+
+def share_an_entry(first, second) -> bool:
+    """Whether a call with ``second`` is answered by the entry of ``first``."""
+    f = cached(lambda x: object())
+    return f(first) is f(second)
+
+
+# However passed
+
+
+def test_positional_keyword_and_default_give_one_entry(world):
+    runs = []
+
+    def function(x=1):
+        runs.append(x)
+
+    f = cached(world.define(function))
+    world.run(f, 1)
+    world.run(f, x=1)
+    world.run(f)
+    assert runs == [1]
+
+
+def test_int_float_and_bool_are_three_entries(world):
+    f = cached(world.define(lambda x: [x]))
+    assert [world.run(f, x) for x in (1, 1.0, True)] == [[1], [1.0], [True]]
+    assert f.cache_info().misses == 3
+
+
+def test_every_way_to_pass_the_arguments_gives_one_entry():
+    def function(a, b, /, c, d="d", *, e, f="f"):
+        return object()
+
+    ways = [
+        ((1, 2, 3), {"e": 5}),
+        ((1, 2, 3, "d"), {"e": 5}),
+        ((1, 2), {"c": 3, "e": 5}),
+        ((1, 2), {"e": 5, "c": 3, "f": "f"}),
+        ((1, 2, 3), {"f": "f", "d": "d", "e": 5}),
+    ]
+    decorated = cached(function)
+    assert len({decorated(*args, **kwargs) for args, kwargs in ways}) == 1
+
+
+@thoroughly
+@given(data=st.data())
+def test_any_arguments_give_one_entry_in_any_form(data):
+    names = ["a", "b", "c", "d"]
+    values = {name: data.draw(arguments, label=name) for name in names}
+    namespace: dict[str, Any] = {f"default_{name}": values[name] for name in names[2:]}
+    exec("def function(a, b, c=default_c, *, d=default_d):\n    return object()", namespace)
+    f = cached(namespace["function"])
+    first = f(*[values[name] for name in names[:3]], d=values["d"])
+
+    positional = data.draw(st.integers(0, 3), label="passed by position")
+    defaults = [name for name in names[2:] if name not in names[:positional]]
+    omitted = data.draw(st.sets(st.sampled_from(defaults)), label="omitted")
+    rest = data.draw(st.permutations([n for n in names[positional:] if n not in omitted]), label="passed by keyword")
+    args = [copied(values[name]) for name in names[:positional]]
+    assert f(*args, **{name: copied(values[name]) for name in rest}) is first
+
+
+def test_arguments_do_not_change_places():
+    f = cached(lambda a, b: (a, b))
+    assert [f(1, 2), f(2, 1), f(b=1, a=2)] == [(1, 2), (2, 1), (2, 1)]
+    assert f.cache_info().currsize == 2
+
+
+def test_a_default_that_cannot_be_hashed_is_an_argument_like_any_other():
+    f = cached(lambda x={"a": [1]}: object())
+    assert f() is f({"a": [1]})
+    assert f() is not f({"a": [2]})
+
+
+@pytest.mark.parametrize(
+    "names", [("self", "cls"), ("args", "kwargs"), ("function", "key"), ("value", "values"), ("call", "call_")]
+)
+def test_parameters_can_have_any_name(names):
+    one, two = names
+    f = cached(eval(f"lambda {one}, {two}=2: [{one}, {two}]"))
+    assert f(1) is f(**{two: 2, one: 1})
+    assert f([1]) == [[1], 2]
+    assert f.cache_info().currsize == 2
+
+
+# Variadic functions
+
+
+@pytest.fixture
+def variadic(world):
+    return cached(world.define(lambda *args, **kwargs: [args, kwargs]))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (((1, 2), {}), (((1, 2),), {})),
+        (((1, 2), {}), ((1,), {"x": 2})),
+        (((), {"a": 1}), ((("a", 1),), {})),
+        (((), {"a": 1}), (({"a": 1},), {})),
+        (((), {}), (((),), {})),
+        (((), {}), (({},), {})),
+        (((), {}), ((None,), {})),
+        (((1,), {}), ((True,), {})),
+        (((1, 2), {}), ((2, 1), {})),
+        (((), {"a": 1, "b": 2}), ((), {"a": 2, "b": 1})),
+        (((), {"a": 1}), ((), {"a": 1.0})),
+        ((([1],), {}), (((1,),), {})),
+    ],
+)
+def test_a_variadic_function_tells_unequal_calls_apart(world, variadic, first, second):
+    for args, kwargs in (first, second, first, second):
+        assert world.run(variadic, *args, **kwargs) == [args, kwargs]
+    assert variadic.cache_info()[:2] == (2, 2)
+
+
+def test_a_variadic_function_takes_keywords_in_any_order(world, variadic):
+    assert world.run(variadic, 1, a=1, b=[2]) is world.run(variadic, 1, b=[2], a=1)
+
+
+def test_a_keyword_can_have_the_name_of_a_positional_only_parameter():
+    f = cached(lambda a, /, **more: (a, more))
+    assert [f(1, a=2), f(2, a=1), f(1)] == [(1, {"a": 2}), (2, {"a": 1}), (1, {})]
+
+
+def test_named_and_variadic_parameters_are_told_apart():
+    f = cached(lambda a, *more, b=0: (a, more, b))
+    calls = [((1, 2), {}), ((1,), {"b": 2}), ((1, (2,)), {}), ((1,), {}), ((1, 2), {"b": 2})]
+    for args, kwargs in calls * 2:
+        assert f(*args, **kwargs) == (args[0], args[1:], kwargs.get("b", 0))
+    assert f.cache_info().currsize == len(calls)
+
+
+# Any values of the built-in types
+
+LEAVES = [
+    *(None, True, False, 0, 1, -1, -2, 2, 0.0, -0.0, 1.0, math.nan, math.inf, 1j, 0j, complex(0.0, -0.0)),
+    *("", "a", "1", "None", b"", b"a", b"1", ..., decimal.Decimal(1), decimal.Decimal("1.0"), range(2)),
+]
+hashables = st.recursive(
+    st.sampled_from(LEAVES),
+    lambda inner: st.one_of(st.lists(inner, max_size=3).map(tuple), st.frozensets(inner, max_size=3)),
+    max_leaves=4,
+)
+arguments = st.recursive(
+    st.one_of(hashables, st.sampled_from([b"", b"a", b"1"]).map(bytearray)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(hashables, inner, max_size=3),
+        st.sets(hashables, max_size=3),
+    ),
+    max_leaves=5,
+)
+
+
+def are_alike(one, two) -> bool:
+    """Whether two values are one argument: of the same type and equal, at every depth; slow and plain."""
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, float):
+        return struct.pack("d", one) == struct.pack("d", two)
+    if isinstance(one, (complex, decimal.Decimal)):
+        return repr(one) == repr(two)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(are_alike, one, two))
+    if isinstance(one, (dict, set, frozenset)):
+        ones, twos = (list(value.items() if isinstance(value, dict) else value) for value in (one, two))
+        return len(ones) == len(twos) and all(any(are_alike(a, b) for b in twos) for a in ones)
+    return one == two
+
+
+def copied(value):
+    """An equal value made anew, dicts and sets in another order."""
+    if type(value) is dict:
+        return {copied(k): copied(v) for k, v in reversed(value.items())}
+    if type(value) in {set, frozenset}:
+        return type(value)([copied(v) for v in list(value)[::-1]])
+    if type(value) in {list, tuple}:
+        return type(value)([copied(v) for v in value])
+    if type(value) is bytearray:
+        return bytearray(value)
+    return value
+
+
+@thoroughly
+@given(arguments)
+def test_a_value_and_its_copy_share_an_entry(value):
+    assert share_an_entry(value, copied(value))
+
+
+@thoroughly
+@given(arguments, arguments)
+def test_two_values_share_an_entry_when_they_are_alike_and_only_then(one, two):
+    assert share_an_entry(one, two) == are_alike(one, two)
+
+
+@thoroughly
+@given(st.lists(st.sampled_from(LEAVES), min_size=2, max_size=2), st.lists(st.sampled_from(LEAVES), min_size=2))
+def test_two_arguments_are_told_apart_like_one(ones, twos):
+    f = cached(lambda a, b: object())
+    one, two = ones[:2], twos[:2]
+    assert (f(*one) is f(*two)) == are_alike(one, two)
+
+
+@thoroughly
+@given(arguments, st.data())
+def test_a_value_with_one_part_changed_has_an_entry_of_its_own(value, data):
+    leaf = data.draw(st.sampled_from(LEAVES))
+    changed = with_first_leaf_changed(copied(value), leaf)
+    assert share_an_entry(value, changed) == are_alike(value, changed)
+
+
+def with_first_leaf_changed(value, leaf):
+    if isinstance(value, (list, tuple)) and value:
+        return type(value)([with_first_leaf_changed(value[0], leaf), *value[1:]])
+    if isinstance(value, dict) and value:
+        key = next(iter(value))
+        return {**value, key: with_first_leaf_changed(value[key], leaf)}
+    return leaf
+
+
+# Values that are easily taken for each other
+
+
+@dataclasses.dataclass
+class Point:
+    x: Any
+    y: Any = 0
+
+
+@dataclasses.dataclass
+class Place:
+    x: Any
+    y: Any = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenPoint:
+    x: Any
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedPoint:
+    x: Any
+
+
+class PointTuple(NamedTuple):
+    x: Any
+    y: Any = 0
+
+
+class PlaceTuple(NamedTuple):
+    x: Any
+    y: Any = 0
+
+
+class Color(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Signal(enum.Enum):
+    RED = 1
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+class Word(enum.StrEnum):
+    A = "a"
+
+
+class Permission(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Integer(int):
+    pass
+
+
+class Real(float):
+    pass
+
+
+class Members(list):
+    pass
+
+
+class Table(dict):
+    pass
+
+
+class Zone(dt.tzinfo):
+    """A time zone of a user's own, an hour ahead until 2030 and ``later`` hours from then on."""
+
+    def __init__(self, later):
+        self.later = later
+
+    def utcoffset(self, moment):
+        return dt.timedelta(hours=self.later if moment is not None and moment.year >= 2030 else 1)
+
+    def dst(self, moment):
+        return dt.timedelta(0)
+
+    def tzname(self, moment):
+        return "zone"
+
+
+class Keyed:
+    """Unhashable, and knows its key."""
+
+    __hash__ = None
+
+    def __init__(self, key):
+        self.key = key
+
+    def __eq__(self, other):
+        return isinstance(other, Keyed) and self.key == other.key
+
+    def __cache_key__(self):
+        return self.key
+
+
+class KeyedToo(Keyed):
+    __hash__ = None
+
+
+class Valued:
+    """Equal by value and hashable, by Python code."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return isinstance(other, Valued) and self.value == other.value
+
+    def __hash__(self):
+        return hash(self.value)
+
+
+def moment(zone=None, fold=0):
+    return dt.datetime(2025, 10, 26, 2, 30, tzinfo=zone, fold=fold)
+
+
+def hours(n, name=None):
+    delta = dt.timedelta(hours=n)
+    return dt.timezone(delta) if name is None else dt.timezone(delta, name)
+
+
+OBJECTS = np.array([1, "a", None], dtype=object)
+OTHER_OBJECTS = np.array([True, "a", None], dtype=object)
+
+UNLIKE = {
+    "int and bool": (1, True),
+    "int and float": (1, 1.0),
+    "float and bool": (1.0, True),
+    "int and complex": (1, 1 + 0j),
+    "int and text": (1, "1"),
+    "minus one and minus two, whose hashes are equal": (-1, -2),
+    "zero and False": (0, False),
+    "None and False": (None, False),
+    "None and empty text": (None, ""),
+    "None and its text": (None, "None"),
+    "zeros of both signs": (0.0, -0.0),
+    "complex zeros of both signs": (0j, complex(0.0, -0.0)),
+    "NaN and infinity": (math.nan, math.inf),
+    "text and bytes": ("a", b"a"),
+    "bytes and bytearray": (b"a", bytearray(b"a")),
+    "text composed and decomposed": ("\u00e9", "e\u0301"),
+    "int and Decimal": (1, decimal.Decimal(1)),
+    "int and Fraction": (1, fractions.Fraction(1)),
+    "Decimals of two scales": (decimal.Decimal("1.0"), decimal.Decimal("1.00")),
+    "Decimal zeros of both signs": (decimal.Decimal("0.0"), decimal.Decimal("-0.0")),
+    "list and tuple": ([1], (1,)),
+    "empty list and empty tuple": ([], ()),
+    "empty list and empty dict": ([], {}),
+    "list of a list and list": ([[1]], [1]),
+    "lists in two orders": ([1, 2], [2, 1]),
+    "set and frozenset": ({1}, frozenset({1})),
+    "set and list": ({1}, [1]),
+    "set and dict": (set(), {}),
+    "dict and list of its items": ({1: 2}, [(1, 2)]),
+    "dict and its keys": ({1: 2}, {1}),
+    "dicts with other keys": ({1: "a"}, {True: "a"}),
+    "dicts with values exchanged": ({1: 2, 3: 4}, {1: 4, 3: 2}),
+    "dict and OrderedDict": ({1: 2}, collections.OrderedDict({1: 2})),
+    "OrderedDicts in two orders": (collections.OrderedDict(a=1, b=2), collections.OrderedDict(b=2, a=1)),
+    "dict and a class of dicts": ({1: 2}, Table({1: 2})),
+    "list and a class of lists": ([1], Members([1])),
+    "text and a class of text": ("a", Text("a")),
+    "int and a class of ints": (1, Integer(1)),
+    "float and a class of floats": (1.0, Real(1.0)),
+    "a class of floats, zeros of both signs": (Real(0.0), Real(-0.0)),
+    "tuple and named tuple": ((1, 0), PointTuple(1)),
+    "two classes of named tuples": (PointTuple(1), PlaceTuple(1)),
+    "two dataclasses": (Point(1), Place(1)),
+    "dataclasses of two values": (Point(1), Point(1.0)),
+    "frozen dataclasses of two values": (FrozenPoint(1), FrozenPoint(True)),
+    "slotted dataclasses of two values": (SlottedPoint(1), SlottedPoint(True)),
+    "dataclass and dict": (Point(1), {"x": 1, "y": 0}),
+    "enum member and its value": (Color.RED, 1),
+    "enum member and its name": (Color.RED, "RED"),
+    "members of two enums": (Color.RED, Signal.RED),
+    "members of one enum": (Color.RED, Color.BLUE),
+    "int enum member and its value": (Number.ONE, 1),
+    "text enum member and its value": (Word.A, "a"),
+    "flags": (Permission.READ, Permission.READ | Permission.WRITE),
+    "flags without a name": (Permission(8), Permission(16)),
+    "path and text": (pathlib.PurePosixPath("a"), "a"),
+    "paths of two systems": (pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("a")),
+    "paths": (pathlib.Path("a"), pathlib.Path("b")),
+    "date and datetime": (dt.date(2025, 1, 1), dt.datetime(2025, 1, 1)),  # noqa: DTZ001
+    "datetime with and without zone": (moment(), moment(dt.UTC)),
+    "datetimes of one moment in two zones": (moment(dt.UTC), moment(dt.UTC).astimezone(hours(1))),
+    "datetimes of one offset in two zones": (moment(hours(1, "CET")), moment(hours(1, "WAT"))),
+    "datetimes in zones of a user's own": (moment(Zone(1)), moment(Zone(2))),
+    "both moments of one repeated hour": (moment(fold=0), moment(fold=1)),
+    "times of day of one offset in two zones": (dt.time(1, tzinfo=hours(1, "CET")), dt.time(1, tzinfo=hours(1, "WAT"))),
+    "both moments of one repeated time of day": (dt.time(1, fold=0), dt.time(1, fold=1)),
+    "range and list": (range(2), [0, 1]),
+    "class and instance": (int, 0),
+    "classes": (int, bool),
+    "objects with keys of two types": (Keyed(1), Keyed(1.0)),
+    "objects of two classes with one key": (Keyed(1), KeyedToo(1)),
+    "object and its key": (Keyed(1), 1),
+    "objects that are told apart by their own equality": (Valued(1), Valued(2)),
+    "arrays of two lengths": (np.zeros(2), np.zeros(3)),
+    "arrays of two shapes": (np.zeros((2, 3)), np.zeros((3, 2))),
+    "arrays of one row and one column": (np.zeros((1, 3)), np.zeros((3, 1))),
+    "arrays of two types": (np.zeros(2, "int64"), np.zeros(2, "float64")),
+    "arrays of two byte orders": (np.array([1], "<i4"), np.array([16_777_216], ">i4")),
+    "arrays with zeros of both signs": (np.array([0.0]), np.array([-0.0])),
+    "arrays that differ in the middle of many": (
+        np.arange(10_000),
+        np.where(np.arange(10_000) == 5_000, 0, np.arange(10_000)),
+    ),
+    "array and list": (np.array([1]), [1]),
+    "array without dimensions and number": (np.array(1), np.int64(1)),
+    "NumPy number and int": (np.int64(1), 1),
+    "NumPy number and float": (np.float64(1), 1.0),
+    "NumPy numbers": (np.int32(1), np.int64(1)),
+    "NumPy dates of two units": (np.datetime64("2025-01-01", "D"), np.datetime64("2025-01-01", "s")),
+    "arrays of objects": (OBJECTS, OTHER_OBJECTS),
+    "arrays with fields of two names": (np.zeros(1, [("a", "i4")]), np.zeros(1, [("b", "i4")])),
+    "masked arrays": (np.ma.array([999_999, 1], mask=[0, 0]), np.ma.array([5, 1], mask=[1, 0])),
+    "array and masked array": (np.array([1]), np.ma.array([1])),
+}
+
+
+class Nest(NamedTuple):
+    name: str
+    put: Any
+    hashable_only: bool = False
+
+    def __repr__(self):
+        return self.name
+
+
+NESTS = [
+    Nest("alone", lambda value: value),
+    Nest("in a list", lambda value: [0, value]),
+    Nest("in a tuple of lists", lambda value: ([0], [[value]])),
+    Nest("as a dict's value", lambda value: {"a": value}),
+    Nest("as a dict's key", lambda value: {value: "a"}, hashable_only=True),
+    Nest("in a set", lambda value: {value}, hashable_only=True),
+    Nest("in a dataclass", lambda value: Point([value])),
+    Nest("in a named tuple", PointTuple),
+    Nest("in an array of objects", lambda value: np.array([value, None], dtype=object)),
+]
+
+
+def is_hashable(value) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def nested(nest, *values):
+    """Each value in the nest; a nest for hashable values is left out for others."""
+    if nest.hashable_only and not all(map(is_hashable, values)):
+        return values
+    if "array" in nest.name:
+        made = [np.empty(1, dtype=object) for _ in values]
+        for array, value in zip(made, values, strict=True):
+            array[0] = value
+        return made
+    return [nest.put(value) for value in values]
+
+
+@pytest.mark.parametrize("pair", UNLIKE.values(), ids=UNLIKE)
+def test_unlike_arguments_are_told_apart_at_every_depth(pair):
+    assert [nest for nest in NESTS if share_an_entry(*nested(nest, *pair))] == []
+
+
+LIKE = {
+    "text": lambda: str(10**20),
+    "large int": lambda: int("1" + "0" * 50),
+    "NaN": lambda: float("nan"),
+    "bytearray": lambda: bytearray(b"a"),
+    "Decimal": lambda: decimal.Decimal("1.00"),
+    "Decimal NaN": lambda: decimal.Decimal("NaN"),
+    "Decimal signaling NaN": lambda: decimal.Decimal("sNaN"),
+    "Fraction": lambda: fractions.Fraction(1, 3),
+    "list": lambda: [1, [2, [3]]],
+    "range": lambda: range(3),
+    "OrderedDict": lambda: collections.OrderedDict(a=1, b=2),
+    "defaultdict": lambda: collections.defaultdict(list, a=[1]),
+    "read-only dict": lambda: types.MappingProxyType({"a": [1]}),
+    "dataclass": lambda: Point([1], {2}),
+    "frozen dataclass": lambda: FrozenPoint([1]),
+    "slotted dataclass": lambda: SlottedPoint([1]),
+    "named tuple": lambda: PointTuple([1]),
+    "enum member": lambda: Color(1),
+    "flag without a name": lambda: Permission(8),
+    "path": lambda: pathlib.Path("a") / "b",
+    "date": lambda: dt.date(2025, 1, 1),
+    "datetime": moment,
+    "datetime with a zone": lambda: moment(hours(1)),
+    "datetime with a named zone": lambda: moment(hours(1, "CET")),
+    "time of day": lambda: dt.time(1, 2, 3, tzinfo=hours(1)),
+    "duration": lambda: dt.timedelta(seconds=5),
+    "UUID": lambda: uuid.UUID(int=5),
+    "class": lambda: Point,
+    "class that has keys for its instances": lambda: Keyed,
+    "class of enum members": lambda: Color,
+    "function": lambda: math.sqrt,
+    "object with a key": lambda: Keyed([1, {2}]),
+    "object with a key in an object with a key": lambda: Keyed(Keyed(1)),
+    "object with equality of its own": lambda: Valued(1),
+    "array": lambda: np.arange(6).reshape(2, 3),
+    "empty array": lambda: np.zeros((0, 3)),
+    "array with NaN": lambda: np.array([math.nan]),
+    "array of text": lambda: np.array(["a", "bc"]),
+    "array of objects": lambda: np.array([1, "a", [2]], dtype=object),
+    "array of fields": lambda: np.array([(1, 2.0)], [("a", "i4"), ("b", "f8")]),
+    "array of fields with gaps": lambda: np.zeros(1, np.dtype({"names": ["a"], "formats": ["i4"], "offsets": [4]})),
+    "array of fields out of order": lambda: np.zeros(
+        1, np.dtype({"names": ["a", "b"], "formats": ["i4", "i4"], "offsets": [4, 0]})
+    ),
+    "masked array": lambda: np.ma.array([1, 2], mask=[1, 0]),
+    "NumPy number": lambda: np.float32(1.5),
+    "NumPy date": lambda: np.datetime64("2025-01-01"),
+}
+
+
+@pytest.mark.parametrize("make", LIKE.values(), ids=LIKE)
+def test_like_arguments_share_an_entry_at_every_depth(make):
+    assert [nest for nest in NESTS if not share_an_entry(*nested(nest, make(), make()))] == []
+
+
+def test_a_dicts_order_does_not_matter():
+    assert share_an_entry({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1})
+
+
+def test_a_sets_order_does_not_matter():
+    # Numbers that collide in the set's table are kept in the order in which they came.
+    assert list({8, 16}) != list({16, 8})
+    assert share_an_entry({8, 16}, {16, 8})
+
+
+def test_an_arrays_layout_in_memory_does_not_matter():
+    rows = np.arange(6).reshape(2, 3)
+    assert share_an_entry(rows, np.asfortranarray(rows))
+    assert share_an_entry(rows[:, ::2], rows[:, ::2].copy())
+
+
+def test_a_changed_array_is_another_argument():
+    f = cached(lambda array: int(array.sum()))
+    array = np.ones(3)
+    assert f(array) == 3
+    array[0] = 5
+    assert f(array) == 7
+
+
+def test_a_changed_list_is_another_argument(world):
+    f = cached(world.define(sum))
+    values = [1, 2]
+    assert world.run(f, values) == 3
+    values.append(3)
+    assert [world.run(f, values), world.run(f, [1, 2])] == [6, 3]
+    assert f.cache_info()[:2] == (1, 2)
+
+
+def test_an_argument_that_the_function_changes_counts_as_it_came(world):
+    f = cached(world.define(lambda values: values.pop()))
+    assert [world.run(f, [1, 2]), world.run(f, [1, 2]), world.run(f, [1])] == [2, 2, 1]
+    assert f.cache_info()[:2] == (1, 2)
+
+
+def test_a_dataclass_with_a_key_is_told_by_its_key():
+    @dataclasses.dataclass
+    class Request:
+        url: str
+        trace_id: object
+
+        def __cache_key__(self):
+            return self.url
+
+    assert share_an_entry(Request("a", object()), Request("a", object()))
+    assert not share_an_entry(Request("a", None), Request("b", None))
+
+
+def test_a_dataclass_with_a_field_not_yet_set_is_an_argument():
+    @dataclasses.dataclass
+    class Job:
+        name: str
+        result: int = dataclasses.field(init=False)
+
+    done = Job("a")
+    done.result = 1
+    assert share_an_entry(Job("a"), Job("a"))
+    assert not share_an_entry(Job("a"), done)
+
+
+def test_a_moment_is_told_by_the_zone_that_it_is_in_and_not_by_the_zones_address():
+    f = cached(lambda start: start.replace(year=2030).utcoffset().total_seconds() / 3600)
+    assert [f(moment(Zone(n))) for n in range(50)] == list(range(50))
+
+
+# Objects that opero does not know
+
+
+class Named:
+    def __init__(self, name):
+        self.name = name
+
+
+class Slotted:
+    __slots__ = ("name",)
+
+    def __init__(self, name):
+        self.name = name
+
+
+@pytest.mark.parametrize("nest", NESTS, ids=repr)
+@pytest.mark.parametrize("kind", [Named, Slotted])
+def test_an_unknown_object_is_told_by_its_identity(kind, nest):
+    one, two = kind("a"), kind("a")
+    assert share_an_entry(*nested(nest, one, one))
+    assert not share_an_entry(*nested(nest, one, two))
+
+
+@pytest.mark.parametrize("nest", NESTS, ids=repr)
+@pytest.mark.parametrize("kind", [Named, Slotted])
+def test_a_new_object_at_the_address_of_an_old_one_is_not_taken_for_it(kind, nest):
+    f = cached(lambda x, name: name)
+    addresses = set()
+    for n in range(200):
+        obj = kind(n)
+        addresses.add(id(obj))
+        f(*nested(nest, obj), None)
+        del obj
+    assert f.cache_info().hits == 0
+    # For objects that the cache does not keep alive, the test has indeed met old addresses.
+    assert kind is Slotted or len(addresses) < 200
+
+
+def test_a_new_instance_at_the_address_of_an_old_one_is_not_taken_for_it(world):
+    class Owner(Named):
+        method = cached(world.define(lambda self: self.name))
+
+    addresses = set()
+    for n in range(200):
+        obj = Owner(n)
+        addresses.add(id(obj))
+        assert world.run(obj.method) == n
+        del obj
+    assert len(addresses) < 200
+
+
+def test_functions_and_partials_are_told_by_their_identity():
+    def make():
+        return lambda: 1
+
+    one, two = make(), make()
+    assert share_an_entry(one, one)
+    assert not share_an_entry(one, two)
+    assert not share_an_entry(functools.partial(one), functools.partial(one))
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __eq__(self, other):
+        return isinstance(other, Unhashable)
+
+
+UNUSABLE = {
+    "unhashable": Unhashable(),
+    "in a list": [1, Unhashable()],
+    "in a dict in a tuple": ({"a": Unhashable()},),
+    "in a dataclass": Point(Unhashable()),
+    "in an array": np.array([Unhashable(), 1], dtype=object),
+    "as a key": Keyed(Unhashable()),
+    "deque": collections.deque([1]),
+}
+
+
+@pytest.mark.parametrize("value", UNUSABLE.values(), ids=UNUSABLE)
+def test_an_argument_that_cannot_be_told_is_refused_by_its_name(world, value):
+    runs = []
+    f = opero.opero(cache=True, retries=3)(world.define(lambda a, b=None, *, c=None: runs.append(1)))
+    for args, kwargs, name in (
+        ((value,), {}, "a"),
+        ((1, value), {}, "b"),
+        ((1,), {"b": value}, "b"),
+        ((1,), {"c": value}, "c"),
+    ):
+        with pytest.raises(TypeError, match=rf"argument '{name}' of .*lambda.*cache_key="):
+            world.run(f, *args, **kwargs)
+    assert runs == []
+
+
+def test_the_refusal_names_the_type(world):
+    f = cached(world.define(lambda x: x))
+    with pytest.raises(TypeError, match="Unhashable"):
+        world.run(f, [Unhashable()])
+
+
+def test_a_variadic_argument_that_cannot_be_told_is_refused_by_its_name(world, variadic):
+    with pytest.raises(TypeError, match=r"argument 'args' of .*cache_key="):
+        world.run(variadic, Unhashable())
+    with pytest.raises(TypeError, match=r"argument 'kwargs' of .*cache_key="):
+        world.run(variadic, x=Unhashable())
+
+
+def test_cache_delete_refuses_what_a_call_refuses():
+    with pytest.raises(TypeError, match=r"argument 'x' of .*cache_key="):
+        cached(lambda x: x).cache_delete(Unhashable())
+
+
+def containing_itself(kind):
+    if kind is dict:
+        made = {}
+        made["me"] = made
+    elif kind is list:
+        made = []
+        made.append(made)
+    elif kind is Point:
+        made = Point(None)
+        made.x = [made]
+    elif kind is Keyed:
+        made = Keyed(None)
+        made.key = made
+    else:
+        made = np.empty(1, dtype=object)
+        made[0] = made
+    return made
+
+
+@pytest.mark.parametrize("kind", [list, dict, Point, Keyed, np.ndarray], ids=lambda kind: kind.__name__)
+def test_an_argument_that_contains_itself_is_refused_by_its_name(world, kind):
+    f = cached(world.define(lambda a, b: 1))
+    with pytest.raises(TypeError, match=r"argument 'b' of .*contains itself.*cache_key="):
+        world.run(f, 1, containing_itself(kind))
+
+
+def test_an_argument_that_is_nested_too_deeply_is_refused_by_its_name(world):
+    deep = functools.reduce(lambda inner, _n: [inner], range(100_000), [])
+    f = cached(world.define(lambda x: 1))
+    try:
+        with pytest.raises(TypeError, match=r"argument 'x' of .*too deeply.*cache_key="):
+            world.run(f, deep)
+    finally:
+        while deep:
+            deep = deep.pop()
+
+
+# The user's own key
+
+
+def test_the_users_key_stands_for_the_arguments(world):
+    f = cached(world.define(lambda x, trace=None: [x]), cache_key=lambda x, trace=None: x)
+    assert world.run(f, 1, trace=object()) is world.run(f, 1, trace=Unhashable())
+    assert world.run(f, 1) is not world.run(f, 2)
+
+
+def test_the_users_key_function_gets_every_argument():
+    got = []
+
+    def key(*args, **kwargs):
+        got.append((args, kwargs))
+        return 1
+
+    cached(lambda a, b=2, *more, c=3, **others: None, cache_key=key)(1, c=5, d=6)
+    assert got == [((1, 2), {"c": 5, "d": 6})]
+
+
+@pytest.mark.parametrize("nest", NESTS, ids=repr)
+@pytest.mark.parametrize("pair", [(1, True), (0.0, -0.0), ([1], (1,))], ids=repr)
+def test_the_users_keys_are_told_apart_like_arguments(pair, nest):
+    f = cached(lambda x: object(), cache_key=lambda x: x)
+    one, two = nested(nest, *pair)
+    assert f(one) is not f(two)
+    assert f(one) is f(copied(one))
+
+
+def test_the_users_key_is_asked_once_for_a_call(world):
+    asked = []
+    f = cached(world.define(lambda x: x), cache_key=asked.append)
+    world.run(f, 1)
+    world.run(f, 1)
+    assert asked == [1, 1]
+
+
+def test_a_users_key_that_cannot_be_told_is_refused(world):
+    f = cached(world.define(lambda x: x), cache_key=lambda x: Unhashable())
+    with pytest.raises(TypeError, match=r"cache_key= of .*lambda.*Unhashable"):
+        world.run(f, 1)
+
+
+def test_an_error_of_the_users_key_function_goes_to_the_caller(world):
+    runs = []
+    f = cached(world.define(runs.append), cache_key=lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.run(f, 1)
+    assert runs == []
+
+
+def test_a_wrong_call_of_a_function_with_a_users_key_raises_a_type_error(world):
+    f = cached(world.define(lambda x: x), cache_key=lambda x: x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        world.run(f)
+
+
+def test_keys_of_many_arguments_do_not_meet():
+    values = [0, 1, "", "0", None, b"", True, False, 0.0, (), [], {}]
+    f = cached(lambda a, b, c: (a, b, c))
+    for abc in itertools.product(values, repeat=3):
+        assert are_alike(f(*abc), abc)
+    assert f.cache_info().hits == 0

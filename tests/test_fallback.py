@@ -1,0 +1,386 @@
+"""Fallback: the candidates of one parameter, in order, round by round."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from opero import AllFailedError, OperoError, opero
+from opero.core import get_fallback_decorator
+from opero.core.clock import clock
+
+ONCE = {"retries": 0, "arg_fallback": "key"}
+
+
+class Service:
+    """Answers to the keys it knows; any other has its own error, by which tests choose what is retryable."""
+
+    def __init__(self, *good, clock=None):
+        self.good = good
+        self.clock = clock
+        self.asked = []
+        self.times = []
+
+    def __call__(self, key):
+        self.asked.append(key)
+        if self.clock is not None:
+            self.times.append((key, self.clock.now() - 1000))
+        if key not in self.good:
+            raise LookupError(key)
+        return f"answer to {key}"
+
+    def function(self, world):
+        """The service as a function of one parameter."""
+
+        def ask(key):
+            return self(key)
+
+        return world.define(ask)
+
+
+def all_failed(world, function, *args):
+    with pytest.raises(AllFailedError) as caught:
+        world.run(function, *args)
+    return caught.value
+
+
+# Where the candidates come from
+
+
+def by_position(function):
+    return function(0, ["a", "b"])
+
+
+def by_keyword(function):
+    return function(0, key=["a", "b"])
+
+
+def by_default(function):
+    return function(0)
+
+
+def all_by_keyword(function):
+    return function(key=["a", "b"], other=0)
+
+
+@pytest.mark.parametrize("call", [by_position, by_keyword, by_default, all_by_keyword])
+def test_candidates_are_bound_like_arguments(world, call):
+    service = Service("b")
+
+    def ask(other, key=("a", "b"), *more):
+        assert (other, more) == (0, ())
+        return service(key)
+
+    assert world.run(call, opero(**ONCE)(world.define(ask))) == "answer to b"
+    assert service.asked == ["a", "b"]
+
+
+def test_a_keyword_only_parameter_can_hold_candidates(world):
+    service = Service("b")
+
+    def ask(*, other=0, key=("x", "y")):
+        return service(key)
+
+    function = opero(**ONCE)(world.define(ask))
+    assert world.run(function, key=("a", "b")) == "answer to b"
+    all_failed(world, function)
+    assert service.asked == ["a", "b", "x", "y"]
+
+
+def test_a_positional_only_parameter_can_hold_candidates(world):
+    service = Service("b")
+
+    def ask(other, key=("x", "y"), /, **options):
+        assert options == {}
+        return service(key)
+
+    function = opero(**ONCE)(world.define(ask))
+    assert world.run(function, 0, ["a", "b"]) == "answer to b"
+    all_failed(world, function, 0)
+    assert service.asked == ["a", "b", "x", "y"]
+
+
+def test_a_method_can_have_candidates(world):
+    service = Service("b")
+
+    def ask(self, key):
+        assert isinstance(self, Client)
+        return service(key)
+
+    class Client:
+        method = opero(**ONCE)(world.define(ask))
+
+    assert world.run(Client().method, ["a", "b"]) == "answer to b"
+    assert world.run(Client.method, Client(), key=["a", "b"]) == "answer to b"
+
+
+def test_arguments_around_the_candidates_stay_as_they_are(world):
+    seen = []
+
+    def ask(first, key, *rest, option, **more):
+        seen.append((first, key, rest, option, more))
+        raise ValueError
+
+    with pytest.raises(AllFailedError):
+        world.run(opero(**ONCE)(world.define(ask)), 1, ["a", "b"], 2, 3, option=4, extra=5)
+    assert seen == [(1, key, (2, 3), 4, {"extra": 5}) for key in "ab"]
+
+
+@pytest.mark.parametrize("value", ["text", b"bytes", None, {"a", "b"}, {"a": 1}, 7, range(2)], ids=repr)
+def test_anything_but_a_list_or_tuple_is_the_only_candidate(world, value):
+    service = Service()
+    all_failed(world, opero(**ONCE)(service.function(world)), value)
+    assert service.asked == [value]
+
+
+def test_a_candidate_may_itself_be_a_list(world):
+    service = Service(["b"])
+    world.run(opero(**ONCE)(service.function(world)), [["a"], ["b"]])
+    assert service.asked == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("empty", [[], ()], ids=repr)
+def test_no_candidates_are_a_value_error_that_is_not_retried(world, fake_clock, empty):
+    service = Service()
+    with pytest.raises(ValueError, match="key"):
+        world.run(opero(arg_fallback="key")(service.function(world)), empty)
+    assert service.asked == []
+    assert fake_clock.sleeps == []
+
+
+def test_fallback_alone_makes_one_round(world):
+    service = Service()
+    all_failed(world, get_fallback_decorator("key")(service.function(world)), ["a", "b"])
+    assert service.asked == ["a", "b"]
+
+
+# The rounds
+
+
+def test_the_first_success_wins(world):
+    service = Service("b", "c")
+    assert world.run(opero(**ONCE)(service.function(world)), ["a", "b", "c"]) == "answer to b"
+    assert service.asked == ["a", "b"]
+
+
+def test_a_failed_round_is_repeated_after_one_delay(world, fake_clock):
+    service = Service(clock=fake_clock)
+    all_failed(world, opero(arg_fallback="key", retries=2, jitter=False)(service.function(world)), ["a", "b"])
+    assert service.asked == ["a", "b"] * 3
+    assert fake_clock.sleeps == pytest.approx([0.1, 0.2])
+
+
+def test_a_later_round_can_succeed(world, fake_clock):
+    service = Service(clock=fake_clock)
+
+    def ask(key):
+        if len(service.asked) == 3:
+            service.good = ("b",)
+        return service(key)
+
+    function = opero(arg_fallback="key")(world.define(ask))
+    assert world.run(function, ["a", "b"]) == "answer to b"
+    assert service.asked == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("hopeless", "asked"),
+    [
+        ("", ["a", "b", "a", "b", "a", "b"]),
+        ("a", ["a", "b", "b", "b"]),
+        ("b", ["a", "b", "a", "a"]),
+        ("ab", ["a", "b"]),
+    ],
+)
+def test_candidates_without_a_retryable_error_are_not_tried_again(world, fake_clock, hopeless, asked):
+    service = Service()
+    options = {"retries": 2, "retry_on": lambda error: error.args[0] not in hopeless}
+    error = all_failed(world, opero(arg_fallback="key", **options)(service.function(world)), ["a", "b"])
+    assert service.asked == asked
+    assert [e.args[0] for e in error.errors] == asked
+
+
+def test_what_was_not_tried_again_is_tried_in_the_next_call(world):
+    service = Service()
+    function = opero(arg_fallback="key", retry_on=KeyError)(service.function(world))
+    all_failed(world, function, ["a"])
+    all_failed(world, function, ["a"])
+    assert service.asked == ["a", "a"]
+
+
+def test_equal_candidates_are_told_apart(world, fake_clock):
+    service = Service()
+    options = {"retries": 1, "retry_on": lambda error: error.args[0] is not True}
+    all_failed(world, opero(arg_fallback="key", **options)(service.function(world)), [1, True])
+    assert list(map(repr, service.asked)) == ["1", "True", "1"]
+
+
+def test_candidates_that_cannot_be_compared_are_fine(world, fake_clock):
+    class Array:
+        __hash__ = None
+
+        def __eq__(self, other):
+            raise RuntimeError("ambiguous")
+
+    asked = []
+
+    def ask(key):
+        asked.append(key)
+        raise LookupError(key is last)
+
+    first, last = Array(), Array()
+    options = {"retries": 1, "retry_on": lambda error: not error.args[0], "fallback_cooldown": 5}
+    all_failed(world, opero(arg_fallback="key", **options)(world.define(ask)), [first, last])
+    assert [key is last for key in asked] == [False, True, False]
+
+
+# What is raised
+
+
+def test_all_errors_are_kept_in_order(world, fake_clock):
+    errors = []
+
+    def ask(key):
+        errors.append(LookupError(key))
+        raise errors[-1]
+
+    error = all_failed(world, opero(arg_fallback="key", retries=1)(world.define(ask)), ["a", "b"])
+    assert isinstance(error, ExceptionGroup)
+    assert isinstance(error, OperoError)
+    assert len(errors) == 4
+    assert all(kept is raised for kept, raised in zip(error.errors, errors, strict=True))
+    assert all(kept.__context__ is None and kept.__traceback__ is not None for kept in error.errors)
+    assert error.__context__ is None
+    assert error.__cause__ is None
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_the_message_names_function_parameter_and_rounds_but_no_candidate(world, fake_clock, retries):
+    function = opero(arg_fallback="key", retries=retries)(Service().function(world))
+    message = str(all_failed(world, function, ["sesame", "swordfish"]))
+    assert "ask" in message
+    assert "'key'" in message
+    assert ("1 round " if retries == 0 else "3 rounds") in message
+    assert "sesame" not in message
+    assert "swordfish" not in message
+
+
+def test_except_star_reaches_the_single_errors(world):
+    def ask(key):
+        raise {"a": KeyError, "b": OSError}[key]
+
+    function = opero(**ONCE)(world.define(ask))
+    caught = []
+    try:
+        world.run(function, ["a", "b"])
+    except* KeyError as group:
+        caught.append(("KeyError", len(group.exceptions)))
+    except* OSError as group:
+        caught.append(("OSError", len(group.exceptions)))
+    assert caught == [("KeyError", 1), ("OSError", 1)]
+
+
+def test_the_parts_of_a_split_error_are_of_the_same_class(world):
+    def ask(key):
+        raise {"a": KeyError, "b": OSError}[key]
+
+    error = all_failed(world, opero(**ONCE)(world.define(ask)), ["a", "b"])
+    parts = error.split(KeyError)
+    assert [type(part) for part in parts] == [AllFailedError, AllFailedError]
+    assert [type(part.errors[0]) for part in parts] == [KeyError, OSError]
+    assert parts[0].message == error.message
+
+
+@pytest.mark.parametrize("copied", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy], ids=["pickle", "copy"])
+def test_the_error_survives_being_copied(world, copied):
+    error = all_failed(world, opero(**ONCE)(Service().function(world)), ["a", "b"])
+    error.add_note("note")
+    again = copied(error)
+    assert type(again) is AllFailedError
+    assert str(again) == str(error)
+    assert again.__notes__ == ["note"]
+    assert [(type(e), e.args) for e in again.errors] == [(LookupError, ("a",)), (LookupError, ("b",))]
+
+
+# Rest for candidates
+
+
+def test_a_candidate_that_failed_is_tried_last_until_its_cooldown_is_over(world, fake_clock):
+    service = Service("b")
+    function = opero(**ONCE, fallback_cooldown=60)(service.function(world))
+    for seconds in (0, 59, 2):
+        fake_clock.tick(seconds)
+        world.run(function, ["a", "b"])
+    assert service.asked == ["a", "b", "b", "a", "b"]
+
+
+def test_cooling_candidates_keep_their_order_and_are_all_tried(world, fake_clock):
+    service = Service()
+    function = opero(**ONCE, fallback_cooldown=60)(service.function(world))
+    all_failed(world, function, ["a", "b"])
+    all_failed(world, function, ["b", "c", "a", "d"])
+    assert service.asked == ["a", "b", "c", "d", "b", "a"]
+
+
+def test_without_a_cooldown_the_order_never_changes(world):
+    service = Service("b")
+    function = opero(**ONCE)(service.function(world))
+    for _ in range(2):
+        world.run(function, ["a", "b"])
+    assert service.asked == ["a", "b", "a", "b"]
+
+
+def test_candidates_without_a_hash_can_cool_down_too(world, fake_clock):
+    service = Service({"token": "b"})
+    function = opero(**ONCE, fallback_cooldown=60)(service.function(world))
+    for _ in range(2):
+        world.run(function, [{"token": "a"}, {"token": "b"}])
+    assert service.asked == [{"token": "a"}, {"token": "b"}, {"token": "b"}]
+
+
+def retry_after(**seconds):
+    return lambda error: seconds[error.args[0]]
+
+
+def test_a_candidate_that_asked_for_a_rest_is_not_asked_before_its_time(world, fake_clock):
+    service = Service(clock=fake_clock)
+    function = opero(arg_fallback="key", retries=5, retry_on=retry_after(a=3, b=1))(service.function(world))
+    all_failed(world, function, ["a", "b"])
+    assert service.times == [("a", 0), ("b", 0), ("b", 1), ("b", 2), ("a", 3), ("b", 3), ("b", 4), ("b", 5)]
+
+
+def test_the_others_follow_the_backoff_while_one_candidate_rests(world, fake_clock):
+    service = Service(clock=fake_clock)
+    options = {"retries": 3, "min_delay": 2, "jitter": False, "retry_on": retry_after(a=5, b=True)}
+    all_failed(world, opero(arg_fallback="key", **options)(service.function(world)), ["a", "b"])
+    assert service.times == [("a", 0), ("b", 0), ("b", 2), ("a", 6), ("b", 6), ("a", 14), ("b", 14)]
+
+
+def test_the_round_after_the_last_awake_candidate_is_out_waits_for_the_resting_one(world, fake_clock):
+    service = Service(clock=fake_clock)
+    function = opero(arg_fallback="key", retries=1, retry_on=retry_after(a=30, b=False))(service.function(world))
+    all_failed(world, function, ["a", "b"])
+    assert service.times == [("a", 0), ("b", 0), ("a", 30)]
+
+
+def test_a_candidate_that_may_be_asked_at_once_is(world, fake_clock):
+    service = Service(clock=fake_clock)
+    function = opero(arg_fallback="key", retries=1, retry_on=retry_after(a=0, b=9))(service.function(world))
+    all_failed(world, function, ["a", "b"])
+    assert service.times == [("a", 0), ("b", 0), ("a", 0)]
+
+
+def test_a_sleep_that_ends_a_little_early_wakes_no_other_candidate(world, fake_clock):
+    def sleep(seconds):
+        fake_clock.sleep(seconds - 1e-6)
+
+    async def async_sleep(seconds):
+        sleep(seconds)
+
+    clock.sleep, clock.async_sleep = sleep, async_sleep
+    service = Service(clock=fake_clock)
+    function = opero(arg_fallback="key", retries=1, retry_on=retry_after(a=1, b=60))(service.function(world))
+    all_failed(world, function, ["a", "b"])
+    assert service.asked == ["a", "b", "a"]

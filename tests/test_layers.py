@@ -1,0 +1,346 @@
+"""The order of the layers, and what passes through all of them at once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import tenacity
+
+from opero import AllFailedError, opero
+from opero.core import CallTimeoutError
+from opero.core.clock import clock
+
+PASSING = [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError]
+
+
+# The order, outermost first
+
+
+def test_a_cache_hit_is_outside_of_every_other_layer(world, fake_clock):
+    seen = []
+
+    def ask(key):
+        seen.append(key)
+        return "answer"
+
+    options = {"total_timeout": 1, "arg_fallback": "key", "rate_limit": 0.001, "retries": 1}
+    function = opero(cache=True, **options)(world.define(ask))
+    for _ in range(3):
+        assert world.run(function, ["a", "b"]) == "answer"
+    assert seen == ["a"]
+    assert (function.stats.hits, function.stats.waited) == (2, 0)
+    # Everything else has to wait for a slot, for which there is no time.
+    with pytest.raises(CallTimeoutError):
+        world.run(function, ["b"])
+
+
+def test_the_cache_stores_what_all_other_layers_made_of_the_call(world, fake_clock):
+    seen = []
+
+    def ask(key):
+        seen.append(key)
+        if len(seen) < 4:
+            raise LookupError
+        return f"answer to {key}"
+
+    function = opero(cache=True, arg_fallback="key")(world.define(ask))
+    for _ in range(2):
+        assert world.run(function, ["a", "b"]) == "answer to b"
+    assert seen == ["a", "b", "a", "b"]
+
+
+def test_a_failure_is_not_cached(world):
+    def fail():
+        raise LookupError
+
+    function = opero(cache=True, retries=0)(world.define(fail))
+    for _ in range(2):
+        with pytest.raises(LookupError):
+            world.run(function)
+    assert function.stats.attempts == 2
+
+
+def test_what_a_retry_error_callback_makes_up_is_not_cached(world):
+    def fail():
+        raise LookupError
+
+    options = {"retry_error_callback": lambda state: "made up"}
+    function = opero(cache=True, retries=0, retry_options=options)(world.define(fail))
+    for _ in range(2):
+        assert world.run(function) == "made up"
+    assert function.stats.attempts == 2
+
+
+def test_total_timeout_is_outside_of_retries_and_candidates(world, fake_clock):
+    def ask(key):
+        fake_clock.tick(1)
+        raise LookupError(key)
+
+    function = opero(arg_fallback="key", retries=9, min_delay=0, total_timeout=2.5)(world.define(ask))
+    with pytest.raises(AllFailedError) as caught:
+        world.run(function, ["a", "b"])
+    assert [error.args[0] for error in caught.value.errors] == ["a", "b", "a"]
+
+
+def test_retry_is_outside_of_fallback(world, fake_clock):
+    def ask(key):
+        raise LookupError(key)
+
+    with pytest.raises(AllFailedError) as caught:
+        world.run(opero(arg_fallback="key", retries=1)(world.define(ask)), ["a", "b"])
+    assert [error.args[0] for error in caught.value.errors] == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize(("tick", "asked"), [(0, ["a"]), (1, ["a", "b", "a", "b"])])
+def test_every_candidate_and_every_retry_takes_a_slot_of_the_rate_limit(world, fake_clock, tick, asked):
+    def ask(key):
+        fake_clock.tick(tick)
+        raise LookupError(key)
+
+    # One slot a second: without time passing there is one execution, and no time left to wait for the next.
+    options = {"rate_limit": 1, "total_timeout": 0.5 + 10 * tick, "retries": 1, "min_delay": 0}
+    with pytest.raises(AllFailedError) as caught:
+        world.run(opero(arg_fallback="key", **options)(world.define(ask)), ["a", "b"])
+    assert [error.args[0] for error in caught.value.errors] == asked
+
+
+def test_the_first_attempt_takes_a_slot_too(world, fake_clock):
+    function = opero(rate_limit=1, total_timeout=0.5)(world.define(lambda: "done"))
+    world.run(function)
+    with pytest.raises(CallTimeoutError):
+        world.run(function)
+
+
+def test_rate_limit_is_outside_of_attempt_timeout():
+    @opero(rate_limit=25, attempt_timeout=0.03, retries=0)
+    async def instant():
+        return "done"
+
+    async def twice():
+        return await instant(), await instant()
+
+    started = time.monotonic()
+    assert asyncio.run(twice()) == ("done", "done")
+    assert time.monotonic() - started > 0.03
+
+
+def test_attempt_timeout_bounds_each_candidate_by_itself():
+    @opero(arg_fallback="key", attempt_timeout=0.02, retries=0)
+    async def ask(key):
+        await asyncio.Event().wait() if key == "hanging" else None
+        return key
+
+    assert asyncio.run(ask(["hanging", "hanging", "good"])) == "good"
+
+
+# What passes through
+
+
+def everything(world, function, **options):
+    """The function with every layer on that its world has, and a predicate that says yes to all that is raised."""
+    options = {
+        "cache": True,
+        "total_timeout": 100,
+        "arg_fallback": "key",
+        "fallback_cooldown": 5,
+        "rate_limit": 1e6,
+        "retry_options": {"retry": tenacity.retry_if_not_exception_type(ZeroDivisionError)},
+        **({"attempt_timeout": 50} if world.is_async else {}),
+        **options,
+    }
+    return opero(**options)(world.define(function))
+
+
+@pytest.mark.parametrize("attempt", [1, 2, 3], ids=["first candidate", "second candidate", "second round"])
+@pytest.mark.parametrize("kind", PASSING)
+def test_it_passes_every_layer_at_once_and_leaves_nothing_locked(world, fake_clock, kind, attempt):
+    asked = []
+
+    def ask(key):
+        fake_clock.tick(1)
+        asked.append(key)
+        if len(asked) > attempt:
+            return "done"
+        raise kind if len(asked) == attempt else LookupError
+
+    function = everything(world, ask)
+    with pytest.raises(kind):
+        world.run(function, ["a", "b"])
+    assert len(asked) == attempt
+    assert world.run(function, ["a", "b"]) == "done"
+    assert len(asked) == attempt + 1
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_it_passes_the_direct_way_to_the_function_too(world, kind):
+    rest = [kind()]
+
+    def ask():
+        if rest:
+            raise rest.pop()
+        return "done"
+
+    function = opero(world.define(ask))
+    with pytest.raises(kind):
+        world.run(function)
+    assert world.run(function) == "done"
+    assert function.stats.attempts == 2
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_it_passes_from_the_wait_between_two_rounds(world, fake_clock, kind):
+    rest = [LookupError(), LookupError()]
+
+    def ask(key):
+        fake_clock.tick(1)  # for the next slot
+        if rest:
+            raise rest.pop()
+        return "done"
+
+    def sleep(seconds):
+        raise kind
+
+    async def async_sleep(seconds):
+        raise kind
+
+    clock.sleep, clock.async_sleep = sleep, async_sleep
+    function = everything(world, ask)
+    with pytest.raises(kind):
+        world.run(function, ["a", "b"])
+    assert world.run(function, ["a", "b"]) == "done"
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_it_passes_from_a_hook(world, fake_clock, kind):
+    rest = [LookupError()]
+
+    def ask(key):
+        fake_clock.tick(1)  # for the next slot
+        if rest:
+            raise rest.pop()
+        return "done"
+
+    def retry_on(error):
+        raise kind
+
+    function = everything(world, ask, retry_options=None, retry_on=retry_on)
+    with pytest.raises(kind):
+        world.run(function, ["a", "b"])
+    assert world.run(function, ["a", "b"]) == "done"
+
+
+def test_ctrl_c_during_the_wait_for_a_slot_gives_the_place_back(fake_clock):
+    function = opero(rate_limit=1)(lambda: "done")
+    function()  # the slot of this second, which does not pass by itself
+    line = function.plan.limit
+
+    def interrupt():
+        while line.expected_wait() <= 1:
+            time.sleep(0.001)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        function()
+    thread.join()
+    fake_clock.tick(1)
+    assert function() == "done"
+    assert function.stats.attempts == 2
+
+
+def test_a_task_cancelled_in_the_wait_for_a_slot_gives_the_place_back(fake_clock):
+    @opero(rate_limit=1)
+    async def function():
+        return "done"
+
+    async def body():
+        await function()  # the slot of this second, which does not pass by itself
+        task = asyncio.create_task(function())
+        await asyncio.sleep(0)
+        assert function.plan.limit.expected_wait() > 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        fake_clock.tick(1)
+        return await asyncio.wait_for(function(), 5)
+
+    assert asyncio.run(body()) == "done"
+
+
+@pytest.mark.parametrize("options", [{}, {"min_delay": 30}], ids=["in an attempt", "between two rounds"])
+def test_a_cancelled_task_ends_at_once_and_a_later_call_works(options):
+    reached = asyncio.Event()
+    first = [True]
+
+    async def ask(key):
+        if not first:
+            return "done"
+        reached.set()
+        if options:
+            raise LookupError
+        return await asyncio.Event().wait()
+
+    function = opero(cache=True, attempt_timeout=50, total_timeout=100, arg_fallback="key", **options)(ask)
+
+    async def body():
+        task = asyncio.create_task(function("a"))
+        await reached.wait()
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        first.clear()
+        return await asyncio.wait_for(function("a"), 5)
+
+    assert asyncio.run(body()) == "done"
+
+
+def test_a_closed_coroutine_leaves_nothing_locked():
+    class Suspended:
+        def __await__(self):
+            yield
+
+    attempts = []
+
+    @opero(cache=True, arg_fallback="key", rate_limit=1e6)
+    async def ask(key):
+        attempts.append(key)
+        if len(attempts) == 1:
+            await Suspended()
+        return "done"
+
+    coroutine = ask(["a", "b"])
+    coroutine.send(None)
+    coroutine.close()
+    assert asyncio.run(ask(["a", "b"])) == "done"
+    assert attempts == ["a", "a"]
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_whoever_waits_for_an_identical_call_takes_over_when_it_ends_so(kind):
+    computing, interrupt = threading.Event(), threading.Event()
+    attempts = []
+
+    @opero(cache=True)
+    def ask():
+        attempts.append(threading.get_ident())
+        if len(attempts) == 1:
+            computing.set()
+            interrupt.wait(5)
+            raise kind
+        return "done"
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask)
+        computing.wait(5)
+        second = pool.submit(ask)
+        interrupt.wait(0.01)  # time for the second to come and wait
+        interrupt.set()
+        assert isinstance(first.exception(5), kind)
+        assert second.result(5) == "done"

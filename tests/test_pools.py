@@ -1,0 +1,439 @@
+"""`opero.concurrency`: maps without any policy, and the progress bar of all maps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import itertools
+import os
+import pty
+import subprocess
+import sys
+import termios
+import textwrap
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from opero import CallStats, opmap
+from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
+
+MODES = ("thread", "process", "async", "async_process")
+
+
+class SpoiledError(Exception):
+    """A user's error."""
+
+
+def double(item, *, plus=0):
+    return item * 2 + plus
+
+
+async def double_async(item, *, plus=0):
+    return item * 2 + plus
+
+
+def fail_on_odd(item):
+    if item % 2:
+        raise SpoiledError(item)
+    return item
+
+
+def execute(executor, function, items, /, **kwargs):
+    """The executor's list, awaited where the function is ``async def``."""
+    result = executor(function, items, **kwargs)
+    if not inspect.isawaitable(result):
+        return result
+
+    async def wait():
+        return await result
+
+    return asyncio.run(wait())
+
+
+async def eventually(condition):
+    """Wait in an event loop, but not for ever."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.005)
+
+
+def options_of(mode, **options):
+    return {"mode": mode.name, "workers": 2, **options}
+
+
+# Maps without policies
+
+
+def test_the_decorator_makes_a_map(mode):
+    mapped = get_parallel_map_decorator(**options_of(mode))(mode.define(double))
+    assert mode.run(mapped, range(50)) == [n * 2 for n in range(50)]
+    assert mode.run(mapped, [1, 2], plus=5) == [7, 9]
+
+
+def test_the_executor_maps_any_function(mode):
+    executor = get_parallel_executor(**options_of(mode))
+    assert execute(executor, mode.define(double), range(50)) == [n * 2 for n in range(50)]
+    assert execute(executor, mode.define(fail_on_odd), [0, 2]) == [0, 2]
+
+
+def test_the_executor_gives_keyword_arguments_to_every_item(mode):
+    def work(item, *, function, items, mode):
+        return item, function, items, mode
+
+    executor = get_parallel_executor(**options_of(mode))
+    results = execute(executor, mode.define(work), [1, 2], function="f", items="i", mode="m")
+    assert results == [(1, "f", "i", "m"), (2, "f", "i", "m")]
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_the_executor_returns_an_awaitable_for_an_async_function(name):
+    executor = get_parallel_executor(name, workers=2)
+    assert execute(executor, double_async, [1, 2, 3]) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["thread", "process"])
+def test_the_executor_returns_the_list_for_a_def_function(name):
+    assert get_parallel_executor(name, workers=2)(double, [1, 2, 3]) == [2, 4, 6]
+
+
+def test_the_mode_may_be_given_by_position(mode):
+    mapped = get_parallel_map_decorator(mode.name, workers=2)(mode.define(double))
+    assert mode.run(mapped, [1]) == [2]
+    assert execute(get_parallel_executor(mode.name, workers=2), mode.define(double), [1]) == [2]
+
+
+def test_the_default_mode_is_process():
+    def process_of(item):
+        return os.getpid()
+
+    assert get_parallel_executor()(process_of, [1]) != [os.getpid()]
+    assert get_parallel_map_decorator()(process_of)([1]) != [os.getpid()]
+
+
+def test_the_decorator_adds_no_policy(mode, tmp_path):
+    path = tmp_path / "runs"
+
+    def work(item):
+        with path.open("a") as file:
+            file.write("ran\n")
+        return fail_on_odd(item)
+
+    mapped = get_parallel_map_decorator(**options_of(mode))(mode.define(work))
+    first, again, failed = mode.run(mapped, [2, 2, 1])
+    assert (first, again) == (2, 2)
+    assert isinstance(failed, SpoiledError)
+    assert len(path.read_text().split()) == 3
+    assert mapped.stats == CallStats(calls=3, attempts=3, failures=1)
+
+
+def test_the_executor_adds_no_policy(mode, tmp_path):
+    path = tmp_path / "runs"
+
+    def work(item):
+        with path.open("a") as file:
+            file.write("ran\n")
+        return fail_on_odd(item)
+
+    *_, failed = execute(get_parallel_executor(**options_of(mode)), mode.define(work), [2, 2, 1])
+    assert isinstance(failed, SpoiledError)
+    assert len(path.read_text().split()) == 3
+
+
+def test_a_failed_item_is_its_exception_or_raises(mode):
+    kept = get_parallel_map_decorator(**options_of(mode))(mode.define(fail_on_odd))
+    assert [type(result) for result in mode.run(kept, [0, 1, 2])] == [int, SpoiledError, int]
+    raised = get_parallel_map_decorator(**options_of(mode, return_exceptions=False))(mode.define(fail_on_odd))
+    with pytest.raises(SpoiledError):
+        mode.run(raised, itertools.count())
+    with pytest.raises(SpoiledError):
+        execute(
+            get_parallel_executor(**options_of(mode, return_exceptions=False)),
+            mode.define(fail_on_odd),
+            itertools.count(),
+        )
+
+
+@pytest.mark.parametrize(("ordered", "expected"), [(True, [0, 1]), (False, [1, 0])])
+def test_ordered_decides_about_the_order(mode, ordered, expected):
+    async def work(item):
+        await asyncio.sleep(0 if item else 0.3)
+        return item
+
+    executor = get_parallel_executor(**options_of(mode, ordered=ordered))
+    assert execute(executor, work, [0, 1]) == expected
+
+
+def test_workers_decides_how_many_run_together(mode, tmp_path):
+    path = tmp_path / "journal"
+    path.touch()
+
+    def add(text):
+        with path.open("a") as file:
+            file.write(f"{text}\n")
+
+    async def work(item):
+        add("+")
+        await eventually(lambda: path.read_text().count("+") >= 3)
+        await asyncio.sleep(0.02)
+        add("-")
+
+    options = options_of(mode, **({"concurrency": 1} if mode.name == "async_process" else {}))
+    execute(get_parallel_executor(**{**options, "workers": 3}), work, range(7))
+    steps = [{"+": 1, "-": -1}[line] for line in path.read_text().split()]
+    assert max(itertools.accumulate(steps)) == 3
+
+
+def test_the_decorated_function_has_streams_and_single_calls(mode):
+    mapped = get_parallel_map_decorator(**options_of(mode))(mode.define(double))
+    assert [outcome.result for outcome in mode.stream(mapped, [1, 2])] == [2, 4]
+    single = mapped.one(5)
+    assert (asyncio.run(single) if mode.is_async else single) == 10
+
+
+def test_several_executors_work_at_the_same_time():
+    executor = get_parallel_executor("thread", workers=2)
+    results: list[list[int]] = []
+    threads = [threading.Thread(target=lambda: results.append(executor(double, range(20)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [[n * 2 for n in range(20)]] * 4
+
+
+# Options of the pools
+
+prepared = "no"
+
+
+def prepare(text):
+    global prepared  # noqa: PLW0603 - what an initializer does
+    prepared = text
+
+
+def look(item):
+    return prepared, os.getppid()
+
+
+async def look_async(item):
+    return look(item)
+
+
+@pytest.mark.parametrize("name", ["process", "async_process"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_pool_options_reach_the_pool(name, method):
+    options: dict[str, Any] = {"start_method": method, "initializer": prepare, "initargs": ("yes",)}
+    function = look if name == "process" else look_async
+    by_executor = execute(get_parallel_executor(name, workers=1, **options), function, [1])
+    by_decorator = get_parallel_map_decorator(name, workers=1, **options)(function).run([1])
+    for ((seen, parent),) in (by_executor, by_decorator):
+        assert seen == "yes"
+        assert (parent == os.getpid()) is (method == "fork")
+    assert prepared == "no"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"mode": "threads"}, ValueError, "'threads'"),
+        ({"workers": 0}, ValueError, "workers"),
+        ({"workers": 1.5}, TypeError, "workers"),
+        ({"ordered": "no"}, TypeError, "ordered"),
+        ({"progress": 5}, TypeError, "progress"),
+        ({"return_exceptions": 1}, TypeError, "return_exceptions"),
+        ({"mode": "async"}, TypeError, "double"),
+        ({"mode": "async_process"}, TypeError, "double"),
+        ({"unknown": 1}, TypeError, "unknown"),
+        ({"start_method": "telepathy"}, ValueError, "telepathy"),
+        ({"initializer": "text"}, TypeError, "initializer"),
+        ({"initializer": prepare, "initargs": ["yes"]}, TypeError, "initargs"),
+        ({"initargs": ("yes",)}, ValueError, "initargs"),
+        ({"mode": "thread", "start_method": "fork"}, TypeError, "start_method"),
+        ({"mode": "thread", "initializer": prepare}, TypeError, "initializer"),
+        ({"concurrency": 5}, TypeError, "concurrency"),
+        ({"retries": 3}, TypeError, "retries"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_raises_and_is_named(options, error, words):
+    with pytest.raises(error, match=words):
+        get_parallel_map_decorator(**options)(double)
+    with pytest.raises(error, match=words):
+        get_parallel_executor(**options)(double, [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"concurrency": 0}, ValueError), ({"concurrency": 1.5}, TypeError), ({"concurrency": True}, TypeError)],
+    ids=str,
+)
+def test_a_wrong_concurrency_raises_and_is_named(options, error):
+    with pytest.raises(error, match="concurrency"):
+        get_parallel_map_decorator("async_process", **options)(double_async)
+
+
+@pytest.mark.parametrize("wrong", [5, int, classmethod(double), staticmethod(double), iter([])], ids=type)
+def test_what_is_no_function_is_refused(wrong):
+    with pytest.raises(TypeError):
+        get_parallel_map_decorator("thread")(wrong)
+    with pytest.raises(TypeError):
+        get_parallel_executor("thread")(wrong, [1])
+
+
+def test_async_process_mode_without_aiomultiprocess_tells_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiomultiprocess", None)
+    with pytest.raises(ImportError, match=r"opero\[aiomultiprocess\]"):
+        get_parallel_map_decorator("async_process")(double_async)
+
+
+# Progress
+
+SCRIPT = """
+    import json, sys, threading
+    from opero import opmap
+    from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
+
+    def work(item):
+        if item < 0:
+            raise ValueError("negative")
+        return item
+
+    async def work_async(item):
+        return work(item)
+
+    if __name__ == "__main__":
+        function = work_async if {mode!r}.startswith("async") else work
+        options = dict(mode={mode!r}, workers=2)
+        {body}
+        import tqdm
+        json.dump([[t.name for t in threading.enumerate()], tqdm.tqdm.monitor_interval], sys.stdout)
+"""
+NOTHING_CHANGED = '[["MainThread"], 10]'
+
+
+class Terminal:
+    """Runs scripts whose stderr is a pseudo terminal, or a pipe."""
+
+    def __init__(self, folder):
+        self._path = folder / "script.py"
+
+    def _command(self, body, mode):
+        body = textwrap.indent(textwrap.dedent(body), "    ").strip()
+        source = textwrap.dedent(SCRIPT).format(mode=mode, body=body)
+        self._path.write_text(source)
+        return [sys.executable, str(self._path)]
+
+    def on_terminal(self, body, mode="thread"):
+        """What was written to the terminal, and to stdout."""
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(ours, (24, 100))
+        process = subprocess.Popen(
+            self._command(body, mode),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            text=True,
+        )
+        os.close(theirs)
+        written = b""
+        with contextlib.suppress(OSError):  # Linux reports the end of a pseudo terminal as an error
+            while piece := os.read(ours, 65536):
+                written += piece
+        os.close(ours)
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode == 0, written.decode()
+        return written.decode(), out
+
+    def on_pipe(self, body, mode="thread"):
+        done = subprocess.run(
+            self._command(body, mode), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=True
+        )
+        return done.stderr, done.stdout
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    return Terminal(tmp_path)
+
+
+def test_a_terminal_shows_a_bar_with_the_label(mode, terminal):
+    written, out = terminal.on_terminal(
+        "opmap(**options, progress='fetching pages')(function).run(range(50))", mode.name
+    )
+    assert "fetching pages" in written
+    assert "50/50" in written
+    assert out == NOTHING_CHANGED
+
+
+def test_without_a_terminal_there_is_no_bar(mode, terminal):
+    written, out = terminal.on_pipe("opmap(**options, progress='fetching pages')(function).run(range(50))", mode.name)
+    assert written == ""
+    assert out == NOTHING_CHANGED
+
+
+def test_without_a_terminal_a_captured_map_writes_nothing(mode, capfd):
+    mapped = opmap(**{**mode.options, "progress": True})(mode.define(double))
+    mode.run(mapped, range(20))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_by_default_the_bar_has_the_name_of_the_function(terminal):
+    written, _ = terminal.on_terminal("opmap(**options)(function).run(range(50))")
+    assert "work" in written
+    assert "50/50" in written
+
+
+def test_progress_false_shows_nothing(terminal):
+    written, _ = terminal.on_terminal("opmap(**options, progress=False)(function).run(range(50))")
+    assert written == ""
+
+
+def test_the_bar_tells_how_many_items_failed(terminal):
+    written, _ = terminal.on_terminal("opmap(**options, retries=0)(function).run([1, -1, -2, 3])")
+    assert "4/4" in written
+    assert "failed=2" in written
+
+
+def test_the_bar_counts_items_of_an_input_without_a_length(terminal):
+    written, _ = terminal.on_terminal("opmap(**options, progress='fetching')(function).run(iter(range(50)))")
+    assert "fetching" in written
+    assert "50item" in written
+
+
+def test_a_stream_has_a_bar_too(terminal):
+    written, out = terminal.on_terminal("list(opmap(**options, progress='streaming')(function).stream(range(50)))")
+    assert "streaming" in written
+    assert "50/50" in written
+    assert out == NOTHING_CHANGED
+
+
+def test_the_bar_ends_when_a_map_is_stopped_by_a_failure(terminal):
+    body = """
+        try:
+            opmap(**options, progress='fetching', retries=0, return_exceptions=False)(function).run([1, -1])
+        except ValueError:
+            print("raised", file=sys.stderr)
+    """
+    written, out = terminal.on_terminal(body)
+    assert "fetching" in written
+    assert written.replace("\r", "").splitlines()[-1] == "raised"
+    assert out == NOTHING_CHANGED
+
+
+def test_a_single_call_has_no_bar(terminal):
+    written, _ = terminal.on_terminal("opmap(**options, attempt_timeout=5)(function).one(1)", "process")
+    assert written == ""
+
+
+def test_maps_without_policies_show_a_bar_only_if_asked(terminal):
+    written, _ = terminal.on_terminal("get_parallel_executor(**options)(function, range(50))")
+    assert written == ""
+    written, _ = terminal.on_terminal("get_parallel_executor(**options, progress='fetching')(function, range(50))")
+    assert "fetching" in written
+    written, _ = terminal.on_terminal("get_parallel_map_decorator(**options, progress='fetching')(function)(range(50))")
+    assert "fetching" in written

@@ -1,0 +1,1179 @@
+"""Maps in processes: crashes, what cannot travel, start methods, threads of the parent, Ctrl-C, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import uuid
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opmap
+
+PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
+PROCESS_MODES = ("process", "async_process")
+START_METHODS = ("fork", "spawn", "forkserver")
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Lines that every process of a test can add and read."""
+
+    path: Path
+
+    def add(self, text: object) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{text}\n")
+
+    def lines(self) -> list[str]:
+        return self.path.read_text().splitlines() if self.path.exists() else []
+
+    def count(self, text: object) -> int:
+        return self.lines().count(str(text))
+
+    def wait_for(self, text: object) -> None:
+        wait_until(lambda: self.count(text))
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return Journal(tmp_path / "journal")
+
+
+class InProcesses:
+    """One of the two modes with worker processes, for plain functions."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.options: dict[str, Any] = {"mode": name, "workers": 2, "progress": False}
+
+    def map(self, function, **options):
+        """A map of a plain function, made ``async def`` where the mode asks for it; called as ``.run(items)``."""
+        if self.name == "process":
+            return opmap(**{**self.options, **options})(function)
+
+        async def work(item):
+            return function(item)
+
+        return opmap(**{**self.options, **options})(work)
+
+    def stream(self, mapped, items):
+        if self.name == "process":
+            return list(mapped.stream(items))
+
+        async def collect():
+            return [outcome async for outcome in mapped.stream(items)]
+
+        return asyncio.run(collect())
+
+
+@pytest.fixture(params=PROCESS_MODES)
+def processes(request):
+    return InProcesses(request.param)
+
+
+# What is left
+
+
+def children() -> dict[int, str]:
+    """Processes that this one started and that it has not reaped, but for the helpers of multiprocessing."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = entry.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+                command = entry.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if int(parent) == os.getpid() and "forkserver import main" not in command:
+                    found[int(entry.name)] = command
+    return {pid: command for pid, command in found.items() if "resource_tracker" not in command}
+
+
+def surroundings() -> tuple[dict[int, str], list[str]]:
+    return children(), sorted(thread.name for thread in threading.enumerate())
+
+
+@pytest.fixture(autouse=True)
+def clean_surroundings():
+    """Every test here is also a test that no process and no thread is left."""
+    before = surroundings()
+    yield before
+    assert surroundings() == before
+
+
+def open_files() -> list[str]:
+    """What is open; the queues of a `multiprocess.Pool` are closed when they are collected."""
+    gc.collect()
+    names = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            names.append(str(entry.readlink()).partition(":")[0])
+    return sorted(names)
+
+
+def double(item):
+    return item * 2
+
+
+def test_a_map_leaves_no_open_file_behind(processes):
+    mapped = processes.map(double)
+    mapped.run(range(5))
+    before = open_files()
+    for _ in range(3):
+        mapped.run(range(5))
+    assert open_files() == before
+
+
+def test_a_crash_leaves_no_open_file_behind(processes):
+    mapped = processes.map(lambda item: os._exit(1), retries=0)
+    mapped.run([1])
+    before = open_files()
+    for _ in range(3):
+        mapped.run([1])
+    assert open_files() == before
+
+
+# Crashes
+
+
+def die_by_signal():
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(PATIENCE)
+
+
+def die_by_exit():
+    os._exit(7)
+
+
+def die_by_sys_exit():
+    sys.exit(3)
+
+
+def die_by_segfault():
+    ctypes.string_at(0)
+
+
+DEATHS = [
+    pytest.param(die_by_signal, "SIGKILL", id="kill -9"),
+    pytest.param(die_by_exit, "exit code 7", id="os._exit"),
+    pytest.param(die_by_sys_exit, "exit code 3", id="sys.exit"),
+    pytest.param(die_by_segfault, "SIGSEGV", id="segfault"),
+]
+
+
+@pytest.mark.parametrize(("die", "reason"), DEATHS)
+def test_only_the_item_that_kills_its_worker_is_charged(processes, die, reason):
+    def work(item):
+        if item == 3:
+            die()
+        return item * 2
+
+    results = processes.map(work, retries=0).run(range(8))
+    crash = results.pop(3)
+    assert isinstance(crash, WorkerCrashedError)
+    assert reason in str(crash)
+    assert results == [0, 2, 4, 8, 10, 12, 14]
+
+
+@pytest.mark.parametrize(("die", "reason"), DEATHS)
+def test_a_crash_is_retried_like_any_error(processes, journal, die, reason):
+    def work(item):
+        journal.add(item)
+        if item == 1 and journal.count(1) == 1:
+            die()
+        return item
+
+    mapped = processes.map(work, retries=1, min_delay=0.01)
+    seen = processes.stream(mapped, range(3))
+    assert [outcome.result for outcome in seen] == [0, 1, 2]
+    assert journal.count(1) == 2
+
+
+def test_a_crash_is_charged_as_one_attempt(processes):
+    mapped = processes.map(lambda item: os._exit(1), retries=2, min_delay=0.01)
+    (outcome,) = processes.stream(mapped, [1])
+    assert isinstance(outcome.error, WorkerCrashedError)
+    assert outcome.attempts == 3
+    assert mapped.stats == CallStats(calls=1, attempts=3, retries=2, failures=1)
+
+
+def test_a_crash_can_be_excluded_from_the_retries(processes, journal):
+    def work(item):
+        journal.add(item)
+        os._exit(1)
+
+    (error,) = processes.map(work, retry_on=OSError).run([1])
+    assert isinstance(error, WorkerCrashedError)
+    assert journal.lines() == ["1"]
+
+
+def test_innocent_items_of_a_large_batch_are_unharmed(processes):
+    """Trivial items travel in large batches; the crash comes when the batches have grown."""
+
+    def work(item):
+        if item == 1500:
+            os._exit(1)
+        return item
+
+    mapped = processes.map(work, retries=0)
+    seen = processes.stream(mapped, range(2000))
+    assert [outcome.index for outcome in seen] == list(range(2000))
+    assert [outcome.item for outcome in seen if outcome.error is not None] == [1500]
+    assert [outcome.result for outcome in seen if outcome.error is None] == [n for n in range(2000) if n != 1500]
+
+
+def test_several_crashes_are_all_charged_and_nobody_else(processes):
+    def work(item):
+        if item % 50 == 0:
+            os._exit(1)
+        return item
+
+    results = processes.map(work, retries=0).run(range(200))
+    assert [n for n, result in enumerate(results) if isinstance(result, WorkerCrashedError)] == [0, 50, 100, 150]
+    assert [result for n, result in enumerate(results) if n % 50] == [n for n in range(200) if n % 50]
+
+
+def test_a_map_whose_every_item_crashes_ends(processes):
+    results = processes.map(lambda item: os._exit(1), retries=0).run(range(6))
+    assert [type(result) for result in results] == [WorkerCrashedError] * 6
+
+
+def test_an_item_that_runs_in_another_worker_is_not_run_again_after_a_crash(journal):
+    def work(item):
+        journal.add(item)
+        if item == "crashes":
+            journal.wait_for("slow")
+            os._exit(1)
+        while journal.count("crashes") < 2:  # until the crashed item runs again, in a new worker
+            time.sleep(0.005)
+        return item
+
+    mapped = opmap(mode="process", workers=2, progress=False, retries=1, min_delay=0.01)(work)
+    crash, slow = mapped(["crashes", "slow"])
+    assert isinstance(crash, WorkerCrashedError)
+    assert slow == "slow"
+    assert journal.count("slow") == 1
+
+
+def test_a_crash_stops_the_map_without_return_exceptions(processes):
+    def work(item):
+        if item == 2:
+            os._exit(5)
+        return item
+
+    mapped = processes.map(work, retries=0, return_exceptions=False)
+    with pytest.raises(WorkerCrashedError, match="exit code 5"):
+        mapped.run(itertools.count())
+
+
+def test_after_a_crash_the_next_candidate_is_tried():
+    def work(item, *, key):
+        if key == "deadly":
+            os._exit(1)
+        return item, key
+
+    mapped = opmap(mode="process", workers=2, progress=False, retries=0, arg_fallback="key")(work)
+    assert mapped([1, 2], key=["deadly", "good"]) == [(1, "good"), (2, "good")]
+
+
+def test_crashes_with_every_candidate_make_an_all_failed_error():
+    mapped = opmap(mode="process", workers=2, progress=False, retries=0, arg_fallback="key")(
+        lambda item, *, key: os._exit(1)
+    )
+    (error,) = mapped([1], key=["a", "b"])
+    assert isinstance(error, AllFailedError)
+    assert [type(part) for part in error.errors] == [WorkerCrashedError, WorkerCrashedError]
+
+
+def test_an_idle_worker_that_is_killed_harms_nobody(journal):
+    """The input is slow, so that the workers are idle when one of them is killed."""
+
+    def items():
+        yield from range(4)
+        wait_until(lambda: len(journal.lines()) == 4)
+        time.sleep(0.1)  # the last report is on its way
+        pid = int(journal.lines()[0])
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not is_running(pid))
+        yield from range(4, 8)
+
+    def work(item):
+        journal.add(os.getpid())
+        time.sleep(0.01)
+        return item
+
+    mapped = opmap(mode="process", workers=2, progress=False, retries=0)(work)
+    assert mapped(items()) == list(range(8))
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_worker_that_is_killed_from_outside_is_charged_to_its_item(journal):
+    def work(item):
+        if item == "waits":
+            journal.add(os.getpid())
+            time.sleep(PATIENCE)
+        journal.wait_for("killed")
+        return item
+
+    def kill():
+        wait_until(journal.lines)
+        os.kill(int(journal.lines()[0]), signal.SIGTERM)
+        journal.add("killed")
+
+    killer = threading.Thread(target=kill)
+    stream = opmap(mode="process", workers=2, progress=False, retries=0, pool_options={"start_method": "fork"})(
+        work
+    ).stream(["waits", "other"])
+    killer.start()
+    waits, other = stream
+    killer.join()
+    assert isinstance(waits.error, WorkerCrashedError)
+    assert "SIGTERM" in str(waits.error)
+    assert other.result == "other"
+
+
+# What cannot travel
+
+
+def refuse_to_unpickle(text):
+    raise ValueError(text)
+
+
+class CannotArriveError(Exception):
+    """Can be pickled, but not unpickled anywhere."""
+
+    def __reduce__(self):
+        return refuse_to_unpickle, ("no way back",)
+
+
+class CannotArrive:
+    """Can be pickled, but not unpickled anywhere."""
+
+    def __reduce__(self):
+        return refuse_to_unpickle, ("no way back",)
+
+
+def only_in(pid, kind, *args):
+    if os.getpid() != pid:
+        raise ValueError("not at home")
+    return kind(*args)
+
+
+class Homebound:
+    """Can be unpickled only in the process where it was pickled."""
+
+    def __reduce__(self):
+        return only_in, (os.getpid(), Homebound)
+
+
+class HomeboundError(Exception):
+    """Can be unpickled only in the process where it was pickled."""
+
+    def __reduce__(self):
+        return only_in, (os.getpid(), HomeboundError)
+
+
+class OtherArgumentsError(Exception):
+    """Its ``__init__`` takes other arguments than it hands on, so that unpickling it fails."""
+
+    def __init__(self, code: int, *, place: str) -> None:
+        super().__init__(f"code {code} at {place}")
+
+
+class LockedError(Exception):
+    """Holds what cannot be pickled."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class SpeechlessError(Exception):
+    """Has no text, and cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class DeadlyItem:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def kind_of(item):
+    return type(item)
+
+
+def test_an_item_that_cannot_be_pickled_is_an_error_with_the_text(processes):
+    results = processes.map(kind_of).run([1, threading.Lock(), 2])
+    assert results[0] is int
+    assert results[2] is int
+    assert isinstance(results[1], OperoError)
+    assert "cannot pickle '_thread.lock' object" in str(results[1])
+
+
+def test_an_item_that_cannot_be_unpickled_is_an_error_with_the_text(processes):
+    results = processes.map(kind_of).run([1, CannotArrive(), 2])
+    assert results[0] is int
+    assert results[2] is int
+    assert isinstance(results[1], OperoError)
+    assert "no way back" in str(results[1])
+
+
+def test_items_that_cannot_travel_harm_nobody_in_large_batches(processes):
+    items: list[Any] = list(range(1500))
+    items[700] = threading.Lock()
+    items[1400] = CannotArrive()
+    results = processes.map(kind_of).run(items)
+    assert [n for n, result in enumerate(results) if result is not int] == [700, 1400]
+    assert isinstance(results[700], OperoError)
+    assert isinstance(results[1400], OperoError)
+
+
+def test_an_item_that_kills_whoever_unpickles_it_is_charged(processes):
+    results = processes.map(kind_of, retries=0).run([1, DeadlyItem(), 2])
+    assert results[0] is int
+    assert results[2] is int
+    assert isinstance(results[1], WorkerCrashedError)
+    assert "exit code 9" in str(results[1])
+
+
+@pytest.mark.timeout(15)
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [(threading.Lock, "cannot pickle '_thread.lock' object"), (CannotArrive, "no way back"), (Homebound, "at home")],
+    ids=["not pickled", "not unpickled", "not unpickled in the parent"],
+)
+def test_a_result_that_cannot_travel_is_an_error_with_the_text(processes, make, text):
+    def work(item):
+        return make() if item in (2, 700) else item
+
+    results = processes.map(work).run(range(1000))
+    assert [n for n, result in enumerate(results) if result != n] == [2, 700]
+    assert isinstance(results[2], OperoError)
+    assert isinstance(results[700], OperoError)
+    assert text in str(results[2])
+    assert text in str(results[700])
+
+
+@pytest.mark.timeout(15)
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: LockedError("bad lock"), "bad lock"),
+        (lambda: CannotArriveError("bad way"), "bad way"),
+        (lambda: HomeboundError("bad home"), "bad home"),
+        (lambda: OtherArgumentsError(5, place="bad place"), "code 5 at bad place"),
+        (SpeechlessError, "SpeechlessError"),
+    ],
+    ids=["not pickled", "not unpickled", "not unpickled in the parent", "other arguments", "without a text"],
+)
+def test_an_exception_that_cannot_travel_is_an_error_with_the_text(processes, make, text):
+    def work(item):
+        if item in (2, 700):
+            raise make()
+        return item
+
+    results = processes.map(work, retries=0).run(range(1000))
+    assert [n for n, result in enumerate(results) if result != n] == [2, 700]
+    assert text in f"{type(results[2]).__name__}: {results[2]}"
+    assert text in f"{type(results[700]).__name__}: {results[700]}"
+
+
+def test_an_exception_that_cannot_travel_names_its_class(processes):
+    def work(item):
+        raise OtherArgumentsError(5, place="home")
+
+    (error,) = processes.map(work, retries=0).run([1])
+    assert isinstance(error, OperoError)
+    assert "OtherArgumentsError" in str(error)
+
+
+def test_an_exception_that_cannot_travel_is_retried_like_any_other(processes, journal):
+    def work(item):
+        journal.add(item)
+        if journal.count(item) == 1:
+            raise LockedError("bad lock")
+        return item
+
+    assert processes.map(work, retries=1, min_delay=0.01).run([1]) == [1]
+
+
+def test_an_exception_of_a_worker_tells_where_it_was_raised(processes):
+    def work(item):
+        raise KeyError("a place to find")
+
+    (error,) = processes.map(work, retries=0).run([1])
+    assert any('raise KeyError("a place to find")' in note for note in error.__notes__)
+
+
+def test_a_keyword_argument_that_cannot_travel_raises_before_anything_starts(journal):
+    def work(item, *, lock):
+        journal.add(item)
+
+    mapped = opmap(mode="process", workers=2, progress=False, pool_options={"start_method": "spawn"})(work)
+    with pytest.raises(OperoError, match=r"cannot pickle '_thread\.lock' object"):
+        mapped([1], lock=threading.Lock())
+    assert journal.lines() == []
+
+
+# Time limits
+
+
+def test_a_worker_that_is_stuck_past_attempt_timeout_is_killed_and_replaced(journal):
+    def work(item):
+        journal.add(os.getpid())
+        if item == "stuck":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
+        return os.getpid()
+
+    mapped = opmap(mode="process", workers=1, progress=False, attempt_timeout=0.2, retries=0)(work)
+    started = time.monotonic()
+    before, stuck, after = mapped(["good", "stuck", "good"])
+    assert time.monotonic() - started < 10
+    assert isinstance(stuck, TimeoutError)
+    assert isinstance(stuck, OperoError)
+    assert "attempt_timeout" in str(stuck)
+    assert before != after
+    assert not Path(f"/proc/{before}").exists()
+
+
+def test_an_attempt_that_was_killed_is_retried(journal):
+    def work(item):
+        journal.add(item)
+        if item == "slow" and journal.count("slow") == 1:
+            time.sleep(60)
+        return item
+
+    mapped = opmap(mode="process", workers=2, progress=False, attempt_timeout=0.3, min_delay=0.01)(work)
+    assert mapped(["quick", "slow"]) == ["quick", "slow"]
+    assert mapped.stats.retries == 1
+    assert Counter(journal.lines()) == {"quick": 1, "slow": 2}
+
+
+def test_a_stuck_worker_harms_no_item_of_another_worker(journal):
+    def work(item):
+        journal.add(item)
+        time.sleep(60 if item == "stuck" else 0.2)
+        return item
+
+    mapped = opmap(mode="process", workers=2, progress=False, attempt_timeout=1.0, retries=0)(work)
+    stuck, *others = mapped(["stuck", 1, 2, 3, 4, 5, 6])
+    assert isinstance(stuck, TimeoutError)
+    assert others == [1, 2, 3, 4, 5, 6]
+    assert len(journal.lines()) == 7
+
+
+def test_total_timeout_kills_a_stuck_worker():
+    mapped = opmap(mode="process", workers=1, progress=False, total_timeout=0.3)(
+        lambda item: time.sleep(60 if item == "stuck" else 0)
+    )
+    started = time.monotonic()
+    stuck, good = mapped(["stuck", "good"])
+    assert time.monotonic() - started < 10
+    assert isinstance(stuck, TimeoutError)
+    assert "total_timeout" in str(stuck)
+    assert good is None
+
+
+def test_the_single_call_is_stopped_by_attempt_timeout():
+    def work(item):
+        time.sleep(60 if item == "stuck" else 0)
+        return item
+
+    mapped = opmap(mode="process", progress=False, attempt_timeout=0.3, retries=0)(work)
+    assert mapped.one("good") == "good"
+    with pytest.raises(TimeoutError, match="attempt_timeout"):
+        mapped.one("stuck")
+
+
+# Functions and start methods
+
+setting = "as imported"
+
+
+def remember(text):
+    global setting  # noqa: PLW0603 - what an initializer does
+    setting = text
+
+
+def setting_seen(item):
+    return setting
+
+
+def setting_and_parent(item):
+    return setting, os.getppid()
+
+
+async def setting_and_parent_async(item):
+    return setting_and_parent(item)
+
+
+@pytest.mark.parametrize("name", PROCESS_MODES)
+@pytest.mark.parametrize("method", START_METHODS)
+def test_the_start_method_is_the_one_that_was_asked_for(name, method, monkeypatch):
+    """Forked workers have the parent's variables; only those of the fork server have another parent."""
+    monkeypatch.setitem(globals(), "setting", "changed")
+    function = setting_and_parent if name == "process" else setting_and_parent_async
+    look = opmap(mode=name, workers=1, progress=False, retries=0, pool_options={"start_method": method})(function)
+    ((seen, parent),) = look.run([1])
+    assert seen == ("changed" if method == "fork" else "as imported")
+    assert (parent == os.getpid()) is (method != "forkserver")
+
+
+def make_adder(amount):
+    def add(item):
+        return item + amount
+
+    return add
+
+
+def make_deep(amount):
+    def outer(item):
+        def inner():
+            return item + amount
+
+        return inner()
+
+    return outer
+
+
+def make_method(amount):
+    class Adder:
+        def add(self, item):
+            return item + amount
+
+    return Adder().add
+
+
+def make_lambda(amount):
+    return lambda item: item + amount
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        *itertools.product([make_lambda, make_adder, make_deep, make_method], ["fork", "forkserver"]),
+        (make_adder, "spawn"),
+    ],
+)
+def test_functions_without_a_name_work_with_every_start_method(make, method):
+    mapped = opmap(mode="process", workers=1, progress=False, retries=0, pool_options={"start_method": method})(
+        make(10)
+    )
+    assert mapped([1, 2, 3]) == [11, 12, 13]
+
+
+@pytest.mark.parametrize("name", PROCESS_MODES)
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_async_functions_without_a_name_work(name, method):
+    amount = 10
+
+    async def add(item):
+        await asyncio.sleep(0)
+        return item + amount
+
+    mapped = opmap(mode=name, workers=1, progress=False, retries=0, pool_options={"start_method": method})(add)
+    assert mapped.run([1, 2, 3]) == [11, 12, 13]
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_the_initializer_prepares_each_worker_with_its_arguments(method):
+    mapped = opmap(
+        mode="process",
+        workers=1,
+        progress=False,
+        pool_options={"start_method": method, "initializer": remember, "initargs": ("prepared",)},
+    )(setting_seen)
+    assert mapped(range(4)) == ["prepared"] * 4
+    assert setting == "as imported"
+
+
+def test_the_initializer_runs_once_in_each_worker_and_in_each_that_replaces_it(processes, journal):
+    def work(item):
+        if item == "crashes":
+            os._exit(1)
+        time.sleep(0.01)
+
+    mapped = processes.map(work, retries=0, workers=1, pool_options={"initializer": journal.add, "initargs": ("x",)})
+    mapped.run([1, 2, 3])
+    assert journal.lines() == ["x"]
+    mapped.run(["crashes", 1])
+    assert journal.lines() == ["x"] * 3
+
+
+def test_a_failing_initializer_raises(processes):
+    def prepare():
+        raise ValueError("cannot prepare")
+
+    mapped = processes.map(double, pool_options={"initializer": prepare})
+    with pytest.raises(OperoError, match="cannot prepare"):
+        mapped.run(range(3))
+
+
+@pytest.mark.timeout(30)
+def test_an_initializer_that_ends_its_process_raises(processes):
+    mapped = processes.map(double, pool_options={"initializer": die_by_exit})
+    with pytest.raises(OperoError):
+        mapped.run(range(3))
+
+
+# Threads of the parent
+
+
+class HeldLock:
+    """A lock that a thread of this process holds while the block runs."""
+
+    def __init__(self, lock):
+        self._lock = lock
+        self._held = threading.Event()
+        self._release = threading.Event()
+        self._thread = threading.Thread(target=self._hold)
+
+    def __enter__(self):
+        self._thread.start()
+        self._held.wait()
+
+    def __exit__(self, *error):
+        self._release.set()
+        self._thread.join()
+
+    def _hold(self):
+        with self._lock:
+            self._held.set()
+            self._release.wait()
+
+
+some_lock = threading.Lock()
+
+
+def take_lock(item):
+    """Whether the lock could be taken, within a second, in this process."""
+    if not some_lock.acquire(timeout=1.0):
+        return "deadlock"
+    some_lock.release()
+    return item
+
+
+def crash_or_take_lock(item):
+    return os._exit(1) if item == "crashes" else take_lock(item)
+
+
+async def take_lock_async(item):
+    return take_lock(item)
+
+
+@pytest.mark.parametrize("name", PROCESS_MODES)
+def test_a_parent_with_threads_does_not_deadlock(name):
+    mapped = opmap(mode=name, workers=2, progress=False)(take_lock if name == "process" else take_lock_async)
+    with HeldLock(some_lock):
+        assert mapped.run(range(4)) == [0, 1, 2, 3]
+
+
+def test_a_parent_whose_thread_logs_does_not_deadlock():
+    handler = logging.StreamHandler()
+    logging.getLogger("crowd").addHandler(handler)
+    handler.acquire()
+    handler.release()
+    mapped = opmap(mode="process", workers=2, progress=False)(log_something)
+    with HeldLock(handler.lock):
+        assert mapped(range(4)) == [0, 1, 2, 3]
+    logging.getLogger("crowd").removeHandler(handler)
+
+
+def log_something(item):
+    logging.getLogger("crowd").error("item %s", item)
+    return item
+
+
+def test_a_worker_replaced_after_the_parent_got_threads_does_not_deadlock():
+    mapped = opmap(mode="process", workers=1, progress=False, retries=0)(crash_or_take_lock)
+    stream = mapped.stream(["first", "crashes", "last"])
+    assert next(stream).result == "first"
+    with HeldLock(some_lock):
+        crash, last = stream
+    assert isinstance(crash.error, WorkerCrashedError)
+    assert last.result == "last"
+
+
+# Large items
+
+
+class Parcel:
+    """An item with some weight."""
+
+    def __init__(self) -> None:
+        self.content = bytes(50_000)
+
+
+@pytest.mark.parametrize("name", PROCESS_MODES)
+def test_large_items_travel_in_small_numbers(name):
+    """Trivial work makes batches grow; their size in bytes has a bound all the same."""
+    alive: weakref.WeakSet[Parcel] = weakref.WeakSet()
+    most = 0
+
+    def items():
+        nonlocal most
+        for _ in range(1500):
+            parcel = Parcel()
+            alive.add(parcel)
+            most = max(most, len(alive))
+            yield parcel
+            del parcel
+
+    assert InProcesses(name).map(lambda parcel: len(parcel.content)).run(items()) == [50_000] * 1500
+    assert most < 600  # 30 MB
+
+
+def test_large_results_travel():
+    mapped = opmap(mode="process", workers=2, progress=False)(lambda size: bytes(size))  # noqa: PLW0108 - a class is no function
+    sizes = [0, 5_000_000, 1, 3_000_000] * 3
+    assert [len(result) for result in mapped(sizes)] == sizes
+
+
+# Scripts
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a script in a session of its own; all of its processes have a mark in their environment."""
+    mark = uuid.uuid4().hex
+    started: list[subprocess.Popen[str]] = []
+
+    def start(source: str, *, without_file: bool = False) -> subprocess.Popen[str]:
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(source))
+        process = subprocess.Popen(
+            [sys.executable, *(("-c", path.read_text()) if without_file else (str(path),))],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OPERO_TEST_MARK": mark},
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    start.survivors = lambda: marked(mark)
+    yield start
+    for process in started:
+        for pid in marked(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+
+
+def marked(mark: str) -> list[int]:
+    """Processes with the mark; those that have ended but were not reaped have no environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if mark.encode() in entry.joinpath("environ").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return out.strip()
+
+
+MAIN_SCRIPT = """
+    from dataclasses import dataclass
+    from opero import opmap
+
+    FACTOR = 10
+
+    @dataclass(frozen=True)
+    class Point:
+        x: int
+
+    class OwnError(Exception):
+        pass
+
+    def times(x):
+        return x * FACTOR
+
+    def grow(point):
+        if point.x == 3:
+            raise OwnError("three")
+        return Point(times(point.x))
+
+    numbers = opmap(mode="process", workers=2, progress=False, retries=0, pool_options=OPTIONS)(times)
+    points = opmap(mode="process", workers=2, progress=False, retries=0, pool_options=OPTIONS)(grow)
+
+    if __name__ == "__main__":
+        print(numbers([1, 2, 3]))
+        print(points([Point(1), Point(2), Point(3)]))
+        print(isinstance(points([Point(3)])[0], OwnError))
+"""
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_functions_and_classes_of_the_main_module_work(start, method):
+    process = start(MAIN_SCRIPT.replace("OPTIONS", repr({"start_method": method})))
+    assert output_of(process).splitlines() == [
+        "[10, 20, 30]",
+        "[Point(x=10), Point(x=20), OwnError('three')]",
+        "True",
+    ]
+
+
+def test_decorated_functions_of_the_main_module_work(start):
+    process = start("""
+        from opero import opmap
+
+        @opmap(workers=2, progress=False)
+        def times(x):
+            return x * 10
+
+        if __name__ == "__main__":
+            print(times([1, 2, 3]))
+    """)
+    assert output_of(process) == "[10, 20, 30]"
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_functions_of_a_session_without_a_file_work(start, threads):
+    """As in a notebook, whose kernel has other threads."""
+    process = start(
+        f"""
+        import threading
+        from opero import opmap
+
+        for _ in range({threads}):
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+        FACTOR = 10
+
+        def helper(x):
+            return x * FACTOR
+
+        @opmap(workers=2, progress=False, retries=0)
+        def times(x):
+            return helper(x)
+
+        print(times([1, 2, 3]))
+        """,
+        without_file=True,
+    )
+    assert output_of(process) == "[10, 20, 30]"
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_classes_of_a_session_without_a_file_work(start, threads):
+    process = start(
+        f"""
+        import threading
+        from dataclasses import dataclass
+        from opero import opmap
+
+        for _ in range({threads}):
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+        @dataclass(frozen=True)
+        class Point:
+            x: int
+
+        @opmap(workers=2, progress=False, retries=0)
+        def grow(point):
+            return Point(point.x * 10)
+
+        print(grow([Point(1), Point(2)]) == [Point(10), Point(20)])
+        """,
+        without_file=True,
+    )
+    assert output_of(process) == "True"
+
+
+def test_a_script_without_a_guard_that_spawns_says_so(start):
+    process = start("""
+        from opero import opmap
+        print(opmap(workers=1, progress=False, pool_options={"start_method": "spawn"})(abs)([1]))
+    """)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "__main__" in err
+    assert start.survivors() == []
+
+
+INTERRUPTED = """
+    import asyncio, itertools, os, time
+    from opero import opmap
+
+    def work(item):
+        os.write(1, b"running\\n")
+        time.sleep(SECONDS)
+
+    async def work_async(item):
+        os.write(1, b"running\\n")
+        await asyncio.sleep(SECONDS)
+
+    if __name__ == "__main__":
+        opmap(mode=MODE, workers=2, progress=False, pool_options=OPTIONS)(FUNCTION).run(itertools.count())
+"""
+
+
+def interrupted_script(mode: str, function: str, options: dict[str, Any] | None = None) -> str:
+    words = {
+        "SECONDS": "0.3" if mode == "thread" else "60",  # a thread cannot be stopped
+        "MODE": repr(mode),
+        "FUNCTION": function,
+        "OPTIONS": repr(options),
+    }
+    source = INTERRUPTED
+    for word, value in words.items():
+        source = source.replace(word, value)
+    return source
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["one process", "whole group"])
+@pytest.mark.parametrize(
+    ("mode", "function"),
+    [
+        ("process", "work"),
+        ("process", "work_async"),
+        ("async_process", "work_async"),
+        ("thread", "work"),
+        ("async", "work_async"),
+    ],
+)
+def test_ctrl_c_ends_a_map_with_one_error_and_no_process_left(start, mode, function, whole_group):
+    process = start(interrupted_script(mode, function))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "running\n"
+    assert process.stdout.readline() == "running\n"
+    if whole_group:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGINT
+    assert err.splitlines().count("KeyboardInterrupt") == 1
+    # asyncio.run by itself shows the cancellation from which its KeyboardInterrupt came.
+    assert err.count("Traceback") == (1 if function == "work" else 2)
+    assert start.survivors() == []
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["one process", "whole group"])
+@pytest.mark.parametrize("mode", PROCESS_MODES)
+def test_ctrl_c_while_workers_start_leaves_no_process(start, mode, whole_group):
+    for _ in range(4):  # each time it comes in another moment
+        process = start(interrupted_script(mode, "work" if mode == "process" else "work_async"))
+        wait_until(lambda: len(start.survivors()) >= 2)
+        if whole_group:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+        assert process.returncode == -signal.SIGINT
+        assert err.splitlines().count("KeyboardInterrupt") == 1
+        assert start.survivors() == []
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_ctrl_c_while_workers_are_spawned_leaves_no_process(start, method):
+    process = start(interrupted_script("process", "work", {"start_method": method}))
+    wait_until(lambda: len(start.survivors()) >= 2)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT
+    wait_until(lambda: not start.survivors())
+
+
+@pytest.mark.parametrize("mode", PROCESS_MODES)
+def test_workers_end_when_their_parent_is_killed(start, mode):
+    process = start(
+        f"""
+        import asyncio, itertools, time
+        from opero import opmap
+
+        def work(item):
+            print("running", flush=True)
+            time.sleep(0.2)
+
+        async def work_async(item):
+            work(item)
+
+        if __name__ == "__main__":
+            function = work if {mode!r} == "process" else work_async
+            opmap(mode={mode!r}, workers=2, progress=False)(function).run(itertools.count())
+        """
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    process.wait()
+    wait_until(lambda: not start.survivors())
+
+
+@pytest.mark.parametrize("mode", PROCESS_MODES)
+def test_an_uncaught_error_ends_a_script_with_no_process_left(start, mode):
+    process = start(
+        f"""
+        import asyncio
+        from opero import opmap
+
+        async def work(item):
+            if item == 1:
+                raise ValueError("the reason")
+            await asyncio.sleep(60)
+
+        if __name__ == "__main__":
+            opmap(mode={mode!r}, workers=2, progress=False, retries=0, return_exceptions=False)(work).run(range(9))
+        """
+    )
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "ValueError: the reason" in err
+    assert start.survivors() == []
+
+
+def test_a_script_that_ends_with_an_open_stream_leaves_no_process(start):
+    process = start("""
+        import itertools
+        from opero import opmap
+
+        if __name__ == "__main__":
+            stream = opmap(workers=2, progress=False)(abs).stream(itertools.count())
+            print(next(stream).result)
+    """)
+    assert output_of(process) == "0"
+    wait_until(lambda: not start.survivors())

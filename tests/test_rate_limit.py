@@ -1,0 +1,1138 @@
+"""The rate limit: how many calls start in any time, in which order, whoever makes them and whatever becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import opero
+from opero.core import CallTimeoutError, RateLimiter, get_rate_limit_decorator
+
+SECONDS = 10  # for what takes much less; so long only where it hangs
+
+
+def limited(function, **options):
+    return opero.opero(retries=0, **options)(function)
+
+
+def started(function, *args) -> Future:
+    """The result-to-be of a call in a thread that nobody has to wait for."""
+    future: Future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def results(futures):
+    return [future.result(SECONDS) for future in futures]
+
+
+def until(condition):
+    """Wait for a state that nothing announces."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.001)
+
+
+async def settle():
+    """Let every task run until it waits for something."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def joined():
+    """Puts so many tickets in a limiter's line; those that are still in it at the end leave."""
+    made = []
+
+    def join(limiter, count):
+        tickets = [limiter.ticket() for _ in range(count)]
+        assert polled(tickets) == 0
+        made.extend(tickets)
+        return tickets
+
+    yield join
+    for ticket in made:
+        ticket.withdraw()
+
+
+def polled(tickets) -> int:
+    """How many of them have their slot, looked at in order."""
+    return sum([ticket.poll() for ticket in tickets])
+
+
+def worst_excess(starts, rate, burst) -> float:
+    """By how much the fullest window has more starts than ``rate * T + burst``."""
+    return max(
+        (last - first + 1 - (rate * (starts[last] - starts[first]) + burst))
+        for first in range(len(starts))
+        for last in range(first, len(starts))
+    )
+
+
+# Arithmetic
+
+
+def test_the_first_slot_is_free(fake_clock):
+    assert RateLimiter(4).take_now()
+
+
+def test_the_next_slot_comes_after_one_interval(fake_clock):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    fake_clock.tick(0.24)
+    assert not limiter.take_now()
+    fake_clock.tick(0.01)
+    assert limiter.take_now()
+
+
+@pytest.mark.parametrize(("rate", "interval"), [(0.5, 2), (1, 1), (100, 0.01), ("30/minute", 2), ("1/day", 86_400)])
+def test_the_interval_is_the_inverse_of_the_rate(fake_clock, rate, interval):
+    limiter = RateLimiter(rate)
+    limiter.take_now()
+    fake_clock.tick(interval * 0.999)
+    assert not limiter.take_now()
+    fake_clock.tick(interval * 0.002)
+    assert limiter.take_now()
+
+
+def test_idle_time_is_not_saved_up(fake_clock):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    fake_clock.tick(1000)
+    assert [limiter.take_now() for _ in range(5)] == [True, False, False, False, False]
+
+
+def test_a_ticket_takes_a_free_slot_at_once(fake_clock):
+    assert RateLimiter(4).ticket().poll()
+
+
+def test_a_ticket_that_has_its_slot_keeps_it(fake_clock):
+    limiter = RateLimiter(4)
+    ticket = limiter.ticket()
+    assert [ticket.poll(), ticket.poll()] == [True, True]
+    fake_clock.tick(0.25)
+    assert limiter.take_now()
+
+
+def test_a_ticket_waits_for_its_slot(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    [ticket] = joined(limiter, 1)
+    fake_clock.tick(0.24)
+    assert not ticket.poll()
+    fake_clock.tick(0.01)
+    assert ticket.poll()
+
+
+def test_a_ticket_tells_when_its_slot_is_due(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    fake_clock.tick(0.1)
+    [ticket] = joined(limiter, 1)
+    assert ticket.due_in() == pytest.approx(0.15)
+
+
+def test_slots_are_granted_in_the_order_of_asking(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    tickets = joined(limiter, 5)
+    for served in range(1, 6):
+        fake_clock.tick(0.25)
+        assert [ticket.poll() for ticket in reversed(tickets)] == [False] * (5 - served) + [True] * served
+
+
+def test_nobody_gets_past_those_who_wait(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    first, second = joined(limiter, 2)
+    fake_clock.tick(0.25)
+    assert not limiter.take_now()
+    assert first.poll()
+    fake_clock.tick(0.25)
+    assert not limiter.take_now()
+    assert second.poll()
+
+
+def test_after_the_last_in_line_the_next_slot_still_has_to_come(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    joined(limiter, 1)
+    fake_clock.tick(0.25)
+    assert not limiter.take_now()
+    fake_clock.tick(0.24)
+    assert not limiter.take_now()
+    fake_clock.tick(0.01)
+    assert limiter.take_now()
+
+
+def test_steady_demand_is_served_at_the_full_rate(fake_clock, joined):
+    limiter = RateLimiter(50)
+    limiter.take_now()
+    tickets = joined(limiter, 100)
+    for _ in range(200):
+        fake_clock.tick(0.01)
+        polled(tickets)
+    assert polled(tickets) >= 98
+
+
+# The process is stopped
+
+
+@pytest.mark.parametrize("max_burst", [1, 2, 5, 20])
+def test_after_a_stop_only_max_burst_start_at_once(fake_clock, max_burst, joined):
+    limiter = RateLimiter(50, max_burst=max_burst)
+    limiter.take_now()
+    tickets = joined(limiter, 100)
+    fake_clock.tick(2)
+    assert polled(tickets) == max_burst
+    assert polled(tickets) == max_burst
+    assert not limiter.take_now()
+
+
+def test_after_a_stop_the_rest_starts_at_the_rate(fake_clock, joined):
+    limiter = RateLimiter(50, max_burst=5)
+    limiter.take_now()
+    tickets = joined(limiter, 100)
+    fake_clock.tick(2)
+    polled(tickets)
+    fake_clock.tick(0.2)
+    assert polled(tickets) <= 5 + 10 + 5
+
+
+@pytest.mark.parametrize(("rate", "max_burst"), [(0.5, 5), (50, 5), (500, 5), (501, 6), (10_000, 100)])
+def test_ten_milliseconds_worth_but_at_least_five_are_made_up_by_default(fake_clock, rate, max_burst, joined):
+    limiter = RateLimiter(rate)
+    limiter.take_now()
+    tickets = joined(limiter, 200)
+    fake_clock.tick(1000)
+    assert polled(tickets) == max_burst
+
+
+def test_those_who_look_late_do_not_start_all_at_once(fake_clock, joined):
+    limiter = RateLimiter(50, max_burst=5)
+    limiter.take_now()
+    stuck = joined(limiter, 100)
+    # Somebody else, in another thread, looks all the time and cannot get past them.
+    for _ in range(200):
+        fake_clock.tick(0.01)
+        assert not limiter.take_now()
+    assert polled(stuck) <= 5
+
+
+def test_a_blocked_event_loop_does_not_start_all_its_tasks_at_once(fake_clock):
+    starts = []
+
+    @opero.opero(retries=0, rate_limit=50, rate_limit_options={"max_burst": 5})
+    async def f():
+        starts.append(fake_clock.now())
+
+    async def main():
+        tasks = [asyncio.create_task(f()) for _ in range(101)]
+        await settle()
+        for _ in range(200):
+            fake_clock.tick(0.01)
+            f.plan.limit.take_now()
+        await settle()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+    assert len(starts) <= 1 + 5
+
+
+# Waiters give up
+
+
+def test_a_waiter_that_leaves_gives_its_place_back(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    first, second = joined(limiter, 2)
+    first.withdraw()
+    fake_clock.tick(0.25)
+    assert second.poll()
+
+
+def test_a_waiter_that_leaves_when_its_slot_came_gives_it_to_the_next(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    first, second, third = joined(limiter, 3)
+    fake_clock.tick(0.25)
+    assert not third.poll()  # this look grants the slot to the first, which does not take it
+    first.withdraw()
+    assert [second.poll(), third.poll()] == [True, False]
+
+
+def test_the_only_waiter_that_leaves_when_its_slot_came_gives_it_to_whoever_comes(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    [ticket] = joined(limiter, 1)
+    fake_clock.tick(0.25)
+    assert not limiter.take_now()
+    ticket.withdraw()
+    assert [limiter.take_now(), limiter.take_now()] == [True, False]
+
+
+def test_a_waiter_that_has_started_has_nothing_to_give_back(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    [ticket] = joined(limiter, 1)
+    fake_clock.tick(0.25)
+    assert ticket.poll()
+    ticket.withdraw()
+    assert not limiter.take_now()
+
+
+def test_leaving_twice_gives_one_place_back(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    first, second, third = joined(limiter, 3)
+    fake_clock.tick(0.25)
+    limiter.take_now()
+    first.withdraw()
+    first.withdraw()
+    assert [second.poll(), third.poll()] == [True, False]
+
+
+def test_after_a_hundred_that_left_the_next_waits_for_one_slot(fake_clock, joined):
+    limiter = RateLimiter(20)
+    limiter.take_now()
+    for ticket in joined(limiter, 100):
+        ticket.withdraw()
+    [next_one] = joined(limiter, 1)
+    fake_clock.tick(0.051)
+    assert next_one.poll()
+
+
+def test_waiters_in_the_middle_that_left_do_not_hold_up_those_behind(fake_clock, joined):
+    limiter = RateLimiter(20)
+    limiter.take_now()
+    first, *gone, last = joined(limiter, 100)
+    for ticket in gone:
+        ticket.withdraw()
+    fake_clock.tick(0.051)
+    assert first.poll()
+    fake_clock.tick(0.051)
+    assert last.poll()
+
+
+def test_a_slot_that_was_given_back_long_ago_is_one_slot(fake_clock, joined):
+    limiter = RateLimiter(4, max_burst=1)
+    limiter.take_now()
+    [ticket] = joined(limiter, 1)
+    fake_clock.tick(0.25)
+    limiter.take_now()
+    ticket.withdraw()
+    fake_clock.tick(100)
+    assert [limiter.take_now(), limiter.take_now()] == [True, False]
+
+
+def test_slots_that_were_given_back_do_not_add_up(fake_clock, joined):
+    limiter = RateLimiter(4, max_burst=1)
+    limiter.take_now()
+    tickets = joined(limiter, 10)
+    for _ in range(10):
+        fake_clock.tick(0.25)
+        limiter.take_now()
+    for ticket in tickets:
+        ticket.withdraw()
+    assert sum(limiter.take_now() for _ in range(20)) <= 1
+
+
+def test_the_slot_after_one_that_left_still_has_to_come(fake_clock, joined):
+    limiter = RateLimiter(1, max_burst=1)
+    limiter.take_now()
+    first, second = joined(limiter, 2)
+    fake_clock.tick(1)
+    assert [first.poll(), second.poll()] == [True, False]
+    second.withdraw()
+    fake_clock.tick(0.2)
+    assert not limiter.take_now()
+
+
+# Any sequence of events
+
+RATES_AND_BURSTS = [(1, 1), (1, 2), (1, 5), (4, 1), (4, 3), (50, 5)]
+PAUSES = [0.0, 0.1, 0.25, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0, 2.9, 10.0]  # intervals
+pauses = st.tuples(st.just("pause"), st.sampled_from(PAUSES))
+arrivals = st.one_of(
+    st.tuples(st.just("arrive"), st.integers(1, 5)),
+    st.tuples(st.just("attempt"), st.integers(1, 5)),
+)
+looks = st.tuples(st.just("look"), st.integers(0, 9))
+leavings = st.tuples(st.just("leave"), st.integers(0, 9))
+
+
+class Story:
+    """A limiter, those who wait for it, and the times of all starts."""
+
+    def __init__(self, fake_clock, rate, burst, *, all_look):
+        self.clock = fake_clock
+        self.rate = rate
+        self.burst = burst
+        self.limiter = RateLimiter(rate, max_burst=burst)
+        self.all_look = all_look
+        self.waiting: dict[int, object] = {}
+        self.arrived = 0
+        self.order: list[int] = []
+        self.starts: list[float] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        for ticket in self.waiting.values():
+            ticket.withdraw()
+
+    def play(self, events):
+        for what, value in events:
+            getattr(self, what)(value)
+            if self.all_look:
+                self.look_all()
+
+    def pause(self, intervals):
+        self.clock.tick(intervals / self.rate)
+
+    def arrive(self, count):
+        for _ in range(count):
+            self.waiting[self.arrived] = self.limiter.ticket()
+            self._look(self.arrived)
+            self.arrived += 1
+
+    def attempt(self, count):
+        for _ in range(count):
+            if self.limiter.take_now():
+                assert not (self.all_look and self.waiting), "somebody got past those who wait"
+                self.starts.append(self.clock.now())
+
+    def look(self, value):
+        if self.waiting:
+            self._look(list(self.waiting)[value % len(self.waiting)])
+
+    def leave(self, value):
+        if self.waiting:
+            self.waiting.pop(list(self.waiting)[value % len(self.waiting)]).withdraw()
+
+    def look_all(self):
+        for number in list(self.waiting):
+            self._look(number)
+
+    def _look(self, number):
+        if self.waiting[number].poll():
+            del self.waiting[number]
+            self.order.append(number)
+            self.starts.append(self.clock.now())
+
+    @property
+    def excess(self):
+        return worst_excess(self.starts, self.rate, self.burst) if self.starts else -self.burst
+
+
+thoroughly = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@thoroughly
+@given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals), max_size=30))
+def test_no_window_has_too_many_starts(fake_clock, rate_and_burst, events):
+    with Story(fake_clock, *rate_and_burst, all_look=True) as story:
+        story.play(events)
+        assert story.excess <= 1e-6
+
+
+@thoroughly
+@given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals, leavings), max_size=30))
+def test_no_window_has_too_many_starts_when_waiters_leave(fake_clock, rate_and_burst, events):
+    with Story(fake_clock, *rate_and_burst, all_look=True) as story:
+        story.play(events)
+        assert story.excess <= 1e-6
+
+
+@thoroughly
+@given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals, looks, leavings), max_size=30))
+def test_no_window_has_too_many_starts_when_waiters_look_late(fake_clock, rate_and_burst, events):
+    with Story(fake_clock, *rate_and_burst, all_look=False) as story:
+        story.play([*events, *[("look", 0)] * 40])
+        assert story.excess <= 1e-6
+
+
+@thoroughly
+@given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals, leavings), max_size=30))
+def test_waiters_start_in_the_order_of_asking(fake_clock, rate_and_burst, events):
+    with Story(fake_clock, *rate_and_burst, all_look=True) as story:
+        story.play(events)
+        assert story.order == sorted(story.order)
+
+
+@thoroughly
+@given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals, looks, leavings), max_size=30))
+def test_each_interval_serves_one_who_waits(fake_clock, rate_and_burst, events):
+    with Story(fake_clock, *rate_and_burst, all_look=False) as story:
+        story.play(events)
+        for _ in range(len(story.waiting) + 1):
+            story.pause(1.001)
+            story.look_all()
+        assert story.waiting == {}
+
+
+@thoroughly
+@given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals, leavings), max_size=30))
+def test_the_wait_of_the_next_is_foretold(fake_clock, rate_and_burst, events):
+    with Story(fake_clock, *rate_and_burst, all_look=True) as story:
+        story.play(events)
+        foretold, now = story.limiter.expected_wait(), fake_clock.now()
+        ticket = story.limiter.ticket()
+        while not ticket.poll():
+            story.pause(0.01)
+            story.look_all()
+        assert fake_clock.now() - now == pytest.approx(foretold, abs=0.03 / story.rate)
+
+
+def test_threads_that_ask_at_one_moment_share_one_slot(fake_clock):
+    limiter = RateLimiter(1)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            fake_clock.tick(1)
+            barrier = threading.Barrier(8)
+
+            def ask(barrier=barrier):
+                barrier.wait(SECONDS)
+                return sum(limiter.take_now() for _ in range(50))
+
+            assert sum(results([started(ask) for _ in range(8)])) == 1
+    finally:
+        sys.setswitchinterval(before)
+
+
+# Real callers; the times are lower bounds, which a slow machine cannot break
+
+RATE = 50
+ONE_AT_A_TIME = {"rate_limit": RATE, "rate_limit_options": {"max_burst": 1}}
+
+
+class Timed:
+    """Seconds since it was entered."""
+
+    def __enter__(self):
+        self.begin = time.monotonic()
+        return self
+
+    def __exit__(self, *_exc):
+        self.seconds = time.monotonic() - self.begin
+
+    def is_enough_for(self, calls, *, rate=RATE, burst=1):
+        return self.seconds >= (calls - burst) / rate
+
+
+def test_threads_share_one_limit(world):
+    f = limited(world.define(lambda: None), **ONE_AT_A_TIME)
+    with Timed() as time_taken:
+        results([started(lambda: [world.run(f) for _ in range(4)]) for _ in range(4)])
+    assert time_taken.is_enough_for(16)
+
+
+def test_tasks_share_one_limit():
+    f = limited(asyncio.sleep, **ONE_AT_A_TIME)
+
+    async def main():
+        await asyncio.gather(*[f(0) for _ in range(16)])
+
+    with Timed() as time_taken:
+        asyncio.run(main())
+    assert time_taken.is_enough_for(16)
+
+
+def test_two_event_loops_in_two_threads_share_one_limit():
+    f = limited(asyncio.sleep, **ONE_AT_A_TIME)
+
+    async def main():
+        await asyncio.gather(*[f(0) for _ in range(8)])
+
+    with Timed() as time_taken:
+        results([started(asyncio.run, main()) for _ in range(2)])
+    assert time_taken.is_enough_for(16)
+
+
+def test_one_event_loop_after_another_shares_one_limit():
+    f = limited(asyncio.sleep, **ONE_AT_A_TIME)
+
+    async def main():
+        await asyncio.gather(*[f(0) for _ in range(5)])
+
+    with Timed() as time_taken:
+        for _ in range(3):
+            started(asyncio.run, main()).result(SECONDS)
+    assert time_taken.is_enough_for(15)
+
+
+def test_an_event_loop_that_ended_with_waiters_does_not_stop_the_next():
+    f = limited(asyncio.sleep, **ONE_AT_A_TIME)
+
+    async def leave():
+        tasks = [asyncio.create_task(f(0)) for _ in range(1000)]
+        await settle()
+        return tasks
+
+    async def come():
+        await asyncio.gather(*[f(0) for _ in range(3)])
+
+    asyncio.run(leave())
+    with Timed() as time_taken:
+        started(asyncio.run, come()).result(SECONDS)
+    assert time_taken.seconds < 5
+
+
+def test_an_event_loop_closed_over_its_waiters_does_not_stop_the_next():
+    f = limited(asyncio.sleep, **ONE_AT_A_TIME)
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(f(0)) for _ in range(3)]
+    loop.run_until_complete(settle())
+    loop.close()
+
+    async def come():
+        await asyncio.gather(*[f(0) for _ in range(3)])
+
+    started(asyncio.run, come()).result(SECONDS)
+    for task in tasks:
+        task._log_destroy_pending = False
+
+
+def test_a_fast_limit_is_shared_by_threads(world):
+    f = limited(world.define(lambda: None), rate_limit=500, rate_limit_options={"max_burst": 5})
+    with Timed() as time_taken:
+        results([started(lambda: [world.run(f) for _ in range(12)]) for _ in range(8)])
+    assert time_taken.is_enough_for(96, rate=500, burst=5)
+
+
+def test_instances_share_one_limit(world):
+    class Owner:
+        method = limited(world.define(lambda self: None), **ONE_AT_A_TIME)
+
+    with Timed() as time_taken:
+        for _ in range(5):
+            world.run(Owner().method)
+    assert time_taken.is_enough_for(5)
+
+
+def test_functions_have_limits_of_their_own(world, fake_clock):
+    decorate = get_rate_limit_decorator("1/hour")
+    f, g = decorate(world.define(lambda: "f")), decorate(world.define(lambda: "g"))
+    assert [world.run(f), world.run(g)] == ["f", "g"]
+
+
+def test_the_limiter_alone_lets_threads_and_tasks_through_at_its_rate():
+    limiter = RateLimiter(RATE, max_burst=1)
+
+    def blocking():
+        for _ in range(4):
+            limiter.acquire()
+
+    async def main():
+        await asyncio.gather(*[limiter.acquire_async() for _ in range(4)])
+
+    with Timed() as time_taken:
+        results([*[started(blocking) for _ in range(2)], *[started(asyncio.run, main()) for _ in range(2)]])
+    assert time_taken.is_enough_for(16)
+
+
+def test_a_blocking_call_in_a_running_event_loop_waits_behind_its_tasks():
+    limiter = RateLimiter(RATE, max_burst=1)
+
+    async def main():
+        tasks = [asyncio.create_task(limiter.acquire_async()) for _ in range(4)]
+        await settle()
+        limiter.acquire()
+        await asyncio.gather(*tasks)
+
+    with Timed() as time_taken:
+        started(asyncio.run, main()).result(SECONDS)
+    assert time_taken.is_enough_for(5)
+
+
+def test_waiting_tasks_leave_the_event_loop_free():
+    limiter = RateLimiter("1/hour")
+
+    async def main():
+        limiter.take_now()
+        task = asyncio.create_task(limiter.acquire_async())
+        async with asyncio.timeout(SECONDS):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        return await asyncio.gather(task, return_exceptions=True)
+
+    [outcome] = asyncio.run(main())
+    assert isinstance(outcome, asyncio.CancelledError)
+
+
+# Cancelled callers
+
+
+def test_a_cancelled_task_gives_its_place_back(fake_clock):
+    limiter = RateLimiter(4)
+
+    async def main():
+        limiter.take_now()
+        first, second = [asyncio.create_task(limiter.acquire_async()) for _ in range(2)]
+        await settle()
+        first.cancel()
+        await settle()
+        fake_clock.tick(0.25)
+        await asyncio.wait_for(second, SECONDS)
+        return first.cancelled()
+
+    assert asyncio.run(main())
+
+
+def test_a_task_that_is_cancelled_in_the_moment_of_the_grant_gives_its_slot_to_the_next(fake_clock):
+    limiter = RateLimiter(4)
+
+    async def main():
+        limiter.take_now()
+        first, second = [asyncio.create_task(limiter.acquire_async()) for _ in range(2)]
+        await settle()
+        fake_clock.tick(0.25)
+        assert not limiter.take_now()  # grants the slot to the first, which has not run yet
+        first.cancel()
+        await asyncio.wait_for(second, SECONDS)
+        return first.cancelled(), limiter.take_now()
+
+    assert asyncio.run(main()) == (True, False)
+
+
+def test_a_task_that_is_cancelled_in_the_moment_of_the_grant_gives_its_slot_to_whoever_comes(fake_clock):
+    limiter = RateLimiter(4)
+
+    async def main():
+        limiter.take_now()
+        task = asyncio.create_task(limiter.acquire_async())
+        await settle()
+        fake_clock.tick(0.25)
+        assert not limiter.take_now()
+        task.cancel()
+        await settle()
+        return task.cancelled(), limiter.take_now(), limiter.take_now()
+
+    assert asyncio.run(main()) == (True, True, False)
+
+
+def test_a_cancelled_call_does_not_run_the_function(fake_clock):
+    runs = []
+
+    @opero.opero(retries=0, rate_limit="1/hour")
+    async def f():
+        runs.append(1)
+
+    async def main():
+        await f()
+        task = asyncio.create_task(f())
+        await settle()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(main())
+    assert runs == [1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads on this system")
+def test_a_blocking_caller_that_is_interrupted_gives_its_place_back(fake_clock):
+    limiter = RateLimiter("1/hour")
+    limiter.take_now()
+    main_thread = threading.get_ident()
+
+    def interrupt():
+        until(lambda: limiter.expected_wait() > 3600)
+        signal.pthread_kill(main_thread, signal.SIGUSR1)
+
+    def raise_interrupt(_number, _frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, raise_interrupt)
+    try:
+        interrupter = started(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            limiter.acquire()
+        interrupter.result(SECONDS)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    fake_clock.tick(3600)
+    assert limiter.take_now()
+
+
+def test_tasks_cancelled_at_random_do_not_stop_the_others():
+    async def main():
+        limiter = RateLimiter(500)
+        tasks = [asyncio.create_task(limiter.acquire_async()) for _ in range(90)]
+        for number, task in enumerate(tasks):
+            if number % 3:
+                asyncio.get_running_loop().call_later(number * 0.001, task.cancel)
+        async with asyncio.timeout(SECONDS):
+            await asyncio.gather(*tasks[::3])
+
+    asyncio.run(main())
+
+
+# What takes a slot; there is one an hour, and a call that would have to wait for it fails
+
+SCARCE = {"rate_limit": "1/hour", "total_timeout": 60}
+
+
+def test_a_call_takes_a_slot(world, fake_clock):
+    f = limited(world.define(lambda: "result"), **SCARCE)
+    assert world.run(f) == "result"
+    with pytest.raises(CallTimeoutError):
+        world.run(f)
+
+
+def test_a_cache_hit_takes_no_slot(world, fake_clock):
+    f = limited(world.define(lambda x: [x]), cache=True, **SCARCE)
+    assert [world.run(f, 1) for _ in range(10)] == [[1]] * 10
+    fake_clock.tick(3600)
+    assert world.run(f, 2) == [2]
+
+
+def test_one_who_waits_for_the_same_run_takes_no_slot(world, fake_clock):
+    began, release = threading.Event(), threading.Event()
+
+    def function():
+        began.set()
+        assert release.wait(SECONDS)
+        return "result"
+
+    f = limited(world.define(function), cache=True, **SCARCE)
+    calls = [started(world.run, f)]
+    assert began.wait(SECONDS)
+    calls.append(started(world.run, f))
+    until(lambda: any(flight.wakers for flight in f.plan.cache.flights._under_way.values()))
+    release.set()
+    assert results(calls) == ["result"] * 2
+
+
+def test_each_retry_takes_a_slot(world):
+    runs = []
+    options = {"retries": 4, "min_delay": 0, "max_delay": 0, **ONE_AT_A_TIME}
+    f = opero.opero(**options)(world.define(lambda: runs.append(1) or 1 / 0))
+    with Timed() as time_taken, pytest.raises(ZeroDivisionError):
+        world.run(f)
+    assert len(runs) == 5
+    assert time_taken.is_enough_for(5)
+
+
+def test_a_retry_that_would_wait_too_long_for_its_slot_is_not_made(world, fake_clock):
+    runs = []
+    f = opero.opero(retries=3, **SCARCE)(world.define(lambda: runs.append(1) or 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        world.run(f)
+    assert len(runs) == 1
+
+
+def test_each_candidate_takes_a_slot(world):
+    tried = []
+
+    def function(server):
+        tried.append(server)
+        raise ValueError(server)
+
+    f = limited(world.define(function), arg_fallback="server", **ONE_AT_A_TIME)
+    with Timed() as time_taken, pytest.raises(opero.AllFailedError):
+        world.run(f, [1, 2, 3, 4])
+    assert tried == [1, 2, 3, 4]
+    assert time_taken.is_enough_for(4)
+
+
+def test_a_failed_call_has_taken_its_slot(world, fake_clock):
+    f = limited(world.define(lambda: 1 / 0), **SCARCE)
+    with pytest.raises(ZeroDivisionError):
+        world.run(f)
+    with pytest.raises(CallTimeoutError):
+        world.run(f)
+
+
+def test_a_wrong_call_takes_no_slot(world, fake_clock):
+    f = limited(world.define(lambda x: x), **SCARCE)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        world.run(f)
+    assert world.run(f, 1) == 1
+
+
+# Time limits
+
+
+def test_a_wait_that_would_pass_total_timeout_fails_at_once(world, fake_clock):
+    runs = []
+    f = limited(world.define(lambda: runs.append(1)), **SCARCE)
+    world.run(f)
+    before = fake_clock.now()
+    with pytest.raises(CallTimeoutError, match=r"lambda.*total_timeout=60"):
+        world.run(f)
+    assert fake_clock.now() == before
+    assert runs == [1]
+
+
+def test_a_call_that_did_not_get_its_slot_is_a_timeout_and_an_opero_error(world, fake_clock):
+    f = limited(world.define(lambda: None), **SCARCE)
+    world.run(f)
+    with pytest.raises(TimeoutError) as caught:
+        world.run(f)
+    assert isinstance(caught.value, opero.OperoError)
+    assert f.stats.failures == 1
+
+
+def test_a_call_that_gave_up_takes_no_place(world, fake_clock):
+    f = limited(world.define(lambda: "result"), rate_limit=0.01, total_timeout=90)
+    world.run(f)
+    for _ in range(5):
+        with pytest.raises(CallTimeoutError):
+            world.run(f)
+    fake_clock.tick(100)
+    assert world.run(f) == "result"
+
+
+def test_a_wait_that_ends_before_total_timeout_is_waited_for(world):
+    f = limited(world.define(lambda: "result"), total_timeout=SECONDS, **ONE_AT_A_TIME)
+    with Timed() as time_taken:
+        assert [world.run(f) for _ in range(3)] == ["result"] * 3
+    assert time_taken.is_enough_for(3)
+
+
+def test_those_in_line_count_for_the_wait(fake_clock, joined):
+    limiter = RateLimiter(1)
+    limiter.take_now()
+    joined(limiter, 5)
+    assert limiter.expected_wait() == pytest.approx(6)
+
+
+def test_those_who_left_do_not_count_for_the_wait(fake_clock, joined):
+    limiter = RateLimiter(1)
+    limiter.take_now()
+    _first, *gone = joined(limiter, 100)
+    for ticket in gone:
+        ticket.withdraw()
+    assert limiter.expected_wait() == pytest.approx(2)
+
+
+def test_a_free_slot_has_no_wait(fake_clock):
+    limiter = RateLimiter(1)
+    assert limiter.expected_wait() == 0
+    limiter.take_now()
+    fake_clock.tick(5)
+    assert limiter.expected_wait() == 0
+
+
+# Statistics
+
+
+def test_stats_tell_the_seconds_waited(world):
+    f = limited(world.define(lambda: None), **ONE_AT_A_TIME)
+    with Timed() as time_taken:
+        for _ in range(3):
+            world.run(f)
+    assert 0 < f.stats.waited <= time_taken.seconds
+
+
+def test_stats_tell_no_wait_for_a_free_slot(world, fake_clock):
+    f = limited(world.define(lambda: None), rate_limit=4)
+    for _ in range(3):
+        world.run(f)
+        fake_clock.tick(0.25)
+    assert f.stats.waited == 0
+
+
+def test_stats_count_a_call_that_waited_once(world):
+    f = limited(world.define(lambda: None), **ONE_AT_A_TIME)
+    for _ in range(3):
+        world.run(f)
+    assert (f.stats.calls, f.stats.attempts, f.stats.failures) == (3, 3, 0)
+
+
+# Forks
+
+
+def forked(function) -> str:
+    """What ``function`` returns in a forked child, as text; the child is ended if it hangs."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = repr(function())
+        except BaseException as error:  # noqa: BLE001 - the parent looks at it
+            answer = repr(error)
+        os.write(writing, answer.encode())
+        os._exit(0)
+    os.close(writing)
+    try:
+        ready, _, _ = select.select([reading], [], [], SECONDS)
+        return os.read(reading, 10_000).decode() if ready else "it hangs"
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+class TestForks:
+    def test_a_child_is_limited_and_does_not_hang(self, world):
+        f = limited(world.define(lambda: None), **ONE_AT_A_TIME)
+
+        def child():
+            with Timed() as time_taken:
+                for _ in range(5):
+                    world.run(f)
+            return time_taken.is_enough_for(5)
+
+        world.run(f)
+        assert forked(child) == "True"
+
+    def test_a_child_does_not_wait_behind_its_parents_waiters(self, world, fake_clock, joined):
+        f = limited(world.define(lambda: "result"), rate_limit="1/hour")
+        world.run(f)
+        tickets = joined(f.plan.limit, 5)
+        assert forked(lambda: world.run(f)) == "'result'"
+        fake_clock.tick(3600)
+        assert [ticket.poll() for ticket in tickets] == [True, False, False, False, False]
+
+    def test_a_child_forked_at_any_moment_does_not_hang(self):
+        limiter = RateLimiter(10_000)
+        stop = threading.Event()
+
+        def busy():
+            while not stop.is_set():
+                limiter.acquire()
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        threads = [started(busy) for _ in range(4)]
+        try:
+            answers = [forked(lambda: [limiter.acquire() for _ in range(3)]) for _ in range(20)]
+        finally:
+            sys.setswitchinterval(before)
+            stop.set()
+        results(threads)
+        assert answers == ["[None, None, None]"] * 20
+
+
+# How a limit is written
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("100/minute", 100 / 60),
+        ("5/s", 5),
+        ("1000/day", 1000 / 86_400),
+        ("5/second", 5),
+        ("30/m", 0.5),
+        ("36/h", 0.01),
+        ("36/hour", 0.01),
+        ("864/d", 0.01),
+        ("0.5/s", 0.5),
+        (" 100 / minute ", 100 / 60),
+        (5, 5),
+        (0.5, 0.5),
+    ],
+)
+def test_a_rate_is_a_number_or_text(text, rate):
+    assert RateLimiter(text).rate == pytest.approx(rate)
+
+
+MAKERS = {
+    "RateLimiter": RateLimiter,
+    "get_rate_limit_decorator": get_rate_limit_decorator,
+    "opero": lambda rate: opero.opero(rate_limit=rate)(lambda: None),
+}
+
+
+@pytest.fixture(params=MAKERS.values(), ids=MAKERS)
+def make(request):
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "rate", [0, 0.0, -1, -0.5, math.nan, math.inf, -math.inf, 10**400, "0/s", "0.0/minute"], ids=str
+)
+def test_a_rate_that_limits_nothing_or_all_is_refused(make, rate):
+    with pytest.raises(ValueError, match="rate"):
+        make(rate)
+
+
+@pytest.mark.parametrize(
+    "rate", ["", "5", "fast", "5/", "/s", "5/fortnight", "-5/s", "5/s/s", "nan/s", "inf/s", "1e3/s"]
+)
+def test_text_that_cannot_be_read_is_refused(make, rate):
+    with pytest.raises(ValueError, match=r"'100/minute'"):
+        make(rate)
+
+
+@pytest.mark.parametrize("rate", [True, False, 5j, b"5/s", {}, object()], ids=repr)
+def test_a_rate_of_another_type_is_refused(make, rate):
+    with pytest.raises(TypeError, match="rate"):
+        make(rate)
+
+
+@pytest.mark.parametrize(
+    ("max_burst", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError), ("5", TypeError)]
+)
+def test_a_wrong_max_burst_is_refused(max_burst, error):
+    with pytest.raises(error, match="max_burst"):
+        RateLimiter(5, max_burst=max_burst)
+    with pytest.raises(error, match="max_burst"):
+        get_rate_limit_decorator(5, max_burst=max_burst)
+    with pytest.raises(error, match="max_burst"):
+        opero.opero(rate_limit=5, rate_limit_options={"max_burst": max_burst})(lambda: None)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match=r"'maxburst'.*'max_burst'"):
+        get_rate_limit_decorator(5, maxburst=5)
+
+
+def test_options_without_a_limit_are_refused():
+    with pytest.raises(ValueError, match="rate_limit_options"):
+        opero.opero(rate_limit_options={"max_burst": 5})(lambda: None)
+
+
+# The decorator of this policy alone
+
+
+def test_the_rate_limit_decorator_limits(world):
+    f = get_rate_limit_decorator(RATE, max_burst=1)(world.define(lambda x: x))
+    with Timed() as time_taken:
+        assert [world.run(f, x) for x in range(5)] == [0, 1, 2, 3, 4]
+    assert time_taken.is_enough_for(5)
+
+
+def test_the_rate_limit_decorator_does_not_retry(world, fake_clock):
+    runs = []
+    f = get_rate_limit_decorator(5)(world.define(lambda: runs.append(1) or 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        world.run(f)
+    assert len(runs) == 1
+
+
+def test_the_rate_limit_decorator_does_not_cache(world, fake_clock):
+    runs = []
+    f = get_rate_limit_decorator(5)(world.define(lambda: runs.append(1)))
+    world.run(f)
+    fake_clock.tick(1)
+    world.run(f)
+    assert len(runs) == 2

@@ -1,0 +1,457 @@
+"""Retry: how many rounds, which errors, how long between, and what is raised in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+import traceback
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import tenacity
+
+from opero import opero
+from opero.core import get_retry_decorator
+
+STEADY = {"jitter": False, "min_delay": 1}
+
+
+def script(*outcomes):
+    """A function that ends each call as the next of ``outcomes`` says, and in the end always as the last one."""
+    rest = list(outcomes)
+
+    def scripted(*args):
+        outcome = rest.pop(0) if len(rest) > 1 else rest[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return scripted
+
+
+def raised_by(world, function, *args):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the caller looks at it
+        world.run(function, *args)
+    return caught.value
+
+
+# What is raised
+
+
+def test_a_failing_call_is_repeated_until_it_succeeds(world, fake_clock):
+    function = opero(world.define(script(ValueError(), KeyError(), "done")))
+    assert world.run(function) == "done"
+    assert len(fake_clock.sleeps) == 2
+
+
+def test_the_last_error_itself_is_raised_with_its_traceback(world, fake_clock):
+    errors = [ValueError(1), ValueError(2), ValueError(3)]
+    error = raised_by(world, opero(retries=2)(world.define(script(*errors))))
+    assert error is errors[2]
+    assert traceback.extract_tb(error.__traceback__)[-1].name == "scripted"
+
+
+def test_the_last_error_is_not_chained_to_those_before_it(world, fake_clock):
+    error = raised_by(world, opero(retries=2)(world.define(script(ValueError(1), ValueError(2), ValueError(3)))))
+    assert error.__context__ is None
+    assert error.__cause__ is None
+
+
+def test_the_error_keeps_the_cause_that_the_function_gave_it(world, fake_clock):
+    cause = KeyError("cause")
+
+    def fail():
+        raise ValueError from cause
+
+    error = raised_by(world, opero(retries=1)(world.define(fail)))
+    assert error.__cause__ is cause
+    assert error.__suppress_context__
+
+
+def test_one_note_tells_attempts_and_seconds(world, fake_clock):
+    def fail():
+        fake_clock.tick(1)
+        raise ValueError
+
+    (note,) = raised_by(world, opero(retries=2, **STEADY)(world.define(fail))).__notes__
+    assert "3 attempts" in note
+    assert "6 s" in note
+
+
+def test_the_note_counts_a_single_attempt_too(world):
+    (note,) = raised_by(world, opero(retries=0)(world.define(script(ValueError())))).__notes__
+    assert "1 attempt in" in note
+
+
+def test_an_error_that_ends_two_calls_has_the_note_of_the_second_one_and_the_users_own(world, fake_clock):
+    error = ValueError()
+    error.add_note("mine")
+    function = opero(retries=1)(world.define(script(error)))
+    raised_by(world, function)
+    fake_clock.tick(1000)
+    raised_by(world, function)
+    assert len(error.__notes__) == 2
+    assert error.__notes__[0] == "mine"
+
+
+@pytest.mark.parametrize("broken_hook", [{}, {"retry_options": {"before_sleep": script(KeyError())}}], ids=["", "hook"])
+def test_an_error_that_refuses_attributes_is_raised_all_the_same(world, fake_clock, broken_hook):
+    @dataclass(frozen=True)
+    class FrozenError(Exception):
+        code: int
+
+    error = FrozenError(7)
+    assert raised_by(world, opero(retries=1, **broken_hook)(world.define(script(error)))) is error
+
+
+@pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration])
+def test_the_exceptions_of_iteration_are_errors_like_any_other(world, fake_clock, kind):
+    errors = [kind(1), kind(2)]
+    function = opero(retries=1)(world.define(script(*errors)))
+    error = raised_by(world, function)
+    if world.is_async and kind is StopIteration:
+        # Python itself turns it into this before anybody can see it.
+        assert isinstance(error, RuntimeError)
+        error = error.__cause__
+    assert error is errors[1]
+    assert function.stats.attempts == 2
+
+
+def test_a_retry_error_of_the_users_own_is_an_error_like_any_other(world, fake_clock):
+    inner = tenacity.retry(stop=tenacity.stop_after_attempt(2))(script(ValueError()))
+    function = opero(retries=2)(world.define(inner))
+    error = raised_by(world, function)
+    assert isinstance(error, tenacity.RetryError)
+    assert function.stats.attempts == 3
+    # Once in the user's own retrying, not again in opero's.
+    assert [frame.name for frame in traceback.extract_tb(error.__traceback__)].count("iter") == 1
+
+
+POLICIES = {
+    "no retry": {"retries": 0},
+    "retry": {"retries": 1, "min_delay": 0},
+    "not retryable": {"retry_on": KeyError},
+    "hooks": {"retries": 1, "min_delay": 0, "retry_options": {"before_sleep": lambda state: None}},
+    "judge": {"retries": 1, "min_delay": 0, "retry_options": {"retry": tenacity.retry_if_exception_type(ValueError)}},
+    "fallback": {"retries": 1, "min_delay": 0, "arg_fallback": "key"},
+    "cache": {"retries": 1, "min_delay": 0, "cache": True},
+    "total_timeout": {"retries": 1, "min_delay": 0, "total_timeout": 60},
+}
+
+
+@pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES)
+def test_handled_errors_are_freed_without_the_garbage_collector(world, options):
+    alive = weakref.WeakSet()
+
+    class TrackedError(ValueError):
+        def __init__(self):
+            alive.add(self)
+
+    def fail(key=("a", "b")):
+        raise TrackedError
+
+    function = opero(**options)(world.define(fail))
+
+    def count():
+        with contextlib.suppress(TrackedError, ExceptionGroup):
+            function()
+        return len(alive)
+
+    async def count_async():
+        with contextlib.suppress(TrackedError, ExceptionGroup):
+            await function()
+        return len(alive)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert world.run(count_async if world.is_async else count) == 0
+    finally:
+        gc.enable()
+
+
+# How long between
+
+
+@pytest.mark.parametrize(
+    ("options", "delays"),
+    [
+        ({}, [0.1, 0.2, 0.4]),
+        ({"min_delay": 1, "backoff_factor": 3, "retries": 4}, [1, 3, 9, 27]),
+        ({"min_delay": 1, "backoff_factor": 1.0}, [1, 1, 1]),
+        ({"min_delay": 1, "max_delay": 2.5}, [1, 2, 2.5]),
+        ({"min_delay": 0}, [0, 0, 0]),
+        ({"retries": 0}, []),
+    ],
+)
+def test_without_jitter_the_delays_are_exactly_the_formula(world, fake_clock, options, delays):
+    raised_by(world, opero(jitter=False, **options)(world.define(script(ValueError()))))
+    assert fake_clock.sleeps == pytest.approx(delays)
+
+
+def test_with_jitter_each_delay_is_drawn_from_its_upper_half(world, fake_clock):
+    raised_by(world, opero(retries=300, min_delay=2, max_delay=2)(world.define(script(ValueError()))))
+    assert all(1 <= delay <= 2 for delay in fake_clock.sleeps)
+    assert min(fake_clock.sleeps) < 1.2
+    assert max(fake_clock.sleeps) > 1.8
+
+
+@pytest.mark.parametrize("factor", [2.0, 10, 1e300])
+def test_delays_never_overflow(world, fake_clock, factor):
+    error = ValueError()
+    function = opero(retries=2000, backoff_factor=factor)(world.define(script(error)))
+    assert raised_by(world, function) is error
+    assert len(fake_clock.sleeps) == 2000
+    assert max(fake_clock.sleeps) <= 30
+
+
+def test_a_min_delay_of_zero_stays_zero_however_many_rounds_there_are(world, fake_clock):
+    raised_by(world, opero(retries=2000, min_delay=0)(world.define(script(ValueError()))))
+    assert set(fake_clock.sleeps) == {0}
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_delay": 1e300, "min_delay": 1e300}, {"retry_on": lambda error: float("inf")}]
+)
+def test_no_delay_is_longer_than_the_system_can_wait(world, fake_clock, options):
+    raised_by(world, opero(retries=1, **options)(world.define(script(ValueError()))))
+    assert 0 < fake_clock.sleeps[0] <= threading.TIMEOUT_MAX
+
+
+def test_calls_in_threads_at_once_do_not_share_their_backoff(fake_clock):
+    together = threading.Barrier(2)
+
+    @opero(retries=3, **STEADY)
+    def fail():
+        together.wait()
+        raise ValueError
+
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(fail) for _ in range(2)]
+    assert all(isinstance(call.exception(), ValueError) for call in calls)
+    assert sorted(fake_clock.sleeps) == [1, 1, 2, 2, 4, 4]
+
+
+def test_calls_in_tasks_at_once_do_not_share_their_backoff(fake_clock):
+    @opero(retries=3, **STEADY)
+    async def fail():
+        await asyncio.sleep(0)
+        raise ValueError
+
+    async def both():
+        return await asyncio.gather(fail(), fail(), return_exceptions=True)
+
+    assert all(isinstance(error, ValueError) for error in asyncio.run(both()))
+    assert fake_clock.sleeps == [1, 1, 2, 2, 4, 4]
+
+
+# Which errors
+
+
+CHOICES = {
+    "class": ValueError,
+    "tuple": (ValueError, OSError),
+    "bool": lambda error: isinstance(error, ValueError),
+    "seconds": lambda error: 5 if isinstance(error, ValueError) else False,
+    "none": lambda error: True if isinstance(error, ValueError) else None,
+}
+
+
+@pytest.mark.parametrize("retry_on", CHOICES.values(), ids=CHOICES)
+def test_only_the_chosen_errors_are_retried(world, fake_clock, retry_on):
+    other = KeyError()
+    function = opero(retry_on=retry_on)(world.define(script(UnicodeError(), other, "never")))
+    assert raised_by(world, function) is other
+    assert function.stats.attempts == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "delays"), [(5, [5.0]), (100.0, [100.0]), (0, [0.0]), (0.0, [0.0]), (False, []), (True, [0.1])]
+)
+def test_a_number_from_retry_on_is_the_delay_and_a_bool_is_a_yes_or_no(world, fake_clock, answer, delays):
+    raised_by(world, opero(retries=1, jitter=False, retry_on=lambda error: answer)(world.define(script(ValueError()))))
+    assert fake_clock.sleeps == delays
+
+
+def test_a_delay_from_retry_on_holds_for_one_round_only(world, fake_clock):
+    errors = [ValueError(True), ValueError(50), ValueError(True), ValueError(True)]
+    raised_by(world, opero(jitter=False, retry_on=lambda error: error.args[0])(world.define(script(*errors))))
+    assert fake_clock.sleeps == pytest.approx([0.1, 50, 0.4])
+
+
+def test_a_retry_on_that_raises_does_not_replace_the_users_error(world, fake_clock):
+    error = ValueError()
+    function = opero(retry_on=script(KeyError()))(world.define(script(error)))
+    assert raised_by(world, function) is error
+    assert error.__context__ is None
+
+
+# tenacity's options
+
+
+def test_stop_and_wait_of_tenacity_win_over_retries_and_delays(world, fake_clock):
+    options = {"stop": tenacity.stop_after_attempt(4), "wait": tenacity.wait_incrementing(start=7, increment=1)}
+    raised_by(world, opero(retries=1, retry_options=options)(world.define(script(ValueError()))))
+    assert fake_clock.sleeps == [7, 8, 9]
+
+
+def test_tenacitys_delays_count_from_the_start_of_the_first_attempt(world):
+    moment = threading.Event()
+
+    def fail():
+        moment.wait(0.03)
+        raise ValueError
+
+    function = opero(min_delay=0, retry_options={"stop": tenacity.stop_after_delay(0.02)})(world.define(fail))
+    raised_by(world, function)
+    assert function.stats.attempts == 1
+
+
+def test_retry_of_tenacity_wins_over_retry_on(world, fake_clock):
+    other = KeyError()
+    options = {"retry": tenacity.retry_if_exception_type(ValueError)}
+    function = opero(retry_on=KeyError, retry_options=options)(world.define(script(ValueError(), other, "never")))
+    assert raised_by(world, function) is other
+    assert function.stats.attempts == 2
+
+
+def test_retry_of_tenacity_judges_results_too(world, fake_clock):
+    options = {"retry": tenacity.retry_if_result(lambda result: result is None)}
+    function = opero(retry_options=options)(world.define(script(None, None, "done")))
+    assert world.run(function) == "done"
+    assert function.stats.attempts == 3
+
+
+def test_a_result_that_is_never_accepted_ends_as_tenacitys_retry_error(world, fake_clock):
+    options = {"retry": tenacity.retry_if_result(lambda result: result is None)}
+    error = raised_by(world, opero(retries=2, retry_options=options)(world.define(script(None))))
+    assert isinstance(error, tenacity.RetryError)
+    assert error.last_attempt.result() is None
+
+
+def test_try_again_retries_what_retry_would_not(world, fake_clock):
+    options = {"retry": tenacity.retry_never}
+    assert world.run(opero(retry_options=options)(world.define(script(tenacity.TryAgain(), "done")))) == "done"
+
+
+def test_hooks_are_told_of_each_attempt(world, fake_clock):
+    told = []
+
+    def hook(name):
+        return lambda state: told.append((name, state.attempt_number, state.args))
+
+    options = {name: hook(name) for name in ("before", "after", "before_sleep")}
+    world.run(opero(retry_options=options)(world.define(script(ValueError(), "done"))), "argument")
+    assert told == [
+        ("before", 1, ("argument",)),
+        ("after", 1, ("argument",)),
+        ("before_sleep", 1, ("argument",)),
+        ("before", 2, ("argument",)),
+    ]
+
+
+def test_before_sleep_knows_error_and_delay(world, fake_clock):
+    told = []
+    error = ValueError()
+    options = {"before_sleep": lambda state: told.append((state.outcome.exception(), state.next_action.sleep))}
+    world.run(opero(**STEADY, retry_options=options)(world.define(script(error, "done"))))
+    assert told == [(error, 1)]
+
+
+def test_retry_error_callback_gives_the_result_when_retries_have_run_out(world, fake_clock):
+    options = {"retry_error_callback": lambda state: ("gave up", state.attempt_number)}
+    function = opero(retries=1, retry_options=options)(world.define(script(ValueError())))
+    assert world.run(function) == ("gave up", 2)
+
+
+def test_without_reraise_the_end_is_a_retry_error_caused_by_the_users(world, fake_clock):
+    last = ValueError()
+    function = opero(retries=1, retry_options={"reraise": False})(world.define(script(KeyError(), last)))
+    error = raised_by(world, function)
+    assert isinstance(error, tenacity.RetryError)
+    assert error.__cause__ is last
+
+
+def test_retry_error_cls_is_what_is_raised_without_reraise(world, fake_clock):
+    class GaveUpError(Exception):
+        pass
+
+    options = {"reraise": False, "retry_error_cls": GaveUpError}
+    assert isinstance(
+        raised_by(world, opero(retries=1, retry_options=options)(world.define(script(OSError())))), GaveUpError
+    )
+
+
+@pytest.mark.parametrize("hook", ["stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback"])
+def test_a_hook_that_raises_does_not_replace_the_users_error(world, fake_clock, hook):
+    error = ValueError()
+    function = opero(retries=1, retry_options={hook: script(KeyError("hook"))})(world.define(script(error)))
+    assert raised_by(world, function) is error
+    assert error.__context__ is None
+    assert traceback.extract_tb(error.__traceback__)[-1].name == "scripted"
+
+
+def test_a_before_that_raises_does_not_spoil_a_success(world):
+    function = opero(retry_options={"before": script(KeyError("hook"))})(world.define(script("done")))
+    assert world.run(function) == "done"
+
+
+def test_tenacitys_statistics_belong_to_one_call(world, fake_clock):
+    together = threading.Barrier(4)
+    seen = []
+
+    def note(state):
+        together.wait()
+        seen.append((id(state.retry_object), state.attempt_number, state.retry_object.statistics["attempt_number"]))
+
+    function = opero(retries=3, retry_options={"before_sleep": note})(world.define(script(ValueError())))
+    with ThreadPoolExecutor(4) as pool:
+        errors = [call.exception() for call in [pool.submit(world.run, function) for _ in range(4)]]
+    assert [type(error) for error in errors] == [ValueError] * 4
+    assert len({retrying for retrying, _, _ in seen}) == 4
+    # tenacity counts on before this hook is called.
+    assert sorted(numbers for _, *numbers in seen) == sorted([[n, n + 1] for n in (1, 2, 3)] * 4)
+
+
+def test_the_decorator_for_retries_alone_passes_options_to_tenacity(world, fake_clock):
+    function = get_retry_decorator(retries=9, wait=tenacity.wait_fixed(3), stop=tenacity.stop_after_attempt(2))(
+        world.define(script(ValueError()))
+    )
+    raised_by(world, function)
+    assert fake_clock.sleeps == [3]
+
+
+# The call itself
+
+
+def test_every_attempt_gets_the_same_arguments_uncopied(world, fake_clock):
+    seen = []
+
+    def fail(items, *, extra):
+        seen.append((items, extra))
+        raise ValueError
+
+    items, extra = [1], {2}
+    with pytest.raises(ValueError):  # noqa: PT011 - bare
+        world.run(opero(retries=2)(world.define(fail)), items, extra=extra)
+    assert len(seen) == 3
+    assert all(a is items and b is extra for a, b in seen)
+
+
+def test_parameters_may_have_any_name(world, fake_clock):
+    rest = [ValueError()]
+
+    def echo(self, fn, function, args, kwargs, *, state, error, call, plan, **options):
+        if rest:
+            raise rest.pop()
+        return (self, fn, function, args, kwargs, state, error, call, plan, options)
+
+    function = opero(world.define(echo))
+    given = {"function": 3, "kwargs": 5, "state": 6, "error": 7, "call": 8, "plan": 9, "key": 0, "started": 1}
+    names = world.run(lambda: function(1, 2, args=4, **given))
+    assert names == (1, 2, 3, 4, 5, 6, 7, 8, 9, {"key": 0, "started": 1})
+    assert function.stats.attempts == 2

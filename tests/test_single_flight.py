@@ -1,0 +1,904 @@
+"""Identical calls at once share one run of the function, whatever becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import select
+import signal
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+import opero
+
+SECONDS = 10  # for what takes milliseconds; so long only where it hangs
+
+
+def cached(function, **options):
+    return opero.opero(cache=True, retries=0, **options)(function)
+
+
+def started(function, *args) -> Future:
+    """The result-to-be of a call in a thread that nobody has to wait for."""
+    future: Future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def results(futures):
+    return [future.result(SECONDS) for future in futures]
+
+
+def errors(futures):
+    return [future.exception(SECONDS) for future in futures]
+
+
+def until(condition):
+    """Wait for a state that nothing announces."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.001)
+
+
+def waiters(f) -> int:
+    """How many callers wait for a run of another's."""
+    return sum(len(flight.wakers) for flight in list(f.plan.cache.flights._under_way.values()))
+
+
+class Held:
+    """A function whose runs wait to be told what to do; from any thread."""
+
+    def __init__(self):
+        self.runs: list[Any] = []
+        self.began = threading.Semaphore(0)
+        self._orders: list[Future] = []
+
+    def function(self, x=0):
+        order: Future = Future()
+        self._orders.append(order)
+        self.runs.append(x)
+        self.began.release()
+        return order.result(SECONDS)
+
+    def wait(self):
+        """Until another run has begun."""
+        assert self.began.acquire(timeout=SECONDS)
+
+    def end(self, result=None, *, run=0):
+        self._orders[run].set_result(result)
+
+    def fail(self, error, *, run=0):
+        self._orders[run].set_exception(error)
+
+
+@pytest.fixture
+def held():
+    return Held()
+
+
+# Threads; in the async world each has an event loop of its own
+
+
+def test_fifty_threads_run_the_function_once(world, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(50)]
+    held.wait()
+    until(lambda: waiters(f) == 49)
+    held.end("result")
+    assert results(calls) == ["result"] * 50
+    assert held.runs == [1]
+
+
+def test_threads_that_begin_together_run_the_function_once(world):
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            runs: list[int] = []
+            f = cached(world.define(runs.append))
+            barrier = threading.Barrier(8)
+
+            def call(f=f, barrier=barrier):
+                barrier.wait(SECONDS)
+                return world.run(f, 1)
+
+            results([started(call) for _ in range(8)])
+            assert runs == [1]
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_threads_that_find_an_expired_entry_run_the_function_once(world, held, fake_clock):
+    f = cached(world.define(held.function), cache_ttl=1)
+    first = started(world.run, f, 1)
+    held.wait()
+    held.end("old")
+    first.result(SECONDS)
+    fake_clock.tick(2)
+    calls = [started(world.run, f, 1) for _ in range(10)]
+    held.wait()
+    until(lambda: waiters(f) == 9)
+    held.end("new", run=1)
+    assert results(calls) == ["new"] * 10
+
+
+def test_those_who_waited_count_as_hits(world, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(5)]
+    held.wait()
+    until(lambda: waiters(f) == 4)
+    held.end()
+    results(calls)
+    assert f.cache_info()[:2] == (4, 1)
+    assert (f.stats.calls, f.stats.attempts) == (5, 1)
+
+
+def test_all_get_the_very_object(world, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(3)]
+    held.wait()
+    until(lambda: waiters(f) == 2)
+    held.end(object())
+    assert len(set(results(calls))) == 1
+
+
+def test_none_is_shared_like_any_result(world, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(3)]
+    held.wait()
+    until(lambda: waiters(f) == 2)
+    held.end(None)
+    assert results(calls) == [None] * 3
+
+
+def test_an_exception_that_is_a_result_is_returned_to_all(world, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(3)]
+    held.wait()
+    until(lambda: waiters(f) == 2)
+    error = ValueError()
+    held.end(error)
+    assert results(calls) == [error] * 3
+
+
+def test_different_arguments_run_at_the_same_time(world):
+    barrier = threading.Barrier(3)
+    f = cached(world.define(lambda x: barrier.wait(SECONDS)))
+    assert sorted(results([started(world.run, f, x) for x in (1, 1.0, True)])) == [0, 1, 2]
+
+
+def test_different_instances_run_at_the_same_time(world):
+    barrier = threading.Barrier(3)
+
+    class Owner:
+        method = cached(world.define(lambda self: barrier.wait(SECONDS)))
+
+    owners = [Owner() for _ in range(3)]
+    assert sorted(results([started(world.run, owner.method) for owner in owners])) == [0, 1, 2]
+
+
+def test_functions_of_one_namespace_share_a_run(world, held, request):
+    f = cached(world.define(held.function), cache_namespace=request.node.nodeid)
+    g = cached(world.define(lambda x: "not run"), cache_namespace=request.node.nodeid)
+    first = started(world.run, f, 1)
+    held.wait()
+    second = started(world.run, g, 1)
+    until(lambda: waiters(g) == 1)
+    held.end("result")
+    assert results([first, second]) == ["result"] * 2
+
+
+def test_retries_are_shared(world, held):
+    f = opero.opero(cache=True, retries=1, min_delay=0)(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(5)]
+    held.wait()
+    until(lambda: waiters(f) == 4)
+    held.fail(ValueError())
+    held.wait()
+    held.end("result", run=1)
+    assert results(calls) == ["result"] * 5
+    assert f.stats.attempts == 2
+
+
+# Failure
+
+
+def test_each_waiter_gets_the_very_error(world, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(10)]
+    held.wait()
+    until(lambda: waiters(f) == 9)
+    error = ValueError("for all")
+    held.fail(error)
+    assert all(got is error for got in errors(calls))
+    assert held.runs == [1]
+
+
+def test_each_waiter_that_got_the_error_is_a_failed_call(world, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(4)]
+    held.wait()
+    until(lambda: waiters(f) == 3)
+    held.fail(ValueError())
+    errors(calls)
+    assert (f.stats.calls, f.stats.failures, f.stats.attempts, f.stats.hits) == (4, 4, 1, 0)
+
+
+def test_each_waiter_gets_the_error_of_all_candidates(world, held):
+    f = cached(world.define(held.function), arg_fallback="x")
+    calls = [started(world.run, f, [1, 2]) for _ in range(3)]
+    held.wait()
+    until(lambda: waiters(f) == 2)
+    held.fail(ValueError())
+    held.wait()
+    held.fail(KeyError(), run=1)
+    got = errors(calls)
+    assert isinstance(got[0], opero.AllFailedError)
+    assert got == [got[0]] * 3
+
+
+def test_after_a_failure_the_function_runs_anew(world, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(3)]
+    held.wait()
+    until(lambda: waiters(f) == 2)
+    held.fail(ValueError())
+    errors(calls)
+    again = started(world.run, f, 1)
+    held.wait()
+    held.end("result", run=1)
+    assert again.result(SECONDS) == "result"
+
+
+def test_what_a_retry_error_callback_made_up_is_shared_but_not_remembered(world, held):
+    f = cached(world.define(held.function), retry_options={"retry_error_callback": lambda _state: "made up"})
+    calls = [started(world.run, f, 1) for _ in range(3)]
+    held.wait()
+    until(lambda: waiters(f) == 2)
+    held.fail(ValueError())
+    assert results(calls) == ["made up"] * 3
+    assert f.cache_info().currsize == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_when_the_run_is_broken_off_one_waiter_takes_over(held, error):
+    f = cached(held.function)
+    calls = [started(f, 1) for _ in range(5)]
+    held.wait()
+    until(lambda: waiters(f) == 4)
+    held.fail(error())
+    held.wait()
+    until(lambda: waiters(f) == 3)
+    held.end("result", run=1)
+    outcomes = [call.exception(SECONDS) or call.result() for call in calls]
+    assert sorted(map(repr, outcomes)) == sorted(["'result'"] * 4 + [repr(error())])
+    assert held.runs == [1, 1]
+
+
+def test_an_error_is_freed_with_its_caller(world):
+    class Error(Exception):
+        pass
+
+    def function():
+        raise Error
+
+    f = cached(world.define(function))
+
+    def call():
+        with pytest.raises(Error) as caught:
+            world.run(f)
+        return weakref.ref(caught.value)
+
+    error = call()
+    gc.collect()
+    assert error() is None
+
+
+# Forgetting in the middle
+
+
+def forgetting():
+    return {
+        "cache_clear": lambda f: f.cache_clear(),
+        "cache_delete": lambda f: f.cache_delete(1),
+        "clear_cache": lambda f: opero.clear_cache(),
+        "clear_cache of the namespace": lambda f: opero.clear_cache(f.plan.cache.namespace),
+    }
+
+
+@pytest.fixture(params=forgetting().values(), ids=forgetting())
+def forget(request):
+    return request.param
+
+
+def test_forgetting_in_the_middle_is_not_undone_by_the_late_result(world, held, forget):
+    f = cached(world.define(held.function))
+    first = started(world.run, f, 1)
+    held.wait()
+    forget(f)
+    held.end("old")
+    assert first.result(SECONDS) == "old"
+    assert f.cache_info().currsize == 0
+    again = started(world.run, f, 1)
+    held.wait()
+    held.end("new", run=1)
+    assert again.result(SECONDS) == "new"
+
+
+def test_who_comes_after_the_forgetting_does_not_get_the_old_result(world, held, forget):
+    f = cached(world.define(held.function))
+    first = started(world.run, f, 1)
+    held.wait()
+    forget(f)
+    second = started(world.run, f, 1)
+    held.wait()
+    held.end("new", run=1)
+    held.end("old", run=0)
+    assert results([first, second]) == ["old", "new"]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["old one first", "new one first"])
+def test_the_run_that_began_after_the_forgetting_is_remembered(world, held, forget, order):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1)]
+    held.wait()
+    forget(f)
+    calls.append(started(world.run, f, 1))
+    held.wait()
+    for run in order:
+        held.end(["old", "new"][run], run=run)
+        calls[run].result(SECONDS)
+    assert started(world.run, f, 1).result(SECONDS) == "new"
+    assert held.runs == [1, 1]
+
+
+def test_who_waited_before_the_forgetting_still_gets_the_result(world, held, forget):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(3)]
+    held.wait()
+    until(lambda: waiters(f) == 2)
+    forget(f)
+    held.end("old")
+    assert results(calls) == ["old"] * 3
+    assert held.runs == [1]
+
+
+def test_forgetting_another_entry_does_not_touch_the_run(world, held):
+    f = cached(world.define(held.function))
+    first = started(world.run, f, 1)
+    held.wait()
+    assert not f.cache_delete(2)
+    held.end("result")
+    first.result(SECONDS)
+    assert f.cache_info().currsize == 1
+
+
+# Calls of itself
+
+
+def calling_itself(world, **options):
+    """A function whose every call has the same key, and that calls itself ``depth`` times."""
+    if world.is_async:
+
+        @opero.opero(cache=True, retries=0, cache_key=lambda depth: "the same", **options)
+        async def f(depth):
+            return [depth, *(await f(depth - 1) if depth else [])]
+
+    else:
+
+        @opero.opero(cache=True, retries=0, cache_key=lambda depth: "the same", **options)
+        def f(depth):
+            return [depth, *(f(depth - 1) if depth else [])]
+
+    return f
+
+
+def test_a_function_may_need_its_own_result(world):
+    f = calling_itself(world)
+    assert started(world.run, f, 3).result(SECONDS) == [3, 2, 1, 0]
+
+
+def test_the_outermost_result_is_remembered_when_a_function_needed_its_own(world):
+    f = calling_itself(world)
+    started(world.run, f, 3).result(SECONDS)
+    assert started(world.run, f, 5).result(SECONDS) == [3, 2, 1, 0]
+    assert f.cache_info().currsize == 1
+
+
+def test_two_functions_may_need_each_others_results(world):
+    if world.is_async:
+
+        async def ping(depth):
+            return await g(depth) if depth else "end"
+
+        async def pong(depth):
+            return await f(depth - 1)
+
+    else:
+
+        def ping(depth):
+            return g(depth) if depth else "end"
+
+        def pong(depth):
+            return f(depth - 1)
+
+    f, g = cached(ping, cache_key=lambda depth: "f"), cached(pong, cache_key=lambda depth: "g")
+    assert started(world.run, f, 3).result(SECONDS) == "end"
+
+
+def test_a_blocking_run_may_need_its_own_result_by_an_event_loop():
+    @opero.opero(cache=True, retries=0, cache_key=lambda depth: "the same")
+    def f(depth):
+        async def inner():
+            return f(depth - 1)
+
+        return asyncio.run(inner()) if depth else "end"
+
+    assert started(f, 1).result(SECONDS) == "end"
+
+
+def test_tasks_of_a_run_may_need_its_result():
+    @opero.opero(cache=True, retries=0, cache_key=lambda depth: "the same")
+    async def f(depth):
+        return sum(await asyncio.gather(f(depth - 1), f(depth - 1))) if depth else 1
+
+    assert started(asyncio.run, f(3)).result(SECONDS) == 8
+
+
+def test_a_thread_of_a_tasks_context_may_need_its_result():
+    @opero.opero(cache=True, retries=0, cache_key=lambda depth: "the same")
+    async def f(depth):
+        return await asyncio.to_thread(lambda: asyncio.run(f(depth - 1))) if depth else "end"
+
+    assert started(asyncio.run, f(1)).result(SECONDS) == "end"
+
+
+def test_a_task_left_behind_by_a_run_waits_for_the_next_run_like_any_other():
+    async def main():
+        runs = []
+        go, tasks = asyncio.Event(), []
+
+        @opero.opero(cache=True, retries=0)
+        async def f():
+            runs.append(1)
+            if not tasks:
+                tasks.append(asyncio.create_task(later()))
+                return "first"
+            await asyncio.sleep(0.01)
+            return "second"
+
+        async def later():
+            await go.wait()
+            return await f()
+
+        await f()
+        f.cache_clear()
+        next_run = asyncio.create_task(f())
+        go.set()
+        return [await next_run, await tasks[0], len(runs)]
+
+    assert asyncio.run(main()) == ["second", "second", 2]
+
+
+# Tasks
+
+
+async def settle():
+    """Let every task run until it waits for something."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+class AsyncHeld:
+    """An async function whose runs wait to be told what to do; for tasks of one loop."""
+
+    def __init__(self):
+        self.orders: list[asyncio.Future] = []
+
+    async def function(self, x=0):
+        self.orders.append(asyncio.get_running_loop().create_future())
+        return await self.orders[-1]
+
+
+def test_five_hundred_tasks_run_the_function_once():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+        tasks = [asyncio.create_task(f(1)) for _ in range(500)]
+        await settle()
+        held.orders[0].set_result("result")
+        return await asyncio.gather(*tasks), len(held.orders)
+
+    assert asyncio.run(main()) == (["result"] * 500, 1)
+
+
+def test_each_waiting_task_gets_the_very_error():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+        tasks = [asyncio.create_task(f(1)) for _ in range(20)]
+        await settle()
+        error = ValueError("for all")
+        held.orders[0].set_exception(error)
+        got = await asyncio.gather(*tasks, return_exceptions=True)
+        return all(one is error for one in got), len(held.orders)
+
+    assert asyncio.run(main()) == (True, 1)
+
+
+def test_when_the_running_task_is_cancelled_one_waiter_takes_over():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+        leader, *others = [asyncio.create_task(f(1)) for _ in range(20)]
+        await settle()
+        leader.cancel()
+        await settle()
+        runs = len(held.orders)
+        held.orders[1].set_result("result")
+        return leader.cancelled(), await asyncio.gather(*others), runs, len(held.orders)
+
+    assert asyncio.run(main()) == (True, ["result"] * 19, 2, 2)
+
+
+def test_when_those_who_would_take_over_are_cancelled_too_the_next_one_does():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+        *gone, last = [asyncio.create_task(f(1)) for _ in range(5)]
+        await settle()
+        for task in gone:
+            task.cancel()
+        await settle()
+        held.orders[1].set_result("result")
+        return await last, [task.cancelled() for task in gone], len(held.orders)
+
+    assert asyncio.run(main()) == ("result", [True] * 4, 2)
+
+
+def test_one_after_the_other_may_be_cancelled():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+        tasks = [asyncio.create_task(f(1)) for _ in range(5)]
+        await settle()
+        for runs in range(1, 5):
+            assert len(held.orders) == runs
+            leader = next(task for task in tasks if not task.done() and is_running(task, held))
+            leader.cancel()
+            await settle()
+        held.orders[4].set_result("result")
+        return sorted(str(one) for one in await asyncio.gather(*tasks, return_exceptions=True))
+
+    def is_running(task, held):
+        stack, inner = [], task.get_coro()
+        while inner is not None:
+            stack.append(getattr(inner, "cr_code", None))
+            inner = getattr(inner, "cr_await", None)
+        return held.function.__code__ in stack
+
+    assert asyncio.run(main()) == ["", "", "", "", "result"]
+
+
+def test_a_cancelled_waiter_does_no_harm():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+        leader, waiter, other = [asyncio.create_task(f(1)) for _ in range(3)]
+        await settle()
+        waiter.cancel()
+        await settle()
+        held.orders[0].set_result("result")
+        return waiter.cancelled(), await leader, await other, len(held.orders)
+
+    assert asyncio.run(main()) == (True, "result", "result", 1)
+
+
+def test_a_waiter_that_is_cancelled_when_the_result_comes_does_no_harm():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+        leader, waiter, other = [asyncio.create_task(f(1)) for _ in range(3)]
+        await settle()
+        held.orders[0].set_result("result")
+        result = await leader
+        waiter.cancel()
+        return result, await other, len(held.orders)
+
+    assert asyncio.run(main()) == ("result", "result", 1)
+
+
+def test_a_waiter_with_a_time_limit_of_its_own_does_no_harm():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+        leader = asyncio.create_task(f(1))
+        await settle()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(f(1), 0.01)
+        held.orders[0].set_result("result")
+        return await leader, await f(1), len(held.orders)
+
+    assert asyncio.run(main()) == ("result", "result", 1)
+
+
+def test_a_waiter_gets_a_result_though_the_running_task_is_cancelled_at_the_last_moment():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+        leader, other = [asyncio.create_task(f(1)) for _ in range(2)]
+        await settle()
+        held.orders[0].set_result("result")
+        leader.cancel()
+        await settle()
+        for order in held.orders[1:]:
+            order.set_result("again")
+        return await other
+
+    assert asyncio.run(main()) in {"result", "again"}
+
+
+def test_tasks_cancelled_at_random_leave_every_other_one_with_a_result():
+    chance = random.Random(5)
+
+    async def once():
+        @opero.opero(cache=True, retries=0)
+        async def f():
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return "result"
+
+        tasks = [asyncio.create_task(f()) for _ in range(8)]
+        victims = set(chance.sample(tasks, chance.randrange(8)))
+        for task in victims:
+            for _ in range(chance.randrange(3)):
+                await asyncio.sleep(0)
+            task.cancel()
+        got = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(one == "result" for task, one in zip(tasks, got, strict=True) if task not in victims)
+        assert waiters(f) == 0
+        assert await f() == "result"
+
+    async def main():
+        async with asyncio.timeout(SECONDS):
+            for _ in range(300):
+                await once()
+
+    asyncio.run(main())
+
+
+# Several event loops
+
+
+async def released(event):
+    await asyncio.to_thread(event.wait, SECONDS)
+
+
+def test_two_event_loops_in_two_threads_share_a_run():
+    began, release = threading.Event(), threading.Event()
+    runs = []
+
+    @opero.opero(cache=True, retries=0)
+    async def f():
+        runs.append(threading.get_ident())
+        began.set()
+        await released(release)
+        return "result"
+
+    async def several():
+        return await asyncio.gather(*[f() for _ in range(10)])
+
+    first = started(asyncio.run, several())
+    assert began.wait(SECONDS)
+    second = started(asyncio.run, several())
+    until(lambda: waiters(f) == 19)
+    release.set()
+    assert results([first, second]) == [["result"] * 10] * 2
+    assert len(runs) == 1
+
+
+def test_when_the_running_loop_ends_a_waiter_in_another_loop_takes_over():
+    began, quit_ = threading.Event(), threading.Event()
+    runs = []
+
+    @opero.opero(cache=True, retries=0)
+    async def f():
+        runs.append(1)
+        began.set()
+        if len(runs) == 1:
+            await asyncio.Event().wait()
+        return "result"
+
+    async def leave():
+        task = asyncio.create_task(f())
+        await released(quit_)
+        return task
+
+    first = started(asyncio.run, leave())
+    assert began.wait(SECONDS)
+    second = started(asyncio.run, f())
+    until(lambda: waiters(f) == 1)
+    quit_.set()
+    assert first.result(SECONDS).cancelled()
+    assert second.result(SECONDS) == "result"
+
+
+def test_a_loop_that_ends_with_waiters_does_no_harm():
+    began, release = threading.Event(), threading.Event()
+
+    @opero.opero(cache=True, retries=0)
+    async def f():
+        began.set()
+        await released(release)
+        return "result"
+
+    async def leave():
+        task = asyncio.create_task(f())
+        await settle()
+        assert waiters(f) == 1
+        return task
+
+    first = started(asyncio.run, f())
+    assert began.wait(SECONDS)
+    assert asyncio.run(leave()).cancelled()
+    release.set()
+    assert first.result(SECONDS) == "result"
+
+
+def test_a_loop_closed_over_its_waiters_does_no_harm():
+    began, release = threading.Event(), threading.Event()
+
+    @opero.opero(cache=True, retries=0)
+    async def f():
+        began.set()
+        await released(release)
+        return "result"
+
+    first = started(asyncio.run, f())
+    assert began.wait(SECONDS)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(f())
+    loop.run_until_complete(settle())
+    assert waiters(f) == 1
+    loop.close()
+    release.set()
+    assert first.result(SECONDS) == "result"
+    task._log_destroy_pending = False
+
+
+def test_a_function_and_its_async_twin_share_a_run(held, request):
+    @opero.opero(cache=True, retries=0, cache_namespace=request.node.nodeid)
+    async def twin(x):
+        return "not run"
+
+    f = cached(held.function, cache_namespace=request.node.nodeid)
+    first = started(f, 1)
+    held.wait()
+    second = started(asyncio.run, twin(1))
+    until(lambda: waiters(f) == 1)
+    held.end("result")
+    assert results([first, second]) == ["result"] * 2
+
+
+def test_a_blocking_call_does_not_wait_for_a_task_of_its_own_thread(request):
+    @opero.opero(cache=True, retries=0, cache_namespace=request.node.nodeid)
+    async def twin():
+        await asyncio.sleep(0)
+        return "async"
+
+    f = cached(lambda: "blocking", cache_namespace=request.node.nodeid)
+
+    async def main():
+        task = asyncio.create_task(twin())
+        await asyncio.sleep(0)
+        return f(), await task
+
+    assert started(asyncio.run, main()).result(3) == ("blocking", "async")
+
+
+# Forks
+
+forks = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+
+def forked(function) -> str:
+    """What ``function`` returns in a forked child, as text; the child is ended if it hangs."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = repr(function())
+        except BaseException as error:  # noqa: BLE001 - the parent looks at it
+            answer = repr(error)
+        os.write(writing, answer.encode())
+        os._exit(0)
+    os.close(writing)
+    try:
+        ready, _, _ = select.select([reading], [], [], SECONDS)
+        return os.read(reading, 10_000).decode() if ready else "it hangs"
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+class TestForks:
+    pytestmark = forks
+
+    def test_a_child_does_not_wait_for_a_run_of_its_parent(self, world, held):
+        parent = os.getpid()
+        f = cached(world.define(lambda x: held.function(x) if os.getpid() == parent else "child"))
+        call = started(world.run, f, 1)
+        held.wait()
+        assert forked(lambda: world.run(f, 1)) == "'child'"
+        held.end("parent")
+        assert call.result(SECONDS) == "parent"
+
+    def test_a_child_does_not_wait_with_its_parents_waiters(self, world, held):
+        parent = os.getpid()
+        f = cached(world.define(lambda x: held.function(x) if os.getpid() == parent else "child"))
+        calls = [started(world.run, f, 1) for _ in range(5)]
+        held.wait()
+        until(lambda: waiters(f) == 4)
+        assert forked(lambda: [world.run(f, 1), f.cache_info().currsize]) == "['child', 1]"
+        held.end("parent")
+        assert results(calls) == ["parent"] * 5
+
+    def test_a_child_can_clear_what_its_parent_computes(self, held):
+        f = cached(held.function)
+        call = started(f, 1)
+        held.wait()
+        assert forked(f.cache_clear) == "None"
+        held.end("parent")
+        call.result(SECONDS)
+        assert f.cache_info().currsize == 1
+
+    def test_a_child_has_its_parents_entries(self, world):
+        f = cached(world.define(lambda x: [x, os.getpid()]))
+        answer = world.run(f, 1)
+        assert forked(lambda: world.run(f, 1)) == repr(answer)
+
+    def test_a_child_forked_in_the_middle_of_a_run_of_its_own_goes_on(self, world):
+        f = cached(world.define(lambda: forked(lambda: "child") if os.getpid() == parent else None))
+        parent = os.getpid()
+        assert world.run(f) == "'child'"
+
+    def test_a_child_forked_at_any_moment_does_not_hang(self):
+        f = cached(lambda x: x)
+        stop = threading.Event()
+
+        def busy(n):
+            while not stop.is_set():
+                for x in range(20):
+                    f((n, x % 7))
+                f.cache_clear()
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        threads = [started(busy, n % 2) for n in range(4)]
+        try:
+            answers = [forked(lambda: [f((0, 1)), f.cache_clear(), f((0, 1)), f.stats.failures]) for _ in range(20)]
+        finally:
+            sys.setswitchinterval(before)
+            stop.set()
+        results(threads)
+        assert answers == ["[(0, 1), None, (0, 1), 0]"] * 20

@@ -1,0 +1,179 @@
+"""The counters of a decorated function."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from opero import CallStats, opero
+
+
+def fails(times):
+    """A function that fails so many times and then succeeds."""
+    rest = list(range(times))
+
+    def work(key=None):
+        if rest:
+            rest.pop()
+            raise LookupError
+        return "done"
+
+    return work
+
+
+def test_a_new_function_has_done_nothing(world):
+    assert opero(cache=True, rate_limit=5)(world.define(fails(0))).stats == CallStats()
+
+
+def test_asking_counts_nothing(world):
+    function = opero(world.define(fails(0)))
+    world.run(function)
+    assert {function.stats for _ in range(100)} == {CallStats(calls=1, attempts=1)}
+
+
+def test_a_snapshot_is_frozen(world):
+    function = opero(world.define(fails(0)))
+    before = function.stats
+    world.run(function)
+    assert before == CallStats()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        before.calls = 5
+
+
+COUNTED = {
+    "success": ({}, 0, 3, CallStats(calls=3, attempts=3)),
+    "retry": ({}, 2, 1, CallStats(calls=1, attempts=3, retries=2)),
+    "failure": ({"retries": 1}, 9, 2, CallStats(calls=2, attempts=4, retries=2, failures=2)),
+    "no retry": ({"retries": 0}, 9, 2, CallStats(calls=2, attempts=2, failures=2)),
+    "hit": ({"cache": True}, 1, 3, CallStats(calls=3, hits=2, attempts=2, retries=1)),
+    "no hit": ({"cache": True, "retries": 0}, 1, 3, CallStats(calls=3, hits=1, attempts=2, failures=1)),
+    "fallback": ({"arg_fallback": "key"}, 1, 1, CallStats(calls=1, attempts=2, fallbacks=1)),
+    "rounds": ({"arg_fallback": "key"}, 5, 1, CallStats(calls=1, attempts=6, fallbacks=3, retries=2)),
+    "all failed": (
+        {"arg_fallback": "key", "retries": 1},
+        *(9, 1),
+        CallStats(calls=1, attempts=4, fallbacks=2, retries=1, failures=1),
+    ),
+    "free slots": ({"rate_limit": 1e9}, 0, 1, CallStats(calls=1, attempts=1)),
+    "total_timeout": ({"total_timeout": 60}, 1, 2, CallStats(calls=2, attempts=3, retries=1)),
+    "made up": (
+        {"retries": 0, "retry_options": {"retry_error_callback": lambda state: "made up"}},
+        *(9, 1),
+        CallStats(calls=1, attempts=1),
+    ),
+    "watched": ({"retry_options": {"before": lambda state: None}}, 1, 2, CallStats(calls=2, attempts=3, retries=1)),
+}
+
+
+@pytest.mark.parametrize("row", COUNTED.values(), ids=COUNTED)
+def test_counters(world, fake_clock, row):
+    options, failures, calls, expected = row
+    function = opero(**options)(world.define(fails(failures)))
+    for _ in range(calls):
+        with contextlib.suppress(LookupError, ExceptionGroup):
+            world.run(function, ["a", "b"])
+    assert function.stats == expected
+
+
+def test_calls_without_candidates_are_failures_without_an_attempt(world):
+    function = opero(arg_fallback="key")(world.define(fails(0)))
+    with pytest.raises(ValueError, match="key"):
+        world.run(function, [])
+    assert function.stats == CallStats(calls=1, failures=1)
+
+
+def test_calls_that_join_an_identical_one_are_hits():
+    @opero(cache=True)
+    async def work():
+        await asyncio.sleep(0)
+        return "done"
+
+    async def three():
+        return await asyncio.gather(work(), work(), work())
+
+    assert asyncio.run(three()) == ["done"] * 3
+    assert work.stats == CallStats(calls=3, hits=2, attempts=1)
+
+
+def test_waited_is_the_time_spent_on_the_rate_limit(world):
+    function = opero(rate_limit=50)(world.define(fails(0)))
+    started = time.monotonic()
+    for _ in range(2):
+        world.run(function)
+    assert 0.015 < function.stats.waited <= time.monotonic() - started
+
+
+def test_counters_are_exact_under_threads(world, fake_clock):
+    calls, threads = 200, 8
+    numbers = threading.local()
+
+    def work(key):
+        numbers.last = getattr(numbers, "last", 0) + 1
+        if numbers.last % 4:  # three of four attempts fail: the first round, and one candidate of the second
+            raise LookupError
+        return "done"
+
+    function = opero(arg_fallback="key", min_delay=0)(world.define(work))
+    ended = threading.Event()
+
+    def read():
+        while not ended.is_set():
+            assert function.stats.calls <= calls * threads
+
+    def call():
+        for _ in range(calls):
+            function(["a", "b"])
+
+    async def call_async():
+        for _ in range(calls):
+            await function(["a", "b"])
+
+    with ThreadPoolExecutor(threads + 1) as pool:
+        reading = pool.submit(read)
+        for calling in [pool.submit(world.run, call_async if world.is_async else call) for _ in range(threads)]:
+            calling.result()
+        ended.set()
+        reading.result()
+    n = calls * threads
+    assert function.stats == CallStats(calls=n, attempts=4 * n, retries=n, fallbacks=2 * n)
+
+
+def test_hits_are_exact_under_threads():
+    function = opero(cache=True)(lambda: "done")
+    together = threading.Barrier(8)
+
+    def call():
+        together.wait()
+        for _ in range(2000):
+            function()
+
+    with ThreadPoolExecutor(8) as pool:
+        for calling in [pool.submit(call) for _ in range(8)]:
+            calling.result()
+    assert function.stats == CallStats(calls=16_000, hits=15_999, attempts=1)
+
+
+def test_a_method_counts_for_all_its_instances(world):
+    class Client:
+        ask = opero(world.define(lambda self: "done"))
+        of_class = classmethod(opero(world.define(lambda cls: "done")))
+
+    one, other = Client(), Client()
+    for client in (one, one, other):
+        world.run(client.ask)
+    assert one.ask.stats == other.ask.stats == Client.ask.stats == CallStats(calls=3, attempts=3)
+    world.run(Client.of_class)
+    assert one.of_class.stats == CallStats(calls=1, attempts=1)
+
+
+def test_each_decorated_function_has_counters_of_its_own(world):
+    decorate = opero(retries=1)
+    one, other = decorate(world.define(fails(0))), decorate(world.define(fails(0)))
+    world.run(one)
+    assert other.stats == CallStats()

@@ -1,0 +1,615 @@
+"""What type checkers have to understand of opero; never run, read by mypy and by pyright.
+
+Both report an ignored line that has no error any more, so that every wrong use below is known to be found.
+"""
+
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar, assert_type
+
+from opero import (
+    AllFailedError,
+    CallStats,
+    OperoError,
+    Outcome,
+    WorkerCrashedError,
+    __version__,
+    clear_cache,
+    configure_logging,
+    opero,
+    opmap,
+)
+from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
+from opero.core import (
+    RateLimiter,
+    get_cache_decorator,
+    get_fallback_decorator,
+    get_rate_limit_decorator,
+    get_retry_decorator,
+)
+
+T = TypeVar("T")
+
+
+class Session: ...
+
+
+# Functions, bare and called
+
+
+@opero
+def fetch(url: str, size: int = 10, *, session: Session | None = None) -> bytes:
+    return url.encode()[:size]
+
+
+@opero()
+def fetch_called(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+@opero(cache=True, retries=5, rate_limit="100/minute")
+def fetch_with_options(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+def fetch_plain(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+@opero
+def everything(a: int, /, b: str, *args: float, c: bytes = b"", **kwargs: bool) -> tuple[int, str]:
+    return a, b
+
+
+@opero
+def nothing() -> None: ...
+
+
+@opero
+def same(value: T) -> T:
+    return value
+
+
+def check_functions() -> None:
+    assert_type(fetch("u"), bytes)
+    assert_type(fetch("u", 5, session=Session()), bytes)
+    assert_type(fetch(url="u", size=5), bytes)
+    assert_type(fetch_called("u"), bytes)
+    assert_type(fetch_with_options("u", size=5), bytes)
+    assert_type(opero(fetch_plain)("u"), bytes)
+    assert_type(opero(retries=1)(fetch_plain)("u"), bytes)
+    assert_type(everything(1, "b", 2.0, 3.0, c=b"c", d=True), tuple[int, str])
+    assert_type(same(5), int)
+    assert_type(same("u"), str)
+    nothing()
+
+    fetch()  # type: ignore[call-arg]
+    fetch(5)  # type: ignore[arg-type]
+    fetch("u", "5")  # type: ignore[arg-type]
+    fetch("u", 5, Session())  # type: ignore[call-arg]
+    fetch("u", sise=5)  # type: ignore[call-arg]
+    fetch_called(5)  # type: ignore[arg-type]
+    fetch_with_options(5)  # type: ignore[arg-type]
+    everything(a=1, b="b")  # type: ignore[call-arg, arg-type]
+    nothing(1)  # type: ignore[call-arg]
+    text: str = fetch("u")  # type: ignore[assignment]
+    del text
+
+
+def check_what_a_function_offers() -> None:
+    assert_type(fetch.stats, CallStats)
+    assert_type(fetch.stats.calls, int)
+    assert_type(fetch.stats.hits, int)
+    assert_type(fetch.stats.attempts, int)
+    assert_type(fetch.stats.retries, int)
+    assert_type(fetch.stats.fallbacks, int)
+    assert_type(fetch.stats.failures, int)
+    assert_type(fetch.stats.cache_errors, int)
+    assert_type(fetch.stats.waited, float)
+    assert_type(fetch.cache_info().hits, int)
+    assert_type(fetch.cache_info().misses, int)
+    assert_type(fetch.cache_info().maxsize, int | None)
+    assert_type(fetch.cache_info().currsize, int)
+    assert_type(fetch.cache_delete("u", size=5), bool)
+    assert_type(fetch.__wrapped__("u", size=5), bytes)
+    fetch.cache_clear()
+
+    fetch.cache_delete(5)  # type: ignore[arg-type]
+    fetch.__wrapped__(5)  # type: ignore[arg-type]
+    fetch.cache_clean()  # type: ignore[attr-defined]
+    fetch.stats.call  # type: ignore[attr-defined]  # noqa: B018
+    fetch.stats.calls = 5  # type: ignore[misc]
+    fetch.stats = CallStats()  # type: ignore[misc]
+
+
+# Async functions
+
+
+@opero
+async def fetch_async(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+@opero(total_timeout=5, attempt_timeout=1)
+async def fetch_async_with_options(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+async def check_async_functions() -> None:
+    assert_type(await fetch_async("u"), bytes)
+    assert_type(await fetch_async_with_options("u", size=5), bytes)
+    assert_type(await asyncio.create_task(fetch_async("u")), bytes)
+    assert_type(await asyncio.gather(fetch_async("u"), fetch_async("v")), tuple[bytes, bytes])
+    assert_type(fetch_async.stats, CallStats)
+
+    await fetch_async(5)  # type: ignore[arg-type]
+    await fetch("u")  # type: ignore[misc]
+    content: bytes = fetch_async("u")  # type: ignore[assignment]
+    del content
+
+
+# Where a function is wanted
+
+
+class Fetcher(Protocol):
+    def __call__(self, url: str, size: int = 10) -> bytes: ...
+
+
+def check_uses_as_a_value() -> None:
+    as_callable: Callable[[str], bytes] = fetch
+    as_callable_with_all: Callable[[str, int], bytes] = fetch_called
+    as_async_callable: Callable[[str], Awaitable[bytes]] = fetch_async
+    as_coroutine_function: Callable[[str, int], Coroutine[Any, Any, bytes]] = fetch_async
+    as_protocol: Fetcher = fetch
+    del as_callable, as_callable_with_all, as_async_callable, as_coroutine_function, as_protocol
+
+    assert_type(list(map(fetch, ["u", "v"])), list[bytes])
+    assert_type(functools.partial(fetch, "u")(), bytes)
+    assert_type(functools.partial(fetch, size=5)("u"), bytes)
+    assert_type(functools.partial(fetch, session=Session())("u", 5), bytes)
+    assert_type(opero(functools.partial(fetch_plain, size=5))("u"), bytes)
+    assert_type(opero(retries=1)(fetch)("u"), bytes)
+    assert_type(opero(lambda: 5)(), int)
+    with ThreadPoolExecutor() as executor:
+        assert_type(executor.submit(fetch, "u", 5).result(), bytes)
+        executor.submit(fetch, 5)  # type: ignore[arg-type]
+
+    wrong_argument: Callable[[int], bytes] = fetch  # type: ignore[assignment]
+    wrong_result: Callable[[str], str] = fetch  # type: ignore[assignment]
+    del wrong_argument, wrong_result
+
+
+# Methods
+
+
+class Client:
+    @opero
+    def get(self, url: str, size: int = 10) -> bytes:
+        return url.encode()[:size]
+
+    @opero(cache=True)
+    def get_with_options(self, url: str, *, size: int = 10) -> bytes:
+        return url.encode()[:size]
+
+    @opero
+    async def get_async(self, url: str, size: int = 10) -> bytes:
+        return url.encode()[:size]
+
+    @classmethod
+    @opero
+    def make(cls, size: int) -> Client:
+        return cls()
+
+    @classmethod
+    @opero(retries=1)
+    async def make_async(cls, size: int) -> Client:
+        return cls()
+
+    @staticmethod
+    @opero
+    def helper(size: int) -> float:
+        return float(size)
+
+    @staticmethod
+    @opero(retries=1)
+    async def helper_async(size: int) -> float:
+        return float(size)
+
+    @property
+    @opero
+    def size(self) -> int:
+        return 10
+
+    def check_self(self) -> None:
+        assert_type(self.get("u"), bytes)
+
+
+class SpecialClient(Client):
+    # pyright compares the two as variables of one type, the instances that they take included; mypy does not.
+    @opero
+    def get(self, url: str, size: int = 10) -> bytes:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return super().get(url, size)
+
+
+def check_methods(client: Client, special: SpecialClient) -> None:
+    assert_type(client.get("u"), bytes)
+    assert_type(client.get("u", size=5), bytes)
+    assert_type(client.get_with_options("u", size=5), bytes)
+    assert_type(special.get("u"), bytes)
+    assert_type(Client.get(client, "u", 5), bytes)
+    assert_type(client.get.stats, CallStats)
+    assert_type(Client.get.stats, CallStats)
+    assert_type(client.get.cache_delete("u"), bool)
+    assert_type(client.get.cache_info().hits, int)
+    client.get.cache_clear()
+    assert_type(client.make(5), Client)
+    assert_type(Client.make(5), Client)
+    assert_type(client.helper(5), float)
+    assert_type(Client.helper(size=5), float)
+    assert_type(client.size, int)
+    as_callable: Callable[[str], bytes] = client.get
+    del as_callable
+
+    client.get(5)  # type: ignore[arg-type]
+    client.get(client, "u")  # type: ignore[arg-type]
+    client.get("u", 5, 6)  # type: ignore[call-arg]
+    client.get_with_options("u", 5)  # type: ignore[call-arg]
+    client.get.cache_delete(5)  # type: ignore[arg-type]
+    Client.get("u")  # type: ignore[arg-type, call-arg]
+    Client.make("5")  # type: ignore[arg-type]
+    Client.helper("5")  # type: ignore[arg-type]
+
+
+async def check_async_methods(client: Client) -> None:
+    assert_type(await client.get_async("u", size=5), bytes)
+    assert_type(await Client.get_async(client, "u"), bytes)
+    assert_type(client.get_async.stats, CallStats)
+    assert_type(await Client.make_async(5), Client)
+    assert_type(await client.helper_async(5), float)
+
+    await client.get_async(5)  # type: ignore[arg-type]
+
+
+# Options
+
+
+def seconds_to_wait(error: Exception) -> bool | float:
+    return isinstance(error, OSError) and 5.0
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    opero(
+        cache=True,
+        cache_ttl=0.5,
+        cache_backend="memory",
+        cache_key=lambda url, size=10: url,
+        cache_namespace="pages",
+        cache_options=options,
+        retries=0,
+        backoff_factor=2,
+        min_delay=0,
+        max_delay=1,
+        jitter=False,
+        retry_on=seconds_to_wait,
+        retry_options={"reraise": True},
+        arg_fallback="url",
+        fallback_cooldown=60,
+        rate_limit=5,
+        rate_limit_options={"max_burst": 5},
+        attempt_timeout=1,
+        total_timeout=5.5,
+    )
+    opero(
+        cache_ttl=None,
+        cache_key=None,
+        cache_namespace=None,
+        cache_options=None,
+        retry_options=None,
+        arg_fallback=None,
+        fallback_cooldown=None,
+        rate_limit=None,
+        rate_limit_options=None,
+        attempt_timeout=None,
+        total_timeout=None,
+    )
+    opero(retry_on=ValueError)
+    opero(retry_on=(ValueError, OSError))
+    opero(retry_on=lambda error: isinstance(error, OSError))
+    opero(rate_limit=0.5)
+    opero(rate_limit="100/minute")
+
+    opero(retires=5)  # type: ignore[call-overload]
+    opero(retries="5")  # type: ignore[call-overload]
+    opero(retries=None)  # type: ignore[call-overload]
+    opero(cache="memory")  # type: ignore[call-overload]
+    opero(retry_on=5)  # type: ignore[call-overload]
+    opero(retry_on=KeyboardInterrupt)  # type: ignore[arg-type]
+    opero(rate_limit={"s": 5})  # type: ignore[call-overload]
+    opero(workers=5)  # type: ignore[call-overload]
+    opero(fetch_plain, retries=5)  # type: ignore[call-overload]
+    opero(5)  # type: ignore[call-overload]
+
+
+# Maps
+
+
+@opmap
+def fetch_all(url: str, size: int = 10, *, session: Session | None = None) -> bytes:
+    return url.encode()[:size]
+
+
+@opmap()
+def fetch_all_called(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+@opmap(mode="thread", workers=5, cache=True, progress="pages")
+def fetch_all_with_options(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+@opmap(return_exceptions=True)
+def fetch_all_with_errors(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+@opmap(mode="thread", return_exceptions=False, ordered=False)
+def fetch_all_or_raise(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+def urls() -> Iterator[str]:
+    yield "u"
+
+
+async def urls_async() -> AsyncIterator[str]:
+    yield "u"
+
+
+def check_maps() -> None:
+    assert_type(fetch_all(["u", "v"]), list[bytes | Exception])
+    assert_type(fetch_all(urls()), list[bytes | Exception])
+    assert_type(fetch_all({"u"}, 5, session=Session()), list[bytes | Exception])
+    assert_type(fetch_all("uv", size=5), list[bytes | Exception])
+    assert_type(fetch_all_called(["u"]), list[bytes | Exception])
+    assert_type(fetch_all_with_options(["u"], size=5), list[bytes | Exception])
+    assert_type(fetch_all_with_errors(["u"]), list[bytes | Exception])
+    assert_type(fetch_all_or_raise(["u"], 5), list[bytes])
+    assert_type(opmap(fetch_plain)(["u"]), list[bytes | Exception])
+    assert_type(opmap(retries=1)(fetch_plain)(["u"]), list[bytes | Exception])
+    assert_type(opmap(return_exceptions=False)(fetch_plain)(["u"]), list[bytes])
+    assert_type(opmap(functools.partial(fetch_plain, size=5))(["u"]), list[bytes | Exception])
+    assert_type(opmap(fetch)(["u"]), list[bytes | Exception])
+
+    fetch_all([5])  # type: ignore[list-item]
+    fetch_all(5)  # type: ignore[arg-type]
+    fetch_all()  # type: ignore[call-arg]
+    fetch_all(["u"], size="5")  # type: ignore[arg-type]
+    fetch_all(["u"], sise=5)  # type: ignore[call-arg]
+    fetch_all(url=["u"])  # type: ignore[call-arg]
+    fetch_all(urls_async())  # type: ignore[arg-type]
+    contents: list[bytes] = fetch_all(["u"])  # type: ignore[assignment]
+    del contents
+
+
+def check_what_a_map_offers() -> None:
+    assert_type(fetch_all.run(["u"], size=5), list[bytes | Exception])
+    assert_type(fetch_all_or_raise.run(["u"], size=5), list[bytes])
+    assert_type(fetch_all.one("u", 5), bytes)
+    assert_type(fetch_all_or_raise.one("u", size=5), bytes)
+    assert_type(fetch_all.stats, CallStats)
+    assert_type(fetch_all.cache_info().hits, int)
+    assert_type(fetch_all.cache_delete("u", size=5), bool)
+    assert_type(fetch_all.__wrapped__("u", size=5), bytes)
+    fetch_all.cache_clear()
+    assert_type(fetch_all.stream(["u"], size=5), Iterator[Outcome[str, bytes]])
+    for outcome in fetch_all_or_raise.stream(urls()):
+        assert_type(outcome, Outcome[str, bytes])
+        assert_type(outcome.index, int)
+        assert_type(outcome.item, str)
+        assert_type(outcome.result, bytes)
+        assert_type(outcome.error, Exception | None)
+        assert_type(outcome.attempts, int)
+        assert_type(outcome.seconds, float)
+        assert_type(outcome.cached, bool)
+        outcome.index = 5  # type: ignore[misc]
+
+    fetch_all.one(5)  # type: ignore[arg-type]
+    fetch_all.one(["u"])  # type: ignore[arg-type]
+    fetch_all.run([5])  # type: ignore[list-item]
+    fetch_all.stream([5])  # type: ignore[list-item]
+    fetch_all.stream(["u"], sise=5)  # type: ignore[call-arg]
+    fetch_all.cache_delete(5)  # type: ignore[arg-type]
+
+
+# Async maps
+
+
+@opmap
+async def fetch_all_async(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+@opmap(mode="async", workers=5)
+async def fetch_all_async_with_options(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+@opmap(mode="async_process", return_exceptions=False)
+async def fetch_all_async_or_raise(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+async def check_async_maps() -> None:
+    assert_type(await fetch_all_async(["u"]), list[bytes | Exception])
+    assert_type(await fetch_all_async(urls()), list[bytes | Exception])
+    assert_type(await fetch_all_async(urls_async(), size=5), list[bytes | Exception])
+    assert_type(await fetch_all_async_with_options(["u"], 5), list[bytes | Exception])
+    assert_type(await fetch_all_async_or_raise(["u"]), list[bytes])
+    assert_type(await asyncio.create_task(fetch_all_async(["u"])), list[bytes | Exception])
+    assert_type(await opmap(fetch_async)(["u"]), list[bytes | Exception])
+    assert_type(await fetch_all_async.one("u", 5), bytes)
+    assert_type(await fetch_all_async_or_raise.one("u"), bytes)
+    assert_type(fetch_all_async.stats, CallStats)
+    assert_type(fetch_all_async.cache_delete("u"), bool)
+    assert_type(await fetch_all_async.__wrapped__("u"), bytes)
+    assert_type(fetch_all_async.stream(["u"], size=5), AsyncIterator[Outcome[str, bytes]])
+    async for outcome in fetch_all_async.stream(urls_async()):
+        assert_type(outcome, Outcome[str, bytes])
+        assert_type(outcome.result, bytes)
+
+    await fetch_all_async([5])  # type: ignore[list-item]
+    await fetch_all_async(5)  # type: ignore[arg-type]
+    await fetch_all_async(["u"], size="5")  # type: ignore[arg-type]
+    await fetch_all_async.one(5)  # type: ignore[arg-type]
+    await fetch_all(["u"])  # type: ignore[misc]
+    for wrong in fetch_all_async.stream(["u"]):  # type: ignore[attr-defined]
+        del wrong
+
+
+def check_blocking_forms_of_async_maps() -> None:
+    assert_type(fetch_all_async.run(["u"], size=5), list[bytes | Exception])
+    assert_type(fetch_all_async.run(urls_async()), list[bytes | Exception])
+    assert_type(fetch_all_async_or_raise.run(["u"]), list[bytes])
+    assert_type(asyncio.run(fetch_all_async_or_raise(["u"])), list[bytes])
+
+    fetch_all_async.run([5])  # type: ignore[list-item]
+
+
+# Maps as methods
+
+
+class MappingClient:
+    @opmap
+    def get_all(self, url: str, size: int = 10) -> bytes:
+        return url.encode()[:size]
+
+    @opmap(mode="thread", return_exceptions=False)
+    def get_all_or_raise(self, url: str, *, size: int = 10) -> bytes:
+        return url.encode()[:size]
+
+    @opmap(mode="async")
+    async def get_all_async(self, url: str, size: int = 10) -> bytes:
+        return url.encode()[:size]
+
+    @opmap(mode="async", return_exceptions=False)
+    async def get_all_async_or_raise(self, url: str, size: int = 10) -> bytes:
+        return url.encode()[:size]
+
+    def check_self(self) -> None:
+        assert_type(self.get_all(["u"]), list[bytes | Exception])
+
+
+def check_maps_as_methods(client: MappingClient) -> None:
+    assert_type(client.get_all(["u"], size=5), list[bytes | Exception])
+    assert_type(client.get_all_or_raise(urls(), size=5), list[bytes])
+    assert_type(client.get_all.one("u", 5), bytes)
+    assert_type(client.get_all.run(["u"]), list[bytes | Exception])
+    assert_type(client.get_all.stream(["u"]), Iterator[Outcome[str, bytes]])
+    assert_type(client.get_all.stats, CallStats)
+    assert_type(client.get_all.cache_delete("u"), bool)
+    assert_type(MappingClient.get_all.stats, CallStats)
+    assert_type(client.get_all_async.run(["u"]), list[bytes | Exception])
+    assert_type(client.get_all_async_or_raise.run(["u"]), list[bytes])
+
+    client.get_all([5])  # type: ignore[list-item]
+    client.get_all(["u"], size="5")  # type: ignore[arg-type]
+    client.get_all_or_raise(["u"], 5)  # type: ignore[call-arg]
+    client.get_all.one(5)  # type: ignore[arg-type]
+
+
+async def check_async_maps_as_methods(client: MappingClient) -> None:
+    assert_type(await client.get_all_async(["u"], size=5), list[bytes | Exception])
+    assert_type(await client.get_all_async(urls_async()), list[bytes | Exception])
+    assert_type(await client.get_all_async_or_raise(["u"]), list[bytes])
+    assert_type(await client.get_all_async.one("u"), bytes)
+    assert_type(client.get_all_async.stream(["u"]), AsyncIterator[Outcome[str, bytes]])
+
+    await client.get_all_async([5])  # type: ignore[list-item]
+
+
+# Options of maps
+
+
+def check_options_of_maps(*, flag: bool) -> None:
+    opmap(
+        mode="process",
+        workers=5,
+        ordered=False,
+        progress=False,
+        return_exceptions=True,
+        pool_options={"start_method": "spawn"},
+        cache=True,
+        retries=0,
+        attempt_timeout=5,
+    )
+    opmap(workers=None, pool_options=None)
+    opmap(progress="pages", return_exceptions=False)
+    assert_type(opmap(return_exceptions=flag)(fetch_plain)(["u"]), list[bytes | Exception])
+
+    opmap(worker=5)  # type: ignore[call-overload]
+    opmap(workers="5")  # type: ignore[call-overload]
+    opmap(mode=5)  # type: ignore[call-overload]
+    opmap(return_exceptions="no")  # type: ignore[call-overload]
+    opmap(retries="5")  # type: ignore[call-overload]
+    opmap(fetch_plain, workers=5)  # type: ignore[call-overload]
+    opmap(nothing)  # type: ignore[arg-type]
+
+
+# The policies one by one
+
+
+def check_single_policies() -> None:
+    assert_type(get_cache_decorator(cache_ttl=5, maxsize=10)(fetch_plain)("u", size=5), bytes)
+    assert_type(get_retry_decorator(retries=5, reraise=True)(fetch_plain)("u"), bytes)
+    assert_type(get_rate_limit_decorator("5/s", max_burst=5)(fetch_plain)("u"), bytes)
+    assert_type(get_fallback_decorator("url", fallback_cooldown=5)(fetch_plain)("u"), bytes)
+    assert_type(get_cache_decorator()(fetch_plain).stats, CallStats)
+    get_parallel_map_decorator("thread", workers=5)(fetch_plain)(["u"])
+    get_parallel_executor("thread", workers=5)(fetch_plain, ["u"], size=5)
+
+    get_retry_decorator()(fetch_plain)(5)  # type: ignore[arg-type]
+    get_retry_decorator(retries="5")  # type: ignore[arg-type]
+    get_rate_limit_decorator(None)  # type: ignore[arg-type]
+    get_fallback_decorator()  # type: ignore[call-arg]
+
+
+async def check_rate_limiter() -> None:
+    limiter = RateLimiter("5/s", max_burst=5)
+    limiter.acquire()
+    await limiter.acquire_async()
+
+    RateLimiter(None)  # type: ignore[arg-type]
+
+
+# Errors and the rest
+
+
+def check_errors() -> None:
+    try:
+        fetch("u")
+    except AllFailedError as failed:
+        assert_type(failed.errors, list[Exception])
+        assert_type(failed.exceptions, tuple[Exception | ExceptionGroup[Exception], ...])
+        group: ExceptionGroup[Exception] = failed
+        base: OperoError = failed
+        del group, base
+    except WorkerCrashedError as crashed:
+        error: OperoError = crashed
+        del error
+
+
+def check_the_rest() -> None:
+    assert_type(__version__, str)
+    configure_logging("DEBUG")
+    configure_logging()
+    clear_cache("pages")
+    clear_cache()
+
+    configure_logging(None)  # type: ignore[arg-type]
