@@ -84,6 +84,8 @@ class Pacer:
         self._rate = rate
         self._max_burst = max_burst
         self._interval = 1 / rate
+        # Rounding must not make a slot that has come look as if it had not.
+        self._tolerance = (max_burst - 1) * self._interval + 1e-9
         self._line: deque[Place] = deque()
         self._start_afresh()
         watch_forks(self)
@@ -103,7 +105,8 @@ class Pacer:
         """Seconds until a caller that joined the line now would have its slot."""
         with self._lock:
             next_slot = self._loop.timer.when if self._loop.timer is not None else self._free_at
-            return max(0.0, next_slot - clock.now()) + len(self._line) * self._interval
+            waiting = sum(not place.done() for place in self._line)
+            return max(0.0, next_slot - clock.now()) + waiting * self._interval
 
     def join(self, wake: Callable[[], None] | None) -> Place | None:
         """Take a slot if one is free, and give None; else a place at the end of the line."""
@@ -113,29 +116,33 @@ class Pacer:
                 return None
             if self._loop.timer is None:
                 # The limiter was not asked while slots were free; tell it now of the last one that was taken.
-                self._step(self._free_at - self._interval)
+                self._step(max(self._free_at, now) - self._interval)
             place = self._step(now)
             place.wake = wake
             self._line.append(place)
             return place
 
     def look(self, place: Place) -> bool:
-        """Grant what has come due by now; tell whether ``place`` was reached."""
+        """Grant what has come due by now; tell whether ``place`` was reached and its caller may start."""
         with self._lock:
-            self._advance(clock.now())
-            return place.granted
+            now = clock.now()
+            self._advance(now)
+            return place.granted and self._starts(now)
 
     def due_in(self, place: Place) -> float:
         """Seconds until it is worth looking again."""
         with self._lock:
-            if place.granted or self._loop.timer is None:
+            now = clock.now()
+            if place.granted:
+                return max(0.0, self._all_taken_at - self._tolerance - now)
+            if self._loop.timer is None:
                 return 0.0
             before = 0
             for other in self._line:
                 if other is place:
                     break
                 before += not other.done()
-            return max(0.0, self._loop.timer.when - clock.now()) + before * _GRACE
+            return max(0.0, self._loop.timer.when - now) + before * _GRACE
 
     def set_wake(self, place: Place, wake: Callable[[], None] | None) -> None:
         with self._lock:
@@ -144,11 +151,12 @@ class Pacer:
     def leave(self, place: Place) -> None:
         """Give up a place whose slot was not used."""
         with self._lock:
-            if place.granted:
-                # asynciolimiter would lose a slot whose waiter is cancelled in the moment of the grant.
-                self._hand_on()
+            granted = place.granted
             place.cancel()
             self._tidy_line()
+            if granted:
+                # asynciolimiter would lose a slot whose waiter is cancelled in the moment of the grant.
+                self._hand_on()
 
     def _start_afresh(self) -> None:
         from asynciolimiter import Limiter
@@ -158,39 +166,51 @@ class Pacer:
         self._loop = _LoopStandIn()
         self._line.clear()
         self._free_at = -math.inf
-        self._returned = 0
+        self._all_taken_at = -math.inf
 
     def _take_now(self, now: float) -> bool:
         self._advance(now)
-        if self._line:
-            return False
-        if self._returned:
-            self._returned -= 1
-            return True
-        if now < self._free_at:
+        if self._line or self._loop.timer is not None or now < self._free_at or not self._starts(now):
             return False
         self._free_at = now + self._interval
+        return True
+
+    def _starts(self, now: float) -> bool:
+        """Whether a call may start at this moment, by the "generic cell rate algorithm" (ITU-T I.371).
+
+        asynciolimiter spaces the grants; those that are taken late could still start too many at once.
+        """
+        if now < self._all_taken_at - self._tolerance:
+            return False
+        self._all_taken_at = max(self._all_taken_at, now) + self._interval
         return True
 
     def _advance(self, now: float) -> None:
         """Run asynciolimiter's timer as far as the time has come."""
         loop = self._loop
         while loop.timer is not None and loop.timer.when <= now:
-            callback, loop.timer, loop.now = loop.timer.callback, None, now
-            with _Running(loop):
-                callback()
-            self._tidy_line()
+            self._run_timer(now)
             if loop.timer is None:
                 self._free_at = now
-            elif not self._line:
-                self._free_at = loop.timer.when
+
+    def _run_timer(self, now: float) -> None:
+        loop = self._loop
+        assert loop.timer is not None  # noqa: S101 - for the type checkers
+        callback, loop.timer, loop.now = loop.timer.callback, None, now
+        with _Running(loop):
+            callback()
+        self._tidy_line()
 
     def _hand_on(self) -> None:
         for place in self._line:
             if not place.done():
                 place.set_result(None)
+                self._tidy_line()
                 return
-        self._returned += 1
+        # Nobody waits: the limiter finds that out when its timer runs, and is free again.
+        if self._loop.timer is not None:
+            self._run_timer(self._loop.timer.when)
+        self._free_at = clock.now()
 
     def _tidy_line(self) -> None:
         while self._line and self._line[0].done():
