@@ -115,7 +115,7 @@ def test_every_name_that_the_documents_mention_exists():
     assert sorted(name for name in names if not exists(name)) == []
 
 
-# Earlier: cache, cache_ttl, cache_backend, cache_key, cache_namespace, clear_cache: none worked; a bare @opero() raised.
+# Earlier: no option of the cache worked, nor did clear_cache; a bare @opero() raised.
 
 
 def test_opero_with_empty_parentheses_works(world):

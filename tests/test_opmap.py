@@ -1263,7 +1263,7 @@ def test_a_def_map_works_inside_a_running_loop(name):
 
 
 def test_two_async_maps_run_side_by_side_in_one_loop(mode, journal):
-    @opmap(**mode.options)
+    @opmap(**{**mode.options, "workers": 1})
     async def work(item):
         journal.add(item)
         other = "b" if item == "a" else "a"
@@ -1277,7 +1277,7 @@ def test_two_async_maps_run_side_by_side_in_one_loop(mode, journal):
 
 
 def test_a_map_works_inside_a_thread(mode):
-    mapped = opmap(**mode.options)(mode.define(double))
+    mapped = opmap(**{**mode.options, "workers": 1})(mode.define(double))
     results = []
     thread = threading.Thread(target=lambda: results.extend(mode.run(mapped, range(20))))
     thread.start()
@@ -1286,7 +1286,7 @@ def test_a_map_works_inside_a_thread(mode):
 
 
 def test_one_map_can_be_used_by_several_threads_at_once(mode):
-    mapped = opmap(**mode.options, cache=True)(mode.define(double))
+    mapped = opmap(**{**mode.options, "workers": 1}, cache=True)(mode.define(double))
     results: list[list[int]] = []
     threads = [threading.Thread(target=lambda: results.append(mode.run(mapped, range(30)))) for _ in range(3)]
     for thread in threads:
@@ -1301,7 +1301,7 @@ def test_one_map_can_be_used_by_several_threads_at_once(mode):
 @pytest.mark.parametrize("inner", MODES)
 @pytest.mark.parametrize("outer", ["thread", "process"])
 def test_a_map_works_inside_a_worker_of_another_map(outer, inner):
-    inner_map = opmap(mode=inner, workers=2, progress=False)(double_async if inner.startswith("async") else double)
+    inner_map = opmap(mode=inner, workers=1, progress=False)(double_async if inner.startswith("async") else double)
 
     @opmap(mode=outer, workers=2, progress=False, retries=0, return_exceptions=False)
     def sums(item):
@@ -1313,7 +1313,7 @@ def test_a_map_works_inside_a_worker_of_another_map(outer, inner):
 @pytest.mark.parametrize("inner", MODES)
 @pytest.mark.parametrize("outer", MODES)
 def test_an_async_map_works_inside_a_worker_of_another_one(outer, inner):
-    inner_map = opmap(mode=inner, workers=2, progress=False)(double_async)
+    inner_map = opmap(mode=inner, workers=1, progress=False)(double_async)
 
     @opmap(mode=outer, workers=2, progress=False, retries=0, return_exceptions=False)
     async def sums(item):

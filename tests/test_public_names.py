@@ -32,7 +32,6 @@ TOP = [
 ]
 CORE = [
     "RateLimiter",
-    "get_cache_context",
     "get_cache_decorator",
     "get_fallback_decorator",
     "get_rate_limit_decorator",

@@ -55,17 +55,19 @@ class AsyncProcessPool(ProcessPool):
     def _start_worker(self) -> None:
         import aiomultiprocess.core
 
-        with starting:
+        self._stay_safe()
+        with starting, self._starting_one():
             aiomultiprocess.core.set_start_method(self._method)
             # Before the pipe: the manager's process would inherit it, and hide the worker's end.
             aiomultiprocess.core.get_manager()
             ours, theirs = aiomultiprocess.core.get_context().Pipe()
+            self._pipes.add(ours)
             process = aiomultiprocess.core.Process(
                 target=serve_async, args=(Door(theirs), self._work, *self._prepare), daemon=True
             )
             self._quietly(process.start)
             theirs.close()
-        self._workers.append(_LoopWorker(process.aio_process, ours))
+            self._workers.append(_LoopWorker(process.aio_process, ours))
 
 
 class _LoopWorker(Worker):

@@ -105,6 +105,9 @@ def _get_ready(
     _become_independent()
     # Ctrl-C goes to the whole process group; the caller's process alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        # Held back by the parent until here, where it can do no harm any more.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         loaded = unpack_work(work) if isinstance(work, bytes) else work
         if initializer is not None:

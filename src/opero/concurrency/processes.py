@@ -34,12 +34,12 @@ from opero.concurrency.process_worker import (
 )
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
 from opero.concurrency.transport import pack_items, pack_work, unpack_singly
-from opero.core.forks import ForkSafeLock
+from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.signature import MISSING, name_of
 from opero.exceptions import NotTransferableError, OperoError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
     from opero.concurrency.worker import Work
@@ -68,6 +68,8 @@ class Worker:
         self.pipe = pipe
         self.process: Any = None
         self.batches: dict[int, Batch] = {}
+        self.sent_bytes: dict[int, int] = {}
+        self.not_reached: list[Batch] = []
         self.reserved = False
 
     @property
@@ -106,12 +108,12 @@ class ProcessPool:
         initializer: Callable[..., Any] | None = None,
         initargs: tuple[Any, ...] = (),
     ) -> None:
-        import multiprocess
-
-        self._method = start_method or default_start_method()
-        self._context: Any = multiprocess.get_context(self._method)  # pyright: ignore[reportAttributeAccessIssue]
-        # A forked worker has everything already, even what cannot be pickled.
-        self._work: Work | bytes = work if self._method == "fork" else pack_work(work)
+        self._bare_work = work
+        self._method_is_given = start_method is not None
+        self._use(start_method or default_start_method())
+        self._pipes: set[Any] = set()
+        self._own_threads: set[threading.Thread] = set()
+        watch_forks(self)
         self._prepare = (initializer, initargs)
         self._name = name_of(work.function)
         self._size = workers
@@ -121,6 +123,20 @@ class ProcessPool:
         self._stillbirths = 0
         self._reader: threading.Thread | None = None
 
+    def _use(self, method: str) -> None:
+        import multiprocess
+
+        # A forked worker has everything already, even what cannot be pickled.
+        self._work: Work | bytes = self._bare_work if method == "fork" else pack_work(self._bare_work)
+        self._method = method
+        self._context: Any = multiprocess.get_context(method)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def after_fork(self) -> None:
+        """Close this child's copies of the parent's ends: as long as one is open, a dead parent is not noticed."""
+        for pipe in self._pipes:
+            pipe.close()
+        self._pipes.clear()
+
     @property
     def slots(self) -> int:
         """Workers that are ready."""
@@ -129,10 +145,12 @@ class ProcessPool:
     def start(self, deliver: Callable[[Any], None]) -> None:
         self._deliver = deliver
         self._reader_end, self._reader_door = multiprocessing.connection.Pipe(duplex=False)
+        self._pipes |= {self._reader_end, self._reader_door}
         for _ in range(self._size):
             self._start_worker()
         self._reader = threading.Thread(target=self._read, name="opero-process-reader", daemon=True)
         self._reader.start()
+        self._own_threads.add(self._reader)
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)
@@ -169,20 +187,26 @@ class ProcessPool:
             self._reader_door.send_bytes(_READER_STOP)
             self._reader.join()
         for worker in workers:
-            worker.pipe.close()
-        self._reader_door.close()
-        self._reader_end.close()
+            self._forget(worker.pipe)
+        for end in (self._reader_door, self._reader_end):
+            self._forget(end)
 
     async def stop_async(self) -> None:
         await in_own_thread(self.stop)
+
+    def _forget(self, pipe: Any) -> None:
+        self._pipes.discard(pipe)
+        pipe.close()
 
     # Workers
 
     def _start_worker(self) -> None:
         from twat_mp.mp import MultiPool
 
-        with starting:
+        self._stay_safe()
+        with starting, self._starting_one():
             ours, theirs = self._context.Pipe()
+            self._pipes.add(ours)
             door = Door(theirs)
             factory: Any = lambda nodes: self._context.Pool(  # noqa: E731 - MultiPool calls it with nodes=
                 nodes, initializer=serve, initargs=(door, self._work, *self._prepare)
@@ -191,7 +215,28 @@ class ProcessPool:
             self._quietly(pool.__enter__)
             # As long as this end is open in another process, the worker's death does not end the pipe.
             theirs.close()
-        self._workers.append(Worker(pool, ours))
+            self._workers.append(Worker(pool, ours))
+
+    def _stay_safe(self) -> None:
+        """Fork no more once threads have come that may hold locks; those of the pools themselves hold none for long."""
+        foreign = set(threading.enumerate()) - self._own_threads - {threading.current_thread()}
+        if self._method == "fork" and not self._method_is_given and foreign:
+            # What cannot be pickled can only be forked.
+            with contextlib.suppress(NotTransferableError):
+                self._use("forkserver")
+
+    @contextlib.contextmanager
+    def _starting_one(self) -> Iterator[None]:
+        """Hold Ctrl-C back while a worker is half made, and note which threads come with it."""
+        before = set(threading.enumerate())
+        mask = hasattr(signal, "pthread_sigmask")
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else set()
+        try:
+            yield
+        finally:
+            self._own_threads |= set(threading.enumerate()) - before
+            if mask:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     @staticmethod
     def _quietly(start: Callable[[], Any]) -> None:
@@ -209,14 +254,14 @@ class ProcessPool:
         reason = _how_it_ended(worker.process)
         self._workers.remove(worker)
         self._dismiss(worker)
-        worker.pipe.close()
+        self._forget(worker.pipe)
         if not worker.ready:
             self._stillbirths += 1
             if self._stillbirths >= MOST_STILLBIRTHS:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_worker()
         self._wake_reader()
-        return Lost(list(worker.batches.values()), reason, at_once=self.runs_together)
+        return Lost(list(worker.batches.values()), reason, at_once=self.runs_together, innocent=worker.not_reached)
 
     def _dismiss(self, worker: Worker) -> None:
         in_peace = worker.ready and not worker.batches
@@ -245,9 +290,12 @@ class ProcessPool:
             return
         worker.batches[self._numbers] = batch
         worker.reserved = batch.alone
-        # A worker that has just died is found by the reader, with this batch among those it had.
-        with contextlib.suppress(OSError):
+        worker.sent_bytes[self._numbers] = len(data)
+        try:
             worker.pipe.send_bytes(pack_message(BATCH, self._numbers, data))
+        except OSError:
+            # It has just died; the reader will say so, and this batch is none of the suspects.
+            worker.not_reached.append(batch)
 
     def _worker_reports(self, worker: Worker, kind: int, number: int, payload: bytes) -> Any:
         batch = worker.batches[number]
@@ -257,13 +305,14 @@ class ProcessPool:
             worker.pipe.send_bytes(pack_message(AGAIN, number))
             return None
         if kind == SINGLES:
-            values = unpack_singly(values, errors)
+            values, errors = unpack_singly(values, errors)
         del worker.batches[number]
+        size = max(len(payload), worker.sent_bytes.pop(number))
         worker.reserved = False
         self._hand_out()
         if len(values) < len(batch.items):
             return _not_run(batch, errors[0])
-        return Done(batch, values, errors, seconds, len(payload))
+        return Done(batch, values, errors, seconds, size)
 
     # The reader thread
 

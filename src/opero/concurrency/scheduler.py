@@ -22,7 +22,7 @@ from opero.core.steps import Attempt, Await, Failed, Flow, Pause
 from opero.exceptions import WorkerCrashedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from opero.concurrency.outcome import Sink
     from opero.core.steps import Arrival
@@ -128,11 +128,17 @@ class Done:
 
 
 class Lost:
-    """A worker ended; ``batches`` were with it, the first one sent first; ``at_once``: all of them were running."""
+    """A worker ended; ``batches`` were with it, the first one sent first.
 
-    __slots__ = ("at_once", "batches", "reason")
+    ``at_once``: all of them were running, but for the ``innocent`` ones, which never reached it.
+    """
 
-    def __init__(self, batches: list[Batch], reason: str, *, at_once: bool = False) -> None:
+    __slots__ = ("at_once", "batches", "innocent", "reason")
+
+    def __init__(
+        self, batches: list[Batch], reason: str, *, at_once: bool = False, innocent: Collection[Batch] = ()
+    ) -> None:
+        self.innocent = innocent
         self.batches = batches
         self.reason = reason
         self.at_once = at_once
@@ -484,7 +490,8 @@ class Scheduler:
     def _batches_lost(self, lost: Lost) -> None:
         """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""
         batches = [batch for batch in lost.batches if self._returned(batch)]
-        suspects = batches if lost.at_once else batches[:1]
+        suspects = [batch for batch in batches if batch not in lost.innocent]
+        suspects = suspects if lost.at_once else suspects[:1]
         if len(suspects) == 1 and len(suspects[0].items) == 1:
             self._charge(suspects[0], lost.reason)
         else:

@@ -73,7 +73,7 @@ def unpack_work(data: bytes) -> Work:
 
 def _by_name(function: Callable[..., Any]) -> ByName | None:
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if module in (None, "__main__") or qualname is None:
+    if module is None or qualname is None or (module == "__main__" and not _main_is_imported_again()):
         return None
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
@@ -83,6 +83,12 @@ def _by_name(function: Callable[..., Any]) -> ByName | None:
     if getattr(found, "__wrapped__", None) is function:
         return ByName(module, qualname, decorated=True)
     return None
+
+
+def _main_is_imported_again() -> bool:
+    """Whether a process that is started afresh has the same main module."""
+    main = sys.modules["__main__"]
+    return getattr(main, "__spec__", None) is not None or getattr(main, "__file__", None) is not None
 
 
 def _by_value(function: Callable[..., Any]) -> ByValue:
@@ -120,23 +126,31 @@ def pack_report(report: Report) -> bytes:
 
 
 def pack_singly(report: Report) -> bytes:
-    """Pickle each result by itself, for a parent that could not unpickle them together."""
-    errors = {place: _portable_error(error) for place, error in report.errors.items()}
+    """Pickle each result and each error by itself, for a parent that could not unpickle them together."""
     values = [pickle.dumps(None if _why_not_portable(value) else value, PROTOCOL) for value in report.values]
+    errors = {
+        place: (pickle.dumps(_portable_error(error), PROTOCOL), _story(error)) for place, error in report.errors.items()
+    }
     return pickle.dumps((values, errors, report.seconds), PROTOCOL)
 
 
-def unpack_singly(values: list[bytes], errors: dict[int, Exception]) -> list[Any]:
-    """Unpickle each result by itself; what cannot be unpickled here becomes the error of its item."""
+def unpack_singly(values: list[bytes], errors: dict[int, tuple[bytes, str]]) -> tuple[list[Any], dict[int, Exception]]:
+    """Unpickle each by itself; what cannot be unpickled here becomes the error of its item."""
     unpacked: list[Any] = []
+    found: dict[int, Exception] = {}
     for place, data in enumerate(values):
         value = None
         try:
             value = pickle.loads(data)  # noqa: S301 - made by `pack_singly` in a worker
         except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
-            errors[place] = NotTransferableError(f"the result cannot be unpickled: {_text(error)}")
+            found[place] = NotTransferableError(f"the result cannot be unpickled: {_text(error)}")
         unpacked.append(value)
-    return unpacked
+    for place, (data, story) in errors.items():
+        try:
+            found[place] = pickle.loads(data)  # noqa: S301 - as above
+        except Exception:  # noqa: BLE001 - as above
+            found[place] = RemoteError(story)
+    return unpacked, found
 
 
 def _why_not_portable(value: Any) -> NotTransferableError | None:
@@ -149,16 +163,29 @@ def _why_not_portable(value: Any) -> NotTransferableError | None:
 
 def _portable_error(error: Exception) -> Exception:
     """The error with the worker's traceback as a note; its text alone if it cannot be pickled and unpickled."""
-    trace = "".join(traceback.format_exception(error)).rstrip()
     try:
         copy = pickle.loads(pickle.dumps(error, PROTOCOL))  # noqa: S301 - just made here
         faithful = type(copy) is type(error)
     except Exception:  # noqa: BLE001 - many exceptions cannot: their __init__ takes what args does not hold
         faithful = False
-    portable = error if faithful else RemoteError(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
-    add_note(portable, f"in the worker:\n{trace}")
+    portable = error if faithful else RemoteError(_story(error))
+    add_note(portable, f"in the worker:\n{_trace(error)}")
     return portable
 
 
+def _story(error: Exception) -> str:
+    return f"{type(error).__module__}.{_text(error)}"
+
+
+def _trace(error: Exception) -> str:
+    try:
+        return "".join(traceback.format_exception(error)).rstrip()
+    except Exception:  # noqa: BLE001 - it asks the exception for its text
+        return "".join(traceback.format_tb(error.__traceback__)).rstrip()
+
+
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    try:
+        return f"{type(error).__qualname__}: {error}"
+    except Exception:  # noqa: BLE001 - anything may happen in a user's __str__
+        return f"{type(error).__qualname__} (it has no text)"

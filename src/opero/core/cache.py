@@ -106,7 +106,8 @@ class CacheInMemory:
             flight, is_leader = self.flights.board(key)
             if is_leader:
                 return (yield from self._lead(flight, call, compute, stats))
-            if flight.badge in leading.get():
+            # To wait for a call that this one is part of, or that this thread has to go on for, would be for ever.
+            if flight.badge in leading.get() or (call.blocks and flight.thread == threading.get_ident()):
                 stats.flown.tick()
                 return (yield from compute())
             yield Await(Seat(self.flights, flight))

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 class Flight:
     """One computation under way."""
 
-    __slots__ = ("abandoned", "badge", "key", "landed", "outcome", "stale", "wakers")
+    __slots__ = ("abandoned", "badge", "key", "landed", "outcome", "stale", "thread", "wakers")
 
     def __init__(self, key: Any) -> None:
         self.key = key
         # Stands for the flight in frames that may end up in the traceback of its outcome.
         self.badge = object()
+        self.thread = threading.get_ident()
         self.landed = False
         self.abandoned = False
         self.stale = False

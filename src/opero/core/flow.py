@@ -149,8 +149,9 @@ class _CallFlow:
 
     def _ready_candidates(self) -> list[_Candidate]:
         now = clock.now()
+        # A sleep can end a little early; those that asked for a longer rest are left alone all the same.
         ready = [c for c in self.candidates if c.ready_at is None or c.ready_at <= now]
-        return ready or list(self.candidates)
+        return ready or [min(self.candidates, key=lambda c: c.ready_at or 0.0)]
 
     def _candidate_failed(self, candidate: _Candidate, verdict: Verdict) -> None:
         self.errors.append(verdict.error)

@@ -7,6 +7,7 @@ source made by `KeyMaker` pairs them with their classes on the spot.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import functools
@@ -45,10 +46,10 @@ def freeze(value: Any) -> Frozen:
 
 
 def _freezer_by_inheritance(value: Any) -> Freezer:
-    if hasattr(value, "__cache_key__"):
+    if hasattr(value, "__cache_key__") and not isinstance(value, type):
         return lambda v: freeze(v.__cache_key__())
     if isinstance(value, enum.Enum):
-        return lambda v: v.name
+        return lambda v: (v.name, freeze(v.value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _freeze_dataclass
     for base, freezer in _inherited_freezers():
@@ -72,8 +73,13 @@ def _freeze_mapping(mapping: Mapping[Any, Any]) -> Frozen:
     return frozenset([(freeze(k), freeze(v)) for k, v in mapping.items()])
 
 
+def _freeze_ordered(mapping: Mapping[Any, Any]) -> Frozen:
+    return tuple([(freeze(k), freeze(v)) for k, v in mapping.items()])
+
+
 def _freeze_dataclass(value: Any) -> Frozen:
-    return tuple([(f.name, freeze(getattr(value, f.name))) for f in dataclasses.fields(value)])
+    names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
+    return tuple([(name, freeze(getattr(value, name))) for name in names])
 
 
 def _freeze_float(value: float) -> Frozen:
@@ -86,14 +92,18 @@ def _freeze_complex(value: complex) -> Frozen:
 
 
 def _freeze_moment(value: dt.datetime | dt.time) -> Frozen:
-    # Two zones can show one moment, and one zone two moments (fold): the text has neither the zone's name nor the fold.
-    return (value.isoformat(), value.fold, None if value.tzinfo is None else repr(value.tzinfo))
+    # Two zones can show one moment, and one zone two moments (fold): the text has neither the zone nor the fold.
+    return (value.isoformat(), value.fold, freeze(value.tzinfo))
 
 
 def _freeze_array(array: Any) -> Frozen:
+    mask = getattr(array, "mask", None)
+    if mask is not None:
+        # `tobytes` would show a masked array's fill value in place of what is under the mask.
+        return (_freeze_array(array.data), mask.tobytes())
     if array.dtype.hasobject:
         return (array.shape, _freeze_each(array.ravel().tolist()))
-    return (array.dtype.str, str(array.dtype.descr), array.shape, array.tobytes())
+    return (repr(array.dtype), array.shape, array.tobytes())
 
 
 def _freeze_hashable(value: Any) -> Frozen:
@@ -184,6 +194,7 @@ def _inherited_freezers() -> tuple[tuple[type, Freezer], ...]:
     return (
         (tuple, _freeze_each),
         (list, _freeze_each),
+        (collections.OrderedDict, _freeze_ordered),
         (Mapping, _freeze_mapping),
         (AbstractSet, _freeze_set),
         (float, _freeze_float),

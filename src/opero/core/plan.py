@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Call:
     """What belongs to one call and to nothing else."""
 
-    __slots__ = ("args", "attempts", "cached", "deadline", "flight", "key", "kwargs", "rounds", "started")
+    __slots__ = ("args", "attempts", "blocks", "cached", "deadline", "flight", "key", "kwargs", "rounds", "started")
 
     def __init__(
         self,
@@ -30,7 +30,9 @@ class Call:
         started: float | None = None,
         attempts: int = 0,
         key: Any = MISSING,
+        blocks: bool = False,
     ) -> None:
+        self.blocks = blocks
         self.args = args
         self.kwargs = kwargs
         self.started = clock.now() if started is None else started

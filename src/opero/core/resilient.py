@@ -311,11 +311,11 @@ class _Entrances:
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
         function = self._plan.function if self._has_looked else self.function
-        return drive(call_flow(self._plan, Call(args, kwargs, key=key)), function)
+        return drive(call_flow(self._plan, Call(args, kwargs, key=key, blocks=True)), function)
 
     def recover(self, error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function = self._plan.function if self._has_looked else self.function
-        flow = call_flow(self._plan, Call(args, kwargs, started=started, attempts=1), error)
+        flow = call_flow(self._plan, Call(args, kwargs, started=started, attempts=1, blocks=True), error)
         del error
         return drive(flow, function)
 

@@ -217,7 +217,8 @@ class TenacityRounds:
             return otherwise
 
     def _complain(self, hook: str, raised: Exception, error: Exception | None) -> None:
-        text = f"{hook} of {name_of(self._function)} raised {type(raised).__name__}: {raised}; not retried"
+        # Not its text, which may hold arguments.
+        text = f"{hook} of {name_of(self._function)} raised {type(raised).__name__}; not retried"
         log("WARNING", "{}", text)
         if error is not None:
             add_note(error, f"opero: {text}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -42,9 +43,11 @@ def configure_logging(level: str = "INFO") -> None:
 
 def log(level: str, message: str, *values: object) -> None:
     """Log one line of opero's; never raises, and costs next to nothing while nobody listens."""
-    logger = _listening_logger()
-    if logger is not None and logger.level(level).no >= logger.level(_threshold).no:
-        logger.log(level, message, *values)
+    # A sink of the host's that raises (loguru's `catch=False`) must not end the call that is told of.
+    with contextlib.suppress(Exception):
+        logger = _listening_logger()
+        if logger is not None and logger.level(level).no >= logger.level(_threshold).no:
+            logger.log(level, message, *values)
 
 
 def _listening_logger() -> Logger | None:
