@@ -372,7 +372,7 @@ def test_workers_has_an_effect(mode, tmp_path, workers):
 def test_ordered_has_an_effect(mode, ordered, expected):
     @opmap(**mode.options, ordered=ordered)
     async def work(item):
-        await asyncio.sleep(0 if item else 0.2)
+        await asyncio.sleep(0 if item else 0.15)
         return item
 
     assert work.run([0, 1]) == expected

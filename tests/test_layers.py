@@ -234,7 +234,15 @@ def test_it_passes_from_a_hook(world, fake_clock, kind):
     assert world.run(function, ["a", "b"]) == "done"
 
 
-def test_ctrl_c_during_the_wait_for_a_slot_gives_the_place_back(fake_clock):
+@pytest.fixture
+def ctrl_c():
+    """Have SIGINT raise KeyboardInterrupt, which it does not in a process started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_during_the_wait_for_a_slot_gives_the_place_back(fake_clock, ctrl_c):
     function = opero(rate_limit=1)(lambda: "done")
     function()  # the slot of this second, which does not pass by itself
     line = function.plan.limit
@@ -242,7 +250,7 @@ def test_ctrl_c_during_the_wait_for_a_slot_gives_the_place_back(fake_clock):
     def interrupt():
         while line.expected_wait() <= 1:
             time.sleep(0.001)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        ctrl_c()
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()

@@ -219,6 +219,16 @@ REFUSALS = [
     # Retry
     *no_count("retries", smallest=0),
     wrong(TypeError, "whole number", retries=None),
+    *(
+        wrong(ValueError, "retries=1", **{name: value}, retries=0)
+        for name, value in {
+            "backoff_factor": 3.0,
+            "min_delay": 1,
+            "max_delay": 9,
+            "jitter": False,
+            "retry_on": OSError,
+        }.items()
+    ),
     *(wrong(TypeError, "number", backoff_factor=value) for value in (True, "2", None, [2])),
     *(wrong(ValueError, "number", backoff_factor=value) for value in (0, -1, NAN, INF, -INF, BEYOND_FLOAT)),
     *no_seconds("min_delay", zero=True),

@@ -161,7 +161,7 @@ def test_a_failed_item_is_its_exception_or_raises(mode):
 @pytest.mark.parametrize(("ordered", "expected"), [(True, [0, 1]), (False, [1, 0])])
 def test_ordered_decides_about_the_order(mode, ordered, expected):
     async def work(item):
-        await asyncio.sleep(0 if item else 0.3)
+        await asyncio.sleep(0 if item else 0.15)
         return item
 
     executor = get_parallel_executor(**options_of(mode, ordered=ordered))

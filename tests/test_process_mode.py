@@ -277,6 +277,24 @@ def test_an_item_that_runs_in_another_worker_is_not_run_again_after_a_crash(jour
     assert journal.count("slow") == 1
 
 
+def test_items_that_ran_in_the_same_process_as_a_crash_are_not_charged(journal):
+    @opmap(mode="async_process", workers=1, progress=False, retries=0, pool_options={"concurrency": 3})
+    async def work(item):
+        journal.add(item)
+        deadline = time.monotonic() + PATIENCE
+        while len(journal.lines()) < 3:
+            assert time.monotonic() < deadline, "waited in vain"
+            await asyncio.sleep(0.005)
+        if item == "crashes":
+            os._exit(1)
+        await asyncio.sleep(0.05)
+        return item
+
+    first, crash, last = work.run(["first", "crashes", "last"])
+    assert (first, last) == ("first", "last")
+    assert isinstance(crash, WorkerCrashedError)
+
+
 def test_a_crash_stops_the_map_without_return_exceptions(processes):
     def work(item):
         if item == 2:
@@ -997,16 +1015,11 @@ def test_functions_of_a_session_without_a_file_work(start, threads):
     assert output_of(process) == "[10, 20, 30]"
 
 
-@pytest.mark.parametrize("threads", [0, 1])
-def test_classes_of_a_session_without_a_file_work(start, threads):
+def test_classes_of_a_session_without_a_file_work_in_forked_workers(start):
     process = start(
-        f"""
-        import threading
+        """
         from dataclasses import dataclass
         from opero import opmap
-
-        for _ in range({threads}):
-            threading.Thread(target=threading.Event().wait, daemon=True).start()
 
         @dataclass(frozen=True)
         class Point:
@@ -1095,7 +1108,7 @@ def test_ctrl_c_ends_a_map_with_one_error_and_no_process_left(start, mode, funct
 @pytest.mark.parametrize("whole_group", [False, True], ids=["one process", "whole group"])
 @pytest.mark.parametrize("mode", PROCESS_MODES)
 def test_ctrl_c_while_workers_start_leaves_no_process(start, mode, whole_group):
-    for _ in range(4):  # each time it comes in another moment
+    for _ in range(2):  # each time it comes in another moment
         process = start(interrupted_script(mode, "work" if mode == "process" else "work_async"))
         wait_until(lambda: len(start.survivors()) >= 2)
         if whole_group:

@@ -173,6 +173,41 @@ def test_nobody_gets_past_those_who_wait(fake_clock, joined):
     assert second.poll()
 
 
+def test_who_is_granted_a_slot_by_anothers_look_is_woken(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    [ticket] = joined(limiter, 1)
+    woken = threading.Event()
+    ticket.notify(woken.set)
+    fake_clock.tick(0.25)
+    limiter.take_now()
+    assert woken.is_set()
+
+
+@pytest.mark.parametrize("gone", ["served", "left"])
+def test_who_becomes_the_first_in_line_is_woken(fake_clock, joined, gone):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    first, second = joined(limiter, 2)
+    woken = threading.Event()
+    second.notify(woken.set)
+    if gone == "served":
+        fake_clock.tick(0.25)
+        assert first.poll()
+    else:
+        first.withdraw()
+    assert woken.is_set()
+
+
+def test_who_is_further_back_looks_later_than_the_first_but_does_look(fake_clock, joined):
+    limiter = RateLimiter(4)
+    limiter.take_now()
+    tickets = joined(limiter, 3)
+    looks = [ticket.due_in() for ticket in tickets]
+    assert looks == sorted(looks)
+    assert 0.25 <= looks[2] < 1
+
+
 def test_after_the_last_in_line_the_next_slot_still_has_to_come(fake_clock, joined):
     limiter = RateLimiter(4)
     limiter.take_now()
@@ -761,8 +796,10 @@ def test_a_blocking_caller_that_is_interrupted_gives_its_place_back(fake_clock):
     main_thread = threading.get_ident()
 
     def interrupt():
-        until(lambda: limiter.expected_wait() > 3600)
-        signal.pthread_kill(main_thread, signal.SIGUSR1)
+        try:
+            until(lambda: limiter.expected_wait() > 3600)
+        finally:
+            signal.pthread_kill(main_thread, signal.SIGUSR1)
 
     def raise_interrupt(_number, _frame):
         raise KeyboardInterrupt

@@ -185,7 +185,7 @@ def test_handled_errors_are_freed_without_the_garbage_collector(world, options):
         ({"min_delay": 1, "backoff_factor": 1.0}, [1, 1, 1]),
         ({"min_delay": 1, "max_delay": 2.5}, [1, 2, 2.5]),
         ({"min_delay": 0}, [0, 0, 0]),
-        ({"retries": 0}, []),
+        ({"retries": 0, "retry_options": {"reraise": True}}, []),
     ],
 )
 def test_without_jitter_the_delays_are_exactly_the_formula(world, fake_clock, options, delays):

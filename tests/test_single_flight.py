@@ -368,6 +368,21 @@ def test_the_run_that_began_after_the_forgetting_is_remembered(world, held, forg
     assert held.runs == [1, 1]
 
 
+def test_who_comes_after_the_forgetting_shares_the_run_that_began_after_it(world, held, forget):
+    f = cached(world.define(held.function))
+    first = started(world.run, f, 1)
+    held.wait()
+    forget(f)
+    second = started(world.run, f, 1)
+    held.wait()
+    held.end("old")
+    first.result(SECONDS)
+    third = started(world.run, f, 1)
+    until(lambda: waiters(f) == 1)
+    held.end("new", run=1)
+    assert results([second, third]) == ["new"] * 2
+
+
 def test_who_waited_before_the_forgetting_still_gets_the_result(world, held, forget):
     f = cached(world.define(held.function))
     calls = [started(world.run, f, 1) for _ in range(3)]

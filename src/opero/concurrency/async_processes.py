@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.process_worker import Door, serve_async
 from opero.concurrency.processes import ProcessPool, Worker, starting
-from opero.core.forks import ForkSafeLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from opero.concurrency.worker import Work
 
 DEFAULT_CONCURRENCY = 16
-
-_lock = ForkSafeLock()
-_pools_open = 0
 
 
 class AsyncProcessPool(ProcessPool):
@@ -42,29 +41,18 @@ class AsyncProcessPool(ProcessPool):
     def slots(self) -> int:
         return super().slots * self._concurrency
 
-    def start(self, deliver: Callable[[Any], None]) -> None:
-        global _pools_open  # noqa: PLW0603 - aiomultiprocess has one manager for the whole process
-        with _lock:
-            _pools_open += 1
-        super().start(deliver)
-
-    def stop(self) -> None:
-        super().stop()
-        _release_manager()
-
     def _start_worker(self) -> None:
         import aiomultiprocess.core
 
         self._stay_safe()
         with starting, self._starting_one():
-            aiomultiprocess.core.set_start_method(self._method)
-            # Before the pipe: the manager's process would inherit it, and hide the worker's end.
-            aiomultiprocess.core.get_manager()
-            ours, theirs = aiomultiprocess.core.get_context().Pipe()
+            context = multiprocessing.get_context(self._method)
+            ours, theirs = context.Pipe()
             self._pipes.add(ours)
-            process = aiomultiprocess.core.Process(
-                target=serve_async, args=(Door(theirs), self._work, *self._prepare), daemon=True
-            )
+            with _settings_of_aiomultiprocess(context, _NoManager):
+                process = aiomultiprocess.core.Process(
+                    target=serve_async, args=(Door(theirs), self._work, *self._prepare), daemon=True
+                )
             self._quietly(process.start)
             theirs.close()
             self._workers.append(_LoopWorker(process.aio_process, ours))
@@ -82,14 +70,26 @@ class _LoopWorker(Worker):
         self.pool.join()
 
 
-def _release_manager() -> None:
-    """End, with opero's last pool, the manager process that aiomultiprocess (0.9.1) starts and never ends."""
-    import aiomultiprocess.core
+@contextlib.contextmanager
+def _settings_of_aiomultiprocess(context: Any, manager: Any) -> Iterator[None]:
+    """Lend aiomultiprocess other settings: its own are global, and may be those of the host program."""
+    from aiomultiprocess import core
 
-    global _pools_open  # noqa: PLW0603 - as above
-    with _lock:
-        _pools_open -= 1
-        manager = aiomultiprocess.core._manager  # noqa: SLF001 - `get_manager` would start a new one
-        if _pools_open == 0 and manager is not None:
-            aiomultiprocess.core._manager = None  # noqa: SLF001 - as above
-            manager.shutdown()
+    before = core.context, core._manager  # noqa: SLF001 - `get_manager` would start one
+    core.context, core._manager = context, manager  # noqa: SLF001 - as above
+    try:
+        yield
+    finally:
+        core.context, core._manager = before  # noqa: SLF001 - as above
+
+
+class _NoManager:
+    """In place of the manager process that aiomultiprocess (0.9.1) starts with its first worker.
+
+    Nothing that opero uses of a worker needs it, nothing of aiomultiprocess ever ends it, and it outlives a parent that
+    is killed.
+    """
+
+    @staticmethod
+    def Namespace() -> SimpleNamespace:  # noqa: N802 - the name that aiomultiprocess calls
+        return SimpleNamespace()

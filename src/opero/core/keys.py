@@ -183,7 +183,8 @@ def _library_freezers() -> dict[type, Freezer]:
     import datetime as dt
     import decimal
 
-    return {dt.datetime: _freeze_moment, dt.time: _freeze_moment, decimal.Decimal: str}
+    # Equal offsets do not make two zones one, and equal amounts may have different digits.
+    return {dt.datetime: _freeze_moment, dt.time: _freeze_moment, dt.timezone: repr, decimal.Decimal: str}
 
 
 @functools.cache

@@ -132,18 +132,25 @@ def _seconds(name: str, value: Any) -> float | None:
     return None if value is None else check_seconds(name, value, zero=False)
 
 
+_OF_ROUNDS = ("backoff_factor", "min_delay", "max_delay", "jitter", "retry_on")
+
+
 def _refuse_useless(given: dict[str, Any]) -> None:
     """Refuse options that have no effect without another one."""
     needs = {
         "fallback_cooldown": ("arg_fallback", None, "arg_fallback='parameter'"),
         "rate_limit_options": ("rate_limit", None, "rate_limit=5"),
+        **dict.fromkeys(_OF_ROUNDS, ("retries", 0, "retries=1")),
         **dict.fromkeys(
             ("cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options"),
             ("cache", False, "cache=True"),
         ),
     }
+    if given["retries"] != 0 or given["retry_options"] is not None:
+        for name in _OF_ROUNDS:
+            needs.pop(name)
     for name, (other, off, example) in needs.items():
-        if given[name] != OPERO_DEFAULTS[name] and given[other] is off:
+        if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
             msg = f"{name}={given[name]!r} has no effect with {other}={off!r}; add {example}, or leave it out"
             raise ValueError(msg)
 
