@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import opero
 
-thoroughly = settings(deadline=None, max_examples=250)
+thoroughly = settings(deadline=None, max_examples=150)
 
 
 def cached(function, **options):
@@ -367,8 +367,8 @@ class Anything:
 class Switch(enum.Enum):
     """An enum with a value that cannot be told."""
 
-    ON = collections.deque([1])
-    OFF = collections.deque([0])
+    ON = (collections.deque([1]),)
+    OFF = (collections.deque([0]),)
 
 
 class Zone(dt.tzinfo):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -116,6 +117,21 @@ def test_a_method_can_have_candidates(world):
     assert world.run(Client.method, Client(), key=["a", "b"]) == "answer to b"
 
 
+@pytest.mark.parametrize("call", [by_position, by_keyword, by_default, all_by_keyword])
+def test_candidates_are_found_through_a_wrapper_with_other_parameters(world, call):
+    service = Service("b")
+
+    def ask(other, key=("a", "b")):
+        return service(key)
+
+    @functools.wraps(ask)
+    def wrapper(*args, **kwargs):
+        return ask(*args, **kwargs)
+
+    assert world.run(call, opero(**ONCE)(world.define(wrapper))) == "answer to b"
+    assert service.asked == ["a", "b"]
+
+
 def test_arguments_around_the_candidates_stay_as_they_are(world):
     seen = []
 
@@ -200,6 +216,16 @@ def test_candidates_without_a_retryable_error_are_not_tried_again(world, fake_cl
     error = all_failed(world, opero(arg_fallback="key", **options)(service.function(world)), ["a", "b"])
     assert service.asked == asked
     assert [e.args[0] for e in error.errors] == asked
+
+
+def test_a_hook_is_told_of_an_error_for_which_the_round_is_repeated(world, fake_clock):
+    told = []
+    options = {
+        "retry_on": lambda error: error.args[0] == "a",
+        "retry_options": {"before_sleep": lambda state: told.append(state.outcome.exception().args[0])},
+    }
+    all_failed(world, opero(arg_fallback="key", retries=1, **options)(Service().function(world)), ["a", "b"])
+    assert told == ["a"]
 
 
 def test_what_was_not_tried_again_is_tried_in_the_next_call(world):

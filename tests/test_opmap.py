@@ -30,6 +30,10 @@ class SpoiledError(Exception):
     """A user's error."""
 
 
+class OwnBaseError(BaseException):
+    """A user's error that is no `Exception`."""
+
+
 class TwoPartError(Exception):
     """A user's error whose arguments are not what `Exception` was given."""
 
@@ -416,7 +420,7 @@ def test_a_def_function_that_returns_an_awaitable_fails_without_a_retry(name, jo
 
 
 @pytest.mark.parametrize("name", ["thread", "async"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, OwnBaseError])
 def test_what_is_no_exception_passes_through_a_map(name, error):
     def work(item):
         if item == 3:
@@ -1164,6 +1168,24 @@ def test_each_process_of_async_process_mode_runs_several_coroutines(journal):
 
     work.run(range(10))
     assert most_together(journal.lines()) == 5
+
+
+def test_no_process_of_async_process_mode_runs_more_coroutines_than_it_may(journal):
+    """Not even when the items are so fast that they are sent ahead."""
+
+    @opmap(mode="async_process", workers=2, progress=False, pool_options={"concurrency": 2})
+    async def work(item):
+        journal.add(f"+{os.getpid()}")
+        await asyncio.sleep(0.001)
+        journal.add(f"-{os.getpid()}")
+
+    work.run(range(100))
+    running: Counter[str] = Counter()
+    most = 0
+    for line in journal.lines():
+        running[line[1:]] += 1 if line[0] == "+" else -1
+        most = max(most, *running.values())
+    assert most == 2
 
 
 # What goes wrong around a map

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opmap
+from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
 PROCESS_MODES = ("process", "async_process")
@@ -69,6 +69,7 @@ class InProcesses:
     def __init__(self, name: str) -> None:
         self.name = name
         self.options: dict[str, Any] = {"mode": name, "workers": 2, "progress": False}
+        self.one_at_a_time = {"concurrency": 1} if name == "async_process" else {}
 
     def map(self, function, **options):
         """A map of a plain function, made ``async def`` where the mode asks for it; called as ``.run(items)``."""
@@ -209,6 +210,23 @@ def test_a_crash_is_retried_like_any_error(processes, journal, die, reason):
     seen = processes.stream(mapped, range(3))
     assert [outcome.result for outcome in seen] == [0, 1, 2]
     assert journal.count(1) == 2
+
+
+class OwnBaseError(BaseException):
+    """A user's error that is no `Exception`."""
+
+
+@pytest.mark.timeout(15)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, asyncio.CancelledError, GeneratorExit, OwnBaseError])
+def test_what_is_no_exception_ends_the_worker_and_is_charged_to_its_item(processes, error):
+    def work(item):
+        if item == 3:
+            raise error
+        return item
+
+    results = processes.map(work, retries=0).run(range(6))
+    assert isinstance(results.pop(3), WorkerCrashedError)
+    assert results == [0, 1, 2, 4, 5]
 
 
 def test_a_crash_is_charged_as_one_attempt(processes):
@@ -549,6 +567,16 @@ def test_an_exception_that_cannot_travel_is_retried_like_any_other(processes, jo
     assert processes.map(work, retries=1, min_delay=0.01).run([1]) == [1]
 
 
+def test_an_all_failed_error_of_a_worker_keeps_its_errors(processes):
+    @opero(arg_fallback="key", retries=0)
+    def inner(key):
+        raise KeyError(len(key))
+
+    (error,) = processes.map(lambda item: inner(["a", "bb"]), retries=0).run([1])
+    assert isinstance(error, AllFailedError)
+    assert [part.args for part in error.errors] == [(1,), (2,)]
+
+
 def test_an_exception_of_a_worker_tells_where_it_was_raised(processes):
     def work(item):
         raise KeyError("a place to find")
@@ -746,7 +774,8 @@ def test_the_initializer_runs_once_in_each_worker_and_in_each_that_replaces_it(p
             os._exit(1)
         time.sleep(0.01)
 
-    mapped = processes.map(work, retries=0, workers=1, pool_options={"initializer": journal.add, "initargs": ("x",)})
+    options = {"initializer": journal.add, "initargs": ("x",), **processes.one_at_a_time}
+    mapped = processes.map(work, retries=0, workers=1, pool_options=options)
     mapped.run([1, 2, 3])
     assert journal.lines() == ["x"]
     mapped.run(["crashes", 1])

@@ -46,11 +46,14 @@ def freeze(value: Any) -> Frozen:
 
 
 def _freezer_by_inheritance(value: Any) -> Freezer:
-    if hasattr(value, "__cache_key__") and not isinstance(value, type):
+    kind: Any = type(value)
+    # Asked of the class: a proxy has every attribute that it is asked for.
+    if hasattr(kind, "__cache_key__"):
         return lambda v: freeze(v.__cache_key__())
     if isinstance(value, enum.Enum):
-        return lambda v: (v.name, freeze(v.value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # A combination of flags may have no name.
+        return lambda v: freeze(v.value) if v.name is None else v.name
+    if dataclasses.is_dataclass(kind) and kind.__eq__ is not object.__eq__:
         return _freeze_dataclass
     for base, freezer in _inherited_freezers():
         if isinstance(value, base):
@@ -93,14 +96,22 @@ def _freeze_complex(value: complex) -> Frozen:
 
 def _freeze_moment(value: dt.datetime | dt.time) -> Frozen:
     # Two zones can show one moment, and one zone two moments (fold): the text has neither the zone nor the fold.
-    return (value.isoformat(), value.fold, freeze(value.tzinfo))
+    zone = value.tzinfo
+    return (value.isoformat(), value.fold, zone.__class__, None if zone is None else _freeze_zone(zone))
+
+
+def _freeze_zone(zone: dt.tzinfo) -> Frozen:
+    # Equal offsets do not make two zones one. `timezone` tells all in its repr, `ZoneInfo` in its key.
+    if zone.__class__.__module__ == "datetime":
+        return repr(zone)
+    return getattr(zone, "key", None) or _freeze_by_identity(zone)
 
 
 def _freeze_array(array: Any) -> Frozen:
-    mask = getattr(array, "mask", None)
-    if mask is not None:
-        # `tobytes` would show a masked array's fill value in place of what is under the mask.
-        return (_freeze_array(array.data), mask.tobytes())
+    masked = getattr(sys.modules["numpy"], "ma", None)
+    if masked is not None and isinstance(array, masked.MaskedArray):
+        # `tobytes` would show the fill value in place of what is under the mask.
+        return (_freeze_array(array.data), masked.getmaskarray(array).tobytes())
     if array.dtype.hasobject:
         return (array.shape, _freeze_each(array.ravel().tolist()))
     return (repr(array.dtype), array.shape, array.tobytes())
@@ -109,7 +120,7 @@ def _freeze_array(array: Any) -> Frozen:
 def _freeze_hashable(value: Any) -> Frozen:
     try:
         hash(value)
-    except TypeError as error:
+    except Exception as error:
         msg = f"a {type(value).__qualname__} is neither hashable nor of a type that opero knows"
         raise UncacheableError(msg) from error
     equality: Any = type(value).__eq__
@@ -183,13 +194,13 @@ def _library_freezers() -> dict[type, Freezer]:
     import datetime as dt
     import decimal
 
-    # Equal offsets do not make two zones one, and equal amounts may have different digits.
     return {dt.datetime: _freeze_moment, dt.time: _freeze_moment, dt.timezone: repr, decimal.Decimal: str}
 
 
 @functools.cache
 def _inherited_freezers() -> tuple[tuple[type, Freezer], ...]:
     import datetime as dt
+    import decimal
     import pathlib
 
     return (
@@ -199,6 +210,10 @@ def _inherited_freezers() -> tuple[tuple[type, Freezer], ...]:
         (Mapping, _freeze_mapping),
         (AbstractSet, _freeze_set),
         (float, _freeze_float),
+        (complex, _freeze_complex),
+        (decimal.Decimal, str),
+        (bytearray, bytes),
+        (dt.time, _freeze_moment),
         (dt.datetime, _freeze_moment),
         (pathlib.PurePath, str),
     )
