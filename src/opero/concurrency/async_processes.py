@@ -22,6 +22,7 @@ class AsyncProcessPool(ProcessPool):
     """Runs single items in coroutines of several processes."""
 
     largest_batch = 1
+    queues_batches = False
     runs_together = True
 
     def __init__(

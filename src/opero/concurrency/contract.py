@@ -16,6 +16,7 @@ class Pool(Protocol):
     """Runs a function on the items of batches, and tells each outcome."""
 
     largest_batch: int
+    queues_batches: bool
 
     @property
     def kill(self) -> Callable[[Batch], None] | None:

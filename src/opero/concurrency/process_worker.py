@@ -163,11 +163,12 @@ class _AsyncServer:
         self._work = work
         self._reports = _Reports(pipe)
         self._tasks: set[Any] = set()
+        self._end: BaseException | None = None
 
     async def serve(self) -> None:
         import asyncio
 
-        messages: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._messages = messages = asyncio.Queue[bytes | None]()
         loop = asyncio.get_running_loop()
         reader = threading.Thread(target=self._read, args=(loop, messages), daemon=True)
         reader.start()
@@ -179,6 +180,8 @@ class _AsyncServer:
                 task = loop.create_task(self._run(number, payload))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+        if self._end is not None:
+            raise self._end
 
     def _read(self, loop: Any, messages: Any) -> None:
         data: bytes | None = b""
@@ -203,6 +206,10 @@ class _AsyncServer:
             value = await in_time(self._work.caller(candidate), item, limit, self._work)
         except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
             errors[0] = error
+        except BaseException as error:  # noqa: BLE001 - as in a worker that runs plain functions, it ends the worker
+            self._end = error
+            self._messages.put_nowait(None)
+            return
         self._reports.send(number, Report([value], errors, time.perf_counter() - started))
 
 

@@ -97,6 +97,7 @@ class ProcessPool:
     """Runs batches in processes; a worker that ends is replaced."""
 
     largest_batch = LARGEST_BATCH
+    queues_batches = True
     runs_together = False
 
     def __init__(

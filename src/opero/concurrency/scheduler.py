@@ -163,9 +163,13 @@ class Wake:
 
 
 class Workers(Protocol):
-    """What the scheduler has to know of a pool."""
+    """What the scheduler has to know of a pool.
+
+    ``queues_batches``: a batch that is sent to a busy worker waits there, so that it can be sent ahead of time.
+    """
 
     largest_batch: int
+    queues_batches: bool
 
     @property
     def kill(self) -> Callable[[Batch], None] | None:
@@ -310,7 +314,8 @@ class Scheduler:
         self._flying.clear()
 
     def _depth(self) -> int:
-        return 2 if self._size.fast and not self._one_at_a_time else 1
+        ahead = self._pool.queues_batches and self._size.fast and not self._one_at_a_time
+        return 2 if ahead else 1
 
     # Input
 

@@ -19,6 +19,7 @@ class TaskPool:
     """Runs single items in tasks that carry copies of the caller's context variables."""
 
     largest_batch = 1
+    queues_batches = True
     kill = None
 
     def __init__(self, work: Work, workers: int) -> None:

@@ -21,6 +21,7 @@ class ThreadPool:
     """Runs batches in threads that carry copies of the caller's context variables."""
 
     largest_batch = LARGEST_BATCH
+    queues_batches = True
     kill = None
 
     def __init__(self, work: Work, workers: int) -> None:
