@@ -261,3 +261,19 @@ def test_each_call_has_its_own_total_timeout(world, fake_clock):
     function = opero(total_timeout=5)(world.define(slow))
     for _ in range(3):
         assert world.run(function) == "done"
+
+
+def test_an_attempt_cut_by_the_total_timeout_tells_of_the_error_before_it():
+    own = ValueError("own")
+    tries = []
+
+    @opero(total_timeout=0.05, min_delay=0)
+    async def function():
+        tries.append(1)
+        if len(tries) == 1:
+            raise own
+        await asyncio.Event().wait()
+
+    with pytest.raises(CallTimeoutError) as caught:
+        asyncio.run(function())
+    assert caught.value.__cause__ is own

@@ -191,6 +191,9 @@ class _CallFlow:
             )
             log("WARNING", "{}", message)
             return Failed(AllFailedError(message, self.errors))
+        if isinstance(failed.error, CallTimeoutError) and len(self.errors) > 1:
+            # The library's own error must not hide the function's.
+            failed.error.__cause__ = self.errors[-2]
         summary = f"{plan.name} failed after {_count(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
         log("WARNING", "{}", summary)
         add_note(failed.error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
