@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,11 @@ from opero.core.signature import compile_function, forwarding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+# A run in the background of a shell inherits an ignored Ctrl-C, and so would the programs that the tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def as_async(function: Callable[..., Any]) -> Callable[..., Any]:
