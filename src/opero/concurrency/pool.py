@@ -146,6 +146,7 @@ def get_parallel_map_decorator(
         TypeError: If an option has the wrong type or is not known, or the mode does not fit the function.
         ValueError: If an option's value is out of range.
     """
+    check_choice("mode", mode, _POOLS)
 
     def decorate(function: Callable[..., Any]) -> Any:
         check_decoratable(function, "get_parallel_map_decorator")
