@@ -13,7 +13,7 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import opero
@@ -448,6 +448,12 @@ class Story:
     def pause(self, intervals):
         self.clock.tick(intervals / self.rate)
 
+    def pass_time(self, steps):
+        """A pause in which all look in time."""
+        for _ in range(steps):
+            self.pause(0.05)
+            self.look_all()
+
     def arrive(self, count):
         for _ in range(count):
             self.waiting[self.arrived] = self.limiter.ticket()
@@ -488,6 +494,7 @@ thoroughly = settings(deadline=None, max_examples=300, suppress_health_check=[He
 
 @thoroughly
 @given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals), max_size=30))
+@example((1, 1), [("arrive", 3), ("pause", 2.9), ("pause", 0.1)])
 def test_no_window_has_too_many_starts(fake_clock, rate_and_burst, events):
     with Story(fake_clock, *rate_and_burst, all_look=True) as story:
         story.play(events)
@@ -496,6 +503,7 @@ def test_no_window_has_too_many_starts(fake_clock, rate_and_burst, events):
 
 @thoroughly
 @given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals, leavings), max_size=30))
+@example((1, 1), [("arrive", 3), ("pause", 1.0), ("leave", 0), ("pause", 0.1), ("attempt", 1)])
 def test_no_window_has_too_many_starts_when_waiters_leave(fake_clock, rate_and_burst, events):
     with Story(fake_clock, *rate_and_burst, all_look=True) as story:
         story.play(events)
@@ -504,6 +512,7 @@ def test_no_window_has_too_many_starts_when_waiters_leave(fake_clock, rate_and_b
 
 @thoroughly
 @given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals, looks, leavings), max_size=30))
+@example((1, 1), [("arrive", 3), *[("pause", 1.0), ("attempt", 1)] * 2])
 def test_no_window_has_too_many_starts_when_waiters_look_late(fake_clock, rate_and_burst, events):
     with Story(fake_clock, *rate_and_burst, all_look=False) as story:
         story.play([*events, *[("look", 0)] * 40])
@@ -530,15 +539,17 @@ def test_each_interval_serves_one_who_waits(fake_clock, rate_and_burst, events):
 
 
 @thoroughly
-@given(st.sampled_from(RATES_AND_BURSTS), st.lists(st.one_of(pauses, arrivals, leavings), max_size=30))
+@given(
+    st.sampled_from([(rate, burst) for rate, burst in RATES_AND_BURSTS if burst > 1]),
+    st.lists(st.one_of(st.tuples(st.just("pass_time"), st.integers(1, 40)), arrivals, leavings), max_size=30),
+)
 def test_the_wait_of_the_next_is_foretold_within_one_interval(fake_clock, rate_and_burst, events):
     with Story(fake_clock, *rate_and_burst, all_look=True) as story:
         story.play(events)
         foretold, now = story.limiter.expected_wait(), fake_clock.now()
         ticket = story.limiter.ticket()
         while not ticket.poll():
-            story.pause(0.01)
-            story.look_all()
+            story.pass_time(1)
         assert fake_clock.now() - now == pytest.approx(foretold, abs=1.05 / story.rate)
 
 
@@ -794,15 +805,20 @@ def test_a_blocking_caller_that_is_interrupted_gives_its_place_back(fake_clock):
     limiter = RateLimiter("1/hour")
     limiter.take_now()
     main_thread = threading.get_ident()
+    raised = threading.Event()
 
     def interrupt():
         try:
-            until(lambda: limiter.expected_wait() > 3600)
+            until(lambda: sys._current_frames()[main_thread].f_code is threading.Condition.wait.__code__)
+            time.sleep(0.02)  # into the system's own wait
         finally:
-            signal.pthread_kill(main_thread, signal.SIGUSR1)
+            # A signal that comes just before that wait is noticed with the next one only.
+            until(lambda: raised.is_set() or signal.pthread_kill(main_thread, signal.SIGUSR1))
 
     def raise_interrupt(_number, _frame):
-        raise KeyboardInterrupt
+        if not raised.is_set():
+            raised.set()
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGUSR1, raise_interrupt)
     try:
@@ -812,6 +828,7 @@ def test_a_blocking_caller_that_is_interrupted_gives_its_place_back(fake_clock):
         interrupter.result(SECONDS)
     finally:
         signal.signal(signal.SIGUSR1, before)
+    assert limiter.expected_wait() == pytest.approx(3600)
     fake_clock.tick(3600)
     assert limiter.take_now()
 
