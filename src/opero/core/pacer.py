@@ -105,8 +105,11 @@ class Pacer:
         """Seconds until a caller that joined the line now would have its slot."""
         with self._lock:
             next_slot = self._loop.timer.when if self._loop.timer is not None else self._free_at
+            now = clock.now()
             waiting = sum(not place.done() for place in self._line)
-            return max(0.0, next_slot - clock.now()) + waiting * self._interval
+            by_line = max(0.0, next_slot - now) + waiting * self._interval
+            by_bucket = max(self._all_granted_at, now) + waiting * self._interval - self._tolerance - now
+            return max(by_line, by_bucket)
 
     def join(self, wake: Callable[[], None] | None) -> Place | None:
         """Take a slot if one is free, and give None; else a place at the end of the line."""
@@ -127,14 +130,17 @@ class Pacer:
         with self._lock:
             now = clock.now()
             self._advance(now)
-            return place.granted and self._starts(now)
+            if not place.granted or now < self._may_start_at(place) or not self._starts(now):
+                return False
+            self._called.remove(place)
+            return True
 
     def due_in(self, place: Place) -> float:
         """Seconds until it is worth looking again."""
         with self._lock:
             now = clock.now()
             if place.granted:
-                return max(0.0, self._all_taken_at - self._tolerance - now)
+                return max(0.0, self._may_start_at(place) - now)
             if self._loop.timer is None:
                 return 0.0
             before = 0
@@ -151,10 +157,11 @@ class Pacer:
     def leave(self, place: Place) -> None:
         """Give up a place whose slot was not used."""
         with self._lock:
-            granted = place.granted
+            granted = place in self._called  # not so in a forked child, for what the parent granted
             place.cancel()
             self._tidy_line()
             if granted:
+                self._called.remove(place)
                 # asynciolimiter would lose a slot whose waiter is cancelled in the moment of the grant.
                 self._hand_on()
 
@@ -165,8 +172,10 @@ class Pacer:
         self._limiter = Limiter(self._rate, max_burst=self._max_burst)
         self._loop = _LoopStandIn()
         self._line.clear()
+        self._called: deque[Place] = deque()
         self._free_at = -math.inf
         self._all_taken_at = -math.inf
+        self._all_granted_at = -math.inf
 
     def _take_now(self, now: float) -> bool:
         self._advance(now)
@@ -174,6 +183,10 @@ class Pacer:
             return False
         self._free_at = now + self._interval
         return True
+
+    def _may_start_at(self, place: Place) -> float:
+        """Those that were granted a slot before ``place``, and have not started yet, keep their room."""
+        return self._all_taken_at - self._tolerance + self._called.index(place) * self._interval
 
     def _starts(self, now: float) -> bool:
         """Whether a call may start at this moment, by the "generic cell rate algorithm" (ITU-T I.371).
@@ -183,28 +196,42 @@ class Pacer:
         if now < self._all_taken_at - self._tolerance:
             return False
         self._all_taken_at = max(self._all_taken_at, now) + self._interval
+        self._all_granted_at = max(self._all_granted_at, self._all_taken_at)
         return True
 
     def _advance(self, now: float) -> None:
         """Run asynciolimiter's timer as far as the time has come."""
         loop = self._loop
         while loop.timer is not None and loop.timer.when <= now:
-            self._run_timer(now)
+            if now < self._all_granted_at - self._tolerance:
+                # The limiter makes up for a late timer; more than the starts may make up for would wait out of order.
+                loop.timer.when = self._all_granted_at - self._tolerance
+                return
+            missed = max(0.0, self._all_granted_at - now)
+            self._limiter.max_burst = max(1, int((self._tolerance + self._interval - missed) / self._interval))
+            granted = self._run_timer(now)
+            self._all_granted_at = max(self._all_granted_at, now) + granted * self._interval
             if loop.timer is None:
                 self._free_at = now
 
-    def _run_timer(self, now: float) -> None:
+    def _run_timer(self, now: float) -> int:
+        """Gives how many slots were granted."""
         loop = self._loop
         assert loop.timer is not None  # noqa: S101 - for the type checkers
         callback, loop.timer, loop.now = loop.timer.callback, None, now
         with _Running(loop):
             callback()
+        called = [place for place in self._line if place.granted]
+        self._called.extend(called)
+        granted = len(called)
         self._tidy_line()
+        return granted
 
     def _hand_on(self) -> None:
         for place in self._line:
             if not place.done():
                 place.set_result(None)
+                self._called.append(place)
                 self._tidy_line()
                 return
         # Nobody waits: the limiter finds that out when its timer runs, and is free again.
