@@ -1,7 +1,7 @@
 """Measure opero beside its peers, in one run, and print ratios.
 
-``python benchmarks/run.py [group …] [--repeat N]``; a group is ``calls``, ``maps`` or ``imports``. Machines differ
-and are shared: trust the ratio to the peer in the same group, not a single time.
+``python benchmarks/run.py [group …] [--repeat N]``; a group is ``calls``, ``caches``, ``maps`` or
+``imports``. Machines differ and are shared: trust the ratio to the peer in the same group, not a single time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-GROUPS = ("calls", "maps", "imports")
+GROUPS = ("calls", "caches", "maps", "imports")
 
 # A benchmark measures once and gives seconds; the first of its table is what the others are compared with.
 Row = tuple[str, "Callable[[], float]"]

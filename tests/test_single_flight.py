@@ -58,7 +58,7 @@ def until(condition):
 
 def waiters(f) -> int:
     """How many callers wait for a run of another's."""
-    return sum(len(flight.wakers) for flight in list(f.plan.cache.flights._under_way.values()))
+    return sum(len(flight.wakers) for flight in list(f.plan.cache.store.flights._under_way.values()))
 
 
 class Held:

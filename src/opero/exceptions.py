@@ -14,6 +14,7 @@ __all__ = [
     "NotTransferableError",
     "OperoError",
     "RemoteError",
+    "UnsafeCacheError",
     "WorkerCrashedError",
 ]
 
@@ -57,3 +58,7 @@ class NotTransferableError(OperoError):
 
 class RemoteError(OperoError):
     """An exception of a worker process that cannot be pickled; the message has its class and its text."""
+
+
+class UnsafeCacheError(OperoError, PermissionError):
+    """The folder of a disk cache could have been filled by somebody else."""

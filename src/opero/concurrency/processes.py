@@ -34,7 +34,7 @@ from opero.concurrency.process_worker import (
 )
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
 from opero.concurrency.transport import pack_items, pack_work, unpack_singly
-from opero.core.forks import ForkSafeLock, watch_forks
+from opero.core.forks import ForkSafeLock, foreign_threads, watch_forks
 from opero.core.signature import MISSING, name_of
 from opero.exceptions import NotTransferableError, OperoError
 
@@ -55,7 +55,7 @@ starting = ForkSafeLock()
 
 def default_start_method() -> str:
     """``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process."""
-    if sys.platform == "linux" and threading.active_count() == 1:
+    if sys.platform == "linux" and not foreign_threads():
         return "fork"
     return "spawn" if sys.platform == "win32" else "forkserver"
 
@@ -220,7 +220,7 @@ class ProcessPool:
 
     def _stay_safe(self) -> None:
         """Fork no more once threads have come that may hold locks; those of the pools themselves hold none for long."""
-        foreign = set(threading.enumerate()) - self._own_threads - {threading.current_thread()}
+        foreign = foreign_threads() - self._own_threads
         if self._method == "fork" and not self._method_is_given and foreign:
             # What cannot be pickled can only be forked.
             with contextlib.suppress(NotTransferableError):

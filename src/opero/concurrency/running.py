@@ -14,12 +14,14 @@ from opero.concurrency.progress import make_progress
 from opero.concurrency.scheduler import IteratorSource, Scheduler, Shape, Wake
 from opero.concurrency.worker import Work
 from opero.core.signature import parameter_slot
+from opero.core.steps import consult, consult_async
 
 if TYPE_CHECKING:
     from opero.concurrency.contract import Arguments, MapSettings
     from opero.concurrency.outcome import Sink
     from opero.concurrency.scheduler import Source
     from opero.core.plan import Plan
+    from opero.core.steps import Consult
 
 # Outcomes that a stream in input order keeps back for an earlier one.
 STREAM_WINDOW = 10_000
@@ -76,6 +78,15 @@ class _Wait:
         self.seconds = seconds
 
 
+class _Ask:
+    """Step of a running map: put these to the cache's store; sent back: the answers."""
+
+    __slots__ = ("steps",)
+
+    def __init__(self, steps: list[Consult]) -> None:
+        self.steps = steps
+
+
 class _Run:
     """One running map. Its two drivers, below, only wait and hand out."""
 
@@ -107,13 +118,12 @@ class _Run:
             wake=deliver,
         )
 
-    def steps(self) -> Generator[_Wait | list[Outcome[Any, Any]], Any, None]:
-        """Yields outcomes to hand out, and waits."""
+    def steps(self) -> Generator[_Wait | _Ask | list[Outcome[Any, Any]], Any, None]:
+        """Yields outcomes to hand out, what to ask the cache's store, and waits."""
         scheduler, pool = self._scheduler, self.pool
         pool.start(self._deliver)
         while True:
-            while (batch := scheduler.next_batch()) is not None:
-                pool.submit(batch)
+            yield from self._give_out()
             self._progress.show(scheduler.finished_items, scheduler.failed_items)
             outcomes = self._sink.take()
             if outcomes:
@@ -126,6 +136,18 @@ class _Run:
                 known = pool.receive(event)
                 if known is not None:
                     scheduler.handle(known)
+
+    def _give_out(self) -> Generator[_Ask, Any, None]:
+        """Send what can be sent, and ask the cache's store on the way."""
+        scheduler = self._scheduler
+        while True:
+            while asked := scheduler.consultations():
+                scheduler.answered((yield _Ask(asked)))
+            batch = scheduler.next_batch()
+            if batch is not None:
+                self.pool.submit(batch)
+            elif not scheduler.consultations():
+                return
 
     def close(self) -> None:
         """Give up what has not ended; the pool is stopped by the driver."""
@@ -147,6 +169,8 @@ def run_blocking(
             events = None
             if isinstance(step, list):
                 yield from step
+            elif isinstance(step, _Ask):
+                events = consult(step.steps)
             else:
                 events = _collect(inbox, step.seconds)
     except StopIteration:
@@ -234,6 +258,8 @@ async def run_awaiting(
             if isinstance(step, list):
                 for outcome in step:
                     yield outcome
+            elif isinstance(step, _Ask):
+                events = await consult_async(step.steps)
             else:
                 events = await inbox.collect(step.seconds)
     finally:

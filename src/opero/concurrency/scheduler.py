@@ -18,7 +18,7 @@ from opero.core.clock import clock
 from opero.core.flow import call_flow
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
-from opero.core.steps import Attempt, Await, Failed, Flow, Pause
+from opero.core.steps import Attempt, Await, Consult, Failed, Flow, Pause
 from opero.exceptions import WorkerCrashedError
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ MOST_TAKEN_UP = 1_000
 BATCH_SECONDS = 0.02
 FAST_SECONDS = 0.005
 MOST_BATCH_BYTES = 2_000_000
+# Items whose entries are asked for at once; so many only while all of them are found.
+MOST_LOOKED_UP = 500
 
 
 class Source(Protocol):
@@ -255,6 +257,8 @@ class Scheduler:
         self._in_flight = 0
         self._pausing = 0
         self._awaiting = 0
+        self._consulting: list[tuple[_Entry, Consult]] = []
+        self._look_ahead = 1
         self._more_at_once = False
         self._sent: set[Batch] = set()
         self._overdue: set[Batch] = set()
@@ -268,7 +272,8 @@ class Scheduler:
         """Whether nothing is left to do."""
         if self.failure is not None:
             return True
-        return self._source.exhausted and not (self._in_flight or self._pausing or self._awaiting or self._ready)
+        waiting = self._pausing or self._awaiting or self._consulting
+        return self._source.exhausted and not (self._in_flight or waiting or self._ready)
 
     def due_in(self) -> float | None:
         """Seconds until the scheduler wants to be asked again although nothing came back; None for never."""
@@ -290,6 +295,19 @@ class Scheduler:
             return None
         self._plan.stats.direct.add(len(items))
         return self._send(Batch(items, self._next_index - len(items)))
+
+    def consultations(self) -> list[Consult]:
+        """What to ask the cache's store now; the answers go to `answered` before anything else is asked of this."""
+        return [step for _, step in self._consulting]
+
+    def answered(self, answers: list[Any]) -> None:
+        """Take note of what the store said."""
+        asked, self._consulting = self._consulting, []
+        ended = self.finished_items
+        for (entry, _), answer in zip(asked, answers, strict=True):
+            self._advance(entry, answer)
+        all_found = self.finished_items - ended == len(asked)
+        self._look_ahead = min(MOST_LOOKED_UP, self._look_ahead * 2) if all_found else 1
 
     def handle(self, event: Done | Lost | Fatal | Wake) -> None:
         """Take note of what happened."""
@@ -332,8 +350,10 @@ class Scheduler:
         """Start flows until enough of them are ready; those that end at once (cache hits) are bounded too."""
         self._more_at_once = False
         for _ in range(MOST_TAKEN_UP):
-            busy = len(self._ready) + self._awaiting + self._in_flight
-            if len(self._ready) >= self._size.now or (self._one_at_a_time and busy >= self._pool.slots):
+            coming = len(self._ready) + len(self._consulting)
+            busy = coming + self._awaiting + self._in_flight
+            wanted = self._size.now if self._one_at_a_time else max(self._size.now, self._look_ahead)
+            if coming >= wanted or (self._one_at_a_time and busy >= self._pool.slots):
                 return
             items = self._pull(1)
             if not items:
@@ -365,10 +385,12 @@ class Scheduler:
         else:
             self._obey(entry, step)
 
-    def _obey(self, entry: _Entry, step: Attempt | Pause | Await) -> None:
+    def _obey(self, entry: _Entry, step: Attempt | Pause | Await | Consult) -> None:
         if isinstance(step, Attempt):
             entry.attempt = step
             self._ready.append(entry)
+        elif isinstance(step, Consult):
+            self._consulting.append((entry, step))
         elif isinstance(step, Pause):
             self._pausing += 1
             self._at(clock.now() + step.seconds, lambda: self._resume(entry))

@@ -11,6 +11,7 @@ from opero.exceptions import (
     NotTransferableError,
     OperoError,
     RemoteError,
+    UnsafeCacheError,
     WorkerCrashedError,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "OperoError",
     "RateLimiter",
     "RemoteError",
+    "UnsafeCacheError",
     "WorkerCrashedError",
     "clear_cache",
     "get_cache_decorator",

@@ -2,125 +2,115 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet
 
-from opero.core.checks import (
-    check_callable,
-    check_choice,
-    check_count,
-    check_known,
-    check_mapping,
-    check_seconds,
-    check_text,
-)
-from opero.core.clock import clock
-from opero.core.flights import Flight, Flights, Seat
+from opero.core.checks import check_callable
+from opero.core.flights import Flight, Seat
+from opero.core.identity import lasting_identity, plain_identity
 from opero.core.keys import KeyMaker
 from opero.core.plan import CacheInfo, Final, Plan
 from opero.core.resilient import OperoFunction, decorator
-from opero.core.signature import MISSING, name_of
-from opero.core.steps import Await, Failed, Flow, leading
+from opero.core.signature import MISSING, is_async
+from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
+from opero.core.stores.contract import BUSY, CLAIMED, Claim, Fault, Found, Keep, Lease, Release
+from opero.core.stores.memory import is_shared
+from opero.core.stores.settings import cache_settings
+from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Generator, Iterator, Mapping
 
     from opero.core.plan import Call
     from opero.core.stats import CallStats, Stats
+    from opero.core.stores.contract import Request, Store
+    from opero.core.stores.settings import CacheSettings
 
 __all__ = ["clear_cache", "get_cache_decorator"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FOREVER = float("inf")
-MEMORY_MAXSIZE = 10_000
-MEMORY_POLICIES = {"lru": "LRUCache", "lfu": "LFUCache", "fifo": "FIFOCache"}
+# How often to look whether another process has finished.
+_FIRST_LOOK, _LAST_LOOK = 0.002, 0.1
 
 
-class MemoryStore:
-    """Entries in this process: a cachebox cache behind opero's contract.
-
-    The caches of cachebox expire by their own clocks or not at all; here every entry has its own end, so that functions
-    with different ``cache_ttl`` can share a namespace.
-    """
-
-    def __init__(self, maxsize: int = MEMORY_MAXSIZE, policy: str = "lru") -> None:
-        import cachebox
-
-        self.maxsize = maxsize
-        self.policy = policy
-        self.flights = Flights()
-        self._entries = getattr(cachebox, MEMORY_POLICIES[policy])(maxsize)
-        self.look_up: Callable[[Any], tuple[Any, float] | None] = self._entries.get
-
-    def get(self, key: Any) -> tuple[Any, float] | None:
-        entry = self.look_up(key)
-        # An expired entry is left to its successor: deleting it here could hit one that was stored just now.
-        return entry if entry is None or entry[1] > clock.now() else None
-
-    def put(self, key: Any, value: Any, ttl: float | None) -> None:
-        self._entries[key] = (value, FOREVER if ttl is None else clock.now() + ttl)
-
-    def delete(self, key: Any) -> bool:
-        entry = self._entries.pop(key, None)
-        return entry is not None and entry[1] > clock.now()
-
-    def clear(self) -> None:
-        self._entries.clear()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-class CacheInMemory:
+class Cache:
     """Key, entry, and who computes: one function's view of a store."""
 
-    def __init__(self, store: MemoryStore, keys: KeyMaker, *, namespace: str, ttl: float | None) -> None:
-        self.store = store
+    def __init__(self, function: Callable[..., Any], keys: KeyMaker, settings: CacheSettings) -> None:
         self.keys = keys
-        self.namespace = namespace
-        self.ttl = ttl
-        self.flights = store.flights
+        self.ttl = settings.ttl
+        self._function = function
+        self._settings = settings
         with _lock:
-            _policies.add(self)
+            _caches.add(self)
+
+    @cached_property
+    def store(self) -> Store:
+        """Where the entries live; of what outlives the process, opened at the first call."""
+        in_memory = self._settings.backend == "memory"
+        return self._settings.store(self._settings.namespace if in_memory else self.namespace)
+
+    @cached_property
+    def namespace(self) -> str:
+        """The name under which the entries live."""
+        if self._settings.namespace is not None:
+            return self._settings.namespace
+        identity = plain_identity if self._settings.backend == "memory" else lasting_identity
+        return identity(self._function)
 
     @property
-    def look_up(self) -> Callable[[Any], tuple[Any, float] | None]:
-        return self.store.look_up
+    def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
+        if self._settings.backend == "memory":
+            return self.store.look_up
+        if is_async(self._function) and not self._settings.reads_at_once:
+            return None
+        return self._look_up
 
-    def info(self, stats: CallStats) -> CacheInfo:
-        return CacheInfo(stats.hits, stats.calls - stats.hits, self.store.maxsize, len(self.store))
+    def _look_up(self, key: Any) -> tuple[Any, float] | None:
+        # Not the store's own: it is made at the first call.
+        return self.store.look_up(key)
 
     @property
     def entries_may_expire(self) -> bool:
-        return self.ttl is not None or self.store in _shared_stores.values()
+        # The other stores hand out no entry that has expired.
+        return self._settings.backend == "memory" and (self.ttl is not None or is_shared(self.store))
+
+    def info(self, stats: CallStats) -> CacheInfo:
+        return CacheInfo(stats.hits, stats.calls - stats.hits, self._settings.maxsize, self._count())
 
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
         key = call.key = self.keys.key_of(*call.args, **call.kwargs) if call.key is MISSING else call.key
+        flights = self.store.flights
         while True:
-            entry = self.store.get(key)
-            if entry is not None:
-                return self._hit(call, entry[0], stats)
-            flight, is_leader = self.flights.board(key)
+            if self.store.is_instant:
+                (there,) = self.store.perform([Claim(Lease(key))])
+                if there.__class__ is Found:
+                    return self._hit(call, there.value, stats)
+            flight, is_leader = flights.board(key)
             if is_leader:
                 return (yield from self._lead(flight, call, compute, stats))
             # To wait for a call that this one is part of, or that this thread has to go on for, would be for ever.
             if flight.badge in leading.get() or (call.blocks and flight.thread == threading.get_ident()):
                 stats.flown.tick()
                 return (yield from compute())
-            yield Await(Seat(self.flights, flight))
+            yield Await(Seat(flights, flight))
             if not flight.abandoned:
                 return self._joined(call, flight, stats)
 
     def delete(self, key: Any) -> bool:
-        self.flights.invalidate(key)
-        return self.store.delete(key)
+        self.store.flights.invalidate(key)
+        with _managing(self.store, "delete from"):
+            return self.store.delete(key)
 
     def clear(self) -> None:
-        self.flights.invalidate()
-        self.store.clear()
+        self.store.flights.invalidate()
+        with _managing(self.store, "clear"):
+            self.store.clear()
 
     def _hit(self, call: Call, value: Any, stats: Stats) -> Any:
         stats.hits.tick()
@@ -134,56 +124,69 @@ class CacheInMemory:
         return flight.outcome
 
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
+        flights, lease = self.store.flights, Lease(flight.key)
         try:
-            # Another leader may have stored and landed between this call's look and its boarding.
-            entry = self.store.get(flight.key)
-            if entry is not None:
-                self.flights.land(flight, entry[0])
-                return self._hit(call, entry[0], stats)
+            # Another leader, here or elsewhere, may have stored between this call's look and its boarding.
+            claim = yield from self._claim(lease)
+            if claim.__class__ is Found:
+                flights.land(flight, claim.value)
+                return self._hit(call, claim.value, stats)
+            self._note_fault(claim, stats)
             stats.flown.tick()
             call.flight = flight.badge
             outcome = yield from compute()
             if outcome.__class__ is Final:
                 # A hook made this result up; it is the call's, but not the function's to be remembered.
-                self.flights.land(flight, outcome.outcome)
+                flights.land(flight, outcome.outcome)
                 return outcome
-            if outcome.__class__ is not Failed:
-                self._store(flight, outcome)
-            self.flights.land(flight, outcome)
+            if outcome.__class__ is not Failed and (claim is CLAIMED or lease.held):
+                self._note_fault((yield from self._ask(Keep(lease, outcome, self.ttl, flight))), stats)
+            elif lease.held:
+                self._note_fault((yield from self._ask(Release(lease))), stats)
+            flights.land(flight, outcome)
             return outcome
         finally:
-            self.flights.abandon(flight)
+            flights.abandon(flight)
+            self.store.let_go(lease)
 
-    def _store(self, flight: Flight, value: Any) -> None:
-        with self.flights.lock:
-            if not flight.stale:
-                self.store.put(flight.key, value, self.ttl)
+    def _claim(self, lease: Lease) -> Generator[Any, Any, Any]:
+        look = _FIRST_LOOK
+        while True:
+            answer = yield from self._ask(Claim(lease))
+            if answer is not BUSY:
+                return answer
+            yield Pause(look)
+            look = min(_LAST_LOOK, look * 2)
+
+    def _ask(self, request: Request) -> Generator[Any, Any, Any]:
+        if self.store.is_instant:
+            return self.store.perform([request])[0]
+        return (yield Consult(self.store, request))
+
+    def _note_fault(self, answer: Any, stats: Stats) -> None:
+        if answer.__class__ is Fault:
+            stats.cache_errors.tick()
+            self.store.complain(answer.error)
+
+    def _count(self) -> int:
+        with _managing(self.store, "count the entries of"):
+            return len(self.store)
+
+
+@contextlib.contextmanager
+def _managing(store: Store, what: str) -> Iterator[None]:
+    """Who manages a cache is told when that failed: it is not a call that could go on without."""
+    try:
+        yield
+    except OperoError:
+        raise
+    except Exception as error:
+        msg = f"could not {what} {store}: {type(error).__name__}: {error}"
+        raise OperoError(msg) from error
 
 
 _lock = threading.Lock()
-_policies: WeakSet[CacheInMemory] = WeakSet()
-_shared_stores: WeakValueDictionary[str, MemoryStore] = WeakValueDictionary()
-
-
-def memory_store(namespace: str | None, *, maxsize: int = MEMORY_MAXSIZE, policy: str = "lru") -> MemoryStore:
-    """A store of its own, or with a ``namespace`` the one that all functions of that namespace share."""
-    if namespace is None:
-        return MemoryStore(maxsize, policy)
-    with _lock:
-        store = _shared_stores.get(namespace)
-        if store is None:
-            _shared_stores[namespace] = store = MemoryStore(maxsize, policy)
-        elif (store.maxsize, store.policy) != (maxsize, policy):
-            msg = (
-                f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
-                f"but now got maxsize={maxsize} and policy={policy!r}; give both functions the same cache_options"
-            )
-            raise ValueError(msg)
-        return store
-
-
-_BACKENDS = ("memory",)
-_MEMORY_OPTIONS = ("maxsize", "policy")
+_caches: WeakSet[Cache] = WeakSet()
 
 
 def cache_policy(
@@ -194,26 +197,15 @@ def cache_policy(
     key: Callable[..., Any] | None = None,
     namespace: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> CacheInMemory:
+) -> Cache:
     """Check the cache's options and make the policy for ``function``."""
-    check_choice("cache_backend", backend, _BACKENDS)
-    if ttl is not None:
-        check_seconds("cache_ttl", ttl, zero=False)
+    settings = cache_settings(ttl=ttl, backend=backend, namespace=namespace, options=options)
     if key is not None:
         check_callable("cache_key", key, "a function of the same arguments that returns the key")
-    if namespace is not None:
-        check_text("cache_namespace", namespace, "a name for where the entries live")
-    given = check_mapping("cache_options", options)
-    check_known("cache_options", given, _MEMORY_OPTIONS)
-    maxsize = check_count("cache_options['maxsize']", given.get("maxsize", MEMORY_MAXSIZE), "entries", smallest=1)
-    policy = check_choice("cache_options['policy']", given.get("policy", "lru"), MEMORY_POLICIES)
-    identity = f"{getattr(function, '__module__', None)}.{name_of(function)}"
-    return CacheInMemory(
-        memory_store(namespace, maxsize=maxsize, policy=policy),
-        KeyMaker(function, key),
-        namespace=identity if namespace is None else namespace,
-        ttl=ttl,
-    )
+    cache = Cache(function, KeyMaker(function, key, digest=backend != "memory"), settings)
+    if backend == "memory":
+        _ = cache.store  # a namespace that others use with other options is refused when decorating
+    return cache
 
 
 def get_cache_decorator(
@@ -228,11 +220,10 @@ def get_cache_decorator(
 
     Args:
         cache_ttl: Seconds an entry lives; None keeps it for ever.
-        cache_backend: ``"memory"``.
+        cache_backend: ``"memory"``, ``"disk"`` or ``"redis"``.
         cache_key: Function of the same arguments that returns the key to use in their place.
         cache_namespace: Functions with one namespace share entries. Default: each function has its own.
-        **options: As ``cache_options`` of `opero.opero`: ``maxsize`` (entries, 10 000 by default), ``policy``
-            (``"lru"``, ``"lfu"`` or ``"fifo"``).
+        **options: As ``cache_options`` of `opero.opero`, such as ``maxsize`` or ``cache_dir``.
 
     Raises:
         TypeError: If an option has the wrong type or is not known.
@@ -268,6 +259,6 @@ def clear_cache(namespace: str | None = None) -> None:
             (``"module.qualified_name"``). Default: every namespace.
     """
     with _lock:
-        chosen = [policy for policy in _policies if namespace is None or policy.namespace == namespace]
-    for policy in chosen:
-        policy.clear()
+        chosen = [cache for cache in _caches if namespace is None or cache.namespace == namespace]
+    for cache in chosen:
+        cache.clear()

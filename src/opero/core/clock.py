@@ -19,11 +19,15 @@ async def _asyncio_sleep(seconds: float) -> None:
 
 
 class Clock:
-    """Monotonic time and both kinds of sleep, as attributes so that a test can put its own in their place."""
+    """Monotonic time, the time of day, and both kinds of sleep, as attributes so that a test can replace them.
 
-    __slots__ = ("async_sleep", "now", "sleep")
+    ``wall`` is only for what outlives the process: the end of an entry on disk.
+    """
+
+    __slots__ = ("async_sleep", "now", "sleep", "wall")
 
     now: Callable[[], float]
+    wall: Callable[[], float]
     sleep: Callable[[float], None]
     async_sleep: Callable[[float], Awaitable[None]]
 
@@ -32,6 +36,7 @@ class Clock:
 
     def reset(self) -> None:
         self.now = time.monotonic
+        self.wall = time.time
         self.sleep = time.sleep
         self.async_sleep = _asyncio_sleep
 

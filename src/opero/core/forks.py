@@ -24,6 +24,20 @@ def watch_forks(thing: ForkSensitive) -> None:
     _watched.add(thing)
 
 
+# Threads of opero's own whose locks a child makes anew.
+_fork_safe: WeakSet[threading.Thread] = WeakSet()
+
+
+def allow_forks(thread: threading.Thread) -> None:
+    """Promise that ``thread`` holds no lock that a forked child could miss."""
+    _fork_safe.add(thread)
+
+
+def foreign_threads() -> set[threading.Thread]:
+    """The other threads, which may hold a lock when this one forks."""
+    return set(threading.enumerate()) - set(_fork_safe) - {threading.current_thread()}
+
+
 class ForkSafeLock:
     """A lock that is free in a forked child, whoever held it in the parent."""
 

@@ -3,21 +3,27 @@
 `freeze` turns any argument into a hashable form in which every value stands beside its type, at every depth, so that
 ``1``, ``1.0`` and ``True`` are three. Plain arguments (exactly int, str, bool, bytes or None) need no such form: the
 source made by `KeyMaker` pairs them with their classes on the spot.
+
+Within `values_only` the form holds nothing that belongs to this process: objects that are otherwise known by identity
+or by their own ``__eq__`` become an `Opaque`, which `opero.core.digests` pickles.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import functools
 import struct
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, Self
 
+from opero.core.digests import PLAIN_TYPES, Opaque, UncacheableError, digest_of, digest_of_plain
 from opero.core.signature import compile_function, forwarding, name_of
 from opero.exceptions import MisuseError
 
@@ -26,14 +32,26 @@ if TYPE_CHECKING:
 
     from opero.core.signature import Forwarding
 
-PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
-
 Frozen = Any
 Freezer = Callable[[Any], Frozen]
 
 
-class UncacheableError(TypeError):
-    """A value that cannot be part of a cache key."""
+_manner = threading.local()
+
+
+@contextlib.contextmanager
+def values_only() -> Iterator[None]:
+    """Let `freeze`, in this thread, refer to no object of this process."""
+    before = _only_values()
+    _manner.values_only = True
+    try:
+        yield
+    finally:
+        _manner.values_only = before
+
+
+def _only_values() -> bool:
+    return getattr(_manner, "values_only", False)
 
 
 def freeze(value: Any) -> Frozen:
@@ -61,7 +79,16 @@ def _freezer_by_inheritance(value: Any) -> Freezer:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         return _freeze_array
-    return _freeze_hashable
+    return _pandas_freezer(value) or _freeze_hashable
+
+
+def _pandas_freezer(value: Any) -> Freezer | None:
+    pandas = sys.modules.get("pandas")
+    if pandas is None:
+        return None
+    if isinstance(value, pandas.DataFrame):
+        return _freeze_frame
+    return _freeze_column if isinstance(value, (pandas.Series, pandas.Index)) else None
 
 
 def _freeze_each(values: Any) -> Frozen:
@@ -117,7 +144,26 @@ def _freeze_array(array: Any) -> Frozen:
     return (repr(array.dtype), array.shape, array.tobytes())
 
 
+def _freeze_frame(frame: Any) -> Frozen:
+    columns = [_freeze_column(frame.iloc[:, place]) for place in range(frame.shape[1])]
+    return (_freeze_column(frame.columns), _freeze_column(frame.index), tuple(columns))
+
+
+def _freeze_column(column: Any) -> Frozen:
+    """A pandas Series or Index: its names, its type, its values, and for a Series its index."""
+    pandas = sys.modules["pandas"]
+    labels = freeze(list(column.names)) if isinstance(column, pandas.Index) else freeze(column.name)
+    index = _freeze_column(column.index) if isinstance(column, pandas.Series) else None
+    categories = getattr(column.dtype, "categories", None)
+    kind = (repr(column.dtype), None if categories is None else _freeze_each(categories.tolist()))
+    if isinstance(column.dtype, sys.modules["numpy"].dtype) and not isinstance(column, pandas.MultiIndex):
+        return (labels, index, kind, _freeze_array(column.to_numpy()))
+    return (labels, index, kind, _freeze_each(column.tolist()))
+
+
 def _freeze_hashable(value: Any) -> Frozen:
+    if _only_values():
+        return Opaque(value)
     try:
         hash(value)
     except Exception as error:
@@ -169,6 +215,8 @@ class _HeldIdentity:
 
 
 def _freeze_by_identity(value: Any) -> Frozen:
+    if _only_values():
+        return Opaque(value)
     try:
         return _Identity(value)
     except TypeError:
@@ -193,8 +241,17 @@ def _library_freezers() -> dict[type, Freezer]:
     """Exact types whose modules are not needed by programs that never pass them."""
     import datetime as dt
     import decimal
+    import uuid
 
-    return {dt.datetime: _freeze_moment, dt.time: _freeze_moment, dt.timezone: repr, decimal.Decimal: str}
+    return {
+        dt.date: dt.date.isoformat,
+        dt.datetime: _freeze_moment,
+        dt.time: _freeze_moment,
+        dt.timedelta: repr,
+        dt.timezone: repr,
+        decimal.Decimal: str,
+        uuid.UUID: str,
+    }
 
 
 @functools.cache
@@ -222,49 +279,74 @@ def _inherited_freezers() -> tuple[tuple[type, Freezer], ...]:
 class KeyMaker:
     """Gives the cache key of a call, and the source of it for a compiled wrapper.
 
+    Args:
+        function: Whose arguments the key is made of.
+        cache_key: What the user gave to make the key in their place.
+        digest: Whether the key has to be the same in every process, and to tell nothing of the arguments.
+
     Attributes:
         source: An expression over the function's parameters, to be evaluated in `namespace`.
         key_of: A function of the same arguments that gives the key.
     """
 
-    def __init__(self, function: Callable[..., Any], cache_key: Callable[..., Any] | None) -> None:
+    def __init__(self, function: Callable[..., Any], cache_key: Callable[..., Any] | None, *, digest: bool) -> None:
         shape = forwarding(function)
         name = name_of(function)
         self._is_method = [False]
-        self.source = _key_source(shape) if cache_key is None else f"_opero_users_key({shape.call})"
+        finish = _by_digest if digest else _as_it_is
+        self.source = _key_source(shape, digest=digest) if cache_key is None else f"_opero_users_key({shape.call})"
         # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
         self.namespace: dict[str, Any] = {
             "_opero_plain": PLAIN_TYPES,
-            "_opero_frozen_key": _argument_freezer(shape.names, name, self._is_method),
-            "_opero_users_key": None if cache_key is None else _users_key(cache_key, name),
+            "_opero_digest": digest_of_plain,
+            "_opero_frozen_key": _argument_freezer(shape.names, name, self._is_method, finish),
+            "_opero_users_key": None if cache_key is None else _users_key(cache_key, name, finish),
         }
         source = f"def key_of({shape.parameters}):\n    return {self.source}\n"
         self.key_of = compile_function(source, "key_of", {**self.namespace, **shape.defaults})
 
     def belongs_to_method(self) -> None:
-        """The first parameter is the instance that owns the method: told apart by identity, and not kept alive."""
+        """The first parameter is the instance that owns the method: told apart by identity, and not kept alive.
+
+        A key that outlives the process knows no identity: there an instance is what its values are.
+        """
         self._is_method[0] = True
 
 
-def _argument_freezer(names: tuple[str, ...], function: str, is_method: list[bool]) -> Callable[..., Frozen]:
+# From a way to freeze something to the finished part of a key.
+Finish = Callable[[Callable[[Any], Frozen], Any], Any]
+
+
+def _as_it_is(freezer: Callable[[Any], Frozen], value: Any) -> Frozen:
+    return freezer(value)
+
+
+def _by_digest(freezer: Callable[[Any], Frozen], value: Any) -> bytes:
+    with values_only():
+        return digest_of(freezer(value))
+
+
+def _argument_freezer(
+    names: tuple[str, ...], function: str, is_method: list[bool], finish: Finish
+) -> Callable[..., Frozen]:
     def frozen_key(*values: Any) -> Frozen:
         frozen = []
         for name, value in zip(names, values, strict=True):
+            is_owner = is_method[0] and name == names[0] and finish is _as_it_is
             try:
-                owner = is_method[0] and name == names[0]
-                frozen.append(_freeze_by_identity(value) if owner else freeze(value))
+                frozen.append(finish(_freeze_by_identity if is_owner else freeze, value))
             except (UncacheableError, RecursionError) as error:
                 raise MisuseError(_complaint(name, function, error)) from error
-        return tuple(frozen)
+        return finish(tuple, frozen)
 
     return frozen_key
 
 
-def _users_key(cache_key: Callable[..., Any], function: str) -> Callable[..., Frozen]:
+def _users_key(cache_key: Callable[..., Any], function: str, finish: Finish) -> Callable[..., Frozen]:
     def users_key(*args: Any, **kwargs: Any) -> Frozen:
         key = cache_key(*args, **kwargs)
         try:
-            return freeze(key)
+            return finish(freeze, key)
         except (UncacheableError, RecursionError) as error:
             msg = f"cache_key= of {function} returned a {type(key).__qualname__}: {error}; return text or numbers"
             raise MisuseError(msg) from error
@@ -280,12 +362,13 @@ def _complaint(name: str, function: str, error: Exception) -> str:
     )
 
 
-def _key_source(shape: Forwarding) -> str:
+def _key_source(shape: Forwarding, *, digest: bool) -> str:
     packed = "".join(f"{name}, " for name in shape.names)
     if shape.variadic:
         return f"_opero_frozen_key({packed})"
     if not shape.names:
-        return "()"
+        return "_opero_digest(())" if digest else "()"
     plain = " and ".join(f"{name}.__class__ in _opero_plain" for name in shape.names)
     classes = "".join(f"{name}.__class__, " for name in shape.names)
-    return f"({packed}{classes}) if {plain} else _opero_frozen_key({packed})"
+    quick = f"_opero_digest(({packed}))" if digest else f"({packed}{classes})"
+    return f"{quick} if {plain} else _opero_frozen_key({packed})"

@@ -99,8 +99,8 @@ class CachePolicy(Protocol):
     keys: KeyMaker
 
     @property
-    def look_up(self) -> Callable[[Any], tuple[Any, float] | None]:
-        """The entry ``(result, expires_at)`` of a key, expired or not, or None."""
+    def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
+        """Gives the entry ``(result, expires_at)`` of a key, expired or not, or None; None if that could block."""
         ...
 
     @property

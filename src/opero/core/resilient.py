@@ -264,13 +264,14 @@ def _compile_wrapper(plan: Plan) -> Callable[..., Any]:
         "_opero_enter": entrances.enter,
         "_opero_recover": entrances.recover,
     }
-    if plan.cache is not None:
+    look_up = None if plan.cache is None else plan.cache.look_up
+    if plan.cache is not None and look_up is not None:
         words["key"] = plan.cache.keys.source
         words["in_time"] = " and _opero_entry[1] > _opero_clock.now()" if plan.cache.entries_may_expire else ""
         namespace |= plan.cache.keys.namespace
-        namespace |= {"_opero_look_up": plan.cache.look_up, "_opero_count_hit": plan.stats.hits.tick}
+        namespace |= {"_opero_look_up": look_up, "_opero_count_hit": plan.stats.hits.tick}
         template = _CACHED
-    elif plan.first_attempt_is_direct:
+    elif plan.cache is None and plan.first_attempt_is_direct:
         words["guard"] = "" if plan.limit is None else _GUARD.format(**words)
         namespace["_opero_function"] = entrances.function
         entrances.when_looked_at(lambda: namespace.update(_opero_function=plan.function))

@@ -7,7 +7,7 @@ blocks, `drive_async` awaits; the scheduler of a map is the third driver. None o
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -93,7 +93,37 @@ class Await:
         self.arrival = arrival
 
 
-Step = Attempt | Pause | Await
+class Asked(Protocol):
+    """Something that answers requests, and may block while it does so."""
+
+    def perform(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer requests in order."""
+        ...
+
+
+class Consult:
+    """Step: put one request to ``store``; sent back: its answer. Many may be put at once."""
+
+    __slots__ = ("request", "store")
+
+    def __init__(self, store: Asked, request: Any) -> None:
+        self.store = store
+        self.request = request
+
+
+def consult(steps: Sequence[Consult]) -> list[Any]:
+    """Put the requests of steps that go to the same store."""
+    return steps[0].store.perform([step.request for step in steps])
+
+
+async def consult_async(steps: Sequence[Consult]) -> list[Any]:
+    """The same in a thread, so that the event loop goes on; a request goes on to its end even if this is cancelled."""
+    import asyncio
+
+    return await asyncio.get_running_loop().run_in_executor(None, consult, steps)
+
+
+Step = Attempt | Pause | Await | Consult
 Flow = Generator[Step, Any, Any]
 
 
@@ -207,6 +237,8 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
             elif isinstance(step, Pause):
                 clock.sleep(step.seconds)
                 sent = None
+            elif isinstance(step, Consult):
+                (sent,) = consult([step])
             else:
                 await_arrival(step.arrival)
                 sent = None
@@ -232,6 +264,8 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
             elif isinstance(step, Pause):
                 await clock.async_sleep(step.seconds)
                 sent = None
+            elif isinstance(step, Consult):
+                (sent,) = await consult_async([step])
             else:
                 await await_arrival_async(step.arrival)
                 sent = None

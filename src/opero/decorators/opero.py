@@ -17,7 +17,7 @@ from opero.core.signature import is_async, name_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from opero.core.cache import CacheInMemory
+    from opero.core.cache import Cache
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -115,7 +115,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
     )
 
 
-def _cache(function: Callable[..., Any], given: dict[str, Any]) -> CacheInMemory | None:
+def _cache(function: Callable[..., Any], given: dict[str, Any]) -> Cache | None:
     if not check_flag("cache", given["cache"]):
         return None
     return cache_policy(

@@ -1,0 +1,62 @@
+"""Digests: keys that are the same in every process, and from which no argument can be read."""
+
+from __future__ import annotations
+
+import marshal
+import pickle
+from hashlib import blake2b
+from typing import Any
+
+PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
+
+SIZE = 20
+# Old enough for every supported Python, so that they share their entries.
+_PICKLE_PROTOCOL = 4
+# Later versions of the format note which objects are one and the same, so that equal values look different.
+_MARSHAL_VERSION = 2
+
+
+class UncacheableError(TypeError):
+    """A value that cannot be part of a cache key."""
+
+
+class Opaque:
+    """A value of which a key that outlives the process knows no more than how to pickle it."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def digest_of_plain(values: tuple[Any, ...]) -> bytes:
+    """The digest of values that are all of exactly the `PLAIN_TYPES`, which `marshal` tells apart."""
+    return blake2b(marshal.dumps(values, _MARSHAL_VERSION), digest_size=SIZE, person=b"plain").digest()
+
+
+def digest_of(frozen: Any) -> bytes:
+    """The digest of what `opero.core.keys.freeze` made within ``values_only``."""
+    return blake2b(marshal.dumps(_spell(frozen), _MARSHAL_VERSION), digest_size=SIZE, person=b"frozen").digest()
+
+
+def _spell(frozen: Any) -> Any:
+    """Values for `marshal`: lists, which never occur in a frozen form, say what is not a plain value or a tuple."""
+    kind = frozen.__class__
+    if kind in PLAIN_TYPES:
+        return frozen
+    if kind is tuple:
+        return tuple([_spell(part) for part in frozen])
+    if kind is frozenset:
+        return ["set", sorted(marshal.dumps(_spell(part), _MARSHAL_VERSION) for part in frozen)]
+    if isinstance(frozen, type):
+        module = "__main__" if frozen.__module__ == "__mp_main__" else frozen.__module__
+        return ["type", module, frozen.__qualname__]
+    return ["pickle", _pickle(frozen.value if kind is Opaque else frozen)]
+
+
+def _pickle(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value, _PICKLE_PROTOCOL)
+    except Exception as error:
+        msg = f"a {type(value).__qualname__} cannot be pickled ({type(error).__name__}: {error})"
+        raise UncacheableError(msg) from error

@@ -1,0 +1,97 @@
+"""Which function is it? The name under which its results are kept, the same in every process."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from opero.core.digests import UncacheableError, digest_of
+from opero.core.keys import freeze, values_only
+from opero.core.signature import innermost, name_of
+from opero.exceptions import MisuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def plain_identity(function: Callable[..., Any]) -> str:
+    """Module and qualified name, as they stand."""
+    return f"{getattr(function, '__module__', None)}.{name_of(function)}"
+
+
+def lasting_identity(function: Callable[..., Any]) -> str:
+    """A name that no other function has, in this process or another one.
+
+    Functions that are reached by module and name are known by these. What can share a name (lambdas, functions made
+    inside functions, partials, bound methods, callable objects, sessions without a file) is known by its code and by
+    the values that it carries, too.
+
+    Raises:
+        MisuseError: If these values cannot be told apart.
+    """
+    try:
+        with values_only():
+            return _identity(function, frozenset())
+    except (UncacheableError, RecursionError) as error:
+        reason = str(error) if isinstance(error, UncacheableError) else "it is nested too deeply"
+        name = name_of(function)
+        msg = f"{name} carries a value that cannot be told apart from others: {reason}; give cache_namespace="
+        raise MisuseError(msg) from error
+
+
+def _identity(function: Any, inside: frozenset[int]) -> str:
+    function = _undecorated(function)
+    module, has_file = _module(innermost(function))
+    name = f"{module}.{name_of(function)}"
+    particulars = _particulars(function, inside | {id(function)}, has_file=has_file)
+    return name if particulars is None else f"{name}#{digest_of(particulars).hex()}"
+
+
+def _undecorated(function: Any) -> Any:
+    while hasattr(type(function), "cache_delete") and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def _module(function: Any) -> tuple[str, bool]:
+    name = getattr(function, "__module__", None) or ""
+    if name not in {"__main__", "__mp_main__"}:
+        return name, True
+    # Every script is `__main__`, and its own worker processes know it as `__mp_main__`.
+    file = getattr(function, "__globals__", {}).get("__file__") or getattr(sys.modules.get(name), "__file__", None)
+    return ("__main__", False) if file is None else (f"__main__({os.path.realpath(file)})", True)
+
+
+def _particulars(function: Any, inside: frozenset[int], *, has_file: bool) -> Any:
+    if isinstance(function, functools.partial):
+        return (_identity(function.func, inside), freeze(function.args), freeze(function.keywords))
+    if isinstance(function, types.MethodType):
+        return (_identity(function.__func__, inside), freeze(function.__self__))
+    if not isinstance(function, types.FunctionType):
+        return None if isinstance(function, types.BuiltinFunctionType) else freeze(function)
+    by_name = "<" not in function.__qualname__ and function.__code__.co_name == function.__name__
+    if by_name and has_file and not function.__closure__:
+        return None
+    return (_freeze_code(function.__code__), tuple([_captured(cell, inside) for cell in function.__closure__ or ()]))
+
+
+def _captured(cell: Any, inside: frozenset[int]) -> Any:
+    try:
+        value = _undecorated(cell.cell_contents)
+    except ValueError:
+        return "nothing yet"
+    if id(value) in inside:
+        return "itself"
+    if isinstance(value, types.ModuleType):
+        return ("module", value.__name__)
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        return ("function", _identity(value, inside))
+    return value if isinstance(value, type) else freeze(value)
+
+
+def _freeze_code(code: types.CodeType) -> Any:
+    constants = [_freeze_code(part) if isinstance(part, types.CodeType) else freeze(part) for part in code.co_consts]
+    return (code.co_code, tuple(constants), code.co_names, code.co_varnames, code.co_freevars)

@@ -1,0 +1,192 @@
+"""What the cache asks of a store, and what it may answer.
+
+A store is asked in lists, so that a map can ask for many keys at once. `perform` never raises for what is wrong with
+the backend: it answers with a `Fault`, and the call goes on without the cache.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from opero.core.clock import clock
+from opero.utils.logging import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opero.core.flights import Flight, Flights
+
+FOREVER = float("inf")
+# How long a backend that failed as a whole is left alone.
+REST_SECONDS = 5.0
+
+
+class Found:
+    """Answer: the entry's value."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Fault:
+    """Answer: the backend could not do it."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class _Answer:
+    """An answer that says all by its identity."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+CLAIMED = _Answer("CLAIMED")
+BUSY = _Answer("BUSY")
+DONE = _Answer("DONE")
+
+
+class Lease:
+    """The right to compute the result for one key, against all processes that share the store.
+
+    ``dropped`` may be set while a thread is still on its way to claim it, which then gives it back at once.
+    """
+
+    __slots__ = ("dropped", "generation", "held", "key", "token")
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+        self.token = b""
+        self.held = False
+        self.dropped = False
+        self.generation: Any = None
+
+    def renew_token(self) -> None:
+        self.token = os.urandom(12).hex().encode()
+
+
+class Claim:
+    """Request: the entry, or else the right to compute it; answered by `Found`, `CLAIMED` or `BUSY`."""
+
+    __slots__ = ("lease",)
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+
+
+class Keep:
+    """Request: store a result unless it is stale by now, and give the lease back; answered by `DONE`."""
+
+    __slots__ = ("flight", "lease", "ttl", "value")
+
+    def __init__(self, lease: Lease, value: Any, ttl: float | None, flight: Flight | None = None) -> None:
+        self.lease = lease
+        self.value = value
+        self.ttl = ttl
+        self.flight = flight
+
+    @property
+    def is_stale(self) -> bool:
+        return self.flight is not None and self.flight.stale
+
+
+class Release:
+    """Request: give a lease back without a result; answered by `DONE`."""
+
+    __slots__ = ("lease",)
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+
+
+Request = Claim | Keep | Release
+
+
+class Store(Protocol):
+    """Entries under keys. ``is_instant``: no request ever blocks."""
+
+    is_instant: ClassVar[bool]
+    flights: Flights
+    maxsize: int | None
+
+    @property
+    def look_up(self) -> Callable[[Any], tuple[Any, float] | None]:
+        """The entry ``(result, expires_at)`` of a key or None; faults are None, and come to light in `perform`."""
+        ...
+
+    def perform(self, requests: Sequence[Request]) -> list[Any]:
+        """Answer requests in order."""
+        ...
+
+    def let_go(self, lease: Lease) -> None:
+        """Give a lease back soon, from any thread or event loop, whether it has been claimed yet or not."""
+        ...
+
+    def delete(self, key: Any) -> bool:
+        """Forget one entry; tells whether there was one. Raises what the backend raises, as do the following."""
+        ...
+
+    def clear(self) -> None:
+        """Forget all entries, and refuse what is being computed now."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of entries."""
+        ...
+
+    def close(self) -> None:
+        """Give back files and connections; they are opened again when needed."""
+        ...
+
+    def complain(self, error: Exception) -> None:
+        """Tell the log, the first time loudly."""
+        ...
+
+
+class Rest:
+    """Leaves a backend alone for a while after it failed, so that it costs time only once."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._error: Exception | None = None
+
+    def begin(self, error: Exception) -> None:
+        self._error = error
+        self._until = clock.now() + REST_SECONDS
+
+    def end(self) -> None:
+        self._error = None
+
+    def reason(self) -> Exception | None:
+        """Why the backend is left alone now; at the end of a rest one caller is let through to try."""
+        error = self._error
+        if error is None:
+            return None
+        if clock.now() < self._until:
+            return error
+        self.begin(error)
+        return None
+
+
+class Complaints:
+    """One WARNING about a store; what follows is of interest to those who debug."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._told = False
+
+    def tell(self, error: Exception) -> None:
+        level, self._told = ("DEBUG" if self._told else "WARNING"), True
+        reason = f"{type(error).__name__}: {error}"
+        log(level, "{} failed, going on without it: {}", self._what, reason)

@@ -1,0 +1,347 @@
+"""Entries on disk: a diskcache database per namespace.
+
+diskcache 5.6.3 is used for what it does well (a schema, transactions, eviction), and kept from the rest: it unpickles
+whatever lies in its folder (CVE-2025-69872), and its connections belong to threads and do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diskcache
+
+from opero.core.clock import clock
+from opero.core.forks import watch_forks
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
+from opero.core.stores.entries import loads
+from opero.core.stores.lasting import LastingStore
+from opero.core.stores.locks import KeyLocks, key_locks
+from opero.exceptions import UnsafeCacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opero.core.stores.contract import Request
+    from opero.core.stores.entries import EntryFormat
+
+DISK_POLICIES = {
+    "fifo": "least-recently-stored",
+    "lru": "least-recently-used",
+    "lfu": "least-frequently-used",
+}
+# Larger results become files of their own beside the database.
+_IN_DATABASE = 2**20
+_LOCK_SECONDS = 5
+_MODE_RAW, _MODE_BINARY = 1, 2
+
+_SELECT = (
+    "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1 AND (expire_time IS NULL OR expire_time > ?)"
+)
+_TOUCH = "UPDATE Cache SET access_time = ?, access_count = access_count + 1 WHERE key = ? AND raw = 1"
+_CULL = "FROM Cache ORDER BY {order} LIMIT ?"
+_ORDER = {"fifo": "store_time", "lru": "access_time", "lfu": "access_count"}
+
+
+class _Bytes(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
+    """Keys and values as bytes, and nothing else: diskcache's own would unpickle the rows of a stranger."""
+
+    def put(self, key: Any) -> Any:
+        return sqlite3.Binary(key), True
+
+    def get(self, key: Any, raw: Any) -> bytes:
+        if not raw:
+            msg = "a pickled key in the cache's database; opero writes none"
+            raise ValueError(msg)
+        return bytes(key)
+
+    def store(self, value: Any, *_read_and_key: Any, **_key: Any) -> Any:
+        if len(value) < _IN_DATABASE:
+            # The size is for what lies outside of the database, whose own is known.
+            return 0, _MODE_RAW, None, sqlite3.Binary(value)
+        name, path = self.filename()
+        try:
+            self._write(path, iter((value,)), "xb")
+        except BaseException:
+            # diskcache leaves what it has written of it when the disk is full.
+            self.remove(name)
+            raise
+        return len(value), _MODE_BINARY, name, None
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: Any = False) -> Any:  # noqa: ARG002, FBT002 - diskcache's signature
+        if mode == _MODE_RAW and isinstance(value, bytes):
+            return value
+        if mode == _MODE_BINARY and filename is not None:
+            return (Path(self._directory) / filename).read_bytes()
+        msg = "a row in the cache's database that opero did not write"
+        raise ValueError(msg)
+
+
+class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
+    """One connection for writing, of the process and not of a thread, and a bound on the number of entries."""
+
+    def __init__(self, folder: Path, *, maxsize: int | None, policy: str, size_limit: int) -> None:
+        self._connection: sqlite3.Connection | None = None
+        self._maxsize = maxsize
+        self._cull_rows = _CULL.format(order=_ORDER[policy])
+        super().__init__(
+            str(folder),
+            timeout=_LOCK_SECONDS,
+            disk=_Bytes,
+            eviction_policy=DISK_POLICIES[policy],
+            size_limit=size_limit,
+            statistics=0,
+            tag_index=0,
+            disk_min_file_size=_IN_DATABASE,
+        )
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = connect(self.directory)
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+        return self._connection
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _cull(self, now: float, sql: Any, cleanup: Callable[[Any], None], limit: int | None = None) -> None:
+        super()._cull(now, sql, cleanup, limit)
+        if self._maxsize is None:
+            return
+        ((count,),) = sql("SELECT value FROM Settings WHERE key = 'count'").fetchall()
+        surplus = count - self._maxsize
+        if surplus > 0:
+            for (filename,) in sql(f"SELECT filename {self._cull_rows}", (surplus,)).fetchall():
+                cleanup(filename)
+            sql(f"DELETE FROM Cache WHERE rowid IN (SELECT rowid {self._cull_rows})", (surplus,))  # noqa: S608 - constants
+
+
+def connect(folder: str) -> sqlite3.Connection:
+    """A connection that any thread may use."""
+    path = Path(folder) / diskcache.core.DBNAME
+    return sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False)
+
+
+# Connections that a fork has copied: to close one would disturb the locks of the process that it belongs to.
+_inherited: list[Any] = []
+
+
+class DiskStore(LastingStore):
+    """The entries of one namespace in a folder of their own."""
+
+    def __init__(
+        self,
+        root: Callable[[], Path],
+        name: str,
+        entry_format: EntryFormat,
+        *,
+        maxsize: int | None,
+        policy: str,
+        size_limit: int,
+    ) -> None:
+        super().__init__(f"the disk cache {name}", entry_format, maxsize)
+        self._root = root
+        self._name = name
+        self._policy = policy
+        self._size_limit = size_limit
+        self._database: _Database | None = None
+        self._reading: sqlite3.Connection | None = None
+        self._fetch: Any = None
+        self._locks: KeyLocks | None = None
+        self._lock = threading.RLock()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        """Open the database anew."""
+        _inherited.append((self._database, self._reading))
+        self._lock = threading.RLock()
+        self._database = self._reading = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the entries lie."""
+        return self._root() / self._name
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether a hit writes nothing, and so waits for nobody."""
+        return self._policy == "fifo"
+
+    def read(self, key: bytes) -> bytes | None:
+        reading = self._reading or self._open()
+        row = reading.execute(_SELECT, (key, clock.wall())).fetchone()
+        if row is None:
+            return None
+        mode, filename, value = row
+        try:
+            entry: bytes = (
+                value if mode == _MODE_RAW and filename is None and value.__class__ is bytes else self._fetch(*row)
+            )
+        except FileNotFoundError:
+            # Replaced or evicted by another process since.
+            return None
+        if not self.reads_only:
+            self._touch(key)
+        return entry
+
+    def answer(self, requests: Sequence[Request], written: dict[int, bytes]) -> list[Any]:
+        self._opened()
+        keeps = [request for request in requests if isinstance(request, Keep)]
+        kept = self._keep(keeps, written)
+        return [self._answer_one(request, kept) for request in requests]
+
+    def let_go(self, lease: Lease) -> None:
+        with self._lock:
+            lease.dropped = True
+            held, lease.held = lease.held, False
+            if held and self._locks is not None:
+                self._locks.release(lease.key)
+
+    def failed(self, error: Exception) -> None:
+        # What is wrong with one entry is no reason to leave the others alone; a database that cannot be opened is.
+        if self._database is None:
+            self.rest.begin(error)
+
+    def delete(self, key: bytes) -> bool:
+        with self._lock:
+            return bool(self._opened().delete(key, retry=False))
+
+    def clear(self) -> None:
+        with self._lock:
+            database = self._opened()
+            # What other processes compute now must not be stored later: see `_keep`.
+            with database.transact():
+                database._sql(f"PRAGMA user_version = {_generation(database._sql) + 1}")  # noqa: SLF001 - the connection, inside the transaction
+            database.clear()
+
+    def __len__(self) -> int:
+        with self._lock:
+            count: Any = self._opened().reset("count")
+            return int(count)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+            if self._reading is not None:
+                self._reading.close()
+            self._database = self._reading = None
+
+    def _answer_one(self, request: Request, kept: dict[int, Any]) -> Any:
+        if isinstance(request, Claim):
+            try:
+                return self._claim(request.lease)
+            except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
+                return Fault(error)
+        self.let_go(request.lease)
+        return kept.get(id(request), DONE)
+
+    def _claim(self, lease: Lease) -> Any:
+        with self._lock:
+            claimed = not lease.dropped and self._locks is not None and self._locks.take(lease.key)
+            lease.held = claimed
+        if claimed and self._reading is not None:
+            lease.generation = _generation(self._reading.execute)
+        # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
+        entry = self.read(lease.key)
+        if entry is None:
+            return CLAIMED if claimed or lease.dropped else BUSY
+        found = Found(loads(entry))
+        self.let_go(lease)
+        return found
+
+    def _keep(self, keeps: Sequence[Keep], written: dict[int, bytes]) -> dict[int, Any]:
+        """Store many in one transaction; if that fails, each in its own, so that one does not cost the others."""
+        if not keeps:
+            return {}
+        try:
+            self._write(keeps, written)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
+            if len(keeps) == 1:
+                self.failed(error)
+                return {id(keeps[0]): Fault(error)}
+            return {name: answer for keep in keeps for name, answer in self._keep([keep], written).items()}
+        return {}
+
+    def _write(self, keeps: Sequence[Keep], written: dict[int, bytes]) -> None:
+        with self._lock:
+            database = self._opened()
+            with database.transact():
+                generation = _generation(database._sql)  # noqa: SLF001 - the connection, inside the transaction
+                for keep in keeps:
+                    fresh = keep.lease.generation is None or keep.lease.generation == generation
+                    if fresh and not keep.is_stale:
+                        database.set(keep.lease.key, written[id(keep)], expire=keep.ttl)
+
+    def _touch(self, key: bytes) -> None:
+        with self._lock:
+            database = self._opened()
+            try:
+                database._sql(_TOUCH, (clock.wall(), key))  # noqa: SLF001 - one statement, and no way for it in diskcache
+            except sqlite3.OperationalError:
+                # Another process writes: this hit does not count for the order of eviction.
+                return
+
+    def _opened(self) -> _Database:
+        self._open()
+        assert self._database is not None  # noqa: S101 - for the type checkers
+        return self._database
+
+    def _open(self) -> sqlite3.Connection:
+        with self._lock:
+            if self._reading is None or self._database is None:
+                folder = private_folder(self._root(), self._name)
+                database = _Database(folder, maxsize=self.maxsize, policy=self._policy, size_limit=self._size_limit)
+                if self._locks is None:
+                    self._locks = key_locks(folder)
+                self._fetch = database.disk.fetch
+                self._database, self._reading = database, connect(str(folder))
+                self.rest.end()
+            return self._reading
+
+
+def _generation(sql: Callable[[str], Any]) -> int:
+    """How often the namespace was cleared; SQLite keeps this number for whoever wants it."""
+    ((generation,),) = sql("PRAGMA user_version").fetchall()
+    return int(generation)
+
+
+def private_folder(root: Path, name: str) -> Path:
+    """Make the folder if need be, and see that nobody else can put entries there.
+
+    Raises:
+        UnsafeCacheError: If others own it or can write to it.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (root, root / name):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        _refuse_unsafe(folder)
+    return root / name
+
+
+def _refuse_unsafe(folder: Path) -> None:
+    if not hasattr(os, "geteuid"):  # Windows: the folders of a user are that user's by default
+        return
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        reason = "is not a folder"
+    elif found.st_uid != os.geteuid():
+        reason = "belongs to another user"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        reason = "can be written to by others"
+    else:
+        return
+    msg = (
+        f"the cache folder {folder} {reason}, who could put entries there that run their code; remove it or chmod it "
+        "to 700, or name another one in cache_options={'cache_dir': …}"
+    )
+    raise UnsafeCacheError(msg)

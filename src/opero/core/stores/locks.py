@@ -1,0 +1,89 @@
+"""Locks on keys between the processes of one machine.
+
+A lock is one byte of a file, locked by the system for this process and freed by the system when it ends, however it
+ends. Nothing is written, and a forked child holds none of its parent's locks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from opero.core.forks import ForkSafeLock, watch_forks
+
+try:
+    import fcntl
+except ImportError:  # Windows: one run per key in each process, but not across processes
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FILE = "leases.lock"
+_OFFSET_BITS = 62
+
+
+class KeyLocks:
+    """The locks of one namespace, for all threads of this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        weakref.finalize(self, os.close, self._file)
+        self.after_fork()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        """What was locked is the parent's."""
+        self._lock = threading.Lock()
+        self._holders: dict[int, int] = {}
+
+    def take(self, key: bytes) -> bool:
+        """Lock a key unless another process has it; in one process it can be taken more than once."""
+        place = _place(key)
+        with self._lock:
+            if place not in self._holders and not self._lock_byte(place):
+                return False
+            self._holders[place] = self._holders.get(place, 0) + 1
+            return True
+
+    def release(self, key: bytes) -> None:
+        """Give one of the takings back."""
+        place = _place(key)
+        with self._lock:
+            left = self._holders.get(place, 0) - 1
+            if left > 0:
+                self._holders[place] = left
+            elif self._holders.pop(place, None) is not None and fcntl is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+
+    def _lock_byte(self, place: int) -> bool:
+        if fcntl is None:
+            return True
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except OSError as error:
+            if error.errno in {errno.EACCES, errno.EAGAIN}:
+                return False
+            raise
+        return True
+
+
+def _place(key: bytes) -> int:
+    return int.from_bytes(key[:8], "big") >> (64 - _OFFSET_BITS)
+
+
+_registry_lock = ForkSafeLock()
+_in_use: weakref.WeakValueDictionary[str, KeyLocks] = weakref.WeakValueDictionary()
+
+
+def key_locks(folder: Path) -> KeyLocks:
+    """The one object for the locks of a folder: closing any descriptor of the file frees all this process's locks."""
+    name = str(folder.resolve())
+    with _registry_lock:
+        found = _in_use.get(name)
+        if found is None:
+            _in_use[name] = found = KeyLocks(folder)
+        return found

@@ -1,0 +1,293 @@
+"""Entries on a redis server.
+
+An entry is a key of its own, its lease another one beside it; both carry the namespace in front. A lease ends by itself
+when its owner is gone, and is renewed while its owner computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from opero.core.forks import allow_forks, watch_forks
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
+from opero.core.stores.entries import loads
+from opero.core.stores.lasting import LastingStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opero.core.stores.contract import Request
+    from opero.core.stores.entries import EntryFormat
+
+# A server that is away or frozen costs no more than the two of them, once.
+CONNECT_SECONDS = 0.9
+ANSWER_SECONDS = 0.9
+CONNECTIONS = 32
+LEASE_SECONDS = 10.0
+_IDLE_SECONDS = 30.0
+_SCAN_COUNT = 1_000
+
+# KEYS: entry, lease. ARGV: token, milliseconds.
+_CLAIM = """
+local entry = redis.call('GET', KEYS[1])
+if entry then return entry end
+if redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
+return 0
+"""
+# KEYS: entry, lease. ARGV: token, entry, milliseconds or 0. Without the lease somebody has cleared since.
+_KEEP = """
+if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+if ARGV[3] == '0' then redis.call('SET', KEYS[1], ARGV[2]) else redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end
+redis.call('DEL', KEYS[2])
+return 1
+"""
+# KEYS: lease. ARGV: token.
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+# KEYS: lease. ARGV: token, milliseconds.
+_RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
+
+
+class RedisStore(LastingStore):
+    """The entries of one namespace on one server."""
+
+    def __init__(self, make_client: Callable[[], Any], prefix: str, entry_format: EntryFormat) -> None:
+        super().__init__(f"the redis cache {prefix}", entry_format)
+        self._make_client = make_client
+        self._prefix = prefix.encode()
+        self._client: Any
+        self.after_fork()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        """Hold none of the parent's leases, and use none of its connections."""
+        self._lock = threading.Lock()
+        self._client = None
+        self._keeper = LeaseKeeper(self)
+
+    @property
+    def client(self) -> Any:
+        """The client, which connects when it is used."""
+        if self._client is None:
+            with self._lock:
+                if self._client is None:
+                    self._client = self._make_client()
+        return self._client
+
+    def read(self, key: bytes) -> bytes | None:
+        entry: bytes | None = self.client.get(self._entry(key))
+        return entry
+
+    def answer(self, requests: Sequence[Request], written: dict[int, bytes]) -> list[Any]:
+        pipeline = self.client.pipeline(transaction=False)
+        for request in requests:
+            self._ask(pipeline, request, written)
+        answers = pipeline.execute(raise_on_error=False)
+        self.rest.end()
+        return [self._understand(*pair) for pair in zip(requests, answers, strict=True)]
+
+    def let_go(self, lease: Lease) -> None:
+        self._keeper.drop(lease)
+
+    def failed(self, error: Exception) -> None:
+        import redis
+
+        if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
+            self.rest.begin(error)
+
+    def delete(self, key: bytes) -> bool:
+        entry = self._entry(key)
+        deleted, _ = self.client.pipeline(transaction=False).delete(entry).delete(entry + b":lease").execute()
+        return bool(deleted)
+
+    def clear(self) -> None:
+        # The leases go too: what is being computed anywhere now will not be stored.
+        for keys in self._scan():
+            self.client.unlink(*keys)
+
+    def __len__(self) -> int:
+        return len({key for keys in self._scan() for key in keys if not key.endswith(b":lease")})
+
+    def close(self) -> None:
+        with self._lock:
+            client, self._client = self._client, None
+        self._keeper.stop()
+        if client is not None:
+            client.close()
+            client.connection_pool.disconnect()
+
+    def renew(self, leases: Sequence[Lease]) -> None:
+        """Put the end of leases off."""
+        self._for_each(leases, _RENEW, str(int(LEASE_SECONDS * 1000)))
+
+    def release(self, leases: Sequence[Lease]) -> None:
+        """Give leases back."""
+        self._for_each(leases, _RELEASE)
+
+    def _for_each(self, leases: Sequence[Lease], script: str, *arguments: str) -> None:
+        pipeline = self.client.pipeline(transaction=False)
+        for lease in leases:
+            pipeline.eval(script, 1, self._entry(lease.key) + b":lease", lease.token, *arguments)
+        pipeline.execute(raise_on_error=False)
+
+    def _entry(self, key: bytes) -> bytes:
+        # The braces keep entry and lease on one node of a cluster.
+        return b"%b:{%b}" % (self._prefix, key.hex().encode())
+
+    def _ask(self, pipeline: Any, request: Request, written: dict[int, bytes]) -> None:
+        lease = request.lease
+        entry = self._entry(lease.key)
+        keys = (entry, entry + b":lease")
+        if isinstance(request, Claim):
+            lease.renew_token()
+            pipeline.eval(_CLAIM, 2, *keys, lease.token, int(LEASE_SECONDS * 1000))
+        elif isinstance(request, Keep) and not request.is_stale:
+            milliseconds = 0 if request.ttl is None else max(1, int(request.ttl * 1000))
+            pipeline.eval(_KEEP, 2, *keys, lease.token, written[id(request)], milliseconds)
+        else:
+            pipeline.eval(_RELEASE, 1, keys[1], lease.token)
+
+    def _understand(self, request: Request, answer: Any) -> Any:
+        if not isinstance(request, Claim):
+            self._keeper.forget(request.lease)
+            return Fault(answer) if isinstance(answer, Exception) else DONE
+        if isinstance(answer, bytes):
+            return self._found(request.lease, answer)
+        if isinstance(answer, Exception):
+            return Fault(answer)
+        if answer:
+            self._keeper.hold(request.lease)
+        return CLAIMED if answer else BUSY
+
+    def _found(self, lease: Lease, entry: bytes) -> Any:
+        try:
+            return Found(loads(entry))
+        except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
+            self.client.delete(self._entry(lease.key))
+            return Fault(error)
+
+    def _scan(self) -> Any:
+        pattern = self._prefix + b":*"
+        cursor = 0
+        while True:
+            cursor, keys = self.client.scan(cursor, match=pattern, count=_SCAN_COUNT)
+            if keys:
+                yield keys
+            if cursor == 0:
+                return
+
+
+class LeaseKeeper:
+    """Renews the leases that this process holds, and gives back those that nobody wants to wait for.
+
+    Its thread runs while there are leases, and a little longer.
+    """
+
+    def __init__(self, store: RedisStore) -> None:
+        self._store = store
+        self._changed = threading.Condition()
+        self._held: set[Lease] = set()
+        self._dropped: list[Lease] = []
+        self._thread: threading.Thread | None = None
+
+    def hold(self, lease: Lease) -> None:
+        """The lease was claimed."""
+        with self._changed:
+            lease.held = True
+            if lease.dropped:
+                self._give_back(lease)
+            else:
+                self._held.add(lease)
+                self._run()
+
+    def forget(self, lease: Lease) -> None:
+        """The lease is given back already."""
+        with self._changed:
+            lease.held = False
+            self._held.discard(lease)
+
+    def drop(self, lease: Lease) -> None:
+        """Give a lease back in the background; one that is still being claimed, as soon as it is."""
+        with self._changed:
+            lease.dropped = True
+            if lease.held:
+                self._give_back(lease)
+
+    def stop(self) -> None:
+        """End the thread, once it has given back what was dropped."""
+        with self._changed:
+            thread, self._thread = self._thread, None
+            self._held.clear()
+            self._changed.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(CONNECT_SECONDS + ANSWER_SECONDS)
+
+    def _give_back(self, lease: Lease) -> None:
+        lease.held = False
+        self._held.discard(lease)
+        self._dropped.append(lease)
+        self._run()
+        self._changed.notify()
+
+    def _run(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._keep, name="opero-leases", daemon=True)
+            allow_forks(self._thread)
+            self._thread.start()
+
+    def _keep(self) -> None:
+        idle_since = time.monotonic()
+        while True:
+            with self._changed:
+                if not self._dropped and self._thread is threading.current_thread():
+                    self._changed.wait(LEASE_SECONDS / 3)
+                dropped, self._dropped = self._dropped, []
+                held = list(self._held)
+                if held or dropped:
+                    idle_since = time.monotonic()
+                ended = self._thread is not threading.current_thread()
+                if not dropped and (ended or time.monotonic() - idle_since > _IDLE_SECONDS):
+                    self._thread = None if not ended else self._thread
+                    return
+            self._tell(dropped, held)
+
+    def _tell(self, dropped: Sequence[Lease], held: Sequence[Lease]) -> None:
+        try:
+            if dropped:
+                self._store.release(dropped)
+            if held:
+                self._store.renew(held)
+        except Exception as error:  # noqa: BLE001 - the leases end by themselves
+            self._store.complain(error)
+
+
+@functools.cache
+def _retry() -> Any:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    # A connection that the server has closed meanwhile is made anew, once; redis-py's default retries take seconds.
+    return Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+
+
+def make_client(config: Any) -> Any:
+    """A client for the server that twat-cache's settings name; it has not connected yet."""
+    import redis
+
+    make_pool: Any = redis.BlockingConnectionPool
+    pool = make_pool(
+        host=config.get_redis_host(),
+        port=config.get_redis_port(),
+        db=config.get_redis_db(),
+        password=config.get_redis_password(),
+        max_connections=CONNECTIONS,
+        timeout=ANSWER_SECONDS,
+        socket_connect_timeout=CONNECT_SECONDS,
+        socket_timeout=ANSWER_SECONDS,
+        retry=_retry(),
+        decode_responses=False,
+    )
+    return redis.Redis(connection_pool=pool)

@@ -1,0 +1,106 @@
+"""A real redis server for the tests: on a port of its own, to be stopped, killed, frozen and started again."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from typing import TYPE_CHECKING, Self
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+EXECUTABLE = shutil.which("redis-server")
+HOST = "127.0.0.1"
+PATIENCE = 10.0  # seconds for what takes milliseconds
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+class RedisServer:
+    """Keeps nothing on disk: after a stop it starts empty."""
+
+    def __init__(self, folder: Path) -> None:
+        if EXECUTABLE is None:
+            pytest.skip("there is no redis-server")
+        self.host = HOST
+        self.port = free_port()
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_frozen = False
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.kill()
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What to give as ``cache_options``."""
+        return {"redis_host": self.host, "redis_port": self.port}
+
+    def start(self) -> None:
+        """Return when the server answers."""
+        assert EXECUTABLE is not None
+        assert self._process is None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        settings = {"port": self.port, "bind": self.host, "dir": self._folder, "save": "", "appendonly": "no"}
+        command = [EXECUTABLE, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + PATIENCE
+        while not self._answers():
+            assert self._process.poll() is None, "redis-server ended at once"
+            assert time.monotonic() < deadline, "redis-server does not answer"
+            time.sleep(0.005)
+
+    def stop(self) -> None:
+        """End as an administrator would; return when the port is closed."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Stop, and start on the same port."""
+        self.stop()
+        self.start()
+
+    def freeze(self) -> None:
+        """Keep the connections, and answer nothing until `thaw`."""
+        self._send(signal.SIGSTOP)
+        self._is_frozen = True
+
+    def thaw(self) -> None:
+        self._send(signal.SIGCONT)
+        self._is_frozen = False
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection((self.host, self.port), timeout=PATIENCE) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(100).startswith(b"+PONG")
+        except OSError:
+            return False
+
+    def _send(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def _end(self, number: int) -> None:
+        if self._process is None:
+            return
+        self._send(number)
+        if self._is_frozen:
+            self.thaw()
+        self._process.wait(PATIENCE)
+        self._process = None

@@ -1,0 +1,1205 @@
+"""The cache on disk and in redis: what survives, who shares it, what it keeps secret, and what it outlasts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import pickle
+import random
+import sqlite3
+import stat
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from test_cache_keys import are_alike, arguments, copied, thoroughly
+from test_single_flight import SECONDS, Held, errors, forked, forks, results, started, until, waiters
+
+import opero
+from opero.core.keys import KeyMaker
+
+
+@pytest.fixture
+def held():
+    return Held()
+
+
+@pytest.fixture
+def options(backend):
+    """Of functions that share the entries of one test."""
+    return {**backend.options, "cache_namespace": backend.namespace(), "retries": 0}
+
+
+@pytest.fixture
+def cached(options):
+    """Decorate a function; without options all functions of one test share their entries."""
+
+    def decorate(function, **more):
+        return opero.opero(**{**options, **more})(function)
+
+    return decorate
+
+
+def own(backend, **more):
+    """The options of one function, apart from all others."""
+    return {**backend.options, "cache_namespace": backend.namespace(), "retries": 0, **more}
+
+
+@pytest.fixture
+def warnings():
+    """What opero logs from WARNING on."""
+    from loguru import logger
+
+    heard: list[str] = []
+    sink = logger.add(lambda message: heard.append(str(message)), level="WARNING", filter="opero")
+    logger.enable("opero")
+    yield heard
+    logger.disable("opero")
+    logger.remove(sink)
+
+
+# What survives
+
+VALUES = [None, 0, "text", b"bytes", 1.5, (1, [2, {"three": {4}}])]
+
+
+def test_results_survive_into_a_new_process_none_included(world, cached, options, start, journal):
+    f = cached(world.define(lambda place: VALUES[place]))
+    for place in range(len(VALUES)):
+        world.run(f, place)
+    program = start(
+        """
+        DEF f(place):
+            note("ran")
+        f = cached(f)
+        say([run(f, place) for place in range(6)])
+        """,
+        options,
+        world=world,
+    )
+    assert program.end() == [VALUES]
+    assert journal.lines() == []
+
+
+def test_a_new_function_of_the_namespace_finds_the_entries(world, cached):
+    world.run(cached(world.define(lambda x: "first")), 1)
+    assert world.run(cached(world.define(lambda x: "second")), 1) == "first"
+
+
+def test_a_hit_is_a_copy(world, cached):
+    f = cached(world.define(lambda: [1]))
+    world.run(f).append(2)
+    world.run(f).append(3)
+    assert world.run(f) == [1]
+
+
+def test_hits_and_misses_are_counted(world, cached):
+    f = cached(world.define(lambda x: x))
+    for x in (1, 2, 1):
+        world.run(f, x)
+    assert f.cache_info()[:2] == (1, 2)
+    assert (f.stats.hits, f.stats.attempts, f.stats.cache_errors) == (1, 2, 0)
+
+
+def test_a_failure_is_not_stored(world, cached):
+    runs = []
+
+    def function():
+        runs.append(1)
+        if len(runs) == 1:
+            raise KeyError
+        return "result"
+
+    f = cached(world.define(function))
+    with pytest.raises(KeyError):
+        world.run(f)
+    assert world.run(f) == "result"
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_json_gives_values_of_json(world, backend, compress):
+    choice = {**backend.cache_options, "serializer": "json", "compress": compress}
+    f = opero.opero(**own(backend, cache_options=choice))(world.define(lambda: {"a": [1, None, "text"]}))
+    world.run(f)
+    assert world.run(f) == {"a": [1, None, "text"]}
+    assert f.stats.hits == 1
+
+
+def test_json_stores_no_pickle(world, backend):
+    choice = {**backend.cache_options, "serializer": "json"}
+    f = opero.opero(**own(backend, cache_options=choice))(world.define(lambda: ["a long enough result"]))
+    world.run(f)
+    assert any(b'["a long enough result"]' in part for part in backend.stored())
+
+
+def test_compressed_results_take_less_room(world, backend):
+    choice = {**backend.cache_options, "compress": True}
+    f = opero.opero(**own(backend, cache_options=choice))(world.define(lambda: "long " * 100_000))
+    world.run(f)
+    assert sum(map(len, backend.stored())) < 250_000
+    assert world.run(f) == "long " * 100_000
+    assert f.stats.hits == 1
+
+
+# Keys
+
+SEEDED = """
+DEF f(values, other="default", **more):
+    return os.getpid()
+f = cached(f)
+values = [{"b", "a", "c"}, frozenset("xyz"), {"k": {1, 2}, "l": "m"}, b"", 1.5, (True, None)]
+say([run(f, values), run(f, values=values), run(f, values, "default", **{}), run(f, values, z={"a", "b"}, y=1)])
+"""
+
+
+def test_keys_do_not_depend_on_the_hash_seed(world, options, start):
+    seeds = ("1", "2")
+    programs = [start(SEEDED, options, world=world, environment={"PYTHONHASHSEED": seed}) for seed in seeds]
+    [first], [second] = [program.end() for program in programs]
+    assert first == second
+
+
+def test_a_key_does_not_depend_on_the_way_an_argument_is_passed(world, cached):
+    runs = []
+    f = cached(world.define(lambda x=1, *, y="y": runs.append(1)))
+    for args, kwargs in [((1,), {}), ((), {"x": 1}), ((), {}), ((), {"y": "y", "x": 1})]:
+        world.run(f, *args, **kwargs)
+    assert runs == [1]
+
+
+def test_int_float_and_bool_are_three_entries(world, cached):
+    f = cached(world.define(lambda x: [x]))
+    answers = [world.run(f, x) for x in (1, 1.0, True) * 2]
+    assert repr(answers) == "[[1], [1.0], [True], [1], [1.0], [True]]"
+    assert f.stats.attempts == 3
+
+
+def test_minus_one_and_minus_two_are_two_entries(world, cached):
+    f = cached(world.define(lambda x: x))
+    assert [world.run(f, x) for x in (-1, -2)] == [-1, -2]
+
+
+def test_functions_without_a_namespace_are_kept_apart(world, backend):
+    def make(answer):
+        def function(x):
+            return answer
+
+        return opero.opero(**backend.options)(world.define(function))
+
+    assert [world.run(make(answer), 1) for answer in ("a", "b")] == ["a", "b"]
+
+
+def key_makers():
+    def function(first, second=(), *more, third=None, **rest):
+        pass
+
+    return KeyMaker(function, None, digest=True).key_of
+
+
+@thoroughly
+@given(arguments, arguments)
+def test_digests_of_equal_values_passed_in_different_ways_are_equal(one, two):
+    key_of = key_makers()
+    digests = {
+        key_of(one, two),
+        key_of(copied(one), second=copied(two)),
+        key_of(second=two, first=one, third=None),
+        key_of(*[copied(one), two], third=None),
+    }
+    assert len(digests) == 1
+    assert key_of(one, *[()]) == key_of(copied(one))
+
+
+@thoroughly
+@given(arguments, arguments)
+def test_digests_are_equal_for_values_that_are_alike_and_only_for_them(one, two):
+    def function(x):
+        pass
+
+    key_of = KeyMaker(function, None, digest=True).key_of
+    assert (key_of(one) == key_of(two)) == are_alike(one, two)
+
+
+@thoroughly
+@given(arguments, arguments)
+def test_a_digest_tells_the_places_of_values_apart(one, two):
+    key_of = key_makers()
+    assert (key_of(one, two) == key_of(two, one)) == are_alike(one, two)
+    assert key_of(one, two) != key_of((one, two))
+    assert key_of(one, (), two) != key_of(one, third=two)
+    assert key_of(one, (), x=two) != key_of(one, (), y=two)
+
+
+# Secrets
+
+SECRET = "a-secret-argument"
+
+
+def test_no_argument_is_stored_in_clear(world, backend, cached):
+    f = cached(world.define(lambda x, **more: "the result"))
+    world.run(f, SECRET, more=[{SECRET: SECRET.encode()}])
+    stored = backend.stored()
+    assert any(b"the result" in part for part in stored)
+    assert not any(SECRET.encode() in part for part in stored)
+
+
+def test_no_argument_is_to_be_seen_while_the_function_runs(world, backend, cached):
+    seen = []
+    f = cached(world.define(lambda x: seen.extend(backend.stored())))
+    world.run(f, SECRET)
+    assert seen
+    assert not any(SECRET.encode() in part for part in seen)
+
+
+def test_no_key_of_cache_key_is_stored_in_clear(world, backend, cached):
+    f = cached(world.define(lambda x: "the result"), cache_key=lambda x: x)
+    world.run(f, SECRET)
+    stored = backend.stored()
+    assert any(b"the result" in part for part in stored)
+    assert not any(SECRET.encode() in part for part in stored)
+
+
+# Time to live
+
+
+def test_an_entry_lives_for_a_fraction_of_a_second(world, cached):
+    runs = []
+    f = cached(world.define(lambda: runs.append(1)), cache_ttl=0.4)
+    world.run(f)
+    stored = time.monotonic()
+    world.run(f)
+    assert len(runs) == 1 or time.monotonic() - stored > 0.3
+    until(lambda: world.run(f) or len(runs) == 2)
+    assert 0.3 < time.monotonic() - stored < 3
+
+
+def test_each_function_of_a_namespace_has_its_own_time_to_live(world, cached):
+    short = cached(world.define(lambda x: [x]), cache_ttl=0.05)
+    lasting = cached(world.define(lambda x: [x]))
+    world.run(short, 1)
+    world.run(lasting, 2)
+    until(lambda: world.run(short, 1) and short.stats.attempts == 2)
+    world.run(lasting, 2)
+    assert lasting.stats.hits == 1
+
+
+# Forgetting
+
+
+def test_cache_delete_forgets_one_entry(world, cached):
+    f = cached(world.define(lambda x: x))
+    for x in (1, 2):
+        world.run(f, x)
+    assert f.cache_delete(1) is True
+    assert f.cache_delete(1) is False
+    for x in (1, 2):
+        world.run(f, x)
+    assert (f.stats.attempts, f.stats.hits) == (3, 1)
+
+
+def forgetting():
+    return {
+        "cache_clear": lambda f: f.cache_clear(),
+        "cache_delete": lambda f: f.cache_delete(1),
+        "clear_cache": lambda f: opero.clear_cache(),
+        "clear_cache of the namespace": lambda f: opero.clear_cache(f.plan.cache.namespace),
+    }
+
+
+@pytest.fixture(params=forgetting().values(), ids=forgetting())
+def forget(request):
+    return request.param
+
+
+def test_what_is_forgotten_is_computed_anew(world, cached, forget):
+    f = cached(world.define(lambda x: x))
+    world.run(f, 1)
+    forget(f)
+    world.run(f, 1)
+    assert f.stats.attempts == 2
+
+
+@pytest.mark.parametrize("suffixes", [("", ":b"), ("", "*"), ("*", "b"), ("?", "b"), ("[b]", "b"), ("/b", "_b")])
+@pytest.mark.parametrize("turn", [1, -1])
+def test_namespaces_that_look_alike_are_kept_apart(world, backend, cached, suffixes, turn):
+    base = backend.namespace()
+    f, g = [
+        cached(world.define(lambda x, answer=n: answer), cache_namespace=base + n, cache_key=lambda x, answer=0: x)
+        for n in suffixes[::turn]
+    ]
+    assert (world.run(f, 1), world.run(g, 1)) == suffixes[::turn]
+    f.cache_clear()
+    assert (world.run(f, 1), world.run(g, 1)) == suffixes[::turn]
+    assert (f.stats.attempts, g.stats.attempts) == (2, 1)
+
+
+def test_clearing_leaves_foreign_redis_keys_alone(redis_backend, world, forget):
+    f = opero.opero(**own(redis_backend))(world.define(lambda x: x))
+    with redis_backend.client() as client:
+        names = ["foreign", "opero", "opero:", "opero:foreign", f.plan.cache.namespace]
+        client.mset(dict.fromkeys(names, "kept"))
+        world.run(f, 1)
+        forget(f)
+        assert client.mget(names) == [b"kept"] * len(names)
+        client.delete(*names)
+
+
+def test_clearing_leaves_foreign_files_alone(disk_backend, world, forget):
+    f = opero.opero(**own(disk_backend))(world.define(lambda x: x))
+    world.run(f, 1)
+    folders = [disk_backend.folder, *(path for path in disk_backend.folder.rglob("*") if path.is_dir())]
+    for folder in folders:
+        (folder / "foreign.txt").write_text("kept")
+    forget(f)
+    assert [(folder / "foreign.txt").read_text() for folder in folders if folder.exists()] == ["kept"] * len(folders)
+
+
+@contextlib.contextmanager
+def recorded(backend):
+    """The names of the commands that the server is given."""
+    names: list[str] = []
+    with backend.client() as client, backend.client() as other, client.monitor() as monitor:
+
+        def record():
+            for command in monitor.listen():
+                words = command["command"].split()
+                if words[-1] == "the-end":
+                    return
+                names.append(words[0].upper())
+
+        thread = started(record)
+        yield names
+        other.echo("the-end")
+        thread.result(SECONDS)
+
+
+def test_clearing_neither_lists_all_keys_nor_flushes(redis_backend, world, forget):
+    f = opero.opero(**own(redis_backend))(world.define(lambda x: x))
+    for x in range(3):
+        world.run(f, x)
+    with recorded(redis_backend) as names:
+        forget(f)
+    assert names
+    assert not {"KEYS", "FLUSHDB", "FLUSHALL"} & set(names)
+
+
+def test_forgetting_in_the_middle_is_not_undone_by_the_late_result(world, cached, held, forget):
+    f = cached(world.define(held.function))
+    first = started(world.run, f, 1)
+    held.wait()
+    forget(f)
+    held.end("old")
+    assert first.result(SECONDS) == "old"
+    again = started(world.run, f, 1)
+    held.wait()
+    held.end("new", run=1)
+    assert again.result(SECONDS) == "new"
+
+
+@pytest.mark.parametrize("name", ["cache_clear", "cache_delete"])
+def test_another_process_that_forgets_in_the_middle_is_obeyed(world, cached, options, start, name):
+    program = start(
+        """
+        DEF f(x):
+            say("began")
+            told()
+            return "old"
+        f = cached(f)
+        say(run(f, 1))
+        """,
+        options,
+        world=world,
+    )
+    g = cached(world.define(lambda x: "new"))
+    assert program.heard() == "began"
+    forgetting()[name](g)
+    program.tell("go on")
+    assert program.end() == ["old"]
+    assert world.run(g, 1) == "new"
+
+
+# One run for identical calls at once
+
+
+async def until_waiting(f, count):
+    async with asyncio.timeout(SECONDS):
+        while waiters(f) < count:  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.001)
+
+
+def test_fifty_threads_run_the_function_once(world, cached, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(50)]
+    held.wait()
+    until(lambda: waiters(f) == 49)
+    held.end("result")
+    assert results(calls) == ["result"] * 50
+    assert held.runs == [1]
+
+
+def test_five_hundred_tasks_run_the_function_once(cached):
+    runs = []
+
+    async def main():
+        release = asyncio.Event()
+
+        async def function(x):
+            runs.append(x)
+            await release.wait()
+            return "result"
+
+        f = cached(function)
+        tasks = [asyncio.create_task(f(1)) for _ in range(500)]
+        async with asyncio.timeout(SECONDS):
+            await until_waiting(f, 499)
+            release.set()
+            return await asyncio.gather(*tasks)
+
+    assert asyncio.run(main()) == ["result"] * 500
+    assert runs == [1]
+
+
+def test_eight_processes_run_the_function_once(world, options, start, journal):
+    program = start(
+        """
+        DEF f(x):
+            note("ran")
+            while noted("asking") < 8:
+                time.sleep(0.001)
+            return os.getpid()
+
+        f = cached(f)
+        children = []
+        for _ in range(8):
+            child = os.fork()
+            if child == 0:
+                note("asking")
+                say(run(f, 1))
+                os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+        """,
+        options,
+        world=world,
+    )
+    said = program.end()
+    assert len(said) == 8
+    assert len(set(said)) == 1
+    assert journal.lines().count("ran") == 1
+
+
+BEGIN = """
+DEF f(x):
+    note("ran")
+    say("began")
+    return told()
+f = cached(f)
+say(run(f, 1))
+"""
+
+
+def test_a_process_waits_for_the_run_of_another(world, cached, options, start, journal):
+    program = start(BEGIN, options, world=world)
+    f = cached(world.define(lambda x: "not run"))
+    assert program.heard() == "began"
+    call = started(world.run, f, 1)
+    with pytest.raises(TimeoutError):
+        call.result(0.3)
+    program.tell("result")
+    assert program.end() == ["result"]
+    assert call.result(SECONDS) == "result"
+
+
+def test_a_result_of_another_process_is_a_hit(world, cached, options, start):
+    program = start(BEGIN, options, world=world)
+    f = cached(world.define(lambda x: "not run"))
+    assert program.heard() == "began"
+    call = started(world.run, f, 1)
+    program.tell("result")
+    call.result(SECONDS)
+    assert (f.stats.hits, f.stats.attempts) == (1, 0)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_another_process_takes_over_from_one_that_was_killed(backend, cached, options, start, waits):
+    program = start(BEGIN, options)
+    f = cached(lambda x: "taken over")
+    assert program.heard() == "began"
+    if not waits:
+        program.kill()
+    call = started(f, 1)
+    program.kill()
+    assert call.result(15) == "taken over"
+
+
+def test_each_waiter_gets_the_error_of_the_leader(world, cached, held):
+    f = cached(world.define(held.function))
+    calls = [started(world.run, f, 1) for _ in range(10)]
+    held.wait()
+    until(lambda: waiters(f) == 9)
+    error = ValueError("for all")
+    held.fail(error)
+    assert all(got is error for got in errors(calls))
+    assert held.runs == [1]
+
+
+def test_a_process_does_not_wait_for_one_whose_run_failed(world, cached, options, start):
+    program = start(
+        """
+        DEF f(x):
+            say("began")
+            told()
+            raise ValueError
+        f = cached(f)
+        try:
+            run(f, 1)
+        except ValueError:
+            say("failed")
+        told()
+        """,
+        options,
+        world=world,
+    )
+    f = cached(world.define(lambda x: "mine"))
+    assert program.heard() == "began"
+    call = started(world.run, f, 1)
+    program.tell("fail")
+    assert program.heard() == "failed"
+    assert call.result(3) == "mine"
+
+
+def test_different_arguments_run_at_the_same_time(world, cached):
+    barrier = threading.Barrier(3)
+    f = cached(world.define(lambda x: barrier.wait(SECONDS)))
+    assert sorted(results([started(world.run, f, x) for x in (1, 1.0, True)])) == [0, 1, 2]
+
+
+def test_a_call_within_its_own_run_finishes(world, cached):
+    depth = []
+
+    def function(x):
+        depth.append(x)
+        return "inner" if len(depth) > 1 else [f(x)]
+
+    async def function_async(x):
+        depth.append(x)
+        return "inner" if len(depth) > 1 else [await f(x)]
+
+    f = cached(function_async if world.is_async else function)
+    assert started(world.run, f, 1).result(SECONDS) == ["inner"]
+
+
+def test_a_cancelled_leader_is_replaced(cached):
+    runs = []
+
+    began = asyncio.Event()
+
+    async def function():
+        runs.append(1)
+        began.set()
+        if len(runs) == 1:
+            await asyncio.sleep(SECONDS)
+        return "result"
+
+    f = cached(function)
+
+    async def main():
+        first = asyncio.create_task(f())
+        await began.wait()
+        second = asyncio.create_task(f())
+        await until_waiting(f, 1)
+        first.cancel()
+        async with asyncio.timeout(SECONDS):
+            return await second
+
+    assert asyncio.run(main()) == "result"
+
+
+class TestForks:
+    pytestmark = forks
+
+    def test_a_child_forked_during_a_run_can_call_the_function(self, world, cached, held, journal):
+        parent = os.getpid()
+        f = cached(world.define(lambda x: held.function(x) if os.getpid() == parent else "child"))
+
+        def call():
+            journal.add("asking")
+            return world.run(f, 1)
+
+        running = started(world.run, f, 1)
+        held.wait()
+        child = started(forked, call)
+        until(journal.lines)
+        held.end("parent")
+        assert child.result(2 * SECONDS) in {"'child'", "'parent'"}
+        assert running.result(SECONDS) == "parent"
+
+    def test_a_child_forked_by_the_run_itself_can_call_the_function(self, cached):
+        parent = os.getpid()
+        f = cached(lambda x: forked(lambda: [f(1), f(2)]) if os.getpid() == parent else "child")
+        assert f(1) == "['child', 'child']"
+
+    def test_a_child_does_not_disturb_its_parents_connections(self, world, cached):
+        f = cached(world.define(lambda x: x))
+        world.run(f, 0)
+        answers = []
+        for first in range(0, 100, 20):
+            child = started(forked, lambda first=first: [world.run(f, x) for x in range(first, first + 20)])
+            answers += [world.run(f, x) for x in range(first, first + 20)]
+            assert child.result(2 * SECONDS) == repr(list(range(first, first + 20)))
+        assert answers == list(range(100))
+        assert f.stats.cache_errors == 0
+
+
+# Broken things cost the caching, not the call
+
+
+def test_a_result_that_cannot_be_stored_is_returned(world, cached, warnings):
+    result = threading.Lock()
+    f = cached(world.define(lambda: result))
+    assert [world.run(f) for _ in range(3)] == [result] * 3
+    assert f.stats.attempts == 3
+    assert f.stats.cache_errors >= 3
+    assert len(warnings) <= 1
+
+
+def test_a_result_that_is_no_json_is_returned(world, backend):
+    choice = {**backend.cache_options, "serializer": "json"}
+    f = opero.opero(**own(backend, cache_options=choice))(world.define(lambda: {1, 2}))
+    assert [world.run(f), world.run(f)] == [{1, 2}] * 2
+    assert f.stats.cache_errors >= 2
+
+
+DAMAGES = {
+    "emptied": lambda value: b"",
+    "cut": lambda value: value[: len(value) // 2],
+    "overwritten": lambda value: random.Random(1).randbytes(len(value)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("size", [20, 200_000])
+def test_a_corrupt_entry_is_computed_anew(  # noqa: PLR0917 - each is a fixture
+    world, backend, cached, warnings, damage, size
+):
+    text = "marker" * size
+    world.run(cached(world.define(lambda: text)))
+    assert backend.spoil(b"markermarker", damage) == 1
+    f = cached(world.define(lambda: "anew"))
+    assert [world.run(f) for _ in range(3)] == ["anew"] * 3
+    assert f.stats.hits >= 1
+    assert f.stats.cache_errors >= 1
+    assert len(warnings) <= 1
+
+
+def test_a_broken_database_costs_no_call(world, disk_backend, start, journal):
+    options = own(disk_backend)
+    world.run(opero.opero(**options)(world.define(lambda x: x)), 0)
+    program = start(
+        """
+        DEF f(x):
+            return [x]
+        heard = listen()
+        f = cached(f)
+        say("ready")
+        while (x := int(told())) >= 0:
+            say((run(f, x), f.stats.cache_errors))
+        say(len(heard))
+        """,
+        options,
+        world=world,
+    )
+    assert program.heard() == "ready"
+    for database in disk_backend.databases():
+        database.write_bytes(b"garbage" * 10_000)
+    for x in (1, 2, 1):
+        program.tell(str(x))
+        result, count = program.heard()
+        assert result == [x]
+    assert count > 0
+    program.tell("-1")
+    assert program.end() == [1]
+
+
+def test_a_database_that_breaks_in_use_costs_no_call(world, disk_backend, warnings):
+    f = opero.opero(**own(disk_backend))(world.define(lambda x: [x]))
+    assert world.run(f, 1) == [1]
+    for path in disk_backend.files():
+        path.write_bytes(b"garbage" * 10_000)
+    assert [world.run(f, x) for x in (1, 2, 3)] == [[1], [2], [3]]
+    assert f.stats.cache_errors > 0
+    assert len(warnings) <= 1
+
+
+def test_a_folder_that_vanishes_costs_no_call(world, disk_backend, warnings):
+    import shutil
+
+    f = opero.opero(**own(disk_backend))(world.define(lambda x: [x]))
+    assert world.run(f, 1) == [1]
+    shutil.rmtree(disk_backend.folder)
+    assert [world.run(f, x) for x in (1, 2, 3)] == [[1], [2], [3]]
+    assert len(warnings) <= 1
+
+
+@pytest.mark.parametrize("limit", [0, 100_000])
+def test_a_full_disk_costs_no_call(disk_backend, start, limit):
+    program = start(
+        f"""
+        import resource
+        DEF f(x):
+            return os.urandom(1_000_000)
+        heard = listen()
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+        f = cached(f)
+        say([len(run(f, x)) for x in (1, 2, 1)])
+        say((f.stats.cache_errors > 0, len(heard)))
+        """,
+        own(disk_backend),
+    )
+    assert program.end() == [[1_000_000] * 3, (True, 1)]
+
+
+def leave(server):
+    server.stop()
+
+
+def freeze(server):
+    server.freeze()
+
+
+def connected(world, backend, function):
+    """A function whose cache works."""
+    f = opero.opero(**own(backend))(world.define(function))
+    for _ in range(2):
+        world.run(f, 0)
+    assert f.stats.hits == 1
+    return f
+
+
+gone = pytest.mark.parametrize("break_", [leave, freeze], ids=["stopped", "frozen"])
+
+
+@gone
+def test_redis_that_goes_away_costs_no_call(world, own_redis, warnings, break_):
+    f = connected(world, own_redis, lambda x: [x])
+    break_(own_redis.server)
+    assert [world.run(f, x) for x in (0, 1, 1, 2)] == [[0], [1], [1], [2]]
+    assert f.stats.cache_errors > 0
+    assert len(warnings) <= 1
+
+
+@gone
+def test_redis_that_was_never_there_costs_no_call(own_redis, start, break_):
+    break_(own_redis.server)
+    program = start(
+        """
+        DEF f(x):
+            return [x]
+        heard = listen()
+        f = cached(f)
+        say([run(f, x) for x in (0, 1, 1, 2)])
+        say((f.stats.cache_errors > 0, len(heard)))
+        """,
+        own(own_redis),
+    )
+    assert program.end() == [[[0], [1], [1], [2]], (True, 1)]
+
+
+@gone
+@pytest.mark.parametrize("was_there", [True, False])
+def test_redis_that_is_gone_costs_two_seconds_at_most_and_then_next_to_nothing(world, own_redis, break_, was_there):
+    f = connected(world, own_redis, lambda x: [x])
+    if not was_there:
+        f = opero.opero(**own(own_redis))(world.define(lambda x: [x]))
+    break_(own_redis.server)
+    seconds = []
+    for x in range(1, 11):
+        begin = time.perf_counter()
+        assert world.run(f, x) == [x]
+        seconds.append(time.perf_counter() - begin)
+    assert seconds[0] < 2
+    assert max(seconds[1:]) < 0.05
+
+
+@gone
+def test_clearing_does_not_hang_when_redis_is_gone(world, own_redis, break_, forget):
+    f = connected(world, own_redis, lambda x: [x])
+    break_(own_redis.server)
+    with contextlib.suppress(Exception):
+        started(forget, f).result(3)
+    assert world.run(f, 1) == [1]
+
+
+def test_the_cache_works_again_when_redis_is_back(world, own_redis):
+    f = connected(world, own_redis, lambda x: [x])
+    own_redis.server.stop()
+    world.run(f, 1)
+    own_redis.server.start()
+    before = f.stats.hits
+    deadline = time.monotonic() + 15
+    while f.stats.hits == before:
+        assert time.monotonic() < deadline, "it stays away"
+        world.run(f, 1)
+
+
+def test_the_event_loop_goes_on_while_redis_is_frozen(own_redis):
+    async def function(x):
+        return [x]
+
+    f = opero.opero(**own(own_redis))(function)
+    pauses = []
+
+    async def tick():
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.005)
+            last, before = time.perf_counter(), last
+            pauses.append(last - before)
+
+    async def main():
+        await f(0)
+        own_redis.server.freeze()
+        ticker = asyncio.create_task(tick())
+        answers = await asyncio.gather(*[f(x) for x in range(20)])
+        ticker.cancel()
+        return answers
+
+    assert asyncio.run(main()) == [[x] for x in range(20)]
+    assert max(pauses) < 0.3
+
+
+def test_the_event_loop_goes_on_while_another_process_computes(cached, options, start):
+    program = start(BEGIN, options)
+
+    async def function(x):
+        return "not run"
+
+    f = cached(function)
+    assert program.heard() == "began"
+
+    async def main():
+        call = asyncio.create_task(f(1))
+        pauses = []
+        for _ in range(50):
+            before = time.perf_counter()
+            await asyncio.sleep(0.005)
+            pauses.append(time.perf_counter() - before)
+        assert not call.done()
+        program.tell("result")
+        return await call, statistics.quantiles(pauses, n=10)[-1]
+
+    result, pause = asyncio.run(main())
+    assert result == "result"
+    assert pause < 0.1
+
+
+# The folder
+
+
+def use(world, folder):
+    options = {"cache": True, "cache_backend": "disk", "cache_options": {"cache_dir": str(folder)}}
+    return world.run(opero.opero(**options, retries=0, cache_namespace="namespace")(world.define(lambda x: x)), 1)
+
+
+def test_the_folders_are_for_their_owner_only(world, tmp_path):
+    before = os.umask(0)
+    try:
+        use(world, tmp_path / "cache")
+    finally:
+        os.umask(before)
+    folders = [path for path in (tmp_path / "cache").rglob("*") if path.is_dir()]
+    assert folders
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
+
+
+@pytest.fixture(params=["folder", "namespace"])
+def place(request, tmp_path, world):
+    """Where a folder of the cache's should be, but is not yet."""
+    use(world, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    (of_namespace,) = [path for path in folder.iterdir() if path.is_dir()]
+    path = folder if request.param == "folder" else of_namespace
+    path.rename(tmp_path / "away")
+    gc.collect()
+    return path
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777], ids=oct)
+def test_a_folder_that_others_can_write_to_is_refused(world, tmp_path, place, mode):
+    place.mkdir()
+    place.chmod(mode)
+    with pytest.raises(PermissionError):
+        use(world, tmp_path / "cache")
+    assert not list(place.iterdir())
+
+
+def test_a_symbolic_link_in_the_place_of_the_folder_is_refused(world, tmp_path, place):
+    real = tmp_path / "real"
+    real.mkdir(mode=0o700)
+    place.symlink_to(real, target_is_directory=True)
+    with pytest.raises(PermissionError):
+        use(world, tmp_path / "cache")
+    assert not list(real.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a folder of somebody else's")
+def test_a_folder_of_somebody_elses_is_refused(world, tmp_path, place):
+    place.mkdir(mode=0o700)
+    os.chown(place, 12345, 12345)
+    with pytest.raises(PermissionError):
+        use(world, tmp_path / "cache")
+
+
+def test_a_folder_of_the_owners_is_taken(world, tmp_path, place):
+    place.mkdir(mode=0o700)
+    assert use(world, tmp_path / "cache") == 1
+
+
+def test_without_cache_dir_the_cache_lies_in_the_users_cache_folder_and_nowhere_else(start, tmp_path):
+    options = {"cache": True, "cache_backend": "disk"}
+    program = start(
+        """
+        os.umask(0)
+        DEF f(x):
+            return x
+        run(cached(f), 1)
+        folder = os.path.join(os.environ["XDG_CACHE_HOME"], "twat_cache", "opero")
+        say((oct(os.stat(folder).st_mode & 0o777), bool(os.listdir(folder))))
+        """,
+        options,
+        environment={"XDG_CACHE_HOME": str(tmp_path / "users"), "HOME": str(tmp_path / "home")},
+    )
+    assert program.end() == [("0o700", True)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["program0.py", "users"]
+
+
+class Exploit:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+PICKLED = 4  # the mode of a row whose value diskcache would unpickle
+
+
+def change(database, statement, *values):
+    with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection, connection:
+        return connection.execute(statement, values).rowcount
+
+
+def test_a_pickled_value_of_a_foreign_hand_is_not_unpickled(world, disk_backend, tmp_path):
+    options = own(disk_backend)
+    world.run(opero.opero(**options)(world.define(lambda x: "first")), 1)
+    exploit = pickle.dumps(Exploit(tmp_path / "exploited"))
+    statement = "UPDATE Cache SET mode = ?, value = ?, filename = NULL"
+    assert sum(change(database, statement, PICKLED, exploit) for database in disk_backend.databases()) > 0
+    f = opero.opero(**options)(world.define(lambda x: "second"))
+    assert world.run(f, 1) == "second"
+    assert not (tmp_path / "exploited").exists()
+    assert f.stats.cache_errors > 0
+
+
+def test_a_pickled_file_of_a_foreign_hand_is_not_unpickled(world, disk_backend, tmp_path):
+    options = own(disk_backend)
+    world.run(opero.opero(**options)(world.define(lambda x: "first")), 1)
+    exploit = pickle.dumps(Exploit(tmp_path / "exploited"))
+    count = 0
+    for database in disk_backend.databases():
+        (database.parent / "foreign.val").write_bytes(exploit)
+        count += change(database, "UPDATE Cache SET mode = ?, value = NULL, filename = 'foreign.val'", PICKLED)
+    assert count > 0
+    f = opero.opero(**options)(world.define(lambda x: "second"))
+    assert world.run(f, 1) == "second"
+    assert not (tmp_path / "exploited").exists()
+
+
+def test_a_pickled_key_of_a_foreign_hand_is_not_unpickled(world, disk_backend, tmp_path):
+    options = own(disk_backend, cache_options={**disk_backend.cache_options, "maxsize": 3})
+    f = opero.opero(**options)(world.define(lambda x: x))
+    world.run(f, 1)
+    exploit = pickle.dumps(Exploit(tmp_path / "exploited"))
+    for database in disk_backend.databases():
+        change(database, "UPDATE Cache SET raw = 0, key = ? WHERE rowid = (SELECT min(rowid) FROM Cache)", exploit)
+    for x in range(10):
+        world.run(f, x)
+    f.cache_info()
+    f.cache_clear()
+    assert not (tmp_path / "exploited").exists()
+
+
+def limited(world, disk_backend, function, **limits):
+    options = own(disk_backend, cache_options={**disk_backend.cache_options, **limits})
+    return opero.opero(**options)(world.define(function))
+
+
+def test_maxsize_counts_entries(world, disk_backend):
+    f = limited(world, disk_backend, lambda x: "long" * 1000, maxsize=5)
+    for x in range(30):
+        world.run(f, x)
+    assert f.cache_info()[2:] == (5, 5)
+    world.run(f, 29)
+    assert f.stats.hits == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "victim"),
+    [("fifo", 1), ("lru", 2), ("lfu", 3)],
+)
+def test_the_policy_chooses_the_entry_that_goes(world, disk_backend, policy, victim):
+    f = limited(world, disk_backend, lambda x: x, maxsize=3, policy=policy)
+    for x in (1, 2, 3, 2, 2, 3, 1, 1):
+        world.run(f, x)
+    world.run(f, 4)
+    # `cache_delete` tells what is there, and moves nothing up in the order.
+    assert [x for x in (1, 2, 3) if not f.cache_delete(x)] == [victim]
+
+
+def test_size_limit_bounds_the_bytes(world, disk_backend):
+    f = limited(world, disk_backend, lambda x: os.urandom(20_000), size_limit=300_000)
+    for x in range(150):
+        world.run(f, x)
+    sizes = [path.stat().st_size for path in disk_backend.files() if not path.name.endswith(("-wal", "-shm"))]
+    assert sum(sizes) < 900_000
+    world.run(f, 149)
+    assert f.stats.hits == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("disk", {"bogus": 1}),
+        ("disk", {"redis_host": "localhost"}),
+        ("disk", {"maxsize": 0}),
+        ("disk", {"maxsize": 1.5}),
+        ("disk", {"size_limit": 0}),
+        ("disk", {"policy": "bogus"}),
+        ("disk", {"serializer": "bogus"}),
+        ("disk", {"compress": "yes"}),
+        ("disk", {"cache_dir": 1}),
+        ("disk", {"folder_name": "../outside"}),
+        ("redis", {"bogus": 1}),
+        ("redis", {"cache_dir": "here"}),
+        ("redis", {"redis_port": 999_999}),
+        ("redis", {"redis_port": "6379"}),
+        ("redis", {"redis_db": -1}),
+        ("redis", {"redis_host": ""}),
+        ("memory", {"cache_dir": "here"}),
+    ],
+)
+def test_a_wrong_option_is_refused_when_decorating(name, choice):
+    with pytest.raises((TypeError, ValueError), match=next(iter(choice))):
+        opero.opero(cache=True, cache_backend=name, cache_options=choice)(lambda x: x)
+
+
+# Kills
+
+WRITERS = """
+import random, select, signal
+
+DEF f(x):
+    return [x] * 50
+
+f = cached(f)
+
+def write(first):
+    for x in range(first, first + 10_000):
+        run(f, x)
+        say(x)
+
+for first in range(0, 500_000, 10_000):
+    child = os.fork()
+    if child == 0:
+        write(first)
+    time.sleep(random.uniform(0, 0.06))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_what_was_finished_before_kills_at_random_moments_is_there_and_the_cache_works(cached, options, start):
+    announced = start(WRITERS, options).end()
+    assert len(announced) > 50
+    runs = []
+    f = cached(runs.append)
+    assert [x for x in announced if f(x) != [x] * 50] == []
+    assert runs == []
+    for _ in range(2):
+        f(-1)
+    assert runs == [-1]
+    assert f.stats.cache_errors == 0
+
+
+# Many at once
+
+
+def test_threads_that_write_and_read_at_random_get_what_is_theirs(world, cached):
+    f = cached(world.define(lambda x: [x]))
+
+    def work(seed):
+        choice = random.Random(seed)
+        for _ in range(50):
+            x = choice.randrange(20)
+            if choice.random() < 0.1:
+                f.cache_delete(x)
+            assert world.run(f, x) == [x]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [None] * 8
+    assert f.stats.cache_errors == 0
+
+
+# The engine by itself
+
+
+@pytest.fixture(params=["memory", "disk", "redis"])
+def engine(request):
+    options = {}
+    namespace = f"engine.{os.urandom(8).hex()}"
+    if request.param != "memory":
+        backend = request.getfixturevalue(f"{request.param}_backend")
+        options = backend.cache_options
+    return opero.core.get_cache_context(cache_backend=request.param, cache_namespace=namespace, **options)
+
+
+def test_a_cache_context_stores_and_finds(engine):
+    with engine as cache:
+        cache.set("key", [1])
+        assert cache.get("key") == [1]
+
+
+def test_a_cache_context_gives_a_default_for_what_it_has_not(engine):
+    with engine as cache:
+        assert cache.get("key") is None
+
+
+def test_a_cache_context_forgets_one_entry(engine):
+    with engine as cache:
+        cache.set("key", 1)
+        cache.set("other", 2)
+        assert cache.delete("key")
+        assert not cache.delete("key")
+        assert (cache.get("key"), cache.get("other")) == (None, 2)
+
+
+def test_a_cache_context_forgets_all(engine):
+    with engine as cache:
+        cache.set("key", 1)
+        cache.clear()
+        assert cache.get("key") is None
+
+
+def test_a_cache_context_is_closed_at_the_end(engine):
+    with engine as cache:
+        cache.set("key", 1)
+    with pytest.raises(Exception, match="clos"):
+        cache.get("key")
