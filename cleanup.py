@@ -29,7 +29,7 @@ VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "installed-from"
 
 EXTRAS = ("redis", "aiomultiprocess")
-GROUPS = ("test", "lint")
+GROUPS = ("test", "lint", "bench")
 LINTERS = (("ruff", "check"), ("ruff", "format", "--check"), ("mypy",), ("pyright",))
 PIP_INSTALL = ("-m", "pip", "install", "--disable-pip-version-check", "--quiet")
 TOOLS = ("uv", "pytest", "ruff", "mypy", "pyright")

@@ -177,8 +177,10 @@ def no_hook_inside(option, key, /, **others):
 
 
 CACHE = {"cache": True}
+DISK = {"cache": True, "cache_backend": "disk"}
+REDIS = {"cache": True, "cache_backend": "redis"}
 LIMIT = {"rate_limit": 5}
-KNOWN_BACKENDS = ("'memory'",)
+KNOWN_BACKENDS = ("'memory'", "'disk'", "'redis'")
 
 REFUSALS = [
     # Names
@@ -216,6 +218,34 @@ REFUSALS = [
         }.items()
     ),
     wrong(ValueError, "cache=True", cache_options={}),
+    *no_count_inside("cache_options", "maxsize", smallest=1, **DISK),
+    *no_count_inside("cache_options", "size_limit", smallest=1, **DISK),
+    *(wrong_inside(ValueError, "'fifo'", cache_options={"policy": value}, **DISK) for value in ("bogus", "")),
+    *(wrong_inside(ValueError, "'json'", cache_options={"serializer": value}, **DISK) for value in ("yaml", "")),
+    *(wrong_inside(TypeError, "'json'", cache_options={"serializer": value}, **DISK) for value in (5, repr)),
+    *(wrong_inside(TypeError, "True or False", cache_options={"compress": value}, **DISK) for value in (1, None)),
+    *(
+        wrong_inside(ValueError, "cache_dir", cache_options={"folder_name": value}, **DISK)
+        for value in ("../elsewhere", "..", ".", "/tmp", "a/b")
+    ),
+    *(wrong_inside(TypeError, "path", cache_options={"cache_dir": value}, **DISK) for value in (5, None, b"cache")),
+    unknown_inside("'cache_dir'", cache_options={"cachedir": "x"}, **DISK),
+    unknown_inside("'redis_host'", cache_options={"redis_hots": "x"}, **REDIS),
+    *(
+        Refusal({"cache_options": {name: value}, **backend}, TypeError, (name,))
+        for backend, name, value in (
+            (CACHE, "cache_dir", "x"),
+            (CACHE, "redis_host", "x"),
+            (DISK, "redis_host", "x"),
+            (REDIS, "maxsize", 5),
+            (REDIS, "policy", "lru"),
+            (REDIS, "size_limit", 5),
+        )
+    ),
+    *(wrong_inside(ValueError, "65535", cache_options={"redis_port": value}, **REDIS) for value in (65_536, 999_999)),
+    *no_count_inside("cache_options", "redis_db", smallest=0, **REDIS),
+    *(wrong_inside(TypeError, "text", cache_options={"redis_host": value}, **REDIS) for value in (5, None)),
+    Refusal({"cache_options": {"redis_password": 5}, **REDIS}, TypeError, ("redis_password", "text")),
     # Retry
     *no_count("retries", smallest=0),
     wrong(TypeError, "whole number", retries=None),
@@ -732,3 +762,10 @@ def test_a_rate_limiter_refuses_a_wrong_rate_and_a_wrong_burst(rate, options, er
         RateLimiter(rate, **options)
 
     assert [text for text in shows if text not in str(caught.value)] == []
+
+
+def test_a_password_is_not_in_the_message_about_its_mapping():
+    with pytest.raises(ValueError, match="cache=True") as caught:
+        opero(cache_options={"redis_password": "hunter2"})(fetch)
+
+    assert "hunter2" not in str(caught.value)

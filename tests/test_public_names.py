@@ -32,6 +32,7 @@ TOP = [
 ]
 CORE = [
     "RateLimiter",
+    "get_cache_context",
     "get_cache_decorator",
     "get_fallback_decorator",
     "get_rate_limit_decorator",

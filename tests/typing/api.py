@@ -28,6 +28,7 @@ from opero import (
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
 from opero.core import (
     RateLimiter,
+    get_cache_context,
     get_cache_decorator,
     get_fallback_decorator,
     get_rate_limit_decorator,
@@ -573,6 +574,12 @@ def check_single_policies() -> None:
     assert_type(get_cache_decorator()(fetch_plain).stats, CallStats)
     get_parallel_map_decorator("thread", workers=5)(fetch_plain)(["u"])
     get_parallel_executor("thread", workers=5)(fetch_plain, ["u"], size=5)
+
+    with get_cache_context("name", cache_backend="disk", cache_ttl=5, maxsize=10) as engine:
+        engine.set("key", 1)
+        assert_type(engine.delete("key"), bool)
+        engine.flush()  # type: ignore[attr-defined]
+    get_cache_context()  # type: ignore[call-arg]
 
     get_retry_decorator()(fetch_plain)(5)  # type: ignore[arg-type]
     get_retry_decorator(retries="5")  # type: ignore[arg-type]

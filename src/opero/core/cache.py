@@ -17,9 +17,9 @@ from opero.core.resilient import OperoFunction, decorator
 from opero.core.signature import MISSING, is_async
 from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
 from opero.core.stores.contract import BUSY, CLAIMED, Claim, Fault, Found, Keep, Lease, Release
+from opero.core.stores.engines import make_engine, managing
 from opero.core.stores.memory import is_shared
 from opero.core.stores.settings import cache_settings
-from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from opero.core.plan import Call
     from opero.core.stats import CallStats, Stats
     from opero.core.stores.contract import Request, Store
+    from opero.core.stores.engines import CacheEngine
     from opero.core.stores.settings import CacheSettings
 
-__all__ = ["clear_cache", "get_cache_decorator"]
+__all__ = ["clear_cache", "get_cache_context", "get_cache_decorator"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -87,10 +88,6 @@ class Cache:
         key = call.key = self.keys.key_of(*call.args, **call.kwargs) if call.key is MISSING else call.key
         flights = self.store.flights
         while True:
-            if self.store.is_instant:
-                (there,) = self.store.perform([Claim(Lease(key))])
-                if there.__class__ is Found:
-                    return self._hit(call, there.value, stats)
             flight, is_leader = flights.board(key)
             if is_leader:
                 return (yield from self._lead(flight, call, compute, stats))
@@ -104,12 +101,12 @@ class Cache:
 
     def delete(self, key: Any) -> bool:
         self.store.flights.invalidate(key)
-        with _managing(self.store, "delete from"):
+        with managing(self.store, "delete from"):
             return self.store.delete(key)
 
     def clear(self) -> None:
         self.store.flights.invalidate()
-        with _managing(self.store, "clear"):
+        with managing(self.store, "clear"):
             self.store.clear()
 
     def _hit(self, call: Call, value: Any, stats: Stats) -> Any:
@@ -153,7 +150,7 @@ class Cache:
         look = _FIRST_LOOK
         while True:
             answer = yield from self._ask(Claim(lease))
-            if answer is not BUSY:
+            if answer is not BUSY or lease.key in self.store.flights.inherited:
                 return answer
             yield Pause(look)
             look = min(_LAST_LOOK, look * 2)
@@ -169,20 +166,8 @@ class Cache:
             self.store.complain(answer.error)
 
     def _count(self) -> int:
-        with _managing(self.store, "count the entries of"):
+        with managing(self.store, "count the entries of"):
             return len(self.store)
-
-
-@contextlib.contextmanager
-def _managing(store: Store, what: str) -> Iterator[None]:
-    """Who manages a cache is told when that failed: it is not a call that could go on without."""
-    try:
-        yield
-    except OperoError:
-        raise
-    except Exception as error:
-        msg = f"could not {what} {store}: {type(error).__name__}: {error}"
-        raise OperoError(msg) from error
 
 
 _lock = threading.Lock()
@@ -249,6 +234,41 @@ def get_cache_decorator(
         **options,
     }
     return decorator("get_cache_decorator", plan, (get_cache_decorator, recipe))
+
+
+@contextlib.contextmanager
+def get_cache_context(
+    cache_namespace: str, *, cache_backend: str = "memory", cache_ttl: float | None = None, **options: Any
+) -> Iterator[CacheEngine]:
+    """Give the cache engine of a namespace for a ``with`` block, and close its files and connections at the end.
+
+    Functions that are decorated with the same namespace, backend and options share its entries by ``engine.cache``;
+    ``engine.get`` and ``engine.set`` have keys of their own. In memory, entries go when nothing uses the namespace.
+
+    Args:
+        cache_namespace: Where the entries live.
+        cache_backend: ``"memory"``, ``"disk"`` or ``"redis"``.
+        cache_ttl: Seconds an entry lives; None keeps it for ever.
+        **options: As ``cache_options`` of `opero.opero`.
+
+    Yields:
+        A `twat_cache.engines.base.BaseCacheEngine` with ``get(key, default=None)``, ``set(key, value)``,
+        ``delete(key)``, ``clear()``, ``cache(function)``, ``stats`` and ``name``.
+
+    Raises:
+        TypeError: If an option has the wrong type, or a key cannot be one.
+        ValueError: If an option's value is out of range.
+        OperoError: By the engine, if the backend failed.
+    """
+    settings = cache_settings(ttl=cache_ttl, backend=cache_backend, namespace=cache_namespace, options=options)
+    decorate = get_cache_decorator(
+        cache_ttl=cache_ttl, cache_backend=cache_backend, cache_namespace=cache_namespace, **options
+    )
+    engine = make_engine(settings, settings.store(cache_namespace), decorate)
+    try:
+        yield engine
+    finally:
+        engine.cleanup()
 
 
 def clear_cache(namespace: str | None = None) -> None:

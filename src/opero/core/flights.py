@@ -33,12 +33,15 @@ class Flights:
 
     def __init__(self) -> None:
         self._under_way: dict[Any, Flight] = {}
+        # What was under way when this process was forked: its parent may wait for it, and not the other way round.
+        self.inherited: frozenset[Any] = frozenset()
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Forget computations whose threads exist only in the parent."""
         self.lock = threading.Lock()
+        self.inherited |= self._under_way.keys()
         self._under_way.clear()
 
     def board(self, key: Any) -> tuple[Flight, bool]:

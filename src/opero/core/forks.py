@@ -16,12 +16,34 @@ class ForkSensitive(Protocol):
         ...
 
 
+class ForkHolder(ForkSensitive, Protocol):
+    """Something that must not be in the middle of its work when another thread forks."""
+
+    def before_fork(self) -> None:
+        """Wait until no thread is in it, and let none in."""
+        ...
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        ...
+
+
 _watched: WeakSet[ForkSensitive] = WeakSet()
+_holding: WeakSet[ForkHolder] = WeakSet()
+# Those that were asked to wait for the fork that is being made, and the right to make one.
+_held: list[ForkHolder] = []
+_forking = threading.Lock()
 
 
 def watch_forks(thing: ForkSensitive) -> None:
     """Call ``thing.after_fork()`` in every child that this process forks from now on."""
     _watched.add(thing)
+
+
+def hold_forks(thing: ForkHolder) -> None:
+    """Let this process fork only between the uses of ``thing``."""
+    _holding.add(thing)
+    watch_forks(thing)
 
 
 # Threads of opero's own whose locks a child makes anew.
@@ -57,10 +79,27 @@ class ForkSafeLock:
         self._lock.release()
 
 
+def _before() -> None:
+    _forking.acquire()
+    _held[:] = _holding
+    for thing in _held:
+        thing.before_fork()
+
+
+def _in_parent() -> None:
+    for thing in _held:
+        thing.after_fork_in_parent()
+    _held.clear()
+    _forking.release()
+
+
 def _in_child() -> None:
+    global _forking  # noqa: PLW0603 - held by a thread that is not here
+    _forking = threading.Lock()
+    _held.clear()
     for thing in list(_watched):
         thing.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

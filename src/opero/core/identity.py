@@ -72,17 +72,27 @@ def _particulars(function: Any, inside: frozenset[int], *, has_file: bool) -> An
         return (_identity(function.__func__, inside), freeze(function.__self__))
     if not isinstance(function, types.FunctionType):
         return None if isinstance(function, types.BuiltinFunctionType) else freeze(function)
-    by_name = "<" not in function.__qualname__ and function.__code__.co_name == function.__name__
+    code = function.__code__
+    by_name = "<" not in function.__qualname__ and code.co_name == function.__name__
     if by_name and has_file and not function.__closure__:
         return None
-    return (_freeze_code(function.__code__), tuple([_captured(cell, inside) for cell in function.__closure__ or ()]))
+    captured = [_in_cell(cell, inside) for cell in function.__closure__ or ()]
+    if function.__globals__ is not getattr(sys.modules.get(function.__module__), "__dict__", None):
+        # Compiled with globals of its own, which do what cells do elsewhere.
+        used = [name for name in code.co_names if name in function.__globals__]
+        captured += [_captured(function.__globals__[name], inside) for name in used]
+    return (_freeze_code(code), tuple(captured))
 
 
-def _captured(cell: Any, inside: frozenset[int]) -> Any:
+def _in_cell(cell: Any, inside: frozenset[int]) -> Any:
     try:
-        value = _undecorated(cell.cell_contents)
+        return _captured(cell.cell_contents, inside)
     except ValueError:
         return "nothing yet"
+
+
+def _captured(value: Any, inside: frozenset[int]) -> Any:
+    value = _undecorated(value)
     if id(value) in inside:
         return "itself"
     if isinstance(value, types.ModuleType):

@@ -321,6 +321,11 @@ def _as_it_is(freezer: Callable[[Any], Frozen], value: Any) -> Frozen:
     return freezer(value)
 
 
+def key_of_value(value: Any, *, digest: bool) -> Any:
+    """The key that is made of one value."""
+    return _by_digest(freeze, value) if digest else freeze(value)
+
+
 def _by_digest(freezer: Callable[[Any], Frozen], value: Any) -> bytes:
     with values_only():
         return digest_of(freezer(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from opero.core.cache import cache_policy
@@ -15,7 +16,7 @@ from opero.core.retry import RetryOn, retry_policy
 from opero.core.signature import is_async, name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from opero.core.cache import Cache
 
@@ -151,8 +152,15 @@ def _refuse_useless(given: dict[str, Any]) -> None:
             needs.pop(name)
     for name, (other, off, example) in needs.items():
         if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
-            msg = f"{name}={given[name]!r} has no effect with {other}={off!r}; add {example}, or leave it out"
+            shown = _without_passwords(given[name])
+            msg = f"{name}={shown!r} has no effect with {other}={off!r}; add {example}, or leave it out"
             raise ValueError(msg)
+
+
+def _without_passwords(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {name: "…" if "password" in str(name) else inner for name, inner in value.items()}
 
 
 @overload
@@ -176,10 +184,14 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
 
             - ``cache`` (False): cache successful results. Identical calls under way share one execution.
             - ``cache_ttl`` (None): seconds an entry lives; None keeps it for ever.
-            - ``cache_backend`` (``"memory"``): where entries live.
+            - ``cache_backend`` (``"memory"``): where entries live: ``"memory"``, ``"disk"`` or ``"redis"``.
             - ``cache_key`` (None): ``callable(*args, **kwargs)`` giving the key in place of the arguments.
             - ``cache_namespace``: functions with one namespace share entries; each has its own by default.
-            - ``cache_options`` (None): mapping with ``maxsize`` (10 000 entries) and ``policy`` (``"lru"``).
+            - ``cache_options`` (None): mapping. In memory ``maxsize`` (10 000 entries) and ``policy`` (``"lru"``,
+              ``"lfu"``, ``"fifo"``). On disk ``cache_dir``, ``folder_name`` (``"opero"``), ``maxsize`` (entries, no
+              bound), ``size_limit`` (bytes, 16 GiB), ``policy`` (``"fifo"``), ``serializer`` (``"pickle"``,
+              ``"json"``), ``compress`` (False). On redis ``redis_host``, ``redis_port``, ``redis_db``,
+              ``redis_password``, ``folder_name``, ``serializer``, ``compress``.
             - ``retries`` (3): extra rounds after the first.
             - ``backoff_factor``, ``min_delay``, ``max_delay`` (2.0, 0.1 s, 30 s): the delay after round n is
               ``min(max_delay, min_delay * backoff_factor**(n-1))``.
@@ -197,6 +209,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
     Raises:
         TypeError: When decorating: an unknown option, a wrong type, or something that is not a function.
         ValueError: When decorating: a value out of range, or an option that cannot apply. At a call: no candidates.
+        UnsafeCacheError: At a call: the folder of the disk cache could have been filled by somebody else.
         AllFailedError: At a call with ``arg_fallback``: every candidate failed in every round.
         CallTimeoutError: At a call: a time limit ended it.
     """

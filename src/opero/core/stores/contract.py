@@ -63,7 +63,7 @@ class Lease:
     ``dropped`` may be set while a thread is still on its way to claim it, which then gives it back at once.
     """
 
-    __slots__ = ("dropped", "generation", "held", "key", "token")
+    __slots__ = ("claimed_at", "dropped", "generation", "held", "key", "token")
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -71,6 +71,7 @@ class Lease:
         self.held = False
         self.dropped = False
         self.generation: Any = None
+        self.claimed_at = 0.0
 
     def renew_token(self) -> None:
         self.token = os.urandom(12).hex().encode()
@@ -86,7 +87,10 @@ class Claim:
 
 
 class Keep:
-    """Request: store a result unless it is stale by now, and give the lease back; answered by `DONE`."""
+    """Request: store a result unless it is stale by now, and give the lease back; answered by `DONE`.
+
+    With a lease that was never claimed it is stored in any case.
+    """
 
     __slots__ = ("flight", "lease", "ttl", "value")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import diskcache
 
 from opero.core.clock import clock
-from opero.core.forks import watch_forks
+from opero.core.forks import hold_forks
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
 from opero.core.stores.entries import loads
 from opero.core.stores.lasting import LastingStore
@@ -38,13 +38,16 @@ DISK_POLICIES = {
 # Larger results become files of their own beside the database.
 _IN_DATABASE = 2**20
 _LOCK_SECONDS = 5
+_GRAVE_SECONDS = 86_400.0
 _MODE_RAW, _MODE_BINARY = 1, 2
 
 _SELECT = (
     "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1 AND (expire_time IS NULL OR expire_time > ?)"
 )
+_BURIED_AT = "SELECT store_time FROM Cache WHERE key = ? AND raw = 1"
 _TOUCH = "UPDATE Cache SET access_time = ?, access_count = access_count + 1 WHERE key = ? AND raw = 1"
-_CULL = "FROM Cache ORDER BY {order} LIMIT ?"
+# The entry that makes one too many has not been used yet, and is not the one to go.
+_CULL = "FROM Cache WHERE rowid != last_insert_rowid() ORDER BY {order} LIMIT ?"
 _ORDER = {"fifo": "store_time", "lru": "access_time", "lfu": "access_count"}
 
 
@@ -157,7 +160,14 @@ class DiskStore(LastingStore):
         self._fetch: Any = None
         self._locks: KeyLocks | None = None
         self._lock = threading.RLock()
-        watch_forks(self)
+        hold_forks(self)
+
+    def before_fork(self) -> None:
+        # SQLite has locks of its own, which a child would inherit locked.
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        self._lock.release()
 
     def after_fork(self) -> None:
         """Open the database anew."""
@@ -176,8 +186,9 @@ class DiskStore(LastingStore):
         return self._policy == "fifo"
 
     def read(self, key: bytes) -> bytes | None:
-        reading = self._reading or self._open()
-        row = reading.execute(_SELECT, (key, clock.wall())).fetchone()
+        with self._lock:
+            reading = self._reading or self._open()
+            row = reading.execute(_SELECT, (key, clock.wall())).fetchone()
         if row is None:
             return None
         mode, filename, value = row
@@ -212,7 +223,14 @@ class DiskStore(LastingStore):
 
     def delete(self, key: bytes) -> bool:
         with self._lock:
-            return bool(self._opened().delete(key, retry=False))
+            database = self._opened()
+            assert self._locks is not None  # noqa: S101 - for the type checkers
+            if self._locks.take(key):
+                self._locks.release(key)
+            else:
+                # Another process computes it now, and shall not store it later: see `_is_forgotten`.
+                database.set(_grave(key), b"", expire=_GRAVE_SECONDS)
+            return bool(database.delete(key, retry=False))
 
     def clear(self) -> None:
         with self._lock:
@@ -248,8 +266,9 @@ class DiskStore(LastingStore):
         with self._lock:
             claimed = not lease.dropped and self._locks is not None and self._locks.take(lease.key)
             lease.held = claimed
-        if claimed and self._reading is not None:
-            lease.generation = _generation(self._reading.execute)
+            if claimed and self._reading is not None:
+                lease.generation = _generation(self._reading.execute)
+                lease.claimed_at = clock.wall()
         # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
         entry = self.read(lease.key)
         if entry is None:
@@ -278,7 +297,7 @@ class DiskStore(LastingStore):
                 generation = _generation(database._sql)  # noqa: SLF001 - the connection, inside the transaction
                 for keep in keeps:
                     fresh = keep.lease.generation is None or keep.lease.generation == generation
-                    if fresh and not keep.is_stale:
+                    if fresh and not keep.is_stale and not _is_forgotten(database, keep.lease):
                         database.set(keep.lease.key, written[id(keep)], expire=keep.ttl)
 
     def _touch(self, key: bytes) -> None:
@@ -306,6 +325,16 @@ class DiskStore(LastingStore):
                 self._database, self._reading = database, connect(str(folder))
                 self.rest.end()
             return self._reading
+
+
+def _grave(key: bytes) -> bytes:
+    return key + b"!"
+
+
+def _is_forgotten(database: _Database, lease: Lease) -> bool:
+    """Whether the entry was deleted, by another process, after the lease was claimed."""
+    rows = database._sql(_BURIED_AT, (_grave(lease.key),)).fetchall()  # noqa: SLF001 - no way for it in diskcache
+    return any(buried_at >= lease.claimed_at for (buried_at,) in rows)
 
 
 def _generation(sql: Callable[[str], Any]) -> int:

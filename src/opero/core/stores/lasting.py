@@ -36,6 +36,10 @@ class LastingStore:
         self.rest = Rest()
         self._format = entry_format
         self._complaints = Complaints(what)
+        self._what = what
+
+    def __repr__(self) -> str:
+        return self._what
 
     def complain(self, error: Exception) -> None:
         self._complaints.tell(error)

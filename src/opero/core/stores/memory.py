@@ -50,6 +50,9 @@ class MemoryStore:
     def clear(self) -> None:
         self._entries.clear()
 
+    def __repr__(self) -> str:
+        return "the memory cache"
+
     def __len__(self) -> int:
         return len(self._entries)
 

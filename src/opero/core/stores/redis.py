@@ -145,6 +145,9 @@ class RedisStore(LastingStore):
             pipeline.eval(_CLAIM, 2, *keys, lease.token, int(LEASE_SECONDS * 1000))
         elif isinstance(request, Keep) and not request.is_stale:
             milliseconds = 0 if request.ttl is None else max(1, int(request.ttl * 1000))
+            if not lease.token:
+                pipeline.set(entry, written[id(request)], px=milliseconds or None)
+                return
             pipeline.eval(_KEEP, 2, *keys, lease.token, written[id(request)], milliseconds)
         else:
             pipeline.eval(_RELEASE, 1, keys[1], lease.token)

@@ -109,11 +109,12 @@ class CacheSettings:
         assert namespace is not None  # noqa: S101 - what outlives the process has a name
         key = repr((self.backend, namespace, sorted(self.options.items())))
         with _lock:
-            store: Store | None = _lasting_stores.get(key)
-            if store is None:
-                make = self._disk_store if self.backend == "disk" else self._redis_store
-                _lasting_stores[key] = store = make(namespace)
-            return store
+            found: Store | None = _lasting_stores.get(key)
+            if found is not None:
+                return found
+            made: Store = self._disk_store(namespace) if self.backend == "disk" else self._redis_store(namespace)
+            _lasting_stores[key] = made
+            return made
 
     def _disk_store(self, namespace: str) -> Any:
         from opero.core.stores.disk import DiskStore
@@ -177,6 +178,6 @@ def cache_settings(
     given = check_mapping("cache_options", options)
     check_known(f"cache_options of cache_backend={backend!r}", given, _OPTIONS[backend])
     policies = MEMORY_POLICIES if backend == "memory" else DISK_POLICIES
-    checks = {**_CHECKS, "policy": functools.partial(check_choice, choices=policies)}
+    checks: dict[str, Any] = {**_CHECKS, "policy": functools.partial(check_choice, choices=policies)}
     checked = {name: checks[name](f"cache_options[{name!r}]", value) for name, value in given.items()}
     return CacheSettings(backend, ttl, namespace, checked)

@@ -1,0 +1,180 @@
+"""Stores behind twat-cache's contract for engines.
+
+The engines of twat-cache 2.7.5 cannot be made (`_get_cached_value` is missing, an empty cache counts as none), and
+where completed take a miss for a hit, count bytes as entries (disk), or use ``hash`` as a key (redis). Here they are
+completed: settings, name and statistics are theirs, the entries are a `Store`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from opero.core.keys import key_of_value
+from opero.core.stores.contract import Claim, Fault, Found, Keep, Lease
+from opero.core.stores.twat import import_twat_cache
+from opero.exceptions import OperoError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from opero.core.stores.contract import Store
+    from opero.core.stores.settings import CacheSettings
+
+
+class CacheEngine(Protocol):
+    """What `opero.core.get_cache_context` gives."""
+
+    @property
+    def name(self) -> str:
+        """What kind of engine it is."""
+        ...
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Hits, misses and size, and twat-cache's other facts."""
+        ...
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The value of a key; ``default`` if there is none."""
+        ...
+
+    def set(self, key: Any, value: Any) -> None:
+        """Store a value under a key."""
+        ...
+
+    def delete(self, key: Any) -> bool:
+        """Forget the value of a key; tells whether there was one."""
+        ...
+
+    def clear(self) -> None:
+        """Forget all values of the namespace."""
+        ...
+
+    def cache(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorate a function to keep its results in the namespace."""
+        ...
+
+    def cleanup(self) -> None:
+        """Close files and connections."""
+        ...
+
+
+@contextlib.contextmanager
+def managing(store: Store, what: str) -> Iterator[None]:
+    """Who manages a cache is told when that failed: it is not a call that could go on without."""
+    try:
+        yield
+    except OperoError:
+        raise
+    except Exception as error:
+        msg = f"could not {what} {store}: {type(error).__name__}: {error}"
+        raise OperoError(msg) from error
+
+
+def make_engine(settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> CacheEngine:
+    """The engine over a store; ``decorate`` makes a function use it."""
+    base = {
+        "memory": ("engines.base", "BaseCacheEngine"),
+        "disk": ("engines.diskcache", "DiskCacheEngine"),
+        "redis": ("engines.redis", "RedisCacheEngine"),
+    }
+    engine: CacheEngine = _engine_class(*base[settings.backend])(settings, store, decorate)
+    return engine
+
+
+class _Completed:
+    """What twat-cache's engines lack or get wrong; stands before them among the bases."""
+
+    def __init__(self, settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> None:
+        # Not twat-cache's own: it opens files and connections with its own settings.
+        self._config = settings.config()
+        self._digest = settings.backend != "memory"
+        self._ttl = settings.ttl
+        self._store = store
+        self._decorate = decorate
+        self._cache: dict[Any, Any] = {}
+        self._cache_path = getattr(store, "folder", None)
+        self._is_closed = False
+        self._hits = self._misses = self._size = 0
+        self._last_access = self._last_update = 0.0
+        self._created_at = time.time()
+
+    @classmethod
+    def is_available(cls) -> bool:
+        return True
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        facts: dict[str, Any] = import_twat_cache("engines.base").BaseCacheEngine.stats.fget(self)
+        self._check_open()
+        with managing(self._store, "count the entries of"):
+            return {**facts, "size": len(self._store)}
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        lease = Lease(self._key(key))
+        answer = self._ask(Claim(lease))
+        self._store.let_go(lease)
+        self._last_access = time.time()
+        if not isinstance(answer, Found):
+            self._misses += 1
+            return default
+        self._hits += 1
+        return answer.value
+
+    def set(self, key: Any, value: Any) -> None:
+        self._ask(Keep(Lease(self._key(key)), value, self._ttl))
+        self._last_update = time.time()
+
+    def delete(self, key: Any) -> bool:
+        self._check_open()
+        with managing(self._store, "delete from"):
+            return self._store.delete(self._key(key))
+
+    def clear(self) -> None:
+        self._check_open()
+        with managing(self._store, "clear"):
+            self._store.clear()
+
+    def cache(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        decorated: Callable[..., Any] = self._decorate(func)
+        return decorated
+
+    def cleanup(self) -> None:
+        self._is_closed = True
+        self._store.close()
+
+    # twat-cache's contract has these two in place of `get` and `set`.
+
+    def _get_cached_value(self, key: Any) -> Any:
+        return self.get(key)
+
+    def _set_cached_value(self, key: Any, value: Any) -> None:
+        self.set(key, value)
+
+    def _key(self, key: Any) -> Any:
+        return key_of_value(key, digest=self._digest)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            msg = "the cache engine is closed; use it inside of its `with` block"
+            raise OperoError(msg)
+
+    def _ask(self, request: Claim | Keep) -> Any:
+        self._check_open()
+        (answer,) = self._store.perform([request])
+        if isinstance(answer, Fault):
+            msg = f"the cache failed: {type(answer.error).__name__}: {answer.error}"
+            raise OperoError(msg) from answer.error
+        return answer
+
+
+@functools.cache
+def _engine_class(module: str, name: str) -> Any:
+    return type(name, (_Completed, getattr(import_twat_cache(module), name)), {})
