@@ -123,12 +123,12 @@ def test_no_item_fails_when_redis_stops_and_starts_in_the_middle(mode, own_redis
         return x
 
     f = opero.opmap(**mode.options, **own_redis.options, cache_namespace="map", retries=0)(mode.define(function))
-    running = started(mode.run, f, range(300))
+    running = started(mode.run, f, range(200))
     until(lambda: len(journal.lines()) > 20)
     own_redis.server.kill()
     until(lambda: len(journal.lines()) > 80)
     own_redis.server.start()
-    assert running.result(SECONDS) == list(range(300))
+    assert running.result(SECONDS) == list(range(200))
 
 
 def test_no_item_fails_when_redis_is_frozen_in_the_middle(mode, own_redis, journal):
@@ -138,10 +138,10 @@ def test_no_item_fails_when_redis_is_frozen_in_the_middle(mode, own_redis, journ
         return x
 
     f = opero.opmap(**mode.options, **own_redis.options, cache_namespace="map", retries=0)(mode.define(function))
-    running = started(mode.run, f, range(200))
+    running = started(mode.run, f, range(100))
     until(lambda: len(journal.lines()) > 20)
     own_redis.server.freeze()
-    assert running.result(SECONDS) == list(range(200))
+    assert running.result(SECONDS) == list(range(100))
 
 
 # Killed and run again

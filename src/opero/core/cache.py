@@ -20,6 +20,7 @@ from opero.core.stores.contract import BUSY, CLAIMED, Claim, Fault, Found, Keep,
 from opero.core.stores.engines import make_engine, managing
 from opero.core.stores.memory import is_shared
 from opero.core.stores.settings import cache_settings
+from opero.exceptions import MisuseError, OperoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
@@ -277,8 +278,21 @@ def clear_cache(namespace: str | None = None) -> None:
     Args:
         namespace: A ``cache_namespace``, or the identity that a function without one has
             (``"module.qualified_name"``). Default: every namespace.
+
+    Raises:
+        OperoError: If a backend failed; the caches of the others are empty all the same.
     """
     with _lock:
-        chosen = [cache for cache in _caches if namespace is None or cache.namespace == namespace]
-    for cache in chosen:
-        cache.clear()
+        caches = list(_caches)
+    errors = []
+    for cache in caches:
+        try:
+            if namespace in {None, cache.namespace}:
+                cache.clear()
+        except MisuseError:
+            # It has no name to keep anything under, and so has kept nothing.
+            continue
+        except OperoError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]

@@ -18,7 +18,7 @@ import diskcache
 
 from opero.core.clock import clock
 from opero.core.forks import hold_forks
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease, Rest
 from opero.core.stores.entries import loads
 from opero.core.stores.lasting import LastingStore
 from opero.core.stores.locks import KeyLocks, key_locks
@@ -152,6 +152,7 @@ class DiskStore(LastingStore):
     ) -> None:
         super().__init__(f"the disk cache {name}", entry_format, maxsize)
         self._root = root
+        self._rest = Rest()
         self._name = name
         self._policy = policy
         self._size_limit = size_limit
@@ -159,20 +160,25 @@ class DiskStore(LastingStore):
         self._reading: sqlite3.Connection | None = None
         self._fetch: Any = None
         self._locks: KeyLocks | None = None
+        # For writing, which may wait for other processes; readers have a lock of their own and wait for nobody.
         self._lock = threading.RLock()
+        self._reading_lock = threading.Lock()
         hold_forks(self)
 
     def before_fork(self) -> None:
         # SQLite has locks of its own, which a child would inherit locked.
         self._lock.acquire()
+        self._reading_lock.acquire()
 
     def after_fork_in_parent(self) -> None:
+        self._reading_lock.release()
         self._lock.release()
 
     def after_fork(self) -> None:
         """Open the database anew."""
         _inherited.append((self._database, self._reading))
         self._lock = threading.RLock()
+        self._reading_lock = threading.Lock()
         self._database = self._reading = None
 
     @property
@@ -181,14 +187,16 @@ class DiskStore(LastingStore):
         return self._root() / self._name
 
     @property
+    def rest(self) -> Rest:
+        return self._rest
+
+    @property
     def reads_only(self) -> bool:
         """Whether a hit writes nothing, and so waits for nobody."""
         return self._policy == "fifo"
 
     def read(self, key: bytes) -> bytes | None:
-        with self._lock:
-            reading = self._reading or self._open()
-            row = reading.execute(_SELECT, (key, clock.wall())).fetchone()
+        row = self._select(key)
         if row is None:
             return None
         mode, filename, value = row
@@ -202,6 +210,17 @@ class DiskStore(LastingStore):
         if not self.reads_only:
             self._touch(key)
         return entry
+
+    def _select(self, key: bytes) -> Any:
+        reading = self._reading or self._open()
+        with self._reading_lock:
+            try:
+                return reading.execute(_SELECT, (key, clock.wall())).fetchone()
+            except sqlite3.ProgrammingError:
+                if reading is self._reading:
+                    raise
+        # Somebody has closed it since.
+        return self._select(key)
 
     def answer(self, requests: Sequence[Request], written: dict[int, bytes]) -> list[Any]:
         self._opened()
@@ -249,9 +268,15 @@ class DiskStore(LastingStore):
         with self._lock:
             if self._database is not None:
                 self._database.close()
-            if self._reading is not None:
-                self._reading.close()
-            self._database = self._reading = None
+            reading, self._database, self._reading = self._reading, None, None
+            if reading is not None:
+                with self._reading_lock:
+                    reading.close()
+
+    def __del__(self) -> None:
+        # Left open, SQLite's connections warn when they are collected.
+        with contextlib.suppress(Exception):
+            self.close()
 
     def _answer_one(self, request: Request, kept: dict[int, Any]) -> Any:
         if isinstance(request, Claim):
@@ -324,7 +349,8 @@ class DiskStore(LastingStore):
                 self._fetch = database.disk.fetch
                 self._database, self._reading = database, connect(str(folder))
                 self.rest.end()
-            return self._reading
+            reading: sqlite3.Connection = self._reading
+            return reading
 
 
 def _grave(key: bytes) -> bytes:

@@ -6,13 +6,16 @@ when its owner is gone, and is renewed while its owner computes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet, WeakValueDictionary, ref
 
-from opero.core.forks import allow_forks, watch_forks
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
+from opero.core.forks import ForkSafeLock, allow_forks, watch_forks
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease, Rest
 from opero.core.stores.entries import loads
 from opero.core.stores.lasting import LastingStore
 
@@ -27,7 +30,7 @@ CONNECT_SECONDS = 0.9
 ANSWER_SECONDS = 0.9
 CONNECTIONS = 32
 LEASE_SECONDS = 10.0
-_IDLE_SECONDS = 30.0
+_IDLE_SECONDS = 1.0
 _SCAN_COUNT = 1_000
 
 # KEYS: entry, lease. ARGV: token, milliseconds.
@@ -53,28 +56,39 @@ _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPI
 class RedisStore(LastingStore):
     """The entries of one namespace on one server."""
 
-    def __init__(self, make_client: Callable[[], Any], prefix: str, entry_format: EntryFormat) -> None:
+    def __init__(self, config: Callable[[], Any], prefix: str, entry_format: EntryFormat) -> None:
         super().__init__(f"the redis cache {prefix}", entry_format)
-        self._make_client = make_client
+        self._config = config
         self._prefix = prefix.encode()
-        self._client: Any
+        self._server: Server | None
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Hold none of the parent's leases, and use none of its connections."""
         self._lock = threading.Lock()
-        self._client = None
+        self._server = None
         self._keeper = LeaseKeeper(self)
 
     @property
-    def client(self) -> Any:
-        """The client, which connects when it is used."""
-        if self._client is None:
+    def server(self) -> Server:
+        """The server, which is connected to when it is asked for something."""
+        server = self._server
+        if server is None:
             with self._lock:
-                if self._client is None:
-                    self._client = self._make_client()
-        return self._client
+                self._server = server = server_of(self._config())
+                server.users.add(self)
+        return server
+
+    @property
+    def client(self) -> Any:
+        """The connections to the server."""
+        return self.server.client
+
+    @property
+    def rest(self) -> Rest:
+        """All namespaces on a server leave it alone together."""
+        return self.server.rest
 
     def read(self, key: bytes) -> bytes | None:
         entry: bytes | None = self.client.get(self._entry(key))
@@ -112,11 +126,10 @@ class RedisStore(LastingStore):
 
     def close(self) -> None:
         with self._lock:
-            client, self._client = self._client, None
+            server, self._server = self._server, None
         self._keeper.stop()
-        if client is not None:
-            client.close()
-            client.connection_pool.disconnect()
+        if server is not None:
+            server.leave(self)
 
     def renew(self, leases: Sequence[Lease]) -> None:
         """Put the end of leases off."""
@@ -189,7 +202,8 @@ class LeaseKeeper:
     """
 
     def __init__(self, store: RedisStore) -> None:
-        self._store = store
+        # Not to keep a store, and its connections, that nobody uses any more.
+        self._store = ref(store)
         self._changed = threading.Condition()
         self._held: set[Lease] = set()
         self._dropped: list[Lease] = []
@@ -245,25 +259,69 @@ class LeaseKeeper:
         while True:
             with self._changed:
                 if not self._dropped and self._thread is threading.current_thread():
-                    self._changed.wait(LEASE_SECONDS / 3)
+                    self._changed.wait(LEASE_SECONDS / 3 if self._held else _IDLE_SECONDS)
                 dropped, self._dropped = self._dropped, []
                 held = list(self._held)
                 if held or dropped:
                     idle_since = time.monotonic()
                 ended = self._thread is not threading.current_thread()
-                if not dropped and (ended or time.monotonic() - idle_since > _IDLE_SECONDS):
+                if not dropped and (ended or time.monotonic() - idle_since >= _IDLE_SECONDS):
                     self._thread = None if not ended else self._thread
                     return
             self._tell(dropped, held)
 
     def _tell(self, dropped: Sequence[Lease], held: Sequence[Lease]) -> None:
+        store = self._store()
+        if store is None:
+            return
         try:
             if dropped:
-                self._store.release(dropped)
+                store.release(dropped)
             if held:
-                self._store.renew(held)
+                store.renew(held)
         except Exception as error:  # noqa: BLE001 - the leases end by themselves
-            self._store.complain(error)
+            store.complain(error)
+
+
+class Server:
+    """One database of one server: connections, and a rest when it fails, that all its namespaces share."""
+
+    def __init__(self, config: Any) -> None:
+        self.client = make_client(config)
+        self.rest = Rest()
+        self.users: WeakSet[RedisStore] = WeakSet()
+
+    def leave(self, user: RedisStore) -> None:
+        """Close the connections when nobody uses them any more."""
+        self.users.discard(user)
+        if not self.users:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connections; they are made anew when needed."""
+        self.client.close()
+        self.client.connection_pool.disconnect()
+
+    def __del__(self) -> None:
+        # What redis-py leaves open warns when it is collected.
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+_servers_lock = ForkSafeLock()
+_servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
+
+
+def server_of(config: Any) -> Server:
+    """The server that twat-cache's settings name, as far as this process is concerned."""
+    place = (config.get_redis_host(), config.get_redis_port(), config.get_redis_db(), config.get_redis_password())
+    # A forked child has connections of its own.
+    name = repr((os.getpid(), *place))
+    with _servers_lock:
+        server = _servers.get(name)
+        if server is None:
+            _servers[name] = server = Server(config)
+        return server
 
 
 @functools.cache

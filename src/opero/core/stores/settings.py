@@ -132,10 +132,10 @@ class CacheSettings:
 
     def _redis_store(self, namespace: str) -> Any:
         from opero.core.stores.lasting import slug
-        from opero.core.stores.redis import RedisStore, make_client
+        from opero.core.stores.redis import RedisStore
 
         folder = self.options.get("folder_name", FOLDER_NAME)
-        return RedisStore(lambda: make_client(self.config()), f"{slug(folder)}:{slug(namespace)}", self._format())
+        return RedisStore(self.config, f"{slug(folder)}:{slug(namespace)}", self._format())
 
     def config(self) -> Any:
         """twat-cache's `CacheConfig` for these settings."""
