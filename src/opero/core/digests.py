@@ -14,6 +14,8 @@ SIZE = 20
 _PICKLE_PROTOCOL = 4
 # Later versions of the format note which objects are one and the same, so that equal values look different.
 _MARSHAL_VERSION = 2
+# One module under two names: in worker processes, and in Python 3.13.
+_SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}
 
 
 class UncacheableError(TypeError):
@@ -49,8 +51,7 @@ def _spell(frozen: Any) -> Any:
     if kind is frozenset:
         return ["set", sorted(marshal.dumps(_spell(part), _MARSHAL_VERSION) for part in frozen)]
     if isinstance(frozen, type):
-        module = "__main__" if frozen.__module__ == "__mp_main__" else frozen.__module__
-        return ["type", module, frozen.__qualname__]
+        return ["type", _SAME_MODULES.get(frozen.__module__, frozen.__module__), frozen.__qualname__]
     return ["pickle", _pickle(frozen.value if kind is Opaque else frozen)]
 
 

@@ -1,0 +1,69 @@
+"""pandas frames as arguments of cached functions: equal ones share an entry, all others do not."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opero.core.keys import key_of_value
+
+
+def frame():
+    return pd.DataFrame({"a": [1, 2], "b": ["x", None]}, index=["r", "s"])
+
+
+def dates(zone):
+    return pd.Series(pd.to_datetime(["2020-01-01"]).tz_localize(zone))
+
+
+def categories(*names, ordered=False):
+    return pd.Series(pd.Categorical(["a"], categories=names, ordered=ordered))
+
+
+MAKERS = {
+    "frame": frame,
+    "other value": lambda: pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}, index=["r", "s"]),
+    "other type": lambda: frame().astype({"a": "int32"}),
+    "other name": lambda: frame().rename(columns={"a": "c"}),
+    "other index": lambda: frame().reset_index(drop=True),
+    "other order": lambda: frame()[["b", "a"]],
+    "category": lambda: frame().astype({"b": "category"}),
+    "string": lambda: frame().astype({"b": "string"}),
+    "empty": pd.DataFrame,
+    "missing float": lambda: pd.DataFrame({"a": [1.0, np.nan]}),
+    "missing integer": lambda: pd.DataFrame({"a": pd.array([1, None], dtype="Int64")}),
+    "one name twice": lambda: pd.DataFrame([[1, 2]], columns=["a", "a"]),
+    "series": lambda: pd.Series([1, 2]),
+    "series with a name": lambda: pd.Series([1, 2], name="a"),
+    "series of dicts": lambda: pd.Series([{"z": [1]}]),
+    "categories": lambda: categories("a", "b"),
+    "categories in another order": lambda: categories("b", "a"),
+    "categories with an order": lambda: categories("a", "b", ordered=True),
+    "dates": lambda: dates(None),
+    "dates in UTC": lambda: dates("UTC"),
+    "dates in Rome": lambda: dates("Europe/Rome"),
+    "periods": lambda: pd.Series(pd.period_range("2020", periods=1)),
+    "intervals": lambda: pd.Series([pd.Interval(0, 1)]),
+    "range": lambda: pd.RangeIndex(3),
+    "index": lambda: pd.Index([0, 1, 2]),
+    "several levels": lambda: pd.MultiIndex.from_tuples([(1, 2)]),
+}
+
+
+@pytest.fixture(params=[False, True], ids=["memory", "digest"])
+def key(request):
+    return lambda value: key_of_value(value, digest=request.param)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_equal_ones_have_one_key(key, name):
+    assert key(MAKERS[name]()) == key(MAKERS[name]())
+
+
+def test_unequal_ones_never_have(key):
+    keys = {name: key(make()) for name, make in MAKERS.items()}
+
+    assert [pair for pair in itertools.combinations(keys, 2) if keys[pair[0]] == keys[pair[1]]] == []
