@@ -30,7 +30,7 @@ class RedisServer:
 
     def __init__(self, folder: Path) -> None:
         if EXECUTABLE is None:
-            pytest.skip("there is no redis-server")
+            pytest.fail("redis-server is missing; install it, on Debian with: apt-get install redis-server")
         self.host = HOST
         self.port = free_port()
         self._folder = folder

@@ -1389,3 +1389,19 @@ def test_the_connections_of_a_function_that_is_gone_are_closed(world, own_redis,
             return len(client.client_list()) == 1
 
         until(only_this_one)
+
+
+def test_a_fork_does_not_wait_for_a_writer_that_another_process_holds_up(disk_backend):
+    f = opero.opero(**disk_backend.options, cache_namespace=disk_backend.namespace())(lambda x: x)
+    f(0)
+    database = f.plan.cache.store.folder / "cache.db"
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as elsewhere:
+        elsewhere.execute("BEGIN IMMEDIATE")
+        writer = started(f, 1)
+        until(f.plan.cache.store.flights._under_way.__len__)
+        began = time.monotonic()
+        assert forked(lambda: "forked") == repr("forked")
+        waited = time.monotonic() - began
+        elsewhere.execute("ROLLBACK")
+    assert writer.result(SECONDS) == 1
+    assert waited < 2

@@ -11,8 +11,9 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import diskcache
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from opero.core.stores.contract import Request
     from opero.core.stores.entries import EntryFormat
 
+R = TypeVar("R")
+
 DISK_POLICIES = {
     "fifo": "least-recently-stored",
     "lru": "least-recently-used",
@@ -37,7 +40,9 @@ DISK_POLICIES = {
 }
 # Larger results become files of their own beside the database.
 _IN_DATABASE = 2**20
-_LOCK_SECONDS = 5
+# How long to wait for another process that writes; in steps, between which this process may fork.
+_LOCK_SECONDS = 5.0
+_LOCK_STEP = 0.1
 _GRAVE_SECONDS = 86_400.0
 _MODE_RAW, _MODE_BINARY = 1, 2
 
@@ -94,7 +99,7 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
         self._cull_rows = _CULL.format(order=_ORDER[policy])
         super().__init__(
             str(folder),
-            timeout=_LOCK_SECONDS,
+            timeout=1,
             disk=_Bytes,
             eviction_policy=DISK_POLICIES[policy],
             size_limit=size_limit,
@@ -106,7 +111,7 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
     @property
     def _con(self) -> sqlite3.Connection:
         if self._connection is None:
-            self._connection = connect(self.directory)
+            self._connection = connect(self.directory, _LOCK_STEP)
             self._connection.execute("PRAGMA synchronous = NORMAL")
         return self._connection
 
@@ -127,10 +132,10 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
             sql(f"DELETE FROM Cache WHERE rowid IN (SELECT rowid {self._cull_rows})", (surplus,))  # noqa: S608 - constants
 
 
-def connect(folder: str) -> sqlite3.Connection:
-    """A connection that any thread may use."""
+def connect(folder: str, timeout: float) -> sqlite3.Connection:
+    """A connection that any thread may use; it waits so many seconds for other processes."""
     path = Path(folder) / diskcache.core.DBNAME
-    return sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
 
 
 # Connections that a fork has copied: to close one would disturb the locks of the process that it belongs to.
@@ -241,8 +246,7 @@ class DiskStore(LastingStore):
             self.rest.begin(error)
 
     def delete(self, key: bytes) -> bool:
-        with self._lock:
-            database = self._opened()
+        def bury(database: _Database) -> bool:
             assert self._locks is not None  # noqa: S101 - for the type checkers
             if self._locks.take(key):
                 self._locks.release(key)
@@ -251,13 +255,16 @@ class DiskStore(LastingStore):
                 database.set(_grave(key), b"", expire=_GRAVE_SECONDS)
             return bool(database.delete(key, retry=False))
 
+        return self._patiently(bury)
+
     def clear(self) -> None:
-        with self._lock:
-            database = self._opened()
+        def empty(database: _Database) -> None:
             # What other processes compute now must not be stored later: see `_keep`.
             with database.transact():
                 database._sql(f"PRAGMA user_version = {_generation(database._sql) + 1}")  # noqa: SLF001 - the connection, inside the transaction
             database.clear()
+
+        self._patiently(empty)
 
     def __len__(self) -> int:
         with self._lock:
@@ -316,14 +323,27 @@ class DiskStore(LastingStore):
         return {}
 
     def _write(self, keeps: Sequence[Keep], written: dict[int, bytes]) -> None:
-        with self._lock:
-            database = self._opened()
+        def write(database: _Database) -> None:
             with database.transact():
                 generation = _generation(database._sql)  # noqa: SLF001 - the connection, inside the transaction
                 for keep in keeps:
                     fresh = keep.lease.generation is None or keep.lease.generation == generation
                     if fresh and not keep.is_stale and not _is_forgotten(database, keep.lease):
                         database.set(keep.lease.key, written[id(keep)], expire=keep.ttl)
+
+        self._patiently(write)
+
+    def _patiently(self, write: Callable[[_Database], R]) -> R:
+        """Write, as soon as no other process does."""
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                with self._lock:
+                    return write(self._opened())
+            except (diskcache.Timeout, sqlite3.OperationalError) as error:
+                busy = isinstance(error, diskcache.Timeout) or "locked" in str(error)
+                if not busy or time.monotonic() >= deadline:
+                    raise
 
     def _touch(self, key: bytes) -> None:
         with self._lock:
@@ -347,7 +367,7 @@ class DiskStore(LastingStore):
                 if self._locks is None:
                     self._locks = key_locks(folder)
                 self._fetch = database.disk.fetch
-                self._database, self._reading = database, connect(str(folder))
+                self._database, self._reading = database, connect(str(folder), _LOCK_SECONDS)
                 self.rest.end()
             reading: sqlite3.Connection = self._reading
             return reading
