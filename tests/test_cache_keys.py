@@ -949,3 +949,13 @@ def test_keys_of_many_arguments_do_not_meet():
     for abc in itertools.product(values, repeat=3):
         assert are_alike(f(*abc), abc)
     assert f.cache_info().hits == 0
+
+
+def test_what_a_subclass_of_a_builtin_knows_besides_tells_its_objects_apart():
+    class Labelled(dict):
+        pass
+
+    first, second = Labelled(a=1), Labelled(a=1)
+    first.label, second.label = "first", "second"
+
+    assert not share_an_entry(first, second)

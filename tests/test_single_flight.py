@@ -917,3 +917,24 @@ class TestForks:
             stop.set()
         results(threads)
         assert answers == ["[(0, 1), None, (0, 1), 0]"] * 20
+
+
+# Streams that nobody pulls
+
+
+def number(text):
+    return int(text)
+
+
+def test_what_a_resting_stream_has_under_way_is_not_waited_for(mode):
+    f = opero.opmap(**mode.options, cache=True, retries=0)(mode.define(number))
+
+    async def nested():
+        return [await f([o.item, str(int(o.item) + 1)]) async for o in f.stream(["1", "2", "3", "4"])]
+
+    if mode.is_async:
+        results = asyncio.run(nested())
+    else:
+        results = [f([o.item, str(int(o.item) + 1)]) for o in f.stream(["1", "2", "3", "4"])]
+
+    assert results == [[1, 2], [2, 3], [3, 4], [4, 5]]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from opero.concurrency.contract import Arguments, MapSettings
     from opero.concurrency.outcome import Sink
     from opero.concurrency.scheduler import Source
+    from opero.core.flights import Presence
     from opero.core.plan import Plan
     from opero.core.steps import Consult
 
@@ -118,6 +119,10 @@ class _Run:
             wake=deliver,
         )
 
+    @property
+    def presence(self) -> Presence:
+        return self._scheduler.presence
+
     def steps(self) -> Generator[_Wait | _Ask | list[Outcome[Any, Any]], Any, None]:
         """Yields outcomes to hand out, what to ask the cache's store, and waits."""
         scheduler, pool = self._scheduler, self.pool
@@ -168,7 +173,9 @@ def run_blocking(
             step = steps.send(events)
             events = None
             if isinstance(step, list):
+                run.presence.is_away = True
                 yield from step
+                run.presence.is_away = False
             elif isinstance(step, _Ask):
                 events = consult(step.steps)
             else:
@@ -256,8 +263,10 @@ async def run_awaiting(
                 return
             events = None
             if isinstance(step, list):
+                run.presence.is_away = True
                 for outcome in step:
                     yield outcome
+                run.presence.is_away = False
             elif isinstance(step, _Ask):
                 events = await consult_async(step.steps)
             else:

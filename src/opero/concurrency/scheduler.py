@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.concurrency.outcome import Outcome
 from opero.core.clock import clock
+from opero.core.flights import Presence
 from opero.core.flow import call_flow
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
@@ -259,6 +260,7 @@ class Scheduler:
         self._awaiting = 0
         self._consulting: list[tuple[_Entry, Consult]] = []
         self._look_ahead = 1
+        self.presence = Presence()
         self._more_at_once = False
         self._sent: set[Batch] = set()
         self._overdue: set[Batch] = set()
@@ -365,7 +367,8 @@ class Scheduler:
     # Flows
 
     def _open(self, index: int, item: Any, *, attempts: int = 0, started: float | None = None) -> _Entry:
-        call = Call(self._shape.arguments(item), self._shape.kwargs, attempts=attempts, started=started)
+        arguments, kwargs = self._shape.arguments(item), self._shape.kwargs
+        call = Call(arguments, kwargs, attempts=attempts, started=started, presence=self.presence)
         return _Entry(index, item, call)
 
     def _start_flow(self, entry: _Entry, flow: Flow) -> None:

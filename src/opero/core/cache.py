@@ -69,13 +69,18 @@ class Cache:
     def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
         if self._settings.backend == "memory":
             return self.store.look_up
-        if is_async(self._function) and not self._settings.reads_at_once:
-            return None
-        return self._look_up
+        if not is_async(self._function):
+            return self._look_up
+        return self._look_up_if_open if self._settings.reads_at_once else None
 
     def _look_up(self, key: Any) -> tuple[Any, float] | None:
         # Not the store's own: it is made at the first call.
         return self.store.look_up(key)
+
+    def _look_up_if_open(self, key: Any) -> tuple[Any, float] | None:
+        # An event loop is not to wait for the opening; `through` asks in a thread.
+        store: Any = self.__dict__.get("store")
+        return store.look_up(key) if store is not None and store.is_open else None
 
     @property
     def entries_may_expire(self) -> bool:
@@ -89,11 +94,10 @@ class Cache:
         key = call.key = self.keys.key_of(*call.args, **call.kwargs) if call.key is MISSING else call.key
         flights = self.store.flights
         while True:
-            flight, is_leader = flights.board(key)
+            flight, is_leader = flights.board(key, call.presence)
             if is_leader:
                 return (yield from self._lead(flight, call, compute, stats))
-            # To wait for a call that this one is part of, or that this thread has to go on for, would be for ever.
-            if flight.badge in leading.get() or (call.blocks and flight.thread == threading.get_ident()):
+            if _would_wait_for_ever(call, flight):
                 stats.flown.tick()
                 return (yield from compute())
             yield Await(Seat(flights, flight))
@@ -169,6 +173,13 @@ class Cache:
     def _count(self) -> int:
         with managing(self.store, "count the entries of"):
             return len(self.store)
+
+
+def _would_wait_for_ever(call: Call, flight: Flight) -> bool:
+    """Whether it is part of that call, or its thread has to go on for that, or a stream that nobody pulls leads it."""
+    if flight.badge in leading.get() or (call.blocks and flight.thread == threading.get_ident()):
+        return True
+    return flight.presence is not None and flight.presence.is_away
 
 
 _lock = threading.Lock()

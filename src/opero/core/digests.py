@@ -7,6 +7,8 @@ import pickle
 from hashlib import blake2b
 from typing import Any
 
+from opero.utils.notes import describe
+
 PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
 
 SIZE = 20
@@ -33,7 +35,12 @@ class Opaque:
 
 def digest_of_plain(values: tuple[Any, ...]) -> bytes:
     """The digest of values that are all of exactly the `PLAIN_TYPES`, which `marshal` tells apart."""
-    return blake2b(marshal.dumps(values, _MARSHAL_VERSION), digest_size=SIZE, person=b"plain").digest()
+    try:
+        spelt = marshal.dumps(values, _MARSHAL_VERSION)
+    except ValueError as error:
+        msg = "an argument only pretends to be of a plain type; give cache_key="
+        raise UncacheableError(msg) from error
+    return blake2b(spelt, digest_size=SIZE, person=b"plain").digest()
 
 
 def digest_of(frozen: Any) -> bytes:
@@ -59,5 +66,5 @@ def _pickle(value: Any) -> bytes:
     try:
         return pickle.dumps(value, _PICKLE_PROTOCOL)
     except Exception as error:
-        msg = f"a {type(value).__qualname__} cannot be pickled ({type(error).__name__}: {error})"
+        msg = f"a {type(value).__qualname__} cannot be pickled ({describe(error)})"
         raise UncacheableError(msg) from error

@@ -11,13 +11,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+class Presence:
+    """Whether somebody attends to the flights of a map: while its stream has handed out, nobody does."""
+
+    __slots__ = ("is_away",)
+
+    def __init__(self) -> None:
+        self.is_away = False
+
+
 class Flight:
     """One computation under way."""
 
-    __slots__ = ("abandoned", "badge", "key", "landed", "outcome", "stale", "thread", "wakers")
+    __slots__ = ("abandoned", "badge", "key", "landed", "outcome", "presence", "stale", "thread", "wakers")
 
-    def __init__(self, key: Any) -> None:
+    def __init__(self, key: Any, presence: Presence | None = None) -> None:
         self.key = key
+        self.presence = presence
         # Stands for the flight in frames that may end up in the traceback of its outcome.
         self.badge = object()
         self.thread = threading.get_ident()
@@ -44,13 +54,13 @@ class Flights:
         self.inherited |= self._under_way.keys()
         self._under_way.clear()
 
-    def board(self, key: Any) -> tuple[Flight, bool]:
+    def board(self, key: Any, presence: Presence | None = None) -> tuple[Flight, bool]:
         """The flight for ``key``, and whether the caller has to fly it."""
         with self.lock:
             flight = self._under_way.get(key)
             if flight is not None:
                 return flight, False
-            self._under_way[key] = flight = Flight(key)
+            self._under_way[key] = flight = Flight(key, presence)
             return flight, True
 
     def land(self, flight: Flight, outcome: Any) -> None:

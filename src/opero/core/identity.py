@@ -70,18 +70,32 @@ def _particulars(function: Any, inside: frozenset[int], *, has_file: bool) -> An
         return (_identity(function.func, inside), freeze(function.args), freeze(function.keywords))
     if isinstance(function, types.MethodType):
         return (_identity(function.__func__, inside), freeze(function.__self__))
+    if isinstance(function, types.BuiltinFunctionType):
+        owner = function.__self__
+        return None if owner is None or isinstance(owner, types.ModuleType) else freeze(owner)
     if not isinstance(function, types.FunctionType):
-        return None if isinstance(function, types.BuiltinFunctionType) else freeze(function)
+        return freeze(function)
     code = function.__code__
     by_name = "<" not in function.__qualname__ and code.co_name == function.__name__
-    if by_name and has_file and not function.__closure__:
+    borrowed = _borrowed_globals(function)
+    if by_name and has_file and not function.__closure__ and not borrowed:
         return None
     captured = [_in_cell(cell, inside) for cell in function.__closure__ or ()]
-    if function.__globals__ is not getattr(sys.modules.get(function.__module__), "__dict__", None):
-        # Compiled with globals of its own, which do what cells do elsewhere.
-        used = [name for name in code.co_names if name in function.__globals__]
-        captured += [_captured(function.__globals__[name], inside) for name in used]
+    captured += [_captured(value, inside) for value in borrowed]
+    if len(inside) > 1:
+        # The key of a call binds the defaults of the function itself, but not those of one that it calls.
+        keywords = function.__kwdefaults__ or {}
+        defaults = (*(function.__defaults__ or ()), *(keywords[name] for name in sorted(keywords)))
+        captured += [_captured(value, inside) for value in defaults]
     return (_freeze_code(code), tuple(captured))
+
+
+def _borrowed_globals(function: types.FunctionType) -> list[Any]:
+    """What a function uses that was compiled with globals of its own: they do what cells do elsewhere."""
+    known = function.__globals__
+    if "__file__" in known or known is getattr(sys.modules.get(function.__module__), "__dict__", None):
+        return []
+    return [known[name] for name in function.__code__.co_names if name in known]
 
 
 def _in_cell(cell: Any, inside: frozenset[int]) -> Any:
@@ -99,7 +113,44 @@ def _captured(value: Any, inside: frozenset[int]) -> Any:
         return ("module", value.__name__)
     if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
         return ("function", _identity(value, inside))
-    return value if isinstance(value, type) else freeze(value)
+    if isinstance(value, type):
+        return _class_identity(value, inside)
+    return freeze(value)
+
+
+def _class_identity(kind: type, inside: frozenset[int]) -> Any:
+    """A class by its name; one made inside a function, by what it is made of, too."""
+    if "<locals>" not in kind.__qualname__:
+        return kind
+    inside |= {id(kind)}
+    members = {name: value for name, value in vars(kind).items() if name not in _OF_EVERY_CLASS}
+    parts = [(name, _member(value, inside)) for name, value in sorted(members.items())]
+    return (kind, tuple([_class_identity(base, inside) for base in kind.__bases__]), tuple(parts))
+
+
+def _member(value: Any, inside: frozenset[int]) -> Any:
+    if isinstance(value, (classmethod, staticmethod)):
+        return _captured(value.__func__, inside)
+    if isinstance(value, property):
+        return tuple([_captured(part, inside) for part in (value.fget, value.fset, value.fdel)])
+    if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)):
+        return "a slot"
+    return _captured(value, inside)
+
+
+# Known from the name, or telling nothing of what the class does.
+_OF_EVERY_CLASS = frozenset(
+    {
+        "__annotations__",
+        "__dict__",
+        "__doc__",
+        "__firstlineno__",
+        "__module__",
+        "__qualname__",
+        "__static_attributes__",
+        "__weakref__",
+    }
+)
 
 
 def _freeze_code(code: types.CodeType) -> Any:

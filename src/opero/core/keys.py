@@ -75,7 +75,8 @@ def _freezer_by_inheritance(value: Any) -> Freezer:
         return _freeze_dataclass
     for base, freezer in _inherited_freezers():
         if isinstance(value, base):
-            return freezer
+            # A subclass may know more than its base does.
+            return _with_attributes(freezer) if getattr(value, "__dict__", None) else freezer
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         return _freeze_array
@@ -89,6 +90,10 @@ def _pandas_freezer(value: Any) -> Freezer | None:
     if isinstance(value, pandas.DataFrame):
         return _freeze_frame
     return _freeze_column if isinstance(value, (pandas.Series, pandas.Index)) else None
+
+
+def _with_attributes(freezer: Freezer) -> Freezer:
+    return lambda value: (freezer(value), _freeze_mapping(vars(value)))
 
 
 def _freeze_each(values: Any) -> Frozen:

@@ -13,6 +13,7 @@ from opero.core.steps import Arrival, Failed, Flow
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.core.flights import Presence
     from opero.core.keys import KeyMaker
     from opero.core.stats import CallStats
 
@@ -20,7 +21,19 @@ if TYPE_CHECKING:
 class Call:
     """What belongs to one call and to nothing else."""
 
-    __slots__ = ("args", "attempts", "blocks", "cached", "deadline", "flight", "key", "kwargs", "rounds", "started")
+    __slots__ = (
+        "args",
+        "attempts",
+        "blocks",
+        "cached",
+        "deadline",
+        "flight",
+        "key",
+        "kwargs",
+        "presence",
+        "rounds",
+        "started",
+    )
 
     def __init__(
         self,
@@ -31,8 +44,10 @@ class Call:
         attempts: int = 0,
         key: Any = MISSING,
         blocks: bool = False,
+        presence: Presence | None = None,
     ) -> None:
         self.blocks = blocks
+        self.presence = presence
         self.args = args
         self.kwargs = kwargs
         self.started = clock.now() if started is None else started

@@ -9,10 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.clock import LONGEST_WAIT, clock
+from opero.core.forks import allow_forks, watch_forks
 from opero.exceptions import CallTimeoutError
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 
 class Failed:
@@ -120,7 +124,30 @@ async def consult_async(steps: Sequence[Consult]) -> list[Any]:
     """The same in a thread, so that the event loop goes on; a request goes on to its end even if this is cancelled."""
     import asyncio
 
-    return await asyncio.get_running_loop().run_in_executor(None, consult, steps)
+    return await asyncio.get_running_loop().run_in_executor(_threads.executor(), consult, steps)
+
+
+class _Threads:
+    """Threads for what event loops must not wait for; not the loop's own, which may all be waiting for one of these."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+
+    def executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._executor is None:
+                from concurrent.futures import ThreadPoolExecutor
+
+                self._executor = ThreadPoolExecutor(16, "opero-cache", lambda: allow_forks(threading.current_thread()))
+            return self._executor
+
+
+_threads = _Threads()
 
 
 Step = Attempt | Pause | Await | Consult

@@ -15,3 +15,11 @@ def add_note(error: BaseException, note: str, *, instead_of: str | None = None) 
         if instead_of is not None and hasattr(error, "__notes__"):
             error.__notes__ = [n for n in error.__notes__ if not str(n).startswith(instead_of)]
         error.add_note(note)
+
+
+def describe(error: BaseException) -> str:
+    """Class and text of an exception, whatever its ``__str__`` does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - the user's code
+        return type(error).__name__

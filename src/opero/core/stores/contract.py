@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from opero.core.clock import clock
 from opero.utils.logging import log
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -192,5 +193,4 @@ class Complaints:
 
     def tell(self, error: Exception) -> None:
         level, self._told = ("DEBUG" if self._told else "WARNING"), True
-        reason = f"{type(error).__name__}: {error}"
-        log(level, "{} failed, going on without it: {}", self._what, reason)
+        log(level, "{} failed, going on without it: {}", self._what, describe(error))

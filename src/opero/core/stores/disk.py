@@ -196,6 +196,11 @@ class DiskStore(LastingStore):
         return self._rest
 
     @property
+    def is_open(self) -> bool:
+        """Whether a look needs no opening first, which takes long."""
+        return self._reading is not None
+
+    @property
     def reads_only(self) -> bool:
         """Whether a hit writes nothing, and so waits for nobody."""
         return self._policy == "fifo"

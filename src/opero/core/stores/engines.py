@@ -16,6 +16,7 @@ from opero.core.keys import key_of_value
 from opero.core.stores.contract import Claim, Fault, Found, Keep, Lease
 from opero.core.stores.twat import import_twat_cache
 from opero.exceptions import OperoError
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def managing(store: Store, what: str) -> Iterator[None]:
     except OperoError:
         raise
     except Exception as error:
-        msg = f"could not {what} {store}: {type(error).__name__}: {error}"
+        msg = f"could not {what} {store}: {describe(error)}"
         raise OperoError(msg) from error
 
 
@@ -170,7 +171,7 @@ class _Completed:
         self._check_open()
         (answer,) = self._store.perform([request])
         if isinstance(answer, Fault):
-            msg = f"the cache failed: {type(answer.error).__name__}: {answer.error}"
+            msg = f"the cache failed: {describe(answer.error)}"
             raise OperoError(msg) from answer.error
         return answer
 
