@@ -10,14 +10,12 @@ from weakref import WeakSet
 
 from opero.core.checks import check_callable
 from opero.core.flights import Flight, Seat
-from opero.core.identity import lasting_identity, plain_identity
 from opero.core.keys import KeyMaker
 from opero.core.plan import CacheInfo, Final, Plan
 from opero.core.resilient import OperoFunction, decorator
-from opero.core.signature import MISSING, is_async
+from opero.core.signature import MISSING, is_async, name_of
 from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
-from opero.core.stores.contract import BUSY, CLAIMED, Claim, Fault, Found, Keep, Lease, Release
-from opero.core.stores.engines import make_engine, managing
+from opero.core.stores.contract import BUSY, CLAIMED, Claim, Fault, Found, Keep, Lease, Release, managing
 from opero.core.stores.memory import is_shared
 from opero.core.stores.settings import cache_settings
 from opero.exceptions import MisuseError, OperoError
@@ -62,8 +60,11 @@ class Cache:
         """The name under which the entries live."""
         if self._settings.namespace is not None:
             return self._settings.namespace
-        identity = plain_identity if self._settings.backend == "memory" else lasting_identity
-        return identity(self._function)
+        if self._settings.backend == "memory":
+            return f"{getattr(self._function, '__module__', None)}.{name_of(self._function)}"
+        from opero.core.identity import lasting_identity
+
+        return lasting_identity(self._function)
 
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
@@ -272,6 +273,8 @@ def get_cache_context(
         ValueError: If an option's value is out of range.
         OperoError: By the engine, if the backend failed.
     """
+    from opero.core.stores.engines import make_engine
+
     settings = cache_settings(ttl=cache_ttl, backend=cache_backend, namespace=cache_namespace, options=options)
     decorate = get_cache_decorator(
         cache_ttl=cache_ttl, cache_backend=cache_backend, cache_namespace=cache_namespace, **options

@@ -7,9 +7,8 @@ import pickle
 from hashlib import blake2b
 from typing import Any
 
+from opero.core.keys import PLAIN_TYPES, Opaque, UncacheableError
 from opero.utils.notes import describe
-
-PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
 
 SIZE = 20
 # Old enough for every supported Python, so that they share their entries.
@@ -18,19 +17,6 @@ _PICKLE_PROTOCOL = 4
 _MARSHAL_VERSION = 2
 # One module under two names: in worker processes, and in Python 3.13.
 _SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}
-
-
-class UncacheableError(TypeError):
-    """A value that cannot be part of a cache key."""
-
-
-class Opaque:
-    """A value of which a key that outlives the process knows no more than how to pickle it."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
 
 
 def digest_of_plain(values: tuple[Any, ...]) -> bytes:

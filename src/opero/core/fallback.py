@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from opero.core.checks import check_seconds, check_text
 from opero.core.clock import clock
-from opero.core.digests import UncacheableError
 from opero.core.forks import watch_forks
-from opero.core.keys import freeze
+from opero.core.keys import UncacheableError, freeze
 from opero.core.plan import Plan
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.signature import MISSING, ParameterSlot, name_of, parameter_slot

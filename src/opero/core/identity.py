@@ -8,18 +8,13 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from opero.core.digests import UncacheableError, digest_of
-from opero.core.keys import freeze, values_only
+from opero.core.digests import digest_of
+from opero.core.keys import UncacheableError, freeze, values_only
 from opero.core.signature import innermost, name_of
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-def plain_identity(function: Callable[..., Any]) -> str:
-    """Module and qualified name, as they stand."""
-    return f"{getattr(function, '__module__', None)}.{name_of(function)}"
 
 
 def lasting_identity(function: Callable[..., Any]) -> str:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, Self
 
-from opero.core.digests import PLAIN_TYPES, Opaque, UncacheableError, digest_of, digest_of_plain
 from opero.core.signature import compile_function, forwarding, name_of
 from opero.exceptions import MisuseError
 
@@ -32,8 +31,23 @@ if TYPE_CHECKING:
 
     from opero.core.signature import Forwarding
 
+PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
+
 Frozen = Any
 Freezer = Callable[[Any], Frozen]
+
+
+class UncacheableError(TypeError):
+    """A value that cannot be part of a cache key."""
+
+
+class Opaque:
+    """A value of which a key that outlives the process knows no more than how to pickle it."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 _manner = threading.local()
@@ -303,7 +317,7 @@ class KeyMaker:
         # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
         self.namespace: dict[str, Any] = {
             "_opero_plain": PLAIN_TYPES,
-            "_opero_digest": digest_of_plain,
+            "_opero_digest": _digest_of_plain() if digest else None,
             "_opero_frozen_key": _argument_freezer(shape.names, name, self._is_method, finish),
             "_opero_users_key": None if cache_key is None else _users_key(cache_key, name, finish),
         }
@@ -331,7 +345,15 @@ def key_of_value(value: Any, *, digest: bool) -> Any:
     return _by_digest(freeze, value) if digest else freeze(value)
 
 
+def _digest_of_plain() -> Callable[[tuple[Any, ...]], bytes]:
+    from opero.core.digests import digest_of_plain
+
+    return digest_of_plain
+
+
 def _by_digest(freezer: Callable[[Any], Frozen], value: Any) -> bytes:
+    from opero.core.digests import digest_of
+
     with values_only():
         return digest_of(freezer(value))
 

@@ -6,15 +6,17 @@ the backend: it answers with a `Fault`, and the call goes on without the cache.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from opero.core.clock import clock
+from opero.exceptions import OperoError
 from opero.utils.logging import log
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from opero.core.flights import Flight, Flights
 
@@ -157,6 +159,18 @@ class Store(Protocol):
     def complain(self, error: Exception) -> None:
         """Tell the log, the first time loudly."""
         ...
+
+
+@contextlib.contextmanager
+def managing(store: Store, what: str) -> Iterator[None]:
+    """Who manages a cache is told when that failed: it is not a call that could go on without."""
+    try:
+        yield
+    except OperoError:
+        raise
+    except Exception as error:
+        msg = f"could not {what} {store}: {describe(error)}"
+        raise OperoError(msg) from error
 
 
 class Rest:

@@ -7,19 +7,18 @@ completed: settings, name and statistics are theirs, the entries are a `Store`'s
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.keys import key_of_value
-from opero.core.stores.contract import Claim, Fault, Found, Keep, Lease
+from opero.core.stores.contract import Claim, Fault, Found, Keep, Lease, managing
 from opero.core.stores.twat import import_twat_cache
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from opero.core.stores.contract import Store
     from opero.core.stores.settings import CacheSettings
@@ -61,18 +60,6 @@ class CacheEngine(Protocol):
     def cleanup(self) -> None:
         """Close files and connections."""
         ...
-
-
-@contextlib.contextmanager
-def managing(store: Store, what: str) -> Iterator[None]:
-    """Who manages a cache is told when that failed: it is not a call that could go on without."""
-    try:
-        yield
-    except OperoError:
-        raise
-    except Exception as error:
-        msg = f"could not {what} {store}: {describe(error)}"
-        raise OperoError(msg) from error
 
 
 def make_engine(settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> CacheEngine:

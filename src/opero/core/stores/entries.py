@@ -11,8 +11,7 @@ import pickle
 import zlib
 from typing import Any
 
-from opero.core.digests import UncacheableError
-from opero.core.keys import freeze
+from opero.core.keys import UncacheableError, freeze
 
 SERIALIZERS = ("pickle", "json")
 _HEAD = 6

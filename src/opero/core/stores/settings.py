@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -42,14 +41,14 @@ _HIGHEST_PORT = 65_535
 
 def _name(option: str, value: Any) -> str:
     name = check_text(option, value, "one folder's name")
-    if Path(name).name != name or name == "..":
+    if os.path.basename(name) != name or name in {".", ".."}:  # noqa: PTH119 - pathlib takes long to import
         msg = f"{option}={value!r} is a path; write one folder's name, and the rest as 'cache_dir'"
         raise ValueError(msg)
     return name
 
 
 def _path(option: str, value: Any) -> str:
-    return check_text(option, str(value) if isinstance(value, Path) else value, "a folder's path")
+    return check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
 
 
 def _port(option: str, value: Any) -> int:
@@ -153,6 +152,12 @@ _lock = ForkSafeLock()
 _lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
+def _is_missing(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is None
+
+
 def cache_settings(
     *,
     ttl: float | None = None,
@@ -168,7 +173,7 @@ def cache_settings(
         ModuleNotFoundError: If the backend needs a package that is not installed.
     """
     check_choice("cache_backend", backend, BACKENDS)
-    if backend == "redis" and importlib.util.find_spec("redis") is None:
+    if backend == "redis" and _is_missing("redis"):
         msg = "cache_backend='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")
     if ttl is not None:
