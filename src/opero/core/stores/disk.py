@@ -23,6 +23,7 @@ from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found,
 from opero.core.stores.entries import loads
 from opero.core.stores.lasting import LastingStore
 from opero.core.stores.locks import KeyLocks, key_locks
+from opero.core.stores.settings import DISK_POLICIES
 from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-DISK_POLICIES = {
-    "fifo": "least-recently-stored",
-    "lru": "least-recently-used",
-    "lfu": "least-frequently-used",
-}
 # Larger results become files of their own beside the database.
 _IN_DATABASE = 2**20
 # How long to wait for another process that writes; in steps, between which this process may fork.

@@ -13,7 +13,6 @@ from typing import Any
 
 from opero.core.keys import UncacheableError, freeze
 
-SERIALIZERS = ("pickle", "json")
 _HEAD = 6
 _PICKLE_PROTOCOL = 5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +26,7 @@ def slug(namespace: str) -> str:
     return f"{readable}-{blake2b(namespace.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
 
-class LastingStore:
+class LastingStore(ABC):
     """A store of bytes that other processes use, too; the backends fill in the access to it."""
 
     is_instant: ClassVar[bool] = False
@@ -84,22 +85,22 @@ class LastingStore:
     # To be filled in.
 
     @property
+    @abstractmethod
     def rest(self) -> Rest:
         """Leaves the backend alone while it is not well."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, key: bytes) -> bytes | None:
         """The entry of a key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, requests: Sequence[Request], written: dict[int, bytes]) -> list[Any]:
         """Answer in order; ``written`` has the entries to keep, by the ``id`` of their requests."""
-        raise NotImplementedError
 
+    @abstractmethod
     def let_go(self, lease: Lease) -> None:
         """See `Store.let_go`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failed(self, error: Exception) -> None:
         """Decide whether the backend needs a rest."""
-        raise NotImplementedError

@@ -266,7 +266,8 @@ class LeaseKeeper:
                     idle_since = time.monotonic()
                 ended = self._thread is not threading.current_thread()
                 if not dropped and (ended or time.monotonic() - idle_since >= _IDLE_SECONDS):
-                    self._thread = None if not ended else self._thread
+                    if not ended:
+                        self._thread = None
                     return
             self._tell(dropped, held)
 

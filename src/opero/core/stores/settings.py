@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 BACKENDS = ("memory", "disk", "redis")
 FOLDER_NAME = "opero"
 DISK_SIZE_LIMIT = 16 * 2**30
-DISK_POLICIES = ("fifo", "lru", "lfu")
+# opero's names for what diskcache evicts first.
+DISK_POLICIES = {"fifo": "least-recently-stored", "lru": "least-recently-used", "lfu": "least-frequently-used"}
 
 _WRITTEN = ("compress", "folder_name", "serializer")
 _OPTIONS = {
