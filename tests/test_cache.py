@@ -7,12 +7,11 @@ import gc
 import itertools
 import re
 import sys
-import threading
 import weakref
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from side_by_side import started
 
 import opero
 from opero.core import get_cache_decorator
@@ -44,20 +43,6 @@ def counted():
 
 def cached(world, function, **options):
     return opero.opero(cache=True, retries=0, **options)(world.define(function))
-
-
-def started(function, *args) -> Future:
-    """The result-to-be of a call in a thread that nobody has to wait for."""
-    future: Future = Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:  # noqa: BLE001 - the test looks at it
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 # What is remembered

@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
+from side_by_side import SECONDS, errors, forked, forks, results, started, until
 from test_cache_keys import are_alike, arguments, copied, thoroughly
-from test_single_flight import SECONDS, Held, errors, forked, forks, results, started, until, waiters
+from test_single_flight import Held, waiters
 
 import opero
 from opero.core.keys import KeyMaker

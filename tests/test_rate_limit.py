@@ -5,51 +5,22 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import select
 import signal
 import sys
 import threading
 import time
-from concurrent.futures import Future
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from side_by_side import SECONDS, forked, results, started, until
 
 import opero
 from opero.core import CallTimeoutError, RateLimiter, get_rate_limit_decorator
 
-SECONDS = 10  # for what takes much less; so long only where it hangs
-
 
 def limited(function, **options):
     return opero.opero(retries=0, **options)(function)
-
-
-def started(function, *args) -> Future:
-    """The result-to-be of a call in a thread that nobody has to wait for."""
-    future: Future = Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:  # noqa: BLE001 - the test looks at it
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def results(futures):
-    return [future.result(SECONDS) for future in futures]
-
-
-def until(condition):
-    """Wait for a state that nothing announces."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.001)
 
 
 async def settle():
@@ -1038,27 +1009,6 @@ def test_stats_count_a_call_that_waited_once(world):
 
 
 # Forks
-
-
-def forked(function) -> str:
-    """What ``function`` returns in a forked child, as text; the child is ended if it hangs."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            answer = repr(function())
-        except BaseException as error:  # noqa: BLE001 - the parent looks at it
-            answer = repr(error)
-        os.write(writing, answer.encode())
-        os._exit(0)
-    os.close(writing)
-    try:
-        ready, _, _ = select.select([reading], [], [], SECONDS)
-        return os.read(reading, 10_000).decode() if ready else "it hangs"
-    finally:
-        os.close(reading)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -6,54 +6,20 @@ import asyncio
 import gc
 import os
 import random
-import select
-import signal
 import sys
 import threading
-import time
 import weakref
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from side_by_side import SECONDS, errors, forked, forks, results, started, until
 
 import opero
-
-SECONDS = 10  # for what takes milliseconds; so long only where it hangs
 
 
 def cached(function, **options):
     return opero.opero(cache=True, retries=0, **options)(function)
-
-
-def started(function, *args) -> Future:
-    """The result-to-be of a call in a thread that nobody has to wait for."""
-    future: Future = Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:  # noqa: BLE001 - the test looks at it
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def results(futures):
-    return [future.result(SECONDS) for future in futures]
-
-
-def errors(futures):
-    return [future.exception(SECONDS) for future in futures]
-
-
-def until(condition):
-    """Wait for a state that nothing announces."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.001)
 
 
 def waiters(f) -> int:
@@ -828,32 +794,6 @@ def test_a_blocking_call_does_not_wait_for_a_task_of_its_own_thread(request):
 
 
 # Forks
-
-forks = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
-
-
-def forked(function) -> str:
-    """What ``function`` returns in a forked child, as text; the child is ended if it hangs."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            answer = repr(function())
-        except BaseException as error:  # noqa: BLE001 - the parent looks at it
-            answer = repr(error)
-        os.write(writing, answer.encode())
-        os._exit(0)
-    os.close(writing)
-    try:
-        ready, _, _ = select.select([reading], [], [], SECONDS)
-        return os.read(reading, 10_000).decode() if ready else "it hangs"
-    finally:
-        os.close(reading)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 class TestForks:

@@ -1,0 +1,71 @@
+"""Calls in threads and in forked children, and waiting for them: what several test files need."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+
+SECONDS = 10  # for what takes milliseconds; so long only where it hangs
+
+
+def started(function, *args) -> Future:
+    """The result-to-be of a call in a thread that nobody has to wait for."""
+    future: Future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def results(futures):
+    return [future.result(SECONDS) for future in futures]
+
+
+def errors(futures):
+    return [future.exception(SECONDS) for future in futures]
+
+
+def until(condition):
+    """Wait for a state that nothing announces."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.001)
+
+
+forks = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+
+def forked(function) -> str:
+    """What ``function`` returns in a forked child, as text; the child is ended if it hangs."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = repr(function())
+        except BaseException as error:  # noqa: BLE001 - the parent looks at it
+            answer = repr(error)
+        os.write(writing, answer.encode())
+        os._exit(0)
+    os.close(writing)
+    try:
+        ready, _, _ = select.select([reading], [], [], SECONDS)
+        return os.read(reading, 10_000).decode() if ready else "it hangs"
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
