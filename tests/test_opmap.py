@@ -88,7 +88,8 @@ def descendants() -> dict[int, str]:
         except OSError:  # it has just ended
             continue
         parents[int(entry.name)] = int(parent)
-        commands[int(entry.name)] = f"{state} {command}"
+        # Whether a living one runs or sleeps changes by itself.
+        commands[int(entry.name)] = f"Z {command}" if state == "Z" else command
     found: dict[int, str] = {}
     generation = {os.getpid()}
     while generation:
@@ -100,7 +101,7 @@ def descendants() -> dict[int, str]:
     return {
         pid: command
         for pid, command in found.items()
-        if pid not in helpers and not (pid not in own and command.startswith("Z"))
+        if pid not in helpers and not (pid not in own and command.startswith("Z "))
     }
 
 
