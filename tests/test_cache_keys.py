@@ -10,9 +10,13 @@ import enum
 import fractions
 import functools
 import itertools
+import json
 import math
+import os
 import pathlib
 import struct
+import subprocess
+import sys
 import types
 import uuid
 import zoneinfo
@@ -24,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import opero
+from opero.core.keys import KeyMaker
 
 thoroughly = settings(deadline=None, max_examples=150)
 
@@ -959,3 +964,48 @@ def test_what_a_subclass_of_a_builtin_knows_besides_tells_its_objects_apart():
     first.label, second.label = "first", "second"
 
     assert not share_an_entry(first, second)
+
+
+METHODS = ["fork", "spawn", "forkserver"]
+
+
+def test_digests_of_objects_are_the_same_under_every_hash_seed_and_start_method_and_tell_them_apart():
+    program = pathlib.Path(__file__).with_name("digests_of_objects.py")
+    seen = []
+    for seed, methods in [("0", METHODS), ("1", []), ("2", [])]:
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        output = subprocess.check_output([sys.executable, program, *methods], env=environment)
+        seen += json.loads(output).values()
+    assert len(seen) == len(METHODS) + 3
+    assert all(digests == seen[0] for digests in seen)
+    assert len(set(seen[0])) == len(seen[0])
+
+
+class Node:
+    pass
+
+
+def test_a_long_chain_of_objects_is_as_good_a_key_as_its_pickle():
+    def chain(length):
+        node = None
+        for _ in range(length):
+            node, node.next = Node(), node
+        return node
+
+    def function(x):
+        pass
+
+    key_of = KeyMaker(function, None, digest=True).key_of
+    assert key_of(chain(150)) == key_of(chain(150)) != key_of(chain(151))
+
+
+def test_objects_that_all_know_each_other_are_a_key_after_bounded_work():
+    nodes = [Node() for _ in range(60)]
+    for node in nodes:
+        node.all = nodes
+
+    def function(x):
+        pass
+
+    # Followed along every path, these would be 60! objects.
+    assert KeyMaker(function, None, digest=True).key_of(nodes[0])

@@ -1310,9 +1310,8 @@ def test_entries_of_an_engine_live_as_long_as_it_was_told(context):
         until(lambda: engine.get("key") is None)
 
 
-def test_an_engine_that_cannot_store_says_so(context, request):
-    if "memory" in request.node.name:
-        pytest.skip("memory takes anything")
+@pytest.mark.parametrize("context", ["disk", "redis"], indirect=True)
+def test_an_engine_that_cannot_store_says_so(context):
     with context() as engine, pytest.raises(opero.OperoError):
         engine.set("key", threading.Lock())
 

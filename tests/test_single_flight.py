@@ -6,8 +6,10 @@ import asyncio
 import gc
 import os
 import random
+import signal
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import Future
 from typing import Any
@@ -878,3 +880,31 @@ def test_what_a_resting_stream_has_under_way_is_not_waited_for(mode):
         results = [f([o.item, str(int(o.item) + 1)]) for o in f.stream(["1", "2", "3", "4"])]
 
     assert results == [[1, 2], [2, 3], [3, 4], [4, 5]]
+
+
+def test_ctrl_c_at_any_moment_leaves_no_run_that_others_would_wait_for():
+    @cached
+    def f(x):
+        return x
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    deadline = time.monotonic() + SECONDS
+    try:
+        for x in range(100_000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 3e-5))
+                f(("key", x))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+                assert not f.plan.cache.store.flights._under_way
+            if interrupted == 2_000 or time.monotonic() > deadline:
+                break
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 200

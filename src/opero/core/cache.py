@@ -94,16 +94,21 @@ class Cache:
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
         key = call.key = self.keys.key_of(*call.args, **call.kwargs) if call.key is MISSING else call.key
         flights = self.store.flights
-        while True:
-            flight, is_leader = flights.board(key, call.presence)
-            if is_leader:
-                return (yield from self._lead(flight, call, compute, stats))
-            if _would_wait_for_ever(call, flight):
-                stats.flown.tick()
-                return (yield from compute())
-            yield Await(Seat(flights, flight))
-            if not flight.abandoned:
-                return self._joined(call, flight, stats)
+        own = Flight(key, call.presence)
+        try:
+            while True:
+                flight = flights.board(own)
+                if flight is own:
+                    return (yield from self._lead(flight, call, compute, stats))
+                if _would_wait_for_ever(call, flight):
+                    stats.flown.tick()
+                    return (yield from compute())
+                yield Await(Seat(flights, flight))
+                if not flight.abandoned:
+                    return self._joined(call, flight, stats)
+        finally:
+            # Ctrl-C may come between any two steps: nobody is to wait for what will not land.
+            flights.abandon(own)
 
     def delete(self, key: Any) -> bool:
         self.store.flights.invalidate(key)
@@ -149,7 +154,6 @@ class Cache:
             flights.land(flight, outcome)
             return outcome
         finally:
-            flights.abandon(flight)
             self.store.let_go(lease)
 
     def _claim(self, lease: Lease) -> Generator[Any, Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import marshal
 import pickle
+import types
 from hashlib import blake2b
 from typing import Any
 
@@ -17,6 +18,7 @@ _PICKLE_PROTOCOL = 4
 _MARSHAL_VERSION = 2
 # One module under two names: in worker processes, and in Python 3.13.
 _SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}
+_NAMED = (type, types.FunctionType)
 
 
 def digest_of_plain(values: tuple[Any, ...]) -> bytes:
@@ -44,8 +46,16 @@ def _spell(frozen: Any) -> Any:
     if kind is frozenset:
         return ["set", sorted(marshal.dumps(_spell(part), _MARSHAL_VERSION) for part in frozen)]
     if isinstance(frozen, type):
-        return ["type", _SAME_MODULES.get(frozen.__module__, frozen.__module__), frozen.__qualname__]
-    return ["pickle", _pickle(frozen.value if kind is Opaque else frozen)]
+        return _spell_name("type", frozen)
+    if kind is not Opaque:
+        return ["pickle", _pickle(frozen)]
+    pickled = _pickle(frozen.value)
+    # A pickle has the name, too, but the module as it is called in this process.
+    return _spell_name("named", frozen.value) if isinstance(frozen.value, _NAMED) else ["pickle", pickled]
+
+
+def _spell_name(what: str, named: Any) -> Any:
+    return [what, _SAME_MODULES.get(named.__module__, named.__module__), named.__qualname__]
 
 
 def _pickle(value: Any) -> bytes:

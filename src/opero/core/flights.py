@@ -54,14 +54,10 @@ class Flights:
         self.inherited |= self._under_way.keys()
         self._under_way.clear()
 
-    def board(self, key: Any, presence: Presence | None = None) -> tuple[Flight, bool]:
-        """The flight for ``key``, and whether the caller has to fly it."""
+    def board(self, flight: Flight) -> Flight:
+        """The flight that is under way for the key, or else ``flight``, which the caller then has to fly."""
         with self.lock:
-            flight = self._under_way.get(key)
-            if flight is not None:
-                return flight, False
-            self._under_way[key] = flight = Flight(key, presence)
-            return flight, True
+            return self._under_way.setdefault(flight.key, flight)
 
     def land(self, flight: Flight, outcome: Any) -> None:
         """Give every waiter the outcome."""

@@ -5,7 +5,8 @@
 source made by `KeyMaker` pairs them with their classes on the spot.
 
 Within `values_only` the form holds nothing that belongs to this process: objects that are otherwise known by identity
-or by their own ``__eq__`` become an `Opaque`, which `opero.core.digests` pickles.
+or by their own ``__eq__`` are taken apart by `opero.core.reduction`; what is left is an `Opaque`, which
+`opero.core.digests` pickles.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def _freeze_column(column: Any) -> Frozen:
 
 def _freeze_hashable(value: Any) -> Frozen:
     if _only_values():
-        return Opaque(value)
+        return _freeze_by_state(value)
     try:
         hash(value)
     except Exception as error:
@@ -233,9 +234,15 @@ class _HeldIdentity:
         return isinstance(other, _HeldIdentity) and self._value is other._value
 
 
+def _freeze_by_state(value: Any) -> Frozen:
+    from opero.core.reduction import freeze_by_reduction
+
+    return freeze_by_reduction(value)
+
+
 def _freeze_by_identity(value: Any) -> Frozen:
     if _only_values():
-        return Opaque(value)
+        return _freeze_by_state(value)
     try:
         return _Identity(value)
     except TypeError:
