@@ -882,6 +882,8 @@ def test_what_a_resting_stream_has_under_way_is_not_waited_for(mode):
     assert results == [[1, 2], [2, 3], [3, 4], [4, 5]]
 
 
+# Python cannot raise what interrupts a destructor or a hook of the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_any_moment_leaves_no_run_that_others_would_wait_for():
     @cached
     def f(x):
