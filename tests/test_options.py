@@ -47,6 +47,7 @@ DESIGNED_FOR_OPERO = {
     "arg_fallback": None,
     "fallback_cooldown": None,
     "rate_limit": None,
+    "rate_limit_per": None,
     "rate_limit_options": None,
     "attempt_timeout": None,
     "total_timeout": None,

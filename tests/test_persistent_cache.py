@@ -24,8 +24,8 @@ from test_cache_keys import are_alike, arguments, copied, thoroughly
 from test_single_flight import Held, waiters
 
 import opero
+from opero.core import faults
 from opero.core.keys import KeyMaker
-from opero.core.stores import contract
 
 
 @pytest.fixture
@@ -886,8 +886,8 @@ def test_who_clears_is_told_that_redis_is_gone(own_redis, break_):
 
 
 def test_the_cache_works_again_when_redis_is_back(world, own_redis, monkeypatch):
-    assert contract.REST_SECONDS <= 10
-    monkeypatch.setattr(contract, "REST_SECONDS", 0.3)
+    assert faults.REST_SECONDS <= 10
+    monkeypatch.setattr(faults, "REST_SECONDS", 0.3)
     f = connected(world, own_redis, lambda x: [x])
     own_redis.server.stop()
     world.run(f, 1)

@@ -106,7 +106,7 @@ def test_waited_is_the_time_spent_on_the_rate_limit(world, fake_clock):
     world.run(function)  # takes the slot of this moment, in which the clock stands still
 
     def tick():
-        while function.plan.limit.expected_wait() <= 0.02:
+        while function.plan.limit.limiter.expected_wait() <= 0.02:
             time.sleep(0.001)
         fake_clock.tick(0.02)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opero.core.clock import clock
+from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
 from opero.core.signature import MISSING
-from opero.core.steps import Attempt, Await, Failed, Flow, Pause
+from opero.core.steps import Attempt, Failed, Flow, Pause
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, NotTransferableError
 from opero.utils.logging import log
 from opero.utils.notes import add_note
@@ -91,10 +91,13 @@ class _CallFlow:
     def fallback(self, rounds: RetryRounds) -> Generator[Any, Any, Any]:
         """One round; gives the `Verdict` that speaks for it when no candidate succeeded."""
         verdict = None
-        for place, candidate in enumerate(self._ready_candidates()):
-            if place:
+        left = self._ready_candidates()
+        while left:
+            candidate, has_slot = yield from self._next_of(left)
+            left.remove(candidate)
+            if verdict is not None:
                 self.plan.stats.fallbacks.tick()
-            outcome = yield from self.rate_limit(candidate)
+            outcome = yield from self.rate_limit(candidate, has_slot=has_slot)
             if outcome is OUT_OF_TIME:
                 return self._out_of_time()
             if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS):
@@ -103,22 +106,22 @@ class _CallFlow:
             if judged.accepted:
                 return outcome
             self._candidate_failed(candidate, judged)
+            if self.plan.limit is not None and judged.delay:
+                yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
             if verdict is None or judged.retryable or not verdict.retryable:
                 verdict = judged
         return self._for_the_round(verdict)
 
-    def rate_limit(self, candidate: _Candidate) -> Generator[Any, Any, Any]:
+    def rate_limit(self, candidate: _Candidate, *, has_slot: bool) -> Generator[Any, Any, Any]:
         if self.first_failure is not None:
             failure, self.first_failure = Failed(self.first_failure), None
             return failure
-        limit = self.plan.limit
-        if limit is not None and not limit.take_now():
-            left = self.call.time_left()
-            if left is not None and limit.expected_wait() >= left:
-                return OUT_OF_TIME
+        if self.plan.limit is not None and not has_slot:
             asked = clock.now()
-            yield Await(limit.ticket())
+            taken = yield from self.plan.limit.take(candidate, self.call.deadline)
             self.plan.stats.add_waited(clock.now() - asked)
+            if not taken:
+                return OUT_OF_TIME
         return (yield from self.attempt_timeout(candidate))
 
     def attempt_timeout(self, candidate: _Candidate) -> Generator[Any, Any, Any]:
@@ -140,6 +143,12 @@ class _CallFlow:
                 limit=option,
             )
         )
+
+    def _next_of(self, candidates: list[_Candidate]) -> Generator[Any, Any, tuple[_Candidate, bool]]:
+        """The candidate to try next, and whether it has its rate slot already."""
+        if self.plan.limit is None or self.first_failure is not None:
+            return candidates[0], False
+        return (yield from self.plan.limit.choose(candidates))
 
     def _make_candidates(self) -> list[_Candidate]:
         call, fallback = self.call, self.plan.fallback

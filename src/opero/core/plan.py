@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from opero.core.clock import clock
 from opero.core.signature import MISSING, is_async, name_of
 from opero.core.stats import Stats
-from opero.core.steps import Arrival, Failed, Flow
+from opero.core.steps import Failed, Flow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator, Sequence
 
     from opero.core.flights import Presence
     from opero.core.keys import KeyMaker
@@ -208,19 +208,39 @@ class FallbackPolicy(Protocol):
         ...
 
 
+class Candidate(Protocol):
+    """The arguments of one attempt."""
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+    @property
+    def kwargs(self) -> dict[str, Any]: ...
+
+
 class LimitPolicy(Protocol):
     """When may this start?"""
 
-    def take_now(self) -> bool:
-        """Take a slot if one is free."""
+    @property
+    def parameter(self) -> str | None:
+        """Name of the parameter whose values have limits of their own; None if one limit is for all calls."""
         ...
 
-    def expected_wait(self) -> float:
-        """Seconds until a slot that is asked for now would come."""
+    @property
+    def take_now(self) -> Callable[..., bool] | None:
+        """Takes a free slot, for a value of `parameter` if there is one; None if asking could block."""
         ...
 
-    def ticket(self) -> Arrival:
-        """Ask for a slot."""
+    def choose(self, candidates: Sequence[Any]) -> Generator[Any, Any, tuple[Any, bool]]:
+        """The one of several `Candidate` to try next, and whether its slot has been taken already."""
+        ...
+
+    def take(self, candidate: Candidate, deadline: float | None) -> Generator[Any, Any, bool]:
+        """Wait for a slot; False, at once, if it would come after the ``deadline``."""
+        ...
+
+    def pause(self, candidate: Candidate, seconds: float) -> Generator[Any, Any, None]:
+        """Let nothing of this candidate's limit start for so long."""
         ...
 
 
@@ -248,4 +268,5 @@ class Plan:
         """Whether, apart from cache and rate limit, nothing has to be decided before the function runs first."""
         timed = self.total_timeout is not None or self.attempt_timeout is not None
         watched = self.retry is not None and self.retry.watches_every_attempt
-        return self.fallback is None and not timed and not watched
+        asks = self.limit is not None and self.limit.take_now is None
+        return self.fallback is None and not timed and not watched and not asks

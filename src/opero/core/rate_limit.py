@@ -2,159 +2,391 @@
 
 from __future__ import annotations
 
-import math
-import re
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
-from opero.core.checks import check_count, check_known, check_mapping
-from opero.core.pacer import Pacer, Place
+from opero.core.checks import check_choice, check_known, check_mapping, check_seconds, check_text
+from opero.core.clock import clock
+from opero.core.limits.local import LocalLimit, Ticket
+from opero.core.limits.per_value import LimitsPerValue
+from opero.core.limits.rates import Rate, Rates, parse_rates
 from opero.core.plan import Plan
 from opero.core.resilient import OperoFunction, decorator
-from opero.core.steps import await_arrival, await_arrival_async
+from opero.core.signature import parameter_slot
+from opero.core.steps import drive, drive_async
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    import contextlib
+    from collections.abc import Callable, Generator, Mapping, Sequence
+
+    from opero.core.limits.contract import Limit
+    from opero.core.limits.shared import Gate
+    from opero.core.plan import Candidate
+    from opero.core.signature import ParameterSlot
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_UNITS = {
-    "s": 1.0,
-    "second": 1.0,
-    "m": 60.0,
-    "minute": 60.0,
-    "h": 3600.0,
-    "hour": 3600.0,
-    "d": 86_400.0,
-    "day": 86_400.0,
-}
-_RATE_TEXT = re.compile(r"\s*(?P<calls>\d+(?:\.\d+)?)\s*/\s*(?P<unit>[a-z]+)\s*", re.ASCII)
+SCOPES = ("machine", "process", "redis")
+_SCOPE_OPTIONS = {"process": (), "machine": ("folder", "name"), "redis": ("name", "url")}
+_LIMITER_OPTIONS = ("folder", "max_burst", "name", "scope", "url")
+WHEN_FULL = ("next", "wait")
 
 
-def parse_rate(rate: Any, option: str = "rate_limit") -> float:
-    """Calls per second, from a number or from text such as ``"100/minute"``."""
-    asked = rate
-    if isinstance(rate, str):
-        match = _RATE_TEXT.fullmatch(rate)
-        if match is None or match["unit"] not in _UNITS:
-            msg = f"{option}={asked!r} cannot be read; write calls per second, or text such as '100/minute' or '5/s'"
+class _Scope:
+    """Who shares a limit, and where it is kept."""
+
+    def __init__(self, options: Mapping[str, Any], name: Callable[[], str] | None, spelled: str) -> None:
+        """``spelled`` is how the user writes an option, with its name as ``{}``."""
+        self.kind = check_choice(spelled.format("scope"), options.get("scope", "process"), SCOPES)
+        for option in ("folder", "name", "url"):
+            if options.get(option) is not None and option not in _SCOPE_OPTIONS[self.kind]:
+                msg = f"{spelled.format(option)} has no effect with scope={self.kind!r}; leave it out"
+                raise ValueError(msg)
+        given = options.get("name")
+        if given is not None:
+            check_text(spelled.format("name"), given, "a name that no other limit has")
+        self._name = name if given is None else lambda: given
+        if self.kind != "process" and self._name is None:
+            msg = f"scope={self.kind!r} needs name=, a name by which processes know the limit"
             raise ValueError(msg)
-        rate = float(match["calls"]) / _UNITS[match["unit"]]
-    elif isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        msg = f"{option}={asked!r} is {type(asked).__name__}; write calls per second, or text such as '100/minute'"
-        raise TypeError(msg)
-    try:
-        per_second = float(rate)
-    except OverflowError:
-        per_second = math.inf
-    if not (math.isfinite(per_second) and per_second > 0):
-        msg = f"{option}={asked!r} limits nothing; write a number of calls per second above 0, or None for no limit"
-        raise ValueError(msg)
-    return per_second
+        self._folder = None if options.get("folder") is None else _path(spelled.format("folder"), options["folder"])
+        self._url = _url(spelled.format("url"), options.get("url")) if self.kind == "redis" else ""
+        if self.kind == "machine":
+            _refuse_without_locks()
+
+    @cached_property
+    def name(self) -> str:
+        return "" if self._name is None else self._name()
+
+    def limit(self, rates: Rates) -> Limit:
+        return self._limit(rates, lambda: self.name)
+
+    def limit_of_value(self, rates: Rates, value: Any) -> Limit:
+        def name() -> str:
+            from opero.core.keys import key_of_value
+
+            # A digest: the value may be a secret.
+            return f"{self.name}:{key_of_value(value, digest=True).hex()}"
+
+        return self._limit(rates, name)
+
+    def _limit(self, rates: Rates, name: Callable[[], str]) -> Limit:
+        if self.kind == "process":
+            return LocalLimit(rates)
+        from opero.core.limits.shared import SharedLimit
+
+        return SharedLimit(rates, lambda rates: self._open_gate(name(), rates), f"the {self.kind}'s rate limit")
+
+    def _open_gate(self, name: str, rates: Rates) -> Gate:
+        if self.kind == "machine":
+            from opero.core.limits.machine import FileGate
+
+            return FileGate(name, rates, self._folder)
+        from opero.core.limits.redis import RedisGate
+
+        return RedisGate(name, rates, self._url)
 
 
 class RateLimiter:
-    """A limit on starts per second that every thread, task and event loop of the process shares.
+    """A limit on starts per second, shared by every thread, task and event loop of the process, or by more.
 
     Slots are granted first come, first served, when they come due, never ahead. In any window of T seconds at most
     ``rate * T + max_burst`` calls start; bursts only make up for slots that passed while the process could not run.
+    It can be given to several functions as ``rate_limit``, which then share it, and used by itself::
+
+        with limit: ...              # blocks until a slot has come
+        async with limit: ...        # the same without blocking the event loop
+        limit.acquire(timeout=2.5)   # False, at once, if the slot would come later
+
+    A limiter of the process cannot be pickled: a copy would be another limit.
 
     Args:
-        rate: Calls per second (fractions too), or text such as ``"100/minute"``, ``"5/s"``, ``"1000/day"``.
+        rate: Calls per second (fractions too), text such as ``"100/minute"``, ``"5/s"``, ``"1000/day"``, or a list of
+            these that all hold. Of a list, the lowest rate per second is the pace; those per minute, hour or day are
+            quotas: never more than so many calls in any such time, however they are spread. (The fastest of them is
+            the pace if there is nothing else.)
         max_burst: How many missed slots may be made up at once. Default: 10 ms worth of calls, at least 5.
+        scope: Who shares the limit: ``"process"``; ``"machine"``, all processes of this user that give the same
+            ``name`` (POSIX); ``"redis"``, all that give the same ``name`` and ``url``. When the file or the server
+            fails, each process goes on with a limit of its own.
+        name: The name of a limit that processes share.
+        url: Of the redis server: ``"redis://host:6379/0"``.
+        folder: Where a limit of the machine is kept. Default: the user's cache folder.
 
     Raises:
-        TypeError: If ``rate`` is neither a number nor text, or ``max_burst`` is not an int.
-        ValueError: If ``rate`` is not finite and above 0, or its text cannot be read, or ``max_burst`` is below 1.
+        TypeError: If an option has the wrong type.
+        ValueError: If a rate is not finite and above 0, or its text cannot be read, or ``max_burst`` is below 1, or an
+            option does not apply to the scope.
     """
 
-    def __init__(self, rate: float | str, *, max_burst: int | None = None) -> None:
-        self.rate = parse_rate(rate, "rate")
-        if max_burst is None:
-            max_burst = max(5, math.ceil(self.rate / 100))
-        self._pacer = Pacer(self.rate, check_count("max_burst", max_burst, "calls", smallest=1))
-        self.take_now = self._pacer.take_now
-        self.expected_wait = self._pacer.expected_wait
+    def __init__(
+        self,
+        rate: Rate,
+        *,
+        max_burst: int | None = None,
+        scope: str = "process",
+        name: str | None = None,
+        url: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        options = {"max_burst": max_burst, "scope": scope, "name": name, "url": url, "folder": folder}
+        self._set_up(rate, options, parse_rates(rate, max_burst, option="rate"), _Scope(options, None, "{}"))
+
+    @classmethod
+    def _for_function(cls, rate: Rate, options: Mapping[str, Any], name: Callable[[], str]) -> RateLimiter:
+        self = cls.__new__(cls)
+        rates = parse_rates(rate, options.get("max_burst"), options="rate_limit_options")
+        self._set_up(rate, options, rates, _Scope(options, name, "rate_limit_options[{!r}]"))
+        return self
+
+    def _set_up(self, rate: Rate, options: Mapping[str, Any], rates: Rates, scope: _Scope) -> None:
+        self._asked = rate
+        self._options = {**options}
+        self._rates = rates
+        self._scope = scope
+        self.limit = scope.limit(rates)
+        self.take_now = self.limit.take_now
+        self.expected_wait = self.limit.expected_wait
+
+    @cached_property
+    def per_value(self) -> LimitsPerValue:
+        """The limits, at this rate, of the values of ``rate_limit_per``."""
+        return LimitsPerValue(self._scope.limit_of_value, self._rates)
+
+    @property
+    def rate(self) -> float:
+        """Calls per second; may be set, as in ``RateLimiter``, while callers wait."""
+        return self._rates.per_second
+
+    @rate.setter
+    def rate(self, rate: Rate) -> None:
+        rates = parse_rates(rate, self._options.get("max_burst"), option="rate")
+        self._asked, self._rates = rate, rates
+        self.limit.change(rates)
+        if "per_value" in self.__dict__:
+            self.per_value.change(rates)
 
     def __repr__(self) -> str:
-        return f"RateLimiter({self.rate:g})"
+        return f"RateLimiter({self._asked!r})"
+
+    def __reduce__(self) -> Any:
+        if self._scope.kind == "process":
+            msg = (
+                f"{self!r} belongs to its process, a copy would be another limit; give it scope='machine' or "
+                "scope='redis' and a name to share it"
+            )
+            raise TypeError(msg)
+        return _make_limiter, (self._asked, {**self._options, "name": self._scope.name})
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def ticket(self) -> Ticket:
-        """Ask for a slot without waiting for it here."""
-        return Ticket(self._pacer)
+        """Ask for a slot without waiting for it here; only for a limit of the process."""
+        assert isinstance(self.limit, LocalLimit)  # noqa: S101 - for the type checkers
+        return self.limit.ticket()
 
-    def acquire(self) -> None:
-        """Block until a slot has come, and take it."""
-        await_arrival(self.ticket())
+    def acquire(self, *, timeout: float | None = None) -> bool:
+        """Block until a slot has come, and take it.
 
-    async def acquire_async(self) -> None:
-        """Wait for a slot without blocking the event loop, and take it."""
-        await await_arrival_async(self.ticket())
+        Args:
+            timeout: Most seconds to wait; 0 takes a slot only if one is free now. Default: no bound.
 
+        Returns:
+            Whether a slot was taken; False, at once, if it would not come in time.
+        """
+        taken: bool = drive(self._acquire(timeout), _no_function)
+        return taken
 
-class Ticket:
-    """One caller's wait for one slot; an `opero.core.steps.Arrival`."""
+    async def acquire_async(self, *, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - the word of `acquire`
+        """Wait for a slot without blocking the event loop, and take it; otherwise like `acquire`."""
+        taken: bool = await drive_async(self._acquire(timeout), _no_function, "acquire_async")
+        return taken
 
-    __slots__ = ("_pacer", "_place", "_taken", "_wake")
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
 
-    def __init__(self, pacer: Pacer) -> None:
-        self._pacer = pacer
-        self._place: Place | None = None
-        self._taken = False
-        self._wake: Callable[[], None] | None = None
+    def __exit__(self, *_exc: object) -> None:
+        """A slot is used up by the start."""
 
-    def poll(self) -> bool:
-        if not self._taken:
-            if self._place is None:
-                self._place = self._pacer.join(self._wake)
-                self._taken = self._place is None
-            else:
-                self._taken = self._pacer.look(self._place)
-        return self._taken
+    async def __aenter__(self) -> Self:
+        await self.acquire_async()
+        return self
 
-    def due_in(self) -> float | None:
-        return 0.0 if self._taken or self._place is None else self._pacer.due_in(self._place)
+    async def __aexit__(self, *_exc: object) -> None:
+        """A slot is used up by the start."""
 
-    def notify(self, wake: Callable[[], None] | None) -> None:
-        self._wake = wake
-        if self._place is not None:
-            self._pacer.set_wake(self._place, wake)
-
-    def withdraw(self) -> None:
-        if self._place is not None and not self._taken:
-            self._pacer.leave(self._place)
-            self._place = None
+    def _acquire(self, timeout: float | None) -> Generator[Any, Any, bool]:
+        if timeout is None:
+            return (yield from self.limit.take(None))
+        if not check_seconds("timeout", timeout, zero=True):
+            return (yield from self.limit.try_to_take())
+        return (yield from self.limit.take(clock.now() + timeout))
 
 
-def limit_policy(rate_limit: float | str, options: Mapping[str, Any] | None = None) -> RateLimiter:
-    """Check the rate limit's options and make the limiter."""
-    rate = parse_rate(rate_limit)
+def _make_limiter(rate: Rate, options: dict[str, Any]) -> RateLimiter:
+    return RateLimiter(rate, **options)
+
+
+def _no_function(*_args: Any, **_kwargs: Any) -> Any:
+    msg = "taking a slot calls no function"
+    raise AssertionError(msg)
+
+
+class FunctionLimit:
+    """One function's view of a limiter: which of its limits applies to a call."""
+
+    def __init__(self, limiter: RateLimiter, slot: ParameterSlot | None, *, prefers_free: bool) -> None:
+        self.limiter = limiter
+        self.parameter = None if slot is None else slot.name
+        self._slot = slot
+        self._prefers_free = prefers_free
+
+    @property
+    def take_now(self) -> Callable[..., bool] | None:
+        """Takes a free slot for a value of `parameter`, or for any call without one; None if asking could block."""
+        if self.limiter.take_now is None or self._slot is None:
+            return self.limiter.take_now
+        return self.limiter.per_value.take_now
+
+    def choose(self, candidates: Sequence[Candidate]) -> Generator[Any, Any, tuple[Candidate, bool]]:
+        """The candidate to try next, and whether its slot has been taken already."""
+        if self._prefers_free and len(candidates) > 1:
+            for candidate in candidates:
+                with self._limit_of(candidate) as limit:
+                    if (yield from limit.try_to_take()):
+                        return candidate, True
+            return min(candidates, key=self._wait_of), False
+        return candidates[0], False
+
+    def take(self, candidate: Candidate, deadline: float | None) -> Generator[Any, Any, bool]:
+        """Wait for a slot; False, at once, if it would come after the ``deadline``."""
+        with self._limit_of(candidate) as limit:
+            return (yield from limit.take(deadline))
+
+    def pause(self, candidate: Candidate, seconds: float) -> Generator[Any, Any, None]:
+        """Let nothing of this candidate's limit start for so long."""
+        with self._limit_of(candidate) as limit:
+            yield from limit.pause(seconds)
+
+    def _wait_of(self, candidate: Candidate) -> float:
+        with self._limit_of(candidate) as limit:
+            return limit.expected_wait()
+
+    def _limit_of(self, candidate: Candidate) -> contextlib.AbstractContextManager[Limit]:
+        if self._slot is None:
+            return _Always(self.limiter.limit)
+        return self.limiter.per_value.using(self._slot.get(candidate.args, candidate.kwargs))
+
+
+class _Always:
+    """`contextlib.nullcontext`, which takes long to import."""
+
+    __slots__ = ("_limit",)
+
+    def __init__(self, limit: Limit) -> None:
+        self._limit = limit
+
+    def __enter__(self) -> Limit:
+        return self._limit
+
+    def __exit__(self, *_exc: object) -> None:
+        return None
+
+
+def limit_policy(
+    function: Callable[..., Any],
+    rate_limit: Rate | RateLimiter,
+    *,
+    per: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    has_candidates: bool = False,
+) -> FunctionLimit:
+    """Check the rate limit's options and make the policy for ``function``."""
     given = check_mapping("rate_limit_options", options)
-    check_known("rate_limit_options", given, ("max_burst",))
-    if "max_burst" in given:
-        check_count("rate_limit_options['max_burst']", given["max_burst"], "calls", smallest=1)
-    return RateLimiter(rate, **given)
+    check_known("rate_limit_options", given, (*_LIMITER_OPTIONS, "when_full"))
+    when_full = check_choice("rate_limit_options['when_full']", given.pop("when_full", "wait"), WHEN_FULL)
+    limiter = _limiter(rate_limit, given, lambda: _lasting_name(function))
+    if per is not None:
+        check_text("rate_limit_per", per, "the name of the parameter whose values have limits of their own")
+    slot = None if per is None else parameter_slot(function, per, "rate_limit_per")
+    if when_full == "next" and not (has_candidates and slot is not None):
+        msg = (
+            "rate_limit_options={'when_full': 'next'} has no effect without candidates that have limits of their own; "
+            "add arg_fallback='parameter' and rate_limit_per='parameter', or leave it out"
+        )
+        raise ValueError(msg)
+    return FunctionLimit(limiter, slot, prefers_free=when_full == "next")
+
+
+def _limiter(rate_limit: Rate | RateLimiter, options: Mapping[str, Any], name: Callable[[], str]) -> RateLimiter:
+    if not isinstance(rate_limit, RateLimiter):
+        return RateLimiter._for_function(rate_limit, options, name)  # noqa: SLF001 - of this module
+    if options:
+        msg = f"rate_limit_options has {sorted(options)}, which belong to the limiter; write RateLimiter(rate, …)"
+        raise ValueError(msg)
+    return rate_limit
+
+
+def _lasting_name(function: Callable[..., Any]) -> str:
+    from opero.core.identity import lasting_identity
+
+    return lasting_identity(function)
+
+
+def _path(option: str, value: Any) -> Path:
+    return Path(check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path"))
+
+
+def _url(option: str, value: Any) -> str:
+    if value is None:
+        msg = f"scope='redis' needs {option}, such as 'redis://localhost:6379/0'"
+        raise ValueError(msg)
+    url = check_text(option, value, "a URL such as 'redis://localhost:6379/0'")
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        # Not shown: it may hold a password.
+        msg = f"{option} does not begin with redis://, rediss:// or unix://; write 'redis://localhost:6379/0'"
+        raise ValueError(msg)
+    return url
+
+
+def _refuse_without_locks() -> None:
+    from opero.core.limits.machine import IS_SUPPORTED
+
+    if not IS_SUPPORTED:
+        msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
+        raise ValueError(msg)
 
 
 def get_rate_limit_decorator(
-    rate_limit: float | str, **options: Any
+    rate_limit: Rate | RateLimiter, *, rate_limit_per: str | None = None, **options: Any
 ) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
     """Make a decorator that limits how often calls start, and does nothing else.
 
     Args:
-        rate_limit: Calls per second (fractions too), or text such as ``"100/minute"``. Each decorated function has a
-            limit of its own, shared by all its callers in the process.
-        **options: For `asynciolimiter.Limiter`: ``max_burst``, how many missed slots may be made up at once.
+        rate_limit: Calls per second (fractions too), text such as ``"100/minute"``, a list of such limits that all
+            hold, or a `RateLimiter` that functions share. Without the last, each decorated function has a limit of its
+            own, shared by all its callers in the process.
+        rate_limit_per: Name of a parameter: each of its values has its own limit.
+        **options: As ``rate_limit_options`` of `opero.opero`: ``max_burst``, ``scope``, ``name``, ``url``, ``folder``.
 
     Raises:
         TypeError: If an option has the wrong type or is not known.
-        ValueError: If the rate is not finite and above 0, or its text cannot be read.
+        ValueError: If a rate is not finite and above 0, or its text cannot be read, or an option cannot apply.
     """
-    limit_policy(rate_limit, options)
+    check_known("rate_limit_options", options, _LIMITER_OPTIONS)
+    _limiter(rate_limit, options, lambda: "")
     return decorator(
         "get_rate_limit_decorator",
-        lambda function: Plan(function, limit=limit_policy(rate_limit, options)),
-        (get_rate_limit_decorator, {"rate_limit": rate_limit, **options}),
+        lambda function: Plan(function, limit=limit_policy(function, rate_limit, per=rate_limit_per, options=options)),
+        (get_rate_limit_decorator, {"rate_limit": rate_limit, "rate_limit_per": rate_limit_per, **options}),
     )

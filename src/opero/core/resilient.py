@@ -19,6 +19,7 @@ from opero.core.steps import drive, drive_async
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.core.signature import Forwarding
     from opero.core.stats import CallStats
 
 P = ParamSpec("P")
@@ -227,7 +228,7 @@ _DIRECT = """
         del _opero_failure
 """
 
-_GUARD = """if not _opero_take_slot():
+_GUARD = """if not _opero_take_slot({limited_by}):
         return {await_}_opero_enter({packed})
     """
 
@@ -271,7 +272,8 @@ def _compile_wrapper(plan: Plan) -> Callable[..., Any]:
         namespace |= plan.cache.keys.namespace
         namespace |= {"_opero_look_up": look_up, "_opero_count_hit": plan.stats.hits.tick}
         template = _CACHED
-    elif plan.cache is None and plan.first_attempt_is_direct:
+    elif plan.cache is None and plan.first_attempt_is_direct and _can_be_limited(plan, shape):
+        words["limited_by"] = "" if plan.limit is None else plan.limit.parameter or ""
         words["guard"] = "" if plan.limit is None else _GUARD.format(**words)
         namespace["_opero_function"] = entrances.function
         entrances.when_looked_at(lambda: namespace.update(_opero_function=plan.function))
@@ -284,6 +286,11 @@ def _compile_wrapper(plan: Plan) -> Callable[..., Any]:
     # A wrong call is reported under the name that the user knows.
     wrapper.__qualname__ = plan.name
     return wrapper
+
+
+def _can_be_limited(plan: Plan, shape: Forwarding) -> bool:
+    """Whether the wrapper has the parameter whose values have limits of their own."""
+    return plan.limit is None or plan.limit.parameter is None or plan.limit.parameter in shape.names
 
 
 class _Entrances:

@@ -229,8 +229,17 @@ async def await_arrival_async(arrival: Arrival) -> None:
 
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
+    thread = threading.get_ident()
+
+    def look() -> None:
+        # Others that wait in this loop may be woken by this, and go on together with this one.
+        arrival.due_in()
+        event.set()
 
     def wake() -> None:
+        if threading.get_ident() == thread:
+            event.set()
+            return
         try:
             loop.call_soon_threadsafe(event.set)
         except RuntimeError:
@@ -241,7 +250,7 @@ async def await_arrival_async(arrival: Arrival) -> None:
     try:
         while not arrival.poll():
             due = arrival.due_in()
-            timer = None if due is None else loop.call_later(due, event.set)
+            timer = None if due is None else loop.call_later(due, look)
             try:
                 await event.wait()
             finally:

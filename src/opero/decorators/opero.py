@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opero.core.cache import Cache
+    from opero.core.limits.rates import Rate
+    from opero.core.rate_limit import RateLimiter
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,7 +44,8 @@ class OperoOptions(TypedDict, total=False):
     retry_options: Mapping[str, Any] | None
     arg_fallback: str | None
     fallback_cooldown: float | None
-    rate_limit: float | str | None
+    rate_limit: Rate | RateLimiter | None
+    rate_limit_per: str | None
     rate_limit_options: Mapping[str, Any] | None
     attempt_timeout: float | None
     total_timeout: float | None
@@ -65,6 +68,7 @@ OPERO_DEFAULTS: dict[str, Any] = {
     "arg_fallback": None,
     "fallback_cooldown": None,
     "rate_limit": None,
+    "rate_limit_per": None,
     "rate_limit_options": None,
     "attempt_timeout": None,
     "total_timeout": None,
@@ -111,7 +115,15 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         fallback=None
         if given["arg_fallback"] is None
         else fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"]),
-        limit=None if given["rate_limit"] is None else limit_policy(given["rate_limit"], given["rate_limit_options"]),
+        limit=None
+        if given["rate_limit"] is None
+        else limit_policy(
+            function,
+            given["rate_limit"],
+            per=given["rate_limit_per"],
+            options=given["rate_limit_options"],
+            has_candidates=given["arg_fallback"] is not None,
+        ),
         attempt_timeout=attempt_timeout,
     )
 
@@ -140,7 +152,7 @@ def _refuse_useless(given: dict[str, Any]) -> None:
     """Refuse options that have no effect without another one."""
     needs = {
         "fallback_cooldown": ("arg_fallback", None, "arg_fallback='parameter'"),
-        "rate_limit_options": ("rate_limit", None, "rate_limit=5"),
+        **dict.fromkeys(("rate_limit_per", "rate_limit_options"), ("rate_limit", None, "rate_limit=5")),
         **dict.fromkeys(_OF_ROUNDS, ("retries", 0, "retries=1")),
         **dict.fromkeys(
             ("cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options"),
@@ -160,7 +172,8 @@ def _refuse_useless(given: dict[str, Any]) -> None:
 def _without_passwords(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    return {name: "…" if "password" in str(name) else inner for name, inner in value.items()}
+    secret = ("password", "url")
+    return {name: "…" if any(word in str(name) for word in secret) else inner for name, inner in value.items()}
 
 
 @overload
@@ -200,8 +213,15 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
             - ``arg_fallback`` (None): name of the parameter whose list or tuple holds candidates to try in order.
             - ``fallback_cooldown`` (None): seconds for which a candidate that failed is tried last.
-            - ``rate_limit`` (None): calls per second, or text such as ``"100/minute"``; every execution takes a slot.
-            - ``rate_limit_options`` (None): mapping for `asynciolimiter.Limiter` (``max_burst``).
+            - ``rate_limit`` (None): calls per second, text such as ``"100/minute"``, a list of such limits that all
+              hold, or an `opero.core.RateLimiter` that functions share; every execution takes a slot. Seconds that
+              ``retry_on`` returns hold for the whole limit: nothing of it starts before.
+            - ``rate_limit_per`` (None): name of a parameter: each of its values has its own limit; with
+              ``arg_fallback`` each candidate.
+            - ``rate_limit_options`` (None): mapping. ``max_burst`` of `asynciolimiter.Limiter` (10 ms worth of calls,
+              at least 5). ``when_full``: ``"wait"``, or ``"next"`` to try a candidate that has a slot free now first.
+              ``scope``: ``"process"``, ``"machine"`` (with ``folder``) or ``"redis"`` (with ``url``), who shares the
+              limit; ``name`` by which they know it (the function's identity).
             - ``attempt_timeout`` (None): seconds for one execution; for ``async def`` only.
             - ``total_timeout`` (None): seconds for the whole call, waits included; an execution of a ``def`` function
               is not stopped, but none starts later.

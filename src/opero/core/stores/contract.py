@@ -10,9 +10,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from opero.core.clock import clock
 from opero.exceptions import OperoError
-from opero.utils.logging import log
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from opero.core.flights import Flight, Flights
 
 FOREVER = float("inf")
-# How long a backend that failed as a whole is left alone.
-REST_SECONDS = 5.0
 
 
 class Found:
@@ -171,40 +167,3 @@ def managing(store: Store, what: str) -> Iterator[None]:
     except Exception as error:
         msg = f"could not {what} {store}: {describe(error)}"
         raise OperoError(msg) from error
-
-
-class Rest:
-    """Leaves a backend alone for a while after it failed, so that it costs time only once."""
-
-    def __init__(self) -> None:
-        self._until = 0.0
-        self._error: Exception | None = None
-
-    def begin(self, error: Exception) -> None:
-        self._error = error
-        self._until = clock.now() + REST_SECONDS
-
-    def end(self) -> None:
-        self._error = None
-
-    def reason(self) -> Exception | None:
-        """Why the backend is left alone now; at the end of a rest one caller is let through to try."""
-        error = self._error
-        if error is None:
-            return None
-        if clock.now() < self._until:
-            return error
-        self.begin(error)
-        return None
-
-
-class Complaints:
-    """One WARNING about a store; what follows is of interest to those who debug."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._told = False
-
-    def tell(self, error: Exception) -> None:
-        level, self._told = ("DEBUG" if self._told else "WARNING"), True
-        log(level, "{} failed, going on without it: {}", self._what, describe(error))

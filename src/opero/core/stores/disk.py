@@ -7,9 +7,7 @@ whatever lies in its folder (CVE-2025-69872), and its connections belong to thre
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
-import stat
 import threading
 import time
 from pathlib import Path
@@ -18,13 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import diskcache
 
 from opero.core.clock import clock
+from opero.core.faults import Rest
 from opero.core.forks import hold_forks
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease, Rest
+from opero.core.private_folder import private_folder
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
 from opero.core.stores.entries import loads
 from opero.core.stores.lasting import LastingStore
 from opero.core.stores.locks import KeyLocks, key_locks
 from opero.core.stores.settings import DISK_POLICIES
-from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -363,7 +362,7 @@ class DiskStore(LastingStore):
     def _open(self) -> sqlite3.Connection:
         with self._lock:
             if self._reading is None or self._database is None:
-                folder = private_folder(self._root(), self._name)
+                folder = private_folder(self._root(), self._name, "cache_options={'cache_dir': …}")
                 database = _Database(folder, maxsize=self.maxsize, policy=self._policy, size_limit=self._size_limit)
                 if self._locks is None:
                     self._locks = key_locks(folder)
@@ -388,36 +387,3 @@ def _generation(sql: Callable[[str], Any]) -> int:
     """How often the namespace was cleared; SQLite keeps this number for whoever wants it."""
     ((generation,),) = sql("PRAGMA user_version").fetchall()
     return int(generation)
-
-
-def private_folder(root: Path, name: str) -> Path:
-    """Make the folder if need be, and see that nobody else can put entries there.
-
-    Raises:
-        UnsafeCacheError: If others own it or can write to it.
-    """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (root, root / name):
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        _refuse_unsafe(folder)
-    return root / name
-
-
-def _refuse_unsafe(folder: Path) -> None:
-    if not hasattr(os, "geteuid"):  # Windows: the folders of a user are that user's by default
-        return
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        reason = "is not a folder"
-    elif found.st_uid != os.geteuid():
-        reason = "belongs to another user"
-    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        reason = "can be written to by others"
-    else:
-        return
-    msg = (
-        f"the cache folder {folder} {reason}, who could put entries there that run their code; remove it or chmod it "
-        "to 700, or name another one in cache_options={'cache_dir': …}"
-    )
-    raise UnsafeCacheError(msg)

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from opero.core.faults import Complaints, Rest
 from opero.core.flights import Flights
-from opero.core.stores.contract import FOREVER, Complaints, Fault, Keep, Lease, Rest
+from opero.core.stores.contract import FOREVER, Fault, Keep, Lease
 from opero.core.stores.entries import EntryFormat, loads
 from opero.exceptions import UnsafeCacheError
 

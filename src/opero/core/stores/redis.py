@@ -6,29 +6,24 @@ when its owner is gone, and is renewed while its owner computes.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, WeakValueDictionary, ref
+from weakref import ref
 
-from opero.core.forks import ForkSafeLock, allow_forks, watch_forks
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease, Rest
+from opero.core.forks import allow_forks, watch_forks
+from opero.core.redis_server import ANSWER_SECONDS, CONNECT_SECONDS, Server, server_of
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
 from opero.core.stores.entries import loads
 from opero.core.stores.lasting import LastingStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from opero.core.faults import Rest
     from opero.core.stores.contract import Request
     from opero.core.stores.entries import EntryFormat
 
-# A server that is away or frozen costs no more than the two of them, once.
-CONNECT_SECONDS = 0.9
-ANSWER_SECONDS = 0.9
-CONNECTIONS = 32
 LEASE_SECONDS = 10.0
 _IDLE_SECONDS = 1.0
 _SCAN_COUNT = 1_000
@@ -76,7 +71,7 @@ class RedisStore(LastingStore):
         server = self._server
         if server is None:
             with self._lock:
-                self._server = server = server_of(self._config())
+                self._server = server = _server(self._config())
                 server.users.add(self)
         return server
 
@@ -106,10 +101,7 @@ class RedisStore(LastingStore):
         self._keeper.drop(lease)
 
     def failed(self, error: Exception) -> None:
-        import redis
-
-        if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
-            self.rest.begin(error)
+        self.server.failed(error)
 
     def delete(self, key: bytes) -> bool:
         entry = self._entry(key)
@@ -284,72 +276,11 @@ class LeaseKeeper:
             store.complain(error)
 
 
-class Server:
-    """One database of one server: connections, and a rest when it fails, that all its namespaces share."""
-
-    def __init__(self, config: Any) -> None:
-        self.client = make_client(config)
-        self.rest = Rest()
-        self.users: WeakSet[RedisStore] = WeakSet()
-
-    def leave(self, user: RedisStore) -> None:
-        """Close the connections when nobody uses them any more."""
-        self.users.discard(user)
-        if not self.users:
-            self.close()
-
-    def close(self) -> None:
-        """Close the connections; they are made anew when needed."""
-        self.client.close()
-        self.client.connection_pool.disconnect()
-
-    def __del__(self) -> None:
-        # What redis-py leaves open warns when it is collected.
-        with contextlib.suppress(Exception):
-            self.close()
-
-
-_servers_lock = ForkSafeLock()
-_servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
-
-
-def server_of(config: Any) -> Server:
-    """The server that twat-cache's settings name, as far as this process is concerned."""
-    place = (config.get_redis_host(), config.get_redis_port(), config.get_redis_db(), config.get_redis_password())
-    # A forked child has connections of its own.
-    name = repr((os.getpid(), *place))
-    with _servers_lock:
-        server = _servers.get(name)
-        if server is None:
-            _servers[name] = server = Server(config)
-        return server
-
-
-@functools.cache
-def _retry() -> Any:
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    # A connection that the server has closed meanwhile is made anew, once; redis-py's default retries take seconds.
-    return Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
-
-
-def make_client(config: Any) -> Any:
-    """A client for the server that twat-cache's settings name; it has not connected yet."""
-    import redis
-
-    make_pool: Any = redis.BlockingConnectionPool
-    pool = make_pool(
+def _server(config: Any) -> Server:
+    """The server that twat-cache's settings name."""
+    return server_of(
         host=config.get_redis_host(),
         port=config.get_redis_port(),
         db=config.get_redis_db(),
         password=config.get_redis_password(),
-        max_connections=CONNECTIONS,
-        timeout=ANSWER_SECONDS,
-        socket_connect_timeout=CONNECT_SECONDS,
-        socket_timeout=ANSWER_SECONDS,
-        retry=_retry(),
-        decode_responses=False,
     )
-    return redis.Redis(connection_pool=pool)

@@ -1,0 +1,48 @@
+"""What becomes of a backend that fails: it is left alone for a while, and complained about once."""
+
+from __future__ import annotations
+
+from opero.core.clock import clock
+from opero.utils.logging import log
+from opero.utils.notes import describe
+
+# How long a backend that failed as a whole is left alone.
+REST_SECONDS = 5.0
+
+
+class Rest:
+    """Leaves a backend alone for a while after it failed, so that it costs time only once."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._error: Exception | None = None
+
+    def begin(self, error: Exception) -> None:
+        self._error = error
+        self._until = clock.now() + REST_SECONDS
+
+    def end(self) -> None:
+        self._error = None
+
+    def reason(self) -> Exception | None:
+        """Why the backend is left alone now; at the end of a rest one caller is let through to try."""
+        error = self._error
+        if error is None:
+            return None
+        if clock.now() < self._until:
+            return error
+        self.begin(error)
+        return None
+
+
+class Complaints:
+    """One WARNING about a backend; what follows is of interest to those who debug."""
+
+    def __init__(self, what: str, consequence: str = "going on without it") -> None:
+        self._what = what
+        self._consequence = consequence
+        self._told = False
+
+    def tell(self, error: Exception) -> None:
+        level, self._told = ("DEBUG" if self._told else "WARNING"), True
+        log(level, "{} failed, {}: {}", self._what, self._consequence, describe(error))

@@ -1,0 +1,51 @@
+"""Folders in which nobody else can put anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from opero.exceptions import UnsafeCacheError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def private_folder(root: Path, name: str, option: str) -> Path:
+    """Make the folder if need be, and see that nobody else can put entries there.
+
+    Args:
+        root: The folder of all; made if need be, and looked at as well.
+        name: The folder inside.
+        option: What the user can write to name another root.
+
+    Raises:
+        UnsafeCacheError: If others own it or can write to it.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (root, root / name):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        _refuse_unsafe(folder, option)
+    return root / name
+
+
+def _refuse_unsafe(folder: Path, option: str) -> None:
+    if not hasattr(os, "geteuid"):  # Windows: the folders of a user are that user's by default
+        return
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        reason = "is not a folder"
+    elif found.st_uid != os.geteuid():
+        reason = "belongs to another user"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        reason = "can be written to by others"
+    else:
+        return
+    msg = (
+        f"opero's folder {folder} {reason}, who could put there what it trusts; remove it or chmod it to 700, or name "
+        f"another one in {option}"
+    )
+    raise UnsafeCacheError(msg)

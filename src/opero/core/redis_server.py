@@ -1,0 +1,123 @@
+"""Connections to redis servers, shared by all that use one server in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet, WeakValueDictionary
+
+from opero.core.faults import Rest
+from opero.core.forks import ForkSafeLock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# A server that is away or frozen costs no more than the two of them, once.
+CONNECT_SECONDS = 0.9
+ANSWER_SECONDS = 0.9
+CONNECTIONS = 32
+
+
+class Server:
+    """One database of one server: connections, and a rest when it fails, that all who use it share."""
+
+    def __init__(self, make_client: Callable[[], Any]) -> None:
+        self.client = make_client()
+        self.rest = Rest()
+        self.users: WeakSet[Any] = WeakSet()
+        self._scripts: dict[str, Any] = {}
+
+    def script(self, source: str) -> Callable[[list[str], list[Any]], Any]:
+        """A Lua script, to be called with its keys and its arguments."""
+        script: Any = self._scripts.get(source)
+        if script is None:
+            self._scripts[source] = script = self.client.register_script(source)
+        found: Callable[[list[str], list[Any]], Any] = script
+        return found
+
+    def failed(self, error: Exception) -> None:
+        """Leave the server alone for a while if it was its fault, or its network's."""
+        import redis
+
+        if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
+            self.rest.begin(error)
+
+    def leave(self, user: Any) -> None:
+        """Close the connections when nobody uses them any more."""
+        self.users.discard(user)
+        if not self.users:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connections; they are made anew when needed."""
+        self.client.close()
+        self.client.connection_pool.disconnect()
+
+    def __del__(self) -> None:
+        # What redis-py leaves open warns when it is collected.
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+_lock = ForkSafeLock()
+_servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
+
+
+def server_of(**place: Any) -> Server:
+    """The server at a host, port, db and password, as far as this process is concerned."""
+
+    def make_client() -> Any:
+        return _client(_pool_class()(**place, **_settings()))
+
+    return _known(repr(sorted(place.items())), make_client)
+
+
+def server_at(url: str) -> Server:
+    """The server that a URL names, as far as this process is concerned."""
+    return _known(url, lambda: _client(_pool_class().from_url(url, **_settings())))
+
+
+def _known(place: str, make_client: Callable[[], Any]) -> Server:
+    # A forked child has connections of its own.
+    name = f"{os.getpid()} {place}"
+    with _lock:
+        server = _servers.get(name)
+        if server is None:
+            _servers[name] = server = Server(make_client)
+        return server
+
+
+def _pool_class() -> Any:
+    import redis
+
+    return redis.BlockingConnectionPool
+
+
+def _client(pool: Any) -> Any:
+    """A client that has not connected yet."""
+    import redis
+
+    return redis.Redis(connection_pool=pool)
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "max_connections": CONNECTIONS,
+        "timeout": ANSWER_SECONDS,
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "socket_timeout": ANSWER_SECONDS,
+        "retry": _retry(),
+        "decode_responses": False,
+    }
+
+
+@functools.cache
+def _retry() -> Any:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    # A connection that the server has closed meanwhile is made anew, once; redis-py's default retries take seconds.
+    return Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))

@@ -1,0 +1,705 @@
+"""Several rates at once, limits per value, limits that functions share, limits that follow what a service says."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import itertools
+import pickle
+import random
+import threading
+import weakref
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from side_by_side import SECONDS, results, started, until
+from test_rate_limit import Timed, limited, polled, settle, worst_excess
+
+import opero
+from opero.core import CallTimeoutError, MisuseError, RateLimiter, get_rate_limit_decorator
+from opero.core.limits.rates import Quota, Rates, parse_rates
+
+thoroughly = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def starts_of(limiter, fake_clock, seconds, *, step=0.01):
+    """When one who asks all the time would start."""
+    starts = []
+    for _ in range(round(seconds / step)):
+        while limiter.take_now():
+            starts.append(fake_clock.now())
+        fake_clock.tick(step)
+    return starts
+
+
+# Several rates
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        ([5], Rates(5, 5)),
+        ((5, 2), Rates(2, 5)),
+        (["5/s", 2.5], Rates(2.5, 5)),
+        ([10, "100/minute"], Rates(10, 5, (Quota(100, 60),))),
+        (["100/minute", "10/s", "1000/day"], Rates(10, 5, (Quota(1000, 86_400), Quota(100, 60)))),
+        (["100/minute", "1000/day"], Rates(100 / 60, 5, (Quota(1000, 86_400),))),
+        ([1000, "0.5/hour"], Rates(1000, 10, (Quota(1, 7200),))),
+        ([1, "1.5/minute"], Rates(1, 5, (Quota(1, 40),))),
+    ],
+)
+def test_the_lowest_rate_per_second_is_the_pace_and_longer_ones_are_quotas(rate, expected):
+    assert parse_rates(rate) == expected
+
+
+def test_a_quota_is_used_at_the_pace_and_then_waited_for(fake_clock):
+    limiter = RateLimiter([2, "5/minute"])
+    starts = [moment - 1000 for moment in starts_of(limiter, fake_clock, 125)]
+    assert starts == pytest.approx([0, 0.5, 1, 1.5, 2, 60, 60.5, 61, 61.5, 62, 120, 120.5, 121, 121.5, 122], abs=0.1)
+
+
+def test_those_who_wait_for_a_quota_start_in_order_when_it_comes(fake_clock):
+    limiter = RateLimiter([10, "3/minute"])
+    starts_of(limiter, fake_clock, 1)
+    tickets = [limiter.ticket() for _ in range(3)]
+    assert polled(tickets) == 0
+    fake_clock.tick(59.05)
+    assert [ticket.poll() for ticket in reversed(tickets)] == [False, False, True]
+    for _ in range(20):
+        fake_clock.tick(0.1)
+        for ticket in tickets:
+            ticket.poll()
+    assert all(ticket.poll() for ticket in tickets)
+
+
+def test_a_quota_counts_for_the_wait_that_is_foretold(fake_clock):
+    limiter = RateLimiter([10, "3/minute"])
+    starts_of(limiter, fake_clock, 1)
+    assert limiter.expected_wait() == pytest.approx(59, abs=0.01)
+
+
+def test_a_call_that_would_wait_for_a_quota_too_long_fails_at_once(world, fake_clock):
+    f = limited(world.define(lambda: None), rate_limit=[1000, "2/minute"], total_timeout=5)
+    for _ in range(2):
+        world.run(f)
+        fake_clock.tick(0.1)
+    with pytest.raises(CallTimeoutError):
+        world.run(f)
+    assert fake_clock.sleeps == []
+
+
+class Queue:
+    """Those who wait for a limiter, and when all started."""
+
+    def __init__(self, limiter, fake_clock):
+        self.limiter = limiter
+        self.clock = fake_clock
+        self.waiting = {}
+        self.joined = 0
+        self.starts = []
+        self.quiet = []
+
+    def play(self, events):
+        for what, value in events:
+            getattr(self, what)(value)
+            self.look()
+
+    def tick(self, seconds):
+        self.clock.tick(seconds)
+
+    def ask(self, count):
+        self.starts += [self.clock.now()] * sum(self.limiter.take_now() for _ in range(count))
+
+    def join(self, count):
+        for _ in range(count):
+            self.waiting[self.joined] = self.limiter.ticket()
+            self.waiting[self.joined].poll()
+            self.joined += 1
+
+    def leave(self, place):
+        if self.waiting:
+            self.waiting.pop(list(self.waiting)[place % len(self.waiting)]).withdraw()
+
+    def pause(self, seconds):
+        self.quiet.append((self.clock.now(), self.clock.now() + seconds))
+        exhaust(self.limiter.limit.pause(seconds))
+
+    def rate(self, rate):
+        self.limiter.rate = rate
+
+    def look(self):
+        for place in sorted(self.waiting):
+            if self.waiting[place].poll():
+                assert place == min(self.waiting), "somebody got past another"
+                del self.waiting[place]
+                self.starts.append(self.clock.now())
+
+    def serve_all(self, *, within):
+        end = self.clock.now() + within
+        while self.waiting:
+            self.clock.tick(max(0.001, self.waiting[min(self.waiting)].due_in()))
+            self.look()
+            assert self.clock.now() < end, "somebody waits for ever"
+
+
+def event(what, values):
+    return st.tuples(st.just(what), values)
+
+
+ticks = event("tick", st.sampled_from([0.05, 0.5, 2.0, 20.0, 60.0, 600.0]))
+comings = st.one_of(
+    event("join", st.integers(1, 4)), event("ask", st.integers(1, 4)), event("leave", st.integers(0, 9))
+)
+pauses = event("pause", st.sampled_from([0.2, 5.0, 100.0]))
+
+
+@thoroughly
+@given(
+    st.sampled_from([0.5, 2.0, 10.0]),
+    st.lists(st.sampled_from(["3/minute", "20/minute", "30/hour", "100/day"]), max_size=3),
+    st.integers(1, 5),
+    st.lists(st.one_of(ticks, comings, pauses), max_size=40),
+)
+def test_no_window_has_too_many_starts_under_any_of_several_rates(fake_clock, pace, quotas, burst, events):
+    queue = Queue(RateLimiter([pace, *quotas], max_burst=burst), fake_clock)
+    queue.play(events)
+    queue.serve_all(within=2 * 86_400)
+    assert worst_excess(queue.starts, pace, burst) <= 1e-6
+    for quota in parse_rates([pace, *quotas]).quotas:
+        for first, later in zip(queue.starts, queue.starts[quota.calls :], strict=False):
+            assert later - first >= quota.seconds - 1e-6
+    for begin, end in queue.quiet:
+        assert not any(begin < start < end - 1e-9 for start in queue.starts)
+
+
+def exhaust(flow):
+    """Drive steps that should be none."""
+    with pytest.raises(StopIteration):
+        next(flow)
+
+
+@pytest.mark.parametrize(
+    ("rate", "error"), [([], ValueError), ([5, 0], ValueError), ([[5]], TypeError), ({5}, TypeError)]
+)
+@pytest.mark.parametrize(
+    "make", [RateLimiter, get_rate_limit_decorator, lambda rate: opero.opero(rate_limit=rate)(print)]
+)
+def test_a_list_that_limits_nothing_is_refused(make, rate, error):
+    with pytest.raises(error, match="rate"):
+        make(rate)
+
+
+# A limit per value
+
+ONE_EACH = {"rate_limit": "1/hour", "rate_limit_per": "key"}
+
+
+def test_each_value_has_a_limit_of_its_own(world, fake_clock):
+    f = limited(world.define(lambda x, key="default": key), total_timeout=5, **ONE_EACH)
+    assert [world.run(f, 1, "a"), world.run(f, 1, key="b"), world.run(f, 1)] == ["a", "b", "default"]
+    for args, kwargs in [((2, "a"), {}), ((2,), {"key": "b"}), ((2,), {}), ((2, "default"), {})]:
+        with pytest.raises(CallTimeoutError):
+            world.run(f, *args, **kwargs)
+
+
+def test_a_value_that_is_the_only_argument_has_a_limit_of_its_own(world, fake_clock):
+    f = limited(world.define(lambda key: key), **ONE_EACH)
+    assert [world.run(f, key) for key in (1, 1.0, True, "1", (1, [2]))] == [1, 1.0, True, "1", (1, [2])]
+
+
+def test_keyword_only_and_variadic_neighbours_do_not_matter(world, fake_clock):
+    f = limited(world.define(lambda *args, key, **more: key), total_timeout=5, **ONE_EACH)
+    assert [world.run(f, 1, 2, key="a", z=1), world.run(f, key="b")] == ["a", "b"]
+    with pytest.raises(CallTimeoutError):
+        world.run(f, 3, key="a")
+
+
+def test_a_value_that_cannot_tell_limits_apart_is_refused_at_the_call(world):
+    class Unhashable:
+        __hash__ = None
+
+    f = limited(world.define(lambda key: key), **ONE_EACH)
+    with pytest.raises(MisuseError, match="Unhashable"):
+        world.run(f, Unhashable())
+
+
+def test_each_candidate_has_a_limit_of_its_own(world, fake_clock):
+    tried = []
+
+    def function(key):
+        tried.append(key)
+        raise ValueError
+
+    f = limited(world.define(function), arg_fallback="key", **ONE_EACH)
+    with pytest.raises(opero.AllFailedError):
+        world.run(f, ["a", "b", "c"])
+    assert tried == ["a", "b", "c"]
+    assert f.stats.waited < 1
+
+
+def test_with_when_full_next_a_candidate_with_a_free_slot_is_tried_first(world, fake_clock):
+    f = limited(
+        world.define(lambda x, key: key), arg_fallback="key", rate_limit_options={"when_full": "next"}, **ONE_EACH
+    )
+    assert [world.run(f, x, ["a", "b", "c"]) for x in range(3)] == ["a", "b", "c"]
+
+
+def test_without_it_the_first_candidate_is_waited_for(world, fake_clock):
+    f = limited(world.define(lambda x, key: key), arg_fallback="key", total_timeout=5, **ONE_EACH)
+    world.run(f, 1, ["a", "b"])
+    with pytest.raises(CallTimeoutError):
+        world.run(f, 2, ["a", "b"])
+
+
+def test_a_candidate_that_was_passed_over_is_still_tried_when_the_others_fail(world):
+    tried = []
+
+    def function(x, key):
+        tried.append(key)
+        if key == "b":
+            raise ValueError
+        return key
+
+    f = limited(
+        world.define(function),
+        arg_fallback="key",
+        rate_limit=20,
+        rate_limit_per="key",
+        rate_limit_options={"when_full": "next", "max_burst": 1},
+    )
+    world.run(f, 1, ["a", "b"])
+    assert world.run(f, 2, ["a", "b"]) == "a"
+    assert tried == ["a", "b", "a"]
+
+
+def test_when_all_are_full_the_one_whose_slot_comes_first_is_waited_for(world):
+    f = limited(
+        world.define(lambda x, key: key),
+        arg_fallback="key",
+        rate_limit=10,
+        rate_limit_per="key",
+        rate_limit_options={"when_full": "next"},
+    )
+    world.run(f, 1, ["b"])
+    f.plan.limit.limiter.per_value.take_now("a")
+    f.plan.limit.limiter.per_value.take_now("c")
+    assert world.run(f, 2, ["a", "b", "c"]) == "b"
+
+
+def test_idle_values_are_forgotten(world, fake_clock):
+    f = limited(world.define(lambda key: key), rate_limit=10, rate_limit_per="key")
+    for value in range(5_000):
+        world.run(f, value) if value < 10 else f.plan.limit.limiter.per_value.take_now(value)
+        fake_clock.tick(0.05)
+    assert len(f.plan.limit.limiter.per_value) <= 128
+
+
+def test_values_that_are_not_idle_are_remembered(fake_clock):
+    limits = RateLimiter("1/hour").per_value
+    assert all(limits.take_now(value) for value in range(500))
+    assert not any(limits.take_now(value) for value in range(500))
+
+
+def test_a_value_that_is_paused_or_waited_for_is_remembered(fake_clock):
+    limiter = RateLimiter([100, "1/hour"])
+    with limiter.per_value.using("paused") as limit:
+        exhaust(limit.pause(1000))
+    limiter.per_value.take_now("used up")
+    fake_clock.tick(100)
+    for value in range(500):
+        limiter.per_value.take_now(value)
+    assert [limiter.per_value.take_now(value) for value in ("paused", "used up")] == [False, False]
+
+
+def test_a_value_is_not_forgotten_under_somebody_who_is_about_to_use_it(fake_clock):
+    limiter = RateLimiter(100)
+    with limiter.per_value.using("mine") as limit:
+        for value in range(500):
+            limiter.per_value.take_now(value)
+            fake_clock.tick(0.1)
+        with limiter.per_value.using("mine") as again:
+            assert again is limit
+
+
+def test_threads_that_use_many_values_never_get_more_than_their_limits_allow():
+    limits = RateLimiter("1/hour").per_value
+    chosen = [random.Random(seed) for seed in range(8)]
+
+    def work(generator):
+        return [value for value in (generator.randrange(400) for _ in range(2_000)) if limits.take_now(value)]
+
+    taken = [value for part in results([started(work, each) for each in chosen]) for value in part]
+    assert sorted(taken) == sorted(set(taken))
+
+
+def test_the_limits_of_a_function_go_with_it():
+    f = limited(lambda key: key, **ONE_EACH)
+    f("a")
+    gc.disable()
+    try:
+        limits = weakref.ref(f.plan.limit.limiter.per_value)
+        del f
+        assert limits() is None
+    finally:
+        gc.enable()
+
+
+# The service says when
+
+
+class BusyError(Exception):
+    """Says how long to wait."""
+
+
+def seconds_of(error):
+    return error.args[0] if isinstance(error, BusyError) else False
+
+
+@pytest.fixture
+def busy():
+    """Options of a function that is told to come again later, and a function that is, once."""
+    told = threading.Event()
+
+    def function(x=None):
+        if not told.is_set():
+            told.set()
+            raise BusyError(0.2)
+        return x
+
+    return function, {"retry_on": seconds_of, "retries": 1, "rate_limit": 1000}
+
+
+def test_after_seconds_from_retry_on_nobody_starts_before(world, fake_clock):
+    def function(x):
+        if x == 1:
+            raise BusyError(30)
+        return x
+
+    f = opero.opero(retry_on=seconds_of, retries=1, rate_limit=1000, total_timeout=10)(world.define(function))
+    with pytest.raises(BusyError):
+        world.run(f, 1)
+    with pytest.raises(CallTimeoutError):
+        world.run(f, 2)
+    fake_clock.tick(30)
+    assert world.run(f, 3) == 3
+
+
+def test_the_pause_holds_for_callers_in_other_threads(busy):
+    function, options = busy
+    f = opero.opero(**options)(function)
+    first = started(f, "first")
+    until(lambda: f.stats.attempts == 1)
+    with Timed() as time_taken:
+        until(lambda: not f.plan.limit.limiter.take_now())
+        f("second")
+    assert first.result(SECONDS) == "first"
+    assert time_taken.seconds > 0.1
+
+
+def test_the_pause_is_that_of_one_key(world, fake_clock):
+    def function(key, x):
+        if x == 1:
+            raise BusyError(30)
+        return key
+
+    f = opero.opero(retry_on=seconds_of, retries=1, rate_limit=1000, rate_limit_per="key", total_timeout=10)(
+        world.define(function)
+    )
+    with pytest.raises(BusyError):
+        world.run(f, "a", 1)
+    assert world.run(f, "b", 2) == "b"
+    with pytest.raises(CallTimeoutError):
+        world.run(f, "a", 2)
+
+
+def test_the_items_of_a_map_all_wait_for_what_one_of_them_was_told(mode, journal):
+    def function(x):
+        import time
+
+        journal.add(f"{x} {time.monotonic()}")
+        if x == 0 and len(journal.lines()) == 1:
+            raise BusyError(0.3)
+        return x
+
+    mapped = opero.opmap(retry_on=seconds_of, rate_limit=20, rate_limit_options={"max_burst": 1}, **mode.options)(
+        mode.define(function)
+    )
+    assert mode.run(mapped, range(6)) == list(range(6))
+    moments = sorted(float(line.split()[1]) for line in journal.lines())
+    # Those that had their slots when the word came back may still start.
+    gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
+    assert max(gaps) >= 0.2
+
+
+def test_a_true_from_retry_on_pauses_nobody(world, fake_clock):
+    f = opero.opero(retry_on=lambda error: True, retries=1, jitter=False, rate_limit=1000, total_timeout=1)(
+        world.define(lambda x: 1 / x)
+    )
+    with pytest.raises(ZeroDivisionError):
+        world.run(f, 0)
+    fake_clock.tick(0.001)
+    assert world.run(f, 1) == 1
+
+
+def test_those_in_line_wait_for_the_pause_and_keep_their_order(fake_clock):
+    limiter = RateLimiter(10)
+    limiter.take_now()
+    tickets = [limiter.ticket() for _ in range(3)]
+    assert polled(tickets) == 0
+    exhaust(limiter.limit.pause(5))
+    assert limiter.expected_wait() >= 5
+    fake_clock.tick(4.9)
+    assert polled(tickets) == 0
+    fake_clock.tick(0.11)
+    assert [ticket.poll() for ticket in reversed(tickets)] == [False, False, True]
+    fake_clock.tick(0.1)
+    assert [ticket.poll() for ticket in tickets] == [True, True, False]
+
+
+def test_a_pause_saves_no_slots_up(fake_clock):
+    limiter = RateLimiter(10, max_burst=3)
+    limiter.take_now()
+    tickets = [limiter.ticket() for _ in range(20)]
+    for ticket in tickets:
+        ticket.poll()
+    exhaust(limiter.limit.pause(100))
+    fake_clock.tick(100)
+    assert polled(tickets) <= 2
+
+
+# One limiter for several functions
+
+
+def test_functions_share_the_limiter_they_are_given(world, fake_clock):
+    limit = RateLimiter("1/hour")
+    f = limited(world.define(lambda: "f"), rate_limit=limit, total_timeout=5)
+    g = get_rate_limit_decorator(limit)(world.define(lambda: "g"))
+    world.run(g)
+    with pytest.raises(CallTimeoutError):
+        world.run(f)
+
+
+def test_functions_share_the_limits_of_each_value(world, fake_clock):
+    limit = RateLimiter("1/hour")
+    f = limited(world.define(lambda key: key), rate_limit=limit, rate_limit_per="key", total_timeout=5)
+    g = limited(world.define(lambda x, key: key), rate_limit=limit, rate_limit_per="key", total_timeout=5)
+    assert [world.run(f, "a"), world.run(g, 1, "b")] == ["a", "b"]
+    for function, args in [(f, ("b",)), (g, (1, "a"))]:
+        with pytest.raises(CallTimeoutError):
+            world.run(function, *args)
+
+
+def test_a_map_and_a_function_share_a_limiter(mode):
+    limit = RateLimiter(50, max_burst=1)
+    mapped = opero.opmap(retries=0, rate_limit=limit, **mode.options)(mode.define(abs))
+    with Timed() as time_taken:
+        waiting = started(lambda: [limit.acquire() for _ in range(8)])
+        assert mode.run(mapped, range(8)) == list(range(8))
+        waiting.result(SECONDS)
+    assert time_taken.is_enough_for(16)
+
+
+def test_options_beside_a_limiter_are_refused():
+    with pytest.raises(ValueError, match="max_burst"):
+        opero.opero(rate_limit=RateLimiter(5), rate_limit_options={"max_burst": 5})(print)
+
+
+def test_acquire_tells_whether_it_got_a_slot(fake_clock):
+    limiter = RateLimiter("1/hour")
+    assert [limiter.acquire(timeout=0), limiter.acquire(timeout=0), limiter.acquire(timeout=60)] == [True, False, False]
+    assert fake_clock.sleeps == []
+
+
+def test_acquire_async_tells_whether_it_got_a_slot(fake_clock):
+    limiter = RateLimiter("1/hour")
+
+    async def main():
+        return [await limiter.acquire_async(timeout=seconds) for seconds in (5, 0, 60)]
+
+    assert asyncio.run(main()) == [True, False, False]
+
+
+def test_acquire_waits_for_a_slot_that_comes_in_time():
+    limiter = RateLimiter(50, max_burst=1)
+    with Timed() as time_taken:
+        assert [limiter.acquire(timeout=SECONDS) for _ in range(4)] == [True] * 4
+    assert time_taken.is_enough_for(4)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "5", True])
+def test_a_wrong_timeout_is_refused(timeout):
+    with pytest.raises((TypeError, ValueError), match="timeout"):
+        RateLimiter(5).acquire(timeout=timeout)
+
+
+def test_a_limiter_is_a_context_that_waits_at_its_entrance():
+    limiter = RateLimiter(50, max_burst=1)
+
+    async def main():
+        for _ in range(4):
+            async with limiter as entered:
+                assert entered is limiter
+
+    with Timed() as time_taken:
+        for _ in range(4):
+            with limiter as entered:
+                assert entered is limiter
+        asyncio.run(main())
+    assert time_taken.is_enough_for(8)
+
+
+def test_a_limiter_of_the_process_cannot_be_pickled():
+    with pytest.raises(TypeError, match="scope="):
+        pickle.dumps(RateLimiter(5))
+
+
+def test_a_copy_of_a_limiter_is_the_limiter():
+    limiter = RateLimiter(5)
+    assert copy.copy(limiter) is copy.deepcopy(limiter) is limiter
+
+
+# Another rate
+
+
+def test_a_new_rate_holds_for_those_who_come(fake_clock):
+    limiter = RateLimiter("1/hour")
+    limiter.take_now()
+    limiter.rate = 10
+    fake_clock.tick(0.1)
+    assert limiter.take_now()
+    assert limiter.rate == 10
+
+
+def test_a_new_rate_holds_for_those_who_wait_and_wakes_them(fake_clock):
+    limiter = RateLimiter("1/hour")
+    limiter.take_now()
+    first, second = tickets = [limiter.ticket(), limiter.ticket()]
+    assert polled(tickets) == 0
+    woken = threading.Event()
+    first.notify(woken.set)
+    limiter.rate = "10/s"
+    assert woken.is_set()
+    assert first.due_in() == pytest.approx(0.1)
+    fake_clock.tick(0.1)
+    assert [second.poll(), first.poll()] == [False, True]
+    fake_clock.tick(0.1)
+    assert second.poll()
+
+
+def test_a_lower_rate_makes_those_who_wait_wait_longer(fake_clock):
+    limiter = RateLimiter(10)
+    limiter.take_now()
+    ticket = limiter.ticket()
+    ticket.poll()
+    limiter.rate = 0.1
+    fake_clock.tick(9.9)
+    assert not ticket.poll()
+    fake_clock.tick(0.2)
+    assert ticket.poll()
+
+
+def test_a_thread_that_waits_is_let_through_by_a_new_rate():
+    limiter = RateLimiter("1/hour")
+    limiter.acquire()
+    waiting = started(limiter.acquire)
+    until(lambda: limiter.expected_wait() > 3_600)
+    limiter.rate = 100
+    assert waiting.result(SECONDS)
+
+
+def test_a_task_that_waits_is_let_through_by_a_new_rate():
+    limiter = RateLimiter("1/hour")
+
+    async def main():
+        await limiter.acquire_async()
+        waiting = asyncio.create_task(limiter.acquire_async())
+        await settle()
+        limiter.rate = 100
+        return await asyncio.wait_for(waiting, SECONDS)
+
+    assert asyncio.run(main())
+
+
+def test_a_new_rate_holds_for_each_value(fake_clock):
+    limiter = RateLimiter("1/hour")
+    limiter.per_value.take_now("a")
+    limiter.rate = 10
+    fake_clock.tick(0.1)
+    assert limiter.per_value.take_now("a")
+
+
+def test_a_new_rate_keeps_what_its_quotas_have_counted(fake_clock):
+    limiter = RateLimiter([10, "3/minute"])
+    starts_of(limiter, fake_clock, 1)
+    limiter.rate = [100, "4/minute"]
+    assert len(starts_of(limiter, fake_clock, 1)) == 1
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), "often", None])
+def test_a_new_rate_that_limits_nothing_is_refused_and_changes_nothing(rate):
+    limiter = RateLimiter(5)
+    with pytest.raises((TypeError, ValueError), match="rate"):
+        limiter.rate = rate
+    assert limiter.rate == 5
+
+
+@thoroughly
+@given(st.lists(st.one_of(ticks, comings, event("rate", st.sampled_from([1.0, 4.0, 50.0]))), max_size=40))
+def test_under_changing_rates_all_are_served_in_order_and_windows_hold_the_highest(fake_clock, events):
+    queue = Queue(RateLimiter(1, max_burst=3), fake_clock)
+    queue.play(events)
+    queue.serve_all(within=queue.joined + 2)
+    highest = max([1.0, *(value for what, value in events if what == "rate")])
+    assert worst_excess(queue.starts, highest, 3) <= 1e-6
+
+
+# Refused when decorating
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "shows"),
+    [
+        ({"rate_limit_per": "key"}, ValueError, "rate_limit="),
+        ({"rate_limit": 5, "rate_limit_per": "nothing"}, ValueError, "'nothing'"),
+        ({"rate_limit": 5, "rate_limit_per": 5}, TypeError, "rate_limit_per"),
+        ({"rate_limit": 5, "rate_limit_options": {"when_full": "next"}}, ValueError, "rate_limit_per"),
+        ({"rate_limit": 5, "rate_limit_options": {"when_full": "skip"}}, ValueError, "'next'"),
+        ({"rate_limit": 5, "rate_limit_options": {"when_full": None}}, TypeError, "when_full"),
+        (
+            {"rate_limit": 5, "rate_limit_per": "key", "rate_limit_options": {"when_full": "next"}},
+            ValueError,
+            "arg_fallback",
+        ),
+        ({"rate_limit": 5, "rate_limit_options": {"scope": "galaxy"}}, ValueError, "'machine'"),
+        ({"rate_limit": 5, "rate_limit_options": {"scope": None}}, TypeError, "scope"),
+        ({"rate_limit": 5, "rate_limit_options": {"scope": "redis"}}, ValueError, "redis://"),
+        ({"rate_limit": 5, "rate_limit_options": {"scope": "redis", "url": "http://x"}}, ValueError, "redis://"),
+        ({"rate_limit": 5, "rate_limit_options": {"scope": "redis", "url": 5}}, TypeError, "url"),
+        ({"rate_limit": 5, "rate_limit_options": {"url": "redis://x"}}, ValueError, "url"),
+        ({"rate_limit": 5, "rate_limit_options": {"name": "x"}}, ValueError, "name"),
+        ({"rate_limit": 5, "rate_limit_options": {"scope": "machine", "url": "redis://x"}}, ValueError, "url"),
+        ({"rate_limit": 5, "rate_limit_options": {"scope": "machine", "name": ""}}, ValueError, "name"),
+        ({"rate_limit": 5, "rate_limit_options": {"scope": "machine", "folder": 5}}, TypeError, "folder"),
+    ],
+)
+@pytest.mark.parametrize("decorator", [opero.opero, opero.opmap])
+def test_what_cannot_apply_is_refused(decorator, options, error, shows):
+    def function(x, key=None):
+        pass
+
+    with pytest.raises(error, match=shows):
+        decorator(**options)(function)
+
+
+def test_a_url_with_a_password_is_not_shown():
+    with pytest.raises(ValueError, match="redis://") as caught:
+        opero.opero(rate_limit=5, rate_limit_options={"scope": "redis", "url": "http://me:secret@x"})(print)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scope", ["machine", "redis"])
+def test_a_limiter_that_processes_share_needs_a_name(scope):
+    with pytest.raises(ValueError, match="name="):
+        RateLimiter(5, scope=scope, url="redis://localhost" if scope == "redis" else None)
