@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def lasting_identity(function: Callable[..., Any]) -> str:
-    """A name that no other function has, in this process or another one.
+def lasting_identity(function: Callable[..., Any], option: str = "cache_namespace=") -> str:
+    """A name that no other function has, in this process or another one; ``option`` could give it another one.
 
     Functions that are reached by module and name are known by these. What can share a name (lambdas, functions made
     inside functions, partials, bound methods, callable objects, sessions without a file) is known by its code and by
@@ -33,7 +33,7 @@ def lasting_identity(function: Callable[..., Any]) -> str:
     except (UncacheableError, RecursionError) as error:
         reason = str(error) if isinstance(error, UncacheableError) else "it is nested too deeply"
         name = name_of(function)
-        msg = f"{name} carries a value that cannot be told apart from others: {reason}; give cache_namespace="
+        msg = f"{name} carries a value that cannot be told apart from others: {reason}; give {option}"
         raise MisuseError(msg) from error
 
 

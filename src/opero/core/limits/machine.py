@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
 from opero.core.private_folder import private_folder
+from opero.exceptions import UnsafeCacheError
 
 try:
     import fcntl
@@ -91,8 +92,9 @@ class FileGate:
                     return opens_at - now
                 state.start(now)
                 return 0.0
+        except UnsafeCacheError:
+            raise
         except OSError as error:
-            self.__dict__.pop("_path", None)
             return error
 
 

@@ -1,0 +1,547 @@
+"""Limits that processes share, by a file or by a redis server: how many start, who dies, and what fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import random
+import signal
+import threading
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from side_by_side import SECONDS, forked, results, started, until
+from test_rate_limit import Timed, limited, worst_excess
+
+import opero
+from opero.core import CallTimeoutError, MisuseError, RateLimiter, UnsafeCacheError, faults
+from opero.core.limits import machine
+from opero.core.limits.machine import FileGate
+from opero.core.limits.rates import parse_rates
+from opero.core.limits.shared import Request
+
+thoroughly = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LIMITED = 50
+# How much later than its slot a start may be written down on a busy machine, as a part of a second.
+LATE = 0.1
+
+
+@pytest.fixture(params=["machine", "redis"])
+def scope(request, tmp_path):
+    """Options of limits that the processes of one test share."""
+    if request.param == "machine":
+        return {"scope": "machine", "folder": str(tmp_path / "shared")}
+    server = request.getfixturevalue("redis_server")
+    return {"scope": "redis", "url": f"redis://{server.host}:{server.port}"}
+
+
+@pytest.fixture
+def name():
+    return os.urandom(8).hex()
+
+
+@pytest.fixture
+def warnings():
+    """What opero logs from WARNING on."""
+    from loguru import logger
+
+    heard: list[str] = []
+    sink = logger.add(lambda message: heard.append(str(message)), level="WARNING", filter="opero")
+    logger.enable("opero")
+    yield heard
+    logger.disable("opero")
+    logger.remove(sink)
+
+
+def url_of(backend):
+    return f"redis://{backend.server.host}:{backend.server.port}"
+
+
+# The arithmetic of the file
+
+
+@pytest.fixture
+def open_gate(tmp_path, fake_clock):
+    def make(rate, name="limit", *, max_burst=1, folder="shared"):
+        return FileGate(name, parse_rates(rate, max_burst), tmp_path / folder)
+
+    return make
+
+
+def takes(gate, pause=0.0):
+    (answer,) = gate.perform([Request(pause)])
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def test_a_gate_tells_how_long_until_the_next_slot(open_gate, fake_clock):
+    gate = open_gate(4)
+    assert [takes(gate), takes(gate)] == [0, pytest.approx(0.25)]
+    fake_clock.tick(0.2)
+    assert takes(gate) == pytest.approx(0.05)
+    fake_clock.tick(0.05)
+    assert takes(gate) == 0
+
+
+def test_gates_of_one_name_and_folder_are_one(open_gate):
+    assert [takes(open_gate(4)), takes(open_gate(4))] == [0, pytest.approx(0.25)]
+
+
+def test_gates_of_other_names_or_folders_are_others(open_gate):
+    assert [takes(open_gate(4)), takes(open_gate(4, "other")), takes(open_gate(4, folder="other"))] == [0, 0, 0]
+
+
+def test_a_quota_is_counted_across_gates(open_gate, fake_clock):
+    answers = []
+    for _ in range(4):
+        answers.append(takes(open_gate([10, "3/minute"])))
+        fake_clock.tick(1)
+    assert answers == [0, 0, 0, pytest.approx(57)]
+    fake_clock.tick(56)
+    assert takes(open_gate([10, "3/minute"])) == 0
+
+
+def test_a_pause_holds_for_all_gates_of_the_name(open_gate, fake_clock):
+    takes(open_gate(4), pause=30)
+    assert takes(open_gate(4)) == pytest.approx(30)
+    fake_clock.tick(30)
+    assert takes(open_gate(4)) == 0
+
+
+def test_a_new_rate_holds_at_once(open_gate, fake_clock):
+    gate = open_gate("1/hour")
+    takes(gate)
+    gate.change(parse_rates(10, 1))
+    assert takes(gate) == pytest.approx(0.1)
+
+
+def test_what_an_earlier_start_of_the_machine_left_does_not_count(open_gate, fake_clock):
+    takes(open_gate(["1/hour", "1/day"]), pause=1_000)
+    fake_clock.time = 5.0
+    assert takes(open_gate(["1/hour", "1/day"])) == 0
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"\xff" * 500, bytes(500)])
+def test_a_damaged_file_limits_anew(open_gate, tmp_path, damage):
+    takes(open_gate([4, "5/day"]))
+    for path in (tmp_path / "shared" / "limits").iterdir():
+        path.write_bytes(damage)
+    answers = [takes(open_gate([4, "5/day"])) for _ in range(2)]
+    assert max(answers) > 0 or damage.startswith(b"\xff")
+
+
+def test_a_file_that_is_removed_limits_anew(open_gate, tmp_path):
+    gate = open_gate("1/hour")
+    takes(gate)
+    for path in (tmp_path / "shared" / "limits").iterdir():
+        path.unlink()
+    assert [takes(gate) == 0, takes(gate) > 0] == [True, True]
+
+
+@thoroughly
+@given(
+    st.sampled_from([(10, 1), (2, 3), (0.5, 5)]),
+    st.lists(st.sampled_from(["3/minute", "20/minute", "30/hour"]), max_size=2),
+    st.lists(st.sampled_from([0.0, 0.0, 0.05, 0.5, 1.0, 20.0, 59.0, 600.0]), max_size=60),
+)
+def test_no_window_of_a_gate_has_too_many_starts(open_gate, fake_clock, pace_and_burst, quotas, gaps):
+    pace, burst = pace_and_burst
+    name, starts = os.urandom(8).hex(), []
+    for gap in gaps:
+        fake_clock.tick(gap)
+        if takes(open_gate([pace, *quotas], name, max_burst=burst)) == 0:
+            starts.append(fake_clock.now())
+    assert worst_excess(starts, pace, burst) <= 1e-6 if starts else not gaps
+    for quota in parse_rates([pace, *quotas]).quotas:
+        for first, later in zip(starts, starts[quota.calls :], strict=False):
+            assert later - first >= quota.seconds - 1e-6
+
+
+@thoroughly
+@given(st.sampled_from([[10], [2, "3/minute"], ["30/hour", "20/minute"]]), st.integers(1, 5), st.integers(1, 30))
+def test_who_waits_as_long_as_a_gate_says_gets_the_slot(open_gate, fake_clock, rate, burst, count):
+    gate = open_gate(rate, os.urandom(8).hex(), max_burst=burst)
+    for _ in range(count):
+        fake_clock.tick(takes(gate) + 1e-6)
+    assert takes(gate) == 0 or count
+
+
+def test_files_of_idle_limits_are_removed_and_others_kept(open_gate, fake_clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_NEW_FILES_PER_TIDYING", 10)
+    takes(open_gate(["1/hour", "5/day"], "busy"))
+    for number in range(100):
+        takes(open_gate(100, f"value {number}"))
+        fake_clock.tick(1)
+    assert len(list((tmp_path / "shared" / "limits").iterdir())) <= 12
+    assert takes(open_gate(["1/hour", "5/day"], "busy")) > 0
+
+
+def test_a_folder_that_others_can_write_to_is_refused(world, tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    f = limited(world.define(lambda: None), rate_limit=5, rate_limit_options={"scope": "machine", "folder": folder})
+    with pytest.raises(UnsafeCacheError, match="folder"):
+        world.run(f)
+
+
+def test_the_files_are_private(world, tmp_path):
+    folder = tmp_path / "shared"
+    world.run(
+        limited(world.define(lambda: None), rate_limit=5, rate_limit_options={"scope": "machine", "folder": folder})
+    )
+    for path in [folder, *folder.rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_the_limit_lies_in_the_users_cache_folder_by_default(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    world.run(limited(world.define(lambda: None), rate_limit=5, rate_limit_options={"scope": "machine"}))
+    assert len(list((tmp_path / "opero" / "limits").iterdir())) == 1
+
+
+# Callers of one process
+
+
+def test_functions_of_one_name_share_a_limit(world, scope, name):
+    decorate = opero.opero(rate_limit="1/hour", rate_limit_options={**scope, "name": name}, retries=0, total_timeout=5)
+    world.run(decorate(world.define(lambda: "f")))
+    for _ in range(4):
+        world.run(decorate(world.define(lambda: "f")))  # a burst is made of what has passed
+    with pytest.raises(CallTimeoutError):
+        world.run(decorate(world.define(lambda: "g")))
+
+
+def test_functions_without_a_name_have_limits_of_their_own(world, scope):
+    def make(answer):
+        options = {**scope, "max_burst": 1}
+        return limited(world.define(lambda: answer), rate_limit="1/hour", rate_limit_options=options, total_timeout=5)
+
+    f, g = make("f"), make("g")
+    assert [world.run(f), world.run(g)] == ["f", "g"]
+    with pytest.raises(CallTimeoutError):
+        world.run(make("f"))
+
+
+def test_a_function_that_cannot_be_told_apart_needs_a_name(world, scope):
+    lock = threading.Lock()
+    f = limited(world.define(lambda: lock), rate_limit=5, rate_limit_options=scope)
+    with pytest.raises(MisuseError, match="'name'"):
+        world.run(f)
+
+
+def test_threads_tasks_and_loops_share_the_limit(scope, name):
+    limiter = RateLimiter(LIMITED, max_burst=1, name=name, **scope)
+
+    def blocking():
+        for _ in range(4):
+            limiter.acquire()
+
+    async def main():
+        await asyncio.gather(*[limiter.acquire_async() for _ in range(4)])
+
+    with Timed() as time_taken:
+        results([*[started(blocking) for _ in range(2)], *[started(asyncio.run, main()) for _ in range(2)]])
+    assert time_taken.is_enough_for(16)
+
+
+def test_a_map_is_limited(mode, scope, name):
+    options = {**scope, "name": name, "max_burst": 1}
+    mapped = opero.opmap(rate_limit=LIMITED, rate_limit_options=options, **mode.options)(mode.define(abs))
+    with Timed() as time_taken:
+        assert mode.run(mapped, range(12)) == list(range(12))
+    assert time_taken.is_enough_for(12)
+
+
+def test_tasks_start_in_the_order_of_asking(scope, name):
+    limiter = RateLimiter(500, max_burst=1, name=name, **scope)
+    order = []
+
+    async def start(number):
+        await limiter.acquire_async()
+        order.append(number)
+
+    async def main():
+        await asyncio.gather(*[start(number) for number in range(30)])
+
+    started(asyncio.run, main()).result(SECONDS)
+    assert order == list(range(30))
+
+
+def test_a_cancelled_waiter_lets_the_next_one_go_on(scope, name):
+    limiter = RateLimiter("1/hour", max_burst=1, name=name, **scope)
+
+    async def main():
+        await limiter.acquire_async()
+        tasks = [asyncio.create_task(limiter.acquire_async()) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        for task in tasks[:4]:
+            task.cancel()
+        await asyncio.gather(*tasks[:4], return_exceptions=True)
+        limiter.rate = 1_000
+        tasks.append(asyncio.create_task(limiter.acquire_async()))
+        await asyncio.sleep(0)
+        assert len(limiter.limit._line) == 2
+        for task in tasks[4:]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(limiter.limit._line) == 0
+
+    asyncio.run(main())
+
+
+def test_each_value_has_a_limit_of_its_own_and_is_not_to_be_read_anywhere(world, scope, name, tmp_path, request):
+    options = {**scope, "name": name, "max_burst": 1}
+    f = limited(
+        world.define(lambda key: key),
+        rate_limit="1/hour",
+        rate_limit_per="key",
+        rate_limit_options=options,
+        total_timeout=5,
+    )
+    assert [world.run(f, "secret-key-1"), world.run(f, "secret-key-2")] == ["secret-key-1", "secret-key-2"]
+    with pytest.raises(CallTimeoutError):
+        world.run(f, "secret-key-1")
+    stored = [str(path).encode() for path in tmp_path.rglob("*")]
+    stored += [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    if scope["scope"] == "redis":
+        stored = request.getfixturevalue("redis_backend").stored()
+    assert stored
+    assert not any(b"secret-key" in part for part in stored)
+
+
+def test_a_candidate_with_a_free_slot_is_tried_first(world, scope, name):
+    options = {**scope, "name": name, "max_burst": 1, "when_full": "next"}
+    f = limited(
+        world.define(lambda x, key: key),
+        arg_fallback="key",
+        rate_limit="1/hour",
+        rate_limit_per="key",
+        rate_limit_options=options,
+    )
+    assert [world.run(f, x, ["a", "b", "c"]) for x in range(3)] == ["a", "b", "c"]
+
+
+def test_seconds_from_retry_on_hold_for_everybody(world, scope, name):
+    def function(x):
+        if x == 1:
+            raise ValueError
+        return x
+
+    options = {"rate_limit": 1_000, "rate_limit_options": {**scope, "name": name}}
+    f = opero.opero(retry_on=lambda _: 30, retries=1, total_timeout=10, **options)(world.define(function))
+    other = limited(world.define(lambda: None), total_timeout=10, **options)
+    with pytest.raises(ValueError):  # noqa: PT011 - the function's own
+        world.run(f, 1)
+    with pytest.raises(CallTimeoutError):
+        world.run(other)
+
+
+def test_a_wait_that_would_pass_total_timeout_fails_at_once(world, scope, name):
+    options = {**scope, "name": name, "max_burst": 1}
+    f = limited(world.define(lambda: None), rate_limit="1/hour", rate_limit_options=options, total_timeout=60)
+    world.run(f)
+    with Timed() as time_taken, pytest.raises(CallTimeoutError):
+        world.run(f)
+    assert time_taken.seconds < 5
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_shares_the_limit_and_waits_for_nobody_of_its_parent(scope, name):
+    limiter = RateLimiter(LIMITED, max_burst=1, name=name, **scope)
+    stop = threading.Event()
+
+    def busy():
+        while not stop.is_set():
+            limiter.acquire()
+
+    threads = [started(busy) for _ in range(4)]
+    try:
+        with Timed() as time_taken:
+            answers = [forked(lambda: [limiter.acquire() for _ in range(3)]) for _ in range(5)]
+    finally:
+        stop.set()
+    results(threads)
+    assert answers == ["[True, True, True]"] * 5
+    assert time_taken.is_enough_for(15)
+
+
+def test_a_limiter_travels_to_other_processes_as_the_same_limit(scope, name):
+    limiter = RateLimiter("1/hour", max_burst=1, name=name, **scope)
+    limiter.acquire()
+    assert not pickle.loads(pickle.dumps(limiter)).acquire(timeout=1)
+
+
+# Processes that know nothing of each other
+
+
+def test_processes_share_one_limit_and_all_get_slots(scope, name, start, journal):
+    source = """
+        from opero.core import RateLimiter
+        options = SETTINGS
+        limiter = RateLimiter(options.pop("rate"), **options)
+        say("ready")
+        told()
+        end = time.monotonic() + 1.5
+        count = 0
+        while time.monotonic() < end:
+            limiter.acquire()
+            count += 1
+            note(time.monotonic())
+        say(count)
+    """
+    programs = [start(source.replace("SETTINGS", repr({"rate": 100, "name": name, **scope})), {}) for _ in range(4)]
+    assert [program.heard() for program in programs] == ["ready"] * 4
+    for program in programs:
+        program.tell("go")
+    counts = [program.heard() for program in programs]
+    for program in programs:
+        program.end()
+    starts = sorted(map(float, journal.lines()))
+    assert sum(counts) == len(starts)
+    assert worst_excess(starts, 100, 5) <= 100 * LATE
+    assert min(counts) > 0
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_holders_and_waiters_that_are_killed_stop_nobody_and_the_limit_holds(scope, name, journal):
+    limiter = RateLimiter(1_000, name=name, **scope)
+    limiter.acquire()
+
+    def child():
+        while True:
+            limiter.acquire()
+            journal.add(time.monotonic())
+
+    def fork():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child()
+            finally:
+                os._exit(1)
+        return pid
+
+    def kill(pid):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    generator = random.Random(0)
+    children = [fork() for _ in range(4)]
+    try:
+        end = time.monotonic() + 3
+        kills = 0
+        while time.monotonic() < end:
+            time.sleep(generator.random() * 0.03)
+            place = generator.randrange(4)
+            kill(children[place])
+            children[place] = fork()
+            kills += 1
+        before = len(journal.lines())
+        until(lambda: len(journal.lines()) > before + 100)
+    finally:
+        for pid in children:
+            kill(pid)
+    assert kills >= 50
+    starts = sorted(map(float, journal.lines()))
+    assert len(starts) > 1_000
+    assert worst_excess(starts, 1_000, 10) <= 1_000 * LATE
+
+
+# What fails costs the sharing, and not the call
+
+
+def test_without_its_folder_each_process_goes_on_with_a_limit_of_its_own(world, tmp_path, warnings):
+    (tmp_path / "file").write_text("in the way")
+    options = {"scope": "machine", "folder": tmp_path / "file" / "folder", "max_burst": 1}
+    f = limited(world.define(lambda: None), rate_limit=LIMITED, rate_limit_options=options)
+    with Timed() as time_taken:
+        for _ in range(6):
+            world.run(f)
+    assert time_taken.is_enough_for(6)
+    assert len(warnings) == 1
+
+
+def test_without_a_server_each_process_goes_on_with_a_limit_of_its_own(world, own_redis, warnings):
+    url = url_of(own_redis)
+    own_redis.server.stop()
+    f = limited(
+        world.define(lambda: None),
+        rate_limit=LIMITED,
+        rate_limit_options={"scope": "redis", "url": url, "max_burst": 1},
+    )
+    with Timed() as time_taken:
+        for _ in range(6):
+            world.run(f)
+    assert time_taken.is_enough_for(6)
+    assert len(warnings) == 1
+    assert "redis" in warnings[0]
+
+
+def test_a_server_that_comes_back_is_used_again(own_redis, name, monkeypatch):
+    monkeypatch.setattr(faults, "REST_SECONDS", 0.1)
+    limiter = RateLimiter(1_000, scope="redis", url=url_of(own_redis), name=name)
+    limiter.acquire()
+    own_redis.server.stop()
+    assert limiter.acquire(timeout=SECONDS)
+    own_redis.server.start()
+
+    def is_used():
+        limiter.acquire()
+        return own_redis.stored()
+
+    until(is_used)
+
+
+def test_a_frozen_server_costs_two_seconds_once(own_redis, name):
+    limiter = RateLimiter(1_000, scope="redis", url=url_of(own_redis), name=name)
+    limiter.acquire()
+    own_redis.server.freeze()
+    with Timed() as time_taken:
+        for _ in range(20):
+            assert limiter.acquire(timeout=SECONDS)
+    own_redis.server.thaw()
+    assert time_taken.seconds < 3
+
+
+def test_a_frozen_server_does_not_block_the_event_loop(own_redis, name):
+    limiter = RateLimiter(1_000, scope="redis", url=url_of(own_redis), name=name)
+
+    async def main():
+        await limiter.acquire_async()
+        own_redis.server.freeze()
+        task = asyncio.create_task(limiter.acquire_async())
+        longest = 0.0
+        while not task.done():
+            asked = time.monotonic()
+            await asyncio.sleep(0.005)
+            longest = max(longest, time.monotonic() - asked)
+        return longest
+
+    try:
+        assert asyncio.run(main()) < 0.5
+    finally:
+        own_redis.server.thaw()
+
+
+def test_a_server_that_forgets_its_scripts_is_asked_again(own_redis, name):
+    limiter = RateLimiter(1_000, scope="redis", url=url_of(own_redis), name=name)
+    limiter.acquire()
+    with own_redis.client() as client:
+        client.script_flush()
+        client.flushall()
+    limiter.acquire()
+    assert own_redis.stored()
+
+
+def test_what_is_stored_on_the_server_ends_by_itself(redis_backend, name):
+    url = f"redis://{redis_backend.server.host}:{redis_backend.server.port}"
+    RateLimiter([10, "5/minute"], scope="redis", url=url, name=name).acquire()
+    with redis_backend.client() as client:
+        keys = list(client.scan_iter(f"*{name}*"))
+        assert len(keys) == 2
+        assert all(0 < client.ttl(key) < 100 for key in keys)
