@@ -1,6 +1,6 @@
 """Measure opero beside its peers, in one run, and print ratios.
 
-``python benchmarks/run.py [group …] [--repeat N]``; a group is ``calls``, ``caches``, ``maps`` or
+``python benchmarks/run.py [group …] [--repeat N]``; a group is ``calls``, ``caches``, ``limits``, ``maps`` or
 ``imports``. Machines differ and are shared: trust the ratio to the peer in the same group, not a single time.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-GROUPS = ("calls", "caches", "maps", "imports")
+GROUPS = ("calls", "caches", "limits", "maps", "imports")
 
 # A benchmark measures once and gives seconds; the first of its table is what the others are compared with.
 Row = tuple[str, "Callable[[], float]"]

@@ -302,6 +302,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         arg_fallback="url",
         fallback_cooldown=60,
         rate_limit=5,
+        rate_limit_per="url",
         rate_limit_options={"max_burst": 5},
         attempt_timeout=1,
         total_timeout=5.5,
@@ -315,6 +316,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         arg_fallback=None,
         fallback_cooldown=None,
         rate_limit=None,
+        rate_limit_per=None,
         rate_limit_options=None,
         attempt_timeout=None,
         total_timeout=None,
@@ -324,6 +326,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     opero(retry_on=lambda error: isinstance(error, OSError))
     opero(rate_limit=0.5)
     opero(rate_limit="100/minute")
+    opero(rate_limit=["10/s", 0.5])
+    opero(rate_limit=RateLimiter(5))
 
     opero(retires=5)  # type: ignore[call-overload]
     opero(retries="5")  # type: ignore[call-overload]
@@ -589,8 +593,16 @@ def check_single_policies() -> None:
 
 async def check_rate_limiter() -> None:
     limiter = RateLimiter("5/s", max_burst=5)
-    limiter.acquire()
-    await limiter.acquire_async()
+    assert_type(limiter.acquire(), bool)
+    assert_type(await limiter.acquire_async(timeout=5), bool)
+    with limiter as entered:
+        assert_type(entered, RateLimiter)
+    async with limiter as entered:
+        assert_type(entered, RateLimiter)
+    limiter.rate = "10/s"
+    limiter.rate = [10, "100/minute"]
+    assert_type(RateLimiter([1, "5/minute"], scope="machine", name="n", folder="f").rate, float)
+    assert_type(get_rate_limit_decorator(limiter, rate_limit_per="url")(fetch_plain)("u"), bytes)
 
     RateLimiter(None)  # type: ignore[arg-type]
 
