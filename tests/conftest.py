@@ -136,7 +136,8 @@ class FakeClock:
 @pytest.fixture
 def fake_clock() -> Iterator[FakeClock]:
     fake = FakeClock()
-    clock.now, clock.sleep, clock.async_sleep = fake.now, fake.sleep, fake.async_sleep
+    clock.now = clock.machine = fake.now
+    clock.sleep, clock.async_sleep = fake.sleep, fake.async_sleep
     yield fake
     clock.reset()
 

@@ -51,6 +51,8 @@ DESIGNED_FOR_OPERO = {
     "rate_limit_options": None,
     "attempt_timeout": None,
     "total_timeout": None,
+    "breaker": None,
+    "on_event": None,
 }
 DESIGNED_FOR_OPMAP = {
     "mode": "process",
@@ -329,6 +331,11 @@ REFUSALS = [
     unknown_inside("'max_burst'", rate_limit_options={"rate": 1}, error=(TypeError, ValueError), **LIMIT),
     *no_count_inside("rate_limit_options", "max_burst", smallest=1, **LIMIT),
     wrong(ValueError, "rate_limit=", rate_limit_options={"max_burst": 5}),
+    # Breaker and events
+    wrong(ValueError, "failures in a row", breaker=0),
+    *(wrong(TypeError, "failures in a row", breaker=value) for value in (True, 2.5, "5", [5])),
+    unknown_inside("'failures'", breaker={"failure": 1}),
+    *(wrong(TypeError, "function of one event", on_event=value) for value in (5, "print", [print])),
     wrong(ValueError, "rate_limit=", rate_limit_options={}),
     # Time limits
     *no_seconds("attempt_timeout", zero=False, on=fetch_async),

@@ -21,12 +21,14 @@ import opero.exceptions
 TOP = [
     "AllFailedError",
     "CallStats",
+    "CircuitOpenError",
     "OperoError",
     "Outcome",
     "WorkerCrashedError",
     "__version__",
     "clear_cache",
     "configure_logging",
+    "on_event",
     "opero",
     "opmap",
 ]

@@ -2,10 +2,11 @@
 
 from opero.concurrency.outcome import Outcome
 from opero.core.cache import clear_cache
+from opero.core.events import on_event
 from opero.core.stats import CallStats
 from opero.decorators.opero import opero
 from opero.decorators.opmap import opmap
-from opero.exceptions import AllFailedError, OperoError, WorkerCrashedError
+from opero.exceptions import AllFailedError, CircuitOpenError, OperoError, WorkerCrashedError
 from opero.utils.logging import configure_logging
 
 try:
@@ -16,12 +17,14 @@ except ImportError:  # a source tree that was never built or installed
 __all__ = [
     "AllFailedError",
     "CallStats",
+    "CircuitOpenError",
     "OperoError",
     "Outcome",
     "WorkerCrashedError",
     "__version__",
     "clear_cache",
     "configure_logging",
+    "on_event",
     "opero",
     "opmap",
 ]

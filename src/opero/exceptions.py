@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AllFailedError",
     "CallTimeoutError",
+    "CircuitOpenError",
     "MisuseError",
     "NotTransferableError",
     "OperoError",
@@ -62,3 +63,7 @@ class RemoteError(OperoError):
 
 class UnsafeCacheError(OperoError, PermissionError):
     """The folder of a disk cache could have been filled by somebody else."""
+
+
+class CircuitOpenError(OperoError):
+    """The function was not called: it failed too often in a row, and ``breaker`` lets the service rest."""

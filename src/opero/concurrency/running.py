@@ -13,8 +13,10 @@ from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import make_progress
 from opero.concurrency.scheduler import IteratorSource, Scheduler, Shape, Wake
 from opero.concurrency.worker import Work
+from opero.core.clock import clock
 from opero.core.signature import parameter_slot
 from opero.core.steps import consult, consult_async
+from opero.core.switches import switches
 
 if TYPE_CHECKING:
     from opero.concurrency.contract import Arguments, MapSettings
@@ -71,12 +73,16 @@ class AsyncSource:
 
 
 class _Wait:
-    """Step of a running map: wait for events, at most so many seconds; sent back: the events."""
+    """Step of a running map: wait for events, at most so long by opero's clock and by the real one.
 
-    __slots__ = ("seconds",)
+    Sent back: the events.
+    """
 
-    def __init__(self, seconds: float | None) -> None:
+    __slots__ = ("real_seconds", "seconds")
+
+    def __init__(self, seconds: float | None, real_seconds: float | None) -> None:
         self.seconds = seconds
+        self.real_seconds = real_seconds
 
 
 class _Ask:
@@ -102,6 +108,7 @@ class _Run:
         sink: Sink,
         deliver: Callable[[Any], None],
     ) -> None:
+        plan = plan.bare if switches.is_disabled else plan
         shape = Shape(*arguments)
         slot = None if plan.fallback is None else parameter_slot(plan.function, plan.fallback.parameter, "arg_fallback")
         self.pool = settings.make_pool(Work(plan.function, plan.is_async, shape, slot))
@@ -137,7 +144,7 @@ class _Run:
                 raise scheduler.failure
             if scheduler.done:
                 return
-            for event in (yield _Wait(scheduler.due_in())):
+            for event in (yield _Wait(scheduler.due_in(), scheduler.really_due_in())):
                 known = pool.receive(event)
                 if known is not None:
                     scheduler.handle(known)
@@ -179,7 +186,7 @@ def run_blocking(
             elif isinstance(step, _Ask):
                 events = consult(step.steps)
             else:
-                events = _collect(inbox, step.seconds)
+                events = _collect(inbox, step)
     except StopIteration:
         return
     finally:
@@ -189,12 +196,19 @@ def run_blocking(
             run.pool.stop()
 
 
-def _collect(inbox: queue.SimpleQueue[Any], seconds: float | None) -> list[Any]:
-    events = []
-    with suppress(queue.Empty):
-        events.append(inbox.get(timeout=seconds))
-        while True:
-            events.append(inbox.get_nowait())
+def _collect(inbox: queue.SimpleQueue[Any], wait: _Wait) -> list[Any]:
+    events: list[Any] = []
+
+    def get(timeout: float | None) -> bool:
+        with suppress(queue.Empty):
+            events.append(inbox.get(timeout=timeout))
+        return bool(events)
+
+    clock.wait(get, wait.seconds, patience=wait.real_seconds)
+    if events:
+        with suppress(queue.Empty):
+            while True:
+                events.append(inbox.get_nowait())
     return events
 
 
@@ -229,13 +243,17 @@ class _AsyncInbox:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._arrived.set)
 
-    async def collect(self, seconds: float | None) -> list[Any]:
+    async def collect(self, wait: _Wait) -> list[Any]:
         if not self._events:
-            timer = None if seconds is None else self._loop.call_later(seconds, self._arrived.set)
+            timers = []
+            if wait.seconds is not None:
+                timers.append(clock.call_later(self._loop, wait.seconds, self._arrived.set))
+            if wait.real_seconds is not None:
+                timers.append(self._loop.call_later(wait.real_seconds, self._arrived.set))
             try:
                 await self._arrived.wait()
             finally:
-                if timer is not None:
+                for timer in timers:
                     timer.cancel()
         self._arrived.clear()
         return [self._events.popleft() for _ in range(len(self._events))]
@@ -270,7 +288,7 @@ async def run_awaiting(
             elif isinstance(step, _Ask):
                 events = await consult_async(step.steps)
             else:
-                events = await inbox.collect(step.seconds)
+                events = await inbox.collect(step)
     finally:
         try:
             run.close()

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.concurrency.outcome import Outcome
 from opero.core.clock import clock
+from opero.core.events import is_listened_to
 from opero.core.flights import Presence
 from opero.core.flow import call_flow
 from opero.core.plan import Call, Plan
@@ -208,6 +210,28 @@ class _BatchSize:
         return self.seconds_per_item < FAST_SECONDS
 
 
+class _Timers:
+    """What is to be done later, by one clock."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._ticks = itertools.count()
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (self._now() + seconds, next(self._ticks), action))
+
+    def due_in(self) -> float | None:
+        return max(0.0, self._timers[0][0] - self._now()) if self._timers else None
+
+    def run(self) -> None:
+        while self._timers and self._timers[0][0] <= self._now():
+            heapq.heappop(self._timers)[2]()
+
+    def clear(self) -> None:
+        self._timers.clear()
+
+
 class Scheduler:
     """The state of one running map.
 
@@ -248,12 +272,14 @@ class Scheduler:
             plan.limit is not None or plan.attempt_timeout is not None or plan.total_timeout is not None
         )
         self._size = _BatchSize(most=1 if self._one_at_a_time else pool.largest_batch)
-        self._direct = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
+        without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
+        self._direct = without_flow and not is_listened_to(plan)
         fallback = plan.fallback
         self._candidate_is_item = fallback is not None and fallback.position == len(shape.head)
         self._ready: deque[_Entry] = deque()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._ticks = itertools.count()
+        self._timers = _Timers(lambda: clock.now())  # noqa: PLW0108 - the clock may be replaced meanwhile
+        # What is not opero's own wait: how long a function may run, and looks for what others do.
+        self._real_timers = _Timers(time.monotonic)
         self._next_index = 0
         self._in_flight = 0
         self._pausing = 0
@@ -279,13 +305,16 @@ class Scheduler:
 
     def due_in(self) -> float | None:
         """Seconds until the scheduler wants to be asked again although nothing came back; None for never."""
-        if self._more_at_once:
-            return 0.0
-        return max(0.0, self._timers[0][0] - clock.now()) if self._timers else None
+        return 0.0 if self._more_at_once else self._timers.due_in()
+
+    def really_due_in(self) -> float | None:
+        """The same in real seconds, for what does not wait by opero's clock."""
+        return self._real_timers.due_in()
 
     def next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
-        self._run_timers()
+        self._timers.run()
+        self._real_timers.run()
         if self.failure is not None or self._in_flight >= self._pool.slots * self._depth():
             return None
         if not self._ready and not self._direct:
@@ -325,6 +354,7 @@ class Scheduler:
     def close(self) -> None:
         """Give up all flows, so that what they hold (places in a line, computations others wait for) is free."""
         self._timers.clear()
+        self._real_timers.clear()
         for entry in self._flying:
             if entry.arrival is not None:
                 entry.arrival.notify(None)
@@ -369,6 +399,7 @@ class Scheduler:
     def _open(self, index: int, item: Any, *, attempts: int = 0, started: float | None = None) -> _Entry:
         arguments, kwargs = self._shape.arguments(item), self._shape.kwargs
         call = Call(arguments, kwargs, attempts=attempts, started=started, presence=self.presence)
+        call.index = index
         return _Entry(index, item, call)
 
     def _start_flow(self, entry: _Entry, flow: Flow) -> None:
@@ -396,7 +427,8 @@ class Scheduler:
             self._consulting.append((entry, step))
         elif isinstance(step, Pause):
             self._pausing += 1
-            self._at(clock.now() + step.seconds, lambda: self._resume(entry))
+            timers = self._real_timers if step.is_real else self._timers
+            timers.after(step.seconds, lambda: self._resume(entry))
         else:
             self._awaiting += 1
             entry.arrival = step.arrival
@@ -414,7 +446,7 @@ class Scheduler:
         if not arrival.poll():
             due = arrival.due_in()
             if due is not None:
-                self._at(clock.now() + due, lambda: self._look_for_arrival(entry))
+                self._timers.after(due, lambda: self._look_for_arrival(entry))
             return
         entry.arrival = None
         arrival.notify(None)
@@ -438,15 +470,6 @@ class Scheduler:
             if self._stop_at_failure and self.failure is None:
                 self.failure = outcome.error
         self._sink.put(outcome)
-
-    # Timers
-
-    def _at(self, when: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (when, next(self._ticks), action))
-
-    def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= clock.now():
-            heapq.heappop(self._timers)[2]()
 
     # Batches
 
@@ -473,7 +496,7 @@ class Scheduler:
         self._in_flight += 1
         batch.sent_at = clock.now()
         if batch.time_limit is not None and self._kill is not None:
-            self._at(batch.sent_at + batch.time_limit[0], lambda: self._time_is_up(batch))
+            self._real_timers.after(batch.time_limit[0], lambda: self._time_is_up(batch))
         self._sent.add(batch)
         return batch
 

@@ -7,6 +7,7 @@ from opero.core.retry import get_retry_decorator
 from opero.exceptions import (
     AllFailedError,
     CallTimeoutError,
+    CircuitOpenError,
     MisuseError,
     NotTransferableError,
     OperoError,
@@ -18,6 +19,7 @@ from opero.exceptions import (
 __all__ = [
     "AllFailedError",
     "CallTimeoutError",
+    "CircuitOpenError",
     "MisuseError",
     "NotTransferableError",
     "OperoError",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
 from opero.core.checks import check_callable
+from opero.core.events import CacheHit
 from opero.core.flights import Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.plan import CacheInfo, Final, Plan
@@ -123,6 +124,8 @@ class Cache:
     def _hit(self, call: Call, value: Any, stats: Stats) -> Any:
         stats.hits.tick()
         call.cached = True
+        if call.tell is not None:
+            call.tell(CacheHit)
         return value
 
     def _joined(self, call: Call, flight: Flight, stats: Stats) -> Any:
@@ -162,7 +165,7 @@ class Cache:
             answer = yield from self._ask(Claim(lease))
             if answer is not BUSY or lease.key in self.store.flights.inherited:
                 return answer
-            yield Pause(look)
+            yield Pause(look, is_real=True)
             look = min(_LAST_LOOK, look * 2)
 
     def _ask(self, request: Request) -> Generator[Any, Any, Any]:

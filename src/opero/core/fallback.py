@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from opero.core.checks import check_seconds, check_text
 from opero.core.clock import clock
 from opero.core.forks import watch_forks
-from opero.core.keys import UncacheableError, freeze
+from opero.core.keys import identity_of
 from opero.core.plan import Plan
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.signature import MISSING, ParameterSlot, name_of, parameter_slot
@@ -67,12 +67,12 @@ class FallbackOverParameter:
         now = clock.now()
         with self._lock:
             self._cooling = {key: until for key, until in self._cooling.items() if until > now}
-            self._cooling[_identity(value)] = now + self._cooldown
+            self._cooling[identity_of(value)] = now + self._cooldown
 
     def _coolest_first(self, given: list[Any] | tuple[Any, ...]) -> list[Any]:
         now = clock.now()
         with self._lock:
-            return sorted(given, key=lambda value: self._cooling.get(_identity(value), 0.0) > now)
+            return sorted(given, key=lambda value: self._cooling.get(identity_of(value), 0.0) > now)
 
 
 def fallback_policy(
@@ -106,10 +106,3 @@ def get_fallback_decorator(
         lambda function: Plan(function, fallback=fallback_policy(function, arg_fallback, cooldown=fallback_cooldown)),
         (get_fallback_decorator, {"arg_fallback": arg_fallback, "fallback_cooldown": fallback_cooldown}),
     )
-
-
-def _identity(value: Any) -> Any:
-    try:
-        return freeze(value)
-    except UncacheableError:
-        return id(value)

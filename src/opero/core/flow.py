@@ -8,16 +8,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import LONGEST_WAIT, clock
+from opero.core.events import (
+    AttemptFailed,
+    AttemptStarted,
+    CallDone,
+    CallStarted,
+    CandidateSwitched,
+    RetryPlanned,
+    SlotWaited,
+    is_listened_to,
+    teller_of,
+)
 from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
 from opero.core.signature import MISSING
 from opero.core.steps import Attempt, Failed, Flow, Pause
-from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, NotTransferableError
+from opero.exceptions import AllFailedError, CallTimeoutError, CircuitOpenError, MisuseError, NotTransferableError
 from opero.utils.logging import log
 from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from opero.core.events import Teller
+
+# Less than this is no wait, but the time it takes to ask.
+_TOLD_WAIT = 0.001
 # No attempt could end otherwise.
 FINAL_ERRORS = (MisuseError, NotTransferableError)
 
@@ -25,9 +40,10 @@ FINAL_ERRORS = (MisuseError, NotTransferableError)
 class _Candidate:
     """One value to try, and how it has fared in this call."""
 
-    __slots__ = ("args", "kwargs", "ready_at", "value")
+    __slots__ = ("args", "kwargs", "place", "ready_at", "value")
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, place: int = 0) -> None:
+        self.place = place
         self.args = args
         self.kwargs = kwargs
         self.value = value
@@ -36,12 +52,36 @@ class _Candidate:
 
 def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:
     """One call from cache to function; with ``failure``, the first attempt has already been made and failed so."""
+    if not is_listened_to(plan):
+        return (yield from _outcome(plan, call, failure))
+    return (yield from _told(plan, call, _outcome(plan, call, failure)))
+
+
+def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
     outcome = yield from _CallFlow(plan, call, failure).cache()
     if outcome.__class__ is Final:
         outcome = outcome.outcome
     if outcome.__class__ is Failed:
         plan.stats.failures.tick()
     return outcome
+
+
+def _told(plan: Plan, call: Call, flow: Flow) -> Flow:
+    """A call whose beginning and end are told, whatever ends it."""
+    tell = call.tell = teller_of(plan, call)
+    if tell is None:  # the last listener has just gone
+        return (yield from flow)
+    outcome: Any = None
+    cancelled = True
+    tell(CallStarted)
+    try:
+        outcome = yield from flow
+        cancelled = False
+        return outcome
+    finally:
+        error = outcome.error if outcome.__class__ is Failed else None
+        seconds = clock.now() - call.started
+        tell(CallDone, error=error, attempts=call.attempts, seconds=seconds, cached=call.cached, cancelled=cancelled)
 
 
 class _CallFlow:
@@ -84,7 +124,11 @@ class _CallFlow:
                 return self._finish(wait)
             if self.call.deadline is not None and clock.now() + wait >= self.call.deadline:
                 return self._out_of_time()
+            if not self._some_circuit_admits(after=wait):
+                return self._circuit_open()
             log("DEBUG", "{} failed, next round in {:.3g} s", self.plan.name, wait)
+            if self.call.tell is not None:
+                self.call.tell(RetryPlanned, round=self.call.rounds, delay=wait, error=outcome.error)
             yield Pause(wait)
             self.plan.stats.retries.tick()
 
@@ -97,20 +141,49 @@ class _CallFlow:
             left.remove(candidate)
             if verdict is not None:
                 self.plan.stats.fallbacks.tick()
-            outcome = yield from self.rate_limit(candidate, has_slot=has_slot)
-            if outcome is OUT_OF_TIME:
-                return self._out_of_time()
-            if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS):
-                return outcome
-            judged = rounds.judge(outcome)
-            if judged.accepted:
-                return outcome
-            self._candidate_failed(candidate, judged)
-            if self.plan.limit is not None and judged.delay:
-                yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
+                if self.call.tell is not None:
+                    self.call.tell(CandidateSwitched, place=candidate.place)
+            judged = yield from self.breaker(candidate, rounds, has_slot=has_slot)
+            if judged is CIRCUIT_OPEN:
+                continue
+            if judged.__class__ is not Verdict:
+                return judged
             if verdict is None or judged.retryable or not verdict.retryable:
                 verdict = judged
+        if verdict is None:
+            return self._circuit_open()
         return self._for_the_round(verdict)
+
+    def breaker(self, candidate: _Candidate, rounds: RetryRounds, *, has_slot: bool) -> Generator[Any, Any, Any]:
+        """One attempt; gives the call's outcome, or the `Verdict` on a failure."""
+        breaker = self.plan.breaker
+        if breaker is None:
+            return (yield from self._judged(candidate, rounds, has_slot=has_slot))
+        passage = breaker.enter(candidate.value)
+        if passage is None:
+            return CIRCUIT_OPEN
+        with passage:
+            judged = yield from self._judged(candidate, rounds, has_slot=has_slot)
+            if judged.__class__ is Verdict:
+                # An error that is not worth a retry was an answer of the service all the same.
+                passage.tell(failed=judged.retryable or self.plan.retry is None)
+            elif judged.__class__ not in {Failed, Final}:
+                passage.tell(failed=False)
+            return judged
+
+    def _judged(self, candidate: _Candidate, rounds: RetryRounds, *, has_slot: bool) -> Generator[Any, Any, Any]:
+        outcome = yield from self.rate_limit(candidate, has_slot=has_slot)
+        if outcome is OUT_OF_TIME:
+            return self._out_of_time()
+        if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS):
+            return outcome
+        judged = rounds.judge(outcome)
+        if judged.accepted:
+            return outcome
+        self._candidate_failed(candidate, judged)
+        if self.plan.limit is not None and judged.delay:
+            yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
+        return judged
 
     def rate_limit(self, candidate: _Candidate, *, has_slot: bool) -> Generator[Any, Any, Any]:
         if self.first_failure is not None:
@@ -119,9 +192,12 @@ class _CallFlow:
         if self.plan.limit is not None and not has_slot:
             asked = clock.now()
             taken = yield from self.plan.limit.take(candidate, self.call.deadline)
-            self.plan.stats.add_waited(clock.now() - asked)
+            waited = clock.now() - asked
+            self.plan.stats.add_waited(waited)
             if not taken:
                 return OUT_OF_TIME
+            if self.call.tell is not None and waited >= _TOLD_WAIT:
+                self.call.tell(SlotWaited, seconds=waited)
         return (yield from self.attempt_timeout(candidate))
 
     def attempt_timeout(self, candidate: _Candidate) -> Generator[Any, Any, Any]:
@@ -133,16 +209,20 @@ class _CallFlow:
             return OUT_OF_TIME
         self.call.attempts += 1
         self.plan.stats.attempts.tick()
-        return (
-            yield Attempt(
-                candidate.args,
-                candidate.kwargs,
-                candidate.value,
-                flight=self.call.flight,
-                timeout=timeout,
-                limit=option,
-            )
+        attempt = Attempt(
+            candidate.args, candidate.kwargs, candidate.value, flight=self.call.flight, timeout=timeout, limit=option
         )
+        if self.call.tell is None:
+            return (yield attempt)
+        return (yield from self._told_attempt(attempt, self.call.tell))
+
+    def _told_attempt(self, attempt: Attempt, tell: Teller) -> Generator[Any, Any, Any]:
+        number, started = self.call.attempts, clock.now()
+        tell(AttemptStarted, attempt=number, round=self.call.rounds)
+        outcome = yield attempt
+        if outcome.__class__ is Failed:
+            tell(AttemptFailed, attempt=number, error=outcome.error, seconds=clock.now() - started)
+        return outcome
 
     def _next_of(self, candidates: list[_Candidate]) -> Generator[Any, Any, tuple[_Candidate, bool]]:
         """The candidate to try next, and whether it has its rate slot already."""
@@ -154,7 +234,8 @@ class _CallFlow:
         call, fallback = self.call, self.plan.fallback
         if fallback is None:
             return [_Candidate(call.args, call.kwargs, MISSING)]
-        return [_Candidate(*fallback.arguments(call, value), value) for value in fallback.values(call)]
+        values = enumerate(fallback.values(call))
+        return [_Candidate(*fallback.arguments(call, value), value, place) for place, value in values]
 
     def _ready_candidates(self) -> list[_Candidate]:
         now = clock.now()
@@ -178,6 +259,22 @@ class _CallFlow:
         times = [c.ready_at for c in self.candidates]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
         return Verdict(accepted=False, error=verdict.error, retryable=True, delay=soonest)
+
+    def _some_circuit_admits(self, *, after: float) -> bool:
+        breaker = self.plan.breaker
+        return breaker is None or any(breaker.admits(c.value, after=after) for c in self.candidates)
+
+    def _circuit_open(self) -> Failed | Final:
+        if self.errors:
+            return self._finish(Final(Failed(self.errors[-1])), "; its circuit is open")
+        breaker = self.plan.breaker
+        assert breaker is not None  # noqa: S101 - for the type checkers
+        return Failed(
+            CircuitOpenError(
+                f"{self.plan.name} was not called: its circuit opened after {breaker.failures} failures in a row; "
+                f"the next trial is in {breaker.trial_in():.3g} s"
+            )
+        )
 
     def _out_of_time(self) -> Failed | Final:
         reason = f"total_timeout={self.plan.total_timeout:g} s ended it"
@@ -209,11 +306,20 @@ class _CallFlow:
         return failed
 
 
-class _OutOfTime:
-    """In place of an outcome: ``total_timeout`` leaves no time for another attempt."""
+class _NoAttempt:
+    """In place of an outcome: there was none, and why."""
+
+    __slots__ = ("_reason",)
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __repr__(self) -> str:
+        return self._reason
 
 
-OUT_OF_TIME = _OutOfTime()
+OUT_OF_TIME = _NoAttempt("total_timeout leaves no time for another attempt")
+CIRCUIT_OPEN = _NoAttempt("this candidate's circuit is open")
 
 
 def _count(number: int, noun: str) -> str:

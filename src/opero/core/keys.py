@@ -78,6 +78,14 @@ def freeze(value: Any) -> Frozen:
     return (kind, freezer(value))
 
 
+def identity_of(value: Any) -> Any:
+    """What tells a value from others within this process, whatever it is."""
+    try:
+        return freeze(value)
+    except (UncacheableError, RecursionError):
+        return id(value)
+
+
 def _freezer_by_inheritance(value: Any) -> Freezer:
     kind: Any = type(value)
     # Asked of the class: a proxy has every attribute that it is asked for.

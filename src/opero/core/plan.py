@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from opero.core.clock import clock
 from opero.core.signature import MISSING, is_async, name_of
@@ -13,6 +13,7 @@ from opero.core.steps import Failed, Flow
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
+    from opero.core.events import Teller
     from opero.core.flights import Presence
     from opero.core.keys import KeyMaker
     from opero.core.stats import CallStats
@@ -28,11 +29,13 @@ class Call:
         "cached",
         "deadline",
         "flight",
+        "index",
         "key",
         "kwargs",
         "presence",
         "rounds",
         "started",
+        "tell",
     )
 
     def __init__(
@@ -57,6 +60,9 @@ class Call:
         self.cached = False
         self.flight: object = None
         self.deadline: float | None = None
+        # Its place in a map.
+        self.index: int | None = None
+        self.tell: Teller | None = None
 
     def time_left(self) -> float | None:
         """Seconds until ``total_timeout`` ends; None without one."""
@@ -208,6 +214,20 @@ class FallbackPolicy(Protocol):
         ...
 
 
+class FirstCandidate:
+    """A fallback that never falls back: the function still gets one value."""
+
+    def __init__(self, policy: FallbackPolicy) -> None:
+        self._policy = policy
+        self.parameter = policy.parameter
+        self.position = policy.position
+        self.arguments = policy.arguments
+        self.failed = policy.failed
+
+    def values(self, call: Call) -> list[Any]:
+        return self._policy.values(call)[:1]
+
+
 class Candidate(Protocol):
     """The arguments of one attempt."""
 
@@ -216,6 +236,39 @@ class Candidate(Protocol):
 
     @property
     def kwargs(self) -> dict[str, Any]: ...
+
+
+class Passage(Protocol):
+    """One attempt through a circuit, a context to be left in any case."""
+
+    def tell(self, *, failed: bool) -> None:
+        """How it ended."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_exc: object) -> None: ...
+
+
+class BreakerPolicy(Protocol):
+    """Is it any use to call now?"""
+
+    @property
+    def failures(self) -> int:
+        """How many failures in a row open a circuit."""
+        ...
+
+    def admits(self, value: Any, *, after: float = 0.0) -> bool:
+        """Whether an attempt with this candidate could go through, so many seconds from now."""
+        ...
+
+    def enter(self, value: Any) -> Passage | None:
+        """Let an attempt through; None if the circuit is open."""
+        ...
+
+    def trial_in(self) -> float:
+        """Seconds until an open circuit lets a trial call through."""
+        ...
 
 
 class LimitPolicy(Protocol):
@@ -253,8 +306,10 @@ class Plan:
     total_timeout: float | None = None
     retry: RetryPolicy | None = None
     fallback: FallbackPolicy | None = None
+    breaker: BreakerPolicy | None = None
     limit: LimitPolicy | None = None
     attempt_timeout: float | None = None
+    on_event: Callable[[Any], object] | None = None
     stats: Stats = field(default_factory=Stats)
     name: str = field(init=False)
     is_async: bool = field(init=False)
@@ -269,4 +324,10 @@ class Plan:
         timed = self.total_timeout is not None or self.attempt_timeout is not None
         watched = self.retry is not None and self.retry.watches_every_attempt
         asks = self.limit is not None and self.limit.take_now is None
-        return self.fallback is None and not timed and not watched and not asks
+        return self.fallback is None and self.breaker is None and not (timed or watched or asks or self.on_event)
+
+    @property
+    def bare(self) -> Plan:
+        """The same function without any policy, for the time in which opero is disabled."""
+        fallback = None if self.fallback is None else FirstCandidate(self.fallback)
+        return Plan(self.function, fallback=fallback, stats=self.stats)

@@ -15,6 +15,7 @@ from opero.core.flow import call_flow
 from opero.core.plan import CacheInfo, Call, Plan
 from opero.core.signature import MISSING, check_decoratable, compile_function, forwarding, innermost, refuse_awaitable
 from opero.core.steps import drive, drive_async
+from opero.core.switches import switches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -198,7 +199,8 @@ def reduce_decorated(decorated: Any) -> Any:
 def make_resilient(plan: Plan, recipe: Recipe) -> OperoFunction[..., Any]:
     """Build the callable for a plan; ``recipe`` makes it again from the bare function, in another process."""
     make: Any = OperoFunction
-    resilient: OperoFunction[..., Any] = make(_compile_wrapper(plan))
+    wrapper = _Wrapper(plan)
+    resilient: OperoFunction[..., Any] = make(wrapper.call)
     functools.update_wrapper(resilient, plan.function)
     # Copied from what ``plan.function`` wraps, it would hide what is really taken.
     resilient.__dict__.pop("__signature__", None)
@@ -210,7 +212,7 @@ def make_resilient(plan: Plan, recipe: Recipe) -> OperoFunction[..., Any]:
             __module__=getattr(like, "__module__", None),
             __doc__=getattr(like, "__doc__", None),
         )
-    resilient.__dict__.update(plan=plan, recipe=recipe)
+    resilient.__dict__.update(plan=plan, recipe=recipe, wrapper=wrapper)
     return resilient
 
 
@@ -248,44 +250,69 @@ _CACHED = """
 """
 
 
-def _compile_wrapper(plan: Plan) -> Callable[..., Any]:
-    shape = forwarding(plan.function)
-    words = {
-        "define": "async def" if plan.is_async else "def",
-        "await_": "await " if plan.is_async else "",
-        "parameters": shape.parameters,
-        "forwarded": shape.call,
-        "packed": shape.packed,
-    }
-    entrances = _AsyncEntrances(plan) if plan.is_async else _Entrances(plan)
-    namespace: dict[str, Any] = {
-        **shape.defaults,
-        "_opero_clock": clock,
-        "_opero_Exception": Exception,  # a parameter may be named like the builtin
-        "_opero_enter": entrances.enter,
-        "_opero_recover": entrances.recover,
-    }
-    look_up = None if plan.cache is None else plan.cache.look_up
-    if plan.cache is not None and look_up is not None:
-        words["key"] = plan.cache.keys.source
-        words["in_time"] = " and _opero_entry[1] > _opero_clock.now()" if plan.cache.entries_may_expire else ""
-        namespace |= plan.cache.keys.namespace
-        namespace |= {"_opero_look_up": look_up, "_opero_count_hit": plan.stats.hits.tick}
-        template = _CACHED
-    elif plan.cache is None and plan.first_attempt_is_direct and _can_be_limited(plan, shape):
-        words["limited_by"] = "" if plan.limit is None else plan.limit.parameter or ""
-        words["guard"] = "" if plan.limit is None else _GUARD.format(**words)
-        namespace["_opero_function"] = entrances.function
-        entrances.when_looked_at(lambda: namespace.update(_opero_function=plan.function))
-        namespace["_opero_count"] = plan.stats.direct.tick
-        namespace["_opero_take_slot"] = None if plan.limit is None else plan.limit.take_now
-        template = _DIRECT
-    else:
-        template = _BY_FLOW
-    wrapper = compile_function(template.format(**words), "call", namespace)
-    # A wrong call is reported under the name that the user knows.
-    wrapper.__qualname__ = plan.name
-    return wrapper
+_BARE = """
+{define} call({parameters}):
+    return {await_}_opero_bare({forwarded})
+"""
+
+
+class _Wrapper:
+    """The compiled function, and its bodies for the ways of `opero.core.switches`."""
+
+    def __init__(self, plan: Plan) -> None:
+        shape = forwarding(plan.function)
+        self._name = plan.name
+        self._words = {
+            "define": "async def" if plan.is_async else "def",
+            "await_": "await " if plan.is_async else "",
+            "parameters": shape.parameters,
+            "forwarded": shape.call,
+            "packed": shape.packed,
+        }
+        entrances = _AsyncEntrances(plan) if plan.is_async else _Entrances(plan)
+        self._namespace: dict[str, Any] = {
+            **shape.defaults,
+            "_opero_clock": clock,
+            "_opero_Exception": Exception,  # a parameter may be named like the builtin
+            "_opero_bare": plan.function if plan.fallback is None else entrances.bare,
+            "_opero_enter": entrances.enter,
+            "_opero_recover": entrances.recover,
+        }
+        template = self._choose_template(plan, shape, entrances)
+        self.call: Any = self._compile(template)
+        # A wrong call is reported under the name that the user knows.
+        self.call.__qualname__ = plan.name
+        self._bodies = {"usual": self.call.__code__}
+        switches.register(self)
+
+    def go(self, way: str) -> None:
+        body = self._bodies.get(way)
+        if body is None:
+            made: Any = self._compile(_BARE if way == "bare" else _BY_FLOW)
+            self._bodies[way] = body = made.__code__
+        self.call.__code__ = body
+
+    def _choose_template(self, plan: Plan, shape: Forwarding, entrances: _Entrances | _AsyncEntrances) -> str:
+        words, namespace = self._words, self._namespace
+        look_up = None if plan.cache is None or plan.on_event is not None else plan.cache.look_up
+        if plan.cache is not None and look_up is not None:
+            words["key"] = plan.cache.keys.source
+            words["in_time"] = " and _opero_entry[1] > _opero_clock.now()" if plan.cache.entries_may_expire else ""
+            namespace |= plan.cache.keys.namespace
+            namespace |= {"_opero_look_up": look_up, "_opero_count_hit": plan.stats.hits.tick}
+            return _CACHED
+        if plan.cache is None and plan.first_attempt_is_direct and _can_be_limited(plan, shape):
+            words["limited_by"] = "" if plan.limit is None else plan.limit.parameter or ""
+            words["guard"] = "" if plan.limit is None else _GUARD.format(**words)
+            namespace["_opero_function"] = entrances.function
+            entrances.when_looked_at(lambda: namespace.update(_opero_function=plan.function))
+            namespace["_opero_count"] = plan.stats.direct.tick
+            namespace["_opero_take_slot"] = None if plan.limit is None else plan.limit.take_now
+            return _DIRECT
+        return _BY_FLOW
+
+    def _compile(self, template: str) -> Any:
+        return compile_function(template.format(**self._words), "call", self._namespace)
 
 
 def _can_be_limited(plan: Plan, shape: Forwarding) -> bool:
@@ -317,6 +344,10 @@ class _Entrances:
             self._looked_at = None
         return result
 
+    def bare(self, /, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _with_first_candidate(self._plan, args, kwargs)
+        return self._plan.function(*args, **kwargs)
+
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
         function = self._plan.function if self._has_looked else self.function
         return drive(call_flow(self._plan, Call(args, kwargs, key=key, blocks=True)), function)
@@ -338,6 +369,10 @@ class _AsyncEntrances:
     def when_looked_at(self, act: Callable[[], None]) -> None:
         """What an async function returns is awaited; nothing has to be looked at."""
 
+    async def bare(self, /, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _with_first_candidate(self._plan, args, kwargs)
+        return await self._plan.function(*args, **kwargs)
+
     async def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
         plan = self._plan
         return await drive_async(call_flow(plan, Call(args, kwargs, key=key)), plan.function, plan.name)
@@ -347,6 +382,15 @@ class _AsyncEntrances:
         flow = call_flow(plan, Call(args, kwargs, started=started, attempts=1), error)
         del error
         return await drive_async(flow, plan.function, plan.name)
+
+
+def _with_first_candidate(
+    plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if plan.fallback is None:
+        return args, kwargs
+    call = Call(args, kwargs)
+    return plan.fallback.arguments(call, plan.fallback.values(call)[0])
 
 
 def decorator(

@@ -7,11 +7,12 @@ blocks, `drive_async` awaits; the scheduler of a map is the third driver. None o
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opero.core.clock import LONGEST_WAIT, clock
+from opero.core.clock import LONGEST_WAIT, asyncio_sleep, clock
 from opero.core.forks import allow_forks, watch_forks
 from opero.exceptions import CallTimeoutError
 
@@ -60,12 +61,16 @@ class Attempt:
 
 
 class Pause:
-    """Step: let ``seconds`` pass; sent back: None."""
+    """Step: let ``seconds`` pass; sent back: None.
 
-    __slots__ = ("seconds",)
+    ``is_real``: it is somebody else who is waited for, and not time.
+    """
 
-    def __init__(self, seconds: float) -> None:
+    __slots__ = ("is_real", "seconds")
+
+    def __init__(self, seconds: float, *, is_real: bool = False) -> None:
         self.seconds = min(seconds, LONGEST_WAIT)
+        self.is_real = is_real
 
 
 class Arrival(Protocol):
@@ -215,7 +220,7 @@ def await_arrival(arrival: Arrival) -> None:
     arrival.notify(event.set)
     try:
         while not arrival.poll():
-            event.wait(arrival.due_in())
+            clock.wait(event.wait, arrival.due_in())
             event.clear()
     finally:
         arrival.notify(None)
@@ -250,7 +255,7 @@ async def await_arrival_async(arrival: Arrival) -> None:
     try:
         while not arrival.poll():
             due = arrival.due_in()
-            timer = None if due is None else loop.call_later(due, look)
+            timer = None if due is None else clock.call_later(loop, due, look)
             try:
                 await event.wait()
             finally:
@@ -271,7 +276,7 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
             if isinstance(step, Attempt):
                 sent = run_attempt(function, step)
             elif isinstance(step, Pause):
-                clock.sleep(step.seconds)
+                (time.sleep if step.is_real else clock.sleep)(step.seconds)
                 sent = None
             elif isinstance(step, Consult):
                 (sent,) = consult([step])
@@ -298,7 +303,7 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
             if isinstance(step, Attempt):
                 sent = await run_attempt_async(function, step, name)
             elif isinstance(step, Pause):
-                await clock.async_sleep(step.seconds)
+                await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
                 sent = None
             elif isinstance(step, Consult):
                 (sent,) = await consult_async([step])

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
+from opero.core.breaker import breaker_policy
 from opero.core.cache import cache_policy
-from opero.core.checks import check_flag, check_known, check_seconds
+from opero.core.checks import check_callable, check_flag, check_known, check_seconds
 from opero.core.fallback import fallback_policy
 from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
@@ -49,6 +50,8 @@ class OperoOptions(TypedDict, total=False):
     rate_limit_options: Mapping[str, Any] | None
     attempt_timeout: float | None
     total_timeout: float | None
+    breaker: int | Mapping[str, Any] | None
+    on_event: Callable[[Any], object] | None
 
 
 OPERO_DEFAULTS: dict[str, Any] = {
@@ -72,6 +75,8 @@ OPERO_DEFAULTS: dict[str, Any] = {
     "rate_limit_options": None,
     "attempt_timeout": None,
     "total_timeout": None,
+    "breaker": None,
+    "on_event": None,
 }
 
 
@@ -115,6 +120,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         fallback=None
         if given["arg_fallback"] is None
         else fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"]),
+        breaker=None if given["breaker"] is None else breaker_policy(function, given["breaker"]),
         limit=None
         if given["rate_limit"] is None
         else limit_policy(
@@ -125,6 +131,9 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             has_candidates=given["arg_fallback"] is not None,
         ),
         attempt_timeout=attempt_timeout,
+        on_event=None
+        if given["on_event"] is None
+        else check_callable("on_event", given["on_event"], "a function of one event"),
     )
 
 
@@ -225,6 +234,10 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``attempt_timeout`` (None): seconds for one execution; for ``async def`` only.
             - ``total_timeout`` (None): seconds for the whole call, waits included; an execution of a ``def`` function
               is not stopped, but none starts later.
+            - ``breaker`` (None): failures in a row, of the function or of one candidate, after which calls fail at
+              once; or a mapping with ``failures`` (5), ``window`` (None: seconds within which they have to happen) and
+              ``recovery`` (30 s, then one trial call decides). Errors that ``retry_on`` would not retry do not count.
+            - ``on_event`` (None): ``callable(event)``, told of what happens during each call (`opero.events`).
 
     Raises:
         TypeError: When decorating: an unknown option, a wrong type, or something that is not a function.
@@ -232,6 +245,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
         UnsafeCacheError: At a call: the folder of the disk cache could have been filled by somebody else.
         AllFailedError: At a call with ``arg_fallback``: every candidate failed in every round.
         CallTimeoutError: At a call: a time limit ended it.
+        CircuitOpenError: At a call with ``breaker``: it was not tried.
     """
     check_known("@opero", options, OPERO_DEFAULTS)
     if function is not None and options:

@@ -82,7 +82,7 @@ class FileGate:
     def _answer(self, request: Request) -> Any:
         try:
             with self._lock, _locked(self._path) as file:
-                now = clock.now()
+                now = clock.machine()
                 state = _State(file, self._kind, self._rates, now)
                 if request.pause:
                     state.pause(now + request.pause)
@@ -149,7 +149,7 @@ class _State:
 
     def pause(self, until: float) -> None:
         self._paused_until = max(self._paused_until, until)
-        self._write(clock.now())
+        self._write(clock.machine())
 
     def _oldest(self) -> Iterator[Any]:
         """Each quota, and where in the file its oldest start is, which the next one will replace."""
@@ -202,7 +202,7 @@ class _Tidying:
     def _remove_if_idle(self, path: str) -> None:
         with _lock_for(path), _locked(path) as file:
             data = os.pread(file, _HEADER.size, 0)
-            now = clock.now()
+            now = clock.machine()
             idle = len(data) < _HEADER.size
             if not idle:
                 _, written_at, idle_from, *_ = _HEADER.unpack(data)

@@ -1,0 +1,96 @@
+"""For the tests of programs that use opero: no waits, no policies, and a record of what happened.
+
+The three switches act on the whole process and may be nested. As pytest fixtures they are `opero_instant`,
+`opero_disabled` and `opero_recorded`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from opero.core.clock import VirtualTime, clock
+from opero.core.events import Event, on_event
+from opero.core.forks import ForkSafeLock
+from opero.core.switches import switches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Instant", "disabled", "instant", "recorded"]
+
+_lock = ForkSafeLock()
+_time = VirtualTime()
+_users = 0
+
+
+class Instant:
+    """The time of one `instant` block."""
+
+    def __init__(self) -> None:
+        self._skipped_before = _time.skipped
+
+    @property
+    def skipped(self) -> float:
+        """Seconds that were jumped over since the block began."""
+        return _time.skipped - self._skipped_before
+
+    def advance(self, seconds: float) -> None:
+        """Let so many seconds pass, at once."""
+        _time.advance(seconds)
+
+
+@contextlib.contextmanager
+def instant() -> Iterator[Instant]:
+    """Let no wait of opero's sleep: neither backoff nor rate limit, in threads, tasks and maps; time jumps instead.
+
+    What is decided by time is decided as ever: delays are counted, entries of a memory cache expire, slots are granted
+    at their rate, ``total_timeout`` ends calls. Waits for something else than time (an identical call under way, a
+    worker, a lock) go on as they are, and the functions themselves are not touched: ``attempt_timeout`` counts real
+    seconds, and so does the function's own ``time.sleep``. Limits that processes share are kept by this process alone.
+    The jumps stay after the end, so that what was decided by them stays right.
+
+    Yields:
+        An `Instant`: ``.skipped`` is how many seconds were jumped over, and ``.advance(seconds)`` lets more pass.
+    """
+    global _users  # noqa: PLW0603 - one clock for the process
+    with _lock:
+        _users += 1
+        clock.skips = _time
+        clock.now, clock.wall = _time.now, _time.wall
+        clock.sleep, clock.async_sleep = _time.advance, _time.advance_async
+    try:
+        yield Instant()
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                clock.reset()
+                # Time does not run back: a slot that was taken a virtual hour ahead would be waited for.
+                clock.now = _time.now
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Call the bare functions: no cache, retry, rate limit, time limit or breaker.
+
+    A function with ``arg_fallback`` gets the first candidate. Maps go on to use their workers. The environment variable
+    ``OPERO_DISABLED=1`` does the same for a whole program.
+    """
+    switches.disabling(begins=True)
+    try:
+        yield
+    finally:
+        switches.disabling(begins=False)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Event]]:
+    """Gather the events of all decorated functions, in the order in which they happen.
+
+    Yields:
+        The list, which goes on growing until the end of the block.
+    """
+    events: list[Event] = []
+    with on_event(events.append):
+        yield events

@@ -1,0 +1,358 @@
+"""What listeners are told, in which order, and what they cannot change."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import threading
+import weakref
+
+import pytest
+from side_by_side import SECONDS, results, started
+
+import opero
+from opero import events
+from opero.events import (
+    AttemptFailed,
+    AttemptStarted,
+    CacheHit,
+    CallDone,
+    CallStarted,
+    CandidateSwitched,
+    RetryPlanned,
+    SlotWaited,
+    on_event,
+)
+
+
+@pytest.fixture
+def heard():
+    """All events of all functions during the test."""
+    gathered = []
+    with on_event(gathered.append):
+        yield gathered
+
+
+def kinds(heard):
+    return [type(event) for event in heard]
+
+
+def failing(times, result="result"):
+    """A function that raises so many times before it returns."""
+    left = [times]
+
+    def function(*_args):
+        if left[0]:
+            left[0] -= 1
+            raise ValueError(left[0])
+        return result
+
+    return function
+
+
+def test_a_call_that_succeeds_starts_tries_and_ends(world, heard):
+    f = opero.opero(world.define(lambda: "result"))
+    assert world.run(f) == "result"
+    assert kinds(heard) == [CallStarted, AttemptStarted, CallDone]
+    assert heard[-1] == dataclasses.replace(heard[-1], error=None, attempts=1, cached=False, cancelled=False)
+
+
+def test_a_retried_call_tells_each_attempt_and_what_is_planned(world, heard, fake_clock):
+    f = opero.opero(jitter=False, min_delay=2)(world.define(failing(2)))
+    world.run(f)
+    one_round = [AttemptStarted, AttemptFailed, RetryPlanned]
+    assert kinds(heard) == [CallStarted, *one_round, *one_round, AttemptStarted, CallDone]
+    assert [(e.round, e.delay) for e in heard if isinstance(e, RetryPlanned)] == [(1, 2), (2, 4)]
+    assert [(e.attempt, e.round) for e in heard if isinstance(e, AttemptStarted)] == [(1, 1), (2, 2), (3, 3)]
+    assert [str(e.error) for e in heard if isinstance(e, AttemptFailed)] == ["1", "0"]
+    assert (heard[-1].attempts, heard[-1].seconds) == (3, 6)
+
+
+def test_a_failed_call_tells_the_error_that_it_raises(world, heard, fake_clock):
+    f = opero.opero(retries=1)(world.define(failing(5)))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the function's own
+        world.run(f)
+    assert heard[-1].error is caught.value
+    assert heard[-1].attempts == 2
+
+
+def test_a_candidate_that_takes_over_is_told_by_its_place_and_not_by_its_value(world, heard):
+    f = opero.opero(arg_fallback="key", retries=0)(world.define(lambda key: failing(key != "secret-c")()))
+    world.run(f, ["secret-a", "secret-b", "secret-c"])
+    assert [e.place for e in heard if isinstance(e, CandidateSwitched)] == [1, 2]
+    assert "secret" not in repr(heard)
+
+
+def test_a_hit_is_told(world, heard):
+    f = opero.opero(cache=True)(world.define(lambda: "result"))
+    world.run(f)
+    heard.clear()
+    assert world.run(f) == "result"
+    assert kinds(heard) == [CallStarted, CacheHit, CallDone]
+    assert (heard[-1].cached, heard[-1].attempts) == (True, 0)
+
+
+def test_a_wait_for_a_slot_is_told(world, heard):
+    f = opero.opero(rate_limit=50, rate_limit_options={"max_burst": 1})(world.define(lambda: None))
+    for _ in range(3):
+        world.run(f)
+    waits = [e.seconds for e in heard if isinstance(e, SlotWaited)]
+    assert len(waits) == 2
+    assert all(0.001 <= seconds < SECONDS for seconds in waits)
+
+
+def test_a_free_slot_is_no_wait(world, heard):
+    world.run(opero.opero(rate_limit=50)(world.define(lambda: None)))
+    assert SlotWaited not in kinds(heard)
+
+
+def test_the_events_of_one_call_have_one_number_and_no_other_call_has_it(world, heard):
+    f = opero.opero(world.define(lambda: None))
+    for _ in range(3):
+        world.run(f)
+    numbers = [event.call for event in heard]
+    assert len(set(numbers)) == 3
+    assert numbers == sorted(numbers)
+
+
+def test_an_event_names_the_function_and_the_time_and_cannot_be_changed(world, heard, monkeypatch):
+    def function():
+        pass
+
+    world.run(opero.opero(world.define(function)))
+    (event, *_) = heard
+    assert event.function.endswith("function")
+    assert event.time > 1_700_000_000
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        event.time = 0
+
+
+@pytest.mark.parametrize("shown", [0, 1])
+def test_items_of_a_map_are_told_by_their_places(mode, heard, shown):
+    mapped = opero.opmap(retries=1, min_delay=0, **mode.options)(mode.define(lambda x: 1 / x))
+    mode.run(mapped, [1, 0])
+    mine = [event for event in heard if event.index == shown]
+    attempt = [AttemptStarted] if shown == 0 else [AttemptStarted, AttemptFailed]
+    more = [] if shown == 0 else [RetryPlanned, *attempt]
+    assert kinds(mine) == [CallStarted, *attempt, *more, CallDone]
+    assert isinstance(mine[-1].error, ZeroDivisionError if shown else type(None))
+
+
+def test_a_large_map_tells_of_every_item(mode, heard):
+    mapped = opero.opmap(**mode.options)(mode.define(abs))
+    mode.run(mapped, range(300))
+    assert sorted(e.index for e in heard if isinstance(e, CallDone)) == list(range(300))
+
+
+def test_a_function_has_a_listener_of_its_own(world):
+    mine = []
+    f = opero.opero(on_event=mine.append)(world.define(lambda: None))
+    other = opero.opero(world.define(lambda: None))
+    world.run(f)
+    world.run(other)
+    assert kinds(mine) == [CallStarted, AttemptStarted, CallDone]
+
+
+def test_a_cached_function_tells_its_own_listener_of_hits(world):
+    mine = []
+    f = opero.opero(cache=True, on_event=mine.append)(world.define(lambda: None))
+    world.run(f)
+    world.run(f)
+    assert kinds(mine).count(CacheHit) == 1
+
+
+def test_all_listeners_are_told(world, heard):
+    mine = []
+    f = opero.opero(on_event=mine.append)(world.define(lambda: None))
+    with on_event(mine.append):
+        world.run(f)
+    assert len(mine) == 2 * len(heard)
+
+
+def test_after_the_end_nobody_is_told(world):
+    gathered = []
+    f = opero.opero(world.define(lambda: None))
+    subscription = on_event(gathered.append)
+    world.run(f)
+    count = len(gathered)
+    subscription.close()
+    subscription.close()
+    world.run(f)
+    assert len(gathered) == count > 0
+
+
+def test_one_callback_may_listen_twice_and_stop_once(world):
+    gathered = []
+    f = opero.opero(world.define(lambda: None))
+    first, second = on_event(gathered.append), on_event(gathered.append)
+    second.close()
+    world.run(f)
+    first.close()
+    assert len(gathered) == 3
+
+
+def test_functions_made_before_and_during_are_told_of(world):
+    before = opero.opero(world.define(lambda: "before"))
+    gathered = []
+    with on_event(gathered.append):
+        during = opero.opero(world.define(lambda: "during"))
+        assert [world.run(before), world.run(during)] == ["before", "during"]
+    assert len({event.call for event in gathered}) == 2
+
+
+def test_calls_are_as_ever_after_a_listener_has_gone(world):
+    f = opero.opero(retries=0)(world.define(lambda x, /, y=2, *z, w=4, **v: (x, y, z, w, v)))
+    usual = f.func.__code__
+    with on_event(lambda event: None):
+        assert f.func.__code__ is not usual
+        assert world.run(f, 1, 3, 5, w=6, u=7) == (1, 3, (5,), 6, {"u": 7})
+    assert f.func.__code__ is usual
+    assert world.run(f, 1) == (1, 2, (), 4, {})
+
+
+def test_stats_are_the_same_with_and_without_a_listener(world, fake_clock):
+    def numbers():
+        f = opero.opero(cache=True, retries=2)(world.define(failing(1)))
+        world.run(f, 1)
+        world.run(f, 1)
+        return f.stats
+
+    without = numbers()
+    with on_event(lambda event: None):
+        assert dataclasses.replace(numbers(), waited=0.0) == dataclasses.replace(without, waited=0.0)
+
+
+def test_a_listener_that_raises_changes_nothing_and_is_complained_of_once(world, monkeypatch):
+    from loguru import logger
+
+    from opero.core import events as inside
+
+    monkeypatch.setattr(inside, "_complained", threading.Event())
+    lines = []
+    sink = logger.add(lines.append, level="WARNING", filter="opero")
+    logger.enable("opero")
+    try:
+        with on_event(lambda event: 1 / 0):
+            assert world.run(opero.opero(world.define(lambda: "result"))) == "result"
+    finally:
+        logger.disable("opero")
+        logger.remove(sink)
+    assert len(lines) == 1
+    assert "on_event" in lines[0]
+
+
+def test_the_next_listener_is_told_although_one_raised(world):
+    gathered = []
+    with on_event(lambda event: 1 / 0), on_event(gathered.append):
+        world.run(opero.opero(world.define(lambda: None)))
+    assert len(gathered) == 3
+
+
+def test_what_is_no_exception_passes_through_a_listener(world):
+    def stop(event):
+        raise KeyboardInterrupt
+
+    with on_event(stop), pytest.raises(KeyboardInterrupt):
+        world.run(opero.opero(world.define(lambda: None)))
+
+
+def test_a_call_that_is_cancelled_is_told_as_cancelled(heard):
+    @opero.opero
+    async def f():
+        await asyncio.sleep(SECONDS)
+
+    async def main():
+        task = asyncio.create_task(f())
+        await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert kinds(heard) == [CallStarted, AttemptStarted, CallDone]
+    assert (heard[-1].cancelled, heard[-1].error) == (True, None)
+
+
+def test_a_call_that_is_interrupted_is_told_as_cancelled(heard):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opero.opero(interrupted)()
+    assert heard[-1].cancelled
+
+
+def test_an_attempt_that_runs_out_of_time_is_a_failed_one(heard):
+    @opero.opero(attempt_timeout=0.01, retries=0)
+    async def f():
+        await asyncio.sleep(SECONDS)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(f())
+    assert kinds(heard) == [CallStarted, AttemptStarted, AttemptFailed, CallDone]
+
+
+def test_threads_that_call_while_listeners_come_and_go_are_right(world):
+    f = opero.opero(retries=0)(world.define(lambda x: x))
+    stop = threading.Event()
+
+    def call():
+        count = 0
+        while not stop.is_set() and count < 20_000:
+            assert world.run(f, count) == count
+            count += 1
+        return count
+
+    callers = [started(call) for _ in range(3)]
+    for _ in range(200):
+        with on_event(lambda event: None):
+            pass
+    stop.set()
+    assert all(count > 0 for count in results(callers))
+    assert f.stats.calls == sum(results(callers))
+
+
+def test_a_decorated_function_is_freed_without_the_garbage_collector():
+    gc.disable()
+    try:
+        f = opero.opero(lambda: None)
+        with on_event(lambda event: None):
+            f()
+        seen = weakref.ref(f)
+        del f
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("callback", [None, 5, "print"])
+def test_what_is_no_callback_is_refused(callback):
+    with pytest.raises(TypeError, match="on_event"):
+        on_event(callback)
+
+
+def test_an_async_callback_is_refused():
+    async def callback(event):
+        pass
+
+    with pytest.raises(TypeError, match="async"):
+        on_event(callback)
+    with pytest.raises(TypeError, match="async"):
+        opero.opero(on_event=callback)(print)
+
+
+def test_the_module_has_every_event():
+    assert {name for name in events.__all__ if name[0].isupper()} == {
+        "AttemptFailed",
+        "AttemptStarted",
+        "CacheHit",
+        "CallDone",
+        "CallStarted",
+        "CandidateSwitched",
+        "Event",
+        "RetryPlanned",
+        "SlotWaited",
+        "Subscription",
+    }

@@ -1,0 +1,337 @@
+"""What `opero.testing` gives to users' tests: no waits, no policies, a record."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from side_by_side import SECONDS, results, started
+
+import opero
+from opero.core import RateLimiter
+from opero.core.clock import clock
+from opero.events import CallDone, CallStarted
+from opero.testing import disabled, instant, recorded
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(autouse=True)
+def _real_clock_after():
+    yield
+    clock.reset()
+
+
+def failing(times):
+    left = [times]
+
+    def function(*_args):
+        if left[0]:
+            left[0] -= 1
+            raise ValueError
+        return "result"
+
+    return function
+
+
+# Instant
+
+
+def test_a_backoff_of_hours_is_skipped_and_counted(world):
+    f = opero.opero(retries=3, min_delay=3600, max_delay=1e6, jitter=False)(world.define(failing(3)))
+    begin = time.monotonic()
+    with instant() as passed:
+        assert world.run(f) == "result"
+    assert passed.skipped == pytest.approx(7 * 3600, abs=1)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_rate_limit_is_kept_in_virtual_time(world):
+    f = opero.opero(rate_limit="1/minute", retries=0)(world.define(lambda: None))
+    with instant() as passed:
+        for _ in range(10):
+            world.run(f)
+    assert passed.skipped == pytest.approx(9 * 60, abs=1)
+
+
+def test_threads_share_the_virtual_time(world):
+    f = opero.opero(rate_limit="1/minute", retries=0)(world.define(lambda: None))
+    with instant() as passed:
+        results([started(lambda: [world.run(f) for _ in range(5)]) for _ in range(4)])
+    assert passed.skipped == pytest.approx(19 * 60, abs=70)
+
+
+def test_tasks_share_the_virtual_time():
+    f = opero.opero(rate_limit="1/minute", retries=2, min_delay=600, max_delay=600, jitter=False)(asyncio.sleep)
+
+    async def main():
+        await asyncio.gather(*[f(0) for _ in range(20)])
+
+    with instant() as passed:
+        asyncio.run(main())
+    assert passed.skipped == pytest.approx(19 * 60, abs=70)
+
+
+def test_tasks_that_back_off_side_by_side_skip_the_time_once():
+    @opero.opero(retries=1, min_delay=600, max_delay=600, jitter=False)
+    async def f(seen):
+        seen.append(1)
+        if len(seen) == 1:
+            raise ValueError
+
+    async def main():
+        await asyncio.gather(*[f([]) for _ in range(50)])
+
+    with instant() as passed:
+        asyncio.run(main())
+    assert passed.skipped < 50 * 600
+
+
+def test_the_items_of_a_map_do_not_wait(mode, journal):
+    def function(x):
+        journal.add(x)
+        if journal.lines().count(str(x)) < 3:
+            raise ValueError
+        return x
+
+    options = {"retries": 5, "min_delay": 3600, "max_delay": 3600, "rate_limit": "1/minute"}
+    mapped = opero.opmap(**options, **mode.options)(mode.define(function))
+    begin = time.monotonic()
+    with instant() as passed:
+        assert mode.run(mapped, range(4)) == [0, 1, 2, 3]
+    assert time.monotonic() - begin < SECONDS
+    assert passed.skipped > 3600
+
+
+def test_an_attempt_of_a_map_has_its_real_time(journal):
+    def function(x):
+        if x == 0:
+            raise ValueError
+        time.sleep(0.3)
+        return x
+
+    mapped = opero.opmap(mode="process", workers=2, retries=3, min_delay=30, attempt_timeout=20, progress=False)(
+        function
+    )
+    with instant():
+        failed, done = mapped([0, 1])
+    assert isinstance(failed, ValueError)
+    assert done == 1
+
+
+def test_entries_of_a_memory_cache_expire_in_virtual_time(world):
+    f = opero.opero(cache=True, cache_ttl=60)(world.define(lambda: [1]))
+    with instant() as passed:
+        first = world.run(f)
+        passed.advance(59)
+        assert world.run(f) is first
+        passed.advance(2)
+        assert world.run(f) is not first
+
+
+def test_total_timeout_ends_a_call_in_virtual_time(world):
+    f = opero.opero(retries=50, min_delay=10, total_timeout=60)(world.define(failing(99)))
+    with instant() as passed, pytest.raises(ValueError):  # noqa: PT011 - the function's own
+        world.run(f)
+    assert passed.skipped <= 60
+
+
+def test_a_breaker_recovers_in_virtual_time(world):
+    f = opero.opero(breaker={"failures": 1, "recovery": 600}, retries=0)(world.define(failing(1)))
+    with instant() as passed:
+        with pytest.raises(ValueError):  # noqa: PT011 - the function's own
+            world.run(f)
+        with pytest.raises(opero.CircuitOpenError):
+            world.run(f)
+        passed.advance(600)
+        assert world.run(f) == "result"
+
+
+def test_who_waits_for_an_identical_call_still_waits():
+    entered, go_on = threading.Event(), threading.Event()
+
+    @opero.opero(cache=True)
+    def f():
+        entered.set()
+        assert go_on.wait(SECONDS)
+        return object()
+
+    with instant():
+        first = started(f)
+        assert entered.wait(SECONDS)
+        second = started(f)
+        go_on.set()
+        assert first.result(SECONDS) is second.result(SECONDS)
+
+
+def test_a_lease_of_another_process_is_waited_for(backend, start, journal):
+    options = {**backend.options, "cache_namespace": backend.namespace(), "retries": 0}
+    program = start(
+        """
+        def f():
+            say("running")
+            told()
+            return "theirs"
+        cached(f)()
+        """,
+        options,
+    )
+    assert program.heard() == "running"
+    mine = opero.opero(**options)(lambda: "mine")
+    with instant():
+        waiting = started(mine)
+        time.sleep(0.1)
+        assert not waiting.done()
+        program.tell("go on")
+        assert waiting.result(SECONDS) == "theirs"
+    program.end()
+
+
+def test_time_does_not_run_back_at_the_end(world):
+    limiter = RateLimiter("1/minute")
+    with instant():
+        for _ in range(100):
+            limiter.acquire()
+    assert limiter.expected_wait() <= 61
+
+
+def test_waits_are_real_again_at_the_end_of_the_outermost(world):
+    with instant(), instant():
+        pass
+    f = opero.opero(retries=1, min_delay=0.05, jitter=False)(world.define(failing(1)))
+    begin = time.monotonic()
+    world.run(f)
+    assert time.monotonic() - begin >= 0.04
+
+
+def test_a_shared_limit_is_kept_by_the_process_alone(tmp_path):
+    options = {"scope": "machine", "name": "n", "folder": str(tmp_path), "max_burst": 1}
+    with instant():
+        for _ in range(5):
+            RateLimiter("1/minute", **options).acquire()
+    assert RateLimiter("1/minute", **options).acquire(timeout=0)
+
+
+# Disabled
+
+
+def test_disabled_functions_are_the_bare_ones(world):
+    runs = []
+    f = opero.opero(cache=True, retries=3, rate_limit="1/day", total_timeout=1)(
+        world.define(lambda x, *, y=2: runs.append((x, y)))
+    )
+    with disabled():
+        for _ in range(3):
+            world.run(f, 1)
+    assert runs == [(1, 2)] * 3
+    assert f.stats.calls == 0
+
+
+def test_disabled_functions_raise_the_first_error(world):
+    f = opero.opero(retries=3)(world.define(failing(1)))
+    with disabled(), pytest.raises(ValueError):  # noqa: PT011 - the function's own
+        world.run(f)
+
+
+def test_a_disabled_fallback_gives_the_first_candidate(world):
+    f = opero.opero(arg_fallback="key")(world.define(lambda x, key=("default", "other"): (x, key)))
+    with disabled():
+        assert [world.run(f, 1), world.run(f, 1, ["a", "b"]), world.run(f, 1, key="c")] == [
+            (1, "default"),
+            (1, "a"),
+            (1, "c"),
+        ]
+
+
+def test_a_disabled_map_still_maps(mode, journal):
+    def function(x):
+        journal.add(x)
+        return 1 / x
+
+    mapped = opero.opmap(cache=True, retries=3, min_delay=30, rate_limit="1/day", **mode.options)(mode.define(function))
+    with disabled():
+        results_of_all = mode.run(mapped, [1, 0, 1])
+    assert results_of_all[0] == results_of_all[2] == 1
+    assert isinstance(results_of_all[1], ZeroDivisionError)
+    assert len(journal.lines()) == 3
+
+
+def test_functions_made_while_disabled_are_whole_afterwards(world):
+    with disabled():
+        f = opero.opero(retries=1, min_delay=0)(world.define(failing(2)))
+        with pytest.raises(ValueError):  # noqa: PT011 - the function's own
+            world.run(f)
+    assert world.run(f) == "result"
+
+
+def test_disabled_wins_over_listening(world):
+    f = opero.opero(world.define(lambda: "result"))
+    with recorded() as events, disabled():
+        assert world.run(f) == "result"
+    assert events == []
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", "1"), ("true", "1"), ("0", "3"), ("", "3"), ("no", "3")])
+def test_the_environment_can_disable_a_program(value, expected):
+    program = """
+import opero
+runs = []
+@opero.opero(retries=2, min_delay=0)
+def f():
+    runs.append(1)
+    raise ValueError
+try:
+    f()
+except ValueError:
+    print(len(runs))
+"""
+    environment = {"OPERO_DISABLED": value, "PATH": ""}
+    output = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+    assert output.strip() == expected
+
+
+# Recorded
+
+
+def test_a_record_has_the_events_of_all_functions(world):
+    f, g = opero.opero(world.define(lambda: "f")), opero.opero(world.define(lambda: "g"))
+    with recorded() as events:
+        world.run(f)
+        world.run(g)
+    world.run(f)
+    assert [type(e) for e in events if type(e) in {CallStarted, CallDone}] == [CallStarted, CallDone] * 2
+
+
+# As fixtures
+
+
+def test_the_fixtures_come_with_opero(pytester):
+    pytester.makepyfile(
+        """
+        import opero, pytest
+
+        @opero.opero(retries=2, min_delay=20)
+        def flaky(seen):
+            seen.append(1)
+            if len(seen) < 3:
+                raise ValueError
+            return len(seen)
+
+        def test_instant(opero_instant):
+            assert flaky([]) == 3
+            assert opero_instant.skipped > 20
+
+        def test_disabled(opero_disabled):
+            with pytest.raises(ValueError):
+                flaky([])
+
+        def test_recorded(opero_instant, opero_recorded):
+            flaky([])
+            assert len(opero_recorded) == 9
+        """
+    )
+    pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider").assert_outcomes(passed=3)
