@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import gc
 import itertools
 import pickle
@@ -214,6 +215,20 @@ def test_keyword_only_and_variadic_neighbours_do_not_matter(world, fake_clock):
     assert [world.run(f, 1, 2, key="a", z=1), world.run(f, key="b")] == ["a", "b"]
     with pytest.raises(CallTimeoutError):
         world.run(f, 3, key="a")
+
+
+def test_a_parameter_of_the_function_is_not_mistaken_for_the_wrappers_own(fake_clock):
+    def function(options="a"):
+        return options
+
+    @functools.wraps(function)
+    def wrapper(*args, **options):
+        return function(*args, **options)
+
+    f = limited(wrapper, rate_limit="1/hour", rate_limit_per="options", total_timeout=5)
+    assert [f("x"), f(options="y")] == ["x", "y"]
+    with pytest.raises(CallTimeoutError):
+        f("x")
 
 
 def test_a_value_that_cannot_tell_limits_apart_is_refused_at_the_call(world):
@@ -645,6 +660,54 @@ def test_a_new_rate_that_limits_nothing_is_refused_and_changes_nothing(rate):
     assert limiter.rate == 5
 
 
+def test_a_small_quota_that_is_set_while_callers_wait_breaks_nothing(fake_clock):
+    limiter = RateLimiter(10)
+    limiter.take_now()
+    tickets = [limiter.ticket() for _ in range(4)]
+    assert polled(tickets) == 0
+    limiter.rate = [10, "1/minute"]
+    fake_clock.tick(1)
+    assert polled(tickets) == 1
+    assert limiter.expected_wait() > 100
+    assert tickets[3].due_in() > 0
+    for _ in range(3):
+        fake_clock.tick(61)
+        polled(tickets)
+    assert polled(tickets) == 4
+
+
+@pytest.mark.parametrize("news", ["lower", "pause"])
+def test_acquire_gives_up_as_soon_as_its_slot_will_be_late(news):
+    limiter = RateLimiter(2, max_burst=1)
+    limiter.acquire()
+    waiting = started(lambda: limiter.acquire(timeout=60))
+    until(lambda: limiter.expected_wait() > 0.5)
+    if news == "lower":
+        limiter.rate = "1/hour"
+    else:
+        exhaust(limiter.limit.pause(3600))
+    assert waiting.result(SECONDS) is False
+
+
+def test_a_call_gives_up_as_soon_as_another_one_is_told_to_wait_for_longer(world):
+    gate = threading.Event()
+
+    def function(x):
+        if x == "told":
+            assert gate.wait(SECONDS)
+            raise BusyError(3_600)
+        return x
+
+    f = opero.opero(retry_on=seconds_of, retries=1, rate_limit=1, total_timeout=60)(world.define(function))
+    told = started(world.run, f, "told")
+    until(lambda: f.stats.attempts == 1)
+    waiting = started(world.run, f, "waits")
+    until(lambda: f.plan.limit.limiter.expected_wait() > 1)
+    gate.set()
+    assert isinstance(waiting.exception(SECONDS), CallTimeoutError)
+    assert isinstance(told.exception(SECONDS), BusyError)
+
+
 @thoroughly
 @given(st.lists(st.one_of(ticks, comings, event("rate", st.sampled_from([1.0, 4.0, 50.0]))), max_size=40))
 def test_under_changing_rates_all_are_served_in_order_and_windows_hold_the_highest(fake_clock, events):
@@ -693,10 +756,28 @@ def test_what_cannot_apply_is_refused(decorator, options, error, shows):
         decorator(**options)(function)
 
 
-def test_a_url_with_a_password_is_not_shown():
-    with pytest.raises(ValueError, match="redis://") as caught:
-        opero.opero(rate_limit=5, rate_limit_options={"scope": "redis", "url": "http://me:secret@x"})(print)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "redis", "url": "http://me:secret@x"},
+        {"scope": "redis", "url": "redis://:secret/x@host"},
+        {"scope": "redis", "url": "redis://:secret@host:abc"},
+        {"scope": "redis", "url": "redis://:secret@host:99999"},
+        {"scope": "redis", "url": ["redis://:secret@host"]},
+        {"scope": "redis", "url": b"redis://:secret@host"},
+        "redis://:secret@host",
+    ],
+)
+def test_a_url_that_is_none_is_refused_when_decorating_and_not_shown(options):
+    with pytest.raises((TypeError, ValueError), match=r"redis://|mapping") as caught:
+        opero.opero(rate_limit=5, rate_limit_options=options)(print)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"rate_limit": ["5/s", "9" * 30 + "/h"]}, {"rate_limit": 5, "max_burst": 10**400}])
+def test_what_cannot_be_counted_is_refused(options):
+    with pytest.raises(ValueError, match="10,000,000"):
+        RateLimiter(options.pop("rate_limit"), **options)
 
 
 @pytest.mark.parametrize("scope", ["machine", "redis"])

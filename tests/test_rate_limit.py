@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import math
 import os
+import random
 import signal
 import sys
 import threading
@@ -17,6 +20,7 @@ from side_by_side import SECONDS, forked, results, started, until
 
 import opero
 from opero.core import CallTimeoutError, RateLimiter, get_rate_limit_decorator
+from opero.core.steps import Consult, consult
 
 
 def limited(function, **options):
@@ -1159,3 +1163,101 @@ def test_the_rate_limit_decorator_does_not_cache(world, fake_clock):
     fake_clock.tick(1)
     world.run(f)
     assert len(runs) == 2
+
+
+# What once broke it
+
+
+def test_a_new_rate_and_the_garbage_collector_leave_those_who_wait_in_line():
+    limiter = RateLimiter(2)
+    limiter.acquire()
+
+    async def main():
+        await asyncio.gather(*[limiter.acquire_async() for _ in range(5)])
+
+    waiting = [*[started(limiter.acquire) for _ in range(5)], started(asyncio.run, main())]
+    until(lambda: limiter.expected_wait() > 4)
+    limiter.rate = 200
+    gc.collect()
+    results(waiting)
+
+
+def test_callers_go_on_in_the_thread_of_an_event_loop_that_was_closed_over_its_waiters():
+    limiter = RateLimiter(50, max_burst=1)
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(limiter.acquire_async()) for _ in range(4)]
+    loop.run_until_complete(settle())
+    loop.close()
+    assert [limiter.acquire(timeout=SECONDS) for _ in range(3)] == [True] * 3
+    for task in tasks:
+        task._log_destroy_pending = False
+
+
+def test_waiters_that_cannot_look_hold_the_others_up_only_for_a_moment():
+    limiter = RateLimiter(100, max_burst=1)
+    release = threading.Event()
+
+    async def busy():
+        tasks = [asyncio.create_task(limiter.acquire_async()) for _ in range(30)]
+        await settle()
+        release.wait(SECONDS)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    loop = started(asyncio.run, busy())
+    until(lambda: limiter.expected_wait() > 0.25)
+    with Timed() as time_taken:
+        for _ in range(50):
+            limiter.acquire()
+    release.set()
+    loop.result(SECONDS)
+    assert time_taken.seconds < 3
+
+
+# Python cannot raise what interrupts a destructor or a hook of the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["plain", "waiting", "per value"])
+def test_ctrl_c_at_any_moment_stops_nobody_else(how):
+    limiter = RateLimiter(20_000 if how == "waiting" else 1e9, max_burst=1)
+    call = (lambda: limiter.per_value.take_now("key")) if how == "per value" else limiter.acquire
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    generator = random.Random(0)
+    interrupted = 0
+    end = time.monotonic() + 2
+    try:
+        # The last one may come when its time is over.
+        with contextlib.suppress(KeyboardInterrupt):
+            while interrupted < 1_500 and time.monotonic() < end:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-6, 2e-4))
+                    while time.monotonic() < end:
+                        call()
+                except (KeyboardInterrupt, RuntimeError):  # RuntimeError: of threading.Condition, when interrupted
+                    interrupted += 1
+                    assert asyncio._get_running_loop() is None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 100
+    results([started(lambda: [call() for _ in range(20)]) for _ in range(3)])
+    assert asyncio.run(limiter.acquire_async(timeout=SECONDS))
+
+
+def test_requests_go_to_the_store_that_they_are_for():
+    class Store:
+        def __init__(self, name):
+            self.name = name
+            self.asked = 0
+
+        def perform(self, requests):
+            self.asked += 1
+            return [f"{self.name}{request}" for request in requests]
+
+    a, b = Store("a"), Store("b")
+    assert consult([Consult(a, 1), Consult(b, 2), Consult(a, 3), Consult(b, 4)]) == ["a1", "b2", "a3", "b4"]
+    assert (a.asked, b.asked) == (1, 1)

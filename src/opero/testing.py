@@ -54,7 +54,7 @@ def instant() -> Iterator[Instant]:
         An `Instant`: ``.skipped`` is how many seconds were jumped over, and ``.advance(seconds)`` lets more pass.
     """
     global _users  # noqa: PLW0603 - one clock for the process
-    with _lock:
+    with _lock.lock:
         _users += 1
         clock.skips = _time
         clock.now, clock.wall = _time.now, _time.wall
@@ -62,7 +62,7 @@ def instant() -> Iterator[Instant]:
     try:
         yield Instant()
     finally:
-        with _lock:
+        with _lock.lock:
             _users -= 1
             if _users == 0:
                 clock.reset()

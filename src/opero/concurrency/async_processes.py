@@ -46,7 +46,7 @@ class AsyncProcessPool(ProcessPool):
         import aiomultiprocess.core
 
         self._stay_safe()
-        with starting, self._starting_one():
+        with starting.lock, self._starting_one():
             context = multiprocessing.get_context(self._method)
             ours, theirs = context.Pipe()
             self._pipes.add(ours)

@@ -205,7 +205,7 @@ class ProcessPool:
         from twat_mp.mp import MultiPool
 
         self._stay_safe()
-        with starting, self._starting_one():
+        with starting.lock, self._starting_one():
             ours, theirs = self._context.Pipe()
             self._pipes.add(ours)
             door = Door(theirs)

@@ -81,14 +81,14 @@ class Breaker:
 
     def admits(self, value: Any, *, after: float = 0.0) -> bool:
         """Whether an attempt with this candidate could go through, so many seconds from now."""
-        with self._lock:
+        with self._lock.lock:
             circuit = self._circuits.get(identity_of(value))
             return circuit is None or circuit.admits(clock.now() + after)
 
     def enter(self, value: Any) -> Passage | None:
         """Let an attempt through, to be left again; None if the circuit is open."""
         key = identity_of(value)
-        with self._lock:
+        with self._lock.lock:
             circuit = self._circuits.get(key)
             if circuit is not None:
                 if not circuit.admits(clock.now()):
@@ -98,13 +98,13 @@ class Breaker:
 
     def trial_in(self) -> float:
         """Seconds until the first of the open circuits lets a trial call through."""
-        with self._lock:
+        with self._lock.lock:
             times = [c.opens_again_at for c in self._circuits.values() if c.opens_again_at is not None]
             return max(0.0, min(times, default=0.0) - clock.now())
 
     def passed(self, key: Any, *, failed: bool | None) -> None:
         """Take note of the end of an attempt; None if it says nothing of the service."""
-        with self._lock:
+        with self._lock.lock:
             if failed is False:
                 self._circuits.pop(key, None)
                 return

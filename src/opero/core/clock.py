@@ -115,7 +115,7 @@ class VirtualTime:
 
     def _advance_to(self, moment: float) -> None:
         # Who waits side by side with others waits for the same time to pass.
-        with self._lock:
+        with self._lock.lock:
             self._jumped += max(0.0, moment - self.now())
 
 

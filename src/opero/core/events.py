@@ -161,7 +161,7 @@ class Subscription:
     def __init__(self, callback: Listener) -> None:
         global _everybody  # noqa: PLW0603 - one list for all functions
         self._callback: Listener | None = callback
-        with _lock:
+        with _lock.lock:
             _everybody = (*_everybody, callback)
         switches.listening(begins=True)
 
@@ -171,7 +171,7 @@ class Subscription:
         callback, self._callback = self._callback, None
         if callback is None:
             return
-        with _lock:
+        with _lock.lock:
             left = list(_everybody)
             left.remove(callback)
             _everybody = tuple(left)

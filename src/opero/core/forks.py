@@ -61,22 +61,19 @@ def foreign_threads() -> set[threading.Thread]:
 
 
 class ForkSafeLock:
-    """A lock that is free in a forked child, whoever held it in the parent."""
+    """A lock that is free in a forked child, whoever held it in the parent; to be used by its ``lock``.
 
-    __slots__ = ("__weakref__", "_lock")
+    It has no ``with`` of its own: an interrupt between Python's `__enter__` and the block would leave it locked.
+    """
+
+    __slots__ = ("__weakref__", "lock")
 
     def __init__(self) -> None:
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_exc: object) -> None:
-        self._lock.release()
+        self.lock = threading.Lock()
 
 
 def _before() -> None:

@@ -312,6 +312,10 @@ def limit_policy(
     has_candidates: bool = False,
 ) -> FunctionLimit:
     """Check the rate limit's options and make the policy for ``function``."""
+    if isinstance(options, str):
+        # A URL, most likely, and it may hold a password.
+        msg = "rate_limit_options is str; write a mapping of option names to values"
+        raise TypeError(msg)
     given = check_mapping("rate_limit_options", options)
     check_known("rate_limit_options", given, (*_LIMITER_OPTIONS, "when_full"))
     when_full = check_choice("rate_limit_options['when_full']", given.pop("when_full", "wait"), WHEN_FULL)
@@ -344,19 +348,31 @@ def _lasting_name(function: Callable[..., Any]) -> str:
 
 
 def _path(option: str, value: Any) -> Path:
-    return Path(check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path"))
+    text = check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
+    # Known by one name, whatever the working directory will be.
+    return Path(os.path.realpath(text))
 
 
 def _url(option: str, value: Any) -> str:
+    """Check a URL without showing it: it may hold a password."""
     if value is None:
         msg = f"scope='redis' needs {option}, such as 'redis://localhost:6379/0'"
         raise ValueError(msg)
-    url = check_text(option, value, "a URL such as 'redis://localhost:6379/0'")
-    if not url.startswith(("redis://", "rediss://", "unix://")):
-        # Not shown: it may hold a password.
-        msg = f"{option} does not begin with redis://, rediss:// or unix://; write 'redis://localhost:6379/0'"
+    if not isinstance(value, str):
+        msg = f"{option} is {type(value).__name__}; write text such as 'redis://localhost:6379/0'"
+        raise TypeError(msg)
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(value)
+        is_good = parts.scheme == "unix" or (parts.scheme in {"redis", "rediss"} and parts.hostname is not None)
+        _ = parts.port
+    except ValueError:
+        is_good = False
+    if not is_good:
+        msg = f"{option} is no URL of a redis server; write one such as 'redis://localhost:6379/0'"
         raise ValueError(msg)
-    return url
+    return value
 
 
 def _refuse_without_locks() -> None:

@@ -82,7 +82,7 @@ def server_at(url: str) -> Server:
 def _known(place: str, make_client: Callable[[], Any]) -> Server:
     # A forked child has connections of its own.
     name = f"{os.getpid()} {place}"
-    with _lock:
+    with _lock.lock:
         server = _servers.get(name)
         if server is None:
             _servers[name] = server = Server(make_client)

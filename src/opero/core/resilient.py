@@ -317,7 +317,7 @@ class _Wrapper:
 
 def _can_be_limited(plan: Plan, shape: Forwarding) -> bool:
     """Whether the wrapper has the parameter whose values have limits of their own."""
-    return plan.limit is None or plan.limit.parameter is None or plan.limit.parameter in shape.names
+    return plan.limit is None or plan.limit.parameter is None or plan.limit.parameter in shape.named
 
 
 class _Entrances:

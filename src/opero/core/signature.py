@@ -141,6 +141,7 @@ class Forwarding:
         call: What stands between those of the call.
         packed: An expression for ``args, kwargs``.
         names: The parameters, in order, ``*args`` and ``**kwargs`` by their bare names.
+        named: Those of them that are neither ``*args`` nor ``**kwargs``.
         variadic: Whether there is a ``*args`` or ``**kwargs`` among them.
         defaults: Values for the names that stand for defaults in `parameters`.
     """
@@ -149,11 +150,12 @@ class Forwarding:
     call: str
     packed: str
     names: tuple[str, ...]
+    named: tuple[str, ...]
     variadic: bool
     defaults: dict[str, Any]
 
 
-_ANYTHING = Forwarding("*args, **kwargs", "*args, **kwargs", "args, kwargs", ("args", "kwargs"), True, {})  # noqa: FBT003 - a dataclass of text
+_ANYTHING = Forwarding("*args, **kwargs", "*args, **kwargs", "args, kwargs", ("args", "kwargs"), (), True, {})  # noqa: FBT003 - a dataclass of text
 
 
 def forwarding(function: Callable[..., Any]) -> Forwarding:
@@ -208,6 +210,7 @@ def _describe(parameters: list[inspect.Parameter]) -> Forwarding:
         call=", ".join(positional + keywords),
         packed=f"({packed}), {{{', '.join(mapping)}}}",
         names=tuple(p.name for p in parameters),
+        named=tuple(p.name for p in parameters if p.kind not in _VARIADIC),
         variadic=any(kind in _VARIADIC for kind in kinds),
         defaults=defaults,
     )

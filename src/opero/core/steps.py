@@ -121,8 +121,16 @@ class Consult:
 
 
 def consult(steps: Sequence[Consult]) -> list[Any]:
-    """Put the requests of steps that go to the same store."""
-    return steps[0].store.perform([step.request for step in steps])
+    """Put the requests of steps, those to one store together; the answers are in the order of the steps."""
+    places: dict[int, list[int]] = {}
+    for place, step in enumerate(steps):
+        places.setdefault(id(step.store), []).append(place)
+    answers: list[Any] = [None] * len(steps)
+    for of_one_store in places.values():
+        store = steps[of_one_store[0]].store
+        for place, answer in zip(of_one_store, store.perform([steps[n].request for n in of_one_store]), strict=True):
+            answers[place] = answer
+    return answers
 
 
 async def consult_async(steps: Sequence[Consult]) -> list[Any]:
@@ -214,11 +222,11 @@ async def _run_in_time(function: Callable[..., Awaitable[Any]], attempt: Attempt
 
 
 def await_arrival(arrival: Arrival) -> None:
-    if arrival.poll():
-        return
     event = threading.Event()
-    arrival.notify(event.set)
     try:
+        if arrival.poll():
+            return
+        arrival.notify(event.set)
         while not arrival.poll():
             clock.wait(event.wait, arrival.due_in())
             event.clear()
@@ -228,13 +236,10 @@ def await_arrival(arrival: Arrival) -> None:
 
 
 async def await_arrival_async(arrival: Arrival) -> None:
-    if arrival.poll():
-        return
     import asyncio
 
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
-    thread = threading.get_ident()
 
     def look() -> None:
         # Others that wait in this loop may be woken by this, and go on together with this one.
@@ -242,7 +247,7 @@ async def await_arrival_async(arrival: Arrival) -> None:
         event.set()
 
     def wake() -> None:
-        if threading.get_ident() == thread:
+        if asyncio._get_running_loop() is loop:  # noqa: SLF001 - the public way raises where there is none
             event.set()
             return
         try:
@@ -251,8 +256,10 @@ async def await_arrival_async(arrival: Arrival) -> None:
             # The loop was closed with this waiter still in it; `withdraw` follows when its task is destroyed.
             return
 
-    arrival.notify(wake)
     try:
+        if arrival.poll():
+            return
+        arrival.notify(wake)
         while not arrival.poll():
             due = arrival.due_in()
             timer = None if due is None else clock.call_later(loop, due, look)

@@ -46,20 +46,20 @@ class _Switches:
         return self._disablers > 0
 
     def register(self, switched: Switched) -> None:
-        with self._lock:
+        with self._lock.lock:
             self._switched.add(switched)
             if self.way != "usual":
                 switched.go(self.way)
 
     def listening(self, *, begins: bool) -> None:
         """Somebody begins or ends to listen to all functions."""
-        with self._lock:
+        with self._lock.lock:
             self._listeners += 1 if begins else -1
             self._go()
 
     def disabling(self, *, begins: bool) -> None:
         """Somebody turns all decorators off, or on again."""
-        with self._lock:
+        with self._lock.lock:
             self._disablers += 1 if begins else -1
             self._go()
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
-from opero.core.limits.pacer import Pacer
+from opero.core.limits.pacer import Pacer, Place
 from opero.core.steps import Await
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from opero.core.limits.pacer import Place
     from opero.core.limits.rates import Rates
 
 
@@ -25,17 +24,18 @@ class LocalLimit:
         self.change = self._pacer.change
         self.is_idle = self._pacer.is_idle
 
-    def ticket(self) -> Ticket:
+    def ticket(self, deadline: float | None = None) -> Ticket:
         """Ask for a slot without waiting for it here."""
-        return Ticket(self._pacer)
+        return Ticket(self._pacer, deadline)
 
     def take(self, deadline: float | None) -> Generator[Any, Any, bool]:
         if self.take_now():
             return True
         if deadline is not None and clock.now() + self.expected_wait() >= deadline:
             return False
-        yield Await(self.ticket())
-        return True
+        ticket = self.ticket(deadline)
+        yield Await(ticket)
+        return ticket.taken
 
     def try_to_take(self) -> Generator[Any, Any, bool]:
         yield from ()
@@ -47,34 +47,41 @@ class LocalLimit:
 
 
 class Ticket:
-    """One caller's wait for one slot; an `opero.core.steps.Arrival`."""
+    """One caller's wait for one slot: an `opero.core.steps.Arrival` of it, or of the news that it will be late."""
 
-    __slots__ = ("_pacer", "_place", "_taken", "_wake")
+    __slots__ = ("_deadline", "_is_late", "_joined", "_pacer", "_place", "taken")
 
-    def __init__(self, pacer: Pacer) -> None:
+    def __init__(self, pacer: Pacer, deadline: float | None = None) -> None:
         self._pacer = pacer
-        self._place: Place | None = None
-        self._taken = False
-        self._wake: Callable[[], None] | None = None
+        self._deadline = deadline
+        self._place = Place()
+        self._joined = False
+        self._is_late = False
+        self.taken = False
 
     def poll(self) -> bool:
-        if not self._taken:
-            if self._place is None:
-                self._place = self._pacer.join(self._wake)
-                self._taken = self._place is None
-            else:
-                self._taken = self._pacer.look(self._place)
-        return self._taken
+        if self.taken or self._is_late:
+            return True
+        if self._joined:
+            self.taken = self._pacer.look(self._place)
+        else:
+            # Before it is: an interrupt in between must not leave the place behind.
+            self._joined = True
+            self.taken = self._pacer.join(self._place)
+        if not self.taken and self._deadline is not None:
+            self._is_late = not self._pacer.expects_in_time(self._place, self._deadline)
+        return self.taken or self._is_late
 
     def due_in(self) -> float | None:
-        return 0.0 if self._taken or self._place is None else self._pacer.due_in(self._place)
+        if self.taken or self._is_late or not self._joined:
+            return 0.0
+        due = self._pacer.due_in(self._place)
+        return due if self._deadline is None else min(due, max(0.0, self._deadline - clock.now()))
 
     def notify(self, wake: Callable[[], None] | None) -> None:
-        self._wake = wake
-        if self._place is not None:
-            self._pacer.set_wake(self._place, wake)
+        self._pacer.set_wake(self._place, wake)
 
     def withdraw(self) -> None:
-        if self._place is not None and not self._taken:
+        if self._joined and not self.taken:
+            self._joined = False
             self._pacer.leave(self._place)
-            self._place = None

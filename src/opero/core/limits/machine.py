@@ -7,15 +7,17 @@ may vanish at any time, and so that no descriptor has to survive a fork.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
+import time
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
-from opero.core.clock import clock
+from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.forks import ForkSafeLock
 from opero.core.private_folder import private_folder
 from opero.exceptions import UnsafeCacheError
@@ -39,6 +41,9 @@ _TIME = struct.Struct("<d")
 _HEADER = struct.Struct("<8s4d")
 _PLACE = struct.Struct("<q")
 _NEW_FILES_PER_TIDYING = 256
+# Who holds a file holds it for microseconds, unless it was stopped: then others come again, and do not block.
+_LOCK_TRIES, _LOCK_SECONDS = 20, 0.00005
+_BUSY_SECONDS = 0.005
 
 
 def default_root() -> Path:
@@ -58,13 +63,13 @@ class FileGate:
     is_instant: ClassVar[bool] = True
 
     def __init__(self, name: str, rates: Rates, folder: Path | None) -> None:
-        self._root = folder
+        self._root = default_root() if folder is None else folder
         self._file_name = blake2b(name.encode(), digest_size=16).hexdigest()
         self.change(rates)
 
     @cached_property
     def _path(self) -> str:
-        folder = private_folder(self._root or default_root(), _FOLDER, "rate_limit_options={'folder': …}")
+        folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}")
         _tidying.file_opened(folder)
         return str(folder / self._file_name)
 
@@ -81,21 +86,33 @@ class FileGate:
 
     def _answer(self, request: Request) -> Any:
         try:
-            with self._lock, _locked(self._path) as file:
-                now = clock.machine()
-                state = _State(file, self._kind, self._rates, now)
-                if request.pause:
-                    state.pause(now + request.pause)
-                    return 0.0
-                opens_at = state.opens_at(now)
-                if opens_at > now:
-                    return opens_at - now
-                state.start(now)
-                return 0.0
+            return self._ask(request)
         except UnsafeCacheError:
             raise
+        except FileNotFoundError:
+            # The folder has gone; it is made anew.
+            self.__dict__.pop("_path", None)
         except OSError as error:
             return error
+        try:
+            return self._ask(request)
+        except FileNotFoundError as error:
+            return error
+
+    def _ask(self, request: Request) -> float:
+        with self._lock.lock, _locked(self._path) as file:
+            if file is None:
+                return _BUSY_SECONDS
+            now = clock.machine()
+            state = _State(file, self._kind, self._rates, now)
+            if request.pause:
+                state.pause(now + request.pause)
+                return 0.0
+            opens_at = state.opens_at(now)
+            if opens_at > now:
+                return opens_at - now
+            state.start(now)
+            return 0.0
 
 
 class _State:
@@ -108,33 +125,35 @@ class _State:
         self._places_at = _HEADER.size
         self._starts_at = _HEADER.size + _PLACE.size * len(rates.quotas)
         self._all_taken_at = self._paused_until = 0.0
+        self._places = [0] * len(rates.quotas)
         data = os.pread(file, self._starts_at, 0)
-        if len(data) < self._starts_at:
+        if len(data) < _HEADER.size:
             return
         written_kind, written_at, _, all_taken_at, paused_until = _HEADER.unpack_from(data)
-        if written_at > now:
-            # By a clock that began anew since.
+        if not 0 <= written_at <= now or not max(all_taken_at, paused_until) <= now + LONGEST_WAIT:
+            # Written by a clock that began anew since, or damaged.
             os.ftruncate(file, 0)
             return
         self._all_taken_at, self._paused_until = all_taken_at, paused_until
-        if written_kind != kind:
+        places = [
+            place for (place,) in _PLACE.iter_unpack(data[_HEADER.size :].ljust(self._starts_at - _HEADER.size, b"\0"))
+        ]
+        if written_kind != kind or not all(0 <= place < q.calls for place, q in zip(places, rates.quotas, strict=True)):
             os.ftruncate(file, 0)
-            data = bytes(self._starts_at)
-        self._places = [place for (place,) in _PLACE.iter_unpack(data[_HEADER.size :])]
-
-    @cached_property
-    def _places(self) -> list[int]:
-        return [0] * len(self._rates.quotas)
+            return
+        self._places = places
 
     def opens_at(self, now: float) -> float:
-        # Slots taken at a slower rate, by another process, are no more than a full burst of these.
+        # Slots taken at a slower rate are no more than a full burst of these.
         most = now + self._rates.tolerance + self._rates.interval
-        self._all_taken_at = min(self._all_taken_at, most)
+        if self._all_taken_at > most:
+            self._all_taken_at = most
+            self._write(now)
         moments = [self._all_taken_at - self._rates.tolerance, self._paused_until]
         for quota, offset in self._oldest():
             data = os.pread(self._file, _TIME.size, offset)
             (oldest,) = _TIME.unpack(data) if len(data) == _TIME.size else (0.0,)
-            if oldest:
+            if 0 < oldest <= now:
                 moments.append(oldest + quota.seconds)
         return max(moments)
 
@@ -166,12 +185,14 @@ class _State:
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[int]:
+def _locked(path: str) -> Iterator[int | None]:
+    """The open file, locked for this process; None if somebody else keeps it for longer than it takes to read."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            assert fcntl is not None  # noqa: S101 - for the type checkers
-            fcntl.lockf(file, fcntl.LOCK_EX, 1)
+            if not _lock(file):
+                yield None
+                return
             # Somebody may have tidied it away between the two.
             if os.fstat(file).st_nlink:
                 yield file
@@ -179,6 +200,20 @@ def _locked(path: str) -> Iterator[int]:
         finally:
             # This unlocks it, too.
             os.close(file)
+
+
+def _lock(file: int) -> bool:
+    assert fcntl is not None  # noqa: S101 - for the type checkers
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+        except OSError as error:
+            if error.errno not in {errno.EACCES, errno.EAGAIN}:
+                raise
+        else:
+            return True
+        time.sleep(_LOCK_SECONDS)
+    return False
 
 
 class _Tidying:
@@ -190,7 +225,7 @@ class _Tidying:
 
     def file_opened(self, folder: Path) -> None:
         """Once in a while, look through the folder."""
-        with self._lock:
+        with self._lock.lock:
             self._opened += 1
             if self._opened % _NEW_FILES_PER_TIDYING != 1:
                 return
@@ -200,7 +235,9 @@ class _Tidying:
                 self._remove_if_idle(str(path))
 
     def _remove_if_idle(self, path: str) -> None:
-        with _lock_for(path), _locked(path) as file:
+        with _lock_for(path).lock, _locked(path) as file:
+            if file is None:
+                return
             data = os.pread(file, _HEADER.size, 0)
             now = clock.machine()
             idle = len(data) < _HEADER.size
@@ -218,7 +255,7 @@ _locks: WeakValueDictionary[str, ForkSafeLock] = WeakValueDictionary()
 
 def _lock_for(path: str) -> ForkSafeLock:
     """One lock for all that use a file in this process: to close it anywhere unlocks it everywhere."""
-    with _registry_lock:
+    with _registry_lock.lock:
         lock = _locks.get(path)
         if lock is None:
             _locks[path] = lock = ForkSafeLock()

@@ -49,25 +49,25 @@ class LimitsPerValue:
 
     def take_now(self, value: Any) -> bool:
         """Take a slot of this value's limit if one is free and nobody waits; only where asking does not block."""
-        with self._lock:
+        with self._lock.lock:
             take_now = self._entry(value).limit.take_now
             return take_now is not None and take_now()
 
     @contextlib.contextmanager
     def using(self, value: Any) -> Iterator[Limit]:
         """This value's limit, which is not forgotten meanwhile."""
-        with self._lock:
+        with self._lock.lock:
             entry = self._entry(value)
             entry.callers += 1
         try:
             yield entry.limit
         finally:
-            with self._lock:
+            with self._lock.lock:
                 entry.callers -= 1
 
     def change(self, rates: Rates) -> None:
         """Go on at other rates, for all values."""
-        with self._lock:
+        with self._lock.lock:
             self._rates = rates
             for entry in self._entries.values():
                 entry.limit.change(rates)

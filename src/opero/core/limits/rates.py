@@ -23,6 +23,8 @@ _UNITS = {
     "day": 86_400.0,
 }
 _RATE_TEXT = re.compile(r"\s*(?P<calls>\d+(?:\.\d+)?)\s*/\s*(?P<unit>[a-z]+)\s*", re.ASCII)
+# Each call that a quota counts is remembered.
+_MOST_CALLS = 10_000_000
 # What asynciolimiter needs to hold every rate from 10 to 10 000 per second.
 _LEAST_BURST, _BURST_SECONDS = 5, 0.01
 
@@ -82,8 +84,11 @@ def parse_rates(rate: Any, max_burst: Any = None, *, option: str = "rate_limit",
     if max_burst is None:
         burst = max(_LEAST_BURST, math.ceil(per_second * _BURST_SECONDS))
     else:
+        if isinstance(max_burst, int) and max_burst > _MOST_CALLS:
+            msg = f"max_burst has {len(str(max_burst))} digits; write a number up to {_MOST_CALLS:,}"
+            raise ValueError(msg)
         burst = check_count(f"{options}['max_burst']" if options else "max_burst", max_burst, "calls", smallest=1)
-    quotas = [_quota(part) for part in parsed if part is not pace and part[1] != 1]
+    quotas = [_quota(part, option) for part in parsed if part is not pace and part[1] != 1]
     return Rates(per_second, burst, tuple(quotas))
 
 
@@ -116,6 +121,12 @@ def _per_second(parsed: tuple[float, float]) -> float:
     return parsed[0] / parsed[1]
 
 
-def _quota(parsed: tuple[float, float]) -> Quota:
+def _quota(parsed: tuple[float, float], option: str) -> Quota:
+    if parsed[0] > _MOST_CALLS:
+        msg = (
+            f"{option} has a quota of {parsed[0]:.3g} calls, too many to count; write up to {_MOST_CALLS:,}, for "
+            "a shorter time"
+        )
+        raise ValueError(msg)
     calls = max(1, int(parsed[0]))
     return Quota(calls, calls / _per_second(parsed))

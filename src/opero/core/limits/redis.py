@@ -30,7 +30,10 @@ if pause > 0 then
   keep()
   return 0
 end
-taken = math.min(taken, now + tolerance + interval)
+if taken > now + tolerance + interval then
+  taken = now + tolerance + interval
+  keep()
+end
 local opens = math.max(taken - tolerance, paused)
 for i = 2, #KEYS do
   local oldest = redis.call('LINDEX', KEYS[i], ARGV[2 * i] - 1)
@@ -70,10 +73,16 @@ class RedisGate:
 
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         try:
-            reason = self._server.rest.reason()
-            return [self._answer(request) if reason is None else reason for request in requests]
-        except Exception as error:  # noqa: BLE001 - whatever it is, it costs the sharing and not the call
-            self._server.failed(error)
+            server = self._server
+        except Exception as error:  # noqa: BLE001 - no redis-py: it costs the sharing and not the call
+            return [error] * len(requests)
+        reason = server.rest.reason()
+        if reason is not None:
+            return [reason] * len(requests)
+        try:
+            return [self._answer(request) for request in requests]
+        except Exception as error:  # noqa: BLE001 - as above
+            server.failed(error)
             return [error] * len(requests)
 
     def _answer(self, request: Request) -> float:

@@ -10,7 +10,7 @@ from opero.core.clock import clock
 from opero.core.faults import Complaints
 from opero.core.limits.line import Line
 from opero.core.limits.local import LocalLimit
-from opero.core.steps import Await, Consult, Pause
+from opero.core.steps import Await, Consult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -51,6 +51,7 @@ class SharedLimit:
         self._alone = LocalLimit(rates)
         self._complaints = Complaints(what, "going on with a limit of this process alone")
         self._opens_at = -math.inf
+        self._changes = 0
 
     @cached_property
     def _gate(self) -> Gate:
@@ -66,19 +67,18 @@ class SharedLimit:
             return (yield from self._alone.take(deadline))
         if deadline is not None and clock.now() + self.expected_wait() >= deadline:
             return False
-        turn = self._line.join()
+        turn = self._line.join(deadline)
         try:
-            if not turn.poll():
+            turn.enter()
+            while deadline is None or max(clock.now(), self._opens_at) < deadline:
                 yield Await(turn)
-            while True:
                 wait = yield from self._ask(Request())
                 if isinstance(wait, Exception):
                     return (yield from self._alone.take(deadline))
                 if not wait:
                     return True
-                if deadline is not None and self._opens_at >= deadline:
-                    return False
-                yield Pause(wait)
+                turn.asks_again_at(self._opens_at)
+            return False
         finally:
             turn.leave()
 
@@ -104,16 +104,21 @@ class SharedLimit:
 
     def change(self, rates: Rates) -> None:
         self._rates = rates
+        self._changes += 1
         self._alone.change(rates)
         self._gate.change(rates)
+        self._opens_at = -math.inf
+        self._line.rouse()
 
     def is_idle(self) -> bool:
         return not self._line and self._alone.is_idle()
 
     def _ask(self, request: Request) -> Generator[Any, Any, Any]:
+        changes = self._changes
         (answer,) = self._gate.perform([request]) if self._gate.is_instant else [(yield Consult(self._gate, request))]
         if isinstance(answer, Exception):
             self._complaints.tell(answer)
-        elif answer:
+        elif answer and changes == self._changes:
+            # Else it was told by rates that hold no more.
             self._opens_at = clock.now() + answer
         return answer

@@ -82,7 +82,7 @@ _in_use: weakref.WeakValueDictionary[str, KeyLocks] = weakref.WeakValueDictionar
 def key_locks(folder: Path) -> KeyLocks:
     """The one object for the locks of a folder: closing any descriptor of the file frees all this process's locks."""
     name = str(folder.resolve())
-    with _registry_lock:
+    with _registry_lock.lock:
         found = _in_use.get(name)
         if found is None:
             _in_use[name] = found = KeyLocks(folder)

@@ -108,7 +108,7 @@ class CacheSettings:
             return memory_store(namespace, maxsize=self.maxsize or MEMORY_MAXSIZE, policy=policy)
         assert namespace is not None  # noqa: S101 - what outlives the process has a name
         key = repr((self.backend, namespace, sorted(self.options.items())))
-        with _lock:
+        with _lock.lock:
             found: Store | None = _lasting_stores.get(key)
             if found is not None:
                 return found
