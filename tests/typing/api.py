@@ -34,6 +34,7 @@ from opero.core import (
     get_rate_limit_decorator,
     get_retry_decorator,
 )
+from opero.http import retry_after
 
 T = TypeVar("T")
 
@@ -322,6 +323,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     opero(retry_on=ValueError)
     opero(retry_on=(ValueError, OSError))
     opero(retry_on=lambda error: isinstance(error, OSError))
+    opero(retry_on=retry_after)
+    assert_type(retry_after(OSError()), bool | float)
     opero(rate_limit=0.5)
     opero(rate_limit="100/minute")
 
@@ -330,6 +333,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     opero(retries=None)  # type: ignore[call-overload]
     opero(cache="memory")  # type: ignore[call-overload]
     opero(retry_on=5)  # type: ignore[call-overload]
+    opero(retry_on=retry_after(OSError()))  # type: ignore[call-overload]
     opero(retry_on=KeyboardInterrupt)  # type: ignore[arg-type]
     opero(rate_limit={"s": 5})  # type: ignore[call-overload]
     opero(workers=5)  # type: ignore[call-overload]
