@@ -25,6 +25,8 @@ TOP = [
     "Outcome",
     "WorkerCrashedError",
     "__version__",
+    "candidates",
+    "candidates_from",
     "clear_cache",
     "configure_logging",
     "opero",
