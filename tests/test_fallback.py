@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import threading
 
 import pytest
 
-from opero import AllFailedError, OperoError, opero
-from opero.core import get_fallback_decorator
+from opero import AllFailedError, OperoError, candidates, candidates_from, opero, opmap
+from opero.core import MisuseError, get_fallback_decorator
 from opero.core.clock import clock
 
 ONCE = {"retries": 0, "arg_fallback": "key"}
@@ -410,3 +411,333 @@ def test_a_sleep_that_ends_a_little_early_wakes_no_other_candidate(world, fake_c
     function = opero(arg_fallback="key", retries=1, retry_on=retry_after(a=1, b=60))(service.function(world))
     all_failed(world, function, ["a", "b"])
     assert service.asked == ["a", "b", "a"]
+
+
+# Candidates for type checkers
+
+
+def key_a_and_key_b():
+    return ["a", "b"]
+
+
+BOTH_KINDS = pytest.mark.parametrize(
+    "both", [candidates("a", "b"), candidates_from(key_a_and_key_b), candidates_from(lambda: ("a", "b"))], ids=repr
+)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(
+    "call",
+    [lambda f, both: f(0, both), lambda f, both: f(0, key=both), lambda f, both: f(other=0, key=both)],
+    ids=["position", "keyword", "all by keyword"],
+)
+def test_typed_candidates_can_be_passed(world, both, call):
+    service = Service("b")
+
+    def ask(other, key):
+        return service(key)
+
+    function = opero(**ONCE)(world.define(ask))
+    assert world.run(lambda: call(function, both)) == "answer to b"
+    assert service.asked == ["a", "b"]
+
+
+@BOTH_KINDS
+def test_typed_candidates_can_be_the_default(world, both):
+    service = Service()
+
+    def ask(key=both):
+        return service(key)
+
+    all_failed(world, opero(**ONCE)(world.define(ask)))
+    all_failed(world, get_fallback_decorator("key")(world.define(ask)))
+    assert service.asked == ["a", "b"] * 2
+
+
+@BOTH_KINDS
+def test_typed_candidates_are_tried_round_by_round(world, fake_clock, both):
+    service = Service(clock=fake_clock)
+    all_failed(world, opero(arg_fallback="key", retries=2)(service.function(world)), both)
+    assert service.asked == ["a", "b"] * 3
+
+
+@BOTH_KINDS
+def test_typed_candidates_can_cool_down(world, fake_clock, both):
+    service = Service("b")
+    function = opero(**ONCE, fallback_cooldown=60)(service.function(world))
+    for _ in range(2):
+        world.run(function, both)
+    assert service.asked == ["a", "b", "b"]
+
+
+def test_a_typed_candidate_may_be_a_list(world):
+    service = Service(["b"])
+    world.run(opero(**ONCE)(service.function(world)), candidates(["a"], ["b"]))
+    assert service.asked == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("empty", [candidates(), candidates_from(list), candidates_from(tuple)], ids=repr)
+def test_no_typed_candidates_are_the_value_error_of_an_empty_list(world, fake_clock, empty):
+    service = Service()
+    function = opero(arg_fallback="key")(service.function(world))
+    with pytest.raises(ValueError, match=r"got an empty (list|tuple) for 'key'; give at least one candidate"):
+        world.run(function, empty)
+    assert (service.asked, fake_clock.sleeps) == ([], [])
+
+
+@pytest.mark.parametrize("shown", [repr, str, "{}".format, ascii])
+def test_typed_candidates_show_their_number_and_no_value(shown):
+    assert shown(candidates("sesame", "swordfish")) == "candidates(<2 values>)"
+    assert shown(candidates("sesame")) == "candidates(<1 value>)"
+
+
+def test_candidates_from_a_function_show_its_name_and_do_not_ask_it():
+    assert repr(candidates_from(key_a_and_key_b)) == "candidates_from(key_a_and_key_b)"
+    assert "not_to_be_asked" in repr(candidates_from(functools.partial(not_to_be_asked, 1)))
+
+
+@pytest.mark.parametrize("copied", [lambda it: pickle.loads(pickle.dumps(it)), copy.copy, copy.deepcopy])
+def test_typed_candidates_survive_being_copied(copied):
+    service = Service("b")
+    assert opero(**ONCE)(service)(copied(candidates("a", "b"))) == "answer to b"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_candidates_from_a_function_asks_the_same_function(copied):
+    rotation = Rotation()
+    assert opero(**ONCE)(good_ones)(copied(candidates_from(rotation.keys))) == "good 1"
+    assert rotation.asked == 1
+
+
+# Candidates that a function gives
+
+
+def not_to_be_asked(*_):
+    raise AssertionError
+
+
+class Rotation:
+    """Gives other keys each time, and cannot be pickled."""
+
+    def __init__(self, error=None):
+        self.lock = threading.Lock()
+        self.asked = 0
+        self.error = error
+
+    def keys(self):
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        return [f"bad {self.asked}", f"good {self.asked}"]
+
+
+def good_ones(key):
+    if not key.startswith("good"):
+        raise LookupError(key)
+    return key
+
+
+def test_the_function_is_asked_once_for_each_call_and_not_for_each_round(world, fake_clock):
+    rotation = Rotation()
+    service = Service()
+    function = opero(arg_fallback="key", retries=1)(service.function(world))
+    all_failed(world, function, candidates_from(rotation.keys))
+    assert service.asked == ["bad 1", "good 1"] * 2
+    all_failed(world, function, candidates_from(rotation.keys))
+    assert service.asked[4:] == ["bad 2", "good 2"] * 2
+
+
+@pytest.mark.parametrize("error", [ValueError("no key"), LookupError("no key")], ids=repr)
+def test_what_the_function_raises_is_raised_and_not_retried(world, fake_clock, error):
+    rotation = Rotation(error)
+    service = Service()
+    with pytest.raises(type(error)) as caught:
+        world.run(opero(arg_fallback="key")(service.function(world)), candidates_from(rotation.keys))
+    assert caught.value is error
+    assert (rotation.asked, service.asked, fake_clock.sleeps) == (1, [], [])
+
+
+@pytest.mark.parametrize(
+    "given", ["sesame", {"sesame"}, None, iter(["sesame"]), candidates("sesame")], ids=lambda g: type(g).__name__
+)
+def test_anything_but_a_list_or_tuple_from_the_function_is_an_error_that_does_not_show_it(world, fake_clock, given):
+    service = Service()
+    with pytest.raises(MisuseError, match="return a list or a tuple") as caught:
+        world.run(opero(arg_fallback="key")(service.function(world)), candidates_from(lambda: given))
+    assert type(given).__name__ in str(caught.value)
+    assert "sesame" not in str(caught.value)
+    assert service.asked == []
+
+
+def test_a_function_that_turns_out_to_be_async_is_an_error(world, fake_clock):
+    async def keys(count):
+        return ["a"] * count
+
+    with pytest.raises(MisuseError, match="awaitable"):
+        world.run(opero(arg_fallback="key")(Service().function(world)), candidates_from(lambda: keys(1)))
+
+
+def test_an_async_function_is_refused_with_the_way_out():
+    async def keys():
+        return ["a"]
+
+    with pytest.raises(TypeError, match=r"async function .*keys; write a plain one"):
+        candidates_from(keys)
+
+
+@pytest.mark.parametrize("secrets", [["sesame"], "sesame"])
+def test_values_in_place_of_the_function_are_refused_and_not_shown(secrets):
+    with pytest.raises(TypeError, match=r"candidates\(…\)") as caught:
+        candidates_from(secrets)
+    assert "sesame" not in str(caught.value)
+
+
+# Candidates and the cache
+
+
+def test_equal_typed_candidates_share_an_entry_and_others_do_not(world):
+    service = Service("a", "b")
+    function = opero(cache=True, **ONCE)(service.function(world))
+    for given in (candidates("a", "b"), candidates("a", "b"), candidates("b", "a"), ("a", "b"), ["a", "b"]):
+        world.run(function, given)
+    assert service.asked == ["a", "b", "a", "a"]
+
+
+def test_the_cache_knows_a_function_by_itself_and_asks_it_only_when_it_computes(world):
+    first, second = Rotation(), Rotation()
+    function = opero(cache=True, **ONCE)(world.define(good_ones))
+    for rotation in (first, first, second, second):
+        assert world.run(function, candidates_from(rotation.keys)) == "good 1"
+    assert (first.asked, second.asked) == (1, 1)
+    assert function.cache_delete(candidates_from(first.keys))
+    assert world.run(function, candidates_from(first.keys)) == "good 2"
+
+
+def test_a_lambda_for_a_default_is_cached(world):
+    service = Service("b")
+
+    def ask(key=candidates_from(lambda: ["a", "b"])):
+        return service(key)
+
+    function = opero(cache=True, **ONCE)(world.define(ask))
+    for _ in range(2):
+        assert world.run(function) == "answer to b"
+    assert service.asked == ["a", "b"]
+
+
+def test_a_failure_of_the_function_is_not_cached(world):
+    rotation = Rotation(LookupError())
+    function = opero(cache=True, **ONCE)(world.define(good_ones))
+    with pytest.raises(LookupError):
+        world.run(function, candidates_from(rotation.keys))
+    rotation.error = None
+    assert world.run(function, candidates_from(rotation.keys)) == "good 2"
+
+
+def test_what_is_cached_with_typed_candidates_outlives_the_process(world, backend, start):
+    source = """
+    from opero import candidates, candidates_from
+
+    def keys():
+        note("asked")
+        return ["a", "b"]
+
+    DEF ask(key):
+        note(key)
+        return key
+
+    function = cached(ask, arg_fallback="key")
+    say(run(function, candidates("x", "y")))
+    say(run(function, candidates_from(keys)))
+    say((noted("x"), noted("asked"), noted("a")))
+    """
+    options = {**backend.options, "cache_namespace": backend.namespace()}
+    for _ in range(2):
+        program = start(source, options, world=world)
+        assert program.end() == ["x", "a", (1, 1, 1)]
+
+
+def test_a_function_without_a_name_cannot_be_part_of_a_lasting_key(world, backend):
+    function = opero(**backend.options, **ONCE, cache_namespace=backend.namespace())(world.define(good_ones))
+    with pytest.raises(MisuseError, match="give cache_key="):
+        world.run(function, candidates_from(lambda: ["good"]))
+
+
+# Candidates and maps
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"key": candidates("worse", "good")},
+        {"key": candidates_from(lambda: ["worse", "good"])},
+        {"key": candidates_from(Rotation().keys)},
+    ],
+    ids=["default", "values", "lambda", "method"],
+)
+def test_a_function_in_a_map_gets_one_value_at_a_time(mode, given):
+    def ask(item, key=candidates("bad", "good")):
+        if not key.startswith("good"):
+            raise LookupError
+        return item, type(key).__name__
+
+    mapped = opmap(**mode.options, **ONCE)(mode.define(ask))
+    assert mode.run(mapped, [1, 2, 3], **given) == [(1, "str"), (2, "str"), (3, "str")]
+
+
+@pytest.mark.parametrize("gives", [lambda: ["bad", "good"], Rotation().keys], ids=["lambda", "method"])
+def test_what_gives_the_candidates_stays_where_it_is_when_workers_are_started_afresh(gives):
+    options = {"mode": "process", "workers": 1, "progress": False, "pool_options": {"start_method": "spawn"}}
+    mapped = opmap(**options, **ONCE)(lambda item, key: (item, type(key).__name__, good_ones(key)[:4]))
+    assert mapped([1, 2], key=candidates_from(gives)) == [(1, "str", "good"), (2, "str", "good")]
+    assert mapped([1], candidates_from(gives)) == [(1, "str", "good")]
+
+
+def test_the_items_of_a_map_can_be_candidates(mode):
+    rotation = Rotation()
+    mapped = opmap(**mode.options, **ONCE)(mode.define(good_ones))
+    items = [candidates("bad", "good"), candidates_from(rotation.keys), "good one"]
+    assert mode.run(mapped, items) == ["good", "good 1", "good one"]
+
+
+def test_a_function_is_asked_once_for_each_item_of_a_map(mode):
+    rotation = Rotation()
+
+    def ask(item, key):
+        return good_ones(key)
+
+    mapped = opmap(**mode.options, **ONCE)(mode.define(ask))
+    assert sorted(mode.run(mapped, "xyz", key=candidates_from(rotation.keys))) == ["good 1", "good 2", "good 3"]
+    assert rotation.asked == 3
+
+
+def test_what_the_function_raises_is_the_error_of_the_item(mode):
+    errors = [LookupError("no key"), ValueError("no key"), None]
+
+    def keys():
+        error = errors.pop(0)
+        if error is not None:
+            raise error
+        return ["good"]
+
+    def ask(item, key):
+        return key
+
+    mapped = opmap(**mode.options, arg_fallback="key")(mode.define(ask))
+    results = mode.run(mapped, "xyz", key=candidates_from(keys))
+    assert list(map(repr, results)) == ["LookupError('no key')", "ValueError('no key')", "'good'"]
+    assert mapped.stats.attempts == 1
+
+
+def test_a_function_that_was_carried_to_another_process_says_so():
+    carried = pickle.loads(pickle.dumps(candidates_from(Rotation().keys)))
+    assert repr(carried) == "candidates_from(Rotation.keys)"
+    with pytest.raises(MisuseError, match=r"Rotation\.keys.* was carried to another process"):
+        opero(**ONCE)(Service())(carried)
+
+
+def test_values_that_were_carried_to_a_worker_are_tried_there():
+    inner = opero(**ONCE)(lambda key=candidates("bad", "good"): good_ones(key))
+    mapped = opmap(mode="process", workers=1, progress=False, retries=0)(lambda item: (item, inner()))
+    assert mapped([1]) == [(1, "good")]

@@ -26,6 +26,8 @@ TOP = [
     "Outcome",
     "WorkerCrashedError",
     "__version__",
+    "candidates",
+    "candidates_from",
     "clear_cache",
     "configure_logging",
     "on_event",

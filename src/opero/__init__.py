@@ -2,6 +2,7 @@
 
 from opero.concurrency.outcome import Outcome
 from opero.core.cache import clear_cache
+from opero.core.candidates import candidates, candidates_from
 from opero.core.events import on_event
 from opero.core.stats import CallStats
 from opero.decorators.opero import opero
@@ -22,6 +23,8 @@ __all__ = [
     "Outcome",
     "WorkerCrashedError",
     "__version__",
+    "candidates",
+    "candidates_from",
     "clear_cache",
     "configure_logging",
     "on_event",

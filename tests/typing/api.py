@@ -20,6 +20,8 @@ from opero import (
     Outcome,
     WorkerCrashedError,
     __version__,
+    candidates,
+    candidates_from,
     clear_cache,
     configure_logging,
     opero,
@@ -34,6 +36,7 @@ from opero.core import (
     get_rate_limit_decorator,
     get_retry_decorator,
 )
+from opero.http import retry_after
 
 T = TypeVar("T")
 
@@ -324,6 +327,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     opero(retry_on=ValueError)
     opero(retry_on=(ValueError, OSError))
     opero(retry_on=lambda error: isinstance(error, OSError))
+    opero(retry_on=retry_after)
+    assert_type(retry_after(OSError()), bool | float)
     opero(rate_limit=0.5)
     opero(rate_limit="100/minute")
     opero(rate_limit=["10/s", 0.5])
@@ -334,11 +339,75 @@ def check_options(options: Mapping[str, Any]) -> None:
     opero(retries=None)  # type: ignore[call-overload]
     opero(cache="memory")  # type: ignore[call-overload]
     opero(retry_on=5)  # type: ignore[call-overload]
+    opero(retry_on=retry_after(OSError()))  # type: ignore[call-overload]
     opero(retry_on=KeyboardInterrupt)  # type: ignore[arg-type]
     opero(rate_limit={"s": 5})  # type: ignore[call-overload]
     opero(workers=5)  # type: ignore[call-overload]
     opero(fetch_plain, retries=5)  # type: ignore[call-overload]
     opero(5)  # type: ignore[call-overload]
+
+
+# Candidates
+
+
+def keys() -> list[str]:
+    return ["a", "b"]
+
+
+def hosts() -> tuple[str, ...]:
+    return ("north", "south")
+
+
+def the_only_key() -> str:
+    return "a"
+
+
+async def keys_async() -> list[str]:
+    return keys()
+
+
+@opero(arg_fallback="key")
+def ask(question: str, key: str = candidates("a", "b")) -> str:
+    return question + key
+
+
+@opero(arg_fallback="key")
+async def ask_async(question: str, *, key: str = candidates_from(keys)) -> str:
+    return question + key
+
+
+@opmap(arg_fallback="key")
+def ask_all(question: str, key: str = candidates_from(hosts)) -> str:
+    return question + key
+
+
+@opero(arg_fallback="port")
+def connect(port: int = candidates(80, 8080)) -> None: ...
+
+
+async def check_candidates() -> None:
+    assert_type(candidates("a", "b"), str)
+    assert_type(candidates(*keys()), str)
+    assert_type(candidates_from(keys), str)
+    assert_type(candidates_from(hosts), str)
+    assert_type(candidates_from(lambda: [1, 2]), int)
+    assert_type(ask("q"), str)
+    assert_type(ask("q", candidates("c", "d")), str)
+    assert_type(ask("q", key=candidates_from(keys)), str)
+    assert_type(await ask_async("q", key=candidates("a", "b")), str)
+    assert_type(ask_all(["q"], candidates("a", "b")), list[str | Exception])
+    assert_type(ask_all(candidates("a", "b")), list[str | Exception])
+    port: int = candidates(1, 2)
+    del port
+
+    ask("q", candidates(1, 2))  # type: ignore[arg-type]
+    ask("q", candidates("a", 2))  # type: ignore[arg-type]
+    ask("q", candidates(["a", "b"]))  # type: ignore[arg-type]
+    ask("q", ["a", "b"])  # type: ignore[arg-type]
+    ask("q", candidates_from(lambda: [1, 2]))  # type: ignore[arg-type]
+    candidates_from(the_only_key)  # type: ignore[arg-type]
+    candidates_from(keys_async)  # type: ignore[arg-type]
+    candidates_from(["a", "b"])  # type: ignore[arg-type]
 
 
 # Maps

@@ -31,7 +31,12 @@ class TqdmProgress:
     """A tqdm bar on a terminal or in a notebook, and nothing elsewhere."""
 
     def __init__(self, label: str, total: int | None) -> None:
-        from tqdm.auto import tqdm
+        import warnings
+
+        with warnings.catch_warnings():
+            # In a notebook without ipywidgets: there it shows no bar, and the map needs none.
+            warnings.filterwarnings("ignore", "IProgress not found")
+            from tqdm.auto import tqdm
         from tqdm.std import tqdm as terminal_bar
 
         class Bar(tqdm):  # type: ignore[type-arg]  # generic for type checkers only

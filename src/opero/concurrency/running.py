@@ -111,7 +111,9 @@ class _Run:
         plan = plan.bare if switches.is_disabled else plan
         shape = Shape(*arguments)
         slot = None if plan.fallback is None else parameter_slot(plan.function, plan.fallback.parameter, "arg_fallback")
-        self.pool = settings.make_pool(Work(plan.function, plan.is_async, shape, slot))
+        # A worker is sent each candidate when it is its turn, and never all of them, which are often secrets.
+        sent = shape if slot is None else shape.without(slot)
+        self.pool = settings.make_pool(Work(plan.function, plan.is_async, sent, slot))
         self._deliver = deliver
         self._sink = sink
         self._progress = make_progress(settings.progress, plan.name, total)

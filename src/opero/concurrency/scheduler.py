@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
     from opero.concurrency.outcome import Sink
+    from opero.core.signature import ParameterSlot
     from opero.core.steps import Arrival
 
 # Items that wait for a retry; above this no new input is taken up.
@@ -80,6 +81,15 @@ class Shape:
 
     def arguments(self, item: Any) -> tuple[Any, ...]:
         return (*self.head, item, *self.rest)
+
+    def without(self, slot: ParameterSlot) -> Shape:
+        """The same with None for one parameter, unless that is the item."""
+        place = -1 if slot.position is None else slot.position - len(self.head) - 1
+        if 0 <= place < len(self.rest):
+            return Shape(self.head, (*self.rest[:place], None, *self.rest[place + 1 :]), self.kwargs)
+        if slot.keyword and slot.name in self.kwargs:
+            return Shape(self.head, self.rest, {**self.kwargs, slot.name: None})
+        return self
 
 
 class _Entry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from opero.core.candidates import Candidates, CandidatesFrom
 from opero.core.checks import check_seconds, check_text
 from opero.core.clock import clock
 from opero.core.forks import watch_forks
@@ -27,8 +28,8 @@ R = TypeVar("R")
 class FallbackOverParameter:
     """Which values, in which order, for this call.
 
-    A list or tuple holds candidates; any other value, text included, is the only one. With a ``cooldown``, candidates
-    that failed within the last so many seconds come last.
+    A list or tuple, or what `opero.core.candidates` makes, holds candidates; any other value, text included, is the
+    only one. With a ``cooldown``, candidates that failed within the last so many seconds come last.
     """
 
     def __init__(self, slot: ParameterSlot, function_name: str, cooldown: float | None) -> None:
@@ -46,6 +47,8 @@ class FallbackOverParameter:
 
     def values(self, call: Call) -> list[Any]:
         given = self._slot.get(call.args, call.kwargs)
+        if isinstance(given, (Candidates, CandidatesFrom)):
+            given = given.values()
         if not isinstance(given, (list, tuple)):
             return [given]
         if not given:
@@ -92,7 +95,8 @@ def get_fallback_decorator(
 
     Args:
         arg_fallback: Name of the parameter. A list or tuple passed for it (by position, by keyword or as the default)
-            holds the candidates and the function gets one of them at a time; any other value is the only candidate.
+            holds the candidates and the function gets one of them at a time; `opero.candidates` and
+            `opero.candidates_from` do the same for type checkers; any other value is the only candidate.
         fallback_cooldown: Seconds for which a candidate that failed is tried last. Default: the order never changes.
 
     Raises:

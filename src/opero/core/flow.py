@@ -109,7 +109,7 @@ class _CallFlow:
     def retry(self) -> Flow:
         try:
             self.candidates = self._make_candidates()
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001 - none, or what the function of `candidates_from` raised
             return Failed(error)
         retry = self.plan.retry
         rounds = Once() if retry is None else retry.rounds(self.call, self.plan.function)

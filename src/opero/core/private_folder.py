@@ -28,11 +28,12 @@ def private_folder(root: Path, name: str, option: str) -> Path:
     for folder in (root, root / name):
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        _refuse_unsafe(folder, option)
+        refuse_unsafe(folder, option)
     return root / name
 
 
-def _refuse_unsafe(folder: Path, option: str) -> None:
+def refuse_unsafe(folder: Path, option: str) -> None:
+    """Raise `UnsafeCacheError` if others own the folder or can write to it."""
     if not hasattr(os, "geteuid"):  # Windows: the folders of a user are that user's by default
         return
     found = folder.lstat()

@@ -312,9 +312,9 @@ def limit_policy(
     has_candidates: bool = False,
 ) -> FunctionLimit:
     """Check the rate limit's options and make the policy for ``function``."""
-    if isinstance(options, str):
-        # A URL, most likely, and it may hold a password.
-        msg = "rate_limit_options is str; write a mapping of option names to values"
+    if isinstance(options, str) and "://" in options:
+        # Not shown: it may hold a password.
+        msg = "rate_limit_options is a URL; write a mapping of option names to values, with the URL as 'url'"
         raise TypeError(msg)
     given = check_mapping("rate_limit_options", options)
     check_known("rate_limit_options", given, (*_LIMITER_OPTIONS, "when_full"))

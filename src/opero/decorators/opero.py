@@ -220,7 +220,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``jitter`` (True): draw each delay from its upper half at random.
             - ``retry_on`` (Exception): class, tuple, or ``callable(exception)`` returning a bool or seconds to wait.
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
-            - ``arg_fallback`` (None): name of the parameter whose list or tuple holds candidates to try in order.
+            - ``arg_fallback`` (None): name of the parameter whose list or tuple, `opero.candidates` or
+              `opero.candidates_from`, holds candidates to try in order.
             - ``fallback_cooldown`` (None): seconds for which a candidate that failed is tried last.
             - ``rate_limit`` (None): calls per second, text such as ``"100/minute"``, a list of such limits that all
               hold, or an `opero.core.RateLimiter` that functions share; every execution takes a slot. Seconds that

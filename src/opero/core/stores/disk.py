@@ -21,7 +21,7 @@ from opero.core.forks import hold_forks
 from opero.core.private_folder import private_folder
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
 from opero.core.stores.entries import loads
-from opero.core.stores.lasting import LastingStore
+from opero.core.stores.lasting import LastingStore, slug
 from opero.core.stores.locks import KeyLocks, key_locks
 from opero.core.stores.settings import DISK_POLICIES
 
@@ -40,6 +40,7 @@ _LOCK_SECONDS = 5.0
 _LOCK_STEP = 0.1
 _GRAVE_SECONDS = 86_400.0
 _MODE_RAW, _MODE_BINARY = 1, 2
+NAMESPACE_SETTING = "opero_namespace"
 
 _SELECT = (
     "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1 AND (expire_time IS NULL OR expire_time > ?)"
@@ -88,7 +89,7 @@ class _Bytes(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
 class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
     """One connection for writing, of the process and not of a thread, and a bound on the number of entries."""
 
-    def __init__(self, folder: Path, *, maxsize: int | None, policy: str, size_limit: int) -> None:
+    def __init__(self, folder: Path, namespace: str, *, maxsize: int | None, policy: str, size_limit: int) -> None:
         self._connection: sqlite3.Connection | None = None
         self._maxsize = maxsize
         self._cull_rows = _CULL.format(order=_ORDER[policy])
@@ -101,6 +102,8 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
             statistics=0,
             tag_index=0,
             disk_min_file_size=_IN_DATABASE,
+            # No setting of diskcache's, which keeps it beside its own: the folder's name does not always tell.
+            **{NAMESPACE_SETTING: namespace.encode("utf-8", "surrogatepass")},
         )
 
     @property
@@ -143,17 +146,19 @@ class DiskStore(LastingStore):
     def __init__(
         self,
         root: Callable[[], Path],
-        name: str,
+        namespace: str,
         entry_format: EntryFormat,
         *,
         maxsize: int | None,
         policy: str,
         size_limit: int,
     ) -> None:
+        name = slug(namespace)
         super().__init__(f"the disk cache {name}", entry_format, maxsize)
         self._root = root
         self._rest = Rest()
         self._name = name
+        self._namespace = namespace
         self._policy = policy
         self._size_limit = size_limit
         self._database: _Database | None = None
@@ -363,7 +368,13 @@ class DiskStore(LastingStore):
         with self._lock:
             if self._reading is None or self._database is None:
                 folder = private_folder(self._root(), self._name, "cache_options={'cache_dir': …}")
-                database = _Database(folder, maxsize=self.maxsize, policy=self._policy, size_limit=self._size_limit)
+                database = _Database(
+                    folder,
+                    self._namespace,
+                    maxsize=self.maxsize,
+                    policy=self._policy,
+                    size_limit=self._size_limit,
+                )
                 if self._locks is None:
                     self._locks = key_locks(folder)
                 self._fetch = database.disk.fetch

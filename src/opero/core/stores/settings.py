@@ -22,6 +22,7 @@ from opero.core.stores.memory import MEMORY_MAXSIZE, MEMORY_POLICIES, memory_sto
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from opero.core.stores.contract import Store
 
@@ -118,17 +119,21 @@ class CacheSettings:
 
     def _disk_store(self, namespace: str) -> Any:
         from opero.core.stores.disk import DiskStore
-        from opero.core.stores.lasting import slug
-        from opero.core.stores.twat import cache_folder
 
         return DiskStore(
-            lambda: cache_folder(self.config()),
-            slug(namespace),
+            self.disk_folder,
+            namespace,
             self._format(),
             maxsize=self.maxsize,
             policy=self.options.get("policy", "fifo"),
             size_limit=self.options.get("size_limit", DISK_SIZE_LIMIT),
         )
+
+    def disk_folder(self) -> Path:
+        """The folder in which the namespaces lie; it is not made."""
+        from opero.core.stores.twat import cache_folder
+
+        return cache_folder(self.config())
 
     def _redis_store(self, namespace: str) -> Any:
         from opero.core.stores.lasting import slug

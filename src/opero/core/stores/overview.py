@@ -1,0 +1,114 @@
+"""What lies in a disk cache, found out without making, changing or unpickling anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diskcache.core import DBNAME
+
+from opero.core.clock import clock
+from opero.core.private_folder import refuse_unsafe
+from opero.core.stores.disk import NAMESPACE_SETTING
+from opero.core.stores.lasting import slug
+from opero.exceptions import UnsafeCacheError
+from opero.utils.notes import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PATIENCE = 5.0
+_OPTION = "--cache-dir"
+_NAME = "SELECT value FROM Settings WHERE key = ?"
+# What has expired is gone for every reader; an empty value marks a deleted key, see `DiskStore.delete`.
+_COUNT = (
+    "SELECT COUNT(*) FROM Cache WHERE raw = 1 AND (expire_time IS NULL OR expire_time > ?) "
+    "AND (filename IS NOT NULL OR length(value) > 0)"
+)
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """One folder of a disk cache.
+
+    ``name`` is None where nothing tells it: in a folder that no version has opened that keeps the name. With a
+    ``problem``, ``entries`` are not known.
+    """
+
+    folder: Path
+    size: int
+    name: str | None = None
+    entries: int | None = None
+    problem: str | None = None
+
+
+def namespaces_in(root: Path) -> list[Namespace]:
+    """The namespaces of a disk cache, by folder; none if there is no such folder.
+
+    Raises:
+        UnsafeCacheError: If others could have put something there.
+    """
+    if not os.path.lexists(root):
+        return []
+    refuse_unsafe(root, _OPTION)
+    folders = [Path(entry.path) for entry in os.scandir(root) if _has_database(entry.path)]
+    return [_namespace(folder) for folder in sorted(folders)]
+
+
+def _has_database(folder: str) -> bool:
+    return os.path.lexists(os.path.join(folder, DBNAME))  # noqa: PTH118 - what scandir gives is text
+
+
+def _namespace(folder: Path) -> Namespace:
+    try:
+        refuse_unsafe(folder, _OPTION)
+        size = _size_of(folder)
+        with _reading(folder / DBNAME) as connection:
+            name = _name_of(folder.name, connection.execute(_NAME, (NAMESPACE_SETTING,)).fetchone())
+            ((entries,),) = connection.execute(_COUNT, (clock.wall(),)).fetchall()
+            return Namespace(folder, size, name, entries)
+    except UnsafeCacheError as error:
+        return Namespace(folder, 0, problem=str(error))
+    except (sqlite3.Error, OSError) as error:
+        return Namespace(folder, _size_of(folder), problem=f"cannot be read ({describe(error)})")
+
+
+def _name_of(folder: str, row: tuple[object] | None) -> str | None:
+    # Where no name is kept, the folder's own may hold the whole of it; either is believed only if it leads here.
+    names = [folder.rpartition("-")[0]]
+    if row is not None and isinstance(row[0], bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            names.append(row[0].decode("utf-8", "surrogatepass"))
+    return next((name for name in names if slug(name) == folder), None)
+
+
+@contextlib.contextmanager
+def _reading(database: Path) -> Iterator[sqlite3.Connection]:
+    if not stat.S_ISREG(database.lstat().st_mode):
+        msg = f"{database.name} is not a file"
+        raise OSError(msg)
+    log = database.with_name(f"{DBNAME}-wal")
+    # Where no process has left anything in the log, SQLite would make one, and an index to it, just to read.
+    manner = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
+    connection = sqlite3.connect(f"{database.absolute().as_uri()}?{manner}", timeout=_PATIENCE, uri=True)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the files, and of nothing that a link leads to."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            # Another process may take a file away meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                found = os.lstat(os.path.join(parent, name))  # noqa: PTH118 - what walk gives is text
+                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return size

@@ -1,0 +1,390 @@
+"""`opero.http.retry_after`: with real clients, against a real server on this machine."""
+
+from __future__ import annotations
+
+import email.utils
+import http.server
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import aiohttp
+import httpx
+import pytest
+import requests
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from opero import AllFailedError, opero
+from opero.core.clock import LONGEST_WAIT, clock
+from opero.http import retry_after
+
+NOW = 1_700_000_000
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Gives the answers that it was told to, one for each request, the last one again and again."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers = [(200, {}, b"fine")]
+        self.requests = []
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+
+    def answer(self, *answers):
+        """Each a status, or a status and its ``Retry-After``, or a status, headers and a body."""
+        self.answers = [_complete(answer) for answer in answers]
+
+
+def _complete(answer):
+    if isinstance(answer, int):
+        return answer, {}, b"fine"
+    return answer if len(answer) == 3 else (answer[0], {"Retry-After": answer[1]}, b"fine")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self.headers.get("Key"))
+        answers = self.server.answers
+        status, headers, body = answers.pop(0) if len(answers) > 1 else answers[0]
+        if status == 0:
+            return
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        """The test knows."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def get_by_urllib(url, key=""):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Key": key}), timeout=0.2) as response:
+            return response.read()
+    except urllib.error.HTTPError as error:
+        # It is the response, too.
+        error.close()
+        raise
+
+
+def get_by_requests(url, key=""):
+    with requests.get(url, headers={"Key": key}, timeout=0.2) as response:
+        response.raise_for_status()
+        return response.content
+
+
+def get_by_httpx(url, key=""):
+    with httpx.Client(follow_redirects=True, timeout=0.2) as client:
+        return client.get(url, headers={"Key": key}).raise_for_status().content
+
+
+async def get_by_httpx_async(url, key=""):
+    async with httpx.AsyncClient(follow_redirects=True, timeout=0.2) as client:
+        return (await client.get(url, headers={"Key": key})).raise_for_status().content
+
+
+async def get_by_aiohttp(url, key=""):
+    timeout = aiohttp.ClientTimeout(total=0.2)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
+        session.get(url, headers={"Key": key}) as response,
+    ):
+        return await response.read()
+
+
+@pytest.fixture(params=["urllib", "requests", "httpx", "httpx async", "aiohttp"])
+def get(request):
+    """A function that fetches a URL, by one of the clients."""
+    return {
+        "urllib": get_by_urllib,
+        "requests": get_by_requests,
+        "httpx": get_by_httpx,
+        "httpx async": get_by_httpx_async,
+        "aiohttp": get_by_aiohttp,
+    }[request.param]
+
+
+@pytest.fixture
+def world(get):
+    """That of the client."""
+    from conftest import World
+
+    return World(is_async="async" in get.__name__ or "aiohttp" in get.__name__)
+
+
+@pytest.fixture
+def failure(world, get, server):
+    """What a request of the client raises."""
+
+    def failed(url=server.url):
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - each client has its own
+            world.run(get, url)
+        return caught.value
+
+    return failed
+
+
+# Answers
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
+def test_statuses_that_pass_are_retried(server, failure, status):
+    server.answer(status)
+    assert retry_after(failure()) is True
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 410, 418, 422, 451])
+def test_other_statuses_are_not_retried_whatever_they_ask_for(server, failure, status):
+    server.answer((status, "5"))
+    assert retry_after(failure()) is False
+
+
+def test_too_many_redirects_are_not_retried(server, failure):
+    server.answer((302, {"Location": server.url}, b""))
+    assert retry_after(failure()) is False
+
+
+def test_seconds_are_waited_for(server, failure):
+    server.answer((503, "7"))
+    answer = retry_after(failure())
+    assert (answer, type(answer)) == (7.0, float)
+
+
+def test_a_date_is_waited_for(server, failure, fake_clock):
+    clock.wall = lambda: NOW
+    server.answer((429, email.utils.formatdate(NOW + 90, usegmt=True)))
+    assert retry_after(failure()) == 90.0
+
+
+def test_a_date_in_the_past_means_now(server, failure, fake_clock):
+    clock.wall = lambda: NOW
+    server.answer((503, email.utils.formatdate(NOW - 90, usegmt=True)))
+    answer = retry_after(failure())
+    assert (answer, type(answer)) == (0.0, float)
+
+
+def test_garbage_is_ignored(server, failure):
+    server.answer((503, "soon"))
+    assert retry_after(failure()) is True
+
+
+def answered(text):
+    """An error without a server: requests' own, with this ``Retry-After``."""
+    response = requests.Response()
+    response.status_code = 503
+    response.headers["Retry-After"] = text
+    return requests.HTTPError(response=response)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0", 0.0), (" 5 ", 5.0), ("0.25", 0.25), ("1.", 1.0), ("31536000", LONGEST_WAIT)]
+)
+def test_seconds_may_be_written_in_these_ways(text, seconds):
+    assert retry_after(answered(text)) == seconds
+
+
+@pytest.fixture
+def far_from_greenwich(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Pacific/Kiritimati")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "Tue, 14 Nov 2023 22:13:25 GMT",
+        "Tuesday, 14-Nov-23 22:13:25 GMT",
+        "Tue Nov 14 22:13:25 2023",
+        "Tue, 14 Nov 2023 22:13:25 -0000",
+        "Tue, 14 Nov 2023 23:13:25 +0100",
+    ],
+)
+def test_a_date_may_be_written_in_these_ways(fake_clock, far_from_greenwich, date):
+    clock.wall = lambda: NOW
+    assert retry_after(answered(date)) == 5.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "-5",
+        "+5",
+        "nan",
+        "inf",
+        "-inf",
+        "1e3",
+        "5, 5",
+        "5 s",
+        "\u0665",
+        "1_000",
+        "0x10",
+        "31536001",
+        "9" * 400,
+        "Fri, 31 Dec 9999 23:59:59 GMT",
+        "Tue, 14 Nov 2023 22:13:25 +9999",
+        "Tue, 99 Nov 2023 22:13:25 GMT",
+    ],
+)
+def test_what_is_no_time_to_wait_for_leaves_it_to_the_backoff(text):
+    assert retry_after(answered(text)) is True
+
+
+@given(st.text())
+@example("Mon, 01 Jan 0001 00:00:00 +2359")
+@example("Mon, 01 Jan")
+def test_whatever_a_server_writes_the_answer_is_yes_or_a_time_that_can_be_waited_for(text):
+    answer = retry_after(answered(text))
+    assert answer is True or (isinstance(answer, float) and 0 <= answer <= LONGEST_WAIT)
+
+
+# No answer
+
+
+def test_a_refused_connection_is_retried(failure):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    assert retry_after(failure(f"http://127.0.0.1:{port}/")) is True
+
+
+def test_a_server_that_says_nothing_is_retried(failure):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert retry_after(failure(f"http://127.0.0.1:{silent.getsockname()[1]}/")) is True
+
+
+def test_a_server_that_hangs_up_is_retried(server, failure):
+    server.answer((0, {}, b""))
+    assert retry_after(failure()) is True
+
+
+def test_a_body_that_breaks_off_is_retried(server, failure):
+    server.answer((200, {"Content-Length": "100"}, b"not a hundred bytes"))
+    assert retry_after(failure()) is True
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(), BrokenPipeError(), TimeoutError(), urllib.error.URLError("")]
+)
+def test_connections_and_timeouts_of_python_itself_are_retried(error):
+    assert retry_after(error) is True
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(),
+        OSError(),
+        FileNotFoundError(),
+        httpx.InvalidURL(""),
+        httpx.UnsupportedProtocol(""),
+        httpx.LocalProtocolError(""),
+        httpx.DecodingError(""),
+        requests.exceptions.InvalidURL(),
+        requests.exceptions.MissingSchema(),
+        requests.exceptions.JSONDecodeError("", "", 0),
+        aiohttp.InvalidURL("x"),
+    ],
+    ids=repr,
+)
+def test_any_other_error_is_not_retried(error):
+    assert retry_after(error) is False
+
+
+# Errors of others
+
+
+class ForeignError(Exception):
+    def __init__(self, response):
+        super().__init__()
+        self.response = response
+
+
+@pytest.mark.parametrize("status", [429, 404])
+def test_an_error_that_holds_a_response_is_judged_by_it(status):
+    response = httpx.Response(status, headers={"retry-after": "3"})
+    assert retry_after(ForeignError(response)) == (3.0 if status == 429 else False)
+
+
+def test_a_subclass_of_a_clients_error_is_judged_like_it():
+    class Mine(requests.ConnectionError):
+        pass
+
+    assert retry_after(Mine()) is True
+
+
+def test_a_class_that_has_only_the_name_of_a_clients_error_is_not_taken_for_it():
+    class NetworkError(Exception):
+        status = status_code = code = 503
+
+    assert retry_after(NetworkError()) is False
+
+
+# With the decorator
+
+
+def test_a_function_waits_as_long_as_the_server_asks_for(world, get, server, fake_clock):
+    clock.wall = lambda: NOW
+    server.answer((503, "7"), (429, email.utils.formatdate(NOW + 90, usegmt=True)), 500, 200)
+    function = opero(retry_on=retry_after, min_delay=0.5, jitter=False)(get)
+
+    assert world.run(function, server.url) == b"fine"
+    assert fake_clock.sleeps == [7.0, 90.0, 2.0]
+
+
+def test_a_function_gives_up_where_a_retry_is_no_use(world, get, server, fake_clock):
+    server.answer((503, "1"), (404, "1"), 200)
+    with pytest.raises(Exception, match="404"):
+        world.run(opero(retry_on=retry_after)(get), server.url)
+    assert fake_clock.sleeps == [1.0]
+
+
+def test_a_key_that_is_over_its_quota_rests_and_the_other_one_is_asked(world, get, server, fake_clock):
+    server.answer((429, "60"), 401, (200, {}, b"fine"))
+    function = opero(retry_on=retry_after, arg_fallback="key")(get)
+
+    assert world.run(function, server.url, ["tired", "revoked"]) == b"fine"
+    assert server.requests == ["tired", "revoked", "tired"]
+    assert fake_clock.sleeps == pytest.approx([60.0])
+
+
+def test_total_timeout_ends_what_a_server_would_make_wait_for_long(world, get, server, fake_clock):
+    server.answer((503, "86400"))
+    with pytest.raises(Exception, match="503"):
+        world.run(opero(retry_on=retry_after, total_timeout=60)(get), server.url)
+    with pytest.raises(AllFailedError):
+        world.run(opero(retry_on=retry_after, total_timeout=60, arg_fallback="key")(get), server.url)
+    assert fake_clock.sleeps == []
+
+
+# Imports
+
+CLIENTS = "{'httpx', 'requests', 'aiohttp', 'urllib.request', 'urllib.error', 'http.client'}"
+
+
+@pytest.mark.parametrize(("imported", "unwanted"), [("opero", "{'opero.http'} | " + CLIENTS), ("opero.http", CLIENTS)])
+def test_nothing_is_imported_for_it(imported, unwanted):
+    source = f"import sys, {imported}\nfound = sys.modules.keys() & ({unwanted})\nassert not found, found"
+    subprocess.run([sys.executable, "-W", "error", "-c", source], check=True)
