@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import struct
 import threading
@@ -12,10 +11,8 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.transport import pack_report, pack_singly, unpack_work
-from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, in_time, run_items
-from opero.core.signature import MISSING
-from opero.exceptions import NotTransferableError
+from opero.concurrency.transport import pack_report, pack_singly, unpack_batch, unpack_work
+from opero.concurrency.worker import AsyncCaller, Report, Work, in_time, run_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,7 +143,7 @@ def _serve_batches(pipe: Connection, work: Work, caller: AsyncCaller | None) -> 
         if kind == AGAIN:
             reports.send_singly(number)
             continue
-        arrived = _unpack_batch(payload)
+        arrived = unpack_batch(payload)
         if isinstance(arrived, Report):
             reports.send(number, arrived)
             continue
@@ -195,7 +192,7 @@ class _AsyncServer:
             loop.call_soon_threadsafe(messages.put_nowait, data)
 
     async def _run(self, number: int, payload: bytes) -> None:
-        arrived = _unpack_batch(payload)
+        arrived = unpack_batch(payload)
         if isinstance(arrived, Report):
             self._reports.send(number, arrived)
             return
@@ -211,11 +208,3 @@ class _AsyncServer:
             self._messages.put_nowait(None)
             return
         self._reports.send(number, Report([value], errors, time.perf_counter() - started))
-
-
-def _unpack_batch(payload: bytes) -> tuple[list[Any], Any, TimeLimit | None] | Report:
-    try:
-        items, has_candidate, candidate, limit = pickle.loads(payload)  # noqa: S301 - from the parent process
-    except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
-        return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {error}")}, 0.0)
-    return items, candidate if has_candidate else MISSING, limit

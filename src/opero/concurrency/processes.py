@@ -32,10 +32,10 @@ from opero.concurrency.process_worker import (
     serve,
     unpack_message,
 )
-from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
-from opero.concurrency.transport import pack_items, pack_work, unpack_singly
+from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
+from opero.concurrency.transport import pack_batch, pack_work, unpack_singly
 from opero.core.forks import ForkSafeLock, foreign_threads, watch_forks
-from opero.core.signature import MISSING, name_of
+from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
 
 if TYPE_CHECKING:
@@ -285,9 +285,9 @@ class ProcessPool:
     def _send(self, worker: Worker, batch: Batch) -> None:
         self._numbers += 1
         try:
-            data = pack_items(batch.items, _wire(batch))
+            data = pack_batch(batch)
         except NotTransferableError as error:
-            self._deliver(_not_run(batch, error))
+            self._deliver(not_run(batch, error))
             return
         worker.batches[self._numbers] = batch
         worker.reserved = batch.alone
@@ -312,7 +312,7 @@ class ProcessPool:
         worker.reserved = False
         self._hand_out()
         if len(values) < len(batch.items):
-            return _not_run(batch, errors[0])
+            return not_run(batch, errors[0])
         return Done(batch, values, errors, seconds, size)
 
     # The reader thread
@@ -339,19 +339,6 @@ class ProcessPool:
             data = None
         self._deliver((worker, data))
         return data is not None
-
-
-def _wire(batch: Batch) -> tuple[bool, Any, Any]:
-    # MISSING is one object in one process; it does not travel.
-    has_candidate = batch.candidate is not MISSING
-    return has_candidate, batch.candidate if has_candidate else None, batch.time_limit
-
-
-def _not_run(batch: Batch, error: Exception) -> Done | Lost:
-    """An item of the batch cannot travel; alone, it is known which."""
-    if len(batch.items) == 1:
-        return Done(batch, [None], {0: error}, 0.0)
-    return Lost([batch], str(error), at_once=True)
 
 
 _MAIN_HINT = (

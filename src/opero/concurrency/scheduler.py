@@ -134,17 +134,32 @@ class Lost:
     """A worker ended; ``batches`` were with it, the first one sent first.
 
     ``at_once``: all of them were running, but for the ``innocent`` ones, which never reached it.
+    ``sure``: nothing else can have ended it.
     """
 
-    __slots__ = ("at_once", "batches", "innocent", "reason")
+    __slots__ = ("at_once", "batches", "innocent", "reason", "sure")
 
     def __init__(
-        self, batches: list[Batch], reason: str, *, at_once: bool = False, innocent: Collection[Batch] = ()
+        self,
+        batches: list[Batch],
+        reason: str,
+        *,
+        at_once: bool = False,
+        innocent: Collection[Batch] = (),
+        sure: bool = True,
     ) -> None:
         self.innocent = innocent
+        self.sure = sure
         self.batches = batches
         self.reason = reason
         self.at_once = at_once
+
+
+def not_run(batch: Batch, error: Exception) -> Done | Lost:
+    """An item of the batch cannot travel; alone, it is known which."""
+    if len(batch.items) == 1:
+        return Done(batch, [None], {0: error}, 0.0)
+    return Lost([batch], str(error), at_once=True)
 
 
 class Fatal:
@@ -522,7 +537,7 @@ class Scheduler:
         batches = [batch for batch in lost.batches if self._returned(batch)]
         suspects = [batch for batch in batches if batch not in lost.innocent]
         suspects = suspects if lost.at_once else suspects[:1]
-        if len(suspects) == 1 and len(suspects[0].items) == 1:
+        if lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1:
             self._charge(suspects[0], lost.reason)
         else:
             for batch in suspects:
