@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 class Pool(Protocol):
     """Runs a function on the items of batches, and tells each outcome."""
 
-    largest_batch: int
     queues_batches: bool
+
+    @property
+    def largest_batch(self) -> int:
+        """Items that may be sent in one go now; 0 to wait until an event comes."""
+        ...
 
     @property
     def kill(self) -> Callable[[Batch], None] | None:

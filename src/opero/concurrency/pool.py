@@ -60,10 +60,10 @@ _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
 }
 _ASYNC_ONLY = ("async", "async_process")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "process": ("start_method", "initializer", "initargs"),
+    "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker"),
     "thread": (),
     "async": (),
-    "async_process": ("start_method", "initializer", "initargs", "concurrency"),
+    "async_process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "concurrency"),
 }
 
 
@@ -165,6 +165,9 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
         raise TypeError(msg)
     if "concurrency" in options:
         check_count("pool_options['concurrency']", options["concurrency"], "coroutines in each process", smallest=1)
+    if "max_tasks_per_worker" in options:
+        name = "pool_options['max_tasks_per_worker']"
+        check_count(name, options["max_tasks_per_worker"], "items that a worker runs before it is replaced", smallest=1)
     if mode == "async_process":
         import importlib.util
 

@@ -68,6 +68,8 @@ def serve(
         _serve_batches(door.connection, ready, caller)
     if caller is not None:
         caller.close()
+    # The process itself goes on until its pool is closed, and that waits for this.
+    door.connection.close()
 
 
 def _become_independent() -> None:

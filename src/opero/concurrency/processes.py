@@ -63,9 +63,10 @@ def default_start_method() -> str:
 class Worker:
     """One worker process as the parent sees it; ``pool`` is the twat-mp pool of one that started it."""
 
-    def __init__(self, pool: Any, pipe: Connection) -> None:
+    def __init__(self, pool: Any, pipe: Connection, most_items: int | None = None) -> None:
         self.pool = pool
         self.pipe = pipe
+        self.room = sys.maxsize if most_items is None else most_items
         self.process: Any = None
         self.batches: dict[int, Batch] = {}
         self.sent_bytes: dict[int, int] = {}
@@ -82,8 +83,18 @@ class Worker:
 
         self.process = next((p for p in active_children() if p.pid == pid), None)
 
+    @property
+    def open(self) -> bool:
+        return self.ready and not self.reserved and self.room > 0
+
     def accepts(self, batch: Batch) -> bool:
-        return self.ready and not self.reserved and not (batch.alone and self.batches)
+        return self.open and len(batch.items) <= self.room and not (batch.alone and self.batches)
+
+    def slots(self, at_once: int) -> int:
+        """Batches that it can run, where each worker can run ``at_once``; a full one only ends what it has."""
+        if not self.ready:
+            return 0
+        return at_once if self.room else min(at_once, len(self.batches))
 
     def end(self, *, in_peace: bool) -> None:
         """Wait until the process has ended, by itself or by force."""
@@ -96,9 +107,10 @@ class Worker:
 class ProcessPool:
     """Runs batches in processes; a worker that ends is replaced."""
 
-    largest_batch = LARGEST_BATCH
+    most_in_batch = LARGEST_BATCH
     queues_batches = True
     runs_together = False
+    at_once = 1
 
     def __init__(
         self,
@@ -108,8 +120,10 @@ class ProcessPool:
         start_method: str | None = None,
         initializer: Callable[..., Any] | None = None,
         initargs: tuple[Any, ...] = (),
+        max_tasks_per_worker: int | None = None,
     ) -> None:
         self._bare_work = work
+        self._most_items = max_tasks_per_worker
         self._method_is_given = start_method is not None
         self._use(start_method or default_start_method())
         self._pipes: set[Any] = set()
@@ -140,8 +154,16 @@ class ProcessPool:
 
     @property
     def slots(self) -> int:
-        """Workers that are ready."""
-        return sum(worker.ready for worker in self._workers)
+        """What the workers that are ready can run at the same time."""
+        return sum(worker.slots(self.at_once) for worker in self._workers)
+
+    @property
+    def largest_batch(self) -> int:
+        """Items that may be sent in one go now: as many as the worker whose turn it is may still run."""
+        if self._most_items is None:
+            return self.most_in_batch
+        free = [] if self._pending else [worker for worker in self._workers if worker.open]
+        return min(self.most_in_batch, _least_busy(free).room) if free else 0
 
     def start(self, deliver: Callable[[Any], None]) -> None:
         self._deliver = deliver
@@ -216,7 +238,7 @@ class ProcessPool:
             self._quietly(pool.__enter__)
             # As long as this end is open in another process, the worker's death does not end the pipe.
             theirs.close()
-            self._workers.append(Worker(pool, ours))
+            self._workers.append(Worker(pool, ours, self._most_items))
 
     def _stay_safe(self) -> None:
         """Fork no more once threads have come that may hold locks; those of the pools themselves hold none for long."""
@@ -252,7 +274,7 @@ class ProcessPool:
         self._hand_out()
 
     def _worker_ended(self, worker: Worker) -> Any:
-        reason = _how_it_ended(worker.process)
+        reason = _how_it_ended(worker.process) if worker.batches else ""
         self._workers.remove(worker)
         self._dismiss(worker)
         self._forget(worker.pipe)
@@ -267,9 +289,13 @@ class ProcessPool:
     def _dismiss(self, worker: Worker) -> None:
         in_peace = worker.ready and not worker.batches
         if in_peace:
-            with contextlib.suppress(OSError):
-                worker.pipe.send_bytes(pack_message(STOP, 0))
+            self._ask_to_end(worker)
         worker.end(in_peace=in_peace)
+
+    @staticmethod
+    def _ask_to_end(worker: Worker) -> None:
+        with contextlib.suppress(OSError):
+            worker.pipe.send_bytes(pack_message(STOP, 0))
 
     # Batches
 
@@ -280,7 +306,7 @@ class ProcessPool:
             if not free:
                 return
             self._pending.popleft()
-            self._send(min(free, key=lambda worker: len(worker.batches)), batch)
+            self._send(_least_busy(free), batch)
 
     def _send(self, worker: Worker, batch: Batch) -> None:
         self._numbers += 1
@@ -289,6 +315,7 @@ class ProcessPool:
         except NotTransferableError as error:
             self._deliver(not_run(batch, error))
             return
+        worker.room -= len(batch.items)
         worker.batches[self._numbers] = batch
         worker.reserved = batch.alone
         worker.sent_bytes[self._numbers] = len(data)
@@ -311,6 +338,8 @@ class ProcessPool:
         size = max(len(payload), worker.sent_bytes.pop(number))
         worker.reserved = False
         self._hand_out()
+        if not worker.room and not worker.batches:
+            self._ask_to_end(worker)
         if len(values) < len(batch.items):
             return not_run(batch, errors[0])
         return Done(batch, values, errors, seconds, size)
@@ -339,6 +368,10 @@ class ProcessPool:
             data = None
         self._deliver((worker, data))
         return data is not None
+
+
+def _least_busy(workers: list[Worker]) -> Worker:
+    return min(workers, key=lambda worker: len(worker.batches))
 
 
 _MAIN_HINT = (

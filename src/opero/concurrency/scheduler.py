@@ -186,8 +186,12 @@ class Workers(Protocol):
     ``queues_batches``: a batch that is sent to a busy worker waits there, so that it can be sent ahead of time.
     """
 
-    largest_batch: int
     queues_batches: bool
+
+    @property
+    def largest_batch(self) -> int:
+        """Items that may be sent in one go now; 0 to wait until an event comes."""
+        ...
 
     @property
     def kill(self) -> Callable[[Batch], None] | None:
@@ -203,10 +207,9 @@ class Workers(Protocol):
 class _BatchSize:
     """How many items to send at once, learnt from how long they take and how large they are."""
 
-    __slots__ = ("most", "now", "seconds_per_item")
+    __slots__ = ("now", "seconds_per_item")
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self) -> None:
         self.now = 1
         self.seconds_per_item = float("inf")
 
@@ -216,7 +219,7 @@ class _BatchSize:
         fitting = BATCH_SECONDS / self.seconds_per_item
         if done.size:
             fitting = min(fitting, MOST_BATCH_BYTES * count / done.size)
-        self.now = max(1, min(self.most, int(fitting), self.now * 4))
+        self.now = max(1, min(int(fitting), self.now * 4))
 
     @property
     def fast(self) -> bool:
@@ -262,7 +265,7 @@ class Scheduler:
         self._one_at_a_time = (
             plan.limit is not None or plan.attempt_timeout is not None or plan.total_timeout is not None
         )
-        self._size = _BatchSize(most=1 if self._one_at_a_time else pool.largest_batch)
+        self._size = _BatchSize()
         self._direct = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
         fallback = plan.fallback
         self._candidate_is_item = fallback is not None and fallback.position == len(shape.head)
@@ -301,13 +304,17 @@ class Scheduler:
     def next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
         self._run_timers()
+        self._more_at_once = False
         if self.failure is not None or self._in_flight >= self._pool.slots * self._depth():
             return None
+        size = min(1 if self._one_at_a_time else self._size.now, self._pool.largest_batch)
+        if not size:
+            return None
         if not self._ready and not self._direct:
-            self._take_up_input()
+            self._take_up_input(size)
         if self._ready:
-            return self._send(self._batch_of_entries())
-        items = self._pull(self._size.now) if self._direct else []
+            return self._send(self._batch_of_entries(size))
+        items = self._pull(size) if self._direct else []
         if not items:
             return None
         self._plan.stats.direct.add(len(items))
@@ -363,13 +370,12 @@ class Scheduler:
         self._next_index += len(items)
         return items
 
-    def _take_up_input(self) -> None:
+    def _take_up_input(self, size: int) -> None:
         """Start flows until enough of them are ready; those that end at once (cache hits) are bounded too."""
-        self._more_at_once = False
         for _ in range(MOST_TAKEN_UP):
             coming = len(self._ready) + len(self._consulting)
             busy = coming + self._awaiting + self._in_flight
-            wanted = self._size.now if self._one_at_a_time else max(self._size.now, self._look_ahead)
+            wanted = size if self._one_at_a_time else max(size, self._look_ahead)
             if coming >= wanted or (self._one_at_a_time and busy >= self._pool.slots):
                 return
             items = self._pull(1)
@@ -465,13 +471,13 @@ class Scheduler:
 
     # Batches
 
-    def _batch_of_entries(self) -> Batch:
+    def _batch_of_entries(self, size: int) -> Batch:
         """As many ready items as fit one batch: same candidate, no timeout, nobody suspected of crashing."""
         first = self._ready.popleft()
         entries = [first]
         candidate = _candidate(first)
         if not _travels_alone(first):
-            while self._ready and len(entries) < self._size.now and _fits(self._ready[0], candidate):
+            while self._ready and len(entries) < size and _fits(self._ready[0], candidate):
                 entries.append(self._ready.popleft())
         batch = Batch([self._varying(entry) for entry in entries], first.index, entries)
         batch.candidate = MISSING if self._candidate_is_item else candidate

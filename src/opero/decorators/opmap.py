@@ -100,7 +100,8 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``progress`` (True): a tqdm bar on a terminal or in a notebook; text is its label.
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
               the map and is raised.
-            - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``; with
+            - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``,
+              ``max_tasks_per_worker`` (None: any number), the items after which a process is replaced; with
               ``"async_process"`` also ``concurrency`` (16), the coroutines in each process.
 
             ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``: the worker that
