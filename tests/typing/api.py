@@ -535,6 +535,19 @@ async def check_async_maps_as_methods(client: MappingClient) -> None:
     await client.get_all_async([5])  # type: ignore[list-item]
 
 
+# Workers that stay
+
+
+async def check_kept_workers() -> None:
+    with opmap(fetch_plain).pool():
+        pass
+    with fetch_all_async.pool():
+        assert_type(await fetch_all_async(["u"]), list[bytes | Exception])
+    async with fetch_all_async.pool():
+        pass
+    fetch_all_async.pool(5)  # type: ignore[call-arg]
+
+
 # Options of maps
 
 

@@ -87,6 +87,19 @@ class ExecutorPool:
         self._hand_out()
         return known
 
+    def give_up(self) -> list[Batch]:
+        withdrawn = [*self._pending]
+        self._pending.clear()
+        for future, batch in list(self._in_flight.items()):
+            if batch is not None and future.cancel():
+                del self._in_flight[future]
+                withdrawn.append(batch)
+        return withdrawn
+
+    def take_on(self, work: Work) -> None:
+        self._carrier = None if self._carrier is None else type(self._carrier)(work)
+        self._work = work
+
     def stop(self) -> None:
         """Withdraw what has not begun, wait for what has, and shut down an executor that was made here."""
         try:
@@ -217,6 +230,8 @@ def _refused(name: str, error: Exception) -> OperoError:
 
 
 class _Carrier(Protocol):
+    def __init__(self, work: Work) -> None: ...
+
     def pack(self, batch: Batch, *, completely: bool) -> tuple[Any, ...]:
         """The function to submit, and its arguments; ``completely``: the worker has asked for the work."""
         ...
@@ -283,8 +298,8 @@ def _run(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None) 
     if not work.is_async:
         return run_items(work, items, candidate)
     # An executor has no place for a loop that outlives one call.
-    with closing(AsyncCaller(work)) as caller:
-        return caller.run(items, candidate, limit)
+    with closing(AsyncCaller()) as caller:
+        return caller.run(work, items, candidate, limit)
 
 
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.concurrency.contract import MapSettings, Pool
+from opero.concurrency.kept import PoolSource
 from opero.concurrency.mapping import make_map
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
@@ -100,7 +101,7 @@ def map_settings(
     options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, options)
     return MapSettings(
-        make_pool=_pool_maker(mode, workers, options),
+        pools=PoolSource(_pool_maker(mode, workers, options)),
         ordered=ordered,
         progress=progress,
         return_exceptions=return_exceptions,

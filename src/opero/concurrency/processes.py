@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.process_worker import (
     AGAIN,
+    ARGUMENTS,
     BATCH,
     BROKEN,
     HELLO,
@@ -33,7 +34,7 @@ from opero.concurrency.process_worker import (
     unpack_message,
 )
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
-from opero.concurrency.transport import pack_batch, pack_work, unpack_singly
+from opero.concurrency.transport import pack_arguments, pack_batch, pack_work, unpack_singly
 from opero.core.forks import ForkSafeLock, foreign_threads, watch_forks
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -184,6 +185,25 @@ class ProcessPool:
         for worker in self._workers:
             if batch in worker.batches.values():
                 worker.process.kill()
+
+    def give_up(self) -> list[Batch]:
+        """Kill the workers that run something; their ends are reported as `Lost`."""
+        for worker in self._workers:
+            if worker.batches:
+                worker.room = 0
+                worker.process.kill()
+        withdrawn = list(self._pending)
+        self._pending.clear()
+        return withdrawn
+
+    def take_on(self, work: Work) -> None:
+        arguments = pack_arguments(work)
+        self._bare_work = work
+        self._use(self._method)
+        for worker in self._workers:
+            # One that has just died is replaced when the reader says so.
+            with contextlib.suppress(OSError):
+                worker.pipe.send_bytes(pack_message(ARGUMENTS, 0, arguments))
 
     def receive(self, event: Any) -> Any:
         """Make sense of what the reader thread delivered; None if it is of no interest to the scheduler."""

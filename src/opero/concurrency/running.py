@@ -104,7 +104,7 @@ class _Run:
     ) -> None:
         shape = Shape(*arguments)
         slot = None if plan.fallback is None else parameter_slot(plan.function, plan.fallback.parameter, "arg_fallback")
-        self.pool = settings.make_pool(Work(plan.function, plan.is_async, shape, slot))
+        self.pool = settings.pools.pool_for(Work(plan.function, plan.is_async, shape, slot))
         self._deliver = deliver
         self._sink = sink
         self._progress = make_progress(settings.progress, plan.name, total)

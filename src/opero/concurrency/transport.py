@@ -69,6 +69,19 @@ def pack_work(work: Work, *, main_is_shared: bool = True) -> bytes:
         raise NotTransferableError(msg) from error
 
 
+def pack_arguments(work: Work) -> bytes:
+    """Pickle what all calls of a map have in common, for workers that have the function.
+
+    Raises:
+        NotTransferableError: If it cannot be pickled.
+    """
+    try:
+        return pickle.dumps(work.shape, PROTOCOL)
+    except Exception as error:
+        msg = f"the keyword arguments of {name_of(work.function)} cannot be sent to a worker process: {_text(error)}"
+        raise NotTransferableError(msg) from error
+
+
 def unpack_work(data: bytes) -> Work:
     from opero.concurrency.worker import Work
 
