@@ -1219,3 +1219,98 @@ def test_a_script_that_ends_with_an_open_stream_leaves_no_process(start):
     """)
     assert output_of(process) == "0"
     wait_until(lambda: not start.survivors())
+
+
+# Workers that are replaced after so many items
+
+
+@pytest.mark.parametrize("most", [1, 7])
+def test_a_worker_is_replaced_after_as_many_items_as_it_may_run(processes, most):
+    mapped = processes.map(lambda item: (item, os.getpid()), pool_options={"max_tasks_per_worker": most})
+    results = mapped.run(range(50))
+    assert [item for item, _ in results] == list(range(50))
+    runs = Counter(pid for _, pid in results)
+    assert max(runs.values()) == most
+    # All but the two that were there at the end have run what they may.
+    assert sum(count < most for count in runs.values()) <= 2
+
+
+def test_large_batches_do_not_run_more_items_than_a_worker_may(processes):
+    mapped = processes.map(lambda item: (item, os.getpid()), pool_options={"max_tasks_per_worker": 300})
+    results = mapped.run(range(2000))
+    assert [item for item, _ in results] == list(range(2000))
+    runs = Counter(pid for _, pid in results)
+    assert max(runs.values()) == 300
+    assert sum(count < 300 for count in runs.values()) <= 2
+
+
+def test_items_that_need_attempts_count_for_each(processes, journal):
+    def work(item):
+        journal.add(os.getpid())
+        raise OSError(item)
+
+    mapped = processes.map(work, retries=3, min_delay=0.01, pool_options={"max_tasks_per_worker": 2})
+    outcomes = processes.stream(mapped, range(5))
+    assert [type(outcome.error) for outcome in outcomes] == [OSError] * 5
+    assert [outcome.attempts for outcome in outcomes] == [4] * 5
+    attempts = Counter(journal.lines()).values()
+    assert (sum(attempts), max(attempts)) == (20, 2)
+    assert sum(count < 2 for count in attempts) <= 2
+
+
+def test_a_crash_before_a_worker_is_to_be_replaced_is_charged_to_its_item_only(processes):
+    def work(item):
+        if item == 10:
+            die_by_signal()
+        return item
+
+    results = processes.map(work, retries=0, pool_options={"max_tasks_per_worker": 4}).run(range(30))
+    assert isinstance(results.pop(10), WorkerCrashedError)
+    assert results == [n for n in range(30) if n != 10]
+
+
+def test_a_long_item_does_not_wait_behind_another_while_a_worker_is_replaced(journal):
+    """The second item of the slow worker would begin only after its first one, which waits for it."""
+
+    @opmap(mode="process", workers=2, progress=False, retries=0, pool_options={"max_tasks_per_worker": 1})
+    def work(item):
+        journal.add(item)
+        if item == 0:
+            journal.wait_for(3)
+        return item
+
+    assert work(range(4)) == [0, 1, 2, 3]
+
+
+def test_an_initializer_runs_in_each_replaced_worker(processes, journal):
+    mapped = processes.map(
+        lambda item: item,
+        pool_options={"max_tasks_per_worker": 2, "initializer": journal.add, "initargs": ("prepared",)},
+    )
+    assert mapped.run(range(10)) == list(range(10))
+    assert journal.count("prepared") >= 5
+
+
+def test_no_process_runs_more_coroutines_than_it_may_while_another_is_replaced(journal):
+    async def work(item):
+        journal.add(f"{os.getpid()} +")
+        await asyncio.sleep(0.01)
+        journal.add(f"{os.getpid()} -")
+
+    options = {"max_tasks_per_worker": 5, "concurrency": 3}
+    opmap(mode="async_process", workers=2, progress=False, pool_options=options)(work).run(range(40))
+    running: Counter[str] = Counter()
+    for line in journal.lines():
+        pid, sign = line.split()
+        running[pid] += {"+": 1, "-": -1}[sign]
+        assert running[pid] <= 3
+
+
+@pytest.mark.parametrize(("most", "error"), [(0, ValueError), (1.5, TypeError), (None, TypeError)])
+@pytest.mark.parametrize("name", PROCESS_MODES)
+def test_a_wrong_number_of_items_for_a_worker_raises_and_is_named(name, most, error):
+    async def work(item):
+        return item
+
+    with pytest.raises(error, match="max_tasks_per_worker"):
+        opmap(mode=name, pool_options={"max_tasks_per_worker": most})(work)

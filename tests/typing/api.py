@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, assert_type
 
 from opero import (
@@ -608,6 +608,19 @@ async def check_async_maps_as_methods(client: MappingClient) -> None:
     await client.get_all_async([5])  # type: ignore[list-item]
 
 
+# Workers that stay
+
+
+async def check_kept_workers() -> None:
+    with opmap(fetch_plain).pool():
+        pass
+    with fetch_all_async.pool():
+        assert_type(await fetch_all_async(["u"]), list[bytes | Exception])
+    async with fetch_all_async.pool():
+        pass
+    fetch_all_async.pool(5)  # type: ignore[call-arg]
+
+
 # Options of maps
 
 
@@ -625,11 +638,16 @@ def check_options_of_maps(*, flag: bool) -> None:
     )
     opmap(workers=None, pool_options=None)
     opmap(progress="pages", return_exceptions=False)
+    opmap(mode=ThreadPoolExecutor(2), workers=5)
+    opmap(mode=ProcessPoolExecutor)
+    assert_type(opmap(mode=lambda: ThreadPoolExecutor(2))(fetch_plain)(["u"]), list[bytes | Exception])
     assert_type(opmap(return_exceptions=flag)(fetch_plain)(["u"]), list[bytes | Exception])
 
     opmap(worker=5)  # type: ignore[call-overload]
     opmap(workers="5")  # type: ignore[call-overload]
     opmap(mode=5)  # type: ignore[call-overload]
+    opmap(mode=Session)  # type: ignore[arg-type]
+    opmap(mode=lambda: 5)  # type: ignore[arg-type, return-value]
     opmap(return_exceptions="no")  # type: ignore[call-overload]
     opmap(retries="5")  # type: ignore[call-overload]
     opmap(fetch_plain, workers=5)  # type: ignore[call-overload]
@@ -646,7 +664,9 @@ def check_single_policies() -> None:
     assert_type(get_fallback_decorator("url", fallback_cooldown=5)(fetch_plain)("u"), bytes)
     assert_type(get_cache_decorator()(fetch_plain).stats, CallStats)
     get_parallel_map_decorator("thread", workers=5)(fetch_plain)(["u"])
+    get_parallel_map_decorator(ThreadPoolExecutor)(fetch_plain)(["u"])
     get_parallel_executor("thread", workers=5)(fetch_plain, ["u"], size=5)
+    get_parallel_executor(ThreadPoolExecutor(2))(fetch_plain, ["u"], size=5)
 
     with get_cache_context("name", cache_backend="disk", cache_ttl=5, maxsize=10) as engine:
         engine.set("key", 1)

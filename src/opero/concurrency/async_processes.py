@@ -21,7 +21,7 @@ DEFAULT_CONCURRENCY = 16
 class AsyncProcessPool(ProcessPool):
     """Runs single items in coroutines of several processes."""
 
-    largest_batch = 1
+    most_in_batch = 1
     queues_batches = False
     runs_together = True
 
@@ -34,13 +34,17 @@ class AsyncProcessPool(ProcessPool):
         start_method: str | None = None,
         initializer: Callable[..., Any] | None = None,
         initargs: tuple[Any, ...] = (),
+        max_tasks_per_worker: int | None = None,
     ) -> None:
-        super().__init__(work, workers, start_method=start_method, initializer=initializer, initargs=initargs)
-        self._concurrency = concurrency
-
-    @property
-    def slots(self) -> int:
-        return super().slots * self._concurrency
+        super().__init__(
+            work,
+            workers,
+            start_method=start_method,
+            initializer=initializer,
+            initargs=initargs,
+            max_tasks_per_worker=max_tasks_per_worker,
+        )
+        self.at_once = concurrency
 
     def _start_worker(self) -> None:
         import aiomultiprocess.core
@@ -56,7 +60,7 @@ class AsyncProcessPool(ProcessPool):
                 )
             self._quietly(process.start)
             theirs.close()
-            self._workers.append(_LoopWorker(process.aio_process, ours))
+            self._workers.append(_LoopWorker(process.aio_process, ours, self._most_items))
 
 
 class _LoopWorker(Worker):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
+    from opero.concurrency.kept import PoolSource
     from opero.concurrency.scheduler import Batch
     from opero.concurrency.worker import Work
 
@@ -15,8 +16,12 @@ if TYPE_CHECKING:
 class Pool(Protocol):
     """Runs a function on the items of batches, and tells each outcome."""
 
-    largest_batch: int
     queues_batches: bool
+
+    @property
+    def largest_batch(self) -> int:
+        """Items that may be sent in one go now; 0 to wait until an event comes."""
+        ...
 
     @property
     def kill(self) -> Callable[[Batch], None] | None:
@@ -49,11 +54,28 @@ class Pool(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepablePool(Pool, Protocol):
+    """A pool whose workers can run one map after the other."""
+
+    def give_up(self) -> Collection[Batch]:
+        """End what runs as soon as it can be ended, and tell which batches will not be reported any more."""
+        ...
+
+    def take_on(self, work: Work) -> None:
+        """Be ready for another map of the same function; nothing runs.
+
+        Raises:
+            NotTransferableError: If its arguments cannot be sent to the workers.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class MapSettings:
     """How a map runs; the options of `opero.opmap` that are no policies."""
 
-    make_pool: Callable[[Work], Pool]
+    pools: PoolSource
     ordered: bool = True
     progress: bool | str = True
     return_exceptions: bool = True

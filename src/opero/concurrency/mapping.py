@@ -7,6 +7,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, I
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
+from opero.concurrency.kept import KeptWorkers
 from opero.concurrency.outcome import ListSink, Outcome, StreamSink
 from opero.core.resilient import Recipe, make_resilient, reduce_decorated
 
@@ -54,6 +55,16 @@ class _Map(Generic[T, P, R, E]):
     def stats(self) -> CallStats:
         """A snapshot of what this function has done so far, in maps and in single calls."""
         return self.plan.stats.snapshot()
+
+    def pool(self) -> KeptWorkers:
+        """A block in which the workers stay alive between the calls of this map.
+
+        ``with fn.pool():`` or ``async with fn.pool():``, for ``def`` and ``async def`` functions alike. The first call
+        starts the workers, later ones use them again, and leaving the block ends them. Calls at the same time, from
+        several threads or tasks, have workers of their own. In mode ``"async"`` there is nothing to keep: tasks belong
+        to the event loop of their call.
+        """
+        return KeptWorkers(self.settings.pools)
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses, largest and current number of entries; zeros without a cache."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.concurrency.contract import MapSettings, Pool
+from opero.concurrency.kept import PoolSource
 from opero.concurrency.mapping import make_map
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
 from opero.core.signature import check_decoratable, is_async, name_of
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from opero.concurrency.worker import Work
 
 __all__ = ["get_parallel_executor", "get_parallel_map_decorator"]
 
@@ -19,6 +26,7 @@ MOST_DEFAULT_THREADS = 32
 
 
 _PoolClass = Callable[..., Pool]
+Mode: TypeAlias = "str | Executor | Callable[[], Executor]"
 
 
 def _thread_pool() -> _PoolClass:
@@ -53,10 +61,10 @@ _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
 }
 _ASYNC_ONLY = ("async", "async_process")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "process": ("start_method", "initializer", "initargs"),
+    "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker"),
     "thread": (),
     "async": (),
-    "async_process": ("start_method", "initializer", "initargs", "concurrency"),
+    "async_process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "concurrency"),
 }
 
 
@@ -69,7 +77,7 @@ def default_workers(mode: str) -> int:
 def map_settings(
     function: Callable[..., Any],
     *,
-    mode: str = "process",
+    mode: Mode = "process",
     workers: int | None = None,
     ordered: bool = True,
     progress: bool | str = True,
@@ -77,14 +85,15 @@ def map_settings(
     pool_options: Mapping[str, Any] | None = None,
 ) -> MapSettings:
     """Check the options of a map of ``function``."""
-    check_choice("mode", mode, _POOLS)
+    check_mode(mode)
     if mode in _ASYNC_ONLY and not is_async(function):
         msg = (
             f"mode={mode!r} runs coroutines, but {name_of(function)} is a `def` function; "
             "write mode='thread' or mode='process'"
         )
         raise TypeError(msg)
-    count = default_workers(mode) if workers is None else check_count("workers", workers, "workers", smallest=1)
+    if workers is not None:
+        check_count("workers", workers, "workers", smallest=1)
     check_flag("ordered", ordered)
     if not isinstance(progress, str):
         check_flag("progress", progress)
@@ -92,15 +101,57 @@ def map_settings(
     options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, options)
     return MapSettings(
-        make_pool=lambda work: _POOLS[mode]()(work, count, **options),
+        pools=PoolSource(_pool_maker(mode, workers, options)),
         ordered=ordered,
         progress=progress,
         return_exceptions=return_exceptions,
     )
 
 
-def _check_pool_options(mode: str, options: dict[str, Any]) -> None:
-    check_known(f"pool_options with mode={mode!r}", options, _OPTIONS[mode])
+def check_mode(mode: Any) -> None:
+    """Refuse what is no mode, with what to write instead."""
+    if isinstance(mode, str):
+        check_choice("mode", mode, _POOLS)
+        return
+    from concurrent.futures import Executor
+
+    if isinstance(mode, Executor):
+        return
+    ways = f"write one of {', '.join(map(repr, sorted(_POOLS)))}, an executor, or a function that makes one"
+    if hasattr(mode, "get_executor"):
+        ways = f"write its executor, {type(mode).__name__.lower()}.get_executor()"
+    if not callable(mode) or (isinstance(mode, type) and not issubclass(mode, Executor)):
+        msg = f"mode={mode!r} is {type(mode).__name__}, which is no concurrent.futures.Executor; {ways}"
+        raise TypeError(msg)
+    check_callable("mode", mode, "a function that makes an executor")
+    try:
+        inspect.signature(mode).bind()
+    except TypeError as error:
+        msg = f"mode={mode!r} is called without arguments to make an executor, but {error}; write a lambda around it"
+        raise TypeError(msg) from None
+    except ValueError:  # a builtin whose signature is not known
+        pass
+
+
+def _pool_maker(mode: Mode, workers: int | None, options: dict[str, Any]) -> Callable[[Work], Pool]:
+    if isinstance(mode, str):
+        count = default_workers(mode) if workers is None else workers
+        return lambda work: _POOLS[mode]()(work, count, **options)
+
+    def make_executor_pool(work: Work) -> Pool:
+        from opero.concurrency.executors import ExecutorPool
+
+        return ExecutorPool(work, workers, mode=mode, default_workers=default_workers("process"))
+
+    return make_executor_pool
+
+
+def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
+    known = _OPTIONS[mode] if isinstance(mode, str) else ()
+    if options and not known:
+        msg = f"pool_options={options!r} cannot apply with mode={mode!r}, which takes none; leave it out"
+        raise TypeError(msg)
+    check_known(f"pool_options with mode={mode!r}", options, known)
     if "start_method" in options:
         import multiprocessing
 
@@ -115,6 +166,9 @@ def _check_pool_options(mode: str, options: dict[str, Any]) -> None:
         raise TypeError(msg)
     if "concurrency" in options:
         check_count("pool_options['concurrency']", options["concurrency"], "coroutines in each process", smallest=1)
+    if "max_tasks_per_worker" in options:
+        name = "pool_options['max_tasks_per_worker']"
+        check_count(name, options["max_tasks_per_worker"], "items that a worker runs before it is replaced", smallest=1)
     if mode == "async_process":
         import importlib.util
 
@@ -124,7 +178,7 @@ def _check_pool_options(mode: str, options: dict[str, Any]) -> None:
 
 
 def get_parallel_map_decorator(
-    mode: str = "process",
+    mode: Mode = "process",
     *,
     workers: int | None = None,
     ordered: bool = True,
@@ -135,7 +189,7 @@ def get_parallel_map_decorator(
     """Make a decorator that turns a function of one item into a map, and adds no policy.
 
     Args:
-        mode: ``"process"``, ``"thread"``, ``"async"`` or ``"async_process"``.
+        mode: ``"process"``, ``"thread"``, ``"async"``, ``"async_process"``, an executor, or a function that makes one.
         workers: Processes, threads or tasks; by default what `opero.opmap` has.
         ordered: Whether results come in input order, or in order of completion.
         progress: Whether to show a bar on a terminal; text is its label.
@@ -146,7 +200,7 @@ def get_parallel_map_decorator(
         TypeError: If an option has the wrong type or is not known, or the mode does not fit the function.
         ValueError: If an option's value is out of range.
     """
-    check_choice("mode", mode, _POOLS)
+    check_mode(mode)
 
     def decorate(function: Callable[..., Any]) -> Any:
         check_decoratable(function, "get_parallel_map_decorator")
@@ -173,7 +227,7 @@ def get_parallel_map_decorator(
 
 
 def get_parallel_executor(
-    mode: str = "process",
+    mode: Mode = "process",
     *,
     workers: int | None = None,
     ordered: bool = True,

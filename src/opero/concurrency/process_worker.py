@@ -10,19 +10,19 @@ import struct
 import threading
 import time
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.transport import pack_report, pack_singly, unpack_work
-from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, in_time, run_items
-from opero.core.signature import MISSING
-from opero.exceptions import NotTransferableError
+from opero.concurrency.transport import pack_report, pack_singly, unpack_batch, unpack_work
+from opero.concurrency.worker import AsyncCaller, Report, Work, in_time, run_items
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
 # Messages: a kind, a number (of the batch; of the process in HELLO), a payload.
-HELLO, BROKEN, BATCH, REPORT, AGAIN, SINGLES, STOP = range(7)
+HELLO, BROKEN, BATCH, REPORT, AGAIN, SINGLES, STOP, ARGUMENTS = range(8)
 _HEADER = struct.Struct("<BI")
 # Reports that the parent may still ask for again: it never has more batches than this with one worker.
 _KEPT_REPORTS = 64
@@ -65,12 +65,14 @@ def serve(
     ready = _get_ready(door, work, initializer, initargs)
     if ready is None:
         return
-    caller = AsyncCaller(ready) if ready.is_async else None
+    caller = AsyncCaller() if ready.is_async else None
     # Without a parent there is nobody to report to.
     with contextlib.suppress(EOFError, OSError):
         _serve_batches(door.connection, ready, caller)
     if caller is not None:
         caller.close()
+    # The process itself goes on until its pool is closed, and that waits for this.
+    door.connection.close()
 
 
 def _become_independent() -> None:
@@ -146,13 +148,25 @@ def _serve_batches(pipe: Connection, work: Work, caller: AsyncCaller | None) -> 
         if kind == AGAIN:
             reports.send_singly(number)
             continue
-        arrived = _unpack_batch(payload)
+        if kind == ARGUMENTS:
+            work = _with_arguments(work, payload, pipe)
+            continue
+        arrived = unpack_batch(payload)
         if isinstance(arrived, Report):
             reports.send(number, arrived)
             continue
         items, candidate, limit = arrived
-        report = run_items(work, items, candidate) if caller is None else caller.run(items, candidate, limit)
+        report = run_items(work, items, candidate) if caller is None else caller.run(work, items, candidate, limit)
         reports.send(number, report)
+
+
+def _with_arguments(work: Work, payload: bytes, pipe: Connection) -> Work:
+    """The work of the next map; the parent is told, and ends this worker, if the arguments cannot be unpickled."""
+    try:
+        return replace(work, shape=pickle.loads(payload))  # noqa: S301 - from the parent process
+    except Exception as error:  # noqa: BLE001 - the parent raises it
+        pipe.send_bytes(pack_message(BROKEN, 0, describe(error).encode()))
+        return work
 
 
 class _AsyncServer:
@@ -176,6 +190,8 @@ class _AsyncServer:
             kind, number, payload = unpack_message(data)
             if kind == AGAIN:
                 self._reports.send_singly(number)
+            elif kind == ARGUMENTS:
+                self._work = _with_arguments(self._work, payload, self._pipe)
             else:
                 task = loop.create_task(self._run(number, payload))
                 self._tasks.add(task)
@@ -195,7 +211,7 @@ class _AsyncServer:
             loop.call_soon_threadsafe(messages.put_nowait, data)
 
     async def _run(self, number: int, payload: bytes) -> None:
-        arrived = _unpack_batch(payload)
+        arrived = unpack_batch(payload)
         if isinstance(arrived, Report):
             self._reports.send(number, arrived)
             return
@@ -211,11 +227,3 @@ class _AsyncServer:
             self._messages.put_nowait(None)
             return
         self._reports.send(number, Report([value], errors, time.perf_counter() - started))
-
-
-def _unpack_batch(payload: bytes) -> tuple[list[Any], Any, TimeLimit | None] | Report:
-    try:
-        items, has_candidate, candidate, limit = pickle.loads(payload)  # noqa: S301 - from the parent process
-    except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
-        return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {error}")}, 0.0)
-    return items, candidate if has_candidate else MISSING, limit

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.process_worker import (
     AGAIN,
+    ARGUMENTS,
     BATCH,
     BROKEN,
     HELLO,
@@ -32,10 +33,10 @@ from opero.concurrency.process_worker import (
     serve,
     unpack_message,
 )
-from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
-from opero.concurrency.transport import pack_items, pack_work, unpack_singly
+from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
+from opero.concurrency.transport import pack_arguments, pack_batch, pack_work, unpack_singly
 from opero.core.forks import ForkSafeLock, foreign_threads, watch_forks
-from opero.core.signature import MISSING, name_of
+from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
 
 if TYPE_CHECKING:
@@ -63,9 +64,10 @@ def default_start_method() -> str:
 class Worker:
     """One worker process as the parent sees it; ``pool`` is the twat-mp pool of one that started it."""
 
-    def __init__(self, pool: Any, pipe: Connection) -> None:
+    def __init__(self, pool: Any, pipe: Connection, most_items: int | None = None) -> None:
         self.pool = pool
         self.pipe = pipe
+        self.room = sys.maxsize if most_items is None else most_items
         self.process: Any = None
         self.batches: dict[int, Batch] = {}
         self.sent_bytes: dict[int, int] = {}
@@ -82,8 +84,18 @@ class Worker:
 
         self.process = next((p for p in active_children() if p.pid == pid), None)
 
+    @property
+    def open(self) -> bool:
+        return self.ready and not self.reserved and self.room > 0
+
     def accepts(self, batch: Batch) -> bool:
-        return self.ready and not self.reserved and not (batch.alone and self.batches)
+        return self.open and len(batch.items) <= self.room and not (batch.alone and self.batches)
+
+    def slots(self, at_once: int) -> int:
+        """Batches that it can run, where each worker can run ``at_once``; a full one only ends what it has."""
+        if not self.ready:
+            return 0
+        return at_once if self.room else min(at_once, len(self.batches))
 
     def end(self, *, in_peace: bool) -> None:
         """Wait until the process has ended, by itself or by force."""
@@ -96,9 +108,10 @@ class Worker:
 class ProcessPool:
     """Runs batches in processes; a worker that ends is replaced."""
 
-    largest_batch = LARGEST_BATCH
+    most_in_batch = LARGEST_BATCH
     queues_batches = True
     runs_together = False
+    at_once = 1
 
     def __init__(
         self,
@@ -108,8 +121,10 @@ class ProcessPool:
         start_method: str | None = None,
         initializer: Callable[..., Any] | None = None,
         initargs: tuple[Any, ...] = (),
+        max_tasks_per_worker: int | None = None,
     ) -> None:
         self._bare_work = work
+        self._most_items = max_tasks_per_worker
         self._method_is_given = start_method is not None
         self._use(start_method or default_start_method())
         self._pipes: set[Any] = set()
@@ -140,8 +155,16 @@ class ProcessPool:
 
     @property
     def slots(self) -> int:
-        """Workers that are ready."""
-        return sum(worker.ready for worker in self._workers)
+        """What the workers that are ready can run at the same time."""
+        return sum(worker.slots(self.at_once) for worker in self._workers)
+
+    @property
+    def largest_batch(self) -> int:
+        """Items that may be sent in one go now: as many as the worker whose turn it is may still run."""
+        if self._most_items is None:
+            return self.most_in_batch
+        free = [] if self._pending else [worker for worker in self._workers if worker.open]
+        return min(self.most_in_batch, _least_busy(free).room) if free else 0
 
     def start(self, deliver: Callable[[Any], None]) -> None:
         self._deliver = deliver
@@ -162,6 +185,25 @@ class ProcessPool:
         for worker in self._workers:
             if batch in worker.batches.values():
                 worker.process.kill()
+
+    def give_up(self) -> list[Batch]:
+        """Kill the workers that run something; their ends are reported as `Lost`."""
+        for worker in self._workers:
+            if worker.batches:
+                worker.room = 0
+                worker.process.kill()
+        withdrawn = list(self._pending)
+        self._pending.clear()
+        return withdrawn
+
+    def take_on(self, work: Work) -> None:
+        arguments = pack_arguments(work)
+        self._bare_work = work
+        self._use(self._method)
+        for worker in self._workers:
+            # One that has just died is replaced when the reader says so.
+            with contextlib.suppress(OSError):
+                worker.pipe.send_bytes(pack_message(ARGUMENTS, 0, arguments))
 
     def receive(self, event: Any) -> Any:
         """Make sense of what the reader thread delivered; None if it is of no interest to the scheduler."""
@@ -216,7 +258,7 @@ class ProcessPool:
             self._quietly(pool.__enter__)
             # As long as this end is open in another process, the worker's death does not end the pipe.
             theirs.close()
-            self._workers.append(Worker(pool, ours))
+            self._workers.append(Worker(pool, ours, self._most_items))
 
     def _stay_safe(self) -> None:
         """Fork no more once threads have come that may hold locks; those of the pools themselves hold none for long."""
@@ -252,7 +294,7 @@ class ProcessPool:
         self._hand_out()
 
     def _worker_ended(self, worker: Worker) -> Any:
-        reason = _how_it_ended(worker.process)
+        reason = _how_it_ended(worker.process) if worker.batches else ""
         self._workers.remove(worker)
         self._dismiss(worker)
         self._forget(worker.pipe)
@@ -267,9 +309,13 @@ class ProcessPool:
     def _dismiss(self, worker: Worker) -> None:
         in_peace = worker.ready and not worker.batches
         if in_peace:
-            with contextlib.suppress(OSError):
-                worker.pipe.send_bytes(pack_message(STOP, 0))
+            self._ask_to_end(worker)
         worker.end(in_peace=in_peace)
+
+    @staticmethod
+    def _ask_to_end(worker: Worker) -> None:
+        with contextlib.suppress(OSError):
+            worker.pipe.send_bytes(pack_message(STOP, 0))
 
     # Batches
 
@@ -280,15 +326,16 @@ class ProcessPool:
             if not free:
                 return
             self._pending.popleft()
-            self._send(min(free, key=lambda worker: len(worker.batches)), batch)
+            self._send(_least_busy(free), batch)
 
     def _send(self, worker: Worker, batch: Batch) -> None:
         self._numbers += 1
         try:
-            data = pack_items(batch.items, _wire(batch))
+            data = pack_batch(batch)
         except NotTransferableError as error:
-            self._deliver(_not_run(batch, error))
+            self._deliver(not_run(batch, error))
             return
+        worker.room -= len(batch.items)
         worker.batches[self._numbers] = batch
         worker.reserved = batch.alone
         worker.sent_bytes[self._numbers] = len(data)
@@ -311,8 +358,10 @@ class ProcessPool:
         size = max(len(payload), worker.sent_bytes.pop(number))
         worker.reserved = False
         self._hand_out()
+        if not worker.room and not worker.batches:
+            self._ask_to_end(worker)
         if len(values) < len(batch.items):
-            return _not_run(batch, errors[0])
+            return not_run(batch, errors[0])
         return Done(batch, values, errors, seconds, size)
 
     # The reader thread
@@ -341,17 +390,8 @@ class ProcessPool:
         return data is not None
 
 
-def _wire(batch: Batch) -> tuple[bool, Any, Any]:
-    # MISSING is one object in one process; it does not travel.
-    has_candidate = batch.candidate is not MISSING
-    return has_candidate, batch.candidate if has_candidate else None, batch.time_limit
-
-
-def _not_run(batch: Batch, error: Exception) -> Done | Lost:
-    """An item of the batch cannot travel; alone, it is known which."""
-    if len(batch.items) == 1:
-        return Done(batch, [None], {0: error}, 0.0)
-    return Lost([batch], str(error), at_once=True)
+def _least_busy(workers: list[Worker]) -> Worker:
+    return min(workers, key=lambda worker: len(worker.batches))
 
 
 _MAIN_HINT = (

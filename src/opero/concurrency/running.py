@@ -113,7 +113,7 @@ class _Run:
         slot = None if plan.fallback is None else parameter_slot(plan.function, plan.fallback.parameter, "arg_fallback")
         # A worker is sent each candidate when it is its turn, and never all of them, which are often secrets.
         sent = shape if slot is None else shape.without(slot)
-        self.pool = settings.make_pool(Work(plan.function, plan.is_async, sent, slot))
+        self.pool = settings.pools.pool_for(Work(plan.function, plan.is_async, sent, slot))
         self._deliver = deliver
         self._sink = sink
         self._progress = make_progress(settings.progress, plan.name, total)

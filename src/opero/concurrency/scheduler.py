@@ -146,17 +146,32 @@ class Lost:
     """A worker ended; ``batches`` were with it, the first one sent first.
 
     ``at_once``: all of them were running, but for the ``innocent`` ones, which never reached it.
+    ``sure``: nothing else can have ended it.
     """
 
-    __slots__ = ("at_once", "batches", "innocent", "reason")
+    __slots__ = ("at_once", "batches", "innocent", "reason", "sure")
 
     def __init__(
-        self, batches: list[Batch], reason: str, *, at_once: bool = False, innocent: Collection[Batch] = ()
+        self,
+        batches: list[Batch],
+        reason: str,
+        *,
+        at_once: bool = False,
+        innocent: Collection[Batch] = (),
+        sure: bool = True,
     ) -> None:
         self.innocent = innocent
+        self.sure = sure
         self.batches = batches
         self.reason = reason
         self.at_once = at_once
+
+
+def not_run(batch: Batch, error: Exception) -> Done | Lost:
+    """An item of the batch cannot travel; alone, it is known which."""
+    if len(batch.items) == 1:
+        return Done(batch, [None], {0: error}, 0.0)
+    return Lost([batch], str(error), at_once=True)
 
 
 class Fatal:
@@ -183,8 +198,12 @@ class Workers(Protocol):
     ``queues_batches``: a batch that is sent to a busy worker waits there, so that it can be sent ahead of time.
     """
 
-    largest_batch: int
     queues_batches: bool
+
+    @property
+    def largest_batch(self) -> int:
+        """Items that may be sent in one go now; 0 to wait until an event comes."""
+        ...
 
     @property
     def kill(self) -> Callable[[Batch], None] | None:
@@ -200,10 +219,9 @@ class Workers(Protocol):
 class _BatchSize:
     """How many items to send at once, learnt from how long they take and how large they are."""
 
-    __slots__ = ("most", "now", "seconds_per_item")
+    __slots__ = ("now", "seconds_per_item")
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self) -> None:
         self.now = 1
         self.seconds_per_item = float("inf")
 
@@ -213,7 +231,7 @@ class _BatchSize:
         fitting = BATCH_SECONDS / self.seconds_per_item
         if done.size:
             fitting = min(fitting, MOST_BATCH_BYTES * count / done.size)
-        self.now = max(1, min(self.most, int(fitting), self.now * 4))
+        self.now = max(1, min(int(fitting), self.now * 4))
 
     @property
     def fast(self) -> bool:
@@ -281,7 +299,7 @@ class Scheduler:
         self._one_at_a_time = (
             plan.limit is not None or plan.attempt_timeout is not None or plan.total_timeout is not None
         )
-        self._size = _BatchSize(most=1 if self._one_at_a_time else pool.largest_batch)
+        self._size = _BatchSize()
         without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
         self._direct = without_flow and not is_listened_to(plan)
         fallback = plan.fallback
@@ -325,13 +343,17 @@ class Scheduler:
         """What to send to a worker now, if anything."""
         self._timers.run()
         self._real_timers.run()
+        self._more_at_once = False
         if self.failure is not None or self._in_flight >= self._pool.slots * self._depth():
             return None
+        size = min(1 if self._one_at_a_time else self._size.now, self._pool.largest_batch)
+        if not size:
+            return None
         if not self._ready and not self._direct:
-            self._take_up_input()
+            self._take_up_input(size)
         if self._ready:
-            return self._send(self._batch_of_entries())
-        items = self._pull(self._size.now) if self._direct else []
+            return self._send(self._batch_of_entries(size))
+        items = self._pull(size) if self._direct else []
         if not items:
             return None
         self._plan.stats.direct.add(len(items))
@@ -388,13 +410,12 @@ class Scheduler:
         self._next_index += len(items)
         return items
 
-    def _take_up_input(self) -> None:
+    def _take_up_input(self, size: int) -> None:
         """Start flows until enough of them are ready; those that end at once (cache hits) are bounded too."""
-        self._more_at_once = False
         for _ in range(MOST_TAKEN_UP):
             coming = len(self._ready) + len(self._consulting)
             busy = coming + self._awaiting + self._in_flight
-            wanted = self._size.now if self._one_at_a_time else max(self._size.now, self._look_ahead)
+            wanted = size if self._one_at_a_time else max(size, self._look_ahead)
             if coming >= wanted or (self._one_at_a_time and busy >= self._pool.slots):
                 return
             items = self._pull(1)
@@ -483,13 +504,13 @@ class Scheduler:
 
     # Batches
 
-    def _batch_of_entries(self) -> Batch:
+    def _batch_of_entries(self, size: int) -> Batch:
         """As many ready items as fit one batch: same candidate, no timeout, nobody suspected of crashing."""
         first = self._ready.popleft()
         entries = [first]
         candidate = _candidate(first)
         if not _travels_alone(first):
-            while self._ready and len(entries) < self._size.now and _fits(self._ready[0], candidate):
+            while self._ready and len(entries) < size and _fits(self._ready[0], candidate):
                 entries.append(self._ready.popleft())
         batch = Batch([self._varying(entry) for entry in entries], first.index, entries)
         batch.candidate = MISSING if self._candidate_is_item else candidate
@@ -555,7 +576,7 @@ class Scheduler:
         batches = [batch for batch in lost.batches if self._returned(batch)]
         suspects = [batch for batch in batches if batch not in lost.innocent]
         suspects = suspects if lost.at_once else suspects[:1]
-        if len(suspects) == 1 and len(suspects[0].items) == 1:
+        if lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1:
             self._charge(suspects[0], lost.reason)
         else:
             for batch in suspects:

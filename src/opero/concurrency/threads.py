@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import queue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal
@@ -26,7 +27,7 @@ class ThreadPool:
 
     def __init__(self, work: Work, workers: int) -> None:
         self.slots = workers
-        self._work = work
+        self.take_on(work)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._stopped = False
 
@@ -40,7 +41,17 @@ class ThreadPool:
         self._pool = MultiPool(pool_class=factory, nodes=self.slots)
         threads: Any = self._pool.__enter__()
         for _ in range(self.slots):
-            threads.apply_async(contextvars.copy_context().run, (self._serve,))
+            threads.apply_async(self._serve)
+
+    def take_on(self, work: Work) -> None:
+        self._map = _Map(work, contextvars.copy_context())
+
+    def give_up(self) -> list[Batch]:
+        withdrawn: list[Batch] = []
+        with contextlib.suppress(queue.Empty):
+            while batch := self._batches.get_nowait():
+                withdrawn.append(batch)
+        return withdrawn
 
     def receive(self, event: Any) -> Any:
         return event
@@ -59,10 +70,15 @@ class ThreadPool:
         await in_own_thread(self.stop)
 
     def _serve(self) -> None:
-        caller = AsyncCaller(self._work) if self._work.is_async else None
+        caller = AsyncCaller() if self._map.work.is_async else None
+        latest = self._map
+        context = latest.context.copy()
         try:
             while (batch := self._batches.get()) is not None and not self._stopped:
-                report = self._run(batch, caller)
+                if latest is not self._map:
+                    latest = self._map
+                    context = latest.context.copy()
+                report = context.run(self._run, latest.work, batch, caller)
                 self._deliver(Done(batch, report.values, report.errors, report.seconds))
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
             self._deliver(Fatal(error))
@@ -70,7 +86,15 @@ class ThreadPool:
             if caller is not None:
                 caller.close()
 
-    def _run(self, batch: Batch, caller: AsyncCaller | None) -> Report:
+    @staticmethod
+    def _run(work: Work, batch: Batch, caller: AsyncCaller | None) -> Report:
         if caller is not None:
-            return caller.run(batch.items, batch.candidate, batch.time_limit)
-        return run_items(self._work, batch.items, batch.candidate)
+            return caller.run(work, batch.items, batch.candidate, batch.time_limit)
+        return run_items(work, batch.items, batch.candidate)
+
+
+class _Map(NamedTuple):
+    """What the threads run, and the context variables of whoever called it."""
+
+    work: Work
+    context: contextvars.Context

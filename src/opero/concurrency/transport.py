@@ -9,16 +9,19 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from opero.core.signature import name_of
+from opero.concurrency.worker import Report
+from opero.core.signature import MISSING, name_of
 from opero.exceptions import NotTransferableError, RemoteError
 from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.concurrency.worker import Report, Work
+    from opero.concurrency.scheduler import Batch
+    from opero.concurrency.worker import TimeLimit, Work
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
+_NONE = pickle.dumps(None, PROTOCOL)
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,32 @@ class ByValue:
         return function
 
 
-def pack_work(work: Work) -> bytes:
+def pack_work(work: Work, *, main_is_shared: bool = True) -> bytes:
     """Pickle a map's work for a process that shares no memory with this one.
+
+    ``main_is_shared``: the process has this program's main module, if it has a file.
 
     Raises:
         NotTransferableError: If the function or the arguments that all items have in common cannot be pickled.
     """
     try:
-        function = _by_name(work.function) or _by_value(work.function)
+        function = _by_name(work.function, main_is_shared=main_is_shared) or _by_value(work.function)
         return pickle.dumps((function, work.is_async, work.shape, work.slot), PROTOCOL)
     except Exception as error:
         msg = f"{name_of(work.function)} or its keyword arguments cannot be sent to a worker process: {_text(error)}"
+        raise NotTransferableError(msg) from error
+
+
+def pack_arguments(work: Work) -> bytes:
+    """Pickle what all calls of a map have in common, for workers that have the function.
+
+    Raises:
+        NotTransferableError: If it cannot be pickled.
+    """
+    try:
+        return pickle.dumps(work.shape, PROTOCOL)
+    except Exception as error:
+        msg = f"the keyword arguments of {name_of(work.function)} cannot be sent to a worker process: {_text(error)}"
         raise NotTransferableError(msg) from error
 
 
@@ -71,9 +89,11 @@ def unpack_work(data: bytes) -> Work:
     return Work(function.load(), is_async, shape, slot)
 
 
-def _by_name(function: Callable[..., Any]) -> ByName | None:
+def _by_name(function: Callable[..., Any], *, main_is_shared: bool) -> ByName | None:
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if module is None or qualname is None or (module == "__main__" and not _main_is_imported_again()):
+    if module is None or qualname is None:
+        return None
+    if module == "__main__" and not (main_is_shared and _main_is_imported_again()):
         return None
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
@@ -97,17 +117,29 @@ def _by_value(function: Callable[..., Any]) -> ByValue:
     return ByValue(dill.dumps(function, recurse=True))
 
 
-def pack_items(items: list[Any], rest: tuple[Any, ...]) -> bytes:
+def pack_batch(batch: Batch) -> bytes:
     """Pickle what a batch sends.
 
     Raises:
         NotTransferableError: If an item cannot be pickled.
     """
+    # MISSING is one object in one process; it does not travel.
+    has_candidate = batch.candidate is not MISSING
+    candidate = batch.candidate if has_candidate else None
     try:
-        return pickle.dumps((items, *rest), PROTOCOL)
+        return pickle.dumps((batch.items, has_candidate, candidate, batch.time_limit), PROTOCOL)
     except Exception as error:
-        msg = f"the item {type(items[0]).__qualname__} cannot be sent to a worker process: {_text(error)}"
+        msg = f"the item {type(batch.items[0]).__qualname__} cannot be sent to a worker process: {_text(error)}"
         raise NotTransferableError(msg) from error
+
+
+def unpack_batch(payload: bytes) -> tuple[list[Any], Any, TimeLimit | None] | Report:
+    """Items, candidate and time limit; if an item cannot be unpickled, a report that says so and has no values."""
+    try:
+        items, has_candidate, candidate, limit = pickle.loads(payload)  # noqa: S301 - from the parent process
+    except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
+        return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {error}")}, 0.0)
+    return items, candidate if has_candidate else MISSING, limit
 
 
 def pack_report(report: Report) -> bytes:
@@ -126,12 +158,17 @@ def pack_report(report: Report) -> bytes:
 
 
 def pack_singly(report: Report) -> bytes:
-    """Pickle each result and each error by itself, for a parent that could not unpickle them together."""
-    values = [pickle.dumps(None if _why_not_portable(value) else value, PROTOCOL) for value in report.values]
-    errors = {
-        place: (pickle.dumps(_portable_error(error), PROTOCOL), _story(error)) for place, error in report.errors.items()
-    }
-    return pickle.dumps((values, errors, report.seconds), PROTOCOL)
+    """Pickle each result and each error by itself, for a parent that might not be able to unpickle them together."""
+    values: list[bytes] = []
+    errors = dict(report.errors)
+    for place, value in enumerate(report.values):
+        try:
+            values.append(pickle.dumps(value, PROTOCOL))
+        except Exception as error:  # noqa: BLE001 - anything may happen in a user's __getstate__
+            values.append(_NONE)
+            errors[place] = _not_portable(value, error)
+    told = {place: (pickle.dumps(_portable_error(error), PROTOCOL), _story(error)) for place, error in errors.items()}
+    return pickle.dumps((values, told, report.seconds), PROTOCOL)
 
 
 def unpack_singly(values: list[bytes], errors: dict[int, tuple[bytes, str]]) -> tuple[list[Any], dict[int, Exception]]:
@@ -157,8 +194,12 @@ def _why_not_portable(value: Any) -> NotTransferableError | None:
     try:
         pickle.dumps(value, PROTOCOL)
     except Exception as error:  # noqa: BLE001 - anything may happen in a user's __getstate__
-        return NotTransferableError(f"the result {type(value).__qualname__} cannot be pickled: {_text(error)}")
+        return _not_portable(value, error)
     return None
+
+
+def _not_portable(value: Any, error: Exception) -> NotTransferableError:
+    return NotTransferableError(f"the result {type(value).__qualname__} cannot be pickled: {_text(error)}")
 
 
 def _portable_error(error: Exception) -> Exception:

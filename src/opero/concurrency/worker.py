@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,16 +80,19 @@ def run_items(work: Work, items: list[Any], candidate: Any, call: Callable[[Any]
 class AsyncCaller:
     """Runs an async function to its end in a worker that has no loop of its own."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self) -> None:
         import asyncio
 
-        self._work = work
         self._runner = asyncio.Runner()
+        self._work: Work | None = None
+        self._context = contextvars.copy_context()
 
-    def run(self, items: list[Any], candidate: Any, limit: TimeLimit | None) -> Report:
-        call = self._work.caller(candidate)
+    def run(self, work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None) -> Report:
+        if work is not self._work:
+            self._work, self._context = work, contextvars.copy_context()
+        call, context = work.caller(candidate), self._context
         return run_items(
-            self._work, items, candidate, lambda item: self._runner.run(in_time(call, item, limit, self._work))
+            work, items, candidate, lambda item: self._runner.run(in_time(call, item, limit, work), context=context)
         )
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from opero.decorators.opero import OPERO_DEFAULTS, OperoOptions, keyword_signatu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
+    from concurrent.futures import Executor
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,7 +22,7 @@ P = ParamSpec("P")
 class OpmapOptions(OperoOptions, total=False):
     """Types of the options of `opmap`, for type checkers; ``return_exceptions`` stands in its overloads."""
 
-    mode: str
+    mode: str | Executor | Callable[[], Executor]
     workers: int | None
     ordered: bool
     progress: bool | str
@@ -91,12 +92,16 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
             - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop) or
               ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``).
-            - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100).
+              Or a `concurrent.futures.Executor`, which is used and left as it is; or a function that makes one, which
+              is made for each map, shut down at its end, and made anew when it breaks.
+            - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100); of an executor, the
+              batches that are in it at the same time (default: as many as it has workers, if it tells; else CPUs).
             - ``ordered`` (True): results in input order; else in order of completion.
             - ``progress`` (True): a tqdm bar on a terminal or in a notebook; text is its label.
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
               the map and is raised.
-            - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``; with
+            - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``,
+              ``max_tasks_per_worker`` (None: any number), the items after which a process is replaced; with
               ``"async_process"`` also ``concurrency`` (16), the coroutines in each process.
 
             ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``: the worker that

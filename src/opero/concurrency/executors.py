@@ -1,0 +1,346 @@
+"""The pool of somebody else's workers: any `concurrent.futures.Executor`.
+
+An executor tells little: not where its workers are, nor which of them has died. So the first thing that is sent is an
+object that comes back: the same one from workers that share memory with this process, a copy from all others. And when
+the executor breaks, everything that was in flight is suspected.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import pickle
+from collections import deque
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
+from contextlib import closing
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
+
+from opero.concurrency.own_thread import in_own_thread
+from opero.concurrency.process_worker import AGAIN, BROKEN, SINGLES, STOP
+from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
+from opero.concurrency.transport import pack_batch, pack_singly, pack_work, unpack_batch, unpack_singly, unpack_work
+from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, run_items
+from opero.core.forks import ForkSafeLock
+from opero.core.signature import name_of
+from opero.exceptions import NotTransferableError, OperoError
+from opero.utils.notes import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# After a crash the items of a batch run one by one, with nothing beside them.
+LARGEST_BATCH = 1_000
+# An executor that breaks so often in a row, with nothing of the map in it, does not do so by accident.
+MOST_STILLBIRTHS = 3
+# Work up to this size goes along with every batch; larger work goes only to workers that ask for it.
+MOST_BYTES_ALONG = 4_096
+# Maps whose work a worker remembers.
+MOST_REMEMBERED = 8
+
+
+class ExecutorPool:
+    """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
+
+    largest_batch = LARGEST_BATCH
+    queues_batches = False
+    kill = None
+
+    def __init__(
+        self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor], default_workers: int
+    ) -> None:
+        self._work = work
+        self._name = name_of(work.function)
+        self._workers = workers
+        self._default_workers = default_workers
+        self._make = None if isinstance(mode, Executor) else mode
+        self._executor: Any = None if self._make is not None else mode
+        self._carrier: _Carrier | None = None
+        self._in_flight: dict[Future[Any], Batch | None] = {}
+        self._pending: deque[Batch] = deque()
+        self._broken: BrokenExecutor | None = None
+        self._lost: list[Batch] = []
+        self._stillbirths = 0
+
+    @property
+    def slots(self) -> int:
+        """Batches that may be in flight; none before it is known how to send them."""
+        return 0 if self._carrier is None or self._broken is not None else self._size
+
+    def start(self, deliver: Callable[[Any], None]) -> None:
+        self._deliver = deliver
+        self._begin()
+
+    def submit(self, batch: Batch) -> None:
+        self._pending.append(batch)
+        self._hand_out()
+
+    def receive(self, event: Any) -> Any:
+        if not isinstance(event, Future):
+            return event
+        if event not in self._in_flight:
+            return None
+        batch = self._in_flight.pop(event)
+        known = self._learn_where(event) if batch is None else self._came_back(batch, event)
+        if self._broken is not None and not self._in_flight:
+            self._replace(self._broken)
+        self._hand_out()
+        return known
+
+    def give_up(self) -> list[Batch]:
+        withdrawn = [*self._pending]
+        self._pending.clear()
+        for future, batch in list(self._in_flight.items()):
+            if batch is not None and future.cancel():
+                del self._in_flight[future]
+                withdrawn.append(batch)
+        return withdrawn
+
+    def take_on(self, work: Work) -> None:
+        self._carrier = None if self._carrier is None else type(self._carrier)(work)
+        self._work = work
+
+    def stop(self) -> None:
+        """Withdraw what has not begun, wait for what has, and shut down an executor that was made here."""
+        try:
+            wait([future for future in self._in_flight if not future.cancel()])
+        finally:
+            if self._make is not None and self._executor is not None:
+                self._executor.shutdown(wait=True)
+
+    async def stop_async(self) -> None:
+        await in_own_thread(self.stop)
+
+    # The executor
+
+    def _begin(self) -> None:
+        """Take an executor, and send it what tells where its workers are."""
+        self._carrier = None
+        if self._make is not None:
+            self._executor = self._make()
+        if not isinstance(self._executor, Executor):
+            made, self._executor = self._executor, None
+            msg = f"mode={self._make!r} made {made!r}, which is no concurrent.futures.Executor"
+            raise TypeError(msg)
+        self._size = self._workers or getattr(self._executor, "_max_workers", None) or self._default_workers
+        self._probe = object()
+        self._launch(None, _echo, self._probe)
+
+    def _learn_where(self, future: Future[Any]) -> Fatal | None:
+        try:
+            near = future.result() is self._probe
+        except BrokenExecutor as error:
+            return self._breaks(error)
+        except Exception as error:  # noqa: BLE001 - whatever the executor says when it cannot work
+            return Fatal(_refused(self._name, error))
+        self._carrier = _ByReference(self._work) if near else _ByValue(self._work)
+        return None
+
+    def _breaks(self, error: BrokenExecutor) -> Fatal | None:
+        """Note that nothing runs any more; what is in flight will come back with the same error."""
+        if self._make is None:
+            msg = (
+                f"the executor that runs {self._name} broke, and only whoever made it can make it anew "
+                f"({describe(error)}); let mode be a function that makes the executor"
+            )
+            broken = OperoError(msg)
+            broken.__cause__ = error
+            return Fatal(broken)
+        self._broken = error
+        return None
+
+    def _replace(self, error: BrokenExecutor) -> None:
+        self._broken = None
+        lost, self._lost = self._lost, []
+        self._stillbirths = 0 if lost else self._stillbirths + 1
+        if self._stillbirths >= MOST_STILLBIRTHS:
+            msg = f"the executors for {self._name} break before they run anything: {describe(error)}"
+            self._deliver(Fatal(OperoError(msg)))
+            return
+        self._executor.shutdown(wait=True)
+        self._begin()
+        self._deliver(Lost(lost, describe(error), at_once=True))
+
+    # Batches
+
+    def _hand_out(self) -> None:
+        while self._pending and self.slots and not any(batch and batch.alone for batch in self._in_flight.values()):
+            if self._pending[0].alone and self._in_flight:
+                return
+            self._send(self._pending.popleft())
+
+    def _send(self, batch: Batch, *, completely: bool = False) -> None:
+        assert self._carrier is not None  # noqa: S101 - for the type checkers
+        try:
+            function, *arguments = self._carrier.pack(batch, completely=completely)
+        except NotTransferableError as error:
+            self._deliver(not_run(batch, error))
+            return
+        self._launch(batch, function, *arguments)
+
+    def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            future = self._executor.submit(function, *arguments)
+        except BrokenExecutor as error:
+            self._finds_it_broken(batch, error)
+        except Exception as error:
+            raise _refused(self._name, error) from error
+        else:
+            self._in_flight[future] = batch
+            future.add_done_callback(self._deliver)
+
+    def _finds_it_broken(self, batch: Batch | None, error: BrokenExecutor) -> None:
+        """It has broken already; this batch, which was not there, is none of the suspects."""
+        if batch is not None:
+            self._pending.appendleft(batch)
+        fatal = self._breaks(error)
+        if fatal is not None:
+            self._deliver(fatal)
+        elif not self._in_flight:
+            self._replace(error)
+
+    def _came_back(self, batch: Batch, future: Future[Any]) -> Any:
+        assert self._carrier is not None  # noqa: S101 - for the type checkers
+        try:
+            answer = future.result()
+        except BrokenExecutor as error:
+            self._lost.append(batch)
+            return self._breaks(error)
+        except CancelledError as error:
+            return Lost([batch], describe(error), innocent=[batch])
+        except Exception as error:  # noqa: BLE001 - not the function's, which are in the report; dask's KilledWorker
+            return Lost([batch], describe(error), at_once=True, sure=batch.alone)
+        except BaseException as error:  # noqa: BLE001 - exit belongs to the caller's thread
+            return Fatal(error)
+        known = self._carrier.open(batch, answer)
+        if known is AGAIN:
+            self._send(batch, completely=True)
+            return None
+        self._stillbirths = 0
+        return known
+
+
+def _refused(name: str, error: Exception) -> OperoError:
+    refused = OperoError(f"the executor that is to run {name} takes no work: {describe(error)}")
+    refused.__cause__ = error
+    return refused
+
+
+# How batches get to the workers
+
+
+class _Carrier(Protocol):
+    def __init__(self, work: Work) -> None: ...
+
+    def pack(self, batch: Batch, *, completely: bool) -> tuple[Any, ...]:
+        """The function to submit, and its arguments; ``completely``: the worker has asked for the work."""
+        ...
+
+    def open(self, batch: Batch, answer: Any) -> Any:
+        """What a worker answered, as an event; `AGAIN` if it has to get the batch again, completely."""
+        ...
+
+
+class _ByReference:
+    """For workers that share memory with this process."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._context = contextvars.copy_context()
+
+    def pack(self, batch: Batch, *, completely: bool) -> tuple[Any, ...]:  # noqa: ARG002 - it always is
+        run = self._context.copy().run
+        return run, _run, self._work, batch.items, batch.candidate, batch.time_limit
+
+    def open(self, batch: Batch, answer: Report) -> Done:
+        return Done(batch, answer.values, answer.errors, answer.seconds)
+
+
+class _ByValue:
+    """For workers in other processes, or on other machines."""
+
+    def __init__(self, work: Work) -> None:
+        self._name = name_of(work.function)
+        self._packed = pack_work(work, main_is_shared=False)
+        self._digest = blake2b(self._packed, digest_size=16).digest()
+        self._pool = uuid4().hex
+        self._numbers = 0
+
+    def pack(self, batch: Batch, *, completely: bool) -> tuple[Any, ...]:
+        along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
+        payload = pack_batch(batch)
+        self._numbers += 1
+        return run_parcel, self._digest, along, payload, f"{self._pool}-{self._numbers}"
+
+    def open(self, batch: Batch, answer: tuple[int, Any, int]) -> Any:
+        kind, content, size = answer
+        if kind == AGAIN:
+            return AGAIN
+        if kind == BROKEN:
+            return Fatal(OperoError(f"a worker cannot run {self._name}: {content}"))
+        if kind == STOP:
+            return Lost([batch], content)
+        packed_values, packed_errors, seconds = pickle.loads(content)  # noqa: S301 - made by `pack_singly`
+        values, errors = unpack_singly(packed_values, packed_errors)
+        if len(values) < len(batch.items):
+            return not_run(batch, errors[0])
+        return Done(batch, values, errors, seconds, max(size, len(content)))
+
+
+# In the workers
+
+
+def _echo(probe: Any) -> Any:
+    return probe
+
+
+def _run(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None) -> Report:
+    if not work.is_async:
+        return run_items(work, items, candidate)
+    # An executor has no place for a loop that outlives one call.
+    with closing(AsyncCaller()) as caller:
+        return caller.run(work, items, candidate, limit)
+
+
+def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:
+    """Run one batch in a worker that shares no memory with the map; tells what came of it, and how large it was.
+
+    Args:
+        digest: The name of the map's work.
+        packed: The work; may be missing, so that large work does not travel with every batch.
+        payload: The batch.
+        _number: Different for every batch: by default dask runs no call twice that has the same arguments.
+    """
+    try:
+        work = _remembered.get(digest, packed)
+    except Exception as error:  # noqa: BLE001 - the map raises it
+        return BROKEN, describe(error), 0
+    if work is None:
+        return AGAIN, None, 0
+    arrived = unpack_batch(payload)
+    try:
+        report = arrived if isinstance(arrived, Report) else _run(work, *arrived)
+    except BaseException as error:  # noqa: BLE001 - as in process mode; the executor might hand it to the caller
+        return STOP, describe(error), 0
+    return SINGLES, pack_singly(report), len(payload)
+
+
+class _Memory:
+    """The work of the latest maps."""
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        self._works: dict[bytes, Work] = {}
+
+    def get(self, digest: bytes, packed: bytes | None) -> Work | None:
+        work = self._works.get(digest)
+        if work is None and packed is not None:
+            work = unpack_work(packed)
+            with self._lock.lock:
+                self._works[digest] = work
+                if len(self._works) > MOST_REMEMBERED:
+                    del self._works[next(iter(self._works))]
+        return work
+
+
+_remembered = _Memory()

@@ -1,0 +1,817 @@
+"""Maps in workers of somebody else: any `concurrent.futures.Executor` as a mode."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import contextvars
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import loky
+import pytest
+
+from opero import CallStats, OperoError, WorkerCrashedError, opmap
+from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
+from opero.core import CallTimeoutError, NotTransferableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PATIENCE = 20.0
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def standard_processes() -> Executor:
+    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver"))
+
+
+def loky_processes() -> Executor:
+    executor: Executor = loky.ProcessPoolExecutor(2, timeout=60)
+    return executor
+
+
+def reusable_loky() -> Executor:
+    executor: Executor = loky.get_reusable_executor(2, timeout=60)
+    return executor
+
+
+class Kind:
+    """One kind of executor, with two workers."""
+
+    def __init__(self, make: Callable[[], Executor], *, shares_memory: bool = False) -> None:
+        self.make = make
+        self.shares_memory = shares_memory
+        self._made: list[Executor] = []
+
+    def given(self) -> Executor:
+        """An executor that the test shuts down."""
+        self._made.append(self.make())
+        return self._made[-1]
+
+    def close(self) -> None:
+        for executor in self._made:
+            executor.shutdown(wait=True)
+
+    @staticmethod
+    def map(function: Any, mode: Any, **options: Any) -> Any:
+        return opmap(**{"mode": mode, "progress": False, "retries": 0, **options})(function)
+
+
+KINDS = {
+    "threads": (lambda: ThreadPoolExecutor(2), True),
+    "processes": (standard_processes, False),
+    "loky": (loky_processes, False),
+    "reusable loky": (reusable_loky, False),
+}
+PROCESS_KINDS = ["processes", "loky"]
+
+
+@contextlib.contextmanager
+def kind_named(name: str) -> Iterator[Kind]:
+    make, shares_memory = KINDS[name]
+    kind = Kind(make, shares_memory=shares_memory)
+    yield kind
+    kind.close()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
+    with kind_named(request.param) as kind:
+        yield kind
+
+
+@pytest.fixture(params=PROCESS_KINDS)
+def processes(request: pytest.FixtureRequest) -> Iterator[Kind]:
+    with kind_named(request.param) as kind:
+        yield kind
+
+
+@pytest.fixture
+def threads() -> Iterator[Kind]:
+    with kind_named("threads") as kind:
+        yield kind
+
+
+def double(item):
+    return item * 2
+
+
+class SpoiledError(Exception):
+    """A user's error."""
+
+
+# An executor that is given, and one that is made
+
+
+def test_a_given_executor_runs_the_items_and_stays_open(kind, world):
+    executor = kind.given()
+    mapped = kind.map(world.define(double), executor)
+    assert mapped.run(range(300)) == [n * 2 for n in range(300)]
+    assert mapped.run(range(3)) == [0, 2, 4]
+    assert executor.submit(double, 4).result(PATIENCE) == 8
+
+
+def test_a_function_makes_an_executor_for_each_map_and_the_map_shuts_it_down(kind, world):
+    made = []
+
+    def make():
+        made.append(kind.make())
+        return made[-1]
+
+    mapped = kind.map(world.define(double), make)
+    assert made == []
+    assert mapped.run(range(300)) == [n * 2 for n in range(300)]
+    assert mapped.run([1]) == [2]
+    assert len(made) == 2
+    for executor in made:
+        with pytest.raises(RuntimeError):
+            executor.submit(double, 4)
+
+
+def test_the_class_of_an_executor_makes_one(world):
+    assert Kind.map(world.define(double), ThreadPoolExecutor).run([1, 2]) == [2, 4]
+
+
+def test_the_workers_are_those_of_the_executor(processes, world):
+    executor = processes.given()
+    theirs = {executor.submit(os.getpid).result(PATIENCE) for _ in range(20)}
+    pids = set(processes.map(world.define(lambda _: os.getpid()), executor).run(range(50)))
+    assert os.getpid() not in pids
+    assert pids & theirs
+    assert len(pids | theirs) <= 2
+
+
+def test_the_functions_of_a_map_without_policies_take_an_executor(threads):
+    executor = threads.given()
+    assert get_parallel_executor(executor)(double, [1, 2]) == [2, 4]
+    assert get_parallel_map_decorator(executor)(double)([1, 2]) == [2, 4]
+
+
+# The same policies, batches and outcomes
+
+
+def test_a_failed_item_is_its_exception(kind, world):
+    def work(item):
+        if item == 1:
+            raise SpoiledError(item)
+        return item
+
+    first, failed, last = kind.map(world.define(work), kind.given()).run(range(3))
+    assert (first, last) == (0, 2)
+    assert type(failed).__name__ == "SpoiledError"
+    assert failed.args == (1,)
+
+
+def test_a_failed_item_is_tried_again(kind, world, journal):
+    def work(item):
+        journal.add(item)
+        if journal.lines().count(str(item)) < 3:
+            raise OSError(item)
+        return item
+
+    mapped = kind.map(world.define(work), kind.given(), retries=3, min_delay=0.01)
+    assert mapped.run([1, 2]) == [1, 2]
+    assert mapped.stats == CallStats(calls=2, attempts=6, retries=4)
+
+
+def test_candidates_and_arguments_reach_the_workers(kind, world):
+    def work(item, *, key, more):
+        if key == "bad":
+            raise OSError(item)
+        return item, key, more
+
+    mapped = kind.map(world.define(work), kind.given(), arg_fallback="key")
+    assert mapped.run([1, 2], key=["bad", "good"], more="m") == [(1, "good", "m"), (2, "good", "m")]
+
+
+def test_equal_items_run_once(kind, world, journal):
+    def work(item):
+        journal.add(item)
+        return item
+
+    mapped = kind.map(world.define(work), kind.given(), cache=True)
+    assert mapped.run([1, 2, 1, 2]) == [1, 2, 1, 2]
+    assert sorted(journal.lines()) == ["1", "2"]
+
+
+def test_an_attempt_timeout_ends_a_coroutine(kind):
+    async def work(item):
+        if item:
+            await asyncio.sleep(PATIENCE)
+        return item
+
+    fine, late = kind.map(work, kind.given(), attempt_timeout=0.2).run([0, 1])
+    assert fine == 0
+    assert isinstance(late, CallTimeoutError)
+
+
+def test_an_attempt_timeout_of_a_def_function_is_refused(threads):
+    with pytest.raises(ValueError, match="cannot be stopped"):
+        threads.map(double, threads.given(), attempt_timeout=1)
+
+
+def test_threads_see_the_context_variables_of_the_caller(threads, world):
+    variable = contextvars.ContextVar("variable", default="unset")
+    variable.set("set")
+    assert threads.map(world.define(lambda _: variable.get()), threads.given()).run([1]) == ["set"]
+
+
+def test_what_cannot_be_pickled_reaches_threads(threads, world):
+    lock = threading.Lock()
+    assert threads.map(world.define(lambda item: (item, lock)), threads.given()).run([lock]) == [(lock, lock)]
+
+
+class Inline(Executor):
+    """The smallest executor there can be."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_an_executor_may_run_in_the_calling_thread():
+    here = threading.get_ident()
+    assert Kind.map(lambda _: threading.get_ident(), Inline()).run([1, 2]) == [here, here]
+
+
+# How many batches
+
+
+class Counting(ThreadPoolExecutor):
+    """Notes how many calls it has at the same time."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.now = self.most = 0
+        self._counting = threading.Lock()
+
+    def submit(self, fn, /, *args, **kwargs):
+        with self._counting:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(self._leaves)
+        return future
+
+    def _leaves(self, _future):
+        with self._counting:
+            self.now -= 1
+
+
+@pytest.mark.parametrize(("size", "workers", "expected"), [(3, None, 3), (5, 2, 2), (2, 4, 4)])
+def test_workers_says_how_many_batches_are_in_the_executor(world, size, workers, expected):
+    with Counting(size) as executor:
+        Kind.map(world.define(double), executor, workers=workers).run(range(2000))
+        assert executor.most == expected
+
+
+def test_an_executor_that_does_not_tell_its_size_gets_a_batch_for_each_cpu(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2, 3}, raising=False)
+    with Counting(8) as executor:
+        del executor._max_workers
+        executor._max_workers = None
+        executor._adjust_thread_count = lambda: None
+        threads = [threading.Thread(target=_serve, args=(executor,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        Kind.map(double, executor).run(range(2000))
+        assert executor.most == 3
+        executor._work_queue.put(None)
+    for thread in threads:
+        thread.join()
+
+
+def _serve(executor):
+    while (task := executor._work_queue.get()) is not None:
+        task.run()
+    executor._work_queue.put(None)
+
+
+# Crashes
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(PATIENCE)
+
+
+def test_only_the_item_that_kills_its_worker_is_charged(processes, world):
+    def work(item):
+        if item == 3:
+            die()
+        return item * 2
+
+    results = processes.map(world.define(work), processes.make).run(range(8))
+    assert isinstance(results.pop(3), WorkerCrashedError)
+    assert results == [0, 2, 4, 8, 10, 12, 14]
+
+
+def test_innocent_items_of_large_batches_are_unharmed(processes):
+    def work(item):
+        if item == 700:
+            die()
+        return item
+
+    results = processes.map(work, processes.make).run(range(1000))
+    assert isinstance(results.pop(700), WorkerCrashedError)
+    assert results == [n for n in range(1000) if n != 700]
+
+
+def test_an_item_that_runs_beside_a_crash_is_run_again_alone_and_not_charged(processes, journal):
+    """Each waits for the other, so that both are in the executor when it breaks."""
+
+    def work(item):
+        journal.add(f"{item} begins")
+        first_time = journal.lines().count(f"{item} begins") == 1
+        if first_time:
+            wait_until(lambda: {"bad begins", "good begins"} <= set(journal.lines()))
+        if item == "bad":
+            die()
+        if first_time:
+            time.sleep(PATIENCE)  # it dies with its executor
+        journal.add(f"{item} ends")
+        return item
+
+    bad, good = processes.map(work, processes.make, workers=2).run(["bad", "good"])
+    assert isinstance(bad, WorkerCrashedError)
+    assert good == "good"
+    together, again = journal.lines()[:2], journal.lines()[2:]
+    assert sorted(together) == ["bad begins", "good begins"]
+    assert sorted(again) == ["bad begins", "good begins", "good ends"]
+    assert again.index("good ends") - again.index("good begins") == 1
+
+
+def test_a_crash_is_retried_like_any_error(processes, journal):
+    def work(item):
+        journal.add(item)
+        if item == 1 and journal.lines().count("1") <= 2:
+            die()
+        return item
+
+    mapped = processes.map(work, processes.make, retries=2, min_delay=0.01)
+    seen = list(mapped.stream(range(3)))
+    assert [outcome.result for outcome in seen] == [0, 1, 2]
+
+
+def test_a_crash_costs_one_attempt(processes):
+    mapped = processes.map(lambda _: die(), processes.make, retries=1, min_delay=0.01)
+    (outcome,) = mapped.stream([1])
+    assert isinstance(outcome.error, WorkerCrashedError)
+    assert outcome.attempts == 2
+    assert mapped.stats == CallStats(calls=1, attempts=2, retries=1, failures=1)
+
+
+def test_a_map_whose_every_item_crashes_ends():
+    results = Kind.map(lambda _: die(), standard_processes).run(range(5))
+    assert [type(result) for result in results] == [WorkerCrashedError] * 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError])
+def test_what_is_no_exception_is_charged_to_its_item(processes, world, error):
+    def work(item):
+        if item == 3:
+            raise error
+        return item
+
+    results = processes.map(world.define(work), processes.given()).run(range(6))
+    assert isinstance(results.pop(3), WorkerCrashedError)
+    assert results == [0, 1, 2, 4, 5]
+
+
+def test_exit_in_a_thread_belongs_to_the_caller(threads, world):
+    with pytest.raises(SystemExit):
+        threads.map(world.define(lambda _: sys.exit(3)), threads.given()).run([1])
+
+
+def test_a_given_executor_that_breaks_ends_the_map_with_an_error(processes, world, journal):
+    def work(item):
+        journal.add(item)
+        if item == 50:
+            die()
+        return item
+
+    with pytest.raises(OperoError, match="a function that makes the executor") as caught:
+        processes.map(world.define(work), processes.given(), retries=3).run(range(100))
+    assert not isinstance(caught.value, WorkerCrashedError)
+    assert caught.value.__cause__ is not None
+
+
+def test_an_executor_that_broke_before_the_map_is_told_apart():
+    executor = standard_processes()
+    with contextlib.suppress(Exception):
+        executor.submit(die).result(PATIENCE)
+    with pytest.raises(OperoError, match="a function that makes the executor"):
+        Kind.map(double, executor).run([1])
+    executor.shutdown()
+
+
+def test_an_executor_that_breaks_while_it_is_idle_harms_nobody(journal):
+    executors = []
+
+    def make():
+        executors.append(standard_processes())
+        return executors[-1]
+
+    def items():
+        yield from range(4)
+        wait_until(lambda: len(journal.lines()) == 4)
+        time.sleep(0.1)  # the last report is on its way
+        for pid in list(executors[-1]._processes):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: executors[0]._broken)
+        yield from range(4, 8)
+
+    def work(item):
+        journal.add(item)
+        time.sleep(0.02)  # so that each travels by itself
+        return item
+
+    assert Kind.map(work, make)(items()) == list(range(8))
+    assert sorted(journal.lines()) == [str(n) for n in range(8)]
+    assert len(executors) == 2
+
+
+def fail_to_start():
+    raise SpoiledError("no")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_executors_that_always_break_at_once_raise(processes, world):
+    make = {standard_processes: ProcessPoolExecutor}.get(processes.make, loky.ProcessPoolExecutor)
+    with pytest.raises(OperoError, match="break before they run anything"):
+        processes.map(world.define(double), lambda: make(1, initializer=os._exit, initargs=(1,))).run([1, 2])
+
+
+# What travels to other processes
+
+
+class Heavy:
+    """Notes in which process it is unpickled."""
+
+    def __init__(self, journal):
+        self.journal = journal
+        self.ballast = os.urandom(100_000)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.journal.add(os.getpid())
+
+
+def test_a_function_travels_once_to_each_worker(processes, journal):
+    heavy = Heavy(journal)
+
+    def work(item):
+        time.sleep(0.002)
+        return item, len(heavy.ballast), os.getpid()
+
+    results = processes.map(work, processes.given()).run(range(200))
+    assert [(item, size) for item, size, _ in results] == [(n, 100_000) for n in range(200)]
+    assert set(Counter(journal.lines()).values()) == {1}
+    assert {pid for _, _, pid in results} == {int(line) for line in journal.lines()}
+
+
+def test_an_item_that_cannot_travel_is_an_error_and_harms_no_other(kind, world):
+    results = kind.map(world.define(lambda item: 1), kind.given()).run([1, threading.Lock(), 2, 3])
+    travels = kind.shares_memory
+    assert [isinstance(result, NotTransferableError) for result in results] == [False, not travels, False, False]
+
+
+class RefusesToLoad:
+    """Can be pickled and not unpickled."""
+
+    def __reduce__(self):
+        return fail_to_load, ()
+
+
+def fail_to_load():
+    raise SpoiledError("cannot be loaded")
+
+
+def test_an_item_that_cannot_be_unpickled_is_an_error_with_the_text(processes, world):
+    results = processes.map(world.define(lambda item: 1), processes.given()).run([1, 2, RefusesToLoad(), 3])
+    assert isinstance(results[2], NotTransferableError)
+    assert "cannot be loaded" in str(results.pop(2))
+    assert results == [1, 1, 1]
+
+
+def test_results_that_cannot_travel_are_errors_and_harm_no_other(processes, world):
+    def work(item):
+        return {1: threading.Lock, 2: RefusesToLoad}.get(item, lambda: item)()
+
+    results = processes.map(world.define(work), processes.given()).run(range(300))
+    refused = [results.pop(2), results.pop(1)]
+    assert all(isinstance(error, NotTransferableError) for error in refused)
+    assert "cannot be loaded" in str(refused[0])
+    assert "Lock" in str(refused[1]) or "lock" in str(refused[1])
+    assert results == [0, *range(3, 300)]
+
+
+def test_an_argument_that_cannot_travel_raises_before_an_item_runs(processes, journal):
+    def work(item, *, more):
+        journal.add(item)
+
+    with pytest.raises(NotTransferableError, match="keyword arguments"):
+        processes.map(work, processes.given()).run([1], more=threading.Lock())
+    assert journal.lines() == []
+
+
+class LoadsOnlyHere:
+    """Stands for a function whose module the workers do not have."""
+
+    def __init__(self):
+        self.home = os.getpid()
+
+    def __call__(self, item):
+        return item
+
+    def __setstate__(self, state):
+        if os.getpid() != state["home"]:
+            raise SpoiledError("no such module")
+
+
+def test_a_function_that_a_worker_cannot_load_raises(processes):
+    with pytest.raises(OperoError, match="no such module"):
+        processes.map(LoadsOnlyHere(), processes.given()).run([1])
+
+
+MAIN = """
+    import loky
+    from opero import opmap
+
+    @opmap(mode=lambda: loky.ProcessPoolExecutor(2), progress=False, **OPTIONS)
+    DEF triple(item):
+        return item * FACTOR
+
+    FACTOR = 3
+
+    if __name__ == "__main__":
+        say(triple.run([1, 2, 3]))
+"""
+
+
+def test_functions_of_the_main_module_travel_to_workers_that_do_not_have_it(start, world):
+    program = start(MAIN, {}, world=world)
+    assert program.heard() == [3, 6, 9]
+    program.end()
+
+
+def test_the_parcels_of_a_map_are_all_different(processes):
+    """dask runs no call twice that has the same arguments, unless told so."""
+    executor = processes.given()
+    seen = []
+
+    class Watched(Executor):
+        def submit(self, fn, /, *args, **kwargs):
+            seen.append(pickle.dumps(args))
+            return executor.submit(fn, *args, **kwargs)
+
+    assert processes.map(lambda item: 1, Watched()).run([5] * 20) == [1] * 20
+    assert len(set(seen)) == len(seen)
+
+
+# The end of a map
+
+
+def test_a_closed_stream_leaves_nothing_behind(processes):
+    before = threading.active_count()
+    stream = processes.map(double, processes.make, ordered=False).stream(iter(int, 1))
+    assert next(stream).result == 0
+    stream.close()
+    assert threading.active_count() <= before
+
+
+def test_the_first_failure_stops_the_map_and_withdraws_what_has_not_begun(threads, world, journal):
+    def work(item):
+        journal.add(item)
+        if item == 0:
+            raise SpoiledError(item)
+        return item
+
+    executor = threads.given()
+    with pytest.raises(SpoiledError):
+        threads.map(world.define(work), executor, workers=1, return_exceptions=False).run(range(1000))
+    assert journal.lines() == ["0"]
+    assert executor.submit(double, 2).result(PATIENCE) == 4
+
+
+def test_a_map_waits_for_its_running_items_before_it_ends(threads, journal):
+    def work(item):
+        if item == 0:
+            wait_until(lambda: "1 begins" in journal.lines())
+            raise SpoiledError(item)
+        journal.add("1 begins")
+        time.sleep(0.1)
+        journal.add("1 ends")
+
+    with pytest.raises(SpoiledError):
+        threads.map(work, threads.given(), return_exceptions=False).run([0, 1])
+    assert journal.lines() == ["1 begins", "1 ends"]
+
+
+INTERRUPTED = """
+    from concurrent.futures import ProcessPoolExecutor
+    from opero import opmap
+
+    def work(item):
+        note("begun")
+        time.sleep(0.2)
+
+    if __name__ == "__main__":
+        import multiprocessing, threading
+        mapped = opmap(mode=lambda: ProcessPoolExecutor(2), progress=False, **OPTIONS)(work)
+        try:
+            mapped.run(iter(int, 1))
+        except KeyboardInterrupt:
+            say(("interrupted", len(multiprocessing.active_children()), threading.active_count()))
+"""
+
+
+def test_ctrl_c_leaves_no_process_and_no_thread(start, journal):
+    program = start(INTERRUPTED, {})
+    wait_until(lambda: "begun" in journal.lines())
+    os.kill(program.pid, signal.SIGINT)
+    assert program.heard() == ("interrupted", 0, 1)
+    program.end()
+
+
+# Wrong uses
+
+
+async def make_later():
+    return ThreadPoolExecutor()
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "words"),
+    [
+        (5, TypeError, "a function that makes one"),
+        (None, TypeError, "a function that makes one"),
+        (threading.Thread, TypeError, "no concurrent.futures.Executor"),
+        (make_later, TypeError, "async function"),
+        (Counting, TypeError, "without arguments"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("decorate", [opmap, get_parallel_map_decorator])
+def test_a_wrong_mode_raises_when_decorating_and_says_what_to_write(decorate, mode, error, words):
+    with pytest.raises(error, match=words) as caught:
+        decorate(mode=mode)(double)
+    assert repr(mode) in str(caught.value)
+
+
+def test_pool_options_beside_an_executor_are_refused(threads):
+    with pytest.raises(TypeError, match="start_method"):
+        threads.map(double, threads.given(), pool_options={"start_method": "fork"})
+
+
+@pytest.mark.parametrize("workers", [0, 1.5])
+def test_wrong_workers_beside_an_executor_are_refused(threads, workers):
+    with pytest.raises((TypeError, ValueError), match="workers"):
+        threads.map(double, threads.given(), workers=workers)
+
+
+def test_a_function_that_makes_no_executor_raises(world):
+    with pytest.raises(TypeError, match=r"made 5, which is no concurrent\.futures\.Executor"):
+        Kind.map(world.define(double), lambda: 5).run([1])
+
+
+def test_an_executor_that_is_shut_down_raises(kind, world):
+    executor = kind.make()
+    executor.shutdown()
+    with pytest.raises(OperoError, match="takes no work"):
+        kind.map(world.define(double), executor).run([1])
+
+
+# dask
+
+# In a program of its own: dask leaves a thread behind, and where there are threads, opero's own maps do not fork.
+ON_DASK = """
+    import os, signal
+    import dask, distributed
+    from opero import opmap
+
+    def sync(function):
+        return function
+
+    def later(function):
+        async def work(item, **kwargs):
+            return function(item, **kwargs)
+        return work
+
+    def double(item):
+        return item * 2
+
+    def fail_twice(item):
+        path = os.environ["JOURNAL"] + str(item)
+        with open(path, "a") as file:
+            file.write("x")
+        if len(open(path).read()) < 3:
+            raise OSError(item)
+        return item
+
+    def kill(item):
+        if item == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()
+        return item
+
+    def told(error):
+        return error if not isinstance(error, Exception) else type(error).__name__
+
+    def maps(client):
+        executor = client.get_executor()
+        for world in (sync, later):
+            def run(function, items, **options):
+                more = options.pop("more", {})
+                mapped = opmap(**{"mode": executor, "progress": False, "retries": 0, **options})(world(function))
+                return [told(result) for result in mapped.run(items, **more)]
+
+            os.environ["JOURNAL"] = client.journal + world.__name__
+            client.run(os.environ.__setitem__, "JOURNAL", os.environ["JOURNAL"])
+            yield "results", run(double, range(300))
+            yield "retries", run(fail_twice, [1, 2], retries=3, min_delay=0.01)
+            yield "crash", run(kill, range(6), workers=2)
+            yield "made", run(double, [1, 2], mode=lambda: client.get_executor())
+            yield "open", executor.submit(double, 4).result()
+
+    if __name__ == "__main__":
+        # By default an item that kills its worker is tried three times more.
+        with (
+            dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+            distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            client.journal = os.environ["JOURNAL"]
+            for name, value in maps(client):
+                print((name, value))
+            try:
+                opmap(mode=client)(double)
+            except TypeError as error:
+                print(("client", str(error)))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_dask(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What came of the maps on a dask cluster: of a ``def`` function, and of an ``async def`` function."""
+    folder = tmp_path_factory.mktemp("dask")
+    path = folder / "program.py"
+    path.write_text(textwrap.dedent(ON_DASK))
+    done = subprocess.run(
+        [sys.executable, path],
+        env={**os.environ, "JOURNAL": str(folder / "journal")},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    said: dict[str, list[Any]] = {}
+    for line in done.stdout.splitlines():
+        name, value = ast.literal_eval(line)
+        said.setdefault(name, []).append(value)
+    assert "client" in said, done.stderr
+    return said
+
+
+def test_dask_workers_run_the_items(on_dask):
+    assert on_dask["results"] == [[n * 2 for n in range(300)]] * 2
+
+
+def test_an_item_that_fails_in_a_dask_worker_is_tried_again(on_dask):
+    assert on_dask["retries"] == [[1, 2]] * 2
+
+
+def test_an_item_that_kills_its_dask_worker_is_charged_and_no_other(on_dask):
+    assert on_dask["crash"] == [[0, 1, 2, "WorkerCrashedError", 4, 5]] * 2
+
+
+def test_a_function_may_make_an_executor_of_dask(on_dask):
+    assert on_dask["made"] == [[2, 4]] * 2
+
+
+def test_a_given_executor_of_dask_stays_open(on_dask):
+    assert on_dask["open"] == [8] * 2
+
+
+def test_a_dask_client_as_mode_raises_and_says_what_to_write(on_dask):
+    (message,) = on_dask["client"]
+    assert "client.get_executor()" in message
