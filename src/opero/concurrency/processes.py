@@ -45,9 +45,13 @@ if TYPE_CHECKING:
     from opero.concurrency.worker import Work
 
 LARGEST_BATCH = 10_000
-# So many workers in a row that end before they are ready are not an accident.
+# So many workers in a row that end before they are ready are not an accident: it may be the main module, or the
+# initializer. Once one has been ready it is more likely somebody who kills them.
 MOST_STILLBIRTHS = 3
+MOST_LATE_STILLBIRTHS = 100
 _READER_STOP = b"."
+# A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's exit handlers run.
+PEACE_SECONDS = 30.0
 
 # Held from making a pipe to closing the worker's end of it here, so that no other worker inherits that end.
 starting = ForkSafeLock()
@@ -87,10 +91,12 @@ class Worker:
 
     def end(self, *, in_peace: bool) -> None:
         """Wait until the process has ended, by itself or by force."""
-        if not in_peace and self.ready:
+        if in_peace:
+            self.process.join(PEACE_SECONDS)
+        elif self.ready:
             self.process.kill()
-        # What MultiPool does on Ctrl-C is to terminate, not to wait.
-        self.pool.__exit__(None if in_peace else KeyboardInterrupt, None, None)
+        # What MultiPool does on Ctrl-C is to terminate and not to wait: its pool may have replaced this worker already.
+        self.pool.__exit__(KeyboardInterrupt, None, None)
 
 
 class ProcessPool:
@@ -122,6 +128,7 @@ class ProcessPool:
         self._pending: deque[Batch] = deque()
         self._numbers = 0
         self._stillbirths = 0
+        self._most_stillbirths = MOST_STILLBIRTHS
         self._reader: threading.Thread | None = None
 
     def _use(self, method: str) -> None:
@@ -249,6 +256,7 @@ class ProcessPool:
     def _worker_ready(self, worker: Worker, pid: int) -> None:
         worker.found(pid)
         self._stillbirths = 0
+        self._most_stillbirths = MOST_LATE_STILLBIRTHS
         self._hand_out()
 
     def _worker_ended(self, worker: Worker) -> Any:
@@ -258,7 +266,7 @@ class ProcessPool:
         self._forget(worker.pipe)
         if not worker.ready:
             self._stillbirths += 1
-            if self._stillbirths >= MOST_STILLBIRTHS:
+            if self._stillbirths >= self._most_stillbirths:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_worker()
         self._wake_reader()
