@@ -19,7 +19,7 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.own_thread import in_own_thread
+from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.process_worker import (
     AGAIN,
     BATCH,
@@ -188,6 +188,12 @@ class ProcessPool:
 
     def stop(self) -> None:
         """End idle workers in peace and kill the others; nothing of the pool is left."""
+        uninterrupted(self._stop)
+
+    async def stop_async(self) -> None:
+        await in_own_thread(self._stop)
+
+    def _stop(self) -> None:
         workers, self._workers = self._workers, []
         for worker in workers:
             self._dismiss(worker)
@@ -198,9 +204,6 @@ class ProcessPool:
             self._forget(worker.pipe)
         for end in (self._reader_door, self._reader_end):
             self._forget(end)
-
-    async def stop_async(self) -> None:
-        await in_own_thread(self.stop)
 
     def _forget(self, pipe: Any) -> None:
         self._pipes.discard(pipe)
