@@ -1340,7 +1340,7 @@ def test_a_map_works_inside_a_worker_of_another_map(outer, inner):
 
 
 @pytest.mark.parametrize("inner", MODES)
-@pytest.mark.parametrize("outer", ["process", "async", "async_process"])
+@pytest.mark.parametrize("outer", ["thread", "process", "async", "async_process"])
 def test_an_async_map_works_inside_a_worker_of_another_one(outer, inner):
     inner_map = opmap(mode=inner, workers=1, progress=False)(double_async)
 

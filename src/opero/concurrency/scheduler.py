@@ -340,9 +340,10 @@ class Scheduler:
     # Input
 
     def _pull(self, count: int) -> list[Any]:
+        count = min(count, MOST_WAITING - self._pausing - self._awaiting)
         if self._window is not None:
             count = min(count, self._window - self._sink.backlog())
-        if count <= 0 or self._pausing + self._awaiting >= MOST_WAITING or self._source.exhausted:
+        if count <= 0 or self._source.exhausted:
             return []
         items = self._source.take(count)
         self._next_index += len(items)
