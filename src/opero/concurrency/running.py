@@ -129,7 +129,7 @@ class _Run:
         pool.start(self._deliver)
         while True:
             yield from self._give_out()
-            self._progress.show(scheduler.finished_items, scheduler.failed_items)
+            self._progress.show(scheduler.tally)
             outcomes = self._sink.take()
             if outcomes:
                 yield outcomes

@@ -93,7 +93,7 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
               ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``).
             - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100).
             - ``ordered`` (True): results in input order; else in order of completion.
-            - ``progress`` (True): a tqdm bar on a terminal or in a notebook; text is its label.
+            - ``progress`` (True): a tqdm bar on a terminal or in a notebook, not in child processes; text is its label.
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
               the map and is raised.
             - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``; with
