@@ -49,11 +49,8 @@ class Door:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
-    def __getstate__(self) -> Any:
-        return None if self.connection.closed else self.connection
-
-    def __setstate__(self, state: Any) -> None:
-        self.connection = state
+    def __reduce__(self) -> Any:
+        return Door, (None if self.locked else self.connection,)
 
     @property
     def locked(self) -> bool:

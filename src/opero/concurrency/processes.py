@@ -89,6 +89,16 @@ class Worker:
     def accepts(self, batch: Batch) -> bool:
         return self.ready and not self.reserved and not (batch.alone and self.batches)
 
+    def ask_to_end(self) -> None:
+        """Tell a worker that is ready that there is nothing more to do."""
+        self.stop_replacing()
+        with contextlib.suppress(OSError):
+            self.pipe.send_bytes(pack_message(STOP, 0))
+
+    def stop_replacing(self) -> None:
+        """A closed pool starts no other process in place of one that has ended."""
+        self.pool.pool.close()
+
     def end(self, *, in_peace: bool) -> None:
         """Wait until the process has ended, by itself or by force."""
         if in_peace:
@@ -195,8 +205,7 @@ class ProcessPool:
 
     def _stop(self) -> None:
         workers, self._workers = self._workers, []
-        for worker in workers:
-            self._dismiss(worker)
+        self._dismiss(*workers)
         if self._reader is not None:
             self._reader_door.send_bytes(_READER_STOP)
             self._reader.join()
@@ -275,12 +284,13 @@ class ProcessPool:
         self._wake_reader()
         return Lost(list(worker.batches.values()), reason, at_once=self.runs_together, innocent=worker.not_reached)
 
-    def _dismiss(self, worker: Worker) -> None:
-        in_peace = worker.ready and not worker.batches
-        if in_peace:
-            with contextlib.suppress(OSError):
-                worker.pipe.send_bytes(pack_message(STOP, 0))
-        worker.end(in_peace=in_peace)
+    @staticmethod
+    def _dismiss(*workers: Worker) -> None:
+        idle = [worker for worker in workers if worker.ready and not worker.batches]
+        for worker in idle:
+            worker.ask_to_end()
+        for worker in workers:
+            worker.end(in_peace=worker in idle)
 
     # Batches
 
