@@ -100,13 +100,14 @@ def _get_ready(
     door: Door, work: Work | bytes, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]
 ) -> Work | None:
     """Load the work and say hello; None if the parent has been told that this cannot be done."""
+    # Ctrl-C goes to the whole process group; the caller's process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if door.locked:
         # Not at once: its pool would start the next one, and so on, as fast as it can.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_UNWANTED_SECONDS)
         os._exit(0)
     _become_independent()
-    # Ctrl-C goes to the whole process group; the caller's process alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         # Held back by the parent until here, where it can do no harm any more.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
