@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 HELPERS = ("forkserver import main", "resource_tracker")
 
@@ -56,12 +56,21 @@ def surroundings() -> tuple[dict[int, str], list[str]]:
 
 
 @contextlib.contextmanager
-def storm(pause: float = 0.1) -> Iterator[list[int]]:
-    """Kill a random process below this one, again and again; afterwards the list says which."""
+def storm(spared: Collection[int] | None = None, pause: float = 0.1) -> Iterator[list[int]]:
+    """Kill a random process below this one, again and again; afterwards the list says which.
+
+    The ``spared`` ones, such as the servers of other tests, are by default all that there are at the beginning.
+    """
     victims: list[int] = []
     # A process and not a thread: maps start their workers in another way beside foreign threads.
     killer = subprocess.Popen(
-        [sys.executable, __file__, str(os.getpid()), str(pause)],
+        [
+            sys.executable,
+            __file__,
+            str(os.getpid()),
+            str(pause),
+            *map(str, descendants() if spared is None else spared),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -77,7 +86,7 @@ def storm(pause: float = 0.1) -> Iterator[list[int]]:
         victims.extend(json.loads(out))
 
 
-def _kill_again_and_again(ancestor: int, pause: float) -> None:
+def _kill_again_and_again(ancestor: int, pause: float, spared: set[int]) -> None:
     victims: list[int] = []
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
@@ -87,7 +96,7 @@ def _kill_again_and_again(ancestor: int, pause: float) -> None:
         next_kill += pause
         while time.monotonic() < next_kill and not ended.is_set():
             time.sleep(0.005)
-        targets = [pid for pid in descendants(ancestor) if pid != os.getpid()]
+        targets = [pid for pid in descendants(ancestor) if pid not in spared]
         if targets and not ended.is_set():
             victims.append(random.choice(targets))
             with contextlib.suppress(ProcessLookupError):
@@ -96,4 +105,4 @@ def _kill_again_and_again(ancestor: int, pause: float) -> None:
 
 
 if __name__ == "__main__":
-    _kill_again_and_again(int(sys.argv[1]), float(sys.argv[2]))
+    _kill_again_and_again(int(sys.argv[1]), float(sys.argv[2]), {os.getpid(), *map(int, sys.argv[3:])})

@@ -212,7 +212,7 @@ def test_the_number_of_items_in_backoff_is_bounded(mode):
         stream = work.stream(items())
         first = asyncio.ensure_future(anext(stream))
         before = -1
-        while before < pulled:
+        while before < pulled or pulled < 5_000:
             before = pulled
             await asyncio.sleep(0.3)
         assert not first.done()
@@ -221,7 +221,7 @@ def test_the_number_of_items_in_backoff_is_bounded(mode):
         await stream.aclose()
 
     asyncio.run(main())
-    assert 5_000 <= pulled < 10_000  # those that run when the bound is reached come on top
+    assert pulled < 10_000  # those that run when the bound is reached come on top
 
 
 # Maps in maps

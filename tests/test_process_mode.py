@@ -1228,5 +1228,6 @@ def test_a_script_that_ends_with_an_open_stream_leaves_no_process(start):
             stream = opmap(workers=2, progress=False)(abs).stream(itertools.count())
             print(next(stream).result)
     """)
-    assert output_of(process) == "0"
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, err) == (0, "0\n", "")
     wait_until(lambda: not start.survivors())

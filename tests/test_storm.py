@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from leftovers import storm, surroundings
+from leftovers import descendants, storm, surroundings
 
 from opero import WorkerCrashedError, opmap
 
@@ -97,13 +97,13 @@ def test_in_a_storm_a_list_is_in_input_order(mode):
 @BOTH
 def test_workers_that_take_longer_to_start_than_the_storm_leaves_them_are_started_again(mode):
     """They come from a fork server, and most are killed before they are ready."""
-    weather = ExitStack()
+    weather, spared = ExitStack(), descendants()
 
     count = SHORT + 30
 
     def items():
         yield from range(SHORT // 2)
-        weather.enter_context(storm())
+        weather.enter_context(storm(spared))
         yield from range(SHORT // 2, count)
 
     in_storm = InStorm(mode, pool_options={"start_method": "forkserver"}, retries=20)

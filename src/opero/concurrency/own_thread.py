@@ -22,7 +22,10 @@ def uninterrupted(block: Callable[[], None]) -> None:
             errors.append(raised)
 
     thread = threading.Thread(target=run, name="opero-stop", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is about to end, and starts no more threads
+        run()
     while thread.is_alive():
         try:
             thread.join()

@@ -8,6 +8,7 @@ each.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing.connection
 import pickle
@@ -137,6 +138,7 @@ class ProcessPool:
         self._workers: list[Worker] = []
         self._pending: deque[Batch] = deque()
         self._numbers = 0
+        self._stopped = False
         self._stillbirths = 0
         self._most_stillbirths = MOST_STILLBIRTHS
         self._reader: threading.Thread | None = None
@@ -151,6 +153,7 @@ class ProcessPool:
 
     def after_fork(self) -> None:
         """Close this child's copies of the parent's ends: as long as one is open, a dead parent is not noticed."""
+        atexit.unregister(self.stop)
         for pipe in self._pipes:
             pipe.close()
         self._pipes.clear()
@@ -162,6 +165,8 @@ class ProcessPool:
 
     def start(self, deliver: Callable[[Any], None]) -> None:
         self._deliver = deliver
+        # A stream that is still open when the program ends is closed too late: threads and modules are gone by then.
+        atexit.register(self.stop)
         self._reader_end, self._reader_door = multiprocessing.connection.Pipe(duplex=False)
         self._pipes |= {self._reader_end, self._reader_door}
         for _ in range(self._size):
@@ -198,12 +203,15 @@ class ProcessPool:
 
     def stop(self) -> None:
         """End idle workers in peace and kill the others; nothing of the pool is left."""
-        uninterrupted(self._stop)
+        if not self._stopped:
+            uninterrupted(self._stop)
 
     async def stop_async(self) -> None:
         await in_own_thread(self._stop)
 
     def _stop(self) -> None:
+        self._stopped = True
+        atexit.unregister(self.stop)
         workers, self._workers = self._workers, []
         self._dismiss(*workers)
         if self._reader is not None:

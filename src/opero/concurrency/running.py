@@ -183,19 +183,15 @@ def run_blocking(
     except StopIteration:
         return
     finally:
-        _end_blocking(run)
-
-
-def _end_blocking(run: _Run) -> None:
-    try:
         try:
-            run.close()
-        finally:
-            run.pool.stop()
-    except KeyboardInterrupt as again:
-        # One traceback for Ctrl-C, however often it was pressed.
-        again.__suppress_context__ = again.__suppress_context__ or isinstance(again.__context__, KeyboardInterrupt)
-        raise
+            try:
+                run.close()
+            finally:
+                run.pool.stop()
+        except KeyboardInterrupt as again:
+            # One traceback for Ctrl-C, however often it was pressed.
+            again.__suppress_context__ = again.__suppress_context__ or isinstance(again.__context__, KeyboardInterrupt)
+            raise
 
 
 def _collect(inbox: queue.SimpleQueue[Any], seconds: float | None) -> list[Any]:
