@@ -80,7 +80,9 @@ class Flaky:
 
 def tables() -> list[Any]:
     """All tables of this group."""
-    in_processes = opmap(mode="process", workers=PROCESSES, progress=False)
+    # Some of the others leave threads behind, beside which opmap by itself would not fork, as they all do.
+    forked = {"start_method": "fork"}
+    in_processes = opmap(mode="process", workers=PROCESSES, progress=False, pool_options=forked)
     in_threads = opmap(mode="thread", workers=THREADS, progress=False)
     in_tasks = opmap(mode="async", workers=ASYNC_WORKERS, progress=False)(nap_async)
     return [
@@ -122,7 +124,7 @@ def tables() -> list[Any]:
             f"an array of {ARRAY_BYTES / 1e6:g} MB as an argument of {ARRAY_ITEMS} items, {PROCESSES} processes",
             [
                 ("concurrent.futures", timed(lambda: futures_map(with_array(), ARRAY_ITEMS, 1))),
-                ("opmap", timed(lambda: in_processes(item_of)(range(ARRAY_ITEMS), array=the_array()))),
+                ("opmap, forked", timed(lambda: in_processes(item_of)(range(ARRAY_ITEMS), array=the_array()))),
                 ("opmap, fork server", timed(array_in_fresh_processes)),
                 ("multiprocessing.Pool.map", timed(lambda: pool_map(with_array(), ARRAY_ITEMS))),
                 ("joblib (maps it into memory)", timed(lambda: joblib_map(with_array(), ARRAY_ITEMS))),
