@@ -1,27 +1,43 @@
-"""What maps cost beside the pools of the standard library and twat-mp."""
+"""What maps cost beside the pools of the standard library, twat-mp, joblib, mpire, tqdm, aiometer and plain asyncio."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import multiprocessing
+import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero import opmap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
-TRIVIAL = 100_000
+PROCESSES = 2
+TRIVIAL, CHUNK = 100_000, 5_000
 TRIVIAL_IN_THREADS = 20_000
-SLEEPS, SLEEP, SLEEPING_THREADS = 1_000, 0.02, 16
+BURNS, BURN = 2_000, 0.002
+SLEEPS, SLEEP, THREADS = 1_000, 0.02, 16
 ASYNC_ITEMS, ASYNC_SLEEP, ASYNC_WORKERS = 10_000, 0.001, 100
+ARRAY_BYTES, ARRAY_ITEMS = 100_000_000, 8
+FLAKY, FLAKY_SECONDS, FLAKY_WORKERS, BACKOFF = 1_000, 0.005, 8, 1.0
+MIB = 2**20
 
 
 def square(number: int) -> int:
     """Stand for a user's function that does nearly nothing."""
     return number * number
+
+
+def burn(number: int) -> int:
+    """Stand for a user's function that computes."""
+    end = time.process_time() + BURN
+    while time.process_time() < end:
+        pass
+    return number
 
 
 def nap(_number: int) -> None:
@@ -35,34 +51,113 @@ async def nap_async(number: int) -> int:
     return number
 
 
+def item_of(number: int, *, array: Any) -> int:
+    """Stand for a user's function with a large argument that all items have in common."""
+    return int(array[number])
+
+
+def own_memory(_number: int) -> tuple[int, float]:
+    """The process that runs this, and how much memory it shares with nobody."""
+    time.sleep(0.02)  # so that all workers get some
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return os.getpid(), sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024 / MIB
+
+
+class Flaky:
+    """Stand for a user's function of which every fifth item fails once."""
+
+    def __init__(self, failed: Iterable[int] = ()) -> None:
+        self._failed = set(failed)
+
+    def __call__(self, number: int) -> int:
+        """Wait, then fail or succeed."""
+        time.sleep(FLAKY_SECONDS)
+        if number % 5 == 0 and number not in self._failed:
+            self._failed.add(number)
+            raise ConnectionError(number)
+        return number
+
+
 def tables() -> list[Any]:
     """All tables of this group."""
-    in_processes = opmap(mode="process", workers=2, progress=False)(square)
-    in_threads = opmap(mode="thread", workers=SLEEPING_THREADS, progress=False)(square)
-    asleep = opmap(mode="thread", workers=SLEEPING_THREADS, progress=False)(nap)
+    # Some of the others leave threads behind, beside which opmap by itself would not fork, as they all do.
+    forked = {"start_method": "fork"}
+    in_processes = opmap(mode="process", workers=PROCESSES, progress=False, pool_options=forked)
+    in_threads = opmap(mode="thread", workers=THREADS, progress=False)
     in_tasks = opmap(mode="async", workers=ASYNC_WORKERS, progress=False)(nap_async)
     return [
         (
-            f"{TRIVIAL:,} trivial items, 2 processes",
+            f"{TRIVIAL:,} trivial items, {PROCESSES} processes",
             [
-                ("concurrent.futures, chunks of 5 000", timed(futures_map)),
-                ("opmap", timed(lambda: in_processes(range(TRIVIAL)))),
-                ("multiprocessing.Pool.map", timed(pool_map)),
-                ("twat-mp ProcessPool.map", timed(twat_map)),
+                (f"concurrent.futures, chunks of {CHUNK:,}", timed(lambda: futures_map(square, TRIVIAL, CHUNK))),
+                ("opmap", timed(lambda: in_processes(square)(range(TRIVIAL)))),
+                ("multiprocessing.Pool.map", timed(lambda: pool_map(square, TRIVIAL))),
+                ("joblib", timed(lambda: joblib_map(square, TRIVIAL))),
+                ("mpire", timed(lambda: mpire_map(square, TRIVIAL))),
+                ("twat-mp ProcessPool.map", timed(lambda: twat_map(square, TRIVIAL))),
+                (f"tqdm process_map, chunks of {CHUNK:,}", timed(lambda: tqdm_map(square, TRIVIAL, CHUNK))),
             ],
         ),
         (
-            f"{TRIVIAL_IN_THREADS:,} trivial items, {SLEEPING_THREADS} threads",
+            f"{BURNS:,} items of {BURN * 1000:g} ms of computing, {PROCESSES} processes",
+            [
+                ("concurrent.futures, chunks of 25", timed(lambda: futures_map(burn, BURNS, 25))),
+                ("opmap", timed(lambda: in_processes(burn)(range(BURNS)))),
+                ("multiprocessing.Pool.map", timed(lambda: pool_map(burn, BURNS))),
+                ("joblib", timed(lambda: joblib_map(burn, BURNS))),
+                ("mpire", timed(lambda: mpire_map(burn, BURNS))),
+                ("twat-mp ProcessPool.map", timed(lambda: twat_map(burn, BURNS))),
+                ("tqdm process_map, chunks of 25", timed(lambda: tqdm_map(burn, BURNS, 25))),
+            ],
+        ),
+        (
+            f"time to the first of {TRIVIAL:,} results, {PROCESSES} processes",
+            [
+                ("concurrent.futures.map, chunks of 100", first_of(futures_first)),
+                ("opmap .stream", first_of(lambda: in_processes(square).stream(range(TRIVIAL)))),
+                ("multiprocessing.Pool.imap, chunks of 100", first_of(pool_first)),
+                ("joblib, as a generator", first_of(joblib_first)),
+                ("mpire.imap", first_of(mpire_first)),
+            ],
+        ),
+        (
+            f"an array of {ARRAY_BYTES / 1e6:g} MB as an argument of {ARRAY_ITEMS} items, {PROCESSES} processes",
+            [
+                ("concurrent.futures", timed(lambda: futures_map(with_array(), ARRAY_ITEMS, 1))),
+                ("opmap, forked", timed(lambda: in_processes(item_of)(range(ARRAY_ITEMS), array=the_array()))),
+                ("opmap, fork server", timed(array_in_fresh_processes)),
+                ("multiprocessing.Pool.map", timed(lambda: pool_map(with_array(), ARRAY_ITEMS))),
+                ("joblib (maps it into memory)", timed(lambda: joblib_map(with_array(), ARRAY_ITEMS))),
+                ("mpire", timed(lambda: mpire_map(with_array(), ARRAY_ITEMS))),
+            ],
+        ),
+        (
+            f"memory of a worker that nobody shares, {PROCESSES} processes",
+            [
+                ("concurrent.futures", per_worker(lambda: futures_map(own_memory, 8, 1))),
+                ("opmap", per_worker(lambda: in_processes(own_memory)(range(8)))),
+                ("multiprocessing.Pool.map", per_worker(lambda: pool_map(own_memory, 8))),
+                ("joblib", per_worker(lambda: joblib_map(own_memory, 8))),
+                ("mpire", per_worker(lambda: mpire_map(own_memory, 8))),
+            ],
+            "MiB",
+        ),
+        (
+            f"{TRIVIAL_IN_THREADS:,} trivial items, {THREADS} threads",
             [
                 ("concurrent.futures", timed(lambda: threads_map(square, TRIVIAL_IN_THREADS))),
-                ("opmap", timed(lambda: in_threads(range(TRIVIAL_IN_THREADS)))),
+                ("opmap", timed(lambda: in_threads(square)(range(TRIVIAL_IN_THREADS)))),
+                ("multiprocessing.ThreadPool.map", timed(lambda: thread_pool_map(square, TRIVIAL_IN_THREADS))),
+                ("joblib", timed(lambda: joblib_map(square, TRIVIAL_IN_THREADS, threads=True))),
             ],
         ),
         (
-            f"{SLEEPS:,} sleeps of {SLEEP * 1000:g} ms, {SLEEPING_THREADS} threads",
+            f"{SLEEPS:,} sleeps of {SLEEP * 1000:g} ms, {THREADS} threads",
             [
                 ("concurrent.futures", timed(lambda: threads_map(nap, SLEEPS))),
-                ("opmap", timed(lambda: asleep(range(SLEEPS)))),
+                ("opmap", timed(lambda: in_threads(nap)(range(SLEEPS)))),
+                ("multiprocessing.ThreadPool.map", timed(lambda: thread_pool_map(nap, SLEEPS))),
+                ("joblib", timed(lambda: joblib_map(nap, SLEEPS, threads=True))),
             ],
         ),
         (
@@ -70,6 +165,16 @@ def tables() -> list[Any]:
             [
                 ("gather + semaphore", timed(lambda: asyncio.run(gather_map()))),
                 ("opmap", timed(lambda: in_tasks.run(range(ASYNC_ITEMS)))),
+                ("aiometer", timed(lambda: asyncio.run(aiometer_map()))),
+                (f"{ASYNC_WORKERS} tasks pulling from one iterator", timed(lambda: asyncio.run(pulling_map()))),
+            ],
+        ),
+        (
+            f"{FLAKY:,} items, a fifth fails once and backs off {BACKOFF:g} s, {FLAKY_WORKERS} threads",
+            [
+                ("opmap, nothing fails", timed(lambda: flaky_map(Flaky(range(FLAKY))))),
+                ("opmap", timed(lambda: flaky_map(Flaky()))),
+                ("tenacity in concurrent.futures", once(timed(flaky_futures))),
             ],
         ),
     ]
@@ -86,30 +191,160 @@ def timed(work: Callable[[], object]) -> Callable[[], float]:
     return measure
 
 
-def futures_map() -> list[int]:
-    """100 000 items in the chunks that are best for them."""
-    with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        return list(pool.map(square, range(TRIVIAL), chunksize=5_000))
+def once(measure: Callable[[], float]) -> Callable[[], float]:
+    """The same measurement each time, of something that takes too long to repeat."""
+    return functools.cache(measure)
 
 
-def pool_map() -> list[int]:
+def first_of(results: Callable[[], Iterator[Any]]) -> Callable[[], float]:
+    """A measurement that ends with the first result; the rest is left."""
+
+    def measure() -> float:
+        started = time.perf_counter()
+        stream = results()
+        next(stream)
+        seconds = time.perf_counter() - started
+        stream.close()  # type: ignore[attr-defined]
+        return seconds
+
+    return measure
+
+
+def per_worker(results: Callable[[], Iterable[tuple[int, float]]]) -> Callable[[], float]:
+    """The mean over the workers of what their latest items reported."""
+
+    def measure() -> float:
+        latest = dict(results())
+        return sum(latest.values()) / len(latest)
+
+    return measure
+
+
+# Processes
+
+
+def futures_map(function: Callable[[int], Any], count: int, chunk: int) -> list[Any]:
+    """`concurrent.futures`, in chunks."""
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES) as pool:
+        return list(pool.map(function, range(count), chunksize=chunk))
+
+
+def futures_first() -> Iterator[int]:
+    """The same as they come."""
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES) as pool:
+        yield from pool.map(square, range(TRIVIAL), chunksize=100)
+
+
+def pool_map(function: Callable[[int], Any], count: int) -> list[Any]:
     """The same with `multiprocessing`."""
-    with multiprocessing.Pool(2) as pool:
-        return pool.map(square, range(TRIVIAL))
+    with multiprocessing.Pool(PROCESSES) as pool:
+        return pool.map(function, range(count))
 
 
-def twat_map() -> list[int]:
+def pool_first() -> Iterator[int]:
+    """The same as they come."""
+    with multiprocessing.Pool(PROCESSES) as pool:
+        yield from pool.imap(square, range(TRIVIAL), chunksize=100)
+
+
+def joblib_map(function: Callable[[int], Any], count: int, *, threads: bool = False) -> list[Any]:
+    """The same with joblib, whose workers are ended afterwards as those of the others are."""
+    import joblib
+    from joblib.externals.loky import get_reusable_executor
+
+    how = {"n_jobs": THREADS, "prefer": "threads"} if threads else {"n_jobs": PROCESSES}
+    results = joblib.Parallel(**how)(joblib.delayed(function)(number) for number in range(count))
+    if not threads:
+        get_reusable_executor().shutdown(wait=True)
+    return results
+
+
+def joblib_first() -> Iterator[int]:
+    """The same as they come."""
+    import joblib
+    from joblib.externals.loky import get_reusable_executor
+
+    results = joblib.Parallel(n_jobs=PROCESSES, return_as="generator")(
+        joblib.delayed(square)(number) for number in range(TRIVIAL)
+    )
+    try:
+        yield from results
+    finally:
+        results.close()
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
+
+def mpire_map(function: Callable[[int], Any], count: int) -> list[Any]:
+    """The same with mpire."""
+    import mpire
+
+    with mpire.WorkerPool(PROCESSES) as pool:
+        return pool.map(function, range(count))
+
+
+def mpire_first() -> Iterator[int]:
+    """The same as they come."""
+    import mpire
+
+    with mpire.WorkerPool(PROCESSES) as pool:
+        yield from pool.imap(square, range(TRIVIAL))
+
+
+def twat_map(function: Callable[[int], Any], count: int) -> list[Any]:
     """The same with twat-mp alone."""
     from twat_mp import ProcessPool
 
-    with ProcessPool(nodes=2) as pool:
-        return list(pool.map(square, range(TRIVIAL)))
-
-
-def threads_map(function: Callable[[int], Any], count: int) -> list[Any]:
-    """Any function in threads of `concurrent.futures`."""
-    with concurrent.futures.ThreadPoolExecutor(SLEEPING_THREADS) as pool:
+    with ProcessPool(nodes=PROCESSES) as pool:
         return list(pool.map(function, range(count)))
+
+
+def tqdm_map(function: Callable[[int], Any], count: int, chunk: int) -> list[Any]:
+    """The same with tqdm's own map, without its bar."""
+    from tqdm.contrib.concurrent import process_map
+
+    return process_map(function, range(count), max_workers=PROCESSES, chunksize=chunk, disable=True)
+
+
+# A large argument
+
+
+@functools.cache
+def the_array() -> Any:
+    """Made once, before any measurement."""
+    import numpy as np
+
+    return np.ones(ARRAY_BYTES, dtype=np.uint8)
+
+
+def with_array() -> Callable[[int], int]:
+    """The form in which the other libraries take an argument that all items have in common."""
+    return functools.partial(item_of, array=the_array())
+
+
+def array_in_fresh_processes() -> None:
+    """Workers that are no copies of this process get it through a pipe."""
+    mapped = opmap(workers=PROCESSES, progress=False, pool_options={"start_method": "forkserver"})(item_of)
+    mapped(range(ARRAY_ITEMS), array=the_array())
+
+
+# Threads
+
+
+def threads_map(function: Callable[[int], Any], count: int, workers: int = THREADS) -> list[Any]:
+    """Any function in threads of `concurrent.futures`."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, range(count)))
+
+
+def thread_pool_map(function: Callable[[int], Any], count: int) -> list[Any]:
+    """The same with `multiprocessing`."""
+    from multiprocessing.pool import ThreadPool
+
+    with ThreadPool(THREADS) as pool:
+        return pool.map(function, range(count))
+
+
+# Tasks
 
 
 async def gather_map() -> list[int]:
@@ -121,3 +356,42 @@ async def gather_map() -> list[int]:
             return await nap_async(number)
 
     return await asyncio.gather(*(one(number) for number in range(ASYNC_ITEMS)))
+
+
+async def aiometer_map() -> list[int]:
+    """The same with aiometer."""
+    import aiometer
+
+    calls = [functools.partial(nap_async, number) for number in range(ASYNC_ITEMS)]
+    return await aiometer.run_all(calls, max_at_once=ASYNC_WORKERS)
+
+
+async def pulling_map() -> list[int]:
+    """The least that can be done by hand."""
+    numbers = iter(range(ASYNC_ITEMS))
+    results = [0] * ASYNC_ITEMS
+
+    async def pull() -> None:
+        for number in numbers:
+            results[number] = await nap_async(number)
+
+    await asyncio.gather(*(pull() for _ in range(ASYNC_WORKERS)))
+    return results
+
+
+# Failures
+
+
+def flaky_map(function: Flaky) -> list[Any]:
+    """An item that waits for its retry holds no thread."""
+    mapped = opmap(mode="thread", workers=FLAKY_WORKERS, progress=False, min_delay=BACKOFF, jitter=False)
+    return mapped(function)(range(FLAKY))
+
+
+def flaky_futures() -> list[Any]:
+    """An item that waits for its retry holds a thread."""
+    import tenacity
+
+    retrying = tenacity.retry(wait=tenacity.wait_fixed(BACKOFF), stop=tenacity.stop_after_attempt(4))
+    flaky = Flaky()
+    return threads_map(retrying(flaky), FLAKY, FLAKY_WORKERS)

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 GROUPS = ("calls", "caches", "limits", "maps", "imports")
 
-# A benchmark measures once and gives seconds; the first of its table is what the others are compared with.
+# A benchmark measures once and gives seconds; the first of its table is what the others are compared with. A third part
+# of a table is the unit of what is measured, if that is not seconds.
 Row = tuple[str, "Callable[[], float]"]
-Table = tuple[str, "Sequence[Row]"]
+Table = tuple[str, "Sequence[Row]"] | tuple[str, "Sequence[Row]", str]
 
 
 def main() -> None:
@@ -34,11 +35,11 @@ def main() -> None:
         parser.error(f"unknown group {unknown[0]!r}; write any of {', '.join(GROUPS)}")
     sys.path.insert(0, str(Path(__file__).parent))
     for group in arguments.groups:
-        for title, rows in importlib.import_module(f"bench_{group}").tables():
-            show(title, rows, arguments.repeat)
+        for title, rows, *unit in importlib.import_module(f"bench_{group}").tables():
+            show(title, rows, arguments.repeat, *unit)
 
 
-def show(title: str, rows: Sequence[Row], repeat: int) -> None:
+def show(title: str, rows: Sequence[Row], repeat: int, unit: str = "s") -> None:
     """Measure a table, the rows in turn so that all share the machine's moods, and print it."""
     times: dict[str, list[float]] = {name: [] for name, _ in rows}
     for _ in range(repeat):
@@ -48,7 +49,11 @@ def show(title: str, rows: Sequence[Row], repeat: int) -> None:
     print(f"\n{title}\n{'':44} {'median':>12} {'best':>12} {'ratio':>8}")
     for name, seconds in times.items():
         middle = median(seconds)
-        print(f"  {name:42} {_time(middle):>12} {_time(min(seconds)):>12} {middle / base:8.2f}")
+        print(f"  {name:42} {_shown(middle, unit):>12} {_shown(min(seconds), unit):>12} {middle / base:8.2f}")
+
+
+def _shown(amount: float, unit: str) -> str:
+    return _time(amount) if unit == "s" else f"{amount:.3g} {unit}"
 
 
 def _time(seconds: float) -> str:

@@ -15,12 +15,15 @@ import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from leftovers import surroundings
 
 from opero import AllFailedError, CallStats, Outcome, opmap
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MODES = ("thread", "process", "async", "async_process")
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
@@ -74,40 +77,6 @@ async def eventually(condition):
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         await asyncio.sleep(0.005)
-
-
-def descendants() -> dict[int, str]:
-    """Living processes below this one, but for the two helpers of multiprocessing that serve until its end."""
-    parents, commands = {}, {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            state, parent = entry.joinpath("stat").read_text().rpartition(")")[2].split()[:2]
-            command = entry.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # it has just ended
-            continue
-        parents[int(entry.name)] = int(parent)
-        # Whether a living one runs or sleeps changes by itself.
-        commands[int(entry.name)] = f"Z {command}" if state == "Z" else command
-    found: dict[int, str] = {}
-    generation = {os.getpid()}
-    while generation:
-        generation = {pid for pid, parent in parents.items() if parent in generation}
-        found.update({pid: commands[pid] for pid in generation})
-    own = {pid for pid in found if parents[pid] == os.getpid()}
-    helpers = {pid for pid in own if "forkserver import main" in found[pid] or "resource_tracker" in found[pid]}
-    # A worker of the fork server is the server's child, which needs a moment to notice its end.
-    return {
-        pid: command
-        for pid, command in found.items()
-        if pid not in helpers and not (pid not in own and command.startswith("Z "))
-    }
-
-
-def surroundings() -> tuple[dict[int, str], list[str]]:
-    """What a map may not leave behind: processes and threads."""
-    return descendants(), sorted(thread.name for thread in threading.enumerate())
 
 
 @pytest.fixture(autouse=True)
@@ -1371,7 +1340,7 @@ def test_a_map_works_inside_a_worker_of_another_map(outer, inner):
 
 
 @pytest.mark.parametrize("inner", MODES)
-@pytest.mark.parametrize("outer", ["process", "async", "async_process"])
+@pytest.mark.parametrize("outer", ["thread", "process", "async", "async_process"])
 def test_an_async_map_works_inside_a_worker_of_another_one(outer, inner):
     inner_map = opmap(mode=inner, workers=1, progress=False)(double_async)
 

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -294,7 +295,7 @@ def test_async_process_mode_without_aiomultiprocess_tells_what_to_install(monkey
 # Progress
 
 SCRIPT = """
-    import json, sys, threading
+    import json, sys, threading, time
     from opero import opmap
     from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
 
@@ -305,6 +306,12 @@ SCRIPT = """
 
     async def work_async(item):
         return work(item)
+
+    def slow(item):
+        time.sleep(0.02)
+
+    async def slow_async(item):
+        slow(item)
 
     if __name__ == "__main__":
         function = work_async if {mode!r}.startswith("async") else work
@@ -399,6 +406,36 @@ def test_the_bar_tells_how_many_items_failed(terminal):
     assert "failed=2" in written
 
 
+def test_the_bar_tells_how_many_items_were_retried_and_how_many_came_from_the_cache(mode, terminal):
+    body = """
+        import pathlib
+
+        def try_it(item):
+            mark = pathlib.Path(f"{__file__}.{item}")
+            if item < 3 and not mark.exists():
+                mark.touch()
+                raise ValueError(item)
+            if item == 9:
+                raise TypeError(item)
+
+        async def try_it_async(item):
+            try_it(item)
+
+        mapped = opmap(**options, cache=True, retry_on=ValueError, min_delay=0.01)
+        mapped(try_it_async if function is work_async else try_it).run(iter([0, 1, 2, 3, 3, 4, 4, 9]))
+    """
+    written, _ = terminal.on_terminal(body, mode.name)
+    last = [line for line in written.split("\r") if "item/s" in line][-1]
+    assert "8item" in last
+    assert "failed=1, retried=3, cached=2" in last
+
+
+def test_the_bar_tells_of_a_retry_before_any_item_has_ended(terminal):
+    written, _ = terminal.on_terminal("opmap(**options, retries=1, min_delay=0.3)(function).run([-1])")
+    shown = next(line for line in written.split("\r") if "retried=1" in line)
+    assert "0/1" in shown
+
+
 def test_the_bar_counts_items_of_an_input_without_a_length(terminal):
     written, _ = terminal.on_terminal("opmap(**options, progress='fetching')(function).run(iter(range(50)))")
     assert "fetching" in written
@@ -423,6 +460,58 @@ def test_the_bar_ends_when_a_map_is_stopped_by_a_failure(terminal):
     assert "fetching" in written
     assert written.replace("\r", "").splitlines()[-1] == "raised"
     assert out == NOTHING_CHANGED
+
+
+def screens(written):
+    """What the terminal shows after each step: lines of text."""
+    rows, row, column = [""], 0, 0
+    for piece in re.findall(r"\x1b\[A|\r|\n|[^\r\n\x1b]+", written):
+        if piece == "\x1b[A":
+            row -= 1
+        elif piece == "\r":
+            column = 0
+        elif piece == "\n":
+            row += 1  # the terminal has made \r\n of it
+            rows.extend([""] * (row + 1 - len(rows)))
+        else:
+            line = rows[row].ljust(column)
+            rows[row] = line[:column] + piece + line[column + len(piece) :]
+            column += len(piece)
+            yield [line.rstrip() for line in rows if line.strip()]
+
+
+def test_the_bars_of_several_maps_at_once_do_not_mix(mode, terminal):
+    body = """
+        slowly = slow_async if function is work_async else slow
+        maps = [opmap(**options, progress=label)(slowly) for label in ("first", "second", "third")]
+        threads = [threading.Thread(target=one.run, args=(range(20 * n),)) for n, one in enumerate(maps, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    """
+    written, _ = terminal.on_terminal(body, mode.name)
+    labels = ("first:", "second:", "third:")
+    for lines in screens(written):
+        assert all(sum(line.count(label) for label in labels) <= 1 for line in lines)
+    assert sorted(line.split(":")[0] for line in lines) == ["first", "second", "third"]
+    assert all(
+        f"{20 * n}/{20 * n}" in next(line for line in lines if label in line) for n, label in enumerate(labels, 1)
+    )
+
+
+def test_a_map_in_a_worker_process_of_another_map_shows_no_bar(terminal):
+    body = """
+        inner = opmap(mode="thread", progress="inner")(abs)
+
+        def outer(item):
+            return inner([item])
+
+        opmap(**options, progress="outer", retries=0, return_exceptions=False)(outer)(range(4))
+    """
+    written, _ = terminal.on_terminal(body, "process")
+    assert "outer" in written
+    assert "inner" not in written
 
 
 def test_a_single_call_has_no_bar(terminal):

@@ -8,7 +8,9 @@ import ctypes
 import gc
 import itertools
 import logging
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from typing import Any
 import pytest
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
+from opero.concurrency.process_worker import Door
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
 PROCESS_MODES = ("process", "async_process")
@@ -227,6 +230,14 @@ def test_what_is_no_exception_ends_the_worker_and_is_charged_to_its_item(process
     results = processes.map(work, retries=0).run(range(6))
     assert isinstance(results.pop(3), WorkerCrashedError)
     assert results == [0, 1, 2, 4, 5]
+
+
+def test_a_process_that_a_pool_starts_in_place_of_a_dead_worker_finds_its_door_locked():
+    """It would write a traceback if it found none; which processes get so far depends on their speed."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    assert pickle.loads(pickle.dumps(Door(theirs))).locked
+    ours.close()
 
 
 def test_a_crash_is_charged_as_one_attempt(processes):
@@ -1217,7 +1228,8 @@ def test_a_script_that_ends_with_an_open_stream_leaves_no_process(start):
             stream = opmap(workers=2, progress=False)(abs).stream(itertools.count())
             print(next(stream).result)
     """)
-    assert output_of(process) == "0"
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, err) == (0, "0\n", "")
     wait_until(lambda: not start.survivors())
 
 

@@ -69,6 +69,9 @@ class _LoopWorker(Worker):
     def found(self, _pid: int, /) -> None:
         self.process = self.pool
 
+    def stop_replacing(self) -> None:
+        """Nobody does."""
+
     def end(self, *, in_peace: bool) -> None:
         if not in_peace:
             self.pool.kill()

@@ -1,8 +1,9 @@
-"""Waiting, in an event loop, for something that blocks."""
+"""Waiting for something that blocks and has to come to its end, whatever interrupts the wait."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,8 +11,35 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-async def in_own_thread(block: Callable[[], None]) -> None:
-    """Run ``block`` in a thread that ends with it; not interrupted by cancellation, which is passed on afterwards."""
+def uninterrupted(block: Callable[[], None]) -> None:
+    """Run ``block`` in a thread that ends with it; Ctrl-C meanwhile is raised afterwards."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            block()
+        except BaseException as raised:  # noqa: BLE001 - raised again in the waiting thread
+            errors.append(raised)
+
+    thread = threading.Thread(target=run, name="opero-stop", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is about to end, and starts no more threads
+        run()
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt as interrupt:
+            errors.insert(0, interrupt)
+    for error in errors:
+        raise error
+
+
+async def in_own_thread(block: Callable[[], None], *, may_be_left: bool = False) -> None:
+    """Run ``block`` in a thread that ends with it; not interrupted by cancellation, which is passed on afterwards.
+
+    ``may_be_left``: who is cancelled twice, as by Ctrl-C twice, leaves the thread to itself.
+    """
     import asyncio
 
     loop = asyncio.get_running_loop()
@@ -23,7 +51,9 @@ async def in_own_thread(block: Callable[[], None]) -> None:
             block()
         except BaseException as raised:  # noqa: BLE001 - raised again in the awaiting task
             error = raised
-        loop.call_soon_threadsafe(_settle, ended, error)
+        # The loop of a map that was left may be closed by now.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(_settle, ended, error)
 
     thread = threading.Thread(target=run, name="opero-stop", daemon=True)
     thread.start()
@@ -33,6 +63,9 @@ async def in_own_thread(block: Callable[[], None]) -> None:
             await asyncio.shield(ended)
         except asyncio.CancelledError as error:
             cancelled = error
+            task = asyncio.current_task()
+            if may_be_left and task is not None and task.cancelling() > 1:
+                raise
     thread.join()
     if cancelled is not None:
         raise cancelled

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import struct
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -26,6 +27,7 @@ HELLO, BROKEN, BATCH, REPORT, AGAIN, SINGLES, STOP, ARGUMENTS = range(8)
 _HEADER = struct.Struct("<BI")
 # Reports that the parent may still ask for again: it never has more batches than this with one worker.
 _KEPT_REPORTS = 64
+_UNWANTED_SECONDS = 1.0
 
 
 def pack_message(kind: int, number: int, payload: bytes = b"") -> bytes:
@@ -40,18 +42,15 @@ def unpack_message(data: bytes) -> tuple[int, int, bytes]:
 class Door:
     """The worker's end of a pipe, as an argument of its process.
 
-    When a worker dies, its pool starts another one with the same arguments before opero can end the pool; the pipe is
-    closed by then, and such a worker finds no door and leaves.
+    When a worker ends, its pool starts another one with the same arguments before opero can end the pool; the pipe is
+    closed by then, and such a worker finds no door, waits a while to be ended with its pool, and leaves.
     """
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
-    def __getstate__(self) -> Any:
-        return None if self.connection.closed else self.connection
-
-    def __setstate__(self, state: Any) -> None:
-        self.connection = state
+    def __reduce__(self) -> Any:
+        return Door, (None if self.locked else self.connection,)
 
     @property
     def locked(self) -> bool:
@@ -63,16 +62,15 @@ def serve(
 ) -> None:
     """Run batches, one after the other, until the pipe ends; the whole life of a worker."""
     ready = _get_ready(door, work, initializer, initargs)
-    if ready is None:
-        return
-    caller = AsyncCaller() if ready.is_async else None
-    # Without a parent there is nobody to report to.
-    with contextlib.suppress(EOFError, OSError):
-        _serve_batches(door.connection, ready, caller)
-    if caller is not None:
-        caller.close()
-    # The process itself goes on until its pool is closed, and that waits for this.
-    door.connection.close()
+    if ready is not None:
+        caller = AsyncCaller() if ready.is_async else None
+        # Without a parent there is nobody to report to.
+        with contextlib.suppress(EOFError, OSError):
+            _serve_batches(door.connection, ready, caller)
+        if caller is not None:
+            caller.close()
+    # Not back to its pool's own loop: that waits with a lock held; whoever is killed then makes the pool's end hang.
+    sys.exit(0)
 
 
 def _become_independent() -> None:
@@ -102,11 +100,14 @@ def _get_ready(
     door: Door, work: Work | bytes, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]
 ) -> Work | None:
     """Load the work and say hello; None if the parent has been told that this cannot be done."""
-    if door.locked:
-        os._exit(0)
-    _become_independent()
     # Ctrl-C goes to the whole process group; the caller's process alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if door.locked:
+        # Not at once: its pool would start the next one, and so on, as fast as it can.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_UNWANTED_SECONDS)
+        os._exit(0)
+    _become_independent()
     if hasattr(signal, "pthread_sigmask"):
         # Held back by the parent until here, where it can do no harm any more.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

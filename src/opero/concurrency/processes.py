@@ -8,6 +8,7 @@ each.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing.connection
 import pickle
@@ -19,7 +20,7 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.own_thread import in_own_thread
+from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.process_worker import (
     AGAIN,
     ARGUMENTS,
@@ -46,9 +47,13 @@ if TYPE_CHECKING:
     from opero.concurrency.worker import Work
 
 LARGEST_BATCH = 10_000
-# So many workers in a row that end before they are ready are not an accident.
+# So many workers in a row that end before they are ready are not an accident: it may be the main module, or the
+# initializer. Once one has been ready it is more likely somebody who kills them.
 MOST_STILLBIRTHS = 3
+MOST_LATE_STILLBIRTHS = 100
 _READER_STOP = b"."
+# A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's exit handlers run.
+PEACE_SECONDS = 30.0
 
 # Held from making a pipe to closing the worker's end of it here, so that no other worker inherits that end.
 starting = ForkSafeLock()
@@ -97,12 +102,24 @@ class Worker:
             return 0
         return at_once if self.room else min(at_once, len(self.batches))
 
+    def ask_to_end(self) -> None:
+        """Tell a worker that is ready that there is nothing more to do."""
+        self.stop_replacing()
+        with contextlib.suppress(OSError):
+            self.pipe.send_bytes(pack_message(STOP, 0))
+
+    def stop_replacing(self) -> None:
+        """A closed pool starts no other process in place of one that has ended."""
+        self.pool.pool.close()
+
     def end(self, *, in_peace: bool) -> None:
         """Wait until the process has ended, by itself or by force."""
-        if not in_peace and self.ready:
+        if in_peace:
+            self.process.join(PEACE_SECONDS)
+        elif self.ready:
             self.process.kill()
-        # What MultiPool does on Ctrl-C is to terminate, not to wait.
-        self.pool.__exit__(None if in_peace else KeyboardInterrupt, None, None)
+        # What MultiPool does on Ctrl-C is to terminate and not to wait: its pool may have replaced this worker already.
+        self.pool.__exit__(KeyboardInterrupt, None, None)
 
 
 class ProcessPool:
@@ -136,7 +153,9 @@ class ProcessPool:
         self._workers: list[Worker] = []
         self._pending: deque[Batch] = deque()
         self._numbers = 0
+        self._stopped = False
         self._stillbirths = 0
+        self._most_stillbirths = MOST_STILLBIRTHS
         self._reader: threading.Thread | None = None
 
     def _use(self, method: str) -> None:
@@ -149,6 +168,7 @@ class ProcessPool:
 
     def after_fork(self) -> None:
         """Close this child's copies of the parent's ends: as long as one is open, a dead parent is not noticed."""
+        atexit.unregister(self.stop)
         for pipe in self._pipes:
             pipe.close()
         self._pipes.clear()
@@ -168,6 +188,8 @@ class ProcessPool:
 
     def start(self, deliver: Callable[[Any], None]) -> None:
         self._deliver = deliver
+        # A stream that is still open when the program ends is closed too late: threads and modules are gone by then.
+        atexit.register(self.stop)
         self._reader_end, self._reader_door = multiprocessing.connection.Pipe(duplex=False)
         self._pipes |= {self._reader_end, self._reader_door}
         for _ in range(self._size):
@@ -223,9 +245,17 @@ class ProcessPool:
 
     def stop(self) -> None:
         """End idle workers in peace and kill the others; nothing of the pool is left."""
+        if not self._stopped:
+            uninterrupted(self._stop)
+
+    async def stop_async(self) -> None:
+        await in_own_thread(self._stop)
+
+    def _stop(self) -> None:
+        self._stopped = True
+        atexit.unregister(self.stop)
         workers, self._workers = self._workers, []
-        for worker in workers:
-            self._dismiss(worker)
+        self._dismiss(*workers)
         if self._reader is not None:
             self._reader_door.send_bytes(_READER_STOP)
             self._reader.join()
@@ -233,9 +263,6 @@ class ProcessPool:
             self._forget(worker.pipe)
         for end in (self._reader_door, self._reader_end):
             self._forget(end)
-
-    async def stop_async(self) -> None:
-        await in_own_thread(self.stop)
 
     def _forget(self, pipe: Any) -> None:
         self._pipes.discard(pipe)
@@ -291,6 +318,7 @@ class ProcessPool:
     def _worker_ready(self, worker: Worker, pid: int) -> None:
         worker.found(pid)
         self._stillbirths = 0
+        self._most_stillbirths = MOST_LATE_STILLBIRTHS
         self._hand_out()
 
     def _worker_ended(self, worker: Worker) -> Any:
@@ -300,22 +328,19 @@ class ProcessPool:
         self._forget(worker.pipe)
         if not worker.ready:
             self._stillbirths += 1
-            if self._stillbirths >= MOST_STILLBIRTHS:
+            if self._stillbirths >= self._most_stillbirths:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_worker()
         self._wake_reader()
         return Lost(list(worker.batches.values()), reason, at_once=self.runs_together, innocent=worker.not_reached)
 
-    def _dismiss(self, worker: Worker) -> None:
-        in_peace = worker.ready and not worker.batches
-        if in_peace:
-            self._ask_to_end(worker)
-        worker.end(in_peace=in_peace)
-
     @staticmethod
-    def _ask_to_end(worker: Worker) -> None:
-        with contextlib.suppress(OSError):
-            worker.pipe.send_bytes(pack_message(STOP, 0))
+    def _dismiss(*workers: Worker) -> None:
+        idle = [worker for worker in workers if worker.ready and not worker.batches]
+        for worker in idle:
+            worker.ask_to_end()
+        for worker in workers:
+            worker.end(in_peace=worker in idle)
 
     # Batches
 
@@ -359,7 +384,7 @@ class ProcessPool:
         worker.reserved = False
         self._hand_out()
         if not worker.room and not worker.batches:
-            self._ask_to_end(worker)
+            worker.ask_to_end()
         if len(values) < len(batch.items):
             return not_run(batch, errors[0])
         return Done(batch, values, errors, seconds, size)

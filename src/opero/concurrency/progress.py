@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+
+@dataclass(slots=True)
+class Tally:
+    """Items of one map: those that have ended, and how many of them failed or came from the cache.
+
+    ``retried`` are those that needed more than one round, ended or not.
+    """
+
+    finished: int = 0
+    failed: int = 0
+    retried: int = 0
+    cached: int = 0
 
 
 class Progress(Protocol):
     """Shows how far a map has come."""
 
-    def show(self, finished: int, failed: int) -> None:
-        """So many items have ended, so many of them failed."""
+    def show(self, tally: Tally) -> None:
+        """The map has come so far."""
         ...
 
     def close(self) -> None:
@@ -20,7 +35,7 @@ class Progress(Protocol):
 class NoProgress:
     """For maps that show nothing."""
 
-    def show(self, finished: int, failed: int) -> None:
+    def show(self, tally: Tally) -> None:
         """Nothing to show."""
 
     def close(self) -> None:
@@ -46,18 +61,36 @@ class TqdmProgress:
         # On a terminal tqdm itself finds out whether there is one; a notebook is none and shows the bar all the same.
         in_notebook = not issubclass(tqdm, terminal_bar) or "notebook" in tqdm.__module__
         self._bar: Any = Bar(desc=label, total=total, disable=False if in_notebook else None, unit="item")
+        self._notes: dict[str, int] = {}
 
-    def show(self, finished: int, failed: int) -> None:
-        if failed:
-            self._bar.set_postfix(failed=failed, refresh=False)
-        self._bar.update(finished - self._bar.n)
+    def show(self, tally: Tally) -> None:
+        if self._bar.disable:
+            return
+        notes = {"failed": tally.failed, "retried": tally.retried, "cached": tally.cached}
+        notes = {name: count for name, count in notes.items() if count}
+        if notes != self._notes:
+            self._notes = notes
+            self._bar.set_postfix(notes, refresh=False)
+            if tally.finished == self._bar.n:
+                self._bar.refresh()
+        self._bar.update(tally.finished - self._bar.n)
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar.disable:
+            return
+        # The last line stays above the bars of other maps: without this, those would leave parts of themselves behind.
+        with self._bar.external_write_mode(file=self._bar.fp):
+            self._bar.close()
 
 
 def make_progress(progress: bool | str, name: str, total: int | None) -> Progress:  # noqa: FBT001 - the option's type
     """The bar that the ``progress`` option asks for, labelled by it or by the function's name."""
-    if progress is False:
+    if progress is False or _is_child_process():
         return NoProgress()
     return TqdmProgress(progress if isinstance(progress, str) else name, total)
+
+
+def _is_child_process() -> bool:
+    """Whether other processes, such as those of an outer map, write to the same terminal: their bars would mix."""
+    libraries = [sys.modules.get(f"{name}.process") for name in ("multiprocessing", "multiprocess")]
+    return any(library is not None and library.parent_process() is not None for library in libraries)

@@ -138,7 +138,7 @@ class _Run:
         pool.start(self._deliver)
         while True:
             yield from self._give_out()
-            self._progress.show(scheduler.finished_items, scheduler.failed_items)
+            self._progress.show(scheduler.tally)
             outcomes = self._sink.take()
             if outcomes:
                 yield outcomes
@@ -193,9 +193,14 @@ def run_blocking(
         return
     finally:
         try:
-            run.close()
-        finally:
-            run.pool.stop()
+            try:
+                run.close()
+            finally:
+                run.pool.stop()
+        except KeyboardInterrupt as again:
+            # One traceback for Ctrl-C, however often it was pressed.
+            again.__suppress_context__ = again.__suppress_context__ or isinstance(again.__context__, KeyboardInterrupt)
+            raise
 
 
 def _collect(inbox: queue.SimpleQueue[Any], wait: _Wait) -> list[Any]:

@@ -15,6 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.concurrency.outcome import Outcome
+from opero.concurrency.progress import Tally
 from opero.core.clock import clock
 from opero.core.events import is_listened_to
 from opero.core.flights import Presence
@@ -95,7 +96,7 @@ class Shape:
 class _Entry:
     """One item that is more than a place in a first batch."""
 
-    __slots__ = ("alone", "arrival", "attempt", "call", "flow", "index", "item")
+    __slots__ = ("alone", "arrival", "attempt", "call", "flow", "index", "item", "retried")
 
     def __init__(self, index: int, item: Any, call: Call) -> None:
         self.index = index
@@ -105,6 +106,7 @@ class _Entry:
         self.attempt: Attempt | None = None
         self.arrival: Arrival | None = None
         self.alone = False
+        self.retried = False
 
 
 class Batch:
@@ -320,8 +322,7 @@ class Scheduler:
         self._overdue: set[Batch] = set()
         self._flying: set[_Entry] = set()
         self.failure: Exception | None = None
-        self.finished_items = 0
-        self.failed_items = 0
+        self.tally = Tally()
 
     @property
     def done(self) -> bool:
@@ -366,10 +367,10 @@ class Scheduler:
     def answered(self, answers: list[Any]) -> None:
         """Take note of what the store said."""
         asked, self._consulting = self._consulting, []
-        ended = self.finished_items
+        ended = self.tally.finished
         for (entry, _), answer in zip(asked, answers, strict=True):
             self._advance(entry, answer)
-        all_found = self.finished_items - ended == len(asked)
+        all_found = self.tally.finished - ended == len(asked)
         self._look_ahead = min(MOST_LOOKED_UP, self._look_ahead * 2) if all_found else 1
 
     def handle(self, event: Done | Lost | Fatal | Wake) -> None:
@@ -402,9 +403,10 @@ class Scheduler:
     # Input
 
     def _pull(self, count: int) -> list[Any]:
+        count = min(count, MOST_WAITING - self._pausing - self._awaiting)
         if self._window is not None:
             count = min(count, self._window - self._sink.backlog())
-        if count <= 0 or self._pausing + self._awaiting >= MOST_WAITING or self._source.exhausted:
+        if count <= 0 or self._source.exhausted:
             return []
         items = self._source.take(count)
         self._next_index += len(items)
@@ -453,6 +455,9 @@ class Scheduler:
     def _obey(self, entry: _Entry, step: Attempt | Pause | Await | Consult) -> None:
         if isinstance(step, Attempt):
             entry.attempt = step
+            if entry.call.rounds > 1 and not entry.retried:
+                entry.retried = True
+                self.tally.retried += 1
             self._ready.append(entry)
         elif isinstance(step, Consult):
             self._consulting.append((entry, step))
@@ -495,9 +500,10 @@ class Scheduler:
         self._count(Outcome(entry.index, entry.item, value, error, call.attempts, seconds, call.cached))
 
     def _count(self, outcome: Outcome[Any, Any]) -> None:
-        self.finished_items += 1
+        self.tally.finished += 1
+        self.tally.cached += outcome.cached
         if outcome.error is not None:
-            self.failed_items += 1
+            self.tally.failed += 1
             if self._stop_at_failure and self.failure is None:
                 self.failure = outcome.error
         self._sink.put(outcome)
@@ -551,7 +557,7 @@ class Scheduler:
         self._size.learn(done)
         seconds = done.seconds / len(done.values)
         if batch.entries is None and not done.errors:
-            self.finished_items += len(done.values)
+            self.tally.finished += len(done.values)
             self._sink.put_results(batch.start, batch.items, done.values, seconds)
             return
         for place, value in enumerate(done.values):

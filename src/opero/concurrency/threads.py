@@ -60,14 +60,14 @@ class ThreadPool:
         self._batches.put(batch)
 
     def stop(self) -> None:
-        """Let running items end, start no other, and join the threads."""
+        """Let running items end, start no other, and join the threads; Ctrl-C leaves them to themselves."""
         self._stopped = True
         for _ in range(self.slots):
             self._batches.put(None)
         self._pool.__exit__(None, None, None)
 
     async def stop_async(self) -> None:
-        await in_own_thread(self.stop)
+        await in_own_thread(self.stop, may_be_left=True)
 
     def _serve(self) -> None:
         caller = AsyncCaller() if self._map.work.is_async else None

@@ -97,7 +97,7 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100); of an executor, the
               batches that are in it at the same time (default: as many as it has workers, if it tells; else CPUs).
             - ``ordered`` (True): results in input order; else in order of completion.
-            - ``progress`` (True): a tqdm bar on a terminal or in a notebook; text is its label.
+            - ``progress`` (True): a tqdm bar on a terminal or in a notebook, not in child processes; text is its label.
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
               the map and is raised.
             - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``,

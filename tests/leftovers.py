@@ -1,0 +1,108 @@
+"""What a map may not leave behind, and a killer of its workers: what several test files need."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+HELPERS = ("forkserver import main", "resource_tracker")
+
+
+def descendants(ancestor: int | None = None) -> dict[int, str]:
+    """Living processes below one (this one), but for the two helpers of multiprocessing that serve until its end."""
+    ancestor = os.getpid() if ancestor is None else ancestor
+    parents, commands = {}, {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            state, parent = entry.joinpath("stat").read_text().rpartition(")")[2].split()[:2]
+            command = entry.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:  # it has just ended
+            continue
+        parents[int(entry.name)] = int(parent)
+        # Whether a living one runs or sleeps changes by itself.
+        commands[int(entry.name)] = f"Z {command}" if state == "Z" else command
+    found: dict[int, str] = {}
+    generation = {ancestor}
+    while generation:
+        generation = {pid for pid, parent in parents.items() if parent in generation}
+        found.update({pid: commands[pid] for pid in generation})
+    own = {pid for pid in found if parents[pid] == ancestor}
+    helpers = {pid for pid in own if any(helper in found[pid] for helper in HELPERS)}
+    # A worker of the fork server is the server's child, which needs a moment to notice its end.
+    return {
+        pid: command
+        for pid, command in found.items()
+        if pid not in helpers and not (pid not in own and command.startswith("Z "))
+    }
+
+
+def surroundings() -> tuple[dict[int, str], list[str]]:
+    """What a map may not leave behind: processes and threads."""
+    return descendants(), sorted(thread.name for thread in threading.enumerate())
+
+
+@contextlib.contextmanager
+def storm(spared: Collection[int] | None = None, pause: float = 0.1) -> Iterator[list[int]]:
+    """Kill a random process below this one, again and again; afterwards the list says which.
+
+    The ``spared`` ones, such as the servers of other tests, are by default all that there are at the beginning.
+    """
+    victims: list[int] = []
+    # A process and not a thread: maps start their workers in another way beside foreign threads.
+    killer = subprocess.Popen(
+        [
+            sys.executable,
+            __file__,
+            str(os.getpid()),
+            str(pause),
+            *map(str, descendants() if spared is None else spared),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert killer.stdin is not None
+    assert killer.stdout is not None
+    try:
+        killer.stdout.readline()
+        yield victims
+    finally:
+        killer.send_signal(signal.SIGTERM)
+        out, _ = killer.communicate()
+        victims.extend(json.loads(out))
+
+
+def _kill_again_and_again(ancestor: int, pause: float, spared: set[int]) -> None:
+    victims: list[int] = []
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    os.write(1, b"ready\n")
+    next_kill = time.monotonic()
+    while not ended.is_set():
+        next_kill += pause
+        while time.monotonic() < next_kill and not ended.is_set():
+            time.sleep(0.005)
+        targets = [pid for pid in descendants(ancestor) if pid not in spared]
+        if targets and not ended.is_set():
+            victims.append(random.choice(targets))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victims[-1], signal.SIGKILL)
+    os.write(1, json.dumps(victims).encode())
+
+
+if __name__ == "__main__":
+    _kill_again_and_again(int(sys.argv[1]), float(sys.argv[2]), {os.getpid(), *map(int, sys.argv[3:])})
