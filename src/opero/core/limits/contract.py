@@ -9,9 +9,6 @@ if TYPE_CHECKING:
 
     from opero.core.limits.rates import Rates
 
-# Steps of a flow that end with whether a slot was taken.
-Taking = "Generator[Any, Any, bool]"
-
 
 class Limit(Protocol):
     """One line of callers, and the rates at which they may start."""
