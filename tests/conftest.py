@@ -299,6 +299,19 @@ def journal(tmp_path: Path) -> Journal:
     return Journal(tmp_path / "journal")
 
 
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What opero logs from WARNING on."""
+    from loguru import logger
+
+    heard: list[str] = []
+    sink = logger.add(lambda message: heard.append(str(message)), level="WARNING", filter="opero")
+    logger.enable("opero")
+    yield heard
+    logger.disable("opero")
+    logger.remove(sink)
+
+
 PRELUDE = """
 import inspect, json, os, sys, time
 import opero

@@ -58,19 +58,6 @@ def own(backend, **more):
     return {**backend.options, "cache_namespace": backend.namespace(), "retries": 0, **more}
 
 
-@pytest.fixture
-def warnings():
-    """What opero logs from WARNING on."""
-    from loguru import logger
-
-    heard: list[str] = []
-    sink = logger.add(lambda message: heard.append(str(message)), level="WARNING", filter="opero")
-    logger.enable("opero")
-    yield heard
-    logger.disable("opero")
-    logger.remove(sink)
-
-
 # What survives
 
 VALUES = [None, 0, "text", b"bytes", 1.5, (1, [2, {"three": {4}}])]

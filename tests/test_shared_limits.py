@@ -46,19 +46,6 @@ def name():
     return os.urandom(8).hex()
 
 
-@pytest.fixture
-def warnings():
-    """What opero logs from WARNING on."""
-    from loguru import logger
-
-    heard: list[str] = []
-    sink = logger.add(lambda message: heard.append(str(message)), level="WARNING", filter="opero")
-    logger.enable("opero")
-    yield heard
-    logger.disable("opero")
-    logger.remove(sink)
-
-
 def url_of(backend):
     return f"redis://{backend.server.host}:{backend.server.port}"
 

@@ -36,7 +36,9 @@ from opero.core import (
     get_rate_limit_decorator,
     get_retry_decorator,
 )
+from opero.events import CallDone, Event, Subscription, on_event
 from opero.http import retry_after
+from opero.testing import disabled, instant, recorded
 
 T = TypeVar("T")
 
@@ -309,7 +311,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         rate_limit_options={"max_burst": 5},
         attempt_timeout=1,
         total_timeout=5.5,
+        breaker=5,
+        on_event=print,
     )
+    opero(breaker={"failures": 5, "window": 60, "recovery": 30})
+    opero(breaker="5")  # type: ignore[call-overload]
     opero(
         cache_ttl=None,
         cache_key=None,
@@ -694,6 +700,27 @@ async def check_rate_limiter() -> None:
     assert_type(get_rate_limit_decorator(limiter, rate_limit_per="url")(fetch_plain)("u"), bytes)
 
     RateLimiter(None)  # type: ignore[arg-type]
+
+
+# Events, and switches for tests
+
+
+def check_events_and_testing() -> None:
+    def listen(event: CallDone) -> None:
+        assert_type(event.seconds, float)
+        assert_type(event.error, Exception | None)
+
+    assert_type(on_event(listen), Subscription)
+    with on_event(print) as subscription:
+        assert_type(subscription, Subscription)
+    on_event("print")  # type: ignore[arg-type]
+
+    with instant() as time:
+        assert_type(time.skipped, float)
+    with disabled():
+        pass
+    with recorded() as events:
+        assert_type(events, list[Event])
 
 
 # Errors and the rest

@@ -21,20 +21,6 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from opero.core.plan import Call, Plan
 
-__all__ = [
-    "AttemptFailed",
-    "AttemptStarted",
-    "CacheHit",
-    "CallDone",
-    "CallStarted",
-    "CandidateSwitched",
-    "Event",
-    "RetryPlanned",
-    "SlotWaited",
-    "Subscription",
-    "on_event",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:

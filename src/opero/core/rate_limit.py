@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from opero.core.checks import check_choice, check_known, check_mapping, check_seconds, check_text
@@ -12,6 +10,7 @@ from opero.core.clock import clock
 from opero.core.limits.local import LocalLimit, Ticket
 from opero.core.limits.per_value import LimitsPerValue
 from opero.core.limits.rates import Rate, Rates, parse_rates
+from opero.core.limits.scope import Scope
 from opero.core.plan import Plan
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.signature import parameter_slot
@@ -19,10 +18,10 @@ from opero.core.steps import drive, drive_async
 
 if TYPE_CHECKING:
     import contextlib
+    import os
     from collections.abc import Callable, Generator, Mapping, Sequence
 
     from opero.core.limits.contract import Limit
-    from opero.core.limits.shared import Gate
     from opero.core.plan import Candidate
     from opero.core.signature import ParameterSlot
 
@@ -31,65 +30,8 @@ __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SCOPES = ("machine", "process", "redis")
-_SCOPE_OPTIONS = {"process": (), "machine": ("folder", "name"), "redis": ("name", "url")}
 _LIMITER_OPTIONS = ("folder", "max_burst", "name", "scope", "url")
 WHEN_FULL = ("next", "wait")
-
-
-class _Scope:
-    """Who shares a limit, and where it is kept."""
-
-    def __init__(self, options: Mapping[str, Any], name: Callable[[], str] | None, spelled: str) -> None:
-        """``spelled`` is how the user writes an option, with its name as ``{}``."""
-        self.kind = check_choice(spelled.format("scope"), options.get("scope", "process"), SCOPES)
-        for option in ("folder", "name", "url"):
-            if options.get(option) is not None and option not in _SCOPE_OPTIONS[self.kind]:
-                msg = f"{spelled.format(option)} has no effect with scope={self.kind!r}; leave it out"
-                raise ValueError(msg)
-        given = options.get("name")
-        if given is not None:
-            check_text(spelled.format("name"), given, "a name that no other limit has")
-        self._name = name if given is None else lambda: given
-        if self.kind != "process" and self._name is None:
-            msg = f"scope={self.kind!r} needs name=, a name by which processes know the limit"
-            raise ValueError(msg)
-        self._folder = None if options.get("folder") is None else _path(spelled.format("folder"), options["folder"])
-        self._url = _url(spelled.format("url"), options.get("url")) if self.kind == "redis" else ""
-        if self.kind == "machine":
-            _refuse_without_locks()
-
-    @cached_property
-    def name(self) -> str:
-        return "" if self._name is None else self._name()
-
-    def limit(self, rates: Rates) -> Limit:
-        return self._limit(rates, lambda: self.name)
-
-    def limit_of_value(self, rates: Rates, value: Any) -> Limit:
-        def name() -> str:
-            from opero.core.keys import key_of_value
-
-            # A digest: the value may be a secret.
-            return f"{self.name}:{key_of_value(value, digest=True).hex()}"
-
-        return self._limit(rates, name)
-
-    def _limit(self, rates: Rates, name: Callable[[], str]) -> Limit:
-        if self.kind == "process":
-            return LocalLimit(rates)
-        from opero.core.limits.shared import SharedLimit
-
-        return SharedLimit(rates, lambda rates: self._open_gate(name(), rates), f"the {self.kind}'s rate limit")
-
-    def _open_gate(self, name: str, rates: Rates) -> Gate:
-        if self.kind == "machine":
-            from opero.core.limits.machine import FileGate
-
-            return FileGate(name, rates, self._folder)
-        from opero.core.limits.redis import RedisGate
-
-        return RedisGate(name, rates, self._url)
 
 
 class RateLimiter:
@@ -135,16 +77,16 @@ class RateLimiter:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         options = {"max_burst": max_burst, "scope": scope, "name": name, "url": url, "folder": folder}
-        self._set_up(rate, options, parse_rates(rate, max_burst, option="rate"), _Scope(options, None, "{}"))
+        self._set_up(rate, options, parse_rates(rate, max_burst, option="rate"), Scope(options, None, "{}"))
 
     @classmethod
     def _for_function(cls, rate: Rate, options: Mapping[str, Any], name: Callable[[], str]) -> RateLimiter:
         self = cls.__new__(cls)
         rates = parse_rates(rate, options.get("max_burst"), options="rate_limit_options")
-        self._set_up(rate, options, rates, _Scope(options, name, "rate_limit_options[{!r}]"))
+        self._set_up(rate, options, rates, Scope(options, name, "rate_limit_options[{!r}]"))
         return self
 
-    def _set_up(self, rate: Rate, options: Mapping[str, Any], rates: Rates, scope: _Scope) -> None:
+    def _set_up(self, rate: Rate, options: Mapping[str, Any], rates: Rates, scope: Scope) -> None:
         self._asked = rate
         self._options = {**options}
         self._rates = rates
@@ -345,42 +287,6 @@ def _lasting_name(function: Callable[..., Any]) -> str:
     from opero.core.identity import lasting_identity
 
     return lasting_identity(function, "rate_limit_options={'name': …}")
-
-
-def _path(option: str, value: Any) -> Path:
-    text = check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
-    # Known by one name, whatever the working directory will be.
-    return Path(os.path.realpath(text))
-
-
-def _url(option: str, value: Any) -> str:
-    """Check a URL without showing it: it may hold a password."""
-    if value is None:
-        msg = f"scope='redis' needs {option}, such as 'redis://localhost:6379/0'"
-        raise ValueError(msg)
-    if not isinstance(value, str):
-        msg = f"{option} is {type(value).__name__}; write text such as 'redis://localhost:6379/0'"
-        raise TypeError(msg)
-    from urllib.parse import urlsplit
-
-    try:
-        parts = urlsplit(value)
-        is_good = parts.scheme == "unix" or (parts.scheme in {"redis", "rediss"} and parts.hostname is not None)
-        _ = parts.port
-    except ValueError:
-        is_good = False
-    if not is_good:
-        msg = f"{option} is no URL of a redis server; write one such as 'redis://localhost:6379/0'"
-        raise ValueError(msg)
-    return value
-
-
-def _refuse_without_locks() -> None:
-    from opero.core.limits.machine import IS_SUPPORTED
-
-    if not IS_SUPPORTED:
-        msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
-        raise ValueError(msg)
 
 
 def get_rate_limit_decorator(
