@@ -11,6 +11,7 @@ from side_by_side import SECONDS, forked, results, started
 import opero
 from opero import CircuitOpenError
 from opero.core.signature import MISSING
+from opero.events import CandidateSwitched
 
 
 class Service:
@@ -244,6 +245,60 @@ def test_a_forked_child_can_make_the_trial_that_its_parent_makes(fake_clock):
     assert trial is not None
     assert f.plan.breaker.enter(MISSING) is None
     assert forked(lambda: f(2)) == "0.5"
+
+
+@pytest.mark.parametrize("end", ["result", "error", "cancelled"])
+def test_a_call_that_began_before_the_circuit_opened_decides_nothing(fake_clock, end):
+    async def main():
+        go_on = asyncio.Event()
+
+        @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+        async def f(what):
+            if what == "old":
+                await go_on.wait()
+            if what in {"bad", "trial"} or (what == "old" and end == "error"):
+                raise ConnectionError(what)
+            return what
+
+        old = asyncio.create_task(f("old"))
+        await asyncio.sleep(0)
+        with pytest.raises(ConnectionError):
+            await f("bad")
+        if end == "cancelled":
+            old.cancel()
+        go_on.set()
+        await asyncio.gather(old, return_exceptions=True)
+        with pytest.raises(CircuitOpenError):
+            await f("good")
+        fake_clock.tick(10)
+        return await f("good")
+
+    assert asyncio.run(main()) == "good"
+
+
+def test_a_candidate_that_is_shut_off_is_neither_told_nor_counted_nor_costs_a_slot(world):
+    switched = []
+    f = opero.opero(
+        breaker=1,
+        retries=0,
+        arg_fallback="key",
+        rate_limit="1/hour",
+        rate_limit_per="key",
+        rate_limit_options={"when_full": "next"},
+        on_event=lambda event: switched.append(event) if isinstance(event, CandidateSwitched) else None,
+    )(world.define(lambda key: failing_for("bad", key)))
+    with pytest.raises(opero.AllFailedError):
+        world.run(f, ["bad"])
+    switched.clear()
+    assert world.run(f, ["bad", "good"]) == "good"
+    assert switched == []
+    assert f.stats.fallbacks == 0
+
+
+def failing_for(bad, key):
+    if key == bad:
+        raise ConnectionError
+    return key
 
 
 def test_threads_count_every_failure():

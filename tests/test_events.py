@@ -193,6 +193,37 @@ def test_one_callback_may_listen_twice_and_stop_once(world):
     assert len(gathered) == 3
 
 
+def test_callbacks_that_are_equal_to_nothing_can_stop_listening(world):
+    class Callback:
+        __hash__ = None
+
+        def __init__(self):
+            self.count = 0
+
+        def __eq__(self, other):
+            return False
+
+        def __call__(self, event):
+            self.count += 1
+
+    first, second = Callback(), Callback()
+    with on_event(second):
+        with on_event(first):
+            pass
+        world.run(opero.opero(world.define(lambda: None)))
+    assert (first.count, second.count) == (0, 3)
+
+
+def test_a_call_whose_arguments_cannot_be_a_key_is_told_with_its_error(world, heard):
+    class Unhashable:
+        __hash__ = None
+
+    f = opero.opero(cache=True)(world.define(lambda x: x))
+    with pytest.raises(TypeError) as caught:
+        world.run(f, Unhashable())
+    assert (heard[-1].error, heard[-1].cancelled) == (caught.value, False)
+
+
 def test_functions_made_before_and_during_are_told_of(world):
     before = opero.opero(world.define(lambda: "before"))
     gathered = []

@@ -388,3 +388,12 @@ CLIENTS = "{'httpx', 'requests', 'aiohttp', 'urllib.request', 'urllib.error', 'h
 def test_nothing_is_imported_for_it(imported, unwanted):
     source = f"import sys, {imported}\nfound = sys.modules.keys() & ({unwanted})\nassert not found, found"
     subprocess.run([sys.executable, "-W", "error", "-c", source], check=True)
+
+
+def test_an_error_whose_attributes_raise_is_judged_by_what_it_is():
+    class OddError(Exception):
+        @property
+        def response(self):
+            raise RuntimeError
+
+    assert retry_after(OddError()) is False

@@ -133,6 +133,17 @@ def test_entries_of_a_memory_cache_expire_in_virtual_time(world):
         assert world.run(f) is not first
 
 
+def test_the_time_of_day_jumps_only_for_the_block(world, backend):
+    options = {**backend.options, "cache_namespace": backend.namespace(), "cache_ttl": 60}
+    f = opero.opero(**options)(world.define(lambda: None))
+    with instant() as passed:
+        passed.advance(3600)
+    world.run(f)
+    with instant():
+        world.run(f)
+    assert f.stats.hits == 1
+
+
 def test_total_timeout_ends_a_call_in_virtual_time(world):
     f = opero.opero(retries=50, min_delay=10, total_timeout=60)(world.define(failing(99)))
     with instant() as passed, pytest.raises(ValueError):  # noqa: PT011 - the function's own

@@ -58,13 +58,20 @@ def retry_after(error: Exception) -> bool | float:
         failed, a timeout (the builtin `ConnectionError` and `TimeoutError` too). A number: retry after so many
         seconds, 0.0 for a date that has passed.
     """
-    for answer in (error, getattr(error, "response", None)):
+    for answer in (error, _attribute(error, "response")):
         status = _status(answer)
         if status is not None:
             return _wanted_delay(answer) if status in _PASSING or status // 100 == 5 else False  # noqa: PLR2004 - 5xx
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     return not _NO_ANSWER.isdisjoint(_names(error))
+
+
+def _attribute(value: object, name: str) -> Any:
+    try:
+        return getattr(value, name, None)
+    except Exception:  # noqa: BLE001 - a property that raises where there is nothing to give
+        return None
 
 
 def _names(value: object) -> Iterator[tuple[str, str]]:
@@ -74,7 +81,7 @@ def _names(value: object) -> Iterator[tuple[str, str]]:
 
 def _status(answer: Any) -> int | None:
     for library, _ in _names(answer):
-        status = getattr(answer, _STATUS.get(library, ""), None)
+        status = _attribute(answer, _STATUS.get(library, ""))
         if isinstance(status, int):
             return status
     return None

@@ -48,7 +48,8 @@ def instant() -> Iterator[Instant]:
     at their rate, ``total_timeout`` ends calls. Waits for something else than time (an identical call under way, a
     worker, a lock) go on as they are, and the functions themselves are not touched: ``attempt_timeout`` counts real
     seconds, and so does the function's own ``time.sleep``. Limits that processes share are kept by this process alone.
-    The jumps stay after the end, so that what was decided by them stays right.
+    There is one time for all: a jump that one thread makes has passed for the calls of the others, and for their
+    ``total_timeout``. The jumps stay after the end, so that what was decided by them stays right.
 
     Yields:
         An `Instant`: ``.skipped`` is how many seconds were jumped over, and ``.advance(seconds)`` lets more pass.
@@ -56,6 +57,8 @@ def instant() -> Iterator[Instant]:
     global _users  # noqa: PLW0603 - one clock for the process
     with _lock.lock:
         _users += 1
+        if _users == 1:
+            _time.begin()
         clock.skips = _time
         clock.now, clock.wall = _time.now, _time.wall
         clock.sleep, clock.async_sleep = _time.advance, _time.advance_async

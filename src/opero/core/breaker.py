@@ -35,24 +35,25 @@ class _Circuit:
 class Passage:
     """One attempt through a circuit; left without a word, it tells nothing of the service."""
 
-    __slots__ = ("_breaker", "_key", "_told")
+    __slots__ = ("_breaker", "_is_trial", "_key", "_told")
 
-    def __init__(self, breaker: Breaker, key: Any) -> None:
+    def __init__(self, breaker: Breaker, key: Any, *, is_trial: bool) -> None:
         self._breaker = breaker
         self._key = key
+        self._is_trial = is_trial
         self._told = False
 
     def tell(self, *, failed: bool) -> None:
         """How the attempt ended."""
         self._told = True
-        self._breaker.passed(self._key, failed=failed)
+        self._breaker.passed(self._key, failed=failed, is_trial=self._is_trial)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
         if not self._told:
-            self._breaker.passed(self._key, failed=None)
+            self._breaker.passed(self._key, failed=None, is_trial=self._is_trial)
 
 
 class Breaker:
@@ -94,7 +95,7 @@ class Breaker:
                 if not circuit.admits(clock.now()):
                     return None
                 circuit.on_trial = circuit.opens_again_at is not None
-            return Passage(self, key)
+            return Passage(self, key, is_trial=circuit is not None and circuit.on_trial)
 
     def trial_in(self) -> float:
         """Seconds until the first of the open circuits lets a trial call through."""
@@ -102,13 +103,16 @@ class Breaker:
             times = [c.opens_again_at for c in self._circuits.values() if c.opens_again_at is not None]
             return max(0.0, min(times, default=0.0) - clock.now())
 
-    def passed(self, key: Any, *, failed: bool | None) -> None:
+    def passed(self, key: Any, *, failed: bool | None, is_trial: bool) -> None:
         """Take note of the end of an attempt; None if it says nothing of the service."""
         with self._lock.lock:
+            circuit = self._circuits.get(key)
+            if circuit is not None and circuit.opens_again_at is not None and not is_trial:
+                # It began before the circuit opened; only a trial decides now.
+                return
             if failed is False:
                 self._circuits.pop(key, None)
                 return
-            circuit = self._circuits.get(key)
             if failed is None:
                 if circuit is not None:
                     circuit.on_trial = False

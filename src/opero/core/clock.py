@@ -85,6 +85,11 @@ class VirtualTime:
     def __init__(self) -> None:
         self._lock = ForkSafeLock()
         self._jumped = 0.0
+        self._jumped_before = 0.0
+
+    def begin(self) -> None:
+        """From here on the time of day jumps, too; what was jumped over before is over."""
+        self._jumped_before = self._jumped
 
     @property
     def skipped(self) -> float:
@@ -95,7 +100,7 @@ class VirtualTime:
         return time.monotonic() + self._jumped
 
     def wall(self) -> float:
-        return time.time() + self._jumped
+        return time.time() + self._jumped - self._jumped_before
 
     def advance(self, seconds: float) -> None:
         """Let so many seconds pass, at once."""

@@ -158,9 +158,9 @@ class Subscription:
         if callback is None:
             return
         with _lock.lock:
-            left = list(_everybody)
-            left.remove(callback)
-            _everybody = tuple(left)
+            # By identity: callbacks may be equal to others, or to none.
+            place = next(place for place, other in enumerate(_everybody) if other is callback)
+            _everybody = (*_everybody[:place], *_everybody[place + 1 :])
         switches.listening(begins=False)
 
     def __enter__(self) -> Self:

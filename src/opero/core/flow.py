@@ -71,15 +71,20 @@ def _told(plan: Plan, call: Call, flow: Flow) -> Flow:
     tell = call.tell = teller_of(plan, call)
     if tell is None:  # the last listener has just gone
         return (yield from flow)
-    outcome: Any = None
+    error: Exception | None = None
     cancelled = True
     tell(CallStarted)
     try:
         outcome = yield from flow
+        error = outcome.error if outcome.__class__ is Failed else None
         cancelled = False
+    except Exception as raised:
+        # Before any attempt: arguments that cannot be part of a key.
+        error, cancelled = raised, False
+        raise
+    else:
         return outcome
     finally:
-        error = outcome.error if outcome.__class__ is Failed else None
         seconds = clock.now() - call.started
         tell(CallDone, error=error, attempts=call.attempts, seconds=seconds, cached=call.cached, cancelled=cancelled)
 
@@ -136,7 +141,7 @@ class _CallFlow:
         """One round; gives the `Verdict` that speaks for it when no candidate succeeded."""
         verdict = None
         left = self._ready_candidates()
-        while left:
+        while left := self._admitted(left):
             candidate, has_slot = yield from self._next_of(left)
             left.remove(candidate)
             if verdict is not None:
@@ -259,6 +264,10 @@ class _CallFlow:
         times = [c.ready_at for c in self.candidates]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
         return Verdict(accepted=False, error=verdict.error, retryable=True, delay=soonest)
+
+    def _admitted(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        breaker = self.plan.breaker
+        return candidates if breaker is None else [c for c in candidates if breaker.admits(c.value)]
 
     def _some_circuit_admits(self, *, after: float) -> bool:
         breaker = self.plan.breaker
