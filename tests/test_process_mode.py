@@ -1326,3 +1326,39 @@ def test_a_wrong_number_of_items_for_a_worker_raises_and_is_named(name, most, er
 
     with pytest.raises(error, match="max_tasks_per_worker"):
         opmap(mode=name, pool_options={"max_tasks_per_worker": most})(work)
+
+
+class OnlyForWorkers:
+    """Can be unpickled anywhere but in the process that is named."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def __reduce__(self):
+        return load_elsewhere, (self.process,)
+
+
+def load_elsewhere(process):
+    if os.getpid() == process:
+        msg = "not here"
+        raise ValueError(msg)
+    return OnlyForWorkers(process)
+
+
+def die_with_an_unreadable_result(item):
+    parent, number = item
+    if number != 1:
+        return number
+    threading.Timer(0.2, os._exit, [7]).start()
+    return OnlyForWorkers(parent)
+
+
+def test_a_worker_that_dies_before_it_can_be_asked_again_costs_its_item_only():
+    mapped = opmap(mode="process", workers=2, progress=False, retries=0)(die_with_an_unreadable_result)
+    outcomes = []
+    for outcome in mapped.stream([(os.getpid(), number) for number in range(4)]):
+        outcomes.append(outcome)
+        if outcome.index == 0:
+            # The worker ends while nobody looks at what it has reported.
+            time.sleep(0.5)
+    assert [outcome.result for outcome in outcomes if outcome.error is None] == [0, 2, 3]

@@ -375,7 +375,9 @@ class ProcessPool:
         try:
             values, errors, seconds = pickle.loads(payload)  # noqa: S301 - made by this pool's worker
         except Exception:  # noqa: BLE001 - one of the results cannot be unpickled here: ask for each by itself
-            worker.pipe.send_bytes(pack_message(AGAIN, number))
+            # If it has just died, the reader will say so.
+            with contextlib.suppress(OSError):
+                worker.pipe.send_bytes(pack_message(AGAIN, number))
             return None
         if kind == SINGLES:
             values, errors = unpack_singly(values, errors)

@@ -29,6 +29,7 @@ class ThreadPool:
         self.slots = workers
         self.take_on(work)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._pool: Any = None
         self._stopped = False
 
     def start(self, deliver: Callable[[Any], None]) -> None:
@@ -64,7 +65,9 @@ class ThreadPool:
         self._stopped = True
         for _ in range(self.slots):
             self._batches.put(None)
-        self._pool.__exit__(None, None, None)
+        # Ctrl-C may come before there is one.
+        if self._pool is not None:
+            self._pool.__exit__(None, None, None)
 
     async def stop_async(self) -> None:
         await in_own_thread(self.stop, may_be_left=True)
