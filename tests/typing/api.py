@@ -11,7 +11,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar, assert_type
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, assert_type
 
 from opero import (
     AllFailedError,
@@ -38,7 +38,14 @@ from opero.core import (
 )
 from opero.events import CallDone, Event, Subscription, on_event
 from opero.http import retry_after
+from opero.telemetry import otel, prometheus
+from opero.telemetry.lines import log_events
 from opero.testing import disabled, instant, recorded
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import TracerProvider
+    from prometheus_client import CollectorRegistry
 
 T = TypeVar("T")
 
@@ -748,3 +755,17 @@ def check_the_rest() -> None:
     clear_cache()
 
     configure_logging(None)  # type: ignore[arg-type]
+
+
+def check_telemetry(registry: CollectorRegistry, tracers: TracerProvider, meters: MeterProvider) -> None:
+    assert_type(log_events(), Subscription)
+    assert_type(otel.instrument(), Subscription)
+    assert_type(prometheus.instrument(), Subscription)
+    log_events("DEBUG").close()
+    otel.instrument(tracers, meter_provider=meters).close()
+    with prometheus.instrument(registry) as subscription:
+        assert_type(subscription, Subscription)
+
+    log_events(10)  # type: ignore[arg-type]
+    otel.instrument(meters)  # type: ignore[arg-type]
+    prometheus.instrument("registry")  # type: ignore[arg-type]

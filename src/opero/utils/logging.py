@@ -50,6 +50,15 @@ def log(level: str, message: str, *values: object) -> None:
             logger.log(level, message, *values)
 
 
+def let_through(name: str) -> None:
+    """Let the lines of one module of opero's through; the others stay as they are."""
+    from loguru import logger
+
+    # Once it is decided that opero is silent: deciding later would take this back.
+    _listening_logger()
+    logger.enable(name)
+
+
 def _listening_logger() -> Logger | None:
     global _decided  # noqa: PLW0603 - as above
     # A program that never imported loguru has no sink of its own and cannot have enabled opero.
