@@ -1193,6 +1193,24 @@ def test_an_error_of_an_async_input_is_raised_and_everything_is_cleaned(name):
     asyncio.run(main())
 
 
+def test_a_cancellation_that_an_async_input_meets_is_raised():
+    @opmap(mode="async", workers=2, progress=False)
+    async def work(item):
+        return item
+
+    async def items():
+        yield 1
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        task.cancel()
+        await task
+
+    async def main():
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(work(items()), 10)
+
+    asyncio.run(main())
+
+
 def test_cancelling_an_awaited_map_cleans_everything(mode, journal, clean_surroundings):
     @opmap(**mode.options)
     async def work(item):

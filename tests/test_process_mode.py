@@ -1353,6 +1353,48 @@ def die_with_an_unreadable_result(item):
     return OnlyForWorkers(parent)
 
 
+def leave_a_child(item):
+    folder, number = item
+    if number < 2:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        Path(folder, str(child)).touch()
+        if number == 0:
+            time.sleep(60)
+        os._exit(3)
+    return number
+
+
+def test_the_children_of_a_worker_do_not_hide_its_end(tmp_path):
+    options = {"mode": "process", "workers": 2, "retries": 0, "progress": False, "attempt_timeout": 0.5}
+    begin = time.monotonic()
+    try:
+        killed, crashed, right = opmap(**options)(leave_a_child)([(tmp_path, n) for n in range(3)])
+    finally:
+        for child in tmp_path.iterdir():
+            os.kill(int(child.name), signal.SIGKILL)
+    assert time.monotonic() - begin < 20
+    assert isinstance(killed, TimeoutError)
+    assert isinstance(crashed, WorkerCrashedError)
+    assert right == 2
+
+
+def test_a_worker_that_was_in_time_is_not_killed_because_the_input_is_slow():
+    def items():
+        for number in range(12):
+            if number % 3 == 2:
+                # Longer than the limit: all that was sent has ended long since.
+                time.sleep(0.4)
+            yield number
+
+    options = {"mode": "process", "workers": 2, "retries": 0, "progress": False, "attempt_timeout": 0.3}
+    seen = opmap(**options)(lambda number: (number, os.getpid()))(items())
+    assert [number for number, _ in seen] == list(range(12))
+    assert len({process for _, process in seen}) <= 2
+
+
 def test_a_worker_that_dies_before_it_can_be_asked_again_costs_its_item_only():
     mapped = opmap(mode="process", workers=2, progress=False, retries=0)(die_with_an_unreadable_result)
     outcomes = []

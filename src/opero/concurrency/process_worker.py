@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.transport import pack_report, pack_singly, unpack_batch, unpack_work
 from opero.concurrency.worker import AsyncCaller, Report, Work, in_time, run_items
+from opero.core.forks import watch_forks
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Door:
     @property
     def locked(self) -> bool:
         return self.connection is None or self.connection.closed
+
+    def after_fork(self) -> None:
+        """Leave it to the worker: as long as a child of its has it open, too, a dead worker is not noticed."""
+        self.connection.close()
 
 
 def serve(
@@ -108,6 +113,7 @@ def _get_ready(
         time.sleep(_UNWANTED_SECONDS)
         os._exit(0)
     _become_independent()
+    watch_forks(door)
     if hasattr(signal, "pthread_sigmask"):
         # Held back by the parent until here, where it can do no harm any more.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -157,6 +157,8 @@ class ProcessPool:
         self._stillbirths = 0
         self._most_stillbirths = MOST_STILLBIRTHS
         self._reader: threading.Thread | None = None
+        self._reader_end: Any = None
+        self._reader_door: Any = None
 
     def _use(self, method: str) -> None:
         import multiprocess
@@ -206,6 +208,8 @@ class ProcessPool:
         """Kill the worker that runs the batch; its end is reported as `Lost`."""
         for worker in self._workers:
             if batch in worker.batches.values():
+                # Nothing more may be sent to it.
+                worker.room = 0
                 worker.process.kill()
 
     def give_up(self) -> list[Batch]:
@@ -261,8 +265,10 @@ class ProcessPool:
             self._reader.join()
         for worker in workers:
             self._forget(worker.pipe)
+        # Ctrl-C may come before there are any.
         for end in (self._reader_door, self._reader_end):
-            self._forget(end)
+            if end is not None:
+                self._forget(end)
 
     def _forget(self, pipe: Any) -> None:
         self._pipes.discard(pipe)
@@ -400,7 +406,8 @@ class ProcessPool:
         ended: set[Worker] = set()
         while True:
             workers: dict[Any, Worker] = {w.pipe: w for w in list(self._workers) if w not in ended}
-            for pipe in multiprocessing.connection.wait([self._reader_end, *workers]):
+            pipes: list[Any] = multiprocessing.connection.wait([self._reader_end, *workers])
+            for pipe in pipes:
                 if pipe is self._reader_end:
                     if self._reader_end.recv_bytes() == _READER_STOP:
                         return

@@ -40,6 +40,7 @@ class AsyncSource:
         self._task: Any = None
         self._error: BaseException | None = None
         self._at_end = False
+        self._closing = False
 
     @property
     def exhausted(self) -> bool:
@@ -56,17 +57,23 @@ class AsyncSource:
         return taken
 
     async def close(self) -> None:
+        import asyncio
+
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
-            with suppress(BaseException):
-                await self._task
+            # Not awaited itself: its end is of no interest, but a cancellation of who waits here is.
+            await asyncio.wait({self._task})
 
     async def _pull(self) -> None:
         try:
             self._ahead.append(await anext(self._iterator))
         except StopAsyncIteration:
             self._at_end = True
-        except Exception as error:  # noqa: BLE001 - raised where the map takes its input
+        except BaseException as error:
+            if self._closing:
+                raise
+            # Raised where the map takes its input, a cancellation of something that the input waited for, too.
             self._error = error
         self._task = None
         self._wake(Wake())
@@ -150,6 +157,7 @@ class _Run:
                 known = pool.receive(event)
                 if known is not None:
                     scheduler.handle(known)
+            scheduler.run_real_timers()
 
     def _give_out(self) -> Generator[_Ask, Any, None]:
         """Send what can be sent, and ask the cache's store on the way."""

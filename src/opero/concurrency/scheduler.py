@@ -40,6 +40,8 @@ MOST_TAKEN_UP = 1_000
 BATCH_SECONDS = 0.02
 FAST_SECONDS = 0.005
 MOST_BATCH_BYTES = 2_000_000
+# A look at the time that is so late says nothing of what came in meanwhile.
+_LATE_SECONDS = 0.05
 # Items whose entries are asked for at once; so many only while all of them are found.
 MOST_LOOKED_UP = 500
 
@@ -340,10 +342,13 @@ class Scheduler:
         """The same in real seconds, for what does not wait by opero's clock."""
         return self._real_timers.due_in()
 
+    def run_real_timers(self) -> None:
+        """Act on the real time, after all that has come in was seen: a report in time is no reason to kill."""
+        self._real_timers.run()
+
     def next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
         self._timers.run()
-        self._real_timers.run()
         self._more_at_once = False
         if self.failure is not None or self._in_flight >= self._pool.slots * self._depth():
             return None
@@ -533,12 +538,19 @@ class Scheduler:
         self._in_flight += 1
         batch.sent_at = clock.now()
         if batch.time_limit is not None and self._kill is not None:
-            self._real_timers.after(batch.time_limit[0], lambda: self._time_is_up(batch))
+            self._watch(batch, batch.time_limit[0])
         self._sent.add(batch)
         return batch
 
-    def _time_is_up(self, batch: Batch) -> None:
-        if batch in self._sent and self._kill is not None:
+    def _watch(self, batch: Batch, seconds: float) -> None:
+        due = time.monotonic() + seconds
+        self._real_timers.after(seconds, lambda: self._time_is_up(batch, due))
+
+    def _time_is_up(self, batch: Batch, due: float) -> None:
+        if time.monotonic() - due > _LATE_SECONDS:
+            # The map was away, with its input or its consumer: a report may be on its way.
+            self._watch(batch, _LATE_SECONDS)
+        elif batch in self._sent and self._kill is not None:
             self._overdue.add(batch)
             self._kill(batch)
 
