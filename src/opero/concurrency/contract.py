@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from opero.concurrency.kept import PoolSource
+    from opero.concurrency.pool_source import PoolSource
     from opero.concurrency.scheduler import Batch
     from opero.concurrency.worker import Work
 

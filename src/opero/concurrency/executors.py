@@ -11,7 +11,7 @@ import contextvars
 import pickle
 from collections import deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
-from contextlib import closing
+from contextlib import closing, nullcontext
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
@@ -20,7 +20,7 @@ from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.process_worker import AGAIN, BROKEN, SINGLES, STOP
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import pack_batch, pack_singly, pack_work, unpack_batch, unpack_singly, unpack_work
-from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, run_items
+from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -295,11 +295,9 @@ def _echo(probe: Any) -> Any:
 
 
 def _run(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None) -> Report:
-    if not work.is_async:
-        return run_items(work, items, candidate)
     # An executor has no place for a loop that outlives one call.
-    with closing(AsyncCaller()) as caller:
-        return caller.run(work, items, candidate, limit)
+    with closing(AsyncCaller()) if work.is_async else nullcontext() as caller:
+        return run_batch(work, items, candidate, limit, caller)
 
 
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:

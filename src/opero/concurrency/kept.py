@@ -1,99 +1,28 @@
-"""Pools that outlive a map: what ``fn.pool()`` keeps between the calls of a map.
+"""Pools that outlive a map, and how a map uses one.
 
 A map has the pool that it uses to itself. One that runs at the same time has another, which is kept as well.
 """
 
 from __future__ import annotations
 
-import threading
-from contextlib import ExitStack
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.contract import KeepablePool
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
-from opero.core.forks import watch_forks
 from opero.exceptions import NotTransferableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.concurrency.contract import Pool
+    from opero.concurrency.contract import KeepablePool
+    from opero.concurrency.pool_source import PoolSource
     from opero.concurrency.worker import Work
 
 _NEWS = object()
 
 
-class PoolSource:
-    """Where the maps of one function get their pools."""
-
-    def __init__(self, make: Callable[[Work], Pool]) -> None:
-        self._make = make
-        self.after_fork()
-        watch_forks(self)
-
-    def after_fork(self) -> None:
-        """The workers that are kept are children of the parent."""
-        self._lock = threading.Lock()
-        self._blocks: set[KeptWorkers] = set()
-        self._idle: list[_Kept] = []
-
-    def pool_for(self, work: Work) -> Pool:
-        pool = self._make(work)
-        return _Lease(self, pool, work) if self._blocks and isinstance(pool, KeepablePool) else pool
-
-    def open(self, block: KeptWorkers) -> None:
-        with self._lock:
-            self._blocks.add(block)
-
-    def close(self, block: KeptWorkers) -> None:
-        """Stop what is idle, unless there is another block; what is in use is stopped by the map that uses it."""
-        with self._lock:
-            self._blocks.discard(block)
-            if self._blocks:
-                return
-            idle, self._idle = self._idle, []
-        with ExitStack() as stack:
-            for kept in idle:
-                stack.callback(kept.pool.stop)
-
-    def take(self) -> _Kept | None:
-        with self._lock:
-            return self._idle.pop() if self._idle else None
-
-    def give_back(self, kept: _Kept) -> bool:
-        """Tells whether it is kept."""
-        with self._lock:
-            if self._blocks:
-                self._idle.append(kept)
-            return bool(self._blocks)
-
-
-class KeptWorkers:
-    """A block in which the maps of a function use the same workers: ``with fn.pool():`` or ``async with fn.pool():``.
-
-    The workers are started by the first map and have ended when the block is left. Maps that run at the same time do
-    not share workers, but leave theirs to later ones.
-    """
-
-    def __init__(self, source: PoolSource) -> None:
-        self._source = source
-
-    def __enter__(self) -> None:
-        self._source.open(self)
-
-    def __exit__(self, *_exc: object) -> None:
-        self._source.close(self)
-
-    async def __aenter__(self) -> None:
-        self._source.open(self)
-
-    async def __aexit__(self, *_exc: object) -> None:
-        await in_own_thread(lambda: self._source.close(self))
-
-
-class _Kept:
+class Kept:
     """A pool that has been started, and what it has to tell to whichever map uses it."""
 
     def __init__(self, pool: KeepablePool) -> None:
@@ -114,14 +43,14 @@ class _Kept:
                 deliver(_NEWS)
 
 
-class _Lease:
+class Lease:
     """The pool of one map: one that is idle, or a new one, which is kept when the map has ended."""
 
     def __init__(self, source: PoolSource, pool: KeepablePool, work: Work) -> None:
         self._source = source
         self._pool = pool
         self._work = work
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
         self._sound = False
         self._out: set[Batch] = set()
         self.queues_batches = pool.queues_batches
@@ -139,7 +68,7 @@ class _Lease:
     def start(self, deliver: Callable[[Any], None]) -> None:
         self._kept = self._source.take()
         if self._kept is None or not self._take_on(self._kept, deliver):
-            self._kept = _Kept(self._pool)
+            self._kept = Kept(self._pool)
             self._kept.tell(deliver)
             self._pool.start(self._kept.put)
         self._sound = True
@@ -180,7 +109,7 @@ class _Lease:
         if self._pool.kill is not None:
             self._pool.kill(batch)
 
-    def _take_on(self, kept: _Kept, deliver: Callable[[Any], None]) -> bool:
+    def _take_on(self, kept: Kept, deliver: Callable[[Any], None]) -> bool:
         """Prepare an idle pool for this map; tells whether it can run it."""
         try:
             kept.pool.take_on(self._work)
@@ -203,7 +132,7 @@ class _Lease:
             self._out.difference_update(known.batches)
         return known
 
-    def _bring_to_rest(self, kept: _Kept) -> bool:
+    def _bring_to_rest(self, kept: Kept) -> bool:
         """End what runs, and wait until it has ended; tells whether the pool can be used again."""
         self._out.difference_update(self._pool.give_up())
         while self._out and self._sound:

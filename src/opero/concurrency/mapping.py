@@ -7,8 +7,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, I
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from opero.concurrency.kept import KeptWorkers
 from opero.concurrency.outcome import ListSink, Outcome, StreamSink
+from opero.concurrency.pool_source import KeptWorkers
 from opero.core.resilient import Recipe, make_resilient, reduce_decorated
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.concurrency.contract import MapSettings, Pool
-from opero.concurrency.kept import PoolSource
 from opero.concurrency.mapping import make_map
+from opero.concurrency.pool_source import PoolSource
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
 from opero.core.signature import check_decoratable, is_async, name_of

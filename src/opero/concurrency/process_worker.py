@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.transport import pack_report, pack_singly, unpack_batch, unpack_work
-from opero.concurrency.worker import AsyncCaller, Report, Work, in_time, run_items
+from opero.concurrency.worker import AsyncCaller, Report, Work, in_time, run_batch
 from opero.core.forks import watch_forks
 from opero.utils.notes import describe
 
@@ -162,9 +162,7 @@ def _serve_batches(pipe: Connection, work: Work, caller: AsyncCaller | None) -> 
         if isinstance(arrived, Report):
             reports.send(number, arrived)
             continue
-        items, candidate, limit = arrived
-        report = run_items(work, items, candidate) if caller is None else caller.run(work, items, candidate, limit)
-        reports.send(number, report)
+        reports.send(number, run_batch(work, *arrived, caller))
 
 
 def _with_arguments(work: Work, payload: bytes, pipe: Connection) -> Work:

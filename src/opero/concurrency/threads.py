@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal
-from opero.concurrency.worker import AsyncCaller, Report, Work, run_items
+from opero.concurrency.worker import AsyncCaller, Work, run_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,19 +81,13 @@ class ThreadPool:
                 if latest is not self._map:
                     latest = self._map
                     context = latest.context.copy()
-                report = context.run(self._run, latest.work, batch, caller)
+                report = context.run(run_batch, latest.work, batch.items, batch.candidate, batch.time_limit, caller)
                 self._deliver(Done(batch, report.values, report.errors, report.seconds))
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
             self._deliver(Fatal(error))
         finally:
             if caller is not None:
                 caller.close()
-
-    @staticmethod
-    def _run(work: Work, batch: Batch, caller: AsyncCaller | None) -> Report:
-        if caller is not None:
-            return caller.run(work, batch.items, batch.candidate, batch.time_limit)
-        return run_items(work, batch.items, batch.candidate)
 
 
 class _Map(NamedTuple):

@@ -99,6 +99,15 @@ class AsyncCaller:
         self._runner.close()
 
 
+def run_batch(
+    work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, caller: AsyncCaller | None
+) -> Report:
+    """Run a batch of a plain function, or with ``caller`` one of an async function."""
+    if caller is None:
+        return run_items(work, items, candidate)
+    return caller.run(work, items, candidate, limit)
+
+
 async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:
     """Await one call, for at most the limit's seconds."""
     attempt = Attempt((item,), {}, MISSING)
