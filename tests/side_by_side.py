@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import signal
@@ -42,6 +43,15 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.001)
+
+
+async def measure_pauses(pauses):
+    """Add to the list, until cancelled, after how many seconds the event loop has come back to this."""
+    last = time.perf_counter()
+    while True:
+        await asyncio.sleep(0.005)
+        last, before = time.perf_counter(), last
+        pauses.append(last - before)
 
 
 forks = [

@@ -258,7 +258,7 @@ def test_stats_are_the_same_with_and_without_a_listener(world, fake_clock):
 def test_a_listener_that_raises_changes_nothing_and_is_complained_of_once(world, monkeypatch):
     from loguru import logger
 
-    from opero.core import events as inside
+    from opero.core import listeners as inside
 
     monkeypatch.setattr(inside, "_complained", threading.Event())
     lines = []

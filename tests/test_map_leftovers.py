@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from leftovers import descendants, surroundings
 from side_by_side import until
+from test_process_mode import INTERRUPTED
 
 from opero import opmap
 
@@ -140,21 +141,6 @@ def test_a_map_that_ends_leaves_no_process_thread_task_file_or_shared_memory(mod
 
 # Ctrl-C
 
-SCRIPT = """
-    import asyncio, itertools, os, threading, time
-    from opero import opmap
-
-    def work(item):
-        os.write(1, b"running\\n")
-        time.sleep(SECONDS)
-
-    async def work_async(item):
-        os.write(1, b"running\\n")
-        await asyncio.sleep(SECONDS)
-
-    if __name__ == "__main__":
-        opmap(mode=MODE, workers=2, progress=False)(FUNCTION).run(itertools.count())
-"""
 KINDS = [
     ("thread", "work"),
     ("thread", "work_async"),
@@ -171,7 +157,7 @@ def start(tmp_path):
     started = []
 
     def start(mode, function, seconds):
-        source = textwrap.dedent(SCRIPT).replace("SECONDS", str(seconds))
+        source = textwrap.dedent(INTERRUPTED).replace("SECONDS", str(seconds)).replace("OPTIONS", "None")
         path = tmp_path / "script.py"
         path.write_text(source.replace("MODE", repr(mode)).replace("FUNCTION", function))
         process = subprocess.Popen(

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
-from side_by_side import SECONDS, errors, forked, forks, results, started, until
+from side_by_side import SECONDS, errors, forked, forks, measure_pauses, results, started, until
 from test_cache_keys import are_alike, arguments, copied, thoroughly
 from test_single_flight import Held, waiters
 
@@ -890,17 +890,10 @@ def test_the_event_loop_goes_on_while_redis_is_frozen(own_redis):
     f = opero.opero(**own(own_redis))(function)
     pauses = []
 
-    async def tick():
-        last = time.perf_counter()
-        while True:
-            await asyncio.sleep(0.005)
-            last, before = time.perf_counter(), last
-            pauses.append(last - before)
-
     async def main():
         await f(0)
         own_redis.server.freeze()
-        ticker = asyncio.create_task(tick())
+        ticker = asyncio.create_task(measure_pauses(pauses))
         answers = await asyncio.gather(*[f(x) for x in range(20)])
         ticker.cancel()
         return answers
@@ -919,19 +912,12 @@ def test_the_event_loop_goes_on_while_another_process_writes_to_the_disk(disk_ba
     f = opero.opero(**own(disk_backend, cache_options=choice))(function)
     pauses = []
 
-    async def tick():
-        last = time.perf_counter()
-        while True:
-            await asyncio.sleep(0.005)
-            last, before = time.perf_counter(), last
-            pauses.append(last - before)
-
     async def main():
         await f(0)
         (database,) = disk_backend.databases()
         with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as writer:
             writer.execute("BEGIN IMMEDIATE")
-            ticker = asyncio.create_task(tick())
+            ticker = asyncio.create_task(measure_pauses(pauses))
             miss = asyncio.create_task(f(1))
             await asyncio.sleep(0.2)
             hit = asyncio.create_task(f(0))

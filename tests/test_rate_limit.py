@@ -587,8 +587,8 @@ def test_tasks_share_one_limit():
     assert time_taken.is_enough_for(16)
 
 
-def test_tasks_start_in_the_order_of_asking():
-    limiter = RateLimiter(500, max_burst=1)
+def order_of_tasks(limiter, count):
+    """In which order so many tasks start that ask one after the other."""
     order = []
 
     async def start(number):
@@ -596,10 +596,14 @@ def test_tasks_start_in_the_order_of_asking():
         order.append(number)
 
     async def main():
-        await asyncio.gather(*[start(number) for number in range(100)])
+        await asyncio.gather(*[start(number) for number in range(count)])
 
     started(asyncio.run, main()).result(SECONDS)
-    assert order == list(range(100))
+    return order
+
+
+def test_tasks_start_in_the_order_of_asking():
+    assert order_of_tasks(RateLimiter(500, max_burst=1), 100) == list(range(100))
 
 
 def test_two_event_loops_in_two_threads_share_one_limit():

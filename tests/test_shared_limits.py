@@ -16,8 +16,8 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from side_by_side import SECONDS, forked, results, started, until
-from test_rate_limit import Timed, limited, worst_excess
+from side_by_side import SECONDS, forked, measure_pauses, results, started, until
+from test_rate_limit import Timed, limited, order_of_tasks, worst_excess
 
 import opero
 from opero.core import CallTimeoutError, MisuseError, RateLimiter, UnsafeCacheError, faults
@@ -304,17 +304,7 @@ def test_a_map_is_limited(mode, scope, name):
 
 def test_tasks_start_in_the_order_of_asking(scope, name):
     limiter = RateLimiter(500, max_burst=1, name=name, **scope)
-    order = []
-
-    async def start(number):
-        await limiter.acquire_async()
-        order.append(number)
-
-    async def main():
-        await asyncio.gather(*[start(number) for number in range(30)])
-
-    started(asyncio.run, main()).result(SECONDS)
-    assert order == list(range(30))
+    assert order_of_tasks(limiter, 30) == list(range(30))
 
 
 def test_slow_limits_serve_threads_in_the_order_of_asking(scope, name):
@@ -576,19 +566,18 @@ def test_a_frozen_server_costs_two_seconds_once(own_redis, name):
 def test_a_frozen_server_does_not_block_the_event_loop(own_redis, name):
     limiter = RateLimiter(1_000, scope="redis", url=url_of(own_redis), name=name)
 
+    pauses = []
+
     async def main():
         await limiter.acquire_async()
         own_redis.server.freeze()
-        task = asyncio.create_task(limiter.acquire_async())
-        longest = 0.0
-        while not task.done():
-            asked = time.monotonic()
-            await asyncio.sleep(0.005)
-            longest = max(longest, time.monotonic() - asked)
-        return longest
+        ticker = asyncio.create_task(measure_pauses(pauses))
+        await limiter.acquire_async()
+        ticker.cancel()
 
     try:
-        assert asyncio.run(main()) < 0.5
+        asyncio.run(main())
+        assert max(pauses) < 0.5
     finally:
         own_redis.server.thaw()
 

@@ -3,7 +3,7 @@
 from opero.concurrency.outcome import Outcome
 from opero.core.cache import clear_cache
 from opero.core.candidates import candidates, candidates_from
-from opero.core.events import on_event
+from opero.core.listeners import on_event
 from opero.core.stats import CallStats
 from opero.decorators.opero import opero
 from opero.decorators.opmap import opmap

@@ -10,12 +10,14 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from opero.core.clock import VirtualTime, clock
-from opero.core.events import Event, on_event
 from opero.core.forks import ForkSafeLock
+from opero.core.listeners import on_event
 from opero.core.switches import switches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from opero.events import Event
 
 __all__ = ["Instant", "disabled", "instant", "recorded"]
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from opero.concurrency.outcome import Outcome
 from opero.concurrency.progress import Tally
 from opero.core.clock import clock
-from opero.core.events import is_listened_to
 from opero.core.flights import Presence
 from opero.core.flow import call_flow
+from opero.core.listeners import is_listened_to
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
 from opero.core.steps import Attempt, Await, Consult, Failed, Flow, Pause

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
 from opero.core.checks import check_callable
-from opero.core.events import CacheHit
 from opero.core.flights import Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.plan import CacheInfo, Final, Plan
@@ -125,7 +124,7 @@ class Cache:
         stats.hits.tick()
         call.cached = True
         if call.tell is not None:
-            call.tell(CacheHit)
+            call.tell("CacheHit")
         return value
 
     def _joined(self, call: Call, flight: Flight, stats: Stats) -> Any:

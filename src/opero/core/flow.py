@@ -8,17 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import LONGEST_WAIT, clock
-from opero.core.events import (
-    AttemptFailed,
-    AttemptStarted,
-    CallDone,
-    CallStarted,
-    CandidateSwitched,
-    RetryPlanned,
-    SlotWaited,
-    is_listened_to,
-    teller_of,
-)
+from opero.core.listeners import teller_of
 from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
 from opero.core.signature import MISSING
 from opero.core.steps import Attempt, Failed, Flow, Pause
@@ -29,7 +19,7 @@ from opero.utils.notes import add_note
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from opero.core.events import Teller
+    from opero.core.listeners import Teller
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
@@ -52,9 +42,9 @@ class _Candidate:
 
 def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:
     """One call from cache to function; with ``failure``, the first attempt has already been made and failed so."""
-    if not is_listened_to(plan):
-        return (yield from _outcome(plan, call, failure))
-    return (yield from _told(plan, call, _outcome(plan, call, failure)))
+    flow = _outcome(plan, call, failure)
+    call.tell = teller_of(plan, call)
+    return (yield from (flow if call.tell is None else _told(call, call.tell, flow)))
 
 
 def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
@@ -66,14 +56,11 @@ def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
     return outcome
 
 
-def _told(plan: Plan, call: Call, flow: Flow) -> Flow:
+def _told(call: Call, tell: Teller, flow: Flow) -> Flow:
     """A call whose beginning and end are told, whatever ends it."""
-    tell = call.tell = teller_of(plan, call)
-    if tell is None:  # the last listener has just gone
-        return (yield from flow)
     error: Exception | None = None
     cancelled = True
-    tell(CallStarted)
+    tell("CallStarted")
     try:
         outcome = yield from flow
         error = outcome.error if outcome.__class__ is Failed else None
@@ -86,7 +73,7 @@ def _told(plan: Plan, call: Call, flow: Flow) -> Flow:
         return outcome
     finally:
         seconds = clock.now() - call.started
-        tell(CallDone, error=error, attempts=call.attempts, seconds=seconds, cached=call.cached, cancelled=cancelled)
+        tell("CallDone", error=error, attempts=call.attempts, seconds=seconds, cached=call.cached, cancelled=cancelled)
 
 
 class _CallFlow:
@@ -133,7 +120,7 @@ class _CallFlow:
                 return self._circuit_open()
             log("DEBUG", "{} failed, next round in {:.3g} s", self.plan.name, wait)
             if self.call.tell is not None:
-                self.call.tell(RetryPlanned, round=self.call.rounds, delay=wait, error=outcome.error)
+                self.call.tell("RetryPlanned", round=self.call.rounds, delay=wait, error=outcome.error)
             yield Pause(wait)
             self.plan.stats.retries.tick()
 
@@ -147,7 +134,7 @@ class _CallFlow:
             if verdict is not None:
                 self.plan.stats.fallbacks.tick()
                 if self.call.tell is not None:
-                    self.call.tell(CandidateSwitched, place=candidate.place)
+                    self.call.tell("CandidateSwitched", place=candidate.place)
             judged = yield from self.breaker(candidate, rounds, has_slot=has_slot)
             if judged is CIRCUIT_OPEN:
                 continue
@@ -202,7 +189,7 @@ class _CallFlow:
             if not taken:
                 return OUT_OF_TIME
             if self.call.tell is not None and waited >= _TOLD_WAIT:
-                self.call.tell(SlotWaited, seconds=waited)
+                self.call.tell("SlotWaited", seconds=waited)
         return (yield from self.attempt_timeout(candidate))
 
     def attempt_timeout(self, candidate: _Candidate) -> Generator[Any, Any, Any]:
@@ -223,10 +210,10 @@ class _CallFlow:
 
     def _told_attempt(self, attempt: Attempt, tell: Teller) -> Generator[Any, Any, Any]:
         number, started = self.call.attempts, clock.now()
-        tell(AttemptStarted, attempt=number, round=self.call.rounds)
+        tell("AttemptStarted", attempt=number, round=self.call.rounds)
         outcome = yield attempt
         if outcome.__class__ is Failed:
-            tell(AttemptFailed, attempt=number, error=outcome.error, seconds=clock.now() - started)
+            tell("AttemptFailed", attempt=number, error=outcome.error, seconds=clock.now() - started)
         return outcome
 
     def _next_of(self, candidates: list[_Candidate]) -> Generator[Any, Any, tuple[_Candidate, bool]]:

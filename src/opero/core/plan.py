@@ -13,9 +13,9 @@ from opero.core.steps import Failed, Flow
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-    from opero.core.events import Teller
     from opero.core.flights import Presence
     from opero.core.keys import KeyMaker
+    from opero.core.listeners import Teller
     from opero.core.stats import CallStats
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opero.core.events import on_event
+from opero.core.listeners import on_event
 from opero.events import AttemptFailed, CallDone, CandidateSwitched, RetryPlanned, SlotWaited
 from opero.telemetry.naming import type_name
 from opero.utils.logging import let_through

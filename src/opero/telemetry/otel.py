@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from opero.__version__ import __version__
-from opero.core.events import on_event
+from opero.core.listeners import on_event
 from opero.events import (
     AttemptFailed,
     AttemptStarted,

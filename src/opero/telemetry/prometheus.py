@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from opero.core.events import on_event
 from opero.core.forks import ForkSafeLock
+from opero.core.listeners import on_event
 from opero.events import AttemptStarted, CacheHit, CallDone, CallStarted, RetryPlanned, SlotWaited
 from opero.telemetry.naming import outcome_of
 
