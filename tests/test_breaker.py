@@ -748,11 +748,18 @@ def test_a_text_is_not_kept(secret):
         f(secret)
 
 
+class Unhashable:
+    __hash__ = None
+
+    def __eq__(self, other):
+        return self is other
+
+
 class Plain:
     pass
 
 
-@pytest.mark.parametrize("kind", [Plain])
+@pytest.mark.parametrize("kind", [Plain, Unhashable])
 def test_an_object_is_not_kept_nor_taken_for_a_new_one_at_its_address(kind):
     f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 1, "recovery": 600})(Failing())
     for _ in range(20):
