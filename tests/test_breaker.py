@@ -631,6 +631,87 @@ def test_only_one_item_of_a_map_makes_the_trial(mode, journal):
     assert len(journal.lines()) == 2
 
 
+# What counts as a failure
+
+
+def test_an_error_that_is_not_retried_was_an_answer_and_starts_the_count_anew(world):
+    ends = [ConnectionError, ConnectionError, KeyError, ConnectionError, ConnectionError]
+
+    def function():
+        raise ends.pop(0)
+
+    f = opero.opero(breaker=3, retries=0, retry_on=ConnectionError)(world.define(function))
+    for _ in range(5):
+        with pytest.raises((ConnectionError, KeyError)):
+            world.run(f)
+    assert ends == []
+
+
+def test_a_trial_that_ends_with_an_error_that_is_not_retried_closes_the_circuit(world, fake_clock):
+    ends = [ConnectionError, KeyError, KeyError]
+
+    def function():
+        raise ends.pop(0)
+
+    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0, retry_on=ConnectionError)(
+        world.define(function)
+    )
+    with pytest.raises(ConnectionError):
+        world.run(f)
+    fake_clock.tick(10)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            world.run(f)
+
+
+@pytest.mark.parametrize("option", ["attempt_timeout", "total_timeout"])
+def test_a_call_that_ran_out_of_time_was_no_answer(option):
+    @opero.opero(breaker=1, retries=1, min_delay=10, retry_on=ConnectionError, **{option: 0.01})
+    async def f():
+        await asyncio.sleep(SECONDS)
+
+    with pytest.raises(opero.core.CallTimeoutError):
+        asyncio.run(f())
+    with pytest.raises(CircuitOpenError):
+        asyncio.run(f())
+
+
+def test_a_worker_that_crashed_in_a_trial_says_nothing_of_the_service(world, fake_clock):
+    ends = [ConnectionError, opero.WorkerCrashedError, ConnectionError]
+
+    def function():
+        raise ends.pop(0)
+
+    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0, retry_on=ConnectionError)(
+        world.define(function)
+    )
+    with pytest.raises(ConnectionError):
+        world.run(f)
+    fake_clock.tick(10)
+    for error in (opero.WorkerCrashedError, ConnectionError, CircuitOpenError):
+        with pytest.raises(error):
+            world.run(f)
+
+
+def test_a_failure_is_counted_before_others_are_told_to_pause(fake_clock):
+    paused = []
+
+    @opero.opero(
+        breaker={"failures": 1, "recovery": 60},
+        retries=1,
+        retry_on=lambda _error: 5,
+        rate_limit=1_000,
+    )
+    def f():
+        raise ConnectionError
+
+    pause = f.plan.limit.pause
+    f.plan.limit.pause = lambda *args: (paused.append(f.plan.breaker.admits(MISSING)), pause(*args))[1]
+    with pytest.raises(ConnectionError):
+        f()
+    assert paused == [False]
+
+
 # Retries and candidates
 
 

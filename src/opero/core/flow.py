@@ -18,6 +18,7 @@ from opero.exceptions import (
     CircuitOpenError,
     MisuseError,
     NotTransferableError,
+    WorkerCrashedError,
 )
 from opero.utils.logging import log
 from opero.utils.notes import add_note
@@ -187,8 +188,10 @@ class _CallFlow:
     def _speaks_against_the_service(self, judged: Verdict) -> bool | None:
         if judged.accepted:
             return False
-        # An error that is not worth a retry was an answer of the service all the same.
-        return judged.retryable or self.plan.retry is None
+        if self.plan.retry is None or judged.retryable or isinstance(judged.error, CallTimeoutError):
+            return True
+        # Any other error that is not worth a retry was an answer all the same.
+        return None if isinstance(judged.error, WorkerCrashedError) else False
 
     def rate_limit(self, candidate: _Candidate, passage: Passage | None, *, has_slot: bool) -> Generator[Any, Any, Any]:
         if self.first_failure is not None:
