@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import weakref
@@ -13,6 +14,7 @@ from side_by_side import SECONDS, errors, forked, results, started, until
 import opero
 from opero import CircuitOpenError
 from opero.core import RateLimiter
+from opero.core.clock import clock
 from opero.core.signature import MISSING
 from opero.events import CandidateSwitched
 from opero.testing import instant
@@ -629,6 +631,40 @@ def test_only_one_item_of_a_map_makes_the_trial(mode, journal):
         outcomes = mode.run(mapped, range(1, 8))
     assert [type(outcome) for outcome in outcomes].count(ConnectionError) == 1
     assert len(journal.lines()) == 2
+
+
+def test_a_trial_may_be_dropped_in_the_middle_of_another_call_as_the_garbage_collector_does(fake_clock):
+    trials = []
+
+    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    async def f(x):
+        if x == "hangs":
+            await asyncio.sleep(SECONDS)
+        if x == "bad":
+            raise ConnectionError
+        return x
+
+    async def begin_trial():
+        with pytest.raises(ConnectionError):
+            await f("bad")
+        fake_clock.tick(10)
+        trials.append(f("hangs"))
+        trials[0].send(None)
+
+    def now():
+        if f.plan.breaker._lock.lock.locked():
+            trials.clear()
+        return fake_clock.now()
+
+    def next_call():
+        asyncio.run(begin_trial())
+        clock.now = now
+        with contextlib.suppress(CircuitOpenError):
+            asyncio.run(f("other"))
+        return asyncio.run(f("next"))
+
+    assert started(next_call).result(SECONDS) == "next"
+    assert trials == []
 
 
 # What counts as a failure

@@ -38,7 +38,8 @@ class _Circuit:
     @property
     def trial(self) -> Passage | None:
         """Who is on trial; one that was lost, by an interrupt at the wrong moment, is nobody."""
-        return None if self._trial is None else self._trial()
+        passage = None if self._trial is None else self._trial()
+        return None if passage is None or passage.is_over else passage
 
     @trial.setter
     def trial(self, passage: Passage | None) -> None:
@@ -63,17 +64,22 @@ class _Circuit:
 
 
 class Passage:
-    """One attempt through a circuit; left without a word, it tells nothing of the service."""
+    """One attempt through a circuit; left without a word, it tells nothing of the service.
 
-    __slots__ = ("__weakref__", "_breaker", "_told", "_value", "is_shut", "wake")
+    To leave takes no lock: the garbage collector may do so, in a thread that holds it.
+    """
+
+    __slots__ = ("__weakref__", "_breaker", "_value", "is_over", "is_shut", "wake", "watchers")
 
     def __init__(self, breaker: Breaker, value: Any) -> None:
         self._breaker = breaker
         self._value = value
-        self._told = False
+        self.is_over = False
         # The circuit opened before the attempt began.
         self.is_shut = False
         self.wake: Callable[[], None] | None = None
+        # Among which it waits; a list would be slow to leave.
+        self.watchers: dict[Passage, None] = {}
 
     @property
     def key(self) -> Any:
@@ -81,10 +87,8 @@ class Passage:
 
     def waiting(self, wait: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
         """Go through a wait, which gives None as soon as the circuit opens."""
-        watches = False
         try:
             step = next(wait)
-            watches = True
             self._breaker.watch(self)
             while not self.is_shut:
                 sent = yield (Await(_UnlessShut(step.arrival, self)) if step.__class__ is Await else step)
@@ -92,8 +96,7 @@ class Passage:
         except StopIteration as end:
             return end.value
         finally:
-            if watches:
-                self._breaker.unwatch(self)
+            self.watchers.pop(self, None)
             wait.close()
 
     def shut(self) -> None:
@@ -104,15 +107,15 @@ class Passage:
 
     def tell(self, *, failed: bool | None) -> None:
         """How the attempt ended; None if that says nothing of the service."""
-        self._told = True
-        self._breaker.passed(self, failed=failed)
+        if failed is not None:
+            self._breaker.passed(self, failed=failed)
+        self.is_over = True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        if not self._told:
-            self.tell(failed=None)
+        self.is_over = True
 
 
 class _UnlessShut:
@@ -157,13 +160,14 @@ class Breaker:
         # Those that failed since they last succeeded, in the order of their last failures.
         self._circuits: dict[Any, _Circuit] = {}
         self._tidy_at = _FEWEST_TIDIED
-        # Attempts that wait for something else; a list would be slow to leave.
-        self._watching: dict[Any, dict[Passage, None]] = {}
+        # Attempts that wait for something else, if any are left.
+        self._watchers: dict[Any, dict[Passage, None]] = {}
+        self._tidy_watchers_at = _FEWEST_TIDIED
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Who waits and who is on trial is in the parent."""
-        self._watching.clear()
+        self._watchers.clear()
         for circuit in self._circuits.values():
             circuit.trial = None
 
@@ -207,21 +211,16 @@ class Breaker:
         with self._lock.lock:
             circuit = self._circuits.get(key)
             if circuit is None or circuit.trial_at is None:
-                self._watching.setdefault(key, {})[passage] = None
+                if len(self._watchers) >= self._tidy_watchers_at:
+                    self._watchers = {key: watchers for key, watchers in self._watchers.items() if watchers}
+                    self._tidy_watchers_at = max(_FEWEST_TIDIED, 2 * len(self._watchers))
+                passage.watchers = self._watchers.setdefault(key, {})
+                passage.watchers[passage] = None
             elif circuit.trial is not passage:
                 passage.is_shut = True
 
-    def unwatch(self, passage: Passage) -> None:
-        key = passage.key
-        with self._lock.lock:
-            watching = self._watching.get(key)
-            if watching is not None:
-                watching.pop(passage, None)
-                if not watching:
-                    del self._watching[key]
-
-    def passed(self, passage: Passage, *, failed: bool | None) -> None:
-        """Take note of the end of an attempt; None if it says nothing of the service."""
+    def passed(self, passage: Passage, *, failed: bool) -> None:
+        """Take note of how an attempt ended."""
         if not failed and not self._circuits:
             return
         key = passage.key
@@ -232,10 +231,7 @@ class Breaker:
                 # It began before the circuit opened; only a trial decides now.
                 return
             if not failed:
-                if failed is False:
-                    self._circuits.pop(key, None)
-                elif is_trial and circuit is not None:
-                    circuit.trial = None
+                self._circuits.pop(key, None)
                 return
             shut = self._failed(key, is_trial=is_trial)
         if shut is not None:
@@ -257,7 +253,7 @@ class Breaker:
         if not is_trial and not (len(circuit.failures) == self.failures and in_time):
             return None
         circuit.open(now + self._recovery)
-        return self._watching.pop(key, ())
+        return list(self._watchers.pop(key, ()))
 
     def _tidy(self, now: float) -> None:
         """Forget what tells nothing any more, and then what is worth least; of equal ones, what failed long ago."""
