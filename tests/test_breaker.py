@@ -16,7 +16,7 @@ from opero import CircuitOpenError
 from opero.core import RateLimiter
 from opero.core.clock import clock
 from opero.core.signature import MISSING
-from opero.events import CandidateSwitched
+from opero.events import AttemptFailed, AttemptStarted, CandidateSwitched
 from opero.testing import instant
 
 
@@ -402,6 +402,40 @@ def test_items_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(mode, jour
     assert journal.lines() == ["0"]
 
 
+def test_items_that_wait_for_a_worker_are_not_run_when_the_circuit_opens(mode, journal, fake_clock):
+    if mode.name == "async_process":
+        pytest.skip("one worker runs many items at once")
+
+    def function(x):
+        is_retry = str(x) in journal.lines()
+        journal.add(x)
+        if is_retry or x % 2 == 0:
+            raise ConnectionError(x)
+        return x
+
+    def items():
+        yield from range(19)
+        fake_clock.tick(30)  # now all retries are due
+        yield 19
+
+    told = []
+    mapped = opero.opmap(
+        breaker=3,
+        retries=1,
+        min_delay=30,
+        jitter=False,
+        total_timeout=1_000,  # so that items travel one at a time
+        on_event=told.append,
+        **{**mode.options, "workers": 1},
+    )(mode.define(function))
+    outcomes = mode.stream(mapped, items())
+    assert [type(outcome.error) for outcome in outcomes] == [ConnectionError, type(None)] * 10
+    assert len(journal.lines()) == 23
+    assert mapped.stats.attempts == sum(outcome.attempts for outcome in outcomes) == 23
+    assert sum(isinstance(event, AttemptFailed) for event in told) == 20
+    assert sum(isinstance(event, AttemptStarted) for event in told) == 30
+
+
 def test_a_slot_that_nobody_waits_for_any_more_is_left_to_others():
     limit, go_on = RateLimiter(["1/hour", 1_000]), threading.Event()
 
@@ -590,9 +624,9 @@ def test_a_map_that_is_interrupted_during_a_trial_leaves_it_to_the_next(mode):
         raise KeyboardInterrupt
 
     mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options)(mode.define(function))
-    with instant() as time:
+    with instant() as virtual:
         mode.run(mapped, ["bad"])
-        time.advance(600)
+        virtual.advance(600)
         with pytest.raises(KeyboardInterrupt):
             mode.run(mapped, items())
         assert mode.run(mapped, ["next"]) == ["next"]
@@ -625,9 +659,9 @@ def test_only_one_item_of_a_map_makes_the_trial(mode, journal):
         raise ConnectionError(x)
 
     mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options)(mode.define(function))
-    with instant() as time:
+    with instant() as virtual:
         mode.run(mapped, [0])
-        time.advance(600)
+        virtual.advance(600)
         outcomes = mode.run(mapped, range(1, 8))
     assert [type(outcome) for outcome in outcomes].count(ConnectionError) == 1
     assert len(journal.lines()) == 2

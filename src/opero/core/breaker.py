@@ -99,6 +99,10 @@ class Passage:
             self.watchers.pop(self, None)
             wait.close()
 
+    def may_start(self) -> bool:
+        """Whether the attempt may still begin, after it waited for something else."""
+        return not self.is_shut and self._breaker.lets_start(self)
+
     def shut(self) -> None:
         self.is_shut = True
         wake = self.wake
@@ -218,6 +222,13 @@ class Breaker:
                 passage.watchers[passage] = None
             elif circuit.trial is not passage:
                 passage.is_shut = True
+
+    def lets_start(self, passage: Passage) -> bool:
+        """Whether the circuit is as it was when this attempt entered it."""
+        if not self._circuits:
+            return True
+        circuit = self._circuits.get(passage.key)
+        return circuit is None or circuit.trial_at is None or circuit.trial is passage
 
     def passed(self, passage: Passage, *, failed: bool) -> None:
         """Take note of how an attempt ended."""

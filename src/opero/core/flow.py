@@ -11,7 +11,7 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.listeners import teller_of
 from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
 from opero.core.signature import MISSING
-from opero.core.steps import Attempt, Failed, Flow, Pause
+from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause
 from opero.exceptions import (
     AllFailedError,
     CallTimeoutError,
@@ -203,15 +203,15 @@ class _CallFlow:
             taken = yield from (wait if passage is None else passage.waiting(wait))
             waited = clock.now() - asked
             self.plan.stats.add_waited(waited)
-            if passage is not None and passage.is_shut:
+            if passage is not None and not passage.may_start():
                 return CIRCUIT_OPEN
             if not taken:
                 return OUT_OF_TIME
             if self.call.tell is not None and waited >= _TOLD_WAIT:
                 self.call.tell("SlotWaited", seconds=waited)
-        return (yield from self.attempt_timeout(candidate))
+        return (yield from self.attempt_timeout(candidate, passage))
 
-    def attempt_timeout(self, candidate: _Candidate) -> Generator[Any, Any, Any]:
+    def attempt_timeout(self, candidate: _Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
         timeout, option = self.plan.attempt_timeout, "attempt_timeout"
         left = self.call.time_left()
         if left is not None and (timeout is None or left < timeout):
@@ -221,11 +221,23 @@ class _CallFlow:
         self.call.attempts += 1
         self.plan.stats.attempts.tick()
         attempt = Attempt(
-            candidate.args, candidate.kwargs, candidate.value, flight=self.call.flight, timeout=timeout, limit=option
+            candidate.args,
+            candidate.kwargs,
+            candidate.value,
+            flight=self.call.flight,
+            timeout=timeout,
+            limit=option,
+            may_start=None if passage is None else passage.may_start,
         )
         if self.call.tell is None:
-            return (yield attempt)
-        return (yield from self._told_attempt(attempt, self.call.tell))
+            outcome = yield attempt
+        else:
+            outcome = yield from self._told_attempt(attempt, self.call.tell)
+        if outcome is NOT_RUN:
+            self.call.attempts -= 1
+            self.plan.stats.attempts.add(-1)
+            return CIRCUIT_OPEN
+        return outcome
 
     def _told_attempt(self, attempt: Attempt, tell: Teller) -> Generator[Any, Any, Any]:
         number, started = self.call.attempts, clock.now()
@@ -233,6 +245,9 @@ class _CallFlow:
         outcome = yield attempt
         if outcome.__class__ is Failed:
             tell("AttemptFailed", attempt=number, error=outcome.error, seconds=clock.now() - started)
+        elif outcome is NOT_RUN:
+            error = CircuitOpenError(f"{self.plan.name} was not called: its circuit opened before a worker was free")
+            tell("AttemptFailed", attempt=number, error=error, seconds=clock.now() - started)
         return outcome
 
     def _next_of(self, candidates: list[_Candidate]) -> Generator[Any, Any, tuple[_Candidate, bool]]:

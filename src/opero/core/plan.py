@@ -241,9 +241,8 @@ class Candidate(Protocol):
 class Passage(Protocol):
     """One attempt through a circuit, a context to be left in any case."""
 
-    @property
-    def is_shut(self) -> bool:
-        """Whether the circuit opened while this waited."""
+    def may_start(self) -> bool:
+        """Whether the attempt may still begin, after it waited for something else."""
         ...
 
     def waiting(self, wait: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
