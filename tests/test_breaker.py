@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
+import weakref
 
 import pytest
-from side_by_side import SECONDS, forked, results, started
+from side_by_side import SECONDS, errors, forked, results, started, until
 
 import opero
 from opero import CircuitOpenError
+from opero.core import RateLimiter
+from opero.core.clock import clock
 from opero.core.signature import MISSING
-from opero.events import CandidateSwitched
+from opero.events import AttemptFailed, AttemptStarted, CandidateSwitched
+from opero.testing import instant
 
 
 class Service:
@@ -318,6 +324,602 @@ def test_threads_count_every_failure():
     assert len(seen) == 120
     assert 50 <= len(service.runs) <= 53
     assert seen.count(ConnectionError) == len(service.runs)
+
+
+# Calls that wait for a rate slot
+
+SCOPES = ["process", "machine", "redis"]
+
+
+@pytest.fixture(params=SCOPES)
+def hourly(request, tmp_path):
+    """A limit of one call per hour, in each place that can keep it."""
+    options = {"scope": request.param}
+    if request.param == "machine":
+        options |= {"name": "hourly", "folder": tmp_path}
+    elif request.param == "redis":
+        server = request.getfixturevalue("redis_server")
+        options |= {"name": str(tmp_path), "url": f"redis://{server.host}:{server.port}/0"}
+    return RateLimiter(["1/hour", 1_000], **options)
+
+
+def waits_in(limit, places):
+    """Whether so many callers are in the limit's line."""
+    return limit.expected_wait() > 0 and len(getattr(limit.limit, "_line", None) or limit.limit._pacer._line) == places
+
+
+def test_threads_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(hourly):
+    go_on, runs = threading.Event(), []
+
+    @opero.opero(breaker=1, retries=0, rate_limit=hourly)
+    def f(x):
+        runs.append(x)
+        assert go_on.wait(SECONDS)
+        raise ConnectionError
+
+    first = started(f, "first")
+    until(lambda: runs)
+    waiting = [started(f, x) for x in range(3)]
+    until(lambda: waits_in(hourly, 3))
+    go_on.set()
+    assert [type(error) for error in errors([first, *waiting])] == [ConnectionError] + [CircuitOpenError] * 3
+    assert runs == ["first"]
+    assert f.stats.attempts == 1
+
+
+def test_tasks_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(hourly):
+    runs = []
+
+    async def main():
+        go_on = asyncio.Event()
+
+        @opero.opero(breaker=1, retries=0, rate_limit=hourly)
+        async def f(x):
+            runs.append(x)
+            await go_on.wait()
+            raise ConnectionError
+
+        tasks = [asyncio.create_task(f(x)) for x in range(4)]
+        await asyncio.to_thread(until, lambda: runs and waits_in(hourly, 3))
+        go_on.set()
+        async with asyncio.timeout(SECONDS):
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert sorted(type(error).__name__ for error in asyncio.run(main())) == ["CircuitOpenError"] * 3 + [
+        "ConnectionError"
+    ]
+    assert len(runs) == 1
+
+
+def test_items_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(mode, journal):
+    def function(x):
+        journal.add(x)
+        raise ConnectionError(x)
+
+    mapped = opero.opmap(breaker=1, retries=0, rate_limit=["1/hour", 1_000], **mode.options)(mode.define(function))
+    outcomes = mode.run(mapped, range(5))
+    assert [type(outcome) for outcome in outcomes] == [ConnectionError] + [CircuitOpenError] * 4
+    assert journal.lines() == ["0"]
+
+
+def test_items_that_wait_for_a_worker_are_not_run_when_the_circuit_opens(mode, journal, fake_clock):
+    if mode.name == "async_process":
+        pytest.skip("one worker runs many items at once")
+
+    def function(x):
+        is_retry = str(x) in journal.lines()
+        journal.add(x)
+        if is_retry or x % 2 == 0:
+            raise ConnectionError(x)
+        return x
+
+    def items():
+        yield from range(19)
+        fake_clock.tick(30)  # now all retries are due
+        yield 19
+
+    told = []
+    mapped = opero.opmap(
+        breaker=3,
+        retries=1,
+        min_delay=30,
+        jitter=False,
+        total_timeout=1_000,  # so that items travel one at a time
+        on_event=told.append,
+        **{**mode.options, "workers": 1},
+    )(mode.define(function))
+    outcomes = mode.stream(mapped, items())
+    assert [type(outcome.error) for outcome in outcomes] == [ConnectionError, type(None)] * 10
+    assert len(journal.lines()) == 23
+    assert mapped.stats.attempts == sum(outcome.attempts for outcome in outcomes) == 23
+    assert sum(isinstance(event, AttemptFailed) for event in told) == 20
+    assert sum(isinstance(event, AttemptStarted) for event in told) == 30
+
+
+def test_a_slot_that_nobody_waits_for_any_more_is_left_to_others():
+    limit, go_on = RateLimiter(["1/hour", 1_000]), threading.Event()
+
+    @opero.opero(breaker=1, retries=0, rate_limit=limit)
+    def f():
+        assert go_on.wait(SECONDS)
+        raise ConnectionError
+
+    calls = [started(f) for _ in range(4)]
+    until(lambda: waits_in(limit, 3))
+    go_on.set()
+    errors(calls)
+    assert 0 < limit.expected_wait() <= 3_600
+
+
+def test_who_waits_for_the_slot_of_a_candidate_goes_on_to_the_next_when_it_is_shut_off():
+    limit, go_on, runs = RateLimiter(["1/hour", 1_000]), threading.Event(), []
+
+    @opero.opero(breaker=1, retries=0, arg_fallback="key", rate_limit=limit, rate_limit_per="key")
+    def f(key):
+        runs.append(key)
+        if key == "good":
+            return key
+        assert go_on.wait(SECONDS)
+        raise ConnectionError
+
+    first = started(f, ["bad"])
+    until(lambda: runs)
+    second = started(f, ["bad", "good"])
+    with limit.per_value.using("bad") as of_bad:
+        until(lambda: len(of_bad._pacer._line) == 1)
+    go_on.set()
+    assert second.result(SECONDS) == "good"
+    assert isinstance(first.exception(SECONDS), opero.AllFailedError)
+    assert runs == ["bad", "good"]
+
+
+def test_a_retry_that_waits_for_a_slot_fails_with_its_own_error_when_the_circuit_opens():
+    limit, go_on, runs = RateLimiter(["2/hour", 1_000]), threading.Event(), []
+
+    @opero.opero(breaker=2, retries=5, min_delay=0, rate_limit=limit)
+    def f(x):
+        runs.append(x)
+        if x == "late":
+            assert go_on.wait(SECONDS)
+        raise ConnectionError(x)
+
+    late = started(f, "late")
+    until(lambda: runs)
+    retried = started(f, "early")
+    until(lambda: waits_in(limit, 1))
+    go_on.set()
+    error = retried.exception(SECONDS)
+    assert str(error) == "early"
+    assert any("circuit is open" in note for note in error.__notes__)
+    assert isinstance(late.exception(SECONDS), ConnectionError)
+    assert runs == ["late", "early"]
+
+
+def test_a_trial_that_waits_for_its_slot_keeps_others_out_and_is_given_back_when_cancelled(fake_clock):
+    service = Service()
+
+    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0, rate_limit=["1/hour", 1_000])
+    async def f(x=None):
+        return service(x)
+
+    async def main():
+        with pytest.raises(ConnectionError):
+            await f()
+        fake_clock.tick(10)
+        trial = asyncio.create_task(f())
+        await asyncio.sleep(0)
+        with pytest.raises(CircuitOpenError, match="a trial call is under way"):
+            await f()
+        trial.cancel()
+        await asyncio.gather(trial, return_exceptions=True)
+        service.is_down = False
+        fake_clock.tick(3_600)
+        return await f("back")
+
+    assert asyncio.run(main()) == "back"
+    assert service.runs == [None, "back"]
+
+
+def test_a_trial_whose_slot_would_come_too_late_is_left_to_the_next(call, service, fake_clock):
+    options = {"breaker": {"failures": 1, "recovery": 10}, "rate_limit": ["1/hour", 1_000], "total_timeout": 5}
+    call(**options)
+    fake_clock.tick(10)
+    assert [call(), call()] == [opero.core.CallTimeoutError] * 2
+    fake_clock.tick(3_600)
+    service.is_down = False
+    assert call("back") == "back"
+
+
+# Trials
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_a_trial_that_is_interrupted_is_neither_a_success_nor_a_failure(fake_clock, interrupt):
+    ends = [ConnectionError, interrupt, ConnectionError]
+
+    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    def f():
+        raise ends.pop(0)
+
+    with pytest.raises(ConnectionError):
+        f()
+    fake_clock.tick(10)
+    with pytest.raises(interrupt):
+        f()
+    with pytest.raises(ConnectionError):
+        f()
+    with pytest.raises(CircuitOpenError):
+        f()
+
+
+def test_a_trial_that_nobody_awaits_any_more_is_left_to_the_next(fake_clock):
+    service = Service()
+
+    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    async def f(x):
+        if x == "abandoned":
+            await asyncio.sleep(SECONDS)
+        return service(x)
+
+    with pytest.raises(ConnectionError):
+        asyncio.run(f("bad"))
+    fake_clock.tick(10)
+    service.is_down = False
+
+    async def main():
+        trial = f("abandoned")
+        trial.send(None)
+        with pytest.raises(CircuitOpenError):
+            await f("other")
+        del trial
+        gc.collect()
+        return await f("next")
+
+    assert asyncio.run(main()) == "next"
+
+
+def test_a_trial_that_was_lost_before_it_began_is_left_to_the_next(fake_clock):
+    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)(lambda x: 1 / x)
+    with pytest.raises(ZeroDivisionError):
+        f(0)
+    fake_clock.tick(10)
+    f.plan.breaker.enter(MISSING)  # an interrupt may drop what this returned
+    assert f(2) == 0.5
+
+
+def test_a_map_of_tasks_that_is_cancelled_during_a_trial_leaves_it_to_the_next(fake_clock):
+    service = Service()
+
+    async def main():
+        entered = asyncio.Event()
+
+        @opero.opmap(mode="async", breaker={"failures": 1, "recovery": 10}, retries=0)
+        async def mapped(x):
+            if x == "trial":
+                entered.set()
+                await asyncio.sleep(SECONDS)
+            return service(x)
+
+        await mapped(["bad"])
+        fake_clock.tick(10)
+        service.is_down = False
+        task = asyncio.create_task(mapped(["trial"]))
+        await entered.wait()
+        assert isinstance((await mapped(["other"]))[0], CircuitOpenError)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return await mapped(["next"])
+
+    assert asyncio.run(main()) == ["next"]
+
+
+def test_a_map_that_is_interrupted_during_a_trial_leaves_it_to_the_next(mode):
+    def function(x):
+        if x == "bad":
+            raise ConnectionError
+        return x
+
+    def items():
+        yield "trial"
+        raise KeyboardInterrupt
+
+    mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options)(mode.define(function))
+    with instant() as virtual:
+        mode.run(mapped, ["bad"])
+        virtual.advance(600)
+        with pytest.raises(KeyboardInterrupt):
+            mode.run(mapped, items())
+        assert mode.run(mapped, ["next"]) == ["next"]
+
+
+def test_only_one_of_many_threads_and_tasks_makes_the_trial(fake_clock):
+    service, ready = Service(), threading.Barrier(4)
+
+    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    async def f(x=None):
+        await asyncio.sleep(0.01)
+        return service(x)
+
+    with pytest.raises(ConnectionError):
+        asyncio.run(f())
+    fake_clock.tick(1e6)
+
+    async def in_one_loop():
+        ready.wait(SECONDS)
+        return await asyncio.gather(*(f() for _ in range(5)), return_exceptions=True)
+
+    seen = [error for loop in results([started(asyncio.run, in_one_loop()) for _ in range(4)]) for error in loop]
+    assert sorted(type(error).__name__ for error in seen) == ["CircuitOpenError"] * 19 + ["ConnectionError"]
+    assert len(service.runs) == 2
+
+
+def test_only_one_item_of_a_map_makes_the_trial(mode, journal):
+    def function(x):
+        journal.add(x)
+        raise ConnectionError(x)
+
+    mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options)(mode.define(function))
+    with instant() as virtual:
+        mode.run(mapped, [0])
+        virtual.advance(600)
+        outcomes = mode.run(mapped, range(1, 8))
+    assert [type(outcome) for outcome in outcomes].count(ConnectionError) == 1
+    assert len(journal.lines()) == 2
+
+
+def test_a_trial_may_be_dropped_in_the_middle_of_another_call_as_the_garbage_collector_does(fake_clock):
+    trials = []
+
+    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    async def f(x):
+        if x == "hangs":
+            await asyncio.sleep(SECONDS)
+        if x == "bad":
+            raise ConnectionError
+        return x
+
+    async def begin_trial():
+        with pytest.raises(ConnectionError):
+            await f("bad")
+        fake_clock.tick(10)
+        trials.append(f("hangs"))
+        trials[0].send(None)
+
+    def now():
+        if f.plan.breaker._lock.lock.locked():
+            trials.clear()
+        return fake_clock.now()
+
+    def next_call():
+        asyncio.run(begin_trial())
+        clock.now = now
+        with contextlib.suppress(CircuitOpenError):
+            asyncio.run(f("other"))
+        return asyncio.run(f("next"))
+
+    assert started(next_call).result(SECONDS) == "next"
+    assert trials == []
+
+
+# What counts as a failure
+
+
+def test_an_error_that_is_not_retried_was_an_answer_and_starts_the_count_anew(world):
+    ends = [ConnectionError, ConnectionError, KeyError, ConnectionError, ConnectionError]
+
+    def function():
+        raise ends.pop(0)
+
+    f = opero.opero(breaker=3, retries=0, retry_on=ConnectionError)(world.define(function))
+    for _ in range(5):
+        with pytest.raises((ConnectionError, KeyError)):
+            world.run(f)
+    assert ends == []
+
+
+def test_a_trial_that_ends_with_an_error_that_is_not_retried_closes_the_circuit(world, fake_clock):
+    ends = [ConnectionError, KeyError, KeyError]
+
+    def function():
+        raise ends.pop(0)
+
+    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0, retry_on=ConnectionError)(
+        world.define(function)
+    )
+    with pytest.raises(ConnectionError):
+        world.run(f)
+    fake_clock.tick(10)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            world.run(f)
+
+
+@pytest.mark.parametrize("option", ["attempt_timeout", "total_timeout"])
+def test_a_call_that_ran_out_of_time_was_no_answer(option):
+    @opero.opero(breaker=1, retries=1, min_delay=10, retry_on=ConnectionError, **{option: 0.01})
+    async def f():
+        await asyncio.sleep(SECONDS)
+
+    with pytest.raises(opero.core.CallTimeoutError):
+        asyncio.run(f())
+    with pytest.raises(CircuitOpenError):
+        asyncio.run(f())
+
+
+def test_a_worker_that_crashed_in_a_trial_says_nothing_of_the_service(world, fake_clock):
+    ends = [ConnectionError, opero.WorkerCrashedError, ConnectionError]
+
+    def function():
+        raise ends.pop(0)
+
+    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0, retry_on=ConnectionError)(
+        world.define(function)
+    )
+    with pytest.raises(ConnectionError):
+        world.run(f)
+    fake_clock.tick(10)
+    for error in (opero.WorkerCrashedError, ConnectionError, CircuitOpenError):
+        with pytest.raises(error):
+            world.run(f)
+
+
+def test_a_failure_is_counted_before_others_are_told_to_pause(fake_clock):
+    paused = []
+
+    @opero.opero(
+        breaker={"failures": 1, "recovery": 60},
+        retries=1,
+        retry_on=lambda _error: 5,
+        rate_limit=1_000,
+    )
+    def f():
+        raise ConnectionError
+
+    pause = f.plan.limit.pause
+    f.plan.limit.pause = lambda *args: (paused.append(f.plan.breaker.admits(MISSING)), pause(*args))[1]
+    with pytest.raises(ConnectionError):
+        f()
+    assert paused == [False]
+
+
+# Retries and candidates
+
+
+def test_a_call_that_finds_the_circuit_open_does_not_wait_for_a_retry(call, service, fake_clock):
+    for _ in range(2):
+        call(breaker={"failures": 1, "recovery": 10}, retries=3)
+    assert call() is CircuitOpenError
+    assert fake_clock.sleeps == []
+    assert len(service.runs) == 1
+
+
+def test_a_call_goes_on_to_the_candidate_that_asked_for_a_rest_when_the_others_are_shut_off(world, fake_clock):
+    tried = []
+
+    def function(key):
+        tried.append(key)
+        if tried != ["bad", "bad", "rests", "rests"]:
+            raise ConnectionError(key)
+        return key
+
+    f = opero.opero(
+        breaker={"failures": 2, "recovery": 60},
+        retries=2,
+        arg_fallback="key",
+        retry_on=lambda error: 5 if str(error) == "rests" else True,
+    )(world.define(function))
+    with pytest.raises(opero.AllFailedError):
+        world.run(f, ["bad"])
+    assert world.run(f, ["bad", "rests"]) == "rests"
+    assert fake_clock.sleeps[-1] == 5
+
+
+def test_the_error_tells_of_the_candidates_of_the_call(world, fake_clock):
+    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 1, "recovery": 100})(world.define(Failing()))
+    for key in ("a", "b"):
+        with pytest.raises(opero.AllFailedError):
+            world.run(f, [key])
+        fake_clock.tick(60)
+    with pytest.raises(CircuitOpenError, match=r"its circuit opened after 1 failure in a row; .* in 40 s"):
+        world.run(f, ["b"])
+    fake_clock.tick(-50)
+    with pytest.raises(CircuitOpenError, match=r"the circuit of every candidate opened .* in 30 s"):
+        world.run(f, ["b", "a"])
+
+
+class Failing:
+    def __call__(self, key):
+        raise ConnectionError
+
+
+def test_a_cooling_candidate_makes_its_trial_when_its_turn_comes(world, fake_clock):
+    tried = []
+
+    def function(key):
+        tried.append(key)
+        return failing_for("bad", key)
+
+    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 1, "recovery": 10}, fallback_cooldown=20)(
+        world.define(function)
+    )
+    for seconds in (0, 10, 10):
+        fake_clock.tick(seconds)
+        assert world.run(f, ["bad", "good"]) == "good"
+    assert tried == ["bad", "good", "good", "bad", "good"]
+
+
+def test_a_method_has_one_circuit_for_all_instances(world):
+    class Client:
+        @opero.opero(breaker=2, retries=0)
+        @world.define
+        def get(self):
+            raise ConnectionError
+
+    for error in (ConnectionError, ConnectionError, CircuitOpenError):
+        with pytest.raises(error):
+            world.run(Client().get)
+
+
+# What a breaker remembers
+
+
+def fail_with(f, keys):
+    for key in keys:
+        with pytest.raises(opero.AllFailedError):
+            f(key)
+
+
+def test_of_many_candidates_that_fail_only_some_are_remembered():
+    f = opero.opero(arg_fallback="key", retries=0, breaker=2)(Failing())
+    fail_with(f, (f"key {n}" for n in range(5_000)))
+    assert len(f.plan.breaker._circuits) <= 2_000
+
+
+def test_candidates_that_are_shut_off_are_remembered_longest():
+    f = opero.opero(arg_fallback="key", retries=0, breaker=2)(Failing())
+    fail_with(f, ["shut off", "shut off", *range(5_000)])
+    with pytest.raises(CircuitOpenError):
+        f("shut off")
+
+
+def test_failures_that_count_no_more_are_forgotten(fake_clock):
+    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 2, "window": 60})(Failing())
+    fail_with(f, range(500))
+    fake_clock.tick(61)
+    fail_with(f, range(500, 600))
+    assert len(f.plan.breaker._circuits) < 200
+
+
+@pytest.mark.parametrize("secret", ["a secret", b"a secret"], ids=["str", "bytes"])
+def test_a_text_is_not_kept(secret):
+    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 1, "recovery": 600})(Failing())
+    fail_with(f, [secret])
+    assert "a secret" not in repr(f.plan.breaker._circuits)
+    with pytest.raises(CircuitOpenError):
+        f(secret)
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __eq__(self, other):
+        return self is other
+
+
+class Plain:
+    pass
+
+
+@pytest.mark.parametrize("kind", [Plain, Unhashable])
+def test_an_object_is_not_kept_nor_taken_for_a_new_one_at_its_address(kind):
+    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 1, "recovery": 600})(Failing())
+    for _ in range(20):
+        key = kind()
+        reference = weakref.ref(key)
+        fail_with(f, [key])
+        del key
+        gc.collect()
+        assert reference() is None
 
 
 @pytest.mark.parametrize(

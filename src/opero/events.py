@@ -74,7 +74,7 @@ class AttemptStarted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptFailed(Event):
-    """The function raised, was stopped by a time limit, or lost its worker.
+    """The function raised, was stopped by a time limit, or lost its worker; or it was not run, as its circuit opened.
 
     Attributes:
         attempt: Number of the execution in this call, from 1.

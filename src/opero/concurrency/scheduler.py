@@ -22,7 +22,7 @@ from opero.core.flow import call_flow
 from opero.core.listeners import is_listened_to
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
-from opero.core.steps import Attempt, Await, Consult, Failed, Flow, Pause
+from opero.core.steps import NOT_RUN, Attempt, Await, Consult, Failed, Flow, Pause
 from opero.exceptions import WorkerCrashedError
 
 if TYPE_CHECKING:
@@ -349,6 +349,8 @@ class Scheduler:
     def next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
         self._timers.run()
+        while self._ready and not _may_start(self._ready[0]):
+            self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
         if self.failure is not None or self._in_flight >= self._pool.slots * self._depth():
             return None
@@ -623,7 +625,11 @@ def _candidate(entry: _Entry) -> Any:
 
 
 def _fits(entry: _Entry, candidate: Any) -> bool:
-    return _candidate(entry) is candidate and not _travels_alone(entry)
+    return _candidate(entry) is candidate and not _travels_alone(entry) and _may_start(entry)
+
+
+def _may_start(entry: _Entry) -> bool:
+    return entry.attempt is None or entry.attempt.may_start is None or entry.attempt.may_start()
 
 
 def _travels_alone(entry: _Entry) -> bool:

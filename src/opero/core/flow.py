@@ -11,8 +11,15 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.listeners import teller_of
 from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
 from opero.core.signature import MISSING
-from opero.core.steps import Attempt, Failed, Flow, Pause
-from opero.exceptions import AllFailedError, CallTimeoutError, CircuitOpenError, MisuseError, NotTransferableError
+from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause
+from opero.exceptions import (
+    AllFailedError,
+    CallTimeoutError,
+    CircuitOpenError,
+    MisuseError,
+    NotTransferableError,
+    WorkerCrashedError,
+)
 from opero.utils.logging import log
 from opero.utils.notes import add_note
 
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from opero.core.listeners import Teller
+    from opero.core.plan import Passage
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
@@ -150,26 +158,26 @@ class _CallFlow:
         """One attempt; gives the call's outcome, or the `Verdict` on a failure."""
         breaker = self.plan.breaker
         if breaker is None:
-            return (yield from self._judged(candidate, rounds, has_slot=has_slot))
+            return (yield from self._judged(candidate, rounds, None, has_slot=has_slot))
         passage = breaker.enter(candidate.value)
         if passage is None:
             return CIRCUIT_OPEN
         with passage:
-            judged = yield from self._judged(candidate, rounds, has_slot=has_slot)
-            if judged.__class__ is Verdict:
-                # An error that is not worth a retry was an answer of the service all the same.
-                passage.tell(failed=judged.retryable or self.plan.retry is None)
-            elif judged.__class__ not in {Failed, Final}:
-                passage.tell(failed=False)
-            return judged
+            return (yield from self._judged(candidate, rounds, passage, has_slot=has_slot))
 
-    def _judged(self, candidate: _Candidate, rounds: RetryRounds, *, has_slot: bool) -> Generator[Any, Any, Any]:
-        outcome = yield from self.rate_limit(candidate, has_slot=has_slot)
+    def _judged(
+        self, candidate: _Candidate, rounds: RetryRounds, passage: Passage | None, *, has_slot: bool
+    ) -> Generator[Any, Any, Any]:
+        outcome = yield from self.rate_limit(candidate, passage, has_slot=has_slot)
+        if outcome is CIRCUIT_OPEN:
+            return outcome
         if outcome is OUT_OF_TIME:
             return self._out_of_time()
         if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS):
             return outcome
         judged = rounds.judge(outcome)
+        if passage is not None:
+            passage.tell(failed=self._speaks_against_the_service(judged))
         if judged.accepted:
             return outcome
         self._candidate_failed(candidate, judged)
@@ -177,22 +185,33 @@ class _CallFlow:
             yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
         return judged
 
-    def rate_limit(self, candidate: _Candidate, *, has_slot: bool) -> Generator[Any, Any, Any]:
+    def _speaks_against_the_service(self, judged: Verdict) -> bool | None:
+        if judged.accepted:
+            return False
+        if self.plan.retry is None or judged.retryable or isinstance(judged.error, CallTimeoutError):
+            return True
+        # Any other error that is not worth a retry was an answer all the same.
+        return None if isinstance(judged.error, WorkerCrashedError) else False
+
+    def rate_limit(self, candidate: _Candidate, passage: Passage | None, *, has_slot: bool) -> Generator[Any, Any, Any]:
         if self.first_failure is not None:
             failure, self.first_failure = Failed(self.first_failure), None
             return failure
         if self.plan.limit is not None and not has_slot:
             asked = clock.now()
-            taken = yield from self.plan.limit.take(candidate, self.call.deadline)
+            wait = self.plan.limit.take(candidate, self.call.deadline)
+            taken = yield from (wait if passage is None else passage.waiting(wait))
             waited = clock.now() - asked
             self.plan.stats.add_waited(waited)
+            if passage is not None and not passage.may_start():
+                return CIRCUIT_OPEN
             if not taken:
                 return OUT_OF_TIME
             if self.call.tell is not None and waited >= _TOLD_WAIT:
                 self.call.tell("SlotWaited", seconds=waited)
-        return (yield from self.attempt_timeout(candidate))
+        return (yield from self.attempt_timeout(candidate, passage))
 
-    def attempt_timeout(self, candidate: _Candidate) -> Generator[Any, Any, Any]:
+    def attempt_timeout(self, candidate: _Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
         timeout, option = self.plan.attempt_timeout, "attempt_timeout"
         left = self.call.time_left()
         if left is not None and (timeout is None or left < timeout):
@@ -202,11 +221,23 @@ class _CallFlow:
         self.call.attempts += 1
         self.plan.stats.attempts.tick()
         attempt = Attempt(
-            candidate.args, candidate.kwargs, candidate.value, flight=self.call.flight, timeout=timeout, limit=option
+            candidate.args,
+            candidate.kwargs,
+            candidate.value,
+            flight=self.call.flight,
+            timeout=timeout,
+            limit=option,
+            may_start=None if passage is None else passage.may_start,
         )
         if self.call.tell is None:
-            return (yield attempt)
-        return (yield from self._told_attempt(attempt, self.call.tell))
+            outcome = yield attempt
+        else:
+            outcome = yield from self._told_attempt(attempt, self.call.tell)
+        if outcome is NOT_RUN:
+            self.call.attempts -= 1
+            self.plan.stats.attempts.add(-1)
+            return CIRCUIT_OPEN
+        return outcome
 
     def _told_attempt(self, attempt: Attempt, tell: Teller) -> Generator[Any, Any, Any]:
         number, started = self.call.attempts, clock.now()
@@ -214,6 +245,9 @@ class _CallFlow:
         outcome = yield attempt
         if outcome.__class__ is Failed:
             tell("AttemptFailed", attempt=number, error=outcome.error, seconds=clock.now() - started)
+        elif outcome is NOT_RUN:
+            error = CircuitOpenError(f"{self.plan.name} was not called: its circuit opened before a worker was free")
+            tell("AttemptFailed", attempt=number, error=error, seconds=clock.now() - started)
         return outcome
 
     def _next_of(self, candidates: list[_Candidate]) -> Generator[Any, Any, tuple[_Candidate, bool]]:
@@ -232,8 +266,9 @@ class _CallFlow:
     def _ready_candidates(self) -> list[_Candidate]:
         now = clock.now()
         # A sleep can end a little early; those that asked for a longer rest are left alone all the same.
-        ready = [c for c in self.candidates if c.ready_at is None or c.ready_at <= now]
-        return ready or [min(self.candidates, key=lambda c: c.ready_at or 0.0)]
+        admitted = self._admitted(self.candidates)
+        ready = [c for c in admitted if c.ready_at is None or c.ready_at <= now]
+        return ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
 
     def _candidate_failed(self, candidate: _Candidate, verdict: Verdict) -> None:
         self.errors.append(verdict.error)
@@ -248,7 +283,7 @@ class _CallFlow:
         if not self.candidates:
             return verdict
         # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
-        times = [c.ready_at for c in self.candidates]
+        times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
         return Verdict(accepted=False, error=verdict.error, retryable=True, delay=soonest)
 
@@ -265,11 +300,12 @@ class _CallFlow:
             return self._finish(Final(Failed(self.errors[-1])), "; its circuit is open")
         breaker = self.plan.breaker
         assert breaker is not None  # noqa: S101 - for the type checkers
+        whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
+        wait = breaker.trial_in(candidate.value for candidate in self.candidates)
+        trial = "a trial call is under way" if wait is None else f"the next trial is in {wait:.3g} s"
+        failures = _count(breaker.failures, "failure")
         return Failed(
-            CircuitOpenError(
-                f"{self.plan.name} was not called: its circuit opened after {breaker.failures} failures in a row; "
-                f"the next trial is in {breaker.trial_in():.3g} s"
-            )
+            CircuitOpenError(f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}")
         )
 
     def _out_of_time(self) -> Failed | Final:

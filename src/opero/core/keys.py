@@ -83,7 +83,7 @@ def identity_of(value: Any) -> Any:
     try:
         return freeze(value)
     except (UncacheableError, RecursionError):
-        return id(value)
+        return _freeze_by_identity(value)
 
 
 def _freezer_by_inheritance(value: Any) -> Freezer:

@@ -11,7 +11,7 @@ from opero.core.stats import Stats
 from opero.core.steps import Failed, Flow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from opero.core.flights import Presence
     from opero.core.keys import KeyMaker
@@ -241,8 +241,16 @@ class Candidate(Protocol):
 class Passage(Protocol):
     """One attempt through a circuit, a context to be left in any case."""
 
-    def tell(self, *, failed: bool) -> None:
-        """How it ended."""
+    def may_start(self) -> bool:
+        """Whether the attempt may still begin, after it waited for something else."""
+        ...
+
+    def waiting(self, wait: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        """Go through a wait, which gives None as soon as the circuit opens."""
+        ...
+
+    def tell(self, *, failed: bool | None) -> None:
+        """How it ended; None if that says nothing of the service."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -266,8 +274,8 @@ class BreakerPolicy(Protocol):
         """Let an attempt through; None if the circuit is open."""
         ...
 
-    def trial_in(self) -> float:
-        """Seconds until an open circuit lets a trial call through."""
+    def trial_in(self, values: Iterable[Any]) -> float | None:
+        """Seconds until one of these candidates may be tried again; None while one of them is being tried."""
         ...
 
 

@@ -249,8 +249,12 @@ def retry_policy(
     jitter: bool = True,
     retry_on: RetryOn = Exception,
     options: Mapping[str, Any] | None = None,
+    judges_for_others: bool = False,
 ) -> RetryWithTenacity | None:
-    """Check retry's options and make the policy; None where nothing is ever retried."""
+    """Check retry's options and make the policy; None where nothing is ever retried.
+
+    ``judges_for_others``: ``retry_on`` has a meaning without retries, too.
+    """
     check_count("retries", retries, "extra rounds", smallest=0)
     check_number("backoff_factor", backoff_factor, "times", smallest=1)
     check_seconds("min_delay", min_delay, zero=True)
@@ -267,7 +271,7 @@ def retry_policy(
     for name in _HOOKS:
         if given.get(name) is not None or (name in given and name not in _OPTIONAL_HOOKS):
             _check_hook(name, given[name])
-    if retries == 0 and not given:
+    if retries == 0 and not given and (retry_on is Exception or not judges_for_others):
         return None
     return RetryWithTenacity(
         retries=retries,

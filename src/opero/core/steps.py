@@ -29,15 +29,25 @@ class Failed:
         self.error = error
 
 
+class _NotRun:
+    """In place of an outcome: the attempt was called off before it began."""
+
+    __slots__ = ()
+
+
+NOT_RUN = _NotRun()
+
+
 class Attempt:
     """Step: run the user's function once; sent back: its result, or `Failed`.
 
     ``timeout`` seconds are left to it, by the option named ``limit``; a blocking driver cannot stop a function and lets
     it run. ``candidate`` is the fallback value in ``args`` or ``kwargs``, for drivers that send only what differs.
-    ``flight`` is the badge of the computation that others may be waiting for, see `opero.core.flights`.
+    ``flight`` is the badge of the computation that others may be waiting for, see `opero.core.flights`. A driver that
+    does not run it at once asks ``may_start``, if there is one, and sends back `NOT_RUN` if the answer is no.
     """
 
-    __slots__ = ("args", "candidate", "flight", "kwargs", "limit", "timeout")
+    __slots__ = ("args", "candidate", "flight", "kwargs", "limit", "may_start", "timeout")
 
     def __init__(
         self,
@@ -48,6 +58,7 @@ class Attempt:
         flight: object = None,
         timeout: float | None = None,
         limit: str = "",
+        may_start: Callable[[], bool] | None = None,
     ) -> None:
         self.args = args
         self.kwargs = kwargs
@@ -55,6 +66,7 @@ class Attempt:
         self.flight = flight
         self.timeout = timeout
         self.limit = limit
+        self.may_start = may_start
 
     def timed_out(self, name: str) -> Failed:
         return Failed(CallTimeoutError(f"{name} was stopped: {self.limit} left it {self.timeout:.3g} s"))

@@ -116,6 +116,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             jitter=given["jitter"],
             retry_on=given["retry_on"],
             options=given["retry_options"],
+            judges_for_others=given["breaker"] is not None,
         ),
         fallback=None
         if given["arg_fallback"] is None
@@ -171,6 +172,9 @@ def _refuse_useless(given: dict[str, Any]) -> None:
     if given["retries"] != 0 or given["retry_options"] is not None:
         for name in _OF_ROUNDS:
             needs.pop(name)
+    elif given["breaker"] is not None:
+        # It says which errors count.
+        needs.pop("retry_on")
     for name, (other, off, example) in needs.items():
         if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
             shown = _without_passwords(given[name])
@@ -237,7 +241,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
               is not stopped, but none starts later.
             - ``breaker`` (None): failures in a row, of the function or of one candidate, after which calls fail at
               once; or a mapping with ``failures`` (5), ``window`` (None: seconds within which they have to happen) and
-              ``recovery`` (30 s, then one trial call decides). Errors that ``retry_on`` would not retry do not count.
+              ``recovery`` (30 s, then one trial call decides). Errors that ``retry_on`` would not retry count as
+              answers, except of time limits.
             - ``on_event`` (None): ``callable(event)``, told of what happens during each call (`opero.events`).
 
     Raises:
