@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
+from opero.concurrency.interrupts import held_back
 from opero.concurrency.process_worker import Door
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
@@ -1140,8 +1141,7 @@ def test_ctrl_c_ends_a_map_with_one_error_and_no_process_left(start, mode, funct
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGINT
     assert err.splitlines().count("KeyboardInterrupt") == 1
-    # asyncio.run by itself shows the cancellation from which its KeyboardInterrupt came.
-    assert err.count("Traceback") == (1 if function == "work" else 2)
+    assert err.count("Traceback") == 1
     assert start.survivors() == []
 
 
@@ -1169,6 +1169,65 @@ def test_ctrl_c_while_workers_are_spawned_leaves_no_process(start, method):
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
     wait_until(lambda: not start.survivors())
+
+
+PRESSED_WHEN_IT_STARTS = """
+import os, re, signal
+from {library} import util
+
+def handles_ctrl_c(pid):
+    status = open(f"/proc/{{pid}}/status").read()
+    return any(int(mask, 16) & 1 << signal.SIGINT - 1 for mask in re.findall(r"Sig(?:Cgt|Ign):\\t(\\w+)", status))
+
+start_as_ever = util.spawnv_passfds
+
+def start(path, arguments, fds):
+    pid = start_as_ever(path, arguments, fds)
+    if "{started}" in arguments[-1] or "{started}" in arguments:
+        while not handles_ctrl_c(pid):
+            pass
+        os.killpg(0, signal.SIGINT)
+    return pid
+
+if __name__ == "__main__":
+    util.spawnv_passfds = start
+"""
+
+
+@pytest.mark.parametrize("mode", PROCESS_MODES)
+@pytest.mark.parametrize(
+    ("method", "started"),
+    [
+        ("forkserver", "resource_tracker import main"),
+        ("forkserver", "forkserver import main"),
+        ("spawn", "--multiprocessing-fork"),
+    ],
+)
+def test_ctrl_c_in_the_moment_in_which_a_process_starts_is_one_error_of_the_caller_only(start, mode, method, started):
+    library, function = ("multiprocess", "work") if mode == "process" else ("multiprocessing", "work_async")
+    script = textwrap.dedent(interrupted_script(mode, function, {"start_method": method}))
+    process = start(PRESSED_WHEN_IT_STARTS.format(library=library, started=started) + script)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGINT
+    assert err.splitlines().count("KeyboardInterrupt") == 1
+    assert err.count("Traceback") == 1
+    wait_until(lambda: not start.survivors())
+
+
+def test_ctrl_c_that_another_thread_is_given_does_not_break_into_what_is_half_made():
+    reached = []
+
+    def press_and_go_on():
+        with held_back():
+            thread = threading.Thread(target=signal.raise_signal, args=(signal.SIGINT,))
+            thread.start()
+            thread.join()
+            reached.append("the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        press_and_go_on()
+    assert reached == ["the end"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("mode", PROCESS_MODES)

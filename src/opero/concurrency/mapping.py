@@ -191,7 +191,13 @@ class AsyncMap(_Map[T, P, R, E]):
         if has_running_loop():
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
-        return asyncio.run(self(items, *args, **kwargs))
+        try:
+            return asyncio.run(self(items, *args, **kwargs))
+        except KeyboardInterrupt as interrupt:
+            # asyncio would show the cancellation, too, as which it has passed Ctrl-C on.
+            if isinstance(interrupt.__context__, asyncio.CancelledError):
+                interrupt.__suppress_context__ = True
+            raise
 
     def stream(
         self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs

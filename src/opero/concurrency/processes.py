@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing.connection
 import pickle
 import signal
@@ -20,6 +21,7 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.interrupts import held_back, held_back_in_children
 from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.process_worker import (
     AGAIN,
@@ -129,6 +131,7 @@ class ProcessPool:
     queues_batches = True
     runs_together = False
     at_once = 1
+    _library = "multiprocess"
 
     def __init__(
         self,
@@ -305,14 +308,15 @@ class ProcessPool:
     def _starting_one(self) -> Iterator[None]:
         """Hold Ctrl-C back while a worker is half made, and note which threads come with it."""
         before = set(threading.enumerate())
-        mask = hasattr(signal, "pthread_sigmask")
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else set()
-        try:
-            yield
-        finally:
-            self._own_threads |= set(threading.enumerate()) - before
-            if mask:
-                signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        with held_back():
+            if self._method != "fork" and sys.platform != "win32":
+                # Whoever starts it lets Ctrl-C through again: not while a worker starts, or the server of the workers.
+                importlib.import_module(f"{self._library}.resource_tracker").ensure_running()
+            with held_back_in_children():
+                try:
+                    yield
+                finally:
+                    self._own_threads |= set(threading.enumerate()) - before
 
     @staticmethod
     def _quietly(start: Callable[[], Any]) -> None:
