@@ -1089,7 +1089,7 @@ def test_a_script_without_a_guard_that_spawns_says_so(start):
 
 
 INTERRUPTED = """
-    import asyncio, itertools, os, time
+    import asyncio, itertools, os, signal, time
     from opero import opmap
 
     def work(item):
@@ -1101,7 +1101,11 @@ INTERRUPTED = """
         await asyncio.sleep(SECONDS)
 
     if __name__ == "__main__":
-        opmap(mode=MODE, workers=2, progress=False, pool_options=OPTIONS)(FUNCTION).run(itertools.count())
+        try:
+            opmap(mode=MODE, workers=2, progress=False, pool_options=OPTIONS)(FUNCTION).run(itertools.count())
+        finally:
+            # What is pressed now is for Python's own end.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 """
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib
 import multiprocessing.connection
 import pickle
 import signal
@@ -308,15 +307,11 @@ class ProcessPool:
     def _starting_one(self) -> Iterator[None]:
         """Hold Ctrl-C back while a worker is half made, and note which threads come with it."""
         before = set(threading.enumerate())
-        with held_back():
-            if self._method != "fork" and sys.platform != "win32":
-                # Whoever starts it lets Ctrl-C through again: not while a worker starts, or the server of the workers.
-                importlib.import_module(f"{self._library}.resource_tracker").ensure_running()
-            with held_back_in_children():
-                try:
-                    yield
-                finally:
-                    self._own_threads |= set(threading.enumerate()) - before
+        with held_back(), held_back_in_children(self._method, self._library):
+            try:
+                yield
+            finally:
+                self._own_threads |= set(threading.enumerate()) - before
 
     @staticmethod
     def _quietly(start: Callable[[], Any]) -> None:
