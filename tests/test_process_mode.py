@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
+from opero.concurrency import process_worker
 from opero.concurrency.interrupts import held_back
 from opero.concurrency.process_worker import Door
 
@@ -1308,6 +1309,20 @@ def test_a_worker_is_replaced_after_as_many_items_as_it_may_run(processes, most)
     assert max(runs.values()) == most
     # All but the two that were there at the end have run what they may.
     assert sum(count < most for count in runs.values()) <= 2
+
+
+def test_a_worker_that_is_to_be_replaced_is_not_waited_for_longer_than_it_may_take_to_end(processes, monkeypatch):
+    """Its own threads would keep it for ever; what it has reported counts."""
+    monkeypatch.setattr(process_worker, "PEACE_SECONDS", 0.2)
+
+    def work(item):
+        threading.Thread(target=threading.Event().wait).start()
+        return item
+
+    options = {"start_method": "fork", "max_tasks_per_worker": 1}
+    started = time.monotonic()
+    assert processes.map(work, workers=1, pool_options=options).run(range(3)) == [0, 1, 2]
+    assert time.monotonic() - started < PATIENCE
 
 
 def test_large_batches_do_not_run_more_items_than_a_worker_may(processes):

@@ -28,6 +28,7 @@ from opero.concurrency.process_worker import (
     BATCH,
     BROKEN,
     HELLO,
+    PEACE_SECONDS,
     SINGLES,
     STOP,
     Door,
@@ -53,8 +54,6 @@ LARGEST_BATCH = 10_000
 MOST_STILLBIRTHS = 3
 MOST_LATE_STILLBIRTHS = 100
 _READER_STOP = b"."
-# A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's exit handlers run.
-PEACE_SECONDS = 30.0
 
 # Held from making a pipe to closing the worker's end of it here, so that no other worker inherits that end.
 starting = ForkSafeLock()
