@@ -360,6 +360,39 @@ def test_an_item_that_runs_beside_a_crash_is_run_again_alone_and_not_charged(pro
     assert again.index("good ends") - again.index("good begins") == 1
 
 
+class LosesABatch(ThreadPoolExecutor):
+    """Loses a batch and nothing else, as dask does with a worker that died, while item 1 runs."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.lost: list[int] = []
+        self.sent_again_beside_another: list[int] = []
+        self.running: Future[Any] | None = None
+
+    def submit(self, fn, /, *args, **kwargs):
+        items = args[2] if len(args) > 2 else []
+        if self.running and not self.lost and len(items) > 1:
+            self.lost = items
+            future: Future[Any] = Future()
+            future.set_exception(OSError("the worker has gone"))
+            return future
+        if self.running and not self.running.done():
+            self.sent_again_beside_another += [item for item in items if item in self.lost]
+        future = super().submit(fn, *args, **kwargs)
+        if items == [1]:
+            self.running = future
+        return future
+
+
+def test_what_was_lost_is_sent_again_when_nothing_else_is_in_the_executor(threads):
+    """Whoever ran beside a crash could be charged with it."""
+    with LosesABatch() as executor:
+        results = threads.map(lambda item: time.sleep(0.2) if item == 1 else item, executor).run(range(20))
+    assert results == [0, None, *range(2, 20)]
+    assert len(executor.lost) > 1
+    assert executor.sent_again_beside_another == []
+
+
 def test_a_crash_is_retried_like_any_error(processes, journal):
     def work(item):
         journal.add(item)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,12 +15,13 @@ import tempfile
 import textwrap
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
-from leftovers import descendants, surroundings
+from leftovers import surroundings
 from side_by_side import until
-from test_process_mode import INTERRUPTED
+from test_process_mode import INTERRUPTED, marked
 
 from opero import opmap
 
@@ -141,14 +145,81 @@ def test_a_map_that_ends_leaves_no_process_thread_task_file_or_shared_memory(mod
 
 # Ctrl-C
 
-KINDS = [
-    ("thread", "work"),
-    ("thread", "work_async"),
-    ("process", "work"),
-    ("process", "work_async"),
-    ("async", "work_async"),
-    ("async_process", "work_async"),
+EXECUTORS = {
+    "threads of an executor": "lambda: __import__('concurrent.futures').futures.ThreadPoolExecutor(2)",
+    "reusable loky": "lambda: __import__('loky').get_reusable_executor(2, timeout=60)",
+    **{
+        f"processes of an executor, {method}": "lambda: __import__('concurrent.futures').futures.ProcessPoolExecutor("
+        f"2, mp_context=__import__('multiprocessing').get_context({method!r}))"
+        for method in ("fork", "spawn", "forkserver")
+    },
+}
+IN_EXECUTORS = [
+    *[(name, "work", None) for name in EXECUTORS],
+    ("processes of an executor, fork", "work_async", None),
+    ("reusable loky", "work_async", None),
 ]
+KINDS = [
+    ("thread", "work", None),
+    ("thread", "work_async", None),
+    ("async", "work_async", None),
+    *[("process", "work", method) for method in ("fork", "spawn", "forkserver")],
+    ("process", "work_async", "fork"),
+    *[("async_process", "work_async", method) for method in ("fork", "spawn", "forkserver")],
+    *IN_EXECUTORS,
+]
+
+
+class Interrupted:
+    """A program that maps, and what it has while it runs."""
+
+    def __init__(self, folder, mode, function, seconds, method=None):
+        self._mark = uuid.uuid4().hex
+        self._folder = folder / "temporary"
+        self._folder.mkdir()
+        options = {"start_method": method} if method else None
+        source = textwrap.dedent(INTERRUPTED).replace("SECONDS", str(seconds)).replace("OPTIONS", repr(options))
+        path = folder / "script.py"
+        path.write_text(source.replace("MODE", EXECUTORS.get(mode, repr(mode))).replace("FUNCTION", function))
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OPERO_TEST_MARK": self._mark, "TMPDIR": str(self._folder)},
+            start_new_session=True,
+        )
+
+    def wait_for(self, running):
+        for _ in range(running):
+            assert self._process.stdout.readline() == "running\n"
+        maps = Path(f"/proc/{self._process.pid}/maps").read_text()
+        self._shared = {Path(line.split()[5]) for line in maps.splitlines() if "/dev/shm/" in line}
+
+    def press(self):
+        os.killpg(self._process.pid, signal.SIGINT)
+
+    @property
+    def has_ended(self):
+        return self._process.poll() is not None
+
+    def end(self):
+        """Wait for its end; what it has written to stdout."""
+        out, err = self._process.communicate(timeout=PATIENCE)
+        assert self._process.returncode == -signal.SIGINT
+        assert (err.count("Traceback"), err.splitlines().count("KeyboardInterrupt")) == (1, 1), err
+        # The servers of multiprocessing end a moment later, and remove what is left of semaphores.
+        until(lambda: not marked(self._mark))
+        assert not any(path.exists() for path in self._shared)
+        assert list(self._folder.iterdir()) == []
+        return out
+
+    def close(self):
+        for pid in marked(self._mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.communicate()
 
 
 @pytest.fixture
@@ -156,71 +227,51 @@ def start(tmp_path):
     """Start a map of items that take so many seconds, in a program of its own."""
     started = []
 
-    def start(mode, function, seconds):
-        source = textwrap.dedent(INTERRUPTED).replace("SECONDS", str(seconds)).replace("OPTIONS", "None")
-        path = tmp_path / "script.py"
-        path.write_text(source.replace("MODE", repr(mode)).replace("FUNCTION", function))
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(path)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        for _ in range(2):
-            assert process.stdout.readline() == "running\n"
-        return process
+    def start(mode, function, seconds, method=None):
+        started.append(Interrupted(tmp_path, mode, function, seconds, method))
+        started[-1].wait_for(2)
+        return started[-1]
 
     yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    for program in started:
+        program.close()
 
 
-def interrupt(process):
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize(("mode", "function", "method"), KINDS)
+def test_ctrl_c_twice_ends_a_map_at_once_with_one_traceback_and_leaves_nothing(start, mode, function, method):
+    # Python itself waits for the threads of its executors.
+    program = start(mode, function, 0.5 if mode == "threads of an executor" else 60, method)
+    program.press()
+    time.sleep(random.choice([0.001, 0.005, 0.03]))
+    if not program.has_ended:
+        program.press()
+    program.end()
 
 
-def end_of(process):
-    """What the program has written to stderr at its end."""
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == -signal.SIGINT
-    return err
-
-
-@pytest.mark.parametrize("pause", [0.001, 0.005, 0.03])
-@pytest.mark.parametrize(("mode", "function"), KINDS)
-def test_ctrl_c_twice_ends_a_map_at_once_and_leaves_no_process(start, mode, function, pause):
-    process = start(mode, function, 60)
-    workers = descendants(process.pid)
-    interrupt(process)
-    time.sleep(pause)
-    interrupt(process)
-    end_of(process)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+@pytest.mark.parametrize(("mode", "function", "method"), IN_EXECUTORS)
+def test_ctrl_c_once_ends_a_map_in_an_executor_with_one_traceback_and_leaves_nothing(start, mode, function, method):
+    program = start(mode, function, 0.5 if mode == "threads of an executor" else 60, method)
+    program.press()
+    program.end()
 
 
 @pytest.mark.parametrize("function", ["work", "work_async"])
 def test_ctrl_c_while_a_map_waits_for_its_threads_ends_it_with_one_traceback(start, function):
-    process = start("thread", function, 60)
-    interrupt(process)
+    program = start("thread", function, 60)
+    program.press()
     time.sleep(0.3)  # it waits for its running items now, and nothing tells so
-    assert process.poll() is None
-    interrupt(process)
-    err = end_of(process)
-    assert err.count("Traceback") == 1
-    assert err.splitlines().count("KeyboardInterrupt") == 1
+    assert not program.has_ended
+    program.press()
+    program.end()
 
 
 @pytest.mark.parametrize("function", ["work", "work_async"])
 def test_ctrl_c_once_waits_for_the_items_that_run_in_threads_and_starts_no_other(start, function):
-    process = start("thread", function, 0.5)
+    program = start("thread", function, 0.5)
     started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=PATIENCE)
+    program.press()
+    assert program.end() == ""
     assert time.monotonic() - started > 0.2
-    assert out == ""
 
 
 def test_cancelling_twice_leaves_a_map_whose_items_run_in_threads():

@@ -35,6 +35,8 @@ class Notebook:
             notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": self.folder}}
         )
         client.execute()
+        saved = notebook.metadata.get("widgets", {})
+        self.widgets = [widget for kind in saved.values() for widget in kind["state"].values()]
         return [_text(cell) for cell in notebook.cells[1:]]
 
 
@@ -99,9 +101,52 @@ def test_async_maps_stream_into_a_cell_and_refuse_to_block_it(notebook):
     assert notebook.shown(*map(textwrap.dedent, cells)) == [[f"[2, 4]\n{told}"]] * 2
 
 
-def test_a_map_with_its_progress_bar_shows_no_warning(notebook):
-    assert notebook.shown(PLAIN.replace("progress=False", "progress=True").format(mode="thread")) == [
-        ["[11, 21, ValueError('three')]\n3 1"]
+def test_a_map_with_its_progress_bar_shows_no_warning_without_ipywidgets(notebook):
+    work = PLAIN.replace("progress=False", "progress=True").format(mode="thread")
+    assert notebook.shown("import sys\nsys.modules['ipywidgets'] = None", work) == [
+        [],
+        ["[11, 21, ValueError('three')]\n3 1"],
+    ]
+
+
+BARS = """
+import threading
+
+@opmap(mode="{mode}", workers=2, retries=0)
+def work(x):
+    if x == 3:
+        raise ValueError("three")
+    return x
+
+strict = opmap(mode="{mode}", workers=1, retries=0, return_exceptions=False, progress="strict")(work.__wrapped__)
+
+def call_strict():
+    try:
+        strict([3, 1, 2])
+    except ValueError:
+        pass
+
+work(range(10))
+work(x for x in range(20))
+threads = [threading.Thread(target=work, args=(range(size),)) for size in (30, 40)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+call_strict()
+"""
+
+
+@pytest.mark.parametrize("mode", ["thread", "process"])
+def test_bars_of_ipywidgets_show_how_far_each_map_came_and_whether_it_reached_its_end(notebook, mode):
+    pytest.importorskip("ipywidgets")
+    notebook.shown(BARS.format(mode=mode))
+    bars = [bar["state"] for bar in notebook.widgets if bar["model_name"] == "FloatProgressModel"]
+    # The second map does not know how many items there will be.
+    assert sorted((bar["value"], bar["bar_style"]) for bar in bars) == [
+        (1, "danger"),
+        (1, "success"),
+        (10, "success"),
+        (30, "success"),
+        (40, "success"),
     ]
 
 

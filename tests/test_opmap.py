@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import enum
 import functools
 import gc
 import inspect
@@ -12,6 +13,7 @@ import itertools
 import os
 import threading
 import time
+import types
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -885,16 +887,56 @@ def test_a_method_of_the_class_maps_over_instances():
     assert Scale.scale([Scale(2), Scale(3)], 7) == [14, 21]
 
 
-def test_a_class_method_and_a_static_method_can_be_maps(mode):
-    class Scale:
-        factor = 10
-        by_class = classmethod(opmap(**mode.options)(mode.define(lambda cls, item: item * cls.factor)))
-        by_none = staticmethod(opmap(**mode.options)(mode.define(double)))
+class Scaled:
+    """How a class method and a static method are written that are maps."""
 
-    assert mode.run(Scale.by_class, [1, 2]) == [10, 20]
-    assert mode.run(Scale().by_class, [1, 2]) == [10, 20]
+    factor = 10
+
+    def __init_subclass__(cls, *, mode):
+        cls.by_class = classmethod(opmap(**mode.options)(mode.define(lambda cls, item: item * cls.factor)))
+        cls.by_none = staticmethod(opmap(**mode.options)(mode.define(double)))
+
+
+def called(mode, function, items):
+    """As a user writes it, without `run`."""
+    if not mode.is_async:
+        return function(items)
+
+    async def call():
+        return await function(items)
+
+    return asyncio.run(call())
+
+
+def test_a_class_method_and_a_static_method_can_be_maps(mode):
+    class Scale(Scaled, mode=mode):
+        pass
+
+    assert called(mode, Scale.by_class, [1, 2]) == [10, 20]
+    assert called(mode, Scale().by_class, [1, 2]) == [10, 20]
     assert mode.run(Scale.by_none, [1, 2]) == [2, 4]
     assert mode.run(Scale().by_none, [1, 2]) == [2, 4]
+
+
+def test_a_class_method_is_a_map_where_python_does_not_bind_it(mode):
+    """From Python 3.13 on this is all that `classmethod` does."""
+
+    class Scale(Scaled, mode=mode):
+        pass
+
+    bound = types.MethodType(vars(Scale)["by_class"].__func__, Scale)
+    assert called(mode, bound, [1, 2]) == [10, 20]
+    with pytest.raises(TypeError, match="map the bound method"):
+        mode.run(bound, [1, 2])
+
+
+class Color(enum.Enum):
+    red = 1
+    blue = 2
+
+
+def test_a_class_can_be_the_items(mode):
+    assert called(mode, opmap(**mode.options)(mode.define(lambda color: color.name)), Color) == ["red", "blue"]
 
 
 def test_a_cached_method_keeps_instances_apart_and_none_alive(mode, journal):

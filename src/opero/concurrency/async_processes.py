@@ -24,6 +24,7 @@ class AsyncProcessPool(ProcessPool):
     most_in_batch = 1
     queues_batches = False
     runs_together = True
+    _library = "multiprocessing"
 
     def __init__(
         self,

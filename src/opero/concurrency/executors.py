@@ -7,16 +7,17 @@ the executor breaks, everything that was in flight is suspected.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import pickle
 from collections import deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
-from contextlib import closing, nullcontext
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
-from opero.concurrency.own_thread import in_own_thread
+from opero.concurrency.interrupts import hearing_interrupts, held_back_in_children
+from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.process_worker import AGAIN, BROKEN, SINGLES, STOP
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import pack_batch, pack_singly, pack_work, unpack_batch, unpack_singly, unpack_work
@@ -101,15 +102,38 @@ class ExecutorPool:
         self._work = work
 
     def stop(self) -> None:
-        """Withdraw what has not begun, wait for what has, and shut down an executor that was made here."""
+        """Withdraw what has not begun, wait for what has, and shut down an executor that was made here.
+
+        Ctrl-C meanwhile ends the processes of such an executor; what runs in threads is left to itself.
+        """
         try:
             wait([future for future in self._in_flight if not future.cancel()])
-        finally:
-            if self._make is not None and self._executor is not None:
-                self._executor.shutdown(wait=True)
+        except BaseException:
+            if self._made_here:
+                self._executor.shutdown(wait=self._end_processes())
+            raise
+        if self._made_here:
+            # Nothing runs any more.
+            uninterrupted(lambda: self._executor.shutdown(wait=True))
 
     async def stop_async(self) -> None:
-        await in_own_thread(self.stop)
+        try:
+            await in_own_thread(self.stop, may_be_left=True)
+        except BaseException:
+            # The thread goes on, and shuts down what has ended.
+            self._end_processes()
+            raise
+
+    @property
+    def _made_here(self) -> bool:
+        return self._make is not None and self._executor is not None
+
+    def _end_processes(self) -> bool:
+        """Tells whether there are any."""
+        processes = (self._made_here and getattr(self._executor, "_processes", None)) or {}
+        for process in list(processes.values()):
+            process.terminate()
+        return bool(processes)
 
     # The executor
 
@@ -180,7 +204,8 @@ class ExecutorPool:
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
         try:
-            future = self._executor.submit(function, *arguments)
+            with self._while_workers_start():
+                future = self._executor.submit(function, *arguments)
         except BrokenExecutor as error:
             self._finds_it_broken(batch, error)
         except Exception as error:
@@ -188,6 +213,13 @@ class ExecutorPool:
         else:
             self._in_flight[future] = batch
             future.add_done_callback(self._deliver)
+
+    def _while_workers_start(self) -> contextlib.AbstractContextManager[None]:
+        """Processes that are started for this map are deaf to Ctrl-C until they run an item."""
+        context = getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
+        if self._make is None or context is None:
+            return contextlib.nullcontext()
+        return held_back_in_children(context.get_start_method())
 
     def _finds_it_broken(self, batch: Batch | None, error: BrokenExecutor) -> None:
         """It has broken already; this batch, which was not there, is none of the suspects."""
@@ -296,7 +328,7 @@ def _echo(probe: Any) -> Any:
 
 def _run(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None) -> Report:
     # An executor has no place for a loop that outlives one call.
-    with closing(AsyncCaller()) if work.is_async else nullcontext() as caller:
+    with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
         return run_batch(work, items, candidate, limit, caller)
 
 
@@ -317,7 +349,8 @@ def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str
         return AGAIN, None, 0
     arrived = unpack_batch(payload)
     try:
-        report = arrived if isinstance(arrived, Report) else _run(work, *arrived)
+        with hearing_interrupts():
+            report = arrived if isinstance(arrived, Report) else _run(work, *arrived)
     except BaseException as error:  # noqa: BLE001 - as in process mode; the executor might hand it to the caller
         return STOP, describe(error), 0
     return SINGLES, pack_singly(report), len(payload)

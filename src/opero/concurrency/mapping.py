@@ -106,6 +106,23 @@ class _Map(Generic[T, P, R, E]):
     def _unbound(self) -> Any:
         return self.__dict__["unbound"]
 
+    def _is_classmethod_of(self, first: Any) -> bool:
+        """Whether a call with this first argument is one through ``@classmethod``, which binds no maps since 3.13."""
+        if not isinstance(first, type) or self._head:
+            return False
+        this: Any = self
+        held = (value for owner in first.__mro__ for value in vars(owner).values())
+        return any(isinstance(value, classmethod) and value.__func__ is this for value in held)
+
+    def _classmethod_hint(self) -> str:
+        first = next(iter(inspect.signature(self.plan.function).parameters), None)
+        if self._head or first != "cls":
+            return ""
+        return (
+            "; from Python 3.13 on a map below @classmethod is bound only where it is called itself: "
+            "map the bound method, as in opmap(…)(Class.method).stream(items)"
+        )
+
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
         try:
@@ -113,7 +130,7 @@ class _Map(Generic[T, P, R, E]):
         except ValueError:  # a builtin whose signature is not known: it will complain itself
             pass
         except TypeError as error:
-            msg = f"{self.plan.name}() {error}"
+            msg = f"{self.plan.name}() {error}{self._classmethod_hint()}"
             raise TypeError(msg) from None
         return self._head, rest, kwargs
 
@@ -128,6 +145,8 @@ class SyncMap(_Map[T, P, R, E]):
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
         """
+        if self._is_classmethod_of(items):
+            return self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
         sink = ListSink(ordered=self.settings.ordered)
         for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
             pass  # a ListSink hands nothing out
@@ -177,6 +196,8 @@ class AsyncMap(_Map[T, P, R, E]):
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
         """
+        if self._is_classmethod_of(items):
+            return await self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
         sink = ListSink(ordered=self.settings.ordered)
         async for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
             pass  # a ListSink hands nothing out
@@ -191,7 +212,13 @@ class AsyncMap(_Map[T, P, R, E]):
         if has_running_loop():
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
-        return asyncio.run(self(items, *args, **kwargs))
+        try:
+            return asyncio.run(self(items, *args, **kwargs))
+        except KeyboardInterrupt as interrupt:
+            # asyncio would show the cancellation, too, as which it has passed Ctrl-C on.
+            if isinstance(interrupt.__context__, asyncio.CancelledError):
+                interrupt.__suppress_context__ = True
+            raise
 
     def stream(
         self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs

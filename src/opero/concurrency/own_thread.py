@@ -6,6 +6,8 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from opero.concurrency.interrupts import held_back
+
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
@@ -22,15 +24,13 @@ def uninterrupted(block: Callable[[], None]) -> None:
             errors.append(raised)
 
     thread = threading.Thread(target=run, name="opero-stop", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # the interpreter is about to end, and starts no more threads
-        run()
-    while thread.is_alive():
+    with held_back():
         try:
+            thread.start()
+        except RuntimeError:  # the interpreter is about to end, and starts no more threads
+            run()
+        else:
             thread.join()
-        except KeyboardInterrupt as interrupt:
-            errors.insert(0, interrupt)
     for error in errors:
         raise error
 
@@ -56,19 +56,25 @@ async def in_own_thread(block: Callable[[], None], *, may_be_left: bool = False)
             loop.call_soon_threadsafe(_settle, ended, error)
 
     thread = threading.Thread(target=run, name="opero-stop", daemon=True)
-    thread.start()
-    cancelled: asyncio.CancelledError | None = None
+    interrupted: BaseException | None = None
+    try:
+        with held_back():
+            thread.start()
+    except KeyboardInterrupt as again:
+        if may_be_left:
+            raise
+        interrupted = again
     while not ended.done():
         try:
             await asyncio.shield(ended)
         except asyncio.CancelledError as error:
-            cancelled = error
+            interrupted = interrupted or error
             task = asyncio.current_task()
             if may_be_left and task is not None and task.cancelling() > 1:
                 raise
     thread.join()
-    if cancelled is not None:
-        raise cancelled
+    if interrupted is not None:
+        raise interrupted
     ended.result()
 
 

@@ -29,6 +29,9 @@ _HEADER = struct.Struct("<BI")
 # Reports that the parent may still ask for again: it never has more batches than this with one worker.
 _KEPT_REPORTS = 64
 _UNWANTED_SECONDS = 1.0
+# A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's threads and exit
+# handlers run.
+PEACE_SECONDS = 30.0
 
 
 def pack_message(kind: int, number: int, payload: bytes = b"") -> bytes:
@@ -72,10 +75,21 @@ def serve(
         # Without a parent there is nobody to report to.
         with contextlib.suppress(EOFError, OSError):
             _serve_batches(door.connection, ready, caller)
+        _end_within(PEACE_SECONDS)
         if caller is not None:
             caller.close()
     # Not back to its pool's own loop: that waits with a lock held; whoever is killed then makes the pool's end hang.
     sys.exit(0)
+
+
+def _end_within(seconds: float) -> None:
+    """Wait no longer for threads that do not end; all reports have been sent."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _become_independent() -> None:
@@ -99,6 +113,7 @@ async def serve_async(
     if ready is not None:
         with contextlib.suppress(EOFError, OSError):
             await _AsyncServer(door.connection, ready).serve()
+        _end_within(PEACE_SECONDS)
 
 
 def _get_ready(

@@ -20,6 +20,7 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.interrupts import held_back, held_back_in_children
 from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.process_worker import (
     AGAIN,
@@ -27,6 +28,7 @@ from opero.concurrency.process_worker import (
     BATCH,
     BROKEN,
     HELLO,
+    PEACE_SECONDS,
     SINGLES,
     STOP,
     Door,
@@ -52,8 +54,6 @@ LARGEST_BATCH = 10_000
 MOST_STILLBIRTHS = 3
 MOST_LATE_STILLBIRTHS = 100
 _READER_STOP = b"."
-# A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's exit handlers run.
-PEACE_SECONDS = 30.0
 
 # Held from making a pipe to closing the worker's end of it here, so that no other worker inherits that end.
 starting = ForkSafeLock()
@@ -129,6 +129,7 @@ class ProcessPool:
     queues_batches = True
     runs_together = False
     at_once = 1
+    _library = "multiprocess"
 
     def __init__(
         self,
@@ -305,14 +306,11 @@ class ProcessPool:
     def _starting_one(self) -> Iterator[None]:
         """Hold Ctrl-C back while a worker is half made, and note which threads come with it."""
         before = set(threading.enumerate())
-        mask = hasattr(signal, "pthread_sigmask")
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else set()
-        try:
-            yield
-        finally:
-            self._own_threads |= set(threading.enumerate()) - before
-            if mask:
-                signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        with held_back(), held_back_in_children(self._method, self._library):
+            try:
+                yield
+            finally:
+                self._own_threads |= set(threading.enumerate()) - before
 
     @staticmethod
     def _quietly(start: Callable[[], Any]) -> None:

@@ -186,29 +186,29 @@ def run_blocking(
     run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, deliver=inbox.put)
     steps, events = run.steps(), None
     try:
-        while True:
-            step = steps.send(events)
-            events = None
-            if isinstance(step, list):
-                run.presence.is_away = True
-                yield from step
-                run.presence.is_away = False
-            elif isinstance(step, _Ask):
-                events = consult(step.steps)
-            else:
-                events = _collect(inbox, step)
-    except StopIteration:
-        return
-    finally:
         try:
+            while True:
+                step = steps.send(events)
+                events = None
+                if isinstance(step, list):
+                    run.presence.is_away = True
+                    yield from step
+                    run.presence.is_away = False
+                elif isinstance(step, _Ask):
+                    events = consult(step.steps)
+                else:
+                    events = _collect(inbox, step)
+        except StopIteration:
+            return
+        finally:
             try:
                 run.close()
             finally:
                 run.pool.stop()
-        except KeyboardInterrupt as again:
-            # One traceback for Ctrl-C, however often it was pressed.
-            again.__suppress_context__ = again.__suppress_context__ or isinstance(again.__context__, KeyboardInterrupt)
-            raise
+    except KeyboardInterrupt as again:
+        # One traceback for Ctrl-C, however often it was pressed.
+        again.__suppress_context__ = again.__suppress_context__ or isinstance(again.__context__, KeyboardInterrupt)
+        raise
 
 
 def _collect(inbox: queue.SimpleQueue[Any], wait: _Wait) -> list[Any]:
