@@ -17,6 +17,7 @@ import pytest
 
 from conftest import World
 from opero import WorkerCrashedError, opmap
+from opero.concurrency.pipe_end import NonBlockingEnd
 
 PATIENCE = 20.0
 
@@ -414,3 +415,26 @@ def test_ctrl_c_in_a_block_leaves_no_process_and_no_thread(start, processes, jou
     os.kill(program.pid, signal.SIGINT)
     assert program.heard() == ("interrupted", 0, 1)
     program.end()
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_workers_whose_message_ctrl_c_lost_are_not_used_again(lost, monkeypatch):
+    receive, heard = NonBlockingEnd.receive, []
+
+    def interrupted(end):
+        messages = receive(end)
+        heard.append(messages)
+        if len(heard) == lost + 1:
+            raise KeyboardInterrupt
+        return messages
+
+    monkeypatch.setattr(NonBlockingEnd, "receive", interrupted)
+    double = opmap(mode="process", workers=1, retries=0)(plain_double)
+    with double.pool():
+        with pytest.raises(KeyboardInterrupt):
+            double(range(5))
+        assert double(range(5)) == [0, 2, 4, 6, 8]
+
+
+def plain_double(item):
+    return item * 2

@@ -47,7 +47,7 @@ def starts_of(limiter, fake_clock, seconds, *, step=0.01):
         ([10, "100/minute"], Rates(10, 5, (Quota(100, 60),))),
         (["100/minute", "10/s", "1000/day"], Rates(10, 5, (Quota(1000, 86_400), Quota(100, 60)))),
         (["100/minute", "1000/day"], Rates(100 / 60, 5, (Quota(1000, 86_400),))),
-        ([1000, "0.5/hour"], Rates(1000, 10, (Quota(1, 7200),))),
+        ([1000, "0.5/hour"], Rates(1000, 40, (Quota(1, 7200),))),
         ([1, "1.5/minute"], Rates(1, 5, (Quota(1, 40),))),
     ],
 )

@@ -61,7 +61,7 @@ class AsyncProcessPool(ProcessPool):
                 )
             self._quietly(process.start)
             theirs.close()
-            self._workers.append(_LoopWorker(process.aio_process, ours, self._most_items))
+            self._welcome(_LoopWorker(process.aio_process, ours, self._most_items))
 
 
 class _LoopWorker(Worker):

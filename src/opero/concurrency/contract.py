@@ -7,10 +7,27 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from multiprocessing.connection import Connection
 
     from opero.concurrency.pool_source import PoolSource
     from opero.concurrency.scheduler import Batch
     from opero.concurrency.worker import Work
+
+
+class Inbox(Protocol):
+    """Where a running map finds events."""
+
+    def put(self, event: Any) -> None:
+        """Leave an event there, from any thread."""
+        ...
+
+    def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
+        """Call ``heard`` as long as there is something to read in ``pipe``, while the map waits."""
+        ...
+
+    def forget(self, pipe: Connection) -> None:
+        """Listen to it no longer; it is still open."""
+        ...
 
 
 class Pool(Protocol):
@@ -33,8 +50,8 @@ class Pool(Protocol):
         """Batches that can run at the same time."""
         ...
 
-    def start(self, deliver: Callable[[Any], None]) -> None:
-        """Begin; events go to ``deliver``, from any thread."""
+    def start(self, inbox: Inbox) -> None:
+        """Begin; events go to the ``inbox``."""
         ...
 
     def submit(self, batch: Batch) -> None:

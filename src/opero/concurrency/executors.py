@@ -30,6 +30,8 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.concurrency.contract import Inbox
+
 # After a crash the items of a batch run one by one, with nothing beside them.
 LARGEST_BATCH = 1_000
 # An executor that breaks so often in a row, with nothing of the map in it, does not do so by accident.
@@ -68,8 +70,8 @@ class ExecutorPool:
         """Batches that may be in flight; none before it is known how to send them."""
         return 0 if self._carrier is None or self._broken is not None else self._size
 
-    def start(self, deliver: Callable[[Any], None]) -> None:
-        self._deliver = deliver
+    def start(self, inbox: Inbox) -> None:
+        self._deliver = inbox.put
         self._begin()
 
     def submit(self, batch: Batch) -> None:

@@ -5,17 +5,20 @@ A map has the pool that it uses to itself. One that runs at the same time has an
 
 from __future__ import annotations
 
+import contextlib
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.inbox import BlockingInbox
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
 from opero.exceptions import NotTransferableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.connection import Connection
 
-    from opero.concurrency.contract import KeepablePool
+    from opero.concurrency.contract import Inbox, KeepablePool
     from opero.concurrency.pool_source import PoolSource
     from opero.concurrency.worker import Work
 
@@ -23,24 +26,48 @@ _NEWS = object()
 
 
 class Kept:
-    """A pool that has been started, and what it has to tell to whichever map uses it."""
+    """A pool that has been started, and an inbox that is passed on from one map to the next."""
 
     def __init__(self, pool: KeepablePool) -> None:
         self.pool = pool
         self.events: SimpleQueue[Any] = SimpleQueue()
-        self._tell: Callable[[Any], None] | None = None
+        self._pipes: dict[Connection, Callable[[], None]] = {}
+        self._inbox: Inbox | None = None
+        # Cut short by Ctrl-C, what was heard may be lost.
+        self.is_hearing = False
 
     def put(self, event: Any) -> None:
         self.events.put(event)
-        tell = self._tell
-        if tell is not None:
-            tell(_NEWS)
+        inbox = self._inbox
+        if inbox is not None:
+            inbox.put(_NEWS)
 
-    def tell(self, deliver: Callable[[Any], None] | None) -> None:
-        self._tell = deliver
-        if deliver is not None:
+    def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
+        def hear() -> None:
+            self.is_hearing = True
+            heard()
+            self.is_hearing = False
+
+        self._pipes[pipe] = hear
+        if self._inbox is not None:
+            self._inbox.listen(pipe, hear)
+
+    def forget(self, pipe: Connection) -> None:
+        self._pipes.pop(pipe, None)
+        if self._inbox is not None:
+            self._inbox.forget(pipe)
+
+    def pass_on(self, inbox: Inbox | None) -> None:
+        """Let another map hear the pool, or nobody."""
+        before, self._inbox = self._inbox, inbox
+        for pipe, heard in list(self._pipes.items()):
+            if before is not None:
+                before.forget(pipe)
+            if inbox is not None:
+                inbox.listen(pipe, heard)
+        if inbox is not None:
             for _ in range(self.events.qsize()):
-                deliver(_NEWS)
+                inbox.put(_NEWS)
 
 
 class Lease:
@@ -65,12 +92,12 @@ class Lease:
     def slots(self) -> int:
         return self._pool.slots
 
-    def start(self, deliver: Callable[[Any], None]) -> None:
+    def start(self, inbox: Inbox) -> None:
         self._kept = self._source.take()
-        if self._kept is None or not self._take_on(self._kept, deliver):
+        if self._kept is None or not self._take_on(self._kept, inbox):
             self._kept = Kept(self._pool)
-            self._kept.tell(deliver)
-            self._pool.start(self._kept.put)
+            self._kept.pass_on(inbox)
+            self._pool.start(self._kept)
         self._sound = True
 
     def submit(self, batch: Batch) -> None:
@@ -96,20 +123,25 @@ class Lease:
             return
         rests = False
         try:
-            rests = self._sound and self._bring_to_rest(kept)
+            rests = self._sound and not kept.is_hearing and self._bring_to_rest(kept)
         finally:
-            kept.tell(None)
+            kept.pass_on(None)
             if not (rests and self._source.give_back(kept)):
                 kept.pool.stop()
 
     async def stop_async(self) -> None:
-        await in_own_thread(self.stop)
+        try:
+            # Here: an event loop is told by its own thread.
+            if self._kept is not None:
+                self._kept.pass_on(None)
+        finally:
+            await in_own_thread(self.stop)
 
     def _kill(self, batch: Batch) -> None:
         if self._pool.kill is not None:
             self._pool.kill(batch)
 
-    def _take_on(self, kept: Kept, deliver: Callable[[Any], None]) -> bool:
+    def _take_on(self, kept: Kept, inbox: Inbox) -> bool:
         """Prepare an idle pool for this map; tells whether it can run it."""
         try:
             kept.pool.take_on(self._work)
@@ -118,7 +150,7 @@ class Lease:
             kept.pool.stop()
             return False
         self._pool = kept.pool
-        kept.tell(deliver)
+        kept.pass_on(inbox)
         return True
 
     def _understand(self, event: Any) -> Any:
@@ -135,6 +167,11 @@ class Lease:
     def _bring_to_rest(self, kept: Kept) -> bool:
         """End what runs, and wait until it has ended; tells whether the pool can be used again."""
         self._out.difference_update(self._pool.give_up())
-        while self._out and self._sound:
-            self._understand(kept.events.get())
+        if self._out and self._sound:
+            with contextlib.closing(BlockingInbox()) as inbox:
+                kept.pass_on(inbox)
+                while self._out and self._sound:
+                    for event in inbox.collect(None):
+                        self.receive(event)
+                kept.pass_on(None)
         return self._sound

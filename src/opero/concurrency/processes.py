@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing.connection
 import pickle
+import selectors
 import signal
 import sys
 import threading
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.interrupts import held_back, held_back_in_children
 from opero.concurrency.own_thread import in_own_thread, uninterrupted
+from opero.concurrency.pipe_end import pipe_end
 from opero.concurrency.process_worker import (
     AGAIN,
     ARGUMENTS,
@@ -44,8 +45,8 @@ from opero.exceptions import NotTransferableError, OperoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from multiprocessing.connection import Connection
 
+    from opero.concurrency.contract import Inbox
     from opero.concurrency.worker import Work
 
 LARGEST_BATCH = 10_000
@@ -53,7 +54,6 @@ LARGEST_BATCH = 10_000
 # initializer. Once one has been ready it is more likely somebody who kills them.
 MOST_STILLBIRTHS = 3
 MOST_LATE_STILLBIRTHS = 100
-_READER_STOP = b"."
 
 # Held from making a pipe to closing the worker's end of it here, so that no other worker inherits that end.
 starting = ForkSafeLock()
@@ -69,9 +69,9 @@ def default_start_method() -> str:
 class Worker:
     """One worker process as the parent sees it; ``pool`` is the twat-mp pool of one that started it."""
 
-    def __init__(self, pool: Any, pipe: Connection, most_items: int | None = None) -> None:
+    def __init__(self, pool: Any, pipe: Any, most_items: int | None = None) -> None:
         self.pool = pool
-        self.pipe = pipe
+        self.pipe = pipe_end(pipe)
         self.room = sys.maxsize if most_items is None else most_items
         self.process: Any = None
         self.batches: dict[int, Batch] = {}
@@ -101,12 +101,6 @@ class Worker:
         if not self.ready:
             return 0
         return at_once if self.room else min(at_once, len(self.batches))
-
-    def ask_to_end(self) -> None:
-        """Tell a worker that is ready that there is nothing more to do."""
-        self.stop_replacing()
-        with contextlib.suppress(OSError):
-            self.pipe.send_bytes(pack_message(STOP, 0))
 
     def stop_replacing(self) -> None:
         """A closed pool starts no other process in place of one that has ended."""
@@ -157,9 +151,8 @@ class ProcessPool:
         self._stopped = False
         self._stillbirths = 0
         self._most_stillbirths = MOST_STILLBIRTHS
-        self._reader: threading.Thread | None = None
-        self._reader_end: Any = None
-        self._reader_door: Any = None
+        self._hearing = threading.Lock()
+        self._audible: set[Worker] = set()
 
     def _use(self, method: str) -> None:
         import multiprocess
@@ -189,17 +182,12 @@ class ProcessPool:
         free = [] if self._pending else [worker for worker in self._workers if worker.open]
         return min(self.most_in_batch, _least_busy(free).room) if free else 0
 
-    def start(self, deliver: Callable[[Any], None]) -> None:
-        self._deliver = deliver
+    def start(self, inbox: Inbox) -> None:
+        self._inbox = inbox
         # A stream that is still open when the program ends is closed too late: threads and modules are gone by then.
         atexit.register(self.stop)
-        self._reader_end, self._reader_door = multiprocessing.connection.Pipe(duplex=False)
-        self._pipes |= {self._reader_end, self._reader_door}
         for _ in range(self._size):
             self._start_worker()
-        self._reader = threading.Thread(target=self._read, name="opero-process-reader", daemon=True)
-        self._reader.start()
-        self._own_threads.add(self._reader)
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)
@@ -228,12 +216,12 @@ class ProcessPool:
         self._bare_work = work
         self._use(self._method)
         for worker in self._workers:
-            # One that has just died is replaced when the reader says so.
+            # One that has just died is replaced when the end of its pipe is heard.
             with contextlib.suppress(OSError):
-                worker.pipe.send_bytes(pack_message(ARGUMENTS, 0, arguments))
+                self._tell(worker, ARGUMENTS, payload=arguments)
 
     def receive(self, event: Any) -> Any:
-        """Make sense of what the reader thread delivered; None if it is of no interest to the scheduler."""
+        """Make sense of what was heard; None if it is of no interest to the scheduler."""
         if not isinstance(event, tuple):
             return event
         worker, data = event
@@ -245,7 +233,7 @@ class ProcessPool:
         if kind == HELLO:
             return self._worker_ready(worker, number)
         if kind == BROKEN:
-            return Fatal(OperoError(f"a worker process cannot run {self._name}: {payload.decode()}"))
+            return Fatal(OperoError(f"a worker process cannot run {self._name}: {bytes(payload).decode()}"))
         return self._worker_reports(worker, kind, number, payload)
 
     def stop(self) -> None:
@@ -254,24 +242,23 @@ class ProcessPool:
             uninterrupted(self._stop)
 
     async def stop_async(self) -> None:
-        await in_own_thread(self._stop)
+        try:
+            # Here: an event loop is told by its own thread.
+            self._turn_away_from(*self._workers)
+        finally:
+            await in_own_thread(self._stop)
 
     def _stop(self) -> None:
         self._stopped = True
         atexit.unregister(self.stop)
         workers, self._workers = self._workers, []
+        self._turn_away_from(*workers)
         self._dismiss(*workers)
-        if self._reader is not None:
-            self._reader_door.send_bytes(_READER_STOP)
-            self._reader.join()
         for worker in workers:
-            self._forget(worker.pipe)
-        # Ctrl-C may come before there are any.
-        for end in (self._reader_door, self._reader_end):
-            if end is not None:
-                self._forget(end)
+            self._close_pipe(worker)
 
-    def _forget(self, pipe: Any) -> None:
+    def _close_pipe(self, worker: Worker) -> None:
+        pipe = worker.pipe.connection
         self._pipes.discard(pipe)
         pipe.close()
 
@@ -292,7 +279,7 @@ class ProcessPool:
             self._quietly(pool.__enter__)
             # As long as this end is open in another process, the worker's death does not end the pipe.
             theirs.close()
-            self._workers.append(Worker(pool, ours, self._most_items))
+            self._welcome(Worker(pool, ours, self._most_items))
 
     def _stay_safe(self) -> None:
         """Fork no more once threads have come that may hold locks; those of the pools themselves hold none for long."""
@@ -329,20 +316,18 @@ class ProcessPool:
         reason = _how_it_ended(worker.process) if worker.batches else ""
         self._workers.remove(worker)
         self._dismiss(worker)
-        self._forget(worker.pipe)
+        self._close_pipe(worker)
         if not worker.ready:
             self._stillbirths += 1
             if self._stillbirths >= self._most_stillbirths:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_worker()
-        self._wake_reader()
         return Lost(list(worker.batches.values()), reason, at_once=self.runs_together, innocent=worker.not_reached)
 
-    @staticmethod
-    def _dismiss(*workers: Worker) -> None:
+    def _dismiss(self, *workers: Worker) -> None:
         idle = [worker for worker in workers if worker.ready and not worker.batches]
         for worker in idle:
-            worker.ask_to_end()
+            self._ask_to_end(worker)
         for worker in workers:
             worker.end(in_peace=worker in idle)
 
@@ -362,16 +347,16 @@ class ProcessPool:
         try:
             data = pack_batch(batch)
         except NotTransferableError as error:
-            self._deliver(not_run(batch, error))
+            self._inbox.put(not_run(batch, error))
             return
         worker.room -= len(batch.items)
         worker.batches[self._numbers] = batch
         worker.reserved = batch.alone
         worker.sent_bytes[self._numbers] = len(data)
         try:
-            worker.pipe.send_bytes(pack_message(BATCH, self._numbers, data))
+            self._tell(worker, BATCH, self._numbers, data)
         except OSError:
-            # It has just died; the reader will say so, and this batch is none of the suspects.
+            # It has just died; its pipe will say so, and this batch is none of the suspects.
             worker.not_reached.append(batch)
 
     def _worker_reports(self, worker: Worker, kind: int, number: int, payload: bytes) -> Any:
@@ -379,9 +364,9 @@ class ProcessPool:
         try:
             values, errors, seconds = pickle.loads(payload)  # noqa: S301 - made by this pool's worker
         except Exception:  # noqa: BLE001 - one of the results cannot be unpickled here: ask for each by itself
-            # If it has just died, the reader will say so.
+            # If it has just died, its pipe will say so.
             with contextlib.suppress(OSError):
-                worker.pipe.send_bytes(pack_message(AGAIN, number))
+                self._tell(worker, AGAIN, number)
             return None
         if kind == SINGLES:
             values, errors = unpack_singly(values, errors)
@@ -390,36 +375,57 @@ class ProcessPool:
         worker.reserved = False
         self._hand_out()
         if not worker.room and not worker.batches:
-            worker.ask_to_end()
+            self._ask_to_end(worker)
         if len(values) < len(batch.items):
             return not_run(batch, errors[0])
         return Done(batch, values, errors, seconds, size)
 
-    # The reader thread
+    # Messages
 
-    def _wake_reader(self) -> None:
-        self._reader_door.send_bytes(b"")
+    def _welcome(self, worker: Worker) -> None:
+        self._workers.append(worker)
+        self._audible.add(worker)
+        self._inbox.listen(worker.pipe.connection, lambda: self._hear(worker))
 
-    def _read(self) -> None:
-        ended: set[Worker] = set()
-        while True:
-            workers: dict[Any, Worker] = {w.pipe: w for w in list(self._workers) if w not in ended}
-            pipes: list[Any] = multiprocessing.connection.wait([self._reader_end, *workers])
-            for pipe in pipes:
-                if pipe is self._reader_end:
-                    if self._reader_end.recv_bytes() == _READER_STOP:
-                        return
-                elif not self._pass_on(workers[pipe]):
-                    ended.add(workers[pipe])
+    def _turn_away_from(self, *workers: Worker) -> None:
+        with self._hearing:
+            for worker in self._audible.intersection(workers):
+                self._audible.discard(worker)
+                self._inbox.forget(worker.pipe.connection)
 
-    def _pass_on(self, worker: Worker) -> bool:
-        """Deliver one message, or the end of the pipe; tells whether there can be more."""
-        try:
-            data = worker.pipe.recv_bytes()
-        except (EOFError, OSError):
-            data = None
-        self._deliver((worker, data))
-        return data is not None
+    def _hear(self, worker: Worker) -> None:
+        """Put what the worker has said into the inbox, with None for the end of its pipe."""
+        with self._hearing:
+            if worker not in self._audible:
+                return
+            try:
+                messages = worker.pipe.receive()
+            except EOFError:
+                messages = [None]
+                self._audible.discard(worker)
+                self._inbox.forget(worker.pipe.connection)
+        for message in messages:
+            self._inbox.put((worker, message))
+
+    def _tell(self, worker: Worker, kind: int, number: int = 0, payload: bytes = b"") -> None:
+        worker.pipe.send(pack_message(kind, number, payload), lambda: self._until_writable(worker))
+
+    def _until_writable(self, worker: Worker) -> None:
+        """Wait until the worker reads on; it, and those it waits for, may want to be heard first."""
+        with selectors.PollSelector() as selector:
+            for other in self._audible - {worker}:
+                selector.register(other.pipe.connection, selectors.EVENT_READ, other)
+            events = selectors.EVENT_WRITE | (selectors.EVENT_READ if worker in self._audible else 0)
+            selector.register(worker.pipe.connection, events, worker)
+            for key, events in selector.select():
+                if events & selectors.EVENT_READ:
+                    self._hear(key.data)
+
+    def _ask_to_end(self, worker: Worker) -> None:
+        """Tell a worker that is ready that there is nothing more to do."""
+        worker.stop_replacing()
+        with contextlib.suppress(OSError):
+            self._tell(worker, STOP)
 
 
 def _least_busy(workers: list[Worker]) -> Worker:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.inbox import AsyncInbox, BlockingInbox
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import make_progress
 from opero.concurrency.scheduler import IteratorSource, Scheduler, Shape, Wake
 from opero.concurrency.worker import Work
-from opero.core.clock import clock
 from opero.core.signature import parameter_slot
 from opero.core.steps import consult, consult_async
 from opero.core.switches import switches
 
 if TYPE_CHECKING:
-    from opero.concurrency.contract import Arguments, MapSettings
+    from opero.concurrency.contract import Arguments, Inbox, MapSettings
     from opero.concurrency.outcome import Sink
     from opero.concurrency.scheduler import Source
     from opero.core.flights import Presence
@@ -113,7 +110,7 @@ class _Run:
         source: Source,
         total: int | None,
         sink: Sink,
-        deliver: Callable[[Any], None],
+        inbox: Inbox,
     ) -> None:
         plan = plan.bare if switches.is_disabled else plan
         shape = Shape(*arguments)
@@ -121,7 +118,7 @@ class _Run:
         # A worker is sent each candidate when it is its turn, and never all of them, which are often secrets.
         sent = shape if slot is None else shape.without(slot)
         self.pool = settings.pools.pool_for(Work(plan.function, plan.is_async, sent, slot))
-        self._deliver = deliver
+        self._inbox = inbox
         self._sink = sink
         self._progress = make_progress(settings.progress, plan.name, total)
         self._scheduler = Scheduler(
@@ -132,7 +129,7 @@ class _Run:
             pool=self.pool,
             stop_at_failure=not settings.return_exceptions,
             window=STREAM_WINDOW if isinstance(sink, StreamSink) and settings.ordered else None,
-            wake=deliver,
+            wake=inbox.put,
         )
 
     @property
@@ -142,7 +139,7 @@ class _Run:
     def steps(self) -> Generator[_Wait | _Ask | list[Outcome[Any, Any]], Any, None]:
         """Yields outcomes to hand out, what to ask the cache's store, and waits."""
         scheduler, pool = self._scheduler, self.pool
-        pool.start(self._deliver)
+        pool.start(self._inbox)
         while True:
             yield from self._give_out()
             self._progress.show(scheduler.tally)
@@ -181,9 +178,9 @@ def run_blocking(
     plan: Plan, settings: MapSettings, arguments: Arguments, sink: Sink, *, items: Iterator[Any], total: int | None
 ) -> Iterator[Outcome[Any, Any]]:
     """Run a map by blocking; yields what the sink hands out."""
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    inbox = BlockingInbox()
     source = IteratorSource(items)
-    run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, deliver=inbox.put)
+    run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
     steps, events = run.steps(), None
     try:
         try:
@@ -197,34 +194,21 @@ def run_blocking(
                 elif isinstance(step, _Ask):
                     events = consult(step.steps)
                 else:
-                    events = _collect(inbox, step)
+                    events = inbox.collect(step.seconds, step.real_seconds)
         except StopIteration:
             return
         finally:
             try:
                 run.close()
             finally:
-                run.pool.stop()
+                try:
+                    run.pool.stop()
+                finally:
+                    inbox.close()
     except KeyboardInterrupt as again:
         # One traceback for Ctrl-C, however often it was pressed.
         again.__suppress_context__ = again.__suppress_context__ or isinstance(again.__context__, KeyboardInterrupt)
         raise
-
-
-def _collect(inbox: queue.SimpleQueue[Any], wait: _Wait) -> list[Any]:
-    events: list[Any] = []
-
-    def get(timeout: float | None) -> bool:
-        with suppress(queue.Empty):
-            events.append(inbox.get(timeout=timeout))
-        return bool(events)
-
-    clock.wait(get, wait.seconds, patience=wait.real_seconds)
-    if events:
-        with suppress(queue.Empty):
-            while True:
-                events.append(inbox.get_nowait())
-    return events
 
 
 def has_running_loop() -> bool:
@@ -238,42 +222,6 @@ def has_running_loop() -> bool:
     return True
 
 
-class _AsyncInbox:
-    """Events for a coroutine, from its own thread or any other."""
-
-    def __init__(self) -> None:
-        import asyncio
-
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        self._events: deque[Any] = deque()
-        self._arrived = asyncio.Event()
-
-    def put(self, event: Any) -> None:
-        self._events.append(event)
-        if threading.get_ident() == self._thread:
-            self._arrived.set()
-        else:
-            # A closed loop has no map to tell anything any more.
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._arrived.set)
-
-    async def collect(self, wait: _Wait) -> list[Any]:
-        if not self._events:
-            timers = []
-            if wait.seconds is not None:
-                timers.append(clock.call_later(self._loop, wait.seconds, self._arrived.set))
-            if wait.real_seconds is not None:
-                timers.append(self._loop.call_later(wait.real_seconds, self._arrived.set))
-            try:
-                await self._arrived.wait()
-            finally:
-                for timer in timers:
-                    timer.cancel()
-        self._arrived.clear()
-        return [self._events.popleft() for _ in range(len(self._events))]
-
-
 async def run_awaiting(
     plan: Plan,
     settings: MapSettings,
@@ -284,9 +232,9 @@ async def run_awaiting(
     total: int | None,
 ) -> AsyncIterator[Outcome[Any, Any]]:
     """Run a map by awaiting; yields what the sink hands out."""
-    inbox = _AsyncInbox()
+    inbox = AsyncInbox()
     source: Source = AsyncSource(items, inbox.put) if isinstance(items, AsyncIterator) else IteratorSource(items)
-    run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, deliver=inbox.put)
+    run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
     steps, events = run.steps(), None
     try:
         while True:
@@ -303,11 +251,14 @@ async def run_awaiting(
             elif isinstance(step, _Ask):
                 events = await consult_async(step.steps)
             else:
-                events = await inbox.collect(step)
+                events = await inbox.collect(step.seconds, step.real_seconds)
     finally:
         try:
             run.close()
             if isinstance(source, AsyncSource):
                 await source.close()
         finally:
-            await run.pool.stop_async()
+            try:
+                await run.pool.stop_async()
+            finally:
+                inbox.close()

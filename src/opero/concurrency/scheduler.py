@@ -352,13 +352,14 @@ class Scheduler:
         while self._ready and not _may_start(self._ready[0]):
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
-        if self.failure is not None or self._in_flight >= self._pool.slots * self._depth():
+        slots = self._pool.slots
+        if self.failure is not None or self._in_flight >= slots * self._depth():
             return None
         size = min(1 if self._one_at_a_time else self._size.now, self._pool.largest_batch)
         if not size:
             return None
         if not self._ready and not self._direct:
-            self._take_up_input(size)
+            self._take_up_input(size, slots)
         if self._ready:
             return self._send(self._batch_of_entries(size))
         items = self._pull(size) if self._direct else []
@@ -419,13 +420,13 @@ class Scheduler:
         self._next_index += len(items)
         return items
 
-    def _take_up_input(self, size: int) -> None:
+    def _take_up_input(self, size: int, slots: int) -> None:
         """Start flows until enough of them are ready; those that end at once (cache hits) are bounded too."""
         for _ in range(MOST_TAKEN_UP):
             coming = len(self._ready) + len(self._consulting)
             busy = coming + self._awaiting + self._in_flight
             wanted = size if self._one_at_a_time else max(size, self._look_ahead)
-            if coming >= wanted or (self._one_at_a_time and busy >= self._pool.slots):
+            if coming >= wanted or (self._one_at_a_time and busy >= slots):
                 return
             items = self._pull(1)
             if not items:

@@ -12,7 +12,7 @@ from opero.concurrency.worker import Work, in_time
 from opero.core.signature import MISSING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from opero.concurrency.contract import Inbox
 
 
 class TaskPool:
@@ -31,8 +31,8 @@ class TaskPool:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
-    def start(self, deliver: Callable[[Any], None]) -> None:
-        self._deliver = deliver
+    def start(self, inbox: Inbox) -> None:
+        self._deliver = inbox.put
 
     def receive(self, event: Any) -> Any:
         return event

@@ -12,7 +12,7 @@ from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.worker import AsyncCaller, Work, run_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from opero.concurrency.contract import Inbox
 
 # Items are held by reference, so a batch of large ones costs memory only for as long as they live.
 LARGEST_BATCH = 128
@@ -32,11 +32,11 @@ class ThreadPool:
         self._pool: Any = None
         self._stopped = False
 
-    def start(self, deliver: Callable[[Any], None]) -> None:
+    def start(self, inbox: Inbox) -> None:
         from multiprocess.pool import ThreadPool as Threads
         from twat_mp.mp import MultiPool
 
-        self._deliver = deliver
+        self._deliver = inbox.put
         # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
         factory: Any = lambda nodes: Threads(processes=nodes)  # noqa: E731 - MultiPool calls it with nodes=
         self._pool = MultiPool(pool_class=factory, nodes=self.slots)

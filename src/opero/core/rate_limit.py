@@ -52,7 +52,7 @@ class RateLimiter:
             these that all hold. Of a list, the lowest rate per second is the pace; those per minute, hour or day are
             quotas: never more than so many calls in any such time, however they are spread. (The fastest of them is
             the pace if there is nothing else.)
-        max_burst: How many missed slots may be made up at once. Default: 10 ms worth of calls, at least 5.
+        max_burst: How many missed slots may be made up at once. Default: 40 ms worth of calls, at least 5.
         scope: Who shares the limit: ``"process"``; ``"machine"``, all processes of this user that give the same
             ``name`` (POSIX); ``"redis"``, all that give the same ``name`` and ``url``. When the file or the server
             fails, each process goes on with a limit of its own.

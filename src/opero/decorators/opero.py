@@ -232,7 +232,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
               ``retry_on`` returns hold for the whole limit: nothing of it starts before.
             - ``rate_limit_per`` (None): name of a parameter: each of its values has its own limit; with
               ``arg_fallback`` each candidate.
-            - ``rate_limit_options`` (None): mapping. ``max_burst`` of `asynciolimiter.Limiter` (10 ms worth of calls,
+            - ``rate_limit_options`` (None): mapping. ``max_burst`` of `asynciolimiter.Limiter` (40 ms worth of calls,
               at least 5). ``when_full``: ``"wait"``, or ``"next"`` to try a candidate that has a slot free now first.
               ``scope``: ``"process"``, ``"machine"`` (with ``folder``) or ``"redis"`` (with ``url``), who shares the
               limit; ``name`` by which they know it (the function's identity).

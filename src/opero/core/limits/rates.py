@@ -25,8 +25,9 @@ _UNITS = {
 _RATE_TEXT = re.compile(r"\s*(?P<calls>\d+(?:\.\d+)?)\s*/\s*(?P<unit>[a-z]+)\s*", re.ASCII)
 # Each call that a quota counts is remembered.
 _MOST_CALLS = 10_000_000
-# What asynciolimiter needs to hold every rate from 10 to 10 000 per second.
-_LEAST_BURST, _BURST_SECONDS = 5, 0.01
+# How long a process may be kept from looking without losing slots. A quarter of it would do while nothing else runs; a
+# thread that two others compete with for the interpreter (5 ms for each) gets its turn after up to 40 ms.
+_LEAST_BURST, _BURST_SECONDS = 5, 0.04
 
 
 class Quota(NamedTuple):

@@ -1,0 +1,140 @@
+"""This process's end of the pipe to a worker: it never blocks in the middle of a message."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+# The other end is a `multiprocessing.connection.Connection`. Its messages, unchanged since Python 3.3, have their
+# length before them: four bytes, or -1 and eight bytes.
+_LENGTH = struct.Struct("!i")
+_LONG_LENGTH = struct.Struct("!iQ")
+_LONGEST = 0x7FFFFFFF
+_READ_SIZE = 65_536
+
+
+class PipeEnd(Protocol):
+    """Sends and receives messages; the end of a message is the end of what a worker said."""
+
+    connection: Connection
+
+    def send(self, message: bytes, wait: Callable[[], None]) -> None:
+        """Send a message; ``wait`` is called as often as the pipe is full, and returns when that may have changed.
+
+        Raises:
+            OSError: If nobody is at the other end any more.
+        """
+        ...
+
+    def receive(self) -> list[Any]:
+        """The messages that have arrived, as bytes or something like it.
+
+        Raises:
+            EOFError: If there will not be any more.
+        """
+        ...
+
+
+def pipe_end(connection: Any) -> PipeEnd:
+    """This process's end, for one end of a `multiprocessing.Pipe`."""
+    return BlockingEnd(connection) if sys.platform == "win32" else NonBlockingEnd(connection)
+
+
+class NonBlockingEnd:
+    """An end that can be read and written in parts."""
+
+    __slots__ = ("_fd", "_filled", "_rest", "_unfinished", "connection")
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._fd = connection.fileno()
+        os.set_blocking(self._fd, False)
+        self._rest = b""
+        self._unfinished: bytearray | None = None
+        self._filled = 0
+
+    def send(self, message: bytes, wait: Callable[[], None]) -> None:
+        size = len(message)
+        length = _LENGTH.pack(size) if size <= _LONGEST else _LONG_LENGTH.pack(-1, size)
+        left = memoryview(length + message)
+        while True:
+            with suppress(BlockingIOError):
+                left = left[os.write(self._fd, left) :]
+            if not left:
+                return
+            wait()
+
+    def receive(self) -> list[Any]:
+        try:
+            if self._unfinished is None:
+                return self._split(self._read())
+            return self._fill(self._unfinished)
+        except BlockingIOError:
+            return []
+        except ConnectionError as error:
+            raise EOFError from error
+
+    def _read(self) -> bytes:
+        data = os.read(self._fd, _READ_SIZE)
+        if not data:
+            raise EOFError
+        return self._rest + data if self._rest else data
+
+    def _split(self, data: bytes) -> list[Any]:
+        messages: list[Any] = []
+        at, size = 0, len(data)
+        while True:
+            start = at + _LENGTH.size
+            if start > size:
+                break
+            (length,) = _LENGTH.unpack_from(data, at)
+            if length < 0:
+                start = at + _LONG_LENGTH.size
+                if start > size:
+                    break
+                length = _LONG_LENGTH.unpack_from(data, at)[1]
+            at = start + length
+            if at > size:
+                self._rest = b""
+                self._unfinished = bytearray(length)
+                self._filled = size - start
+                self._unfinished[: self._filled] = data[start:]
+                return messages
+            messages.append(data[start:at])
+        self._rest = data[at:]
+        return messages
+
+    def _fill(self, message: bytearray) -> list[Any]:
+        view = memoryview(message)
+        while self._filled < len(message):
+            count = os.readv(self._fd, [view[self._filled :]])
+            if not count:
+                raise EOFError
+            self._filled += count
+        self._unfinished = None
+        return [view]
+
+
+class BlockingEnd:
+    """An end for systems whose pipes cannot be read and written in parts."""
+
+    __slots__ = ("connection",)
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def send(self, message: bytes, wait: Callable[[], None]) -> None:  # noqa: ARG002 - it blocks here
+        self.connection.send_bytes(message)
+
+    def receive(self) -> list[Any]:
+        try:
+            return [self.connection.recv_bytes()] if self.connection.poll() else []
+        except OSError as error:
+            raise EOFError from error
