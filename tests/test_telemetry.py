@@ -218,7 +218,7 @@ def telemetry():
             measured=measured,
             tracer=tracers.get_tracer("test"),
             subscription=subscription,
-            live=subscription._callback._live,
+            live=subscription._listener.callback._live,
         )
     assert trace.get_current_span() is trace.INVALID_SPAN
     tracers.shutdown()
@@ -528,7 +528,7 @@ def test_a_cancelled_call_is_counted_as_cancelled(registry):
     f = opero.opero(sleep_long)
     with prometheus.instrument(registry) as subscription:
         cancel_a_call_of(f)
-        assert subscription._callback._metrics.counted_by == {}
+        assert subscription._listener.callback._metrics.counted_by == {}
     assert value(registry, "calls_total", f, outcome="cancelled") == 1
 
 
@@ -580,9 +580,9 @@ def test_without_a_registry_the_usual_one_is_used(world):
 
 def test_a_registry_that_fails_changes_no_call(world, registry):
     with prometheus.instrument(registry) as subscription:
-        subscription._callback._metrics.calls = None
+        subscription._listener.callback._metrics.calls = None
         assert world.run(opero.opero(world.define(lambda: "result"))) == "result"
-        assert subscription._callback._metrics.counted_by == {}
+        assert subscription._listener.callback._metrics.counted_by == {}
 
 
 # What importing takes

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from opero.core.flights import Presence
     from opero.core.keys import KeyMaker
-    from opero.core.listeners import Teller
+    from opero.core.listeners import Listener, Teller
     from opero.core.stats import CallStats
 
 
@@ -309,7 +309,7 @@ class Plan:
     breaker: BreakerPolicy | None = None
     limit: LimitPolicy | None = None
     attempt_timeout: float | None = None
-    on_event: Callable[[Any], object] | None = None
+    on_event: Listener | None = None
     stats: Stats = field(default_factory=Stats)
     name: str = field(init=False)
     is_async: bool = field(init=False)
@@ -324,7 +324,11 @@ class Plan:
         timed = self.total_timeout is not None or self.attempt_timeout is not None
         watched = self.retry is not None and self.retry.watches_every_attempt
         asks = self.limit is not None and self.limit.take_now is None
-        return self.fallback is None and self.breaker is None and not (timed or watched or asks or self.on_event)
+        return (
+            self.fallback is None
+            and self.breaker is None
+            and not (timed or watched or asks or self.on_event is not None)
+        )
 
     @property
     def bare(self) -> Plan:

@@ -10,6 +10,7 @@ from opero.core.breaker import breaker_policy
 from opero.core.cache import cache_policy
 from opero.core.checks import check_callable, check_flag, check_known, check_seconds
 from opero.core.fallback import fallback_policy
+from opero.core.listeners import Listener
 from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
 from opero.core.resilient import OperoFunction, decorator
@@ -133,7 +134,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         attempt_timeout=attempt_timeout,
         on_event=None
         if given["on_event"] is None
-        else check_callable("on_event", given["on_event"], "a function of one event"),
+        else Listener(check_callable("on_event", given["on_event"], "a function of one event")),
     )
 
 
