@@ -92,7 +92,10 @@ class Cache:
         return CacheInfo(stats.hits, stats.calls - stats.hits, self._settings.maxsize, self._count())
 
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
-        key = call.key = self.keys.key_of(*call.args, **call.kwargs) if call.key is MISSING else call.key
+        key = call.key = self._key_of(call) if call.key is MISSING else call.key
+        if key.__class__ is Failed:
+            stats.flown.tick()
+            return key
         flights = self.store.flights
         own = Flight(key, call.presence)
         try:
@@ -109,6 +112,12 @@ class Cache:
         finally:
             # Ctrl-C may come between any two steps: nobody is to wait for what will not land.
             flights.abandon(own)
+
+    def _key_of(self, call: Call) -> Any:
+        try:
+            return self.keys.key_of(*call.args, **call.kwargs)
+        except Exception as error:  # noqa: BLE001 - the call's own: arguments that cannot be a key, a user's function
+            return Failed(error)
 
     def delete(self, key: Any) -> bool:
         self.store.flights.invalidate(key)
