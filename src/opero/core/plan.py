@@ -297,7 +297,7 @@ class LimitPolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Frozen settings of one decorated function: one policy per layer, None where it is off."""
 
@@ -317,6 +317,10 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", name_of(self.function))
         object.__setattr__(self, "is_async", is_async(self.function))
+
+    def __repr__(self) -> str:
+        layers = ("cache", "total_timeout", "retry", "fallback", "breaker", "limit", "attempt_timeout", "on_event")
+        return f"<plan of {self.name}: {', '.join(n for n in layers if getattr(self, n) is not None) or 'no policy'}>"
 
     @property
     def first_attempt_is_direct(self) -> bool:

@@ -119,7 +119,7 @@ class OperoFunction(_Callable[P, R]):
         return self
 
     def __repr__(self) -> str:
-        return f"<opero {self.__wrapped__!r}>"
+        return f"<opero {self.plan.name}>"
 
 
 class BoundOperoFunction(_Callable[P, R]):
@@ -168,7 +168,8 @@ class BoundOperoFunction(_Callable[P, R]):
 
     def __repr__(self) -> str:
         function, instance = _bound(self)
-        return f"<opero {function.__wrapped__!r} of {instance!r}>"
+        owner = instance if isinstance(instance, type) else type(instance)
+        return f"<opero {function.plan.name} of {owner.__qualname__}>"
 
 
 _NAMES = ("__name__", "__qualname__")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from opero.core.breaker import breaker_policy
@@ -15,10 +14,11 @@ from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.retry import RetryOn, retry_policy
+from opero.core.showing import shown
 from opero.core.signature import is_async, name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from opero.core.cache import Cache
     from opero.core.limits.rates import Rate
@@ -174,16 +174,8 @@ def _refuse_useless(given: dict[str, Any]) -> None:
             needs.pop(name)
     for name, (other, off, example) in needs.items():
         if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
-            shown = _without_passwords(given[name])
-            msg = f"{name}={shown!r} has no effect with {other}={off!r}; add {example}, or leave it out"
+            msg = f"{name}={shown(given[name])} has no effect with {other}={off!r}; add {example}, or leave it out"
             raise ValueError(msg)
-
-
-def _without_passwords(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    secret = ("password", "url")
-    return {name: "…" if any(word in str(name) for word in secret) else inner for name, inner in value.items()}
 
 
 @overload
