@@ -48,6 +48,7 @@ def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:
 
 
 def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
+    outcome: Any
     try:
         outcome = yield from _CallFlow(plan, call, failure).cache()
     except Exception as error:  # noqa: BLE001 - raised by a policy before any attempt: a call that failed like others
