@@ -130,6 +130,7 @@ def test_an_event_names_the_function_and_the_time_and_cannot_be_changed(world, h
     world.run(opero.opero(world.define(function)))
     (event, *_) = heard
     assert event.function.endswith("function")
+    assert event.module == __name__
     assert event.time > 1_700_000_000
     with pytest.raises(dataclasses.FrozenInstanceError):
         event.time = 0
@@ -175,6 +176,18 @@ def test_all_listeners_are_told(world, heard):
     with on_event(mine.append):
         world.run(f)
     assert len(mine) == 2 * len(heard)
+
+
+def test_the_end_is_told_to_the_last_listener_first(world):
+    told = []
+    f = opero.opero(on_event=lambda event: told.append((type(event), "own")))(world.define(lambda: None))
+    with (
+        on_event(lambda event: told.append((type(event), "first"))),
+        on_event(lambda e: told.append((type(e), "last"))),
+    ):
+        world.run(f)
+    order = {kind: [who for other, who in told if other is kind] for kind in (CallStarted, CallDone)}
+    assert order == {CallStarted: ["own", "first", "last"], CallDone: ["last", "first", "own"]}
 
 
 def test_after_the_end_nobody_is_told(world):

@@ -92,6 +92,7 @@ def on_event(callback: Callable[[Any], object]) -> Subscription:
     """Tell ``callback`` of what happens during the calls of all decorated functions of this process.
 
     It gets one `opero.events.Event` at a time, in the thread (or event loop) that makes the call, and should be quick.
+    Several are told in the order in which they began to listen, of the end of a call in the opposite order.
     An `Exception` that it raises is logged once and changes nothing. While somebody listens, every call takes the
     slower way (some microseconds more).
 
@@ -114,21 +115,23 @@ def on_event(callback: Callable[[Any], object]) -> Subscription:
 class Teller:
     """Tells the listeners of one call."""
 
-    __slots__ = ("_call", "_events", "_listeners", "_name", "_number")
+    __slots__ = ("_call", "_events", "_listeners", "_number", "_plan")
 
     def __init__(self, plan: Plan, call: Call, listeners: list[Listener]) -> None:
         from opero import events
 
         self._events: Any = events
-        self._name = plan.name
+        self._plan = plan
         self._call = call
         self._listeners = listeners
         self._number = next(_numbers)
 
     def __call__(self, kind: Kind, **facts: Any) -> None:
-        make = getattr(self._events, kind)
-        event = make(function=self._name, call=self._number, index=self._call.index, time=clock.wall(), **facts)
-        for listener in self._listeners:
+        make, plan, call = getattr(self._events, kind), self._plan, self._call
+        common = {"function": plan.name, "module": plan.module, "call": self._number, "index": call.index}
+        event = make(**common, time=clock.wall(), **facts)
+        # As contexts are left: who begins something around the call ends it inside of what others began before.
+        for listener in reversed(self._listeners) if kind == "CallDone" else self._listeners:
             listener.tell(event)
 
 

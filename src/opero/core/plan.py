@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from opero.core.clock import clock
-from opero.core.signature import MISSING, is_async, name_of
+from opero.core.signature import MISSING, is_async, module_of, name_of
 from opero.core.stats import Stats
 from opero.core.steps import Failed, Flow
 
@@ -312,10 +312,12 @@ class Plan:
     on_event: Listener | None = None
     stats: Stats = field(default_factory=Stats)
     name: str = field(init=False)
+    module: str = field(init=False)
     is_async: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", name_of(self.function))
+        object.__setattr__(self, "module", module_of(self.function))
         object.__setattr__(self, "is_async", is_async(self.function))
 
     def __repr__(self) -> str:

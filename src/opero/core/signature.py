@@ -40,9 +40,19 @@ def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def name_of(function: Callable[..., Any]) -> str:
     """Name a function as a message should: its qualified name, through partials."""
+    return _named(function).__qualname__
+
+
+def module_of(function: Callable[..., Any]) -> str:
+    """The module of what `name_of` names, ``""`` if none is known."""
+    module = getattr(_named(function), "__module__", None)
+    return module if isinstance(module, str) else ""
+
+
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial) and not hasattr(function, "__qualname__"):
         function = function.func
-    return getattr(function, "__qualname__", type(function).__qualname__)
+    return function if hasattr(function, "__qualname__") else type(function)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
