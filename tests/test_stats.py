@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import gc
+import os
 import threading
 import time
 import weakref
@@ -14,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from opero import CallStats, opero, opmap
-from opero.core import MisuseError
+from opero.core import MisuseError, UnsafeCacheError
 from opero.events import CallDone, on_event
 
 
@@ -227,6 +229,30 @@ def test_a_call_that_fails_for_want_of_a_key_is_a_call_that_failed(world, told, 
     assert function.stats == CallStats(calls=1, failures=1)
     if told:
         assert (told[-1].error, told[-1].cancelled, told[-1].attempts) == (caught.value, False, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="folders are the user's own on this system")
+def test_a_call_that_an_unsafe_folder_ends_is_a_call_that_failed(world, told, tmp_path):
+    (tmp_path / "opero").mkdir()
+    (tmp_path / "opero").chmod(0o777)
+    options = {"cache_backend": "disk", "cache_options": {"cache_dir": tmp_path}}
+    function = opero(cache=True, **options)(world.define(lambda x: "done"))
+    with pytest.raises(UnsafeCacheError) as caught:
+        world.run(function, 1)
+    assert function.stats == CallStats(calls=1, failures=1)
+    if told:
+        assert (told[-1].error, told[-1].cancelled) == (caught.value, False)
+
+
+def test_a_call_of_a_function_that_has_no_lasting_name_is_a_call_that_failed(world, told, tmp_path):
+    lock = threading.Lock()
+    options = {"cache_backend": "disk", "cache_options": {"cache_dir": tmp_path}}
+    function = opero(cache=True, **options)(world.define(functools.partial(lambda lock, x: "done", lock)))
+    with pytest.raises(MisuseError, match="cannot be told apart") as caught:
+        world.run(function, 1)
+    assert function.stats == CallStats(calls=1, failures=1)
+    if told:
+        assert (told[-1].error, told[-1].cancelled) == (caught.value, False)
 
 
 @pytest.mark.parametrize("what", ["an argument", "cache_key"])
