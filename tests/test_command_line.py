@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -420,3 +421,80 @@ def test_wrong_arguments_are_an_error(command, arguments):
     ended = command(*arguments)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "usage: python -m opero" in ended.stderr
+
+
+# What cannot be read or written
+
+
+def ended_by(shell, home, *arguments, unbuffered=""):
+    """The exit status of the command, in a pipeline or with its output led elsewhere, and what it wrote to stderr."""
+    environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "caches"), "PYTHON": sys.executable}
+    environment["PYTHONUNBUFFERED"] = unbuffered
+    source = f'set -o pipefail; "$PYTHON" -W error -m opero {" ".join(arguments)} {shell}'
+    ended = subprocess.run(
+        ["bash", "-c", source], env=environment, capture_output=True, check=False, text=True, timeout=60
+    )
+    return ended.returncode, ended.stderr
+
+
+# argparse is silent about its own help: that is never told where it is written at once.
+@pytest.mark.parametrize(("arguments", "unbuffered"), [([], ""), ([], "1"), (["--help"], "")])
+def test_a_reader_that_goes_away_ends_it_quietly(home, arguments, unbuffered):
+    code, told = ended_by("| (exec <&-)", home, *arguments, unbuffered=unbuffered)
+    assert (code, told) == (1, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=" ".join)
+def test_output_that_cannot_be_written_is_told_in_one_line(home, arguments):
+    code, told = ended_by("> /dev/full", home, *arguments)
+    assert (code, told) == (1, "python -m opero: the output: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--clear", "app.price"]], ids=" ".join)
+def test_a_file_in_place_of_the_folder_of_all_is_told_in_one_line(command, tmp_path, arguments):
+    (tmp_path / "file").touch()
+    ended = command("--cache-dir", str(tmp_path / "file"), *arguments)
+    assert ended.returncode == 1
+    assert "empty" not in ended.stdout
+    assert (
+        ended.stderr == f"python -m opero: the folder {tmp_path / 'file' / 'opero'} cannot be read: Not a directory\n"
+    )
+
+
+def test_a_name_that_the_system_takes_for_too_long_is_told_in_one_line(command):
+    ended = command("--cache-dir", "x" * 5000)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("cannot be read: File name too long\n")
+
+
+@pytest.fixture
+def without_rights():
+    """Gives a command that runs another one for which the modes of files count, though it be root's."""
+    if os.geteuid():
+        return []
+    rights = "-dac_override,-dac_read_search"
+    if shutil.which("setpriv") is None:
+        pytest.skip("root can read everything, and there is no setpriv to change that")
+    return ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--clear", "app.price"]], ids=" ".join)
+@pytest.mark.parametrize("closed", ["the folder of all", "the folder of one"])
+def test_a_folder_that_cannot_be_read_is_told_by_its_reason(fill, folder, without_rights, closed, arguments):
+    fill("app.price", 1)
+    shut = folder if closed == "the folder of all" else folder / slug("app.price")
+    shut.chmod(0)
+    command = [*without_rights, sys.executable, "-m", "opero", "--cache-dir", str(folder.parent), *arguments]
+    ended = subprocess.run(command, capture_output=True, check=False, text=True, timeout=60)
+    shut.chmod(0o700)
+    told = ended.stdout + ended.stderr
+    assert ended.returncode == 1
+    assert "ermission denied" in told or "unable to open" in told
+    assert not any(wrong in told for wrong in ("Traceback", "empty", "it has none"))
+    assert len(ended.stderr.splitlines()) <= 1
+    assert fill("app.price").cache_info().currsize == 1
+
+
+def test_an_empty_name_is_seen_in_the_error(command):
+    assert "no namespace '' in" in command("--clear", "").stderr

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
+import functools
 import gc
+import inspect
+import os
+import pickle
 import threading
 import weakref
 
 import pytest
-from side_by_side import SECONDS, results, started
+from side_by_side import SECONDS, forked, forks, results, started
 
 import opero
 from opero import events
+from opero.core.switches import switches
 from opero.events import (
     AttemptFailed,
     AttemptStarted,
@@ -124,6 +130,7 @@ def test_an_event_names_the_function_and_the_time_and_cannot_be_changed(world, h
     world.run(opero.opero(world.define(function)))
     (event, *_) = heard
     assert event.function.endswith("function")
+    assert event.module == __name__
     assert event.time > 1_700_000_000
     with pytest.raises(dataclasses.FrozenInstanceError):
         event.time = 0
@@ -169,6 +176,18 @@ def test_all_listeners_are_told(world, heard):
     with on_event(mine.append):
         world.run(f)
     assert len(mine) == 2 * len(heard)
+
+
+def test_the_end_is_told_to_the_last_listener_first(world):
+    told = []
+    f = opero.opero(on_event=lambda event: told.append((type(event), "own")))(world.define(lambda: None))
+    with (
+        on_event(lambda event: told.append((type(event), "first"))),
+        on_event(lambda e: told.append((type(e), "last"))),
+    ):
+        world.run(f)
+    order = {kind: [who for other, who in told if other is kind] for kind in (CallStarted, CallDone)}
+    assert order == {CallStarted: ["own", "first", "last"], CallDone: ["last", "first", "own"]}
 
 
 def test_after_the_end_nobody_is_told(world):
@@ -255,23 +274,42 @@ def test_stats_are_the_same_with_and_without_a_listener(world, fake_clock):
         assert dataclasses.replace(numbers(), waited=0.0) == dataclasses.replace(without, waited=0.0)
 
 
-def test_a_listener_that_raises_changes_nothing_and_is_complained_of_once(world, monkeypatch):
+@pytest.fixture
+def log_lines():
+    """What arrives at a sink of the program's, once opero is enabled."""
     from loguru import logger
 
-    from opero.core import listeners as inside
-
-    monkeypatch.setattr(inside, "_complained", threading.Event())
     lines = []
     sink = logger.add(lines.append, level="WARNING", filter="opero")
-    logger.enable("opero")
-    try:
-        with on_event(lambda event: 1 / 0):
-            assert world.run(opero.opero(world.define(lambda: "result"))) == "result"
-    finally:
-        logger.disable("opero")
-        logger.remove(sink)
-    assert len(lines) == 1
-    assert "on_event" in lines[0]
+    yield lines
+    logger.disable("opero")
+    logger.remove(sink)
+
+
+def test_each_listener_that_raises_changes_nothing_and_is_complained_of_once(world, log_lines):
+    def first(event):
+        raise ValueError("secret-text")
+
+    f = opero.opero(on_event=first)(world.define(lambda: "result"))
+    opero.configure_logging("WARNING")
+    with on_event(functools.partial(pow, "secret-argument")), on_event(functools.partial(pow, "secret-argument")):
+        assert [world.run(f), world.run(f)] == ["result"] * 2
+    assert ["on_event=pow raised TypeError" in line for line in log_lines] == [False, True, True]
+    assert "first raised ValueError" in log_lines[0]
+    assert "secret" not in str(log_lines)
+
+
+def test_a_complaint_that_nobody_could_read_is_made_when_somebody_can(world, log_lines):
+    f = opero.opero(on_event=lambda event: 1 / 0)(world.define(lambda: None))
+    from loguru import logger
+
+    logger.disable("opero")
+    world.run(f)
+    assert log_lines == []
+    opero.configure_logging("WARNING")
+    world.run(f)
+    world.run(f)
+    assert len(log_lines) == 1
 
 
 def test_the_next_listener_is_told_although_one_raised(world):
@@ -372,6 +410,275 @@ def test_an_async_callback_is_refused():
         on_event(callback)
     with pytest.raises(TypeError, match="async"):
         opero.opero(on_event=callback)(print)
+
+
+# A listener that makes calls itself
+
+
+@pytest.mark.parametrize("listens", ["to all", "to the function"])
+def test_a_listener_is_not_told_of_calls_that_it_makes(listens):
+    told = []
+    send = opero.opero(lambda: len(told))
+
+    def listener(event):
+        told.append(event)
+        if len(told) > 50:
+            raise RecursionError
+        send()
+
+    f = opero.opero(on_event=listener if listens == "to the function" else None)(lambda: "result")
+    with on_event(listener) if listens == "to all" else contextlib.nullcontext():
+        assert f() == "result"
+    assert kinds(told) == [CallStarted, AttemptStarted, CallDone]
+    assert {event.function for event in told} == {f.plan.name}
+    assert send.stats.calls == 3
+
+
+def test_the_others_are_told_of_the_calls_that_a_listener_makes(heard):
+    send = opero.opero(lambda: None)
+    f = opero.opero(on_event=lambda event: send())(lambda: None)
+    f()
+    assert len(heard) == 3 + 3 * 3
+
+
+def test_two_listeners_that_make_calls_come_to_an_end():
+    send = opero.opero(retries=0)(lambda: None)
+    f = opero.opero(lambda: None)
+    with on_event(lambda event: send()), on_event(lambda event: send()):
+        f()
+    # Each of the 3 events has both listeners call, and each event of these calls the other one.
+    assert send.stats.calls == 3 * 2 + 3 * 2 * 3
+
+
+def test_a_map_that_a_listener_runs_is_not_told_to_it(mode):
+    told = []
+    mapped = opero.opmap(**mode.options)(mode.define(abs))
+    f = opero.opero(lambda: None)
+
+    def listener(event):
+        told.append(event)
+        if isinstance(event, CallDone):
+            lists.append(mode.run(mapped, [-1, -2]))
+
+    lists = []
+    with on_event(listener):
+        f()
+    assert (kinds(told), lists) == ([CallStarted, AttemptStarted, CallDone], [[1, 2]])
+
+
+def test_a_listener_is_not_told_of_calls_in_tasks_that_it_starts():
+    told, tasks = [], []
+
+    @opero.opero
+    async def send():
+        await asyncio.sleep(0)
+
+    @opero.opero
+    async def f():
+        await asyncio.sleep(0)
+
+    def listener(event):
+        told.append(event)
+        if len(told) < 50:
+            tasks.append(asyncio.ensure_future(send()))
+
+    async def main():
+        with on_event(listener):
+            await f()
+            await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert len(told) == len(tasks) == send.stats.calls == 3
+
+
+def test_what_runs_beside_a_listener_is_told_to_it():
+    other = opero.opero(lambda: None)
+    inside, told = threading.Event(), []
+
+    def listener(event):
+        told.append(event.function)
+        if event.function == f.plan.name and not inside.is_set():
+            inside.set()
+            results([started(other)])
+
+    @opero.opero
+    def f():
+        pass
+
+    with on_event(listener):
+        f()
+    assert told.count(other.plan.name) == 3
+
+
+def test_a_callback_that_is_false_is_told_all_the_same(world):
+    class Gathered(list):
+        __call__ = list.append
+
+    gathered = Gathered()
+    world.run(opero.opero(on_event=gathered)(world.define(lambda: None)))
+    assert len(gathered) == 3
+
+
+# Forks
+
+
+def forking(test):
+    for mark in forks:
+        test = mark(test)
+    return test
+
+
+@forking
+def test_a_forked_child_inherits_the_listeners(heard):
+    f = opero.opero(lambda: None)
+
+    def in_child():
+        f()
+        return len(heard)
+
+    assert forked(in_child) == "3"
+    assert heard == []
+
+
+class Hurdle:
+    """Something to be switched that holds up whoever switches, in this process."""
+
+    def __init__(self):
+        self.is_reached, self.may_pass = threading.Event(), threading.Event()
+        self.process = os.getpid()
+
+    def go(self, way):
+        if os.getpid() == self.process:
+            self.is_reached.set()
+            assert self.may_pass.wait(2 * SECONDS)
+
+
+@forking
+def test_a_child_forked_while_another_thread_subscribes_can_listen_and_call():
+    f, hurdle = opero.opero(lambda: None), Hurdle()
+    switches.register(hurdle)
+    subscribing = started(lambda: on_event(lambda event: None))
+    assert hurdle.is_reached.wait(SECONDS)
+
+    def in_child():
+        gathered = []
+        with on_event(gathered.append):
+            f()
+        return len(gathered)
+
+    try:
+        assert forked(in_child) == "3"
+    finally:
+        hurdle.may_pass.set()
+        results([subscribing])[0].close()
+
+
+@forking
+def test_a_child_forked_while_another_thread_subscribes_has_all_functions_go_one_way():
+    functions, hurdle, told = [opero.opero(lambda: None) for _ in range(9)], Hurdle(), []
+    switches.register(hurdle)
+    subscribing = started(lambda: on_event(told.append))
+    assert hurdle.is_reached.wait(SECONDS)
+
+    def in_child():
+        for f in functions:
+            f()
+        return len(told)
+
+    try:
+        assert forked(in_child) == str(3 * len(functions))
+    finally:
+        hurdle.may_pass.set()
+        results([subscribing])[0].close()
+
+
+@forking
+def test_a_child_forked_while_another_thread_is_told_can_be_told():
+    inside, leave = threading.Event(), threading.Event()
+    f = opero.opero(lambda: None)
+
+    def listener(event):
+        if not inside.is_set():
+            inside.set()
+            assert leave.wait(SECONDS)
+
+    with on_event(listener):
+        telling = started(f)
+        assert inside.wait(SECONDS)
+        try:
+            assert forked(lambda: [f(), f.stats.calls > 0]) == "[None, True]"
+        finally:
+            leave.set()
+            results([telling])
+
+
+# What a function is besides being called
+
+
+def undecorated(x, /, y: int = 2) -> int:
+    """What it does."""
+    return x + y
+
+
+@opero.opero(on_event=print)
+def importable(x):
+    return x
+
+
+@pytest.fixture(params=["usual", "listening"])
+def listening(request):
+    """Nobody listens to all functions, or somebody does."""
+    with on_event(lambda event: None) if request.param == "listening" else contextlib.nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+def test_a_function_with_a_listener_is_copied_as_what_it_is(copied):
+    assert copied(importable) is importable
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_function_with_a_listener_that_has_no_name_is_pickled_with_it(capsys):
+    f = opero.opero(on_event=print)(undecorated)
+    carried = pickle.loads(pickle.dumps(f))
+    assert carried is not f
+    assert carried(1) == 3
+    assert "CallDone" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_function_with_a_listener_shows_its_own_signature(world):
+    plain = world.define(undecorated)
+    f = opero.opero(on_event=print)(plain)
+    assert inspect.signature(f) == inspect.signature(plain)
+    assert inspect.iscoroutinefunction(f) == world.is_async
+    assert (f.__name__, f.__doc__, f.__wrapped__) == (plain.__name__, plain.__doc__, plain)
+
+
+class Account:
+    def __init__(self, number):
+        self.number = number
+
+    @opero.opero(on_event=print)
+    def shifted(self, by=1):
+        return self.number + by
+
+
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_method_with_a_listener_is_copied_with_its_instance(copied, capsys):
+    method = copied(Account(5).shifted)
+    assert method() == 6
+    assert str(inspect.signature(method)) == "(by=1)"
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_map_whose_listener_cannot_travel_runs_in_processes():
+    told = []
+    mapped = opero.opmap(mode="process", workers=1, progress=False, on_event=told.append)(undecorated)
+    assert mapped([1, 2]) == [3, 4]
+    assert len(told) == 6
 
 
 def test_the_module_has_every_event():

@@ -708,7 +708,7 @@ async def make_later():
 def test_a_wrong_mode_raises_when_decorating_and_says_what_to_write(decorate, mode, error, words):
     with pytest.raises(error, match=words) as caught:
         decorate(mode=mode)(double)
-    assert repr(mode) in str(caught.value)
+    assert f"mode={getattr(mode, '__qualname__', mode)}" in str(caught.value)
 
 
 def test_pool_options_beside_an_executor_are_refused(threads):
@@ -723,7 +723,7 @@ def test_wrong_workers_beside_an_executor_are_refused(threads, workers):
 
 
 def test_a_function_that_makes_no_executor_raises(world):
-    with pytest.raises(TypeError, match=r"made 5, which is no concurrent\.futures\.Executor"):
+    with pytest.raises(TypeError, match=r"made int, which is no concurrent\.futures\.Executor"):
         Kind.map(world.define(double), lambda: 5).run([1])
 
 

@@ -397,3 +397,76 @@ def test_an_error_whose_attributes_raise_is_judged_by_what_it_is():
             raise RuntimeError
 
     assert retry_after(OddError()) is False
+
+
+# Errors that only look like those of a client
+
+
+def looking_like(library, **attributes):
+    """An exception of a class that says it is the library's."""
+    status = {"requests": "status_code", "httpx": "status_code", "aiohttp": "status", "urllib": "code"}[library]
+    made = type("Odd", (Exception,), {"__module__": f"{library}.odd", status: 503})()
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+class Breaking:
+    def get(self, name):
+        raise RuntimeError(name)
+
+    @property
+    def headers(self):
+        raise RuntimeError
+
+
+ODD_HEADERS = {
+    "none": None,
+    "a list": [("Retry-After", "5")],
+    "breaking": Breaking(),
+    "get that is none": type("Headers", (), {"get": None})(),
+    **{
+        repr(value): {"Retry-After": value}
+        for value in (None, 5, -5, b"5", float("nan"), ["5"], "", "\x00", "9" * 5000)
+    },
+    **{text: {"Retry-After": text} for text in ("-5", "nan", "inf", "1e999", "Wed, 99 Oct 2015 99:99:99 GMT")},
+}
+
+
+@pytest.mark.parametrize("library", ["requests", "httpx", "aiohttp", "urllib"])
+@pytest.mark.parametrize("headers", ODD_HEADERS)
+def test_odd_headers_are_ignored(library, headers):
+    assert retry_after(looking_like(library, headers=ODD_HEADERS[headers])) is True
+
+
+@pytest.mark.parametrize("library", ["requests", "httpx", "aiohttp", "urllib"])
+def test_an_answer_without_headers_is_retried_after_the_usual_backoff(library):
+    assert retry_after(looking_like(library)) is True
+    assert retry_after(type("Odd", (Exception,), {"response": looking_like(library)})()) is True
+
+
+def test_an_error_whose_attributes_raise_is_not_retried():
+    class Odd(Exception):  # noqa: N818 - not one to be caught
+        @property
+        def response(self):
+            raise RuntimeError
+
+    assert retry_after(Odd()) is False
+
+
+def test_a_response_whose_headers_raise_is_retried():
+    response = type("Odd", (Breaking,), {"__module__": "requests", "status_code": 503})()
+    assert retry_after(type("OddError", (Exception,), {"response": response})()) is True
+
+
+@pytest.mark.parametrize("module", [None, 5, ""])
+def test_an_error_of_a_class_without_a_module_is_not_retried(module):
+    assert retry_after(type("Odd", (Exception,), {"__module__": module})()) is False
+
+
+@pytest.mark.parametrize("zone", ["GMT", "-0000", "+0000"])
+def test_a_date_is_in_utc_also_where_its_zone_is_said_to_be_unknown(fake_clock, zone):
+    clock.wall = lambda: NOW
+    for offset, seconds in ((90, 90.0), (-90, 0.0)):
+        date = email.utils.formatdate(NOW + offset, usegmt=True).replace("GMT", zone)
+        assert retry_after(answered(date)) == seconds

@@ -725,7 +725,11 @@ def test_under_changing_rates_all_are_served_in_order_and_windows_hold_the_highe
     ("options", "error", "shows"),
     [
         ({"rate_limit_per": "key"}, ValueError, "rate_limit="),
-        ({"rate_limit": 5, "rate_limit_per": "nothing"}, ValueError, "'nothing'"),
+        (
+            {"rate_limit": 5, "rate_limit_per": "nothing"},
+            ValueError,
+            r"no parameter of .*function; write one of \['x', 'key'\]",
+        ),
         ({"rate_limit": 5, "rate_limit_per": 5}, TypeError, "rate_limit_per"),
         ({"rate_limit": 5, "rate_limit_options": {"when_full": "next"}}, ValueError, "rate_limit_per"),
         ({"rate_limit": 5, "rate_limit_options": {"when_full": "skip"}}, ValueError, "'next'"),

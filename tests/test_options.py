@@ -110,17 +110,29 @@ class Refusal:
         return f"{text[:70]} on {getattr(self.function, '__name__', self.function)}"
 
 
+def came(value, error):
+    """What an error shows of what came in: a number, or a name; of anything else, which may be a secret, its type."""
+    while isinstance(value, functools.partial) and not hasattr(value, "__qualname__"):
+        value = value.func
+    is_rate = isinstance(value, str) and re.fullmatch("[0-9]+/[a-z]+", value)
+    if value == "" or value is None or is_rate or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return type(value).__name__ if error is TypeError else "…"
+
+
 def wrong(error, instead, /, *, on=fetch, came_in=None, **options):
     """The first option is refused; the error shows its name, what came in, and what to write instead."""
     name, value = next(iter(options.items()))
-    return Refusal(options, error, (name, repr(value) if came_in is None else came_in, instead), on)
+    return Refusal(options, error, (name, came(value, error) if came_in is None else came_in, instead), on)
 
 
 def wrong_inside(error, instead, /, *, on=fetch, **options):
     """The one value in the first option's mapping is refused."""
     name, mapping = next(iter(options.items()))
     ((key, value),) = mapping.items()
-    return Refusal(options, error, (name, key, repr(value), instead), on)
+    return Refusal(options, error, (name, key, came(value, error), instead), on)
 
 
 def unknown_inside(nearest, /, *, on=fetch, error=TypeError, **options):
@@ -197,7 +209,9 @@ REFUSALS = [
     # Cache
     *no_flag("cache"),
     *no_seconds("cache_ttl", zero=False, **CACHE),
-    Refusal({"cache_backend": "memroy", **CACHE}, ValueError, ("cache_backend", "'memroy'", *KNOWN_BACKENDS)),
+    Refusal(
+        {"cache_backend": "memroy", **CACHE}, ValueError, ("cache_backend", "did you mean 'memory'?", *KNOWN_BACKENDS)
+    ),
     Refusal({"cache_backend": "", **CACHE}, ValueError, ("cache_backend", "''", *KNOWN_BACKENDS)),
     *(wrong(TypeError, "'memory'", cache_backend=value, **CACHE) for value in (None, 5, b"memory", ["memory"])),
     *no_hook("cache_key", **CACHE),
@@ -295,7 +309,7 @@ REFUSALS = [
     *(wrong(TypeError, "text", arg_fallback=value) for value in (5, True, ["key"], b"key")),
     wrong(ValueError, "name", arg_fallback=""),
     *(
-        Refusal({"arg_fallback": name}, ValueError, ("arg_fallback", repr(name), "fetch", "'url'", "'key'", "'region'"))
+        Refusal({"arg_fallback": name}, ValueError, ("arg_fallback", "fetch", "'url'", "'key'", "'region'"))
         for name in ("kye", "more", "rest", "*more", "k")
     ),
     wrong(ValueError, "parameter", arg_fallback="key", on=min),
@@ -359,10 +373,10 @@ ONLY_OPMAP_REFUSES = [
     unknown("pool_option", "pool_options"),
     Refusal({"zyxwv": 1}, TypeError, ("@opmap", "'zyxwv'", *map(repr, DESIGNED_FOR_OPMAP))),
     # Where it runs
-    Refusal({"mode": "proces"}, ValueError, ("mode", "'proces'", *KNOWN_MODES)),
+    Refusal({"mode": "proces"}, ValueError, ("mode", "did you mean 'process'?", *KNOWN_MODES)),
     Refusal({"mode": ""}, ValueError, ("mode", "''", *KNOWN_MODES)),
-    *(Refusal({"mode": v}, TypeError, ("mode", repr(v), *KNOWN_MODES)) for v in (None, 5, True, ["thread"])),
-    *(wrong(TypeError, "mode='thread'", **mode) for mode in (ASYNC, ASYNC_PROCESS)),
+    *(Refusal({"mode": v}, TypeError, ("mode", came(v, TypeError), *KNOWN_MODES)) for v in (None, 5, True, ["thread"])),
+    *(wrong(TypeError, "mode='thread'", came_in=repr(mode["mode"]), **mode) for mode in (ASYNC, ASYNC_PROCESS)),
     *no_count("workers", smallest=1),
     *(r for r in no_count("workers", smallest=1, on=fetch_async, **ASYNC)),
     *no_flag("ordered"),
@@ -392,11 +406,11 @@ ONLY_OPMAP_REFUSES = [
         Refusal(
             {"pool_options": {"initializer": len, "initargs": value}, **PROCESS},
             TypeError,
-            ("pool_options", "initargs", repr(value), "tuple"),
+            ("pool_options", "initargs", came(value, TypeError), "tuple"),
         )
         for value in ([1], "text", 5, None)
     ),
-    wrong_inside(ValueError, "initializer", pool_options={"initargs": (1,)}, **PROCESS),
+    Refusal({"pool_options": {"initargs": (1,)}, **PROCESS}, ValueError, ("pool_options", "initargs", "initializer")),
     *no_count_inside("pool_options", "concurrency", smallest=1, on=fetch_async, **ASYNC_PROCESS),
     # Time limits: in a process of its own an execution can be stopped, and only there
     *no_seconds("attempt_timeout", zero=False, **PROCESS),
@@ -621,8 +635,8 @@ class Some:
         (classmethod(fetch), ("classmethod", "below @classmethod")),
         (staticmethod(fetch), ("staticmethod", "below @staticmethod")),
         (Some, ("Some", "functions")),
-        (5, ("5", "functions")),
-        ("fetch", ("'fetch'", "functions")),
+        (5, ("int", "functions")),
+        ("fetch", ("str", "functions")),
         (property(fetch), ("property", "functions")),
         (generator, ("generator", "return")),
         (async_generator, ("async_generator", "return")),
@@ -675,12 +689,12 @@ MAKERS = (
     [
         (lambda: get_cache_decorator(cache_ttl=-1), ValueError, ("cache_ttl", "-1", "seconds")),
         (lambda: get_cache_decorator(cache_ttl=True), TypeError, ("cache_ttl", "True", "seconds")),
-        (lambda: get_cache_decorator(cache_backend="memroy"), ValueError, ("cache_backend", "'memroy'", "'memory'")),
+        (lambda: get_cache_decorator(cache_backend="memroy"), ValueError, ("cache_backend", "did you mean 'memory'?")),
         (lambda: get_cache_decorator(cache_key=hook), TypeError, ("cache_key", "hook", "plain")),
         (lambda: get_cache_decorator(cache_namespace=""), ValueError, ("cache_namespace", "''", "name")),
         (lambda: get_cache_decorator(maxsiz=5), TypeError, ("'maxsiz'", "'maxsize'")),
         (lambda: get_cache_decorator(maxsize=0), ValueError, ("maxsize", "0", "1 or more")),
-        (lambda: get_cache_decorator(policy="bogus"), ValueError, ("policy", "'bogus'", "'lru'")),
+        (lambda: get_cache_decorator(policy="bogus"), ValueError, ("policy", "'lru'")),
         (lambda: get_retry_decorator(retries=-1), ValueError, ("retries", "-1", "0 or more")),
         (lambda: get_retry_decorator(retries=True), TypeError, ("retries", "True", "whole number")),
         (lambda: get_retry_decorator(backoff_factor=NAN), ValueError, ("backoff_factor", "nan", "number")),
@@ -698,14 +712,14 @@ MAKERS = (
         (lambda: get_rate_limit_decorator(5, max_burst=0), ValueError, ("max_burst", "0", "1 or more")),
         (lambda: get_fallback_decorator(5), TypeError, ("arg_fallback", "5", "text")),
         (lambda: get_fallback_decorator(""), ValueError, ("arg_fallback", "''", "name")),
-        (lambda: get_fallback_decorator("kye"), ValueError, ("arg_fallback", "'kye'", "'key'")),
-        (lambda: get_fallback_decorator("more"), ValueError, ("arg_fallback", "'more'", "'key'")),
+        (lambda: get_fallback_decorator("kye"), ValueError, ("arg_fallback", "'key'")),
+        (lambda: get_fallback_decorator("more"), ValueError, ("arg_fallback", "'key'")),
         (
             lambda: get_fallback_decorator("key", fallback_cooldown=0),
             ValueError,
             ("fallback_cooldown", "0", "seconds"),
         ),
-        (lambda: get_parallel_map_decorator("proces"), ValueError, ("mode", "'proces'", "'process'")),
+        (lambda: get_parallel_map_decorator("proces"), ValueError, ("mode", "did you mean 'process'?")),
         (lambda: get_parallel_map_decorator("async"), TypeError, ("mode", "'async'", "'thread'")),
         (lambda: get_parallel_map_decorator("thread", workers=0), ValueError, ("workers", "0", "1 or more")),
         (lambda: get_parallel_map_decorator("thread", ordered=1), TypeError, ("ordered", "1", "True or False")),
@@ -750,7 +764,7 @@ def test_the_options_of_a_single_policy_decorator_are_taken_by_keyword_only(make
 @pytest.mark.parametrize(
     ("options", "error", "shows"),
     [
-        ({"mode": "proces"}, ValueError, ("mode", "'proces'", "'process'")),
+        ({"mode": "proces"}, ValueError, ("mode", "did you mean 'process'?")),
         ({"mode": "thread", "workers": 0}, ValueError, ("workers", "0", "1 or more")),
         ({"mode": "thread", "start_method": "fork"}, (TypeError, ValueError), ("'start_method'", "mode='thread'")),
         ({"mode": "async"}, TypeError, ("mode", "'async'", "'thread'")),

@@ -241,7 +241,7 @@ def test_pool_options_reach_the_pool(name, method):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"mode": "threads"}, ValueError, "'threads'"),
+        ({"mode": "threads"}, ValueError, "did you mean 'thread'"),
         ({"workers": 0}, ValueError, "workers"),
         ({"workers": 1.5}, TypeError, "workers"),
         ({"ordered": "no"}, TypeError, "ordered"),
@@ -250,7 +250,7 @@ def test_pool_options_reach_the_pool(name, method):
         ({"mode": "async"}, TypeError, "double"),
         ({"mode": "async_process"}, TypeError, "double"),
         ({"unknown": 1}, TypeError, "unknown"),
-        ({"start_method": "telepathy"}, ValueError, "telepathy"),
+        ({"start_method": "telepathy"}, ValueError, "'spawn'"),
         ({"initializer": "text"}, TypeError, "initializer"),
         ({"initializer": prepare, "initargs": ["yes"]}, TypeError, "initargs"),
         ({"initargs": ("yes",)}, ValueError, "initargs"),

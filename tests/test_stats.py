@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import gc
+import os
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from opero import CallStats, opero
+from opero import CallStats, opero, opmap
+from opero.core import MisuseError, UnsafeCacheError
+from opero.events import CallDone, on_event
 
 
 def fails(times):
@@ -185,3 +191,100 @@ def test_each_decorated_function_has_counters_of_its_own(world):
     one, other = decorate(world.define(fails(0))), decorate(world.define(fails(0)))
     world.run(one)
     assert other.stats == CallStats()
+
+
+class Unhashable:
+    __hash__ = None
+
+
+def refused_key(x):
+    raise LookupError(x)
+
+
+KEYLESS = {
+    "an argument": ({"cache": True}, Unhashable()),
+    "an argument, on disk": ({"cache": True, "cache_backend": "disk"}, threading.Lock()),
+    "cache_key": ({"cache": True, "cache_key": refused_key}, 1),
+    "what cache_key returns": ({"cache": True, "cache_key": lambda x: [x]}, Unhashable()),
+    "a value to limit": ({"rate_limit": 100, "rate_limit_per": "x"}, Unhashable()),
+}
+
+
+@pytest.fixture(params=["usual", "listening"])
+def told(request):
+    """The events; empty where nobody listens."""
+    gathered = []
+    with on_event(gathered.append) if request.param == "listening" else contextlib.nullcontext():
+        yield gathered
+
+
+@pytest.mark.parametrize("what", KEYLESS)
+def test_a_call_that_fails_for_want_of_a_key_is_a_call_that_failed(world, told, what, tmp_path):
+    options, argument = KEYLESS[what]
+    if options.get("cache_backend") == "disk":
+        options = {**options, "cache_options": {"cache_dir": tmp_path}}
+    function = opero(**options)(world.define(lambda x: "done"))
+    with pytest.raises((TypeError, LookupError)) as caught:
+        world.run(function, argument)
+    assert function.stats == CallStats(calls=1, failures=1)
+    if told:
+        assert (told[-1].error, told[-1].cancelled, told[-1].attempts) == (caught.value, False, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="folders are the user's own on this system")
+def test_a_call_that_an_unsafe_folder_ends_is_a_call_that_failed(world, told, tmp_path):
+    (tmp_path / "opero").mkdir()
+    (tmp_path / "opero").chmod(0o777)
+    options = {"cache_backend": "disk", "cache_options": {"cache_dir": tmp_path}}
+    function = opero(cache=True, **options)(world.define(lambda x: "done"))
+    with pytest.raises(UnsafeCacheError) as caught:
+        world.run(function, 1)
+    assert function.stats == CallStats(calls=1, failures=1)
+    if told:
+        assert (told[-1].error, told[-1].cancelled) == (caught.value, False)
+
+
+def test_a_call_of_a_function_that_has_no_lasting_name_is_a_call_that_failed(world, told, tmp_path):
+    lock = threading.Lock()
+    options = {"cache_backend": "disk", "cache_options": {"cache_dir": tmp_path}}
+    function = opero(cache=True, **options)(world.define(functools.partial(lambda lock, x: "done", lock)))
+    with pytest.raises(MisuseError, match="cannot be told apart") as caught:
+        world.run(function, 1)
+    assert function.stats == CallStats(calls=1, failures=1)
+    if told:
+        assert (told[-1].error, told[-1].cancelled) == (caught.value, False)
+
+
+@pytest.mark.parametrize("what", ["an argument", "cache_key"])
+def test_items_that_fail_for_want_of_a_key_are_calls_that_failed(mode, told, what):
+    options, argument = KEYLESS[what]
+    mapped = opmap(**options, **mode.options)(mode.define(lambda x: "done"))
+    assert [type(outcome) for outcome in mode.run(mapped, [argument, argument])] == [
+        MisuseError if what == "an argument" else LookupError
+    ] * 2
+    assert mapped.stats == CallStats(calls=2, failures=2)
+    assert [(e.index, e.cancelled) for e in told if isinstance(e, CallDone)] == (
+        [(0, False), (1, False)] if told else []
+    )
+
+
+def test_a_key_that_cannot_be_made_is_asked_for_once_and_keeps_nothing_alive():
+    asked = []
+
+    def key(x):
+        asked.append(x)
+        raise LookupError
+
+    function = opero(cache=True, cache_key=key)(lambda x: x)
+    argument = Unhashable()
+    seen = weakref.ref(argument)
+    gc.disable()
+    try:
+        with contextlib.suppress(LookupError):
+            function(argument)
+        assert len(asked) == 1
+        asked.clear()
+        del argument
+        assert seen() is None
+    finally:
+        gc.enable()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import re
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
@@ -91,7 +93,7 @@ def test_a_line_names_function_and_call(world, lines):
     with log_events("WARNING"), contextlib.suppress(ValueError):
         world.run(f)
     ((_, text),) = lines
-    assert "failing.<locals>.function (call " in text
+    assert text.startswith("test_telemetry.failing.<locals>.function (call ")
 
 
 def test_a_line_names_the_place_of_an_item(mode, lines):
@@ -218,7 +220,7 @@ def telemetry():
             measured=measured,
             tracer=tracers.get_tracer("test"),
             subscription=subscription,
-            live=subscription._callback._live,
+            live=subscription._listener.callback._live,
         )
     assert trace.get_current_span() is trace.INVALID_SPAN
     tracers.shutdown()
@@ -237,7 +239,7 @@ def test_a_call_is_a_span(world, telemetry):
     assert span.kind is SpanKind.INTERNAL
     assert span.status.status_code is StatusCode.UNSET
     assert dict(span.attributes) == {
-        "code.function.name": f.__qualname__,
+        "code.function.name": f"{f.__module__}.{f.__qualname__}",
         "opero.outcome": "success",
         "opero.attempts": 1,
         "opero.cached": False,
@@ -468,6 +470,33 @@ def test_an_exporter_that_fails_changes_no_call(world, telemetry):
     tracers.shutdown()
 
 
+def test_two_pairs_of_providers_leave_no_span_current(world, telemetry):
+    tracers = TracerProvider()
+    with otel.instrument(tracers):
+        world.run(opero.opero(world.define(lambda: None)))
+        assert trace.get_current_span() is trace.INVALID_SPAN
+    tracers.shutdown()
+
+
+def test_calls_that_an_exporter_makes_have_no_spans(telemetry):
+    class Exporter(InMemorySpanExporter):
+        def export(self, spans):
+            send()
+            return super().export(spans)
+
+    send, f = opero.opero(lambda: None), opero.opero(lambda: None)
+    exporter, tracers = Exporter(), TracerProvider()
+    tracers.add_span_processor(BatchSpanProcessor(exporter))
+    with otel.instrument(tracers):
+        f()
+        tracers.force_flush()
+        tracers.force_flush()
+        f()
+        tracers.force_flush()
+    tracers.shutdown()
+    assert (len(exporter.get_finished_spans()), send.stats.calls) == (2, 2)
+
+
 def test_without_providers_the_global_ones_are_used(world):
     with otel.instrument():
         assert world.run(opero.opero(world.define(lambda: "result"))) == "result"
@@ -482,7 +511,9 @@ def registry():
 
 
 def value(registry, name, function, **labels):
-    return registry.get_sample_value(f"opero_{name}", {"function": function.__qualname__, **labels})
+    return registry.get_sample_value(
+        f"opero_{name}", {"function": f"{function.__module__}.{function.__qualname__}", **labels}
+    )
 
 
 def test_calls_are_counted_by_function_and_outcome(world, registry):
@@ -528,7 +559,7 @@ def test_a_cancelled_call_is_counted_as_cancelled(registry):
     f = opero.opero(sleep_long)
     with prometheus.instrument(registry) as subscription:
         cancel_a_call_of(f)
-        assert subscription._callback._metrics.counted_by == {}
+        assert subscription._listener.callback._metrics.counted_by == {}
     assert value(registry, "calls_total", f, outcome="cancelled") == 1
 
 
@@ -580,9 +611,109 @@ def test_without_a_registry_the_usual_one_is_used(world):
 
 def test_a_registry_that_fails_changes_no_call(world, registry):
     with prometheus.instrument(registry) as subscription:
-        subscription._callback._metrics.calls = None
+        subscription._listener.callback._metrics.calls = None
         assert world.run(opero.opero(world.define(lambda: "result"))) == "result"
-        assert subscription._callback._metrics.counted_by == {}
+        assert subscription._listener.callback._metrics.counted_by == {}
+
+
+# Names
+
+
+def same_named(module):
+    """A function called as others are, elsewhere."""
+    function = failing(0)
+    function.__module__, function.__qualname__ = module, "fetch"
+    return opero.opero(function)
+
+
+def test_same_named_functions_of_two_modules_are_told_apart(telemetry, registry, lines):
+    with prometheus.instrument(registry):
+        for module in ("app.one", "app.two"):
+            same_named(module)()
+    assert {span.name for span in telemetry.spans()} == {"fetch"}
+    full = {"app.one.fetch", "app.two.fetch"}
+    assert {span.attributes["code.function.name"] for span in telemetry.spans()} == full
+    assert {point.attributes["code.function.name"] for point in telemetry.measured("opero.calls")} == full
+    assert [
+        registry.get_sample_value("opero_calls_total", {"function": name, "outcome": "success"})
+        for name in sorted(full)
+    ] == [1, 1]
+
+
+class Callable:
+    def __call__(self):
+        pass
+
+    def method(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (functools.partial(sleep_long), "sleep_long"),
+        (Callable(), "Callable"),
+        (Callable().method, "Callable.method"),
+        (opero.opero(sleep_long), "sleep_long"),
+        (len, "len"),
+    ],
+    ids=["partial", "object", "method", "decorated", "builtin"],
+)
+def test_whatever_is_decorated_has_the_module_of_what_it_is_named_by(function, name):
+    plan = opero.opero(function).plan
+    assert (plan.module, plan.name) == ("builtins" if function is len else __name__, name)
+
+
+def test_a_function_without_a_module_has_its_name_alone(telemetry):
+    same_named(None)()
+    assert telemetry.spans()[0].attributes["code.function.name"] == "fetch"
+
+
+def test_what_opero_says_of_a_failed_fallback_has_no_candidate_in_it(world, telemetry):
+    def function(key):
+        raise ConnectionError
+
+    f = opero.opero(arg_fallback="key", retries=1, min_delay=0)(world.define(function))
+    with pytest.raises(opero.AllFailedError):
+        world.run(f, ["secret-a", "secret-b"])
+    (span,) = telemetry.spans()
+    assert "exception.stacktrace" in span.to_json()
+    assert "secret-a" not in span.to_json()
+
+
+# Threads, tasks and maps at the same time
+
+
+def test_threads_are_counted_exactly_and_leave_nothing_open(telemetry, registry):
+    f = opero.opero(retries=1, min_delay=0)(lambda x: 1 / (x % 5))
+    with prometheus.instrument(registry) as subscription, ThreadPoolExecutor(8) as threads:
+        for future in [threads.submit(f, x) for x in range(500)]:
+            future.exception()
+        counted_by = subscription._listener.callback._metrics.counted_by
+    assert (telemetry.live, counted_by) == ({}, {})
+    assert value(registry, "calls_total", f, outcome="failure") == 100
+    assert value(registry, "calls_total", f, outcome="success") == 400
+    assert value(registry, "attempts_total", f) == 600
+    assert {span.parent for span in telemetry.spans()} == {None}
+    assert sum(point.value for point in telemetry.measured("opero.calls")) == 500
+
+
+def test_tasks_and_a_map_beside_each_other_have_each_its_own_parents(telemetry):
+    mapped = opero.opmap(mode="async", progress=False, retries=0)(asyncio.sleep)
+
+    @opero.opero
+    async def outer(number):
+        await asyncio.sleep(0)
+        return await mapped([0.001 * number, 0])
+
+    async def main():
+        await asyncio.gather(*map(outer, range(5)))
+
+    asyncio.run(main())
+    outers = {span.context.span_id for span in telemetry.spans() if span.name.endswith("outer")}
+    parents = [span.parent.span_id for span in telemetry.spans() if span.context.span_id not in outers]
+    assert (len(outers), len(parents), set(parents)) == (5, 10, outers)
+    assert telemetry.live == {}
 
 
 # What importing takes

@@ -225,7 +225,7 @@ def test_an_attribute_of_the_function_does_not_hide_one_of_operos():
 
 @pytest.mark.parametrize("decorate", [opero, opmap(mode="thread")], ids=["opero", "opmap"])
 def test_the_repr_names_the_function(decorate):
-    assert repr(fetch) in repr(decorate(fetch))
+    assert "fetch" in repr(decorate(fetch))
 
 
 @pytest.mark.parametrize("decorate", [opero, opmap(mode="thread")], ids=["opero", "opmap"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import io
+import os
 import platform
 import sys
 from typing import TYPE_CHECKING, Any
@@ -134,7 +136,7 @@ def _clear(parser: argparse.ArgumentParser, folder: Path, options: dict[str, Any
     found = {namespace.folder.name: namespace for namespace in namespaces_in(folder)}
     namespace = found.get(slug(name))
     if namespace is None:
-        parser.error(_unknown(name, folder, [n.name for n in found.values() if n.name is not None]))
+        parser.error(_unknown(name, folder, list(found.values())))
     store = cache_settings(backend="disk", options=options).store(name)
     with managing(store, "clear"):
         store.clear()
@@ -143,26 +145,46 @@ def _clear(parser: argparse.ArgumentParser, folder: Path, options: dict[str, Any
     return _DONE
 
 
-def _unknown(name: str, folder: Path, names: list[str]) -> str:
+def _unknown(name: str, folder: Path, found: Sequence[Namespace]) -> str:
     import difflib
 
+    names = [namespace.name for namespace in found if namespace.name is not None]
     near = difflib.get_close_matches(name, names, n=5)
     near += [other for other in sorted(names) if name and name in other and other not in near]
     if near:
         hint = f"near it: {', '.join(map(_printable, near))}"
     else:
-        hint = f"to list the {len(names)} that it has, leave out --clear" if names else "it has none"
+        hint = f"to list the {len(found)} that it has, leave out --clear" if found else "it has none"
     return f"--clear: no namespace {_printable(name)} in {folder}; {hint}"
 
 
 def _printable(text: str) -> str:
-    """The text, or its repr where a terminal could take it for a command."""
-    return text if text.isprintable() else ascii(text)
+    """The text, or its repr where it could not be seen, or taken for a command by a terminal."""
+    return text if text and text.isprintable() else ascii(text)
 
 
 def _say(text: str, stream: Any = None) -> None:
     print(text, file=stream or sys.stdout)
 
 
+def _end_to_end() -> int:
+    """The command, whatever becomes of what it writes."""
+    try:
+        try:
+            return main()
+        finally:
+            # Not when Python ends, where it could only be told with a traceback that this failed.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        if sys.stdout is not None:
+            # For what is still in the buffer.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            with contextlib.suppress(OSError):
+                _say(f"python -m opero: {error.filename or 'the output'}: {error.strerror}", sys.stderr)
+        return _FAILED
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_end_to_end())

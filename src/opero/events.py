@@ -27,12 +27,14 @@ class Event:
 
     Attributes:
         function: Qualified name of the decorated function.
+        module: Name of the module that it was defined in, ``""`` if there is none.
         call: Number of the call, the same in all its events and in no other call of this process.
         index: Place of the item in its map, from 0; None for a single call.
         time: Seconds since the epoch.
     """
 
     function: str
+    module: str
     call: int
     index: int | None
     time: float

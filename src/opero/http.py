@@ -56,7 +56,7 @@ def retry_after(error: Exception) -> bool | float:
     Returns:
         False: do not retry. True: retry after the usual backoff; an answer without ``Retry-After``, a connection that
         failed, a timeout (the builtin `ConnectionError` and `TimeoutError` too). A number: retry after so many
-        seconds, 0.0 for a date that has passed.
+        seconds, 0.0 for a date that has passed. It never raises, whatever the error or its response is made of.
     """
     for answer in (error, _attribute(error, "response")):
         status = _status(answer)
@@ -76,7 +76,7 @@ def _attribute(value: object, name: str) -> Any:
 
 def _names(value: object) -> Iterator[tuple[str, str]]:
     """Library and name of each class that it is an instance of."""
-    return ((cls.__module__.partition(".")[0], cls.__name__) for cls in type(value).__mro__)
+    return ((str(cls.__module__).partition(".")[0], cls.__name__) for cls in type(value).__mro__)
 
 
 def _status(answer: Any) -> int | None:
@@ -88,8 +88,12 @@ def _status(answer: Any) -> int | None:
 
 
 def _wanted_delay(answer: Any) -> bool | float:
-    text = answer.headers.get("Retry-After") if hasattr(answer.headers, "get") else None
-    delay = _delay(text.strip()) if isinstance(text, str) else None
+    get = _attribute(_attribute(answer, "headers"), "get")
+    try:
+        text = get("Retry-After")
+        delay = _delay(text.strip()) if isinstance(text, str) else None
+    except Exception:  # noqa: BLE001 - headers that are none, or break
+        return True
     return True if delay is None or delay > LONGEST_WAIT else delay
 
 

@@ -23,6 +23,7 @@ from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import pack_batch, pack_singly, pack_work, unpack_batch, unpack_singly, unpack_work
 from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
+from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
 from opero.utils.notes import describe
@@ -146,7 +147,7 @@ class ExecutorPool:
             self._executor = self._make()
         if not isinstance(self._executor, Executor):
             made, self._executor = self._executor, None
-            msg = f"mode={self._make!r} made {made!r}, which is no concurrent.futures.Executor"
+            msg = f"mode={shown(self._make)} made {kind_of(made)}, which is no concurrent.futures.Executor"
             raise TypeError(msg)
         self._size = self._workers or getattr(self._executor, "_max_workers", None) or self._default_workers
         self._probe = object()

@@ -92,7 +92,7 @@ class _Map(Generic[T, P, R, E]):
         return self
 
     def __repr__(self) -> str:
-        return f"<opmap {self.plan.function!r}>"
+        return f"<opmap {self.plan.name}>"
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.single.__set_name__(owner, name)
@@ -179,7 +179,8 @@ class SyncMap(_Map[T, P, R, E]):
 
     def _outcomes(self, items: Iterable[T], arguments: Arguments, sink: Sink) -> Iterator[Outcome[T, R]]:
         if isinstance(items, AsyncIterable) and not isinstance(items, Iterable):
-            msg = f"{self.plan.name} is a `def` function and got the async iterable {items!r}; make it `async def`"
+            got = f"{type(items).__qualname__}, an async iterable"
+            msg = f"{self.plan.name} is a `def` function and got {got}; make it `async def`"
             raise TypeError(msg)
         from opero.concurrency.running import run_blocking
 

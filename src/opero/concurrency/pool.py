@@ -12,6 +12,7 @@ from opero.concurrency.mapping import make_map
 from opero.concurrency.pool_source import PoolSource
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
+from opero.core.showing import kind_of, listed, shown
 from opero.core.signature import check_decoratable, is_async, name_of
 
 if TYPE_CHECKING:
@@ -121,13 +122,15 @@ def check_mode(mode: Any) -> None:
     if hasattr(mode, "get_executor"):
         ways = f"write its executor, {type(mode).__name__.lower()}.get_executor()"
     if not callable(mode) or (isinstance(mode, type) and not issubclass(mode, Executor)):
-        msg = f"mode={mode!r} is {type(mode).__name__}, which is no concurrent.futures.Executor; {ways}"
+        msg = f"mode={shown(mode)} is {kind_of(mode)}, which is no concurrent.futures.Executor; {ways}"
         raise TypeError(msg)
     check_callable("mode", mode, "a function that makes an executor")
     try:
         inspect.signature(mode).bind()
     except TypeError as error:
-        msg = f"mode={mode!r} is called without arguments to make an executor, but {error}; write a lambda around it"
+        msg = (
+            f"mode={shown(mode)} is called without arguments to make an executor, but {error}; write a lambda around it"
+        )
         raise TypeError(msg) from None
     except ValueError:  # a builtin whose signature is not known
         pass
@@ -148,10 +151,11 @@ def _pool_maker(mode: Mode, workers: int | None, options: dict[str, Any]) -> Cal
 
 def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
     known = _OPTIONS[mode] if isinstance(mode, str) else ()
+    named = f"mode={mode!r}" if isinstance(mode, str) else "an executor as mode"
     if options and not known:
-        msg = f"pool_options={options!r} cannot apply with mode={mode!r}, which takes none; leave it out"
+        msg = f"pool_options with {listed(options)} cannot apply with {named}, which takes none; leave it out"
         raise TypeError(msg)
-    check_known(f"pool_options with mode={mode!r}", options, known)
+    check_known(f"pool_options with {named}", options, known)
     if "start_method" in options:
         import multiprocessing
 
@@ -159,10 +163,11 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
     if "initializer" in options:
         check_callable("pool_options['initializer']", options["initializer"], "a function that prepares each worker")
     if "initargs" in options and "initializer" not in options:
-        msg = f"pool_options['initargs']={options['initargs']!r} has no effect without an initializer; add one"
+        msg = "pool_options['initargs'] has no effect without an initializer; add one"
         raise ValueError(msg)
     if not isinstance(options.get("initargs", ()), tuple):
-        msg = f"pool_options['initargs']={options['initargs']!r} is {type(options['initargs']).__name__}; write a tuple"
+        initargs = options["initargs"]
+        msg = f"pool_options['initargs']={shown(initargs)} is {kind_of(initargs)}; write a tuple"
         raise TypeError(msg)
     if "concurrency" in options:
         check_count("pool_options['concurrency']", options["concurrency"], "coroutines in each process", smallest=1)

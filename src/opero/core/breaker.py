@@ -10,6 +10,7 @@ from opero.core.checks import check_count, check_known, check_mapping, check_sec
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.keys import identity_of
+from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
 from opero.core.steps import Await
 from opero.utils.logging import log
@@ -293,7 +294,7 @@ def breaker_policy(function: Callable[..., Any], breaker: int | Mapping[str, Any
     try:
         given = check_mapping("breaker", breaker)
     except TypeError as error:
-        msg = f"breaker={breaker!r} is {type(breaker).__name__}; write a number of failures in a row, or a mapping"
+        msg = f"breaker={shown(breaker)} is {kind_of(breaker)}; write a number of failures in a row, or a mapping"
         raise TypeError(msg) from error
     check_known("breaker", given, tuple(_DEFAULTS))
     settings = {**_DEFAULTS, **given}

@@ -76,7 +76,11 @@ class Cache:
 
     def _look_up(self, key: Any) -> tuple[Any, float] | None:
         # Not the store's own: it is made at the first call.
-        return self.store.look_up(key)
+        try:
+            return self.store.look_up(key)
+        except MisuseError:
+            # It has no name to keep anything under; `through` meets the same, and counts a call that failed.
+            return None
 
     def _look_up_if_open(self, key: Any) -> tuple[Any, float] | None:
         # An event loop is not to wait for the opening; `through` asks in a thread.
@@ -92,7 +96,10 @@ class Cache:
         return CacheInfo(stats.hits, stats.calls - stats.hits, self._settings.maxsize, self._count())
 
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
-        key = call.key = self.keys.key_of(*call.args, **call.kwargs) if call.key is MISSING else call.key
+        key = call.key = self._key_of(call)
+        if key.__class__ is Failed:
+            stats.flown.tick()
+            return key
         flights = self.store.flights
         own = Flight(key, call.presence)
         try:
@@ -109,6 +116,14 @@ class Cache:
         finally:
             # Ctrl-C may come between any two steps: nobody is to wait for what will not land.
             flights.abandon(own)
+
+    def _key_of(self, call: Call) -> Any:
+        """The key, or why nothing can be kept under any."""
+        try:
+            _ = self.store
+            return self.keys.key_of(*call.args, **call.kwargs) if call.key is MISSING else call.key
+        except Exception as error:  # noqa: BLE001 - the call's own: arguments that cannot be a key, a user's function
+            return Failed(error)
 
     def delete(self, key: Any) -> bool:
         self.store.flights.invalidate(key)
@@ -137,7 +152,11 @@ class Cache:
         flights, lease = self.store.flights, Lease(flight.key)
         try:
             # Another leader, here or elsewhere, may have stored between this call's look and its boarding.
-            claim = yield from self._claim(lease)
+            try:
+                claim = yield from self._claim(lease)
+            except Exception:
+                stats.flown.tick()
+                raise
             if claim.__class__ is Found:
                 flights.land(flight, claim.value)
                 return self._hit(call, claim.value, stats)

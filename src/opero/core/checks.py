@@ -1,4 +1,4 @@
-"""Checks of options: an error says what came in and what to write instead."""
+"""Checks of options: an error says what came in, as far as it can be no secret, and what to write instead."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from opero.core.showing import kind_of, listed, nearest, shown
 from opero.core.signature import is_async
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        msg = f"{name}={value!r} is {type(value).__name__}; write True or False"
+        msg = f"{name}={shown(value)} is {kind_of(value)}; write True or False"
         raise TypeError(msg)
     return value
 
@@ -26,11 +27,11 @@ def check_seconds(name: str, value: Any, *, zero: bool) -> float:
 
 def check_number(name: str, value: Any, what: str, *, smallest: float, exclusive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        msg = f"{name}={value!r} is {type(value).__name__}; write a number of {what}"
+        msg = f"{name}={shown(value)} is {kind_of(value)}; write a number of {what}"
         raise TypeError(msg)
     if not _is_finite(value) or value < smallest or (exclusive and value == smallest):
         bound = "above" if exclusive else "of at least"
-        msg = f"{name}={value!r} is out of range; write a finite number of {what} {bound} {smallest:g}"
+        msg = f"{name}={shown(value)} is out of range; write a finite number of {what} {bound} {smallest:g}"
         raise ValueError(msg)
     return value
 
@@ -44,30 +45,32 @@ def _is_finite(value: float) -> bool:
 
 def check_count(name: str, value: Any, what: str, *, smallest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"{name}={value!r} is {type(value).__name__}; write a whole number of {what}"
+        msg = f"{name}={shown(value)} is {kind_of(value)}; write a whole number of {what}"
         raise TypeError(msg)
     if value < smallest:
-        msg = f"{name}={value!r} is out of range; write a whole number of {what}, {smallest} or more"
+        msg = f"{name}={shown(value)} is out of range; write a whole number of {what}, {smallest} or more"
         raise ValueError(msg)
     return value
 
 
 def check_text(name: str, value: Any, what: str) -> str:
     if not isinstance(value, str):
-        msg = f"{name}={value!r} is {type(value).__name__}; write {what} as text"
+        msg = f"{name}={shown(value)} is {kind_of(value)}; write {what} as text"
         raise TypeError(msg)
     if not value:
-        msg = f"{name}={value!r} is empty; write {what}"
+        msg = f"{name}='' is empty; write {what}"
         raise ValueError(msg)
     return value
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str):
-        msg = f"{name}={value!r} is {type(value).__name__}; write one of {_listed(choices)}"
+        msg = f"{name}={shown(value)} is {kind_of(value)}; write one of {listed(choices)}"
         raise TypeError(msg)
     if value not in choices:
-        msg = f"{name}={value!r} is not known; write one of {_listed(choices)}"
+        near = nearest(value, choices)
+        hint = "" if near is None else f"did you mean {near!r}? "
+        msg = f"{name}={shown(value)} is not known; {hint}write one of {listed(choices)}"
         raise ValueError(msg)
     return value
 
@@ -77,21 +80,21 @@ def check_mapping(name: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        msg = f"{name}={value!r} is {type(value).__name__}; write a mapping of option names to values"
+        msg = f"{name}={shown(value)} is {kind_of(value)}; write a mapping of option names to values"
         raise TypeError(msg)
     for key in value:
         if not isinstance(key, str):
-            msg = f"{name} has the key {key!r}, which is {type(key).__name__}; write option names as text"
+            msg = f"{name} has a key {shown(key)}, which is {kind_of(key)}; write option names as text"
             raise TypeError(msg)
     return dict(value)
 
 
 def check_callable(name: str, value: Any, what: str) -> Callable[..., Any]:
     if not callable(value):
-        msg = f"{name}={value!r} cannot be called; write {what}"
+        msg = f"{name}={shown(value)} is {kind_of(value)}, which cannot be called; write {what}"
         raise TypeError(msg)
     if is_async(value):
-        msg = f"{name}={value!r} is an async function; write a plain one, for async functions too"
+        msg = f"{name}={shown(value)} is an async function; write a plain one, for async functions too"
         raise TypeError(msg)
     checked: Callable[..., Any] = value
     return checked
@@ -101,13 +104,7 @@ def check_known(where: str, names: Collection[str], known: Collection[str]) -> N
     """Refuse names that are not known, with the nearest one that is."""
     for name in names:
         if name not in known:
-            import difflib
-
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"write any of {_listed(known)}"
+            near = nearest(name, known)
+            hint = f"write any of {listed(known)}" if near is None else f"did you mean {near!r}?"
             msg = f"{where} got the unknown option {name!r}; {hint}"
             raise TypeError(msg)
-
-
-def _listed(choices: Collection[str]) -> str:
-    return ", ".join(repr(choice) for choice in sorted(choices))

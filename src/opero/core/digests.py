@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import marshal
 import pickle
+import re
 import types
 from hashlib import blake2b
 from typing import Any
@@ -19,6 +20,7 @@ _MARSHAL_VERSION = 2
 # One module under two names: in worker processes, and in Python 3.13.
 _SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}
 _NAMED = (type, types.FunctionType)
+_OF_NAMES = re.compile(r"\w+: (cannot pickle '[^']*' object|Can't (pickle|get) local object '[^']*')")
 
 
 def digest_of_plain(values: tuple[Any, ...]) -> bytes:
@@ -62,5 +64,11 @@ def _pickle(value: Any) -> bytes:
     try:
         return pickle.dumps(value, _PICKLE_PROTOCOL)
     except Exception as error:
-        msg = f"a {type(value).__qualname__} cannot be pickled ({describe(error)})"
+        msg = f"a {type(value).__qualname__} cannot be pickled ({_reason(error)})"
         raise UncacheableError(msg) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why something cannot be pickled; the text only where it has no more than names, others may show the value."""
+    text = describe(error)
+    return text if _OF_NAMES.fullmatch(text) else type(error).__name__

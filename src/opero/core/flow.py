@@ -56,7 +56,11 @@ def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:
 
 
 def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
-    outcome = yield from _CallFlow(plan, call, failure).cache()
+    outcome: Any
+    try:
+        outcome = yield from _CallFlow(plan, call, failure).cache()
+    except Exception as error:  # noqa: BLE001 - raised by a policy before any attempt: a call that failed like others
+        outcome = Failed(error)
     if outcome.__class__ is Final:
         outcome = outcome.outcome
     if outcome.__class__ is Failed:
@@ -73,11 +77,6 @@ def _told(call: Call, tell: Teller, flow: Flow) -> Flow:
         outcome = yield from flow
         error = outcome.error if outcome.__class__ is Failed else None
         cancelled = False
-    except Exception as raised:
-        # Before any attempt: arguments that cannot be part of a key.
-        error, cancelled = raised, False
-        raise
-    else:
         return outcome
     finally:
         seconds = clock.now() - call.started

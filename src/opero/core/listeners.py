@@ -7,21 +7,20 @@ Nobody listens by default, and then nothing here runs: see `opero.core.switches`
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from opero.core.checks import check_callable
 from opero.core.clock import clock
-from opero.core.forks import ForkSafeLock
+from opero.core.signature import name_of
 from opero.core.switches import switches
-from opero.utils.logging import log
-from opero.utils.notes import describe
+from opero.utils.logging import is_logged
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opero.core.plan import Call, Plan
 
-Listener = Callable[[Any], object]
 Kind = Literal[
     "AttemptFailed",
     "AttemptStarted",
@@ -34,32 +33,53 @@ Kind = Literal[
 ]
 
 _numbers = itertools.count(1)
-_lock = ForkSafeLock()
-_everybody: tuple[Listener, ...] = ()
-_complained = threading.Event()
+# The callbacks that are being told of something by the running code, each by what the one before it called. Not by
+# thread: tasks that a callback starts are its doing, too.
+_telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_telling", default=())
+
+
+class Listener:
+    """A callback, and whether its errors have been complained of."""
+
+    __slots__ = ("_is_complained_of", "callback")
+
+    def __init__(self, callback: Callable[[Any], object]) -> None:
+        self.callback = callback
+        self._is_complained_of = False
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether the running code was called by the callback, while it was told of something."""
+        return any(self.callback is callback for callback in _telling.get())
+
+    def tell(self, event: Any) -> None:
+        token = _telling.set((*_telling.get(), self.callback))
+        try:
+            self.callback(event)
+        except Exception as error:  # noqa: BLE001 - who listens must not change what happens
+            self._complain(error)
+        finally:
+            _telling.reset(token)
+
+    def _complain(self, error: Exception) -> None:
+        if not self._is_complained_of:
+            # Not its text, which may hold what the callback was made with.
+            text = "on_event={} raised {}, and goes on being told"
+            self._is_complained_of = is_logged("WARNING", text, name_of(self.callback), type(error).__name__)
 
 
 class Subscription:
     """A callback that is told of all functions' events until this is closed; also a context for a ``with`` block."""
 
-    def __init__(self, callback: Listener) -> None:
-        global _everybody  # noqa: PLW0603 - one list for all functions
-        self._callback: Listener | None = callback
-        with _lock.lock:
-            _everybody = (*_everybody, callback)
-        switches.listening(begins=True)
+    def __init__(self, callback: Callable[[Any], object]) -> None:
+        self._listener: Listener | None = Listener(callback)
+        switches.listening(self._listener, begins=True)
 
     def close(self) -> None:
         """Tell the callback of nothing any more; calls under way still tell it of their ends."""
-        global _everybody  # noqa: PLW0603 - as above
-        callback, self._callback = self._callback, None
-        if callback is None:
-            return
-        with _lock.lock:
-            # By identity: callbacks may be equal to others, or to none.
-            place = next(place for place, other in enumerate(_everybody) if other is callback)
-            _everybody = (*_everybody[:place], *_everybody[place + 1 :])
-        switches.listening(begins=False)
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            switches.listening(listener, begins=False)
 
     def __enter__(self) -> Self:
         return self
@@ -72,8 +92,13 @@ def on_event(callback: Callable[[Any], object]) -> Subscription:
     """Tell ``callback`` of what happens during the calls of all decorated functions of this process.
 
     It gets one `opero.events.Event` at a time, in the thread (or event loop) that makes the call, and should be quick.
+    Several are told in the order in which they began to listen, of the end of a call in the opposite order.
     An `Exception` that it raises is logged once and changes nothing. While somebody listens, every call takes the
     slower way (some microseconds more).
+
+    It may call decorated functions itself: of calls that it makes, in its own thread or in tasks that it starts, the
+    others are told, but it is not. This does not reach calls that another thread makes for it. A forked child inherits
+    it, as it inherits all objects: its copy is told of the child's calls.
 
     Args:
         callback: A plain function of one event.
@@ -90,39 +115,33 @@ def on_event(callback: Callable[[Any], object]) -> Subscription:
 class Teller:
     """Tells the listeners of one call."""
 
-    __slots__ = ("_call", "_events", "_listeners", "_name", "_number")
+    __slots__ = ("_call", "_events", "_listeners", "_number", "_plan")
 
-    def __init__(self, plan: Plan, call: Call, listeners: tuple[Listener, ...]) -> None:
+    def __init__(self, plan: Plan, call: Call, listeners: list[Listener]) -> None:
         from opero import events
 
         self._events: Any = events
-        self._name = plan.name
+        self._plan = plan
         self._call = call
         self._listeners = listeners
         self._number = next(_numbers)
 
     def __call__(self, kind: Kind, **facts: Any) -> None:
-        make = getattr(self._events, kind)
-        event = make(function=self._name, call=self._number, index=self._call.index, time=clock.wall(), **facts)
-        for listener in self._listeners:
-            try:
-                listener(event)
-            except Exception as error:  # noqa: BLE001 - who listens must not change what happens
-                _complain(listener, error)
+        make, plan, call = getattr(self._events, kind), self._plan, self._call
+        common = {"function": plan.name, "module": plan.module, "call": self._number, "index": call.index}
+        event = make(**common, time=clock.wall(), **facts)
+        # As contexts are left: who begins something around the call ends it inside of what others began before.
+        for listener in reversed(self._listeners) if kind == "CallDone" else self._listeners:
+            listener.tell(event)
 
 
 def teller_of(plan: Plan, call: Call) -> Teller | None:
     """Who tells of a call; None if nobody listens."""
-    listeners = _everybody if plan.on_event is None else (plan.on_event, *_everybody)
+    everybody = switches.listeners if plan.on_event is None else (plan.on_event, *switches.listeners)
+    listeners = [listener for listener in everybody if not listener.is_telling]
     return Teller(plan, call, listeners) if listeners else None
 
 
 def is_listened_to(plan: Plan) -> bool:
     """Whether the calls of a function have to be told of."""
-    return plan.on_event is not None or bool(_everybody)
-
-
-def _complain(listener: Listener, error: Exception) -> None:
-    if not _complained.is_set():
-        _complained.set()
-        log("WARNING", "on_event={!r} raised, and goes on being told: {}", listener, describe(error))
+    return plan.on_event is not None or bool(switches.listeners)

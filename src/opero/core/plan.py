@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from opero.core.clock import clock
-from opero.core.signature import MISSING, is_async, name_of
+from opero.core.signature import MISSING, is_async, module_of, name_of
 from opero.core.stats import Stats
 from opero.core.steps import Failed, Flow
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from opero.core.flights import Presence
     from opero.core.keys import KeyMaker
-    from opero.core.listeners import Teller
+    from opero.core.listeners import Listener, Teller
     from opero.core.stats import CallStats
 
 
@@ -305,7 +305,7 @@ class LimitPolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Frozen settings of one decorated function: one policy per layer, None where it is off."""
 
@@ -317,14 +317,20 @@ class Plan:
     breaker: BreakerPolicy | None = None
     limit: LimitPolicy | None = None
     attempt_timeout: float | None = None
-    on_event: Callable[[Any], object] | None = None
+    on_event: Listener | None = None
     stats: Stats = field(default_factory=Stats)
     name: str = field(init=False)
+    module: str = field(init=False)
     is_async: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", name_of(self.function))
+        object.__setattr__(self, "module", module_of(self.function))
         object.__setattr__(self, "is_async", is_async(self.function))
+
+    def __repr__(self) -> str:
+        layers = ("cache", "total_timeout", "retry", "fallback", "breaker", "limit", "attempt_timeout", "on_event")
+        return f"<plan of {self.name}: {', '.join(n for n in layers if getattr(self, n) is not None) or 'no policy'}>"
 
     @property
     def first_attempt_is_direct(self) -> bool:
@@ -332,7 +338,11 @@ class Plan:
         timed = self.total_timeout is not None or self.attempt_timeout is not None
         watched = self.retry is not None and self.retry.watches_every_attempt
         asks = self.limit is not None and self.limit.take_now is None
-        return self.fallback is None and self.breaker is None and not (timed or watched or asks or self.on_event)
+        return (
+            self.fallback is None
+            and self.breaker is None
+            and not (timed or watched or asks or self.on_event is not None)
+        )
 
     @property
     def bare(self) -> Plan:

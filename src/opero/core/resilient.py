@@ -14,7 +14,7 @@ from opero.core.clock import clock
 from opero.core.flow import call_flow
 from opero.core.plan import CacheInfo, Call, Plan
 from opero.core.signature import MISSING, check_decoratable, compile_function, forwarding, innermost, refuse_awaitable
-from opero.core.steps import drive, drive_async
+from opero.core.steps import Failed, drive, drive_async
 from opero.core.switches import switches
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class OperoFunction(_Callable[P, R]):
         return self
 
     def __repr__(self) -> str:
-        return f"<opero {self.__wrapped__!r}>"
+        return f"<opero {self.plan.name}>"
 
 
 class BoundOperoFunction(_Callable[P, R]):
@@ -168,7 +168,8 @@ class BoundOperoFunction(_Callable[P, R]):
 
     def __repr__(self) -> str:
         function, instance = _bound(self)
-        return f"<opero {function.__wrapped__!r} of {instance!r}>"
+        owner = instance if isinstance(instance, type) else type(instance)
+        return f"<opero {function.plan.name} of {owner.__qualname__}>"
 
 
 _NAMES = ("__name__", "__qualname__")
@@ -234,6 +235,15 @@ _GUARD = """if not _opero_take_slot({limited_by}):
         return {await_}_opero_enter({packed})
     """
 
+_GUARD_OF_VALUE = """try:
+        _opero_may_start = _opero_take_slot({limited_by})
+    except _opero_Exception:
+        # The flow asks again, and counts a value that has no limit as a call that failed.
+        _opero_may_start = False
+    if not _opero_may_start:
+        return {await_}_opero_enter({packed})
+    """
+
 _BY_FLOW = """
 {define} call({parameters}):
     return {await_}_opero_enter({packed})
@@ -241,12 +251,20 @@ _BY_FLOW = """
 
 _CACHED = """
 {define} call({parameters}):
-    _opero_key = {key}
-    _opero_entry = _opero_look_up(_opero_key)
-    if _opero_entry is not None{in_time}:
-        _opero_count_hit()
-        return _opero_entry[0]
-    return {await_}_opero_enter({packed}, _opero_key)
+    try:
+        _opero_key = {key}
+    except _opero_Exception as _opero_error:
+        _opero_failure = _opero_error
+    else:
+        _opero_entry = _opero_look_up(_opero_key)
+        if _opero_entry is not None{in_time}:
+            _opero_count_hit()
+            return _opero_entry[0]
+        return {await_}_opero_enter({packed}, _opero_key)
+    try:
+        return {await_}_opero_enter({packed}, _opero_Failed(_opero_failure))
+    finally:
+        del _opero_failure
 """
 
 
@@ -299,11 +317,12 @@ class _Wrapper:
             words["key"] = plan.cache.keys.source
             words["in_time"] = " and _opero_entry[1] > _opero_clock.now()" if plan.cache.entries_may_expire else ""
             namespace |= plan.cache.keys.namespace
-            namespace |= {"_opero_look_up": look_up, "_opero_count_hit": plan.stats.hits.tick}
+            namespace |= {"_opero_look_up": look_up, "_opero_count_hit": plan.stats.hits.tick, "_opero_Failed": Failed}
             return _CACHED
         if plan.cache is None and plan.first_attempt_is_direct and _can_be_limited(plan, shape):
             words["limited_by"] = "" if plan.limit is None else plan.limit.parameter or ""
-            words["guard"] = "" if plan.limit is None else _GUARD.format(**words)
+            guard = _GUARD_OF_VALUE if words["limited_by"] else _GUARD
+            words["guard"] = "" if plan.limit is None else guard.format(**words)
             namespace["_opero_function"] = entrances.function
             entrances.when_looked_at(lambda: namespace.update(_opero_function=plan.function))
             namespace["_opero_count"] = plan.stats.direct.tick
@@ -350,7 +369,10 @@ class _Entrances:
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
         function = self._plan.function if self._has_looked else self.function
-        return drive(call_flow(self._plan, Call(args, kwargs, key=key, blocks=True)), function)
+        flow = call_flow(self._plan, Call(args, kwargs, key=key, blocks=True))
+        # It may hold the error that this frame will be in the traceback of.
+        del key
+        return drive(flow, function)
 
     def recover(self, error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function = self._plan.function if self._has_looked else self.function
@@ -375,7 +397,9 @@ class _AsyncEntrances:
 
     async def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Any:
         plan = self._plan
-        return await drive_async(call_flow(plan, Call(args, kwargs, key=key)), plan.function, plan.name)
+        flow = call_flow(plan, Call(args, kwargs, key=key))
+        del key
+        return await drive_async(flow, plan.function, plan.name)
 
     async def recover(self, error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan = self._plan

@@ -25,6 +25,7 @@ from opero.core.checks import (
 from opero.core.clock import clock
 from opero.core.plan import ACCEPTED, Call, Final, Plan, Verdict
 from opero.core.resilient import OperoFunction, decorator
+from opero.core.showing import shown
 from opero.core.signature import name_of
 from opero.core.steps import Failed
 from opero.utils.logging import log
@@ -291,10 +292,10 @@ _OPTIONAL_HOOKS = ("before", "after", "before_sleep", "retry_error_callback")
 def _check_hook(name: str, hook: Any) -> None:
     wanted = "a function of tenacity's retry state, or one of tenacity's own objects for it"
     if isinstance(hook, type) and issubclass(hook, BaseException):
-        msg = f"retry_options[{name!r}]={hook!r} is a class of exceptions; write retry_on={hook.__name__}"
+        msg = f"retry_options[{name!r}]={shown(hook)} is a class of exceptions; write retry_on={hook.__name__}"
         raise TypeError(msg)
     if isinstance(hook, type):
-        msg = f"retry_options[{name!r}]={hook!r} is a class; write {wanted}"
+        msg = f"retry_options[{name!r}]={shown(hook)} is a class; write {wanted}"
         raise TypeError(msg)
     check_callable(f"retry_options[{name!r}]", hook, wanted)
 
@@ -304,7 +305,8 @@ def _check_retry_on(retry_on: Any) -> None:
     if isinstance(retry_on, (type, tuple)):
         for cls in retry_on if isinstance(retry_on, tuple) else (retry_on,):
             if not (isinstance(cls, type) and issubclass(cls, BaseException)):
-                msg = f"retry_on={retry_on!r} is not a class of exceptions; write {wanted}"
+                what = f"the class {cls.__qualname__}" if isinstance(cls, type) else type(cls).__qualname__
+                msg = f"retry_on has {what}, which is no class of exceptions; write {wanted}"
                 raise TypeError(msg)
             if not issubclass(cls, Exception):
                 msg = (

@@ -40,9 +40,19 @@ def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def name_of(function: Callable[..., Any]) -> str:
     """Name a function as a message should: its qualified name, through partials."""
+    return _named(function).__qualname__
+
+
+def module_of(function: Callable[..., Any]) -> str:
+    """The module of what `name_of` names, ``""`` if none is known."""
+    module = getattr(_named(function), "__module__", None)
+    return module if isinstance(module, str) else ""
+
+
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial) and not hasattr(function, "__qualname__"):
         function = function.func
-    return getattr(function, "__qualname__", type(function).__qualname__)
+    return function if hasattr(function, "__qualname__") else type(function)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -59,7 +69,8 @@ def check_decoratable(function: Any, decorator: str) -> None:
         msg = f"@{decorator} got a {kind} object; put @{decorator} below @{kind}"
         raise TypeError(msg)
     if isinstance(function, type) or not callable(function):
-        msg = f"@{decorator} got {function!r}; it decorates functions and other callables that are not classes"
+        what = f"the class {function.__qualname__}" if isinstance(function, type) else type(function).__qualname__
+        msg = f"@{decorator} got {what}; it decorates functions and other callables that are not classes"
         raise TypeError(msg)
     bare = function
     while isinstance(bare, functools.partial):
@@ -114,14 +125,14 @@ def parameter_slot(function: Callable[..., Any], name: str, option: str) -> Para
         parameters = inspect.signature(function).parameters
     except (ValueError, TypeError) as error:
         msg = (
-            f"{option}={name!r} cannot apply to {name_of(function)}, whose parameters Python does not know; "
+            f"{option}=… cannot apply to {name_of(function)}, whose parameters Python does not know; "
             "write a function with named parameters around it"
         )
         raise ValueError(msg) from error
     parameter = parameters.get(name)
     if parameter is None or parameter.kind in _VARIADIC:
         named = [p.name for p in parameters.values() if p.kind not in _VARIADIC]
-        msg = f"{option}={name!r} names no parameter of {name_of(function)}; write one of {named}"
+        msg = f"{option}=… names no parameter of {name_of(function)}; write one of {named}"
         raise ValueError(msg)
     positional = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
     return ParameterSlot(

@@ -290,18 +290,23 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
     """Carry out a flow by blocking."""
     sent: Any = None
     try:
+        step = flow.send(None)
         while True:
-            step = flow.send(sent)
             if isinstance(step, Attempt):
                 sent = run_attempt(function, step)
             elif isinstance(step, Pause):
                 (time.sleep if step.is_real else clock.sleep)(step.seconds)
                 sent = None
             elif isinstance(step, Consult):
-                (sent,) = consult([step])
+                try:
+                    (sent,) = consult([step])
+                except Exception as error:  # noqa: BLE001 - the flow decides what becomes of the call
+                    step = flow.throw(error)
+                    continue
             else:
                 await_arrival(step.arrival)
                 sent = None
+            step = flow.send(sent)
     except StopIteration as end:
         outcome = end.value
     finally:
@@ -317,18 +322,23 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
     """Carry out a flow by awaiting."""
     sent: Any = None
     try:
+        step = flow.send(None)
         while True:
-            step = flow.send(sent)
             if isinstance(step, Attempt):
                 sent = await run_attempt_async(function, step, name)
             elif isinstance(step, Pause):
                 await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
                 sent = None
             elif isinstance(step, Consult):
-                (sent,) = await consult_async([step])
+                try:
+                    (sent,) = await consult_async([step])
+                except Exception as error:  # noqa: BLE001 - as above
+                    step = flow.throw(error)
+                    continue
             else:
                 await await_arrival_async(step.arrival)
                 sent = None
+            step = flow.send(sent)
     except StopIteration as end:
         outcome = end.value
     finally:

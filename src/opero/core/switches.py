@@ -10,10 +10,12 @@ import os
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
-from opero.core.forks import ForkSafeLock
+from opero.core.forks import ForkSafeLock, watch_forks
 
 if TYPE_CHECKING:
     from typing import Literal
+
+    from opero.core.listeners import Listener
 
     Way = Literal["usual", "told", "bare"]
 
@@ -27,19 +29,31 @@ class Switched(Protocol):
 
 
 class _Switches:
-    """Which way calls take: ``"usual"``, ``"told"`` while somebody listens, ``"bare"`` while opero is disabled."""
+    """Which way calls take: ``"usual"``, ``"told"`` while somebody listens, ``"bare"`` while opero is disabled.
+
+    Attributes:
+        listeners: Who is told of the calls of all functions.
+    """
 
     def __init__(self) -> None:
         self._lock = ForkSafeLock()
         self._switched: WeakSet[Switched] = WeakSet()
-        self._listeners = 0
+        self.listeners: tuple[Listener, ...] = ()
         self._disablers = 1 if _is_on(os.environ.get("OPERO_DISABLED", "")) else 0
+        self._is_switching = False
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        """Finish what another thread of the parent was at; its place in the set would be kept for it for ever."""
+        if self._is_switching:
+            self._switched = WeakSet(list(self._switched))
+            self._go()
 
     @property
     def way(self) -> Way:
         if self._disablers:
             return "bare"
-        return "told" if self._listeners else "usual"
+        return "told" if self.listeners else "usual"
 
     @property
     def is_disabled(self) -> bool:
@@ -51,10 +65,11 @@ class _Switches:
             if self.way != "usual":
                 switched.go(self.way)
 
-    def listening(self, *, begins: bool) -> None:
+    def listening(self, listener: Listener, *, begins: bool) -> None:
         """Somebody begins or ends to listen to all functions."""
         with self._lock.lock:
-            self._listeners += 1 if begins else -1
+            others = tuple(other for other in self.listeners if other is not listener)
+            self.listeners = (*others, listener) if begins else others
             self._go()
 
     def disabling(self, *, begins: bool) -> None:
@@ -64,8 +79,10 @@ class _Switches:
             self._go()
 
     def _go(self) -> None:
+        self._is_switching = True
         for switched in list(self._switched):
             switched.go(self.way)
+        self._is_switching = False
 
 
 def _is_on(text: str) -> bool:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from opero.core.breaker import breaker_policy
 from opero.core.cache import cache_policy
 from opero.core.checks import check_callable, check_flag, check_known, check_seconds
 from opero.core.fallback import fallback_policy
+from opero.core.listeners import Listener
 from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.retry import RetryOn, retry_policy
+from opero.core.showing import shown
 from opero.core.signature import is_async, name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from opero.core.cache import Cache
     from opero.core.limits.rates import Rate
@@ -134,7 +135,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         attempt_timeout=attempt_timeout,
         on_event=None
         if given["on_event"] is None
-        else check_callable("on_event", given["on_event"], "a function of one event"),
+        else Listener(check_callable("on_event", given["on_event"], "a function of one event")),
     )
 
 
@@ -177,16 +178,8 @@ def _refuse_useless(given: dict[str, Any]) -> None:
         needs.pop("retry_on")
     for name, (other, off, example) in needs.items():
         if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
-            shown = _without_passwords(given[name])
-            msg = f"{name}={shown!r} has no effect with {other}={off!r}; add {example}, or leave it out"
+            msg = f"{name}={shown(given[name])} has no effect with {other}={off!r}; add {example}, or leave it out"
             raise ValueError(msg)
-
-
-def _without_passwords(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    secret = ("password", "url")
-    return {name: "…" if any(word in str(name) for word in secret) else inner for name, inner in value.items()}
 
 
 @overload

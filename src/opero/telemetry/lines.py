@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.core.listeners import on_event
 from opero.events import AttemptFailed, CallDone, CandidateSwitched, RetryPlanned, SlotWaited
-from opero.telemetry.naming import type_name
+from opero.telemetry.naming import function_name, type_name
 from opero.utils.logging import let_through
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ def log_events(level: str = "INFO") -> Subscription:
     """Log what goes wrong in the calls of all decorated functions of this process, and what opero does about it.
 
     ``WARNING``: a call failed. ``INFO``: an attempt failed, a retry is planned, another candidate is tried. ``DEBUG``:
-    a rate limit made a call wait for 0.1 s or more. A line has the function, the number of the call, the place of the
-    item if it is one of a map (from 0), seconds, and the classes of exceptions; no arguments, no results, and no texts
-    of exceptions, which may quote arguments.
+    a rate limit made a call wait for 0.1 s or more. A line has the function's full name, the number of the call, the
+    place of the item if it is one of a map (from 0), seconds, and the classes of exceptions; no arguments, no results,
+    and no texts of exceptions, which may quote arguments.
 
     The lines go to the program's loguru sinks as those of ``opero.telemetry.lines``; no sink is added, removed or
     changed. They are let through by this call even if opero is silent otherwise, and opero's other messages stay as
@@ -59,7 +59,7 @@ def _writer(logger: Logger, threshold: int) -> Callable[[Event], None]:
         level, text = _line(event)
         if text and logger.level(level).no >= threshold:
             item = "" if event.index is None else f", item {event.index}"
-            logger.log(level, "{} (call {}{}) {}", event.function, event.call, item, text)
+            logger.log(level, "{} (call {}{}) {}", function_name(event), event.call, item, text)
 
     return write
 

@@ -17,11 +17,11 @@ from opero.events import (
     RetryPlanned,
     SlotWaited,
 )
-from opero.telemetry.naming import CANCELLED, outcome_of, type_name
+from opero.telemetry.naming import CANCELLED, function_name, outcome_of, type_name
 
 try:
     from opentelemetry import metrics, trace
-    from opentelemetry.context import attach, detach
+    from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY, attach, detach, get_value
 except ImportError as error:
     msg = "opero.telemetry.otel needs opentelemetry-api; install it with: pip install 'opero[opentelemetry]'"
     raise ImportError(msg) from error
@@ -43,11 +43,15 @@ def instrument(
 ) -> Subscription:
     """Make a span of every call of all decorated functions of this process, and measure the calls.
 
-    A span has the function's name, kind ``INTERNAL``, and the attributes ``code.function.name``, ``opero.outcome``
-    (``success``, ``failure``, ``cancelled``), ``opero.attempts``, ``opero.cached``, and ``opero.index`` (from 0) for an
-    item of a map. Its events are ``opero.attempt``, ``opero.attempt.failed``, ``opero.retry``, ``opero.candidate``,
-    ``opero.cache.hit`` and ``opero.rate_limit.wait``. The span of a failed call has the status ``ERROR``,
-    ``error.type`` and the recorded exception: with its text and traceback, which hold whatever the function put there.
+    A span has the function's qualified name, kind ``INTERNAL``, and the attributes ``code.function.name`` (the full
+    name, with the module), ``opero.outcome`` (``success``, ``failure``, ``cancelled``), ``opero.attempts``,
+    ``opero.cached``, and ``opero.index`` (from 0) for an item of a map. Its events are ``opero.attempt``,
+    ``opero.attempt.failed``, ``opero.retry``, ``opero.candidate``, ``opero.cache.hit`` and ``opero.rate_limit.wait``.
+
+    The span of a failed call has the status ``ERROR``, ``error.type`` and the recorded exception: its text, its notes
+    and its traceback, with those of its causes and, in an `AllFailedError`, of the error of each attempt. What opero
+    says itself has no arguments, candidates or results in it. The texts of the function's own errors, and what
+    `RemoteError` and `NotTransferableError` quote of them, are exported as they are: they may hold a URL with a key.
 
     While a single call runs, its span is the current one: spans that the function makes, and calls of other decorated
     functions, become its children. The items of a map run side by side: their spans have the caller's current span as
@@ -57,7 +61,8 @@ def instrument(
     the histogram ``opero.call.duration`` in seconds, waits included. All have ``code.function.name``; calls and
     durations have ``opero.outcome`` too, and ``error.type`` if they failed. No arguments and no results are told.
 
-    Each call of this makes spans and metrics of its own: call it once for each pair of providers.
+    Calls that an exporter makes have no spans. Each call of this makes spans and metrics of its own: call it once for
+    each pair of providers.
 
     Args:
         tracer_provider: Where spans go; default: the global provider, even one that is set later.
@@ -130,6 +135,9 @@ class _Instrument:
             self._note(live, event)
 
     def _begin(self, event: CallStarted) -> None:
+        if get_value(_SUPPRESS_INSTRUMENTATION_KEY):
+            # A call that an exporter makes: its span would have to be exported, too.
+            return
         attributes = _function(event)
         if event.index is not None:
             attributes["opero.index"] = event.index
@@ -177,7 +185,7 @@ class _Instrument:
 
 
 def _function(event: Event) -> dict[str, str | int | float | bool]:
-    return {"code.function.name": event.function}
+    return {"code.function.name": function_name(event)}
 
 
 def _outcome(done: CallDone) -> dict[str, str | int | float | bool]:

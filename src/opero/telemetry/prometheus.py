@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from opero.core.forks import ForkSafeLock
 from opero.core.listeners import on_event
 from opero.events import AttemptStarted, CacheHit, CallDone, CallStarted, RetryPlanned, SlotWaited
-from opero.telemetry.naming import outcome_of
+from opero.telemetry.naming import function_name, outcome_of
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
@@ -28,7 +28,7 @@ def instrument(registry: CollectorRegistry | None = None) -> Subscription:
     Counters: ``opero_calls_total`` (labels ``function`` and ``outcome``: ``success``, ``failure``, ``cancelled``),
     ``opero_attempts_total``, ``opero_retries_total``, ``opero_cache_hits_total`` and
     ``opero_rate_limit_wait_seconds_total``, with the label ``function``. Histogram: ``opero_call_duration_seconds``,
-    with the label ``function``; waits, cache hits and failed calls included. A function is named by its qualified name.
+    with the label ``function``; waits, cache hits and failed calls included. A function is named with its module.
 
     May be called several times for one registry: the metrics are there once, and every call is counted once as long as
     one of the subscriptions is open. They stay in the registry, with their numbers, when all are closed.
@@ -99,14 +99,14 @@ class _Listener:
             return
         match event:
             case AttemptStarted():
-                metrics.attempts.labels(event.function).inc()
+                metrics.attempts.labels(function_name(event)).inc()
             case RetryPlanned():
-                metrics.retries.labels(event.function).inc()
+                metrics.retries.labels(function_name(event)).inc()
             case CacheHit():
-                metrics.hits.labels(event.function).inc()
+                metrics.hits.labels(function_name(event)).inc()
             case SlotWaited():
-                metrics.waited.labels(event.function).inc(event.seconds)
+                metrics.waited.labels(function_name(event)).inc(event.seconds)
             case CallDone():
                 del metrics.counted_by[event.call]
-                metrics.calls.labels(event.function, outcome_of(event)).inc()
-                metrics.durations.labels(event.function).observe(event.seconds)
+                metrics.calls.labels(function_name(event), outcome_of(event)).inc()
+                metrics.durations.labels(function_name(event)).observe(event.seconds)

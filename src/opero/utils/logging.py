@@ -50,6 +50,23 @@ def log(level: str, message: str, *values: object) -> None:
             logger.log(level, message, *values)
 
 
+def is_logged(level: str, message: str, *values: object) -> bool:
+    """The same, and tells whether anybody listens."""
+    is_heard = False
+
+    def text() -> str:
+        nonlocal is_heard
+        is_heard = True
+        return message.format(*values)
+
+    with contextlib.suppress(Exception):
+        logger = _listening_logger()
+        if logger is not None and logger.level(level).no >= logger.level(_threshold).no:
+            # loguru asks for the text where opero is enabled and a sink takes the level.
+            logger.opt(lazy=True).log(level, "{}", text)
+    return is_heard
+
+
 def let_through(name: str) -> None:
     """Let the lines of one module of opero's through; the others stay as they are."""
     from loguru import logger

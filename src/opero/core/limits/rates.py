@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from opero.core.checks import check_count
+from opero.core.showing import kind_of, shown
 
 Rate = float | str | Sequence[float | str]
 
@@ -75,7 +76,7 @@ def parse_rates(rate: Any, max_burst: Any = None, *, option: str = "rate_limit",
     """
     if isinstance(rate, (list, tuple)):
         if not rate:
-            msg = f"{option}={rate!r} limits nothing; write at least one rate, or None for no limit"
+            msg = f"{option} is an empty {type(rate).__name__}; write at least one rate, or None for no limit"
             raise ValueError(msg)
         parsed = sorted((_parse(part, option) for part in rate), key=_per_second)
     else:
@@ -99,12 +100,14 @@ def _parse(rate: Any, option: str) -> tuple[float, float]:
     if isinstance(rate, str):
         match = _RATE_TEXT.fullmatch(rate)
         if match is None or match["unit"] not in _UNITS:
-            msg = f"{option}={asked!r} cannot be read; write calls per second, or text such as '100/minute' or '5/s'"
+            # What has the form of a rate is no secret.
+            asked = shown(asked) if match is None else repr(asked)
+            msg = f"{option}={asked} cannot be read; write calls per second, or text such as '100/minute' or '5/s'"
             raise ValueError(msg)
         rate, seconds = float(match["calls"]), _UNITS[match["unit"]]
     elif isinstance(rate, bool) or not isinstance(rate, (int, float)):
         msg = (
-            f"{option}={asked!r} is {type(asked).__name__}; write calls per second, text such as '100/minute', or a "
+            f"{option}={shown(asked)} is {kind_of(asked)}; write calls per second, text such as '100/minute', or a "
             "list of them"
         )
         raise TypeError(msg)

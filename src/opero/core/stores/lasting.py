@@ -53,7 +53,7 @@ class LastingStore(ABC):
             self.rest.end()
             return None if entry is None else (loads(entry), FOREVER)
         except UnsafeCacheError:
-            raise
+            return None
         except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told
             self.failed(error)
             return None

@@ -16,7 +16,7 @@ from opero.core.clock import clock
 from opero.core.private_folder import refuse_unsafe
 from opero.core.stores.disk import NAMESPACE_SETTING
 from opero.core.stores.lasting import slug
-from opero.exceptions import UnsafeCacheError
+from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
@@ -52,16 +52,30 @@ def namespaces_in(root: Path) -> list[Namespace]:
 
     Raises:
         UnsafeCacheError: If others could have put something there.
+        OperoError: If it cannot be read.
     """
-    if not os.path.lexists(root):
+    try:
+        refuse_unsafe(root, _OPTION)
+        folders = [Path(entry.path) for entry in os.scandir(root) if _has_database(entry.path)]
+    except UnsafeCacheError:
+        raise
+    except FileNotFoundError:
         return []
-    refuse_unsafe(root, _OPTION)
-    folders = [Path(entry.path) for entry in os.scandir(root) if _has_database(entry.path)]
+    except OSError as error:
+        msg = f"the folder {root} cannot be read: {error.strerror}"
+        raise OperoError(msg) from error
     return [_namespace(folder) for folder in sorted(folders)]
 
 
 def _has_database(folder: str) -> bool:
-    return os.path.lexists(os.path.join(folder, DBNAME))  # noqa: PTH118 - what scandir gives is text
+    try:
+        os.lstat(os.path.join(folder, DBNAME))  # noqa: PTH118 - what scandir gives is text
+    except PermissionError:
+        # There may be one: better a line that tells why than none.
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _namespace(folder: Path) -> Namespace:
@@ -108,7 +122,7 @@ def _size_of(folder: Path) -> int:
     for parent, _, names in os.walk(folder):
         for name in names:
             # Another process may take a file away meanwhile.
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 found = os.lstat(os.path.join(parent, name))  # noqa: PTH118 - what walk gives is text
                 size += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return size

@@ -18,6 +18,7 @@ from opero.core.checks import (
     check_text,
 )
 from opero.core.forks import ForkSafeLock
+from opero.core.showing import shown
 from opero.core.stores.memory import MEMORY_MAXSIZE, MEMORY_POLICIES, memory_store
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _HIGHEST_PORT = 65_535
 def _name(option: str, value: Any) -> str:
     name = check_text(option, value, "one folder's name")
     if os.path.basename(name) != name or name in {".", ".."}:  # noqa: PTH119 - pathlib takes long to import
-        msg = f"{option}={value!r} is a path; write one folder's name, and the rest as 'cache_dir'"
+        msg = f"{option}={shown(value)} is a path; write one folder's name, and the rest as 'cache_dir'"
         raise ValueError(msg)
     return name
 

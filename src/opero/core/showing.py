@@ -1,0 +1,45 @@
+"""What messages, logs and representations may show of values, any of which may be a secret: numbers and names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from opero.core.signature import name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+_HIDDEN = "…"
+_NUMBERS = (bool, int, float, type(None))
+_CONTAINERS = (list, tuple, dict, set, frozenset)
+
+
+def shown(value: Any) -> str:
+    """A number as it is, a function or class by its name, an empty text; nothing of anything else."""
+    if type(value) in _NUMBERS:
+        try:
+            return repr(value)
+        except ValueError:  # an int of thousands of digits
+            return _HIDDEN
+    if callable(value):
+        return name_of(value)
+    return "''" if value == "" and isinstance(value, str) else _HIDDEN
+
+
+def kind_of(value: Any) -> str:
+    """The name of its type, of the usual containers with the number of elements."""
+    name = type(value).__name__
+    return f"{name} of {len(value)}" if type(value) in _CONTAINERS else name
+
+
+def listed(names: Collection[str]) -> str:
+    """Names to choose from."""
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def nearest(name: str, names: Collection[str]) -> str | None:
+    """The one of the names that may have been meant."""
+    import difflib
+
+    near = difflib.get_close_matches(name, names, n=1)
+    return near[0] if near else None
