@@ -1226,15 +1226,18 @@ def test_ctrl_c_at_any_moment_stops_nobody_else(how):
     limiter = RateLimiter(20_000 if how == "waiting" else 1e9, max_burst=1)
     call = (lambda: limiter.per_value.take_now("key")) if how == "per value" else limiter.acquire
 
+    armed = True
+
     def interrupt(*_):
-        raise KeyboardInterrupt
+        if armed:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     generator = random.Random(0)
     interrupted = 0
     end = time.monotonic() + 2
     try:
-        # The last one may come when its time is over.
+        # The last one may come when the time is over.
         with contextlib.suppress(KeyboardInterrupt):
             while interrupted < 1_500 and time.monotonic() < end:
                 try:
@@ -1244,6 +1247,7 @@ def test_ctrl_c_at_any_moment_stops_nobody_else(how):
                 except (KeyboardInterrupt, RuntimeError):  # RuntimeError: of threading.Condition, when interrupted
                     interrupted += 1
                     assert asyncio._get_running_loop() is None
+            armed = False
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
