@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Outcomes that a stream in input order keeps back for an earlier one.
 STREAM_WINDOW = 10_000
+# Delivered to a map that shall look at the time.
+_NUDGE = object()
 
 
 class AsyncSource:
@@ -82,14 +84,18 @@ class AsyncSource:
 class _Wait:
     """Step of a running map: wait for events, at most so long by opero's clock and by the real one.
 
-    Sent back: the events.
+    ``is_idle``: no worker has anything to do. Sent back: the events.
     """
 
-    __slots__ = ("real_seconds", "seconds")
+    __slots__ = ("is_idle", "real_seconds", "seconds")
 
-    def __init__(self, seconds: float | None, real_seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, real_seconds: float | None, *, is_idle: bool) -> None:
+        self.is_idle = is_idle
         self.seconds = seconds
         self.real_seconds = real_seconds
+        if seconds is not None and not is_idle:
+            # What a worker does takes real time, in which no time is skipped.
+            self.real_seconds = seconds if real_seconds is None else min(seconds, real_seconds)
 
 
 class _Ask:
@@ -153,7 +159,8 @@ class _Run:
                 raise scheduler.failure
             if scheduler.done:
                 return
-            for event in (yield _Wait(scheduler.due_in(), scheduler.really_due_in())):
+            wait = _Wait(scheduler.due_in(), scheduler.really_due_in(), is_idle=scheduler.is_idle)
+            for event in (yield wait):
                 known = pool.receive(event)
                 if known is not None:
                     scheduler.handle(known)
@@ -217,14 +224,16 @@ def _collect(inbox: queue.SimpleQueue[Any], wait: _Wait) -> list[Any]:
     def get(timeout: float | None) -> bool:
         with suppress(queue.Empty):
             events.append(inbox.get(timeout=timeout))
+        if events == [_NUDGE]:
+            events.clear()
         return bool(events)
 
-    clock.wait(get, wait.seconds, patience=wait.real_seconds)
+    clock.wait(get, wait.seconds, nudge=lambda: inbox.put(_NUDGE), patience=wait.real_seconds, pushes=wait.is_idle)
     if events:
         with suppress(queue.Empty):
             while True:
                 events.append(inbox.get_nowait())
-    return events
+    return [event for event in events if event is not _NUDGE]
 
 
 def has_running_loop() -> bool:
@@ -260,16 +269,9 @@ class _AsyncInbox:
 
     async def collect(self, wait: _Wait) -> list[Any]:
         if not self._events:
-            timers = []
-            if wait.seconds is not None:
-                timers.append(clock.call_later(self._loop, wait.seconds, self._arrived.set))
-            if wait.real_seconds is not None:
-                timers.append(self._loop.call_later(wait.real_seconds, self._arrived.set))
-            try:
-                await self._arrived.wait()
-            finally:
-                for timer in timers:
-                    timer.cancel()
+            await clock.wait_async(
+                self._arrived, wait.seconds, self._arrived.set, patience=wait.real_seconds, pushes=wait.is_idle
+            )
         self._arrived.clear()
         return [self._events.popleft() for _ in range(len(self._events))]
 
