@@ -9,12 +9,12 @@ import threading
 import time
 
 import pytest
-from side_by_side import SECONDS, results, started
+from side_by_side import SECONDS, forked, forks, results, started, until
 
 import opero
 from opero.core import RateLimiter
 from opero.core.clock import clock
-from opero.events import CallDone, CallStarted
+from opero.events import CallDone, CallStarted, RetryPlanned
 from opero.testing import disabled, instant, recorded
 
 pytest_plugins = ["pytester"]
@@ -73,22 +73,225 @@ def test_tasks_share_the_virtual_time():
 
     with instant() as passed:
         asyncio.run(main())
-    assert passed.skipped == pytest.approx(19 * 60, abs=70)
+    assert passed.skipped == pytest.approx(19 * 60, abs=1)
+
+
+HOUR = {"min_delay": 3600, "max_delay": 3600, "jitter": False}
+
+
+def fails_first(seen):
+    """Fails for each list once; a task's own part takes some rounds of the loop."""
+    seen.append(1)
+    if len(seen) == 1:
+        raise ValueError
+    return "result"
+
+
+async def fails_first_async(seen):
+    for _ in range(20):
+        await asyncio.sleep(0)
+    return fails_first(seen)
+
+
+async def is_spinning_until(condition):
+    while not condition():  # noqa: ASYNC110 - nothing announces it, and the loop shall not be idle
+        await asyncio.sleep(0)
+
+
+def has_failed(events):
+    return any(isinstance(event, RetryPlanned) for event in events)
+
+
+async def together(function, count):
+    return await asyncio.gather(*[function([]) for _ in range(count)])
 
 
 def test_tasks_that_back_off_side_by_side_skip_the_time_once():
-    @opero.opero(retries=1, min_delay=600, max_delay=600, jitter=False)
-    async def f(seen):
-        seen.append(1)
-        if len(seen) == 1:
-            raise ValueError
+    f = opero.opero(retries=1, total_timeout=4000, **HOUR)(fails_first_async)
+    with instant() as passed:
+        assert asyncio.run(together(f, 50)) == ["result"] * 50
+    assert passed.skipped == pytest.approx(3600, abs=1)
 
-    async def main():
-        await asyncio.gather(*[f([]) for _ in range(50)])
+
+def test_no_thread_is_timed_out_by_the_wait_of_another():
+    all_failed = threading.Barrier(10)
+
+    @opero.opero(retries=1, total_timeout=4000, **HOUR)
+    def f(seen):
+        if not seen:
+            all_failed.wait(SECONDS)
+        return fails_first(seen)
 
     with instant() as passed:
+        assert results([started(f, []) for _ in range(10)]) == ["result"] * 10
+    # Threads can only guess what the others are about to do.
+    assert 3500 < passed.skipped < 5 * 3600
+
+
+def test_no_task_is_timed_out_by_the_wait_of_another():
+    async def main():
+        answer = asyncio.Event()
+
+        @opero.opero(retries=1, total_timeout=60, min_delay=1, jitter=False)
+        async def asks_the_world(seen):
+            await answer.wait()
+            return fails_first(seen)
+
+        asking = asyncio.create_task(asks_the_world([]))
+        await opero.opero(retries=1, **HOUR)(fails_first_async)([])
+        answer.set()
+        return await asking
+
+    with instant():
+        assert asyncio.run(main()) == "result"
+
+
+def test_the_waits_of_calls_inside_of_a_call_count_for_its_time(world):
+    inner = opero.opero(retries=1, **HOUR)(world.define(failing(99)))
+    f = opero.opero(retries=3, min_delay=1, total_timeout=60)(inner)
+    with instant(), pytest.raises(ValueError):  # noqa: PT011 - the function's own
+        world.run(f)
+    assert f.stats.attempts == 1
+
+
+def test_loops_in_several_threads_share_the_virtual_time():
+    f = opero.opero(retries=1, total_timeout=4000, **HOUR)(fails_first_async)
+    with instant() as passed:
+        assert results([started(asyncio.run, together(f, 5)) for _ in range(4)]) == [["result"] * 5] * 4
+    assert 3500 < passed.skipped < 5 * 3600
+
+
+def test_a_task_that_spins_until_a_wait_has_ended_does_not_hold_the_time():
+    f = opero.opero(retries=1, **HOUR)(fails_first_async)
+
+    async def main():
+        waiting = asyncio.create_task(f([]))
+        await is_spinning_until(waiting.done)
+        return waiting.result()
+
+    with instant():
+        assert asyncio.run(main()) == "result"
+
+
+def test_a_busy_thread_does_not_hold_the_time(world):
+    f = opero.opero(retries=1, **HOUR)(world.define(fails_first))
+    is_over = threading.Event()
+
+    def be_busy():
+        while not is_over.is_set():
+            pass
+
+    busy = started(be_busy)
+    with instant():
+        assert world.run(f, []) == "result"
+    is_over.set()
+    busy.result(SECONDS)
+
+
+def test_a_call_that_blocks_the_loop_does_not_wait_for_its_tasks():
+    f, f_async = (opero.opero(retries=1, **HOUR)(g) for g in (fails_first, fails_first_async))
+
+    async def main():
+        waiting = asyncio.create_task(f_async([]))
+        await asyncio.sleep(0.01)
+        return f([]), await waiting
+
+    with instant():
+        assert asyncio.run(main()) == ("result", "result")
+
+
+def test_a_cancelled_wait_moves_no_time():
+    f = opero.opero(retries=1, **HOUR)(fails_first_async)
+    limiter = RateLimiter("1/minute")
+
+    async def main():
+        waits = [asyncio.create_task(f([])), asyncio.create_task(limiter.acquire_async())]
+        with recorded() as events:
+            await is_spinning_until(lambda: has_failed(events))
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+        await opero.opero(retries=1, min_delay=5, jitter=False)(fails_first_async)([])
+
+    with instant() as passed:
+        limiter.acquire()
         asyncio.run(main())
-    assert passed.skipped < 50 * 600
+    assert passed.skipped == pytest.approx(5, abs=1)
+
+
+def test_who_waits_at_the_end_of_the_block_goes_on():
+    f = opero.opero(retries=1, **HOUR)(fails_first_async)
+
+    async def main():
+        with instant(), recorded() as events:
+            waiting = asyncio.create_task(f([]))
+            await is_spinning_until(lambda: has_failed(events))
+        return await asyncio.wait_for(waiting, SECONDS)
+
+    assert asyncio.run(main()) == "result"
+
+
+def test_what_was_skipped_by_one_block_is_not_counted_by_another():
+    with instant() as first:
+        first.advance(10)
+    with instant() as second:
+        second.advance(100)
+    assert (first.skipped, second.skipped) == (10, 100)
+
+
+def test_time_that_is_advanced_by_hand_counts_for_everybody(world):
+    @world.define
+    def function():
+        passed.advance(40)
+        raise ValueError
+
+    f = opero.opero(retries=9, min_delay=1, total_timeout=60)(function)
+    with instant() as passed, pytest.raises(ValueError):  # noqa: PT011 - the function's own
+        world.run(f)
+    assert f.stats.attempts == 2
+
+
+@forks[0]
+@forks[1]
+def test_a_forked_child_waits_for_nobody_of_its_parent():
+    f = opero.opero(retries=1, **HOUR)(fails_first)
+
+    async def main():
+        with recorded() as events:
+            other = asyncio.create_task(opero.opero(retries=1, **HOUR)(fails_first_async)([]))
+            await is_spinning_until(lambda: has_failed(events))
+        child = forked(lambda: f([]))
+        return child, await other
+
+    with instant():
+        assert asyncio.run(main()) == ("'result'", "result")
+
+
+def test_the_items_of_a_map_that_back_off_side_by_side_skip_the_time_once(mode, journal):
+    def function(x):
+        journal.add(x)
+        if journal.lines().count(str(x)) < 3:
+            raise ValueError
+        return x
+
+    mapped = opero.opmap(retries=2, total_timeout=8000, **HOUR, **mode.options)(mode.define(function))
+    with instant() as passed:
+        assert mode.run(mapped, range(8)) == [*range(8)]
+    assert passed.skipped == pytest.approx(2 * 3600, abs=60)
+
+
+def test_no_time_is_skipped_while_a_worker_of_the_map_is_busy(mode, journal):
+    def function(x):
+        journal.add(f"{x} begins")
+        if x == 0 and journal.lines().count("0 begins") == 1:
+            raise ValueError
+        time.sleep(0.3)
+        journal.add(f"{x} ends")
+
+    mapped = opero.opmap(retries=1, **HOUR, **mode.options)(mode.define(function))
+    with instant():
+        mode.run(mapped, [0, 1])
+    assert journal.lines()[2:] == ["1 ends", "0 begins", "0 ends"]
 
 
 def test_the_items_of_a_map_do_not_wait(mode, journal):
@@ -217,6 +420,16 @@ def test_waits_are_real_again_at_the_end_of_the_outermost(world):
     begin = time.monotonic()
     world.run(f)
     assert time.monotonic() - begin >= 0.04
+
+
+def test_who_waits_for_a_shared_limit_when_the_block_begins_goes_on_with_that_of_the_process(tmp_path):
+    limiter = RateLimiter("1/minute", scope="machine", name="n", folder=str(tmp_path), max_burst=1)
+    limiter.acquire()
+    waiting = started(limiter.acquire)
+    until(lambda: limiter.expected_wait() > 100)
+    with instant():
+        limiter.rate = "2/minute"  # wakes who waits
+        assert waiting.result(SECONDS)
 
 
 def test_a_shared_limit_is_kept_by_the_process_alone(tmp_path):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # `poll` counts in milliseconds; `select` is exact, but knows only so many open files.
 _EXACT_BELOW = 0.01
 _MOST_FOR_SELECT = 1024
+# An event for a map that shall look at the time.
+_NUDGE = object()
 
 
 class BlockingInbox:
@@ -50,8 +52,8 @@ class BlockingInbox:
         if self._ears is not None:
             self._ears.forget(pipe)
 
-    def collect(self, seconds: float | None, real_seconds: float | None = None) -> list[Any]:
-        """Wait for events, at most so long by opero's clock and by the real one."""
+    def collect(self, seconds: float | None, real_seconds: float | None = None, *, pushes: bool = True) -> list[Any]:
+        """Wait for events, at most so long by opero's clock and by the real one; ``pushes``: see `Clock.wait`."""
         events: list[Any] = []
 
         def get(timeout: float | None) -> bool:
@@ -63,9 +65,11 @@ class BlockingInbox:
             with suppress(queue.Empty):
                 while True:
                     events.append(self._events.get_nowait())
+            if _NUDGE in events:
+                events[:] = [event for event in events if event is not _NUDGE]
             return bool(events)
 
-        clock.wait(get, seconds, patience=real_seconds)
+        clock.wait(get, seconds, nudge=lambda: self.put(_NUDGE), patience=real_seconds, pushes=pushes)
         return events
 
     def close(self) -> None:
@@ -161,19 +165,12 @@ class AsyncInbox:
         elif not self._loop.is_closed():
             self._loop.remove_reader(pipe.fileno())
 
-    async def collect(self, seconds: float | None, real_seconds: float | None = None) -> list[Any]:
-        """Wait for events, at most so long by opero's clock and by the real one."""
+    async def collect(
+        self, seconds: float | None, real_seconds: float | None = None, *, pushes: bool = True
+    ) -> list[Any]:
+        """Wait for events, at most so long by opero's clock and by the real one; ``pushes``: see `Clock.wait`."""
         if not self._events:
-            timers = []
-            if seconds is not None:
-                timers.append(clock.call_later(self._loop, seconds, self._arrived.set))
-            if real_seconds is not None:
-                timers.append(self._loop.call_later(real_seconds, self._arrived.set))
-            try:
-                await self._arrived.wait()
-            finally:
-                for timer in timers:
-                    timer.cancel()
+            await clock.wait_async(self._arrived, seconds, self._arrived.set, patience=real_seconds, pushes=pushes)
         self._arrived.clear()
         return [self._events.popleft() for _ in range(len(self._events))]
 

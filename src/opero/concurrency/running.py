@@ -79,14 +79,18 @@ class AsyncSource:
 class _Wait:
     """Step of a running map: wait for events, at most so long by opero's clock and by the real one.
 
-    Sent back: the events.
+    ``is_idle``: no worker has anything to do. Sent back: the events.
     """
 
-    __slots__ = ("real_seconds", "seconds")
+    __slots__ = ("is_idle", "real_seconds", "seconds")
 
-    def __init__(self, seconds: float | None, real_seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, real_seconds: float | None, *, is_idle: bool) -> None:
+        self.is_idle = is_idle
         self.seconds = seconds
         self.real_seconds = real_seconds
+        if seconds is not None and not is_idle:
+            # What a worker does takes real time, in which no time is skipped.
+            self.real_seconds = seconds if real_seconds is None else min(seconds, real_seconds)
 
 
 class _Ask:
@@ -150,7 +154,8 @@ class _Run:
                 raise scheduler.failure
             if scheduler.done:
                 return
-            for event in (yield _Wait(scheduler.due_in(), scheduler.really_due_in())):
+            wait = _Wait(scheduler.due_in(), scheduler.really_due_in(), is_idle=scheduler.is_idle)
+            for event in (yield wait):
                 known = pool.receive(event)
                 if known is not None:
                     scheduler.handle(known)
@@ -194,7 +199,7 @@ def run_blocking(
                 elif isinstance(step, _Ask):
                     events = consult(step.steps)
                 else:
-                    events = inbox.collect(step.seconds, step.real_seconds)
+                    events = inbox.collect(step.seconds, step.real_seconds, pushes=step.is_idle)
         except StopIteration:
             return
         finally:
@@ -251,7 +256,7 @@ async def run_awaiting(
             elif isinstance(step, _Ask):
                 events = await consult_async(step.steps)
             else:
-                events = await inbox.collect(step.seconds, step.real_seconds)
+                events = await inbox.collect(step.seconds, step.real_seconds, pushes=step.is_idle)
     finally:
         try:
             run.close()

@@ -334,6 +334,11 @@ class Scheduler:
         waiting = self._pausing or self._awaiting or self._consulting
         return self._source.exhausted and not (self._in_flight or waiting or self._ready)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no worker has anything to do."""
+        return not self._in_flight
+
     def due_in(self) -> float | None:
         """Seconds until the scheduler wants to be asked again although nothing came back; None for never."""
         return 0.0 if self._more_at_once else self._timers.due_in()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
-
-from opero.core.forks import ForkSafeLock
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable
+
+    from opero.core.virtual_time import VirtualTime
 
 # `time.sleep` and lock timeouts overflow far above this; nobody means to wait longer than a year.
 LONGEST_WAIT = 365 * 86_400.0
@@ -22,6 +23,35 @@ async def asyncio_sleep(seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
+class Bell:
+    """What one thread waits for, as `Clock.wait` wants it."""
+
+    __slots__ = ("_event", "_is_rung", "nudge")
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._is_rung = False
+        self.nudge = self._event.set
+
+    def ring(self) -> None:
+        """What was waited for is there."""
+        self._is_rung = True
+        self._event.set()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Whether it was rung since the last time."""
+        self._event.wait(timeout)
+        self._event.clear()
+        if not self._is_rung:
+            return False
+        self._is_rung = False
+        return True
+
+
+def _no_seconds() -> float:
+    return 0.0
+
+
 class Clock:
     """Time, and every wait that is for time to pass, as attributes so that a test can replace them.
 
@@ -32,9 +62,10 @@ class Clock:
         sleep: Blocks for so many seconds.
         async_sleep: The same without blocking the event loop.
         skips: Whether waits are skipped, see `VirtualTime`; None or the one who does.
+        jumped_by_others: Seconds that passed without anybody's waiting for them in this thread or task.
     """
 
-    __slots__ = ("async_sleep", "machine", "now", "skips", "sleep", "wall")
+    __slots__ = ("async_sleep", "jumped_by_others", "machine", "now", "skips", "sleep", "wall")
 
     now: Callable[[], float]
     wall: Callable[[], float]
@@ -42,6 +73,7 @@ class Clock:
     sleep: Callable[[float], None]
     async_sleep: Callable[[float], Awaitable[None]]
     skips: VirtualTime | None
+    jumped_by_others: Callable[[], float]
 
     def __init__(self) -> None:
         self.reset()
@@ -53,75 +85,56 @@ class Clock:
         self.sleep = time.sleep
         self.async_sleep = asyncio_sleep
         self.skips = None
+        self.jumped_by_others = _no_seconds
 
     def wait(
-        self, wait_for: Callable[[float | None], Any], seconds: float | None, *, patience: float | None = None
+        self,
+        wait_for: Callable[[float | None], Any],
+        seconds: float | None,
+        *,
+        nudge: Callable[[], None],
+        patience: float | None = None,
+        pushes: bool = True,
     ) -> None:
         """Let ``wait_for(timeout)`` block until what it waits for is there, or ``seconds`` have passed.
 
         Args:
-            wait_for: Gives something true if it did not run into its timeout.
+            wait_for: Gives something true if what it waits for is there, False after its timeout or a nudge.
             seconds: Of this clock; None for no bound.
+            nudge: Ends ``wait_for``, from any thread.
             patience: Real seconds after which to return, too; None for no bound.
+            pushes: Whether this wait may let time jump where waits are skipped.
         """
-        if self.skips is None or seconds is None:
-            bounds = [bound for bound in (seconds, patience) if bound is not None]
-            wait_for(min(bounds, default=None))
-        elif not wait_for(0):
-            self.skips.advance(seconds)
+        if self.skips is not None and seconds is not None:
+            self.skips.wait(wait_for, seconds, nudge=nudge, patience=patience, pushes=pushes)
+            return
+        bounds = [bound for bound in (seconds, patience) if bound is not None]
+        wait_for(min(bounds, default=None))
 
-    def call_later(
-        self, loop: asyncio.AbstractEventLoop, seconds: float, callback: Callable[[], None]
-    ) -> asyncio.Handle:
-        """Call back in an event loop after ``seconds`` of this clock."""
-        if self.skips is None:
-            return loop.call_later(seconds, callback)
-        return loop.call_soon(self.skips.then, self.now() + seconds, callback)
-
-
-class VirtualTime:
-    """Lets time jump in place of every wait; between the jumps it passes as ever."""
-
-    def __init__(self) -> None:
-        self._lock = ForkSafeLock()
-        self._jumped = 0.0
-        self._jumped_before = 0.0
-
-    def begin(self) -> None:
-        """From here on the time of day jumps, too; what was jumped over before is over."""
-        self._jumped_before = self._jumped
-
-    @property
-    def skipped(self) -> float:
-        """Seconds that were jumped over."""
-        return self._jumped
-
-    def now(self) -> float:
-        return time.monotonic() + self._jumped
-
-    def wall(self) -> float:
-        return time.time() + self._jumped - self._jumped_before
-
-    def advance(self, seconds: float) -> None:
-        """Let so many seconds pass, at once."""
-        self._advance_to(self.now() + seconds)
-
-    async def advance_async(self, seconds: float) -> None:
-        """The same, and let other tasks run."""
+    async def wait_async(
+        self,
+        event: asyncio.Event,
+        seconds: float | None,
+        on_time: Callable[[], None],
+        *,
+        patience: float | None = None,
+        pushes: bool = True,
+    ) -> None:
+        """Wait for an event; ``on_time``, which sets it, is called after ``seconds`` or ``patience``, as in `wait`."""
         import asyncio
 
-        self.advance(seconds)
-        await asyncio.sleep(0)
-
-    def then(self, moment: float, callback: Callable[[], None]) -> None:
-        """Let time pass up to a moment, and call back."""
-        self._advance_to(moment)
-        callback()
-
-    def _advance_to(self, moment: float) -> None:
-        # Who waits side by side with others waits for the same time to pass.
-        with self._lock.lock:
-            self._jumped += max(0.0, moment - self.now())
+        loop = asyncio.get_running_loop()
+        skips = None if seconds is None else self.skips
+        bounds = [bound for bound in (None if skips else seconds, patience) if bound is not None]
+        timer = loop.call_later(min(bounds), on_time) if bounds else None
+        try:
+            if skips is None or seconds is None:
+                await event.wait()
+            else:
+                await skips.wait_async(event, seconds, on_time, pushes=pushes)
+        finally:
+            if timer is not None:
+                timer.cancel()
 
 
 clock = Clock()

@@ -102,7 +102,7 @@ class _CallFlow:
 
     def total_timeout(self) -> Flow:
         if self.plan.total_timeout is not None:
-            self.call.deadline = self.call.started + self.plan.total_timeout
+            self.call.end_after(self.plan.total_timeout)
         return self.retry()
 
     def retry(self) -> Flow:
@@ -121,7 +121,8 @@ class _CallFlow:
             wait = rounds.after(outcome)
             if isinstance(wait, Final):
                 return self._finish(wait)
-            if self.call.deadline is not None and clock.now() + wait >= self.call.deadline:
+            left = self.call.time_left()
+            if left is not None and wait >= left:
                 return self._out_of_time()
             if not self._some_circuit_admits(after=wait):
                 return self._circuit_open()

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opero.core.clock import LONGEST_WAIT, asyncio_sleep, clock
+from opero.core.clock import LONGEST_WAIT, Bell, asyncio_sleep, clock
 from opero.core.forks import allow_forks, watch_forks
 from opero.exceptions import CallTimeoutError
 
@@ -234,14 +234,13 @@ async def _run_in_time(function: Callable[..., Awaitable[Any]], attempt: Attempt
 
 
 def await_arrival(arrival: Arrival) -> None:
-    event = threading.Event()
+    bell = Bell()
     try:
         if arrival.poll():
             return
-        arrival.notify(event.set)
+        arrival.notify(bell.ring)
         while not arrival.poll():
-            clock.wait(event.wait, arrival.due_in())
-            event.clear()
+            clock.wait(bell.wait, arrival.due_in(), nudge=bell.nudge)
     finally:
         arrival.notify(None)
         arrival.withdraw()
@@ -273,13 +272,7 @@ async def await_arrival_async(arrival: Arrival) -> None:
             return
         arrival.notify(wake)
         while not arrival.poll():
-            due = arrival.due_in()
-            timer = None if due is None else clock.call_later(loop, due, look)
-            try:
-                await event.wait()
-            finally:
-                if timer is not None:
-                    timer.cancel()
+            await clock.wait_async(event, arrival.due_in(), look)
             event.clear()
     finally:
         arrival.notify(None)

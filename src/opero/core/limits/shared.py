@@ -72,6 +72,8 @@ class SharedLimit:
             turn.enter()
             while deadline is None or max(clock.now(), self._opens_at) < deadline:
                 yield Await(turn)
+                if clock.skips is not None:
+                    return (yield from self._alone.take(deadline))
                 wait = yield from self._ask(Request())
                 if isinstance(wait, Exception):
                     return (yield from self._alone.take(deadline))
