@@ -157,6 +157,15 @@ def spin(stop: threading.Event) -> None:
         sum(range(1_000))
 
 
+def turns_per_second() -> float:
+    """How often a thread that waits gets the interpreter."""
+    begin, turns = time.monotonic(), 0
+    while time.monotonic() < begin + 1:
+        time.sleep(1e-6)
+        turns += 1
+    return turns / (time.monotonic() - begin)
+
+
 def main() -> None:
     """Run the chosen rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,6 +187,7 @@ def main() -> None:
         busy = [threading.Thread(target=spin, args=(stop,), daemon=True) for _ in range(2)]
         for thread in busy:
             thread.start()
+        print(f"beside them a thread gets the interpreter {turns_per_second():.0f} times a second")
     print(f"{'callers':10} {'rate':>8} {'starts':>8} {'used':>8}   excess in {WINDOWS}")
     for callers in arguments.callers:
         for rate in arguments.rates:
