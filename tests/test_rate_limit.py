@@ -238,6 +238,21 @@ def test_forty_milliseconds_worth_but_at_least_five_are_made_up_by_default(fake_
     assert polled(tickets) == max_burst
 
 
+def test_who_comes_again_and_again_and_looks_late_loses_no_slot(fake_clock):
+    limiter = RateLimiter(10_000)
+    starts, begin = 0, fake_clock.now()
+    while fake_clock.now() < begin + 1:
+        if not limiter.take_now():
+            # The slot comes before it has joined the line.
+            fake_clock.tick(12e-6)
+            ticket = limiter.ticket()
+            while not ticket.poll():
+                fake_clock.tick(ticket.due_in() + 80e-6)
+        starts += 1
+        fake_clock.tick(12e-6)
+    assert starts >= 0.999 * 10_000
+
+
 def test_those_who_look_late_do_not_start_all_at_once(fake_clock, joined):
     limiter = RateLimiter(50, max_burst=5)
     limiter.take_now()

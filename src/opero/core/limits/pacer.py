@@ -396,12 +396,11 @@ class Pacer:
             due = loop.timer.when
             granted = self._run_timer(now)
             self._all_granted_at = max(self._all_granted_at, now) + granted * self._interval
+            if granted:
+                # Who waits again and again, alone, may make up for what passed before it could look.
+                self._made_up_until = now + self._tolerance
             if loop.timer is None:
-                self._free_at = now
-                if granted:
-                    # Who waits again and again, alone, may make up for what passed before it could look.
-                    self._free_at = max(due + granted * self._interval, now - self._tolerance)
-                    self._made_up_until = now + self._tolerance
+                self._free_at = max(due + granted * self._interval, now - self._tolerance)
 
     def _note_look(self, place: Place, now: float) -> None:
         """Who looks although others are before it has found that these do not look in time."""
