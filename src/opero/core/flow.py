@@ -72,8 +72,8 @@ def _told(call: Call, tell: Teller, flow: Flow) -> Flow:
     """A call whose beginning and end are told, whatever ends it."""
     error: Exception | None = None
     cancelled = True
-    tell("CallStarted")
     try:
+        tell("CallStarted")
         outcome = yield from flow
         error = outcome.error if outcome.__class__ is Failed else None
         cancelled = False
