@@ -51,8 +51,8 @@ class _Candidate:
 def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:
     """One call from cache to function; with ``failure``, the first attempt has already been made and failed so."""
     flow = _outcome(plan, call, failure)
-    call.tell = teller_of(plan, call)
-    return (yield from (flow if call.tell is None else _told(call, call.tell, flow)))
+    tell = call.tell = teller_of(plan, call)
+    return flow if tell is None else _told(call, tell, flow)
 
 
 def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:

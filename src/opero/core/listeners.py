@@ -150,6 +150,8 @@ class Teller:
 
 def teller_of(plan: Plan, call: Call) -> Teller | None:
     """Who tells of a call; None if nobody listens."""
+    if not is_listened_to(plan):
+        return None
     everybody = switches.listeners if plan.on_event is None else (plan.on_event, *switches.listeners)
     listeners = [listener for listener in everybody if not listener.is_telling]
     return Teller(plan, call, listeners) if listeners else None
