@@ -563,6 +563,23 @@ def test_the_fixtures_come_with_opero(pytester):
     pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider").assert_outcomes(passed=3)
 
 
+def test_a_loop_that_was_closed_with_a_waiter_in_it_disturbs_nobody():
+    waiting, other = failing(times=1), failing(times=2)
+
+    @opero.opero(retries=1, min_delay=10)
+    async def left_behind():
+        return waiting()
+
+    with instant():
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(left_behind())
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        loop.close()
+        task._log_destroy_pending = False  # it is what is meant here
+        assert opero.opero(retries=2, min_delay=20)(other)() == "result"
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an alarm")
 def test_an_interrupt_leaves_a_wait_as_what_it_is():
     bell = Bell()
