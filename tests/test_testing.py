@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ from side_by_side import SECONDS, forked, forks, results, started, until
 
 import opero
 from opero.core import RateLimiter
-from opero.core.clock import clock
+from opero.core.clock import Bell, clock
 from opero.events import CallDone, CallStarted, RetryPlanned
 from opero.testing import disabled, instant, recorded
 
@@ -559,3 +561,40 @@ def test_the_fixtures_come_with_opero(pytester):
         """
     )
     pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider").assert_outcomes(passed=3)
+
+
+def test_a_loop_that_was_closed_with_a_waiter_in_it_disturbs_nobody():
+    waiting, other = failing(times=1), failing(times=2)
+
+    @opero.opero(retries=1, min_delay=10)
+    async def left_behind():
+        return waiting()
+
+    with instant():
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(left_behind())
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        loop.close()
+        task._log_destroy_pending = False  # it is what is meant here
+        assert opero.opero(retries=2, min_delay=20)(other)() == "result"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an alarm")
+def test_an_interrupt_leaves_a_wait_as_what_it_is():
+    bell = Bell()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for n in range(3_000):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.00005 + n % 100 * 0.000001)
+                # Not for ever: a destructor may swallow the interrupt.
+                for _ in range(1_000):
+                    bell.wait(0.00001)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -24,24 +25,32 @@ async def asyncio_sleep(seconds: float) -> None:
 
 
 class Bell:
-    """What one thread waits for, as `Clock.wait` wants it."""
+    """What one thread waits for, as `Clock.wait` wants it.
 
-    __slots__ = ("_event", "_is_rung", "nudge")
+    A bare lock, which is held until somebody nudges: Ctrl-C inside of `threading.Event.wait` can come out as the
+    RuntimeError of a lock that was not taken again.
+    """
+
+    __slots__ = ("_is_rung", "_lock")
 
     def __init__(self) -> None:
-        self._event = threading.Event()
         self._is_rung = False
-        self.nudge = self._event.set
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def nudge(self) -> None:
+        """Let who waits look."""
+        with contextlib.suppress(RuntimeError):  # was nudged already
+            self._lock.release()
 
     def ring(self) -> None:
         """What was waited for is there."""
         self._is_rung = True
-        self._event.set()
+        self.nudge()
 
     def wait(self, timeout: float | None) -> bool:
         """Whether it was rung since the last time."""
-        self._event.wait(timeout)
-        self._event.clear()
+        self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
         if not self._is_rung:
             return False
         self._is_rung = False

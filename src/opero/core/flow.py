@@ -51,8 +51,8 @@ class _Candidate:
 def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:
     """One call from cache to function; with ``failure``, the first attempt has already been made and failed so."""
     flow = _outcome(plan, call, failure)
-    call.tell = teller_of(plan, call)
-    return (yield from (flow if call.tell is None else _told(call, call.tell, flow)))
+    tell = call.tell = teller_of(plan, call)
+    return flow if tell is None else _told(call, tell, flow)
 
 
 def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
@@ -72,8 +72,8 @@ def _told(call: Call, tell: Teller, flow: Flow) -> Flow:
     """A call whose beginning and end are told, whatever ends it."""
     error: Exception | None = None
     cancelled = True
-    tell("CallStarted")
     try:
+        tell("CallStarted")
         outcome = yield from flow
         error = outcome.error if outcome.__class__ is Failed else None
         cancelled = False

@@ -130,13 +130,28 @@ class Teller:
         make, plan, call = getattr(self._events, kind), self._plan, self._call
         common = {"function": plan.name, "module": plan.module, "call": self._number, "index": call.index}
         event = make(**common, time=clock.wall(), **facts)
-        # As contexts are left: who begins something around the call ends it inside of what others began before.
-        for listener in reversed(self._listeners) if kind == "CallDone" else self._listeners:
+        if kind == "CallDone":
+            self._tell_of_the_end(event, len(self._listeners))
+            return
+        for listener in self._listeners:
             listener.tell(event)
+
+    def _tell_of_the_end(self, event: Any, count: int) -> None:
+        """As contexts are left: who begins something around the call ends it inside of what others began before."""
+        try:
+            while count:
+                count -= 1
+                self._listeners[count].tell(event)
+        finally:
+            # Ctrl-C in one must not leave open what the others began.
+            if count:
+                self._tell_of_the_end(event, count)
 
 
 def teller_of(plan: Plan, call: Call) -> Teller | None:
     """Who tells of a call; None if nobody listens."""
+    if not is_listened_to(plan):
+        return None
     everybody = switches.listeners if plan.on_event is None else (plan.on_event, *switches.listeners)
     listeners = [listener for listener in everybody if not listener.is_telling]
     return Teller(plan, call, listeners) if listeners else None

@@ -289,12 +289,11 @@ class _LoopTimer(_Waiter):
         self._callback = callback
 
     def _call_soon(self) -> None:
-        if threading.get_ident() == self.thread:
-            self._loop.call_soon(self._run)
-            return
+        is_here = threading.get_ident() == self.thread
+        call_soon = self._loop.call_soon if is_here else self._loop.call_soon_threadsafe
         # A closed loop has nobody any more who waits.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._run)
+            call_soon(self._run)
 
     def _run(self) -> None:
         if not self.has_left:
