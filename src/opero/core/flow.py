@@ -137,7 +137,9 @@ class _CallFlow:
         verdict = None
         left = self._ready_candidates()
         while left := self._admitted(left):
-            candidate, has_slot = yield from self._next_of(left)
+            candidate, has_slot = left[0], False
+            if self.plan.limit is not None and self.first_failure is None:
+                candidate, has_slot = yield from self.plan.limit.choose(left)
             left.remove(candidate)
             if verdict is not None:
                 self.plan.stats.fallbacks.tick()
@@ -250,12 +252,6 @@ class _CallFlow:
             tell("AttemptFailed", attempt=number, error=error, seconds=clock.now() - started)
         return outcome
 
-    def _next_of(self, candidates: list[_Candidate]) -> Generator[Any, Any, tuple[_Candidate, bool]]:
-        """The candidate to try next, and whether it has its rate slot already."""
-        if self.plan.limit is None or self.first_failure is not None:
-            return candidates[0], False
-        return (yield from self.plan.limit.choose(candidates))
-
     def _make_candidates(self) -> list[_Candidate]:
         call, fallback = self.call, self.plan.fallback
         if fallback is None:
@@ -264,6 +260,8 @@ class _CallFlow:
         return [_Candidate(*fallback.arguments(call, value), value, place) for place, value in values]
 
     def _ready_candidates(self) -> list[_Candidate]:
+        if not self.errors:
+            return list(self.candidates)
         now = clock.now()
         # A sleep can end a little early; those that asked for a longer rest are left alone all the same.
         admitted = self._admitted(self.candidates)

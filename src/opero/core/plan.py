@@ -84,6 +84,8 @@ class Call:
 
     def time_left(self) -> float | None:
         """Seconds until ``total_timeout`` ends; None without one."""
+        if self._deadline is None:
+            return None
         deadline = self.deadline
         return None if deadline is None else deadline - clock.now()
 
