@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 from side_by_side import SECONDS, forked, forks, results, started, until
@@ -578,6 +580,27 @@ def test_a_loop_that_was_closed_with_a_waiter_in_it_disturbs_nobody():
         loop.close()
         task._log_destroy_pending = False  # it is what is meant here
         assert opero.opero(retries=2, min_delay=20)(other)() == "result"
+
+
+def test_a_loop_that_was_closed_with_a_waiter_in_it_is_not_kept():
+    @opero.opero(retries=1, min_delay=10)
+    async def f(function):
+        return function()
+
+    def abandoned():
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(f(failing(times=1)))
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        loop.close()
+        task._log_destroy_pending = False  # it is what is meant here
+        return weakref.ref(loop)
+
+    with instant():
+        loop = abandoned()
+        assert asyncio.run(f(failing(times=1))) == "result"
+        gc.collect()
+        assert loop() is None
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an alarm")

@@ -172,7 +172,7 @@ class VirtualTime:
             try:
                 self._join(timer, seconds)
                 if pushes:
-                    watch = self._watches.setdefault(loop, _LoopWatch(self, loop))
+                    watch = self._watch_of(loop)
                     watch.add()
                 await event.wait()
             finally:
@@ -190,6 +190,15 @@ class VirtualTime:
             _own_jumps.set(_own_jumps.get() + min(seconds, self._jumped_by_waits - before))
 
     # Who waits
+
+    def _watch_of(self, loop: asyncio.AbstractEventLoop) -> _LoopWatch:
+        watch = self._watches.get(loop)
+        if watch is None:
+            # Closed with somebody in it, who never left.
+            for closed in [other for other in tuple(self._watches) if other.is_closed()]:
+                self._watches.pop(closed, None)
+            watch = self._watches[loop] = _LoopWatch(self, loop)
+        return watch
 
     def _join(self, waiter: _Waiter, seconds: float) -> None:
         with self._lock:
