@@ -237,9 +237,10 @@ def test_the_items_of_a_map_share_one_circuit(mode, journal):
 
     options = {**mode.options, "workers": 1}
     mapped = opero.opmap(breaker=3, retries=0, **options)(mode.define(function))
-    outcomes = mode.run(mapped, range(200))
+    outcomes = mode.run(mapped, range(2_000))
     assert {type(outcome) for outcome in outcomes} == {ConnectionError, CircuitOpenError}
-    assert 3 <= len(journal.lines()) <= 110
+    # What was with the worker is run: two batches, or as many coroutines as a process runs at the same time.
+    assert 3 <= len(journal.lines()) <= 20
 
 
 def test_a_forked_child_can_make_the_trial_that_its_parent_makes(fake_clock):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
@@ -304,6 +305,8 @@ class Scheduler:
             plan.limit is not None or plan.attempt_timeout is not None or plan.total_timeout is not None
         )
         self._size = _BatchSize()
+        # What is with a worker when the circuit opens is run to its end.
+        self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.failures
         without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
         self._direct = without_flow and not is_listened_to(plan)
         fallback = plan.fallback
@@ -360,7 +363,7 @@ class Scheduler:
         slots = self._pool.slots
         if self.failure is not None or self._in_flight >= slots * self._depth():
             return None
-        size = min(1 if self._one_at_a_time else self._size.now, self._pool.largest_batch)
+        size = min(1 if self._one_at_a_time else self._size.now, self._pool.largest_batch, self._largest_batch)
         if not size:
             return None
         if not self._ready and not self._direct:
