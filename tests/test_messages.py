@@ -88,6 +88,21 @@ def test_a_message_that_breaks_off_is_the_end_of_the_pipe():
             end.receive()
 
 
+def test_a_message_is_arriving_as_long_as_more_of_it_has_come():
+    ours, theirs = multiprocessing.Pipe()
+    with closing(ours), closing(theirs):
+        end = NonBlockingEnd(ours)
+        assert not end.is_arriving()
+        for piece in (struct.pack("!i", 12) + b"once", b"more"):
+            os.write(theirs.fileno(), piece)
+            assert end.receive() == []
+            assert end.is_arriving()
+            assert not end.is_arriving()
+        os.write(theirs.fileno(), b"done")
+        assert end.receive() == [b"oncemoredone"]
+        assert not end.is_arriving()
+
+
 def test_sending_to_nobody_raises(ends):
     end, theirs = ends
     theirs.close()

@@ -30,6 +30,7 @@ from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, ope
 from opero.concurrency import process_worker
 from opero.concurrency.interrupts import held_back
 from opero.concurrency.process_worker import Door
+from opero.core import CallTimeoutError
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
 PROCESS_MODES = ("process", "async_process")
@@ -1471,6 +1472,37 @@ def test_a_worker_that_was_in_time_is_not_killed_because_the_input_is_slow():
     seen = opmap(**options)(lambda number: (number, os.getpid()))(items())
     assert [number for number, _ in seen] == list(range(12))
     assert len({process for _, process in seen}) <= 2
+
+
+def zeros(size):
+    return bytes(size)
+
+
+def test_a_worker_that_was_in_time_is_not_killed_in_the_middle_of_a_large_report():
+    options = {"mode": "process", "workers": 2, "retries": 0, "progress": False, "attempt_timeout": 1.0}
+    stream = opmap(**options)(zeros).stream([1, 150_000_000, 150_000_000])
+    sizes = [len(next(stream).result)]
+    # Longer than the limit: nobody looks at what is reported meanwhile.
+    time.sleep(1.5)
+    sizes += [len(outcome.result) for outcome in stream]
+    assert sizes == [1, 150_000_000, 150_000_000]
+
+
+def zeros_and_stop(size):
+    if size > 1:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    return bytes(size)
+
+
+def test_a_worker_that_stops_in_the_middle_of_a_report_is_killed_when_its_time_is_up():
+    options = {"mode": "process", "workers": 1, "retries": 0, "progress": False, "attempt_timeout": 1.0}
+    stream = opmap(**options)(zeros_and_stop).stream([1, 50_000_000, 1])
+    assert next(stream).result == bytes(1)
+    # Only the beginning of the report has room in the pipe when the process stops.
+    time.sleep(0.6)
+    stopped, last = stream
+    assert isinstance(stopped.error, CallTimeoutError)
+    assert last.result == bytes(1)
 
 
 def test_a_worker_that_dies_before_it_can_be_asked_again_costs_its_item_only():

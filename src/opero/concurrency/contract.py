@@ -41,8 +41,11 @@ class Pool(Protocol):
         ...
 
     @property
-    def kill(self) -> Callable[[Batch], None] | None:
-        """Stops the worker that runs a batch; None where a worker cannot be stopped."""
+    def kill(self) -> Callable[[Batch], bool] | None:
+        """Stops the worker that runs a batch; None where a worker cannot be stopped.
+
+        Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
+        """
         ...
 
     @property

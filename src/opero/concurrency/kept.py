@@ -137,9 +137,8 @@ class Lease:
         finally:
             await in_own_thread(self.stop)
 
-    def _kill(self, batch: Batch) -> None:
-        if self._pool.kill is not None:
-            self._pool.kill(batch)
+    def _kill(self, batch: Batch) -> bool:
+        return self._pool.kill is None or self._pool.kill(batch)
 
     def _take_on(self, kept: Kept, inbox: Inbox) -> bool:
         """Prepare an idle pool for this map; tells whether it can run it."""

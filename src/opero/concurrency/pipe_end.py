@@ -41,6 +41,10 @@ class PipeEnd(Protocol):
         """
         ...
 
+    def is_arriving(self) -> bool:
+        """Whether there is part of a message, and more of it than when this was asked last."""
+        ...
+
 
 def pipe_end(connection: Any) -> PipeEnd:
     """This process's end, for one end of a `multiprocessing.Pipe`."""
@@ -50,7 +54,7 @@ def pipe_end(connection: Any) -> PipeEnd:
 class NonBlockingEnd:
     """An end that can be read and written in parts."""
 
-    __slots__ = ("_fd", "_filled", "_rest", "_unfinished", "connection")
+    __slots__ = ("_fd", "_filled", "_rest", "_seen", "_unfinished", "connection")
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -59,6 +63,7 @@ class NonBlockingEnd:
         self._rest = b""
         self._unfinished: bytearray | None = None
         self._filled = 0
+        self._seen = 0
 
     def send(self, message: bytes, wait: Callable[[], None]) -> None:
         size = len(message)
@@ -80,6 +85,12 @@ class NonBlockingEnd:
             return []
         except ConnectionError as error:
             raise EOFError from error
+
+    def is_arriving(self) -> bool:
+        if self._unfinished is None:
+            return False
+        seen, self._seen = self._seen, self._filled
+        return self._filled > seen
 
     def _read(self) -> bytes:
         data = os.read(self._fd, _READ_SIZE)
@@ -106,6 +117,7 @@ class NonBlockingEnd:
                 self._unfinished = bytearray(length)
                 self._filled = size - start
                 self._unfinished[: self._filled] = data[start:]
+                self._seen = 0
                 return messages
             messages.append(data[start:at])
         self._rest = data[at:]
@@ -138,3 +150,6 @@ class BlockingEnd:
             return [self.connection.recv_bytes()] if self.connection.poll() else []
         except OSError as error:
             raise EOFError from error
+
+    def is_arriving(self) -> bool:
+        return False

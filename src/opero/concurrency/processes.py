@@ -193,13 +193,16 @@ class ProcessPool:
         self._pending.append(batch)
         self._hand_out()
 
-    def kill(self, batch: Batch) -> None:
-        """Kill the worker that runs the batch; its end is reported as `Lost`."""
+    def kill(self, batch: Batch) -> bool:
+        """Kill the worker that runs the batch, unless it is reporting; its end is reported as `Lost`."""
         for worker in self._workers:
             if batch in worker.batches.values():
+                if worker.pipe.is_arriving():
+                    return False
                 # Nothing more may be sent to it.
                 worker.room = 0
                 worker.process.kill()
+        return True
 
     def give_up(self) -> list[Batch]:
         """Kill the workers that run something; their ends are reported as `Lost`."""

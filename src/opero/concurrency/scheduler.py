@@ -43,6 +43,8 @@ FAST_SECONDS = 0.005
 MOST_BATCH_BYTES = 2_000_000
 # A look at the time that is so late says nothing of what came in meanwhile.
 _LATE_SECONDS = 0.05
+# A report that is too large for one look arrives as long as some of it comes in such a time.
+_REPORTING_SECONDS = 0.5
 # Items whose entries are asked for at once; so many only while all of them are found.
 MOST_LOOKED_UP = 500
 
@@ -211,8 +213,11 @@ class Workers(Protocol):
         ...
 
     @property
-    def kill(self) -> Callable[[Batch], None] | None:
-        """Stops the worker that runs a batch; None where a worker cannot be stopped."""
+    def kill(self) -> Callable[[Batch], bool] | None:
+        """Stops the worker that runs a batch; None where a worker cannot be stopped.
+
+        Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
+        """
         ...
 
     @property
@@ -562,8 +567,10 @@ class Scheduler:
             # The map was away, with its input or its consumer: a report may be on its way.
             self._watch(batch, _LATE_SECONDS)
         elif batch in self._sent and self._kill is not None:
-            self._overdue.add(batch)
-            self._kill(batch)
+            if self._kill(batch):
+                self._overdue.add(batch)
+            else:
+                self._watch(batch, _REPORTING_SECONDS)
 
     def _returned(self, batch: Batch) -> bool:
         if batch not in self._sent:
