@@ -18,6 +18,7 @@ from side_by_side import SECONDS, forked, forks, results, started, until
 import opero
 from opero.core import RateLimiter
 from opero.core.clock import Bell, clock
+from opero.core.limits.pacer import Pacer
 from opero.events import CallDone, CallStarted, RetryPlanned
 from opero.testing import disabled, instant, recorded
 
@@ -621,3 +622,17 @@ def test_an_interrupt_leaves_a_wait_as_what_it_is():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_tasks_that_wait_for_slots_of_one_limit_look_a_few_times_each(monkeypatch):
+    look, looks = Pacer.look, []
+    monkeypatch.setattr(Pacer, "look", lambda self, place: looks.append(place) or look(self, place))
+    f = opero.opero(retries=0, rate_limit=10)(asyncio.sleep)
+
+    async def main():
+        await asyncio.gather(*[f(0) for _ in range(300)])
+
+    with instant() as time_passed:
+        asyncio.run(main())
+    assert time_passed.skipped == pytest.approx(30, abs=2)
+    assert len(looks) < 10 * 300

@@ -13,6 +13,7 @@ import heapq
 import itertools
 import threading
 import time
+import weakref
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from opero.core.forks import watch_forks
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 # Moments that are so close to each other are one: those who begin to wait together do so one after the other.
 _AT_ONCE = 0.001
@@ -50,7 +51,7 @@ class _Waiter:
     ``pushes``: it lets time jump; else it only wants to know when the moment has come.
     """
 
-    __slots__ = ("has_left", "is_due", "moment", "pushes", "thread", "wake")
+    __slots__ = ("__weakref__", "has_left", "is_due", "moment", "pushes", "thread", "wake")
 
     def __init__(self, wake: Callable[[], None], *, pushes: bool) -> None:
         self.wake = wake
@@ -59,6 +60,9 @@ class _Waiter:
         self.thread = threading.get_ident()
         self.is_due = False
         self.has_left = False
+
+    def is_in(self, loops: Collection[asyncio.AbstractEventLoop]) -> bool:  # noqa: ARG002 - a thread is in none
+        return False
 
 
 class VirtualTime:
@@ -82,8 +86,8 @@ class VirtualTime:
         heapq.heapify(self._heap)
         self._left_in_heap = 0
         self._watches = {loop: watch for loop, watch in self._watches.items() if watch.thread == here}
-        # Those who were told that their moment has come, and have not gone on yet.
-        self._woken: set[_Waiter] = set()
+        # Those who were told that their moment has come, and have not gone on yet; some never will.
+        self._woken: weakref.WeakSet[_Waiter] = weakref.WeakSet()
         self._joined = 0
         self._lull: _Lull | None = None
 
@@ -194,11 +198,20 @@ class VirtualTime:
     def _watch_of(self, loop: asyncio.AbstractEventLoop) -> _LoopWatch:
         watch = self._watches.get(loop)
         if watch is None:
-            # Closed with somebody in it, who never left.
-            for closed in [other for other in tuple(self._watches) if other.is_closed()]:
-                self._watches.pop(closed, None)
+            self._forget_closed_loops()
             watch = self._watches[loop] = _LoopWatch(self, loop)
         return watch
+
+    def _forget_closed_loops(self) -> None:
+        """Drop those that were closed with somebody in them, who never left."""
+        closed = {loop for loop in tuple(self._watches) if loop.is_closed()}
+        for loop in closed:
+            self._watches.pop(loop, None)
+        if closed:
+            with self._lock:
+                self._heap = [entry for entry in self._heap if not entry[2].is_in(closed)]
+                heapq.heapify(self._heap)
+                self._left_in_heap = sum(entry[2].has_left for entry in self._heap)
 
     def _join(self, waiter: _Waiter, seconds: float) -> None:
         with self._lock:
@@ -296,6 +309,9 @@ class _LoopTimer(_Waiter):
         super().__init__(self._call_soon, pushes=pushes)
         self._loop = loop
         self._callback = callback
+
+    def is_in(self, loops: Collection[asyncio.AbstractEventLoop]) -> bool:
+        return self._loop in loops
 
     def _call_soon(self) -> None:
         is_here = threading.get_ident() == self.thread

@@ -166,10 +166,7 @@ class Pacer:
             now = clock.now()
             if place.granted:
                 return max(now, self._may_start_at(place, now)) < deadline
-            before = sum(
-                not other.done() for other in itertools.takewhile(lambda other: other is not place, self._line)
-            )
-            return max(now, self._expected_start(before, now)) < deadline
+            return max(now, self._expected_start(self._count_before(place), now)) < deadline
 
     def pause(self, seconds: float) -> None:
         """Let nothing start for so long."""
@@ -252,6 +249,9 @@ class Pacer:
                         break
                     before += not (other.done() or other.is_slow)
                 due = max(0.0, self._loop.timer.when - now) + before * _GRACE
+                if before and clock.skips is not None:
+                    # Where time jumps to each look, all of them would look at each slot.
+                    due = max(due, self._expected_start(self._count_before(place), now) - now)
         if self._to_wake:
             self._wake()
         return max(0.0, due)
@@ -338,6 +338,10 @@ class Pacer:
             return False
         self._free_at = (self._free_at if now <= self._made_up_until else now) + self._interval
         return True
+
+    def _count_before(self, place: Place) -> int:
+        before = itertools.takewhile(lambda other: other is not place, self._line)
+        return sum(not other.done() for other in before)
 
     def _expected_start(self, before: int, now: float) -> float:
         """When one that has so many others before it in line would start."""
