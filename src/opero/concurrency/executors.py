@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import pickle
+import threading
 from collections import deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
-from opero.concurrency.interrupts import hearing_interrupts, held_back_in_children
+from opero.concurrency.interrupts import hearing_interrupts, held_back_in_children, let_through
 from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.process_worker import AGAIN, BROKEN, SINGLES, STOP
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
@@ -65,6 +66,8 @@ class ExecutorPool:
         self._broken: BrokenExecutor | None = None
         self._lost: list[Batch] = []
         self._stillbirths = 0
+        self._ending = threading.Lock()
+        self._nothing_runs = False
 
     @property
     def slots(self) -> int:
@@ -110,33 +113,37 @@ class ExecutorPool:
         Ctrl-C meanwhile ends the processes of such an executor; what runs in threads is left to itself.
         """
         try:
-            wait([future for future in self._in_flight if not future.cancel()])
+            running = [future for future in self._in_flight if not future.cancel()]
+            with let_through():
+                wait(running)
         except BaseException:
             if self._made_here:
                 self._executor.shutdown(wait=self._end_processes())
             raise
+        with self._ending:
+            self._nothing_runs = True
         if self._made_here:
-            # Nothing runs any more.
             uninterrupted(lambda: self._executor.shutdown(wait=True))
 
     async def stop_async(self) -> None:
-        try:
-            await in_own_thread(self.stop, may_be_left=True)
-        except BaseException:
-            # The thread goes on, and shuts down what has ended.
-            self._end_processes()
-            raise
+        # Once the processes have ended, there is nothing that could run for long.
+        await in_own_thread(self.stop, may_be_left=lambda: not self._end_processes())
 
     @property
     def _made_here(self) -> bool:
         return self._make is not None and self._executor is not None
 
     def _end_processes(self) -> bool:
-        """Tells whether there are any."""
-        processes = (self._made_here and getattr(self._executor, "_processes", None)) or {}
-        for process in list(processes.values()):
+        """End those in which something runs; tells whether it will end by that, or has ended."""
+        with self._ending:
+            if self._nothing_runs:
+                # One that waits for work may hold a lock of the executor's, without which the others do not end.
+                return True
+            processes = (self._made_here and getattr(self._executor, "_processes", None)) or {}
+            snapshot = list(processes.values())
+        for process in snapshot:
             process.terminate()
-        return bool(processes)
+        return bool(snapshot)
 
     # The executor
 

@@ -206,20 +206,13 @@ class AsyncMap(_Map[T, P, R, E]):
 
     def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
         """The blocking form, for scripts; inside a running event loop write ``await`` instead."""
-        import asyncio
-
+        from opero.concurrency.own_loop import run_in_own_loop
         from opero.concurrency.running import has_running_loop
 
         if has_running_loop():
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
-        try:
-            return asyncio.run(self(items, *args, **kwargs))
-        except KeyboardInterrupt as interrupt:
-            # asyncio would show the cancellation, too, as which it has passed Ctrl-C on.
-            if isinstance(interrupt.__context__, asyncio.CancelledError):
-                interrupt.__suppress_context__ = True
-            raise
+        return run_in_own_loop(self(items, *args, **kwargs))
 
     def stream(
         self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs

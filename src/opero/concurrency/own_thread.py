@@ -35,10 +35,10 @@ def uninterrupted(block: Callable[[], None]) -> None:
         raise error
 
 
-async def in_own_thread(block: Callable[[], None], *, may_be_left: bool = False) -> None:
+async def in_own_thread(block: Callable[[], None], *, may_be_left: Callable[[], bool] | None = None) -> None:
     """Run ``block`` in a thread that ends with it; not interrupted by cancellation, which is passed on afterwards.
 
-    ``may_be_left``: who is cancelled twice, as by Ctrl-C twice, leaves the thread to itself.
+    ``may_be_left``: asked when it is cancelled twice, as by Ctrl-C twice; true leaves the thread to itself.
     """
     import asyncio
 
@@ -61,7 +61,7 @@ async def in_own_thread(block: Callable[[], None], *, may_be_left: bool = False)
         with held_back():
             thread.start()
     except KeyboardInterrupt as again:
-        if may_be_left:
+        if may_be_left is not None and may_be_left():
             raise
         interrupted = again
     while not ended.done():
@@ -70,7 +70,7 @@ async def in_own_thread(block: Callable[[], None], *, may_be_left: bool = False)
         except asyncio.CancelledError as error:
             interrupted = interrupted or error
             task = asyncio.current_task()
-            if may_be_left and task is not None and task.cancelling() > 1:
+            if may_be_left is not None and task is not None and task.cancelling() > 1 and may_be_left():
                 raise
     thread.join()
     if interrupted is not None:

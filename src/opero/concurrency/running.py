@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
+from opero.concurrency.interrupts import forget_earlier_interrupts, held_back
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import make_progress
 from opero.concurrency.scheduler import IteratorSource, Scheduler, Shape, Wake
@@ -187,6 +188,7 @@ def run_blocking(
     source = IteratorSource(items)
     run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
     steps, events = run.steps(), None
+    is_interrupted = False
     try:
         try:
             while True:
@@ -202,17 +204,22 @@ def run_blocking(
                     events = inbox.collect(step.seconds, step.real_seconds, pushes=step.is_idle)
         except StopIteration:
             return
+        except KeyboardInterrupt:
+            is_interrupted = True
+            raise
         finally:
-            try:
-                run.close()
-            finally:
+            with held_back() as pressed:
                 try:
-                    run.pool.stop()
+                    run.close()
                 finally:
-                    inbox.close()
-    except KeyboardInterrupt as again:
-        # One traceback for Ctrl-C, however often it was pressed.
-        again.__suppress_context__ = again.__suppress_context__ or isinstance(again.__context__, KeyboardInterrupt)
+                    try:
+                        run.pool.stop()
+                    finally:
+                        inbox.close()
+                if is_interrupted:
+                    pressed.clear()
+    except KeyboardInterrupt as interrupt:
+        forget_earlier_interrupts(interrupt)
         raise
 
 

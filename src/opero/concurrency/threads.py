@@ -7,6 +7,7 @@ import contextvars
 import queue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from opero.concurrency.interrupts import held_back, let_through
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.worker import AsyncCaller, Work, run_batch
@@ -66,11 +67,14 @@ class ThreadPool:
         for _ in range(self.slots):
             self._batches.put(None)
         # Ctrl-C may come before there is one.
-        if self._pool is not None:
-            self._pool.__exit__(None, None, None)
+        if self._pool is not None and self._pool.pool is not None:
+            with held_back():
+                self._pool.pool.close()
+            with let_through():
+                self._pool.__exit__(None, None, None)
 
     async def stop_async(self) -> None:
-        await in_own_thread(self.stop, may_be_left=True)
+        await in_own_thread(self.stop, may_be_left=lambda: True)
 
     def _serve(self) -> None:
         caller = AsyncCaller() if self._map.work.is_async else None

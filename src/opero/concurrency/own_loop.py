@@ -1,0 +1,99 @@
+"""A coroutine that is run to its end in a loop of its own, and Ctrl-C meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from opero.concurrency.interrupts import OwnHandler, forget_earlier_interrupts
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+# A loop that has not turned for so many seconds is blocked by what runs in it.
+_BLOCKED_SECONDS = 0.1
+
+T = TypeVar("T")
+
+
+def run_in_own_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`, but Ctrl-C cancels, however often it is pressed, as long as the loop turns.
+
+    asyncio raises the second one wherever the loop is. Between two steps of a task one of them gets lost by that, and
+    whoever waits for the task waits for ever.
+    """
+    is_asyncios = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_asyncios or threading.current_thread() is not threading.main_thread():
+        return asyncio.run(coroutine)
+    runner = asyncio.Runner()
+    presses = _Presses(runner.get_loop())
+    try:
+        with presses.heard():
+            try:
+                ended = runner.run(presses.cancel_when_pressed(coroutine))
+            finally:
+                presses.is_closing = True
+                runner.close()
+    except BaseException as error:
+        forget_earlier_interrupts(error)
+        if presses.count and not isinstance(error, KeyboardInterrupt):
+            interrupt = KeyboardInterrupt()
+            interrupt.__context__ = error
+            forget_earlier_interrupts(interrupt)
+            raise interrupt from interrupt.__context__
+        raise
+    if isinstance(ended, KeyboardInterrupt):
+        raise ended
+    if presses.count:
+        raise KeyboardInterrupt
+    return ended
+
+
+class _Presses(OwnHandler):
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._task: asyncio.Task[Any] | None = None
+        self._unanswered_since: float | None = None
+        self._heard_in_closing = False
+        self.count = 0
+        self.is_closing = False
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        try:
+            signal.signal(signal.SIGINT, self)
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    async def cancel_when_pressed(self, coroutine: Coroutine[Any, Any, T]) -> T | KeyboardInterrupt:
+        self._task = asyncio.current_task()
+        if self.count and self._task is not None:
+            self._task.cancel()
+        try:
+            return await coroutine
+        except KeyboardInterrupt as interrupt:
+            # asyncio would complain of it, too, as an exception that nobody has seen.
+            return interrupt
+
+    def __call__(self, _signal: int, _frame: Any) -> None:
+        self.count += 1
+        now = time.monotonic()
+        if self._unanswered_since is None:
+            self._unanswered_since = now
+        # A loop that closes waits for the threads of the function's own.
+        is_waiting = self.is_closing and self._heard_in_closing
+        self._heard_in_closing = self.is_closing
+        if is_waiting or now - self._unanswered_since > _BLOCKED_SECONDS:
+            raise KeyboardInterrupt
+        if self._task is not None:
+            self._task.cancel()
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._answer)
+
+    def _answer(self) -> None:
+        self._unanswered_since = None
