@@ -74,9 +74,9 @@ def let_through() -> Iterator[None]:
         return
     try:
         signal.signal(signal.SIGINT, hold.before)
+        hold.hand_on()
         # It may be held back there, too.
         with let_through():
-            hold.hand_on()
             yield
     finally:
         signal.signal(signal.SIGINT, hold)

@@ -31,6 +31,7 @@ def run_in_own_loop(coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(coroutine)
     runner = asyncio.Runner()
     presses = _Presses(runner.get_loop())
+    error: BaseException | None = None
     try:
         with presses.heard():
             try:
@@ -38,19 +39,19 @@ def run_in_own_loop(coroutine: Coroutine[Any, Any, T]) -> T:
             finally:
                 presses.is_closing = True
                 runner.close()
-    except BaseException as error:
-        forget_earlier_interrupts(error)
-        if presses.count and not isinstance(error, KeyboardInterrupt):
-            interrupt = KeyboardInterrupt()
-            interrupt.__context__ = error
-            forget_earlier_interrupts(interrupt)
-            raise interrupt from interrupt.__context__
-        raise
-    if isinstance(ended, KeyboardInterrupt):
-        raise ended
-    if presses.count:
-        raise KeyboardInterrupt
-    return ended
+        if not isinstance(ended, KeyboardInterrupt):
+            if presses.count == 0:
+                return ended
+            ended = KeyboardInterrupt()
+        error = ended
+    except BaseException as raised:  # noqa: BLE001 - raised below, where it is nobody's context
+        error = raised
+    if presses.count and not isinstance(error, KeyboardInterrupt):
+        interrupt = KeyboardInterrupt()
+        interrupt.__context__ = error
+        error = interrupt
+    forget_earlier_interrupts(error)
+    raise error
 
 
 class _Presses(OwnHandler):

@@ -268,10 +268,10 @@ class ProcessPool:
     # Workers
 
     def _start_worker(self) -> None:
-        from twat_mp.mp import MultiPool
-
         self._stay_safe()
         with starting.lock, self._starting_one():
+            from twat_mp.mp import MultiPool
+
             ours, theirs = self._context.Pipe()
             self._pipes.add(ours)
             door = Door(theirs)
@@ -317,9 +317,11 @@ class ProcessPool:
 
     def _worker_ended(self, worker: Worker) -> Any:
         reason = _how_it_ended(worker.process) if worker.batches else ""
-        self._workers.remove(worker)
-        self._dismiss(worker)
-        self._close_pipe(worker)
+        # What is left of its pool would hang the next process that is forked.
+        with held_back():
+            self._workers.remove(worker)
+            self._dismiss(worker)
+            self._close_pipe(worker)
         if not worker.ready:
             self._stillbirths += 1
             if self._stillbirths >= self._most_stillbirths:

@@ -58,10 +58,13 @@ class AsyncSource:
         import asyncio
 
         self._closing = True
-        if self._task is not None:
-            self._task.cancel()
-            # Not awaited itself: its end is of no interest, but a cancellation of who waits here is.
-            await asyncio.wait({self._task})
+        task = self._task
+        if task is not None:
+            task.cancel()
+            # Not awaited itself: its cancellation is of no interest, but one of who waits here is.
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.result()
 
     async def _pull(self) -> None:
         try:
@@ -106,6 +109,8 @@ class _Ask:
 class _Run:
     """One running map. Its two drivers, below, only wait and hand out."""
 
+    # A package whose first import is cut short stays broken.
+    @held_back()
     def __init__(
         self,
         plan: Plan,

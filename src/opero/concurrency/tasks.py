@@ -60,7 +60,8 @@ class TaskPool:
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            while True:
+            # A function may go on in spite of its cancellation.
+            while not self._stopping:
                 while not self._batches:
                     waiter = loop.create_future()
                     self._idle.append(waiter)

@@ -33,6 +33,7 @@ class ThreadPool:
         self._pool: Any = None
         self._stopped = False
 
+    @held_back()
     def start(self, inbox: Inbox) -> None:
         from multiprocess.pool import ThreadPool as Threads
         from twat_mp.mp import MultiPool
