@@ -6,10 +6,12 @@ A map has the pool that it uses to itself. One that runs at the same time has an
 from __future__ import annotations
 
 import contextlib
+import sys
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.inbox import BlockingInbox
+from opero.concurrency.interrupts import let_through
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
 from opero.exceptions import NotTransferableError
@@ -122,8 +124,10 @@ class Lease:
         if kept is None:
             return
         rests = False
+        # What can only be waited for is waited for once after Ctrl-C: by the pool, which leaves it when it comes again.
+        is_left = self._pool.kill is None and isinstance(sys.exception(), KeyboardInterrupt)
         try:
-            rests = self._sound and not kept.is_hearing and self._bring_to_rest(kept)
+            rests = self._sound and not kept.is_hearing and not is_left and self._bring_to_rest(kept)
         finally:
             kept.pass_on(None)
             if not (rests and self._source.give_back(kept)):
@@ -135,7 +139,7 @@ class Lease:
             if self._kept is not None:
                 self._kept.pass_on(None)
         finally:
-            await in_own_thread(self.stop)
+            await in_own_thread(self.stop, may_be_left=(lambda: True) if self._pool.kill is None else None)
 
     def _kill(self, batch: Batch) -> bool:
         return self._pool.kill is None or self._pool.kill(batch)
@@ -170,7 +174,9 @@ class Lease:
             with contextlib.closing(BlockingInbox()) as inbox:
                 kept.pass_on(inbox)
                 while self._out and self._sound:
-                    for event in inbox.collect(None):
+                    with let_through():
+                        events = inbox.collect(None)
+                    for event in events:
                         self.receive(event)
                 kept.pass_on(None)
         return self._sound
