@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-def forget_earlier_interrupts(error: BaseException) -> None:
+def forget_earlier_interrupts(interrupt: KeyboardInterrupt) -> None:
     """Let one traceback be shown for Ctrl-C, however often it was pressed; asyncio passes it on as a cancellation."""
-    earlier = error.__context__
+    earlier = interrupt.__context__
     while isinstance(earlier, KeyboardInterrupt) or _is_cancellation(earlier):
         earlier = earlier.__context__
-    error.__context__ = earlier
+    interrupt.__context__ = earlier
 
 
 def _is_cancellation(error: BaseException | None) -> TypeGuard[BaseException]:

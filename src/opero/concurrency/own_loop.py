@@ -31,7 +31,6 @@ def run_in_own_loop(coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(coroutine)
     runner = asyncio.Runner()
     presses = _Presses(runner.get_loop())
-    error: BaseException | None = None
     try:
         with presses.heard():
             try:
@@ -39,19 +38,23 @@ def run_in_own_loop(coroutine: Coroutine[Any, Any, T]) -> T:
             finally:
                 presses.is_closing = True
                 runner.close()
-        if not isinstance(ended, KeyboardInterrupt):
-            if presses.count == 0:
-                return ended
-            ended = KeyboardInterrupt()
-        error = ended
-    except BaseException as raised:  # noqa: BLE001 - raised below, where it is nobody's context
-        error = raised
-    if presses.count and not isinstance(error, KeyboardInterrupt):
+    except KeyboardInterrupt as raised:
+        interrupt = raised
+    except BaseException as error:
+        if presses.count == 0:
+            raise
         interrupt = KeyboardInterrupt()
         interrupt.__context__ = error
-        error = interrupt
-    forget_earlier_interrupts(error)
-    raise error
+    else:
+        if isinstance(ended, KeyboardInterrupt):
+            interrupt = ended
+        elif presses.count == 0:
+            return ended
+        else:
+            interrupt = KeyboardInterrupt()
+    forget_earlier_interrupts(interrupt)
+    # Here, where no other error is on its way that would become its context.
+    raise interrupt
 
 
 class _Presses(OwnHandler):
