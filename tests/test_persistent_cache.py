@@ -899,7 +899,7 @@ def test_the_event_loop_goes_on_while_redis_is_frozen(own_redis):
         return answers
 
     assert asyncio.run(main()) == [[x] for x in range(20)]
-    assert max(pauses) < 0.3
+    assert max(pauses) < 0.7  # the client would wait for 0.9
 
 
 @pytest.mark.parametrize("policy", ["fifo", "lru"])
@@ -928,7 +928,7 @@ def test_the_event_loop_goes_on_while_another_process_writes_to_the_disk(disk_ba
         return answers
 
     assert asyncio.run(main()) == [[1], [0]]
-    assert max(pauses) < 0.3
+    assert max(pauses) < 0.7  # SQLite would wait for a second
 
 
 def test_the_event_loop_goes_on_while_another_process_computes(cached, options, start):
@@ -1341,8 +1341,8 @@ def test_the_files_of_a_function_that_is_gone_are_closed(world, disk_backend):
     world.run(f, 1)
     assert open_files(disk_backend.folder)
     del f
-    gc.collect()
-    assert open_files(disk_backend.folder) == []
+    # A thread that has worked for the loop may let go of it a moment later.
+    until(lambda: gc.collect() >= 0 and open_files(disk_backend.folder) == [])
 
 
 def test_the_connections_of_a_function_that_is_gone_are_closed(world, own_redis, monkeypatch):
