@@ -1091,7 +1091,7 @@ def test_a_script_without_a_guard_that_spawns_says_so(start):
 
 
 INTERRUPTED = """
-    import asyncio, contextlib, itertools, os, signal, time
+    import asyncio, itertools, os, signal, time
     from opero import opmap
 
     def work(item):
@@ -1107,9 +1107,12 @@ INTERRUPTED = """
             opmap(mode=MODE, workers=2, progress=False, pool_options=OPTIONS)(FUNCTION).run(itertools.count())
         finally:
             # What is pressed now is no business of the map, which has ended.
-            while signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-                with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                try:
                     signal.signal(signal.SIGINT, signal.SIG_IGN)
+                    break
+                except KeyboardInterrupt:
+                    pass
 """
 
 
