@@ -6,6 +6,7 @@ import ast
 import asyncio
 import contextlib
 import functools
+import gc
 import inspect
 import json
 import os
@@ -95,13 +96,22 @@ class Mode:
 
     def stream(self, mapped: Any, items: Any, /, **kwargs: Any) -> list[Any]:
         """All outcomes of a stream."""
+        outcomes: list[Any] = []
+        self.each(outcomes.append, mapped, items, **kwargs)
+        return outcomes
+
+    def each(self, see: Callable[[Any], Any], mapped: Any, items: Any, /, **kwargs: Any) -> None:
+        """Call ``see`` with each outcome of a stream as it is handed out."""
         if not self.is_async:
-            return list(mapped.stream(items, **kwargs))
+            for outcome in mapped.stream(items, **kwargs):
+                see(outcome)
+            return
 
-        async def collect() -> list[Any]:
-            return [outcome async for outcome in mapped.stream(items, **kwargs)]
+        async def consume() -> None:
+            async for outcome in mapped.stream(items, **kwargs):
+                see(outcome)
 
-        return asyncio.run(collect())
+        asyncio.run(consume())
 
 
 MODES = ("thread", "process", "async", "async_process")
@@ -447,3 +457,15 @@ def start(tmp_path: Path, journal: Journal) -> Iterator[Callable[..., Program]]:
     yield started
     for program in programs:
         program.kill()
+
+
+@pytest.fixture
+def no_garbage_of_others():
+    """Lets the collector find nothing that other tests have left.
+
+    Ctrl-C is lost in what it finalizes; within `logging`, a lock that all threads need may stay taken.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -405,6 +405,15 @@ def test_items_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(mode, jour
     assert journal.lines() == ["0"]
 
 
+def test_a_round_that_the_circuit_does_not_let_begin_is_no_retry(mode):
+    def function(x):
+        raise ConnectionError(x)
+
+    mapped = opero.opmap(breaker=3, retries=2, min_delay=0.05, jitter=False, **mode.options)(mode.define(function))
+    mode.run(mapped, range(3))
+    assert mapped.stats == opero.CallStats(calls=3, attempts=3, retries=0, failures=3)
+
+
 def test_items_that_wait_for_a_worker_are_not_run_when_the_circuit_opens(mode, journal, fake_clock):
     if mode.name == "async_process":
         pytest.skip("one worker runs many items at once")
@@ -435,6 +444,7 @@ def test_items_that_wait_for_a_worker_are_not_run_when_the_circuit_opens(mode, j
     assert [type(outcome.error) for outcome in outcomes] == [ConnectionError, type(None)] * 10
     assert len(journal.lines()) == 23
     assert mapped.stats.attempts == sum(outcome.attempts for outcome in outcomes) == 23
+    assert mapped.stats.retries == 3  # the others were not run again
     assert sum(isinstance(event, AttemptFailed) for event in told) == 20
     assert sum(isinstance(event, AttemptStarted) for event in told) == 30
 

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import contextlib
 import contextvars
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -360,6 +361,35 @@ def test_an_item_that_runs_beside_a_crash_is_run_again_alone_and_not_charged(pro
     assert again.index("good ends") - again.index("good begins") == 1
 
 
+class CannotStartAThread(ThreadPoolExecutor):
+    """Takes a batch, and says then that it has no thread for it, as an executor in a system that has no more does."""
+
+    submitted = 0
+    is_refused = threading.Event()
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = super().submit(fn, *args, **kwargs)
+        CannotStartAThread.submitted += 1
+        if CannotStartAThread.submitted == 3:
+            threading.Timer(0.05, self.is_refused.set).start()
+            raise RuntimeError("can't start new thread")
+        return future
+
+
+def test_a_batch_that_an_executor_takes_and_refuses_runs_once():
+    runs: list[int] = []
+
+    def work(item):
+        if item == 0:
+            CannotStartAThread.is_refused.wait(PATIENCE)
+        runs.append(item)
+        return item
+
+    mapped = opmap(mode=lambda: CannotStartAThread(1), workers=2, retries=0, progress=False)(work)
+    assert mapped(range(20)) == list(range(20))
+    assert sorted(runs) == list(range(20))
+
+
 class LosesABatch(ThreadPoolExecutor):
     """Loses a batch and nothing else, as dask does with a worker that died, while item 1 runs."""
 
@@ -370,7 +400,7 @@ class LosesABatch(ThreadPoolExecutor):
         self.running: Future[Any] | None = None
 
     def submit(self, fn, /, *args, **kwargs):
-        items = args[2] if len(args) > 2 else []
+        items = args[0].items if len(args) > 1 else []
         if self.running and not self.lost and len(items) > 1:
             self.lost = items
             future: Future[Any] = Future()
@@ -391,6 +421,43 @@ def test_what_was_lost_is_sent_again_when_nothing_else_is_in_the_executor(thread
     assert results == [0, None, *range(2, 20)]
     assert len(executor.lost) > 1
     assert executor.sent_again_beside_another == []
+
+
+def reusable():
+    return loky.get_reusable_executor(2, timeout=60)
+
+
+class OneForAll:
+    """Gives one executor as long as that takes work, as loky's `get_reusable_executor` does."""
+
+    def __init__(self):
+        self._executor = None
+
+    def __call__(self):
+        if self._executor is None or self._executor._shutdown:
+            self._executor = ThreadPoolExecutor(2)
+        return self._executor
+
+    def shut_down(self):
+        self._executor.shutdown()
+
+
+@pytest.mark.parametrize("make", [reusable, OneForAll()], ids=["reusable loky", "threads"])
+def test_maps_whose_functions_give_the_same_executor_do_not_end_it_for_each_other(make):
+    first, second = Kind.map(abs, make), Kind.map(abs, make)
+    for _ in range(2):
+        one, other = first.stream(itertools.count()), second.stream(range(50))
+        assert next(one).result == next(other).result == 0
+        one.close()
+        assert [outcome.result for outcome in other] == list(range(1, 50))
+
+
+def test_an_executor_that_somebody_shuts_down_is_made_anew():
+    make = OneForAll()
+    stream = Kind.map(abs, make).stream(range(2_000))
+    assert next(stream).result == 0
+    make.shut_down()
+    assert [outcome.result for outcome in stream] == list(range(1, 2_000))
 
 
 def test_a_crash_is_retried_like_any_error(processes, journal):

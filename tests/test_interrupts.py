@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import io
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
+from every_moment import Presser
 from leftovers import surroundings
-from side_by_side import until
+from side_by_side import started, until
 
+import opero
 from opero import opmap
-from opero.concurrency.interrupts import held_back, let_through
+from opero.concurrency.interrupts import Hold, let_through
 from opero.concurrency.processes import Worker
 from opero.concurrency.threads import ThreadPool
 
@@ -212,7 +221,7 @@ def test_ctrl_c_that_is_held_back_is_heard_where_it_is_let_through():
     steps = []
 
     def go_on():
-        with held_back(), held_back():
+        with Hold(), Hold():
             press()
             steps.append("held back")
             with let_through():
@@ -227,7 +236,7 @@ def test_ctrl_c_while_it_is_let_through_is_heard_at_once_and_once():
     steps = []
 
     def go_on():
-        with held_back(), let_through():
+        with Hold(), let_through():
             press()
             steps.append("never")
 
@@ -291,3 +300,122 @@ def test_ctrl_c_twice_while_a_map_ends_leaves_no_lock_taken(monkeypatch):
         work(itertools.count())
     assert raised.value.__context__ is None
     until(lambda: surroundings() == before)
+
+
+class PressingTerminal(io.StringIO):
+    """A terminal at which Ctrl-C is pressed when something is written the n-th time."""
+
+    def __init__(self, writes):
+        super().__init__()
+        self._writes = writes
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self._writes -= 1
+        if self._writes == 0:
+            press()
+        return super().write(text)
+
+
+def nap(item):
+    time.sleep(0.03)  # the bar is drawn ten times a second
+    return item
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3, 4])
+def test_ctrl_c_while_the_bar_is_drawn_leaves_bars_to_maps_in_other_threads(monkeypatch, writes):
+    mapped = opmap(mode="thread", workers=2)(nap)
+    monkeypatch.setattr("sys.stderr", PressingTerminal(writes))
+    with pytest.raises(KeyboardInterrupt):
+        mapped(range(30))
+    monkeypatch.setattr("sys.stderr", PressingTerminal(0))
+    assert started(mapped, range(10)).result(PATIENCE) == list(range(10))
+
+
+# At every moment
+
+# Each kind, and each way of use, has other moments: of one that takes long to start, one of so many.
+STEP = {"thread": 3, "process": 11, "executor": 5, "async": 3, "async_process": 11}
+OWN_LOOPS = ("async", "async_process")
+
+
+def echo(item):
+    return item
+
+
+async def echo_async(item):
+    return item
+
+
+def call_it(mapped):
+    mapped.run(range(3))
+
+
+def close_its_stream(mapped):
+    stream = mapped.stream(range(10))
+    next(stream)
+    stream.close()
+
+
+def keep_its_workers(mapped):
+    with mapped.pool():
+        mapped.run(range(3))
+        mapped.run(range(3))
+
+
+USES = [
+    *((kind, use) for kind in STEP for use in (call_it, keep_its_workers)),
+    *((kind, close_its_stream) for kind in STEP if kind not in OWN_LOOPS),
+]
+
+
+# A second one may come while the first, on its way out, frees a generator: Python cannot raise it there.
+TWICE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.mark.parametrize("again_after", [None, *(pytest.param(calls, marks=TWICE) for calls in (1, 5))])
+@pytest.mark.parametrize(("kind", "use"), USES)
+@pytest.mark.usefixtures("no_garbage_of_others")
+def test_ctrl_c_at_any_moment_leaves_nothing_and_has_one_traceback(kind, use, again_after):
+    mode = partial(ThreadPoolExecutor, 2) if kind == "executor" else kind
+    mapped = opmap(mode=mode, workers=2, retries=0, progress=False)(echo_async if kind in OWN_LOOPS else echo)
+    use(mapped)
+    gc.collect()
+    before = surroundings()
+    for moment in itertools.count(again_after or 0, STEP[kind] * (1 if again_after is None else 5)):
+        presser = Presser(moment, again_after)
+        interrupt = None
+        try:
+            with presser.watching():
+                use(mapped)
+        except KeyboardInterrupt as raised:
+            interrupt = raised
+        # The second may come when the first has reached the program's own code.
+        if interrupt is not None and is_of_opero(interrupt):
+            assert interrupt.__context__ is None, moment
+        interrupt = None
+        if not presser.has_pressed:
+            break
+        until(lambda: surroundings() == before)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, moment
+    assert mapped.run([1]) == [1]
+    assert moment > 30
+
+
+def test_no_code_in_which_ctrl_c_would_be_lost_runs_when_the_object_of_a_block_that_has_ended_is_freed():
+    mapped = opmap(mode="thread", progress=False)(echo)
+    block = mapped.pool()
+    with block:
+        pass
+    entered = []
+    sys.setprofile(lambda frame, event, _: entered.append(frame.f_code.co_name) if event == "call" else None)
+    del block
+    sys.setprofile(None)
+    assert entered == []
+
+
+def is_of_opero(error):
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.filename.startswith(str(Path(opero.__file__).parent))

@@ -438,3 +438,18 @@ def test_workers_whose_message_ctrl_c_lost_are_not_used_again(lost, monkeypatch)
 
 def plain_double(item):
     return item * 2
+
+
+def test_a_block_that_is_entered_twice_ends_when_it_is_left_twice():
+    mapped = opmap(mode="process", workers=1, progress=False)(get_process)
+    block = mapped.pool()
+    with block:
+        (first,) = mapped([1])
+        with block:
+            assert mapped([1]) == [first]
+        assert mapped([1]) == [first]
+    assert mapped([1]) != [first]
+
+
+def get_process(_item):
+    return os.getpid()

@@ -16,8 +16,11 @@ import textwrap
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import anyio
 import pytest
 from leftovers import surroundings
 from side_by_side import until
@@ -141,6 +144,76 @@ WAYS = [
 @pytest.mark.parametrize("ends", WAYS)
 def test_a_map_that_ends_leaves_no_process_thread_task_file_or_shared_memory(mode, ends):
     ends(mode, opmap(**mode.options, retries=0)(mode.define(fail_on_seven)))
+
+
+# Without anybody's closing it
+
+MAPS_IN_THREADS = {
+    "thread": {"mode": "thread", "workers": 2},
+    "executor": {"mode": partial(ThreadPoolExecutor, 2)},
+}
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("options", MAPS_IN_THREADS.values(), ids=MAPS_IN_THREADS)
+def test_a_stream_that_the_garbage_collector_ends_in_one_of_its_own_workers_ends(options, keeps):
+    is_dropped, is_collected = threading.Event(), threading.Event()
+
+    def work(item):
+        if item >= 1:
+            is_dropped.wait(PATIENCE)
+            gc.collect()
+            is_collected.set()
+        return item
+
+    mapped = opmap(**options, retries=0, progress=False)(work)
+    gc.disable()
+    try:
+        with mapped.pool() if keeps else contextlib.nullcontext():
+            before = surroundings()
+            cycle = [mapped.stream(endless())]
+            next(cycle[0])
+            cycle.append(cycle)
+            del cycle
+            is_dropped.set()
+            assert is_collected.wait(PATIENCE)
+            assert mapped(range(3)) == [0, 1, 2]
+        until(lambda: surroundings() == before)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_a_stream_of_processes_that_the_garbage_collector_ends_in_a_thread_of_their_pool_ends(monkeypatch):
+    from multiprocess.pool import Pool
+
+    before = surroundings()
+    is_dropped, is_collected = threading.Event(), threading.Event()
+    wait_for_updates = Pool._wait_for_updates
+
+    def collect_and_wait(*arguments, **options):
+        if is_dropped.is_set() and not is_collected.is_set():
+            gc.collect()
+            is_collected.set()
+        return wait_for_updates(*arguments, **options)
+
+    monkeypatch.setattr(Pool, "_wait_for_updates", staticmethod(collect_and_wait))
+    gc.disable()
+    try:
+        cycle = [opmap(mode="process", workers=1, progress=False)(fail_on_seven).stream(endless())]
+        next(cycle[0])
+        cycle.append(cycle)
+        del cycle
+        is_dropped.set()
+        # A thread of the pool looks around when a worker has ended.
+        for pid in surroundings()[0]:
+            if pid not in before[0]:
+                os.kill(pid, signal.SIGKILL)
+        assert is_collected.wait(PATIENCE)
+        until(lambda: surroundings() == before)
+    finally:
+        gc.enable()
 
 
 # Ctrl-C
@@ -304,3 +377,24 @@ def test_cancelling_twice_leaves_a_map_whose_items_run_in_threads():
     asyncio.run(main())
     leave.set()
     until(lambda: surroundings() == before)
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+@pytest.mark.parametrize(
+    "kind", ["thread", "async", partial(ThreadPoolExecutor, 2)], ids=["thread", "async", "executor"]
+)
+def test_a_scope_of_anyio_that_is_cancelled_waits_for_what_runs(kind):
+    running: list[int] = []
+
+    @opmap(mode=kind, workers=2, retries=0, progress=False)
+    async def work(item):
+        running.append(item)
+        time.sleep(0.2)  # noqa: ASYNC251 - what blocks a thread is to be waited for
+        running.remove(item)
+
+    async def main():
+        with anyio.move_on_after(0.05):
+            await work(range(20))
+        return running.copy()
+
+    assert asyncio.run(main()) == []

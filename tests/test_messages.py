@@ -9,6 +9,7 @@ import select
 import signal
 import struct
 import threading
+import time
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -40,8 +41,11 @@ def receive_all(end, count):
     return messages
 
 
-def wait_to_write(end):
-    return lambda: select.select([], [end.connection], [])
+def send(end, message):
+    is_all_sent = end.send(message)
+    while not is_all_sent:
+        select.select([], [end.connection], [])
+        is_all_sent = end.send_on()
 
 
 def test_an_end_receives_messages_of_every_size(ends):
@@ -59,7 +63,7 @@ def test_an_end_sends_messages_of_every_size(ends):
     reader = threading.Thread(target=lambda: received.extend(theirs.recv_bytes() for _ in sent))
     reader.start()
     for message in sent:
-        end.send(message, wait_to_write(end))
+        send(end, message)
     reader.join()
     assert received == sent
 
@@ -107,7 +111,20 @@ def test_sending_to_nobody_raises(ends):
     end, theirs = ends
     theirs.close()
     with pytest.raises(OSError, match=r".+"):
-        end.send(b"hello", pytest.fail)
+        end.send(b"hello")
+
+
+def test_what_a_pipe_does_not_take_at_once_is_sent_later_in_order():
+    ours, theirs = multiprocessing.Pipe()
+    with closing(ours), closing(theirs):
+        end = NonBlockingEnd(ours)
+        assert end.send(b"small")
+        assert not end.send(bytes(3_000_000))
+        assert not end.send(b"small, too")
+        received = started(lambda: [len(theirs.recv_bytes()) for _ in range(3)])
+        while not end.send_on():
+            select.select([], [ours], [])
+        assert received.result() == [5, 3_000_000, 10]
 
 
 def test_messages_above_two_gibibytes_have_the_length_of_connections(monkeypatch):
@@ -116,7 +133,7 @@ def test_messages_above_two_gibibytes_have_the_length_of_connections(monkeypatch
     ours, theirs = multiprocessing.Pipe()
     with closing(ours), closing(theirs):
         end = NonBlockingEnd(ours)
-        end.send(b"more than ten bytes", pytest.fail)
+        assert end.send(b"more than ten bytes")
         assert theirs.recv_bytes() == b"more than ten bytes"
         os.write(theirs.fileno(), struct.pack("!iQ", -1, 19) + b"more than ten bytes" + struct.pack("!i", 1) + b"x")
         assert receive_all(end, 2) == [b"more than ten bytes", b"x"]
@@ -223,6 +240,45 @@ def as_on_windows(monkeypatch):
 def test_large_items_and_large_results_do_not_wait_for_each_other(run):
     # A batch for a worker that has not got rid of its last report: each could wait for the other to read.
     assert run() == [item * 2 for item in ITEMS]
+
+
+def test_a_worker_that_reads_nothing_for_a_while_holds_up_neither_the_others_nor_the_event_loop(world, tmp_path):
+    """What is sent ahead to a worker that is busy with one slow item may be more than its pipe takes."""
+    path = tmp_path / "done"
+    path.touch()
+
+    def work(item):
+        if item[0] == 100:
+            for _ in range(1_000):
+                if path.stat().st_size > 200:
+                    break
+                time.sleep(0.01)
+        with path.open("a") as file:
+            file.write(".")
+        return item[0], path.stat().st_size
+
+    @opmap(mode="process", workers=2, retries=0, return_exceptions=False)
+    async def work_async(item):
+        return work(item)
+
+    async def turns():
+        turned = 0
+        mapping = asyncio.create_task(work_async(items()))
+        while not mapping.done():
+            await asyncio.sleep(0.005)
+            turned += 100 < path.stat().st_size < 200
+        assert turned > 1
+        return mapping.result()
+
+    def items():
+        return ((number, bytes(400_000)) for number in range(300))
+
+    if world.is_async:
+        results = asyncio.run(turns())
+    else:
+        results = opmap(mode="process", workers=2, retries=0, return_exceptions=False)(work)(items())
+    assert [number for number, _ in results] == list(range(300))
+    assert results[100][1] > 200
 
 
 @pytest.mark.usefixtures("as_on_windows")

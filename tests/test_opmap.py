@@ -444,6 +444,21 @@ def test_an_error_that_is_not_to_be_retried_is_not(mode, journal):
     assert journal.lines() == ["1"]
 
 
+@pytest.mark.parametrize("options", [{}, {"rate_limit": 1_000}, {"total_timeout": 100}], ids=str)
+def test_items_equal_to_one_that_waits_for_its_retry_hold_no_worker(mode, journal, options):
+    def work(item):
+        journal.add(item)
+        if item == "flaky" and journal.count("flaky") == 1:
+            raise SpoiledError(item)
+        return item
+
+    mapped = opmap(**mode.options, cache=True, retries=1, min_delay=0.5, jitter=False, **options)(mode.define(work))
+    items = ["flaky"] * 5 + ["a", "b", "c"]
+    assert mode.run(mapped, items) == items
+    *first, last = journal.lines()
+    assert (sorted(first), last) == (["a", "b", "c", "flaky"], "flaky")
+
+
 def test_an_item_that_waits_for_its_retry_holds_no_worker(mode, journal):
     def work(item):
         journal.add(item)
@@ -777,30 +792,56 @@ def test_an_infinite_input_can_be_streamed_and_closed(mode, clean_surroundings):
     assert first == [n * 2 for n in range(100)]
 
 
-def test_an_infinite_async_input_is_closed_with_its_stream(mode, clean_surroundings):
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_an_async_generator_is_closed_with_the_map_it_is_the_input_of(mode, clean_surroundings, is_waiting):
     mapped = opmap(**mode.options)(double_async)
     ends = []
 
     async def items():
         try:
             for item in itertools.count():
-                await asyncio.sleep(0)
+                await asyncio.sleep(60 if is_waiting and item == 5 else 0)
                 yield item
         finally:
+            await asyncio.sleep(0)
             ends.append("closed")
 
     async def consume():
         source = items()
         stream = mapped.stream(source)
-        first = [(await anext(stream)).result for _ in range(10)]
+        first = [(await anext(stream)).result for _ in range(5)]
+        await asyncio.sleep(0.05)  # what is pulled ahead has come, and no more is pulled
         await stream.aclose()
-        await source.aclose()
+        assert ends == ["closed"]
+        assert await anext(source, None) is None
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert surroundings() == clean_surroundings
         return first
 
-    assert asyncio.run(consume()) == [n * 2 for n in range(10)]
-    assert ends == ["closed"]
+    assert asyncio.run(consume()) == [n * 2 for n in range(5)]
+
+
+def test_an_async_iterator_that_is_no_generator_is_left_open():
+    class Channel:
+        is_closed = False
+
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self):
+            return 1
+
+        async def aclose(self):
+            self.is_closed = True
+
+    async def consume():
+        channel = Channel()
+        stream = opmap(mode="async", workers=2, progress=False)(double_async).stream(channel)
+        await anext(stream)
+        await stream.aclose()
+        return channel.is_closed
+
+    assert not asyncio.run(consume())
 
 
 @pytest.mark.parametrize("name", ["thread", "process"])
@@ -1047,6 +1088,37 @@ def test_items_are_pulled_only_as_fast_as_they_are_finished(mode, journal):
         consume()
     assert len(ahead) == 16
     assert max(ahead) <= 12  # two workers; async_process has four places
+
+
+SLOW = 0.03  # seconds; more than a map pulls before it looks at its results
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_slow_input_does_not_delay_what_is_finished(mode, cache):
+    """Whether the batches have grown on fast items before, or the items end at once because they are cached."""
+    pulled = []
+    fast = 0 if cache else 2_000
+
+    def items():
+        for item in range(fast + 12):
+            if item >= fast:
+                time.sleep(SLOW)
+                pulled.append(item)
+            yield item
+
+    mapped = opmap(**mode.options, cache=cache)(mode.define(double))
+    if cache:
+        mode.run(mapped, range(12))
+    ahead = []
+
+    def see(outcome):
+        if outcome.index >= fast:
+            ahead.append(len(pulled) - (outcome.index - fast))
+
+    mode.each(see, mapped, items())
+    assert len(ahead) == 12
+    assert ahead[0] <= 6  # two workers with two batches each; the last of these may wait in the worker
+    assert pulled == [*range(fast, fast + 12)]
 
 
 def test_an_async_input_is_pulled_only_as_fast_as_items_are_finished(mode, journal):

@@ -8,16 +8,16 @@ import ctypes
 import gc
 import itertools
 import logging
-import multiprocessing
 import os
-import pickle
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 import uuid
+import warnings
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -27,10 +27,9 @@ from typing import Any
 import pytest
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
-from opero.concurrency import process_worker
-from opero.concurrency.interrupts import held_back
-from opero.concurrency.process_worker import Door
-from opero.core import CallTimeoutError
+from opero.concurrency import process_worker, scheduler
+from opero.concurrency.interrupts import Hold
+from opero.core import CallTimeoutError, NotTransferableError
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
 PROCESS_MODES = ("process", "async_process")
@@ -82,8 +81,8 @@ class InProcesses:
         if self.name == "process":
             return opmap(**{**self.options, **options})(function)
 
-        async def work(item):
-            return function(item)
+        async def work(item, *args):
+            return function(item, *args)
 
         return opmap(**{**self.options, **options})(work)
 
@@ -233,14 +232,6 @@ def test_what_is_no_exception_ends_the_worker_and_is_charged_to_its_item(process
     results = processes.map(work, retries=0).run(range(6))
     assert isinstance(results.pop(3), WorkerCrashedError)
     assert results == [0, 1, 2, 4, 5]
-
-
-def test_a_process_that_a_pool_starts_in_place_of_a_dead_worker_finds_its_door_locked():
-    """It would write a traceback if it found none; which processes get so far depends on their speed."""
-    ours, theirs = multiprocessing.Pipe()
-    theirs.close()
-    assert pickle.loads(pickle.dumps(Door(theirs))).locked
-    ours.close()
 
 
 def test_a_crash_is_charged_as_one_attempt(processes):
@@ -475,6 +466,17 @@ class SpeechlessError(Exception):
         raise RuntimeError("no text")
 
 
+class SpeechlessItem:
+    """Cannot be unpickled, and nobody can say why."""
+
+    def __reduce__(self):
+        return raise_speechless, ()
+
+
+def raise_speechless():
+    raise SpeechlessError
+
+
 class DeadlyItem:
     """Ends the process that unpickles it."""
 
@@ -607,6 +609,47 @@ def test_a_keyword_argument_that_cannot_travel_raises_before_anything_starts(jou
     with pytest.raises(OperoError, match=r"cannot pickle '_thread\.lock' object"):
         mapped([1], lock=threading.Lock())
     assert journal.lines() == []
+
+
+def raise_odd():
+    raise OddError
+
+
+class OddError(BaseException):
+    """No exception that a program handles."""
+
+
+class Odd:
+    """Pickling it, and unpickling it, raises what is no exception."""
+
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def __reduce__(self):
+        if self.when == "pickled":
+            raise_odd()
+        return raise_odd, ()
+
+
+@pytest.mark.parametrize("where", ["as an item", "as a result"])
+def test_what_ends_a_worker_while_it_travels_is_charged_to_its_item(processes, where):
+    mapped = processes.map(lambda item: Odd("pickled") if item == 3 else 1, retries=0)
+    items = [Odd("unpickled") if item == 3 and where == "as an item" else item for item in range(6)]
+    results = mapped.run(items)
+    assert isinstance(results.pop(3), WorkerCrashedError)
+    assert results == [1] * 5
+
+
+def test_a_result_that_cannot_arrive_is_told_from_any_number_of_others_on_the_way():
+    @opmap(mode="async_process", workers=1, retries=0, progress=False, pool_options={"concurrency": 200})
+    async def work(item):
+        # All of them are reported in one go.
+        await asyncio.sleep(0.3)
+        return Homebound() if item == 0 else item
+
+    results = work.run(range(200))
+    assert isinstance(results.pop(0), NotTransferableError)
+    assert results == list(range(1, 200))
 
 
 # Time limits
@@ -796,6 +839,28 @@ def test_the_initializer_runs_once_in_each_worker_and_in_each_that_replaces_it(p
     assert journal.lines() == ["x"] * 3
 
 
+@pytest.mark.parametrize("mode", PROCESS_MODES)
+def test_a_coroutine_that_does_not_end_when_it_is_cancelled_is_ended_with_its_worker(mode, monkeypatch):
+    monkeypatch.setattr(scheduler, "_UNHEEDED_SECONDS", 0.3)
+
+    @opmap(mode=mode, workers=2, retries=0, attempt_timeout=0.3, progress=False)
+    async def work(item):
+        if item == 3:
+            threading.Event().wait()
+        await asyncio.sleep(0.01)
+        return item
+
+    results = work.run(range(8))
+    assert isinstance(results.pop(3), CallTimeoutError)
+    assert results == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_an_item_whose_error_has_no_text_is_charged_with_that(processes):
+    results = processes.map(kind_of, retries=0).run([1, SpeechlessItem(), "3"])
+    assert isinstance(results.pop(1), NotTransferableError)
+    assert results == [int, str]
+
+
 def test_a_failing_initializer_raises(processes):
     def prepare():
         raise ValueError("cannot prepare")
@@ -803,6 +868,61 @@ def test_a_failing_initializer_raises(processes):
     mapped = processes.map(double, pool_options={"initializer": prepare})
     with pytest.raises(OperoError, match="cannot prepare"):
         mapped.run(range(3))
+
+
+@pytest.mark.parametrize("error", [SpeechlessError(), ValueError("\udc80")], ids=["without text", "not encodable"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_initializer_raises_whatever_its_error_says(processes, error, method):
+    def prepare(name):
+        raise SpeechlessError if name == "SpeechlessError" else ValueError("\udc80")
+
+    options = {"start_method": method, "initializer": prepare, "initargs": (type(error).__name__,)}
+    mapped = processes.map(double, pool_options=options)
+    with pytest.raises(OperoError, match=f"cannot run .*{type(error).__name__}"):
+        mapped.run(range(3))
+
+
+def test_a_pool_goes_on_forking_for_an_initializer_that_cannot_be_sent(processes):
+    is_over = threading.Event()
+    thread = threading.Thread(target=is_over.wait)
+
+    def items():
+        yield 1
+        thread.start()
+        yield -1
+        yield 3
+
+    def work(item):
+        if item < 0:
+            os._exit(1)
+        return item
+
+    with warnings.catch_warnings(), contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
+        mapped = processes.map(work, workers=1, pool_options={"initializer": id, "initargs": (connection,)})
+        results = mapped.run(items())
+    is_over.set()
+    thread.join()
+    assert isinstance(results.pop(1), WorkerCrashedError)
+    assert results == [1, 3]
+
+
+def count_args(_item, argument):
+    return len(argument.args)
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_arguments_that_cannot_be_unpickled_cost_kept_workers_or_raise(processes, method):
+    mapped = processes.map(count_args, pool_options={"start_method": method})
+    bad = OtherArgumentsError(1, place="here")
+    with mapped.pool():
+        assert mapped.run([1, 2], ValueError(1, 2)) == [2, 2]
+        if method == "fork":
+            assert mapped.run([1, 2], bad) == [1, 1]
+        else:
+            with pytest.raises(OperoError, match="place"):
+                mapped.run([1, 2], bad)
+        assert mapped.run([1, 2], ValueError(1, 2)) == [2, 2]
 
 
 @pytest.mark.timeout(30)
@@ -1229,7 +1349,7 @@ def test_ctrl_c_that_another_thread_is_given_does_not_break_into_what_is_half_ma
     reached = []
 
     def press_and_go_on():
-        with held_back():
+        with Hold():
             thread = threading.Thread(target=signal.raise_signal, args=(signal.SIGINT,))
             thread.start()
             thread.join()

@@ -618,7 +618,8 @@ def order_of_tasks(limiter, count):
 
 
 def test_tasks_start_in_the_order_of_asking():
-    assert order_of_tasks(RateLimiter(500, max_burst=1), 100) == list(range(100))
+    # In a loop that stalls for longer than an interval two neighbours may swap.
+    assert order_of_tasks(RateLimiter(50, max_burst=1), 20) == list(range(20))
 
 
 def test_two_event_loops_in_two_threads_share_one_limit():
@@ -1237,6 +1238,7 @@ def test_waiters_that_cannot_look_hold_the_others_up_only_for_a_moment():
 # Python cannot raise what interrupts a destructor or a hook of the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["plain", "waiting", "per value"])
+@pytest.mark.usefixtures("no_garbage_of_others")
 def test_ctrl_c_at_any_moment_stops_nobody_else(how):
     limiter = RateLimiter(20_000 if how == "waiting" else 1e9, max_burst=1)
     call = (lambda: limiter.per_value.take_now("key")) if how == "per value" else limiter.acquire

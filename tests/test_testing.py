@@ -605,6 +605,7 @@ def test_a_loop_that_was_closed_with_a_waiter_in_it_is_not_kept():
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an alarm")
+@pytest.mark.usefixtures("no_garbage_of_others")
 def test_an_interrupt_leaves_a_wait_as_what_it_is():
     bell = Bell()
 

@@ -13,6 +13,7 @@ import pydoc
 import re
 import subprocess
 import sys
+import textwrap
 import typing
 import weakref
 from pathlib import Path
@@ -1382,3 +1383,98 @@ def test_a_deep_copy_of_a_bound_method_is_bound_to_a_copy():
 
     assert copied(1) == [1]
     assert box.content == []
+
+
+# Maps
+
+
+def with_session(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function("session", *args, **kwargs)
+
+    return wrapper
+
+
+def test_a_map_takes_the_arguments_of_a_wrapper_and_not_of_what_it_wraps():
+    @opmap(mode="thread", progress=False)
+    @with_session
+    def fetch(session, url, suffix=""):
+        return session, url + suffix
+
+    assert fetch(["u"]) == [("session", "u")]
+    assert fetch(["u"], suffix="/") == [("session", "u/")]
+    assert [outcome.result for outcome in fetch.stream(["u"])] == [("session", "u")]
+
+
+def test_a_map_has_what_others_have_attached_to_the_function():
+    class Service(abc.ABC):
+        @opmap(mode="thread", progress=False)
+        @abc.abstractmethod
+        def fetch(self, url):
+            return url
+
+    with pytest.raises(TypeError, match="abstract"):
+        Service()
+
+    def work(item):
+        return item
+
+    work.label = "attached"
+    work.stats = "hides nothing of the map's own"
+    mapped = opmap(mode="thread", progress=False)(work)
+    assert mapped.label == "attached"
+    assert isinstance(mapped.stats, CallStats)
+
+
+MAIN = """
+    import concurrent.futures, multiprocessing, pickle, sys
+    from opero import opero, opmap
+
+    @opero(retries=1)
+    def double(item):
+        return 2 * item
+
+    @opmap(mode="thread", progress=False)
+    def triple(item):
+        return 3 * item
+
+    def main():
+        print(pickle.loads(pickle.dumps(double)) is double, pickle.loads(pickle.dumps(triple)) is triple)
+        context = multiprocessing.get_context(sys.argv[1])
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+            print(list(executor.map(double, [1, 2])), executor.submit(triple, [1, 2]).result())
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_decorated_function_of_the_main_module_can_be_sent_by_the_standard_library(tmp_path, method):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(MAIN))
+    command = [sys.executable, script, method]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.stdout, run.stderr) == ("True True\n[2, 4] [3, 6]\n", "")
+
+
+BY_VALUE = """
+    import cloudpickle, dill, subprocess, sys
+    from opero import opero
+
+    @opero(retries=1)
+    def double(item):
+        return 2 * item
+
+    for dumps, options in ((cloudpickle.dumps, {}), (dill.dumps, {"recurse": True})):
+        code = f"import pickle, sys; print(pickle.load(sys.stdin.buffer)(4))"
+        sent = dumps(double, **options)
+        print(subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True).stdout)
+"""
+
+
+def test_a_decorated_function_of_the_main_module_can_be_sent_by_value():
+    command = [sys.executable, "-c", textwrap.dedent(BY_VALUE)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.stdout, run.stderr) == ("b'8\\n'\n" * 2, "")

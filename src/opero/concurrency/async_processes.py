@@ -7,8 +7,8 @@ import multiprocessing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.process_worker import Door, serve_async
-from opero.concurrency.processes import ProcessPool, Worker, starting
+from opero.concurrency.process_worker import PEACE_SECONDS, serve_async
+from opero.concurrency.processes import ProcessPool, Worker, starting, wait_until_ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,32 +51,30 @@ class AsyncProcessPool(ProcessPool):
         import aiomultiprocess.core
 
         self._stay_safe()
-        with starting.lock, self._starting_one():
-            context = multiprocessing.get_context(self._method)
-            ours, theirs = context.Pipe()
-            self._pipes.add(ours)
+        context = multiprocessing.get_context(self._method)
+        with starting.lock, self._starting_one(), self._pipe(context) as (ours, theirs):
             with _settings_of_aiomultiprocess(context, _NoManager):
                 process = aiomultiprocess.core.Process(
-                    target=serve_async, args=(Door(theirs), self._work, *self._prepare), daemon=True
+                    target=serve_async, args=(theirs, self._work, self._preparation), daemon=True
                 )
             self._quietly(process.start)
-            theirs.close()
             self._welcome(_LoopWorker(process.aio_process, ours, self._most_items))
 
 
 class _LoopWorker(Worker):
     """A worker that aiomultiprocess started."""
 
-    def found(self, _pid: int, /) -> None:
+    def found(self) -> None:
         self.process = self.pool
 
-    def stop_replacing(self) -> None:
-        """Nobody does."""
-
     def end(self, *, in_peace: bool) -> None:
-        if not in_peace:
-            self.pool.kill()
+        if in_peace:
+            wait_until_ended(self.pool, PEACE_SECONDS)
+        self.pool.kill()
         self.pool.join()
+
+    def disown(self) -> None:
+        multiprocessing.process._children.discard(self.pool)  # type: ignore[attr-defined]  # noqa: SLF001 - as there
 
 
 @contextlib.contextmanager

@@ -25,8 +25,15 @@ class Inbox(Protocol):
         """Call ``heard`` as long as there is something to read in ``pipe``, while the map waits."""
         ...
 
+    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
+        """Call ``write`` as long as ``pipe``, which is listened to, takes more; None: no longer.
+
+        Gives False where nobody can be told: then there is only to wait.
+        """
+        ...
+
     def forget(self, pipe: Connection) -> None:
-        """Listen to it no longer; it is still open."""
+        """Listen to it no longer, nor wait for it; it is still open."""
         ...
 
 
@@ -63,6 +70,10 @@ class Pool(Protocol):
 
     def receive(self, event: Any) -> Any:
         """Make a scheduler's event of what was delivered; None if it is of no interest."""
+        ...
+
+    def runs_here(self) -> bool:
+        """Whether the pool waits for this thread when it is stopped."""
         ...
 
     def stop(self) -> None:

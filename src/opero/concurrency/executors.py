@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import pickle
 import threading
 from collections import deque
@@ -16,12 +17,14 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 from opero.concurrency.interrupts import hearing_interrupts, held_back_in_children, let_through
+from opero.concurrency.main_module import unknown
 from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.process_worker import AGAIN, BROKEN, SINGLES, STOP
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
-from opero.concurrency.transport import pack_batch, pack_singly, pack_work, unpack_batch, unpack_singly, unpack_work
+from opero.concurrency.transport import Packer, pack_singly, unpack_batch, unpack_singly, unpack_work
 from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import kind_of, shown
@@ -44,6 +47,30 @@ MOST_BYTES_ALONG = 4_096
 MOST_REMEMBERED = 8
 
 
+class _Users:
+    """How many maps use an executor that was made for them: a function may give the same one, as loky's reusable."""
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        self._counts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+    def enter(self, executor: Any) -> None:
+        with self._lock.lock:
+            self._counts[executor] = self._counts.get(executor, 0) + 1
+
+    def leave(self, executor: Any) -> bool:
+        """Tells whether nobody is left."""
+        with self._lock.lock:
+            # The garbage collector, which ends an abandoned stream, has removed what it has for the executor already.
+            left = self._counts.pop(executor, 1) - 1
+            if left:
+                self._counts[executor] = left
+            return not left
+
+
+_users = _Users()
+
+
 class ExecutorPool:
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
@@ -63,11 +90,12 @@ class ExecutorPool:
         self._carrier: _Carrier | None = None
         self._in_flight: dict[Future[Any], Batch | None] = {}
         self._pending: deque[Batch] = deque()
-        self._broken: BrokenExecutor | None = None
+        self._broken: Exception | None = None
         self._lost: list[Batch] = []
         self._stillbirths = 0
         self._ending = threading.Lock()
         self._nothing_runs = False
+        self._uses_it = False
 
     @property
     def slots(self) -> int:
@@ -107,6 +135,9 @@ class ExecutorPool:
         self._carrier = None if self._carrier is None else type(self._carrier)(work)
         self._work = work
 
+    def runs_here(self) -> bool:
+        return self._carrier is not None and self._carrier.runs_here()
+
     def stop(self) -> None:
         """Withdraw what has not begun, wait for what has, and shut down an executor that was made here.
 
@@ -117,21 +148,22 @@ class ExecutorPool:
             with let_through():
                 wait(running)
         except BaseException:
-            if self._made_here:
+            if self._is_last_user():
                 self._executor.shutdown(wait=self._end_processes())
             raise
         with self._ending:
             self._nothing_runs = True
-        if self._made_here:
+        if self._is_last_user():
             uninterrupted(lambda: self._executor.shutdown(wait=True))
+
+    def _is_last_user(self) -> bool:
+        """Whether the executor was made here, and no other map uses it; this one does so no longer."""
+        is_user, self._uses_it = self._uses_it, False
+        return is_user and _users.leave(self._executor)
 
     async def stop_async(self) -> None:
         # Once the processes have ended, there is nothing that could run for long.
         await in_own_thread(self.stop, may_be_left=lambda: not self._end_processes())
-
-    @property
-    def _made_here(self) -> bool:
-        return self._make is not None and self._executor is not None
 
     def _end_processes(self) -> bool:
         """End those in which something runs; tells whether it will end by that, or has ended."""
@@ -139,7 +171,8 @@ class ExecutorPool:
             if self._nothing_runs:
                 # One that waits for work may hold a lock of the executor's, without which the others do not end.
                 return True
-            processes = (self._made_here and getattr(self._executor, "_processes", None)) or {}
+            is_own = self._make is not None and self._executor is not None
+            processes = (is_own and getattr(self._executor, "_processes", None)) or {}
             snapshot = list(processes.values())
         for process in snapshot:
             process.terminate()
@@ -156,6 +189,9 @@ class ExecutorPool:
             made, self._executor = self._executor, None
             msg = f"mode={shown(self._make)} made {kind_of(made)}, which is no concurrent.futures.Executor"
             raise TypeError(msg)
+        if self._make is not None:
+            _users.enter(self._executor)
+            self._uses_it = True
         self._size = self._workers or getattr(self._executor, "_max_workers", None) or self._default_workers
         self._probe = object()
         self._launch(None, _echo, self._probe)
@@ -170,7 +206,7 @@ class ExecutorPool:
         self._carrier = _ByReference(self._work) if near else _ByValue(self._work)
         return None
 
-    def _breaks(self, error: BrokenExecutor) -> Fatal | None:
+    def _breaks(self, error: Exception) -> Fatal | None:
         """Note that nothing runs any more; what is in flight will come back with the same error."""
         if self._make is None:
             msg = (
@@ -183,7 +219,7 @@ class ExecutorPool:
         self._broken = error
         return None
 
-    def _replace(self, error: BrokenExecutor) -> None:
+    def _replace(self, error: Exception) -> None:
         self._broken = None
         lost, self._lost = self._lost, []
         self._stillbirths = 0 if lost else self._stillbirths + 1
@@ -191,7 +227,8 @@ class ExecutorPool:
             msg = f"the executors for {self._name} break before they run anything: {describe(error)}"
             self._deliver(Fatal(OperoError(msg)))
             return
-        self._executor.shutdown(wait=True)
+        if self._is_last_user():
+            self._executor.shutdown(wait=True)
         self._begin()
         self._deliver(Lost(lost, describe(error), at_once=True))
 
@@ -217,9 +254,12 @@ class ExecutorPool:
             with self._while_workers_start():
                 future = self._executor.submit(function, *arguments)
         except BrokenExecutor as error:
-            self._finds_it_broken(batch, error)
+            self._finds_it_broken(batch, arguments, error)
         except Exception as error:
-            raise _refused(self._name, error) from error
+            # Somebody may have shut it down.
+            if self._make is None or not isinstance(error, RuntimeError):
+                raise _refused(self._name, error) from error
+            self._finds_it_broken(batch, arguments, error)
         else:
             self._in_flight[future] = batch
             future.add_done_callback(self._deliver)
@@ -231,9 +271,11 @@ class ExecutorPool:
             return contextlib.nullcontext()
         return held_back_in_children(context.get_start_method())
 
-    def _finds_it_broken(self, batch: Batch | None, error: BrokenExecutor) -> None:
+    def _finds_it_broken(self, batch: Batch | None, arguments: tuple[Any, ...], error: Exception) -> None:
         """It has broken already; this batch, which was not there, is none of the suspects."""
-        if batch is not None:
+        if batch is not None and self._carrier is not None:
+            # An executor of threads that cannot start another one says so when it has the batch already.
+            self._carrier.forget(arguments[-1])
             self._pending.appendleft(batch)
         fatal = self._breaks(error)
         if fatal is not None:
@@ -282,6 +324,14 @@ class _Carrier(Protocol):
         """What a worker answered, as an event; `AGAIN` if it has to get the batch again, completely."""
         ...
 
+    def runs_here(self) -> bool:
+        """Whether this thread is one that runs a batch."""
+        ...
+
+    def forget(self, sending: Any) -> None:
+        """Do not run what `pack` has just given; its last argument is ``sending``."""
+        ...
+
 
 class _ByReference:
     """For workers that share memory with this process."""
@@ -289,10 +339,31 @@ class _ByReference:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._context = contextvars.copy_context()
+        self._threads: set[int] = set()
+        self._sendings = itertools.count()
+        self._waiting: set[int] = set()
 
     def pack(self, batch: Batch, *, completely: bool) -> tuple[Any, ...]:  # noqa: ARG002 - it always is
-        run = self._context.copy().run
-        return run, _run, self._work, batch.items, batch.candidate, batch.time_limit
+        sending = next(self._sendings)
+        self._waiting.add(sending)
+        return self._run_here, batch, sending
+
+    def runs_here(self) -> bool:
+        return threading.get_ident() in self._threads
+
+    def forget(self, sending: int) -> None:
+        self._waiting.discard(sending)
+
+    def _run_here(self, batch: Batch, sending: int) -> Report | None:
+        if sending not in self._waiting:
+            return None
+        self._waiting.discard(sending)
+        thread = threading.get_ident()
+        self._threads.add(thread)
+        try:
+            return _run(self._work, batch.items, batch.candidate, batch.time_limit, self._context)
+        finally:
+            self._threads.discard(thread)
 
     def open(self, batch: Batch, answer: Report) -> Done:
         return Done(batch, answer.values, answer.errors, answer.seconds)
@@ -303,16 +374,23 @@ class _ByValue:
 
     def __init__(self, work: Work) -> None:
         self._name = name_of(work.function)
-        self._packed = pack_work(work, main_is_shared=False)
+        self._packer = Packer(unknown, is_sure=False)
+        self._packed = self._packer.work(work)
         self._digest = blake2b(self._packed, digest_size=16).digest()
         self._pool = uuid4().hex
         self._numbers = 0
 
     def pack(self, batch: Batch, *, completely: bool) -> tuple[Any, ...]:
         along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
-        payload = pack_batch(batch)
+        payload = self._packer.batch(batch)
         self._numbers += 1
         return run_parcel, self._digest, along, payload, f"{self._pool}-{self._numbers}"
+
+    def runs_here(self) -> bool:
+        return False
+
+    def forget(self, sending: str) -> None:
+        """An executor of processes that takes no batch does not run it."""
 
     def open(self, batch: Batch, answer: tuple[int, Any, int]) -> Any:
         kind, content, size = answer
@@ -336,10 +414,16 @@ def _echo(probe: Any) -> Any:
     return probe
 
 
-def _run(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None) -> Report:
+def _run(
+    work: Work,
+    items: list[Any],
+    candidate: Any,
+    limit: TimeLimit | None,
+    context: contextvars.Context | None = None,
+) -> Report:
     # An executor has no place for a loop that outlives one call.
     with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
-        return run_batch(work, items, candidate, limit, caller)
+        return run_batch(work, items, candidate, limit, caller, context=context)
 
 
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:

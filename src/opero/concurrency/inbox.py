@@ -13,6 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.interrupts import Hold
 from opero.core.clock import clock
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # `poll` counts in milliseconds; `select` is exact, but knows only so many open files.
 _EXACT_BELOW = 0.01
 _MOST_FOR_SELECT = 1024
+# Whoever has to wait longer is woken and waits again.
+_LONGEST = 86_400.0
 # An event for a map that shall look at the time.
 _NUDGE = object()
 
@@ -42,11 +45,16 @@ class BlockingInbox:
 
     def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
         if self._ears is None:
-            if sys.platform == "win32":
-                self._ears = _ListeningThread()
-            else:
-                self._ears = self._polled = _PolledPipes()
+            # Half made, they would not be closed.
+            with Hold():
+                if sys.platform == "win32":
+                    self._ears = _ListeningThread()
+                else:
+                    self._ears = self._polled = _PolledPipes()
         self._ears.listen(pipe, heard)
+
+    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
+        return self._polled is not None and self._polled.write_when_ready(pipe, write)
 
     def forget(self, pipe: Connection) -> None:
         if self._ears is not None:
@@ -57,6 +65,8 @@ class BlockingInbox:
         events: list[Any] = []
 
         def get(timeout: float | None) -> bool:
+            # The system counts in milliseconds, and not for ever.
+            timeout = None if timeout is None else min(timeout, _LONGEST)
             if self._polled is None:
                 with suppress(queue.Empty):
                     events.append(self._events.get(timeout=timeout))
@@ -86,10 +96,19 @@ class _PolledPipes:
         self._waker, self._awoken = socket.socketpair()
         for end in (self._waker, self._awoken):
             end.settimeout(0)
-        self._selector.register(self._awoken, selectors.EVENT_READ, self._wake_up)
+        self._selector.register(self._awoken, selectors.EVENT_READ, (self._wake_up, None))
 
     def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
-        self._selector.register(pipe, selectors.EVENT_READ, heard)
+        self._selector.register(pipe, selectors.EVENT_READ, (heard, None))
+
+    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
+        try:
+            heard, _ = self._selector.get_key(pipe).data
+        except KeyError:
+            return False
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if write is not None else 0)
+        self._selector.modify(pipe, events, (heard, write))
+        return True
 
     def forget(self, pipe: Connection) -> None:
         with suppress(KeyError):
@@ -102,8 +121,8 @@ class _PolledPipes:
             ready = self._wait(timeout if is_needed() else 0)
         finally:
             self._waits = False
-        for heard in ready:
-            heard()
+        for act in ready:
+            act()
 
     def wake(self) -> None:
         if self._waits:
@@ -119,8 +138,17 @@ class _PolledPipes:
         if timeout is not None and 0 < timeout < _EXACT_BELOW:
             pipes = {key.fd: key.data for key in self._selector.get_map().values()}
             if max(pipes) < _MOST_FOR_SELECT:
-                return [pipes[fd] for fd in select.select(pipes, (), (), timeout)[0]]
-        return [key.data for key, _ in self._selector.select(timeout)]
+                writing = [fd for fd, (_, write) in pipes.items() if write is not None]
+                readable, writable, _ = select.select(pipes, writing, (), timeout)
+                return [*(pipes[fd][0] for fd in readable), *(pipes[fd][1] for fd in writable)]
+        ready: list[Callable[[], None]] = []
+        for key, events in self._selector.select(timeout):
+            heard, write = key.data
+            if events & selectors.EVENT_READ:
+                ready.append(heard)
+            if events & selectors.EVENT_WRITE:
+                ready.append(write)
+        return ready
 
     def _wake_up(self) -> None:
         with suppress(BlockingIOError):
@@ -159,11 +187,21 @@ class AsyncInbox:
                 return
         self._ears.listen(pipe, heard)
 
+    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
+        if self._ears is not None:
+            return False
+        if write is None:
+            self._loop.remove_writer(pipe.fileno())
+        else:
+            self._loop.add_writer(pipe.fileno(), write)
+        return True
+
     def forget(self, pipe: Connection) -> None:
         if self._ears is not None:
             self._ears.forget(pipe)
         elif not self._loop.is_closed():
             self._loop.remove_reader(pipe.fileno())
+            self._loop.remove_writer(pipe.fileno())
 
     async def collect(
         self, seconds: float | None, real_seconds: float | None = None, *, pushes: bool = True

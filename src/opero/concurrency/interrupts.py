@@ -8,78 +8,151 @@ import signal
 import sys
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+# By which a map that waits, pulls its input or is closed is told so: nothing has gone wrong when Ctrl-C comes then.
+# Named, because `import opero` imports neither of the modules.
+_PASSING = (KeyboardInterrupt, GeneratorExit, StopIteration, BlockingIOError)
+_PASSING_ELSEWHERE = (("queue", "Empty"), ("asyncio", "CancelledError"))
+
+
 def forget_earlier_interrupts(interrupt: KeyboardInterrupt) -> None:
     """Let one traceback be shown for Ctrl-C, however often it was pressed; asyncio passes it on as a cancellation."""
+    known = [(sys.modules[module], name) for module, name in _PASSING_ELSEWHERE if module in sys.modules]
+    passing = (*_PASSING, *(getattr(module, name) for module, name in known))
     earlier = interrupt.__context__
-    while isinstance(earlier, KeyboardInterrupt) or _is_cancellation(earlier):
+    while earlier is not None and isinstance(earlier, passing):
         earlier = earlier.__context__
     interrupt.__context__ = earlier
-
-
-def _is_cancellation(error: BaseException | None) -> TypeGuard[BaseException]:
-    asyncio = sys.modules.get("asyncio")
-    return asyncio is not None and isinstance(error, asyncio.CancelledError)
 
 
 class OwnHandler:
     """A handler of Ctrl-C that opero has set for a while; nothing for a process that was forked meanwhile."""
 
 
-class _Hold(OwnHandler):
-    """Keeps Ctrl-C for the handler that was there before."""
+class Hold(OwnHandler):
+    """Lets Ctrl-C wait until the block has ended.
 
-    def __init__(self, before: Callable[..., Any]) -> None:
-        self.before = before
+    No generator: what Ctrl-C may hit before it is held back shall be as little as possible.
+    """
+
+    def __init__(self) -> None:
+        self.before: Callable[..., Any] = signal.default_int_handler
         self.pressed: list[tuple[Any, ...]] = []
+        self._is_set = False
 
     def __call__(self, *signal_and_frame: Any) -> None:
         self.pressed.append(signal_and_frame)
 
+    def __enter__(self) -> Self:
+        before = signal.getsignal(signal.SIGINT)
+        # Python runs handlers in the main thread only, whichever thread the system gives the signal to.
+        if threading.current_thread() is threading.main_thread() and callable(before):
+            self.before = before
+            self._is_set = True
+            signal.signal(signal.SIGINT, self)
+        return self
+
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            forget_earlier_interrupts(error)
+            self.pressed.clear()
+        if self._is_set:
+            self._is_set = False
+            signal.signal(signal.SIGINT, self.before)
+        if self.pressed:
+            try:
+                self.hand_on()
+            except KeyboardInterrupt as interrupt:
+                forget_earlier_interrupts(interrupt)
+                raise
+
     def hand_on(self) -> None:
+        """Let who was there before hear what has waited."""
         pressed = self.pressed.copy()
         self.pressed.clear()
         for signal_and_frame in pressed:
             self.before(*signal_and_frame)
 
 
-@contextlib.contextmanager
-def held_back() -> Iterator[list[tuple[Any, ...]]]:
-    """Let Ctrl-C wait until the block has ended; yields what waits, which may be thrown away."""
-    before = signal.getsignal(signal.SIGINT)
-    # Python runs handlers in the main thread only, whichever thread the system gives the signal to.
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield []
-        return
-    hold = _Hold(before)
-    try:
-        signal.signal(signal.SIGINT, hold)
-        yield hold.pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-        hold.hand_on()
+class HeardOnce(Hold):
+    """Lets Ctrl-C raise once while a map is driven, and keeps what is pressed after that until all is tidied up.
 
+    A hold that the tidying up sets for itself comes late: before that there is time for a second press.
+    """
 
-@contextlib.contextmanager
-def let_through() -> Iterator[None]:
-    """Where Ctrl-C is held back: hear it for the time of the block, which may be long, and what has waited before."""
-    hold = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not isinstance(hold, _Hold):
-        yield
-        return
-    try:
-        signal.signal(signal.SIGINT, hold.before)
-        hold.hand_on()
-        # It may be held back there, too.
-        with let_through():
+    def __init__(self) -> None:
+        super().__init__()
+        # Also while it is set and taken away: raised there, Ctrl-C would leave it in its place for ever.
+        self._keeps = True
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        if self._keeps:
+            super().__call__(*signal_and_frame)
+            return
+        self._keeps = True
+        self.before(*signal_and_frame)
+        # A handler of the program's own that only takes note.
+        self.listen()
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.keep()
+        super().__exit__(kind, error, traceback)
+
+    def listen(self) -> None:
+        """Let Ctrl-C raise; after an earlier one, too, if somebody has caught it and the map goes on."""
+        if self._keeps:
+            self._keeps = False
+            pressed = self.pressed.copy()
+            self.pressed.clear()
+            for signal_and_frame in pressed:
+                self(*signal_and_frame)
+
+    def keep(self) -> None:
+        """Keep Ctrl-C until the end, as after one that has raised."""
+        self._keeps = True
+
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """While other code runs than the map's."""
+        self.__exit__(None, None, None)
+        try:
             yield
-    finally:
-        signal.signal(signal.SIGINT, hold)
+        finally:
+            self.__enter__()
+
+
+class let_through:  # noqa: N801 - used as a function
+    """Where Ctrl-C is held back: hear it for the time of the block, which may be long, and what has waited before.
+
+    No generator: Ctrl-C would be lost in what the collector does with one.
+    """
+
+    def __init__(self) -> None:
+        self._holds: list[Hold] = []
+
+    def __enter__(self) -> None:
+        try:
+            self._hear()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._holds:
+            signal.signal(signal.SIGINT, self._holds[0])
+
+    def _hear(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # It may be held back there, too.
+            while isinstance(hold := signal.getsignal(signal.SIGINT), Hold):
+                self._holds.append(hold)
+                signal.signal(signal.SIGINT, hold.before)
+                hold.hand_on()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.inbox import BlockingInbox
-from opero.concurrency.interrupts import let_through
+from opero.concurrency.interrupts import Hold, let_through
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
 from opero.exceptions import NotTransferableError
@@ -54,6 +54,9 @@ class Kept:
         if self._inbox is not None:
             self._inbox.listen(pipe, hear)
 
+    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
+        return self._inbox is not None and self._inbox.write_when_ready(pipe, write)
+
     def forget(self, pipe: Connection) -> None:
         self._pipes.pop(pipe, None)
         if self._inbox is not None:
@@ -95,7 +98,8 @@ class Lease:
         return self._pool.slots
 
     def start(self, inbox: Inbox) -> None:
-        self._kept = self._source.take()
+        with Hold():
+            self._kept = self._source.take()
         if self._kept is None or not self._take_on(self._kept, inbox):
             self._kept = Kept(self._pool)
             self._kept.pass_on(inbox)
@@ -103,8 +107,9 @@ class Lease:
         self._sound = True
 
     def submit(self, batch: Batch) -> None:
-        self._out.add(batch)
+        # Interrupted here, it is not known whether the batch is out.
         sound, self._sound = self._sound, False
+        self._out.add(batch)
         self._pool.submit(batch)
         self._sound = sound
 
@@ -112,11 +117,21 @@ class Lease:
         if event is not _NEWS:
             return event
         assert self._kept is not None  # noqa: S101 - for the type checkers
+        # Interrupted here, an event is lost; and a pool that raises is not to be trusted any more.
+        sound, self._sound = self._sound, False
         try:
-            event = self._kept.events.get_nowait()
+            known = self._pool.receive(self._kept.events.get_nowait())
         except Empty:
-            return None
-        return self._understand(event)
+            known = None
+        if isinstance(known, Done):
+            self._out.discard(known.batch)
+        elif isinstance(known, Lost):
+            self._out.difference_update(known.batches)
+        self._sound = sound and not isinstance(known, Fatal)
+        return known
+
+    def runs_here(self) -> bool:
+        return self._pool.runs_here()
 
     def stop(self) -> None:
         """Bring the pool to rest, or stop it if that cannot be done or nobody wants to keep it."""
@@ -155,17 +170,6 @@ class Lease:
         self._pool = kept.pool
         kept.pass_on(inbox)
         return True
-
-    def _understand(self, event: Any) -> Any:
-        # A pool that raises, or is interrupted, is not to be trusted any more.
-        sound, self._sound = self._sound, False
-        known = self._pool.receive(event)
-        self._sound = sound and not isinstance(known, Fatal)
-        if isinstance(known, Done):
-            self._out.discard(known.batch)
-        elif isinstance(known, Lost):
-            self._out.difference_update(known.batches)
-        return known
 
     def _bring_to_rest(self, kept: Kept) -> bool:
         """End what runs, and wait until it has ended; tells whether the pool can be used again."""

@@ -7,9 +7,11 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, I
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
+from opero.concurrency.interrupts import Hold
 from opero.concurrency.outcome import ListSink, Outcome, StreamSink
 from opero.concurrency.pool_source import KeptWorkers
 from opero.core.resilient import Recipe, make_resilient, reduce_decorated
+from opero.core.signature import own_signature
 
 if TYPE_CHECKING:
     from opero.concurrency.contract import Arguments, MapSettings
@@ -99,7 +101,7 @@ class _Map(Generic[T, P, R, E]):
 
     def _bound_to(self, instance: Any) -> Self:
         bound = type(self)(self.plan, self.settings, self.single.__get__(instance), (instance,))
-        bound.__dict__.update({k: v for k, v in self.__dict__.items() if k.startswith("__")})
+        bound.__dict__.update({k: v for k, v in self.__dict__.items() if k not in bound.__dict__})
         bound.__dict__["unbound"] = self
         return bound
 
@@ -126,7 +128,7 @@ class _Map(Generic[T, P, R, E]):
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
         try:
-            inspect.signature(self.plan.function).bind(*self._head, None, *rest, **kwargs)
+            own_signature(self.plan.function).bind(*self._head, None, *rest, **kwargs)
         except ValueError:  # a builtin whose signature is not known: it will complain itself
             pass
         except TypeError as error:
@@ -182,9 +184,11 @@ class SyncMap(_Map[T, P, R, E]):
             got = f"{type(items).__qualname__}, an async iterable"
             msg = f"{self.plan.name} is a `def` function and got {got}; make it `async def`"
             raise TypeError(msg)
-        from opero.concurrency.running import run_blocking
+        # A package whose first import is cut short stays broken.
+        with Hold():
+            from opero.concurrency.running import run_blocking
 
-        return run_blocking(self.plan, self.settings, arguments, sink, items=iter(items), total=_length(items))
+        return run_blocking(self.plan, self.settings, arguments, sink, items=_iterate(items), total=_length(items))
 
 
 class AsyncMap(_Map[T, P, R, E]):
@@ -206,13 +210,14 @@ class AsyncMap(_Map[T, P, R, E]):
 
     def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
         """The blocking form, for scripts; inside a running event loop write ``await`` instead."""
-        from opero.concurrency.own_loop import run_in_own_loop
-        from opero.concurrency.running import has_running_loop
+        with Hold():
+            from opero.concurrency.own_loop import run_in_own_loop
+            from opero.concurrency.running import has_running_loop
 
         if has_running_loop():
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
-        return run_in_own_loop(self(items, *args, **kwargs))
+        return run_in_own_loop(lambda: self(items, *args, **kwargs))
 
     def stream(
         self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs
@@ -237,12 +242,45 @@ class AsyncMap(_Map[T, P, R, E]):
     ) -> AsyncIterator[Outcome[T, R]]:
         from opero.concurrency.running import run_awaiting
 
-        source = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
+        source = _iterate_async(items) if isinstance(items, AsyncIterable) else _iterate(items)
         return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=_length(items))
 
 
 def _length(items: Any) -> int | None:
-    return len(items) if hasattr(items, "__len__") else None
+    try:
+        return len(items)
+    except (TypeError, ValueError, OverflowError):
+        # As the built-in `list` does with something that has no length, or does not know it.
+        return None
+
+
+def _iterate(items: Iterable[T]) -> Iterator[T]:
+    iterator = iter(items)
+    # A `for` loop needs no more than `__next__`.
+    return iterator if isinstance(iterator, Iterator) else _each(iterator)
+
+
+def _each(iterator: Iterator[T]) -> Iterator[T]:
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item
+
+
+def _iterate_async(items: AsyncIterable[T]) -> AsyncIterator[T]:
+    iterator = aiter(items)
+    return iterator if isinstance(iterator, AsyncIterator) else _each_async(iterator)
+
+
+async def _each_async(iterator: AsyncIterator[T]) -> AsyncIterator[T]:
+    while True:
+        try:
+            item = await anext(iterator)
+        except StopAsyncIteration:
+            return
+        yield item
 
 
 def _bind(unbound: Any, instance: Any) -> Any:
@@ -256,4 +294,7 @@ def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:
     for name in ("__module__", "__name__", "__qualname__", "__doc__", "__wrapped__"):
         made.__dict__[name] = getattr(made.single, name)
     made.__dict__["recipe"] = recipe
+    # What others have attached to the function, such as `abc.abstractmethod`.
+    if inspect.isfunction(plan.function):
+        made.__dict__.update({k: v for k, v in vars(plan.function).items() if not hasattr(made, k)})
     return made

@@ -9,10 +9,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from opero.concurrency.interrupts import OwnHandler, forget_earlier_interrupts
+from opero.concurrency.interrupts import HeardOnce, OwnHandler, forget_earlier_interrupts
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
 # A loop that has not turned for so many seconds is blocked by what runs in it.
 _BLOCKED_SECONDS = 0.1
@@ -20,21 +20,27 @@ _BLOCKED_SECONDS = 0.1
 T = TypeVar("T")
 
 
-def run_in_own_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+def run_in_own_loop(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """As `asyncio.run`, but Ctrl-C cancels, however often it is pressed, as long as the loop turns.
 
     asyncio raises the second one wherever the loop is. Between two steps of a task one of them gets lost by that, and
     whoever waits for the task waits for ever.
+
+    Args:
+        call: Gives the coroutine; one that was there before could be left without anybody's having awaited it.
     """
-    is_asyncios = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_asyncios or threading.current_thread() is not threading.main_thread():
-        return asyncio.run(coroutine)
-    runner = asyncio.Runner()
-    presses = _Presses(runner.get_loop())
+    before = signal.getsignal(signal.SIGINT)
+    # In the input of a map that blocks, that one has a handler in place of Python's.
+    would_be_asyncios = before is signal.default_int_handler or isinstance(before, HeardOnce)
+    if not would_be_asyncios or threading.current_thread() is not threading.main_thread():
+        return asyncio.run(call())
+    presses = _Presses()
     try:
-        with presses.heard():
+        with presses.heard(before):
+            runner = asyncio.Runner()
+            presses.loop = runner.get_loop()
             try:
-                ended = runner.run(presses.cancel_when_pressed(coroutine))
+                ended = runner.run(presses.cancel_when_pressed(call))
             finally:
                 presses.is_closing = True
                 runner.close()
@@ -58,8 +64,8 @@ def run_in_own_loop(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 class _Presses(OwnHandler):
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self._unanswered_since: float | None = None
         self._heard_in_closing = False
@@ -67,25 +73,27 @@ class _Presses(OwnHandler):
         self.is_closing = False
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
+    def heard(self, before: Any) -> Iterator[None]:
         try:
             signal.signal(signal.SIGINT, self)
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, before)
 
-    async def cancel_when_pressed(self, coroutine: Coroutine[Any, Any, T]) -> T | KeyboardInterrupt:
+    async def cancel_when_pressed(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T | KeyboardInterrupt:
         self._task = asyncio.current_task()
         if self.count and self._task is not None:
             self._task.cancel()
         try:
-            return await coroutine
+            return await call()
         except KeyboardInterrupt as interrupt:
             # asyncio would complain of it, too, as an exception that nobody has seen.
             return interrupt
 
     def __call__(self, _signal: int, _frame: Any) -> None:
         self.count += 1
+        if self.loop is None:
+            return
         now = time.monotonic()
         if self._unanswered_since is None:
             self._unanswered_since = now
@@ -97,7 +105,7 @@ class _Presses(OwnHandler):
         if self._task is not None:
             self._task.cancel()
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._answer)
+            self.loop.call_soon_threadsafe(self._answer)
 
     def _answer(self) -> None:
         self._unanswered_since = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from opero.concurrency.interrupts import held_back
+from opero.concurrency.interrupts import Hold
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,7 +26,7 @@ def uninterrupted(block: Callable[[], None]) -> None:
             errors.append(raised)
 
     thread = threading.Thread(target=run, name="opero-stop", daemon=True)
-    with held_back():
+    with Hold():
         try:
             thread.start()
         except RuntimeError:  # the interpreter is about to end, and starts no more threads
@@ -33,6 +35,13 @@ def uninterrupted(block: Callable[[], None]) -> None:
             thread.join()
     for error in errors:
         raise error
+
+
+def not_waited_for(block: Callable[[], None]) -> None:
+    """Run ``block`` in a thread of its own, because it waits for this one."""
+    thread = threading.Thread(target=block, name="opero-stop", daemon=True)
+    with Hold(), suppress(RuntimeError):  # the interpreter is about to end, and starts no more threads
+        thread.start()
 
 
 async def in_own_thread(block: Callable[[], None], *, may_be_left: Callable[[], bool] | None = None) -> None:
@@ -58,7 +67,7 @@ async def in_own_thread(block: Callable[[], None], *, may_be_left: Callable[[], 
     thread = threading.Thread(target=run, name="opero-stop", daemon=True)
     interrupted: BaseException | None = None
     try:
-        with held_back():
+        with Hold():
             thread.start()
     except KeyboardInterrupt as again:
         if may_be_left is not None and may_be_left():
@@ -69,13 +78,23 @@ async def in_own_thread(block: Callable[[], None], *, may_be_left: Callable[[], 
             await asyncio.shield(ended)
         except asyncio.CancelledError as error:
             interrupted = interrupted or error
-            task = asyncio.current_task()
-            if may_be_left is not None and task is not None and task.cancelling() > 1 and may_be_left():
+            if may_be_left is not None and _is_cancelled_twice() and may_be_left():
                 raise
     thread.join()
     if interrupted is not None:
         raise interrupted
     ended.result()
+
+
+def _is_cancelled_twice() -> bool:
+    import asyncio
+
+    task = asyncio.current_task()
+    if task is None or task.cancelling() <= 1:
+        return False
+    # A scope of anyio's cancels again and again until it is left, and means once.
+    anyio = sys.modules.get("anyio")
+    return anyio is None or anyio.current_effective_deadline() != -math.inf
 
 
 def _settle(ended: asyncio.Future[None], error: BaseException | None) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from contextlib import suppress
+from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from multiprocessing.connection import Connection
 
 # The other end is a `multiprocessing.connection.Connection`. Its messages, unchanged since Python 3.3, have their
@@ -25,8 +24,12 @@ class PipeEnd(Protocol):
 
     connection: Connection
 
-    def send(self, message: bytes, wait: Callable[[], None]) -> None:
-        """Send a message; ``wait`` is called as often as the pipe is full, and returns when that may have changed.
+    def send(self, message: bytes) -> bool:
+        """Send a message after those that have not been sent yet; see `send_on`."""
+        ...
+
+    def send_on(self) -> bool:
+        """Send what the pipe takes now; tells whether nothing is left to send.
 
         Raises:
             OSError: If nobody is at the other end any more.
@@ -54,7 +57,7 @@ def pipe_end(connection: Any) -> PipeEnd:
 class NonBlockingEnd:
     """An end that can be read and written in parts."""
 
-    __slots__ = ("_fd", "_filled", "_rest", "_seen", "_unfinished", "connection")
+    __slots__ = ("_fd", "_filled", "_rest", "_seen", "_unfinished", "_unsent", "connection")
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -64,17 +67,26 @@ class NonBlockingEnd:
         self._unfinished: bytearray | None = None
         self._filled = 0
         self._seen = 0
+        self._unsent: deque[memoryview] = deque()
 
-    def send(self, message: bytes, wait: Callable[[], None]) -> None:
+    def send(self, message: bytes) -> bool:
         size = len(message)
         length = _LENGTH.pack(size) if size <= _LONGEST else _LONG_LENGTH.pack(-1, size)
-        left = memoryview(length + message)
-        while True:
-            with suppress(BlockingIOError):
+        self._unsent.append(memoryview(length + message))
+        return len(self._unsent) == 1 and self.send_on()
+
+    def send_on(self) -> bool:
+        try:
+            while self._unsent:
+                left = self._unsent[0]
                 left = left[os.write(self._fd, left) :]
-            if not left:
-                return
-            wait()
+                if left:
+                    self._unsent[0] = left
+                else:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            return False
+        return True
 
     def receive(self) -> list[Any]:
         try:
@@ -142,8 +154,12 @@ class BlockingEnd:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def send(self, message: bytes, wait: Callable[[], None]) -> None:  # noqa: ARG002 - it blocks here
+    def send(self, message: bytes) -> bool:
         self.connection.send_bytes(message)
+        return True
+
+    def send_on(self) -> bool:
+        return True
 
     def receive(self) -> list[Any]:
         try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from opero.concurrency.contract import KeepablePool
+from opero.concurrency.interrupts import Hold, forget_earlier_interrupts
 from opero.concurrency.own_thread import in_own_thread
 from opero.core.forks import watch_forks
 
@@ -28,8 +30,10 @@ class PoolSource:
 
     def after_fork(self) -> None:
         """The workers that are kept are children of the parent."""
-        self._lock = threading.Lock()
-        self._blocks: set[KeptWorkers] = set()
+        # The garbage collector may close a stream at any moment, also while its thread is in here.
+        self._lock = threading.RLock()
+        # Ctrl-C may come when a block is open and not entered yet: it ends with its object then.
+        self._blocks: WeakSet[_Block] = WeakSet()
         self._idle: list[Kept] = []
 
     def pool_for(self, work: Work) -> Pool:
@@ -40,20 +44,23 @@ class PoolSource:
 
         return Lease(self, pool, work)
 
-    def open(self, block: KeptWorkers) -> None:
+    def open(self, block: _Block) -> None:
         with self._lock:
             self._blocks.add(block)
 
-    def close(self, block: KeptWorkers) -> None:
+    def close(self, block: _Block) -> None:
         """Stop what is idle, unless there is another block; what is in use is stopped by the map that uses it."""
+        with Hold(), ExitStack() as stack:
+            for kept in self._forget(block):
+                stack.callback(kept.pool.stop)
+
+    def _forget(self, block: _Block) -> list[Kept]:
         with self._lock:
             self._blocks.discard(block)
-            if self._blocks:
-                return
-            idle, self._idle = self._idle, []
-        with ExitStack() as stack:
-            for kept in idle:
-                stack.callback(kept.pool.stop)
+            idle: list[Kept] = []
+            if not self._blocks:
+                idle, self._idle = self._idle, idle
+            return idle
 
     def take(self) -> Kept | None:
         with self._lock:
@@ -67,6 +74,23 @@ class PoolSource:
             return bool(self._blocks)
 
 
+class _Block:
+    """A block that is open. Ctrl-C may end one without `__exit__`: then it ends with this object.
+
+    Not with that of ``fn.pool()``, which garbage may hold: Ctrl-C that comes while the collector finalizes is lost.
+    """
+
+    def __init__(self, source: PoolSource) -> None:
+        self._source = source
+        source.open(self)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._source.close(self)
+
+
 class KeptWorkers:
     """A block in which the maps of a function use the same workers: ``with fn.pool():`` or ``async with fn.pool():``.
 
@@ -76,15 +100,29 @@ class KeptWorkers:
 
     def __init__(self, source: PoolSource) -> None:
         self._source = source
+        self._open: list[_Block] = []
 
     def __enter__(self) -> None:
-        self._source.open(self)
+        self._open.append(_Block(self._source))
 
     def __exit__(self, *_exc: object) -> None:
-        self._source.close(self)
+        left = len(self._open) - 1
+        try:
+            self._close_all_but(left)
+        except KeyboardInterrupt as interrupt:
+            # It may have come before that has begun.
+            self._close_all_but(left)
+            forget_earlier_interrupts(interrupt)
+            raise
+
+    def _close_all_but(self, count: int) -> None:
+        with Hold():
+            while len(self._open) > count:
+                self._open.pop().close()
 
     async def __aenter__(self) -> None:
-        self._source.open(self)
+        self.__enter__()
 
     async def __aexit__(self, *_exc: object) -> None:
-        await in_own_thread(lambda: self._source.close(self))
+        left = len(self._open) - 1
+        await in_own_thread(lambda: self._close_all_but(left))

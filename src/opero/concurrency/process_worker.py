@@ -10,7 +10,6 @@ import struct
 import sys
 import threading
 import time
-from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,61 +19,48 @@ from opero.core.forks import watch_forks
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-# Messages: a kind, a number (of the batch; of the process in HELLO), a payload.
-HELLO, BROKEN, BATCH, REPORT, AGAIN, SINGLES, STOP, ARGUMENTS = range(8)
-_HEADER = struct.Struct("<BI")
-# Reports that the parent may still ask for again: it never has more batches than this with one worker.
-_KEPT_REPORTS = 64
-_UNWANTED_SECONDS = 1.0
+    from opero.concurrency.preparation import AnyPreparation
+
+# Messages: a kind, the number of the batch, the oldest batch that the parent waits for, a payload.
+HELLO, BROKEN, BATCH, BEGUN, REPORT, AGAIN, SINGLES, STOP, ARGUMENTS = range(9)
+_HEADER = struct.Struct("<BII")
 # A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's threads and exit
 # handlers run.
 PEACE_SECONDS = 30.0
 
 
-def pack_message(kind: int, number: int, payload: bytes = b"") -> bytes:
-    return _HEADER.pack(kind, number) + payload
+def pack_message(kind: int, number: int, payload: bytes = b"", *, oldest: int = 0) -> bytes:
+    return _HEADER.pack(kind, number, oldest) + payload
 
 
-def unpack_message(data: bytes) -> tuple[int, int, bytes]:
-    kind, number = _HEADER.unpack_from(data)
-    return kind, number, data[_HEADER.size :]
+def unpack_message(data: bytes) -> tuple[int, int, int, bytes]:
+    kind, number, oldest = _HEADER.unpack_from(data)
+    return kind, number, oldest, data[_HEADER.size :]
 
 
-class Door:
-    """The worker's end of a pipe, as an argument of its process.
+class _PipeOfWorker:
+    """The worker's end of its pipe."""
 
-    When a worker ends, its pool starts another one with the same arguments before opero can end the pool; the pipe is
-    closed by then, and such a worker finds no door, waits a while to be ended with its pool, and leaves.
-    """
-
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.connection = connection
-
-    def __reduce__(self) -> Any:
-        return Door, (None if self.locked else self.connection,)
-
-    @property
-    def locked(self) -> bool:
-        return self.connection is None or self.connection.closed
+        watch_forks(self)
 
     def after_fork(self) -> None:
         """Leave it to the worker: as long as a child of its has it open, too, a dead worker is not noticed."""
         self.connection.close()
 
 
-def serve(
-    door: Door, work: Work | bytes, initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = ()
-) -> None:
+def serve(connection: Connection, work: Work | bytes, preparation: AnyPreparation | None) -> None:
     """Run batches, one after the other, until the pipe ends; the whole life of a worker."""
-    ready = _get_ready(door, work, initializer, initargs)
+    pipe = _PipeOfWorker(connection)
+    ready = _get_ready(pipe, work, preparation)
     if ready is not None:
         caller = AsyncCaller() if ready.is_async else None
         # Without a parent there is nobody to report to.
         with contextlib.suppress(EOFError, OSError):
-            _serve_batches(door.connection, ready, caller)
+            _serve_batches(pipe.connection, ready, caller)
         _end_within(PEACE_SECONDS)
         if caller is not None:
             caller.close()
@@ -102,77 +88,84 @@ def _become_independent() -> None:
         if library.process.current_process().daemon:
             library.process.current_process().daemon = False
         # A fork server that a forked worker inherited can be waited for only by the parent.
-        library.forkserver._forkserver.__init__()  # noqa: SLF001 - there is no function for it
+        server = library.forkserver._forkserver  # noqa: SLF001 - there is no function for it
+        inherited = server._inherited_fds  # noqa: SLF001 - what the initializer's arguments may need
+        server.__init__()
+        server._inherited_fds = inherited  # noqa: SLF001 - as above
 
 
-async def serve_async(
-    door: Door, work: Work | bytes, initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = ()
-) -> None:
+async def serve_async(connection: Connection, work: Work | bytes, preparation: AnyPreparation | None) -> None:
     """Run batches, as many as come at the same time, until the pipe ends; the whole life of a worker."""
-    ready = _get_ready(door, work, initializer, initargs)
+    pipe = _PipeOfWorker(connection)
+    ready = _get_ready(pipe, work, preparation)
     if ready is not None:
         with contextlib.suppress(EOFError, OSError):
-            await _AsyncServer(door.connection, ready).serve()
+            await _AsyncServer(pipe.connection, ready).serve()
         _end_within(PEACE_SECONDS)
 
 
-def _get_ready(
-    door: Door, work: Work | bytes, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]
-) -> Work | None:
+def _get_ready(pipe: _PipeOfWorker, work: Work | bytes, preparation: AnyPreparation | None) -> Work | None:
     """Load the work and say hello; None if the parent has been told that this cannot be done."""
     # Ctrl-C goes to the whole process group; the caller's process alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if door.locked:
-        # Not at once: its pool would start the next one, and so on, as fast as it can.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(_UNWANTED_SECONDS)
-        os._exit(0)
+    # A forked worker has the one of its parent's event loop, which would take this one's signals for its own.
+    signal.set_wakeup_fd(-1)
     _become_independent()
-    watch_forks(door)
     if hasattr(signal, "pthread_sigmask"):
         # Held back by the parent until here, where it can do no harm any more.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         loaded = unpack_work(work) if isinstance(work, bytes) else work
-        if initializer is not None:
-            initializer(*initargs)
+        if preparation is not None:
+            preparation.run()
     except Exception as error:  # noqa: BLE001 - the parent raises it
-        door.connection.send_bytes(pack_message(BROKEN, 0, f"{type(error).__name__}: {error}".encode()))
+        pipe.connection.send_bytes(pack_message(BROKEN, 0, describe(error).encode(errors="backslashreplace")))
         return None
     with contextlib.suppress(OSError):
-        door.connection.send_bytes(pack_message(HELLO, os.getpid()))
+        pipe.connection.send_bytes(pack_message(HELLO, 0))
     return loaded
 
 
 class _Reports:
-    """What a worker has reported lately, for a parent that has to ask again."""
+    """What a worker has reported, for a parent that has to ask again, until that has understood it."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
-        self._latest: OrderedDict[int, Report] = OrderedDict()
+        self._sent: dict[int, Report] = {}
+
+    def begin(self, number: int) -> None:
+        """A batch has been read. Who dies before that was not ended by it."""
+        self._pipe.send_bytes(pack_message(BEGUN, number))
 
     def send(self, number: int, report: Report) -> None:
-        self._latest[number] = report
-        if len(self._latest) > _KEPT_REPORTS:
-            self._latest.popitem(last=False)
+        self._sent[number] = report
         self._pipe.send_bytes(pack_message(REPORT, number, pack_report(report)))
 
     def send_singly(self, number: int) -> None:
-        self._pipe.send_bytes(pack_message(SINGLES, number, pack_singly(self._latest[number])))
+        self._pipe.send_bytes(pack_message(SINGLES, number, pack_singly(self._sent[number])))
+
+    def forget_before(self, oldest: int) -> None:
+        for number in [number for number in self._sent if number < oldest]:
+            del self._sent[number]
 
 
 def _serve_batches(pipe: Connection, work: Work, caller: AsyncCaller | None) -> None:
     reports = _Reports(pipe)
     while True:
-        kind, number, payload = unpack_message(pipe.recv_bytes())
+        kind, number, oldest, payload = unpack_message(pipe.recv_bytes())
+        reports.forget_before(oldest)
         if kind == STOP:
             return
         if kind == AGAIN:
             reports.send_singly(number)
             continue
         if kind == ARGUMENTS:
-            work = _with_arguments(work, payload, pipe)
+            changed = _with_arguments(work, payload)
+            if changed is None:
+                return
+            work = changed
             continue
+        reports.begin(number)
         arrived = unpack_batch(payload)
         if isinstance(arrived, Report):
             reports.send(number, arrived)
@@ -180,13 +173,15 @@ def _serve_batches(pipe: Connection, work: Work, caller: AsyncCaller | None) -> 
         reports.send(number, run_batch(work, *arrived, caller))
 
 
-def _with_arguments(work: Work, payload: bytes, pipe: Connection) -> Work:
-    """The work of the next map; the parent is told, and ends this worker, if the arguments cannot be unpickled."""
+def _with_arguments(work: Work, payload: bytes) -> Work | None:
+    """The work of the next map; None if its arguments cannot be unpickled.
+
+    This worker ends then, and the one that replaces it has them from the start if it is forked, or says what is wrong.
+    """
     try:
         return replace(work, shape=pickle.loads(payload))  # noqa: S301 - from the parent process
-    except Exception as error:  # noqa: BLE001 - the parent raises it
-        pipe.send_bytes(pack_message(BROKEN, 0, describe(error).encode()))
-        return work
+    except Exception:  # noqa: BLE001 - see above
+        return None
 
 
 class _AsyncServer:
@@ -207,12 +202,17 @@ class _AsyncServer:
         reader = threading.Thread(target=self._read, args=(loop, messages), daemon=True)
         reader.start()
         while (data := await messages.get()) is not None:
-            kind, number, payload = unpack_message(data)
+            kind, number, oldest, payload = unpack_message(data)
+            self._reports.forget_before(oldest)
             if kind == AGAIN:
                 self._reports.send_singly(number)
             elif kind == ARGUMENTS:
-                self._work = _with_arguments(self._work, payload, self._pipe)
+                changed = _with_arguments(self._work, payload)
+                if changed is None:
+                    return
+                self._work = changed
             else:
+                self._reports.begin(number)
                 task = loop.create_task(self._run(number, payload))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -231,10 +231,16 @@ class _AsyncServer:
             loop.call_soon_threadsafe(messages.put_nowait, data)
 
     async def _run(self, number: int, payload: bytes) -> None:
+        try:
+            self._reports.send(number, await self._report_on(payload))
+        except BaseException as error:  # noqa: BLE001 - as in a worker that runs plain functions, it ends the worker
+            self._end = error
+            self._messages.put_nowait(None)
+
+    async def _report_on(self, payload: bytes) -> Report:
         arrived = unpack_batch(payload)
         if isinstance(arrived, Report):
-            self._reports.send(number, arrived)
-            return
+            return arrived
         (item,), candidate, limit = arrived
         started = time.perf_counter()
         value, errors = None, {}
@@ -242,8 +248,4 @@ class _AsyncServer:
             value = await in_time(self._work.caller(candidate), item, limit, self._work)
         except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
             errors[0] = error
-        except BaseException as error:  # noqa: BLE001 - as in a worker that runs plain functions, it ends the worker
-            self._end = error
-            self._messages.put_nowait(None)
-            return
-        self._reports.send(number, Report([value], errors, time.perf_counter() - started))
+        return Report([value], errors, time.perf_counter() - started)

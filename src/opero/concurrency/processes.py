@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import pickle
 import selectors
 import signal
@@ -20,26 +21,32 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.interrupts import held_back, held_back_in_children
+from opero.concurrency.interrupts import Hold, held_back_in_children
+from opero.concurrency.main_module import (
+    is_surely_in_fresh_workers,
+    only_if_it_can_be_imported,
+    unknown_to_fresh_workers,
+)
 from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.pipe_end import pipe_end
+from opero.concurrency.preparation import Preparation
 from opero.concurrency.process_worker import (
     AGAIN,
     ARGUMENTS,
     BATCH,
+    BEGUN,
     BROKEN,
     HELLO,
     PEACE_SECONDS,
     SINGLES,
     STOP,
-    Door,
     pack_message,
     serve,
     unpack_message,
 )
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
-from opero.concurrency.transport import pack_arguments, pack_batch, pack_work, unpack_singly
-from opero.core.forks import ForkSafeLock, foreign_threads, watch_forks
+from opero.concurrency.transport import Packer, unpack_singly
+from opero.core.forks import ForkSafeLock, foreign_threads, right_to_fork, watch_forks
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
 
@@ -54,9 +61,43 @@ LARGEST_BATCH = 10_000
 # initializer. Once one has been ready it is more likely somebody who kills them.
 MOST_STILLBIRTHS = 3
 MOST_LATE_STILLBIRTHS = 100
+_SAYING_SECONDS = 0.05
 
-# Held from making a pipe to closing the worker's end of it here, so that no other worker inherits that end.
+
+# Held while a worker is started, for which aiomultiprocess needs settings that are the same for all.
 starting = ForkSafeLock()
+
+
+class _EndsAjar:
+    """Ends of pipes that are open here until their worker has them, and the thread that starts it."""
+
+    def __init__(self) -> None:
+        self._starters: dict[Any, int] = {}
+        watch_forks(self)
+
+    @contextlib.contextmanager
+    def pipe(self, context: Any, owned: set[Any]) -> Iterator[tuple[Any, Any]]:
+        """Both ends of a new one: the first is added to those ``owned``, the second is open during the block."""
+        with right_to_fork():
+            ours, theirs = context.Pipe()
+            owned.add(ours)
+            self._starters[theirs] = threading.get_ident()
+        try:
+            yield ours, theirs
+        finally:
+            with right_to_fork():
+                self._starters.pop(theirs, None)
+                theirs.close()
+
+    def after_fork(self) -> None:
+        """Close those that are not for this process: while it has one, the death of a worker does not end its pipe."""
+        for end, starter in self._starters.items():
+            if starter != threading.get_ident():
+                end.close()
+        self._starters.clear()
+
+
+_ends_ajar = _EndsAjar()
 
 
 def default_start_method() -> str:
@@ -64,6 +105,29 @@ def default_start_method() -> str:
     if sys.platform == "linux" and not foreign_threads():
         return "fork"
     return "spawn" if sys.platform == "win32" else "forkserver"
+
+
+def wait_until_ended(process: Any, seconds: float) -> None:
+    """Wait at most so long; `Process.join` waits for a pipe's end, which a child of the program's own may have open."""
+    deadline, pause = time.monotonic() + seconds, 0.001
+    is_gone = False
+    while process.exitcode is None and time.monotonic() < deadline:
+        if not is_gone and not _exists(process.pid):
+            # Another thread has been told its exit code and may say so in a moment; or the system keeps none.
+            is_gone = True
+            deadline = min(deadline, time.monotonic() + _SAYING_SECONDS)
+        process.join(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def _exists(pid: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class Worker:
@@ -75,19 +139,17 @@ class Worker:
         self.room = sys.maxsize if most_items is None else most_items
         self.process: Any = None
         self.batches: dict[int, Batch] = {}
+        self.begun: set[int] = set()
         self.sent_bytes: dict[int, int] = {}
-        self.not_reached: list[Batch] = []
         self.reserved = False
 
     @property
     def ready(self) -> bool:
         return self.process is not None
 
-    def found(self, pid: int, /) -> None:
-        """The worker has said hello; find out which process it is."""
-        from multiprocess.process import active_children
-
-        self.process = next((p for p in active_children() if p.pid == pid), None)
+    def found(self) -> None:
+        """The worker has said hello."""
+        self.process = self.pool.pool.process
 
     @property
     def open(self) -> bool:
@@ -102,18 +164,24 @@ class Worker:
             return 0
         return at_once if self.room else min(at_once, len(self.batches))
 
-    def stop_replacing(self) -> None:
-        """A closed pool starts no other process in place of one that has ended."""
-        self.pool.pool.close()
+    def not_begun(self) -> list[Batch]:
+        """Batches that the worker has not read to their end."""
+        return [batch for number, batch in self.batches.items() if number not in self.begun]
 
     def end(self, *, in_peace: bool) -> None:
         """Wait until the process has ended, by itself or by force."""
         if in_peace:
-            self.process.join(PEACE_SECONDS)
-        elif self.ready:
-            self.process.kill()
-        # What MultiPool does on Ctrl-C is to terminate and not to wait: its pool may have replaced this worker already.
+            wait_until_ended(self.process, PEACE_SECONDS)
+        pool = self.pool.pool
+        # MultiPool's own way is SIGTERM, for which the program may have a handler, and its forked workers with it.
+        pool.kill()
+        # What MultiPool does on Ctrl-C is to terminate and not to wait for tasks.
         self.pool.__exit__(KeyboardInterrupt, None, None)
+        pool.free()
+
+    def disown(self) -> None:
+        """In a forked child: do not end the process of the parent's with this one's own."""
+        self.pool.pool.disown()
 
 
 class ProcessPool:
@@ -136,13 +204,14 @@ class ProcessPool:
         max_tasks_per_worker: int | None = None,
     ) -> None:
         self._bare_work = work
+        self._initializer = initializer
+        self._initargs = initargs
         self._most_items = max_tasks_per_worker
         self._method_is_given = start_method is not None
         self._use(start_method or default_start_method())
         self._pipes: set[Any] = set()
         self._own_threads: set[threading.Thread] = set()
         watch_forks(self)
-        self._prepare = (initializer, initargs)
         self._name = name_of(work.function)
         self._size = workers
         self._workers: list[Worker] = []
@@ -158,16 +227,25 @@ class ProcessPool:
         import multiprocess
 
         # A forked worker has everything already, even what cannot be pickled.
-        self._work: Work | bytes = self._bare_work if method == "fork" else pack_work(self._bare_work)
+        is_unknown = None if method == "fork" else unknown_to_fresh_workers()
+        self._packer = Packer(is_unknown, is_surely_there=is_surely_in_fresh_workers, initializer=self._initializer)
+        self._work: Work | bytes = self._bare_work if method == "fork" else self._packer.work(self._bare_work)
+        self._preparation = None
+        if self._initializer is not None:
+            self._preparation = Preparation(self._packer, self._initializer, self._initargs)
         self._method = method
         self._context: Any = multiprocess.get_context(method)  # pyright: ignore[reportAttributeAccessIssue]
 
     def after_fork(self) -> None:
-        """Close this child's copies of the parent's ends: as long as one is open, a dead parent is not noticed."""
+        """Leave the workers to the parent; as long as a copy of its ends is open here, its death is not noticed."""
         atexit.unregister(self.stop)
         for pipe in self._pipes:
             pipe.close()
         self._pipes.clear()
+        self._stopped = True
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.disown()
 
     @property
     def slots(self) -> int:
@@ -215,13 +293,14 @@ class ProcessPool:
         return withdrawn
 
     def take_on(self, work: Work) -> None:
-        arguments = pack_arguments(work)
+        arguments = self._packer.arguments(work)
         self._bare_work = work
         self._use(self._method)
         for worker in self._workers:
             # One that has just died is replaced when the end of its pipe is heard.
             with contextlib.suppress(OSError):
                 self._tell(worker, ARGUMENTS, payload=arguments)
+                self._wait_until_sent(worker)
 
     def receive(self, event: Any) -> Any:
         """Make sense of what was heard; None if it is of no interest to the scheduler."""
@@ -230,14 +309,21 @@ class ProcessPool:
         worker, data = event
         if worker not in self._workers:
             return None
-        if data is None:
-            return self._worker_ended(worker)
-        kind, number, payload = unpack_message(data)
+        return self._worker_ended(worker) if data is None else self._worker_says(worker, data)
+
+    def _worker_says(self, worker: Worker, data: bytes) -> Any:
+        kind, number, _, payload = unpack_message(data)
         if kind == HELLO:
-            return self._worker_ready(worker, number)
+            return self._worker_ready(worker)
+        if kind == BEGUN:
+            worker.begun.add(number)
+            return None
         if kind == BROKEN:
             return Fatal(OperoError(f"a worker process cannot run {self._name}: {bytes(payload).decode()}"))
         return self._worker_reports(worker, kind, number, payload)
+
+    def runs_here(self) -> bool:
+        return threading.current_thread() in self._own_threads
 
     def stop(self) -> None:
         """End idle workers in peace and kill the others; nothing of the pool is left."""
@@ -269,20 +355,28 @@ class ProcessPool:
 
     def _start_worker(self) -> None:
         self._stay_safe()
-        with starting.lock, self._starting_one():
+        with starting.lock, self._starting_one(), self._pipe(self._context) as (ours, theirs):
             from twat_mp.mp import MultiPool
 
-            ours, theirs = self._context.Pipe()
-            self._pipes.add(ours)
-            door = Door(theirs)
-            factory: Any = lambda nodes: self._context.Pool(  # noqa: E731 - MultiPool calls it with nodes=
-                nodes, initializer=serve, initargs=(door, self._work, *self._prepare)
+            from opero.concurrency.whole_pool import WholePool, enter
+
+            factory: Any = lambda nodes: WholePool(  # noqa: E731 - MultiPool calls it with nodes=
+                nodes, initializer=serve, initargs=(theirs, self._work, self._preparation), context=self._context
             )
             pool = MultiPool(pool_class=factory, nodes=1)
-            self._quietly(pool.__enter__)
-            # As long as this end is open in another process, the worker's death does not end the pipe.
-            theirs.close()
+            self._quietly(lambda: enter(pool))
             self._welcome(Worker(pool, ours, self._most_items))
+
+    @contextlib.contextmanager
+    def _pipe(self, context: Any) -> Iterator[tuple[Any, Any]]:
+        """The ends of a pipe to a worker that is started in the block."""
+        with _ends_ajar.pipe(context, self._pipes) as (ours, theirs):
+            try:
+                yield ours, theirs
+            except BaseException:
+                self._pipes.discard(ours)
+                ours.close()
+                raise
 
     def _stay_safe(self) -> None:
         """Fork no more once threads have come that may hold locks; those of the pools themselves hold none for long."""
@@ -290,13 +384,15 @@ class ProcessPool:
         if self._method == "fork" and not self._method_is_given and foreign:
             # What cannot be pickled can only be forked.
             with contextlib.suppress(NotTransferableError):
+                if self._preparation is not None:
+                    self._preparation.pack()
                 self._use("forkserver")
 
     @contextlib.contextmanager
     def _starting_one(self) -> Iterator[None]:
         """Hold Ctrl-C back while a worker is half made, and note which threads come with it."""
         before = set(threading.enumerate())
-        with held_back(), held_back_in_children(self._method, self._library):
+        with Hold(), held_back_in_children(self._method, self._library), only_if_it_can_be_imported():
             try:
                 yield
             finally:
@@ -309,8 +405,8 @@ class ProcessPool:
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
             start()
 
-    def _worker_ready(self, worker: Worker, pid: int) -> None:
-        worker.found(pid)
+    def _worker_ready(self, worker: Worker) -> None:
+        worker.found()
         self._stillbirths = 0
         self._most_stillbirths = MOST_LATE_STILLBIRTHS
         self._hand_out()
@@ -318,7 +414,7 @@ class ProcessPool:
     def _worker_ended(self, worker: Worker) -> Any:
         reason = _how_it_ended(worker.process) if worker.batches else ""
         # What is left of its pool would hang the next process that is forked.
-        with held_back():
+        with Hold():
             self._workers.remove(worker)
             self._dismiss(worker)
             self._close_pipe(worker)
@@ -327,7 +423,7 @@ class ProcessPool:
             if self._stillbirths >= self._most_stillbirths:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_worker()
-        return Lost(list(worker.batches.values()), reason, at_once=self.runs_together, innocent=worker.not_reached)
+        return Lost(list(worker.batches.values()), reason, at_once=self.runs_together, innocent=worker.not_begun())
 
     def _dismiss(self, *workers: Worker) -> None:
         idle = [worker for worker in workers if worker.ready and not worker.batches]
@@ -350,7 +446,7 @@ class ProcessPool:
     def _send(self, worker: Worker, batch: Batch) -> None:
         self._numbers += 1
         try:
-            data = pack_batch(batch)
+            data = self._packer.batch(batch)
         except NotTransferableError as error:
             self._inbox.put(not_run(batch, error))
             return
@@ -358,11 +454,9 @@ class ProcessPool:
         worker.batches[self._numbers] = batch
         worker.reserved = batch.alone
         worker.sent_bytes[self._numbers] = len(data)
-        try:
+        # If it has just died, its pipe will say so.
+        with contextlib.suppress(OSError):
             self._tell(worker, BATCH, self._numbers, data)
-        except OSError:
-            # It has just died; its pipe will say so, and this batch is none of the suspects.
-            worker.not_reached.append(batch)
 
     def _worker_reports(self, worker: Worker, kind: int, number: int, payload: bytes) -> Any:
         batch = worker.batches[number]
@@ -376,6 +470,7 @@ class ProcessPool:
         if kind == SINGLES:
             values, errors = unpack_singly(values, errors)
         del worker.batches[number]
+        worker.begun.discard(number)
         size = max(len(payload), worker.sent_bytes.pop(number))
         worker.reserved = False
         self._hand_out()
@@ -413,7 +508,27 @@ class ProcessPool:
             self._inbox.put((worker, message))
 
     def _tell(self, worker: Worker, kind: int, number: int = 0, payload: bytes = b"") -> None:
-        worker.pipe.send(pack_message(kind, number, payload), lambda: self._until_writable(worker))
+        message = pack_message(kind, number, payload, oldest=next(iter(worker.batches), 0))
+        is_all_sent = worker.pipe.send(message)
+        # A worker that is busy reads nothing meanwhile; one whose end has been heard never will.
+        if not is_all_sent and worker in self._audible:
+            self._send_when_it_reads(worker)
+
+    def _send_when_it_reads(self, worker: Worker) -> None:
+        if not self._inbox.write_when_ready(worker.pipe.connection, lambda: self._send_on(worker)):
+            self._wait_until_sent(worker)
+
+    def _send_on(self, worker: Worker) -> None:
+        is_all_sent = True
+        # If it has just died, its pipe will say so.
+        with contextlib.suppress(OSError):
+            is_all_sent = worker.pipe.send_on()
+        if is_all_sent:
+            self._inbox.write_when_ready(worker.pipe.connection, None)
+
+    def _wait_until_sent(self, worker: Worker) -> None:
+        while not worker.pipe.send_on():
+            self._until_writable(worker)
 
     def _until_writable(self, worker: Worker) -> None:
         """Wait until the worker reads on; it, and those it waits for, may want to be heard first."""
@@ -428,9 +543,9 @@ class ProcessPool:
 
     def _ask_to_end(self, worker: Worker) -> None:
         """Tell a worker that is ready that there is nothing more to do."""
-        worker.stop_replacing()
         with contextlib.suppress(OSError):
             self._tell(worker, STOP)
+            self._wait_until_sent(worker)
 
 
 def _least_busy(workers: list[Worker]) -> Worker:
@@ -445,9 +560,8 @@ _MAIN_HINT = (
 
 def _how_it_ended(process: Any) -> str:
     # The pool of this worker may be the one that reaps it: its exit code can take a moment to be known.
-    deadline = time.monotonic() + 1.0
-    while process is not None and process.exitcode is None and time.monotonic() < deadline:
-        process.join(0.01)
+    if process is not None:
+        wait_until_ended(process, 1.0)
     code = None if process is None else process.exitcode
     if code is None:
         return "its exit code is not known"

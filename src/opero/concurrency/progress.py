@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from opero.concurrency.interrupts import Hold
+
 
 @dataclass(slots=True)
 class Tally:
@@ -52,20 +54,24 @@ class TqdmProgress:
             # In a notebook without ipywidgets: there it shows no bar, and the map needs none.
             warnings.filterwarnings("ignore", "IProgress not found")
             from tqdm.auto import tqdm
-        from tqdm.std import tqdm as terminal_bar
 
         class Bar(tqdm):  # type: ignore[type-arg]  # generic for type checkers only
             # tqdm's monitor is a thread that would outlive the map.
             monitor_interval = 0
 
-        # On a terminal tqdm itself finds out whether there is one; a notebook is none and shows the bar all the same.
-        in_notebook = not issubclass(tqdm, terminal_bar) or "notebook" in tqdm.__module__
-        self._bar: Any = Bar(desc=label, total=total, disable=False if in_notebook else None, unit="item")
+        # A notebook is no terminal, and shows the bar all the same.
+        in_notebook = any("notebook" in kind.__module__ for kind in tqdm.__mro__)
+        unseen: dict[str, Any] = {} if in_notebook or _is_terminal(sys.stderr) else {"disable": True}
+        self._bar: Any = Bar(desc=label, total=total, unit="item", **unseen)
         self._notes: dict[str, int] = {}
 
     def show(self, tally: Tally) -> None:
-        if self._bar.disable:
-            return
+        if not self._bar.disable:
+            # tqdm does not give its lock back, which is the same for all bars, when Ctrl-C comes while it draws.
+            with Hold():
+                self._draw(tally)
+
+    def _draw(self, tally: Tally) -> None:
         notes = {"failed": tally.failed, "retried": tally.retried, "cached": tally.cached}
         notes = {name: count for name, count in notes.items() if count}
         if notes != self._notes:
@@ -79,15 +85,22 @@ class TqdmProgress:
         if self._bar.disable:
             return
         # The last line stays above the bars of other maps: without this, those would leave parts of themselves behind.
-        with self._bar.external_write_mode(file=self._bar.fp):
+        with Hold(), self._bar.external_write_mode(file=self._bar.fp):
             self._bar.close()
 
 
 def make_progress(progress: bool | str, name: str, total: int | None) -> Progress:  # noqa: FBT001 - the option's type
     """The bar that the ``progress`` option asks for, labelled by it or by the function's name."""
-    if progress is False or _is_child_process():
+    if progress is False or sys.stderr is None or _is_child_process():
         return NoProgress()
     return TqdmProgress(progress if isinstance(progress, str) else name, total)
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError, OSError):  # something like a file, or a file that is closed
+        return False
 
 
 def _is_child_process() -> bool:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
-from opero.concurrency.interrupts import forget_earlier_interrupts, held_back
+from opero.concurrency.interrupts import HeardOnce, Hold
 from opero.concurrency.outcome import Outcome, StreamSink
+from opero.concurrency.own_thread import not_waited_for
 from opero.concurrency.progress import make_progress
 from opero.concurrency.scheduler import IteratorSource, Scheduler, Shape, Wake
 from opero.concurrency.worker import Work
 from opero.core.signature import parameter_slot
 from opero.core.steps import consult, consult_async
 from opero.core.switches import switches
+from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
     from opero.concurrency.contract import Arguments, Inbox, MapSettings
@@ -32,7 +35,10 @@ class AsyncSource:
     """An async iterable, pulled by a task of its own, one item ahead of what was asked for."""
 
     def __init__(self, iterator: AsyncIterator[Any], wake: Callable[[Wake], None]) -> None:
+        import asyncio
+
         self._iterator = iterator
+        self._wanted = asyncio.Event()
         self._wake = wake
         self._ahead: deque[Any] = deque()
         self._task: Any = None
@@ -44,31 +50,51 @@ class AsyncSource:
     def exhausted(self) -> bool:
         return self._at_end and not self._ahead
 
+    @property
+    def is_late(self) -> bool:
+        return False
+
+    def start_turn(self) -> None:
+        """Nothing here blocks."""
+
     def take(self, count: int) -> list[Any]:
         import asyncio
 
         if self._error is not None:
             raise self._error
         taken = [self._ahead.popleft() for _ in range(min(count, len(self._ahead)))]
-        if not self._at_end and len(taken) < count and self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._pull())
+        if not self._at_end and len(taken) < count:
+            self._wanted.set()
+            if self._task is None:
+                self._task = asyncio.get_running_loop().create_task(self._pull())
         return taken
 
     async def close(self) -> None:
+        """Stop pulling, and close a generator."""
         import asyncio
 
         self._closing = True
         task = self._task
-        if task is not None:
-            task.cancel()
-            # Not awaited itself: its cancellation is of no interest, but one of who waits here is.
-            await asyncio.wait({task})
-            if not task.cancelled():
-                task.result()
+        if task is None:
+            await self._close_iterator()
+            return
+        task.cancel()
+        # Not awaited itself: its cancellation is of no interest, but one of who waits here is.
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
 
     async def _pull(self) -> None:
         try:
-            self._ahead.append(await anext(self._iterator))
+            try:
+                while not self._closing:
+                    await self._wanted.wait()
+                    self._ahead.append(await anext(self._iterator))
+                    self._wanted.clear()
+                    self._wake(Wake())
+            finally:
+                # Here, because what a generator has entered can be left only by the same task.
+                await self._close_iterator()
         except StopAsyncIteration:
             self._at_end = True
         except BaseException as error:
@@ -76,8 +102,11 @@ class AsyncSource:
                 raise
             # Raised where the map takes its input, a cancellation of something that the input waited for, too.
             self._error = error
-        self._task = None
         self._wake(Wake())
+
+    async def _close_iterator(self) -> None:
+        if isinstance(self._iterator, AsyncGenerator):
+            await self._iterator.aclose()
 
 
 class _Wait:
@@ -109,8 +138,6 @@ class _Ask:
 class _Run:
     """One running map. Its two drivers, below, only wait and hand out."""
 
-    # A package whose first import is cut short stays broken.
-    @held_back()
     def __init__(
         self,
         plan: Plan,
@@ -124,11 +151,15 @@ class _Run:
     ) -> None:
         plan = plan.bare if switches.is_disabled else plan
         shape = Shape(*arguments)
+        self.is_closed = False
+        self._name = plan.name
+        self._process = os.getpid()
         slot = None if plan.fallback is None else parameter_slot(plan.function, plan.fallback.parameter, "arg_fallback")
         # A worker is sent each candidate when it is its turn, and never all of them, which are often secrets.
         sent = shape if slot is None else shape.without(slot)
         self.pool = settings.pools.pool_for(Work(plan.function, plan.is_async, sent, slot))
         self._inbox = inbox
+        self._source = source
         self._sink = sink
         self._progress = make_progress(settings.progress, plan.name, total)
         self._scheduler = Scheduler(
@@ -141,6 +172,11 @@ class _Run:
             window=STREAM_WINDOW if isinstance(sink, StreamSink) and settings.ordered else None,
             wake=inbox.put,
         )
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether it runs in the process that this one was forked from; then all of it belongs to that one."""
+        return os.getpid() != self._process
 
     @property
     def presence(self) -> Presence:
@@ -156,6 +192,9 @@ class _Run:
             outcomes = self._sink.take()
             if outcomes:
                 yield outcomes
+            if self.is_inherited:
+                msg = f"this stream of {self._name} was begun by the process that forked this one; begin another here"
+                raise OperoError(msg)
             if scheduler.failure is not None:
                 raise scheduler.failure
             if scheduler.done:
@@ -170,6 +209,7 @@ class _Run:
     def _give_out(self) -> Generator[_Ask, Any, None]:
         """Send what can be sent, and ask the cache's store on the way."""
         scheduler = self._scheduler
+        self._source.start_turn()
         while True:
             while asked := scheduler.consultations():
                 scheduler.answered((yield _Ask(asked)))
@@ -181,6 +221,7 @@ class _Run:
 
     def close(self) -> None:
         """Give up what has not ended; the pool is stopped by the driver."""
+        self.is_closed = True
         self._scheduler.close()
         self._progress.close()
 
@@ -191,41 +232,62 @@ def run_blocking(
     """Run a map by blocking; yields what the sink hands out."""
     inbox = BlockingInbox()
     source = IteratorSource(items)
-    run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
-    steps, events = run.steps(), None
-    is_interrupted = False
-    try:
+    # The first one imports packages.
+    with Hold():
+        run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
+    with HeardOnce() as ctrl_c:
         try:
-            while True:
-                step = steps.send(events)
-                events = None
-                if isinstance(step, list):
-                    run.presence.is_away = True
-                    yield from step
-                    run.presence.is_away = False
-                elif isinstance(step, _Ask):
-                    events = consult(step.steps)
-                else:
-                    events = inbox.collect(step.seconds, step.real_seconds, pushes=step.is_idle)
+            try:
+                yield from _drive_blocking(run, inbox, ctrl_c)
+            finally:
+                ctrl_c.keep()
+                with Hold():
+                    _tidy_up(run, inbox)
+        except KeyboardInterrupt:
+            # It may have come before any of that.
+            with Hold():
+                _tidy_up(run, inbox)
+            raise
+
+
+def _drive_blocking(run: _Run, inbox: BlockingInbox, ctrl_c: HeardOnce) -> Iterator[Outcome[Any, Any]]:
+    steps, events = run.steps(), None
+    while True:
+        ctrl_c.listen()
+        try:
+            step = steps.send(events)
         except StopIteration:
             return
-        except KeyboardInterrupt:
-            is_interrupted = True
-            raise
+        events = None
+        if isinstance(step, list):
+            run.presence.is_away = True
+            with ctrl_c.elsewhere():
+                yield from step
+            run.presence.is_away = False
+        elif isinstance(step, _Ask):
+            events = consult(step.steps)
+        else:
+            events = inbox.collect(step.seconds, step.real_seconds, pushes=step.is_idle)
+
+
+def _tidy_up(run: _Run, inbox: BlockingInbox) -> None:
+    if run.is_closed or run.is_inherited:
+        return
+
+    def stop() -> None:
+        try:
+            run.pool.stop()
         finally:
-            with held_back() as pressed:
-                try:
-                    run.close()
-                finally:
-                    try:
-                        run.pool.stop()
-                    finally:
-                        inbox.close()
-                if is_interrupted:
-                    pressed.clear()
-    except KeyboardInterrupt as interrupt:
-        forget_earlier_interrupts(interrupt)
-        raise
+            inbox.close()
+
+    try:
+        run.close()
+    finally:
+        # The garbage collector ends an abandoned stream in any thread.
+        if run.pool.runs_here():
+            not_waited_for(stop)
+        else:
+            stop()
 
 
 def has_running_loop() -> bool:
@@ -251,7 +313,8 @@ async def run_awaiting(
     """Run a map by awaiting; yields what the sink hands out."""
     inbox = AsyncInbox()
     source: Source = AsyncSource(items, inbox.put) if isinstance(items, AsyncIterator) else IteratorSource(items)
-    run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
+    with Hold():
+        run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
     steps, events = run.steps(), None
     try:
         while True:
@@ -270,12 +333,17 @@ async def run_awaiting(
             else:
                 events = await inbox.collect(step.seconds, step.real_seconds, pushes=step.is_idle)
     finally:
+        if not run.is_inherited:
+            await _tidy_up_async(run, inbox, source)
+
+
+async def _tidy_up_async(run: _Run, inbox: AsyncInbox, source: Source) -> None:
+    try:
+        run.close()
+        if isinstance(source, AsyncSource):
+            await source.close()
+    finally:
         try:
-            run.close()
-            if isinstance(source, AsyncSource):
-                await source.close()
+            await run.pool.stop_async()
         finally:
-            try:
-                await run.pool.stop_async()
-            finally:
-                inbox.close()
+            inbox.close()

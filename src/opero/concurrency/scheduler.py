@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 MOST_WAITING = 5_000
 # Input taken up in one go, even if all of it ends at once.
 MOST_TAKEN_UP = 1_000
+# A batch before which so many workers have ended, each without having begun it, may be what ends them.
+MOST_INNOCENT_LOSSES = 5
 # How long a batch should keep a worker busy, and from when on a worker gets its next batch ahead of time.
 BATCH_SECONDS = 0.02
 FAST_SECONDS = 0.005
@@ -45,8 +47,14 @@ MOST_BATCH_BYTES = 2_000_000
 _LATE_SECONDS = 0.05
 # A report that is too large for one look arrives as long as some of it comes in such a time.
 _REPORTING_SECONDS = 0.5
+# A coroutine is cancelled when its time is up, and may need some to tidy up; one that ends no more is ended by force.
+_UNHEEDED_SECONDS = 5.0
 # Items whose entries are asked for at once; so many only while all of them are found.
 MOST_LOOKED_UP = 500
+
+
+# Iterators over what is there already.
+_AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, bytes, lambda: range(0)))
 
 
 class Source(Protocol):
@@ -55,6 +63,15 @@ class Source(Protocol):
     @property
     def exhausted(self) -> bool:
         """Whether there will be no more items."""
+        ...
+
+    @property
+    def is_late(self) -> bool:
+        """Whether what was taken since `start_turn` has taken so long that nothing more shall be taken."""
+        ...
+
+    def start_turn(self) -> None:
+        """The map has looked at its results."""
         ...
 
     def take(self, count: int) -> list[Any]:
@@ -67,11 +84,30 @@ class IteratorSource:
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
+        self._is_at_hand = isinstance(iterator, _AT_HAND)
+        self._turn_ends = 0.0
+        self.is_late = False
         self.exhausted = False
 
+    def start_turn(self) -> None:
+        self.is_late = False
+        if not self._is_at_hand:
+            self._turn_ends = time.monotonic() + BATCH_SECONDS
+
     def take(self, count: int) -> list[Any]:
-        taken = list(itertools.islice(self._iterator, count))
-        self.exhausted = len(taken) < count
+        coming = itertools.islice(self._iterator, count)
+        taken = list(coming) if self._is_at_hand else self._take_in_time(coming)
+        self.exhausted = len(taken) < count and not self.is_late
+        return taken
+
+    def _take_in_time(self, coming: Iterator[Any]) -> list[Any]:
+        taken: list[Any] = []
+        take, now, turn_ends = taken.append, time.monotonic, self._turn_ends
+        for item in coming:
+            take(item)
+            if now() > turn_ends:
+                self.is_late = True
+                break
         return taken
 
 
@@ -101,7 +137,7 @@ class Shape:
 class _Entry:
     """One item that is more than a place in a first batch."""
 
-    __slots__ = ("alone", "arrival", "attempt", "call", "flow", "index", "item", "retried")
+    __slots__ = ("alone", "arrival", "attempt", "call", "flow", "index", "is_turn", "item", "losses", "retried")
 
     def __init__(self, index: int, item: Any, call: Call) -> None:
         self.index = index
@@ -110,7 +146,9 @@ class _Entry:
         self.flow: Flow | None = None
         self.attempt: Attempt | None = None
         self.arrival: Arrival | None = None
+        self.is_turn = False
         self.alone = False
+        self.losses = 0
         self.retried = False
 
 
@@ -122,7 +160,7 @@ class Batch:
     ``alone``: nothing else may run in the worker's process meanwhile.
     """
 
-    __slots__ = ("alone", "candidate", "entries", "items", "sent_at", "start", "time_limit")
+    __slots__ = ("alone", "candidate", "entries", "items", "losses", "sent_at", "start", "time_limit")
 
     def __init__(self, items: list[Any], start: int, entries: list[_Entry] | None = None) -> None:
         self.items = items
@@ -131,6 +169,7 @@ class Batch:
         self.candidate: Any = MISSING
         self.time_limit: tuple[float, str] | None = None
         self.alone = False
+        self.losses = 0
         self.sent_at = 0.0
 
 
@@ -152,7 +191,7 @@ class Done:
 class Lost:
     """A worker ended; ``batches`` were with it, the first one sent first.
 
-    ``at_once``: all of them were running, but for the ``innocent`` ones, which never reached it.
+    ``at_once``: all of them were running, but for the ``innocent`` ones, which it had not begun.
     ``sure``: nothing else can have ended it.
     """
 
@@ -304,8 +343,9 @@ class Scheduler:
         self._stop_at_failure = stop_at_failure
         self._window = window
         self._wake = wake
-        # Where a worker cannot stop a function by itself, it is killed.
-        self._kill = None if plan.is_async else pool.kill
+        # A worker that cannot stop a function by itself is killed.
+        self._kill = pool.kill
+        self._grace = _UNHEEDED_SECONDS if plan.is_async else 0.0
         self._one_at_a_time = (
             plan.limit is not None or plan.attempt_timeout is not None or plan.total_timeout is not None
         )
@@ -324,6 +364,7 @@ class Scheduler:
         self._in_flight = 0
         self._pausing = 0
         self._awaiting = 0
+        self._awaiting_turns = 0
         self._consulting: list[tuple[_Entry, Consult]] = []
         self._look_ahead = 1
         self.presence = Presence()
@@ -349,7 +390,10 @@ class Scheduler:
 
     def due_in(self) -> float | None:
         """Seconds until the scheduler wants to be asked again although nothing came back; None for never."""
-        return 0.0 if self._more_at_once else self._timers.due_in()
+        if self._more_at_once or self._source.is_late:
+            return 0.0
+        known = [seconds for seconds in (self._timers.due_in(), self._late_in()) if seconds is not None]
+        return min(known, default=None)
 
     def really_due_in(self) -> float | None:
         """The same in real seconds, for what does not wait by opero's clock."""
@@ -362,6 +406,7 @@ class Scheduler:
     def next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
         self._timers.run()
+        self._drop_late()
         while self._ready and not _may_start(self._ready[0]):
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
@@ -427,7 +472,7 @@ class Scheduler:
         count = min(count, MOST_WAITING - self._pausing - self._awaiting)
         if self._window is not None:
             count = min(count, self._window - self._sink.backlog())
-        if count <= 0 or self._source.exhausted:
+        if count <= 0 or self._source.exhausted or self._source.is_late:
             return []
         items = self._source.take(count)
         self._next_index += len(items)
@@ -437,7 +482,7 @@ class Scheduler:
         """Start flows until enough of them are ready; those that end at once (cache hits) are bounded too."""
         for _ in range(MOST_TAKEN_UP):
             coming = len(self._ready) + len(self._consulting)
-            busy = coming + self._awaiting + self._in_flight
+            busy = coming + self._awaiting_turns + self._in_flight
             wanted = size if self._one_at_a_time else max(size, self._look_ahead)
             if coming >= wanted or (self._one_at_a_time and busy >= slots):
                 return
@@ -488,7 +533,8 @@ class Scheduler:
             timers.after(step.seconds, lambda: self._resume(entry))
         else:
             self._awaiting += 1
-            entry.arrival = step.arrival
+            self._awaiting_turns += step.is_turn
+            entry.arrival, entry.is_turn = step.arrival, step.is_turn
             step.arrival.notify(lambda: self._wake(Wake(entry)))
             self._look_for_arrival(entry)
 
@@ -509,6 +555,7 @@ class Scheduler:
         arrival.notify(None)
         arrival.withdraw()
         self._awaiting -= 1
+        self._awaiting_turns -= entry.is_turn
         self._advance(entry, None)
 
     def _end(self, entry: _Entry, outcome: Any) -> None:
@@ -529,6 +576,24 @@ class Scheduler:
                 self.failure = outcome.error
         self._sink.put(outcome)
 
+    # Those that wait for a worker until it is too late
+
+    def _late_in(self) -> float | None:
+        """Seconds until the time of the next of them is over."""
+        if self._plan.total_timeout is None or not self._ready:
+            return None
+        attempts = [entry.attempt for entry in self._ready if entry.attempt is not None]
+        deadlines = [attempt.deadline for attempt in attempts if attempt.deadline is not None]
+        return max(0.0, min(deadlines) - clock.now()) if deadlines else None
+
+    def _drop_late(self) -> None:
+        if self._late_in() == 0.0:
+            late = {entry for entry in self._ready if entry.attempt is not None and entry.attempt.is_late()}
+            waiting, self._ready = self._ready, deque(entry for entry in self._ready if entry not in late)
+            for entry in waiting:
+                if entry in late:
+                    self._advance(entry, NOT_RUN)
+
     # Batches
 
     def _batch_of_entries(self, size: int) -> Batch:
@@ -541,9 +606,9 @@ class Scheduler:
                 entries.append(self._ready.popleft())
         batch = Batch([self._varying(entry) for entry in entries], first.index, entries)
         batch.candidate = MISSING if self._candidate_is_item else candidate
-        if first.attempt is not None and first.attempt.timeout is not None:
-            batch.time_limit = (first.attempt.timeout, first.attempt.limit)
+        batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
         batch.alone = first.alone
+        batch.losses = max(entry.losses for entry in entries)
         return batch
 
     def _varying(self, entry: _Entry) -> Any:
@@ -554,7 +619,7 @@ class Scheduler:
         self._in_flight += 1
         batch.sent_at = clock.now()
         if batch.time_limit is not None and self._kill is not None:
-            self._watch(batch, batch.time_limit[0])
+            self._watch(batch, batch.time_limit[0] + self._grace)
         self._sent.add(batch)
         return batch
 
@@ -610,7 +675,9 @@ class Scheduler:
     def _batches_lost(self, lost: Lost) -> None:
         """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""
         batches = [batch for batch in lost.batches if self._returned(batch)]
-        suspects = [batch for batch in batches if batch not in lost.innocent]
+        for batch in batches:
+            batch.losses += 1
+        suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
         suspects = suspects if lost.at_once else suspects[:1]
         if lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1:
             self._charge(suspects[0], lost.reason)
@@ -630,9 +697,11 @@ class Scheduler:
         self._item_done(batch, 0, error, seconds)
 
     def _run_again(self, batch: Batch, *, alone: bool) -> None:
+        self._overdue.discard(batch)
         entries = batch.entries or [self._open(batch.start + n, item) for n, item in enumerate(batch.items)]
         for entry in entries:
             entry.alone = alone
+            entry.losses = batch.losses
         self._ready.extendleft(reversed(entries))
 
 
@@ -645,7 +714,7 @@ def _fits(entry: _Entry, candidate: Any) -> bool:
 
 
 def _may_start(entry: _Entry) -> bool:
-    return entry.attempt is None or entry.attempt.may_start is None or entry.attempt.may_start()
+    return entry.attempt is None or entry.attempt.may_start()
 
 
 def _travels_alone(entry: _Entry) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
+import types
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +14,13 @@ from opero.concurrency.worker import Work, in_time
 from opero.core.signature import MISSING
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Generator
+
     from opero.concurrency.contract import Inbox
 
 
 class TaskPool:
-    """Runs single items in tasks that carry copies of the caller's context variables."""
+    """Runs single items in tasks, one after the other; each item has a copy of the caller's context variables."""
 
     largest_batch = 1
     queues_batches = True
@@ -26,6 +30,7 @@ class TaskPool:
         self.slots = workers
         self._work = work
         self._call = work.caller()
+        self._context = contextvars.copy_context()
         self._batches: deque[Batch] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._tasks: list[asyncio.Task[None]] = []
@@ -46,6 +51,9 @@ class TaskPool:
                 return
         if len(self._tasks) < self.slots:
             self._tasks.append(asyncio.get_running_loop().create_task(self._serve()))
+
+    def runs_here(self) -> bool:
+        return False
 
     def stop(self) -> None:
         """Tasks cannot be waited for by blocking their own loop; `stop_async` does the work."""
@@ -81,7 +89,31 @@ class TaskPool:
         errors: dict[int, Exception] = {}
         value = None
         try:
-            value = await (call(item) if batch.time_limit is None else in_time(call, item, batch.time_limit, work))
+            limit = batch.time_limit
+            mine = self._context.copy()
+            value = await _in_context(mine, mine.run(call, item) if limit is None else in_time(call, item, limit, work))
         except Exception as error:  # noqa: BLE001 - the policies decide about it
             errors[0] = error
         self._deliver(Done(batch, [value], errors, time.perf_counter() - started))
+
+
+@types.coroutine
+def _in_context(context: contextvars.Context, awaited: Awaitable[Any]) -> Generator[Any, Any, Any]:
+    """Await something in a context of its own, as in a task of its own: a task has one context for its whole life."""
+    coroutine: Any = awaited if isinstance(awaited, types.CoroutineType) else awaited.__await__()
+    step: Any = coroutine.send
+    given: Any = None
+    try:
+        while True:
+            try:
+                future = context.run(step, given)
+            except StopIteration as end:
+                return end.value
+            try:
+                given = yield future
+                step = coroutine.send
+            except BaseException as error:  # noqa: BLE001 - thrown into it
+                step, given = coroutine.throw, error
+    finally:
+        # The error's traceback has this frame: without this they would keep each other alive.
+        del given

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import queue
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opero.concurrency.interrupts import held_back, let_through
+from opero.concurrency.interrupts import Hold, let_through
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.worker import AsyncCaller, Work, run_batch
@@ -20,7 +21,7 @@ LARGEST_BATCH = 128
 
 
 class ThreadPool:
-    """Runs batches in threads that carry copies of the caller's context variables."""
+    """Runs batches in threads; each item has a copy of the caller's context variables."""
 
     largest_batch = LARGEST_BATCH
     queues_batches = True
@@ -32,17 +33,22 @@ class ThreadPool:
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._pool: Any = None
         self._stopped = False
+        self._threads: set[int] = set()
 
-    @held_back()
     def start(self, inbox: Inbox) -> None:
-        from multiprocess.pool import ThreadPool as Threads
+        self._deliver = inbox.put
+        with Hold():
+            self._start_threads()
+
+    def _start_threads(self) -> None:
         from twat_mp.mp import MultiPool
 
-        self._deliver = inbox.put
+        from opero.concurrency.whole_pool import WholeThreads, enter
+
         # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
-        factory: Any = lambda nodes: Threads(processes=nodes)  # noqa: E731 - MultiPool calls it with nodes=
+        factory: Any = WholeThreads
         self._pool = MultiPool(pool_class=factory, nodes=self.slots)
-        threads: Any = self._pool.__enter__()
+        threads = enter(self._pool)
         for _ in range(self.slots):
             threads.apply_async(self._serve)
 
@@ -59,6 +65,9 @@ class ThreadPool:
     def receive(self, event: Any) -> Any:
         return event
 
+    def runs_here(self) -> bool:
+        return threading.get_ident() in self._threads
+
     def submit(self, batch: Batch) -> None:
         self._batches.put(batch)
 
@@ -69,7 +78,7 @@ class ThreadPool:
             self._batches.put(None)
         # Ctrl-C may come before there is one.
         if self._pool is not None and self._pool.pool is not None:
-            with held_back():
+            with Hold():
                 self._pool.pool.close()
             with let_through():
                 self._pool.__exit__(None, None, None)
@@ -78,15 +87,12 @@ class ThreadPool:
         await in_own_thread(self.stop, may_be_left=lambda: True)
 
     def _serve(self) -> None:
+        self._threads.add(threading.get_ident())
         caller = AsyncCaller() if self._map.work.is_async else None
-        latest = self._map
-        context = latest.context.copy()
         try:
             while (batch := self._batches.get()) is not None and not self._stopped:
-                if latest is not self._map:
-                    latest = self._map
-                    context = latest.context.copy()
-                report = context.run(run_batch, latest.work, batch.items, batch.candidate, batch.time_limit, caller)
+                work, context = self._map
+                report = run_batch(work, batch.items, batch.candidate, batch.time_limit, caller, context=context)
                 self._deliver(Done(batch, report.values, report.errors, report.seconds))
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
             self._deliver(Fatal(error))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import pickle
-import sys
 import traceback
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.main_module import surely_nothing
 from opero.concurrency.worker import Report
-from opero.core.signature import MISSING, name_of
+from opero.core.signature import MISSING, find_by_name, name_of
 from opero.exceptions import NotTransferableError, RemoteError
 from opero.utils.notes import add_note
 
@@ -42,62 +47,238 @@ class ByName:
 
 @dataclass(frozen=True)
 class ByValue:
-    """Any other function, through dill."""
+    """Anything else, through dill."""
 
     dilled: bytes
 
-    def load(self) -> Callable[..., Any]:
-        import dill
+    def load(self) -> Any:
+        from opero.concurrency.by_value import loads
 
-        function: Callable[..., Any] = dill.loads(self.dilled)  # noqa: S301 - made in the parent process
-        return function
+        return loads(self.dilled)
 
 
-def pack_work(work: Work, *, main_is_shared: bool = True) -> bytes:
-    """Pickle a map's work for a process that shares no memory with this one.
+@dataclass(frozen=True)
+class ByEither:
+    """A function of the main module, for workers of which nobody knows whether they have that."""
 
-    ``main_is_shared``: the process has this program's main module, if it has a file.
+    named: ByName
+    fingerprint: bytes
+    valued: ByValue | None
 
-    Raises:
-        NotTransferableError: If the function or the arguments that all items have in common cannot be pickled.
-    """
+    def load(self) -> Any:
+        try:
+            function = self.named.load()
+            if self.valued is None or _fingerprint(function) == self.fingerprint:
+                return function
+        except AttributeError:
+            if self.valued is None:
+                raise
+        return self.valued.load()
+
+
+def _fingerprint(function: Any) -> bytes:
+    """The same for the same code and what it is bound to, wherever its file lies."""
+    digest = blake2b(digest_size=16)
+    seen: set[int] = set()
+    coming: list[Any] = [function]
+    while coming:
+        thing = coming.pop()
+        if isinstance(thing, CodeType):
+            digest.update(thing.co_code + repr((thing.co_names, thing.co_varnames)).encode(errors="replace"))
+            coming.extend(thing.co_consts)
+        elif isinstance(thing, FunctionType):
+            if id(thing) not in seen:
+                seen.add(id(thing))
+                cells = [cell.cell_contents for cell in thing.__closure__ or () if _is_filled(cell)]
+                coming.extend([thing.__code__, thing.__defaults__, thing.__kwdefaults__, *cells])
+        elif isinstance(thing, (tuple, frozenset, dict)):
+            digest.update(type(thing).__name__.encode())
+            # Of a set the order is another in each process.
+            coming.extend(sorted(thing, key=repr) if isinstance(thing, frozenset) else thing)
+            coming.extend(thing.values() if isinstance(thing, dict) else ())
+        elif thing is None or isinstance(thing, (int, float, complex, str, bytes)):
+            digest.update(repr(thing).encode(errors="replace"))
+    return digest.digest()
+
+
+def _is_filled(cell: CellType) -> bool:
     try:
-        function = _by_name(work.function, main_is_shared=main_is_shared) or _by_value(work.function)
-        return pickle.dumps((function, work.is_async, work.shape, work.slot), PROTOCOL)
-    except Exception as error:
-        msg = f"{name_of(work.function)} or its keyword arguments cannot be sent to a worker process: {_text(error)}"
-        raise NotTransferableError(msg) from error
+        cell.cell_contents  # noqa: B018 - asked whether there is one
+    except ValueError:
+        return False
+    return True
 
 
-def pack_arguments(work: Work) -> bytes:
-    """Pickle what all calls of a map have in common, for workers that have the function.
+class refusing:  # noqa: N801 - used as a function
+    """Where something is pickled for a worker: say what cannot be sent if that fails.
 
-    Raises:
-        NotTransferableError: If it cannot be pickled.
+    No generator, which every batch would have to make and to end.
     """
-    try:
-        return pickle.dumps(work.shape, PROTOCOL)
-    except Exception as error:
-        msg = f"the keyword arguments of {name_of(work.function)} cannot be sent to a worker process: {_text(error)}"
-        raise NotTransferableError(msg) from error
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
+        if isinstance(error, Exception):
+            msg = f"{self._what} cannot be sent to a worker process: {_text(error)}"
+            raise NotTransferableError(msg) from error
+
+
+class Packer:
+    """Pickles what is sent to the workers of one pool.
+
+    Args:
+        is_unknown: Tells of a qualified name of the main module whether a worker may have none such: then functions go
+            by value, and classes travel along where items mention them. None if the workers have them all.
+        is_sure: Whether they surely have none such.
+        is_surely_there: Tells of a qualified name of the main module whether every worker has it.
+        initializer: What the workers call first, if anything: what it has set in their main module stays there.
+    """
+
+    def __init__(
+        self,
+        is_unknown: Callable[[str], bool] | None,
+        *,
+        is_sure: bool = True,
+        is_surely_there: Callable[[str], bool] = surely_nothing,
+        initializer: Callable[..., Any] | None = None,
+    ) -> None:
+        self._is_unknown = is_unknown
+        self._is_sure = is_sure
+        self._is_surely_there = is_surely_there
+        self._initializer = initializer
+        self._copies: Any = None
+
+    def work(self, work: Work) -> bytes:
+        """Pickle a map's work.
+
+        Raises:
+            NotTransferableError: If the function or the arguments that all items have in common cannot be pickled.
+        """
+        mentioned: dict[int, type] = {}
+        with refusing(f"{name_of(work.function)} or its keyword arguments"):
+            function = self.function(work.function, mentioned)
+            return self.dumps((function, work.is_async, work.shape, work.slot), mentioned)
+
+    def arguments(self, work: Work) -> bytes:
+        """Pickle what all calls of a map have in common, for workers that have the function.
+
+        Raises:
+            NotTransferableError: If it cannot be pickled.
+        """
+        with refusing(f"the keyword arguments of {name_of(work.function)}"):
+            return self.dumps(work.shape)
+
+    def batch(self, batch: Batch) -> bytes:
+        """Pickle what a batch sends.
+
+        Raises:
+            NotTransferableError: If an item cannot be pickled.
+        """
+        # MISSING is one object in one process; it does not travel.
+        has_candidate = batch.candidate is not MISSING
+        candidate = batch.candidate if has_candidate else None
+        with refusing(f"the item {type(batch.items[0]).__qualname__}"):
+            return self.dumps((batch.items, has_candidate, candidate, batch.time_limit))
+
+    def dumps(self, thing: Any, mentioned: dict[int, type] | None = None, reducers: Any = None) -> bytes:
+        """Pickle it, with the copies of the classes that it mentions and of those that are ``mentioned``.
+
+        Args:
+            thing: What is pickled.
+            mentioned: Classes by their identity; those of ``thing`` are added.
+            reducers: A pickler's ``dispatch_table``; functions that cannot be imported are carried then, too.
+        """
+        if self._is_unknown is None and reducers is None and not mentioned:
+            return pickle.dumps(thing, PROTOCOL)
+        from opero.concurrency.class_copies import Collector, Copies
+
+        file = io.BytesIO()
+        pickler = Collector(file, PROTOCOL)
+        pickler.mentioned = {} if mentioned is None else mentioned
+        if reducers is not None:
+            pickler.dispatch_table = reducers
+            pickler.carry = self._carry
+        pickler.dump(thing)
+        data = file.getvalue()
+        if not pickler.mentioned:
+            return data
+        if self._copies is None:
+            self._copies = Copies(self._kept, self._is_surely_there)
+        return pickle.dumps(_After(self._copies.of(pickler.mentioned), data), PROTOCOL)
+
+    def function(
+        self, function: Callable[..., Any], mentioned: dict[int, type], *, prepares: bool = False
+    ) -> ByName | ByValue | ByEither:
+        """What stands for a function; adds to ``mentioned`` the classes that it mentions.
+
+        ``prepares``: it is called for what it does to the worker's main module, whose functions are not copied then.
+        """
+        named = _by_name(function)
+        if named is not None and (named.module != "__main__" or self._has(named.qualname)):
+            return named
+        from opero.concurrency.by_value import dumps
+
+        is_here = self._has if prepares else None
+        kept = frozenset[str]() if prepares else self._kept
+        if named is None or self._is_sure:
+            return ByValue(dumps(function, mentioned, kept, is_here=is_here))
+        valued = None
+        # What it mentions may be of no use elsewhere, as a connection.
+        with contextlib.suppress(Exception):
+            valued = ByValue(dumps(function, mentioned, kept, is_here=is_here))
+        return ByEither(named, _fingerprint(function), valued)
+
+    def _carry(self, function: Callable[..., Any], mentioned: dict[int, type]) -> bytes | None:
+        carried = self.function(function, mentioned, prepares=True)
+        return carried.dilled if isinstance(carried, ByValue) else None
+
+    @cached_property
+    def _kept(self) -> frozenset[str] | None:
+        """Names of the workers' main module that keep their values; None if nothing of it may be changed."""
+        if not self._is_sure:
+            return None
+        from opero.concurrency.by_value import names_mentioned
+
+        return frozenset() if self._initializer is None else names_mentioned(self._initializer)
+
+    def _has(self, qualname: str) -> bool:
+        """Whether the workers have this of the main module."""
+        return self._is_unknown is None or not self._is_unknown(qualname)
+
+
+class _After:
+    """What can be unpickled only after the copies of classes that come with it."""
+
+    def __init__(self, copies: tuple[Any, ...], data: bytes) -> None:
+        self._parts = copies, data
+
+    def __reduce__(self) -> Any:
+        return _load_after, self._parts
+
+
+def _load_after(copies: tuple[Any, ...], data: bytes) -> Any:
+    from opero.concurrency.class_copies import provide
+
+    provide(copies)
+    return pickle.loads(data)  # noqa: S301 - made by the same `Packer` in the parent process
 
 
 def unpack_work(data: bytes) -> Work:
     from opero.concurrency.worker import Work
 
-    function, is_async, shape, slot = pickle.loads(data)  # noqa: S301 - made by `pack_work` in the parent process
+    function, is_async, shape, slot = pickle.loads(data)  # noqa: S301 - made by `Packer.work` in the parent process
     return Work(function.load(), is_async, shape, slot)
 
 
-def _by_name(function: Callable[..., Any], *, main_is_shared: bool) -> ByName | None:
+def _by_name(function: Callable[..., Any]) -> ByName | None:
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if module is None or qualname is None:
         return None
-    if module == "__main__" and not (main_is_shared and _main_is_imported_again()):
-        return None
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
+    found = find_by_name(module, qualname)
     if found is function:
         return ByName(module, qualname, decorated=False)
     if getattr(found, "__wrapped__", None) is function:
@@ -105,40 +286,12 @@ def _by_name(function: Callable[..., Any], *, main_is_shared: bool) -> ByName | 
     return None
 
 
-def _main_is_imported_again() -> bool:
-    """Whether a process that is started afresh has the same main module."""
-    main = sys.modules["__main__"]
-    return getattr(main, "__spec__", None) is not None or getattr(main, "__file__", None) is not None
-
-
-def _by_value(function: Callable[..., Any]) -> ByValue:
-    import dill
-
-    return ByValue(dill.dumps(function, recurse=True))
-
-
-def pack_batch(batch: Batch) -> bytes:
-    """Pickle what a batch sends.
-
-    Raises:
-        NotTransferableError: If an item cannot be pickled.
-    """
-    # MISSING is one object in one process; it does not travel.
-    has_candidate = batch.candidate is not MISSING
-    candidate = batch.candidate if has_candidate else None
-    try:
-        return pickle.dumps((batch.items, has_candidate, candidate, batch.time_limit), PROTOCOL)
-    except Exception as error:
-        msg = f"the item {type(batch.items[0]).__qualname__} cannot be sent to a worker process: {_text(error)}"
-        raise NotTransferableError(msg) from error
-
-
 def unpack_batch(payload: bytes) -> tuple[list[Any], Any, TimeLimit | None] | Report:
     """Items, candidate and time limit; if an item cannot be unpickled, a report that says so and has no values."""
     try:
         items, has_candidate, candidate, limit = pickle.loads(payload)  # noqa: S301 - from the parent process
     except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
-        return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {error}")}, 0.0)
+        return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {_text(error)}")}, 0.0)
     return items, candidate if has_candidate else MISSING, limit
 
 

@@ -59,9 +59,20 @@ class Report:
     seconds: float
 
 
-def run_items(work: Work, items: list[Any], candidate: Any, call: Callable[[Any], Any] | None = None) -> Report:
-    """Run a batch; ``call`` takes the place of the bare function, as for async functions."""
-    call = work.caller(candidate) if call is None else call
+def run_items(
+    work: Work,
+    items: list[Any],
+    candidate: Any,
+    *,
+    call: Callable[[Any], Any] | None = None,
+    context: contextvars.Context | None = None,
+) -> Report:
+    """Run a batch; ``call`` takes the place of the bare function, as for async functions.
+
+    What an item leaves in its copy of ``context`` is gone for the others. Without one they share the worker's.
+    """
+    bare = work.caller(candidate) if call is None else call
+    call = bare if context is None else lambda item: context.copy().run(bare, item)
     values: list[Any] = []
     errors: dict[int, Exception] = {}
     started = time.perf_counter()
@@ -87,25 +98,41 @@ class AsyncCaller:
         self._work: Work | None = None
         self._context = contextvars.copy_context()
 
-    def run(self, work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None) -> Report:
+    def run(
+        self,
+        work: Work,
+        items: list[Any],
+        candidate: Any,
+        limit: TimeLimit | None,
+        context: contextvars.Context | None,
+    ) -> Report:
         if work is not self._work:
             self._work, self._context = work, contextvars.copy_context()
-        call, context = work.caller(candidate), self._context
-        return run_items(
-            work, items, candidate, lambda item: self._runner.run(in_time(call, item, limit, work), context=context)
-        )
+        call, shared = work.caller(candidate), self._context
+
+        def run(item: Any) -> Any:
+            mine = shared if context is None else context.copy()
+            return self._runner.run(in_time(call, item, limit, work), context=mine)
+
+        return run_items(work, items, candidate, call=run)
 
     def close(self) -> None:
         self._runner.close()
 
 
 def run_batch(
-    work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, caller: AsyncCaller | None
+    work: Work,
+    items: list[Any],
+    candidate: Any,
+    limit: TimeLimit | None,
+    caller: AsyncCaller | None,
+    *,
+    context: contextvars.Context | None = None,
 ) -> Report:
-    """Run a batch of a plain function, or with ``caller`` one of an async function."""
+    """Run a batch of a plain function, or with ``caller`` one of an async function; ``context``: see `run_items`."""
     if caller is None:
-        return run_items(work, items, candidate)
-    return caller.run(work, items, candidate, limit)
+        return run_items(work, items, candidate, context=context)
+    return caller.run(work, items, candidate, limit, context)
 
 
 async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:

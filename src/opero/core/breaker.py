@@ -92,7 +92,9 @@ class Passage:
             step = next(wait)
             self._breaker.watch(self)
             while not self.is_shut:
-                sent = yield (Await(_UnlessShut(step.arrival, self)) if step.__class__ is Await else step)
+                if step.__class__ is Await:
+                    step = Await(_UnlessShut(step.arrival, self), is_turn=step.is_turn)
+                sent = yield step
                 step = wait.send(sent)
         except StopIteration as end:
             return end.value

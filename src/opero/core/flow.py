@@ -90,6 +90,7 @@ class _CallFlow:
         self.plan = plan
         self.call = call
         self.first_failure = failure
+        self.is_new_round = True
         self.candidates: list[_Candidate] = []
         self.errors: list[Exception] = []
 
@@ -114,7 +115,7 @@ class _CallFlow:
         rounds = Once() if retry is None else retry.rounds(self.call, self.plan.function)
         while True:
             rounds.begin()
-            self.call.rounds += 1
+            self.is_new_round = True
             outcome = yield from self.fallback(rounds)
             if outcome.__class__ is not Verdict:
                 return outcome
@@ -130,7 +131,6 @@ class _CallFlow:
             if self.call.tell is not None:
                 self.call.tell("RetryPlanned", round=self.call.rounds, delay=wait, error=outcome.error)
             yield Pause(wait)
-            self.plan.stats.retries.tick()
 
     def fallback(self, rounds: RetryRounds) -> Generator[Any, Any, Any]:
         """One round; gives the `Verdict` that speaks for it when no candidate succeeded."""
@@ -198,6 +198,7 @@ class _CallFlow:
     def rate_limit(self, candidate: _Candidate, passage: Passage | None, *, has_slot: bool) -> Generator[Any, Any, Any]:
         if self.first_failure is not None:
             failure, self.first_failure = Failed(self.first_failure), None
+            self._round_begins()
             return failure
         if self.plan.limit is not None and not has_slot:
             asked = clock.now()
@@ -222,6 +223,7 @@ class _CallFlow:
             return OUT_OF_TIME
         self.call.attempts += 1
         self.plan.stats.attempts.tick()
+        is_first = self._round_begins()
         attempt = Attempt(
             candidate.args,
             candidate.kwargs,
@@ -229,6 +231,7 @@ class _CallFlow:
             flight=self.call.flight,
             timeout=timeout,
             limit=option,
+            deadline=self.call.deadline,
             may_start=None if passage is None else passage.may_start,
         )
         if self.call.tell is None:
@@ -238,8 +241,26 @@ class _CallFlow:
         if outcome is NOT_RUN:
             self.call.attempts -= 1
             self.plan.stats.attempts.add(-1)
-            return CIRCUIT_OPEN
+            if is_first:
+                self._round_did_not_begin()
+            return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
         return outcome
+
+    def _round_begins(self) -> bool:
+        """Count the round of an attempt, which is none before one begins; tells whether this attempt is the first."""
+        if not self.is_new_round:
+            return False
+        self.is_new_round = False
+        self.call.rounds += 1
+        if self.call.rounds > 1:
+            self.plan.stats.retries.tick()
+        return True
+
+    def _round_did_not_begin(self) -> None:
+        self.is_new_round = True
+        if self.call.rounds > 1:
+            self.plan.stats.retries.add(-1)
+        self.call.rounds -= 1
 
     def _told_attempt(self, attempt: Attempt, tell: Teller) -> Generator[Any, Any, Any]:
         number, started = self.call.attempts, clock.now()
@@ -248,7 +269,11 @@ class _CallFlow:
         if outcome.__class__ is Failed:
             tell("AttemptFailed", attempt=number, error=outcome.error, seconds=clock.now() - started)
         elif outcome is NOT_RUN:
-            error = CircuitOpenError(f"{self.plan.name} was not called: its circuit opened before a worker was free")
+            kind: type[Exception] = CircuitOpenError
+            why = "its circuit opened"
+            if self._is_out_of_time():
+                kind, why = CallTimeoutError, "total_timeout was over"
+            error = kind(f"{self.plan.name} was not called: {why} before a worker was free")
             tell("AttemptFailed", attempt=number, error=error, seconds=clock.now() - started)
         return outcome
 
@@ -309,10 +334,13 @@ class _CallFlow:
     def _out_of_time(self) -> Failed | Final:
         reason = f"total_timeout={self.plan.total_timeout:g} s ended it"
         if not self.errors:
-            return Failed(
-                CallTimeoutError(f"{self.plan.name} was not started: {reason} during the wait for a rate slot")
-            )
+            turn = "a worker" if self.plan.limit is None else "a rate slot"
+            return Failed(CallTimeoutError(f"{self.plan.name} was not started: {reason} during the wait for {turn}"))
         return self._finish(Final(Failed(self.errors[-1])), f"; {reason}")
+
+    def _is_out_of_time(self) -> bool:
+        left = self.call.time_left()
+        return left is not None and left <= 0
 
     def _finish(self, final: Final, reason: str = "") -> Failed | Final:
         failed = final.outcome

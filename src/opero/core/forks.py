@@ -46,6 +46,11 @@ def hold_forks(thing: ForkHolder) -> None:
     watch_forks(thing)
 
 
+def right_to_fork() -> threading.Lock:
+    """A lock that keeps others from forking, for a few steps that take no other lock: whoever forks has many."""
+    return _forking
+
+
 # Threads of opero's own whose locks a child makes anew.
 _fork_safe: WeakSet[threading.Thread] = WeakSet()
 

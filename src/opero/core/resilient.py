@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol
 from opero.core.clock import clock
 from opero.core.flow import call_flow
 from opero.core.plan import CacheInfo, Call, Plan
-from opero.core.signature import MISSING, check_decoratable, compile_function, forwarding, innermost, refuse_awaitable
+from opero.core.signature import (
+    MISSING,
+    check_decoratable,
+    compile_function,
+    find_by_name,
+    forwarding,
+    innermost,
+    refuse_awaitable,
+)
 from opero.core.steps import Failed, drive, drive_async
 from opero.core.switches import switches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from opero.core.signature import Forwarding
     from opero.core.stats import CallStats
@@ -188,13 +197,26 @@ def redecorate(factory: Callable[..., Any], options: dict[str, Any], function: C
 
 
 def reduce_decorated(decorated: Any) -> Any:
-    """Pickle by name where the name leads back to the object, else by what it was made of."""
-    found: Any = sys.modules.get(decorated.__module__)
-    for part in decorated.__qualname__.split("."):
-        found = getattr(found, part, None)
-    if found is decorated and decorated.__module__ != "__main__":
+    """Pickle by name where the name leads back to the object, else by what it was made of.
+
+    What the main module has is known to other processes if those of multiprocessing are meant, and not if somebody
+    pickles functions by value.
+    """
+    found = find_by_name(decorated.__module__, decorated.__qualname__)
+    if found is decorated and not (decorated.__module__ == "__main__" and _is_pickled_by_value()):
         return decorated.__qualname__
     return redecorate, (*decorated.__dict__["recipe"], decorated.__wrapped__)
+
+
+def _is_pickled_by_value() -> bool:
+    """Whether a pickler is at work here that sends functions by value: pickle does not tell who asks."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - as `inspect.currentframe` does
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).split(".")
+        if "cloudpickle" in package or "dill" in package:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def make_resilient(plan: Plan, recipe: Recipe) -> OperoFunction[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import keyword
+import sys
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,11 +32,25 @@ _GENERATOR_TESTS = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a partial was made of, or the class of a callable object."""
+def through_partials(function: Any) -> Any:
+    """What a partial, or a partial of one, was made of; anything else as it is."""
     while isinstance(function, functools.partial):
         function = function.func
+    return function
+
+
+def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a partial was made of, or the class of a callable object."""
+    function = through_partials(function)
     return function if hasattr(function, "__qualname__") else type(function)
+
+
+def find_by_name(module: str, qualname: str) -> Any:
+    """What a module that is imported has by that name; None if it has nothing."""
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -57,8 +72,7 @@ def _named(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Tell whether calling gives a coroutine: ``async def``, partials and bound methods of it, async ``__call__``."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = through_partials(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - the method itself is looked at, not whether there is one
 
 
@@ -72,9 +86,7 @@ def check_decoratable(function: Any, decorator: str) -> None:
         what = f"the class {function.__qualname__}" if isinstance(function, type) else type(function).__qualname__
         msg = f"@{decorator} got {what}; it decorates functions and other callables that are not classes"
         raise TypeError(msg)
-    bare = function
-    while isinstance(bare, functools.partial):
-        bare = bare.func
+    bare = through_partials(function)
     method = getattr(bare, "__call__", None)  # noqa: B004 - the method itself is looked at, not whether there is one
     if any(is_generator(f) for f in (bare, method) for is_generator in _GENERATOR_TESTS):
         msg = (
@@ -172,13 +184,21 @@ _ANYTHING = Forwarding("*args, **kwargs", "*args, **kwargs", "args, kwargs", ("a
 def forwarding(function: Callable[..., Any]) -> Forwarding:
     """Describe how to forward a call to ``function``; ``*args, **kwargs`` where its own signature is not known."""
     try:
-        # Not the signature of what it wraps: a wrapper in between may take other arguments.
-        parameters = list(inspect.signature(_as_it_is(function), follow_wrapped=False).parameters.values())
+        parameters = list(own_signature(function).parameters.values())
     except (ValueError, TypeError):
         return _ANYTHING
     if any(p.name.startswith("_opero_") or keyword.iskeyword(p.name) or not p.name.isidentifier() for p in parameters):
         return _ANYTHING
     return _describe(parameters)
+
+
+def own_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Not the signature of what it wraps: a wrapper in between may take other arguments.
+
+    Raises:
+        ValueError: If it is not known, as of some builtins.
+    """
+    return inspect.signature(_as_it_is(function), follow_wrapped=False)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -44,10 +44,11 @@ class Attempt:
     ``timeout`` seconds are left to it, by the option named ``limit``; a blocking driver cannot stop a function and lets
     it run. ``candidate`` is the fallback value in ``args`` or ``kwargs``, for drivers that send only what differs.
     ``flight`` is the badge of the computation that others may be waiting for, see `opero.core.flights`. A driver that
-    does not run it at once asks ``may_start``, if there is one, and sends back `NOT_RUN` if the answer is no.
+    does not run it at once asks `may_start`, and sends back `NOT_RUN` if the answer is no, or takes what `time_limit`
+    says then: the whole call ends at ``deadline``.
     """
 
-    __slots__ = ("args", "candidate", "flight", "kwargs", "limit", "may_start", "timeout")
+    __slots__ = ("_may_start", "args", "candidate", "deadline", "flight", "kwargs", "limit", "timeout")
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Attempt:
         flight: object = None,
         timeout: float | None = None,
         limit: str = "",
+        deadline: float | None = None,
         may_start: Callable[[], bool] | None = None,
     ) -> None:
         self.args = args
@@ -66,7 +68,24 @@ class Attempt:
         self.flight = flight
         self.timeout = timeout
         self.limit = limit
-        self.may_start = may_start
+        self.deadline = deadline
+        self._may_start = may_start
+
+    def may_start(self) -> bool:
+        return not self.is_late() and (self._may_start is None or self._may_start())
+
+    def is_late(self) -> bool:
+        return self.deadline is not None and clock.now() >= self.deadline
+
+    def time_limit(self) -> tuple[float, str] | None:
+        """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
+        if self.timeout is None:
+            return None
+        if self.deadline is not None:
+            left = max(0.0, self.deadline - clock.now())
+            if left < self.timeout:
+                self.timeout, self.limit = left, "total_timeout"
+        return self.timeout, self.limit
 
     def timed_out(self, name: str) -> Failed:
         return Failed(CallTimeoutError(f"{name} was stopped: {self.limit} left it {self.timeout:.3g} s"))
@@ -81,6 +100,9 @@ class Pause:
     __slots__ = ("is_real", "seconds")
 
     def __init__(self, seconds: float, *, is_real: bool = False) -> None:
+        if not seconds >= 0:
+            msg = f"a wait of {seconds} seconds was asked for; let it be 0 or more"
+            raise ValueError(msg)
         self.seconds = min(seconds, LONGEST_WAIT)
         self.is_real = is_real
 
@@ -106,12 +128,16 @@ class Arrival(Protocol):
 
 
 class Await:
-    """Step: wait for an `Arrival`; sent back: None."""
+    """Step: wait for an `Arrival`; sent back: None.
 
-    __slots__ = ("arrival",)
+    ``is_turn``: an attempt begins when it comes, so that somebody should be free for it.
+    """
 
-    def __init__(self, arrival: Arrival) -> None:
+    __slots__ = ("arrival", "is_turn")
+
+    def __init__(self, arrival: Arrival, *, is_turn: bool = False) -> None:
         self.arrival = arrival
+        self.is_turn = is_turn
 
 
 class Asked(Protocol):

@@ -84,7 +84,7 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     Cache, retries, fallback, rate limit and progress live in the calling process; workers only run the function. So the
     memory cache and the rate limit hold for all workers together, an item that waits for its retry holds no worker, and
     a worker that is killed is one failed attempt of the item it ran. Items are pulled as fast as they are finished, so
-    the input may be infinite.
+    the input may be infinite; an async generator is closed when its map ends.
 
     Args:
         function: The function, when used without parentheses.

@@ -34,7 +34,7 @@ class LocalLimit:
         if deadline is not None and clock.now() + self.expected_wait() >= deadline:
             return False
         ticket = self.ticket(deadline)
-        yield Await(ticket)
+        yield Await(ticket, is_turn=True)
         return ticket.taken
 
     def try_to_take(self) -> Generator[Any, Any, bool]:

@@ -71,7 +71,7 @@ class SharedLimit:
         try:
             turn.enter()
             while deadline is None or max(clock.now(), self._opens_at) < deadline:
-                yield Await(turn)
+                yield Await(turn, is_turn=True)
                 if clock.skips is not None:
                     return (yield from self._alone.take(deadline))
                 wait = yield from self._ask(Request())

@@ -1,0 +1,85 @@
+"""Ctrl-C at moments that are counted: those in code of opero and contextlib where the interpreter looks for signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from dis import opname
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import opero
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+_WATCHED = (str(Path(opero.__file__).parent), contextlib.__file__)
+# After these, CPython runs the handlers of signals that have come; after calls, if what was called is not Python code.
+_LOOKS_AFTER = ("RESUME", "JUMP_BACKWARD")
+_LOOKS_AFTER_C = ("CALL", "CALL_FUNCTION_EX")
+# Where an error goes, that of a call, too; after that the interpreter looks at nothing else first.
+_HANDLES_AN_ERROR = ("PUSH_EXC_INFO", "COPY", "RERAISE")
+
+
+class Presser:
+    """Presses Ctrl-C when the interpreter looks for the ``moment``-th time, and again some calls and returns later."""
+
+    def __init__(self, moment: int, again_after: int | None = None) -> None:
+        self._left = moment
+        self._left_until_again = again_after
+        self._latest: dict[FrameType, tuple[int, int]] = {}
+        self._python_calls = 0
+        self._process = os.getpid()
+        self.has_pressed = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self._enter)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+            sys.setprofile(None)
+
+    def _press(self) -> None:
+        # A worker that was forked has all of this, too.
+        if os.getpid() == self._process:
+            os.kill(self._process, signal.SIGINT)
+
+    def _enter(self, frame: FrameType, _event: str, _arg: Any) -> Any:
+        self._python_calls += 1
+        if self.has_pressed or not frame.f_code.co_filename.startswith(_WATCHED):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, _arg: Any) -> Any:
+        if event != "opcode" or self.has_pressed:
+            return self._step
+        latest, calls_then = self._latest.get(frame, (0, 0))
+        self._latest[frame] = frame.f_code.co_code[frame.f_lasti], self._python_calls
+        name = opname[latest]
+        if opname[frame.f_code.co_code[frame.f_lasti]] in _HANDLES_AN_ERROR:
+            return self._step
+        if name in _LOOKS_AFTER or (name in _LOOKS_AFTER_C and calls_then == self._python_calls):
+            self._left -= 1
+            if self._left < 0:
+                self._latest.clear()
+                self.has_pressed = True
+                if self._left_until_again is not None:
+                    sys.setprofile(self._count_until_again)
+                self._press()
+        return self._step
+
+    def _count_until_again(self, frame: FrameType, _event: str, _arg: Any) -> None:
+        assert self._left_until_again is not None
+        if frame.f_code.co_filename == __file__:
+            return
+        if self._left_until_again == 0:
+            sys.setprofile(None)
+            self._press()
+        self._left_until_again -= 1

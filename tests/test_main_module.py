@@ -1,0 +1,726 @@
+"""What workers have of the main module: its classes are the same there, and so are its functions and its state."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+
+import pytest
+
+from opero.concurrency.by_value import dumps
+
+SCRIPT = """
+    import concurrent.futures, multiprocessing, sys, threading
+    from dataclasses import dataclass
+    from opero import opmap
+
+    @dataclass
+    class Point:
+        x: int
+
+    class FlakyError(Exception):
+        pass
+
+    def make():
+        seen = set()
+
+        def work(point):
+            if point.x == 2 and point.x not in seen:
+                seen.add(point.x)
+                raise FlakyError(point.x)
+            return isinstance(point, Point), point == Point(point.x), Point(point.x)
+
+        return work
+
+    def main():
+        work = opmap(MODE, workers=1, retries=1, retry_on=FlakyError, min_delay=0.001, progress=False)(make())
+        results = work([Point(1), Point(2), Point(3)])
+        print(results == [(True, True, Point(x)) for x in (1, 2, 3)], work.stats.retries)
+
+    if __name__ == "__main__":
+        main()
+"""
+MODES = {
+    **{
+        method: f"mode='process', pool_options={{'start_method': {method!r}}}"
+        for method in ("fork", "spawn", "forkserver")
+    },
+    **{
+        f"executor, {method}": "mode=lambda: concurrent.futures.ProcessPoolExecutor("
+        f"1, mp_context=multiprocessing.get_context({method!r}))"
+        for method in ("fork", "spawn")
+    },
+    "loky": "mode=lambda: __import__('loky').ProcessPoolExecutor(1)",
+}
+
+
+# Python starts the workers of an executor from the program's file, if they are spawned.
+WITHOUT_FILE = [mode for mode in MODES if mode != "executor, spawn"]
+CASES = [*((mode, "file") for mode in MODES), *((mode, "-c") for mode in WITHOUT_FILE)]
+
+
+def run_main(folder, source, *, way):
+    path = folder / "script.py"
+    path.write_text(source)
+    command = [sys.executable, *{"file": [path], "-c": ["-c", source], "stdin": []}[way]]
+    given = source if way == "stdin" else ""
+    run = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60, check=False, cwd=folder)
+    assert run.stderr == ""
+    return run.stdout
+
+
+@pytest.mark.parametrize(("mode", "way"), CASES)
+def test_a_class_of_the_main_module_is_one_class_in_the_caller_and_the_workers(tmp_path, mode, way):
+    source = textwrap.dedent(SCRIPT).replace("MODE", MODES[mode])
+    assert run_main(tmp_path, source, way=way) == "True 1\n"
+
+
+KINDS = """
+    import concurrent.futures, multiprocessing
+    from dataclasses import dataclass
+    from enum import Enum
+    from typing import Generic, TypeVar
+    from opero import opmap
+
+    T = TypeVar("T")
+
+    class BaseFault(Exception):
+        pass
+
+    class Fault(BaseFault):
+        pass
+
+    class Color(Enum):
+        RED = 1
+
+        def text(self):
+            return self.name.lower()
+
+    class Box(Generic[T]):
+        def __init__(self, content):
+            self.content = content
+
+    class Size:
+        factor = 3
+
+    @dataclass
+    class Tile:
+        side: int
+
+        def area(self):
+            return self.side * Size.factor
+
+    class Outer:
+        class Inner:
+            pass
+
+    Inner = Outer.Inner
+
+    class Egg:
+        def other(self):
+            return Hen()
+
+    class Hen:
+        def other(self):
+            return Egg()
+
+    class Scale:
+        def __init__(self, factor):
+            self.factor = factor
+
+        @opmap(MODE, workers=1, retries=0, progress=False)
+        def times(self, item):
+            return self.factor * item
+
+    def is_caught_by_its_base(_):
+        try:
+            raise Fault
+        except BaseFault:
+            return True
+
+    def is_even(item):
+        return item == 0 or is_odd(item - 1)
+
+    def is_odd(item):
+        return item != 0 and is_even(item - 1)
+
+    def make_inner(_):
+        return Inner()
+
+    def are_each_others(_):
+        return type(Egg().other()) is Hen and type(Hen().other()) is Egg
+
+    def get_factor(_, size):
+        return isinstance(size, Size) and size.factor
+
+    def main():
+        def mapped(function):
+            return opmap(MODE, workers=1, retries=0, progress=False)(function)
+
+        print(mapped(is_caught_by_its_base)([1]) == [True])
+        print(mapped(is_even)([4, 3]) == [True, False])
+        print(mapped(lambda item: (Color(item).text(), Color(item)))([1]) == [("red", Color.RED)])
+        print(mapped(lambda color: color.text())([Color.RED]) == ["red"])
+        print(type(mapped(lambda item: Box[int](item))([1])[0]) is Box)
+        print(mapped(lambda tile: tile.area())([Tile(1), Tile(2)]) == [3, 6])
+        print(type(mapped(make_inner)([1])[0]) is Inner)
+        print(mapped(are_each_others)([1]) == [True])
+        print(mapped(get_factor)([1], Size()), mapped(get_factor)([1], size=Size()))
+        print(Scale(3).times([5]))
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+@pytest.mark.parametrize(("mode", "way"), CASES)
+def test_what_the_main_module_defines_works_in_workers_as_in_the_caller(tmp_path, mode, way):
+    source = textwrap.dedent(KINDS).replace("MODE", MODES[mode])
+    assert run_main(tmp_path, source, way=way) == "True\n" * 8 + "[3] [3]\n[15]\n"
+
+
+GUARDED = """
+    from opero import opmap
+
+    if __name__ == "__main__":
+        class Point:
+            pass
+
+        @opmap(mode="process", workers=1, retries=0, progress=False, pool_options={"start_method": METHOD})
+        def make(item):
+            return helper(item), type(item) is Point
+
+        def helper(item):
+            return type(item).__name__
+
+        print(make([Point()]))
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_what_is_defined_only_where_the_file_is_run_reaches_fresh_workers(tmp_path, method):
+    source = textwrap.dedent(GUARDED).replace("METHOD", repr(method))
+    assert run_main(tmp_path, source, way="file") == "[('Point', True)]\n"
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_functions_of_a_package_that_is_run_reach_fresh_workers(tmp_path, method):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    options = f"retries=0, progress=False, pool_options={{'start_method': {method!r}}}"
+    source = (
+        f"from opero import opmap\n@opmap({options})\ndef double(item):\n    return 2 * item\nprint(double([1, 2]))\n"
+    )
+    (package / "__main__.py").write_text(source)
+    command = [sys.executable, "-m", "package"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (run.stdout, run.stderr) == ("[2, 4]\n", "")
+
+
+STATE = """
+    import multiprocessing, threading
+    from opero import opmap
+
+    STATE = None
+
+    def prepare(*given):
+        global STATE
+        STATE = given
+
+    context = multiprocessing.get_context("spawn")
+
+    async def read(item):
+        number, lock, end, function = STATE
+        with lock:
+            number.value += item
+        end.send(item)
+        return function(item)
+
+    if __name__ == "__main__":
+        ours, theirs = context.Pipe()
+        number = context.Value("i", 0)
+        initargs = (number, context.Lock(), theirs, lambda item: -item)
+        options = {"start_method": METHOD, "initializer": prepare, "initargs": initargs}
+        print(opmap(mode=MODE, workers=2, retries=0, progress=False, pool_options=options)(read).run([1, 2, 3]))
+        print(number.value, sorted(ours.recv() for _ in range(3)))
+"""
+
+
+@pytest.mark.parametrize("mode", ["process", "async_process"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_an_initializer_gives_the_main_module_what_can_only_be_inherited(tmp_path, mode, method):
+    source = textwrap.dedent(STATE).replace("MODE", repr(mode)).replace("METHOD", repr(method))
+    assert run_main(tmp_path, source, way="file") == "[-1, -2, -3]\n6 [1, 2, 3]\n"
+
+
+OWN_MODULE = """
+    import concurrent.futures, multiprocessing, settings
+    from opero import opmap
+
+    def look(_):
+        return settings.state
+
+    if __name__ == "__main__":
+        executor = concurrent.futures.ProcessPoolExecutor(1, initializer=settings.prepare)
+        print(opmap(mode=executor, workers=1, retries=0, progress=False)(look)([1]))
+        print(executor.submit(settings.look).result())
+        executor.shutdown()
+        options = {"start_method": "spawn", "initializer": settings.prepare}
+        print(opmap(workers=1, retries=0, progress=False, pool_options=options)(lambda _: settings.state)([1]))
+"""
+
+
+def test_the_modules_of_the_program_are_not_copied(tmp_path):
+    (tmp_path / "settings.py").write_text(
+        "import sqlite3\nconnection = sqlite3.connect(':memory:')\nstate = 'fresh'\n"
+        "def prepare():\n    global state\n    state = 'prepared'\ndef look():\n    return state\n"
+    )
+    source = textwrap.dedent(OWN_MODULE)
+    assert run_main(tmp_path, source, way="file") == "['prepared']\nprepared\n['prepared']\n"
+
+
+INITIALIZED = """
+    import concurrent.futures, multiprocessing, sqlite3, sys
+    from opero import opmap
+
+    STATE = None
+    CONNECTION = sqlite3.connect(":memory:")
+
+    def prepare():
+        global STATE
+        STATE = "prepared"
+
+    def read(item):
+        return STATE, CONNECTION.execute(f"select {item}").fetchone()
+
+    if __name__ == "__main__":
+        context = multiprocessing.get_context(METHOD)
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=prepare) as executor:
+            print(opmap(mode=executor, retries=0, progress=False)(read)([1]))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_an_executor_that_has_the_main_module_runs_its_functions_there(tmp_path, method):
+    source = textwrap.dedent(INITIALIZED).replace("METHOD", repr(method))
+    assert run_main(tmp_path, source, way="file") == "[('prepared', (1,))]\n"
+
+
+CHANGED = """
+    import concurrent.futures, multiprocessing
+    from opero import opmap
+
+    def work(item):
+        return "old"
+
+    def main():
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+            print(opmap(mode=executor, retries=0, progress=False)(work)([1]))
+            exec("def work(item):\\n    return 'new'", globals())
+            print(opmap(mode=executor, retries=0, progress=False)(work)([1]))
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+def test_a_function_that_was_defined_anew_is_not_taken_for_the_old_one_that_a_worker_has(tmp_path):
+    assert run_main(tmp_path, textwrap.dedent(CHANGED), way="-c") == "['old']\n['new']\n"
+
+
+PREPARED = """
+    import functools
+    from opero import opmap
+
+    STATE = {}
+
+    def put(value, *_):
+        STATE["value"] = value
+
+    class Setting:
+        def __init__(self, value):
+            self.value = value
+
+        def apply(self):
+            STATE["value"] = self.value
+
+        def __call__(self):
+            put(self.value)
+
+    async def read(_):
+        return STATE.get("value")
+
+    if __name__ == "__main__":
+        for initializer in (functools.partial(put, 1), Setting(2).apply, Setting(3), lambda: put(4)):
+            options = {"start_method": METHOD, "initializer": initializer}
+            mapped = opmap(mode=MODE, workers=1, retries=0, progress=False, pool_options=options)(read)
+            print(mapped.run([0]), end=" ")
+"""
+
+
+@pytest.mark.parametrize("mode", ["process", "async_process"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_whatever_calls_a_function_of_the_main_module_prepares_that_of_the_worker(tmp_path, mode, method):
+    source = textwrap.dedent(PREPARED).replace("MODE", repr(mode)).replace("METHOD", repr(method))
+    assert run_main(tmp_path, source, way="file") == "[1] [2] [3] [4] "
+
+
+HIDDEN = """
+    import sys
+    from collections import namedtuple
+    from opero import opmap
+
+    def main():
+        DEFINITION
+        options = {"start_method": METHOD}
+        print(opmap(workers=1, retries=0, progress=False, pool_options=options)(lambda item: Point(item).x)([1]))
+
+    if __name__ != "__main__":
+        pass
+    else:
+        main()
+"""
+DEFINITIONS = {
+    "assigned": "global Point; Point = namedtuple('Point', 'x')",
+    "global": "global Point\n    class Point:\n        def __init__(self, x): self.x = x",
+    "exec": "exec('class Point:\\n    def __init__(self, x): self.x = x', globals())",
+}
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_a_class_that_the_file_does_not_show_travels_with_the_function(tmp_path, method, definition):
+    source = textwrap.dedent(HIDDEN).replace("DEFINITION", DEFINITIONS[definition]).replace("METHOD", repr(method))
+    assert run_main(tmp_path, source, way="file") == "[1]\n"
+
+
+CIRCLES = """
+    import concurrent.futures, gc, multiprocessing
+    from opero import opmap
+
+    # Leaves room for what comes after Shape below it in memory: no order of addresses may matter.
+    room = [type("Room", (), {}) for _ in range(100)]
+
+    class Shape:
+        kinds = {}
+
+        def __init_subclass__(cls):
+            Shape.kinds[cls.__name__] = cls
+
+    del room
+    gc.collect()
+
+    class Dot(Shape):
+        pass
+
+    class Single:
+        only = None
+
+    Single.only = Single()
+
+    def name(item):
+        return type(item).__name__, type(item) in (*Shape.kinds.values(), type(Single.only))
+
+    if __name__ == "__main__":
+        print(opmap(MODE, workers=1, retries=0, progress=False)(name)([Dot(), Single()]))
+"""
+
+
+@pytest.mark.parametrize(("mode", "way"), CASES)
+def test_a_class_that_leads_back_to_itself_is_known_to_workers(tmp_path, mode, way):
+    source = textwrap.dedent(CIRCLES).replace("MODE", MODES[mode])
+    assert run_main(tmp_path, source, way=way) == "[('Dot', True), ('Single', True)]\n"
+
+
+GLOBALS = """
+    import concurrent.futures, multiprocessing
+    from opero import opmap
+    from marks import marked
+
+    NAME, CACHE, COUNT, LIMIT = None, {}, 0, 1
+
+    def prepare(name):
+        global NAME
+        NAME = name
+        CACHE["at"] = name
+
+    def count():
+        global COUNT
+        COUNT += 1
+
+    @marked
+    def look():
+        return NAME, CACHE
+
+    def read(item):
+        count()
+        return item, COUNT, look()
+
+    if __name__ == "__main__":
+        LIMIT = 3
+        for function in (read, lambda item: (*read(item), LIMIT)):
+            print(opmap(MODE, workers=1, retries=0, progress=False)(function)([1, 2]))
+"""
+# A decorator's wrapper has another module's globals, and the name of its function's.
+MARKS = """
+    import functools
+    NAME, COUNT = "of marks", 70
+
+    def marked(function):
+        @functools.wraps(function)
+        def wrapper():
+            return (*function(), NAME, COUNT)
+        return wrapper
+"""
+METHODS = ("fork", "spawn", "forkserver")
+
+
+def seen_by_functions(folder, options, *, way):
+    (folder / "marks.py").write_text(textwrap.dedent(MARKS))
+    return run_main(folder, textwrap.dedent(GLOBALS).replace("MODE", options), way=way).splitlines()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("way", ["file", "-c", "stdin"])
+def test_what_an_initializer_sets_is_seen_by_the_function_and_all_that_it_calls(tmp_path, method, way):
+    options = f"pool_options={{'start_method': {method!r}, 'initializer': prepare, 'initargs': ('n',)}}"
+    looked = ("n", {"at": "n"}, "of marks", 70)
+    assert seen_by_functions(tmp_path, options, way=way) == [
+        f"{[(1, 1, looked), (2, 2, looked)]}",
+        f"{[(1, 1, looked, 3), (2, 2, looked, 3)]}",
+    ]
+
+
+@pytest.mark.parametrize("mode", WITHOUT_FILE)
+def test_functions_that_call_each_other_share_their_globals(tmp_path, mode):
+    looked = (None, {}, "of marks", 70)
+    assert seen_by_functions(tmp_path, MODES[mode], way="-c") == [
+        f"{[(1, 1, looked), (2, 2, looked)]}",
+        f"{[(1, 1, looked, 3), (2, 2, looked, 3)]}",
+    ]
+
+
+COUNTED = """
+    import loky
+    from opero import opmap
+
+    class Counted:
+        made = 0
+
+        def __init__(self):
+            Counted.made += 1
+
+    class Left:
+        def other(self):
+            return Right()
+
+    class Right:
+        def other(self):
+            return Left()
+
+    def is_counted(item, cls=Counted):
+        return isinstance(item, cls)
+
+    def is_pair(item, classes=(Left, Right)):
+        return isinstance(item, classes)
+
+    if __name__ == "__main__":
+        options = dict(workers=1, retries=0, progress=False)
+        spawning = {"start_method": "spawn"}
+        mapped = opmap(pool_options=spawning, **options)(is_counted)
+        with mapped.pool():
+            print(mapped([Counted()]), mapped([Counted(), Counted()]))
+        print(opmap(pool_options=spawning, **options)(is_pair)([Left(), Right(), Left()]))
+        with loky.ProcessPoolExecutor(1) as executor:
+            slow = opmap(mode=executor, **options)(is_counted).stream(Counted() for _ in range(20))
+            first = next(slow).result
+            print(first, opmap(mode=executor, **options)(is_counted)([Counted()]), {outcome.result for outcome in slow})
+"""
+
+
+def test_a_class_that_changes_by_itself_stays_the_same_one_in_a_worker(tmp_path):
+    expected = "[True] [True, True]\n[True, True, True]\nTrue [True] {True}\n"
+    assert run_main(tmp_path, textwrap.dedent(COUNTED), way="-c") == expected
+
+
+SHOWN = """
+    import threading
+    from opero import opmap
+
+    class Shape:
+        default = None
+
+        def registry(self):
+            return Registry
+
+    class Dot(Shape):
+        pass
+
+    class Connection:
+        def __getstate__(self):
+            print("pickled")
+            return {}
+
+    class Registry:
+        kinds = {"shape": Shape, "dot": Dot}
+        lock = threading.Lock()
+        connection = Connection()
+
+    def look(item):
+        return isinstance(item, Shape), isinstance(Dot(), Shape), item.registry() is Registry
+
+    if __name__ == "__main__":
+        class Square(Shape):
+            pass
+
+        Shape.default = Square
+        mapped = opmap(workers=1, retries=0, progress=False, pool_options={"start_method": "spawn"})
+        for function in (look, lambda item: look(item)):
+            print(mapped(function)([Dot()]), mapped(function)([Square(), Dot()]))
+"""
+
+
+def test_a_class_that_the_file_shows_is_the_workers_own_and_is_not_copied(tmp_path):
+    every = (True, True, True)
+    expected = f"{[every]} {[every, every]}\n" * 2
+    assert run_main(tmp_path, textwrap.dedent(SHOWN), way="file") == expected
+
+
+DECLARED = """
+    import concurrent.futures, multiprocessing
+    from typing import Generic, NamedTuple, NewType, ParamSpec
+    from opero import opmap
+
+    UserId = NewType("UserId", int)
+    P = ParamSpec("P")
+
+    class Pair(NamedTuple):
+        x: int
+        y: int = 5
+
+        def total(self):
+            return self.x + self.y
+
+    class Call(Generic[P]):
+        value = 4
+
+    def work(x):
+        return UserId(x), Pair(x).total(), Call().value
+
+    if __name__ == "__main__":
+        mapped = opmap(MODE, workers=1, retries=0, progress=False)
+        print(mapped(work)([1]), mapped(lambda pair: pair.total())([Pair(1)]))
+"""
+
+
+@pytest.mark.parametrize("mode", ["spawn", "loky"])
+def test_what_typing_declares_in_the_main_module_is_whole_in_workers(tmp_path, mode):
+    source = textwrap.dedent(DECLARED).replace("MODE", MODES[mode])
+    assert run_main(tmp_path, source, way="-c") == "[(1, 6, 4)] [6]\n"
+
+
+SEEDED = """
+    import concurrent.futures, multiprocessing
+    from opero import opmap
+
+    STATE = None
+
+    def prepare():
+        global STATE
+        STATE = "prepared"
+
+    def read(item):
+        return STATE if item in {"alpha", "beta", "gamma", "delta"} else None
+
+    if __name__ == "__main__":
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=prepare) as executor:
+            print(opmap(mode=executor, retries=0, progress=False)(read)(["alpha"]))
+"""
+
+
+def test_a_function_with_a_set_is_known_in_a_process_with_another_hash_seed(tmp_path):
+    assert run_main(tmp_path, textwrap.dedent(SEEDED), way="file") == "['prepared']\n"
+
+
+REDEFINED = """
+    import concurrent.futures, functools, multiprocessing
+    from opero import opmap
+
+    def logged(function):
+        @functools.wraps(function)
+        def inner(*its):
+            return function(*its)
+        return inner
+
+    TEXT = '''
+    @logged
+    def work(_):
+        return "AGE"
+
+    def default(_, age="AGE"):
+        return age
+    '''
+    exec(TEXT.replace("AGE", "old"))
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as executor:
+        mapped = opmap(mode=executor, retries=0, progress=False)
+        print(mapped(work)([1]), mapped(default)([1]))
+        exec(TEXT.replace("AGE", "new"))
+        print(mapped(work)([1]), mapped(default)([1]))
+"""
+
+
+def test_a_function_that_is_defined_anew_with_the_same_code_is_sent_to_workers_that_have_the_old_one(tmp_path):
+    assert run_main(tmp_path, textwrap.dedent(REDEFINED), way="-c") == "['old'] ['old']\n['new'] ['new']\n"
+
+
+UNCOPYABLE = """
+    from opero import opmap
+
+    class Numbers:
+        left = (number for number in range(3))
+
+    try:
+        opmap(workers=1, retries=0, progress=False, pool_options={"start_method": "spawn"})(lambda _: Numbers)([1])
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_class_that_cannot_be_copied_is_named_with_the_reason(tmp_path):
+    said = run_main(tmp_path, textwrap.dedent(UNCOPYABLE), way="-c")
+    assert "no class Numbers" in said
+    assert "cannot pickle 'generator' object" in said
+
+
+def test_what_other_threads_print_and_warn_of_is_not_lost_while_a_function_is_pickled(monkeypatch):
+    stdout = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    lines = "".join(f"    x = abs(x) + {number}\n" for number in range(400))
+    names = {"__name__": "elsewhere"}
+    exec(f"def long(x):\n{lines}    return (lambda: abs(x))()", names)
+    is_over = threading.Event()
+
+    def pickle_again_and_again():
+        while not is_over.is_set():
+            dumps(names["long"], {}, None)
+
+    threads = [threading.Thread(target=pickle_again_and_again) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    before = warnings.filters.copy()
+    for _ in range(500):
+        assert sys.stdout is stdout
+        assert warnings.filters == before
+        time.sleep(0)
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    assert stdout.getvalue() == ""

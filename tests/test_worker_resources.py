@@ -1,0 +1,334 @@
+"""What worker processes hold, and what others hold of them: forks of the program's own, descriptors, threads, time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from leftovers import surroundings
+
+from opero import WorkerCrashedError, opmap
+from opero.concurrency import async_processes, processes
+
+PATIENCE = 20.0
+
+
+@pytest.fixture(autouse=True)
+def clean_surroundings():
+    before = surroundings()
+    yield before
+    assert surroundings() == before
+
+
+# Processes that the program forks
+
+FORKS = """
+    import os, sys, time
+    from opero import OperoError, opmap
+
+    @opmap(mode="process", workers=2, retries=0, progress=False, pool_options={"start_method": METHOD})
+    def work(item):
+        time.sleep(0.05)
+        return item
+
+    def main():
+        seen = []
+        stream = work.stream(range(20))
+        child = None
+        for outcome in stream:
+            seen.append(outcome.result)
+            if outcome.index == 3:
+                child = os.fork()
+                if child == 0:
+                    in_child(stream)
+        status = os.waitpid(child, 0)[1]
+        print(seen == list(range(20)), os.waitstatus_to_exitcode(status))
+
+    def in_child(stream):
+        HOW
+
+    if __name__ == "__main__":
+        main()
+"""
+WAYS = {
+    "exits": "sys.exit(7)",
+    "raises": "sys.stderr = open(os.devnull, 'w'); raise LookupError",
+    "closes it": "stream.close(); sys.exit(7)",
+    "drops it": "del stream; sys.exit(7)",
+    "reads on": """
+        try:
+            list(stream)
+        except OperoError as error:
+            sys.exit(7 if 'forked' in str(error) else 8)
+    """,
+    "maps itself": "assert work(range(3)) == [0, 1, 2]; sys.exit(7)",
+}
+
+
+# Python's fork server can be waited for only by the process that started it.
+CASES = [
+    (method, way)
+    for method in ("fork", "spawn", "forkserver")
+    for way in WAYS
+    if (method, way) != ("forkserver", "maps itself")
+]
+
+
+@pytest.mark.parametrize(("method", "way"), CASES)
+def test_a_child_that_the_program_forks_leaves_an_open_stream_to_its_parent(tmp_path, method, way):
+    how = textwrap.indent(textwrap.dedent(WAYS[way]).strip(), " " * 4).strip()
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(FORKS).replace("METHOD", repr(method)).replace("HOW", how))
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", script],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert (run.stdout, run.stderr) == (f"True {1 if way == 'raises' else 7}\n", "")
+
+
+def end_at_five(item):
+    if item == 5:
+        os._exit(3)
+    return item
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_the_death_of_a_worker_is_noticed_while_other_threads_fork(method):
+    """A child that has the worker's end of a pipe would keep it open for as long as it lives."""
+    mapped = opmap(mode="process", workers=2, retries=0, progress=False, pool_options={"start_method": method})
+    children, is_over = [], threading.Event()
+
+    def fork():
+        while not is_over.wait(0.02):
+            child = os.fork()
+            if child == 0:
+                # Until it is killed below.
+                time.sleep(100 * PATIENCE)
+                os._exit(0)
+            children.append(child)
+
+    forking = threading.Thread(target=fork)
+    forking.start()
+    try:
+        for _ in range(3):
+            results = mapped(end_at_five)(range(10))
+            assert [type(result).__name__ for result in results].count("WorkerCrashedError") == 1
+            assert len(results) == 10
+    finally:
+        is_over.set()
+        forking.join()
+        ended = [child for child in children if os.waitpid(child, os.WNOHANG) != (0, 0)]
+        for child in set(children) - set(ended):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert children
+    assert ended == []
+
+
+# Who is told how a worker ended
+
+CHILDREN = """
+    import os, signal, threading, time
+    from opero import opmap
+
+    def reap():
+        while True:
+            try:
+                os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                pass
+            time.sleep(0.001)
+
+    @opmap(mode=MODE, workers=2, retries=0, progress=False, pool_options={"start_method": METHOD})
+    async def work(item):
+        if item == 3:
+            os._exit(4)
+        return item
+
+    if __name__ == "__main__":
+        HOW
+        for _ in range(3):
+            results = work.run(range(5))
+            print(type(results.pop(3)).__name__, results)
+"""
+WHO = {
+    "nobody": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    "a thread of the program": "threading.Thread(target=reap, daemon=True).start()",
+}
+
+
+@pytest.mark.parametrize("mode", ["process", "async_process"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("who", WHO)
+def test_a_map_is_right_whoever_is_told_how_its_workers_ended(tmp_path, mode, method, who):
+    script = tmp_path / "script.py"
+    source = textwrap.dedent(CHILDREN).replace("MODE", repr(mode)).replace("METHOD", repr(method))
+    script.write_text(source.replace("HOW", WHO[who]))
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", script]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert (run.stdout, run.stderr) == ("WorkerCrashedError [0, 1, 2, 4]\n" * 3, "")
+
+
+# What is open
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("mode", ["process", "async_process"])
+@pytest.mark.parametrize("options", [{}, {"max_tasks_per_worker": 1}], ids=str)
+def test_the_files_of_workers_that_have_ended_are_closed_at_once(mode, options):
+    @opmap(mode=mode, workers=2, progress=False, pool_options={"start_method": "fork", **options})
+    async def work(item):
+        return item
+
+    work.run([1])
+    gc.collect()
+    before = open_files()
+    gc.disable()
+    try:
+        most = 0
+
+        async def watch():
+            nonlocal most
+            async for outcome in work.stream(range(30)):
+                most = max(most, open_files())
+                assert outcome.result == outcome.index
+
+        for _ in range(3):
+            asyncio.run(watch())
+        assert open_files() == before
+        assert most < before + 60
+    finally:
+        gc.enable()
+
+
+# Who is charged
+
+IDLE_KILLS = 20
+
+
+def living_workers(before):
+    return [pid for pid, command in surroundings()[0].items() if pid not in before[0] and not command.startswith("Z")]
+
+
+@pytest.mark.parametrize("mode", ["process", "async_process"])
+def test_an_item_that_comes_to_a_worker_that_was_killed_when_idle_is_not_charged(mode, clean_surroundings):
+    @opmap(mode=mode, workers=2, retries=0, progress=False)
+    async def work(item):
+        return item
+
+    for _ in range(IDLE_KILLS):
+        with work.pool():
+            assert work.run(range(5)) == list(range(5))
+            for pid in living_workers(clean_surroundings):
+                os.kill(pid, signal.SIGKILL)
+            assert work.run(range(5)) == list(range(5))
+
+
+def allow_little_more_memory():
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, used + 100_000_000))
+
+
+def test_an_item_that_no_worker_can_read_is_charged_in_the_end():
+    options = {"start_method": "fork", "initializer": allow_little_more_memory}
+    mapped = opmap(mode="process", workers=2, retries=0, progress=False, pool_options=options)(len)
+    results = mapped([b"1", bytes(200_000_000), b"22", b"333"])
+    assert isinstance(results.pop(1), WorkerCrashedError)
+    assert results == [1, 2, 3]
+
+
+# What cannot be made, and what does not end
+
+
+CASES_WITHOUT_THREADS = [*(("process", which) for which in range(1, 9)), *(("thread", which) for which in range(1, 7))]
+
+
+@pytest.mark.parametrize(("mode", "which"), CASES_WITHOUT_THREADS)
+def test_nothing_is_left_of_workers_for_which_no_thread_can_be_started(monkeypatch, mode, which):
+    start, started = threading.Thread.start, []
+
+    def start_or_fail(thread):
+        started.append(thread)
+        if len(started) == which:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    options = {"pool_options": {"start_method": "fork"}} if mode == "process" else {}
+    mapped = opmap(mode=mode, workers=3, retries=0, progress=False, **options)(abs)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_or_fail)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            mapped(range(30))
+    assert mapped(range(3)) == [0, 1, 2]
+
+
+WITHOUT_FILES = """
+    import os, resource
+    from opero import opmap
+
+    def work(item):
+        if item == 30:
+            os._exit(1)
+        return item
+
+    def items():
+        for item in range(100):
+            if item == 29:
+                use_up_all_files()
+            yield item
+
+    def use_up_all_files():
+        try:
+            while True:
+                os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            return
+
+    if __name__ == "__main__":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        try:
+            opmap(workers=1, retries=0, progress=False, pool_options={"start_method": "fork"})(work)(items())
+        except OSError as error:
+            print(error.strerror)
+"""
+
+
+def test_a_worker_that_cannot_be_replaced_ends_the_map(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(WITHOUT_FILES))
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert run.stdout == "Too many open files\n"
+
+
+@pytest.mark.parametrize("mode", ["process", "async_process"])
+def test_an_idle_worker_that_does_not_end_is_killed(mode, monkeypatch):
+    for module in (processes, async_processes):
+        monkeypatch.setattr(module, "PEACE_SECONDS", 0.2)
+
+    @opmap(mode=mode, workers=1, progress=False)
+    async def work(_):
+        return os.getpid()
+
+    async def main():
+        async for outcome in work.stream(range(3)):
+            if outcome.index == 2:
+                os.kill(outcome.result, signal.SIGSTOP)
+
+    asyncio.run(main())
