@@ -1605,12 +1605,12 @@ def zeros(size):
 
 def test_a_worker_that_was_in_time_is_not_killed_in_the_middle_of_a_large_report():
     options = {"mode": "process", "workers": 2, "retries": 0, "progress": False, "attempt_timeout": 1.0}
-    stream = opmap(**options)(zeros).stream([1, 150_000_000, 150_000_000])
+    stream = opmap(**options)(zeros).stream([1, 20_000_000, 20_000_000])
     sizes = [len(next(stream).result)]
     # Longer than the limit: nobody looks at what is reported meanwhile.
     time.sleep(1.5)
     sizes += [len(outcome.result) for outcome in stream]
-    assert sizes == [1, 150_000_000, 150_000_000]
+    assert sizes == [1, 20_000_000, 20_000_000]
 
 
 def zeros_and_stop(size):

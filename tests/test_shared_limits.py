@@ -488,22 +488,17 @@ def test_holders_and_waiters_that_are_killed_stop_nobody_and_the_limit_holds(sco
     generator = random.Random(0)
     children = [fork() for _ in range(4)]
     try:
-        end = time.monotonic() + 3
-        kills = 0
-        while time.monotonic() < end:
+        for _ in range(100):
             time.sleep(generator.random() * 0.03)
             place = generator.randrange(4)
             kill(children[place])
             children[place] = fork()
-            kills += 1
         before = len(journal.lines())
-        until(lambda: len(journal.lines()) > before + 100)
+        until(lambda: len(journal.lines()) > before + 1_000)
     finally:
         for pid in children:
             kill(pid)
-    assert kills >= 50
     starts = sorted(map(float, journal.lines()))
-    assert len(starts) > 1_000
     assert worst_excess(starts, 1_000, 10) <= 1_000 * LATE
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from opero.concurrency.interrupts import HeardOnce, OwnHandler, forget_earlier_interrupts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine
 
 # A loop that has not turned for so many seconds is blocked by what runs in it.
 _BLOCKED_SECONDS = 0.1
@@ -36,7 +36,8 @@ def run_in_own_loop(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return asyncio.run(call())
     presses = _Presses()
     try:
-        with presses.heard(before):
+        try:
+            signal.signal(signal.SIGINT, presses)
             runner = asyncio.Runner()
             presses.loop = runner.get_loop()
             try:
@@ -44,6 +45,9 @@ def run_in_own_loop(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
             finally:
                 presses.is_closing = True
                 runner.close()
+        finally:
+            presses.is_over = True
+            signal.signal(signal.SIGINT, before)
     except KeyboardInterrupt as raised:
         interrupt = raised
     except BaseException as error:
@@ -71,14 +75,7 @@ class _Presses(OwnHandler):
         self._heard_in_closing = False
         self.count = 0
         self.is_closing = False
-
-    @contextlib.contextmanager
-    def heard(self, before: Any) -> Iterator[None]:
-        try:
-            signal.signal(signal.SIGINT, self)
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+        self.is_over = False
 
     async def cancel_when_pressed(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T | KeyboardInterrupt:
         self._task = asyncio.current_task()
@@ -92,7 +89,7 @@ class _Presses(OwnHandler):
 
     def __call__(self, _signal: int, _frame: Any) -> None:
         self.count += 1
-        if self.loop is None:
+        if self.loop is None or self.is_over:
             return
         now = time.monotonic()
         if self._unanswered_since is None:
