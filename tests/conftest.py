@@ -9,19 +9,21 @@ import functools
 import gc
 import inspect
 import json
+import multiprocessing
 import os
 import queue
 import signal
 import sqlite3
 import subprocess
-import sys
 import textwrap
 import threading
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import multiprocess
 import pytest
+from program_server import ProgramServer
 from redis_server import RedisServer
 
 from opero.core.clock import clock
@@ -35,6 +37,13 @@ if TYPE_CHECKING:
 # A run in the background of a shell inherits an ignored Ctrl-C, and so would the programs that the tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Fork servers import what the workers of the tests need once, and not in each worker.
+for _library in (multiprocessing, multiprocess):
+    _library.set_forkserver_preload(
+        ["pytest", "numpy", "loky", "opero.concurrency.processes", "opero.concurrency.by_value"]
+    )
 
 
 def as_async(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -368,18 +377,17 @@ class Program:
 
     patience = 20.0
 
-    def __init__(self, path: Path, *, environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=path.parent,
-            env={**os.environ, **environment},
-        )
+    def __init__(self, server: ProgramServer, path: Path, *, environment: dict[str, str]) -> None:
+        pipes = [os.pipe() for _ in range(3)]
+        (stdin, given), (said, stdout), (complained, stderr) = pipes
+        files = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+        self._process = server.start([str(path)], cwd=path.parent, env={**os.environ, **environment}, **files)
+        for file in files.values():
+            os.close(file)
+        self._stdin = os.fdopen(given, "wb")
         self._said: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._errors: list[bytes] = []
-        streams = [(self._process.stdout, self._said.put), (self._process.stderr, self._errors.append)]
+        streams = [(os.fdopen(said, "rb"), self._said.put), (os.fdopen(complained, "rb"), self._errors.append)]
         self._readers = [threading.Thread(target=self._read, args=stream, daemon=True) for stream in streams]
         for reader in self._readers:
             reader.start()
@@ -399,9 +407,8 @@ class Program:
         return ast.literal_eval(line.decode())
 
     def tell(self, text: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{text}\n".encode())
-        self._process.stdin.flush()
+        self._stdin.write(f"{text}\n".encode())
+        self._stdin.flush()
 
     def end(self) -> list[Any]:
         """Wait for its end; what it has said since."""
@@ -423,9 +430,8 @@ class Program:
         self._process.wait(self.patience)
         for reader in self._readers:
             reader.join(self.patience)
-        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._stdin.close()
         rest = []
         while line := (self._said.get() if not self._said.empty() else b""):
             rest.append(ast.literal_eval(line.decode()))
@@ -439,8 +445,15 @@ class Program:
         put(b"")
 
 
+@pytest.fixture(scope="session")
+def program_server() -> Iterator[ProgramServer]:
+    """What starts programs sooner than a new interpreter would."""
+    with contextlib.closing(ProgramServer()) as server:
+        yield server
+
+
 @pytest.fixture
-def start(tmp_path: Path, journal: Journal) -> Iterator[Callable[..., Program]]:
+def start(program_server: ProgramServer, tmp_path: Path, journal: Journal) -> Iterator[Callable[..., Program]]:
     """Start source text as a program; ``DEF`` stands for ``def`` or, in the async world, for ``async def``."""
     programs: list[Program] = []
 
@@ -451,7 +464,7 @@ def start(tmp_path: Path, journal: Journal) -> Iterator[Callable[..., Program]]:
         word = "async def" if world is not None and world.is_async else "def"
         path = tmp_path / f"program{len(programs)}.py"
         path.write_text(PRELUDE.format(settings=settings) + textwrap.dedent(source).replace("DEF ", f"{word} "))
-        programs.append(Program(path, environment=environment or {}))
+        programs.append(Program(program_server, path, environment=environment or {}))
         return programs[-1]
 
     yield started

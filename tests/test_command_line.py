@@ -35,19 +35,13 @@ def home(tmp_path):
 
 
 @pytest.fixture
-def command(home):
+def command(program_server, home):
     """Run the command."""
 
     def run(*arguments, **environment):
         places = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "caches"), "USERPROFILE": str(home)}
-        return subprocess.run(
-            [sys.executable, "-W", "error", "-m", "opero", *arguments],
-            env={**os.environ, **places, **environment},
-            capture_output=True,
-            check=False,
-            text=True,
-            timeout=60,
-        )
+        env = {**os.environ, **places, **environment}
+        return program_server.run(["-m", "opero", *arguments], cwd=Path.cwd(), env=env, seconds=60)
 
     return run
 
