@@ -60,16 +60,18 @@ class Kind:
     def __init__(self, make: Callable[[], Executor], *, shares_memory: bool = False) -> None:
         self.make = make
         self.shares_memory = shares_memory
-        self._made: list[Executor] = []
+        self._given: Executor | None = None
 
     def given(self) -> Executor:
-        """An executor that the test shuts down."""
-        self._made.append(self.make())
-        return self._made[-1]
+        """An executor that the tests share: for what leaves it as it is."""
+        if self._given is None or self.make is reusable_loky:
+            self._given = self.make()
+        return self._given
 
     def close(self) -> None:
-        for executor in self._made:
-            executor.shutdown(wait=True)
+        if self._given is not None:
+            self._given.shutdown(wait=True)
+        self._given = None
 
     @staticmethod
     def map(function: Any, mode: Any, **options: Any) -> Any:
@@ -85,30 +87,27 @@ KINDS = {
 PROCESS_KINDS = ["processes", "loky"]
 
 
-@contextlib.contextmanager
-def kind_named(name: str) -> Iterator[Kind]:
-    make, shares_memory = KINDS[name]
-    kind = Kind(make, shares_memory=shares_memory)
-    yield kind
-    kind.close()
+@pytest.fixture(scope="module")
+def kinds() -> Iterator[dict[str, Kind]]:
+    kinds = {name: Kind(make, shares_memory=shares_memory) for name, (make, shares_memory) in KINDS.items()}
+    yield kinds
+    for kind in kinds.values():
+        kind.close()
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
-    with kind_named(request.param) as kind:
-        yield kind
+def kind(kinds: dict[str, Kind], request: pytest.FixtureRequest) -> Kind:
+    return kinds[request.param]
 
 
 @pytest.fixture(params=PROCESS_KINDS)
-def processes(request: pytest.FixtureRequest) -> Iterator[Kind]:
-    with kind_named(request.param) as kind:
-        yield kind
+def processes(kinds: dict[str, Kind], request: pytest.FixtureRequest) -> Kind:
+    return kinds[request.param]
 
 
 @pytest.fixture
-def threads() -> Iterator[Kind]:
-    with kind_named("threads") as kind:
-        yield kind
+def threads(kinds: dict[str, Kind]) -> Kind:
+    return kinds["threads"]
 
 
 def double(item):
@@ -509,8 +508,11 @@ def test_a_given_executor_that_breaks_ends_the_map_with_an_error(processes, worl
             die()
         return item
 
-    with pytest.raises(OperoError, match="a function that makes the executor") as caught:
-        processes.map(world.define(work), processes.given(), retries=3).run(range(100))
+    with (
+        processes.make() as executor,
+        pytest.raises(OperoError, match="a function that makes the executor") as caught,
+    ):
+        processes.map(world.define(work), executor, retries=3).run(range(100))
     assert not isinstance(caught.value, WorkerCrashedError)
     assert caught.value.__cause__ is not None
 

@@ -337,7 +337,7 @@ def test_ctrl_c_while_the_bar_is_drawn_leaves_bars_to_maps_in_other_threads(monk
 # At every moment
 
 # Each kind, and each way of use, has other moments: of one that takes long to start, one of so many.
-STEP = {"thread": 3, "process": 11, "executor": 5, "async": 3, "async_process": 11}
+STEP = {"thread": 7, "process": 23, "executor": 11, "async": 7, "async_process": 23}
 OWN_LOOPS = ("async", "async_process")
 
 
