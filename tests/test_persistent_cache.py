@@ -691,6 +691,13 @@ class TestForks:
         assert answers == list(range(100))
         assert f.stats.cache_errors == 0
 
+    def test_a_child_waits_for_no_lock_of_its_parents_connections(self, world, redis_backend):
+        f = opero.opero(**own(redis_backend))(world.define(lambda x: x))
+        world.run(f, 0)
+        with f.plan.cache.store.client.connection_pool._lock:
+            child = started(forked, lambda: world.run(f, 1))
+            assert child.result(2 * SECONDS) == "1"
+
 
 # Broken things cost the caching, not the call
 

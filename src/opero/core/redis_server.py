@@ -25,6 +25,7 @@ class Server:
 
     def __init__(self, make_client: Callable[[], Any]) -> None:
         self.client = make_client()
+        self._process = os.getpid()
         self.rest = Rest()
         self.users: WeakSet[Any] = WeakSet()
         self._scripts: dict[str, Any] = {}
@@ -52,6 +53,9 @@ class Server:
 
     def close(self) -> None:
         """Close the connections; they are made anew when needed."""
+        if os.getpid() != self._process:
+            # redis-py would wait for a lock that a thread of the parent may have held.
+            return
         self.client.close()
         self.client.connection_pool.disconnect()
 
