@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import select
 import signal
+import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -60,9 +62,21 @@ forks = [
 ]
 
 
+_stacks = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the tests run
+
+
+def _stack_of(child: int) -> str:
+    before = os.fstat(_stacks.fileno()).st_size
+    os.kill(child, signal.SIGUSR1)
+    time.sleep(0.5)
+    return os.pread(_stacks.fileno(), 100_000, before).decode()
+
+
 def forked(function) -> str:
-    """What ``function`` returns in a forked child, as text; the child is ended if it hangs."""
+    """What ``function`` returns in a forked child, as text; if it hangs it is ended, and the text says where it was."""
     reading, writing = os.pipe()
+    # Registered here, so that it is told of the hooks of a fork, too.
+    faulthandler.register(signal.SIGUSR1, file=_stacks)
     child = os.fork()
     if child == 0:
         try:
@@ -74,7 +88,7 @@ def forked(function) -> str:
     os.close(writing)
     try:
         ready, _, _ = select.select([reading], [], [], SECONDS)
-        return os.read(reading, 10_000).decode() if ready else "it hangs"
+        return os.read(reading, 10_000).decode() if ready else f"it hangs: {_stack_of(child)}"
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)

@@ -285,7 +285,7 @@ class Interrupted:
     def end(self):
         """Wait for its end; what it has written to stdout."""
         out, err = self._process.communicate(timeout=PATIENCE)
-        assert self._process.returncode == -signal.SIGINT
+        assert self._process.returncode == -signal.SIGINT, err
         assert (err.count("Traceback"), err.splitlines().count("KeyboardInterrupt")) == (1, 1), err
         # The servers of multiprocessing end a moment later, and remove what is left of semaphores.
         until(lambda: not marked(self._mark))

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Protocol
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 
 class ForkSensitive(Protocol):
@@ -32,7 +37,11 @@ _watched: WeakSet[ForkSensitive] = WeakSet()
 _holding: WeakSet[ForkHolder] = WeakSet()
 # Those that were asked to wait for the fork that is being made, and the right to make one.
 _held: list[ForkHolder] = []
-_forking = threading.Lock()
+# One that a thread can have more than once: the collector may call a finalizer that wants it in the midst of a fork.
+_forking = threading.RLock()
+_postponed: deque[Callable[[], None]] = deque()
+# What only the parent may do: kept, because to free it would do it.
+_of_parents: list[Any] = []
 
 
 def watch_forks(thing: ForkSensitive) -> None:
@@ -41,12 +50,31 @@ def watch_forks(thing: ForkSensitive) -> None:
 
 
 def hold_forks(thing: ForkHolder) -> None:
-    """Let this process fork only between the uses of ``thing``."""
-    _holding.add(thing)
+    """Let this process fork only between the uses of ``thing``, of which the first comes after this."""
+    with _forking:
+        _holding.add(thing)
     watch_forks(thing)
 
 
-def right_to_fork() -> threading.Lock:
+def between_forks(act: Callable[[], None]) -> None:
+    """Call ``act`` now or, if another thread is forking, right after that; not in a forked child.
+
+    For what a finalizer does: it may run while its thread has a lock that whoever forks waits for.
+    """
+    _postponed.append(act)
+    _act_between_forks()
+
+
+def _act_between_forks() -> None:
+    while _postponed and _forking.acquire(blocking=False):
+        try:
+            while _postponed:
+                _postponed.popleft()()
+        finally:
+            _forking.release()
+
+
+def right_to_fork() -> AbstractContextManager[Any]:
     """A lock that keeps others from forking, for a few steps that take no other lock: whoever forks has many."""
     return _forking
 
@@ -81,9 +109,18 @@ class ForkSafeLock:
         self.lock = threading.Lock()
 
 
+def _members(things: WeakSet[Any]) -> list[Any]:
+    while True:
+        try:
+            return list(things)
+        except RuntimeError:
+            # Another thread has freed one meanwhile.
+            continue
+
+
 def _before() -> None:
     _forking.acquire()
-    _held[:] = _holding
+    _held[:] = _members(_holding)
     for thing in _held:
         thing.before_fork()
 
@@ -93,14 +130,18 @@ def _in_parent() -> None:
         thing.after_fork_in_parent()
     _held.clear()
     _forking.release()
+    _act_between_forks()
 
 
 def _in_child() -> None:
     global _forking  # noqa: PLW0603 - held by a thread that is not here
-    _forking = threading.Lock()
-    _held.clear()
-    for thing in list(_watched):
+    _forking = threading.RLock()
+    _of_parents.extend(_postponed)
+    _postponed.clear()
+    for thing in _members(_watched):
         thing.after_fork()
+    # Only now: what nobody else has is freed by that, and may want its locks, which were held during the fork.
+    _held.clear()
 
 
 if hasattr(os, "register_at_fork"):
