@@ -692,33 +692,6 @@ class TestForks:
         assert answers == list(range(100))
         assert f.stats.cache_errors == 0
 
-    def test_threads_can_fork_while_others_make_and_free_caches(self, disk_backend):
-        def make(name):
-            return opero.opero(**{**own(disk_backend), "cache_namespace": name})(lambda x: x)
-
-        def make_and_free(name):
-            while not is_over.is_set():
-                f = make(name)
-                f(0)
-                # A cycle, which only the collector frees.
-                f.itself = f
-                del f
-                gc.collect()
-
-        is_over = threading.Event()
-        f = make("called by all")
-        f(0)
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        try:
-            others = [started(make_and_free, f"freed by {place}") for place in range(2)]
-            forking = [started(lambda: [forked(lambda: f(0)) for _ in range(15)]) for _ in range(2)]
-            assert [child.result(15 * SECONDS) for child in forking] == [["0"] * 15] * 2
-        finally:
-            is_over.set()
-            sys.setswitchinterval(before)
-        assert errors(others) == [None, None]
-
     def test_a_child_frees_a_cache_that_its_parent_used_until_the_fork(self, disk_backend):
         class LastUser:
             """Lets go of what it uses when the process forks."""

@@ -10,7 +10,6 @@ import contextlib
 import sqlite3
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -135,17 +134,6 @@ def connect(folder: str, timeout: float) -> sqlite3.Connection:
     """A connection that any thread may use; it waits so many seconds for other processes."""
     path = Path(folder) / diskcache.core.DBNAME
     return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
-
-
-def _close(*connections: _Database | sqlite3.Connection | None) -> None:
-    for connection in connections:
-        if connection is not None:
-            connection.close()
-
-
-def _try_to_close(*connections: _Database | sqlite3.Connection | None) -> None:
-    with contextlib.suppress(Exception):
-        _close(*connections)
 
 
 # Connections that a fork has copied: to close one would disturb the locks of the process that it belongs to.
@@ -289,15 +277,22 @@ class DiskStore(LastingStore):
             return int(count)
 
     def close(self) -> None:
-        with self._lock, self._reading_lock:
-            connections = self._database, self._reading
-            self._database = self._reading = None
-            _close(*connections)
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+            reading, self._database, self._reading = self._reading, None, None
+            if reading is not None:
+                with self._reading_lock:
+                    reading.close()
 
     def __del__(self) -> None:
+        # With its locks: until it has gone, another thread may find it by its namespace and use it again.
+        between_forks(self._try_to_close)
+
+    def _try_to_close(self) -> None:
         # Left open, SQLite's connections warn when they are collected.
-        if self.__dict__.keys() >= {"_database", "_reading"}:
-            between_forks(partial(_try_to_close, self._database, self._reading))
+        with contextlib.suppress(Exception):
+            self.close()
 
     def _answer_one(self, request: Request, kept: dict[int, Any]) -> Any:
         if isinstance(request, Claim):
