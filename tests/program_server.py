@@ -1,7 +1,7 @@
 """Starts Python programs as `python -W error` does, but sooner: as forks of a process that has imported what they need.
 
-Nothing of opero is imported before. What has to be a new interpreter, with a hash seed or encoding of its own, is not
-for this.
+Nothing of opero is imported before. Where the environment asks the interpreter for something, as a hash seed, a new one
+is started.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # What opero and its caches import, apart from each other.
-_MODULES = (
-    *(
-        "asyncio",
-        "concurrent.futures",
-        "concurrent.futures.process",
-        "inspect",
-        "multiprocessing.forkserver",
-        "sqlite3",
-    ),
-    *(
-        "cachebox",
-        "cloudpickle",
-        "dill",
-        "diskcache",
-        "joblib",
-        "klepto",
-        "loguru",
-        "multiprocess",
-        "multiprocess.pool",
-    ),
-    *("numpy", "pathos", "platformdirs", "pydantic", "redis", "redis.asyncio", "tenacity", "tqdm"),
-)
+_MODULES = [
+    "asyncio",
+    "concurrent.futures.process",
+    "inspect",
+    "multiprocessing.forkserver",
+    "sqlite3",
+    "cachebox",
+    "cloudpickle",
+    "dill",
+    "diskcache",
+    "joblib",
+    "klepto",
+    "loguru",
+    "multiprocess.pool",
+    "numpy",
+    "pathos",
+    "platformdirs",
+    "pydantic",
+    "redis.asyncio",
+    "tenacity",
+    "tqdm",
+]
 _LARGEST_REQUEST = 1 << 20
 
 
@@ -71,7 +71,7 @@ class ProgramServer:
     def start(
         self, arguments: Sequence[str], *, cwd: Path, env: dict[str, str], stdin: int, stdout: int, stderr: int
     ) -> StartedProgram | subprocess.Popen[bytes]:
-        """Start ``PATH ARGUMENT ...`` or ``-m MODULE ARGUMENT ...``; what an interpreter asks for needs a new one."""
+        """Start ``PATH ARGUMENT ...`` or ``-m MODULE ARGUMENT ...``."""
         if any(name.startswith("PYTHON") and env[name] != os.environ.get(name) for name in env):
             command = [sys.executable, "-W", "error", *arguments]
             return subprocess.Popen(command, cwd=cwd, env=env, stdin=stdin, stdout=stdout, stderr=stderr)

@@ -422,10 +422,6 @@ def test_what_was_lost_is_sent_again_when_nothing_else_is_in_the_executor(thread
     assert executor.sent_again_beside_another == []
 
 
-def reusable():
-    return loky.get_reusable_executor(2, timeout=60)
-
-
 class OneForAll:
     """Gives one executor as long as that takes work, as loky's `get_reusable_executor` does."""
 
@@ -441,7 +437,7 @@ class OneForAll:
         self._executor.shutdown()
 
 
-@pytest.mark.parametrize("make", [reusable, OneForAll()], ids=["reusable loky", "threads"])
+@pytest.mark.parametrize("make", [reusable_loky, OneForAll()], ids=["reusable loky", "threads"])
 def test_maps_whose_functions_give_the_same_executor_do_not_end_it_for_each_other(make):
     first, second = Kind.map(abs, make), Kind.map(abs, make)
     for _ in range(2):
