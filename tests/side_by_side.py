@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
@@ -68,8 +69,12 @@ _stacks = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the tests r
 def _stack_of(child: int) -> str:
     before = os.fstat(_stacks.fileno()).st_size
     os.kill(child, signal.SIGUSR1)
+    end = time.monotonic() + SECONDS
+    while os.fstat(_stacks.fileno()).st_size == before and time.monotonic() < end:
+        time.sleep(0.01)
     time.sleep(0.5)
-    return os.pread(_stacks.fileno(), 100_000, before).decode()
+    stack = os.pread(_stacks.fileno(), 100_000, before).decode()
+    return stack or f"it does not hear a signal: {Path(f'/proc/{child}/status').read_text()}"
 
 
 def forked(function) -> str:

@@ -8,13 +8,13 @@ import io
 import pickle
 import traceback
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
 from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.main_module import surely_nothing
 from opero.concurrency.worker import Report
+from opero.core.lazy import lazy_attribute
 from opero.core.signature import MISSING, find_by_name, name_of
 from opero.exceptions import NotTransferableError, RemoteError
 from opero.utils.notes import add_note
@@ -236,7 +236,7 @@ class Packer:
         carried = self.function(function, mentioned, prepares=True)
         return carried.dilled if isinstance(carried, ByValue) else None
 
-    @cached_property
+    @lazy_attribute
     def _kept(self) -> frozenset[str] | None:
         """Names of the workers' main module that keep their values; None if nothing of it may be changed."""
         if not self._is_sure:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
 from opero.core.checks import check_callable
 from opero.core.flights import Flight, Seat
 from opero.core.keys import KeyMaker
+from opero.core.lazy import lazy_attribute
 from opero.core.plan import CacheInfo, Final, Plan
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.signature import MISSING, is_async, name_of
@@ -49,13 +49,13 @@ class Cache:
         with _lock:
             _caches.add(self)
 
-    @cached_property
+    @lazy_attribute
     def store(self) -> Store:
         """Where the entries live; of what outlives the process, opened at the first call."""
         in_memory = self._settings.backend == "memory"
         return self._settings.store(self._settings.namespace if in_memory else self.namespace)
 
-    @cached_property
+    @lazy_attribute
     def namespace(self) -> str:
         """The name under which the entries live."""
         if self._settings.namespace is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from opero.core.checks import check_choice, check_known, check_mapping, check_seconds, check_text
 from opero.core.clock import clock
+from opero.core.lazy import lazy_attribute
 from opero.core.limits.local import LocalLimit, Ticket
 from opero.core.limits.per_value import LimitsPerValue
 from opero.core.limits.rates import Rate, Rates, parse_rates
@@ -95,7 +95,7 @@ class RateLimiter:
         self.take_now = self.limit.take_now
         self.expected_wait = self.limit.expected_wait
 
-    @cached_property
+    @lazy_attribute
     def per_value(self) -> LimitsPerValue:
         """The limits, at this rate, of the values of ``rate_limit_per``."""
         return LimitsPerValue(self._scope.limit_of_value, self._rates)
