@@ -9,6 +9,7 @@ import os
 import pathlib
 import pickle
 import random
+import shutil
 import sqlite3
 import stat
 import statistics
@@ -691,6 +692,39 @@ class TestForks:
             assert child.result(2 * SECONDS) == repr(list(range(first, first + 20)))
         assert answers == list(range(100))
         assert f.stats.cache_errors == 0
+
+    def test_what_a_child_stores_is_there_whoever_opens_and_closes_the_database_meanwhile(self, disk_backend, start):
+        options = own(disk_backend)
+        f = opero.opero(**options)(lambda x: x)
+        f(0)
+        other = start(
+            """
+            DEF f(x):
+                return x
+            f = cached(f)
+            say(f(int(told())))
+            """,
+            options,
+        )
+        goes_on, may_go_on = os.pipe()
+        child = started(forked, lambda: [f(1), os.read(goes_on, 1), f(2)])
+        until(lambda: f.cache_info().currsize == 2)
+        f.plan.cache.store.close()
+        other.tell("3")
+        other.end()
+        os.write(may_go_on, b".")
+        assert child.result(2 * SECONDS) == "[1, b'.', 2]"
+        assert f.cache_info().currsize == 4
+        os.close(goes_on)
+        os.close(may_go_on)
+
+    def test_a_folder_that_vanished_before_a_fork_is_made_again(self, disk_backend):
+        f = opero.opero(**own(disk_backend))(lambda x: x)
+        f(0)
+        for folder in disk_backend.folder.iterdir():
+            shutil.rmtree(folder)
+        assert forked(lambda: [f(1), f(2), f.stats.cache_errors]) == "[1, 2, 0]"
+        assert [f(1), f(0), f.stats.hits] == [1, 0, 1]
 
     def test_a_child_frees_a_cache_that_its_parent_used_until_the_fork(self, disk_backend):
         class LastUser:

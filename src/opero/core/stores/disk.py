@@ -132,12 +132,11 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
 
 def connect(folder: str, timeout: float) -> sqlite3.Connection:
     """A connection that any thread may use; it waits so many seconds for other processes."""
-    path = Path(folder) / diskcache.core.DBNAME
-    return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(_path(folder), timeout=timeout, isolation_level=None, check_same_thread=False)
 
 
-# Connections that a fork has copied: to close one would disturb the locks of the process that it belongs to.
-_inherited: list[Any] = []
+def _path(folder: str) -> Path:
+    return Path(folder) / diskcache.core.DBNAME
 
 
 class DiskStore(LastingStore):
@@ -171,20 +170,24 @@ class DiskStore(LastingStore):
         hold_forks(self)
 
     def before_fork(self) -> None:
-        # SQLite has locks of its own, which a child would inherit locked.
+        """Let no thread in, and leave nothing open.
+
+        SQLite takes the locks of files for the child's that it has seen its parent take, also on a connection that the
+        child makes itself: other processes then remove or overwrite what it writes.
+        """
         self._lock.acquire()
         self._reading_lock.acquire()
+        # Whatever is wrong with the database is told to those who use it.
+        with contextlib.suppress(Exception):
+            self._disconnect()
 
     def after_fork_in_parent(self) -> None:
         self._reading_lock.release()
         self._lock.release()
 
     def after_fork(self) -> None:
-        """Open the database anew."""
-        _inherited.append((self._database, self._reading))
         self._lock = threading.RLock()
         self._reading_lock = threading.Lock()
-        self._database = self._reading = None
 
     @property
     def folder(self) -> Path:
@@ -247,7 +250,7 @@ class DiskStore(LastingStore):
 
     def failed(self, error: Exception) -> None:
         # What is wrong with one entry is no reason to leave the others alone; a database that cannot be opened is.
-        if self._database is None:
+        if self._reading is None:
             self.rest.begin(error)
 
     def delete(self, key: bytes) -> bool:
@@ -277,13 +280,20 @@ class DiskStore(LastingStore):
             return int(count)
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._reading_lock:
+            try:
+                self._disconnect()
+            finally:
+                self._database = None
+
+    def _disconnect(self) -> None:
+        reading, self._reading = self._reading, None
+        try:
             if self._database is not None:
                 self._database.close()
-            reading, self._database, self._reading = self._reading, None, None
+        finally:
             if reading is not None:
-                with self._reading_lock:
-                    reading.close()
+                reading.close()
 
     def __del__(self) -> None:
         # With its locks: until it has gone, another thread may find it by its namespace and use it again.
@@ -307,8 +317,8 @@ class DiskStore(LastingStore):
         with self._lock:
             claimed = not lease.dropped and self._locks is not None and self._locks.take(lease.key)
             lease.held = claimed
-            if claimed and self._reading is not None:
-                lease.generation = _generation(self._reading.execute)
+            if claimed:
+                lease.generation = _generation(self._open().execute)
                 lease.claimed_at = clock.wall()
         # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
         entry = self.read(lease.key)
@@ -370,22 +380,26 @@ class DiskStore(LastingStore):
 
     def _open(self) -> sqlite3.Connection:
         with self._lock:
-            if self._reading is None or self._database is None:
-                folder = private_folder(self._root(), self._name, "cache_options={'cache_dir': …}")
-                database = _Database(
-                    folder,
-                    self._namespace,
-                    maxsize=self.maxsize,
-                    policy=self._policy,
-                    size_limit=self._size_limit,
-                )
-                if self._locks is None:
-                    self._locks = key_locks(folder)
-                self._fetch = database.disk.fetch
-                self._database, self._reading = database, connect(str(folder), _LOCK_SECONDS)
+            if self._database is None or (self._reading is None and not _path(self._database.directory).exists()):
+                self._database = self._open_database()
+            if self._reading is None:
+                self._reading = connect(self._database.directory, _LOCK_SECONDS)
                 self.rest.end()
-            reading: sqlite3.Connection = self._reading
-            return reading
+            return self._reading
+
+    def _open_database(self) -> _Database:
+        folder = private_folder(self._root(), self._name, "cache_options={'cache_dir': …}")
+        database = _Database(
+            folder,
+            self._namespace,
+            maxsize=self.maxsize,
+            policy=self._policy,
+            size_limit=self._size_limit,
+        )
+        if self._locks is None:
+            self._locks = key_locks(folder)
+        self._fetch = database.disk.fetch
+        return database
 
 
 def _grave(key: bytes) -> bytes:
