@@ -149,28 +149,25 @@ KINDS = """
     def is_odd(item):
         return item != 0 and is_even(item - 1)
 
-    def make_inner(_):
-        return Inner()
+    def make_others(_):
+        return type(Inner()) is Outer.Inner, type(Egg().other()) is Hen, type(Hen().other()) is Egg, Inner()
 
-    def are_each_others(_):
-        return type(Egg().other()) is Hen and type(Hen().other()) is Egg
-
-    def get_factor(_, size):
-        return isinstance(size, Size) and size.factor
+    def get_factors(_, size, *, other):
+        return isinstance(size, Size), isinstance(other, Size), size.factor, other.factor
 
     def main():
         def mapped(function):
             return opmap(MODE, workers=1, retries=0, progress=False)(function)
 
+        # Each map has workers that know nothing of the others'.
         print(mapped(is_caught_by_its_base)([1]) == [True])
         print(mapped(is_even)([4, 3]) == [True, False])
-        print(mapped(lambda item: (Color(item).text(), Color(item)))([1]) == [("red", Color.RED)])
-        print(mapped(lambda color: color.text())([Color.RED]) == ["red"])
-        print(type(mapped(lambda item: Box[int](item))([1])[0]) is Box)
-        print(mapped(lambda tile: tile.area())([Tile(1), Tile(2)]) == [3, 6])
-        print(type(mapped(make_inner)([1])[0]) is Inner)
-        print(mapped(are_each_others)([1]) == [True])
-        print(mapped(get_factor)([1], Size()), mapped(get_factor)([1], size=Size()))
+        ((color, text, box),) = mapped(lambda item: (Color(item), Color(item).text(), Box[int](item)))([1])
+        print(color is Color.RED, text, type(box) is Box)
+        print(mapped(lambda item: item.text() if isinstance(item, Color) else item.area())([Color.RED, Tile(1)]))
+        *known, inner = mapped(make_others)([1])[0]
+        print(known, type(inner) is Inner)
+        print(mapped(get_factors)([1], Size(), other=Size()))
         print(Scale(3).times([5]))
 
     if __name__ == "__main__":
@@ -181,7 +178,16 @@ KINDS = """
 @pytest.mark.parametrize(("mode", "way"), CASES)
 def test_what_the_main_module_defines_works_in_workers_as_in_the_caller(tmp_path, mode, way):
     source = textwrap.dedent(KINDS).replace("MODE", MODES[mode])
-    assert run_main(tmp_path, source, way=way) == "True\n" * 8 + "[3] [3]\n[15]\n"
+    expected = [
+        "True",
+        "True",
+        "True red True",
+        "['red', 3]",
+        "[True, True, True] True",
+        "[(True, True, 3, 3)]",
+        "[15]",
+    ]
+    assert run_main(tmp_path, source, way=way).splitlines() == expected
 
 
 GUARDED = """
@@ -365,8 +371,10 @@ PREPARED = """
 """
 
 
-@pytest.mark.parametrize("mode", ["process", "async_process"])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [("process", "fork"), ("process", "spawn"), ("process", "forkserver"), ("async_process", "spawn")],
+)
 def test_whatever_calls_a_function_of_the_main_module_prepares_that_of_the_worker(tmp_path, mode, method):
     source = textwrap.dedent(PREPARED).replace("MODE", repr(mode)).replace("METHOD", repr(method))
     assert run_main(tmp_path, source, way="file") == "[1] [2] [3] [4] "

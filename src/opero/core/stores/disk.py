@@ -136,7 +136,8 @@ def connect(folder: str, timeout: float) -> sqlite3.Connection:
 
 
 def _path(folder: str) -> Path:
-    return Path(folder) / diskcache.core.DBNAME
+    path: Path = Path(folder) / diskcache.core.DBNAME
+    return path
 
 
 class DiskStore(LastingStore):
