@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import os
 import select
@@ -69,9 +70,8 @@ _stacks = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the tests r
 def _stack_of(child: int) -> str:
     before = os.fstat(_stacks.fileno()).st_size
     os.kill(child, signal.SIGUSR1)
-    end = time.monotonic() + SECONDS
-    while os.fstat(_stacks.fileno()).st_size == before and time.monotonic() < end:
-        time.sleep(0.01)
+    with contextlib.suppress(AssertionError):
+        until(lambda: os.fstat(_stacks.fileno()).st_size > before)
     time.sleep(0.5)
     stack = os.pread(_stacks.fileno(), 100_000, before).decode()
     return stack or f"it does not hear a signal: {Path(f'/proc/{child}/status').read_text()}"

@@ -164,7 +164,8 @@ KINDS = """
         print(mapped(is_even)([4, 3]) == [True, False])
         ((color, text, box),) = mapped(lambda item: (Color(item), Color(item).text(), Box[int](item)))([1])
         print(color is Color.RED, text, type(box) is Box)
-        print(mapped(lambda item: item.text() if isinstance(item, Color) else item.area())([Color.RED, Tile(1)]))
+        items = [Color.RED, Tile(1), Tile(2)]
+        print(mapped(lambda item: item.text() if isinstance(item, Color) else item.area())(items))
         *known, inner = mapped(make_others)([1])[0]
         print(known, type(inner) is Inner)
         print(mapped(get_factors)([1], Size(), other=Size()))
@@ -182,7 +183,7 @@ def test_what_the_main_module_defines_works_in_workers_as_in_the_caller(tmp_path
         "True",
         "True",
         "True red True",
-        "['red', 3]",
+        "['red', 3, 6]",
         "[True, True, True] True",
         "[(True, True, 3, 3)]",
         "[15]",
@@ -371,10 +372,8 @@ PREPARED = """
 """
 
 
-@pytest.mark.parametrize(
-    ("mode", "method"),
-    [("process", "fork"), ("process", "spawn"), ("process", "forkserver"), ("async_process", "spawn")],
-)
+@pytest.mark.parametrize("mode", ["process", "async_process"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_whatever_calls_a_function_of_the_main_module_prepares_that_of_the_worker(tmp_path, mode, method):
     source = textwrap.dedent(PREPARED).replace("MODE", repr(mode)).replace("METHOD", repr(method))
     assert run_main(tmp_path, source, way="file") == "[1] [2] [3] [4] "

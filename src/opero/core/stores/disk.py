@@ -136,8 +136,7 @@ def connect(folder: str, timeout: float) -> sqlite3.Connection:
 
 
 def _path(folder: str) -> Path:
-    path: Path = Path(folder) / diskcache.core.DBNAME
-    return path
+    return Path(folder, diskcache.core.DBNAME)
 
 
 class DiskStore(LastingStore):
