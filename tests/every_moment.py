@@ -1,11 +1,13 @@
-"""Ctrl-C at moments that are counted: those in code of opero and contextlib where the interpreter looks for signals."""
+"""Ctrl-C at moments that are counted: those in code that is watched where the interpreter looks for signals."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import signal
 import sys
+import threading
 from dis import opname
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-_WATCHED = (str(Path(opero.__file__).parent), contextlib.__file__)
+OPERO = (str(Path(opero.__file__).parent), contextlib.__file__)
+EXECUTORS = (str(Path(concurrent.futures.__file__).parent), threading.__file__)
 # After these, CPython runs the handlers of signals that have come; after calls, if what was called is not Python code.
 _LOOKS_AFTER = ("RESUME", "JUMP_BACKWARD")
 _LOOKS_AFTER_C = ("CALL", "CALL_FUNCTION_EX")
@@ -27,7 +30,8 @@ _HANDLES_AN_ERROR = ("PUSH_EXC_INFO", "COPY", "RERAISE")
 class Presser:
     """Presses Ctrl-C when the interpreter looks for the ``moment``-th time, and again some calls and returns later."""
 
-    def __init__(self, moment: int, again_after: int | None = None) -> None:
+    def __init__(self, moment: int, again_after: int | None = None, *, watched: tuple[str, ...] = OPERO) -> None:
+        self._watched = watched
         self._left = moment
         self._left_until_again = again_after
         self._latest: dict[FrameType, tuple[int, int]] = {}
@@ -52,7 +56,7 @@ class Presser:
 
     def _enter(self, frame: FrameType, _event: str, _arg: Any) -> Any:
         self._python_calls += 1
-        if self.has_pressed or not frame.f_code.co_filename.startswith(_WATCHED):
+        if self.has_pressed or not frame.f_code.co_filename.startswith(self._watched):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self._step

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from every_moment import Presser
+from every_moment import EXECUTORS, OPERO, Presser
 from leftovers import surroundings
 from side_by_side import started, until
 
@@ -27,6 +27,7 @@ from opero import opmap
 from opero.concurrency.interrupts import Hold, let_through
 from opero.concurrency.processes import Worker
 from opero.concurrency.threads import ThreadPool
+from opero.concurrency.whole_pool import WholeThreads
 
 PATIENCE = 10.0
 
@@ -162,6 +163,38 @@ def test_ctrl_c_twice_leaves_the_items_that_run_in_threads(blocked, keeps, is_as
             mapped.run([1])
 
     leave_at(2, blocked, run_in_block)
+
+
+class PressingExecutor(ThreadPoolExecutor):
+    """Ctrl-C is pressed while it takes work."""
+
+    def __init__(self, while_it_takes_work):
+        super().__init__(1)
+        self._while_it_takes_work = while_it_takes_work
+        self.taken = 0
+
+    def submit(self, *args, **kwargs):
+        press()
+        self._while_it_takes_work()
+        self.taken += 1
+        return super().submit(*args, **kwargs)
+
+
+def test_ctrl_c_is_raised_when_an_executor_has_taken_what_it_is_given():
+    with PressingExecutor(lambda: None) as executor, pytest.raises(KeyboardInterrupt):
+        opmap(mode=executor, progress=False)(echo)([1])
+    assert executor.taken == 1
+
+
+def test_ctrl_c_breaks_into_an_executor_that_takes_long_to_take_work(blocked):
+    with PressingExecutor(blocked.block) as executor:
+        try:
+            opmap(mode=executor, progress=False)(echo)([1])
+        except KeyboardInterrupt:
+            assert blocked.presses > 0
+        else:
+            pytest.fail("Ctrl-C was not heard")
+    assert executor.taken == 0
 
 
 def test_an_error_while_ctrl_c_ends_a_map_is_shown_with_it():
@@ -377,11 +410,28 @@ USES = [
 def test_ctrl_c_at_any_moment_leaves_nothing_and_has_one_traceback(kind, use, again_after):
     mode = partial(ThreadPoolExecutor, 2) if kind == "executor" else kind
     mapped = opmap(mode=mode, workers=2, retries=0, progress=False)(echo_async if kind in OWN_LOOPS else echo)
+    moments = itertools.count(again_after or 0, STEP[kind] * (1 if again_after is None else 5))
+    press_at(moments, mapped, use, again_after, OPERO)
+
+
+@pytest.mark.parametrize("again_after", [None, 1, 5, 20])
+@pytest.mark.parametrize("use", [call_it, close_its_stream, keep_its_workers])
+@pytest.mark.usefixtures("no_garbage_of_others")
+def test_ctrl_c_in_an_executors_own_code_leaves_none_of_its_locks_taken(use, again_after):
+    @opmap(mode=partial(ThreadPoolExecutor, 2), workers=2, retries=0, progress=False)
+    def work(item):
+        time.sleep(0.003)  # it shall run when Ctrl-C comes, and want the locks after that
+        return item
+
+    press_at(itertools.count(again_after or 0, 1 if again_after is None else 3), work, use, again_after, EXECUTORS)
+
+
+def press_at(moments, mapped, use, again_after, watched):
     use(mapped)
     gc.collect()
     before = surroundings()
-    for moment in itertools.count(again_after or 0, STEP[kind] * (1 if again_after is None else 5)):
-        presser = Presser(moment, again_after)
+    for moment in moments:
+        presser = Presser(moment, again_after, watched=watched)
         interrupt = None
         try:
             with presser.watching():
@@ -410,6 +460,14 @@ def test_no_code_in_which_ctrl_c_would_be_lost_runs_when_the_object_of_a_block_t
     del block
     sys.setprofile(None)
     assert entered == []
+
+
+def test_no_finalizer_in_which_ctrl_c_would_be_lost_ends_the_threads_of_a_map(monkeypatch):
+    finalized = []
+    monkeypatch.setattr(WholeThreads, "_terminate_pool", classmethod(lambda *_: finalized.append("a pool")))
+    assert opmap(mode="thread", progress=False)(echo)([1]) == [1]
+    gc.collect()
+    assert finalized == []
 
 
 def is_of_opero(error):

@@ -13,13 +13,14 @@ import itertools
 import pickle
 import threading
 from collections import deque
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from hashlib import blake2b
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from opero.concurrency.interrupts import hearing_interrupts, held_back_in_children, let_through
+from opero.concurrency.interrupts import BriefHold, hearing_interrupts, held_back_in_children, let_through
 from opero.concurrency.main_module import unknown
 from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.process_worker import AGAIN, BROKEN, SINGLES, STOP
@@ -145,8 +146,13 @@ class ExecutorPool:
         """
         try:
             running = [future for future in self._in_flight if not future.cancel()]
+            ended: SimpleQueue[Future[Any]] = SimpleQueue()
+            for future in running:
+                future.add_done_callback(ended.put)
+            # Not by `concurrent.futures.wait`: Ctrl-C in it leaves futures locked, for which their workers wait.
             with let_through():
-                wait(running)
+                for _ in running:
+                    ended.get()
         except BaseException:
             if self._is_last_user():
                 self._executor.shutdown(wait=self._end_processes())
@@ -251,8 +257,10 @@ class ExecutorPool:
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
         try:
-            with self._while_workers_start():
+            with BriefHold(), self._while_workers_start():
                 future = self._executor.submit(function, *arguments)
+                self._in_flight[future] = batch
+                future.add_done_callback(self._deliver)
         except BrokenExecutor as error:
             self._finds_it_broken(batch, arguments, error)
         except Exception as error:
@@ -260,9 +268,6 @@ class ExecutorPool:
             if self._make is None or not isinstance(error, RuntimeError):
                 raise _refused(self._name, error) from error
             self._finds_it_broken(batch, arguments, error)
-        else:
-            self._in_flight[future] = batch
-            future.add_done_callback(self._deliver)
 
     def _while_workers_start(self) -> contextlib.AbstractContextManager[None]:
         """Processes that are started for this map are deaf to Ctrl-C until they run an item."""

@@ -7,6 +7,7 @@ import importlib
 import signal
 import sys
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # Named, because `import opero` imports neither of the modules.
 _PASSING = (KeyboardInterrupt, GeneratorExit, StopIteration, BlockingIOError)
 _PASSING_ELSEWHERE = (("queue", "Empty"), ("asyncio", "CancelledError"))
+# Seconds that Ctrl-C may be held back while other code may be blocked.
+_BRIEFLY = 1.0
 
 
 def forget_earlier_interrupts(interrupt: KeyboardInterrupt) -> None:
@@ -76,6 +79,20 @@ class Hold(OwnHandler):
         pressed = self.pressed.copy()
         self.pressed.clear()
         for signal_and_frame in pressed:
+            self.before(*signal_and_frame)
+
+
+class BriefHold(Hold):
+    """Lets Ctrl-C wait while other code runs, whose locks it would leave taken; that may block, so not for long."""
+
+    def __enter__(self) -> Self:
+        self._until = time.monotonic() + _BRIEFLY
+        return super().__enter__()
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        if time.monotonic() < self._until:
+            super().__call__(*signal_and_frame)
+        else:
             self.before(*signal_and_frame)
 
 

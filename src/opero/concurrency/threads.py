@@ -79,7 +79,7 @@ class ThreadPool:
         # Ctrl-C may come before there is one.
         if self._pool is not None and self._pool.pool is not None:
             with Hold():
-                self._pool.pool.close()
+                self._pool.pool.end_when_idle()
             with let_through():
                 self._pool.__exit__(None, None, None)
 

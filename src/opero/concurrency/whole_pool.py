@@ -77,6 +77,11 @@ class WholeThreads(ThreadPool):  # type: ignore[misc]  # as above
             self._undo()
             raise
 
+    def end_when_idle(self) -> None:
+        """Take no more work, and end with what there is, without the finalizer, in which Ctrl-C would be lost."""
+        self.close()
+        self._terminate.cancel()
+
     def _undo(self) -> None:
         _end_worker_handler(self)
         for _ in self._pool:

@@ -196,14 +196,16 @@ class LeaseKeeper:
     def __init__(self, store: RedisStore) -> None:
         # Not to keep a store, and its connections, that nobody uses any more.
         self._store = ref(store)
-        self._changed = threading.Condition()
+        # Apart from the condition: an interrupt between Python's `__enter__` and the block would leave that one locked.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._held: set[Lease] = set()
         self._dropped: list[Lease] = []
         self._thread: threading.Thread | None = None
 
     def hold(self, lease: Lease) -> None:
         """The lease was claimed."""
-        with self._changed:
+        with self._lock:
             lease.held = True
             if lease.dropped:
                 self._give_back(lease)
@@ -213,20 +215,20 @@ class LeaseKeeper:
 
     def forget(self, lease: Lease) -> None:
         """The lease is given back already."""
-        with self._changed:
+        with self._lock:
             lease.held = False
             self._held.discard(lease)
 
     def drop(self, lease: Lease) -> None:
         """Give a lease back in the background; one that is still being claimed, as soon as it is."""
-        with self._changed:
+        with self._lock:
             lease.dropped = True
             if lease.held:
                 self._give_back(lease)
 
     def stop(self) -> None:
         """End the thread, once it has given back what was dropped."""
-        with self._changed:
+        with self._lock:
             thread, self._thread = self._thread, None
             self._held.clear()
             self._changed.notify()
@@ -249,7 +251,7 @@ class LeaseKeeper:
     def _keep(self) -> None:
         idle_since = time.monotonic()
         while True:
-            with self._changed:
+            with self._lock:
                 if not self._dropped and self._thread is threading.current_thread():
                     self._changed.wait(LEASE_SECONDS / 3 if self._held else _IDLE_SECONDS)
                 dropped, self._dropped = self._dropped, []
