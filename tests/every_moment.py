@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import os
+import queue
 import signal
 import sys
 import threading
-from dis import opname
+from dis import Bytecode, opname
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import diskcache
+import redis
 
 import opero
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType
+    from types import CodeType, FrameType
 
 OPERO = (str(Path(opero.__file__).parent), contextlib.__file__)
 EXECUTORS = (str(Path(concurrent.futures.__file__).parent), threading.__file__)
+STORES = (
+    *(str(Path(package.__file__ or "").parent) for package in (diskcache, redis)),
+    *(module.__file__ for module in (queue, threading)),
+)
 # After these, CPython runs the handlers of signals that have come; after calls, if what was called is not Python code.
 _LOOKS_AFTER = ("RESUME", "JUMP_BACKWARD")
 _LOOKS_AFTER_C = ("CALL", "CALL_FUNCTION_EX")
 # Where an error goes, that of a call, too; after that the interpreter looks at nothing else first.
 _HANDLES_AN_ERROR = ("PUSH_EXC_INFO", "COPY", "RERAISE")
+
+
+@functools.cache
+def _handler(code: CodeType, offset: int) -> int | None:
+    """Where an error of the instruction goes.
+
+    The trace function raises at the next one, and what leaves a block by ``return`` is not in it any more.
+    """
+    entries = Bytecode(code).exception_entries
+    return next((entry.target for entry in entries if entry.start <= offset < entry.end), None)
 
 
 class Presser:
@@ -64,10 +83,11 @@ class Presser:
     def _step(self, frame: FrameType, event: str, _arg: Any) -> Any:
         if event != "opcode" or self.has_pressed:
             return self._step
+        code, offset = frame.f_code, frame.f_lasti
         latest, calls_then = self._latest.get(frame, (0, 0))
-        self._latest[frame] = frame.f_code.co_code[frame.f_lasti], self._python_calls
-        name = opname[latest]
-        if opname[frame.f_code.co_code[frame.f_lasti]] in _HANDLES_AN_ERROR:
+        self._latest[frame] = offset, self._python_calls
+        name = opname[code.co_code[latest]]
+        if opname[code.co_code[offset]] in _HANDLES_AN_ERROR or _handler(code, latest) != _handler(code, offset):
             return self._step
         if name in _LOOKS_AFTER or (name in _LOOKS_AFTER_C and calls_then == self._python_calls):
             self._left -= 1

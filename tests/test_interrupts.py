@@ -24,10 +24,11 @@ from side_by_side import started, until
 
 import opero
 from opero import opmap
-from opero.concurrency.interrupts import Hold, let_through
+from opero.concurrency.interrupts import let_through
 from opero.concurrency.processes import Worker
 from opero.concurrency.threads import ThreadPool
 from opero.concurrency.whole_pool import WholeThreads
+from opero.core.interrupts import Hold
 
 PATIENCE = 10.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import pathlib
 import pickle
@@ -19,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from every_moment import OPERO, STORES, Presser
 from hypothesis import given
 from side_by_side import SECONDS, errors, forked, forks, measure_pauses, results, started, until
 from test_cache_keys import are_alike, arguments, copied, thoroughly
@@ -1261,6 +1263,26 @@ def test_what_was_finished_before_kills_at_random_moments_is_there_and_the_cache
         f(-1)
     assert runs == [-1]
     assert f.stats.cache_errors == 0
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("watched", [OPERO, STORES], ids=["opero", "libraries of the stores"])
+def test_ctrl_c_at_any_moment_leaves_the_key_and_the_store_to_other_callers(cached, watched):
+    f = cached(lambda x: x)
+    f(-1)
+    for moment in itertools.count(0, 2):
+        presser = Presser(moment, watched=watched)
+        with contextlib.suppress(KeyboardInterrupt), presser.watching():
+            f(moment)
+            f(-1)
+        if not presser.has_pressed:
+            break
+        for x in (moment, moment + 1):
+            # An open transaction is waited for for 5 s, a key that somebody has claimed for 10.
+            assert started(f, x).result(4) == x
+    assert moment > 5
 
 
 # Many at once

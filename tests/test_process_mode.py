@@ -28,8 +28,8 @@ import pytest
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
 from opero.concurrency import process_worker, scheduler
-from opero.concurrency.interrupts import Hold
 from opero.core import CallTimeoutError, NotTransferableError
+from opero.core.interrupts import Hold
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
 PROCESS_MODES = ("process", "async_process")

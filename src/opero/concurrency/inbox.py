@@ -13,8 +13,8 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.interrupts import Hold
 from opero.core.clock import clock
+from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable

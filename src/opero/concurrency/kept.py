@@ -11,9 +11,10 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.inbox import BlockingInbox
-from opero.concurrency.interrupts import Hold, let_through
+from opero.concurrency.interrupts import let_through
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost
+from opero.core.interrupts import Hold
 from opero.exceptions import NotTransferableError
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, I
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from opero.concurrency.interrupts import Hold
 from opero.concurrency.outcome import ListSink, Outcome, StreamSink
 from opero.concurrency.pool_source import KeptWorkers
+from opero.core.interrupts import Hold
 from opero.core.resilient import Recipe, make_resilient, reduce_decorated
 from opero.core.signature import own_signature
 

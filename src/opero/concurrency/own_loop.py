@@ -9,7 +9,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from opero.concurrency.interrupts import HeardOnce, OwnHandler, forget_earlier_interrupts
+from opero.concurrency.interrupts import HeardOnce
+from opero.core.interrupts import OwnHandler, forget_earlier_interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from opero.concurrency.interrupts import Hold
+from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
     import asyncio

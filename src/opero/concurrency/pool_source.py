@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from opero.concurrency.contract import KeepablePool
-from opero.concurrency.interrupts import Hold, forget_earlier_interrupts
 from opero.concurrency.own_thread import in_own_thread
 from opero.core.forks import watch_forks
+from opero.core.interrupts import Hold, forget_earlier_interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

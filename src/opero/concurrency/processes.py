@@ -21,7 +21,7 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.interrupts import Hold, held_back_in_children
+from opero.concurrency.interrupts import held_back_in_children
 from opero.concurrency.main_module import (
     is_surely_in_fresh_workers,
     only_if_it_can_be_imported,
@@ -47,6 +47,7 @@ from opero.concurrency.process_worker import (
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, unpack_singly
 from opero.core.forks import ForkSafeLock, foreign_threads, right_to_fork, watch_forks
+from opero.core.interrupts import Hold
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
 

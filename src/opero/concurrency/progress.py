@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from opero.concurrency.interrupts import Hold
+from opero.core.interrupts import Hold
 
 
 @dataclass(slots=True)

@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, 
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
-from opero.concurrency.interrupts import HeardOnce, Hold
+from opero.concurrency.interrupts import HeardOnce
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.own_thread import not_waited_for
 from opero.concurrency.progress import make_progress
 from opero.concurrency.scheduler import IteratorSource, Scheduler, Shape, Wake
 from opero.concurrency.worker import Work
+from opero.core.interrupts import Hold
 from opero.core.signature import parameter_slot
 from opero.core.steps import consult, consult_async
 from opero.core.switches import switches

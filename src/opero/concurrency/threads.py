@@ -8,10 +8,11 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opero.concurrency.interrupts import Hold, let_through
+from opero.concurrency.interrupts import let_through
 from opero.concurrency.own_thread import in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.worker import AsyncCaller, Work, run_batch
+from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
     from opero.concurrency.contract import Inbox

@@ -10,6 +10,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 from opero.core.faults import Rest
 from opero.core.forks import ForkSafeLock
+from opero.core.interrupts import BriefHold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,9 +102,32 @@ def _pool_class() -> Any:
 
 def _client(pool: Any) -> Any:
     """A client that has not connected yet."""
-    import redis
+    return _client_class()(connection_pool=pool)
 
-    return redis.Redis(connection_pool=pool)
+
+@functools.cache
+def _client_class() -> Any:
+    """redis-py's, which Ctrl-C finds between two commands only.
+
+    In the middle of one it could leave the pool's lock taken, a connection lost, or an answer to be read by the next.
+    """
+    import redis
+    from redis.client import Pipeline
+
+    class HeldPipeline(Pipeline):
+        def execute(self, *args: Any, **kwargs: Any) -> Any:
+            with BriefHold():
+                return super().execute(*args, **kwargs)
+
+    class Client(redis.Redis):
+        def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+            with BriefHold():
+                return super().execute_command(*args, **kwargs)  # type: ignore[no-untyped-call]  # redis-py's
+
+        def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> HeldPipeline:  # noqa: FBT001, FBT002 - redis-py's
+            return HeldPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+    return Client
 
 
 def _settings() -> dict[str, Any]:

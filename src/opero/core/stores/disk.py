@@ -18,6 +18,7 @@ import diskcache
 from opero.core.clock import clock
 from opero.core.faults import Rest
 from opero.core.forks import between_forks, hold_forks
+from opero.core.interrupts import BriefHold
 from opero.core.private_folder import private_folder
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
 from opero.core.stores.entries import loads
@@ -353,11 +354,14 @@ class DiskStore(LastingStore):
         self._patiently(write)
 
     def _patiently(self, write: Callable[[_Database], R]) -> R:
-        """Write, as soon as no other process does."""
+        """Write, as soon as no other process does.
+
+        Ctrl-C between the begin of a transaction and its block would leave it open, and nobody else could write.
+        """
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
-                with self._lock:
+                with BriefHold(), self._lock:
                     return write(self._opened())
             except (diskcache.Timeout, sqlite3.OperationalError) as error:
                 busy = isinstance(error, diskcache.Timeout) or "locked" in str(error)

@@ -1,0 +1,96 @@
+"""Ctrl-C, while something is half made, and the ones that came before another."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Those of `signal` make an enum of all that goes in and out, which takes ten times as long as the rest.
+_signal = importlib.import_module("_signal")
+
+# By which a map that waits, pulls its input or is closed is told so: nothing has gone wrong when Ctrl-C comes then.
+# Named, because `import opero` imports neither of the modules.
+_PASSING = (KeyboardInterrupt, GeneratorExit, StopIteration, BlockingIOError)
+_PASSING_ELSEWHERE = (("queue", "Empty"), ("asyncio", "CancelledError"))
+# Seconds that Ctrl-C may be held back while other code may be blocked.
+_BRIEFLY = 1.0
+
+
+def forget_earlier_interrupts(interrupt: KeyboardInterrupt) -> None:
+    """Let one traceback be shown for Ctrl-C, however often it was pressed; asyncio passes it on as a cancellation."""
+    known = [(sys.modules[module], name) for module, name in _PASSING_ELSEWHERE if module in sys.modules]
+    passing = (*_PASSING, *(getattr(module, name) for module, name in known))
+    earlier = interrupt.__context__
+    while earlier is not None and isinstance(earlier, passing):
+        earlier = earlier.__context__
+    interrupt.__context__ = earlier
+
+
+class OwnHandler:
+    """A handler of Ctrl-C that opero has set for a while; nothing for a process that was forked meanwhile."""
+
+
+class Hold(OwnHandler):
+    """Lets Ctrl-C wait until the block has ended.
+
+    No generator: what Ctrl-C may hit before it is held back shall be as little as possible.
+    """
+
+    def __init__(self) -> None:
+        self.before: Callable[..., Any] = signal.default_int_handler
+        self.pressed: list[tuple[Any, ...]] = []
+        self._is_set = False
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        self.pressed.append(signal_and_frame)
+
+    def __enter__(self) -> Self:
+        before = _signal.getsignal(signal.SIGINT)
+        # Python runs handlers in the main thread only, whichever thread the system gives the signal to.
+        if threading.current_thread() is threading.main_thread() and callable(before):
+            self.before = before
+            self._is_set = True
+            _signal.signal(signal.SIGINT, self)
+        return self
+
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            forget_earlier_interrupts(error)
+            self.pressed.clear()
+        if self._is_set:
+            self._is_set = False
+            _signal.signal(signal.SIGINT, self.before)
+        if self.pressed:
+            try:
+                self.hand_on()
+            except KeyboardInterrupt as interrupt:
+                forget_earlier_interrupts(interrupt)
+                raise
+
+    def hand_on(self) -> None:
+        """Let who was there before hear what has waited."""
+        pressed = self.pressed.copy()
+        self.pressed.clear()
+        for signal_and_frame in pressed:
+            self.before(*signal_and_frame)
+
+
+class BriefHold(Hold):
+    """Lets Ctrl-C wait while other code runs, whose locks it would leave taken; that may block, so not for long."""
+
+    def __enter__(self) -> Self:
+        self._until = time.monotonic() + _BRIEFLY
+        return super().__enter__()
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        if time.monotonic() < self._until:
+            super().__call__(*signal_and_frame)
+        else:
+            self.before(*signal_and_frame)
