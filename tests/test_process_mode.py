@@ -28,7 +28,7 @@ import pytest
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
 from opero.concurrency import process_worker, scheduler
-from opero.core import CallTimeoutError, NotTransferableError
+from opero.core import CallTimeoutError, NotTransferableError, RemoteError
 from opero.core.interrupts import Hold
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
@@ -446,6 +446,7 @@ class OtherArgumentsError(Exception):
 
     def __init__(self, code: int, *, place: str) -> None:
         super().__init__(f"code {code} at {place}")
+        self.code = code
 
 
 class LockedError(Exception):
@@ -566,11 +567,55 @@ def test_an_exception_that_cannot_travel_is_an_error_with_the_text(processes, ma
 
 def test_an_exception_that_cannot_travel_names_its_class(processes):
     def work(item):
-        raise OtherArgumentsError(5, place="home")
+        raise LockedError("bad lock")
 
     (error,) = processes.map(work, retries=0).run([1])
-    assert isinstance(error, OperoError)
-    assert "OtherArgumentsError" in str(error)
+    assert isinstance(error, RemoteError)
+    assert "LockedError" in str(error)
+
+
+def raise_other_arguments(item):
+    raise OtherArgumentsError(item, place="home")
+
+
+def raise_a_group_of_other_arguments(item):
+    raise ExceptionGroup("several", [KeyError(1), OtherArgumentsError(item, place="home")])
+
+
+def test_an_exception_whose_init_takes_other_arguments_arrives_with_its_class_and_attributes(processes):
+    (error,) = processes.map(raise_other_arguments, retries=0).run([5])
+    assert isinstance(error, OtherArgumentsError)
+    assert (str(error), error.args, error.code) == ("code 5 at home", ("code 5 at home",), 5)
+    assert any("raise OtherArgumentsError" in note for note in error.__notes__)
+
+
+def test_a_group_of_exceptions_whose_init_takes_other_arguments_arrives(processes):
+    (group,) = processes.map(raise_a_group_of_other_arguments, retries=0).run([5])
+    assert isinstance(group, ExceptionGroup)
+    assert group.message == "several"
+    first, second = group.exceptions
+    assert isinstance(first, KeyError)
+    assert isinstance(second, OtherArgumentsError)
+    assert second.code == 5
+
+
+@pytest.mark.parametrize("kind", [OtherArgumentsError, LockedError])
+def test_an_exception_that_travels_badly_is_retried_by_its_class(processes, kind):
+    def work(item):
+        raise OtherArgumentsError(item, place="home") if kind is OtherArgumentsError else LockedError("bad lock")
+
+    mapped = processes.map(work, retries=2, min_delay=0.001, retry_on=kind)
+    mapped.run([5])
+    assert mapped.stats.retries == 2
+
+
+def test_an_exception_that_cannot_travel_is_not_retried_by_another_class(processes):
+    def work(item):
+        raise LockedError("bad lock")
+
+    mapped = processes.map(work, retries=2, min_delay=0.001, retry_on=KeyError)
+    mapped.run([5])
+    assert mapped.stats.retries == 0
 
 
 def test_an_exception_that_cannot_travel_is_retried_like_any_other(processes, journal):

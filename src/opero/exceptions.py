@@ -58,7 +58,13 @@ class NotTransferableError(OperoError):
 
 
 class RemoteError(OperoError):
-    """An exception of a worker process that cannot be pickled; the message has its class and its text."""
+    """An exception of a worker process that cannot be pickled; the message has its class and its text.
+
+    Attributes:
+        error_class: Its class, by which ``retry_on`` knows it; None if that cannot be pickled either.
+    """
+
+    error_class: type[BaseException] | None = None
 
 
 class UnsafeCacheError(OperoError, PermissionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import importlib
 import io
 import pickle
@@ -355,16 +356,46 @@ def _not_portable(value: Any, error: Exception) -> NotTransferableError:
     return NotTransferableError(f"the result {type(value).__qualname__} cannot be pickled: {_text(error)}")
 
 
-def _portable_error(error: Exception) -> Exception:
-    """The error with the worker's traceback as a note; its text alone if it cannot be pickled and unpickled."""
+def _portable_error(error: Exception) -> Any:
+    """The error, or what is unpickled as such, with the worker's traceback as a note; if need be, its text alone."""
+    trace = f"in the worker:\n{_trace(error)}"
+    add_note(error, trace)
+    for portable in (error, _Remade(error)):
+        if _travels(portable, type(error)):
+            return portable
+    remote = RemoteError(_story(error))
+    if _travels(type(error), type(type(error))):
+        remote.error_class = type(error)
+    add_note(remote, trace)
+    return remote
+
+
+def _travels(thing: Any, kind: type) -> bool:
     try:
-        copy = pickle.loads(pickle.dumps(error, PROTOCOL))  # noqa: S301 - just made here
-        faithful = type(copy) is type(error)
-    except Exception:  # noqa: BLE001 - many exceptions cannot: their __init__ takes what args does not hold
-        faithful = False
-    portable = error if faithful else RemoteError(_story(error))
-    add_note(portable, f"in the worker:\n{_trace(error)}")
-    return portable
+        return type(pickle.loads(pickle.dumps(thing, PROTOCOL))) is kind  # noqa: S301 - just made here
+    except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
+        return False
+
+
+class _Remade:
+    """Is unpickled as an exception of the class, without its `__init__`, which takes what ``args`` does not hold."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> Any:
+        written = io.BytesIO()
+        _RemakingPickler(written, PROTOCOL).dump(self._error)
+        return pickle.loads, (written.getvalue(),)
+
+
+class _RemakingPickler(pickle.Pickler):
+    """Reaches the parts of an exception group, too."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, BaseException) and not _travels(thing, type(thing)):
+            return copyreg.__newobj__, (type(thing), *thing.args), vars(thing)  # type: ignore[attr-defined]
+        return NotImplemented
 
 
 def _story(error: Exception) -> str:

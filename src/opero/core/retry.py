@@ -28,6 +28,7 @@ from opero.core.resilient import OperoFunction, decorator
 from opero.core.showing import shown
 from opero.core.signature import name_of
 from opero.core.steps import Failed
+from opero.exceptions import RemoteError
 from opero.utils.logging import log
 from opero.utils.notes import add_note
 
@@ -97,7 +98,8 @@ class RetryWithTenacity:
     def may_retry(self, error: Exception) -> bool | float:
         """``retry_on``'s answer: yes, no, or yes after so many seconds."""
         if isinstance(self.retry_on, (type, tuple)):
-            return isinstance(error, self.retry_on)
+            remote = error.error_class if isinstance(error, RemoteError) else None
+            return isinstance(error, self.retry_on) or (remote is not None and issubclass(remote, self.retry_on))
         answer = self.retry_on(error)
         if isinstance(answer, (int, float)) and not isinstance(answer, bool):
             return max(0.0, float(answer)) if not math.isnan(answer) else True
