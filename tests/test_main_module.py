@@ -633,6 +633,107 @@ def test_what_typing_declares_in_the_main_module_is_whole_in_workers(tmp_path, m
     assert run_main(tmp_path, source, way="-c") == "[(1, 6, 4)] [6]\n"
 
 
+HELD = """
+    import concurrent.futures, enum, functools, multiprocessing, threading
+    from typing import Generic, TypeVar
+    from opero import opmap
+
+    T = TypeVar("T")
+
+    class Planet(enum.Enum):
+        EARTH = (5.97, 6.4)
+
+        def __init__(self, mass, radius):
+            self.mass = mass
+
+    class Level(enum.IntEnum):
+        def __new__(cls, value, label):
+            level = int.__new__(cls, value)
+            level._value_, level.label = value, label
+            return level
+
+        LOW = 1, "low"
+
+    class Tree(Generic[T]):
+        class Node:
+            pass
+
+    class Job:
+        class State(enum.Enum):
+            NEW = 1
+
+        class Info:
+            pass
+
+    class Guarded:
+        lock = threading.RLock()
+
+        @functools.cached_property
+        def size(self):
+            with self.lock:
+                return 3
+
+    def use(planet):
+        return planet is Planet.EARTH, Planet.EARTH.mass, Level.LOW.label, Guarded().size
+
+    def make(_):
+        return Tree.Node(), Job.Info(), Job.State.NEW
+
+    def is_even(item):
+        return item % 2 == 0
+
+    def choose(item, f, *, g):
+        return f(item), g(item)
+
+    if __name__ == "__main__":
+        mapped = opmap(MODE, workers=1, retries=0, progress=False)
+        print(mapped(use)([Planet.EARTH]))
+        node, info, state = mapped(make)([1])[0]
+        print(type(node) is Tree.Node, type(info) is Job.Info, state is Job.State.NEW)
+        print(mapped(lambda f: f(4))([is_even, lambda x: -x, abs]))
+        print(mapped(choose)([4], lambda x: x + 1, g=is_even))
+        with_candidates = opmap(MODE, workers=1, retries=0, progress=False, arg_fallback="f")
+        print(with_candidates(choose)([4], [lambda x: 1 / 0, is_even], g=abs))
+"""
+
+
+@pytest.mark.parametrize(("mode", "way"), [("spawn", "-c"), ("loky", "-c"), ("loky", "file"), ("spawn", "file")])
+def test_what_classes_hold_and_functions_that_are_given_arrive_in_workers(tmp_path, mode, way):
+    source = textwrap.dedent(HELD).replace("MODE", MODES[mode])
+    assert run_main(tmp_path, source, way=way).splitlines() == [
+        "[(True, 5.97, 'low', 3)]",
+        "True True True",
+        "[True, -4, 4]",
+        "[(5, True)]",
+        "[(True, 4)]",
+    ]
+
+
+UNSENDABLE = """
+    import functools, loky
+    from opero import opmap
+
+    @functools.singledispatch
+    def one(item):
+        return item
+
+    def work(item):
+        return one(item)
+
+    if __name__ == "__main__":
+        try:
+            opmap(mode=lambda: loky.ProcessPoolExecutor(1), workers=1, retries=0, progress=False)(work)([1])
+        except Exception as error:
+            print(error)
+"""
+
+
+def test_why_a_function_of_the_main_module_cannot_be_sent_to_an_executor_is_told(tmp_path):
+    told = run_main(tmp_path, textwrap.dedent(UNSENDABLE), way="file")
+    assert "has no attribute 'work'" in told
+    assert "cannot pickle 'weakref" in told
+
+
 SEEDED = """
     import concurrent.futures, multiprocessing
     from opero import opmap

@@ -14,6 +14,8 @@ import inspect
 import io
 import pickle
 import sys
+import threading
+from enum import EnumType
 from functools import partial
 from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, NewType, ParamSpec, TypeVar, TypeVarTuple
@@ -33,7 +35,7 @@ from opero.concurrency.main_module import (
 from opero.core.signature import through_partials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from opero.concurrency.main_module import Classes
 
@@ -137,11 +139,17 @@ class _ByNameInMain:
 
 
 def _reduced(obj: Any) -> Any:
-    """What both would send as a name that the worker may not have."""
+    """What one of them would send as a lock that nobody can open, and both as a name that the worker may not have."""
+    if type(obj) in _LOCKS:
+        return _LOCKS[type(obj)], ()
     if not isinstance(obj, (NewType, ParamSpec, TypeVarTuple)) or obj.__module__ not in MAINS:
         return NotImplemented
     supertype = (obj.__supertype__,) if isinstance(obj, NewType) else ()
     return _declare, (type(obj), obj.__name__, *supertype)
+
+
+# Each process has locks of its own, of which nobody holds any.
+_LOCKS: dict[type, Callable[[], Any]] = {type(make()): make for make in (threading.Lock, threading.RLock)}
 
 
 def _declare(kind: Callable[..., Any], *its: Any) -> Any:
@@ -171,8 +179,30 @@ class _DillPickler(_ByNameInMain, dill.Pickler):  # type: ignore[misc]  # dill h
 class _CloudPickler(_ByNameInMain, cloudpickle.Pickler):  # type: ignore[misc]  # as above
     def reducer_override(self, obj: Any) -> Any:
         self.note_function(obj)
-        reduced = _reduced(obj)
-        return super().reducer_override(obj) if reduced is NotImplemented else reduced
+        reduced: Any = _reduced(obj)
+        if reduced is NotImplemented:
+            reduced = super().reducer_override(obj)
+            if isinstance(obj, type) and isinstance(reduced, tuple) and reduced[-1] is _set_class_state:
+                return _whole(obj, *reduced)
+        return reduced
+
+
+def _whole(cls: type, make: Any, its: tuple[Any, ...], state: Any, *_: Any) -> Any:
+    """With what cloudpickle (3.1) leaves out: the qualified name, and what enumerations set in their ``__init__``."""
+    found: Mapping[str, Any] = cls.__members__ if isinstance(cls, EnumType) else {}
+    members = {name: {k: v for k, v in vars(member).items() if k not in _OF_ENUM} for name, member in found.items()}
+    return make, its, (cls.__qualname__, state, members), None, None, _set_whole
+
+
+def _set_whole(cls: type, whole: tuple[str, Any, dict[str, dict[str, Any]]]) -> None:
+    cls.__qualname__, state, members = whole
+    _set_class_state(cls, state)
+    for name, attributes in members.items():
+        vars(cls.__members__[name]).update(attributes)  # type: ignore[attr-defined]
+
+
+_OF_ENUM = {"_value_", "_name_", "__objclass__", "_sort_order_"}
+_set_class_state: Any = cloudpickle.cloudpickle._class_setstate  # noqa: SLF001 - see `_Unpickler`
 
 
 class _Unpickler(dill.Unpickler):  # type: ignore[misc]  # dill has no types

@@ -142,18 +142,17 @@ def _reachable(place: int, direct: dict[int, Classes]) -> set[int]:
 class Collector(pickle.Pickler):
     """Pickles as pickle does, and notes which classes of the main module are mentioned.
 
-    ``carry``, unless None, pickles functions by value; it gives None for those that can be imported.
+    ``carry`` reduces functions to what travels by value; it gives NotImplemented for those that can be imported.
     """
 
     mentioned: Classes
-    carry: Callable[[Any, Classes], bytes | None] | None = None
+    carry: Callable[[Any, Classes], Any]
 
     def reducer_override(self, obj: Any) -> Any:
         if is_class_of_main(obj):
             note_class(obj, self.mentioned)
-        elif self.carry is not None and isinstance(obj, FunctionType):
-            carried = self.carry(obj, self.mentioned)
-            return NotImplemented if carried is None else (loads, (carried,))
+        elif isinstance(obj, FunctionType):
+            return self.carry(obj, self.mentioned)
         return NotImplemented
 
 

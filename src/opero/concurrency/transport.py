@@ -9,6 +9,7 @@ import io
 import pickle
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from opero.concurrency.worker import Report
 from opero.core.lazy import lazy_attribute
 from opero.core.signature import MISSING, find_by_name, name_of
 from opero.exceptions import NotTransferableError, RemoteError
-from opero.utils.notes import add_note
+from opero.utils.notes import add_note, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,15 +66,17 @@ class ByEither:
     named: ByName
     fingerprint: bytes
     valued: ByValue | None
+    problem: str
 
     def load(self) -> Any:
         try:
             function = self.named.load()
             if self.valued is None or _fingerprint(function) == self.fingerprint:
                 return function
-        except AttributeError:
+        except AttributeError as error:
             if self.valued is None:
-                raise
+                msg = f"{error}, and it cannot be sent by value: {self.problem}"
+                raise AttributeError(msg) from None
         return self.valued.load()
 
 
@@ -116,7 +119,7 @@ class refusing:  # noqa: N801 - used as a function
     No generator, which every batch would have to make and to end.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str | Callable[[], str]) -> None:
         self._what = what
 
     def __enter__(self) -> None:
@@ -124,7 +127,8 @@ class refusing:  # noqa: N801 - used as a function
 
     def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         if isinstance(error, Exception):
-            msg = f"{self._what} cannot be sent to a worker process: {_text(error)}"
+            what = self._what if isinstance(self._what, str) else self._what()
+            msg = f"{what} cannot be sent to a worker process: {_text(error)}; give what can be pickled, or use threads"
             raise NotTransferableError(msg) from error
 
 
@@ -182,27 +186,37 @@ class Packer:
         # MISSING is one object in one process; it does not travel.
         has_candidate = batch.candidate is not MISSING
         candidate = batch.candidate if has_candidate else None
-        with refusing(f"the item {type(batch.items[0]).__qualname__}"):
+        with refusing(lambda: self._culprit(batch)):
             return self.dumps((batch.items, has_candidate, candidate, batch.time_limit))
 
+    def _culprit(self, batch: Batch) -> str:
+        for what, thing in [("candidate", batch.candidate), *(("item", item) for item in batch.items)]:
+            try:
+                self.dumps(thing)
+            except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
+                return f"the {what} {type(thing).__qualname__}"
+        return f"an item of {len(batch.items)}"
+
     def dumps(self, thing: Any, mentioned: dict[int, type] | None = None, reducers: Any = None) -> bytes:
-        """Pickle it, with the copies of the classes that it mentions and of those that are ``mentioned``.
+        """Pickle it, with functions that cannot be imported, and copies of the classes that are mentioned.
 
         Args:
             thing: What is pickled.
             mentioned: Classes by their identity; those of ``thing`` are added.
-            reducers: A pickler's ``dispatch_table``; functions that cannot be imported are carried then, too.
+            reducers: A pickler's ``dispatch_table``, for what prepares a worker.
         """
         if self._is_unknown is None and reducers is None and not mentioned:
-            return pickle.dumps(thing, PROTOCOL)
+            # It takes longer to look at everything for functions, of which there are seldom any.
+            with contextlib.suppress(Exception):
+                return pickle.dumps(thing, PROTOCOL)
         from opero.concurrency.class_copies import Collector, Copies
 
         file = io.BytesIO()
         pickler = Collector(file, PROTOCOL)
         pickler.mentioned = {} if mentioned is None else mentioned
+        pickler.carry = partial(self._carry, prepares=reducers is not None)
         if reducers is not None:
             pickler.dispatch_table = reducers
-            pickler.carry = self._carry
         pickler.dump(thing)
         data = file.getvalue()
         if not pickler.mentioned:
@@ -227,15 +241,15 @@ class Packer:
         kept = frozenset[str]() if prepares else self._kept
         if named is None or self._is_sure:
             return ByValue(dumps(function, mentioned, kept, is_here=is_here))
-        valued = None
-        # What it mentions may be of no use elsewhere, as a connection.
-        with contextlib.suppress(Exception):
-            valued = ByValue(dumps(function, mentioned, kept, is_here=is_here))
-        return ByEither(named, _fingerprint(function), valued)
+        try:
+            valued, problem = ByValue(dumps(function, mentioned, kept, is_here=is_here)), ""
+        except Exception as error:  # noqa: BLE001 - it may mention what is of no use elsewhere, as a connection
+            valued, problem = None, describe(error)
+        return ByEither(named, _fingerprint(function), valued, problem)
 
-    def _carry(self, function: Callable[..., Any], mentioned: dict[int, type]) -> bytes | None:
-        carried = self.function(function, mentioned, prepares=True)
-        return carried.dilled if isinstance(carried, ByValue) else None
+    def _carry(self, function: Callable[..., Any], mentioned: dict[int, type], *, prepares: bool) -> Any:
+        carried = self.function(function, mentioned, prepares=prepares)
+        return NotImplemented if isinstance(carried, ByName) else (_load, (carried,))
 
     @lazy_attribute
     def _kept(self) -> frozenset[str] | None:
@@ -266,6 +280,10 @@ def _load_after(copies: tuple[Any, ...], data: bytes) -> Any:
 
     provide(copies)
     return pickle.loads(data)  # noqa: S301 - made by the same `Packer` in the parent process
+
+
+def _load(carried: ByValue | ByEither) -> Any:
+    return carried.load()
 
 
 def unpack_work(data: bytes) -> Work:
