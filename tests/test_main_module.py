@@ -654,6 +654,20 @@ HELD = """
 
         LOW = 1, "low"
 
+    class Right(enum.Flag):
+        READ = 1
+        WRITE = 2
+        BOTH = 3
+        LOOK = 1
+
+    class Form:
+        def __init__(self):
+            self.clicks = 0
+            self.on_click = lambda: self.add()
+
+        def add(self):
+            self.clicks += 1
+
     class Tree(Generic[T]):
         class Node:
             pass
@@ -676,6 +690,13 @@ HELD = """
     def use(planet):
         return planet is Planet.EARTH, Planet.EARTH.mass, Level.LOW.label, Guarded().size
 
+    def combine(right):
+        return right is Right.BOTH is Right.READ | Right.WRITE, Right.LOOK is Right.READ, Right.BOTH.name, Right.BOTH
+
+    def press(form):
+        form.on_click()
+        return form.clicks
+
     def make(_):
         return Tree.Node(), Job.Info(), Job.State.NEW
 
@@ -688,6 +709,8 @@ HELD = """
     if __name__ == "__main__":
         mapped = opmap(MODE, workers=1, retries=0, progress=False)
         print(mapped(use)([Planet.EARTH]))
+        print(mapped(combine)([Right.BOTH])[0] == (True, True, "BOTH", Right.BOTH))
+        print(mapped(press)([Form()]))
         node, info, state = mapped(make)([1])[0]
         print(type(node) is Tree.Node, type(info) is Job.Info, state is Job.State.NEW)
         print(mapped(lambda f: f(4))([is_even, lambda x: -x, abs]))
@@ -702,6 +725,8 @@ def test_what_classes_hold_and_functions_that_are_given_arrive_in_workers(tmp_pa
     source = textwrap.dedent(HELD).replace("MODE", MODES[mode])
     assert run_main(tmp_path, source, way=way).splitlines() == [
         "[(True, 5.97, 'low', 3)]",
+        "True",
+        "[1]",
         "True True True",
         "[True, -4, 4]",
         "[(5, True)]",

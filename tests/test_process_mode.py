@@ -599,6 +599,69 @@ def test_a_group_of_exceptions_whose_init_takes_other_arguments_arrives(processe
     assert second.code == 5
 
 
+class NoRouteError(OSError):
+    def __init__(self, host: str, *, port: int) -> None:
+        super().__init__(113, "no route", f"{host}:{port}")
+
+
+class NotFoundError(Exception):
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no {name}")
+
+
+class SlottedError(Exception):
+    __slots__ = ("code", "nothing")
+
+    def __init__(self, text: str, *, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} ({self.code})"
+
+
+class BadBytesError(UnicodeDecodeError):
+    def __init__(self, data: bytes, *, source: str) -> None:
+        super().__init__("utf-8", data, 0, 1, f"bad byte in {source}")
+
+
+ODD = [
+    lambda: NoRouteError("host", port=1),
+    lambda: NotFoundError("name"),
+    lambda: SlottedError("no", code=5),
+    lambda: BadBytesError(b"\xff", source="a file"),
+    lambda: ExceptionGroup("several", [NotFoundError("name"), SlottedError("no", code=5)]),
+]
+
+
+def test_an_exception_says_the_same_and_has_the_same_in_it_after_it_has_travelled(processes):
+    def work(item):
+        error = ODD[item]()
+        raise error
+
+    *odd, group = processes.map(work, retries=0).run(range(len(ODD)))
+    for make, error in [*zip(ODD[:-1], odd, strict=True), *zip((ODD[1], ODD[2]), group.exceptions, strict=True)]:
+        original = make()
+        assert type(error) is type(original)
+        assert (str(error), error.args) == (str(original), original.args)
+        for name in ("errno", "filename", "code", "reason", "end"):
+            assert getattr(error, name, None) == getattr(original, name, None)
+    assert not hasattr(odd[2], "nothing")
+
+
+def test_an_exception_that_is_raised_again_and_again_has_one_traceback_of_the_worker(processes):
+    error = ConnectionError("closed")
+
+    def work(item):
+        raise error
+
+    raised = processes.map(work, retries=1, min_delay=0.001).run(range(200))
+    for one in raised:
+        (note,) = [note for note in one.__notes__ if note.startswith("in the worker:")]
+        assert "raise error" in note
+        assert note.count("in the worker:") == 1
+
+
 @pytest.mark.parametrize("kind", [OtherArgumentsError, LockedError])
 def test_an_exception_that_travels_badly_is_retried_by_its_class(processes, kind):
     def work(item):

@@ -51,10 +51,12 @@ def dumps(
     *,
     by_value: Iterable[type] = (),
     is_here: Callable[[str], bool] | None = None,
+    copies_locks: bool = True,
 ) -> bytes:
     """Pickle by value; notes which classes of the main module are mentioned.
 
     They go by name, but for those ``by_value``; so do functions of which ``is_here`` says that the worker has the name.
+    Each process has locks of its own, unless there shall be none: ``copies_locks``.
     """
     identities = {id(cls) for cls in by_value}
     codes: set[_CodeKey] = set()
@@ -63,7 +65,7 @@ def dumps(
         file = io.BytesIO()
         pickler = kind(file)
         pickler.by_value, pickler.mentioned, pickler.is_here, pickler.codes = identities, mentioned, is_here, codes
-        pickler.globals_of_main = globals_of_main()
+        pickler.globals_of_main, pickler.copies_locks = globals_of_main(), copies_locks
         pickler.dump(thing)
         return pickle.dumps((codes, kept, file.getvalue()), pickle.HIGHEST_PROTOCOL)
 
@@ -118,6 +120,17 @@ class _ByNameInMain:
     is_here: Callable[[str], bool] | None
     codes: set[_CodeKey]
     globals_of_main: dict[str, Any]
+    copies_locks: bool
+
+    def reduced(self, obj: Any) -> Any:
+        self.note_function(obj)
+        if type(obj) not in _LOCKS:
+            return _reduced(obj)
+        if not self.copies_locks:
+            msg = f"cannot pickle '{type(obj).__module__}.{type(obj).__name__}' object"
+            raise TypeError(msg)
+        # One that nobody holds: a copy of dill's of an RLock is held by nobody, and for ever.
+        return _LOCKS[type(obj)], ()
 
     def note_function(self, obj: Any) -> None:
         # A decorator's wrapper calls itself one of the main module and has the globals of another.
@@ -139,16 +152,13 @@ class _ByNameInMain:
 
 
 def _reduced(obj: Any) -> Any:
-    """What one of them would send as a lock that nobody can open, and both as a name that the worker may not have."""
-    if type(obj) in _LOCKS:
-        return _LOCKS[type(obj)], ()
+    """What both would send as a name that the worker may not have."""
     if not isinstance(obj, (NewType, ParamSpec, TypeVarTuple)) or obj.__module__ not in MAINS:
         return NotImplemented
     supertype = (obj.__supertype__,) if isinstance(obj, NewType) else ()
     return _declare, (type(obj), obj.__name__, *supertype)
 
 
-# Each process has locks of its own, of which nobody holds any.
 _LOCKS: dict[type, Callable[[], Any]] = {type(make()): make for make in (threading.Lock, threading.RLock)}
 
 
@@ -163,7 +173,9 @@ class _DillPickler(_ByNameInMain, dill.Pickler):  # type: ignore[misc]  # dill h
         super().__init__(file, recurse=True)
 
     def reducer_override(self, obj: Any) -> Any:
-        self.note_function(obj)
+        reduced = self.reduced(obj)
+        if reduced is not NotImplemented:
+            return reduced
         # dill would copy those that are not installed, with all that is in them.
         if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj and obj.__name__ not in MAINS:
             return importlib.import_module, (obj.__name__,)
@@ -173,13 +185,12 @@ class _DillPickler(_ByNameInMain, dill.Pickler):  # type: ignore[misc]  # dill h
         if isinstance(obj, type) and obj.__module__ in MAINS and obj.__bases__ == (tuple,) and hasattr(obj, "_fields"):
             msg = f"dill leaves out the methods of {obj}"
             raise pickle.PicklingError(msg)
-        return _reduced(obj)
+        return NotImplemented
 
 
 class _CloudPickler(_ByNameInMain, cloudpickle.Pickler):  # type: ignore[misc]  # as above
     def reducer_override(self, obj: Any) -> Any:
-        self.note_function(obj)
-        reduced: Any = _reduced(obj)
+        reduced: Any = self.reduced(obj)
         if reduced is NotImplemented:
             reduced = super().reducer_override(obj)
             if isinstance(obj, type) and isinstance(reduced, tuple) and reduced[-1] is _set_class_state:
@@ -188,17 +199,29 @@ class _CloudPickler(_ByNameInMain, cloudpickle.Pickler):  # type: ignore[misc]  
 
 
 def _whole(cls: type, make: Any, its: tuple[Any, ...], state: Any, *_: Any) -> Any:
-    """With what cloudpickle (3.1) leaves out: the qualified name, and what enumerations set in their ``__init__``."""
-    found: Mapping[str, Any] = cls.__members__ if isinstance(cls, EnumType) else {}
-    members = {name: {k: v for k, v in vars(member).items() if k not in _OF_ENUM} for name, member in found.items()}
-    return make, its, (cls.__qualname__, state, members), None, None, _set_whole
+    """With what cloudpickle (3.1) leaves out: the qualified name, aliases, and what an ``__init__`` sets in members."""
+    members: dict[str, dict[str, Any]] = {}
+    aliases: dict[str, Any] = {}
+    if isinstance(cls, EnumType):
+        known: Mapping[str, Any] = cls.__members__
+        canonical = cls._member_names_
+        members = {n: {k: v for k, v in vars(known[n]).items() if k not in _OF_ENUM} for n in canonical}
+        aliases = {name: member.value for name, member in known.items() if name not in canonical}
+    return make, its, (cls.__qualname__, state, members, aliases), None, None, _set_whole
 
 
-def _set_whole(cls: type, whole: tuple[str, Any, dict[str, dict[str, Any]]]) -> None:
-    cls.__qualname__, state, members = whole
+def _set_whole(cls: Any, whole: tuple[str, Any, dict[str, dict[str, Any]], dict[str, Any]]) -> None:
+    cls.__qualname__, state, members, aliases = whole
     _set_class_state(cls, state)
     for name, attributes in members.items():
-        vars(cls.__members__[name]).update(attributes)  # type: ignore[attr-defined]
+        vars(cls.__members__[name]).update(attributes)
+    for name, value in aliases.items():
+        member = cls(value)
+        if member.name not in members:  # a combination of flags
+            member._name_ = name
+        cls._member_map_[name] = member
+        if name not in vars(cls):
+            type.__setattr__(cls, name, member)
 
 
 _OF_ENUM = {"_value_", "_name_", "__objclass__", "_sort_order_"}

@@ -9,9 +9,8 @@ import io
 import pickle
 import traceback
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MemberDescriptorType
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.main_module import surely_nothing
@@ -19,7 +18,7 @@ from opero.concurrency.worker import Report
 from opero.core.lazy import lazy_attribute
 from opero.core.signature import MISSING, find_by_name, name_of
 from opero.exceptions import NotTransferableError, RemoteError
-from opero.utils.notes import add_note, describe
+from opero.utils.notes import add_note, describe, drop_notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -214,11 +213,20 @@ class Packer:
         file = io.BytesIO()
         pickler = Collector(file, PROTOCOL)
         pickler.mentioned = {} if mentioned is None else mentioned
-        pickler.carry = partial(self._carry, prepares=reducers is not None)
         if reducers is not None:
             pickler.dispatch_table = reducers
-        pickler.dump(thing)
-        data = file.getvalue()
+            pickler.carry = self._carry
+        else:
+            pickler.carry = self._refuse
+        try:
+            pickler.dump(thing)
+            data = file.getvalue()
+        except _FunctionByValueError:
+            from opero.concurrency import by_value
+
+            # All together: it may change what the objects have that hold it.
+            dilled = by_value.dumps(thing, pickler.mentioned, self._kept, copies_locks=False)
+            data = pickle.dumps(_Carried(ByValue(dilled)), PROTOCOL)
         if not pickler.mentioned:
             return data
         if self._copies is None:
@@ -247,9 +255,15 @@ class Packer:
             valued, problem = None, describe(error)
         return ByEither(named, _fingerprint(function), valued, problem)
 
-    def _carry(self, function: Callable[..., Any], mentioned: dict[int, type], *, prepares: bool) -> Any:
-        carried = self.function(function, mentioned, prepares=prepares)
+    def _carry(self, function: Callable[..., Any], mentioned: dict[int, type]) -> Any:
+        carried = self.function(function, mentioned, prepares=True)
         return NotImplemented if isinstance(carried, ByName) else (_load, (carried,))
+
+    def _refuse(self, function: Callable[..., Any], _mentioned: dict[int, type]) -> Any:
+        named = _by_name(function)
+        if named is None or named.decorated or not (named.module != "__main__" or self._has(named.qualname)):
+            raise _FunctionByValueError
+        return NotImplemented
 
     @lazy_attribute
     def _kept(self) -> frozenset[str] | None:
@@ -280,6 +294,20 @@ def _load_after(copies: tuple[Any, ...], data: bytes) -> Any:
 
     provide(copies)
     return pickle.loads(data)  # noqa: S301 - made by the same `Packer` in the parent process
+
+
+class _FunctionByValueError(Exception):
+    """What is pickled holds a function that no worker can import."""
+
+
+class _Carried:
+    """Is unpickled as what it stands for."""
+
+    def __init__(self, carried: ByValue) -> None:
+        self._carried = carried
+
+    def __reduce__(self) -> Any:
+        return _load, (self._carried,)
 
 
 def _load(carried: ByValue | ByEither) -> Any:
@@ -376,23 +404,49 @@ def _not_portable(value: Any, error: Exception) -> NotTransferableError:
 
 def _portable_error(error: Exception) -> Any:
     """The error, or what is unpickled as such, with the worker's traceback as a note; if need be, its text alone."""
-    trace = f"in the worker:\n{_trace(error)}"
-    add_note(error, trace)
-    for portable in (error, _Remade(error)):
-        if _travels(portable, type(error)):
-            return portable
+    if error.__traceback__ is not None:
+        # The function may raise one object again and again, with what it got here before.
+        drop_notes(error, _NOTE)
+        add_note(error, f"{_NOTE}{_trace(error)}")
+        error.__traceback__ = None
+    plain = _copy_of(error)
+    if plain is not None and _is_like(plain, error):
+        return error
+    remade = _Remade(error)
+    copy = _copy_of(remade)
+    if copy is not None and _is_like(copy, error):
+        return remade
+    if type(plain) is type(error):
+        # Its text may be another each time.
+        return error
     remote = RemoteError(_story(error))
-    if _travels(type(error), type(type(error))):
+    if _copy_of(type(error)) is type(error):
         remote.error_class = type(error)
-    add_note(remote, trace)
+    for note in getattr(error, "__notes__", ()):
+        add_note(remote, note)
     return remote
 
 
-def _travels(thing: Any, kind: type) -> bool:
+_NOTE = "in the worker:\n"
+
+
+def _copy_of(thing: Any) -> Any:
+    """What arrives of it; None if nothing does."""
     try:
-        return type(pickle.loads(pickle.dumps(thing, PROTOCOL))) is kind  # noqa: S301 - just made here
+        return pickle.loads(pickle.dumps(thing, PROTOCOL))  # noqa: S301 - just made here
     except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
+        return None
+
+
+def _is_like(copy: BaseException, error: BaseException) -> bool:
+    """Whether it says the same, and has its slots: plain pickle runs `__init__` again, with ``args``, and no slots."""
+    if type(copy) is not type(error) or describe(copy) != describe(error):
         return False
+    if _fields(copy).keys() != _fields(error).keys():
+        return False
+    if isinstance(error, BaseExceptionGroup) and isinstance(copy, BaseExceptionGroup):
+        return all(map(_is_like, copy.exceptions, error.exceptions))
+    return True
 
 
 class _Remade:
@@ -411,9 +465,39 @@ class _RemakingPickler(pickle.Pickler):
     """Reaches the parts of an exception group, too."""
 
     def reducer_override(self, thing: Any) -> Any:
-        if isinstance(thing, BaseException) and not _travels(thing, type(thing)):
-            return copyreg.__newobj__, (type(thing), *thing.args), vars(thing)  # type: ignore[attr-defined]
-        return NotImplemented
+        if not isinstance(thing, BaseException):
+            return NotImplemented
+        plain = _copy_of(thing)
+        if plain is not None and _is_like(plain, thing):
+            return NotImplemented
+        state = thing.args, _fields(thing), vars(thing)
+        return copyreg.__newobj__, (type(thing), *thing.args), state, None, None, _set_error  # type: ignore[attr-defined]
+
+
+def _set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
+    error.args, fields, attributes = state
+    vars(error).update(attributes)
+    descriptors = _descriptors(type(error))
+    for name, value in fields.items():
+        # What `__new__` has set cannot always be set again, and a None of an OSError's would be shown.
+        if getattr(error, name, MISSING) is not value:
+            with contextlib.suppress(AttributeError, TypeError):
+                descriptors[name].__set__(error, value)
+
+
+def _fields(error: BaseException) -> dict[str, Any]:
+    """What is neither in ``args`` nor in its `__dict__`: slots, and what built-in exceptions have, as ``errno``."""
+    return {name: getattr(error, name) for name in _descriptors(type(error)) if hasattr(error, name)}
+
+
+def _descriptors(kind: type) -> dict[str, MemberDescriptorType]:
+    found = {name: member for cls in reversed(kind.__mro__) for name, member in vars(cls).items()}
+    # The object that lacked an attribute may be anything.
+    return {
+        name: member
+        for name, member in found.items()
+        if isinstance(member, MemberDescriptorType) and not name.endswith("__") and name != "obj"
+    }
 
 
 def _story(error: Exception) -> str:

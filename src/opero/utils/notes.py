@@ -12,9 +12,16 @@ def add_note(error: BaseException, note: str, *, instead_of: str | None = None) 
     attributes; a note is no reason to lose them.
     """
     with contextlib.suppress(Exception):
-        if instead_of is not None and hasattr(error, "__notes__"):
-            error.__notes__ = [n for n in error.__notes__ if not str(n).startswith(instead_of)]
+        if instead_of is not None:
+            drop_notes(error, instead_of)
         error.add_note(note)
+
+
+def drop_notes(error: BaseException, beginning: str) -> None:
+    """Remove the notes that begin so; never raises."""
+    with contextlib.suppress(Exception):
+        if hasattr(error, "__notes__"):
+            error.__notes__ = [note for note in error.__notes__ if not str(note).startswith(beginning)]
 
 
 def describe(error: BaseException) -> str:
