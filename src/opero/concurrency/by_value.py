@@ -35,7 +35,7 @@ from opero.concurrency.main_module import (
 from opero.core.signature import through_partials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from opero.concurrency.main_module import Classes
 
@@ -203,7 +203,7 @@ def _whole(cls: type, make: Any, its: tuple[Any, ...], state: Any, *_: Any) -> A
     members: dict[str, dict[str, Any]] = {}
     aliases: dict[str, Any] = {}
     if isinstance(cls, EnumType):
-        known: Mapping[str, Any] = cls.__members__
+        known = vars(cls)["_member_map_"]
         canonical = cls._member_names_
         members = {n: {k: v for k, v in vars(known[n]).items() if k not in _OF_ENUM} for n in canonical}
         aliases = {name: member.value for name, member in known.items() if name not in canonical}
