@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
 import os
 import queue
 import signal
@@ -12,7 +11,7 @@ import sys
 import threading
 from dis import Bytecode, opname
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import diskcache
 import redis
@@ -20,7 +19,6 @@ import redis
 import opero
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import CodeType, FrameType
 
 OPERO = (str(Path(opero.__file__).parent), contextlib.__file__)
@@ -36,13 +34,18 @@ _LOOKS_AFTER_C = ("CALL", "CALL_FUNCTION_EX")
 _HANDLES_AN_ERROR = ("PUSH_EXC_INFO", "COPY", "RERAISE")
 
 
-@functools.cache
+# By their identity, with each: to compare code takes as long as it is.
+_handlers: dict[int, tuple[CodeType, list[Any]]] = {}
+
+
 def _handler(code: CodeType, offset: int) -> int | None:
     """Where an error of the instruction goes.
 
     The trace function raises at the next one, and what leaves a block by ``return`` is not in it any more.
     """
-    entries = Bytecode(code).exception_entries
+    if id(code) not in _handlers:
+        _handlers[id(code)] = code, Bytecode(code).exception_entries
+    _, entries = _handlers[id(code)]
     return next((entry.target for entry in entries if entry.start <= offset < entry.end), None)
 
 
@@ -58,15 +61,15 @@ class Presser:
         self._process = os.getpid()
         self.has_pressed = False
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        before = sys.gettrace()
+    def __enter__(self) -> Self:
+        self._before = sys.gettrace()
         sys.settrace(self._enter)
-        try:
-            yield
-        finally:
-            sys.settrace(before)
-            sys.setprofile(None)
+        return self
+
+    # No generator: code of contextlib is watched, and what is pressed here would be none of opero's business.
+    def __exit__(self, *_raised: object) -> None:
+        sys.setprofile(None)
+        sys.settrace(self._before)
 
     def _press(self) -> None:
         # A worker that was forked has all of this, too.
@@ -101,7 +104,9 @@ class Presser:
 
     def _count_until_again(self, frame: FrameType, _event: str, _arg: Any) -> None:
         assert self._left_until_again is not None
-        if frame.f_code.co_filename == __file__:
+        # A generator that is freed before it has begun runs no code; it is only shown as if it did.
+        has_not_begun = opname[frame.f_code.co_code[frame.f_lasti]] == "RETURN_GENERATOR"
+        if frame.f_code.co_filename == __file__ or has_not_begun:
             return
         if self._left_until_again == 0:
             sys.setprofile(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import gc
 import itertools
 import os
@@ -11,12 +12,14 @@ import pathlib
 import pickle
 import random
 import shutil
+import signal
 import sqlite3
 import stat
 import statistics
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -30,6 +33,7 @@ import opero
 from opero.core import faults
 from opero.core.forks import hold_forks
 from opero.core.keys import KeyMaker
+from opero.core.stores import locks
 
 
 @pytest.fixture
@@ -1274,7 +1278,7 @@ def test_ctrl_c_at_any_moment_leaves_the_key_and_the_store_to_other_callers(cach
     f(-1)
     for moment in itertools.count(0, 2):
         presser = Presser(moment, watched=watched)
-        with contextlib.suppress(KeyboardInterrupt), presser.watching():
+        with contextlib.suppress(KeyboardInterrupt), presser:
             f(moment)
             f(-1)
         if not presser.has_pressed:
@@ -1283,6 +1287,21 @@ def test_ctrl_c_at_any_moment_leaves_the_key_and_the_store_to_other_callers(cach
             # An open transaction is waited for for 5 s, a key that somebody has claimed for 10.
             assert started(f, x).result(4) == x
     assert moment > 5
+
+
+def test_ctrl_c_while_the_system_locks_a_key_on_disk_leaves_it_to_other_processes(disk_backend, monkeypatch):
+    f = opero.opero(**own(disk_backend))(lambda x: x)
+    f(0)
+
+    def lock_and_press(*request):
+        fcntl.lockf(*request)
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(locks, "fcntl", types.SimpleNamespace(**{**vars(fcntl), "lockf": lock_and_press}))
+    with pytest.raises(KeyboardInterrupt):
+        f(1)
+    assert forked(lambda: f(1)) == "1"
 
 
 # Many at once

@@ -258,7 +258,7 @@ class ExecutorPool:
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
         try:
-            with BriefHold(), self._while_workers_start():
+            with self._while_it_takes_work(), self._while_workers_start():
                 future = self._executor.submit(function, *arguments)
                 self._in_flight[future] = batch
                 future.add_done_callback(self._deliver)
@@ -270,9 +270,23 @@ class ExecutorPool:
                 raise _refused(self._name, error) from error
             self._finds_it_broken(batch, arguments, error)
 
+    def _while_it_takes_work(self) -> contextlib.AbstractContextManager[Any]:
+        """Ctrl-C would leave locks of it taken.
+
+        Not where it might block, in a `submit` of its own; nor where it forks workers that are somebody else's, which
+        would have the handler.
+        """
+        is_quick = _home_of(self._executor.submit) in _TAKE_WORK_AT_ONCE
+        forks = self._make is None and self._starting_context() is not None
+        return BriefHold() if is_quick and not forks else contextlib.nullcontext()
+
+    def _starting_context(self) -> Any:
+        """By which it starts processes, if it does."""
+        return getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
+
     def _while_workers_start(self) -> contextlib.AbstractContextManager[None]:
         """Processes that are started for this map are deaf to Ctrl-C until they run an item."""
-        context = getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
+        context = self._starting_context()
         if self._make is None or context is None:
             return contextlib.nullcontext()
         return held_back_in_children(context.get_start_method())
@@ -308,6 +322,14 @@ class ExecutorPool:
             return None
         self._stillbirths = 0
         return known
+
+
+# The packages of executors that have room for everything.
+_TAKE_WORK_AT_ONCE = {"concurrent", "loky", "distributed"}
+
+
+def _home_of(method: Any) -> str:
+    return str(getattr(method, "__module__", "")).partition(".")[0]
 
 
 def _refused(name: str, error: Exception) -> OperoError:

@@ -119,6 +119,9 @@ def _client_class() -> Any:
             with BriefHold():
                 return super().execute(*args, **kwargs)
 
+        def __del__(self) -> None:
+            """`execute` has reset it; redis-py does so again, and Ctrl-C would be lost in that."""
+
     class Client(redis.Redis):
         def execute_command(self, *args: Any, **kwargs: Any) -> Any:
             with BriefHold():

@@ -243,7 +243,7 @@ class DiskStore(LastingStore):
         return [self._answer_one(request, kept) for request in requests]
 
     def let_go(self, lease: Lease) -> None:
-        with self._lock:
+        with BriefHold(), self._lock:
             lease.dropped = True
             held, lease.held = lease.held, False
             if held and self._locks is not None:
@@ -315,7 +315,8 @@ class DiskStore(LastingStore):
         return kept.get(id(request), DONE)
 
     def _claim(self, lease: Lease) -> Any:
-        with self._lock:
+        # A key that is locked and not noted could not be given back.
+        with BriefHold(), self._lock:
             claimed = not lease.dropped and self._locks is not None and self._locks.take(lease.key)
             lease.held = claimed
             if claimed:
@@ -361,8 +362,10 @@ class DiskStore(LastingStore):
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
-                with BriefHold(), self._lock:
-                    return write(self._opened())
+                with self._lock:
+                    database = self._opened()
+                    with BriefHold():
+                        return write(database)
             except (diskcache.Timeout, sqlite3.OperationalError) as error:
                 busy = isinstance(error, diskcache.Timeout) or "locked" in str(error)
                 if not busy or time.monotonic() >= deadline:
