@@ -53,14 +53,22 @@ class HeardOnce(Hold):
         """Keep Ctrl-C until the end, as after one that has raised."""
         self._keeps = True
 
-    @contextlib.contextmanager
-    def elsewhere(self) -> Iterator[None]:
+    def elsewhere(self) -> _Elsewhere:
         """While other code runs than the map's."""
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
+        return _Elsewhere(self)
+
+
+class _Elsewhere:
+    """No generator: interrupted, it would be ended with the traceback, and set the handler when all is over."""
+
+    def __init__(self, handler: HeardOnce) -> None:
+        self._handler = handler
+
+    def __enter__(self) -> None:
+        self._handler.__exit__(None, None, None)
+
+    def __exit__(self, *_raised: object) -> None:
+        self._handler.__enter__()
 
 
 class let_through:  # noqa: N801 - used as a function
