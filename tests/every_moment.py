@@ -90,9 +90,10 @@ class Presser:
         latest, calls_then = self._latest.get(frame, (0, 0))
         self._latest[frame] = offset, self._python_calls
         name = opname[code.co_code[latest]]
-        if opname[code.co_code[offset]] in _HANDLES_AN_ERROR or _handler(code, latest) != _handler(code, offset):
+        if opname[code.co_code[offset]] in _HANDLES_AN_ERROR:
             return self._step
-        if name in _LOOKS_AFTER or (name in _LOOKS_AFTER_C and calls_then == self._python_calls):
+        looks = name in _LOOKS_AFTER or (name in _LOOKS_AFTER_C and calls_then == self._python_calls)
+        if looks and _handler(code, latest) == _handler(code, offset):
             self._left -= 1
             if self._left < 0:
                 self._latest.clear()

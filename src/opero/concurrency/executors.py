@@ -200,6 +200,10 @@ class ExecutorPool:
             _users.enter(self._executor)
             self._uses_it = True
         self._size = self._workers or getattr(self._executor, "_max_workers", None) or self._default_workers
+        # Not where it might block, in a `submit` of its own; nor where it forks workers that are somebody else's, which
+        # would have the handler.
+        is_quick = _home_of(self._executor.submit) in _TAKE_WORK_AT_ONCE
+        self._may_be_held = is_quick and (self._make is not None or self._starting_context() is None)
         self._probe = object()
         self._launch(None, _echo, self._probe)
 
@@ -271,14 +275,8 @@ class ExecutorPool:
             self._finds_it_broken(batch, arguments, error)
 
     def _while_it_takes_work(self) -> contextlib.AbstractContextManager[Any]:
-        """Ctrl-C would leave locks of it taken.
-
-        Not where it might block, in a `submit` of its own; nor where it forks workers that are somebody else's, which
-        would have the handler.
-        """
-        is_quick = _home_of(self._executor.submit) in _TAKE_WORK_AT_ONCE
-        forks = self._make is None and self._starting_context() is not None
-        return BriefHold() if is_quick and not forks else contextlib.nullcontext()
+        """Ctrl-C would leave locks of it taken."""
+        return BriefHold() if self._may_be_held else contextlib.nullcontext()
 
     def _starting_context(self) -> Any:
         """By which it starts processes, if it does."""

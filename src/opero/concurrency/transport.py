@@ -226,12 +226,12 @@ class Packer:
 
             # All together: it may change what the objects have that hold it.
             dilled = by_value.dumps(thing, pickler.mentioned, self._kept, copies_locks=False)
-            data = pickle.dumps(_Carried(ByValue(dilled)), PROTOCOL)
+            data = pickle.dumps(_Instead(_load, ByValue(dilled)), PROTOCOL)
         if not pickler.mentioned:
             return data
         if self._copies is None:
             self._copies = Copies(self._kept, self._is_surely_there)
-        return pickle.dumps(_After(self._copies.of(pickler.mentioned), data), PROTOCOL)
+        return pickle.dumps(_Instead(_load_after, self._copies.of(pickler.mentioned), data), PROTOCOL)
 
     def function(
         self, function: Callable[..., Any], mentioned: dict[int, type], *, prepares: bool = False
@@ -241,7 +241,7 @@ class Packer:
         ``prepares``: it is called for what it does to the worker's main module, whose functions are not copied then.
         """
         named = _by_name(function)
-        if named is not None and (named.module != "__main__" or self._has(named.qualname)):
+        if named is not None and self._can_import(named):
             return named
         from opero.concurrency.by_value import dumps
 
@@ -261,7 +261,7 @@ class Packer:
 
     def _refuse(self, function: Callable[..., Any], _mentioned: dict[int, type]) -> Any:
         named = _by_name(function)
-        if named is None or named.decorated or not (named.module != "__main__" or self._has(named.qualname)):
+        if named is None or named.decorated or not self._can_import(named):
             raise _FunctionByValueError
         return NotImplemented
 
@@ -274,22 +274,26 @@ class Packer:
 
         return frozenset() if self._initializer is None else names_mentioned(self._initializer)
 
+    def _can_import(self, named: ByName) -> bool:
+        return named.module != "__main__" or self._has(named.qualname)
+
     def _has(self, qualname: str) -> bool:
         """Whether the workers have this of the main module."""
         return self._is_unknown is None or not self._is_unknown(qualname)
 
 
-class _After:
-    """What can be unpickled only after the copies of classes that come with it."""
+class _Instead:
+    """Is unpickled as what ``make`` returns."""
 
-    def __init__(self, copies: tuple[Any, ...], data: bytes) -> None:
-        self._parts = copies, data
+    def __init__(self, make: Callable[..., Any], *its: Any) -> None:
+        self._parts = make, its
 
     def __reduce__(self) -> Any:
-        return _load_after, self._parts
+        return self._parts
 
 
 def _load_after(copies: tuple[Any, ...], data: bytes) -> Any:
+    """What can be unpickled only after the copies of classes that come with it."""
     from opero.concurrency.class_copies import provide
 
     provide(copies)
@@ -298,16 +302,6 @@ def _load_after(copies: tuple[Any, ...], data: bytes) -> Any:
 
 class _FunctionByValueError(Exception):
     """What is pickled holds a function that no worker can import."""
-
-
-class _Carried:
-    """Is unpickled as what it stands for."""
-
-    def __init__(self, carried: ByValue) -> None:
-        self._carried = carried
-
-    def __reduce__(self) -> Any:
-        return _load, (self._carried,)
 
 
 def _load(carried: ByValue | ByEither) -> Any:
@@ -410,11 +404,10 @@ def _portable_error(error: Exception) -> Any:
         add_note(error, f"{_NOTE}{_trace(error)}")
         error.__traceback__ = None
     plain = _copy_of(error)
-    if plain is not None and _is_like(plain, error):
+    if _is_like(plain, error):
         return error
-    remade = _Remade(error)
-    copy = _copy_of(remade)
-    if copy is not None and _is_like(copy, error):
+    remade = _remade(error)
+    if _is_like(_copy_of(remade), error):
         return remade
     if type(plain) is type(error):
         # Its text may be another each time.
@@ -438,7 +431,7 @@ def _copy_of(thing: Any) -> Any:
         return None
 
 
-def _is_like(copy: BaseException, error: BaseException) -> bool:
+def _is_like(copy: Any, error: BaseException) -> bool:
     """Whether it says the same, and has its slots: plain pickle runs `__init__` again, with ``args``, and no slots."""
     if type(copy) is not type(error) or describe(copy) != describe(error):
         return False
@@ -449,26 +442,21 @@ def _is_like(copy: BaseException, error: BaseException) -> bool:
     return True
 
 
-class _Remade:
+def _remade(error: Exception) -> _Instead | None:
     """Is unpickled as an exception of the class, without its `__init__`, which takes what ``args`` does not hold."""
-
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
-
-    def __reduce__(self) -> Any:
-        written = io.BytesIO()
-        _RemakingPickler(written, PROTOCOL).dump(self._error)
-        return pickle.loads, (written.getvalue(),)
+    written = io.BytesIO()
+    try:
+        _RemakingPickler(written, PROTOCOL).dump(error)
+    except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
+        return None
+    return _Instead(pickle.loads, written.getvalue())
 
 
 class _RemakingPickler(pickle.Pickler):
     """Reaches the parts of an exception group, too."""
 
     def reducer_override(self, thing: Any) -> Any:
-        if not isinstance(thing, BaseException):
-            return NotImplemented
-        plain = _copy_of(thing)
-        if plain is not None and _is_like(plain, thing):
+        if not isinstance(thing, BaseException) or _is_like(_copy_of(thing), thing):
             return NotImplemented
         state = thing.args, _fields(thing), vars(thing)
         return copyreg.__newobj__, (type(thing), *thing.args), state, None, None, _set_error  # type: ignore[attr-defined]
