@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import types
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -803,6 +804,34 @@ def test_a_corrupt_entry_is_computed_anew(  # noqa: PLR0917 - each is a fixture
     assert f.stats.hits >= 1
     assert f.stats.cache_errors >= 1
     assert len(warnings) <= 1
+
+
+class Planted:
+    """What a stranger would put into a cache: unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("compression", ["-", "Z"])
+def test_a_function_that_writes_json_never_reads_a_pickle(world, backend, tmp_path, compression):
+    text = backend.namespace()
+    choice = {**backend.cache_options, "serializer": "json"}
+    f = opero.opero(**own(backend, cache_options=choice))(world.define(lambda: text))
+    world.run(f)
+    payload = pickle.dumps(Planted(tmp_path / "code ran"))
+    if compression == "Z":
+        payload = zlib.compress(payload)
+    entry = f"P{compression}".encode() + zlib.crc32(payload).to_bytes(4, "big") + payload
+    assert backend.spoil(text.encode(), lambda value: entry) == 1
+    assert [world.run(f) for _ in range(3)] == [text] * 3
+    assert not (tmp_path / "code ran").exists()
+    assert f.stats.attempts >= 2
+    assert f.stats.hits >= 1
+    assert f.stats.cache_errors >= 1
 
 
 def test_a_broken_database_costs_no_call(world, disk_backend, start, journal):

@@ -21,7 +21,6 @@ from opero.core.forks import between_forks, hold_forks
 from opero.core.interrupts import BriefHold
 from opero.core.private_folder import private_folder
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
-from opero.core.stores.entries import loads
 from opero.core.stores.lasting import LastingStore, slug
 from opero.core.stores.locks import KeyLocks, key_locks
 from opero.core.stores.settings import DISK_POLICIES
@@ -326,7 +325,7 @@ class DiskStore(LastingStore):
         entry = self.read(lease.key)
         if entry is None:
             return CLAIMED if claimed or lease.dropped else BUSY
-        found = Found(loads(entry))
+        found = Found(self._format.loads(entry))
         self.let_go(lease)
         return found
 
