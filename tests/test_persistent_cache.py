@@ -1114,6 +1114,27 @@ def test_a_folder_of_somebody_elses_is_refused(world, tmp_path, place):
         use(world, tmp_path / "cache")
 
 
+def test_the_advice_on_an_unsafe_folder_is_to_trust_nothing_in_it(world, tmp_path, place):
+    place.mkdir()
+    place.chmod(0o777)
+    with pytest.raises(opero.OperoError) as caught:
+        use(world, tmp_path / "cache")
+    assert "delete it with all that is in it" in str(caught.value)
+    assert "chmod" not in str(caught.value)
+    shutil.rmtree(place)
+    assert use(world, tmp_path / "cache") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of somebody else's")
+def test_a_private_folder_with_a_file_of_somebody_elses_is_refused(world, tmp_path):
+    use(world, tmp_path / "cache")
+    gc.collect()
+    (database,) = (tmp_path / "cache").rglob("*.db")
+    os.chown(database, 12345, 12345)
+    with pytest.raises(PermissionError, match="has files of another user"):
+        use(world, tmp_path / "cache")
+
+
 def test_a_folder_of_the_owners_is_taken(world, tmp_path, place):
     place.mkdir(mode=0o700)
     assert use(world, tmp_path / "cache") == 1
