@@ -46,7 +46,7 @@ from opero.concurrency.process_worker import (
 )
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, unpack_singly
-from opero.core.forks import ForkSafeLock, foreign_threads, right_to_fork, watch_forks
+from opero.core.forks import ForkSafeLock, foreign_threads, has_native_threads, right_to_fork, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -103,7 +103,7 @@ _ends_ajar = _EndsAjar()
 
 def default_start_method() -> str:
     """``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process."""
-    if sys.platform == "linux" and not foreign_threads():
+    if sys.platform == "linux" and not foreign_threads() and not has_native_threads():
         return "fork"
     return "spawn" if sys.platform == "win32" else "forkserver"
 
@@ -381,8 +381,9 @@ class ProcessPool:
 
     def _stay_safe(self) -> None:
         """Fork no more once threads have come that may hold locks; those of the pools themselves hold none for long."""
-        foreign = foreign_threads() - self._own_threads
-        if self._method == "fork" and not self._method_is_given and foreign:
+        if self._method != "fork" or self._method_is_given:
+            return
+        if foreign_threads() - self._own_threads or has_native_threads():
             # What cannot be pickled can only be forked.
             with contextlib.suppress(NotTransferableError):
                 if self._preparation is not None:
