@@ -1260,7 +1260,7 @@ def test_decorated_functions_of_the_main_module_work(start):
 
 
 LOOKING_SCRIPT = """
-    import ctypes, os
+    import ctypes, multiprocessing, os
     from opero import opmap
 
     def start_native_thread():
@@ -1308,8 +1308,9 @@ def method_after(start, processes):
     return method_after
 
 
-def test_nothing_is_forked_beside_threads_that_python_does_not_know(method_after):
-    assert method_after("start_native_thread()") == "forkserver"
+@pytest.mark.parametrize("before", ["", "multiprocessing.RLock(); "])
+def test_nothing_is_forked_beside_threads_that_python_does_not_know(method_after, before):
+    assert method_after(f"{before}start_native_thread()") == "forkserver"
 
 
 def test_processes_are_forked_beside_the_threads_of_openblas(method_after):
@@ -1331,6 +1332,29 @@ def test_threads_that_have_just_ended_are_not_taken_for_ones_that_python_does_no
         print(seen)
     """)
     assert output_of(process) == "0"
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_start_method_that_the_program_has_set_holds(method_after, method):
+    assert method_after(f"multiprocessing.set_start_method({method!r})") == method
+
+
+def test_a_start_method_of_the_map_wins_over_that_of_the_program(start):
+    process = start("""
+        import multiprocessing
+        from opero import opmap
+
+        has_changed = False
+
+        def forked(item):
+            return has_changed
+
+        if __name__ == "__main__":
+            has_changed = True
+            multiprocessing.set_start_method("spawn")
+            print(opmap(workers=1, retries=0, progress=False, pool_options={"start_method": "fork"})(forked)([1]))
+    """)
+    assert output_of(process) == "[True]"
 
 
 @pytest.mark.parametrize("threads", [0, 1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import pickle
 import selectors
@@ -99,6 +100,13 @@ class _EndsAjar:
 
 
 _ends_ajar = _EndsAjar()
+
+
+def start_method_of_the_program() -> str | None:
+    """What it has set by `multiprocessing.set_start_method`, if anything."""
+    method = multiprocessing.get_start_method(allow_none=True)
+    # The system's own need not have been set: it is noted, too, when a program makes a lock of multiprocessing.
+    return None if method == multiprocessing.get_all_start_methods()[0] else method
 
 
 def default_start_method() -> str:
@@ -208,6 +216,7 @@ class ProcessPool:
         self._initializer = initializer
         self._initargs = initargs
         self._most_items = max_tasks_per_worker
+        start_method = start_method or start_method_of_the_program()
         self._method_is_given = start_method is not None
         self._use(start_method or default_start_method())
         self._pipes: set[Any] = set()
