@@ -1,7 +1,7 @@
 """Who is told of what happens during calls.
 
 Nobody listens by default, and then nothing here runs: see `opero.core.switches`. The events themselves are in
-`opero.events`, which is imported when somebody is told of one.
+`opero.events`, which is imported when somebody begins to listen.
 """
 
 from __future__ import annotations
@@ -41,9 +41,12 @@ _telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_te
 class Listener:
     """A callback, and whether its errors have been complained of."""
 
-    __slots__ = ("_is_complained_of", "callback")
+    __slots__ = ("_is_complained_of", "callback", "events")
 
     def __init__(self, callback: Callable[[Any], object]) -> None:
+        from opero import events
+
+        self.events: Any = events
         self.callback = callback
         self._is_complained_of = False
 
@@ -118,9 +121,7 @@ class Teller:
     __slots__ = ("_call", "_events", "_listeners", "_number", "_plan")
 
     def __init__(self, plan: Plan, call: Call, listeners: list[Listener]) -> None:
-        from opero import events
-
-        self._events: Any = events
+        self._events = listeners[0].events
         self._plan = plan
         self._call = call
         self._listeners = listeners
