@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import datetime as dt
+import decimal
 import gc
+import pickle
 import threading
 import traceback
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import tenacity
 
-from opero import opero
+from opero import GIVE_UP, NEXT, AllFailedError, CircuitOpenError, opero, opmap
 from opero.core import get_retry_decorator
+from opero.testing import instant
 
 STEADY = {"jitter": False, "min_delay": 1}
 
@@ -283,11 +289,177 @@ def test_a_delay_from_retry_on_holds_for_one_round_only(world, fake_clock):
     assert fake_clock.sleeps == pytest.approx([0.1, 50, 0.4])
 
 
-def test_a_retry_on_that_raises_does_not_replace_the_users_error(world, fake_clock):
+# What an answer means
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of the answers to an error: the candidates that are tried then, and what becomes of the one that failed."""
+
+    answer: Any
+    tried: str
+    rests: bool = False
+    counts: bool = False
+
+
+TABLE = {
+    "True": Row(lambda error: True, "aba", rests=True, counts=True),
+    "a delay": Row(lambda error: 0.5, "aba", rests=True, counts=True),
+    "a timedelta": Row(lambda error: dt.timedelta(seconds=0.5), "aba", rests=True, counts=True),
+    "a class that matches": Row(ValueError, "aba", rests=True, counts=True),
+    "False": Row(lambda error: False, "ab", rests=True, counts=True),
+    "None": Row(lambda error: None, "ab", rests=True, counts=True),
+    "no class matches": Row(OSError, "ab", rests=True),
+    "NEXT": Row(lambda error: NEXT, "ab"),
+    "GIVE_UP": Row(lambda error: GIVE_UP, "a"),
+}
+rows = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
+
+
+def where_a_fails(answer, *, and_b=KeyError):
+    """The candidates that were tried, a function that tries them, and its ``retry_on``."""
+    tried = []
+
+    def ask(key):
+        tried.append(key)
+        if key == "a":
+            raise ValueError
+        if and_b is not None:
+            raise and_b
+
+    def retry_on(error):
+        return answer(error) if isinstance(error, ValueError) else False
+
+    return tried, ask, answer if isinstance(answer, type) else retry_on
+
+
+@rows
+def test_an_answer_says_whether_a_candidate_is_tried_again_and_whether_the_call_goes_on(world, fake_clock, row):
+    asked, ask, retry_on = where_a_fails(row.answer)
+    error = raised_by(world, opero(retries=1, arg_fallback="key", retry_on=retry_on)(world.define(ask)), ["a", "b"])
+    assert "".join(asked) == row.tried
+    assert isinstance(error, AllFailedError)
+    assert len(error.errors) == len(row.tried)
+
+
+@rows
+def test_an_answer_says_whether_a_candidate_rests(world, fake_clock, row):
+    asked, ask, retry_on = where_a_fails(row.answer, and_b=None)
+    options = {"arg_fallback": "key", "fallback_cooldown": 60, "retry_on": retry_on}
+    function = opero(retries=0, **options)(world.define(ask))
+    with contextlib.suppress(AllFailedError):
+        world.run(function, ["a", "b"])
+    asked.clear()
+    with contextlib.suppress(AllFailedError):
+        world.run(function, ["a", "b"])
+    assert asked[0] == ("b" if row.rests else "a")
+
+
+@rows
+def test_an_answer_says_whether_the_circuit_counts_an_error(world, row):
+    _, ask, retry_on = where_a_fails(row.answer)
+    function = opero(retries=0, breaker=1, retry_on=retry_on)(world.define(ask))
+    raised_by(world, function, "a")
+    assert isinstance(raised_by(world, function, "a"), CircuitOpenError if row.counts else ValueError)
+
+
+@rows
+def test_an_answer_means_the_same_for_the_items_of_a_map(mode, row, journal):
+    def ask(item, key):
+        journal.add(key)
+        raise ValueError if key == "a" else KeyError
+
+    _, _, retry_on = where_a_fails(row.answer)
+    options = {"retries": 1, "min_delay": 0, "arg_fallback": "key", "retry_on": retry_on}
+    with instant():
+        (outcome,) = mode.stream(opmap(**mode.options, **options)(mode.define(ask)), [1], key=["a", "b"])
+    assert "".join(journal.lines()) == row.tried
+    assert isinstance(outcome.error, AllFailedError)
+
+
+def test_a_call_that_was_given_up_does_not_say_that_every_candidate_failed(world):
+    _, ask, retry_on = where_a_fails(lambda error: GIVE_UP)
+    error = raised_by(world, opero(arg_fallback="key", retry_on=retry_on)(world.define(ask)), ["a", "b"])
+    assert "gave up on every candidate of 'key' in 1 round" in str(error)
+
+
+@pytest.mark.parametrize("answer", [NEXT, GIVE_UP])
+def test_without_candidates_to_go_on_to_the_functions_own_error_ends_the_call(world, fake_clock, answer):
     error = ValueError()
-    function = opero(retry_on=script(KeyError()))(world.define(script(error)))
+    function = opero(retry_on=lambda error: answer)(world.define(script(error)))
     assert raised_by(world, function) is error
-    assert error.__context__ is None
+    assert function.stats.attempts == 1
+
+
+@pytest.mark.parametrize(("answer", "name"), [(NEXT, "NEXT"), (GIVE_UP, "GIVE_UP")])
+def test_an_answer_is_one_object_wherever_it_is_copied_to(answer, name):
+    copies = [pickle.loads(pickle.dumps(answer)), copy.copy(answer), copy.deepcopy(answer)]
+    assert all(made is answer for made in copies)
+    assert repr(answer) == f"opero.{name}"
+
+
+@pytest.mark.parametrize("answer", ["yes", decimal.Decimal(1), [True], object()], ids=str)
+def test_an_answer_that_is_none_ends_the_call_with_a_type_error_that_names_its_type(world, answer):
+    error = ValueError()
+    function = opero(cache=True, retry_on=lambda error: answer)(world.define(script(error)))
+    refusal = raised_by(world, function)
+    assert isinstance(refusal, TypeError)
+    assert type(answer).__name__ in str(refusal)
+    assert "opero.GIVE_UP" in str(refusal)
+    assert refusal.__context__ is error
+    assert (function.stats.attempts, function.cache_info().currsize) == (1, 0)
+
+
+PREDICATES = {
+    "retry_on": lambda predicate: {"retry_on": predicate},
+    "retry": lambda predicate: {"retry_options": {"retry": predicate}},
+}
+predicates = pytest.mark.parametrize("as_option", PREDICATES.values(), ids=PREDICATES)
+
+
+@predicates
+@pytest.mark.parametrize("more", [{}, {"arg_fallback": "key"}, {"breaker": 1}, {"cache": True}], ids=str)
+def test_a_predicate_that_raises_ends_the_call_with_its_error(world, as_option, more):
+    error, of_predicate = ValueError(), KeyError()
+    asked, tried = [], []
+
+    def predicate(_):
+        asked.append(1)
+        raise of_predicate
+
+    def fail(key=("a", "b")):
+        tried.append(key)
+        raise error
+
+    function = opero(**as_option(predicate), **more)(world.define(fail))
+    assert raised_by(world, function) is of_predicate
+    assert of_predicate.__context__ is error
+    assert (len(asked), len(tried), function.stats.failures) == (1, 1, 1)
+
+
+@predicates
+def test_a_predicate_that_raises_is_the_error_of_its_item(mode, as_option):
+    def fail(item):
+        raise ValueError(item)
+
+    def predicate(_):
+        raise KeyError
+
+    mapped = opmap(**mode.options, **as_option(predicate))(mode.define(fail))
+    outcomes = mode.stream(mapped, range(3))
+    assert [(type(outcome.error), outcome.attempts) for outcome in outcomes] == [(KeyError, 1)] * 3
+
+
+def test_a_result_that_the_predicate_cannot_judge_is_not_cached(world):
+    results = [{"status": "odd"}, {"done": True}]
+
+    def poll(job):
+        return results.pop(0)
+
+    judge = tenacity.retry_if_result(lambda result: not result["done"])
+    function = opero(cache=True, retry_options={"retry": judge})(world.define(poll))
+    assert isinstance(raised_by(world, function, 1), KeyError)
+    assert world.run(function, 1) == {"done": True}
 
 
 # tenacity's options
@@ -386,7 +558,7 @@ def test_retry_error_cls_is_what_is_raised_without_reraise(world, fake_clock):
     )
 
 
-@pytest.mark.parametrize("hook", ["stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback"])
+@pytest.mark.parametrize("hook", ["stop", "wait", "before", "after", "before_sleep", "retry_error_callback"])
 def test_a_hook_that_raises_does_not_replace_the_users_error(world, fake_clock, hook):
     error = ValueError()
     function = opero(retries=1, retry_options={hook: script(KeyError("hook"))})(world.define(script(error)))

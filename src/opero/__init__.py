@@ -4,6 +4,7 @@ from opero.concurrency.outcome import Outcome
 from opero.core.cache import clear_cache
 from opero.core.candidates import candidates, candidates_from
 from opero.core.listeners import on_event
+from opero.core.retry import GIVE_UP, NEXT
 from opero.core.stats import CallStats
 from opero.decorators.opero import opero
 from opero.decorators.opmap import opmap
@@ -16,6 +17,8 @@ except ImportError:  # a source tree that was never built or installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "GIVE_UP",
+    "NEXT",
     "AllFailedError",
     "CallStats",
     "CircuitOpenError",

@@ -121,7 +121,7 @@ class _CallFlow:
                 return outcome
             wait = rounds.after(outcome)
             if isinstance(wait, Final):
-                return self._finish(wait)
+                return self._finish(wait, gave_up=outcome.ends)
             left = self.call.time_left()
             if left is not None and wait >= left:
                 return self._out_of_time()
@@ -150,7 +150,9 @@ class _CallFlow:
                 continue
             if judged.__class__ is not Verdict:
                 return judged
-            if verdict is None or judged.retryable or not verdict.retryable:
+            if judged.ends:
+                return judged
+            if verdict is None or judged.again or not verdict.again:
                 verdict = judged
         if verdict is None:
             return self._circuit_open()
@@ -177,23 +179,20 @@ class _CallFlow:
             return self._out_of_time()
         if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS):
             return outcome
-        judged = rounds.judge(outcome)
+        try:
+            judged = rounds.judge(outcome)
+        except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
+            # Not its text, which may hold arguments.
+            log("WARNING", "{} ended: what judges its attempts raised {}", self.plan.name, type(raised).__name__)
+            return Failed(_in_context_of(outcome, raised))
         if passage is not None:
-            passage.tell(failed=self._speaks_against_the_service(judged))
-        if judged.accepted:
+            passage.tell(failed=_speaks_against_the_service(judged))
+        if judged is None:
             return outcome
         self._candidate_failed(candidate, judged)
         if self.plan.limit is not None and judged.delay:
             yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
         return judged
-
-    def _speaks_against_the_service(self, judged: Verdict) -> bool | None:
-        if judged.accepted:
-            return False
-        if self.plan.retry is None or judged.retryable or isinstance(judged.error, CallTimeoutError):
-            return True
-        # Any other error that is not worth a retry was an answer all the same.
-        return None if isinstance(judged.error, WorkerCrashedError) else False
 
     def rate_limit(self, candidate: _Candidate, passage: Passage | None, *, has_slot: bool) -> Generator[Any, Any, Any]:
         if self.first_failure is not None:
@@ -295,10 +294,10 @@ class _CallFlow:
 
     def _candidate_failed(self, candidate: _Candidate, verdict: Verdict) -> None:
         self.errors.append(verdict.error)
-        if not verdict.retryable:
+        if not verdict.again:
             self.candidates.remove(candidate)
         candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
-        if self.plan.fallback is not None:
+        if self.plan.fallback is not None and verdict.rests:
             self.plan.fallback.failed(candidate.value)
 
     def _for_the_round(self, verdict: Verdict | None) -> Verdict:
@@ -308,7 +307,7 @@ class _CallFlow:
         # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
         times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
-        return Verdict(accepted=False, error=verdict.error, retryable=True, delay=soonest)
+        return Verdict(verdict.error, again=True, delay=soonest)
 
     def _admitted(self, candidates: list[_Candidate]) -> list[_Candidate]:
         breaker = self.plan.breaker
@@ -342,16 +341,17 @@ class _CallFlow:
         left = self.call.time_left()
         return left is not None and left <= 0
 
-    def _finish(self, final: Final, reason: str = "") -> Failed | Final:
+    def _finish(self, final: Final, reason: str = "", *, gave_up: bool = False) -> Failed | Final:
         failed = final.outcome
         if not isinstance(failed, Failed):
             return final
         call, plan = self.call, self.plan
         seconds = clock.now() - call.started
         if plan.fallback is not None:
+            whom = f"every candidate of {plan.fallback.parameter!r}"
             message = (
-                f"{plan.name}: every candidate of {plan.fallback.parameter!r} failed in {_count(call.rounds, 'round')} "
-                f"({_count(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
+                f"{plan.name}: {f'gave up on {whom}' if gave_up else f'{whom} failed'} in "
+                f"{_count(call.rounds, 'round')} ({_count(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
             )
             log("WARNING", "{}", message)
             return Failed(AllFailedError(message, self.errors))
@@ -378,6 +378,22 @@ class _NoAttempt:
 
 OUT_OF_TIME = _NoAttempt("total_timeout leaves no time for another attempt")
 CIRCUIT_OPEN = _NoAttempt("this candidate's circuit is open")
+
+
+def _speaks_against_the_service(judged: Verdict | None) -> bool | None:
+    if judged is None:
+        return False
+    if judged.counts or isinstance(judged.error, CallTimeoutError):
+        return True
+    # A worker that ended gave no answer.
+    return None if isinstance(judged.error, WorkerCrashedError) else False
+
+
+def _in_context_of(outcome: Any, raised: Exception) -> Exception:
+    """The error of a predicate, with the one that it was asked about as its context, as Python would have it."""
+    if outcome.__class__ is Failed and outcome.error is not raised and raised.__context__ is None:
+        raised.__context__ = outcome.error
+    return raised
 
 
 def _count(number: int, noun: str) -> str:

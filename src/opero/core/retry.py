@@ -7,6 +7,7 @@ want to see every attempt). It is driven through `tenacity.Retrying.iter`, on a 
 
 from __future__ import annotations
 
+import enum
 import inspect
 import math
 import random
@@ -22,24 +23,43 @@ from opero.core.checks import (
     check_number,
     check_seconds,
 )
-from opero.core.clock import clock
-from opero.core.plan import ACCEPTED, Call, Final, Plan, Verdict
+from opero.core.clock import LONGEST_WAIT, clock
+from opero.core.plan import Call, Final, Plan, Verdict
 from opero.core.resilient import OperoFunction, decorator
-from opero.core.showing import shown
+from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
 from opero.core.steps import Failed
-from opero.exceptions import RemoteError
+from opero.exceptions import MisuseError, RemoteError
 from opero.utils.logging import log
 from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import tenacity
 
 __all__ = ["get_retry_decorator"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool | float]
+
+
+class Answer(enum.Enum):
+    """What ``retry_on`` can answer beside a bool and a delay."""
+
+    NEXT = "next"
+    GIVE_UP = "give up"
+
+    def __repr__(self) -> str:
+        return f"opero.{self.name}"
+
+
+# This candidate cannot help, another one may; the call is none that any candidate could answer.
+NEXT, GIVE_UP = Answer.NEXT, Answer.GIVE_UP
+
+RetryOn = (
+    type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | float | timedelta | Answer | None"]
+)
 
 
 def backoff_delay(failures: int, *, factor: float, smallest: float, largest: float) -> float:
@@ -95,15 +115,33 @@ class RetryWithTenacity:
     def rounds(self, call: Call, function: Callable[..., Any]) -> TenacityRounds:
         return TenacityRounds(self, call, function)
 
-    def may_retry(self, error: Exception) -> bool | float:
-        """``retry_on``'s answer: yes, no, or yes after so many seconds."""
+    def judge(self, error: Exception) -> Verdict:
+        """What ``retry_on`` says of an error."""
         if isinstance(self.retry_on, (type, tuple)):
             remote = error.error_class if isinstance(error, RemoteError) else None
-            return isinstance(error, self.retry_on) or (remote is not None and issubclass(remote, self.retry_on))
+            matches = isinstance(error, self.retry_on) or (remote is not None and issubclass(remote, self.retry_on))
+            return Verdict(error, again=True) if matches else Verdict(error, counts=False)
         answer = self.retry_on(error)
-        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-            return max(0.0, float(answer)) if not math.isnan(answer) else True
-        return bool(answer)
+        if answer is None or isinstance(answer, bool):
+            return Verdict(error, again=bool(answer))
+        if answer is NEXT:
+            return Verdict(error, rests=False, counts=False)
+        if answer is GIVE_UP:
+            return Verdict(error, rests=False, counts=False, ends=True)
+        return Verdict(error, again=True, delay=self._delay(answer))
+
+    def _delay(self, answer: Any) -> float | None:
+        from datetime import timedelta
+
+        if isinstance(answer, timedelta):
+            answer = answer.total_seconds()
+        if not isinstance(answer, (int, float)):
+            msg = (
+                f"retry_on={shown(self.retry_on)} answered with {kind_of(answer)}; let it return True, False, seconds, "
+                "a timedelta, opero.NEXT or opero.GIVE_UP"
+            )
+            raise MisuseError(msg)
+        return None if math.isnan(answer) else float(min(max(answer, 0), LONGEST_WAIT))
 
     def _make_retrying(self) -> tenacity.Retrying:
         import tenacity
@@ -137,28 +175,22 @@ class TenacityRounds:
     def begin(self) -> None:
         if self._policy.watches_every_attempt:
             retrying, state = self._tenacity()
-            self._guarded("before", lambda: retrying.iter(state), None)
+            try:
+                retrying.iter(state)
+            except Exception as raised:  # noqa: BLE001 - the user's hook, which must not end the call
+                self._complain("before", raised, None)
 
-    def judge(self, outcome: Any) -> Verdict:
-        if outcome.__class__ is not Failed:
-            if "retry" not in self._policy.options or not self._predicate_says_again(outcome):
-                return ACCEPTED
-            import tenacity
-
-            _retrying, state = self._tenacity()
-            assert state.outcome is not None  # noqa: S101 - for the type checkers
-            self._rejected = tenacity.RetryError(state.outcome)
-            return Verdict(accepted=False, error=self._rejected, retryable=True)
-        error = outcome.error
-        if "retry" in self._policy.options:
-            return Verdict(accepted=False, error=error, retryable=self._predicate_says_again(outcome))
-        answer = self._guarded("retry_on", lambda: self._policy.may_retry(error), False)  # noqa: FBT003 - a predicate's answer
-        if isinstance(answer, bool):
-            return Verdict(accepted=False, error=error, retryable=answer)
-        return Verdict(accepted=False, error=error, retryable=True, delay=answer)
+    def judge(self, outcome: Any) -> Verdict | None:
+        is_failed = outcome.__class__ is Failed
+        if "retry" not in self._policy.options:
+            return self._policy.judge(outcome.error) if is_failed else None
+        again = self._predicate_says_again(outcome)
+        if is_failed:
+            return Verdict(outcome.error, again=again)
+        return Verdict(self._rejection(), again=True) if again else None
 
     def after(self, verdict: Verdict) -> float | Final:
-        if not verdict.retryable:
+        if not verdict.again:
             return Final(Failed(verdict.error))
         retrying, state = self._tenacity()
         if not retrying.enabled:
@@ -195,8 +227,15 @@ class TenacityRounds:
         _set_outcome(state, outcome)
         if outcome.__class__ is Failed and isinstance(outcome.error, tenacity.TryAgain):
             return True
-        predicate = self._policy.retrying.retry
-        return bool(self._guarded("retry", lambda: predicate(state), False))  # noqa: FBT003 - a predicate's answer
+        return bool(self._policy.retrying.retry(state))
+
+    def _rejection(self) -> Exception:
+        import tenacity
+
+        _retrying, state = self._tenacity()
+        assert state.outcome is not None  # noqa: S101 - for the type checkers
+        self._rejected = tenacity.RetryError(state.outcome)
+        return self._rejected
 
     def _tenacity(self) -> tuple[tenacity.Retrying, tenacity.RetryCallState]:
         if self._retrying is None or self._state is None:
@@ -210,14 +249,6 @@ class TenacityRounds:
             # It is made after the first attempt, but its clock shall tell of the whole call.
             self._state.start_time -= clock.now() - self._call.started
         return self._retrying, self._state
-
-    def _guarded(self, hook: str, ask: Callable[[], Any], otherwise: Any) -> Any:
-        """A user's hook that raises must not replace the error that the user's function raised."""
-        try:
-            return ask()
-        except Exception as raised:  # noqa: BLE001 - whatever it is, it is logged
-            self._complain(hook, raised, None)
-            return otherwise
 
     def _complain(self, hook: str, raised: Exception, error: Exception | None) -> None:
         # Not its text, which may hold arguments.
@@ -303,7 +334,7 @@ def _check_hook(name: str, hook: Any) -> None:
 
 
 def _check_retry_on(retry_on: Any) -> None:
-    wanted = "an Exception class, a tuple of them, or a function of the exception that returns a bool or seconds"
+    wanted = "an Exception class, a tuple of them, or a function of the exception that returns a bool or a delay"
     if isinstance(retry_on, (type, tuple)):
         for cls in retry_on if isinstance(retry_on, tuple) else (retry_on,):
             if not (isinstance(cls, type) and issubclass(cls, BaseException)):
@@ -337,7 +368,8 @@ def get_retry_decorator(
         min_delay: Seconds before the first retry.
         max_delay: Seconds that no delay exceeds.
         jitter: Whether each delay is drawn from its upper half at random.
-        retry_on: Exception class, tuple of classes, or ``callable(exception)`` returning a bool or seconds to wait.
+        retry_on: Exception class, tuple of classes, or ``callable(exception)`` that answers with True, False, a delay
+            (seconds or a `datetime.timedelta`), `opero.NEXT` or `opero.GIVE_UP`. One that raises ends the call.
         **options: For `tenacity.Retrying` (``stop``, ``wait``, ``retry``, ``before_sleep``, …); these win.
 
     Raises:

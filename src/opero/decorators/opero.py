@@ -117,7 +117,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             jitter=given["jitter"],
             retry_on=given["retry_on"],
             options=given["retry_options"],
-            judges_for_others=given["breaker"] is not None,
+            judges_for_others=given["breaker"] is not None or given["arg_fallback"] is not None,
         ),
         fallback=None
         if given["arg_fallback"] is None
@@ -173,8 +173,8 @@ def _refuse_useless(given: dict[str, Any]) -> None:
     if given["retries"] != 0 or given["retry_options"] is not None:
         for name in _OF_ROUNDS:
             needs.pop(name)
-    elif given["breaker"] is not None:
-        # It says which errors count.
+    elif given["breaker"] is not None or given["arg_fallback"] is not None:
+        # It says which errors count, and which of them another candidate may mend.
         needs.pop("retry_on")
     for name, (other, off, example) in needs.items():
         if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
@@ -215,7 +215,10 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``backoff_factor``, ``min_delay``, ``max_delay`` (2.0, 0.1 s, 30 s): the delay after round n is
               ``min(max_delay, min_delay * backoff_factor**(n-1))``.
             - ``jitter`` (True): draw each delay from its upper half at random.
-            - ``retry_on`` (Exception): class, tuple, or ``callable(exception)`` returning a bool or seconds to wait.
+            - ``retry_on`` (Exception): class, tuple, or ``callable(exception)``. That answers True or False (None is
+              False), a delay (seconds or `datetime.timedelta`), `opero.NEXT` (no retry, and no fault of this
+              candidate) or `opero.GIVE_UP` (the call ends, without trying other candidates); anything else is a
+              `TypeError`, and an error of its own ends the call.
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
             - ``arg_fallback`` (None): name of the parameter whose list or tuple, `opero.candidates` or
               `opero.candidates_from`, holds candidates to try in order.
@@ -234,8 +237,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
               is not stopped, but none starts later.
             - ``breaker`` (None): failures in a row, of the function or of one candidate, after which calls fail at
               once; or a mapping with ``failures`` (5), ``window`` (None: seconds within which they have to happen) and
-              ``recovery`` (30 s, then one trial call decides). Errors that ``retry_on`` would not retry count as
-              answers, except of time limits.
+              ``recovery`` (30 s, then one trial call decides). Errors that no class in ``retry_on`` matches, or to
+              which it answers `opero.NEXT` or `opero.GIVE_UP`, count as answers, except of time limits.
             - ``on_event`` (None): ``callable(event)``, told of what happens during each call (`opero.events`).
 
     Raises:
