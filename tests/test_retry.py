@@ -289,6 +289,120 @@ def test_a_delay_from_retry_on_holds_for_one_round_only(world, fake_clock):
     assert fake_clock.sleeps == pytest.approx([0.1, 50, 0.4])
 
 
+class MineError(ConnectionError):
+    pass
+
+
+GROUPS = {
+    "all of the class": (ExceptionGroup("", [ConnectionError(), MineError()]), True),
+    "groups in a group": (ExceptionGroup("", [ExceptionGroup("", [MineError()]), ConnectionError()]), True),
+    "another among them": (ExceptionGroup("", [ConnectionError(), KeyError()]), False),
+    "another further in": (ExceptionGroup("", [ConnectionError(), ExceptionGroup("", [KeyError()])]), False),
+}
+groups = pytest.mark.parametrize(("group", "is_retried"), GROUPS.values(), ids=GROUPS)
+
+
+@groups
+@pytest.mark.parametrize("retry_on", [ConnectionError, (OSError, ValueError)])
+def test_a_class_matches_a_group_if_it_matches_all_that_is_in_it(world, fake_clock, group, is_retried, retry_on):
+    function = opero(retries=1, retry_on=retry_on)(world.define(script(group)))
+    assert raised_by(world, function) is group
+    assert function.stats.attempts == 1 + is_retried
+
+
+@groups
+def test_a_class_matches_the_group_of_an_item(mode, group, is_retried):
+    def fail(item):
+        raise group
+
+    mapped = opmap(**mode.options, retries=1, min_delay=0, retry_on=ConnectionError)(mode.define(fail))
+    (outcome,) = mode.stream(mapped, [1])
+    assert outcome.attempts == 1 + is_retried
+
+
+def test_the_failures_of_a_task_group_are_retried_like_one(fake_clock):
+    async def connect(failures):
+        if failures:
+            raise failures.pop()
+
+    @opero(retry_on=ConnectionError)
+    async def both(failures):
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(connect(failures))
+        return "done"
+
+    assert asyncio.run(both([ConnectionError()])) == "done"
+
+
+OF_THE_PROGRAM = [
+    NameError,
+    UnboundLocalError,
+    ImportError,
+    ModuleNotFoundError,
+    SyntaxError,
+    NotImplementedError,
+    RecursionError,
+    MemoryError,
+]
+of_the_program = pytest.mark.parametrize("kind", OF_THE_PROGRAM)
+
+
+@of_the_program
+def test_an_error_of_the_program_itself_ends_the_call_where_retry_on_is_not_given(world, kind):
+    error = kind()
+    function = opero(world.define(script(error)))
+    assert raised_by(world, function) is error
+    assert function.stats.attempts == 1
+
+
+@of_the_program
+@pytest.mark.parametrize("retries", [0, 1])
+def test_an_error_of_the_program_itself_is_no_reason_to_try_the_next_candidate(world, kind, retries):
+    tried = []
+
+    def fail(key):
+        tried.append(key)
+        raise kind
+
+    error = raised_by(world, opero(retries=retries, arg_fallback="key")(world.define(fail)), ["a", "b"])
+    assert isinstance(error, AllFailedError)
+    assert tried == ["a"]
+
+
+def test_an_error_of_the_program_itself_says_nothing_of_the_service(world):
+    function = opero(retries=0, breaker=1)(world.define(script(NameError())))
+    raised_by(world, function)
+    assert isinstance(raised_by(world, function), NameError)
+
+
+@of_the_program
+def test_an_error_of_the_program_itself_is_retried_if_retry_on_says_so(world, fake_clock, kind):
+    function = opero(retries=1, retry_on=Exception)(world.define(script(kind())))
+    raised_by(world, function)
+    assert function.stats.attempts == 2
+
+
+def test_a_group_of_errors_of_the_program_ends_the_call(world):
+    function = opero(world.define(script(ExceptionGroup("", [NameError(), ImportError()]))))
+    raised_by(world, function)
+    assert function.stats.attempts == 1
+
+
+@pytest.mark.parametrize(("options", "attempts"), [({}, 1), ({"retry_on": Exception}, 2)], ids=str)
+def test_an_error_of_the_program_ends_its_item_where_retry_on_is_not_given(mode, options, attempts):
+    def fail(item):
+        raise NotImplementedError
+
+    mapped = opmap(**mode.options, retries=1, min_delay=0, **options)(mode.define(fail))
+    assert [outcome.attempts for outcome in mode.stream(mapped, range(2))] == [attempts] * 2
+
+
+def test_the_decorator_for_retries_alone_ends_at_an_error_of_the_program_too(world, fake_clock):
+    function = get_retry_decorator()(world.define(script(NameError())))
+    raised_by(world, function)
+    assert function.stats.attempts == 1
+
+
 # What an answer means
 
 

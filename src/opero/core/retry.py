@@ -27,7 +27,7 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.plan import Call, Final, Plan, Verdict
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.showing import kind_of, shown
-from opero.core.signature import name_of
+from opero.core.signature import MISSING, name_of
 from opero.core.steps import Failed
 from opero.exceptions import MisuseError, RemoteError
 from opero.utils.logging import log
@@ -60,6 +60,24 @@ NEXT, GIVE_UP = Answer.NEXT, Answer.GIVE_UP
 RetryOn = (
     type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | float | timedelta | Answer | None"]
 )
+
+
+# No service is at fault, and no second try can mend it.
+PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError, MemoryError)
+
+
+def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], ...]) -> bool:
+    """Whether an exception is one of these, or a group of nothing but these."""
+    if isinstance(error, classes):
+        return True
+    if isinstance(error, RemoteError):
+        return error.error_class is not None and issubclass(error.error_class, classes)
+    return isinstance(error, ExceptionGroup) and all(matches(part, classes) for part in error.exceptions)
+
+
+def retry_unless_of_the_program(error: Exception) -> bool | Answer:
+    """What stands for ``retry_on`` where it was not given."""
+    return GIVE_UP if matches(error, PROGRAM_ERRORS) else True
 
 
 def backoff_delay(failures: int, *, factor: float, smallest: float, largest: float) -> float:
@@ -107,6 +125,11 @@ class RetryWithTenacity:
         return "retry" in self.options or "before" in self.options
 
     @property
+    def is_one_round(self) -> bool:
+        """Whether tenacity need not be asked if there is another round."""
+        return self.retries == 0 and not self.options
+
+    @property
     def retrying(self) -> tenacity.Retrying:
         if self._retrying is None:
             self._retrying = self._make_retrying()
@@ -118,9 +141,7 @@ class RetryWithTenacity:
     def judge(self, error: Exception) -> Verdict:
         """What ``retry_on`` says of an error."""
         if isinstance(self.retry_on, (type, tuple)):
-            remote = error.error_class if isinstance(error, RemoteError) else None
-            matches = isinstance(error, self.retry_on) or (remote is not None and issubclass(remote, self.retry_on))
-            return Verdict(error, again=True) if matches else Verdict(error, counts=False)
+            return Verdict(error, again=True) if matches(error, self.retry_on) else Verdict(error, counts=False)
         answer = self.retry_on(error)
         if answer is None or isinstance(answer, bool):
             return Verdict(error, again=bool(answer))
@@ -190,7 +211,7 @@ class TenacityRounds:
         return Verdict(self._rejection(), again=True) if again else None
 
     def after(self, verdict: Verdict) -> float | Final:
-        if not verdict.again:
+        if not verdict.again or self._policy.is_one_round:
             return Final(Failed(verdict.error))
         retrying, state = self._tenacity()
         if not retrying.enabled:
@@ -281,14 +302,16 @@ def retry_policy(
     min_delay: float = 0.1,
     max_delay: float = 30.0,
     jitter: bool = True,
-    retry_on: RetryOn = Exception,
+    retry_on: RetryOn = MISSING,
     options: Mapping[str, Any] | None = None,
     judges_for_others: bool = False,
 ) -> RetryWithTenacity | None:
-    """Check retry's options and make the policy; None where nothing is ever retried.
+    """Check retry's options and make the policy; None where there is nothing for it to decide.
 
     ``judges_for_others``: ``retry_on`` has a meaning without retries, too.
     """
+    if retry_on is MISSING:
+        retry_on = retry_unless_of_the_program
     check_count("retries", retries, "extra rounds", smallest=0)
     check_number("backoff_factor", backoff_factor, "times", smallest=1)
     check_seconds("min_delay", min_delay, zero=True)
@@ -305,7 +328,7 @@ def retry_policy(
     for name in _HOOKS:
         if given.get(name) is not None or (name in given and name not in _OPTIONAL_HOOKS):
             _check_hook(name, given[name])
-    if retries == 0 and not given and (retry_on is Exception or not judges_for_others):
+    if retries == 0 and not given and not judges_for_others:
         return None
     return RetryWithTenacity(
         retries=retries,
@@ -357,7 +380,7 @@ def get_retry_decorator(
     min_delay: float = 0.1,
     max_delay: float = 30.0,
     jitter: bool = True,
-    retry_on: RetryOn = Exception,
+    retry_on: RetryOn = MISSING,
     **options: Any,
 ) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
     """Make a decorator that retries, and does nothing else.
@@ -370,6 +393,8 @@ def get_retry_decorator(
         jitter: Whether each delay is drawn from its upper half at random.
         retry_on: Exception class, tuple of classes, or ``callable(exception)`` that answers with True, False, a delay
             (seconds or a `datetime.timedelta`), `opero.NEXT` or `opero.GIVE_UP`. One that raises ends the call.
+            Default: every `Exception` but those of the program itself (`NameError`, `ImportError`, `SyntaxError`,
+            `NotImplementedError`, `RecursionError`, `MemoryError`).
         **options: For `tenacity.Retrying` (``stop``, ``wait``, ``retry``, ``before_sleep``, …); these win.
 
     Raises:

@@ -15,7 +15,7 @@ from opero.core.rate_limit import limit_policy
 from opero.core.resilient import OperoFunction, decorator
 from opero.core.retry import RetryOn, retry_policy
 from opero.core.showing import shown
-from opero.core.signature import is_async, name_of
+from opero.core.signature import MISSING, is_async, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -115,7 +115,8 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             min_delay=given["min_delay"],
             max_delay=given["max_delay"],
             jitter=given["jitter"],
-            retry_on=given["retry_on"],
+            # Given by hand, `Exception` is meant as it is written.
+            retry_on=options.get("retry_on", MISSING),
             options=given["retry_options"],
             judges_for_others=given["breaker"] is not None or given["arg_fallback"] is not None,
         ),
@@ -218,7 +219,9 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``retry_on`` (Exception): class, tuple, or ``callable(exception)``. That answers True or False (None is
               False), a delay (seconds or `datetime.timedelta`), `opero.NEXT` (no retry, and no fault of this
               candidate) or `opero.GIVE_UP` (the call ends, without trying other candidates); anything else is a
-              `TypeError`, and an error of its own ends the call.
+              `TypeError`, and an error of its own ends the call. Classes match a group of exceptions, too, if they
+              match all in it. Where it is not given, errors of the program itself end the call: `NameError`,
+              `ImportError`, `SyntaxError`, `NotImplementedError`, `RecursionError`, `MemoryError`.
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
             - ``arg_fallback`` (None): name of the parameter whose list or tuple, `opero.candidates` or
               `opero.candidates_from`, holds candidates to try in order.
