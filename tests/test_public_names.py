@@ -26,6 +26,7 @@ TOP = [
     "CircuitOpenError",
     "OperoError",
     "Outcome",
+    "RejectedResultError",
     "WorkerCrashedError",
     "__version__",
     "candidates",

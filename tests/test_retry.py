@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import tenacity
 
-from opero import GIVE_UP, NEXT, AllFailedError, CircuitOpenError, opero, opmap
+from opero import GIVE_UP, NEXT, AllFailedError, CircuitOpenError, RejectedResultError, opero, opmap
 from opero.core import get_retry_decorator
 from opero.testing import instant
 
@@ -574,6 +574,109 @@ def test_a_result_that_the_predicate_cannot_judge_is_not_cached(world):
     function = opero(cache=True, retry_options={"retry": judge})(world.define(poll))
     assert isinstance(raised_by(world, function, 1), KeyError)
     assert world.run(function, 1) == {"done": True}
+
+
+# Results that are not accepted
+
+
+def is_none(result):
+    return result is None
+
+
+@pytest.mark.parametrize("retry_on", [Exception, KeyError, lambda error: False], ids=["all", "others", "none"])
+def test_a_rejected_result_is_a_failed_attempt_whatever_retry_on_says(world, fake_clock, retry_on):
+    function = opero(retries=2, retry_on=retry_on, retry_if_result=is_none)(world.define(script(None, None, "done")))
+    assert world.run(function) == "done"
+    assert (function.stats.attempts, len(fake_clock.sleeps)) == (3, 2)
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_result_that_is_rejected_to_the_end_is_in_the_error_and_not_in_its_text(world, fake_clock, retries):
+    function = opero(retries=retries, retry_if_result=bool)(world.define(script("swordfish")))
+    error = raised_by(world, function)
+    assert isinstance(error, RejectedResultError)
+    assert error.result == "swordfish"
+    assert "swordfish" not in f"{error} {error!r} {error.__notes__}"
+    assert "scripted" in str(error)
+    assert f"attempt {retries + 1}" in str(error)
+    assert function.stats.failures == 1
+
+
+def test_a_rejected_result_survives_pickling():
+    error = RejectedResultError("rejected", [1])
+    error.add_note("a note")
+    made = pickle.loads(pickle.dumps(error))
+    assert (str(made), made.result, made.__notes__) == ("rejected", [1], ["a note"])
+
+
+@pytest.mark.parametrize("more", [{}, {"arg_fallback": "key"}, {"cache": True}], ids=str)
+def test_a_judge_of_results_that_raises_ends_the_call_with_its_error(world, more):
+    of_predicate = KeyError()
+
+    def judge(result):
+        raise of_predicate
+
+    def answer(key=("a", "b")):
+        return "odd"
+
+    function = opero(retry_if_result=judge, **more)(world.define(answer))
+    assert raised_by(world, function) is of_predicate
+    assert (function.stats.attempts, function.cache_info().currsize) == (1, 0)
+
+
+def test_after_a_rejected_result_the_next_candidate_is_tried(world):
+    def ask(key):
+        return key
+
+    function = opero(retries=0, arg_fallback="key", retry_if_result=lambda key: key != "c")(world.define(ask))
+    assert world.run(function, ["a", "b", "c"]) == "c"
+    error = raised_by(world, function, ["a", "b"])
+    assert [(type(e), e.result) for e in error.errors] == [(RejectedResultError, "a"), (RejectedResultError, "b")]
+
+
+def test_a_rejected_result_counts_for_the_circuit(world):
+    function = opero(retries=0, breaker=1, retry_if_result=is_none)(world.define(script(None)))
+    assert isinstance(raised_by(world, function), RejectedResultError)
+    assert isinstance(raised_by(world, function), CircuitOpenError)
+
+
+def test_only_an_accepted_result_is_cached(world):
+    function = opero(cache=True, retries=0, retry_if_result=is_none)(world.define(script(None, "done")))
+    assert isinstance(raised_by(world, function), RejectedResultError)
+    assert [world.run(function), world.run(function)] == ["done", "done"]
+    assert function.stats.attempts == 2
+
+
+def test_listeners_are_told_of_a_rejected_result_as_a_failed_attempt(world, fake_clock):
+    told = []
+    options = {"retry_if_result": is_none, "on_event": told.append}
+    world.run(opero(**options)(world.define(script(None, "done"))))
+    kinds = ["CallStarted", "AttemptStarted", "AttemptFailed", "RetryPlanned", "AttemptStarted", "CallDone"]
+    assert [type(event).__name__ for event in told] == kinds
+    assert isinstance(told[2].error, RejectedResultError)
+
+
+def test_the_results_of_items_are_judged(mode):
+    def double(item):
+        return 2 * item
+
+    mapped = opmap(**mode.options, retries=1, min_delay=0, retry_if_result=lambda result: result == 4)
+    mapped = mapped(mode.define(double))
+    outcomes = mode.stream(mapped, [1, 2, 3])
+    assert [outcome.attempts for outcome in outcomes] == [1, 2, 1]
+    assert isinstance(outcomes[1].error, RejectedResultError)
+    assert (outcomes[1].error.result, outcomes[2].result) == (4, 6)
+
+
+def test_hooks_see_a_rejected_result_as_in_tenacity(world, fake_clock):
+    told = []
+    options = {
+        "before_sleep": lambda state: told.append(state.outcome.result()),
+        "retry_error_callback": lambda state: ("gave up on", state.outcome.result()),
+    }
+    function = opero(retries=1, retry_if_result=bool, retry_options=options)(world.define(script("first", "last")))
+    assert world.run(function) == ("gave up on", "last")
+    assert told == ["first"]
 
 
 # tenacity's options

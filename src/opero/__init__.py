@@ -8,7 +8,13 @@ from opero.core.retry import GIVE_UP, NEXT
 from opero.core.stats import CallStats
 from opero.decorators.opero import opero
 from opero.decorators.opmap import opmap
-from opero.exceptions import AllFailedError, CircuitOpenError, OperoError, WorkerCrashedError
+from opero.exceptions import (
+    AllFailedError,
+    CircuitOpenError,
+    OperoError,
+    RejectedResultError,
+    WorkerCrashedError,
+)
 from opero.utils.logging import configure_logging
 
 try:
@@ -24,6 +30,7 @@ __all__ = [
     "CircuitOpenError",
     "OperoError",
     "Outcome",
+    "RejectedResultError",
     "WorkerCrashedError",
     "__version__",
     "candidates",

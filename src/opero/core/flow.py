@@ -91,6 +91,7 @@ class _CallFlow:
         self.call = call
         self.first_failure = failure
         self.is_new_round = True
+        self.attempt_started = call.started
         self.candidates: list[_Candidate] = []
         self.errors: list[Exception] = []
 
@@ -189,6 +190,9 @@ class _CallFlow:
             passage.tell(failed=_speaks_against_the_service(judged))
         if judged is None:
             return outcome
+        if self.call.tell is not None and outcome.__class__ is not Failed:
+            seconds = clock.now() - self.attempt_started
+            self.call.tell("AttemptFailed", attempt=self.call.attempts, error=judged.error, seconds=seconds)
         self._candidate_failed(candidate, judged)
         if self.plan.limit is not None and judged.delay:
             yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
@@ -263,6 +267,7 @@ class _CallFlow:
 
     def _told_attempt(self, attempt: Attempt, tell: Teller) -> Generator[Any, Any, Any]:
         number, started = self.call.attempts, clock.now()
+        self.attempt_started = started
         tell("AttemptStarted", attempt=number, round=self.call.rounds)
         outcome = yield attempt
         if outcome.__class__ is Failed:
@@ -307,7 +312,7 @@ class _CallFlow:
         # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
         times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
-        return Verdict(verdict.error, again=True, delay=soonest)
+        return Verdict(verdict.error, verdict.outcome, again=True, delay=soonest)
 
     def _admitted(self, candidates: list[_Candidate]) -> list[_Candidate]:
         breaker = self.plan.breaker

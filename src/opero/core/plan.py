@@ -96,6 +96,7 @@ class Verdict:
 
     Attributes:
         error: Why it failed.
+        outcome: What the attempt gave: `Failed`, or the result that was rejected.
         again: The candidate may be tried again in the next round.
         delay: Seconds until then; None for the usual backoff.
         rests: The candidate is put to rest (``fallback_cooldown``).
@@ -104,6 +105,7 @@ class Verdict:
     """
 
     error: Exception
+    outcome: Any
     again: bool = False
     delay: float | None = None
     rests: bool = True
@@ -184,7 +186,7 @@ class Once:
         """There is one round only."""
 
     def judge(self, outcome: Any) -> Verdict | None:
-        return Verdict(outcome.error) if outcome.__class__ is Failed else None
+        return Verdict(outcome.error, outcome) if outcome.__class__ is Failed else None
 
     def after(self, verdict: Verdict) -> Final:
         return Final(Failed(verdict.error))

@@ -29,7 +29,7 @@ from opero.core.resilient import OperoFunction, decorator
 from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING, name_of
 from opero.core.steps import Failed
-from opero.exceptions import MisuseError, RemoteError
+from opero.exceptions import MisuseError, RejectedResultError, RemoteError
 from opero.utils.logging import log
 from opero.utils.notes import add_note
 
@@ -108,6 +108,7 @@ class RetryWithTenacity:
         max_delay: float,
         jitter: bool,
         retry_on: RetryOn,
+        retry_if_result: Callable[[Any], Any] | None,
         options: dict[str, Any],
     ) -> None:
         self.retries = retries
@@ -116,13 +117,14 @@ class RetryWithTenacity:
         self.max_delay = max_delay
         self.jitter = jitter
         self.retry_on = retry_on
+        self.retry_if_result = retry_if_result
         self.options = options
         self._retrying: tenacity.Retrying | None = self._make_retrying() if options else None
 
     @property
     def watches_every_attempt(self) -> bool:
-        """Tenacity's ``retry`` may judge results, and ``before`` is told of every attempt."""
-        return "retry" in self.options or "before" in self.options
+        """Results may be rejected, and tenacity's ``before`` is told of every attempt."""
+        return self.retry_if_result is not None or "retry" in self.options or "before" in self.options
 
     @property
     def is_one_round(self) -> bool:
@@ -138,18 +140,20 @@ class RetryWithTenacity:
     def rounds(self, call: Call, function: Callable[..., Any]) -> TenacityRounds:
         return TenacityRounds(self, call, function)
 
-    def judge(self, error: Exception) -> Verdict:
+    def judge(self, failed: Failed) -> Verdict:
         """What ``retry_on`` says of an error."""
+        error = failed.error
         if isinstance(self.retry_on, (type, tuple)):
-            return Verdict(error, again=True) if matches(error, self.retry_on) else Verdict(error, counts=False)
+            is_known = matches(error, self.retry_on)
+            return Verdict(error, failed, again=is_known, counts=is_known)
         answer = self.retry_on(error)
         if answer is None or isinstance(answer, bool):
-            return Verdict(error, again=bool(answer))
+            return Verdict(error, failed, again=bool(answer))
         if answer is NEXT:
-            return Verdict(error, rests=False, counts=False)
+            return Verdict(error, failed, rests=False, counts=False)
         if answer is GIVE_UP:
-            return Verdict(error, rests=False, counts=False, ends=True)
-        return Verdict(error, again=True, delay=self._delay(answer))
+            return Verdict(error, failed, rests=False, counts=False, ends=True)
+        return Verdict(error, failed, again=True, delay=self._delay(answer))
 
     def _delay(self, answer: Any) -> float | None:
         from datetime import timedelta
@@ -191,10 +195,9 @@ class TenacityRounds:
         self._function = function
         self._retrying: tenacity.Retrying | None = None
         self._state: tenacity.RetryCallState | None = None
-        self._rejected: Exception | None = None
 
     def begin(self) -> None:
-        if self._policy.watches_every_attempt:
+        if "before" in self._policy.options:
             retrying, state = self._tenacity()
             try:
                 retrying.iter(state)
@@ -202,13 +205,15 @@ class TenacityRounds:
                 self._complain("before", raised, None)
 
     def judge(self, outcome: Any) -> Verdict | None:
-        is_failed = outcome.__class__ is Failed
-        if "retry" not in self._policy.options:
-            return self._policy.judge(outcome.error) if is_failed else None
-        again = self._predicate_says_again(outcome)
-        if is_failed:
-            return Verdict(outcome.error, again=again)
-        return Verdict(self._rejection(), again=True) if again else None
+        policy, call = self._policy, self._call
+        if "retry" in policy.options:
+            return self._judged_by_tenacity(outcome)
+        if outcome.__class__ is Failed:
+            return policy.judge(outcome)
+        if policy.retry_if_result is None or not policy.retry_if_result(outcome):
+            return None
+        what = f"retry_if_result rejects what {name_of(self._function)} returned at attempt {call.attempts}"
+        return Verdict(RejectedResultError(what, outcome), outcome, again=True)
 
     def after(self, verdict: Verdict) -> float | Final:
         if not verdict.again or self._policy.is_one_round:
@@ -216,8 +221,7 @@ class TenacityRounds:
         retrying, state = self._tenacity()
         if not retrying.enabled:
             return Final(Failed(verdict.error))
-        if verdict.error is not self._rejected:
-            _set_outcome(state, Failed(verdict.error))
+        _set_outcome(state, verdict.outcome)
         retrying.retry = _always
         retrying.wait = self._policy.retrying.wait if verdict.delay is None else _constant(verdict.delay)
         return self._next_step(retrying, state, verdict.error)
@@ -231,8 +235,11 @@ class TenacityRounds:
         try:
             step = retrying.iter(state)
         except Exception as raised:  # noqa: BLE001 - tenacity raises to give up: the call's own error, or its own
-            if raised is not error:
-                if isinstance(raised, retrying.retry_error_cls) or isinstance(error, tenacity.TryAgain):
+            if isinstance(raised, retrying.retry_error_cls):
+                if not retrying.reraise:
+                    return Final(Failed(raised))
+            elif raised is not error:
+                if isinstance(error, tenacity.TryAgain):
                     return Final(Failed(raised))
                 self._complain("retry_options", raised, error)
             return Final(Failed(error.with_traceback(traceback)))
@@ -241,22 +248,18 @@ class TenacityRounds:
         state.prepare_for_next_attempt()
         return float(step)
 
-    def _predicate_says_again(self, outcome: Any) -> bool:
+    def _judged_by_tenacity(self, outcome: Any) -> Verdict | None:
         import tenacity
 
-        _retrying, state = self._tenacity()
+        retrying, state = self._tenacity()
         _set_outcome(state, outcome)
-        if outcome.__class__ is Failed and isinstance(outcome.error, tenacity.TryAgain):
-            return True
-        return bool(self._policy.retrying.retry(state))
-
-    def _rejection(self) -> Exception:
-        import tenacity
-
-        _retrying, state = self._tenacity()
         assert state.outcome is not None  # noqa: S101 - for the type checkers
-        self._rejected = tenacity.RetryError(state.outcome)
-        return self._rejected
+        is_failed = outcome.__class__ is Failed
+        wants_another = is_failed and isinstance(outcome.error, tenacity.TryAgain)
+        again = wants_another or bool(self._policy.retrying.retry(state))
+        if not is_failed:
+            return Verdict(retrying.retry_error_cls(state.outcome), outcome, again=True) if again else None
+        return Verdict(outcome.error, outcome, again=again)
 
     def _tenacity(self) -> tuple[tenacity.Retrying, tenacity.RetryCallState]:
         if self._retrying is None or self._state is None:
@@ -303,6 +306,7 @@ def retry_policy(
     max_delay: float = 30.0,
     jitter: bool = True,
     retry_on: RetryOn = MISSING,
+    retry_if_result: Callable[[Any], Any] | None = None,
     options: Mapping[str, Any] | None = None,
     judges_for_others: bool = False,
 ) -> RetryWithTenacity | None:
@@ -328,7 +332,15 @@ def retry_policy(
     for name in _HOOKS:
         if given.get(name) is not None or (name in given and name not in _OPTIONAL_HOOKS):
             _check_hook(name, given[name])
-    if retries == 0 and not given and not judges_for_others:
+    if retry_if_result is not None:
+        check_callable("retry_if_result", retry_if_result, "a function of the result that returns a bool")
+        if "retry" in given:
+            msg = (
+                "retry_if_result cannot apply beside retry_options['retry'], which judges results, too; "
+                "write retry_on in place of that, or tenacity.retry_any(…, tenacity.retry_if_result(…)) there"
+            )
+            raise ValueError(msg)
+    if retries == 0 and not given and retry_if_result is None and not judges_for_others:
         return None
     return RetryWithTenacity(
         retries=retries,
@@ -337,6 +349,7 @@ def retry_policy(
         max_delay=max_delay,
         jitter=jitter,
         retry_on=retry_on,
+        retry_if_result=retry_if_result,
         options=given,
     )
 
@@ -381,6 +394,7 @@ def get_retry_decorator(
     max_delay: float = 30.0,
     jitter: bool = True,
     retry_on: RetryOn = MISSING,
+    retry_if_result: Callable[[Any], object] | None = None,
     **options: Any,
 ) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
     """Make a decorator that retries, and does nothing else.
@@ -395,6 +409,8 @@ def get_retry_decorator(
             (seconds or a `datetime.timedelta`), `opero.NEXT` or `opero.GIVE_UP`. One that raises ends the call.
             Default: every `Exception` but those of the program itself (`NameError`, `ImportError`, `SyntaxError`,
             `NotImplementedError`, `RecursionError`, `MemoryError`).
+        retry_if_result: ``callable(result)``: whether to reject a result, as if the execution had failed. When retries
+            have run out then, `opero.RejectedResultError` is raised.
         **options: For `tenacity.Retrying` (``stop``, ``wait``, ``retry``, ``before_sleep``, …); these win.
 
     Raises:
@@ -408,6 +424,7 @@ def get_retry_decorator(
         max_delay=max_delay,
         jitter=jitter,
         retry_on=retry_on,
+        retry_if_result=retry_if_result,
         options=options,
     )
     recipe = {
@@ -417,6 +434,7 @@ def get_retry_decorator(
         "max_delay": max_delay,
         "jitter": jitter,
         "retry_on": retry_on,
+        "retry_if_result": retry_if_result,
         **options,
     }
     return decorator(

@@ -43,6 +43,7 @@ class OperoOptions(TypedDict, total=False):
     max_delay: float
     jitter: bool
     retry_on: RetryOn
+    retry_if_result: Callable[[Any], object] | None
     retry_options: Mapping[str, Any] | None
     arg_fallback: str | None
     fallback_cooldown: float | None
@@ -68,6 +69,7 @@ OPERO_DEFAULTS: dict[str, Any] = {
     "max_delay": 30.0,
     "jitter": True,
     "retry_on": Exception,
+    "retry_if_result": None,
     "retry_options": None,
     "arg_fallback": None,
     "fallback_cooldown": None,
@@ -117,6 +119,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             jitter=given["jitter"],
             # Given by hand, `Exception` is meant as it is written.
             retry_on=options.get("retry_on", MISSING),
+            retry_if_result=given["retry_if_result"],
             options=given["retry_options"],
             judges_for_others=given["breaker"] is not None or given["arg_fallback"] is not None,
         ),
@@ -222,6 +225,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
               `TypeError`, and an error of its own ends the call. Classes match a group of exceptions, too, if they
               match all in it. Where it is not given, errors of the program itself end the call: `NameError`,
               `ImportError`, `SyntaxError`, `NotImplementedError`, `RecursionError`, `MemoryError`.
+            - ``retry_if_result`` (None): ``callable(result)`` that says whether to reject a result: that is a failed
+              attempt then, whatever ``retry_on`` says, and in the end a `RejectedResultError`.
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
             - ``arg_fallback`` (None): name of the parameter whose list or tuple, `opero.candidates` or
               `opero.candidates_from`, holds candidates to try in order.
@@ -249,6 +254,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
         ValueError: When decorating: a value out of range, or an option that cannot apply. At a call: no candidates.
         UnsafeCacheError: At a call: the folder of the disk cache could have been filled by somebody else.
         AllFailedError: At a call with ``arg_fallback``: every candidate failed in every round.
+        RejectedResultError: At a call with ``retry_if_result``: the last result was rejected, too.
         CallTimeoutError: At a call: a time limit ended it.
         CircuitOpenError: At a call with ``breaker``: it was not tried.
     """
