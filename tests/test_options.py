@@ -23,6 +23,7 @@ from opero.core import (
     get_rate_limit_decorator,
     get_retry_decorator,
 )
+from opero.core.signature import MISSING
 from opero.decorators.opero import OPERO_DEFAULTS, OperoOptions
 from opero.decorators.opmap import OPMAP_DEFAULTS, OpmapOptions
 
@@ -54,6 +55,7 @@ DESIGNED_FOR_OPERO = {
     "total_timeout": None,
     "breaker": None,
     "on_event": None,
+    "default": MISSING,
 }
 DESIGNED_FOR_OPMAP = {
     "mode": "process",
@@ -374,6 +376,10 @@ PROCESS, ASYNC, ASYNC_PROCESS = {"mode": "process"}, {"mode": "async"}, {"mode":
 KNOWN_MODES = ("'process'", "'thread'", "'async'", "'async_process'")
 
 ONLY_OPMAP_REFUSES = [
+    *(
+        Refusal({"default": None, "return_exceptions": value}, ValueError, ("default", f"return_exceptions={value}"))
+        for value in (True, False)
+    ),
     # Names
     unknown("worker", "workers"),
     unknown("return_exception", "return_exceptions"),
@@ -447,7 +453,8 @@ def test_opmap_refuses_when_decorating_and_says_what_came_in_and_what_to_write(r
     assert [text for text in row.shows if text not in message] == []
 
 
-@pytest.mark.parametrize("name", DESIGNED_FOR_OPERO)
+# Anything can be a default.
+@pytest.mark.parametrize("name", DESIGNED_FOR_OPERO.keys() - {"default"})
 def test_the_table_of_refusals_has_every_option_of_opero(name):
     assert name in {row.option for row in REFUSALS}
 
@@ -495,8 +502,8 @@ def test_the_typed_options_of_opero_are_the_options():
 
 
 def test_the_typed_options_of_opmap_are_the_options():
-    # `return_exceptions` decides about the type of the result and stands in the overloads.
-    expected = OPMAP_DEFAULTS.keys() - {"return_exceptions"}
+    # These decide about the type of the result and stand in the overloads.
+    expected = OPMAP_DEFAULTS.keys() - {"return_exceptions", "default"}
 
     assert (OpmapOptions.__optional_keys__, OpmapOptions.__required_keys__) == (expected, set())
 
@@ -566,6 +573,8 @@ def test_all_defaults_of_opmap_can_be_given():
             "rate_limit_options": {"when_full": "next"},
         },
         {"total_timeout": 0.001},
+        {"default": None},
+        {"default": fetch, "retries": 0},
     ],
     ids=shown,
 )

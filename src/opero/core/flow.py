@@ -65,6 +65,8 @@ def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
         outcome = outcome.outcome
     if outcome.__class__ is Failed:
         plan.stats.failures.tick()
+        if plan.default is not MISSING and not isinstance(outcome.error, MisuseError):
+            return Failed(outcome.error, instead=plan.default)
     return outcome
 
 

@@ -335,6 +335,7 @@ class Plan:
     limit: LimitPolicy | None = None
     attempt_timeout: float | None = None
     on_event: Listener | None = None
+    default: Any = MISSING
     stats: Stats = field(default_factory=Stats)
     name: str = field(init=False)
     module: str = field(init=False)

@@ -28,8 +28,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class OperoOptions(TypedDict, total=False):
-    """Types of the options of `opero`, for type checkers."""
+class CommonOptions(TypedDict, total=False):
+    """Types of the options of `opero` that are `opmap`'s, too, for type checkers."""
 
     cache: bool
     cache_ttl: float | None
@@ -56,6 +56,12 @@ class OperoOptions(TypedDict, total=False):
     on_event: Callable[[Any], object] | None
 
 
+class OperoOptions(CommonOptions, total=False):
+    """Types of the options of `opero`, for type checkers."""
+
+    default: Any
+
+
 OPERO_DEFAULTS: dict[str, Any] = {
     "cache": False,
     "cache_ttl": None,
@@ -80,6 +86,7 @@ OPERO_DEFAULTS: dict[str, Any] = {
     "total_timeout": None,
     "breaker": None,
     "on_event": None,
+    "default": MISSING,
 }
 
 
@@ -140,6 +147,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         on_event=None
         if given["on_event"] is None
         else Listener(check_callable("on_event", given["on_event"], "a function of one event")),
+        default=given["default"],
     )
 
 
@@ -247,6 +255,9 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
               once; or a mapping with ``failures`` (5), ``window`` (None: seconds within which they have to happen) and
               ``recovery`` (30 s, then one trial call decides). Errors that no class in ``retry_on`` matches, or to
               which it answers `opero.NEXT` or `opero.GIVE_UP`, count as answers, except of time limits.
+            - ``default``: what a call that failed returns in place of raising, whatever ended it: the object itself, no
+              copy. It is never cached, the call counts as a failure, and listeners are told of the error. A
+              `MisuseError` and arguments that do not fit the function are raised all the same.
             - ``on_event`` (None): ``callable(event)``, told of what happens during each call (`opero.events`).
 
     Raises:
