@@ -157,8 +157,11 @@ def no_mapping(**options):
 
 
 def no_seconds(name, /, *, zero, on=fetch, **others):
-    for value in ("5", b"5", True, False, [5], dt.timedelta(seconds=5), 5j):
-        yield wrong(TypeError, "seconds", on=on, **{name: value}, **others)
+    for value in ("5", b"5", True, False, [5], dt.time(0, 5), 5j):
+        yield wrong(TypeError, "seconds or a timedelta", on=on, **{name: value}, **others)
+    for value in (dt.timedelta(seconds=-1), *(() if zero else (dt.timedelta(),))):
+        shows = (name, str(value.total_seconds()), "seconds or a timedelta")
+        yield Refusal({name: value, **others}, ValueError, shows, on)
     for value in (-1, -0.5, NAN, INF, -INF, BEYOND_FLOAT, *(() if zero else (0, 0.0))):
         yield wrong(ValueError, "seconds", on=on, **{name: value}, **others)
 
@@ -573,6 +576,11 @@ def test_all_defaults_of_opmap_can_be_given():
             "rate_limit_options": {"when_full": "next"},
         },
         {"total_timeout": 0.001},
+        {"cache": True, "cache_ttl": dt.timedelta(days=1)},
+        {"min_delay": dt.timedelta(0), "max_delay": dt.timedelta(milliseconds=1)},
+        {"arg_fallback": "region", "fallback_cooldown": dt.timedelta(minutes=1)},
+        {"total_timeout": dt.timedelta(minutes=1)},
+        {"breaker": {"window": dt.timedelta(minutes=1), "recovery": dt.timedelta(seconds=1)}},
         {"default": None},
         {"default": fetch, "retries": 0},
     ],
@@ -600,6 +608,7 @@ def test_an_option_at_the_edge_of_its_range_is_taken(decorator, options):
         (fetch, {"pool_options": {"initializer": print, "initargs": (1,)}}),
         (fetch_async, {"mode": "async_process", "pool_options": {"concurrency": 1}}),
         (fetch, {"attempt_timeout": 0.5}),
+        (fetch, {"attempt_timeout": dt.timedelta(seconds=0.5)}),
         (fetch_async, {"mode": "thread", "attempt_timeout": 0.5}),
         (fetch_async, {"mode": "async", "attempt_timeout": 0.5}),
     ],

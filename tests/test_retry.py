@@ -199,6 +199,12 @@ def test_without_jitter_the_delays_are_exactly_the_formula(world, fake_clock, op
     assert fake_clock.sleeps == pytest.approx(delays)
 
 
+def test_delays_may_be_timedeltas(world, fake_clock):
+    delays = {"min_delay": dt.timedelta(seconds=1), "max_delay": dt.timedelta(seconds=3)}
+    raised_by(world, opero(retries=3, jitter=False, **delays)(world.define(script(ValueError()))))
+    assert fake_clock.sleeps == [1, 2, 3]
+
+
 def test_with_jitter_each_delay_is_drawn_from_its_upper_half(world, fake_clock):
     raised_by(world, opero(retries=300, min_delay=2, max_delay=2)(world.define(script(ValueError()))))
     assert all(1 <= delay <= 2 for delay in fake_clock.sleeps)

@@ -22,6 +22,7 @@ from opero.core.checks import (
     check_mapping,
     check_number,
     check_seconds,
+    seconds_of,
 )
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.plan import Call, Final, Plan, Verdict
@@ -34,9 +35,9 @@ from opero.utils.logging import log
 from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     import tenacity
+
+    from opero.core.checks import Duration
 
 __all__ = ["get_retry_decorator"]
 
@@ -57,9 +58,7 @@ class Answer(enum.Enum):
 # This candidate cannot help, another one may; the call is none that any candidate could answer.
 NEXT, GIVE_UP = Answer.NEXT, Answer.GIVE_UP
 
-RetryOn = (
-    type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | float | timedelta | Answer | None"]
-)
+RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | Duration | Answer | None"]
 
 
 # No service is at fault, and no second try can mend it.
@@ -156,17 +155,14 @@ class RetryWithTenacity:
         return Verdict(error, failed, again=True, delay=self._delay(answer))
 
     def _delay(self, answer: Any) -> float | None:
-        from datetime import timedelta
-
-        if isinstance(answer, timedelta):
-            answer = answer.total_seconds()
-        if not isinstance(answer, (int, float)):
+        delay = seconds_of(answer)
+        if not isinstance(delay, (int, float)):
             msg = (
                 f"retry_on={shown(self.retry_on)} answered with {kind_of(answer)}; let it return True, False, seconds, "
                 "a timedelta, opero.NEXT or opero.GIVE_UP"
             )
             raise MisuseError(msg)
-        return None if math.isnan(answer) else float(min(max(answer, 0), LONGEST_WAIT))
+        return None if math.isnan(delay) else float(min(max(delay, 0), LONGEST_WAIT))
 
     def _make_retrying(self) -> tenacity.Retrying:
         import tenacity
@@ -302,8 +298,8 @@ def retry_policy(
     *,
     retries: int = 3,
     backoff_factor: float = 2.0,
-    min_delay: float = 0.1,
-    max_delay: float = 30.0,
+    min_delay: Duration = 0.1,
+    max_delay: Duration = 30.0,
     jitter: bool = True,
     retry_on: RetryOn = MISSING,
     retry_if_result: Callable[[Any], Any] | None = None,
@@ -318,8 +314,8 @@ def retry_policy(
         retry_on = retry_unless_of_the_program
     check_count("retries", retries, "extra rounds", smallest=0)
     check_number("backoff_factor", backoff_factor, "times", smallest=1)
-    check_seconds("min_delay", min_delay, zero=True)
-    check_seconds("max_delay", max_delay, zero=True)
+    min_delay = check_seconds("min_delay", min_delay, zero=True)
+    max_delay = check_seconds("max_delay", max_delay, zero=True)
     if max_delay < min_delay:
         msg = f"max_delay={max_delay!r} is below min_delay={min_delay!r}; write a max_delay that is not"
         raise ValueError(msg)
@@ -390,8 +386,8 @@ def get_retry_decorator(
     *,
     retries: int = 3,
     backoff_factor: float = 2.0,
-    min_delay: float = 0.1,
-    max_delay: float = 30.0,
+    min_delay: Duration = 0.1,
+    max_delay: Duration = 30.0,
     jitter: bool = True,
     retry_on: RetryOn = MISSING,
     retry_if_result: Callable[[Any], object] | None = None,
@@ -402,8 +398,8 @@ def get_retry_decorator(
     Args:
         retries: Extra executions after the first.
         backoff_factor: By how much each delay is longer than the one before.
-        min_delay: Seconds before the first retry.
-        max_delay: Seconds that no delay exceeds.
+        min_delay: Seconds before the first retry, or a `datetime.timedelta`.
+        max_delay: Seconds that no delay exceeds, or a `datetime.timedelta`.
         jitter: Whether each delay is drawn from its upper half at random.
         retry_on: Exception class, tuple of classes, or ``callable(exception)`` that answers with True, False, a delay
             (seconds or a `datetime.timedelta`), `opero.NEXT` or `opero.GIVE_UP`. One that raises ends the call.

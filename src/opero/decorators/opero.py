@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from opero.core.cache import Cache
+    from opero.core.checks import Duration
     from opero.core.limits.rates import Rate
     from opero.core.rate_limit import RateLimiter
 
@@ -32,26 +33,26 @@ class CommonOptions(TypedDict, total=False):
     """Types of the options of `opero` that are `opmap`'s, too, for type checkers."""
 
     cache: bool
-    cache_ttl: float | None
+    cache_ttl: Duration | None
     cache_backend: str
     cache_key: Callable[..., Any] | None
     cache_namespace: str | None
     cache_options: Mapping[str, Any] | None
     retries: int
     backoff_factor: float
-    min_delay: float
-    max_delay: float
+    min_delay: Duration
+    max_delay: Duration
     jitter: bool
     retry_on: RetryOn
     retry_if_result: Callable[[Any], object] | None
     retry_options: Mapping[str, Any] | None
     arg_fallback: str | None
-    fallback_cooldown: float | None
+    fallback_cooldown: Duration | None
     rate_limit: Rate | RateLimiter | None
     rate_limit_per: str | None
     rate_limit_options: Mapping[str, Any] | None
-    attempt_timeout: float | None
-    total_timeout: float | None
+    attempt_timeout: Duration | None
+    total_timeout: Duration | None
     breaker: int | Mapping[str, Any] | None
     on_event: Callable[[Any], object] | None
 
@@ -211,7 +212,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
 
     Args:
         function: The function, when used without parentheses.
-        **options: All by keyword:
+        **options: All by keyword. What is told in seconds may also be a `datetime.timedelta`:
 
             - ``cache`` (False): cache successful results. Identical calls under way share one execution.
             - ``cache_ttl`` (None): seconds an entry lives; None keeps it for ever.
