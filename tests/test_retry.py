@@ -8,6 +8,7 @@ import copy
 import datetime as dt
 import decimal
 import gc
+import inspect
 import pickle
 import threading
 import traceback
@@ -19,8 +20,13 @@ from typing import Any
 import pytest
 import tenacity
 
+from conftest import World
 from opero import GIVE_UP, NEXT, AllFailedError, CircuitOpenError, RejectedResultError, opero, opmap
 from opero.core import get_retry_decorator
+from opero.core.flow import call_flow
+from opero.core.plan import Call
+from opero.core.steps import drive, drive_async
+from opero.decorators.opero import make_plan
 from opero.testing import instant
 
 STEADY = {"jitter": False, "min_delay": 1}
@@ -850,3 +856,74 @@ def test_parameters_may_have_any_name(world, fake_clock):
     names = world.run(lambda: function(1, 2, args=4, **given))
     assert names == (1, 2, 3, 4, 5, 6, 7, 8, 9, {"key": 0, "started": 1})
     assert function.stats.attempts == 2
+
+
+# Arguments that do not fit the function
+
+
+class Flow:
+    """Calls of a function that nothing has looked at before the flow begins."""
+
+    def __init__(self, world, function, **options):
+        self._world = world
+        self._plan = make_plan(world.define(function), options)
+
+    @property
+    def stats(self):
+        return self._plan.stats.snapshot()
+
+    def call(self, *args, **kwargs):
+        plan = self._plan
+        if not self._world.is_async:
+            return drive(call_flow(plan, Call(args, kwargs, blocks=True)), plan.function)
+        return asyncio.run(drive_async(call_flow(plan, Call(args, kwargs)), plan.function, plan.name))
+
+
+def add(a, *, key="k"):
+    return a + len(key)
+
+
+WRONG = {"too few": ((), {}), "too many": ((1, 2), {}), "unknown": ((1,), {"b": 2})}
+ROUND_IT = {
+    "retries": {},
+    "retry_on": {"retry_on": lambda error: True},
+    "tenacity": {"retry_options": {"retry": tenacity.retry_always}},
+    "candidates": {"arg_fallback": "key"},
+    "circuit": {"breaker": 1},
+    "default": {"default": None},
+    "default of a cached one": {"default": None, "cache": True},
+}
+
+
+@pytest.mark.parametrize(("args", "kwargs"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("options", ROUND_IT.values(), ids=ROUND_IT)
+def test_a_call_with_arguments_that_do_not_fit_ends_with_its_type_error(world, args, kwargs, options):
+    flow = Flow(world, add, **options)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"\(\) (missing|takes|got)") as caught:
+            flow.call(*args, **kwargs)
+        assert not hasattr(caught.value, "__notes__")
+    assert (flow.stats.retries, flow.stats.failures) == (0, 2)
+
+
+def test_a_type_error_of_the_functions_own_is_retried(world, fake_clock):
+    flow = Flow(world, add, retries=2)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        flow.call(None)
+    assert flow.stats.attempts == 3
+
+
+def test_a_type_error_of_a_function_whose_signature_is_not_known_is_retried(fake_clock):
+    unknown = next(function for function in (getattr, iter, max, dict) if not _has_signature(function))
+    flow = Flow(World(is_async=False), unknown, retries=2)
+    with pytest.raises(TypeError):
+        flow.call()
+    assert flow.stats.attempts == 3
+
+
+def _has_signature(function):
+    try:
+        inspect.signature(function)
+    except ValueError:
+        return False
+    return True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.listeners import teller_of
 from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
-from opero.core.signature import MISSING
+from opero.core.signature import MISSING, own_signature
 from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause
 from opero.exceptions import (
     AllFailedError,
@@ -65,7 +65,8 @@ def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
         outcome = outcome.outcome
     if outcome.__class__ is Failed:
         plan.stats.failures.tick()
-        if plan.default is not MISSING and not isinstance(outcome.error, MisuseError):
+        is_misuse = isinstance(outcome.error, MisuseError)
+        if plan.default is not MISSING and not is_misuse and not _is_wrong_call(plan, call, outcome.error):
             return Failed(outcome.error, instead=plan.default)
     return outcome
 
@@ -180,7 +181,7 @@ class _CallFlow:
             return outcome
         if outcome is OUT_OF_TIME:
             return self._out_of_time()
-        if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS):
+        if outcome.__class__ is Failed and self._is_final(outcome.error):
             return outcome
         try:
             judged = rounds.judge(outcome)
@@ -199,6 +200,12 @@ class _CallFlow:
         if self.plan.limit is not None and judged.delay:
             yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
         return judged
+
+    def _is_final(self, error: Exception) -> bool:
+        """Whether no attempt could end otherwise, whatever the service does."""
+        # Arguments that fit at the first attempt fit at all.
+        is_first = self.call.attempts == 1
+        return isinstance(error, FINAL_ERRORS) or (is_first and _is_wrong_call(self.plan, self.call, error))
 
     def rate_limit(self, candidate: _Candidate, passage: Passage | None, *, has_slot: bool) -> Generator[Any, Any, Any]:
         if self.first_failure is not None:
@@ -385,6 +392,21 @@ class _NoAttempt:
 
 OUT_OF_TIME = _NoAttempt("total_timeout leaves no time for another attempt")
 CIRCUIT_OPEN = _NoAttempt("this candidate's circuit is open")
+
+
+def _is_wrong_call(plan: Plan, call: Call, error: Exception) -> bool:
+    """Whether the call's arguments do not fit the function, so that the function never began."""
+    if not isinstance(error, TypeError):
+        return False
+    try:
+        signature = own_signature(plan.function)
+    except (ValueError, TypeError):  # not known, as of some builtins
+        return False
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError:
+        return True
+    return False
 
 
 def _speaks_against_the_service(judged: Verdict | None) -> bool | None:
