@@ -29,6 +29,7 @@ __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C", bound="Candidate")
 
 _LIMITER_OPTIONS = ("folder", "max_burst", "name", "scope", "url")
 WHEN_FULL = ("next", "wait")
@@ -200,7 +201,7 @@ class FunctionLimit:
             return self.limiter.take_now
         return self.limiter.per_value.take_now
 
-    def choose(self, candidates: Sequence[Candidate]) -> Generator[Any, Any, tuple[Candidate, bool]]:
+    def choose(self, candidates: Sequence[C]) -> Generator[Any, Any, tuple[C, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""
         if self._prefers_free and len(candidates) > 1:
             for candidate in candidates:
