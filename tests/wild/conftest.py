@@ -14,7 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATIENCE = 30  # seconds for what takes a few
+PATIENCE = 60  # seconds for what takes a few
 
 
 class Flaky:

@@ -18,7 +18,6 @@ def work(x):
 if __name__ == "__main__":
     here = [use() + x for x in range(4)]
     assert list(work(range(4))) == here
-    assert list(work(range(4))) == here
 """
 
 USES = {
@@ -55,7 +54,7 @@ USES = {
         import numba
         import numpy
 
-        @numba.njit(parallel=True)
+        @numba.njit(parallel=True, cache=True)
         def total(numbers):
             found = 0.0
             for i in numba.prange(len(numbers)):
