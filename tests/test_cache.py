@@ -651,7 +651,7 @@ def test_cache_delete_of_a_method_is_for_one_instance(world):
     one, two = made("a"), made("a")
     world.run(one.method)
     world.run(two.method)
-    assert one.method.cache_delete()
+    assert opero.control(one.method).cache_delete()
     assert [world.run(two.method), world.run(one.method)] == [(2, 0), (3, 0)]
 
 

@@ -67,7 +67,7 @@ def fill(folder):
         )(lambda value: value)
         for value in values:
             function(value)
-        function.plan.cache.store.close()
+        function.__opero__.plan.cache.store.close()
         return function
 
     return filled
@@ -176,7 +176,7 @@ def test_expired_and_deleted_entries_do_not_count(fill, listed):
     fill("short", 1, cache_ttl=1e-6)
     function = fill("deleted", 1, 2)
     function.cache_delete(1)
-    function.plan.cache.store.close()
+    function.__opero__.plan.cache.store.close()
     assert [entries for entries, _ in listed().values()] == ["1", "0"]
 
 

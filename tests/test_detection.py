@@ -125,39 +125,6 @@ def test_above_classmethod_and_staticmethod_is_refused_with_a_hint(decorate, kin
         decorate(kind(plain))
 
 
-def generator(value):
-    yield value
-
-
-async def async_generator(value):
-    yield value
-
-
-class GeneratorCallable:
-    def __call__(self, value):
-        yield value
-
-    def method(self, value):
-        yield value
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        generator,
-        async_generator,
-        functools.partial(generator, 1),
-        GeneratorCallable().method,
-        GeneratorCallable(),
-    ],
-    ids=["def", "async def", "partial", "method", "object"],
-)
-@pytest.mark.parametrize("decorate", DECORATORS.values(), ids=DECORATORS)
-def test_generator_functions_are_refused(decorate, function):
-    with pytest.raises(TypeError, match="generator"):
-        decorate(function)
-
-
 @pytest.mark.parametrize("thing", [Callable, 5, "text", property(plain)], ids=repr)
 def test_what_is_no_function_is_refused(thing):
     with pytest.raises(TypeError, match="opero"):

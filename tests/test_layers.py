@@ -245,7 +245,7 @@ def ctrl_c():
 def test_ctrl_c_during_the_wait_for_a_slot_gives_the_place_back(fake_clock, ctrl_c):
     function = opero(rate_limit=1)(lambda: "done")
     function()  # the slot of this second, which does not pass by itself
-    line = function.plan.limit.limiter
+    line = function.__opero__.plan.limit.limiter
 
     def interrupt():
         while line.expected_wait() <= 1:
@@ -271,7 +271,7 @@ def test_a_task_cancelled_in_the_wait_for_a_slot_gives_the_place_back(fake_clock
         await function()  # the slot of this second, which does not pass by itself
         task = asyncio.create_task(function())
         await asyncio.sleep(0)
-        assert function.plan.limit.limiter.expected_wait() > 1
+        assert function.__opero__.plan.limit.limiter.expected_wait() > 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

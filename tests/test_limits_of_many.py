@@ -298,17 +298,17 @@ def test_when_all_are_full_the_one_whose_slot_comes_first_is_waited_for(world):
         rate_limit_options={"when_full": "next"},
     )
     world.run(f, 1, ["b"])
-    f.plan.limit.limiter.per_value.take_now("a")
-    f.plan.limit.limiter.per_value.take_now("c")
+    f.__opero__.plan.limit.limiter.per_value.take_now("a")
+    f.__opero__.plan.limit.limiter.per_value.take_now("c")
     assert world.run(f, 2, ["a", "b", "c"]) == "b"
 
 
 def test_idle_values_are_forgotten(world, fake_clock):
     f = limited(world.define(lambda key: key), rate_limit=10, rate_limit_per="key")
     for value in range(5_000):
-        world.run(f, value) if value < 10 else f.plan.limit.limiter.per_value.take_now(value)
+        world.run(f, value) if value < 10 else f.__opero__.plan.limit.limiter.per_value.take_now(value)
         fake_clock.tick(0.05)
-    assert len(f.plan.limit.limiter.per_value) <= 128
+    assert len(f.__opero__.plan.limit.limiter.per_value) <= 128
 
 
 def test_values_that_are_not_idle_are_remembered(fake_clock):
@@ -354,7 +354,7 @@ def test_the_limits_of_a_function_go_with_it():
     f("a")
     gc.disable()
     try:
-        limits = weakref.ref(f.plan.limit.limiter.per_value)
+        limits = weakref.ref(f.__opero__.plan.limit.limiter.per_value)
         del f
         assert limits() is None
     finally:
@@ -407,7 +407,7 @@ def test_the_pause_holds_for_callers_in_other_threads(busy):
     first = started(f, "first")
     until(lambda: f.stats.attempts == 1)
     with Timed() as time_taken:
-        until(lambda: not f.plan.limit.limiter.take_now())
+        until(lambda: not f.__opero__.plan.limit.limiter.take_now())
         f("second")
     assert first.result(SECONDS) == "first"
     assert time_taken.seconds > 0.1
@@ -702,7 +702,7 @@ def test_a_call_gives_up_as_soon_as_another_one_is_told_to_wait_for_longer(world
     told = started(world.run, f, "told")
     until(lambda: f.stats.attempts == 1)
     waiting = started(world.run, f, "waits")
-    until(lambda: f.plan.limit.limiter.expected_wait() > 1)
+    until(lambda: f.__opero__.plan.limit.limiter.expected_wait() > 1)
     gate.set()
     assert isinstance(waiting.exception(SECONDS), CallTimeoutError)
     assert isinstance(told.exception(SECONDS), BusyError)

@@ -321,7 +321,7 @@ def forgetting():
         "cache_clear": lambda f: f.cache_clear(),
         "cache_delete": lambda f: f.cache_delete(1),
         "clear_cache": lambda f: opero.clear_cache(),
-        "clear_cache of the namespace": lambda f: opero.clear_cache(f.plan.cache.namespace),
+        "clear_cache of the namespace": lambda f: opero.clear_cache(f.__opero__.plan.cache.namespace),
     }
 
 
@@ -355,7 +355,7 @@ def test_namespaces_that_look_alike_are_kept_apart(world, backend, cached, suffi
 def test_clearing_leaves_foreign_redis_keys_alone(redis_backend, world, forget):
     f = opero.opero(**own(redis_backend))(world.define(lambda x: x))
     with redis_backend.client() as client:
-        names = ["foreign", "opero", "opero:", "opero:foreign", f.plan.cache.namespace]
+        names = ["foreign", "opero", "opero:", "opero:foreign", f.__opero__.plan.cache.namespace]
         client.mset(dict.fromkeys(names, "kept"))
         world.run(f, 1)
         forget(f)
@@ -715,7 +715,7 @@ class TestForks:
         goes_on, may_go_on = os.pipe()
         child = started(forked, lambda: [f(1), os.read(goes_on, 1), f(2)])
         until(lambda: f.cache_info().currsize == 2)
-        f.plan.cache.store.close()
+        f.__opero__.plan.cache.store.close()
         other.tell("3")
         other.end()
         os.write(may_go_on, b".")
@@ -750,7 +750,7 @@ class TestForks:
 
         f = opero.opero(**own(disk_backend))(lambda x: x)
         f(0)
-        user = LastUser(f.plan.cache.store)
+        user = LastUser(f.__opero__.plan.cache.store)
         hold_forks(user)
         f = None
         gc.collect()
@@ -759,7 +759,7 @@ class TestForks:
     def test_a_child_waits_for_no_lock_of_its_parents_connections(self, world, redis_backend):
         f = opero.opero(**own(redis_backend))(world.define(lambda x: x))
         world.run(f, 0)
-        with f.plan.cache.store.client.connection_pool._lock:
+        with f.__opero__.plan.cache.store.client.connection_pool._lock:
             child = started(forked, lambda: world.run(f, 1))
             assert child.result(2 * SECONDS) == "1"
 
@@ -1474,11 +1474,11 @@ def test_the_connections_of_a_function_that_is_gone_are_closed(world, own_redis,
 def test_a_fork_does_not_wait_for_a_writer_that_another_process_holds_up(disk_backend):
     f = opero.opero(**disk_backend.options, cache_namespace=disk_backend.namespace())(lambda x: x)
     f(0)
-    database = f.plan.cache.store.folder / "cache.db"
+    database = f.__opero__.plan.cache.store.folder / "cache.db"
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as elsewhere:
         elsewhere.execute("BEGIN IMMEDIATE")
         writer = started(f, 1)
-        until(f.plan.cache.store.flights._under_way.__len__)
+        until(f.__opero__.plan.cache.store.flights._under_way.__len__)
         began = time.monotonic()
         assert forked(lambda: "forked") == repr("forked")
         waited = time.monotonic() - began

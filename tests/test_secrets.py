@@ -86,7 +86,7 @@ def said(decorate, given, function):
         made = decorate(**given)(function)
     except Exception as error:  # noqa: BLE001 - whatever it is
         return f"{error} {error!r} {getattr(error, '__notes__', '')}"
-    return f"{made!r} {made} {made.plan!r} {made.stats!r} {made.cache_info()!r}"
+    return f"{made!r} {made} {made.__opero__.plan!r} {made.stats!r} {made.cache_info()!r}"
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
@@ -139,7 +139,6 @@ ASKS = {
         candidates_from(lambda: value)
     ),
     "a function of candidates": candidates_from,
-    "an instance": lambda value: Holder(value).decorated,
     "an instance with a map": lambda value: Holder(value).mapped,
 }
 

@@ -26,7 +26,7 @@ def cached(function, **options):
 
 def waiters(f) -> int:
     """How many callers wait for a run of another's."""
-    return sum(len(flight.wakers) for flight in list(f.plan.cache.store.flights._under_way.values()))
+    return sum(len(flight.wakers) for flight in list(f.__opero__.plan.cache.store.flights._under_way.values()))
 
 
 class Held:
@@ -286,7 +286,7 @@ def forgetting():
         "cache_clear": lambda f: f.cache_clear(),
         "cache_delete": lambda f: f.cache_delete(1),
         "clear_cache": lambda f: opero.clear_cache(),
-        "clear_cache of the namespace": lambda f: opero.clear_cache(f.plan.cache.namespace),
+        "clear_cache of the namespace": lambda f: opero.clear_cache(f.__opero__.plan.cache.namespace),
     }
 
 
@@ -904,7 +904,7 @@ def test_ctrl_c_at_any_moment_leaves_no_run_that_others_would_wait_for():
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 interrupted += 1
-                assert not f.plan.cache.store.flights._under_way
+                assert not f.__opero__.plan.cache.store.flights._under_way
             if interrupted == 2_000 or time.monotonic() > deadline:
                 break
     finally:

@@ -34,22 +34,34 @@ def fails(times):
 
 
 def test_a_new_function_has_done_nothing(world):
-    assert opero(cache=True, rate_limit=5)(world.define(fails(0))).stats == CallStats()
+    assert opero(cache=True, rate_limit=5)(world.define(fails(0))).stats.snapshot() == CallStats()
 
 
 def test_asking_counts_nothing(world):
     function = opero(world.define(fails(0)))
     world.run(function)
-    assert {function.stats for _ in range(100)} == {CallStats(calls=1, attempts=1)}
+    assert {function.stats.snapshot() for _ in range(100)} == {CallStats(calls=1, attempts=1)}
 
 
 def test_a_snapshot_is_frozen(world):
     function = opero(world.define(fails(0)))
-    before = function.stats
+    before = function.stats.snapshot()
     world.run(function)
     assert before == CallStats()
     with pytest.raises(dataclasses.FrozenInstanceError):
         before.calls = 5
+
+
+def test_stats_are_live_and_read_only(world):
+    function = opero(world.define(fails(0)))
+    stats = function.stats
+    world.run(function)
+    assert (stats.calls, stats.attempts, stats.waited) == (1, 1, 0.0)
+    assert repr(stats) == f"<live {stats.snapshot()!r}>"
+    with pytest.raises(AttributeError):
+        stats.calls = 5
+    with pytest.raises(AttributeError, match="no 'call'; they have calls, hits"):
+        _ = stats.call
 
 
 COUNTED = {
@@ -84,14 +96,14 @@ def test_counters(world, fake_clock, row):
     for _ in range(calls):
         with contextlib.suppress(LookupError, ExceptionGroup):
             world.run(function, ["a", "b"])
-    assert function.stats == expected
+    assert function.stats.snapshot() == expected
 
 
 def test_calls_without_candidates_are_failures_without_an_attempt(world):
     function = opero(arg_fallback="key")(world.define(fails(0)))
     with pytest.raises(ValueError, match="key"):
         world.run(function, [])
-    assert function.stats == CallStats(calls=1, failures=1)
+    assert function.stats.snapshot() == CallStats(calls=1, failures=1)
 
 
 def test_calls_that_join_an_identical_one_are_hits():
@@ -104,7 +116,7 @@ def test_calls_that_join_an_identical_one_are_hits():
         return await asyncio.gather(work(), work(), work())
 
     assert asyncio.run(three()) == ["done"] * 3
-    assert work.stats == CallStats(calls=3, hits=2, attempts=1)
+    assert work.stats.snapshot() == CallStats(calls=3, hits=2, attempts=1)
 
 
 def test_waited_is_the_time_spent_on_the_rate_limit(world, fake_clock):
@@ -112,7 +124,7 @@ def test_waited_is_the_time_spent_on_the_rate_limit(world, fake_clock):
     world.run(function)  # takes the slot of this moment, in which the clock stands still
 
     def tick():
-        while function.plan.limit.limiter.expected_wait() <= 0.02:
+        while function.__opero__.plan.limit.limiter.expected_wait() <= 0.02:
             time.sleep(0.001)
         fake_clock.tick(0.02)
 
@@ -155,7 +167,7 @@ def test_counters_are_exact_under_threads(world, fake_clock):
         ended.set()
         reading.result()
     n = calls * threads
-    assert function.stats == CallStats(calls=n, attempts=4 * n, retries=n, fallbacks=2 * n)
+    assert function.stats.snapshot() == CallStats(calls=n, attempts=4 * n, retries=n, fallbacks=2 * n)
 
 
 def test_hits_are_exact_under_threads():
@@ -170,7 +182,7 @@ def test_hits_are_exact_under_threads():
     with ThreadPoolExecutor(8) as pool:
         for calling in [pool.submit(call) for _ in range(8)]:
             calling.result()
-    assert function.stats == CallStats(calls=16_000, hits=15_999, attempts=1)
+    assert function.stats.snapshot() == CallStats(calls=16_000, hits=15_999, attempts=1)
 
 
 def test_a_method_counts_for_all_its_instances(world):
@@ -181,16 +193,21 @@ def test_a_method_counts_for_all_its_instances(world):
     one, other = Client(), Client()
     for client in (one, one, other):
         world.run(client.ask)
-    assert one.ask.stats == other.ask.stats == Client.ask.stats == CallStats(calls=3, attempts=3)
+    assert (
+        one.ask.stats.snapshot()
+        == other.ask.stats.snapshot()
+        == Client.ask.stats.snapshot()
+        == CallStats(calls=3, attempts=3)
+    )
     world.run(Client.of_class)
-    assert one.of_class.stats == CallStats(calls=1, attempts=1)
+    assert one.of_class.stats.snapshot() == CallStats(calls=1, attempts=1)
 
 
 def test_each_decorated_function_has_counters_of_its_own(world):
     decorate = opero(retries=1)
     one, other = decorate(world.define(fails(0))), decorate(world.define(fails(0)))
     world.run(one)
-    assert other.stats == CallStats()
+    assert other.stats.snapshot() == CallStats()
 
 
 class Unhashable:
@@ -226,7 +243,7 @@ def test_a_call_that_fails_for_want_of_a_key_is_a_call_that_failed(world, told, 
     function = opero(**options)(world.define(lambda x: "done"))
     with pytest.raises((TypeError, LookupError)) as caught:
         world.run(function, argument)
-    assert function.stats == CallStats(calls=1, failures=1)
+    assert function.stats.snapshot() == CallStats(calls=1, failures=1)
     if told:
         assert (told[-1].error, told[-1].cancelled, told[-1].attempts) == (caught.value, False, 0)
 
@@ -239,7 +256,7 @@ def test_a_call_that_an_unsafe_folder_ends_is_a_call_that_failed(world, told, tm
     function = opero(cache=True, **options)(world.define(lambda x: "done"))
     with pytest.raises(UnsafeCacheError) as caught:
         world.run(function, 1)
-    assert function.stats == CallStats(calls=1, failures=1)
+    assert function.stats.snapshot() == CallStats(calls=1, failures=1)
     if told:
         assert (told[-1].error, told[-1].cancelled) == (caught.value, False)
 
@@ -250,7 +267,7 @@ def test_a_call_of_a_function_that_has_no_lasting_name_is_a_call_that_failed(wor
     function = opero(cache=True, **options)(world.define(functools.partial(lambda lock, x: "done", lock)))
     with pytest.raises(MisuseError, match="cannot be told apart") as caught:
         world.run(function, 1)
-    assert function.stats == CallStats(calls=1, failures=1)
+    assert function.stats.snapshot() == CallStats(calls=1, failures=1)
     if told:
         assert (told[-1].error, told[-1].cancelled) == (caught.value, False)
 
@@ -262,7 +279,7 @@ def test_items_that_fail_for_want_of_a_key_are_calls_that_failed(mode, told, wha
     assert [type(outcome) for outcome in mode.run(mapped, [argument, argument])] == [
         MisuseError if what == "an argument" else LookupError
     ] * 2
-    assert mapped.stats == CallStats(calls=2, failures=2)
+    assert mapped.stats.snapshot() == CallStats(calls=2, failures=2)
     assert [(e.index, e.cancelled) for e in told if isinstance(e, CallDone)] == (
         [(0, False), (1, False)] if told else []
     )

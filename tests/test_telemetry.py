@@ -660,7 +660,7 @@ class Callable:
     ids=["partial", "object", "method", "decorated", "builtin"],
 )
 def test_whatever_is_decorated_has_the_module_of_what_it_is_named_by(function, name):
-    plan = opero.opero(function).plan
+    plan = opero.opero(function).__opero__.plan
     assert (plan.module, plan.name) == ("builtins" if function is len else __name__, name)
 
 

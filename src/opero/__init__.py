@@ -3,11 +3,20 @@
 from opero.concurrency.outcome import Outcome
 from opero.core.cache import clear_cache
 from opero.core.candidates import candidates, candidates_from
+from opero.core.control import control
 from opero.core.listeners import on_event
+from opero.core.rate_limit import RateLimiter
 from opero.core.stats import CallStats
 from opero.decorators.opero import opero
 from opero.decorators.opmap import opmap
-from opero.exceptions import AllFailedError, CircuitOpenError, OperoError, WorkerCrashedError
+from opero.exceptions import (
+    AllFailedError,
+    CallTimeoutError,
+    CircuitOpenError,
+    MisuseError,
+    OperoError,
+    WorkerCrashedError,
+)
 from opero.utils.logging import configure_logging
 
 try:
@@ -18,15 +27,19 @@ except ImportError:  # a source tree that was never built or installed
 __all__ = [
     "AllFailedError",
     "CallStats",
+    "CallTimeoutError",
     "CircuitOpenError",
+    "MisuseError",
     "OperoError",
     "Outcome",
+    "RateLimiter",
     "WorkerCrashedError",
     "__version__",
     "candidates",
     "candidates_from",
     "clear_cache",
     "configure_logging",
+    "control",
     "on_event",
     "opero",
     "opmap",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, assert_type
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, assert_type, overload
 
 from opero import (
     AllFailedError,
@@ -24,11 +24,13 @@ from opero import (
     candidates_from,
     clear_cache,
     configure_logging,
+    control,
     opero,
     opmap,
 )
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
 from opero.core import (
+    Control,
     RateLimiter,
     get_cache_context,
     get_cache_decorator,
@@ -115,30 +117,42 @@ def check_functions() -> None:
     del text
 
 
-def check_what_a_function_offers() -> None:
-    assert_type(fetch.stats, CallStats)
-    assert_type(fetch.stats.calls, int)
-    assert_type(fetch.stats.hits, int)
-    assert_type(fetch.stats.attempts, int)
-    assert_type(fetch.stats.retries, int)
-    assert_type(fetch.stats.fallbacks, int)
-    assert_type(fetch.stats.failures, int)
-    assert_type(fetch.stats.cache_errors, int)
-    assert_type(fetch.stats.waited, float)
-    assert_type(fetch.cache_info().hits, int)
-    assert_type(fetch.cache_info().misses, int)
-    assert_type(fetch.cache_info().maxsize, int | None)
-    assert_type(fetch.cache_info().currsize, int)
-    assert_type(fetch.cache_delete("u", size=5), bool)
-    assert_type(fetch.__wrapped__("u", size=5), bytes)
-    fetch.cache_clear()
+def check_what_can_be_done_with_a_function() -> None:
+    its = control(fetch_with_options)
+    assert_type(its.stats.calls, int)
+    assert_type(its.stats.hits, int)
+    assert_type(its.stats.attempts, int)
+    assert_type(its.stats.retries, int)
+    assert_type(its.stats.fallbacks, int)
+    assert_type(its.stats.failures, int)
+    assert_type(its.stats.cache_errors, int)
+    assert_type(its.stats.waited, float)
+    assert_type(its.stats.snapshot(), CallStats)
+    assert_type(its.cache_info().hits, int)
+    assert_type(its.cache_info().misses, int)
+    assert_type(its.cache_info().maxsize, int | None)
+    assert_type(its.cache_info().currsize, int)
+    assert_type(its.cache_delete("u", size=5), bool)
+    assert_type(its.with_options(retries=0)("u", size=5), bytes)
+    its.cache_clear()
 
-    fetch.cache_delete(5)  # type: ignore[arg-type]
-    fetch.__wrapped__(5)  # type: ignore[arg-type]
-    fetch.cache_clean()  # type: ignore[attr-defined]
-    fetch.stats.call  # type: ignore[attr-defined]  # noqa: B018
-    fetch.stats.calls = 5  # type: ignore[misc]
-    fetch.stats = CallStats()  # type: ignore[misc]
+    its.cache_delete(5)  # type: ignore[arg-type]
+    its.with_options(retries=0)(5)  # type: ignore[arg-type]
+    its.cache_clean()  # type: ignore[attr-defined]
+    its.stats.call  # type: ignore[attr-defined]  # noqa: B018
+    its.stats.calls = 5  # type: ignore[misc]
+    control(5)  # type: ignore[arg-type]
+
+
+def check_that_a_decorated_function_is_no_more_than_a_function() -> None:
+    fetch.stats  # type: ignore[attr-defined]  # noqa: B018
+    typed: Control[[str], bytes] = control(fetch_short)
+    del typed
+
+
+@opero
+def fetch_short(url: str) -> bytes:
+    return url.encode()
 
 
 # Async functions
@@ -159,7 +173,8 @@ async def check_async_functions() -> None:
     assert_type(await fetch_async_with_options("u", size=5), bytes)
     assert_type(await asyncio.create_task(fetch_async("u")), bytes)
     assert_type(await asyncio.gather(fetch_async("u"), fetch_async("v")), tuple[bytes, bytes])
-    assert_type(fetch_async.stats, CallStats)
+    assert_type(control(fetch_async).stats.calls, int)
+    assert_type(await control(fetch_async).with_options(retries=0)("u"), bytes)
 
     await fetch_async(5)  # type: ignore[arg-type]
     await fetch("u")  # type: ignore[misc]
@@ -188,7 +203,7 @@ def check_uses_as_a_value() -> None:
     assert_type(functools.partial(fetch, session=Session())("u", 5), bytes)
     assert_type(opero(functools.partial(fetch_plain, size=5))("u"), bytes)
     assert_type(opero(retries=1)(fetch)("u"), bytes)
-    assert_type(opero(lambda: 5)(), int)
+    assert_type(opero(lambda: fetch("u"))(), bytes)
     with ThreadPoolExecutor() as executor:
         assert_type(executor.submit(fetch, "u", 5).result(), bytes)
         executor.submit(fetch, 5)  # type: ignore[arg-type]
@@ -244,10 +259,83 @@ class Client:
 
 
 class SpecialClient(Client):
-    # pyright compares the two as variables of one type, the instances that they take included; mypy does not.
     @opero
-    def get(self, url: str, size: int = 10) -> bytes:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def get(self, url: str, size: int = 10) -> bytes:
         return super().get(url, size)
+
+    def get_with_options(self, url: str, *, size: int = 5) -> bytes:
+        return url.encode()[:size]
+
+    @opero
+    async def get_async(self, url: int) -> bytes:  # type: ignore[override]
+        return bytes(url)
+
+
+class Chain:
+    @opero
+    def then(self, url: str) -> Self:
+        return self
+
+    @opero(retries=1)
+    async def then_async(self, url: str) -> Self:
+        return self
+
+    @overload
+    def read(self, size: int) -> bytes: ...
+    @overload
+    def read(self, size: None = None) -> str: ...
+    @opero(retries=1)
+    def read(self, size: int | None = None) -> bytes | str:
+        return "" if size is None else b""
+
+
+class SpecialChain(Chain): ...
+
+
+async def check_self_and_overloads(chain: Chain, special: SpecialChain) -> None:
+    assert_type(chain.then("u"), Chain)
+    assert_type(special.then("u").then("v"), SpecialChain)
+    assert_type(await special.then_async("u"), SpecialChain)
+    assert_type(chain.read(5), bytes)
+    assert_type(chain.read(), str)
+    chain.read("5")  # type: ignore[call-overload]
+
+
+class Getter(Protocol):
+    def get(self, url: str, size: int = 10) -> bytes: ...
+
+
+def check_protocol_members(client: Client) -> None:
+    getter: Getter = client
+    wrong: Getter = Chain()  # type: ignore[assignment]
+    del getter, wrong
+
+
+# Generators
+
+
+@opero
+def pages(url: str) -> Iterator[bytes]:
+    yield url.encode()
+
+
+@opero(retries=1)
+def echo(url: str) -> Generator[int, str, bytes]:
+    yield len((yield 5))
+    return url.encode()
+
+
+@opero(attempt_timeout=5)
+async def pages_async(url: str) -> AsyncIterator[bytes]:
+    yield url.encode()
+
+
+async def check_generators() -> None:
+    assert_type(pages("u"), Iterator[bytes])
+    assert_type(echo("u"), Generator[int, str, bytes])
+    assert_type(echo("u").send("v"), int)
+    assert_type([page async for page in pages_async("u")], list[bytes])
+    pages(5)  # type: ignore[arg-type]
 
 
 def check_methods(client: Client, special: SpecialClient) -> None:
@@ -256,11 +344,10 @@ def check_methods(client: Client, special: SpecialClient) -> None:
     assert_type(client.get_with_options("u", size=5), bytes)
     assert_type(special.get("u"), bytes)
     assert_type(Client.get(client, "u", 5), bytes)
-    assert_type(client.get.stats, CallStats)
-    assert_type(Client.get.stats, CallStats)
-    assert_type(client.get.cache_delete("u"), bool)
-    assert_type(client.get.cache_info().hits, int)
-    client.get.cache_clear()
+    assert_type(control(client.get).stats.calls, int)
+    assert_type(control(Client.get).stats.calls, int)
+    assert_type(control(client.get).cache_delete("u"), bool)
+    assert_type(control(client.get).with_options(retries=0)("u"), bytes)
     assert_type(client.make(5), Client)
     assert_type(Client.make(5), Client)
     assert_type(client.helper(5), float)
@@ -273,7 +360,7 @@ def check_methods(client: Client, special: SpecialClient) -> None:
     client.get(client, "u")  # type: ignore[arg-type]
     client.get("u", 5, 6)  # type: ignore[call-arg]
     client.get_with_options("u", 5)  # type: ignore[call-arg]
-    client.get.cache_delete(5)  # type: ignore[arg-type]
+    control(client.get).cache_delete(5)  # type: ignore[arg-type]
     Client.get("u")  # type: ignore[arg-type, call-arg]
     Client.make("5")  # type: ignore[arg-type]
     Client.helper("5")  # type: ignore[arg-type]
@@ -282,7 +369,7 @@ def check_methods(client: Client, special: SpecialClient) -> None:
 async def check_async_methods(client: Client) -> None:
     assert_type(await client.get_async("u", size=5), bytes)
     assert_type(await Client.get_async(client, "u"), bytes)
-    assert_type(client.get_async.stats, CallStats)
+    assert_type(control(client.get_async).stats.calls, int)
     assert_type(await Client.make_async(5), Client)
     assert_type(await client.helper_async(5), float)
 
@@ -490,7 +577,7 @@ def check_what_a_map_offers() -> None:
     assert_type(fetch_all_or_raise.run(["u"], size=5), list[bytes])
     assert_type(fetch_all.one("u", 5), bytes)
     assert_type(fetch_all_or_raise.one("u", size=5), bytes)
-    assert_type(fetch_all.stats, CallStats)
+    assert_type(fetch_all.stats.calls, int)
     assert_type(fetch_all.cache_info().hits, int)
     assert_type(fetch_all.cache_delete("u", size=5), bool)
     assert_type(fetch_all.__wrapped__("u", size=5), bytes)
@@ -543,7 +630,7 @@ async def check_async_maps() -> None:
     assert_type(await opmap(fetch_async)(["u"]), list[bytes | Exception])
     assert_type(await fetch_all_async.one("u", 5), bytes)
     assert_type(await fetch_all_async_or_raise.one("u"), bytes)
-    assert_type(fetch_all_async.stats, CallStats)
+    assert_type(fetch_all_async.stats.calls, int)
     assert_type(fetch_all_async.cache_delete("u"), bool)
     assert_type(await fetch_all_async.__wrapped__("u"), bytes)
     assert_type(fetch_all_async.stream(["u"], size=5), AsyncIterator[Outcome[str, bytes]])
@@ -599,9 +686,9 @@ def check_maps_as_methods(client: MappingClient) -> None:
     assert_type(client.get_all.one("u", 5), bytes)
     assert_type(client.get_all.run(["u"]), list[bytes | Exception])
     assert_type(client.get_all.stream(["u"]), Iterator[Outcome[str, bytes]])
-    assert_type(client.get_all.stats, CallStats)
+    assert_type(client.get_all.stats.calls, int)
     assert_type(client.get_all.cache_delete("u"), bool)
-    assert_type(MappingClient.get_all.stats, CallStats)
+    assert_type(MappingClient.get_all.stats.calls, int)
     assert_type(client.get_all_async.run(["u"]), list[bytes | Exception])
     assert_type(client.get_all_async_or_raise.run(["u"]), list[bytes])
 
@@ -675,7 +762,7 @@ def check_single_policies() -> None:
     assert_type(get_retry_decorator(retries=5, reraise=True)(fetch_plain)("u"), bytes)
     assert_type(get_rate_limit_decorator("5/s", max_burst=5)(fetch_plain)("u"), bytes)
     assert_type(get_fallback_decorator("url", fallback_cooldown=5)(fetch_plain)("u"), bytes)
-    assert_type(get_cache_decorator()(fetch_plain).stats, CallStats)
+    assert_type(control(get_cache_decorator()(fetch_plain)).stats.calls, int)
     get_parallel_map_decorator("thread", workers=5)(fetch_plain)(["u"])
     get_parallel_map_decorator(ThreadPoolExecutor)(fetch_plain)(["u"])
     get_parallel_executor("thread", workers=5)(fetch_plain, ["u"], size=5)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
 from opero.concurrency.outcome import ListSink, Outcome, StreamSink
 from opero.concurrency.pool_source import KeptWorkers
+from opero.core.control import Control
+from opero.core.decoration import Recipe, decorated
 from opero.core.interrupts import Hold
-from opero.core.resilient import Recipe, make_resilient, reduce_decorated
-from opero.core.signature import own_signature
+from opero.core.signature import find_by_name, own_signature
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from opero.concurrency.contract import Arguments, MapSettings
     from opero.concurrency.outcome import Sink
+    from opero.core.control import LiveStats
     from opero.core.plan import CacheInfo, Plan
-    from opero.core.stats import CallStats
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,9 +58,9 @@ class _Map(Generic[T, P, R, E]):
         self._head = head
 
     @property
-    def stats(self) -> CallStats:
-        """A snapshot of what this function has done so far, in maps and in single calls."""
-        return self.plan.stats.snapshot()
+    def stats(self) -> LiveStats:
+        """A live view of what this function has done so far, in maps and in single calls."""
+        return self._control.stats
 
     def pool(self) -> KeptWorkers:
         """A block in which the workers stay alive between the calls of this map.
@@ -70,22 +74,25 @@ class _Map(Generic[T, P, R, E]):
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses, largest and current number of entries; zeros without a cache."""
-        info: CacheInfo = self.single.cache_info()
-        return info
+        return self._control.cache_info()
 
     def cache_clear(self) -> None:
         """Forget all results."""
-        self.single.cache_clear()
+        self._control.cache_clear()
 
     def cache_delete(self, item: T, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Forget the result for this item and these arguments; tells whether there was one."""
-        deleted: bool = self.single.cache_delete(item, *args, **kwargs)
-        return deleted
+        return self._control.cache_delete(item, *args, **kwargs)
+
+    def with_plan(self, plan: Plan) -> Self:
+        """The same map under other policies."""
+        made: Self = make_map(plan, self.settings, self.__dict__["recipe"])
+        return made
 
     def __reduce__(self) -> Any:
         if self._head:
             return _bind, (self._unbound(), *self._head)
-        return reduce_decorated(self)
+        return _reduce(self)
 
     def __copy__(self) -> Self:
         return self
@@ -96,8 +103,9 @@ class _Map(Generic[T, P, R, E]):
     def __repr__(self) -> str:
         return f"<opmap {self.plan.name}>"
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.single.__set_name__(owner, name)
+    @property
+    def _control(self) -> Control[..., Any]:
+        return Control(self.__dict__["__opero__"], self._head)
 
     def _bound_to(self, instance: Any) -> Self:
         bound = type(self)(self.plan, self.settings, self.single.__get__(instance), (instance,))
@@ -290,11 +298,38 @@ def _bind(unbound: Any, instance: Any) -> Any:
 def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:
     """Make the map object for a plan; ``recipe`` makes it again from the bare function, in another process."""
     kind = AsyncMap if plan.is_async else SyncMap
-    made: Any = kind(plan, settings, make_resilient(plan, recipe))
-    for name in ("__module__", "__name__", "__qualname__", "__doc__", "__wrapped__"):
+    made: Any = kind(plan, settings, decorated(plan, recipe))
+    for name in ("__module__", "__name__", "__qualname__", "__doc__", "__wrapped__", "__opero__"):
         made.__dict__[name] = getattr(made.single, name)
     made.__dict__["recipe"] = recipe
     # What others have attached to the function, such as `abc.abstractmethod`.
     if inspect.isfunction(plan.function):
         made.__dict__.update({k: v for k, v in vars(plan.function).items() if not hasattr(made, k)})
     return made
+
+
+def _reduce(made: Any) -> Any:
+    """Pickle by name where the name leads back to the map, else by what it was made of.
+
+    What the main module has is known to other processes if those of multiprocessing are meant, and not if somebody
+    pickles functions by value.
+    """
+    found = find_by_name(made.__module__, made.__qualname__)
+    if found is made and not (made.__module__ == "__main__" and _is_pickled_by_value()):
+        return made.__qualname__
+    return _made_again, (*made.__dict__["recipe"], made.__wrapped__)
+
+
+def _made_again(factory: Callable[..., Any], options: dict[str, Any], function: Callable[..., Any]) -> Any:
+    return factory(**options)(function)
+
+
+def _is_pickled_by_value() -> bool:
+    """Whether a pickler is at work here that sends functions by value: pickle does not tell who asks."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - as `inspect.currentframe` does
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).split(".")
+        if "cloudpickle" in package or "dill" in package:
+            return True
+        frame = frame.f_back
+    return False

@@ -13,7 +13,7 @@ from opero.concurrency.pool_source import PoolSource
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
 from opero.core.showing import kind_of, listed, shown
-from opero.core.signature import check_decoratable, is_async, name_of
+from opero.core.signature import check_decoratable, is_async, name_of, refuse_generator
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -87,6 +87,7 @@ def map_settings(
 ) -> MapSettings:
     """Check the options of a map of ``function``."""
     check_mode(mode)
+    refuse_generator(function, "a map")
     if mode in _ASYNC_ONLY and not is_async(function):
         msg = (
             f"mode={mode!r} runs coroutines, but {name_of(function)} is a `def` function; "

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from opero.core.signature import MISSING, ParameterSlot, name_of, refuse_awaitable
+from opero.core.signature import MISSING, ParameterSlot, name_of, refuse_unfinished
 from opero.core.steps import Attempt, Failed, run_attempt_async
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def run_items(
         try:
             value = call(item)
             if value.__class__ not in _PLAIN_RESULTS:
-                refuse_awaitable(work.function, value)
+                refuse_unfinished(work.function, value, is_cached=False)
         except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
             errors[len(values)] = error
             value = None

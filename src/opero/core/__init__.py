@@ -1,6 +1,7 @@
 """The policies one by one, as decorators of their own, and what they share."""
 
 from opero.core.cache import clear_cache, get_cache_context, get_cache_decorator
+from opero.core.control import Control, control
 from opero.core.fallback import get_fallback_decorator
 from opero.core.rate_limit import RateLimiter, get_rate_limit_decorator
 from opero.core.retry import get_retry_decorator
@@ -20,6 +21,7 @@ __all__ = [
     "AllFailedError",
     "CallTimeoutError",
     "CircuitOpenError",
+    "Control",
     "MisuseError",
     "NotTransferableError",
     "OperoError",
@@ -28,6 +30,7 @@ __all__ = [
     "UnsafeCacheError",
     "WorkerCrashedError",
     "clear_cache",
+    "control",
     "get_cache_context",
     "get_cache_decorator",
     "get_fallback_decorator",

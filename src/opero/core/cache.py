@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from opero.core.checks import check_callable
+from opero.core.decoration import F, decorator
 from opero.core.flights import Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.lazy import lazy_attribute
 from opero.core.plan import CacheInfo, Final, Plan
-from opero.core.resilient import OperoFunction, decorator
-from opero.core.signature import MISSING, is_async, name_of
+from opero.core.signature import MISSING, is_async, name_of, refuse_generator
 from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
 from opero.core.stores.contract import BUSY, CLAIMED, Claim, Fault, Found, Keep, Lease, Release, managing
 from opero.core.stores.memory import is_shared
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["clear_cache", "get_cache_context", "get_cache_decorator"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # How often to look whether another process has finished.
 _FIRST_LOOK, _LAST_LOOK = 0.002, 0.1
@@ -222,6 +220,7 @@ def cache_policy(
     options: Mapping[str, Any] | None = None,
 ) -> Cache:
     """Check the cache's options and make the policy for ``function``."""
+    refuse_generator(function, "cache")
     settings = cache_settings(ttl=ttl, backend=backend, namespace=namespace, options=options)
     if key is not None:
         check_callable("cache_key", key, "a function of the same arguments that returns the key")
@@ -238,7 +237,7 @@ def get_cache_decorator(
     cache_key: Callable[..., Any] | None = None,
     cache_namespace: str | None = None,
     **options: Any,
-) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
+) -> Callable[[F], F]:
     """Make a decorator that caches, and does nothing else.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from opero.core.signature import is_async, name_of, refuse_awaitable
+from opero.core.signature import is_async, name_of, refuse_unfinished
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class CandidatesFrom:
 
     def values(self) -> list[Any] | tuple[Any, ...]:
         given = self._function()
-        refuse_awaitable(self._function, given)
+        refuse_unfinished(self._function, given, is_cached=False)
         if not isinstance(given, (list, tuple)):
             name = name_of(self._function)
             msg = f"candidates_from({name}): {name} returned {type(given).__name__}; return a list or a tuple of values"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from opero.core.candidates import Candidates, CandidatesFrom
 from opero.core.checks import check_seconds, check_text
 from opero.core.clock import clock
+from opero.core.decoration import F, decorator
 from opero.core.forks import watch_forks
 from opero.core.keys import identity_of
 from opero.core.plan import Plan
-from opero.core.resilient import OperoFunction, decorator
 from opero.core.signature import MISSING, ParameterSlot, name_of, parameter_slot
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from opero.core.plan import Call
 
 __all__ = ["get_fallback_decorator"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class FallbackOverParameter:
@@ -88,9 +85,7 @@ def fallback_policy(
     return FallbackOverParameter(parameter_slot(function, arg_fallback, "arg_fallback"), name_of(function), cooldown)
 
 
-def get_fallback_decorator(
-    arg_fallback: str, *, fallback_cooldown: float | None = None
-) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
+def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: float | None = None) -> Callable[[F], F]:
     """Make a decorator that tries the candidate values of one parameter in order, and does nothing else.
 
     Args:

@@ -8,6 +8,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from opero.core.control import decoration_of
 from opero.core.digests import digest_of
 from opero.core.keys import UncacheableError, freeze, values_only
 from opero.core.signature import innermost, name_of
@@ -46,8 +47,8 @@ def _identity(function: Any, inside: frozenset[int]) -> str:
 
 
 def _undecorated(function: Any) -> Any:
-    while hasattr(type(function), "cache_delete") and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
+    while (decoration := decoration_of(function)) is not None:
+        function = decoration.function
     return function
 
 

@@ -311,40 +311,73 @@ def _inherited_freezers() -> tuple[tuple[type, Freezer], ...]:
 
 
 class KeyMaker:
-    """Gives the cache key of a call, and the source of it for a compiled wrapper.
+    """Gives the cache key of a call.
 
     Args:
-        function: Whose arguments the key is made of.
+        function: Whose arguments the key is made of. Where it is a method, the instance that it is called on is told
+            apart by identity, and not kept alive; a key that outlives the process knows no identity: there an instance
+            is what its values are.
         cache_key: What the user gave to make the key in their place.
         digest: Whether the key has to be the same in every process, and to tell nothing of the arguments.
 
     Attributes:
-        source: An expression over the function's parameters, to be evaluated in `namespace`.
         key_of: A function of the same arguments that gives the key.
     """
 
     def __init__(self, function: Callable[..., Any], cache_key: Callable[..., Any] | None, *, digest: bool) -> None:
         shape = forwarding(function)
         name = name_of(function)
-        self._is_method = [False]
         finish = _by_digest if digest else _as_it_is
-        self.source = _key_source(shape, digest=digest) if cache_key is None else f"_opero_users_key({shape.call})"
         # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
-        self.namespace: dict[str, Any] = {
+        namespace: dict[str, Any] = {
             "_opero_plain": PLAIN_TYPES,
             "_opero_digest": _digest_of_plain() if digest else None,
-            "_opero_frozen_key": _argument_freezer(shape.names, name, self._is_method, finish),
+            "_opero_frozen_key": _argument_freezer(shape.names, name, _Owners(function), finish),
             "_opero_users_key": None if cache_key is None else _users_key(cache_key, name, finish),
         }
-        source = f"def key_of({shape.parameters}):\n    return {self.source}\n"
-        self.key_of = compile_function(source, "key_of", {**self.namespace, **shape.defaults})
+        expression = _key_source(shape, digest=digest) if cache_key is None else f"_opero_users_key({shape.call})"
+        source = f"def key_of({shape.parameters}):\n    return {expression}\n"
+        self.key_of = compile_function(source, "key_of", {**namespace, **shape.defaults})
+        # A wrong call is reported under the name that the user knows.
+        self.key_of.__qualname__ = name
 
-    def belongs_to_method(self) -> None:
-        """The first parameter is the instance that owns the method: told apart by identity, and not kept alive.
 
-        A key that outlives the process knows no identity: there an instance is what its values are.
-        """
-        self._is_method[0] = True
+class _Owners:
+    """Knows the classes of which a function is a method."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+    def has(self, instance: Any) -> bool:
+        """Whether the class of ``instance``, or one of its bases, holds something that unwraps to the function."""
+        kind = type(instance)
+        known = self._known.get(kind)
+        if known is None:
+            members = (member for owner in kind.__mro__ for member in list(vars(owner).values()))
+            known = self._known[kind] = any(_unwraps_to(member, self._function) for member in members)
+        return known
+
+
+# What the decorators of the standard library call the function that they hold.
+_HOLDERS = ("__wrapped__", "func", "fget")
+
+
+def _unwraps_to(member: Any, function: Callable[..., Any]) -> bool:
+    if isinstance(member, staticmethod):
+        return False
+    # Of opero's own wrappers, too; a bound is needed for what has every attribute that it is asked for.
+    for _ in range(_MOST_WRAPPERS):
+        if member is function:
+            return True
+        held = (getattr(member, name, None) for name in _HOLDERS)
+        member = next((inner for inner in held if inner is not None), None)
+        if member is None:
+            return False
+    return False
+
+
+_MOST_WRAPPERS = 50
 
 
 # From a way to freeze something to the finished part of a key.
@@ -373,13 +406,11 @@ def _by_digest(freezer: Callable[[Any], Frozen], value: Any) -> bytes:
         return digest_of(freezer(value))
 
 
-def _argument_freezer(
-    names: tuple[str, ...], function: str, is_method: list[bool], finish: Finish
-) -> Callable[..., Frozen]:
+def _argument_freezer(names: tuple[str, ...], function: str, owners: _Owners, finish: Finish) -> Callable[..., Frozen]:
     def frozen_key(*values: Any) -> Frozen:
         frozen = []
         for name, value in zip(names, values, strict=True):
-            is_owner = is_method[0] and name == names[0] and finish is _as_it_is
+            is_owner = name == names[0] and finish is _as_it_is and owners.has(value)
             try:
                 frozen.append(finish(_freeze_by_identity if is_owner else freeze, value))
             except (UncacheableError, RecursionError) as error:

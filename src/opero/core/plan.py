@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from opero.core.clock import clock
-from opero.core.signature import MISSING, is_async, module_of, name_of
+from opero.core.signature import MISSING, Kind, kind_of, module_of, name_of
 from opero.core.stats import Stats
 from opero.core.steps import Failed, Flow
 
@@ -304,13 +304,12 @@ class LimitPolicy(Protocol):
     """When may this start?"""
 
     @property
-    def parameter(self) -> str | None:
-        """Name of the parameter whose values have limits of their own; None if one limit is for all calls."""
+    def take_now(self) -> Callable[..., bool] | None:
+        """Takes a free slot, for `value_of` the call; None if asking could block."""
         ...
 
-    @property
-    def take_now(self) -> Callable[..., bool] | None:
-        """Takes a free slot, for a value of `parameter` if there is one; None if asking could block."""
+    def value_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The value that has a limit of its own, alone in a tuple; nothing in it if one limit is for all calls."""
         ...
 
     def choose(self, candidates: Sequence[Any]) -> Generator[Any, Any, tuple[Any, bool]]:
@@ -342,12 +341,14 @@ class Plan:
     stats: Stats = field(default_factory=Stats)
     name: str = field(init=False)
     module: str = field(init=False)
+    kind: Kind = field(init=False)
     is_async: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", name_of(self.function))
         object.__setattr__(self, "module", module_of(self.function))
-        object.__setattr__(self, "is_async", is_async(self.function))
+        object.__setattr__(self, "kind", kind_of(self.function))
+        object.__setattr__(self, "is_async", self.kind in {"async def", "async generator"})
 
     def __repr__(self) -> str:
         layers = ("cache", "total_timeout", "retry", "fallback", "breaker", "limit", "attempt_timeout", "on_event")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from opero.core.checks import check_choice, check_known, check_mapping, check_seconds, check_text
 from opero.core.clock import clock
+from opero.core.decoration import F, decorator
 from opero.core.lazy import lazy_attribute
 from opero.core.limits.local import LocalLimit, Ticket
 from opero.core.limits.per_value import LimitsPerValue
 from opero.core.limits.rates import Rate, Rates, parse_rates
 from opero.core.limits.scope import Scope
 from opero.core.plan import Plan
-from opero.core.resilient import OperoFunction, decorator
 from opero.core.signature import parameter_slot
 from opero.core.steps import drive, drive_async
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _LIMITER_OPTIONS = ("folder", "max_burst", "name", "scope", "url")
 WHEN_FULL = ("next", "wait")
@@ -189,16 +187,19 @@ class FunctionLimit:
 
     def __init__(self, limiter: RateLimiter, slot: ParameterSlot | None, *, prefers_free: bool) -> None:
         self.limiter = limiter
-        self.parameter = None if slot is None else slot.name
         self._slot = slot
         self._prefers_free = prefers_free
 
     @property
     def take_now(self) -> Callable[..., bool] | None:
-        """Takes a free slot for a value of `parameter`, or for any call without one; None if asking could block."""
+        """Takes a free slot, for `value_of` the call; None if asking could block."""
         if self.limiter.take_now is None or self._slot is None:
             return self.limiter.take_now
         return self.limiter.per_value.take_now
+
+    def value_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The value that has a limit of its own, alone in a tuple; nothing in it if one limit is for all calls."""
+        return () if self._slot is None else (self._slot.get(args, kwargs),)
 
     def choose(self, candidates: Sequence[Candidate]) -> Generator[Any, Any, tuple[Candidate, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""
@@ -291,7 +292,7 @@ def _lasting_name(function: Callable[..., Any]) -> str:
 
 def get_rate_limit_decorator(
     rate_limit: Rate | RateLimiter, *, rate_limit_per: str | None = None, **options: Any
-) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
+) -> Callable[[F], F]:
     """Make a decorator that limits how often calls start, and does nothing else.
 
     Args:

@@ -11,7 +11,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from opero.core.checks import (
     check_callable,
@@ -23,8 +23,8 @@ from opero.core.checks import (
     check_seconds,
 )
 from opero.core.clock import clock
+from opero.core.decoration import F, decorator
 from opero.core.plan import ACCEPTED, Call, Final, Plan, Verdict
-from opero.core.resilient import OperoFunction, decorator
 from opero.core.showing import shown
 from opero.core.signature import name_of
 from opero.core.steps import Failed
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["get_retry_decorator"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
 RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool | float]
 
 
@@ -328,7 +326,7 @@ def get_retry_decorator(
     jitter: bool = True,
     retry_on: RetryOn = Exception,
     **options: Any,
-) -> Callable[[Callable[P, R]], OperoFunction[P, R]]:
+) -> Callable[[F], F]:
     """Make a decorator that retries, and does nothing else.
 
     Args:

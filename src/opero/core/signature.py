@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import keyword
 import sys
 import types
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from opero.exceptions import MisuseError
 
@@ -28,7 +29,6 @@ class _Missing:
 
 MISSING: Any = _Missing()
 
-_GENERATOR_TESTS = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -70,10 +70,29 @@ def _named(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if hasattr(function, "__qualname__") else type(function)
 
 
-def is_async(function: Callable[..., Any]) -> bool:
-    """Tell whether calling gives a coroutine: ``async def``, partials and bound methods of it, async ``__call__``."""
+Kind = Literal["def", "async def", "generator", "async generator"]
+
+_KINDS: tuple[tuple[Kind, Callable[[Any], bool]], ...] = (
+    ("async def", inspect.iscoroutinefunction),
+    ("generator", inspect.isgeneratorfunction),
+    ("async generator", inspect.isasyncgenfunction),
+)
+
+
+def kind_of(function: Callable[..., Any]) -> Kind:
+    """Tell what calling gives, also for partials, bound methods and objects with such a ``__call__``."""
     function = through_partials(function)
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - the method itself is looked at, not whether there is one
+    method = getattr(function, "__call__", None)  # noqa: B004 - the method itself is looked at, not whether there is one
+    for kind, fits in _KINDS:
+        if fits(function) or fits(method):
+            return kind
+    # `unittest.mock.AsyncMock` marks itself so for asyncio; inspect has a mark of its own from Python 3.12 on.
+    return "async def" if "_is_coroutine" in getattr(function, "__dict__", {}) else "def"
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Tell whether what calling gives has to be awaited."""
+    return kind_of(function) in {"async def", "async generator"}
 
 
 def check_decoratable(function: Any, decorator: str) -> None:
@@ -86,27 +105,46 @@ def check_decoratable(function: Any, decorator: str) -> None:
         what = f"the class {function.__qualname__}" if isinstance(function, type) else type(function).__qualname__
         msg = f"@{decorator} got {what}; it decorates functions and other callables that are not classes"
         raise TypeError(msg)
-    bare = through_partials(function)
-    method = getattr(bare, "__call__", None)  # noqa: B004 - the method itself is looked at, not whether there is one
-    if any(is_generator(f) for f in (bare, method) for is_generator in _GENERATOR_TESTS):
-        msg = (
-            f"@{decorator} got the generator function {name_of(function)}; it cannot be run again once it has yielded. "
-            "Decorate a function that returns, such as one that makes a single item"
-        )
+
+
+def refuse_generator(function: Callable[..., Any], what: str) -> None:
+    """Refuse a generator function for ``what``, which needs a result."""
+    if kind_of(function) in {"generator", "async generator"}:
+        msg = f"{what} cannot apply to the generator function {name_of(function)}; return a list in place of it"
         raise TypeError(msg)
 
 
-def refuse_awaitable(function: Callable[..., Any], result: Any) -> None:
-    """Raise when a function that is not ``async def`` turned out to return something to await."""
-    if hasattr(type(result), "__await__"):
+def refuse_unfinished(function: Callable[..., Any], result: Any, *, is_cached: bool) -> None:
+    """Raise when what a function returned has not happened yet, or can be used only once but would be kept."""
+    kind = type(result)
+    if hasattr(kind, "__await__"):
         close = getattr(result, "close", None)
         if close is not None:
             close()
-        msg = (
-            f"{name_of(function)} returned {type(result).__name__}, an awaitable, but is not `async def`; "
-            "write `async def` and await inside, so that opero can see the real result"
+        _refuse(
+            function,
+            result,
+            "an awaitable",
+            "write `async def` and await inside, so that opero can see the real result",
         )
-        raise MisuseError(msg)
+    if isinstance(result, (types.GeneratorType, types.AsyncGeneratorType)):
+        _refuse(
+            function,
+            result,
+            "of which nothing has run yet",
+            "write `yield` in the decorated function itself, or return a list",
+        )
+    if any(
+        base.__module__ == "contextlib" and base.__name__ == "_GeneratorContextManagerBase" for base in kind.__mro__
+    ):
+        _refuse(function, result, "of which nothing has run yet", "put the decorator of contextlib above opero's")
+    if is_cached and hasattr(kind, "__next__") and hasattr(kind, "__iter__"):
+        _refuse(function, result, "which can be read only once, but is cached", "return a list, or what was read")
+
+
+def _refuse(function: Callable[..., Any], result: Any, why: str, instead: str) -> NoReturn:
+    msg = f"{name_of(function)} returned {type(result).__name__}, {why}; {instead}"
+    raise MisuseError(msg)
 
 
 @dataclass(frozen=True)
@@ -117,6 +155,7 @@ class ParameterSlot:
     position: int | None
     keyword: bool
     default: Any
+    earlier_defaults: tuple[Any, ...]
 
     def get(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value in this call, the default if none was passed, `MISSING` if there is none either."""
@@ -128,6 +167,8 @@ class ParameterSlot:
         """The same arguments with another value for this parameter."""
         if self.position is not None and self.position < len(args):
             return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
+        if self.position is not None and not self.keyword:
+            return (*args, *self.earlier_defaults[len(args) :], value), kwargs
         return args, {**kwargs, self.name: value}
 
 
@@ -147,11 +188,13 @@ def parameter_slot(function: Callable[..., Any], name: str, option: str) -> Para
         msg = f"{option}=… names no parameter of {name_of(function)}; write one of {named}"
         raise ValueError(msg)
     positional = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    earlier = itertools.takewhile(lambda p: p is not parameter, parameters.values())
     return ParameterSlot(
         name=name,
         position=list(parameters).index(name) if positional else None,
         keyword=parameter.kind is not inspect.Parameter.POSITIONAL_ONLY,
         default=MISSING if parameter.default is inspect.Parameter.empty else parameter.default,
+        earlier_defaults=tuple(p.default for p in earlier),
     )
 
 
@@ -201,8 +244,24 @@ def own_signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(_as_it_is(function), follow_wrapped=False)
 
 
+def shown_signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """The signature as `inspect` tells it, for the wrapper to show; None if it is not known."""
+    try:
+        if sys.version_info >= (3, 14):
+            import annotationlib
+
+            # Annotations are evaluated when they are asked for, and may name what is imported for type checkers only.
+            return inspect.signature(function, annotation_format=annotationlib.Format.FORWARDREF)
+        return inspect.signature(function)
+    except (ValueError, TypeError):
+        return None
+
+
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function without a ``__signature__`` that `functools.wraps` has copied from another one."""
+    while (its := getattr(function, "__dict__", {}).get("__opero__")) and vars(function)["__wrapped__"] is its.function:
+        # opero's own wrapper takes what the function takes.
+        function = its.function
     if not (isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__")):
         return function
     bare = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from opero.core.breaker import breaker_policy
 from opero.core.cache import cache_policy
 from opero.core.checks import check_callable, check_flag, check_known, check_seconds
+from opero.core.decoration import F, decorator
 from opero.core.fallback import fallback_policy
 from opero.core.listeners import Listener
 from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
-from opero.core.resilient import OperoFunction, decorator
 from opero.core.retry import RetryOn, retry_policy
 from opero.core.showing import shown
 from opero.core.signature import is_async, name_of
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from opero.core.cache import Cache
     from opero.core.limits.rates import Rate
     from opero.core.rate_limit import RateLimiter
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class OperoOptions(TypedDict, total=False):
@@ -183,9 +180,9 @@ def _refuse_useless(given: dict[str, Any]) -> None:
 
 
 @overload
-def opero(function: Callable[P, R], /) -> OperoFunction[P, R]: ...
+def opero(function: F, /) -> F: ...
 @overload
-def opero(**options: Unpack[OperoOptions]) -> Callable[[Callable[P, R]], OperoFunction[P, R]]: ...
+def opero(**options: Unpack[OperoOptions]) -> Callable[[F], F]: ...
 def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[OperoOptions]) -> Any:
     """Make a function resilient: cache, time limits, retry, fallback and rate limit, in this order from outside in.
 

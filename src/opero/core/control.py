@@ -1,0 +1,189 @@
+"""What can be done with a decorated function besides calling it."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+
+from opero.core.plan import CacheInfo, Plan
+from opero.core.stats import CallStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opero.core.decoration import Decoration
+
+__all__ = ["Control", "control"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Which options make which policy of a plan, the one that turns it off first.
+_OPTIONS_OF_POLICY = {
+    "cache": ("cache", "cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options"),
+    "total_timeout": ("total_timeout",),
+    "retry": ("retries", "backoff_factor", "min_delay", "max_delay", "jitter", "retry_on", "retry_options"),
+    "fallback": ("arg_fallback", "fallback_cooldown"),
+    "breaker": ("breaker",),
+    "limit": ("rate_limit", "rate_limit_per", "rate_limit_options"),
+    "attempt_timeout": ("attempt_timeout",),
+    "on_event": ("on_event",),
+}
+
+
+class LiveStats:
+    """What a decorated function has done so far: the attributes of `opero.CallStats`, each as it is when it is read."""
+
+    __slots__ = ("_decoration",)
+
+    if TYPE_CHECKING:
+
+        @property
+        def calls(self) -> int: ...
+        @property
+        def hits(self) -> int: ...
+        @property
+        def attempts(self) -> int: ...
+        @property
+        def retries(self) -> int: ...
+        @property
+        def fallbacks(self) -> int: ...
+        @property
+        def failures(self) -> int: ...
+        @property
+        def cache_errors(self) -> int: ...
+        @property
+        def waited(self) -> float: ...
+
+    def __init__(self, decoration: Decoration) -> None:
+        self._decoration = decoration
+
+    def snapshot(self) -> CallStats:
+        """All of them, as they are now."""
+        return self._decoration.plan.stats.snapshot()
+
+    if not TYPE_CHECKING:  # which knows the names above, and no others
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _COUNTED:
+                msg = f"stats have no {name!r}; they have {', '.join(_COUNTED)}, and snapshot()"
+                raise AttributeError(msg)
+            return getattr(self.snapshot(), name)
+
+    def __reduce__(self) -> Any:
+        return LiveStats, (self._decoration,)
+
+    def __repr__(self) -> str:
+        return f"<live {self.snapshot()!r}>"
+
+
+_COUNTED = tuple(field.name for field in fields(CallStats))
+
+
+class Control(Generic[P, R]):
+    """What can be done with a decorated function, or with a bound method, besides calling it; see `control`.
+
+    Attributes:
+        stats: A live, read-only view of what the function has done; ``stats.snapshot()`` is an `opero.CallStats`.
+    """
+
+    __slots__ = ("_decoration", "_head", "stats")
+
+    def __init__(self, decoration: Decoration, head: tuple[Any, ...] = ()) -> None:
+        self._decoration = decoration
+        self._head = head
+        self.stats = LiveStats(decoration)
+
+    def cache_info(self) -> CacheInfo:
+        """Hits, misses, largest and current number of entries; zeros without a cache."""
+        cache = self._decoration.plan.cache
+        return CacheInfo(0, 0, 0, 0) if cache is None else cache.info(self.stats.snapshot())
+
+    def cache_clear(self) -> None:
+        """Forget all results; one that is being computed now is returned to its callers but not kept.
+
+        Raises:
+            OperoError: If the cache's backend failed.
+        """
+        if self._decoration.plan.cache is not None:
+            self._decoration.plan.cache.clear()
+
+    def cache_delete(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Forget the result for these arguments; tells whether there was one.
+
+        Raises:
+            OperoError: If the cache's backend failed.
+        """
+        cache = self._decoration.plan.cache
+        return cache is not None and cache.delete(cache.keys.key_of(*self._head, *args, **kwargs))
+
+    def with_options(self, **options: Any) -> Callable[P, R]:
+        """Give the same function under changed options, such as ``with_options(retries=0)``.
+
+        What no option names is shared with this function, not copied: the cache with its entries, the rate limit, the
+        circuits, and always the stats.
+
+        Args:
+            **options: Those of the decorator that made the function.
+
+        Raises:
+            TypeError: If an option is not known or has the wrong type.
+            ValueError: If a value is out of range, or an option cannot apply.
+        """
+        made: Any = self._decoration.under(options)
+        under: Callable[P, R] = made.__get__(self._head[0]) if self._head else made
+        return under
+
+    def __reduce__(self) -> Any:
+        return Control, (self._decoration, self._head)
+
+    def __repr__(self) -> str:
+        return f"<control of {self._decoration.plan.name}>"
+
+
+def control(function: Callable[P, R], /) -> Control[P, R]:
+    """Give access to what a decorated function can do besides being called.
+
+    Args:
+        function: What `opero.opero` made, or a bound method of it, as in ``control(client.fetch).cache_delete(3)``.
+            Other decorators may stand above opero's if they use `functools.wraps`.
+
+    Raises:
+        TypeError: If opero has not decorated it.
+    """
+    found: Any = function
+    head: tuple[Any, ...] = ()
+    if isinstance(found, types.MethodType):
+        found, head = found.__func__, (found.__self__,)
+    decoration = decoration_of(found)
+    if decoration is None:
+        what = getattr(function, "__qualname__", type(function).__qualname__)
+        msg = f"control got {what}, which opero has not decorated; give it what @opero made, or a bound method of it"
+        raise TypeError(msg)
+    return Control(decoration, head or getattr(found, "_head", ()))
+
+
+def decoration_of(function: Any) -> Decoration | None:
+    """What stands behind a decorated function; None behind any other."""
+    # A mock, or a proxy, has every attribute that it is asked for.
+    found: Decoration | None = getattr(function, "__dict__", {}).get("__opero__")
+    return found
+
+
+def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """The options after a change; those of a policy that it turns off have no meaning any more."""
+    off = {other for first, *others in _OPTIONS_OF_POLICY.values() if not named.get(first, True) for other in others}
+    if "breaker" in given:
+        # Says which errors count, with or without retries.
+        off.discard("retry_on")
+    return {**{name: value for name, value in given.items() if name not in off}, **named}
+
+
+def with_shared_policies(new: Plan, old: Plan, named: set[str]) -> Plan:
+    """The new plan with those policies of the old one of which no option is named."""
+    if not named <= {name for names in _OPTIONS_OF_POLICY.values() for name in names}:
+        # Made by a decorator of one policy: all that is named belongs to that one.
+        return replace(new, stats=old.stats)
+    kept = {policy: getattr(old, policy) for policy, names in _OPTIONS_OF_POLICY.items() if named.isdisjoint(names)}
+    return replace(new, stats=old.stats, **kept)

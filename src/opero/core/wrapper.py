@@ -1,0 +1,110 @@
+"""The function that the user gets: one closure for each kind of function.
+
+A closure only calls; what it calls is its `Decoration`. Its code names nothing of this module and holds nothing but
+that one object: so cloudpickle, which carries a function by its code and by what it holds, carries it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Generator
+
+    from opero.core.decoration import Decoration
+
+
+def wrap(this: Decoration) -> Callable[..., Any]:
+    """A plain function that does what the decoration says, and looks like the function that it decorates."""
+    make = {
+        "def": _function,
+        "async def": _async_function,
+        "generator": _generator,
+        "async generator": _async_generator,
+    }
+    function = this.plan.function
+    # What an object with a `__call__` keeps for itself, a mock its calls, is not the wrapper's.
+    updated = functools.WRAPPER_UPDATES if hasattr(function, "__qualname__") else ()
+    return functools.update_wrapper(make[this.plan.kind](this), function, updated=updated)
+
+
+def _function(this: Decoration) -> Callable[..., Any]:
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        if (not this.is_direct or this.switches.are_on) and not (this.is_limited and this.may_start(args, kwargs)):
+            return this.call(args, kwargs)
+        this.count()
+        started = this.clock.now()
+        try:
+            return this.function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+            failure = error
+        try:
+            return this.recover(failure, started, args, kwargs)
+        finally:
+            # This frame is in the error's traceback: without this they would keep each other alive.
+            del failure
+
+    return decorated
+
+
+def _async_function(this: Decoration) -> Callable[..., Any]:
+    async def decorated(*args: Any, **kwargs: Any) -> Any:
+        if (not this.is_direct or this.switches.are_on) and not (this.is_limited and this.may_start(args, kwargs)):
+            return await this.call_async(args, kwargs)
+        this.count()
+        started = this.clock.now()
+        try:
+            return await this.function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - as above
+            failure = error
+        try:
+            return await this.recover_async(failure, started, args, kwargs)
+        finally:
+            del failure
+
+    return decorated
+
+
+def _generator(this: Decoration) -> Callable[..., Any]:
+    def decorated(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        source, item = this.call(args, kwargs)
+        if source is None:
+            return item
+        try:
+            while True:
+                try:
+                    sent = yield item
+                except GeneratorExit:
+                    source.close()
+                    raise
+                except BaseException as error:  # noqa: BLE001 - the generator decides what becomes of it
+                    item = source.throw(error)
+                else:
+                    item = source.send(sent)
+        except StopIteration as end:
+            return end.value
+
+    return decorated
+
+
+def _async_generator(this: Decoration) -> Callable[..., Any]:
+    async def decorated(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        source, item = await this.call_async(args, kwargs)
+        if source is None:
+            return
+        try:
+            while True:
+                try:
+                    sent = yield item
+                except GeneratorExit:
+                    await source.aclose()
+                    raise
+                except BaseException as error:  # noqa: BLE001 - the generator decides what becomes of it
+                    item = await source.athrow(error)
+                else:
+                    item = await source.asend(sent)
+        except StopAsyncIteration:
+            return
+
+    return decorated
