@@ -173,7 +173,7 @@ def test_a_dependency_that_yields_is_retried_until_it_yields_and_ended_after_the
 def test_an_endpoint_with_a_dependency_is_cached(client, at):
     for _ in range(2):
         assert client.get(f"{at}/whole?word=hi").json() == "hi"
-    assert control(whole_async if at == "/async" else whole).stats.cache_hits == 1
+    assert control(whole_async if at == "/async" else whole).stats.hits == 1
 
 
 def test_the_schema_tells_what_the_function_says(client, at):

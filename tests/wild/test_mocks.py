@@ -136,8 +136,8 @@ def test_a_magic_mock_is_decorated():
 
 def test_a_patched_sleep_is_the_one_that_waits():
     with mock.patch("time.sleep") as sleep:
-        opero(retries=1, min_delay=60, jitter=False)(mock.Mock(side_effect=[ConnectionError, "came"]))()
-    sleep.assert_called_once_with(60)
+        opero(retries=1, min_delay=0.5, jitter=False)(mock.Mock(side_effect=[ConnectionError, "came"]))()
+    sleep.assert_called_once_with(0.5)
 
 
 # Decorators of unittest

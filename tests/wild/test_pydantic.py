@@ -57,6 +57,10 @@ class Cached(pydantic.BaseModel):
         return self.base + path
 
 
+class Settings(pydantic.BaseModel, frozen=True):
+    base: str
+
+
 class Sized(pydantic.BaseModel):
     name: str = "tea"
 
@@ -152,15 +156,12 @@ def test_equal_models_are_one_entry_of_a_cache(world):
 
     @opero(cache=True)
     @world.define
-    def base_of(client):
-        runs.append(client)
-        return client.base
+    def base_of(settings):
+        runs.append(settings)
+        return settings.base
 
-    assert [world.run(base_of, Client()), world.run(base_of, Client()), world.run(base_of, Client(base="v"))] == [
-        "u",
-        "u",
-        "v",
-    ]
+    given = [Settings(base="u"), Settings(base="u"), Settings(base="v")]
+    assert [world.run(base_of, settings) for settings in given] == ["u", "u", "v"]
     assert len(runs) == 2
 
 
