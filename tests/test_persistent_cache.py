@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import types
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -805,6 +806,34 @@ def test_a_corrupt_entry_is_computed_anew(  # noqa: PLR0917 - each is a fixture
     assert len(warnings) <= 1
 
 
+class Planted:
+    """What a stranger would put into a cache: unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("compression", ["-", "Z"])
+def test_a_function_that_writes_json_never_reads_a_pickle(world, backend, tmp_path, compression):
+    text = backend.namespace()
+    choice = {**backend.cache_options, "serializer": "json"}
+    f = opero.opero(**own(backend, cache_options=choice))(world.define(lambda: text))
+    world.run(f)
+    payload = pickle.dumps(Planted(tmp_path / "code ran"))
+    if compression == "Z":
+        payload = zlib.compress(payload)
+    entry = f"P{compression}".encode() + zlib.crc32(payload).to_bytes(4, "big") + payload
+    assert backend.spoil(text.encode(), lambda value: entry) == 1
+    assert [world.run(f) for _ in range(3)] == [text] * 3
+    assert not (tmp_path / "code ran").exists()
+    assert f.stats.attempts >= 2
+    assert f.stats.hits >= 1
+    assert f.stats.cache_errors >= 1
+
+
 def test_a_broken_database_costs_no_call(world, disk_backend, start, journal):
     options = own(disk_backend)
     world.run(opero.opero(**options)(world.define(lambda x: x)), 0)
@@ -1082,6 +1111,27 @@ def test_a_folder_of_somebody_elses_is_refused(world, tmp_path, place):
     place.mkdir(mode=0o700)
     os.chown(place, 12345, 12345)
     with pytest.raises(PermissionError):
+        use(world, tmp_path / "cache")
+
+
+def test_the_advice_on_an_unsafe_folder_is_to_trust_nothing_in_it(world, tmp_path, place):
+    place.mkdir()
+    place.chmod(0o777)
+    with pytest.raises(opero.OperoError) as caught:
+        use(world, tmp_path / "cache")
+    assert "delete it with all that is in it" in str(caught.value)
+    assert "chmod" not in str(caught.value)
+    shutil.rmtree(place)
+    assert use(world, tmp_path / "cache") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of somebody else's")
+def test_a_private_folder_with_a_file_of_somebody_elses_is_refused(world, tmp_path):
+    use(world, tmp_path / "cache")
+    gc.collect()
+    (database,) = (tmp_path / "cache").rglob("*.db")
+    os.chown(database, 12345, 12345)
+    with pytest.raises(PermissionError, match="has files of another user"):
         use(world, tmp_path / "cache")
 
 

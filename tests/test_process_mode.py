@@ -1259,6 +1259,104 @@ def test_decorated_functions_of_the_main_module_work(start):
     assert output_of(process) == "[10, 20, 30]"
 
 
+LOOKING_SCRIPT = """
+    import ctypes, multiprocessing, os
+    from opero import opmap
+
+    def start_native_thread():
+        '''As OpenMP and rayon do: Python knows nothing of it.'''
+        libc = ctypes.CDLL(None)
+        number = ctypes.c_ulong()
+        wait = ctypes.cast(libc.pause, ctypes.c_void_p)
+        assert libc.pthread_create(ctypes.byref(number), None, wait, None) == 0
+
+    def use_numpy():
+        import numpy as np
+        return float((np.ones((300, 300)) @ np.ones((300, 300))).sum())
+
+    has_changed = False
+
+    def how(item):
+        if item == "numpy":
+            assert use_numpy() == 300.0**3
+        if has_changed:
+            return "fork"
+        return "spawn" if os.getppid() == parent else "forkserver"
+
+    async def how_async(item):
+        return how(item)
+
+    function = how if MODE == "process" else how_async
+    look = opmap(mode=MODE, workers=1, retries=0, progress=False)(function)
+    parent = int(os.environ.setdefault("OPERO_TEST_PARENT", str(os.getpid())))
+
+    if __name__ == "__main__":
+        has_changed = True
+        PREPARE
+        print(*look.run(["numpy" if "numpy" in globals() else "nothing"]))
+"""
+
+
+@pytest.fixture
+def method_after(start, processes):
+    """How the workers of a map are started after some preparation, in a program that does nothing else."""
+
+    def method_after(preparation: str) -> str:
+        source = LOOKING_SCRIPT.replace("MODE", repr(processes.name))
+        return output_of(start(source.replace("PREPARE", preparation)))
+
+    return method_after
+
+
+@pytest.mark.parametrize("before", ["", "multiprocessing.RLock(); "])
+def test_nothing_is_forked_beside_threads_that_python_does_not_know(method_after, before):
+    assert method_after(f"{before}start_native_thread()") == "forkserver"
+
+
+def test_processes_are_forked_beside_the_threads_of_openblas(method_after):
+    assert method_after("numpy = use_numpy()") == "fork"
+
+
+def test_threads_that_have_just_ended_are_not_taken_for_ones_that_python_does_not_know(start):
+    """The system lists them for a moment after `Thread.join`."""
+    process = start("""
+        import threading
+        from opero.core.forks import has_native_threads
+
+        seen = 0
+        for _ in range(1000):
+            thread = threading.Thread(target=int)
+            thread.start()
+            thread.join()
+            seen += has_native_threads()
+        print(seen)
+    """)
+    assert output_of(process) == "0"
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_start_method_that_the_program_has_set_holds(method_after, method):
+    assert method_after(f"multiprocessing.set_start_method({method!r})") == method
+
+
+def test_a_start_method_of_the_map_wins_over_that_of_the_program(start):
+    process = start("""
+        import multiprocessing
+        from opero import opmap
+
+        has_changed = False
+
+        def forked(item):
+            return has_changed
+
+        if __name__ == "__main__":
+            has_changed = True
+            multiprocessing.set_start_method("spawn")
+            print(opmap(workers=1, retries=0, progress=False, pool_options={"start_method": "fork"})(forked)([1]))
+    """)
+    assert output_of(process) == "[True]"
+
+
 @pytest.mark.parametrize("threads", [0, 1])
 def test_functions_of_a_session_without_a_file_work(start, threads):
     """As in a notebook, whose kernel has other threads."""

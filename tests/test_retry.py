@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import subprocess
+import sys
+import textwrap
 import threading
 import traceback
 import weakref
@@ -455,3 +458,107 @@ def test_parameters_may_have_any_name(world, fake_clock):
     names = world.run(lambda: function(1, 2, args=4, **given))
     assert names == (1, 2, 3, 4, 5, 6, 7, 8, 9, {"key": 0, "started": 1})
     assert function.stats.attempts == 2
+
+
+# Where nothing can be imported
+
+
+def said_by_program(source):
+    """What a program prints that has imported nothing yet; the other programs of the tests begin with all of opero."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(source)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.split()
+
+
+FAILING = """
+    import sys
+    IMPORT
+    from opero import opero
+
+    @opero(retries=1, min_delay=0, OPTIONS)
+    DEF fail(key):
+        raise KeyError
+
+    DEF error_of(function, argument):
+        try:
+            AWAIT function(argument)
+        except Exception as error:
+            return type(error).__name__
+"""
+IN_THE_WORLD = {
+    False: {"IMPORT": "", "DEF": "def", "AWAIT": "", "RUN": ""},
+    True: {"IMPORT": "import asyncio", "DEF": "async def", "AWAIT": "await", "RUN": "asyncio.run"},
+}
+
+
+@pytest.fixture
+def said_after_failures(world):
+    """What a program prints that makes a function ``fail``."""
+
+    def said_after_failures(rest, options=""):
+        source = (textwrap.dedent(FAILING) + textwrap.dedent(rest)).replace("OPTIONS", options)
+        for word, meaning in IN_THE_WORLD[world.is_async].items():
+            source = source.replace(word, meaning)
+        return said_by_program(source)
+
+    return said_after_failures
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", ["KeyError", "RecursionError", "KeyError", "2"]),
+        ("arg_fallback='key'", ["AllFailedError", "RecursionError", "AllFailedError", "4"]),
+        ("on_event=id", ["KeyError", "RecursionError", "KeyError", "2"]),
+    ],
+)
+def test_a_recursion_that_is_too_deep_costs_no_later_retry(said_after_failures, options, expected):
+    source = """
+        DEF descend(depth):
+            return (AWAIT descend(depth - 1)) if depth else (AWAIT fail(["a", "b"]))
+
+        DEF descend_less_and_less(_):
+            return {AWAIT error_of(descend, depth) for depth in range(1000, 0, -1)}
+
+        print(*sorted(RUN(descend_less_and_less(None))))
+        attempts = fail.stats.attempts
+        print(RUN(error_of(fail, ["a", "b"])), fail.stats.attempts - attempts)
+    """
+    assert said_after_failures(source, options) == expected
+
+
+@pytest.mark.parametrize("options", ["", "arg_fallback='key'", "on_event=id", "total_timeout=9"])
+def test_a_failing_call_imports_nothing(said_after_failures, options):
+    source = """
+        DEF succeed(_):
+            pass
+
+        RUN(succeed(None))
+        before = set(sys.modules)
+        RUN(error_of(fail, ["a", "b"]))
+        print(*set(sys.modules) - before)
+    """
+    assert said_after_failures(source, options) == []
+
+
+def test_a_finalizer_retries_when_the_program_ends():
+    said = said_by_program("""
+        from opero import opero
+
+        class Buffer:
+            rest = 3
+
+            @opero(retries=3, min_delay=0, on_event=id)
+            def flush(self):
+                self.rest -= 1
+                if self.rest:
+                    raise ConnectionError
+                print("flushed")
+
+            def __del__(self):
+                self.flush()
+
+        buffer = Buffer()
+    """)
+    assert said == ["flushed"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import pickle
 import selectors
@@ -46,7 +47,7 @@ from opero.concurrency.process_worker import (
 )
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, unpack_singly
-from opero.core.forks import ForkSafeLock, foreign_threads, right_to_fork, watch_forks
+from opero.core.forks import ForkSafeLock, foreign_threads, has_native_threads, right_to_fork, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -101,9 +102,16 @@ class _EndsAjar:
 _ends_ajar = _EndsAjar()
 
 
+def start_method_of_the_program() -> str | None:
+    """What it has set by `multiprocessing.set_start_method`, if anything."""
+    method = multiprocessing.get_start_method(allow_none=True)
+    # The system's own need not have been set: it is noted, too, when a program makes a lock of multiprocessing.
+    return None if method == multiprocessing.get_all_start_methods()[0] else method
+
+
 def default_start_method() -> str:
     """``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process."""
-    if sys.platform == "linux" and not foreign_threads():
+    if sys.platform == "linux" and not foreign_threads() and not has_native_threads():
         return "fork"
     return "spawn" if sys.platform == "win32" else "forkserver"
 
@@ -208,6 +216,7 @@ class ProcessPool:
         self._initializer = initializer
         self._initargs = initargs
         self._most_items = max_tasks_per_worker
+        start_method = start_method or start_method_of_the_program()
         self._method_is_given = start_method is not None
         self._use(start_method or default_start_method())
         self._pipes: set[Any] = set()
@@ -381,8 +390,9 @@ class ProcessPool:
 
     def _stay_safe(self) -> None:
         """Fork no more once threads have come that may hold locks; those of the pools themselves hold none for long."""
-        foreign = foreign_threads() - self._own_threads
-        if self._method == "fork" and not self._method_is_given and foreign:
+        if self._method != "fork" or self._method_is_given:
+            return
+        if foreign_threads() - self._own_threads or has_native_threads():
             # What cannot be pickled can only be forked.
             with contextlib.suppress(NotTransferableError):
                 if self._preparation is not None:

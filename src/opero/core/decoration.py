@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from opero.core.clock import clock
 from opero.core.control import Control, changed_options, with_shared_policies
 from opero.core.flow import call_flow
-from opero.core.listeners import is_listened_to
+from opero.core.listeners import is_listened_to, switches
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING, check_decoratable, innermost, refuse_unfinished, shown_signature
 from opero.core.steps import Failed, drive, drive_async
-from opero.core.switches import switches
 from opero.core.wrapper import wrap
 from opero.exceptions import MisuseError
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
@@ -91,6 +93,52 @@ def allow_forks(thread: threading.Thread) -> None:
 def foreign_threads() -> set[threading.Thread]:
     """The other threads, which may hold a lock when this one forks."""
     return set(threading.enumerate()) - set(_fork_safe) - {threading.current_thread()}
+
+
+def has_native_threads() -> bool:
+    """Whether threads run that Python does not know (of OpenMP, rayon), which may hold a lock when this one forks.
+
+    OpenBLAS, which NumPy brings, ends its threads before each fork by itself and makes them anew when it needs them.
+    So a fork for nothing shows whether others are left. Where the system does not list threads there seem to be none.
+    """
+    if _native_threads_go_within(0.005):
+        return False
+    _fork_for_nothing()
+    return not _native_threads_go_within(0.05)
+
+
+def _native_threads_go_within(seconds: float) -> bool:
+    """Those of Python that have just ended are listed for a moment."""
+    deadline = time.monotonic() + seconds
+    while _native_threads():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def _native_threads() -> set[int]:
+    try:
+        running = {int(thread) for thread in os.listdir("/proc/self/task")}  # noqa: PTH208 - no paths are needed
+    except FileNotFoundError:
+        return set()
+    return running - {thread.native_id for thread in threading.enumerate()}
+
+
+def _fork_for_nothing() -> None:
+    """By C's own function: Python's hooks, and the warnings of programs in them, are for forks that somebody uses."""
+    import ctypes
+
+    fork, parent = ctypes.PyDLL(None).fork, os.getpid()
+    try:
+        child = fork()
+    finally:
+        # A signal of the parent's may raise even here.
+        if os.getpid() != parent:
+            os._exit(0)
+    # The program may wait for all of its children by itself.
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(child, 0)
 
 
 class ForkSafeLock:

@@ -45,8 +45,23 @@ def refuse_unsafe(folder: Path, option: str) -> None:
         reason = "can be written to by others"
     else:
         return
-    msg = (
-        f"opero's folder {folder} {reason}, who could put there what it trusts; remove it or chmod it to 700, or name "
-        f"another one in {option}"
+    raise _unsafe(folder, reason, option)
+
+
+def refuse_foreign_files(folder: Path, option: str) -> None:
+    """Raise `UnsafeCacheError` if something in the folder belongs to others, who could once write to it."""
+    if not hasattr(os, "geteuid"):
+        return
+    for path in folder.iterdir():
+        # SQLite takes its files away when another process closes the database.
+        with contextlib.suppress(FileNotFoundError):
+            if path.lstat().st_uid not in {os.geteuid(), 0}:
+                raise _unsafe(folder, "has files of another user", option)
+
+
+def _unsafe(folder: Path, reason: str, option: str) -> UnsafeCacheError:
+    # Not to change its mode or owner: what others have put there meanwhile would be trusted then.
+    return UnsafeCacheError(
+        f"opero's folder {folder} {reason}, so that somebody else may have written what is in it; delete it with all "
+        f"that is in it, or name another one in {option}"
     )
-    raise UnsafeCacheError(msg)

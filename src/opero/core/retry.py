@@ -1,8 +1,10 @@
 """Retry: tenacity's policy, asked from outside one round at a time.
 
-tenacity costs about 15 µs a call and 30 ms to import, so both are paid after a first failure only (unless its hooks
-want to see every attempt). It is driven through `tenacity.Retrying.iter`, on a private copy for each failing call: the
-`statistics` of a shared one are one dict for all threads (tenacity 9.2.1, its issue 701).
+tenacity costs about 15 µs a call, which is paid after a first failure only (unless its hooks want to see every
+attempt), and 30 ms to import, which is paid when the first policy is made: a call may fail deep in a recursion, in a
+signal handler or when the program ends, where nothing can be imported. It is driven through `tenacity.Retrying.iter`,
+on a private copy for each failing call: the `statistics` of a shared one are one dict for all threads (tenacity 9.2.1,
+its issue 701).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from opero.utils.logging import log
 from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
-    import tenacity
+    import tenacity  # noqa: TC004 - imported by `_import_tenacity`
 
 __all__ = ["get_retry_decorator"]
 
@@ -54,6 +56,12 @@ def jittered(delay: float, random_unit: float) -> float:
     "Equal jitter" of M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
     return delay * (0.5 + 0.5 * random_unit)
+
+
+def _import_tenacity() -> None:
+    """Not at the top, so that `import opero` stays quick; for good, because ``import`` fails when the program ends."""
+    global tenacity  # noqa: PLW0603 - as above
+    import tenacity
 
 
 class RetryWithTenacity:
@@ -77,18 +85,12 @@ class RetryWithTenacity:
         self.jitter = jitter
         self.retry_on = retry_on
         self.options = options
-        self._retrying: tenacity.Retrying | None = self._make_retrying() if options else None
+        self.retrying = self._make_retrying()
 
     @property
     def watches_every_attempt(self) -> bool:
         """Tenacity's ``retry`` may judge results, and ``before`` is told of every attempt."""
         return "retry" in self.options or "before" in self.options
-
-    @property
-    def retrying(self) -> tenacity.Retrying:
-        if self._retrying is None:
-            self._retrying = self._make_retrying()
-        return self._retrying
 
     def rounds(self, call: Call, function: Callable[..., Any]) -> TenacityRounds:
         return TenacityRounds(self, call, function)
@@ -104,14 +106,14 @@ class RetryWithTenacity:
         return bool(answer)
 
     def _make_retrying(self) -> tenacity.Retrying:
-        import tenacity
-
+        _import_tenacity()
         ours: dict[str, Any] = {
             "stop": tenacity.stop_after_attempt(self.retries + 1),
             "wait": self._wait,
             "reraise": True,
         }
-        check_known("retry_options", self.options, inspect.signature(tenacity.Retrying).parameters)
+        if self.options:
+            check_known("retry_options", self.options, inspect.signature(tenacity.Retrying).parameters)
         return tenacity.Retrying(**{**ours, **self.options})
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
@@ -141,8 +143,6 @@ class TenacityRounds:
         if outcome.__class__ is not Failed:
             if "retry" not in self._policy.options or not self._predicate_says_again(outcome):
                 return ACCEPTED
-            import tenacity
-
             _retrying, state = self._tenacity()
             assert state.outcome is not None  # noqa: S101 - for the type checkers
             self._rejected = tenacity.RetryError(state.outcome)
@@ -170,8 +170,6 @@ class TenacityRounds:
     def _next_step(
         self, retrying: tenacity.Retrying, state: tenacity.RetryCallState, error: Exception
     ) -> float | Final:
-        import tenacity
-
         traceback = error.__traceback__
         try:
             step = retrying.iter(state)
@@ -187,8 +185,6 @@ class TenacityRounds:
         return float(step)
 
     def _predicate_says_again(self, outcome: Any) -> bool:
-        import tenacity
-
         _retrying, state = self._tenacity()
         _set_outcome(state, outcome)
         if outcome.__class__ is Failed and isinstance(outcome.error, tenacity.TryAgain):
@@ -198,8 +194,6 @@ class TenacityRounds:
 
     def _tenacity(self) -> tuple[tenacity.Retrying, tenacity.RetryCallState]:
         if self._retrying is None or self._state is None:
-            import tenacity
-
             self._retrying = self._policy.retrying.copy()
             self._retrying.begin()
             self._state = tenacity.RetryCallState(

@@ -19,9 +19,8 @@ from opero.core.clock import clock
 from opero.core.faults import Rest
 from opero.core.forks import between_forks, hold_forks
 from opero.core.interrupts import BriefHold
-from opero.core.private_folder import private_folder
+from opero.core.private_folder import private_folder, refuse_foreign_files
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
-from opero.core.stores.entries import loads
 from opero.core.stores.lasting import LastingStore, slug
 from opero.core.stores.locks import KeyLocks, key_locks
 from opero.core.stores.settings import DISK_POLICIES
@@ -326,7 +325,7 @@ class DiskStore(LastingStore):
         entry = self.read(lease.key)
         if entry is None:
             return CLAIMED if claimed or lease.dropped else BUSY
-        found = Found(loads(entry))
+        found = Found(self._format.loads(entry))
         self.let_go(lease)
         return found
 
@@ -395,7 +394,9 @@ class DiskStore(LastingStore):
             return self._reading
 
     def _open_database(self) -> _Database:
-        folder = private_folder(self._root(), self._name, "cache_options={'cache_dir': …}")
+        option = "cache_options={'cache_dir': …}"
+        folder = private_folder(self._root(), self._name, option)
+        refuse_foreign_files(folder, option)
         database = _Database(
             folder,
             self._namespace,

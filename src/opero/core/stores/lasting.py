@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from opero.core.faults import Complaints, Rest
 from opero.core.flights import Flights
 from opero.core.stores.contract import FOREVER, Fault, Keep, Lease
-from opero.core.stores.entries import EntryFormat, loads
 from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from opero.core.stores.contract import Request
+    from opero.core.stores.entries import EntryFormat
 
 _READABLE = 48
 
@@ -51,7 +51,7 @@ class LastingStore(ABC):
         try:
             entry = self.read(key)
             self.rest.end()
-            return None if entry is None else (loads(entry), FOREVER)
+            return None if entry is None else (self._format.loads(entry), FOREVER)
         except UnsafeCacheError:
             return None
         except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told

@@ -15,7 +15,6 @@ from opero.core.forks import allow_forks, watch_forks
 from opero.core.interrupts import BriefHold
 from opero.core.redis_server import ANSWER_SECONDS, CONNECT_SECONDS, Server, server_of
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
-from opero.core.stores.entries import loads
 from opero.core.stores.lasting import LastingStore
 
 if TYPE_CHECKING:
@@ -174,7 +173,7 @@ class RedisStore(LastingStore):
 
     def _found(self, lease: Lease, entry: bytes) -> Any:
         try:
-            return Found(loads(entry))
+            return Found(self._format.loads(entry))
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
             self.client.delete(self._entry(lease.key))
             return Fault(error)
