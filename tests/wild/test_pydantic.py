@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import pydantic
 import pydantic.dataclasses
 import pytest
 
-from opero import opero
+from opero import opero, opmap
 
 
 class Client(pydantic.BaseModel):
@@ -131,6 +131,15 @@ def test_a_model_with_a_decorated_method_is_pickled_and_copied():
     for same in (pickle.loads(pickle.dumps(client)), client.model_copy(deep=True)):
         assert same == client
         assert same.sync("/a") == "v/a"
+
+
+def test_a_map_in_a_model_stands_below_classvar():
+    class Squares(pydantic.BaseModel):
+        power: int = 2
+        of: ClassVar[Any] = opmap(mode="thread", retries=0, progress=False)(lambda self, x: x**self.power)
+
+    assert list(Squares().of([1, 2, 3])) == [1, 4, 9]
+    assert set(Squares.model_fields) == {"power"}
 
 
 def test_models_do_not_share_what_their_method_cached():
