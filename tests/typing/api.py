@@ -38,6 +38,7 @@ from opero.core import (
     get_rate_limit_decorator,
     get_retry_decorator,
 )
+from opero.core.retry import Answer
 from opero.events import CallDone, Event, Subscription, on_event
 from opero.http import retry_after
 from opero.telemetry import otel, prometheus
@@ -428,7 +429,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     opero(retry_on=(ValueError, OSError))
     opero(retry_on=lambda error: isinstance(error, OSError))
     opero(retry_on=retry_after)
-    assert_type(retry_after(OSError()), bool | float)
+    assert_type(retry_after(OSError()), bool | float | Answer)
     opero(rate_limit=0.5)
     opero(rate_limit="100/minute")
     opero(rate_limit=["10/s", 0.5])

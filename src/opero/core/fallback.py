@@ -17,6 +17,7 @@ from opero.core.signature import MISSING, ParameterSlot, name_of, parameter_slot
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.core.checks import Duration
     from opero.core.plan import Call
 
 __all__ = ["get_fallback_decorator"]
@@ -76,23 +77,24 @@ class FallbackOverParameter:
 
 
 def fallback_policy(
-    function: Callable[..., Any], arg_fallback: str, *, cooldown: float | None = None
+    function: Callable[..., Any], arg_fallback: str, *, cooldown: Duration | None = None
 ) -> FallbackOverParameter:
     """Check fallback's options and make the policy for ``function``."""
     check_text("arg_fallback", arg_fallback, "the name of the parameter that holds the candidates")
     if cooldown is not None:
-        check_seconds("fallback_cooldown", cooldown, zero=False)
+        cooldown = check_seconds("fallback_cooldown", cooldown, zero=False)
     return FallbackOverParameter(parameter_slot(function, arg_fallback, "arg_fallback"), name_of(function), cooldown)
 
 
-def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: float | None = None) -> Callable[[F], F]:
+def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | None = None) -> Callable[[F], F]:
     """Make a decorator that tries the candidate values of one parameter in order, and does nothing else.
 
     Args:
         arg_fallback: Name of the parameter. A list or tuple passed for it (by position, by keyword or as the default)
             holds the candidates and the function gets one of them at a time; `opero.candidates` and
             `opero.candidates_from` do the same for type checkers; any other value is the only candidate.
-        fallback_cooldown: Seconds for which a candidate that failed is tried last. Default: the order never changes.
+        fallback_cooldown: Seconds (or a `datetime.timedelta`) for which a candidate that failed is tried last. Default:
+            the order never changes.
 
     Raises:
         TypeError: If an option has the wrong type.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.listeners import teller_of
 from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
-from opero.core.signature import MISSING
+from opero.core.signature import MISSING, own_signature
 from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause
 from opero.exceptions import (
     AllFailedError,
@@ -65,6 +65,9 @@ def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
         outcome = outcome.outcome
     if outcome.__class__ is Failed:
         plan.stats.failures.tick()
+        is_misuse = isinstance(outcome.error, MisuseError)
+        if plan.default is not MISSING and not is_misuse and not _is_wrong_call(plan, call, outcome.error):
+            return Failed(outcome.error, instead=plan.default)
     return outcome
 
 
@@ -91,6 +94,7 @@ class _CallFlow:
         self.call = call
         self.first_failure = failure
         self.is_new_round = True
+        self.attempt_started = call.started
         self.candidates: list[_Candidate] = []
         self.errors: list[Exception] = []
 
@@ -121,7 +125,7 @@ class _CallFlow:
                 return outcome
             wait = rounds.after(outcome)
             if isinstance(wait, Final):
-                return self._finish(wait)
+                return self._finish(wait, gave_up=outcome.ends)
             left = self.call.time_left()
             if left is not None and wait >= left:
                 return self._out_of_time()
@@ -150,7 +154,9 @@ class _CallFlow:
                 continue
             if judged.__class__ is not Verdict:
                 return judged
-            if verdict is None or judged.retryable or not verdict.retryable:
+            if judged.ends:
+                return judged
+            if verdict is None or judged.again or not verdict.again:
                 verdict = judged
         if verdict is None:
             return self._circuit_open()
@@ -175,25 +181,31 @@ class _CallFlow:
             return outcome
         if outcome is OUT_OF_TIME:
             return self._out_of_time()
-        if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS):
+        if outcome.__class__ is Failed and self._is_final(outcome.error):
             return outcome
-        judged = rounds.judge(outcome)
+        try:
+            judged = rounds.judge(outcome)
+        except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
+            # Not its text, which may hold arguments.
+            log("WARNING", "{} ended: what judges its attempts raised {}", self.plan.name, type(raised).__name__)
+            return Failed(_in_context_of(outcome, raised))
         if passage is not None:
-            passage.tell(failed=self._speaks_against_the_service(judged))
-        if judged.accepted:
+            passage.tell(failed=_speaks_against_the_service(judged))
+        if judged is None:
             return outcome
+        if self.call.tell is not None and outcome.__class__ is not Failed:
+            seconds = clock.now() - self.attempt_started
+            self.call.tell("AttemptFailed", attempt=self.call.attempts, error=judged.error, seconds=seconds)
         self._candidate_failed(candidate, judged)
         if self.plan.limit is not None and judged.delay:
             yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
         return judged
 
-    def _speaks_against_the_service(self, judged: Verdict) -> bool | None:
-        if judged.accepted:
-            return False
-        if self.plan.retry is None or judged.retryable or isinstance(judged.error, CallTimeoutError):
-            return True
-        # Any other error that is not worth a retry was an answer all the same.
-        return None if isinstance(judged.error, WorkerCrashedError) else False
+    def _is_final(self, error: Exception) -> bool:
+        """Whether no attempt could end otherwise, whatever the service does."""
+        # Arguments that fit at the first attempt fit at all.
+        is_first = self.call.attempts == 1
+        return isinstance(error, FINAL_ERRORS) or (is_first and _is_wrong_call(self.plan, self.call, error))
 
     def rate_limit(self, candidate: _Candidate, passage: Passage | None, *, has_slot: bool) -> Generator[Any, Any, Any]:
         if self.first_failure is not None:
@@ -264,6 +276,7 @@ class _CallFlow:
 
     def _told_attempt(self, attempt: Attempt, tell: Teller) -> Generator[Any, Any, Any]:
         number, started = self.call.attempts, clock.now()
+        self.attempt_started = started
         tell("AttemptStarted", attempt=number, round=self.call.rounds)
         outcome = yield attempt
         if outcome.__class__ is Failed:
@@ -295,10 +308,10 @@ class _CallFlow:
 
     def _candidate_failed(self, candidate: _Candidate, verdict: Verdict) -> None:
         self.errors.append(verdict.error)
-        if not verdict.retryable:
+        if not verdict.again:
             self.candidates.remove(candidate)
         candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
-        if self.plan.fallback is not None:
+        if self.plan.fallback is not None and verdict.rests:
             self.plan.fallback.failed(candidate.value)
 
     def _for_the_round(self, verdict: Verdict | None) -> Verdict:
@@ -308,7 +321,7 @@ class _CallFlow:
         # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
         times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
-        return Verdict(accepted=False, error=verdict.error, retryable=True, delay=soonest)
+        return Verdict(verdict.error, verdict.outcome, again=True, delay=soonest)
 
     def _admitted(self, candidates: list[_Candidate]) -> list[_Candidate]:
         breaker = self.plan.breaker
@@ -342,16 +355,17 @@ class _CallFlow:
         left = self.call.time_left()
         return left is not None and left <= 0
 
-    def _finish(self, final: Final, reason: str = "") -> Failed | Final:
+    def _finish(self, final: Final, reason: str = "", *, gave_up: bool = False) -> Failed | Final:
         failed = final.outcome
         if not isinstance(failed, Failed):
             return final
         call, plan = self.call, self.plan
         seconds = clock.now() - call.started
         if plan.fallback is not None:
+            whom = f"every candidate of {plan.fallback.parameter!r}"
             message = (
-                f"{plan.name}: every candidate of {plan.fallback.parameter!r} failed in {_count(call.rounds, 'round')} "
-                f"({_count(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
+                f"{plan.name}: {f'gave up on {whom}' if gave_up else f'{whom} failed'} in "
+                f"{_count(call.rounds, 'round')} ({_count(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
             )
             log("WARNING", "{}", message)
             return Failed(AllFailedError(message, self.errors))
@@ -378,6 +392,37 @@ class _NoAttempt:
 
 OUT_OF_TIME = _NoAttempt("total_timeout leaves no time for another attempt")
 CIRCUIT_OPEN = _NoAttempt("this candidate's circuit is open")
+
+
+def _is_wrong_call(plan: Plan, call: Call, error: Exception) -> bool:
+    """Whether the call's arguments do not fit the function, so that the function never began."""
+    if not isinstance(error, TypeError):
+        return False
+    try:
+        signature = own_signature(plan.function)
+    except (ValueError, TypeError):  # not known, as of some builtins
+        return False
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError:
+        return True
+    return False
+
+
+def _speaks_against_the_service(judged: Verdict | None) -> bool | None:
+    if judged is None:
+        return False
+    if judged.counts or isinstance(judged.error, CallTimeoutError):
+        return True
+    # A worker that ended gave no answer.
+    return None if isinstance(judged.error, WorkerCrashedError) else False
+
+
+def _in_context_of(outcome: Any, raised: Exception) -> Exception:
+    """The error of a predicate, with the one that it was asked about as its context, as Python would have it."""
+    if outcome.__class__ is Failed and outcome.error is not raised and raised.__context__ is None:
+        raised.__context__ = outcome.error
+    return raised
 
 
 def _count(number: int, noun: str) -> str:

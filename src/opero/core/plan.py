@@ -90,31 +90,27 @@ class Call:
         return None if deadline is None else deadline - clock.now()
 
 
+@dataclass(slots=True)
 class Verdict:
-    """What retry thinks of one outcome: accepted, or an error that may be tried again after ``delay`` seconds.
+    """What a failed attempt means for its candidate, for the call and for the circuit.
 
-    Without a ``delay`` the usual backoff applies.
+    Attributes:
+        error: Why it failed.
+        outcome: What the attempt gave: `Failed`, or the result that was rejected.
+        again: The candidate may be tried again in the next round.
+        delay: Seconds until then; None for the usual backoff.
+        rests: The candidate is put to rest (``fallback_cooldown``).
+        ends: The call ends, whatever candidates and rounds are left.
+        counts: It speaks against the service, and so counts for its circuit; otherwise it was an answer.
     """
 
-    __slots__ = ("_error", "accepted", "delay", "retryable")
-
-    def __init__(
-        self, *, accepted: bool, error: Exception | None = None, retryable: bool = False, delay: float | None = None
-    ) -> None:
-        self.accepted = accepted
-        self._error = error
-        self.retryable = retryable
-        self.delay = delay
-
-    @property
-    def error(self) -> Exception:
-        if self._error is None:
-            msg = "an accepted outcome has no error"
-            raise AttributeError(msg)
-        return self._error
-
-
-ACCEPTED = Verdict(accepted=True)
+    error: Exception
+    outcome: Any
+    again: bool = False
+    delay: float | None = None
+    rests: bool = True
+    ends: bool = False
+    counts: bool = True
 
 
 class Final:
@@ -174,8 +170,8 @@ class RetryRounds(Protocol):
         """A round starts."""
         ...
 
-    def judge(self, outcome: Any) -> Verdict:
-        """Whether one execution gave the call's result, and if not, whether it may be tried again."""
+    def judge(self, outcome: Any) -> Verdict | None:
+        """What a failed execution means, None if it gave the call's result; raises what the user's predicate raises."""
         ...
 
     def after(self, verdict: Verdict) -> float | Final:
@@ -189,8 +185,8 @@ class Once:
     def begin(self) -> None:
         """There is one round only."""
 
-    def judge(self, outcome: Any) -> Verdict:
-        return Verdict(accepted=False, error=outcome.error) if outcome.__class__ is Failed else ACCEPTED
+    def judge(self, outcome: Any) -> Verdict | None:
+        return Verdict(outcome.error, outcome) if outcome.__class__ is Failed else None
 
     def after(self, verdict: Verdict) -> Final:
         return Final(Failed(verdict.error))
@@ -338,6 +334,7 @@ class Plan:
     limit: LimitPolicy | None = None
     attempt_timeout: float | None = None
     on_event: Listener | None = None
+    default: Any = MISSING
     stats: Stats = field(default_factory=Stats)
     name: str = field(init=False)
     module: str = field(init=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.clock import LONGEST_WAIT, Bell, asyncio_sleep, clock
 from opero.core.forks import allow_forks, watch_forks
+from opero.core.signature import MISSING
 from opero.exceptions import CallTimeoutError
 
 if TYPE_CHECKING:
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 
 
 class Failed:
-    """An exception as a value, so that flows can pass it on without raising it."""
+    """An exception as a value, so that flows can pass it on without raising it.
 
-    __slots__ = ("error",)
+    ``instead`` is what the call returns in place of raising it, if anything.
+    """
 
-    def __init__(self, error: Exception) -> None:
+    __slots__ = ("error", "instead")
+
+    def __init__(self, error: Exception, instead: Any = MISSING) -> None:
         self.error = error
+        self.instead = instead
 
 
 class _NotRun:
@@ -209,6 +214,8 @@ def raise_or_return(outcome: Any) -> Any:
     """Turn a flow's last word into what the user's call does."""
     if outcome.__class__ is not Failed:
         return outcome
+    if outcome.instead is not MISSING:
+        return outcome.instead
     try:
         raise outcome.error
     finally:
