@@ -377,6 +377,32 @@ async def check_async_methods(client: Client) -> None:
     await client.get_async(5)  # type: ignore[arg-type]
 
 
+# What a failed call gives
+
+
+@opero(default=None, retries=1)
+def find(url: str) -> bytes:
+    return url.encode()
+
+
+@opero(default="")
+async def find_async(url: str) -> bytes:
+    return url.encode()
+
+
+class Finder:
+    @opero(default=0)
+    def find(self, url: str) -> bytes:
+        return url.encode()
+
+
+async def check_defaults(finder: Finder) -> None:
+    assert_type(find("u"), bytes | None)
+    assert_type(await find_async("u"), bytes | str)
+    assert_type(finder.find("u"), bytes | int)
+    find(5)  # type: ignore[arg-type]
+
+
 # Options
 
 

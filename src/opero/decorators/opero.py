@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
 from opero.core.breaker import breaker_policy
 from opero.core.cache import cache_policy
@@ -15,15 +15,21 @@ from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
 from opero.core.retry import RetryOn, retry_policy
 from opero.core.showing import shown
-from opero.core.signature import MISSING, is_async, name_of
+from opero.core.signature import MISSING, is_async, name_of, refuse_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from opero.core.cache import Cache
     from opero.core.checks import Duration
     from opero.core.limits.rates import Rate
     from opero.core.rate_limit import RateLimiter
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+D = TypeVar("D")
+D_co = TypeVar("D_co", covariant=True)
 
 
 class CommonOptions(TypedDict, total=False):
@@ -105,6 +111,9 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
     """
     given: dict[str, Any] = {**OPERO_DEFAULTS, **options}
     _refuse_useless(given)
+    for name in ("retry_if_result", "default"):
+        if given[name] is not OPERO_DEFAULTS[name]:
+            refuse_generator(function, f"{name}=…")
     attempt_timeout = _seconds("attempt_timeout", given["attempt_timeout"])
     if attempt_timeout is not None and not killable and not is_async(function):
         msg = (
@@ -192,10 +201,23 @@ def _refuse_useless(given: dict[str, Any]) -> None:
             raise ValueError(msg)
 
 
+class _WithDefault(Protocol[D_co]):
+    """A decorator whose functions give a default in place of raising."""
+
+    @overload
+    def __call__(
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> Callable[P, Coroutine[Any, Any, R | D_co]]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Callable[P, R | D_co]: ...
+
+
 @overload
 def opero(function: F, /) -> F: ...
 @overload
-def opero(**options: Unpack[OperoOptions]) -> Callable[[F], F]: ...
+def opero(*, default: D, **options: Unpack[CommonOptions]) -> _WithDefault[D]: ...
+@overload
+def opero(**options: Unpack[CommonOptions]) -> Callable[[F], F]: ...
 def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[OperoOptions]) -> Any:
     """Make a function resilient: cache, time limits, retry, fallback and rate limit, in this order from outside in.
 
