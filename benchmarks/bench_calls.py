@@ -50,9 +50,9 @@ class Service:
     retried = opero(retries=3)(same_method)
     cached = opero(cache=True)(same_method)
     tenacious = tenacity.retry(stop=tenacity.stop_after_attempt(3))(same_method)
-    again = opnieuw.retry(retry_on_exceptions=FlakyError, max_calls_total=3, retry_window_after_first_call_in_seconds=60)(
-        same_method
-    )
+    again = opnieuw.retry(
+        retry_on_exceptions=FlakyError, max_calls_total=3, retry_window_after_first_call_in_seconds=60
+    )(same_method)
 
 
 def failing_once(decorate: Callable[[Any], Any]) -> Callable[[int], int]:

@@ -550,6 +550,8 @@ def test_all_defaults_of_opmap_can_be_given():
         {"retry_on": (ValueError, OSError)},
         {"retry_on": ExceptionGroup},
         {"retry_on": lambda error: 5},
+        {"retry_on": OSError, "retries": 0, "arg_fallback": "key"},
+        {"retry_on": OSError, "retries": 0, "breaker": 5},
         {"retry_if_result": bool},
         {"retry_if_result": bool, "retries": 0},
         {"retry_options": {}},

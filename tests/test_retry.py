@@ -772,6 +772,107 @@ def test_retry_error_callback_gives_the_result_when_retries_have_run_out(world, 
     assert world.run(function) == ("gave up", 2)
 
 
+SLOT = {"rate_limit": "1/hour", "rate_limit_options": {"max_burst": 1}}
+# How many rounds there are then, and how many sleeps.
+ENDS = {
+    "count": ({"retries": 1, "min_delay": 0}, 2, 1),
+    "total_timeout": ({"retries": 9, "min_delay": 5, "max_delay": 5, "total_timeout": 1}, 1, 0),
+    "circuit": ({"retries": 9, "min_delay": 0, "breaker": 2}, 2, 1),
+    "no slot": ({"retries": 9, "min_delay": 0, "total_timeout": 60, **SLOT}, 1, 1),
+}
+ends = pytest.mark.parametrize(("options", "rounds", "sleeps"), ENDS.values(), ids=ENDS)
+
+
+@ends
+def test_retry_error_callback_gives_the_result_whatever_ends_the_retries(world, fake_clock, options, rounds, sleeps):
+    callback = {"retry_error_callback": lambda state: (type(state.outcome.exception()), state.attempt_number)}
+    function = opero(**options, retry_options=callback)(world.define(script(ConnectionError())))
+    assert world.run(function) == (ConnectionError, rounds)
+
+
+@ends
+def test_before_sleep_is_told_only_of_sleeps(world, fake_clock, options, rounds, sleeps):
+    told = []
+    function = opero(**options, retry_options={"before_sleep": told.append})(world.define(script(KeyError())))
+    raised_by(world, function)
+    assert len(told) == sleeps
+
+
+@ends
+def test_after_is_told_of_each_failed_attempt_once(world, fake_clock, options, rounds, sleeps):
+    told = []
+    hook = {"after": lambda state: told.append(state.attempt_number)}
+    raised_by(world, opero(**options, retry_options=hook)(world.define(script(KeyError()))))
+    assert told == list(range(1, rounds + 1))
+
+
+@pytest.mark.parametrize("options", [{"retries": 1}, {"breaker": 1}, {"total_timeout": 60, **SLOT}], ids=str)
+def test_retry_error_callback_gives_the_result_for_candidates_too(world, fake_clock, options):
+    def fail(key):
+        raise ConnectionError(key)
+
+    callback = {"retry_error_callback": lambda state: (state.args, state.attempt_number)}
+    function = opero(arg_fallback="key", **options, retry_options=callback)(world.define(fail))
+    assert world.run(function, ["a", "b"]) == ((["a", "b"],), 2 if "retries" in options else 1)
+
+
+@pytest.mark.parametrize("answer", [False, GIVE_UP])
+def test_an_error_that_is_not_retried_is_raised_past_retry_error_callback(world, answer):
+    options = {"retry_error_callback": lambda state: "default"}
+    function = opero(retry_on=lambda error: answer, retry_options=options)(world.define(script(KeyError())))
+    assert isinstance(raised_by(world, function), KeyError)
+
+
+@pytest.mark.parametrize("name", [name for name in ENDS if name != "no slot"])
+def test_retry_error_callback_gives_the_result_of_an_item(mode, name):
+    def fail(item):
+        raise ConnectionError(item)
+
+    callback = {"retry_error_callback": lambda state: state.attempt_number}
+    mapped = opmap(**mode.options, **ENDS[name][0], retry_options=callback)(mode.define(fail))
+    assert mode.run(mapped, [0]) == [ENDS[name][1]]
+
+
+def test_hooks_see_the_arguments_as_they_were_given(world, fake_clock):
+    seen = []
+    hook = {"before_sleep": lambda state: seen.append((state.args, state.kwargs))}
+    flow = Flow(world, add, retries=1, arg_fallback="key", retry_options=hook)
+    with pytest.raises(AllFailedError):
+        flow.call(None, key=["a", "b"])
+    assert seen == [((None,), {"key": ["a", "b"]})]
+
+
+COPIES = {"pickle": lambda error: pickle.loads(pickle.dumps(error)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("made_again", COPIES.values(), ids=COPIES)
+def test_a_retry_error_of_tenacitys_can_leave_its_process(world, fake_clock, made_again):
+    function = opero(retries=1, retry_options={"reraise": False})(world.define(script(ValueError("why"))))
+    error = made_again(raised_by(world, function))
+    assert isinstance(error, tenacity.RetryError)
+    assert error.last_attempt.attempt_number == 2
+    assert "2 attempts" in error.__notes__[0]
+    with pytest.raises(ValueError, match="why"):
+        error.reraise()
+
+
+@pytest.mark.parametrize("made_again", COPIES.values(), ids=COPIES)
+def test_a_retry_error_with_a_result_can_leave_its_process(world, made_again):
+    options = {"retry": tenacity.retry_if_result(bool)}
+    error = made_again(raised_by(world, opero(retries=0, retry_options=options)(world.define(script([1])))))
+    assert error.last_attempt.result() == [1]
+
+
+def test_a_retry_error_of_a_worker_arrives(fake_clock):
+    @opmap(mode="process", workers=1, progress=False, retries=0)
+    def fail(item):
+        return opero(retries=0, retry_options={"retry": tenacity.retry_if_result(bool)})(lambda: item)()
+
+    (error,) = fail([1])
+    assert isinstance(error, tenacity.RetryError)
+    assert error.last_attempt.result() == 1
+
+
 def test_without_reraise_the_end_is_a_retry_error_caused_by_the_users(world, fake_clock):
     last = ValueError()
     function = opero(retries=1, retry_options={"reraise": False})(world.define(script(KeyError(), last)))

@@ -100,6 +100,9 @@ class _CallFlow:
         # Those of this round that have not been tried.
         self.left: list[_Candidate] = []
         self.errors: list[Exception] = []
+        # The last attempt that failed, and what else than that ended the call.
+        self.failed: Verdict | None = None
+        self.ended_by = ""
 
     def cache(self) -> Flow:
         if self.plan.cache is not None:
@@ -127,14 +130,9 @@ class _CallFlow:
             outcome = yield from self.fallback(rounds)
             if outcome.__class__ is not Verdict:
                 return outcome
-            wait = rounds.after(outcome)
+            wait = rounds.after(outcome, self._may_wait)
             if isinstance(wait, Final):
                 return self._finish(wait, gave_up=outcome.ends)
-            left = self.call.time_left()
-            if left is not None and wait >= left:
-                return self._out_of_time()
-            if not self._some_circuit_admits(after=wait):
-                return self._circuit_open()
             log("DEBUG", "{} failed, next round in {:.3g} s", self.plan.name, wait)
             if self.call.tell is not None:
                 self.call.tell("RetryPlanned", round=self.call.rounds, delay=wait, error=outcome.error)
@@ -164,7 +162,7 @@ class _CallFlow:
             if verdict is None or judged.again or not verdict.again:
                 verdict = judged
         if verdict is None:
-            return self._circuit_open()
+            return self._circuit_open(rounds)
         return self._for_the_round(verdict)
 
     def breaker(self, candidate: _Candidate, rounds: RetryRounds) -> Generator[Any, Any, Any]:
@@ -183,7 +181,7 @@ class _CallFlow:
         if outcome is CIRCUIT_OPEN or outcome is GAVE_WAY:
             return outcome
         if outcome is OUT_OF_TIME:
-            return self._out_of_time()
+            return self._out_of_time(rounds)
         if outcome.__class__ is Failed and self._is_final(outcome.error):
             return outcome
         try:
@@ -325,6 +323,7 @@ class _CallFlow:
 
     def _candidate_failed(self, candidate: _Candidate, verdict: Verdict) -> None:
         self.errors.append(verdict.error)
+        self.failed = verdict
         if not verdict.again:
             self.candidates.remove(candidate)
         candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
@@ -372,9 +371,19 @@ class _CallFlow:
         breaker = self.plan.breaker
         return breaker is None or any(breaker.admits(c.value, after=after) for c in self.candidates)
 
-    def _circuit_open(self) -> Failed | Final:
-        if self.errors:
-            return self._finish(Final(Failed(self.errors[-1])), "; its circuit is open")
+    def _may_wait(self, seconds: float) -> bool:
+        """Whether another round can begin after so many seconds."""
+        left = self.call.time_left()
+        if left is not None and seconds >= left:
+            self.ended_by = self._time_is_over()
+        elif not self._some_circuit_admits(after=seconds):
+            self.ended_by = _CIRCUIT_IS_OPEN
+        return not self.ended_by
+
+    def _circuit_open(self, rounds: RetryRounds) -> Failed | Final:
+        if self.failed is not None:
+            self.ended_by = _CIRCUIT_IS_OPEN
+            return self._finish(rounds.cut_short(self.failed))
         breaker = self.plan.breaker
         assert breaker is not None  # noqa: S101 - for the type checkers
         whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
@@ -385,23 +394,28 @@ class _CallFlow:
             CircuitOpenError(f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}")
         )
 
-    def _out_of_time(self) -> Failed | Final:
-        reason = f"total_timeout={self.plan.total_timeout:g} s ended it"
-        if not self.errors:
-            turn = "a worker" if self.plan.limit is None else "a rate slot"
-            return Failed(CallTimeoutError(f"{self.plan.name} was not started: {reason} during the wait for {turn}"))
-        return self._finish(Final(Failed(self.errors[-1])), f"; {reason}")
+    def _out_of_time(self, rounds: RetryRounds) -> Failed | Final:
+        self.ended_by = self._time_is_over()
+        if self.failed is not None:
+            return self._finish(rounds.cut_short(self.failed))
+        turn = "a worker" if self.plan.limit is None else "a rate slot"
+        message = f"{self.plan.name} was not started: {self.ended_by} during the wait for {turn}"
+        return Failed(CallTimeoutError(message))
+
+    def _time_is_over(self) -> str:
+        return f"total_timeout={self.plan.total_timeout:g} s ended it"
 
     def _is_out_of_time(self) -> bool:
         left = self.call.time_left()
         return left is not None and left <= 0
 
-    def _finish(self, final: Final, reason: str = "", *, gave_up: bool = False) -> Failed | Final:
+    def _finish(self, final: Final, *, gave_up: bool = False) -> Failed | Final:
         failed = final.outcome
         if not isinstance(failed, Failed):
             return final
         call, plan = self.call, self.plan
         seconds = clock.now() - call.started
+        reason = self.ended_by and f"; {self.ended_by}"
         if plan.fallback is not None:
             whom = f"every candidate of {plan.fallback.parameter!r}"
             message = (
@@ -434,6 +448,9 @@ class _NoAttempt:
 OUT_OF_TIME = _NoAttempt("total_timeout leaves no time for another attempt")
 CIRCUIT_OPEN = _NoAttempt("this candidate's circuit is open")
 GAVE_WAY = _NoAttempt("this candidate was put to rest while its slot was waited for")
+
+
+_CIRCUIT_IS_OPEN = "its circuit is open"
 
 
 def _is_wrong_call(plan: Plan, call: Call, error: Exception) -> bool:

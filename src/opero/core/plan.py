@@ -176,8 +176,15 @@ class RetryRounds(Protocol):
         """What a failed execution means, None if it gave the call's result; raises what the user's predicate raises."""
         ...
 
-    def after(self, verdict: Verdict) -> float | Final:
-        """Seconds until the next round, or the end of the call; ``verdict`` speaks for the whole round."""
+    def after(self, verdict: Verdict, may_wait: Callable[[float], bool], /) -> float | Final:
+        """Seconds until the next round, or the end of the call; ``verdict`` speaks for the whole round.
+
+        ``may_wait`` tells whether another round can begin after so many seconds.
+        """
+        ...
+
+    def cut_short(self, verdict: Verdict) -> Final:
+        """The end of the call within a round; ``verdict`` is the last one."""
         ...
 
 
@@ -190,7 +197,10 @@ class Once:
     def judge(self, outcome: Any) -> Verdict | None:
         return Verdict(outcome.error, outcome) if outcome.__class__ is Failed else None
 
-    def after(self, verdict: Verdict) -> Final:
+    def after(self, verdict: Verdict, _may_wait: Callable[[float], bool]) -> Final:
+        return Final(Failed(verdict.error))
+
+    def cut_short(self, verdict: Verdict) -> Final:
         return Final(Failed(verdict.error))
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import tenacity  # noqa: TC004 - imported by `_import_tenacity`
 
     from opero.core.checks import Duration
+    from opero.core.retry_error import RetryError  # noqa: TC004 - as above
 
 __all__ = ["get_retry_decorator"]
 
@@ -96,8 +97,10 @@ def jittered(delay: float, random_unit: float) -> float:
 
 def _import_tenacity() -> None:
     """Not at the top, so that `import opero` stays quick; for good, because ``import`` fails when the program ends."""
-    global tenacity  # noqa: PLW0603 - as above
+    global tenacity, RetryError  # noqa: PLW0603 - as above
     import tenacity
+
+    from opero.core.retry_error import RetryError
 
 
 class RetryWithTenacity:
@@ -166,6 +169,7 @@ class RetryWithTenacity:
     def _make_retrying(self) -> tenacity.Retrying:
         _import_tenacity()
         ours: dict[str, Any] = {
+            "retry_error_cls": RetryError,
             "stop": tenacity.stop_after_attempt(self.retries + 1),
             "wait": self._wait,
             "reraise": True,
@@ -210,20 +214,38 @@ class TenacityRounds:
         what = f"retry_if_result rejects what {name_of(self._function)} returned at attempt {call.attempts}"
         return Verdict(RejectedResultError(what, outcome), outcome, again=True)
 
-    def after(self, verdict: Verdict) -> float | Final:
-        if not verdict.again or self._policy.is_one_round:
+    def after(self, verdict: Verdict, may_wait: Callable[[float], bool]) -> float | Final:
+        if not self._is_retried(verdict):
+            return Final(Failed(verdict.error))
+        settings = self._policy.retrying
+        retrying, _state = self._tenacity()
+        retrying.wait = settings.wait if verdict.delay is None else _constant(verdict.delay)
+        # Asked here, so that tenacity calls `before_sleep` only before a sleep, and `retry_error_callback` at each end.
+        retrying.stop = lambda state: bool(settings.stop(state)) or not may_wait(state.upcoming_sleep)
+        try:
+            return self._next_step(verdict)
+        finally:
+            # tenacity's objects are in a cycle, which would keep the call and its errors for the garbage collector.
+            retrying.stop = settings.stop
+
+    def cut_short(self, verdict: Verdict) -> Final:
+        if not self._is_retried(verdict):
             return Final(Failed(verdict.error))
         retrying, state = self._tenacity()
-        if not retrying.enabled:
-            return Final(Failed(verdict.error))
+        state.attempt_number = self._call.rounds
+        retrying.stop, retrying.wait, retrying.after = _always, _constant(0.0), _nothing
+        end = self._next_step(verdict)
+        assert isinstance(end, Final)  # noqa: S101 - for the type checkers
+        return end
+
+    def _is_retried(self, verdict: Verdict) -> bool:
+        return verdict.again and not self._policy.is_one_round and self._policy.retrying.enabled
+
+    def _next_step(self, verdict: Verdict) -> float | Final:
+        retrying, state = self._tenacity()
         _set_outcome(state, verdict.outcome)
         retrying.retry = _always
-        retrying.wait = self._policy.retrying.wait if verdict.delay is None else _constant(verdict.delay)
-        return self._next_step(retrying, state, verdict.error)
-
-    def _next_step(
-        self, retrying: tenacity.Retrying, state: tenacity.RetryCallState, error: Exception
-    ) -> float | Final:
+        error = verdict.error
         traceback = error.__traceback__
         try:
             step = retrying.iter(state)
@@ -265,10 +287,11 @@ class TenacityRounds:
 
     def _complain(self, hook: str, raised: Exception, error: Exception | None) -> None:
         # Not its text, which may hold arguments.
-        text = f"{hook} of {name_of(self._function)} raised {type(raised).__name__}; not retried"
-        log("WARNING", "{}", text)
+        text = f"{hook} of {name_of(self._function)} raised {type(raised).__name__}"
         if error is not None:
+            text += "; not retried"
             add_note(error, f"opero: {text}")
+        log("WARNING", "{}", text)
 
 
 def _set_outcome(state: tenacity.RetryCallState, outcome: Any) -> None:
@@ -281,6 +304,10 @@ def _set_outcome(state: tenacity.RetryCallState, outcome: Any) -> None:
 
 def _always(_state: tenacity.RetryCallState) -> bool:
     return True
+
+
+def _nothing(_state: tenacity.RetryCallState) -> None:
+    """A hook has been told already."""
 
 
 def _constant(seconds: float) -> Callable[[tenacity.RetryCallState], float]:
