@@ -27,7 +27,8 @@ class FallbackOverParameter:
     """Which values, in which order, for this call.
 
     A list or tuple, or what `opero.core.candidates` makes, holds candidates; any other value, text included, is the
-    only one. With a ``cooldown``, candidates that failed within the last so many seconds come last.
+    only one. All calls know which candidates rest: those that asked for it, for as long as they did, and with a
+    ``cooldown`` all that failed, for so many seconds.
     """
 
     def __init__(self, slot: ParameterSlot, function_name: str, cooldown: float | None) -> None:
@@ -35,8 +36,8 @@ class FallbackOverParameter:
         self.position = slot.position
         self._slot = slot
         self._function_name = function_name
-        self._cooldown = cooldown
-        self._cooling: dict[Any, float] = {}
+        self._cooldown = cooldown or 0.0
+        self._rests: dict[Any, float] = {}
         self.after_fork()
         watch_forks(self)
 
@@ -55,25 +56,25 @@ class FallbackOverParameter:
                 "give at least one candidate"
             )
             raise ValueError(msg)
-        return list(given) if self._cooldown is None else self._coolest_first(given)
+        return list(given)
 
     def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if value is MISSING:
             return call.args, call.kwargs
         return self._slot.put(call.args, call.kwargs, value)
 
-    def failed(self, value: Any) -> None:
-        if self._cooldown is None:
+    def failed(self, value: Any, asked_for: float | None) -> None:
+        seconds = max(self._cooldown, asked_for or 0.0)
+        if not seconds:
             return
-        now = clock.now()
+        key, now = identity_of(value), clock.now()
         with self._lock:
-            self._cooling = {key: until for key, until in self._cooling.items() if until > now}
-            self._cooling[identity_of(value)] = now + self._cooldown
+            self._rests = {other: until for other, until in self._rests.items() if until > now}
+            self._rests[key] = max(now + seconds, self._rests.get(key, 0.0))
 
-    def _coolest_first(self, given: list[Any] | tuple[Any, ...]) -> list[Any]:
-        now = clock.now()
-        with self._lock:
-            return sorted(given, key=lambda value: self._cooling.get(identity_of(value), 0.0) > now)
+    def rests_until(self, value: Any) -> float | None:
+        until = self._rests.get(identity_of(value)) if self._rests else None
+        return None if until is None or until <= clock.now() else until
 
 
 def fallback_policy(
@@ -94,7 +95,7 @@ def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | N
             holds the candidates and the function gets one of them at a time; `opero.candidates` and
             `opero.candidates_from` do the same for type checkers; any other value is the only candidate.
         fallback_cooldown: Seconds (or a `datetime.timedelta`) for which a candidate that failed is tried last. Default:
-            the order never changes.
+            it is tried in its turn.
 
     Raises:
         TypeError: If an option has the wrong type.

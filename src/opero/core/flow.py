@@ -11,7 +11,7 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.listeners import teller_of
 from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
 from opero.core.signature import MISSING, own_signature
-from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause
+from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, waiting_until
 from opero.exceptions import (
     AllFailedError,
     CallTimeoutError,
@@ -95,7 +95,10 @@ class _CallFlow:
         self.first_failure = failure
         self.is_new_round = True
         self.attempt_started = call.started
+        self.has_slot = False
         self.candidates: list[_Candidate] = []
+        # Those of this round that have not been tried.
+        self.left: list[_Candidate] = []
         self.errors: list[Exception] = []
 
     def cache(self) -> Flow:
@@ -115,6 +118,7 @@ class _CallFlow:
             self.candidates = self._make_candidates()
         except Exception as error:  # noqa: BLE001 - none, or what the function of `candidates_from` raised
             return Failed(error)
+        self.has_own_limit = self._has_own_limit()
         retry = self.plan.retry
         rounds = Once() if retry is None else retry.rounds(self.call, self.plan.function)
         while True:
@@ -139,18 +143,19 @@ class _CallFlow:
     def fallback(self, rounds: RetryRounds) -> Generator[Any, Any, Any]:
         """One round; gives the `Verdict` that speaks for it when no candidate succeeded."""
         verdict = None
-        left = self._ready_candidates()
-        while left := self._admitted(left):
-            candidate, has_slot = left[0], False
-            if self.plan.limit is not None and self.first_failure is None:
-                candidate, has_slot = yield from self.plan.limit.choose(left)
+        self.left = self._ready_candidates()
+        while left := self._admitted(self.left):
+            self.left = left
+            awake = self._awake(left)
+            candidate = awake[0]
+            if self.plan.limit is not None and self.first_failure is None and not self.has_slot:
+                candidate, self.has_slot = yield from self.plan.limit.choose(awake)
+            judged = yield from self.breaker(candidate, rounds)
+            if judged is GAVE_WAY:
+                continue
             left.remove(candidate)
-            if verdict is not None:
-                self.plan.stats.fallbacks.tick()
-                if self.call.tell is not None:
-                    self.call.tell("CandidateSwitched", place=candidate.place)
-            judged = yield from self.breaker(candidate, rounds, has_slot=has_slot)
             if judged is CIRCUIT_OPEN:
+                self.has_slot = False
                 continue
             if judged.__class__ is not Verdict:
                 return judged
@@ -162,22 +167,20 @@ class _CallFlow:
             return self._circuit_open()
         return self._for_the_round(verdict)
 
-    def breaker(self, candidate: _Candidate, rounds: RetryRounds, *, has_slot: bool) -> Generator[Any, Any, Any]:
+    def breaker(self, candidate: _Candidate, rounds: RetryRounds) -> Generator[Any, Any, Any]:
         """One attempt; gives the call's outcome, or the `Verdict` on a failure."""
         breaker = self.plan.breaker
         if breaker is None:
-            return (yield from self._judged(candidate, rounds, None, has_slot=has_slot))
+            return (yield from self._judged(candidate, rounds, None))
         passage = breaker.enter(candidate.value)
         if passage is None:
             return CIRCUIT_OPEN
         with passage:
-            return (yield from self._judged(candidate, rounds, passage, has_slot=has_slot))
+            return (yield from self._judged(candidate, rounds, passage))
 
-    def _judged(
-        self, candidate: _Candidate, rounds: RetryRounds, passage: Passage | None, *, has_slot: bool
-    ) -> Generator[Any, Any, Any]:
-        outcome = yield from self.rate_limit(candidate, passage, has_slot=has_slot)
-        if outcome is CIRCUIT_OPEN:
+    def _judged(self, candidate: _Candidate, rounds: RetryRounds, passage: Passage | None) -> Generator[Any, Any, Any]:
+        outcome = yield from self.rate_limit(candidate, passage)
+        if outcome is CIRCUIT_OPEN or outcome is GAVE_WAY:
             return outcome
         if outcome is OUT_OF_TIME:
             return self._out_of_time()
@@ -197,7 +200,7 @@ class _CallFlow:
             seconds = clock.now() - self.attempt_started
             self.call.tell("AttemptFailed", attempt=self.call.attempts, error=judged.error, seconds=seconds)
         self._candidate_failed(candidate, judged)
-        if self.plan.limit is not None and judged.delay:
+        if self.plan.limit is not None and judged.delay and self.has_own_limit:
             yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
         return judged
 
@@ -207,23 +210,33 @@ class _CallFlow:
         is_first = self.call.attempts == 1
         return isinstance(error, FINAL_ERRORS) or (is_first and _is_wrong_call(self.plan, self.call, error))
 
-    def rate_limit(self, candidate: _Candidate, passage: Passage | None, *, has_slot: bool) -> Generator[Any, Any, Any]:
+    def rate_limit(self, candidate: _Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
         if self.first_failure is not None:
             failure, self.first_failure = Failed(self.first_failure), None
             self._round_begins()
             return failure
-        if self.plan.limit is not None and not has_slot:
+        if self.plan.limit is not None and not self.has_slot:
             asked = clock.now()
             wait = self.plan.limit.take(candidate, self.call.deadline)
+            if self.has_own_limit and self.plan.fallback is not None:
+                # Whoever stands in the line of a candidate that is put to rest meanwhile turns to another one.
+                is_turn = not self._waits_like_a_failed_round(candidate)
+                wait = waiting_until(lambda: self._gives_way(candidate), wait, is_turn=is_turn)
             taken = yield from (wait if passage is None else passage.waiting(wait))
             waited = clock.now() - asked
             self.plan.stats.add_waited(waited)
             if passage is not None and not passage.may_start():
                 return CIRCUIT_OPEN
+            if taken is None:
+                return GAVE_WAY
             if not taken:
                 return OUT_OF_TIME
             if self.call.tell is not None and waited >= _TOLD_WAIT:
                 self.call.tell("SlotWaited", seconds=waited)
+            if not self.has_own_limit and self._gives_way(candidate):
+                self.has_slot = True
+                return GAVE_WAY
+        self.has_slot = False
         return (yield from self.attempt_timeout(candidate, passage))
 
     def attempt_timeout(self, candidate: _Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
@@ -236,6 +249,10 @@ class _CallFlow:
         self.call.attempts += 1
         self.plan.stats.attempts.tick()
         is_first = self._round_begins()
+        if not is_first:
+            self.plan.stats.fallbacks.tick()
+            if self.call.tell is not None:
+                self.call.tell("CandidateSwitched", place=candidate.place)
         attempt = Attempt(
             candidate.args,
             candidate.kwargs,
@@ -312,7 +329,7 @@ class _CallFlow:
             self.candidates.remove(candidate)
         candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
         if self.plan.fallback is not None and verdict.rests:
-            self.plan.fallback.failed(candidate.value)
+            self.plan.fallback.failed(candidate.value, verdict.delay)
 
     def _for_the_round(self, verdict: Verdict | None) -> Verdict:
         assert verdict is not None  # noqa: S101 - a round has at least one candidate
@@ -322,6 +339,30 @@ class _CallFlow:
         times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
         return Verdict(verdict.error, verdict.outcome, again=True, delay=soonest)
+
+    def _awake(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """Those that do not rest, in their order; if all do, the one that wakes first."""
+        fallback = self.plan.fallback
+        if fallback is None or len(candidates) == 1:
+            return candidates
+        ends = [(fallback.rests_until(candidate.value), candidate) for candidate in candidates]
+        awake = [candidate for end, candidate in ends if end is None]
+        return awake or [min(ends, key=lambda pair: pair[0] or 0.0)[1]]
+
+    def _gives_way(self, candidate: _Candidate) -> bool:
+        return candidate not in self._awake(self.left)
+
+    def _waits_like_a_failed_round(self, candidate: _Candidate) -> bool:
+        """Whether this call has failed, and needs no worker before a candidate that rests wakes."""
+        fallback = self.plan.fallback
+        return not self.is_new_round and fallback is not None and fallback.rests_until(candidate.value) is not None
+
+    def _has_own_limit(self) -> bool:
+        """Whether a limit holds for one candidate only, so that it can be held up while others are tried."""
+        fallback, limit = self.plan.fallback, self.plan.limit
+        if fallback is None or limit is None or len(self.candidates) == 1:
+            return True
+        return limit.parameter == fallback.parameter
 
     def _admitted(self, candidates: list[_Candidate]) -> list[_Candidate]:
         breaker = self.plan.breaker
@@ -392,6 +433,7 @@ class _NoAttempt:
 
 OUT_OF_TIME = _NoAttempt("total_timeout leaves no time for another attempt")
 CIRCUIT_OPEN = _NoAttempt("this candidate's circuit is open")
+GAVE_WAY = _NoAttempt("this candidate was put to rest while its slot was waited for")
 
 
 def _is_wrong_call(plan: Plan, call: Call, error: Exception) -> bool:

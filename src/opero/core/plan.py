@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 from opero.core.clock import clock
 from opero.core.signature import MISSING, Kind, kind_of, module_of, name_of
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from opero.core.keys import KeyMaker
     from opero.core.listeners import Listener, Teller
     from opero.core.stats import CallStats
+
+C = TypeVar("C", bound="Candidate")
 
 
 class Call:
@@ -219,15 +221,19 @@ class FallbackPolicy(Protocol):
         ...
 
     def values(self, call: Call) -> list[Any]:
-        """The candidates in the order in which to try them; raises ValueError if there are none."""
+        """The candidates as they were given; raises ValueError if there are none."""
         ...
 
     def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments with one candidate in the place of all."""
         ...
 
-    def failed(self, value: Any) -> None:
-        """Remember that this candidate has just failed."""
+    def failed(self, value: Any, asked_for: float | None) -> None:
+        """Remember that this candidate has just failed, and how many seconds of rest it asked for."""
+        ...
+
+    def rests_until(self, value: Any) -> float | None:
+        """When this candidate has rested enough, after what all calls heard of it; None if it does not rest."""
         ...
 
 
@@ -240,6 +246,7 @@ class FirstCandidate:
         self.position = policy.position
         self.arguments = policy.arguments
         self.failed = policy.failed
+        self.rests_until = policy.rests_until
 
     def values(self, call: Call) -> list[Any]:
         return self._policy.values(call)[:1]
@@ -300,6 +307,11 @@ class LimitPolicy(Protocol):
     """When may this start?"""
 
     @property
+    def parameter(self) -> str | None:
+        """Name of the parameter whose values have limits of their own; None if one limit is for all calls."""
+        ...
+
+    @property
     def take_now(self) -> Callable[..., bool] | None:
         """Takes a free slot, for `value_of` the call; None if asking could block."""
         ...
@@ -308,7 +320,7 @@ class LimitPolicy(Protocol):
         """The value that has a limit of its own, alone in a tuple; nothing in it if one limit is for all calls."""
         ...
 
-    def choose(self, candidates: Sequence[Any]) -> Generator[Any, Any, tuple[Any, bool]]:
+    def choose(self, candidates: Sequence[C]) -> Generator[Any, Any, tuple[C, bool]]:
         """The one of several `Candidate` to try next, and whether its slot has been taken already."""
         ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from opero.core.checks import check_choice, check_known, check_mapping, check_seconds, check_text
 from opero.core.clock import clock
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
+C = TypeVar("C", bound="Candidate")
 
 _LIMITER_OPTIONS = ("folder", "max_burst", "name", "scope", "url")
 WHEN_FULL = ("next", "wait")
@@ -190,6 +191,7 @@ class FunctionLimit:
 
     def __init__(self, limiter: RateLimiter, slot: ParameterSlot | None, *, prefers_free: bool) -> None:
         self.limiter = limiter
+        self.parameter = None if slot is None else slot.name
         self._slot = slot
         self._prefers_free = prefers_free
 
@@ -204,7 +206,7 @@ class FunctionLimit:
         """The value that has a limit of its own, alone in a tuple; nothing in it if one limit is for all calls."""
         return () if self._slot is None else (self._slot.get(args, kwargs),)
 
-    def choose(self, candidates: Sequence[Candidate]) -> Generator[Any, Any, tuple[Candidate, bool]]:
+    def choose(self, candidates: Sequence[C]) -> Generator[Any, Any, tuple[C, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""
         if self._prefers_free and len(candidates) > 1:
             for candidate in candidates:

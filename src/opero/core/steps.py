@@ -145,6 +145,47 @@ class Await:
         self.is_turn = is_turn
 
 
+class _Unless:
+    """An `Arrival` of another one, or of the moment in which there is no use in waiting for it."""
+
+    __slots__ = ("_arrival", "_is_over")
+
+    def __init__(self, arrival: Arrival, is_over: Callable[[], bool]) -> None:
+        self._arrival = arrival
+        self._is_over = is_over
+
+    def poll(self) -> bool:
+        return self._is_over() or self._arrival.poll()
+
+    def due_in(self) -> float | None:
+        return 0.0 if self._is_over() else self._arrival.due_in()
+
+    def notify(self, wake: Callable[[], None] | None) -> None:
+        self._arrival.notify(wake)
+
+    def withdraw(self) -> None:
+        self._arrival.withdraw()
+
+
+def waiting_until(
+    is_over: Callable[[], bool], wait: Generator[Any, Any, Any], *, is_turn: bool
+) -> Generator[Any, Any, Any]:
+    """Go through a wait, which gives None once ``is_over`` says so at one of its looks."""
+    try:
+        step = next(wait)
+        while True:
+            if step.__class__ is Await:
+                step = Await(_Unless(step.arrival, is_over), is_turn=is_turn)
+            sent = yield step
+            if is_over():
+                return None
+            step = wait.send(sent)
+    except StopIteration as end:
+        return end.value
+    finally:
+        wait.close()
+
+
 class Asked(Protocol):
     """Something that answers requests, and may block while it does so."""
 
