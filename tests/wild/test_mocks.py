@@ -53,12 +53,12 @@ def test_an_autospec_is_called_like_the_function(world, function):
     stand_in.assert_called_once_with("/a", deep=True)
 
 
-def test_an_autospec_refuses_what_the_function_would(function):
+def test_an_autospec_refuses_what_the_function_would(world, function):
     stand_in = mock.create_autospec(function)
     with pytest.raises(TypeError, match="path"):
-        stand_in()
+        world.run(stand_in)
     with pytest.raises(TypeError, match="unexpected"):
-        stand_in("/a", wide=True)
+        world.run(stand_in, "/a", wide=True)
 
 
 def test_an_autospec_of_an_instance_has_its_methods(world, name):
@@ -67,7 +67,7 @@ def test_an_autospec_of_an_instance_has_its_methods(world, name):
     method.return_value = "mocked"
     assert world.run(method, "/a") == "mocked"
     with pytest.raises(TypeError, match="path"):
-        method()
+        world.run(method)
 
 
 def test_a_patched_method_with_autospec_gets_the_instance(world, name):
