@@ -24,7 +24,7 @@ import pytest
 import tenacity
 
 from conftest import World
-from opero import GIVE_UP, NEXT, AllFailedError, CircuitOpenError, RejectedResultError, opero, opmap
+from opero import GIVE_UP, NEXT, AllFailedError, CircuitOpenError, RejectedResultError, control, opero, opmap
 from opero.core import get_retry_decorator
 from opero.core.flow import call_flow
 from opero.core.plan import Call
@@ -536,7 +536,7 @@ def test_an_answer_that_is_none_ends_the_call_with_a_type_error_that_names_its_t
     assert type(answer).__name__ in str(refusal)
     assert "opero.GIVE_UP" in str(refusal)
     assert refusal.__context__ is error
-    assert (function.stats.attempts, function.cache_info().currsize) == (1, 0)
+    assert (function.stats.attempts, control(function).cache_info().currsize) == (1, 0)
 
 
 PREDICATES = {
@@ -636,7 +636,7 @@ def test_a_judge_of_results_that_raises_ends_the_call_with_its_error(world, more
 
     function = opero(retry_if_result=judge, **more)(world.define(answer))
     assert raised_by(world, function) is of_predicate
-    assert (function.stats.attempts, function.cache_info().currsize) == (1, 0)
+    assert (function.stats.attempts, control(function).cache_info().currsize) == (1, 0)
 
 
 def test_after_a_rejected_result_the_next_candidate_is_tried(world):
