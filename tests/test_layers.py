@@ -356,6 +356,26 @@ def test_whoever_waits_for_an_identical_call_takes_over_when_it_ends_so(kind):
         assert second.result(5) == "done"
 
 
+# How it waits
+
+
+def test_a_sleep_that_was_put_in_place_of_the_usual_one_is_what_waits(world, monkeypatch):
+    slept = []
+
+    async def async_sleep(seconds):
+        slept.append(seconds)
+
+    def fail():
+        raise LookupError
+
+    function = opero(retries=2, min_delay=60, max_delay=60, jitter=False)(world.define(fail))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(asyncio, "sleep", async_sleep)
+    with pytest.raises(LookupError):
+        world.run(function)
+    assert slept == [60, 60]
+
+
 # What is kept of an attempt
 
 
