@@ -151,7 +151,8 @@ def test_a_policy_can_be_turned_off_with_all_its_options():
     f = opero(retries=3, min_delay=1, backoff_factor=3, cache=True, cache_ttl=60, rate_limit=5)(fails(0))
     bare = control(f).with_options(retries=0, cache=False, rate_limit=None)
     assert bare(3) == 3
-    assert bare.__opero__.plan.cache is bare.__opero__.plan.retry is bare.__opero__.plan.limit is None
+    assert bare.__opero__.plan.cache is bare.__opero__.plan.limit is None
+    assert bare.__opero__.plan.retry.retries == 0
 
 
 def test_the_errors_are_those_of_the_decorator():

@@ -556,7 +556,7 @@ def plan_of_limited(retry_on, **per):
 
     return Plan(
         ask,
-        retry=retry_policy(retries=0, retry_on=retry_on, judges_for_others=True),
+        retry=retry_policy(retries=0, retry_on=retry_on),
         fallback=fallback_policy(ask, "key"),
         limit=limit_policy(ask, 1, has_candidates=True, **per),
     )

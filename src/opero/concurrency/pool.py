@@ -12,6 +12,7 @@ from opero.concurrency.mapping import make_map
 from opero.concurrency.pool_source import PoolSource
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
+from opero.core.retry import RetryPolicy
 from opero.core.showing import kind_of, listed, shown
 from opero.core.signature import check_decoratable, is_async, name_of, refuse_generator
 
@@ -227,7 +228,7 @@ def get_parallel_map_decorator(
             "return_exceptions": return_exceptions,
             **pool_options,
         }
-        return make_map(Plan(function), settings, (get_parallel_map_decorator, recipe))
+        return make_map(Plan(function, RetryPolicy()), settings, (get_parallel_map_decorator, recipe))
 
     return decorate
 

@@ -158,9 +158,10 @@ class Batch:
     ``items`` are the varying first arguments; ``candidate``, unless `MISSING`, goes to the fallback parameter of each;
     ``time_limit`` is the seconds one execution has, and the option that says so.
     ``alone``: nothing else may run in the worker's process meanwhile.
+    ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
     """
 
-    __slots__ = ("alone", "candidate", "entries", "items", "losses", "sent_at", "start", "time_limit")
+    __slots__ = ("alone", "candidate", "entries", "is_last", "items", "losses", "sent_at", "start", "time_limit")
 
     def __init__(self, items: list[Any], start: int, entries: list[_Entry] | None = None) -> None:
         self.items = items
@@ -169,6 +170,7 @@ class Batch:
         self.candidate: Any = MISSING
         self.time_limit: tuple[float, str] | None = None
         self.alone = False
+        self.is_last = False
         self.losses = 0
         self.sent_at = 0.0
 
@@ -495,9 +497,9 @@ class Scheduler:
 
     # Flows
 
-    def _open(self, index: int, item: Any, *, attempts: int = 0, started: float | None = None) -> _Entry:
+    def _open(self, index: int, item: Any, *, started: float | None = None, failure: Exception | None = None) -> _Entry:
         arguments, kwargs = self._shape.arguments(item), self._shape.kwargs
-        call = Call(arguments, kwargs, attempts=attempts, started=started, presence=self.presence)
+        call = Call(arguments, kwargs, started=started, failure=failure, presence=self.presence)
         call.index = index
         return _Entry(index, item, call)
 
@@ -620,8 +622,9 @@ class Scheduler:
     def _send(self, batch: Batch) -> Batch:
         self._in_flight += 1
         for entry in batch.entries or ():
-            if entry.attempt is not None:
-                entry.attempt.begin()
+            if entry.attempt is not None and entry.attempt.begins is not None:
+                entry.attempt.begins()
+                entry.attempt.begins = None
         batch.sent_at = clock.now()
         if batch.time_limit is not None and self._kill is not None:
             self._watch(batch, batch.time_limit[0] + self._grace)
@@ -666,14 +669,18 @@ class Scheduler:
 
     def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:
         if batch.entries is not None and batch.entries[place].flow is not None:
-            self._advance(batch.entries[place], outcome)
+            entry = batch.entries[place]
+            if entry.attempt is not None:
+                entry.attempt.is_last = batch.is_last
+            self._advance(entry, outcome)
             return
         index, item = batch.start + place, batch.items[place]
         if batch.entries is not None:
             index, item = batch.entries[place].index, batch.entries[place].item
         if outcome.__class__ is Failed:
-            entry = self._open(index, item, attempts=1, started=clock.now() - seconds)
-            self._start_flow(entry, call_flow(self._plan, entry.call, outcome.error))
+            entry = self._open(index, item, started=clock.now() - seconds, failure=outcome.error)
+            entry.call.is_last = batch.is_last
+            self._start_flow(entry, call_flow(self._plan, entry.call))
         else:
             self._count(Outcome(index, item, outcome, None, 1, seconds, False))  # noqa: FBT003 - plain facts
 

@@ -13,6 +13,7 @@ from opero.core.flights import Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.lazy import lazy_attribute
 from opero.core.plan import CacheInfo, Final, Plan
+from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator
 from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
 from opero.core.stores.contract import BUSY, CLAIMED, Claim, Fault, Found, Keep, Lease, Release, managing
@@ -262,7 +263,7 @@ def get_cache_decorator(
             namespace=cache_namespace,
             options=options,
         )
-        return Plan(function, cache=cache)
+        return Plan(function, RetryPolicy(), cache=cache)
 
     recipe = {
         "cache_ttl": cache_ttl,

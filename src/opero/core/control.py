@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from opero.core.plan import CacheInfo, Plan
@@ -195,6 +195,5 @@ def with_shared_policies(new: Plan, old: Plan, named: set[str]) -> Plan:
     """The new plan with those policies of the old one of which no option is named."""
     if not named <= {name for names in _OPTIONS_OF_POLICY.values() for name in names}:
         # Made by a decorator of one policy: all that is named belongs to that one.
-        return replace(new, stats=old.stats)
-    kept = {policy: getattr(old, policy) for policy, names in _OPTIONS_OF_POLICY.items() if named.isdisjoint(names)}
-    return replace(new, stats=old.stats, **kept)
+        return new.sharing(old, [])
+    return new.sharing(old, [policy for policy, names in _OPTIONS_OF_POLICY.items() if named.isdisjoint(names)])

@@ -10,7 +10,7 @@ from opero.core.flow import call_flow
 from opero.core.listeners import is_listened_to, switches
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING, check_decoratable, first_parameter, innermost, refuse_unfinished
-from opero.core.steps import Failed, drive, drive_async
+from opero.core.steps import Failed, drive, drive_async, made_an_error_of_its_cancellation
 from opero.core.wrapper import wrap
 from opero.exceptions import MisuseError
 
@@ -48,6 +48,7 @@ class Decoration:
         "function",
         "is_direct",
         "is_limited",
+        "new_call",
         "plan",
         "recipe",
         "switches",
@@ -60,6 +61,7 @@ class Decoration:
         self.clock = clock
         self.switches = switches
         self.count = plan.stats.direct.tick
+        self.new_call = Call
         self.is_direct = self.is_limited = self._has_looked = False
         self._key_of: Callable[..., Any] = _no_key
         self._look_up: Callable[[Any], tuple[Any, float] | None] | None = None
@@ -83,32 +85,30 @@ class Decoration:
         """One call of a ``def`` function, or the beginning of a generator."""
         if switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
-            return self.run(*args, **kwargs)
+            return self._run(*args, **kwargs)
         begun = self._begin(args, kwargs)
-        return begun[0] if begun.__class__ is tuple else drive(begun, self.run)
+        return begun[0] if begun.__class__ is tuple else drive(begun, self.function if self._has_looked else self._run)
 
     async def call_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for ``async def``."""
         if switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
-            return await self.run(*args, **kwargs)
+            return await self._run(*args, **kwargs)
         begun = self._begin(args, kwargs)
-        return begun[0] if begun.__class__ is tuple else await drive_async(begun, self.run, self.plan.name)
+        if begun.__class__ is tuple:
+            return begun[0]
+        return await drive_async(begun, self.function if self._has_looked else self._run, self.plan.name)
 
-    def recover(self, error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Go on after a first attempt that the wrapper made failed."""
-        flow = call_flow(self.plan, Call(args, kwargs, started=started, attempts=1, blocks=True), error)
-        # This frame will be in the error's traceback.
-        del error
-        return drive(flow, self.run)
+    def go_on(self, call: Call) -> Any:
+        """The rest of a call whose first attempt was made by the wrapper, and failed."""
+        call.blocks = True
+        return drive(call_flow(self.plan, call), self.function if self._has_looked else self._run)
 
-    async def recover_async(
-        self, error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    async def go_on_async(self, call: Call) -> Any:
         """The same for ``async def``."""
-        flow = call_flow(self.plan, Call(args, kwargs, started=started, attempts=1), error)
-        del error
-        return await drive_async(flow, self.run, self.plan.name)
+        call.is_last = call.failure is not None and made_an_error_of_its_cancellation(call.failure)
+        function = self.function if self._has_looked else self._run
+        return await drive_async(call_flow(self.plan, call), function, self.plan.name)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache's entry, a tuple that begins with the result, or the flow of the call."""
@@ -139,10 +139,8 @@ class Decoration:
         return fallback.arguments(call, fallback.values(call)[0])
 
     @property
-    def run(self) -> Callable[..., Any]:
-        """What an attempt calls: the function, or for a generator function its first item."""
-        if self._has_looked:
-            return self.function
+    def _run(self) -> Callable[..., Any]:
+        """What an attempt calls until a result was looked at; of a generator function always its first item."""
         kinds = {
             "generator": self._first_item,
             "async generator": self._first_item_async,

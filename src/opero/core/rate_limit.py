@@ -13,6 +13,7 @@ from opero.core.limits.per_value import LimitsPerValue
 from opero.core.limits.rates import Rate, Rates, parse_rates
 from opero.core.limits.scope import Scope
 from opero.core.plan import Plan
+from opero.core.retry import RetryPolicy
 from opero.core.signature import parameter_slot
 from opero.core.steps import drive, drive_async
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
     from opero.core.checks import Duration
+    from opero.core.flow import Candidate
     from opero.core.limits.contract import Limit
-    from opero.core.plan import Candidate
     from opero.core.signature import ParameterSlot
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
@@ -315,6 +316,10 @@ def get_rate_limit_decorator(
     _limiter(rate_limit, options, lambda: "")
     return decorator(
         "get_rate_limit_decorator",
-        lambda function: Plan(function, limit=limit_policy(function, rate_limit, per=rate_limit_per, options=options)),
+        lambda function: Plan(
+            function,
+            RetryPolicy(),
+            limit=limit_policy(function, rate_limit, per=rate_limit_per, options=options),
+        ),
         (get_rate_limit_decorator, {"rate_limit": rate_limit, "rate_limit_per": rate_limit_per, **options}),
     )

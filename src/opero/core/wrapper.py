@@ -38,12 +38,8 @@ def _function(this: Decoration) -> Callable[..., Any]:
         try:
             return this.function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
-            failure = error
-        try:
-            return this.recover(failure, started, args, kwargs)
-        finally:
-            # This frame is in the error's traceback: without this they would keep each other alive.
-            del failure
+            call = this.new_call(args, kwargs, started=started, failure=error)
+        return this.go_on(call)
 
     return decorated
 
@@ -57,11 +53,8 @@ def _async_function(this: Decoration) -> Callable[..., Any]:
         try:
             return await this.function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - as above
-            failure = error
-        try:
-            return await this.recover_async(failure, started, args, kwargs)
-        finally:
-            del failure
+            call = this.new_call(args, kwargs, started=started, failure=error)
+        return await this.go_on_async(call)
 
     return decorated
 

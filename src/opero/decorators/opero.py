@@ -135,7 +135,6 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             retry_on=options.get("retry_on", MISSING),
             retry_if_result=given["retry_if_result"],
             options=given["retry_options"],
-            judges_for_others=given["breaker"] is not None or given["arg_fallback"] is not None,
         ),
         fallback=None
         if given["arg_fallback"] is None
