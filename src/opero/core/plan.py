@@ -23,12 +23,11 @@ class Call:
     """What belongs to one call and to nothing else."""
 
     __slots__ = (
-        "_deadline",
-        "_jumped_by_others",
         "args",
         "attempts",
         "blocks",
         "cached",
+        "deadline",
         "flight",
         "index",
         "key",
@@ -60,34 +59,19 @@ class Call:
         self.key = key
         self.cached = False
         self.flight: object = None
-        self._deadline: float | None = None
-        self._jumped_by_others = 0.0
+        # When ``total_timeout`` ends; None without one.
+        self.deadline: float | None = None
         # Its place in a map.
         self.index: int | None = None
         self.tell: Teller | None = None
 
     def end_after(self, seconds: float) -> None:
         """Set the `deadline`."""
-        self._deadline = self.started + seconds
-        self._jumped_by_others = clock.jumped_by_others()
-
-    @property
-    def deadline(self) -> float | None:
-        """When ``total_timeout`` ends; None without one."""
-        if self._deadline is not None:
-            # What others skip, while the function of this call may be waiting for the real world, is none of its time.
-            jumped = clock.jumped_by_others()
-            if jumped > self._jumped_by_others:
-                self._deadline += jumped - self._jumped_by_others
-                self._jumped_by_others = jumped
-        return self._deadline
+        self.deadline = self.started + seconds
 
     def time_left(self) -> float | None:
         """Seconds until ``total_timeout`` ends; None without one."""
-        if self._deadline is None:
-            return None
-        deadline = self.deadline
-        return None if deadline is None else deadline - clock.now()
+        return None if self.deadline is None else self.deadline - clock.now()
 
 
 class Verdict:
