@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
-from opero.core.listeners import on_event
-from opero.core.switches import switches
+from opero.core.listeners import on_event, switches
 from opero.core.virtual_time import VirtualTime
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from opero.concurrency.progress import make_progress
 from opero.concurrency.scheduler import IteratorSource, Scheduler, Shape, Wake
 from opero.concurrency.worker import Work
 from opero.core.interrupts import Hold
+from opero.core.listeners import switches
 from opero.core.signature import parameter_slot
 from opero.core.steps import consult, consult_async
-from opero.core.switches import switches
 from opero.exceptions import OperoError
 
 if TYPE_CHECKING:

@@ -565,8 +565,10 @@ class Scheduler:
     def _end(self, entry: _Entry, outcome: Any) -> None:
         self._flying.discard(entry)
         entry.flow = None
-        error = outcome.error if outcome.__class__ is Failed else None
-        value = None if error is not None else outcome
+        error = None
+        value = outcome
+        if outcome.__class__ is Failed:
+            error, value = outcome.error, outcome.instead
         call = entry.call
         seconds = clock.now() - call.started
         self._count(Outcome(entry.index, entry.item, value, error, call.attempts, seconds, call.cached))

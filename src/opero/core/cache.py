@@ -23,6 +23,7 @@ from opero.exceptions import MisuseError, OperoError
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
+    from opero.core.checks import Duration
     from opero.core.plan import Call
     from opero.core.stats import CallStats, Stats
     from opero.core.stores.contract import Request, Store
@@ -213,7 +214,7 @@ _caches: WeakSet[Cache] = WeakSet()
 def cache_policy(
     function: Callable[..., Any],
     *,
-    ttl: float | None = None,
+    ttl: Duration | None = None,
     backend: str = "memory",
     key: Callable[..., Any] | None = None,
     namespace: str | None = None,
@@ -232,7 +233,7 @@ def cache_policy(
 
 def get_cache_decorator(
     *,
-    cache_ttl: float | None = None,
+    cache_ttl: Duration | None = None,
     cache_backend: str = "memory",
     cache_key: Callable[..., Any] | None = None,
     cache_namespace: str | None = None,
@@ -241,7 +242,7 @@ def get_cache_decorator(
     """Make a decorator that caches, and does nothing else.
 
     Args:
-        cache_ttl: Seconds an entry lives; None keeps it for ever.
+        cache_ttl: Seconds an entry lives, or a `datetime.timedelta`; None keeps it for ever.
         cache_backend: ``"memory"``, ``"disk"`` or ``"redis"``.
         cache_key: Function of the same arguments that returns the key to use in their place.
         cache_namespace: Functions with one namespace share entries. Default: each function has its own.
@@ -275,7 +276,7 @@ def get_cache_decorator(
 
 @contextlib.contextmanager
 def get_cache_context(
-    cache_namespace: str, *, cache_backend: str = "memory", cache_ttl: float | None = None, **options: Any
+    cache_namespace: str, *, cache_backend: str = "memory", cache_ttl: Duration | None = None, **options: Any
 ) -> Iterator[CacheEngine]:
     """Give the cache engine of a namespace for a ``with`` block, and close its files and connections at the end.
 
@@ -285,7 +286,7 @@ def get_cache_context(
     Args:
         cache_namespace: Where the entries live.
         cache_backend: ``"memory"``, ``"disk"`` or ``"redis"``.
-        cache_ttl: Seconds an entry lives; None keeps it for ever.
+        cache_ttl: Seconds an entry lives, or a `datetime.timedelta`; None keeps it for ever.
         **options: As ``cache_options`` of `opero.opero`.
 
     Yields:

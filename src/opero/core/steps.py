@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.clock import LONGEST_WAIT, asyncio_sleep, clock
 from opero.core.forks import allow_forks, watch_forks
+from opero.core.signature import MISSING
 from opero.exceptions import CallTimeoutError
 
 if TYPE_CHECKING:
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 
 
 class Failed:
-    """An exception as a value, so that flows can pass it on without raising it."""
+    """An exception as a value, so that flows can pass it on without raising it.
 
-    __slots__ = ("error",)
+    ``instead`` is what the call returns in place of raising it, if anything.
+    """
 
-    def __init__(self, error: Exception) -> None:
+    __slots__ = ("error", "instead")
+
+    def __init__(self, error: Exception, instead: Any = MISSING) -> None:
         self.error = error
+        self.instead = instead
 
 
 class _NotRun:
@@ -140,6 +145,47 @@ class Await:
         self.is_turn = is_turn
 
 
+class _Unless:
+    """An `Arrival` of another one, or of the moment in which there is no use in waiting for it."""
+
+    __slots__ = ("_arrival", "_is_over")
+
+    def __init__(self, arrival: Arrival, is_over: Callable[[], bool]) -> None:
+        self._arrival = arrival
+        self._is_over = is_over
+
+    def poll(self) -> bool:
+        return self._is_over() or self._arrival.poll()
+
+    def due_in(self) -> float | None:
+        return 0.0 if self._is_over() else self._arrival.due_in()
+
+    def notify(self, wake: Callable[[], None] | None) -> None:
+        self._arrival.notify(wake)
+
+    def withdraw(self) -> None:
+        self._arrival.withdraw()
+
+
+def waiting_until(
+    is_over: Callable[[], bool], wait: Generator[Any, Any, Any], *, is_turn: bool
+) -> Generator[Any, Any, Any]:
+    """Go through a wait, which gives None once ``is_over`` says so at one of its looks."""
+    try:
+        step = next(wait)
+        while True:
+            if step.__class__ is Await:
+                step = Await(_Unless(step.arrival, is_over), is_turn=is_turn)
+            sent = yield step
+            if is_over():
+                return None
+            step = wait.send(sent)
+    except StopIteration as end:
+        return end.value
+    finally:
+        wait.close()
+
+
 class Asked(Protocol):
     """Something that answers requests, and may block while it does so."""
 
@@ -209,6 +255,8 @@ def raise_or_return(outcome: Any) -> Any:
     """Turn a flow's last word into what the user's call does."""
     if outcome.__class__ is not Failed:
         return outcome
+    if outcome.instead is not MISSING:
+        return outcome.instead
     try:
         raise outcome.error
     finally:

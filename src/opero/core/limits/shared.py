@@ -103,6 +103,8 @@ class SharedLimit:
         yield from self._alone.pause(seconds)
         if not clock.is_virtual:
             yield from self._ask(Request(seconds))
+        # Some may not want to wait for so long.
+        self._line.rouse()
 
     def change(self, rates: Rates) -> None:
         self._rates = rates
