@@ -32,7 +32,6 @@ from test_single_flight import Held, waiters
 
 import opero
 from opero.core import faults
-from opero.core.forks import hold_forks
 from opero.core.keys import KeyMaker
 from opero.core.stores import locks
 
@@ -732,30 +731,6 @@ class TestForks:
             shutil.rmtree(folder)
         assert forked(lambda: [f(1), f(2), f.stats.cache_errors]) == "[1, 2, 0]"
         assert [f(1), f(0), f.stats.hits] == [1, 0, 1]
-
-    def test_a_child_frees_a_cache_that_its_parent_used_until_the_fork(self, disk_backend):
-        class LastUser:
-            """Lets go of what it uses when the process forks."""
-
-            def __init__(self, *used):
-                self.used = [*used]
-
-            def before_fork(self):
-                self.used.clear()
-
-            def after_fork_in_parent(self):
-                """Nothing to do."""
-
-            def after_fork(self):
-                """Nothing to do."""
-
-        f = opero.opero(**own(disk_backend))(lambda x: x)
-        f(0)
-        user = LastUser(f.__opero__.plan.cache.store)
-        hold_forks(user)
-        f = None
-        gc.collect()
-        assert forked(lambda: user.used) == "[]"
 
     def test_a_child_waits_for_no_lock_of_its_parents_connections(self, world, redis_backend):
         f = opero.opero(**own(redis_backend))(world.define(lambda x: x))

@@ -17,7 +17,7 @@ import diskcache
 
 from opero.core.clock import clock
 from opero.core.faults import Rest
-from opero.core.forks import between_forks, hold_forks
+from opero.core.forks import hold_forks
 from opero.core.interrupts import BriefHold
 from opero.core.private_folder import private_folder, refuse_foreign_files
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
@@ -296,10 +296,6 @@ class DiskStore(LastingStore):
                 reading.close()
 
     def __del__(self) -> None:
-        # With its locks: until it has gone, another thread may find it by its namespace and use it again.
-        between_forks(self._try_to_close)
-
-    def _try_to_close(self) -> None:
         # Left open, SQLite's connections warn when they are collected.
         with contextlib.suppress(Exception):
             self.close()
