@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from opero.core.checks import check_choice, check_known, check_mapping, check_seconds, check_text
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
-from opero.core.lazy import lazy_attribute
 from opero.core.limits.local import LocalLimit, Ticket
 from opero.core.limits.per_value import LimitsPerValue
 from opero.core.limits.rates import Rate, Rates, parse_rates
@@ -93,13 +92,10 @@ class RateLimiter:
         self._rates = rates
         self._scope = scope
         self.limit = scope.limit(rates)
+        # Of the values of ``rate_limit_per``, at this rate.
+        self.per_value = LimitsPerValue(scope.limit_of_value, rates)
         self.take_now = self.limit.take_now
         self.expected_wait = self.limit.expected_wait
-
-    @lazy_attribute
-    def per_value(self) -> LimitsPerValue:
-        """The limits, at this rate, of the values of ``rate_limit_per``."""
-        return LimitsPerValue(self._scope.limit_of_value, self._rates)
 
     @property
     def rate(self) -> float:
@@ -111,8 +107,7 @@ class RateLimiter:
         rates = parse_rates(rate, self._options.get("max_burst"), option="rate")
         self._asked, self._rates = rate, rates
         self.limit.change(rates)
-        if "per_value" in self.__dict__:
-            self.per_value.change(rates)
+        self.per_value.change(rates)
 
     def __repr__(self) -> str:
         return f"RateLimiter({self._asked!r})"

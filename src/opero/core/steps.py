@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opero.core.clock import Bell, asyncio_sleep, clock
+from opero.core.clock import asyncio_sleep, clock
 from opero.core.forks import allow_forks, watch_forks
 from opero.core.signature import MISSING
 from opero.exceptions import CallTimeoutError, MisuseError
@@ -301,13 +301,14 @@ async def _run_in_time(function: Callable[..., Awaitable[Any]], attempt: Attempt
 
 
 def await_arrival(arrival: Arrival) -> None:
-    bell = Bell()
+    event = threading.Event()
     try:
         if arrival.poll():
             return
-        arrival.notify(bell.ring)
+        arrival.notify(event.set)
         while not arrival.poll():
-            clock.wait(bell.wait, arrival.due_in(), nudge=bell.nudge)
+            clock.wait(event.wait, arrival.due_in())
+            event.clear()
     finally:
         arrival.notify(None)
         arrival.withdraw()
