@@ -10,7 +10,14 @@ from opero.core.flow import call_flow
 from opero.core.listeners import is_listened_to, switches
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING, check_decoratable, first_parameter, innermost, refuse_unfinished
-from opero.core.steps import Failed, drive, drive_async, made_an_error_of_its_cancellation
+from opero.core.steps import (
+    Attempt,
+    Failed,
+    drive,
+    drive_async,
+    made_an_error_of_its_cancellation,
+    run_attempt_async,
+)
 from opero.core.wrapper import wrap
 from opero.exceptions import MisuseError
 
@@ -34,20 +41,21 @@ class Decoration:
         function: What is called at once where ``is_direct``.
         count: Counts such a call.
         is_direct: Whether it may be called without asking anybody.
-        is_limited: Whether nobody has to be asked but the rate limit.
+        asks: Whether only what can be asked at once stands before it: candidates, a circuit, a limit of slots or time.
     """
 
     __slots__ = (
         "_has_looked",
         "_key_of",
+        "_limit",
         "_look_up",
         "_may_expire",
-        "_take_slot",
+        "_seconds",
+        "asks",
         "clock",
         "count",
         "function",
         "is_direct",
-        "is_limited",
         "new_call",
         "plan",
         "recipe",
@@ -62,42 +70,91 @@ class Decoration:
         self.switches = switches
         self.count = plan.stats.direct.tick
         self.new_call = Call
-        self.is_direct = self.is_limited = self._has_looked = False
+        self.is_direct = self.asks = self._has_looked = False
         self._key_of: Callable[..., Any] = _no_key
         self._look_up: Callable[[Any], tuple[Any, float] | None] | None = None
         self._may_expire = False
         if plan.cache is not None:
             self._key_of, self._look_up = plan.cache.keys.key_of, plan.cache.look_up
             self._may_expire = plan.cache.entries_may_expire
-        self._take_slot = None if plan.limit is None else plan.limit.take_now
-
-    def may_start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Take a free slot of the rate limit, if there is one now."""
-        limit = self.plan.limit
-        if self._take_slot is None or limit is None or switches.are_on:
-            return False
-        try:
-            return self._take_slot(*limit.value_of(args, kwargs))
-        except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that has no limit as a call that failed
-            return False
+        limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
+        self._seconds: float | None
+        self._seconds, self._limit = min(((s, name) for s, name in limits if s is not None), default=(None, ""))
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a ``def`` function, or the beginning of a generator."""
-        if switches.is_disabled:
+        if switches.are_on and switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
             return self._run(*args, **kwargs)
-        begun = self._begin(args, kwargs)
-        return begun[0] if begun.__class__ is tuple else drive(begun, self.function if self._has_looked else self._run)
+        ready = self._ready(args, kwargs) if self.asks else None
+        if ready is None:
+            begun = self._begin(args, kwargs)
+            return (
+                begun[0] if begun.__class__ is tuple else drive(begun, self.function if self._has_looked else self._run)
+            )
+        first_args, first_kwargs, passage = ready
+        self.count()
+        started = clock.now()
+        try:
+            result = self.function(*first_args, **first_kwargs)
+        except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+            call = Call(args, kwargs, started=started, failure=error)
+        else:
+            if passage is not None:
+                passage.tell(failed=False)
+            return result
+        finally:
+            if passage is not None:
+                passage.is_over = True
+        return self.go_on(call)
 
     async def call_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for ``async def``."""
-        if switches.is_disabled:
+        if switches.are_on and switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
             return await self._run(*args, **kwargs)
-        begun = self._begin(args, kwargs)
-        if begun.__class__ is tuple:
-            return begun[0]
-        return await drive_async(begun, self.function if self._has_looked else self._run, self.plan.name)
+        ready = self._ready(args, kwargs) if self.asks else None
+        if ready is None:
+            begun = self._begin(args, kwargs)
+            if begun.__class__ is tuple:
+                return begun[0]
+            return await drive_async(begun, self.function if self._has_looked else self._run, self.plan.name)
+        first_args, first_kwargs, passage = ready
+        self.count()
+        started = clock.now()
+        attempt = Attempt(first_args, first_kwargs, MISSING, timeout=self._seconds, limit=self._limit)
+        try:
+            outcome = await run_attempt_async(self.function, attempt, self.plan.name)
+            if outcome.__class__ is not Failed:
+                if passage is not None:
+                    passage.tell(failed=False)
+                return outcome
+        finally:
+            if passage is not None:
+                passage.is_over = True
+        call = Call(args, kwargs, started=started, failure=outcome.error)
+        del outcome
+        return await self.go_on_async(call)
+
+    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Arguments and passage of a first attempt that may be made now; None where the flow has to decide."""
+        plan, passage, value = self.plan, None, MISSING
+        if switches.are_on:
+            return None
+        if plan.fallback is not None:
+            first = plan.fallback.first(args, kwargs)
+            if first is None:
+                return None
+            args, kwargs, value = first
+        if plan.breaker is not None:
+            passage = plan.breaker.enter(value)
+            if passage is None:
+                return None
+        if plan.limit is not None and not plan.limit.has_slot_now(args, kwargs):
+            if passage is not None:
+                passage.is_over = True
+            return None
+        return args, kwargs, passage
 
     def go_on(self, call: Call) -> Any:
         """The rest of a call whose first attempt was made by the wrapper, and failed."""
@@ -164,9 +221,12 @@ class Decoration:
     def _looked(self) -> None:
         plan = self.plan
         self._has_looked = True
-        at_once = plan.cache is None and plan.first_attempt_is_direct
-        self.is_direct = at_once and plan.limit is None
-        self.is_limited = at_once and plan.limit is not None
+        if plan.cache is not None or plan.on_event is not None or plan.retry.watches_every_attempt:
+            return
+        # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
+        is_timed = plan.is_async and self._seconds is not None
+        self.asks = is_timed or any(policy is not None for policy in (plan.fallback, plan.breaker, plan.limit))
+        self.is_direct = not self.asks
 
     def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """A generator that has begun, and its first item; None and its result if it has ended without one."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from opero.core.breaker import Passage
+    from opero.core.listeners import Teller
     from opero.core.retry import Rounds
 
 # Less than this is no wait, but the time it takes to ask.
@@ -139,7 +140,7 @@ class _Layers:
             self.candidates = [Candidate(*plan.fallback.arguments(call, v), v, place) for place, v in values]
             if plan.limit is not None and len(self.candidates) > 1:
                 self.has_own_limit = plan.limit.parameter == plan.fallback.parameter
-        rounds = plan.retry.rounds(call, plan.function)
+        rounds = plan.retry.rounds(plan.retry, call, plan.function)
         while True:
             if "before" in plan.retry.options:
                 rounds.begin()
@@ -219,7 +220,7 @@ class _Layers:
             if timeout <= 0:
                 return OUT_OF_TIME
         is_first, self.is_new_round = self.is_new_round, False
-        self._tally(1, is_first=is_first)
+        self._count(is_first=is_first)
         attempt = Attempt(
             candidate.args,
             candidate.kwargs,
@@ -231,25 +232,40 @@ class _Layers:
             passage=passage,
             begins=self._forget_failure if plan.fallback is None and self.errors else None,
         )
-        outcome = yield from self._told(attempt, candidate, is_first=is_first)
+        if call.tell is None:
+            outcome = yield attempt
+        else:
+            outcome = yield from self._told(attempt, call.tell, None if is_first else candidate)
         call.is_last = attempt.is_last
         if outcome is not NOT_RUN:
             return outcome
-        self._tally(-1, is_first=is_first)
-        self.is_new_round = is_first
+        self._take_back(is_first=is_first)
         return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
 
-    def _tally(self, change: int, *, is_first: bool) -> None:
-        """Count an attempt, and the round or the candidate that it begins with; or take that back."""
+    def _count(self, *, is_first: bool) -> None:
+        """Count an attempt, and the round or the candidate that it begins with."""
         call, stats = self.call, self.plan.stats
-        call.attempts += change
-        stats.attempts.add(change)
+        call.attempts += 1
+        stats.attempts.tick()
         if not is_first:
-            stats.fallbacks.add(change)
+            stats.fallbacks.tick()
             return
-        call.rounds += change
-        if max(call.rounds, call.rounds - change) > 1:
-            stats.retries.add(change)
+        call.rounds += 1
+        if call.rounds > 1:
+            stats.retries.tick()
+
+    def _take_back(self, *, is_first: bool) -> None:
+        """Count no attempt that did not begin."""
+        call, stats = self.call, self.plan.stats
+        call.attempts -= 1
+        stats.attempts.add(-1)
+        self.is_new_round = is_first
+        if not is_first:
+            stats.fallbacks.add(-1)
+            return
+        if call.rounds > 1:
+            stats.retries.add(-1)
+        call.rounds -= 1
 
     def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None, rounds: Rounds) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
@@ -320,13 +336,11 @@ class _Layers:
             return GAVE_WAY
         return None
 
-    def _told(self, attempt: Attempt, candidate: Candidate, *, is_first: bool) -> Generator[Any, Any, Any]:
+    def _told(self, attempt: Attempt, tell: Teller, switched_to: Candidate | None) -> Generator[Any, Any, Any]:
         """The execution, and listeners are told of it."""
-        plan, call, tell = self.plan, self.call, self.call.tell
-        if tell is None:
-            return (yield attempt)
-        if not is_first:
-            tell("CandidateSwitched", place=candidate.place)
+        plan, call = self.plan, self.call
+        if switched_to is not None:
+            tell("CandidateSwitched", place=switched_to.place)
         number, call.began = call.attempts, clock.now()
         tell("AttemptStarted", attempt=number, round=call.rounds)
         outcome = yield attempt
@@ -400,7 +414,7 @@ class _Layers:
         whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
         wait = breaker.trial_in(candidate.value for candidate in self.candidates)
         trial = "a trial call is under way" if wait is None else f"the next trial is in {wait:.3g} s"
-        failures = _count(breaker.failures, "failure")
+        failures = _counted(breaker.failures, "failure")
         return Failed(
             CircuitOpenError(f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}")
         )
@@ -432,14 +446,14 @@ class _Layers:
             whom = f"every candidate of {plan.fallback.parameter!r}"
             message = (
                 f"{plan.name}: {f'gave up on {whom}' if gave_up else f'{whom} failed'} in "
-                f"{_count(call.rounds, 'round')} ({_count(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
+                f"{_counted(call.rounds, 'round')} ({_counted(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
             )
             log("WARNING", "{}", message)
             return Failed(AllFailedError(message, self.errors))
         if isinstance(failed.error, CallTimeoutError) and self.earlier_failure:
             # The library's own error must not hide the function's.
             add_note(failed.error, f"opero: an attempt before that failed with {self.earlier_failure}")
-        summary = f"{plan.name} failed after {_count(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
+        summary = f"{plan.name} failed after {_counted(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
         log("WARNING", "{}", summary)
         add_note(failed.error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
         return failed
@@ -482,5 +496,5 @@ def _in_context_of(outcome: Any, raised: Exception) -> Exception:
     return raised
 
 
-def _count(number: int, noun: str) -> str:
+def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -111,9 +111,12 @@ class RetryPolicy:
     """How many rounds, which errors, how long between.
 
     Attributes:
+        rounds: Makes what is known of one call's rounds: ``policy.rounds(policy, call, function)``.
         watches_every_attempt: Whether results may be rejected, or tenacity's ``before`` is told of every attempt.
         is_one_round: Whether tenacity need not be asked if there is another round.
     """
+
+    rounds: type[Rounds]
 
     def __init__(
         self,
@@ -140,9 +143,6 @@ class RetryPolicy:
         )
         self.is_one_round = retries == 0 and not self.options
         self.retrying: Any = None if self.is_one_round else self._make_retrying()
-
-    def rounds(self, call: Call, function: Callable[..., Any]) -> Rounds:
-        return Rounds(self, call, function)
 
     def one_round(self) -> RetryPolicy:
         """The same without a second round."""
@@ -277,6 +277,10 @@ class Rounds:
             text += "; not retried"
             add_note(error, f"opero: {text}")
         log("WARNING", "{}", text)
+
+
+# The flow knows no file of a policy: each of these imports it, for a decorator of its own.
+RetryPolicy.rounds = Rounds
 
 
 def _delay(answer: Any, retry_on: RetryOn) -> float | None:

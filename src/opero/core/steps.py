@@ -356,7 +356,10 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
             if isinstance(step, Attempt):
                 sent = run_attempt(function, step)
             elif isinstance(step, Pause):
-                (time.sleep if step.is_real else clock.sleep)(step.seconds)
+                if clock.sleep is not None and not step.is_real:
+                    clock.sleep(step.seconds)
+                elif step.seconds:
+                    time.sleep(step.seconds)
             elif isinstance(step, Consult):
                 try:
                     (sent,) = consult([step])

@@ -31,7 +31,7 @@ def wrap(this: Decoration) -> Callable[..., Any]:
 
 def _function(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Any:
-        if (not this.is_direct or this.switches.are_on) and not (this.is_limited and this.may_start(args, kwargs)):
+        if not this.is_direct or this.switches.are_on:
             return this.call(args, kwargs)
         this.count()
         started = this.clock.now()
@@ -46,7 +46,7 @@ def _function(this: Decoration) -> Callable[..., Any]:
 
 def _async_function(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> Any:
-        if (not this.is_direct or this.switches.are_on) and not (this.is_limited and this.may_start(args, kwargs)):
+        if not this.is_direct or this.switches.are_on:
             return await this.call_async(args, kwargs)
         this.count()
         started = this.clock.now()
