@@ -132,7 +132,7 @@ class Control(Generic[P, R]):
         """Give the same function under changed options, such as ``with_options(retries=0)``.
 
         What no option names is shared with this function, not copied: the cache with its entries, the rate limit, the
-        circuits, and always the stats.
+        circuits, and always the stats. Decorators that stand above opero's are not part of it.
 
         Args:
             **options: Those of the decorator that made the function.
@@ -176,8 +176,10 @@ def control(function: Callable[P, R], /) -> Control[P, R]:
 
 def decoration_of(function: Any) -> Decoration | None:
     """What stands behind a decorated function; None behind any other."""
-    # A mock, or a proxy, has every attribute that it is asked for.
-    found: Decoration | None = getattr(function, "__dict__", {}).get("__opero__")
+    # A bound method shows the attributes of its function, and a mock any that it is asked for.
+    found: Decoration | None = None
+    if not isinstance(function, types.MethodType):
+        found = getattr(function, "__dict__", {}).get("__opero__")
     return found
 
 

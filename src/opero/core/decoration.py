@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from opero.core.clock import clock
@@ -238,8 +239,15 @@ class Decoration:
 
     async def _first_item_async(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         generator = self.function(*args, **kwargs)
+        # The event loop closes all generators that it knows: it is to know the wrapper's only, which closes this one.
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(None, None)
         try:
-            return generator, await anext(generator)
+            first = generator.__anext__()
+        finally:
+            sys.set_asyncgen_hooks(*hooks)
+        try:
+            return generator, await first
         except StopAsyncIteration:
             return None, None
 
@@ -281,27 +289,32 @@ def decorated(plan: Plan, recipe: Recipe) -> Callable[..., Any]:
 def _attach(made: Any, decoration: Decoration) -> None:
     """What is known from `functools`, on the function itself."""
     its: Control[..., Any] = Control(decoration)
-    made.stats, made.with_options = its.stats, its.with_options
+    first = first_parameter(decoration.function)
+    offered: dict[str, Any] = {"with_options": its.with_options}
     if decoration.plan.cache is not None:
         # On others they would hide those of `functools.lru_cache` above.
         made.cache_info, made.cache_clear = its.cache_info, its.cache_clear
-        is_method = first_parameter(decoration.function) in {"self", "cls"}
-        made.cache_delete = _NeedsInstance("cache_delete", decoration) if is_method else its.cache_delete
+        offered["cache_delete"] = its.cache_delete
+    made.stats = its.stats
+    for name, method in offered.items():
+        setattr(made, name, _NeedsInstance(name, decoration, first) if first in {"self", "cls"} else method)
 
 
 class _NeedsInstance:
-    """In place of what takes the arguments of a call, where these begin with an instance that Python does not pass."""
+    """In place of what has to know the instance of a method, which Python does not pass on here."""
 
-    def __init__(self, name: str, decoration: Decoration) -> None:
+    def __init__(self, name: str, decoration: Decoration, first: str) -> None:
         self._name = name
         self._decoration = decoration
+        self._first = first
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
         name = self._decoration.plan.name
-        method = name.rpartition(".")[2]
+        owner, _, method = name.rpartition(".")
+        what, whose = ("class", owner.rpartition(".")[2]) if self._first == "cls" else ("instance", "instance")
         msg = (
-            f"{name}.{self._name}(…) does not know the instance of the method; "
-            f"write opero.control(instance.{method}).{self._name}(…)"
+            f"{name}.{self._name}(…) does not know the {what} of the method; "
+            f"write opero.control({whose}.{method}).{self._name}(…)"
         )
         raise MisuseError(msg)
 

@@ -398,9 +398,10 @@ def was_cancelled(outcome: Any, before: int) -> bool:
     """Whether the running task was cancelled since there were so many cancellations, whatever became of that."""
     if cancellations() <= before:
         return False
-    # Before Python 3.13 a task group that has failed leaves a cancellation of its own behind.
-    errors = list(_chain(outcome.error)) if outcome.__class__ is Failed else []
-    return _has_cancellation(errors) or not any(isinstance(error, ExceptionGroup) for error in errors)
+    # Before Python 3.13 a task group that has failed leaves a cancellation of its own behind: there it counts only if
+    # the error was made of it.
+    has_made_error = outcome.__class__ is Failed and _has_cancellation(_chain(outcome.error))
+    return sys.version_info >= (3, 13) or has_made_error
 
 
 def made_an_error_of_its_cancellation(error: Exception) -> bool:
