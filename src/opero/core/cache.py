@@ -60,7 +60,7 @@ class Cache:
             return self._settings.namespace
         if self._settings.backend == "memory":
             return f"{getattr(self._function, '__module__', None)}.{name_of(self._function)}"
-        from opero.core.identity import lasting_identity
+        from opero.core.digests import lasting_identity
 
         return lasting_identity(self._function)
 

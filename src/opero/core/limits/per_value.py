@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from opero.core.digests import UncacheableError
 from opero.core.forks import ForkSafeLock, watch_forks
-from opero.core.keys import UncacheableError, freeze
+from opero.core.keys import key_of_value
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class LimitsPerValue:
 
 def _key(value: Any) -> Any:
     try:
-        return freeze(value)
+        return key_of_value(value)
     except (UncacheableError, RecursionError) as error:
         msg = f"rate_limit_per got a {type(value).__qualname__}, which cannot tell one limit from another; pass text"
         raise MisuseError(msg) from error

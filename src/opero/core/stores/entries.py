@@ -13,7 +13,7 @@ import pickle
 import zlib
 from typing import Any
 
-from opero.core.keys import UncacheableError, freeze
+from opero.core.digests import UncacheableError, spelling_of
 
 _HEAD = 6
 _PICKLE_PROTOCOL = 5
@@ -66,7 +66,7 @@ def _pickle(value: Any) -> bytes:
 def _json(value: Any) -> bytes:
     text = json.dumps(value, separators=(",", ":"))
     # What JSON changes (tuples, keys that are not text) would make a cached result differ from a fresh one.
-    if freeze(json.loads(text)) != freeze(value):
+    if spelling_of(json.loads(text)) != spelling_of(value):
         msg = f"JSON cannot hold this {type(value).__qualname__} unchanged; use the serializer 'pickle'"
         raise UncacheableError(msg)
     return text.encode()
