@@ -73,14 +73,20 @@ def identity_of(value: Any) -> Any:
     """What tells a value from others within this process, whatever it is."""
     if value.__class__ in PLAIN_TYPES:
         return (value.__class__, value)
-    has_equality: Any = type(value).__eq__
     with contextlib.suppress(UncacheableError):
-        if has_equality is not object.__eq__:
+        if _is_value(value):
             return digest_of(value)
     try:
         return instance_of(value)
     except TypeError:
         return _Held(value)
+
+
+def _is_value(value: Any) -> bool:
+    """Whether it is meant to be equal to others, and not an object with a life of its own."""
+    equality: Any = type(value).__eq__
+    is_container = isinstance(value, (list, dict, set, bytearray)) or hasattr(type(value), "__dataclass_fields__")
+    return equality is not object.__eq__ and (type(value).__hash__ is not None or is_container)
 
 
 class _Held:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from opero.core.digests import UncacheableError
 from opero.core.forks import ForkSafeLock, watch_forks
-from opero.core.keys import key_of_value
-from opero.exceptions import MisuseError
+from opero.core.keys import identity_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -74,7 +72,7 @@ class LimitsPerValue:
                 entry.limit.change(rates)
 
     def _entry(self, value: Any) -> _Entry:
-        key = _key(value)
+        key = identity_of(value)
         found = self._entries.get(key)
         if found is None:
             if len(self._entries) >= self._tidy_at:
@@ -85,11 +83,3 @@ class LimitsPerValue:
     def _tidy(self) -> None:
         self._entries = {k: entry for k, entry in self._entries.items() if entry.callers or not entry.limit.is_idle()}
         self._tidy_at = max(_FEWEST_TIDIED, 2 * len(self._entries))
-
-
-def _key(value: Any) -> Any:
-    try:
-        return key_of_value(value)
-    except (UncacheableError, RecursionError) as error:
-        msg = f"rate_limit_per got a {type(value).__qualname__}, which cannot tell one limit from another; pass text"
-        raise MisuseError(msg) from error
