@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 PYPROJECT = ROOT / "pyproject.toml"
 VERSION_FILE = ROOT / "src" / "opero" / "__version__.py"
-VENV = ROOT / ".venv"
-VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-STAMP = VENV / "installed-from"
-
-EXTRAS = ("redis", "aiomultiprocess")
-GROUPS = ("test", "lint", "bench")
 LINTERS = (("ruff", "check"), ("ruff", "format", "--check"), ("mypy",), ("pyright",))
 PIP_INSTALL = ("-m", "pip", "install", "--disable-pip-version-check", "--quiet")
 TOOLS = ("uv", "pytest", "ruff", "mypy", "pyright")
@@ -41,27 +36,57 @@ class CleanupError(Exception):
     """A task cannot go on; the message says why and what to do."""
 
 
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment in this folder, with opero and these of its extras and dependency groups in it."""
+
+    name: str
+    extras: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return ROOT / self.name
+
+    @property
+    def python(self) -> Path:
+        """The interpreter in it."""
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    @property
+    def stamp(self) -> Path:
+        """A file that tells what it was last installed from."""
+        return self.folder / "installed-from"
+
+
+DEVELOPMENT = Environment(".venv", extras=("redis", "aiomultiprocess"), groups=("test", "lint", "bench"))
+# Of its own, because what it holds is heavy, and nobody who only runs the tests needs it.
+WILD = Environment(".venv-wild", extras=("redis",), groups=("wild",))
+
+
 def demo(*arguments: str) -> int:
     """Run examples/mirrors.py; further arguments go to it."""
-    _ensure_environment()
-    return _run(VENV_PYTHON, "examples/mirrors.py", *arguments)
+    return _run(_python_of(DEVELOPMENT), "examples/mirrors.py", *arguments)
 
 
 def test(*arguments: str) -> int:
-    """Run the tests; further arguments go to pytest."""
-    _ensure_environment()
-    if not shutil.which("redis-server"):
-        _say("redis-server is missing; the tests that start one will fail. To install it: apt-get install redis-server")
-    return _run(VENV_PYTHON, "-m", "pytest", *arguments)
+    """Run the tests, those with other people's programs apart; further arguments go to pytest."""
+    return _pytest(DEVELOPMENT, *arguments)
+
+
+def wild(*arguments: str) -> int:
+    """Run the tests of opero in frameworks, SDKs and other decorators; further arguments go to pytest."""
+    return _pytest(WILD, "--override-ini", "testpaths=tests/wild", *arguments)
 
 
 def lint() -> int:
     """Run ruff, mypy and pyright, all of them even when one fails."""
-    _ensure_environment()
+    python = _python_of(DEVELOPMENT)
     failed = []
     for linter in LINTERS:
         _say(f"== {' '.join(linter)}")
-        if _run(VENV_PYTHON, "-m", *linter) != 0:
+        if _run(python, "-m", *linter) != 0:
             failed.append(" ".join(linter))
     _say(f"Failed: {', '.join(failed)}" if failed else "All linters passed.")
     return 1 if failed else 0
@@ -69,16 +94,16 @@ def lint() -> int:
 
 def bench(*arguments: str) -> int:
     """Run benchmarks/run.py; further arguments go to it."""
-    _ensure_environment()
-    return _run(VENV_PYTHON, "benchmarks/run.py", *arguments)
+    return _run(_python_of(DEVELOPMENT), "benchmarks/run.py", *arguments)
 
 
 def status() -> int:
-    """Show the state of git, of .venv and of the tools."""
-    installed = _installed_versions()
+    """Show the state of git, of the environments and of the tools."""
+    installed = _installed_versions(DEVELOPMENT)
     report = {
         "python": f"{sys.version.split()[0]} ({sys.executable})",
-        ".venv": "fresh" if _environment_is_fresh() else "missing or out of date: run `python cleanup.py venv`",
+        ".venv": "fresh" if _is_fresh(DEVELOPMENT) else "missing or out of date: run `python cleanup.py venv`",
+        ".venv-wild": "fresh" if _is_fresh(WILD) else "missing or out of date: `python cleanup.py wild` makes it",
         **{name: installed.get(name, "missing") for name in ("opero", *TOOLS)},
         "redis-server": shutil.which("redis-server") or "missing",
     }
@@ -92,13 +117,13 @@ def status() -> int:
 
 def venv() -> int:
     """Make or update .venv, and nothing else."""
-    _ensure_environment()
+    _python_of(DEVELOPMENT)
     return 0
 
 
 def install() -> int:
     """Install opero into the Python that runs this script."""
-    if Path(sys.prefix) == VENV:
+    if Path(sys.prefix) == DEVELOPMENT.folder:
         return venv()  # a plain install would replace the editable one
     if sys.prefix == sys.base_prefix and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists():
         raise CleanupError(
@@ -111,27 +136,36 @@ def install() -> int:
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "test": test,
+    "wild": wild,
     "lint": lint,
     "bench": bench,
     "status": status,
     "venv": venv,
     "install": install,
 }
-PASS_ARGUMENTS_ON = {"demo", "test", "bench"}
+PASS_ARGUMENTS_ON = {"demo", "test", "wild", "bench"}
 
 
-def _ensure_environment() -> None:
-    if _environment_is_fresh():
-        return
-    if not _environment_has_this_python():
-        _create_environment()
-    _install_packages()
-    STAMP.write_text(_fingerprint(), encoding="utf-8")
+def _pytest(environment: Environment, *arguments: str) -> int:
+    python = _python_of(environment)
+    if not shutil.which("redis-server"):
+        _say("redis-server is missing; the tests that start one will fail. To install it: apt-get install redis-server")
+    return _run(python, "-m", "pytest", *arguments)
 
 
-def _environment_is_fresh() -> bool:
-    complete = VENV_PYTHON.exists() and VERSION_FILE.exists() and STAMP.exists()
-    return complete and STAMP.read_text(encoding="utf-8") == _fingerprint()
+def _python_of(environment: Environment) -> Path:
+    """The environment's Python; the environment is made or brought up to date where it is not."""
+    if not _is_fresh(environment):
+        if not _has_this_python(environment):
+            _create(environment)
+        _install_packages(environment)
+        environment.stamp.write_text(_fingerprint(), encoding="utf-8")
+    return environment.python
+
+
+def _is_fresh(environment: Environment) -> bool:
+    complete = environment.python.exists() and VERSION_FILE.exists() and environment.stamp.exists()
+    return complete and environment.stamp.read_text(encoding="utf-8") == _fingerprint()
 
 
 def _fingerprint() -> str:
@@ -139,52 +173,52 @@ def _fingerprint() -> str:
     return hashlib.sha256(PYPROJECT.read_bytes() + made_for.encode()).hexdigest()
 
 
-def _environment_has_this_python() -> bool:
-    if not VENV_PYTHON.exists():
+def _has_this_python(environment: Environment) -> bool:
+    if not environment.python.exists():
         return False
     version = sys.version_info[:2]
     probe = f"import sys, pip; sys.exit(sys.prefix == sys.base_prefix or sys.version_info[:2] != {version})"
-    return _run(VENV_PYTHON, "-c", probe, quiet=True) == 0
+    return _run(environment.python, "-c", probe, quiet=True) == 0
 
 
-def _create_environment() -> None:
-    _say("Making .venv ...")
-    if _run(sys.executable, "-m", "venv", "--clear", VENV) != 0:
+def _create(environment: Environment) -> None:
+    _say(f"Making {environment.name} ...")
+    if _run(sys.executable, "-m", "venv", "--clear", environment.folder) != 0:
         raise CleanupError(
             "The virtual environment could not be made; the reason stands above."
             " On Debian and Ubuntu the package python3-venv is needed: apt-get install python3-venv."
         )
 
 
-def _install_packages() -> None:
-    _say("Installing opero and its tools into .venv ...")
-    wanted = ["--editable", f".[{','.join(EXTRAS)}]", *_group_requirements()]
-    if not (_install_with_uv(wanted) or _install_with_pip(wanted)):
+def _install_packages(environment: Environment) -> None:
+    _say(f"Installing opero and what it is developed with into {environment.name} ...")
+    wanted = ["--editable", f".[{','.join(environment.extras)}]", *_group_requirements(environment)]
+    if not (_install_with_uv(environment.python, wanted) or _install_with_pip(environment.python, wanted)):
         raise CleanupError(
             "The packages could not be installed; the reason stands above."
             " If it is the network, check pip's index and proxy settings; then run the same command again."
         )
 
 
-def _install_with_uv(wanted: list[str]) -> bool:
-    if _run(VENV_PYTHON, *PIP_INSTALL, "uv", quiet=True) != 0:
+def _install_with_uv(python: Path, wanted: list[str]) -> bool:
+    if _run(python, *PIP_INSTALL, "uv", quiet=True) != 0:
         _say("uv cannot be installed; going on with pip, which takes longer.")
         return False
     # Without the reinstall uv would not build opero again, and only a build writes __version__.py.
-    options = ["--quiet", "--python", str(VENV_PYTHON), "--reinstall-package", "opero"]
-    if _run(VENV_PYTHON, "-m", "uv", "pip", "install", *options, *wanted) == 0:
+    options = ["--quiet", "--python", str(python), "--reinstall-package", "opero"]
+    if _run(python, "-m", "uv", "pip", "install", *options, *wanted) == 0:
         return True
     _say("uv failed; trying the same with pip.")
     return False
 
 
-def _install_with_pip(wanted: list[str]) -> bool:
-    return _run(VENV_PYTHON, *PIP_INSTALL, *wanted) == 0
+def _install_with_pip(python: Path, wanted: list[str]) -> bool:
+    return _run(python, *PIP_INSTALL, *wanted) == 0
 
 
-def _group_requirements() -> list[str]:
+def _group_requirements(environment: Environment) -> list[str]:
     groups = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["dependency-groups"]
-    return [requirement for name in GROUPS for requirement in _expand_group(name, groups)]
+    return [requirement for name in environment.groups for requirement in _expand_group(name, groups)]
 
 
 def _expand_group(name: str, groups: dict[str, Any]) -> Iterator[str]:
@@ -196,8 +230,8 @@ def _expand_group(name: str, groups: dict[str, Any]) -> Iterator[str]:
             yield from _expand_group(entry["include-group"], groups)
 
 
-def _installed_versions() -> dict[str, str]:
-    site_packages = sysconfig.get_path("purelib", "venv", {"base": str(VENV)})
+def _installed_versions(environment: Environment) -> dict[str, str]:
+    site_packages = sysconfig.get_path("purelib", "venv", {"base": str(environment.folder)})
     return {found.name: found.version for found in importlib.metadata.distributions(path=[site_packages])}
 
 

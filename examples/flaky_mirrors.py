@@ -45,8 +45,8 @@ class Answer(StrEnum):
 
 SHARES = {
     Answer.UNAVAILABLE: 0.08,
-    Answer.BUSY_NOW: 0.02,
-    Answer.BUSY_SECOND: 0.02,
+    Answer.BUSY_NOW: 0.035,
+    Answer.BUSY_SECOND: 0.005,
     Answer.RESET: 0.03,
     Answer.SLOW: 0.03,
 }  # all other requests get the file
@@ -95,6 +95,15 @@ class Mirror(ThreadingHTTPServer):
             self._asked[path] += 1
             self.requests.append(Request(time.monotonic(), path, answer))
         return answer
+
+    def asked_while_resting(self) -> int:
+        """Return how many requests came within the second of rest that an answer had asked for."""
+        asked, rests_until = 0, 0.0
+        for request in self.requests:
+            asked += request.started < rests_until
+            if request.answer is Answer.BUSY_SECOND:
+                rests_until = request.started + 1
+        return asked
 
     def read(self, path: str) -> bytes | None:
         """Return the file's bytes, or `None` if this mirror has no such file."""

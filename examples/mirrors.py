@@ -1,7 +1,8 @@
 """Fetch the standard library of the running Python from three mirrors that misbehave, and check every byte.
 
-The mirrors (`flaky_mirrors.py`) answer with 503 and 429, reset connections, are slow, and one is dead at first.
-`fetch` below is all that it takes to cope. A second pass over the same files is answered from the cache.
+The mirrors (`flaky_mirrors.py`) answer with 503 and 429, reset connections, are slow, and one is dead at first. They
+count what comes too fast, and what comes while they rest. `fetch` below is all that it takes to cope. A second pass
+over the same files is answered from the cache.
 
     python examples/mirrors.py             # threads and httpx.Client
     python examples/mirrors.py --async     # asyncio and httpx.AsyncClient
@@ -10,20 +11,20 @@ The mirrors (`flaky_mirrors.py`) answer with 503 and 429, reset connections, are
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import platform
 import sys
 import sysconfig
 import time
 from collections import Counter
-from functools import partial
 from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import httpx
-from flaky_mirrors import flaky_mirrors
+from flaky_mirrors import Answer, flaky_mirrors
 
 from opero import opmap
 
@@ -61,7 +62,8 @@ def fetch_in_threads(paths: list[str], mirrors: list[Mirror], options: argparse.
             arg_fallback="mirror",  # the parameter whose values are tried in turn
             retries=5,  # rounds through the mirrors, after the first
             retry_on=worth_retrying,
-            rate_limit=options.rate,  # requests per second, whoever makes them
+            rate_limit=options.rate,  # requests per second, whoever makes them,
+            rate_limit_per="mirror",  # to each mirror: one that asks for a rest holds up no other
             cache=True,
             progress="standard library",
         )
@@ -69,31 +71,40 @@ def fetch_in_threads(paths: list[str], mirrors: list[Mirror], options: argparse.
             """Fetch one file from one mirror: the call gives a list of mirrors, the function gets one of them."""
             return client.get(f"{mirror}/{path}").raise_for_status().content
 
-        ask = partial(fetch, paths, mirror=[mirror.url for mirror in mirrors])
-        return [measure(ask, lambda: fetch.stats, mirrors) for _ in range(2)]
+        urls = [mirror.url for mirror in mirrors]
+        passes = []
+        for _ in range(2):
+            meter = Meter(fetch.stats.snapshot, mirrors)
+            passes.append(meter.read(fetch(paths, mirror=urls)))
+        return passes
 
 
-def fetch_in_tasks(paths: list[str], mirrors: list[Mirror], options: argparse.Namespace) -> list[Pass]:
+async def fetch_in_tasks(paths: list[str], mirrors: list[Mirror], options: argparse.Namespace) -> list[Pass]:
     """Fetch every file twice, with asyncio."""
-    # Each `run` has an event loop of its own, so no connection may outlive one.
-    client = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+    limits = httpx.Limits(max_keepalive_connections=options.workers)
+    async with httpx.AsyncClient(trust_env=False, limits=limits) as client:
 
-    @opmap(
-        mode="async",
-        workers=options.workers,
-        arg_fallback="mirror",
-        retries=5,
-        retry_on=worth_retrying,
-        rate_limit=options.rate,
-        cache=True,
-        progress="standard library",
-    )
-    async def fetch(path: str, mirror: str | list[str]) -> bytes:
-        """Fetch one file from one mirror."""
-        return (await client.get(f"{mirror}/{path}")).raise_for_status().content
+        @opmap(
+            mode="async",
+            workers=options.workers,
+            arg_fallback="mirror",
+            retries=5,
+            retry_on=worth_retrying,
+            rate_limit=options.rate,
+            rate_limit_per="mirror",
+            cache=True,
+            progress="standard library",
+        )
+        async def fetch(path: str, mirror: str | list[str]) -> bytes:
+            """Fetch one file from one mirror."""
+            return (await client.get(f"{mirror}/{path}")).raise_for_status().content
 
-    ask = partial(fetch.run, paths, mirror=[mirror.url for mirror in mirrors])
-    return [measure(ask, lambda: fetch.stats, mirrors) for _ in range(2)]
+        urls = [mirror.url for mirror in mirrors]
+        passes = []
+        for _ in range(2):
+            meter = Meter(fetch.stats.snapshot, mirrors)
+            passes.append(meter.read(await fetch(paths, mirror=urls)))
+        return passes
 
 
 # From here on: choosing the files, measuring, checking, reporting.
@@ -108,14 +119,20 @@ class Pass(NamedTuple):
     seconds: float
 
 
-def measure(ask: Callable[[], list[bytes | Exception]], stats: Callable[[], CallStats], mirrors: list[Mirror]) -> Pass:
-    """Make one pass; count on both sides."""
-    before, asked, began = stats(), len(requests_to(mirrors)), time.perf_counter()
-    results = ask()
-    seconds = time.perf_counter() - began
-    after = stats()
-    counts = {name: getattr(after, name) - getattr(before, name) for name in COUNTS}
-    return Pass(results, counts, len(requests_to(mirrors)) - asked, seconds)
+class Meter:
+    """Counts during one pass, on both sides."""
+
+    def __init__(self, stats: Callable[[], CallStats], mirrors: list[Mirror]) -> None:
+        """Begin."""
+        self._stats, self._mirrors = stats, mirrors
+        self._before, self._asked, self._began = stats(), len(requests_to(mirrors)), time.perf_counter()
+
+    def read(self, results: list[bytes | Exception]) -> Pass:
+        """End, with what came back."""
+        seconds = time.perf_counter() - self._began
+        after = self._stats()
+        counts = {name: getattr(after, name) - getattr(self._before, name) for name in COUNTS}
+        return Pass(results, counts, len(requests_to(self._mirrors)) - self._asked, seconds)
 
 
 def requests_to(mirrors: list[Mirror]) -> list[Request]:
@@ -170,8 +187,22 @@ def busiest_second(requests: list[Request]) -> int:
     return most
 
 
-def report(paths: list[str], passes: list[Pass], requests: list[Request], rate: float) -> None:
+def complaints(mirrors: list[Mirror], rate: float, workers: int) -> list[str]:
+    """Return what the mirrors have to say against the client; what was under way at once may have arrived at once."""
+    found: list[str] = []
+    burst = max(5, 0.04 * rate)
+    for number, mirror in enumerate(mirrors, 1):
+        if (busiest := busiest_second(mirror.requests)) > rate + burst + workers:
+            found.append(f"mirror {number} was asked {busiest} times in a second")
+        rests = sum(request.answer is Answer.BUSY_SECOND for request in mirror.requests)
+        if (asked := mirror.asked_while_resting()) > rests * workers:
+            found.append(f"mirror {number} was asked {asked} times while it rested")
+    return found
+
+
+def report(paths: list[str], passes: list[Pass], mirrors: list[Mirror], rate: float) -> None:
     """Print what the two passes took and what the mirrors saw."""
+    requests = requests_to(mirrors)
     python = f"{platform.python_implementation()} {platform.python_version()}"
     size = sum((STDLIB / path).stat().st_size for path in paths) / 1e6
     print(f"{len(paths)} files, {size:.1f} MB: the standard library of {python}")
@@ -181,16 +212,18 @@ def report(paths: list[str], passes: list[Pass], requests: list[Request], rate: 
         print(f"pass {number}:", *(f"{value:9}" for value in columns), f"{done.seconds:9.2f}")
     answers = Counter(str(request.answer) for request in requests)
     print("the mirrors answered with", ", ".join(f"{answer}: {count}" for answer, count in answers.most_common()))
-    print(
-        f"achieved rate: {achieved_rate(requests):.1f} requests per second (limit {rate:g}),"
-        f" {busiest_second(requests)} in the busiest second"
-    )
+    for number, mirror in enumerate(mirrors, 1):
+        asked, busiest, resting = len(mirror.requests), busiest_second(mirror.requests), mirror.asked_while_resting()
+        print(
+            f"mirror {number}: {asked:4} requests, {busiest} in its busiest second (limit {rate:g}), {resting} at rest"
+        )
+    print(f"achieved rate: {achieved_rate(requests):.1f} requests per second")
 
 
 def verdict(found: list[str]) -> int:
     """Print whether all went well; return the exit code."""
     if not found:
-        print("ok: every body matches its file, and the second pass asked no mirror")
+        print("ok: every body matches its file, the second pass asked no mirror, and no mirror was pressed")
         return 0
     for text in found[:SHOWN_FAILURES]:
         print(text)
@@ -210,7 +243,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fetch the standard library from three mirrors that misbehave.")
     parser.add_argument("--files", type=positive, help="how many files to fetch (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="another seed, other mishaps (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=300, help="requests per second (default: %(default)s)")
+    parser.add_argument(
+        "--rate", type=float, default=300, help="requests per second to each mirror (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=positive, default=16, help="requests at once (default: %(default)s)")
     parser.add_argument("--async", action="store_true", dest="tasks", help="asyncio tasks instead of threads")
     return parser.parse_args(arguments)
@@ -220,12 +255,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Fetch, check, report; return the exit code."""
     options = parse(arguments)
     paths = stdlib_files()[: options.files]
-    fetch_twice = fetch_in_tasks if options.tasks else fetch_in_threads
     with flaky_mirrors(STDLIB, paths, options.seed) as mirrors:
-        passes = fetch_twice(paths, mirrors, options)
-    requests = requests_to(mirrors)
-    report(paths, passes, requests, options.rate)
-    return verdict(problems(paths, passes))
+        if options.tasks:
+            passes = asyncio.run(fetch_in_tasks(paths, mirrors, options))
+        else:
+            passes = fetch_in_threads(paths, mirrors, options)
+    report(paths, passes, mirrors, options.rate)
+    return verdict(problems(paths, passes) + complaints(mirrors, options.rate, options.workers))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import re
@@ -320,7 +321,7 @@ def test_cache_info_counts_a_failure_as_a_miss(world):
 
 
 def test_cache_info_of_a_function_without_cache_is_empty(counted):
-    assert opero.opero(counted.function).cache_info() == (0, 0, 0, 0)
+    assert opero.control(opero.opero(counted.function)).cache_info() == (0, 0, 0, 0)
 
 
 def test_a_hit_is_a_call_but_not_an_attempt(world, counted):
@@ -395,9 +396,15 @@ def test_cache_delete_uses_the_users_key(world, counted):
 
 
 def test_forgetting_without_a_cache_does_nothing(counted):
-    f = opero.opero(counted.function)
-    f.cache_clear()
-    assert f.cache_delete(1) is False
+    its = opero.control(opero.opero(counted.function))
+    its.cache_clear()
+    assert its.cache_delete(1) is False
+
+
+def test_a_function_without_a_cache_hides_none_of_a_cache_above(counted):
+    f = functools.lru_cache(opero.opero(counted.function))
+    f()
+    assert f.cache_info().misses == 1
 
 
 def test_clear_cache_empties_every_cache(world, namespace):

@@ -7,12 +7,20 @@ import copy
 import functools
 import pickle
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from opero import AllFailedError, OperoError, candidates, candidates_from, opero, opmap
-from opero.core import MisuseError, get_fallback_decorator
+from opero.core import CallTimeoutError, MisuseError, get_fallback_decorator
 from opero.core.clock import clock
+from opero.core.fallback import fallback_policy
+from opero.core.flow import call_flow
+from opero.core.plan import Call, Plan
+from opero.core.rate_limit import limit_policy
+from opero.core.retry import retry_policy
+from opero.core.steps import Failed
 
 ONCE = {"retries": 0, "arg_fallback": "key"}
 
@@ -412,6 +420,204 @@ def test_a_sleep_that_ends_a_little_early_wakes_no_other_candidate(world, fake_c
     function = opero(arg_fallback="key", retries=1, retry_on=retry_after(a=1, b=60))(service.function(world))
     all_failed(world, function, ["a", "b"])
     assert service.asked == ["a", "b", "a"]
+
+
+# Those that asked for a rest, for every caller
+
+
+@pytest.mark.parametrize("options", [{}, {"fallback_cooldown": 10}], ids=["no cooldown", "a shorter cooldown"])
+def test_a_candidate_that_asked_for_a_rest_is_tried_last_by_every_caller_until_then(world, fake_clock, options):
+    service = Service("b")
+    function = opero(**ONCE, retry_on=retry_after(a=30), **options)(service.function(world))
+    for seconds in (0, 29, 2):
+        fake_clock.tick(seconds)
+        world.run(function, ["a", "b"])
+    assert service.asked == ["a", "b", "b", "a", "b"]
+
+
+def test_of_candidates_that_rest_the_one_that_wakes_first_is_tried_first(world, fake_clock):
+    service = Service("d")
+    function = opero(**ONCE, retry_on=retry_after(a=30, b=10, c=20))(service.function(world))
+    for _ in range(2):
+        world.run(function, ["a", "b", "c", "d"])
+    all_failed(world, function, ["a", "b", "c"])
+    assert service.asked == ["a", "b", "c", "d", "d", "b", "c", "a"]
+
+
+def test_with_a_cooldown_the_one_that_failed_first_is_tried_first(world, fake_clock):
+    service = Service("c")
+    function = opero(**ONCE, fallback_cooldown=60)(service.function(world))
+    for key in "ba":
+        world.run(function, [key, "c"])
+        fake_clock.tick(20)
+    all_failed(world, function, ["a", "b"])
+    assert service.asked == ["b", "c", "a", "c", "b", "a"]
+
+
+def test_a_longer_rest_is_not_cut_short_by_a_later_failure(world, fake_clock):
+    service = Service("b")
+    rests = [30, 1]
+    function = opero(**ONCE, retry_on=lambda _: rests.pop(0))(service.function(world))
+    for _ in range(2):
+        all_failed(world, function, ["a"])
+    fake_clock.tick(29)
+    world.run(function, ["a", "b"])
+    assert service.asked == ["a", "a", "b"]
+
+
+def test_a_call_hears_of_the_rests_of_others_before_it_chooses_its_next_candidate(world, fake_clock):
+    asked = []
+
+    def ask(key):
+        asked.append(key)
+        if key == "a":
+            with ThreadPoolExecutor(1) as others:
+                assert isinstance(others.submit(world.run, function, ["b"]).exception(), AllFailedError)
+        if key == "c":
+            return "done"
+        raise LookupError(key)
+
+    function = opero(**ONCE, retry_on=retry_after(a=True, b=30))(world.define(ask))
+    assert world.run(function, ["a", "b", "c"]) == "done"
+    assert asked == ["a", "b", "c"]
+
+
+def test_rests_that_are_over_are_forgotten(fake_clock):
+    policy = fallback_policy(lambda key: key, "key")
+    for key in range(1_000):
+        policy.failed(key, 5)
+        fake_clock.tick(1)
+    assert len(policy._rests) <= 5
+
+
+# Those that rest, and the rate limit
+
+SLOTS = {"arg_fallback": "key", "retries": 0, "rate_limit": 1_000}
+
+
+class SlowService(Service):
+    """Takes so long that there is a free slot when it answers."""
+
+    def __call__(self, key):
+        self.clock.tick(1)
+        return super().__call__(key)
+
+
+def test_a_candidate_with_a_limit_of_its_own_holds_up_that_one(world, fake_clock):
+    service = SlowService("b", "c", clock=fake_clock)
+    options = {**SLOTS, "rate_limit_per": "key", "retry_on": retry_after(a=30), "total_timeout": 5}
+    function = opero(**options)(service.function(world))
+    world.run(function, ["a", "b"])
+    assert world.run(function, "c") == "answer to c"
+    with pytest.raises(CallTimeoutError):
+        world.run(function, "a")
+    assert service.asked == ["a", "b", "c"]
+
+
+def test_a_limit_that_candidates_share_waits_for_none_of_several(world, fake_clock):
+    service = SlowService("b", clock=fake_clock)
+    function = opero(**SLOTS, retry_on=retry_after(a=30), total_timeout=5)(service.function(world))
+    for _ in range(2):
+        world.run(function, ["a", "b"])
+    assert service.times == [("a", 1), ("b", 2), ("b", 3)]
+
+
+def test_a_limit_that_candidates_share_waits_for_the_only_one(world, fake_clock):
+    service = SlowService("b", clock=fake_clock)
+    function = opero(**SLOTS, retry_on=retry_after(a=30), total_timeout=5)(service.function(world))
+    all_failed(world, function, ["a"])
+    with pytest.raises(CallTimeoutError):
+        world.run(function, ["b"])
+
+
+def test_rest_comes_before_a_free_slot(world, fake_clock):
+    service = Service("a", "b")
+    options = {"arg_fallback": "key", "rate_limit": 1, "rate_limit_per": "key", "total_timeout": 0.5, "retries": 0}
+    options |= {"rate_limit_options": {"when_full": "next"}, "fallback_cooldown": 60}
+    function = opero(**options)(service.function(world))
+    all_failed(world, function, ["c"])
+    fake_clock.tick(1.1)
+    # All three have a free slot now.
+    for _ in range(2):
+        world.run(function, ["c", "a", "b"])
+    with pytest.raises(CallTimeoutError):
+        world.run(function, ["c", "a", "b"])
+    assert service.asked == ["c", "a", "b"]
+
+
+def begun(plan, *keys):
+    """A call that has begun, and the step that it has come to."""
+    flow = call_flow(plan, Call((list(keys),), {}))
+    return flow, flow.send(None)
+
+
+def plan_of_limited(retry_on, **per):
+    def ask(key):
+        raise AssertionError
+
+    return Plan(
+        ask,
+        retry=retry_policy(retries=0, retry_on=retry_on, judges_for_others=True),
+        fallback=fallback_policy(ask, "key"),
+        limit=limit_policy(ask, 1, has_candidates=True, **per),
+    )
+
+
+def test_who_waits_for_the_slot_of_a_candidate_turns_to_another_one_when_it_is_put_to_rest(fake_clock):
+    plan = plan_of_limited(retry_after(a=30), per="key")
+    first, _ = begun(plan, "a")
+    second, wait = begun(plan, "a", "b")
+    woken = []
+    wait.arrival.notify(lambda: woken.append("second"))
+    assert not wait.arrival.poll()
+    with pytest.raises(StopIteration):
+        first.send(Failed(LookupError("a")))
+    assert woken
+    assert wait.arrival.poll()
+    wait.arrival.withdraw()
+    assert second.send(None).args == ("b",)
+
+
+def test_who_has_waited_for_a_slot_of_all_candidates_gives_it_to_one_that_does_not_rest(fake_clock):
+    plan = plan_of_limited(retry_after(a=30))
+    first, _ = begun(plan, "a", "c")
+    second, wait = begun(plan, "a", "b")
+    assert not wait.arrival.poll()
+    first.send(Failed(LookupError("a")))
+    fake_clock.tick(1)
+    assert wait.arrival.poll()
+    assert second.send(None).args == ("b",)
+
+
+def test_items_that_failed_and_wait_for_a_resting_candidate_hold_no_worker(mode):
+    def ask(item, key):
+        if key == "a":
+            raise LookupError
+        if item < 40:
+            raise ValueError
+        return item
+
+    def rest(error):
+        return 30 if isinstance(error, LookupError) else False
+
+    options = {**mode.options, **SLOTS, "rate_limit_per": "key", "retry_on": rest, "ordered": False}
+    mapped = opmap(**options)(mode.define(ask))
+    mode.run(mapped, [0], key=["a"])
+    seen = []
+
+    class EnoughError(Exception):
+        pass
+
+    def see(outcome):
+        seen.append(outcome.item)
+        if len(seen) == 5:
+            raise EnoughError
+
+    started = time.monotonic()
+    with pytest.raises(EnoughError):
+        mode.each(see, mapped, range(50), key=["a", "b"])
+    assert min(seen) >= 40
+    assert time.monotonic() - started < 30
 
 
 # Candidates for type checkers

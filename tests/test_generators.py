@@ -330,3 +330,10 @@ def test_what_an_async_function_returns_is_looked_at_where_it_would_be_cached():
 
     with pytest.raises(TypeError, match="rows returned generator"):
         asyncio.run(rows())
+
+
+@pytest.mark.parametrize("options", [{"default": None}, {"retry_if_result": len}], ids=str)
+def test_what_needs_a_result_is_refused(world, options):
+    (name,) = options
+    with pytest.raises(TypeError, match=f"{name}=… cannot apply to the generator function"):
+        opero(**options)(world.define(pages(1)))

@@ -11,15 +11,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 
 import aiohttp
 import httpx
 import pytest
 import requests
+import urllib3
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from opero import AllFailedError, opero
+from opero import GIVE_UP, AllFailedError, opero
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.http import retry_after
 
@@ -153,10 +155,30 @@ def test_statuses_that_pass_are_retried(server, failure, status):
     assert retry_after(failure()) is True
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 410, 418, 422, 451])
-def test_other_statuses_are_not_retried_whatever_they_ask_for(server, failure, status):
+ABOUT_THE_REQUEST = [400, 404, 405, 406, 409, 410, 411, 412, 413, 414, 415, 416, 417, 422, 423, 424, 426, 428, 431, 451]
+
+
+@pytest.mark.parametrize("status", ABOUT_THE_REQUEST)
+def test_an_answer_about_the_request_ends_the_call_whatever_it_asks_for(server, failure, status):
+    server.answer((status, "5"))
+    assert retry_after(failure()) is GIVE_UP
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 407, 418, 421, 499])
+def test_an_answer_about_who_asks_or_that_nobody_knows_is_for_the_next_candidate(server, failure, status):
+    server.answer(status)
+    assert retry_after(failure()) is False
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_a_key_that_is_refused_is_not_tried_again_whatever_the_server_asks_for(server, failure, status):
     server.answer((status, "5"))
     assert retry_after(failure()) is False
+
+
+def test_who_is_forbidden_only_for_now_is_asked_to_wait(server, failure):
+    server.answer((403, "5"))
+    assert retry_after(failure()) == 5.0
 
 
 def test_too_many_redirects_are_not_retried(server, failure):
@@ -188,11 +210,36 @@ def test_garbage_is_ignored(server, failure):
     assert retry_after(failure()) is True
 
 
-def answered(text):
-    """An error without a server: requests' own, with this ``Retry-After``."""
+def test_milliseconds_are_waited_for_rather_than_whole_seconds(server, failure):
+    server.answer((429, {"retry-after-ms": "1500", "Retry-After": "2"}, b""))
+    assert retry_after(failure()) == 1.5
+
+
+@pytest.mark.parametrize("status", [403, 429])
+def test_the_end_of_a_limit_is_waited_for(server, failure, fake_clock, status):
+    clock.wall = lambda: NOW
+    server.answer((status, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(NOW + 90)}, b""))
+    assert retry_after(failure()) == 90.0
+
+
+def test_a_limit_of_which_something_is_left_is_not_waited_for(server, failure):
+    left = {"X-RateLimit-Remaining": "4999", "X-RateLimit-Reset": "90"}
+    server.answer((429, left, b""))
+    assert retry_after(failure()) is True
+    server.answer((403, left, b""))
+    assert retry_after(failure()) is False
+
+
+def test_a_server_that_fails_is_not_left_alone_until_its_limit_ends(server, failure):
+    server.answer((502, {"X-RateLimit-Reset": "90"}, b""))
+    assert retry_after(failure()) is True
+
+
+def answered(text="", status=503, **headers):
+    """An error without a server: requests' own, with this ``Retry-After`` and with headers in which ``_`` is ``-``."""
     response = requests.Response()
-    response.status_code = 503
-    response.headers["Retry-After"] = text
+    response.status_code = status
+    response.headers.update({"Retry-After": text, **{name.replace("_", "-"): value for name, value in headers.items()}})
     return requests.HTTPError(response=response)
 
 
@@ -201,6 +248,32 @@ def answered(text):
 )
 def test_seconds_may_be_written_in_these_ways(text, seconds):
     assert retry_after(answered(text)) == seconds
+
+
+@pytest.mark.parametrize("name", ["X_RateLimit", "RateLimit", "X_Rate_Limit"])
+@pytest.mark.parametrize(
+    ("reset", "seconds"),
+    [
+        ("9", 9.0),  # reddit
+        (str(NOW + 9), 9.0),  # GitHub
+        (f"{NOW + 9}000", 9.0),  # OpenRouter
+        ("Tue, 14 Nov 2023 22:13:29 GMT", 9.0),
+        (str(NOW - 9), 0.0),
+        ("31536001", True),
+        (str(NOW + 31_536_001), True),
+        ("soon", True),
+    ],
+)
+def test_the_end_of_a_limit_may_be_written_in_these_ways(fake_clock, name, reset, seconds):
+    clock.wall = lambda: NOW
+    assert retry_after(answered(status=429, **{f"{name}_Remaining": "0.0", f"{name}_Reset": reset})) == seconds
+    assert retry_after(answered(status=429, **{f"{name}_Reset": reset})) == seconds
+
+
+def test_what_cannot_be_read_leaves_it_to_the_next_header():
+    headers = {"retry_after_ms": "soon", "X_RateLimit_Reset": "9"}
+    assert retry_after(answered("5", status=429, **headers)) == 5.0
+    assert retry_after(answered("later", status=429, **headers)) == 9.0
 
 
 @pytest.fixture
@@ -322,10 +395,10 @@ class ForeignError(Exception):
         self.response = response
 
 
-@pytest.mark.parametrize("status", [429, 404])
-def test_an_error_that_holds_a_response_is_judged_by_it(status):
+@pytest.mark.parametrize(("status", "answer"), [(429, 3.0), (401, False), (404, GIVE_UP), (200, False)])
+def test_an_error_that_holds_a_response_is_judged_by_it(status, answer):
     response = httpx.Response(status, headers={"retry-after": "3"})
-    assert retry_after(ForeignError(response)) == (3.0 if status == 429 else False)
+    assert retry_after(ForeignError(response)) == answer
 
 
 def test_a_subclass_of_a_clients_error_is_judged_like_it():
@@ -340,6 +413,200 @@ def test_a_class_that_has_only_the_name_of_a_clients_error_is_not_taken_for_it()
         status = status_code = code = 503
 
     assert retry_after(NetworkError()) is False
+
+
+# Causes
+
+
+class OwnError(Exception):
+    pass
+
+
+def raised_from(cause, *, how="cause", depth=1):
+    """An `OwnError` as Python makes it by ``raise … from cause``, ``raise`` below ``except``, ``raise … from None``."""
+    for _ in range(depth):
+        error = OwnError()
+        error.__cause__ = cause if how == "cause" else None
+        error.__context__ = cause
+        error.__suppress_context__ = how != "context"
+        cause = error
+    return cause
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("how", ["cause", "context"])
+def test_an_error_is_judged_by_what_it_was_raised_from(server, failure, how, depth):
+    server.answer((0, {}, b""))
+    assert retry_after(raised_from(failure(), how=how, depth=depth)) is True
+    server.answer((503, "5"))
+    assert retry_after(raised_from(failure(), how=how, depth=depth)) == 5.0
+    server.answer(404)
+    assert retry_after(raised_from(failure(), how=how, depth=depth)) is GIVE_UP
+
+
+def test_a_context_that_was_suppressed_does_not_count():
+    assert retry_after(raised_from(ConnectionError(), how="none")) is False
+
+
+def test_the_outermost_error_that_says_something_is_heard():
+    error = httpx.ReadTimeout("")
+    error.__cause__ = answered("5")
+    assert retry_after(error) is True
+    error = answered("5")
+    error.__context__ = httpx.ReadTimeout("")
+    assert retry_after(raised_from(error)) == 5.0
+
+
+def test_causes_that_go_in_circles_have_an_end():
+    one, other = OwnError(), OwnError()
+    one.__cause__, other.__cause__ = other, one
+    assert retry_after(one) is False
+    other.__cause__ = None
+    other.__context__ = one
+    assert retry_after(one) is False
+
+
+def test_an_attempt_is_not_judged_by_the_one_before(world, fake_clock):
+    errors = [ConnectionError(), OwnError("stop"), ConnectionError()]
+
+    def fail():
+        raise errors.pop(0)
+
+    async def fail_async():
+        raise errors.pop(0)
+
+    with pytest.raises(OwnError, match="stop"):
+        world.run(opero(retry_on=retry_after)(fail_async if world.is_async else fail))
+    assert len(errors) == 1
+
+
+# SDKs. These classes have the attributes that those of openai 3.57.0, anthropic 2.14.0, boto3 1.44.8, google-api-core
+# 2.44.0 and google-genai 3.6.1 had when they were asked for what a server on this machine would not give.
+
+
+def sdk_error(full_name, **attributes):
+    module, _, name = full_name.rpartition(".")
+    error = type(name, (Exception,), {"__module__": module})()
+    vars(error).update(attributes)
+    return error
+
+
+def httpx2_response(status, **headers):
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return type("Response", (), {"__module__": "httpx2", "status_code": status, "headers": httpx.Headers(named)})()
+
+
+@pytest.mark.parametrize("sdk", ["openai", "anthropic"])
+@pytest.mark.parametrize(
+    ("status", "headers", "answer"),
+    [
+        (429, {"retry_after": "3"}, 3.0),
+        (429, {"retry_after_ms": "300"}, 0.3),
+        (529, {}, True),
+        (401, {}, False),
+        (400, {}, GIVE_UP),
+    ],
+)
+def test_sdks_on_httpx2_are_understood(sdk, status, headers, answer):
+    error = sdk_error(f"{sdk}.APIStatusError", response=httpx2_response(status, **headers), status_code=status)
+    assert retry_after(error) == answer
+
+
+def test_httpx2_and_the_sdks_on_it_are_retried_without_an_answer():
+    for name in ("NetworkError", "ProxyError", "RemoteProtocolError", "TimeoutException"):
+        assert retry_after(sdk_error(f"httpx2.{name}")) is True
+        assert retry_after(raised_from(sdk_error(f"httpx2.{name}"))) is True
+    assert retry_after(sdk_error("httpx2.UnsupportedProtocol")) is False
+    # As they come back from a worker process, without a cause.
+    assert retry_after(sdk_error("openai.APIConnectionError")) is True
+    assert retry_after(sdk_error("anthropic.APIConnectionError")) is True
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (429, {"code": "insufficient_quota", "type": "insufficient_quota"}),
+        (429, {"code": "billing_not_active"}),
+        (400, {"code": "billing_hard_limit_reached"}),
+        (400, {"type": "billing_error"}),
+    ],
+)
+def test_a_key_that_is_used_up_is_not_tried_again_whatever_the_status(status, said):
+    error = sdk_error("openai.APIStatusError", response=httpx2_response(status, retry_after="3"), **said)
+    assert retry_after(error) is False
+
+
+def client_error(status, code, **headers):
+    """botocore's, with the dict that it makes of an answer."""
+    metadata = {"HTTPStatusCode": status, "HTTPHeaders": {k.replace("_", "-"): v for k, v in headers.items()}}
+    response = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": metadata}
+    return sdk_error("botocore.exceptions.ClientError", response=response, operation_name="Get")
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (client_error(400, "ThrottlingException"), True),
+        (client_error(400, "ThrottlingException", retry_after="3"), 3.0),
+        (client_error(429, "TooManyRequestsException"), True),
+        (client_error(503, "SlowDown"), True),
+        (client_error(500, "InternalError"), True),
+        (client_error(400, "ExpiredTokenException"), False),
+        (client_error(403, "AccessDenied"), False),
+        (client_error(400, "ValidationException"), GIVE_UP),
+        (client_error(404, "NoSuchKey"), GIVE_UP),
+        (sdk_error("botocore.exceptions.EventStreamError", response={"Error": {}}), False),
+    ],
+)
+def test_errors_of_boto3_are_understood(error, answer):
+    assert retry_after(error) == answer
+
+
+@pytest.mark.parametrize("name", ["ConnectionError", "HTTPClientError", "IncompleteReadError"])
+def test_boto3_is_retried_without_an_answer(name):
+    assert retry_after(sdk_error(f"botocore.exceptions.{name}", response=None)) is True
+
+
+RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34.07s"}
+KEY_INVALID = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
+
+
+def message(**fields):
+    """As protobuf has it: fields are attributes, and no others."""
+    return type("Message", (), fields)()
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "answer"),
+    [
+        (503, [], True),
+        (429, [{"@type": "QuotaFailure"}, RETRY_INFO], 34.07),
+        (429, [message(), message(retry_delay=message(seconds=12, nanos=500_000_000))], 12.5),
+        (400, [KEY_INVALID], False),
+        (401, [], False),
+        (404, [RETRY_INFO], GIVE_UP),
+    ],
+)
+def test_errors_of_google_are_understood(status, details, answer):
+    error = sdk_error("google.api_core.exceptions.Some", code=HTTPStatus(status), details=details, response=None)
+    assert retry_after(error) == answer
+    body = {"error": {"code": status, "details": details}}
+    error = sdk_error("google.genai.errors.APIError", code=status, details=body, response=httpx2_response(status))
+    assert retry_after(error) == answer
+
+
+def test_google_is_retried_without_an_answer():
+    assert retry_after(sdk_error("google.auth.exceptions.TransportError")) is True
+
+
+def test_urllib3_is_retried_without_an_answer():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with urllib3.PoolManager() as pool:
+        for retries in (False, 0):
+            with pytest.raises(urllib3.exceptions.HTTPError) as caught:
+                pool.request("GET", f"http://127.0.0.1:{port}/", retries=retries)
+            assert retry_after(caught.value) is True
 
 
 # With the decorator
@@ -370,6 +637,14 @@ def test_a_key_that_is_over_its_quota_rests_and_the_other_one_is_asked(world, ge
     assert fake_clock.sleeps == pytest.approx([60.0])
 
 
+def test_no_other_key_is_tried_where_the_answer_would_be_the_same(world, get, server, fake_clock):
+    server.answer(404, 200)
+    with pytest.raises(AllFailedError):
+        world.run(opero(retry_on=retry_after, arg_fallback="key")(get), server.url, ["one", "other"])
+    assert server.requests == ["one"]
+    assert fake_clock.sleeps == []
+
+
 def test_total_timeout_ends_what_a_server_would_make_wait_for_long(world, get, server, fake_clock):
     server.answer((503, "86400"))
     with pytest.raises(Exception, match="503"):
@@ -381,7 +656,7 @@ def test_total_timeout_ends_what_a_server_would_make_wait_for_long(world, get, s
 
 # Imports
 
-CLIENTS = "{'httpx', 'requests', 'aiohttp', 'urllib.request', 'urllib.error', 'http.client'}"
+CLIENTS = "{'httpx', 'requests', 'aiohttp', 'urllib.request', 'urllib.error', 'urllib3', 'http.client', 'http'}"
 
 
 @pytest.mark.parametrize(("imported", "unwanted"), [("opero", "{'opero.http'} | " + CLIENTS), ("opero.http", CLIENTS)])

@@ -184,7 +184,7 @@ def test_an_event_of_a_signal_handler_ends_the_wait(inbox):
 def test_a_wait_without_events_ends_in_time(inbox):
     assert inbox.collect(0.002) == []
     assert inbox.collect(0.02) == []
-    assert inbox.collect(None, 0.002) == []
+    assert inbox.collect(0.002, is_real=True) == []
 
 
 def test_a_pipe_that_is_forgotten_is_not_heard(inbox):

@@ -23,6 +23,7 @@ from opero.core import (
     get_rate_limit_decorator,
     get_retry_decorator,
 )
+from opero.core.signature import MISSING
 from opero.decorators.opero import OPERO_DEFAULTS, OperoOptions
 from opero.decorators.opmap import OPMAP_DEFAULTS, OpmapOptions
 
@@ -43,6 +44,7 @@ DESIGNED_FOR_OPERO = {
     "max_delay": 30.0,
     "jitter": True,
     "retry_on": Exception,
+    "retry_if_result": None,
     "retry_options": None,
     "arg_fallback": None,
     "fallback_cooldown": None,
@@ -53,6 +55,7 @@ DESIGNED_FOR_OPERO = {
     "total_timeout": None,
     "breaker": None,
     "on_event": None,
+    "default": MISSING,
 }
 DESIGNED_FOR_OPMAP = {
     "mode": "process",
@@ -154,8 +157,11 @@ def no_mapping(**options):
 
 
 def no_seconds(name, /, *, zero, on=fetch, **others):
-    for value in ("5", b"5", True, False, [5], dt.timedelta(seconds=5), 5j):
-        yield wrong(TypeError, "seconds", on=on, **{name: value}, **others)
+    for value in ("5", b"5", True, False, [5], dt.time(0, 5), 5j):
+        yield wrong(TypeError, "seconds or a timedelta", on=on, **{name: value}, **others)
+    for value in (dt.timedelta(seconds=-1), *(() if zero else (dt.timedelta(),))):
+        shows = (name, str(value.total_seconds()), "seconds or a timedelta")
+        yield Refusal({name: value, **others}, ValueError, shows, on)
     for value in (-1, -0.5, NAN, INF, -INF, BEYOND_FLOAT, *(() if zero else (0, 0.0))):
         yield wrong(ValueError, "seconds", on=on, **{name: value}, **others)
 
@@ -295,6 +301,12 @@ REFUSALS = [
     ),
     wrong(ValueError, "Exception", retry_on=(ValueError, SystemExit), came_in="SystemExit"),
     wrong(ValueError, "Exception", retry_on=BaseExceptionGroup, came_in="BaseExceptionGroup"),
+    *no_hook("retry_if_result"),
+    Refusal(
+        {"retry_if_result": bool, "retry_options": {"retry": callable}},
+        ValueError,
+        ("retry_if_result", "retry_options['retry']", "retry_any"),
+    ),
     *no_mapping(retry_options={}),
     unknown_inside("'stop'", retry_options={"stopp": 1}),
     unknown_inside("'before_sleep'", retry_options={"before_slep": print}),
@@ -367,6 +379,10 @@ PROCESS, ASYNC, ASYNC_PROCESS = {"mode": "process"}, {"mode": "async"}, {"mode":
 KNOWN_MODES = ("'process'", "'thread'", "'async'", "'async_process'")
 
 ONLY_OPMAP_REFUSES = [
+    *(
+        Refusal({"default": None, "return_exceptions": value}, ValueError, ("default", f"return_exceptions={value}"))
+        for value in (True, False)
+    ),
     # Names
     unknown("worker", "workers"),
     unknown("return_exception", "return_exceptions"),
@@ -440,7 +456,8 @@ def test_opmap_refuses_when_decorating_and_says_what_came_in_and_what_to_write(r
     assert [text for text in row.shows if text not in message] == []
 
 
-@pytest.mark.parametrize("name", DESIGNED_FOR_OPERO)
+# Anything can be a default.
+@pytest.mark.parametrize("name", DESIGNED_FOR_OPERO.keys() - {"default"})
 def test_the_table_of_refusals_has_every_option_of_opero(name):
     assert name in {row.option for row in REFUSALS}
 
@@ -488,8 +505,8 @@ def test_the_typed_options_of_opero_are_the_options():
 
 
 def test_the_typed_options_of_opmap_are_the_options():
-    # `return_exceptions` decides about the type of the result and stands in the overloads.
-    expected = OPMAP_DEFAULTS.keys() - {"return_exceptions"}
+    # These decide about the type of the result and stand in the overloads.
+    expected = OPMAP_DEFAULTS.keys() - {"return_exceptions", "default"}
 
     assert (OpmapOptions.__optional_keys__, OpmapOptions.__required_keys__) == (expected, set())
 
@@ -533,6 +550,10 @@ def test_all_defaults_of_opmap_can_be_given():
         {"retry_on": (ValueError, OSError)},
         {"retry_on": ExceptionGroup},
         {"retry_on": lambda error: 5},
+        {"retry_on": OSError, "retries": 0, "arg_fallback": "key"},
+        {"retry_on": OSError, "retries": 0, "breaker": 5},
+        {"retry_if_result": bool},
+        {"retry_if_result": bool, "retries": 0},
         {"retry_options": {}},
         {"retry_options": {"reraise": False, "name": "fetching"}},
         {"arg_fallback": "url"},
@@ -557,6 +578,13 @@ def test_all_defaults_of_opmap_can_be_given():
             "rate_limit_options": {"when_full": "next"},
         },
         {"total_timeout": 0.001},
+        {"cache": True, "cache_ttl": dt.timedelta(days=1)},
+        {"min_delay": dt.timedelta(0), "max_delay": dt.timedelta(milliseconds=1)},
+        {"arg_fallback": "region", "fallback_cooldown": dt.timedelta(minutes=1)},
+        {"total_timeout": dt.timedelta(minutes=1)},
+        {"breaker": {"window": dt.timedelta(minutes=1), "recovery": dt.timedelta(seconds=1)}},
+        {"default": None},
+        {"default": fetch, "retries": 0},
     ],
     ids=shown,
 )
@@ -582,6 +610,7 @@ def test_an_option_at_the_edge_of_its_range_is_taken(decorator, options):
         (fetch, {"pool_options": {"initializer": print, "initargs": (1,)}}),
         (fetch_async, {"mode": "async_process", "pool_options": {"concurrency": 1}}),
         (fetch, {"attempt_timeout": 0.5}),
+        (fetch, {"attempt_timeout": dt.timedelta(seconds=0.5)}),
         (fetch_async, {"mode": "thread", "attempt_timeout": 0.5}),
         (fetch_async, {"mode": "async", "attempt_timeout": 0.5}),
     ],

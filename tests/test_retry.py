@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import datetime as dt
+import decimal
 import gc
+import inspect
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -13,12 +18,19 @@ import traceback
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import tenacity
 
-from opero import opero
+from conftest import World
+from opero import GIVE_UP, NEXT, AllFailedError, CircuitOpenError, RejectedResultError, control, opero, opmap
 from opero.core import get_retry_decorator
+from opero.core.flow import call_flow
+from opero.core.plan import Call
+from opero.core.steps import drive, drive_async
+from opero.decorators.opero import make_plan
+from opero.testing import instant
 
 STEADY = {"jitter": False, "min_delay": 1}
 
@@ -196,6 +208,12 @@ def test_without_jitter_the_delays_are_exactly_the_formula(world, fake_clock, op
     assert fake_clock.sleeps == pytest.approx(delays)
 
 
+def test_delays_may_be_timedeltas(world, fake_clock):
+    delays = {"min_delay": dt.timedelta(seconds=1), "max_delay": dt.timedelta(seconds=3)}
+    raised_by(world, opero(retries=3, jitter=False, **delays)(world.define(script(ValueError()))))
+    assert fake_clock.sleeps == [1, 2, 3]
+
+
 def test_with_jitter_each_delay_is_drawn_from_its_upper_half(world, fake_clock):
     raised_by(world, opero(retries=300, min_delay=2, max_delay=2)(world.define(script(ValueError()))))
     assert all(1 <= delay <= 2 for delay in fake_clock.sleeps)
@@ -286,11 +304,394 @@ def test_a_delay_from_retry_on_holds_for_one_round_only(world, fake_clock):
     assert fake_clock.sleeps == pytest.approx([0.1, 50, 0.4])
 
 
-def test_a_retry_on_that_raises_does_not_replace_the_users_error(world, fake_clock):
-    error = ValueError()
-    function = opero(retry_on=script(KeyError()))(world.define(script(error)))
+class MineError(ConnectionError):
+    pass
+
+
+GROUPS = {
+    "all of the class": (ExceptionGroup("", [ConnectionError(), MineError()]), True),
+    "groups in a group": (ExceptionGroup("", [ExceptionGroup("", [MineError()]), ConnectionError()]), True),
+    "another among them": (ExceptionGroup("", [ConnectionError(), KeyError()]), False),
+    "another further in": (ExceptionGroup("", [ConnectionError(), ExceptionGroup("", [KeyError()])]), False),
+}
+groups = pytest.mark.parametrize(("group", "is_retried"), GROUPS.values(), ids=GROUPS)
+
+
+@groups
+@pytest.mark.parametrize("retry_on", [ConnectionError, (OSError, ValueError)])
+def test_a_class_matches_a_group_if_it_matches_all_that_is_in_it(world, fake_clock, group, is_retried, retry_on):
+    function = opero(retries=1, retry_on=retry_on)(world.define(script(group)))
+    assert raised_by(world, function) is group
+    assert function.stats.attempts == 1 + is_retried
+
+
+@groups
+def test_a_class_matches_the_group_of_an_item(mode, group, is_retried):
+    def fail(item):
+        raise group
+
+    mapped = opmap(**mode.options, retries=1, min_delay=0, retry_on=ConnectionError)(mode.define(fail))
+    (outcome,) = mode.stream(mapped, [1])
+    assert outcome.attempts == 1 + is_retried
+
+
+def test_the_failures_of_a_task_group_are_retried_like_one(fake_clock):
+    async def connect(failures):
+        if failures:
+            raise failures.pop()
+
+    @opero(retry_on=ConnectionError)
+    async def both(failures):
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(connect(failures))
+        return "done"
+
+    assert asyncio.run(both([ConnectionError()])) == "done"
+
+
+OF_THE_PROGRAM = [
+    NameError,
+    UnboundLocalError,
+    ImportError,
+    ModuleNotFoundError,
+    SyntaxError,
+    NotImplementedError,
+    RecursionError,
+    MemoryError,
+]
+of_the_program = pytest.mark.parametrize("kind", OF_THE_PROGRAM)
+
+
+@of_the_program
+def test_an_error_of_the_program_itself_ends_the_call_where_retry_on_is_not_given(world, kind):
+    error = kind()
+    function = opero(world.define(script(error)))
     assert raised_by(world, function) is error
-    assert error.__context__ is None
+    assert function.stats.attempts == 1
+
+
+@of_the_program
+@pytest.mark.parametrize("retries", [0, 1])
+def test_an_error_of_the_program_itself_is_no_reason_to_try_the_next_candidate(world, kind, retries):
+    tried = []
+
+    def fail(key):
+        tried.append(key)
+        raise kind
+
+    error = raised_by(world, opero(retries=retries, arg_fallback="key")(world.define(fail)), ["a", "b"])
+    assert isinstance(error, AllFailedError)
+    assert tried == ["a"]
+
+
+def test_an_error_of_the_program_itself_says_nothing_of_the_service(world):
+    function = opero(retries=0, breaker=1)(world.define(script(NameError())))
+    raised_by(world, function)
+    assert isinstance(raised_by(world, function), NameError)
+
+
+@of_the_program
+def test_an_error_of_the_program_itself_is_retried_if_retry_on_says_so(world, fake_clock, kind):
+    function = opero(retries=1, retry_on=Exception)(world.define(script(kind())))
+    raised_by(world, function)
+    assert function.stats.attempts == 2
+
+
+def test_a_group_of_errors_of_the_program_ends_the_call(world):
+    function = opero(world.define(script(ExceptionGroup("", [NameError(), ImportError()]))))
+    raised_by(world, function)
+    assert function.stats.attempts == 1
+
+
+@pytest.mark.parametrize(("options", "attempts"), [({}, 1), ({"retry_on": Exception}, 2)], ids=str)
+def test_an_error_of_the_program_ends_its_item_where_retry_on_is_not_given(mode, options, attempts):
+    def fail(item):
+        raise NotImplementedError
+
+    mapped = opmap(**mode.options, retries=1, min_delay=0, **options)(mode.define(fail))
+    assert [outcome.attempts for outcome in mode.stream(mapped, range(2))] == [attempts] * 2
+
+
+def test_the_decorator_for_retries_alone_ends_at_an_error_of_the_program_too(world, fake_clock):
+    function = get_retry_decorator()(world.define(script(NameError())))
+    raised_by(world, function)
+    assert function.stats.attempts == 1
+
+
+# What an answer means
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of the answers to an error: the candidates that are tried then, and what becomes of the one that failed."""
+
+    answer: Any
+    tried: str
+    rests: bool = False
+    counts: bool = False
+
+
+TABLE = {
+    "True": Row(lambda error: True, "aba", rests=True, counts=True),
+    "a delay": Row(lambda error: 0.5, "aba", rests=True, counts=True),
+    "a timedelta": Row(lambda error: dt.timedelta(seconds=0.5), "aba", rests=True, counts=True),
+    "a class that matches": Row(ValueError, "aba", rests=True, counts=True),
+    "False": Row(lambda error: False, "ab", rests=True, counts=True),
+    "None": Row(lambda error: None, "ab", rests=True, counts=True),
+    "no class matches": Row(OSError, "ab", rests=True),
+    "NEXT": Row(lambda error: NEXT, "ab"),
+    "GIVE_UP": Row(lambda error: GIVE_UP, "a"),
+}
+rows = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
+
+
+def where_a_fails(answer, *, and_b=KeyError):
+    """The candidates that were tried, a function that tries them, and its ``retry_on``."""
+    tried = []
+
+    def ask(key):
+        tried.append(key)
+        if key == "a":
+            raise ValueError
+        if and_b is not None:
+            raise and_b
+
+    def retry_on(error):
+        return answer(error) if isinstance(error, ValueError) else False
+
+    return tried, ask, answer if isinstance(answer, type) else retry_on
+
+
+@rows
+def test_an_answer_says_whether_a_candidate_is_tried_again_and_whether_the_call_goes_on(world, fake_clock, row):
+    asked, ask, retry_on = where_a_fails(row.answer)
+    error = raised_by(world, opero(retries=1, arg_fallback="key", retry_on=retry_on)(world.define(ask)), ["a", "b"])
+    assert "".join(asked) == row.tried
+    assert isinstance(error, AllFailedError)
+    assert len(error.errors) == len(row.tried)
+
+
+@rows
+def test_an_answer_says_whether_a_candidate_rests(world, fake_clock, row):
+    asked, ask, retry_on = where_a_fails(row.answer, and_b=None)
+    options = {"arg_fallback": "key", "fallback_cooldown": 60, "retry_on": retry_on}
+    function = opero(retries=0, **options)(world.define(ask))
+    with contextlib.suppress(AllFailedError):
+        world.run(function, ["a", "b"])
+    asked.clear()
+    with contextlib.suppress(AllFailedError):
+        world.run(function, ["a", "b"])
+    assert asked[0] == ("b" if row.rests else "a")
+
+
+@rows
+def test_an_answer_says_whether_the_circuit_counts_an_error(world, row):
+    _, ask, retry_on = where_a_fails(row.answer)
+    function = opero(retries=0, breaker=1, retry_on=retry_on)(world.define(ask))
+    raised_by(world, function, "a")
+    assert isinstance(raised_by(world, function, "a"), CircuitOpenError if row.counts else ValueError)
+
+
+@rows
+def test_an_answer_means_the_same_for_the_items_of_a_map(mode, row, journal):
+    def ask(item, key):
+        journal.add(key)
+        raise ValueError if key == "a" else KeyError
+
+    _, _, retry_on = where_a_fails(row.answer)
+    options = {"retries": 1, "min_delay": 0, "arg_fallback": "key", "retry_on": retry_on}
+    with instant():
+        (outcome,) = mode.stream(opmap(**mode.options, **options)(mode.define(ask)), [1], key=["a", "b"])
+    assert "".join(journal.lines()) == row.tried
+    assert isinstance(outcome.error, AllFailedError)
+
+
+def test_a_call_that_was_given_up_does_not_say_that_every_candidate_failed(world):
+    _, ask, retry_on = where_a_fails(lambda error: GIVE_UP)
+    error = raised_by(world, opero(arg_fallback="key", retry_on=retry_on)(world.define(ask)), ["a", "b"])
+    assert "gave up on every candidate of 'key' in 1 round" in str(error)
+
+
+@pytest.mark.parametrize("answer", [NEXT, GIVE_UP])
+def test_without_candidates_to_go_on_to_the_functions_own_error_ends_the_call(world, fake_clock, answer):
+    error = ValueError()
+    function = opero(retry_on=lambda error: answer)(world.define(script(error)))
+    assert raised_by(world, function) is error
+    assert function.stats.attempts == 1
+
+
+@pytest.mark.parametrize(("answer", "name"), [(NEXT, "NEXT"), (GIVE_UP, "GIVE_UP")])
+def test_an_answer_is_one_object_wherever_it_is_copied_to(answer, name):
+    copies = [pickle.loads(pickle.dumps(answer)), copy.copy(answer), copy.deepcopy(answer)]
+    assert all(made is answer for made in copies)
+    assert repr(answer) == f"opero.{name}"
+
+
+@pytest.mark.parametrize("answer", ["yes", decimal.Decimal(1), [True], object()], ids=str)
+def test_an_answer_that_is_none_ends_the_call_with_a_type_error_that_names_its_type(world, answer):
+    error = ValueError()
+    function = opero(cache=True, retry_on=lambda error: answer)(world.define(script(error)))
+    refusal = raised_by(world, function)
+    assert isinstance(refusal, TypeError)
+    assert type(answer).__name__ in str(refusal)
+    assert "opero.GIVE_UP" in str(refusal)
+    assert refusal.__context__ is error
+    assert (function.stats.attempts, control(function).cache_info().currsize) == (1, 0)
+
+
+PREDICATES = {
+    "retry_on": lambda predicate: {"retry_on": predicate},
+    "retry": lambda predicate: {"retry_options": {"retry": predicate}},
+}
+predicates = pytest.mark.parametrize("as_option", PREDICATES.values(), ids=PREDICATES)
+
+
+@predicates
+@pytest.mark.parametrize("more", [{}, {"arg_fallback": "key"}, {"breaker": 1}, {"cache": True}], ids=str)
+def test_a_predicate_that_raises_ends_the_call_with_its_error(world, as_option, more):
+    error, of_predicate = ValueError(), KeyError()
+    asked, tried = [], []
+
+    def predicate(_):
+        asked.append(1)
+        raise of_predicate
+
+    def fail(key=("a", "b")):
+        tried.append(key)
+        raise error
+
+    function = opero(**as_option(predicate), **more)(world.define(fail))
+    assert raised_by(world, function) is of_predicate
+    assert of_predicate.__context__ is error
+    assert (len(asked), len(tried), function.stats.failures) == (1, 1, 1)
+
+
+@predicates
+def test_a_predicate_that_raises_is_the_error_of_its_item(mode, as_option):
+    def fail(item):
+        raise ValueError(item)
+
+    def predicate(_):
+        raise KeyError
+
+    mapped = opmap(**mode.options, **as_option(predicate))(mode.define(fail))
+    outcomes = mode.stream(mapped, range(3))
+    assert [(type(outcome.error), outcome.attempts) for outcome in outcomes] == [(KeyError, 1)] * 3
+
+
+def test_a_result_that_the_predicate_cannot_judge_is_not_cached(world):
+    results = [{"status": "odd"}, {"done": True}]
+
+    def poll(job):
+        return results.pop(0)
+
+    judge = tenacity.retry_if_result(lambda result: not result["done"])
+    function = opero(cache=True, retry_options={"retry": judge})(world.define(poll))
+    assert isinstance(raised_by(world, function, 1), KeyError)
+    assert world.run(function, 1) == {"done": True}
+
+
+# Results that are not accepted
+
+
+def is_none(result):
+    return result is None
+
+
+@pytest.mark.parametrize("retry_on", [Exception, KeyError, lambda error: False], ids=["all", "others", "none"])
+def test_a_rejected_result_is_a_failed_attempt_whatever_retry_on_says(world, fake_clock, retry_on):
+    function = opero(retries=2, retry_on=retry_on, retry_if_result=is_none)(world.define(script(None, None, "done")))
+    assert world.run(function) == "done"
+    assert (function.stats.attempts, len(fake_clock.sleeps)) == (3, 2)
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_result_that_is_rejected_to_the_end_is_in_the_error_and_not_in_its_text(world, fake_clock, retries):
+    function = opero(retries=retries, retry_if_result=bool)(world.define(script("swordfish")))
+    error = raised_by(world, function)
+    assert isinstance(error, RejectedResultError)
+    assert error.result == "swordfish"
+    assert "swordfish" not in f"{error} {error!r} {error.__notes__}"
+    assert "scripted" in str(error)
+    assert f"attempt {retries + 1}" in str(error)
+    assert function.stats.failures == 1
+
+
+def test_a_rejected_result_survives_pickling():
+    error = RejectedResultError("rejected", [1])
+    error.add_note("a note")
+    made = pickle.loads(pickle.dumps(error))
+    assert (str(made), made.result, made.__notes__) == ("rejected", [1], ["a note"])
+
+
+@pytest.mark.parametrize("more", [{}, {"arg_fallback": "key"}, {"cache": True}], ids=str)
+def test_a_judge_of_results_that_raises_ends_the_call_with_its_error(world, more):
+    of_predicate = KeyError()
+
+    def judge(result):
+        raise of_predicate
+
+    def answer(key=("a", "b")):
+        return "odd"
+
+    function = opero(retry_if_result=judge, **more)(world.define(answer))
+    assert raised_by(world, function) is of_predicate
+    assert (function.stats.attempts, control(function).cache_info().currsize) == (1, 0)
+
+
+def test_after_a_rejected_result_the_next_candidate_is_tried(world):
+    def ask(key):
+        return key
+
+    function = opero(retries=0, arg_fallback="key", retry_if_result=lambda key: key != "c")(world.define(ask))
+    assert world.run(function, ["a", "b", "c"]) == "c"
+    error = raised_by(world, function, ["a", "b"])
+    assert [(type(e), e.result) for e in error.errors] == [(RejectedResultError, "a"), (RejectedResultError, "b")]
+
+
+def test_a_rejected_result_counts_for_the_circuit(world):
+    function = opero(retries=0, breaker=1, retry_if_result=is_none)(world.define(script(None)))
+    assert isinstance(raised_by(world, function), RejectedResultError)
+    assert isinstance(raised_by(world, function), CircuitOpenError)
+
+
+def test_only_an_accepted_result_is_cached(world):
+    function = opero(cache=True, retries=0, retry_if_result=is_none)(world.define(script(None, "done")))
+    assert isinstance(raised_by(world, function), RejectedResultError)
+    assert [world.run(function), world.run(function)] == ["done", "done"]
+    assert function.stats.attempts == 2
+
+
+def test_listeners_are_told_of_a_rejected_result_as_a_failed_attempt(world, fake_clock):
+    told = []
+    options = {"retry_if_result": is_none, "on_event": told.append}
+    world.run(opero(**options)(world.define(script(None, "done"))))
+    kinds = ["CallStarted", "AttemptStarted", "AttemptFailed", "RetryPlanned", "AttemptStarted", "CallDone"]
+    assert [type(event).__name__ for event in told] == kinds
+    assert isinstance(told[2].error, RejectedResultError)
+
+
+def test_the_results_of_items_are_judged(mode):
+    def double(item):
+        return 2 * item
+
+    mapped = opmap(**mode.options, retries=1, min_delay=0, retry_if_result=lambda result: result == 4)
+    mapped = mapped(mode.define(double))
+    outcomes = mode.stream(mapped, [1, 2, 3])
+    assert [outcome.attempts for outcome in outcomes] == [1, 2, 1]
+    assert isinstance(outcomes[1].error, RejectedResultError)
+    assert (outcomes[1].error.result, outcomes[2].result) == (4, 6)
+
+
+def test_hooks_see_a_rejected_result_as_in_tenacity(world, fake_clock):
+    told = []
+    options = {
+        "before_sleep": lambda state: told.append(state.outcome.result()),
+        "retry_error_callback": lambda state: ("gave up on", state.outcome.result()),
+    }
+    function = opero(retries=1, retry_if_result=bool, retry_options=options)(world.define(script("first", "last")))
+    assert world.run(function) == ("gave up on", "last")
+    assert told == ["first"]
 
 
 # tenacity's options
@@ -371,6 +772,107 @@ def test_retry_error_callback_gives_the_result_when_retries_have_run_out(world, 
     assert world.run(function) == ("gave up", 2)
 
 
+SLOT = {"rate_limit": "1/hour", "rate_limit_options": {"max_burst": 1}}
+# How many rounds there are then, and how many sleeps.
+ENDS = {
+    "count": ({"retries": 1, "min_delay": 0}, 2, 1),
+    "total_timeout": ({"retries": 9, "min_delay": 5, "max_delay": 5, "total_timeout": 1}, 1, 0),
+    "circuit": ({"retries": 9, "min_delay": 0, "breaker": 2}, 2, 1),
+    "no slot": ({"retries": 9, "min_delay": 0, "total_timeout": 60, **SLOT}, 1, 1),
+}
+ends = pytest.mark.parametrize(("options", "rounds", "sleeps"), ENDS.values(), ids=ENDS)
+
+
+@ends
+def test_retry_error_callback_gives_the_result_whatever_ends_the_retries(world, fake_clock, options, rounds, sleeps):
+    callback = {"retry_error_callback": lambda state: (type(state.outcome.exception()), state.attempt_number)}
+    function = opero(**options, retry_options=callback)(world.define(script(ConnectionError())))
+    assert world.run(function) == (ConnectionError, rounds)
+
+
+@ends
+def test_before_sleep_is_told_only_of_sleeps(world, fake_clock, options, rounds, sleeps):
+    told = []
+    function = opero(**options, retry_options={"before_sleep": told.append})(world.define(script(KeyError())))
+    raised_by(world, function)
+    assert len(told) == sleeps
+
+
+@ends
+def test_after_is_told_of_each_failed_attempt_once(world, fake_clock, options, rounds, sleeps):
+    told = []
+    hook = {"after": lambda state: told.append(state.attempt_number)}
+    raised_by(world, opero(**options, retry_options=hook)(world.define(script(KeyError()))))
+    assert told == list(range(1, rounds + 1))
+
+
+@pytest.mark.parametrize("options", [{"retries": 1}, {"breaker": 1}, {"total_timeout": 60, **SLOT}], ids=str)
+def test_retry_error_callback_gives_the_result_for_candidates_too(world, fake_clock, options):
+    def fail(key):
+        raise ConnectionError(key)
+
+    callback = {"retry_error_callback": lambda state: (state.args, state.attempt_number)}
+    function = opero(arg_fallback="key", **options, retry_options=callback)(world.define(fail))
+    assert world.run(function, ["a", "b"]) == ((["a", "b"],), 2 if "retries" in options else 1)
+
+
+@pytest.mark.parametrize("answer", [False, GIVE_UP])
+def test_an_error_that_is_not_retried_is_raised_past_retry_error_callback(world, answer):
+    options = {"retry_error_callback": lambda state: "default"}
+    function = opero(retry_on=lambda error: answer, retry_options=options)(world.define(script(KeyError())))
+    assert isinstance(raised_by(world, function), KeyError)
+
+
+@pytest.mark.parametrize("name", [name for name in ENDS if name != "no slot"])
+def test_retry_error_callback_gives_the_result_of_an_item(mode, name):
+    def fail(item):
+        raise ConnectionError(item)
+
+    callback = {"retry_error_callback": lambda state: state.attempt_number}
+    mapped = opmap(**mode.options, **ENDS[name][0], retry_options=callback)(mode.define(fail))
+    assert mode.run(mapped, [0]) == [ENDS[name][1]]
+
+
+def test_hooks_see_the_arguments_as_they_were_given(world, fake_clock):
+    seen = []
+    hook = {"before_sleep": lambda state: seen.append((state.args, state.kwargs))}
+    flow = Flow(world, add, retries=1, arg_fallback="key", retry_options=hook)
+    with pytest.raises(AllFailedError):
+        flow.call(None, key=["a", "b"])
+    assert seen == [((None,), {"key": ["a", "b"]})]
+
+
+COPIES = {"pickle": lambda error: pickle.loads(pickle.dumps(error)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("made_again", COPIES.values(), ids=COPIES)
+def test_a_retry_error_of_tenacitys_can_leave_its_process(world, fake_clock, made_again):
+    function = opero(retries=1, retry_options={"reraise": False})(world.define(script(ValueError("why"))))
+    error = made_again(raised_by(world, function))
+    assert isinstance(error, tenacity.RetryError)
+    assert error.last_attempt.attempt_number == 2
+    assert "2 attempts" in error.__notes__[0]
+    with pytest.raises(ValueError, match="why"):
+        error.reraise()
+
+
+@pytest.mark.parametrize("made_again", COPIES.values(), ids=COPIES)
+def test_a_retry_error_with_a_result_can_leave_its_process(world, made_again):
+    options = {"retry": tenacity.retry_if_result(bool)}
+    error = made_again(raised_by(world, opero(retries=0, retry_options=options)(world.define(script([1])))))
+    assert error.last_attempt.result() == [1]
+
+
+def test_a_retry_error_of_a_worker_arrives(fake_clock):
+    @opmap(mode="process", workers=1, progress=False, retries=0)
+    def fail(item):
+        return opero(retries=0, retry_options={"retry": tenacity.retry_if_result(bool)})(lambda: item)()
+
+    (error,) = fail([1])
+    assert isinstance(error, tenacity.RetryError)
+    assert error.last_attempt.result() == 1
+
+
 def test_without_reraise_the_end_is_a_retry_error_caused_by_the_users(world, fake_clock):
     last = ValueError()
     function = opero(retries=1, retry_options={"reraise": False})(world.define(script(KeyError(), last)))
@@ -389,7 +891,7 @@ def test_retry_error_cls_is_what_is_raised_without_reraise(world, fake_clock):
     )
 
 
-@pytest.mark.parametrize("hook", ["stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback"])
+@pytest.mark.parametrize("hook", ["stop", "wait", "before", "after", "before_sleep", "retry_error_callback"])
 def test_a_hook_that_raises_does_not_replace_the_users_error(world, fake_clock, hook):
     error = ValueError()
     function = opero(retries=1, retry_options={hook: script(KeyError("hook"))})(world.define(script(error)))
@@ -562,3 +1064,74 @@ def test_a_finalizer_retries_when_the_program_ends():
         buffer = Buffer()
     """)
     assert said == ["flushed"]
+
+
+# Arguments that do not fit the function
+
+
+class Flow:
+    """Calls of a function that nothing has looked at before the flow begins."""
+
+    def __init__(self, world, function, **options):
+        self._world = world
+        self._plan = make_plan(world.define(function), options)
+
+    @property
+    def stats(self):
+        return self._plan.stats.snapshot()
+
+    def call(self, *args, **kwargs):
+        plan = self._plan
+        if not self._world.is_async:
+            return drive(call_flow(plan, Call(args, kwargs, blocks=True)), plan.function)
+        return asyncio.run(drive_async(call_flow(plan, Call(args, kwargs)), plan.function, plan.name))
+
+
+def add(a, *, key="k"):
+    return a + len(key)
+
+
+WRONG = {"too few": ((), {}), "too many": ((1, 2), {}), "unknown": ((1,), {"b": 2})}
+ROUND_IT = {
+    "retries": {},
+    "retry_on": {"retry_on": lambda error: True},
+    "tenacity": {"retry_options": {"retry": tenacity.retry_always}},
+    "candidates": {"arg_fallback": "key"},
+    "circuit": {"breaker": 1},
+    "default": {"default": None},
+    "default of a cached one": {"default": None, "cache": True},
+}
+
+
+@pytest.mark.parametrize(("args", "kwargs"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("options", ROUND_IT.values(), ids=ROUND_IT)
+def test_a_call_with_arguments_that_do_not_fit_ends_with_its_type_error(world, args, kwargs, options):
+    flow = Flow(world, add, **options)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"\(\) (missing|takes|got)") as caught:
+            flow.call(*args, **kwargs)
+        assert not hasattr(caught.value, "__notes__")
+    assert (flow.stats.retries, flow.stats.failures) == (0, 2)
+
+
+def test_a_type_error_of_the_functions_own_is_retried(world, fake_clock):
+    flow = Flow(world, add, retries=2)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        flow.call(None)
+    assert flow.stats.attempts == 3
+
+
+def test_a_type_error_of_a_function_whose_signature_is_not_known_is_retried(fake_clock):
+    unknown = next(function for function in (getattr, iter, max, dict) if not _has_signature(function))
+    flow = Flow(World(is_async=False), unknown, retries=2)
+    with pytest.raises(TypeError):
+        flow.call()
+    assert flow.stats.attempts == 3
+
+
+def _has_signature(function):
+    try:
+        inspect.signature(function)
+    except ValueError:
+        return False
+    return True

@@ -8,7 +8,7 @@ import functools
 import pytest
 from loguru import logger
 
-from opero import candidates_from, configure_logging, on_event, opero, opmap
+from opero import candidates_from, configure_logging, control, on_event, opero, opmap
 from opero.core import RateLimiter
 from opero.decorators.opmap import OPMAP_DEFAULTS
 
@@ -86,7 +86,7 @@ def said(decorate, given, function):
         made = decorate(**given)(function)
     except Exception as error:  # noqa: BLE001 - whatever it is
         return f"{error} {error!r} {getattr(error, '__notes__', '')}"
-    return f"{made!r} {made} {made.__opero__.plan!r} {made.stats!r} {made.cache_info()!r}"
+    return f"{made!r} {made} {made.__opero__.plan!r} {made.stats!r} {control(made)!r} {control(made).cache_info()!r}"
 
 
 @pytest.mark.parametrize("holder", HOLDERS)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
-import signal
 import subprocess
 import sys
 import threading
 import time
-import weakref
 
 import pytest
 from side_by_side import SECONDS, forked, forks, results, started, until
 
 import opero
 from opero.core import RateLimiter
-from opero.core.clock import Bell, clock
-from opero.core.limits.pacer import Pacer
+from opero.core.clock import clock
 from opero.events import CallDone, CallStarted, RetryPlanned
 from opero.testing import disabled, instant, recorded
 
@@ -118,39 +113,6 @@ def test_tasks_that_back_off_side_by_side_skip_the_time_once():
     assert passed.skipped == pytest.approx(3600, abs=1)
 
 
-def test_no_thread_is_timed_out_by_the_wait_of_another():
-    all_failed = threading.Barrier(10)
-
-    @opero.opero(retries=1, total_timeout=4000, **HOUR)
-    def f(seen):
-        if not seen:
-            all_failed.wait(SECONDS)
-        return fails_first(seen)
-
-    with instant() as passed:
-        assert results([started(f, []) for _ in range(10)]) == ["result"] * 10
-    # Threads can only guess what the others are about to do.
-    assert 3500 < passed.skipped < 5 * 3600
-
-
-def test_no_task_is_timed_out_by_the_wait_of_another():
-    async def main():
-        answer = asyncio.Event()
-
-        @opero.opero(retries=1, total_timeout=60, min_delay=1, jitter=False)
-        async def asks_the_world(seen):
-            await answer.wait()
-            return fails_first(seen)
-
-        asking = asyncio.create_task(asks_the_world([]))
-        await opero.opero(retries=1, **HOUR)(fails_first_async)([])
-        answer.set()
-        return await asking
-
-    with instant():
-        assert asyncio.run(main()) == "result"
-
-
 def test_the_waits_of_calls_inside_of_a_call_count_for_its_time(world):
     inner = opero.opero(retries=1, **HOUR)(world.define(failing(99)))
     f = opero.opero(retries=3, min_delay=1, total_timeout=60)(inner)
@@ -160,7 +122,7 @@ def test_the_waits_of_calls_inside_of_a_call_count_for_its_time(world):
 
 
 def test_loops_in_several_threads_share_the_virtual_time():
-    f = opero.opero(retries=1, total_timeout=4000, **HOUR)(fails_first_async)
+    f = opero.opero(retries=1, **HOUR)(fails_first_async)
     with instant() as passed:
         assert results([started(asyncio.run, together(f, 5)) for _ in range(4)]) == [["result"] * 5] * 4
     assert 3500 < passed.skipped < 5 * 3600
@@ -581,59 +543,3 @@ def test_a_loop_that_was_closed_with_a_waiter_in_it_disturbs_nobody():
         loop.close()
         task._log_destroy_pending = False  # it is what is meant here
         assert opero.opero(retries=2, min_delay=20)(other)() == "result"
-
-
-def test_a_loop_that_was_closed_with_a_waiter_in_it_is_not_kept():
-    @opero.opero(retries=1, min_delay=10)
-    async def f(function):
-        return function()
-
-    def abandoned():
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(f(failing(times=1)))
-        loop.call_soon(loop.stop)
-        loop.run_forever()
-        loop.close()
-        task._log_destroy_pending = False  # it is what is meant here
-        return weakref.ref(loop)
-
-    with instant():
-        loop = abandoned()
-        assert asyncio.run(f(failing(times=1))) == "result"
-        gc.collect()
-        assert loop() is None
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an alarm")
-@pytest.mark.usefixtures("no_garbage_of_others")
-def test_an_interrupt_leaves_a_wait_as_what_it_is():
-    bell = Bell()
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for n in range(3_000):
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, 0.00005 + n % 100 * 0.000001)
-                # Not for ever: a destructor may swallow the interrupt.
-                for _ in range(1_000):
-                    bell.wait(0.00001)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_tasks_that_wait_for_slots_of_one_limit_look_a_few_times_each(monkeypatch):
-    look, looks = Pacer.look, []
-    monkeypatch.setattr(Pacer, "look", lambda self, place: looks.append(place) or look(self, place))
-    f = opero.opero(retries=0, rate_limit=10)(asyncio.sleep)
-
-    async def main():
-        await asyncio.gather(*[f(0) for _ in range(300)])
-
-    with instant() as time_passed:
-        asyncio.run(main())
-    assert time_passed.skipped == pytest.approx(30, abs=2)
-    assert len(looks) < 10 * 300

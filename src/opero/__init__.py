@@ -6,6 +6,7 @@ from opero.core.candidates import candidates, candidates_from
 from opero.core.control import control
 from opero.core.listeners import on_event
 from opero.core.rate_limit import RateLimiter
+from opero.core.retry import GIVE_UP, NEXT
 from opero.core.stats import CallStats
 from opero.decorators.opero import opero
 from opero.decorators.opmap import opmap
@@ -15,6 +16,7 @@ from opero.exceptions import (
     CircuitOpenError,
     MisuseError,
     OperoError,
+    RejectedResultError,
     WorkerCrashedError,
 )
 from opero.utils.logging import configure_logging
@@ -25,6 +27,8 @@ except ImportError:  # a source tree that was never built or installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "GIVE_UP",
+    "NEXT",
     "AllFailedError",
     "CallStats",
     "CallTimeoutError",
@@ -33,6 +37,7 @@ __all__ = [
     "OperoError",
     "Outcome",
     "RateLimiter",
+    "RejectedResultError",
     "WorkerCrashedError",
     "__version__",
     "candidates",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +14,7 @@ __all__ = [
     "MisuseError",
     "NotTransferableError",
     "OperoError",
+    "RejectedResultError",
     "RemoteError",
     "UnsafeCacheError",
     "WorkerCrashedError",
@@ -43,6 +44,18 @@ class AllFailedError(OperoError, ExceptionGroup[Exception]):
 
 class CallTimeoutError(OperoError, TimeoutError):
     """``attempt_timeout`` or ``total_timeout`` ended a call; the function's own `TimeoutError` is never this class."""
+
+
+class RejectedResultError(OperoError):
+    """The function returned, but ``retry_if_result`` rejected what; the message does not show it.
+
+    Attributes:
+        result: What was rejected.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class MisuseError(OperoError, TypeError):

@@ -1,6 +1,6 @@
 """Which errors of HTTP clients are worth a retry, and when the server wants it.
 
-No client is imported here: its errors are known by the names of their classes.
+No client is imported here: its errors are known by the names of their classes and by their attributes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import LONGEST_WAIT, clock
+from opero.core.retry import GIVE_UP, Answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,60 +19,193 @@ __all__ = ["retry_after"]
 # 408 Request Timeout, 425 Too Early, 429 Too Many Requests; those of the server's own are added below.
 _PASSING = frozenset({408, 425, 429})
 
+# The same for whoever asks. The rest of 4xx is about who asks (401 Unauthorized, 402 Payment Required, 403 Forbidden,
+# 407 Proxy Authentication Required), or means what a server makes of it.
+_ABOUT_THE_REQUEST = frozenset(
+    {400, 404, 405, 406, 409, 410, 411, 412, 413, 414, 415, 416, 417, 422, 423, 424, 426, 428, 431, 451}
+)
+
+_FORBIDDEN = 403
+_TOO_MANY_REQUESTS = 429
+_FIRST_ERROR = 400
+
+# What a service calls the error says more than its status: AWS throttles with 400, too. The names are botocore's, which
+# retries them.
+_PASSING_CODES = frozenset(
+    {
+        "BandwidthLimitExceeded",
+        "EC2ThrottledException",
+        "LimitExceededException",
+        "PriorRequestNotComplete",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestThrottledException",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "SlowDown",
+        "ThrottledException",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequestsException",
+        "TransactionInProgressException",
+    }
+)
+
+# These speak of the key, whether they come with 400 or with 429.
+_KEY_CODES = frozenset(
+    {
+        "API_KEY_INVALID",  # google
+        "AccessDeniedException",  # AWS
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidToken",
+        "MissingAuthenticationTokenException",
+        "UnrecognizedClientException",
+        "billing_error",  # anthropic
+        "billing_hard_limit_reached",  # openai
+        "billing_not_active",
+        "insufficient_quota",
+    }
+)
+
 # What each client calls the number, on its responses or on the errors that stand for one.
-_STATUS = {"aiohttp": "status", "httpx": "status_code", "requests": "status_code", "urllib": "code"}
+_STATUS = {
+    "aiohttp": "status",
+    "google": "code",
+    "httpx": "status_code",
+    "httpx2": "status_code",
+    "requests": "status_code",
+    "urllib": "code",
+}
 
 # Not here: what no second try can mend, such as a wrong URL or too many redirects.
 _NO_ANSWER = frozenset(
     {
         ("aiohttp", "ClientConnectionError"),
         ("aiohttp", "ClientPayloadError"),
+        # SDKs raise these from errors of their clients; from a worker process they come back without their causes.
+        ("anthropic", "APIConnectionError"),
+        ("botocore", "ConnectionError"),
+        ("botocore", "HTTPClientError"),
+        ("botocore", "IncompleteReadError"),
+        ("google", "TransportError"),
         ("http", "IncompleteRead"),  # urllib leaves it to http.client to say that the body broke off
         ("httpx", "NetworkError"),
         ("httpx", "ProxyError"),
         ("httpx", "RemoteProtocolError"),
         ("httpx", "TimeoutException"),
+        ("httpx2", "NetworkError"),
+        ("httpx2", "ProxyError"),
+        ("httpx2", "RemoteProtocolError"),
+        ("httpx2", "TimeoutException"),
+        ("openai", "APIConnectionError"),
         ("requests", "ChunkedEncodingError"),
         ("requests", "ConnectionError"),
         ("requests", "Timeout"),
         ("urllib", "URLError"),
+        ("urllib3", "NewConnectionError"),
+        ("urllib3", "ProtocolError"),
+        ("urllib3", "ProxyError"),
+        ("urllib3", "TimeoutError"),
     }
 )
 
-_SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
+# Causes may go in circles; nobody wraps an error that often.
+_MOST_CAUSES = 20
+
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")
+
+# From here on a number is no delay but a time since 1970. In seconds the first is in 2001, in milliseconds the second.
+_FIRST_MOMENT = 1e9
+_FIRST_IN_MILLISECONDS = 1e12
 
 
-def retry_after(error: Exception) -> bool | float:
+def retry_after(error: Exception) -> bool | float | Answer:
     """Tell whether a failed HTTP request is worth a retry, and after how many seconds; for ``retry_on=``.
 
-    Understands the errors of httpx, requests, aiohttp and urllib, and any exception with one of their responses as its
-    ``response``. Of the answers of servers, 408, 425, 429 and 5xx are retried, no others. ``Retry-After`` may be a
-    number of seconds or a date, which is compared with this machine's clock; what is neither, or more than a year
-    away, is ignored. ``max_delay`` does not shorten what a server asks for: where it may ask for long, set
-    ``total_timeout``, which ends the call at once if the wait would exceed it.
+    Understands the errors of httpx, httpx2, requests, aiohttp, urllib and urllib3, those of the SDKs on top of them
+    (openai, anthropic, boto3, google-api-core, google-genai), any exception with one of their responses as its
+    ``response``, and what was raised from any of these, or while one of these was handled:
+
+    ========================================================  ==========================================================
+    What happened                                             Answer
+    ========================================================  ==========================================================
+    No answer: no connection, a broken one, a timeout         True: again, after the usual backoff
+    (the builtin `ConnectionError` and `TimeoutError`, too)
+    408, 425, 429, 5xx; AWS's codes of throttling             The seconds that the server asks for, or True
+    403 that says when to come again                          The seconds
+    400, 404, 405, 406, 409 to 417, 422 to 424, 426, 428,     `opero.GIVE_UP`: it is the same with every candidate
+    431, 451
+    401, 402, 403 and other 4xx; codes of a key that is       False: not with this candidate, which rests
+    invalid, expired or used up (openai's 429
+    ``insufficient_quota``)
+    Anything else                                             False
+    ========================================================  ==========================================================
+
+    A server asks by the first of these that can be read and is not more than a year away: ``retry-after-ms``;
+    ``Retry-After``; with 403 and 429 ``X-RateLimit-Reset`` (also ``RateLimit-Reset``, ``X-Rate-Limit-Reset``), unless
+    the ``Remaining`` beside it says that something is left; Google's ``RetryInfo``. It may write seconds, a date, or
+    the seconds or milliseconds since 1970; the last three are compared with this machine's clock. ``max_delay`` does
+    not shorten what a server asks for: where it may ask for long, set ``total_timeout``, which ends the call at once
+    if the wait would exceed it.
 
     Args:
         error: What the function raised.
 
     Returns:
-        False: do not retry. True: retry after the usual backoff; an answer without ``Retry-After``, a connection that
-        failed, a timeout (the builtin `ConnectionError` and `TimeoutError` too). A number: retry after so many
-        seconds, 0.0 for a date that has passed. It never raises, whatever the error or its response is made of.
+        What the table says; 0.0 for a time that has passed. It never raises, whatever the error or its response is
+        made of.
     """
-    for answer in (error, _attribute(error, "response")):
-        status = _status(answer)
-        if status is not None:
-            return _wanted_delay(answer) if status in _PASSING or status // 100 == 5 else False  # noqa: PLR2004 - 5xx
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    return not _NO_ANSWER.isdisjoint(_names(error))
+    for link in _causes(error):
+        judged = _judged(link)
+        if judged is not None:
+            return judged
+    return False
 
 
-def _attribute(value: object, name: str) -> Any:
-    try:
-        return getattr(value, name, None)
-    except Exception:  # noqa: BLE001 - a property that raises where there is nothing to give
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on, as a traceback shows them."""
+    link: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if link is None:
+            return
+        yield link
+        follows_context = link.__cause__ is None and not link.__suppress_context__
+        link = link.__context__ if follows_context else link.__cause__
+
+
+def _judged(error: BaseException) -> bool | float | Answer | None:
+    """None where the error says nothing of a request."""
+    status, headers = _answer(error)
+    if status is None:
+        is_no_answer = isinstance(error, (ConnectionError, TimeoutError)) or not _NO_ANSWER.isdisjoint(_names(error))
+        return True if is_no_answer else None
+    if status < _FIRST_ERROR:
         return None
+    codes = _codes(error)
+    if not _KEY_CODES.isdisjoint(codes):
+        return False
+    delay = _asked_delay(error, status, headers)
+    if status in _PASSING or status // 100 == 5 or not _PASSING_CODES.isdisjoint(codes):  # noqa: PLR2004 - 5xx
+        return True if delay is None else delay
+    if status == _FORBIDDEN and delay is not None:
+        return delay
+    return GIVE_UP if status in _ABOUT_THE_REQUEST else False
+
+
+def _answer(error: BaseException) -> tuple[int | None, Any]:
+    """Status and headers of the answer that the error stands for."""
+    response = _attribute(error, "response")
+    for holder in (response, error):
+        for library, _ in _names(holder):
+            status = _attribute(holder, _STATUS.get(library, ""))
+            if isinstance(status, int):
+                return status, _attribute(holder, "headers")
+    # botocore's response is a plain dict.
+    metadata = _item(response, "ResponseMetadata")
+    status = _item(metadata, "HTTPStatusCode")
+    return (status if isinstance(status, int) else None), _item(metadata, "HTTPHeaders")
 
 
 def _names(value: object) -> Iterator[tuple[str, str]]:
@@ -79,26 +213,53 @@ def _names(value: object) -> Iterator[tuple[str, str]]:
     return ((str(cls.__module__).partition(".")[0], cls.__name__) for cls in type(value).__mro__)
 
 
-def _status(answer: Any) -> int | None:
-    for library, _ in _names(answer):
-        status = _attribute(answer, _STATUS.get(library, ""))
-        if isinstance(status, int):
-            return status
-    return None
+def _codes(error: BaseException) -> set[str]:
+    """What the service calls the error."""
+    codes = [
+        *(_attribute(error, name) for name in ("code", "type", "reason")),  # openai, anthropic, google-api-core
+        _item(_item(_attribute(error, "response"), "Error"), "Code"),  # botocore
+        *(_item(detail, "reason") for detail in _google_details(error)),  # google-genai
+    ]
+    return {code for code in codes if isinstance(code, str)}
 
 
-def _wanted_delay(answer: Any) -> bool | float:
-    get = _attribute(_attribute(answer, "headers"), "get")
+def _asked_delay(error: BaseException, status: int, headers: Any) -> float | None:
+    """Seconds until the server wants to be asked again, if it says so."""
+    asked = _asked_delays(error, status, headers)
+    return next((delay for delay in asked if delay is not None and delay <= LONGEST_WAIT), None)
+
+
+def _asked_delays(error: BaseException, status: int, headers: Any) -> Iterator[float | None]:
+    yield _number(_header(headers, "retry-after-ms"), unit=0.001)
+    yield _seconds(_header(headers, "Retry-After"))
+    if status in {_FORBIDDEN, _TOO_MANY_REQUESTS}:
+        for limit in ("X-RateLimit-", "RateLimit-", "X-Rate-Limit-"):
+            # Many servers tell of their limit in every answer: it is the reason only if nothing is left of it.
+            if not _number(_header(headers, limit + "Remaining")):
+                yield _seconds(_header(headers, limit + "Reset"))
+    yield from map(_retry_info, _google_details(error))
+
+
+def _header(headers: Any, name: str) -> str:
     try:
-        text = get("Retry-After")
-        delay = _delay(text.strip()) if isinstance(text, str) else None
+        # botocore's headers are a plain dict with names in lower case.
+        text = headers.get(name) or headers.get(name.lower())
+        return text.strip() if isinstance(text, str) else ""
     except Exception:  # noqa: BLE001 - headers that are none, or break
-        return True
-    return True if delay is None or delay > LONGEST_WAIT else delay
+        return ""
 
 
-def _delay(text: str) -> float | None:
-    return float(text) if _SECONDS.fullmatch(text) else _seconds_until(text)
+def _number(text: str, unit: float = 1.0) -> float | None:
+    return float(text) * unit if _NUMBER.fullmatch(text) else None
+
+
+def _seconds(text: str) -> float | None:
+    number = _number(text)
+    if number is None:
+        return _seconds_until(text)
+    if number < _FIRST_MOMENT:
+        return number
+    return max(0.0, (number if number < _FIRST_IN_MILLISECONDS else number / 1000) - clock.wall())
 
 
 def _seconds_until(date: str) -> float | None:
@@ -113,3 +274,32 @@ def _seconds_until(date: str) -> float | None:
         return max(0.0, moment.timestamp() - clock.wall())
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
+
+
+def _google_details(error: BaseException) -> list[Any]:
+    """Dicts of JSON from REST, messages of protobuf from gRPC; google-genai keeps the whole body."""
+    details = _attribute(error, "details")
+    if isinstance(details, dict):
+        details = _item(_item(details, "error"), "details")
+    return details if isinstance(details, list) else []
+
+
+def _retry_info(detail: Any) -> float | None:
+    text = _item(detail, "retryDelay")
+    if isinstance(text, str):
+        return _number(text.removesuffix("s"))
+    delay = _attribute(detail, "retry_delay")
+    seconds, nanoseconds = _attribute(delay, "seconds"), _attribute(delay, "nanos")
+    is_time = isinstance(seconds, int) and isinstance(nanoseconds, int)
+    return max(0.0, seconds + nanoseconds / 1e9) if is_time else None
+
+
+def _attribute(value: object, name: str) -> Any:
+    try:
+        return getattr(value, name, None)
+    except Exception:  # noqa: BLE001 - a property that raises where there is nothing to give
+        return None
+
+
+def _item(value: object, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None

@@ -53,12 +53,16 @@ def instant() -> Iterator[Instant]:
     seconds, and so does the function's own ``time.sleep`` or ``asyncio.sleep``. Limits that processes share are kept by
     this process alone.
 
-    There is one time for all. It jumps to the next moment that somebody waits for, when nothing else is ready to go on,
-    so that waits side by side pass together. That is exact for one thread, and for the tasks of one event loop. Of the
-    other threads it can only be guessed, by whether they use the processor, and each wait takes a part of a millisecond
-    for that; a thread that goes on computing is waited for 0.05 s, and one that waits for the real world (a server, a
-    sleep) is not waited for. Only a map waits for its own workers, whatever they do. What is jumped over by other
-    threads and tasks, while a call waits for something else, is not counted by its ``total_timeout``.
+    There is one time for all. When for a real millisecond no call of opero's has begun or ended a wait, all are taken
+    to wait, and time jumps to the earliest moment that one of them waits for: tasks of one event loop that back off
+    side by side for an hour skip one hour. A program with a single thread and no event loop does not even wait for the
+    millisecond.
+
+    Nobody knows what the rest of the program is about to do. A thread that computes, or a function that waits for a
+    server or a sleep of its own, for longer than the millisecond is not waited for: time may jump meanwhile, and counts
+    for its call, too, whose ``total_timeout`` may be over when it comes back. So several threads that back off side by
+    side can skip anything from one backoff to the sum of them, and a test of ``total_timeout`` should make one call at
+    a time. Only a map waits for its own workers, whatever they do.
 
     The jumps stay after the end, so that what was decided by them stays right, and waits that began inside go on to
     skip what is left of them.
@@ -72,10 +76,10 @@ def instant() -> Iterator[Instant]:
         _users += 1
         if _users == 1:
             _time.begin()
-        clock.skips = _time
         clock.now, clock.wall = _time.now, _time.wall
-        clock.sleep, clock.async_sleep = _time.sleep, _time.sleep_async
-        clock.jumped_by_others = _time.jumped_by_others
+        clock.sleep, clock.async_sleep = _time.sleep, _time.async_sleep
+        clock.wait, clock.wait_async = _time.wait, _time.wait_async
+        clock.is_virtual = True
     block = Instant()
     try:
         yield block
@@ -86,7 +90,7 @@ def instant() -> Iterator[Instant]:
             if _users == 0:
                 clock.reset()
                 # Time does not run back: a slot that was taken a virtual hour ahead would be waited for.
-                clock.now, clock.jumped_by_others = _time.now, _time.jumped_by_others
+                clock.now = _time.now
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from opero.core import (
     get_rate_limit_decorator,
     get_retry_decorator,
 )
+from opero.core.retry import Answer
 from opero.events import CallDone, Event, Subscription, on_event
 from opero.http import retry_after
 from opero.telemetry import otel, prometheus
@@ -376,6 +377,32 @@ async def check_async_methods(client: Client) -> None:
     await client.get_async(5)  # type: ignore[arg-type]
 
 
+# What a failed call gives
+
+
+@opero(default=None, retries=1)
+def find(url: str) -> bytes:
+    return url.encode()
+
+
+@opero(default="")
+async def find_async(url: str) -> bytes:
+    return url.encode()
+
+
+class Finder:
+    @opero(default=0)
+    def find(self, url: str) -> bytes:
+        return url.encode()
+
+
+async def check_defaults(finder: Finder) -> None:
+    assert_type(find("u"), bytes | None)
+    assert_type(await find_async("u"), bytes | str)
+    assert_type(finder.find("u"), bytes | int)
+    find(5)  # type: ignore[arg-type]
+
+
 # Options
 
 
@@ -428,7 +455,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     opero(retry_on=(ValueError, OSError))
     opero(retry_on=lambda error: isinstance(error, OSError))
     opero(retry_on=retry_after)
-    assert_type(retry_after(OSError()), bool | float)
+    assert_type(retry_after(OSError()), bool | float | Answer)
     opero(rate_limit=0.5)
     opero(rate_limit="100/minute")
     opero(rate_limit=["10/s", 0.5])

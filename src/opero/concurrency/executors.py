@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from opero.concurrency.interrupts import hearing_interrupts, held_back_in_children, let_through
+from opero.concurrency.interrupts import BriefHold, hearing_interrupts, held_back_in_children, let_through
 from opero.concurrency.main_module import unknown
 from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.process_worker import AGAIN, BROKEN, SINGLES, STOP
@@ -28,7 +28,6 @@ from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, pack_singly, unpack_batch, unpack_singly, unpack_work
 from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
-from opero.core.interrupts import BriefHold
 from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError

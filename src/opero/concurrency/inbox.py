@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from opero.core.clock import clock
+from opero.core.clock import clock, wait_really_async
 from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ _EXACT_BELOW = 0.01
 _MOST_FOR_SELECT = 1024
 # Whoever has to wait longer is woken and waits again.
 _LONGEST = 86_400.0
-# An event for a map that shall look at the time.
-_NUDGE = object()
 
 
 class BlockingInbox:
@@ -60,8 +58,8 @@ class BlockingInbox:
         if self._ears is not None:
             self._ears.forget(pipe)
 
-    def collect(self, seconds: float | None, real_seconds: float | None = None, *, pushes: bool = True) -> list[Any]:
-        """Wait for events, at most so long by opero's clock and by the real one; ``pushes``: see `Clock.wait`."""
+    def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
+        """Wait for events, at most so many seconds of opero's clock, or real ones."""
         events: list[Any] = []
 
         def get(timeout: float | None) -> bool:
@@ -75,11 +73,12 @@ class BlockingInbox:
             with suppress(queue.Empty):
                 while True:
                     events.append(self._events.get_nowait())
-            if _NUDGE in events:
-                events[:] = [event for event in events if event is not _NUDGE]
             return bool(events)
 
-        clock.wait(get, seconds, nudge=lambda: self.put(_NUDGE), patience=real_seconds, pushes=pushes)
+        if is_real:
+            get(seconds)
+        else:
+            clock.wait(get, seconds)
         return events
 
     def close(self) -> None:
@@ -203,12 +202,11 @@ class AsyncInbox:
             self._loop.remove_reader(pipe.fileno())
             self._loop.remove_writer(pipe.fileno())
 
-    async def collect(
-        self, seconds: float | None, real_seconds: float | None = None, *, pushes: bool = True
-    ) -> list[Any]:
-        """Wait for events, at most so long by opero's clock and by the real one; ``pushes``: see `Clock.wait`."""
+    async def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
+        """Wait for events, at most so many seconds of opero's clock, or real ones."""
         if not self._events:
-            await clock.wait_async(self._arrived, seconds, self._arrived.set, patience=real_seconds, pushes=pushes)
+            wait = wait_really_async if is_real else clock.wait_async
+            await wait(self._arrived, seconds, self._arrived.set)
         self._arrived.clear()
         return [self._events.popleft() for _ in range(len(self._events))]
 

@@ -7,13 +7,31 @@ import importlib
 import signal
 import sys
 import threading
+import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from opero.core.interrupts import Hold, OwnHandler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Seconds that Ctrl-C may be held back while other code may be blocked.
+_BRIEFLY = 1.0
+
+
+class BriefHold(Hold):
+    """Lets Ctrl-C wait while other code runs, whose locks it would leave taken; that may block, so not for long."""
+
+    def __enter__(self) -> Self:
+        self._until = time.monotonic() + _BRIEFLY
+        return super().__enter__()
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        if time.monotonic() < self._until:
+            super().__call__(*signal_and_frame)
+        else:
+            self.before(*signal_and_frame)
 
 
 class HeardOnce(Hold):

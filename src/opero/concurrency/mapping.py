@@ -178,7 +178,7 @@ class SyncMap(_Map[T, P, R, E]):
         # Only in a process of its own can a running function be stopped.
         quiet = replace(self.settings, progress=False)
         (outcome,) = type(self)(self.plan, quiet, self.single, self._head).stream([item], *args, **kwargs)
-        return outcome.result
+        return outcome.returned
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...

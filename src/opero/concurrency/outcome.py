@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from opero.core.signature import MISSING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +31,8 @@ class Outcome(Generic[T, R]):
 
     index: int
     item: T
-    _value: R | None = field(repr=False)
+    # Of a failed item its default, `MISSING` if it has none.
+    _value: R = field(repr=False)
     error: Exception | None
     attempts: int
     seconds: float
@@ -44,7 +47,16 @@ class Outcome(Generic[T, R]):
         """
         if self.error is not None:
             raise self.error
-        return cast("R", self._value)
+        return self._value
+
+    @property
+    def returned(self) -> R:
+        """What a single call would have returned: the default of an item that failed, if it has one.
+
+        Raises:
+            Exception: The item's `error`, if there is no default.
+        """
+        return self.result if self._value is MISSING else self._value
 
 
 class Sink(Protocol):
@@ -75,8 +87,8 @@ class ListSink:
         self._ordered = ordered
 
     def put(self, outcome: Outcome[Any, Any]) -> None:
-        value = outcome._value if outcome.error is None else outcome.error  # noqa: SLF001 - `result` would raise
-        self._place(outcome.index, [value])
+        value = outcome._value  # noqa: SLF001 - `result` would raise
+        self._place(outcome.index, [outcome.error if value is MISSING else value])
 
     def put_results(self, start: int, _items: Sequence[Any], values: list[Any], _seconds: float, /) -> None:
         self._place(start, values)

@@ -28,6 +28,7 @@ from opero.concurrency.main_module import (
     only_if_it_can_be_imported,
     unknown_to_fresh_workers,
 )
+from opero.concurrency.native_threads import has_native_threads
 from opero.concurrency.own_thread import in_own_thread, uninterrupted
 from opero.concurrency.pipe_end import pipe_end
 from opero.concurrency.preparation import Preparation
@@ -47,7 +48,7 @@ from opero.concurrency.process_worker import (
 )
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, unpack_singly
-from opero.core.forks import ForkSafeLock, foreign_threads, has_native_threads, right_to_fork, watch_forks
+from opero.core.forks import ForkSafeLock, foreign_threads, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -80,16 +81,14 @@ class _EndsAjar:
     @contextlib.contextmanager
     def pipe(self, context: Any, owned: set[Any]) -> Iterator[tuple[Any, Any]]:
         """Both ends of a new one: the first is added to those ``owned``, the second is open during the block."""
-        with right_to_fork():
-            ours, theirs = context.Pipe()
-            owned.add(ours)
-            self._starters[theirs] = threading.get_ident()
+        ours, theirs = context.Pipe()
+        owned.add(ours)
+        self._starters[theirs] = threading.get_ident()
         try:
             yield ours, theirs
         finally:
-            with right_to_fork():
-                self._starters.pop(theirs, None)
-                theirs.close()
+            theirs.close()
+            self._starters.pop(theirs, None)
 
     def after_fork(self) -> None:
         """Close those that are not for this process: while it has one, the death of a worker does not end its pipe."""

@@ -111,20 +111,17 @@ class AsyncSource:
 
 
 class _Wait:
-    """Step of a running map: wait for events, at most so long by opero's clock and by the real one.
+    """Step of a running map: wait for events, at most so many seconds of opero's clock, or real ones.
 
-    ``is_idle``: no worker has anything to do. Sent back: the events.
+    Sent back: the events.
     """
 
-    __slots__ = ("is_idle", "real_seconds", "seconds")
+    __slots__ = ("is_real", "seconds")
 
     def __init__(self, seconds: float | None, real_seconds: float | None, *, is_idle: bool) -> None:
-        self.is_idle = is_idle
-        self.seconds = seconds
-        self.real_seconds = real_seconds
-        if seconds is not None and not is_idle:
-            # What a worker does takes real time, in which no time is skipped.
-            self.real_seconds = seconds if real_seconds is None else min(seconds, real_seconds)
+        # What a worker or another process does takes real time, in which no time is skipped.
+        self.is_real = real_seconds is not None or not is_idle
+        self.seconds = min((s for s in (seconds, real_seconds) if s is not None), default=None)
 
 
 class _Ask:
@@ -201,11 +198,16 @@ class _Run:
             if scheduler.done:
                 return
             wait = _Wait(scheduler.due_in(), scheduler.really_due_in(), is_idle=scheduler.is_idle)
-            for event in (yield wait):
-                known = pool.receive(event)
-                if known is not None:
-                    scheduler.handle(known)
+            self._take_note((yield wait))
             scheduler.run_real_timers()
+
+    def _take_note(self, events: list[Any]) -> None:
+        for event in events:
+            known = self.pool.receive(event)
+            if known is not None:
+                self._scheduler.handle(known)
+        # An error among them, and with it the frames of an attempt, shall not outlast this.
+        events.clear()
 
     def _give_out(self) -> Generator[_Ask, Any, None]:
         """Send what can be sent, and ask the cache's store on the way."""
@@ -268,7 +270,7 @@ def _drive_blocking(run: _Run, inbox: BlockingInbox, ctrl_c: HeardOnce) -> Itera
         elif isinstance(step, _Ask):
             events = consult(step.steps)
         else:
-            events = inbox.collect(step.seconds, step.real_seconds, pushes=step.is_idle)
+            events = inbox.collect(step.seconds, is_real=step.is_real)
 
 
 def _tidy_up(run: _Run, inbox: BlockingInbox) -> None:
@@ -332,7 +334,7 @@ async def run_awaiting(
             elif isinstance(step, _Ask):
                 events = await consult_async(step.steps)
             else:
-                events = await inbox.collect(step.seconds, step.real_seconds, pushes=step.is_idle)
+                events = await inbox.collect(step.seconds, is_real=step.is_real)
     finally:
         if not run.is_inherited:
             await _tidy_up_async(run, inbox, source)

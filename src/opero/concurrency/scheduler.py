@@ -358,8 +358,9 @@ class Scheduler:
         self._candidate_is_item = fallback is not None and fallback.position == len(shape.head)
         self._ready: deque[_Entry] = deque()
         self._timers = _Timers(lambda: clock.now())  # noqa: PLW0108 - the clock may be replaced meanwhile
-        # What is not opero's own wait: how long a function may run, and looks for what others do.
+        # Looks for what other processes do, and how long the batches that are with workers may run.
         self._real_timers = _Timers(time.monotonic)
+        self._watches = _Timers(time.monotonic)
         self._next_index = 0
         self._in_flight = 0
         self._pausing = 0
@@ -397,11 +398,13 @@ class Scheduler:
 
     def really_due_in(self) -> float | None:
         """The same in real seconds, for what does not wait by opero's clock."""
-        return self._real_timers.due_in()
+        known = [self._real_timers.due_in(), None if self.is_idle else self._watches.due_in()]
+        return min((seconds for seconds in known if seconds is not None), default=None)
 
     def run_real_timers(self) -> None:
         """Act on the real time, after all that has come in was seen: a report in time is no reason to kill."""
         self._real_timers.run()
+        self._watches.run()
 
     def next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
@@ -454,6 +457,7 @@ class Scheduler:
         """Give up all flows, so that what they hold (places in a line, computations others wait for) is free."""
         self._timers.clear()
         self._real_timers.clear()
+        self._watches.clear()
         for entry in self._flying:
             if entry.arrival is not None:
                 entry.arrival.notify(None)
@@ -561,8 +565,10 @@ class Scheduler:
     def _end(self, entry: _Entry, outcome: Any) -> None:
         self._flying.discard(entry)
         entry.flow = None
-        error = outcome.error if outcome.__class__ is Failed else None
-        value = None if error is not None else outcome
+        error = None
+        value = outcome
+        if outcome.__class__ is Failed:
+            error, value = outcome.error, outcome.instead
         call = entry.call
         seconds = clock.now() - call.started
         self._count(Outcome(entry.index, entry.item, value, error, call.attempts, seconds, call.cached))
@@ -617,6 +623,9 @@ class Scheduler:
 
     def _send(self, batch: Batch) -> Batch:
         self._in_flight += 1
+        for entry in batch.entries or ():
+            if entry.attempt is not None:
+                entry.attempt.begin()
         batch.sent_at = clock.now()
         if batch.time_limit is not None and self._kill is not None:
             self._watch(batch, batch.time_limit[0] + self._grace)
@@ -625,7 +634,7 @@ class Scheduler:
 
     def _watch(self, batch: Batch, seconds: float) -> None:
         due = time.monotonic() + seconds
-        self._real_timers.after(seconds, lambda: self._time_is_up(batch, due))
+        self._watches.after(seconds, lambda: self._time_is_up(batch, due))
 
     def _time_is_up(self, batch: Batch, due: float) -> None:
         if time.monotonic() - due > _LATE_SECONDS:

@@ -9,13 +9,13 @@ import io
 import pickle
 import traceback
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from types import CellType, CodeType, FunctionType, MemberDescriptorType
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.main_module import surely_nothing
 from opero.concurrency.worker import Report
-from opero.core.lazy import lazy_attribute
 from opero.core.signature import MISSING, find_by_name, name_of
 from opero.exceptions import NotTransferableError, RemoteError
 from opero.utils.notes import add_note, describe, drop_notes
@@ -265,7 +265,7 @@ class Packer:
             raise _FunctionByValueError
         return NotImplemented
 
-    @lazy_attribute
+    @cached_property
     def _kept(self) -> frozenset[str] | None:
         """Names of the workers' main module that keep their values; None if nothing of it may be changed."""
         if not self._is_sure:

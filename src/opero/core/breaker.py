@@ -301,7 +301,7 @@ def breaker_policy(function: Callable[..., Any], breaker: int | Mapping[str, Any
     check_known("breaker", given, tuple(_DEFAULTS))
     settings = {**_DEFAULTS, **given}
     check_count("breaker['failures']", settings["failures"], "failures in a row", smallest=1)
-    check_seconds("breaker['recovery']", settings["recovery"], zero=False)
+    settings["recovery"] = check_seconds("breaker['recovery']", settings["recovery"], zero=False)
     if settings["window"] is not None:
-        check_seconds("breaker['window']", settings["window"], zero=False)
+        settings["window"] = check_seconds("breaker['window']", settings["window"], zero=False)
     return Breaker(name_of(function), **settings)

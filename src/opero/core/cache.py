@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -11,7 +12,6 @@ from opero.core.checks import check_callable
 from opero.core.decoration import F, decorator
 from opero.core.flights import Flight, Seat
 from opero.core.keys import KeyMaker
-from opero.core.lazy import lazy_attribute
 from opero.core.plan import CacheInfo, Final, Plan
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator
 from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
@@ -23,6 +23,7 @@ from opero.exceptions import MisuseError, OperoError
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
+    from opero.core.checks import Duration
     from opero.core.plan import Call
     from opero.core.stats import CallStats, Stats
     from opero.core.stores.contract import Request, Store
@@ -47,13 +48,13 @@ class Cache:
         with _lock:
             _caches.add(self)
 
-    @lazy_attribute
+    @cached_property
     def store(self) -> Store:
         """Where the entries live; of what outlives the process, opened at the first call."""
         in_memory = self._settings.backend == "memory"
         return self._settings.store(self._settings.namespace if in_memory else self.namespace)
 
-    @lazy_attribute
+    @cached_property
     def namespace(self) -> str:
         """The name under which the entries live."""
         if self._settings.namespace is not None:
@@ -213,7 +214,7 @@ _caches: WeakSet[Cache] = WeakSet()
 def cache_policy(
     function: Callable[..., Any],
     *,
-    ttl: float | None = None,
+    ttl: Duration | None = None,
     backend: str = "memory",
     key: Callable[..., Any] | None = None,
     namespace: str | None = None,
@@ -232,7 +233,7 @@ def cache_policy(
 
 def get_cache_decorator(
     *,
-    cache_ttl: float | None = None,
+    cache_ttl: Duration | None = None,
     cache_backend: str = "memory",
     cache_key: Callable[..., Any] | None = None,
     cache_namespace: str | None = None,
@@ -241,7 +242,7 @@ def get_cache_decorator(
     """Make a decorator that caches, and does nothing else.
 
     Args:
-        cache_ttl: Seconds an entry lives; None keeps it for ever.
+        cache_ttl: Seconds an entry lives, or a `datetime.timedelta`; None keeps it for ever.
         cache_backend: ``"memory"``, ``"disk"`` or ``"redis"``.
         cache_key: Function of the same arguments that returns the key to use in their place.
         cache_namespace: Functions with one namespace share entries. Default: each function has its own.
@@ -275,7 +276,7 @@ def get_cache_decorator(
 
 @contextlib.contextmanager
 def get_cache_context(
-    cache_namespace: str, *, cache_backend: str = "memory", cache_ttl: float | None = None, **options: Any
+    cache_namespace: str, *, cache_backend: str = "memory", cache_ttl: Duration | None = None, **options: Any
 ) -> Iterator[CacheEngine]:
     """Give the cache engine of a namespace for a ``with`` block, and close its files and connections at the end.
 
@@ -285,7 +286,7 @@ def get_cache_context(
     Args:
         cache_namespace: Where the entries live.
         cache_backend: ``"memory"``, ``"disk"`` or ``"redis"``.
-        cache_ttl: Seconds an entry lives; None keeps it for ever.
+        cache_ttl: Seconds an entry lives, or a `datetime.timedelta`; None keeps it for ever.
         **options: As ``cache_options`` of `opero.opero`.
 
     Yields:

@@ -11,6 +11,9 @@ from opero.core.signature import is_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import timedelta
+
+    Duration = float | timedelta
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -21,8 +24,17 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_seconds(name: str, value: Any, *, zero: bool) -> float:
-    """A finite number of seconds, above 0 or (with ``zero``) not below it."""
-    return check_number(name, value, "seconds", smallest=0, exclusive=not zero)
+    """A duration as a finite number of seconds, above 0 or (with ``zero``) not below it."""
+    return check_number(name, seconds_of(value), "seconds or a timedelta", smallest=0, exclusive=not zero)
+
+
+def seconds_of(value: Any) -> Any:
+    """A `datetime.timedelta` in seconds, anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
+    from datetime import timedelta
+
+    return value.total_seconds() if isinstance(value, timedelta) else value
 
 
 def check_number(name: str, value: Any, what: str, *, smallest: float, exclusive: bool = False) -> float:

@@ -23,12 +23,22 @@ R = TypeVar("R")
 _OPTIONS_OF_POLICY = {
     "cache": ("cache", "cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options"),
     "total_timeout": ("total_timeout",),
-    "retry": ("retries", "backoff_factor", "min_delay", "max_delay", "jitter", "retry_on", "retry_options"),
+    "retry": (
+        "retries",
+        "backoff_factor",
+        "min_delay",
+        "max_delay",
+        "jitter",
+        "retry_on",
+        "retry_if_result",
+        "retry_options",
+    ),
     "fallback": ("arg_fallback", "fallback_cooldown"),
     "breaker": ("breaker",),
     "limit": ("rate_limit", "rate_limit_per", "rate_limit_options"),
     "attempt_timeout": ("attempt_timeout",),
     "on_event": ("on_event",),
+    "default": ("default",),
 }
 
 
@@ -174,8 +184,9 @@ def decoration_of(function: Any) -> Decoration | None:
 def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """The options after a change; those of a policy that it turns off have no meaning any more."""
     off = {other for first, *others in _OPTIONS_OF_POLICY.values() if not named.get(first, True) for other in others}
-    if "breaker" in given:
-        # Says which errors count, with or without retries.
+    # Without retries, too, the one rejects results, and the other says what an error tells of a candidate or service.
+    off.discard("retry_if_result")
+    if "breaker" in given or "arg_fallback" in given:
         off.discard("retry_on")
     return {**{name: value for name, value in given.items() if name not in off}, **named}
 

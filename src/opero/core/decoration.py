@@ -9,13 +9,12 @@ from opero.core.control import Control, changed_options, with_shared_policies
 from opero.core.flow import call_flow
 from opero.core.listeners import is_listened_to, switches
 from opero.core.plan import Call, Plan
-from opero.core.signature import MISSING, check_decoratable, innermost, refuse_unfinished, shown_signature
+from opero.core.signature import MISSING, check_decoratable, first_parameter, innermost, refuse_unfinished
 from opero.core.steps import Failed, drive, drive_async
 from opero.core.wrapper import wrap
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
-    import inspect
     from collections.abc import Callable
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -214,21 +213,22 @@ def decorated(plan: Plan, recipe: Recipe) -> Callable[..., Any]:
     if like is not plan.function:
         made.__name__, made.__qualname__ = plan.name.rpartition(".")[2], plan.name
         made.__module__, made.__doc__ = getattr(like, "__module__", ""), getattr(like, "__doc__", None)
+    # Copied from what the function wraps, it would hide what is really taken; `inspect` follows `__wrapped__`.
     made.__dict__.pop("__signature__", None)
-    signature = shown_signature(plan.function)
-    if signature is not None:
-        made.__dict__["__signature__"] = signature
-    _attach(made, decoration, is_method=_is_method(signature))
+    made.__dict__["__opero__"] = decoration
+    _attach(made, decoration)
     return made
 
 
-def _attach(made: Any, decoration: Decoration, *, is_method: bool) -> None:
+def _attach(made: Any, decoration: Decoration) -> None:
     """What is known from `functools`, on the function itself."""
     its: Control[..., Any] = Control(decoration)
-    made.__opero__ = decoration
-    made.stats = its.stats
-    made.cache_info, made.cache_clear, made.with_options = its.cache_info, its.cache_clear, its.with_options
-    made.cache_delete = _NeedsInstance("cache_delete", decoration) if is_method else its.cache_delete
+    made.stats, made.with_options = its.stats, its.with_options
+    if decoration.plan.cache is not None:
+        # On others they would hide those of `functools.lru_cache` above.
+        made.cache_info, made.cache_clear = its.cache_info, its.cache_clear
+        is_method = first_parameter(decoration.function) in {"self", "cls"}
+        made.cache_delete = _NeedsInstance("cache_delete", decoration) if is_method else its.cache_delete
 
 
 class _NeedsInstance:
@@ -246,10 +246,6 @@ class _NeedsInstance:
             f"write opero.control(instance.{method}).{self._name}(…)"
         )
         raise MisuseError(msg)
-
-
-def _is_method(signature: inspect.Signature | None) -> bool:
-    return signature is not None and next(iter(signature.parameters), None) in {"self", "cls"}
 
 
 def decorator(name: str, make_plan: Callable[[Callable[..., Any]], Plan], recipe: Recipe) -> Callable[[F], F]:

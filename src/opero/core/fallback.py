@@ -17,6 +17,7 @@ from opero.core.signature import MISSING, ParameterSlot, name_of, parameter_slot
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.core.checks import Duration
     from opero.core.plan import Call
 
 __all__ = ["get_fallback_decorator"]
@@ -26,7 +27,8 @@ class FallbackOverParameter:
     """Which values, in which order, for this call.
 
     A list or tuple, or what `opero.core.candidates` makes, holds candidates; any other value, text included, is the
-    only one. With a ``cooldown``, candidates that failed within the last so many seconds come last.
+    only one. All calls know which candidates rest: those that asked for it, for as long as they did, and with a
+    ``cooldown`` all that failed, for so many seconds.
     """
 
     def __init__(self, slot: ParameterSlot, function_name: str, cooldown: float | None) -> None:
@@ -34,8 +36,8 @@ class FallbackOverParameter:
         self.position = slot.position
         self._slot = slot
         self._function_name = function_name
-        self._cooldown = cooldown
-        self._cooling: dict[Any, float] = {}
+        self._cooldown = cooldown or 0.0
+        self._rests: dict[Any, float] = {}
         self.after_fork()
         watch_forks(self)
 
@@ -54,45 +56,46 @@ class FallbackOverParameter:
                 "give at least one candidate"
             )
             raise ValueError(msg)
-        return list(given) if self._cooldown is None else self._coolest_first(given)
+        return list(given)
 
     def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if value is MISSING:
             return call.args, call.kwargs
         return self._slot.put(call.args, call.kwargs, value)
 
-    def failed(self, value: Any) -> None:
-        if self._cooldown is None:
+    def failed(self, value: Any, asked_for: float | None) -> None:
+        seconds = max(self._cooldown, asked_for or 0.0)
+        if not seconds:
             return
-        now = clock.now()
+        key, now = identity_of(value), clock.now()
         with self._lock:
-            self._cooling = {key: until for key, until in self._cooling.items() if until > now}
-            self._cooling[identity_of(value)] = now + self._cooldown
+            self._rests = {other: until for other, until in self._rests.items() if until > now}
+            self._rests[key] = max(now + seconds, self._rests.get(key, 0.0))
 
-    def _coolest_first(self, given: list[Any] | tuple[Any, ...]) -> list[Any]:
-        now = clock.now()
-        with self._lock:
-            return sorted(given, key=lambda value: self._cooling.get(identity_of(value), 0.0) > now)
+    def rests_until(self, value: Any) -> float | None:
+        until = self._rests.get(identity_of(value)) if self._rests else None
+        return None if until is None or until <= clock.now() else until
 
 
 def fallback_policy(
-    function: Callable[..., Any], arg_fallback: str, *, cooldown: float | None = None
+    function: Callable[..., Any], arg_fallback: str, *, cooldown: Duration | None = None
 ) -> FallbackOverParameter:
     """Check fallback's options and make the policy for ``function``."""
     check_text("arg_fallback", arg_fallback, "the name of the parameter that holds the candidates")
     if cooldown is not None:
-        check_seconds("fallback_cooldown", cooldown, zero=False)
+        cooldown = check_seconds("fallback_cooldown", cooldown, zero=False)
     return FallbackOverParameter(parameter_slot(function, arg_fallback, "arg_fallback"), name_of(function), cooldown)
 
 
-def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: float | None = None) -> Callable[[F], F]:
+def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | None = None) -> Callable[[F], F]:
     """Make a decorator that tries the candidate values of one parameter in order, and does nothing else.
 
     Args:
         arg_fallback: Name of the parameter. A list or tuple passed for it (by position, by keyword or as the default)
             holds the candidates and the function gets one of them at a time; `opero.candidates` and
             `opero.candidates_from` do the same for type checkers; any other value is the only candidate.
-        fallback_cooldown: Seconds for which a candidate that failed is tried last. Default: the order never changes.
+        fallback_cooldown: Seconds (or a `datetime.timedelta`) for which a candidate that failed is tried last. Default:
+            it is tried in its turn.
 
     Raises:
         TypeError: If an option has the wrong type.

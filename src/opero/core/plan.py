@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 from opero.core.clock import clock
 from opero.core.signature import MISSING, Kind, kind_of, module_of, name_of
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from opero.core.listeners import Listener, Teller
     from opero.core.stats import CallStats
 
+C = TypeVar("C", bound="Candidate")
+
 
 class Call:
     """What belongs to one call and to nothing else."""
 
     __slots__ = (
-        "_deadline",
-        "_jumped_by_others",
         "args",
         "attempts",
         "blocks",
         "cached",
+        "deadline",
         "flight",
         "index",
         "key",
@@ -60,61 +61,42 @@ class Call:
         self.key = key
         self.cached = False
         self.flight: object = None
-        self._deadline: float | None = None
-        self._jumped_by_others = 0.0
+        # When ``total_timeout`` ends; None without one.
+        self.deadline: float | None = None
         # Its place in a map.
         self.index: int | None = None
         self.tell: Teller | None = None
 
     def end_after(self, seconds: float) -> None:
         """Set the `deadline`."""
-        self._deadline = self.started + seconds
-        self._jumped_by_others = clock.jumped_by_others()
-
-    @property
-    def deadline(self) -> float | None:
-        """When ``total_timeout`` ends; None without one."""
-        if self._deadline is not None:
-            # What others skip, while the function of this call may be waiting for the real world, is none of its time.
-            jumped = clock.jumped_by_others()
-            if jumped > self._jumped_by_others:
-                self._deadline += jumped - self._jumped_by_others
-                self._jumped_by_others = jumped
-        return self._deadline
+        self.deadline = self.started + seconds
 
     def time_left(self) -> float | None:
         """Seconds until ``total_timeout`` ends; None without one."""
-        if self._deadline is None:
-            return None
-        deadline = self.deadline
-        return None if deadline is None else deadline - clock.now()
+        return None if self.deadline is None else self.deadline - clock.now()
 
 
+@dataclass(slots=True)
 class Verdict:
-    """What retry thinks of one outcome: accepted, or an error that may be tried again after ``delay`` seconds.
+    """What a failed attempt means for its candidate, for the call and for the circuit.
 
-    Without a ``delay`` the usual backoff applies.
+    Attributes:
+        error: Why it failed.
+        outcome: What the attempt gave: `Failed`, or the result that was rejected.
+        again: The candidate may be tried again in the next round.
+        delay: Seconds until then; None for the usual backoff.
+        rests: The candidate is put to rest (``fallback_cooldown``).
+        ends: The call ends, whatever candidates and rounds are left.
+        counts: It speaks against the service, and so counts for its circuit; otherwise it was an answer.
     """
 
-    __slots__ = ("_error", "accepted", "delay", "retryable")
-
-    def __init__(
-        self, *, accepted: bool, error: Exception | None = None, retryable: bool = False, delay: float | None = None
-    ) -> None:
-        self.accepted = accepted
-        self._error = error
-        self.retryable = retryable
-        self.delay = delay
-
-    @property
-    def error(self) -> Exception:
-        if self._error is None:
-            msg = "an accepted outcome has no error"
-            raise AttributeError(msg)
-        return self._error
-
-
-ACCEPTED = Verdict(accepted=True)
+    error: Exception
+    outcome: Any
+    again: bool = False
+    delay: float | None = None
+    rests: bool = True
+    ends: bool = False
+    counts: bool = True
 
 
 class Final:
@@ -174,12 +156,19 @@ class RetryRounds(Protocol):
         """A round starts."""
         ...
 
-    def judge(self, outcome: Any) -> Verdict:
-        """Whether one execution gave the call's result, and if not, whether it may be tried again."""
+    def judge(self, outcome: Any) -> Verdict | None:
+        """What a failed execution means, None if it gave the call's result; raises what the user's predicate raises."""
         ...
 
-    def after(self, verdict: Verdict) -> float | Final:
-        """Seconds until the next round, or the end of the call; ``verdict`` speaks for the whole round."""
+    def after(self, verdict: Verdict, may_wait: Callable[[float], bool], /) -> float | Final:
+        """Seconds until the next round, or the end of the call; ``verdict`` speaks for the whole round.
+
+        ``may_wait`` tells whether another round can begin after so many seconds.
+        """
+        ...
+
+    def cut_short(self, verdict: Verdict) -> Final:
+        """The end of the call within a round; ``verdict`` is the last one."""
         ...
 
 
@@ -189,10 +178,13 @@ class Once:
     def begin(self) -> None:
         """There is one round only."""
 
-    def judge(self, outcome: Any) -> Verdict:
-        return Verdict(accepted=False, error=outcome.error) if outcome.__class__ is Failed else ACCEPTED
+    def judge(self, outcome: Any) -> Verdict | None:
+        return Verdict(outcome.error, outcome) if outcome.__class__ is Failed else None
 
-    def after(self, verdict: Verdict) -> Final:
+    def after(self, verdict: Verdict, _may_wait: Callable[[float], bool]) -> Final:
+        return Final(Failed(verdict.error))
+
+    def cut_short(self, verdict: Verdict) -> Final:
         return Final(Failed(verdict.error))
 
 
@@ -223,15 +215,19 @@ class FallbackPolicy(Protocol):
         ...
 
     def values(self, call: Call) -> list[Any]:
-        """The candidates in the order in which to try them; raises ValueError if there are none."""
+        """The candidates as they were given; raises ValueError if there are none."""
         ...
 
     def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments with one candidate in the place of all."""
         ...
 
-    def failed(self, value: Any) -> None:
-        """Remember that this candidate has just failed."""
+    def failed(self, value: Any, asked_for: float | None) -> None:
+        """Remember that this candidate has just failed, and how many seconds of rest it asked for."""
+        ...
+
+    def rests_until(self, value: Any) -> float | None:
+        """When this candidate has rested enough, after what all calls heard of it; None if it does not rest."""
         ...
 
 
@@ -244,6 +240,7 @@ class FirstCandidate:
         self.position = policy.position
         self.arguments = policy.arguments
         self.failed = policy.failed
+        self.rests_until = policy.rests_until
 
     def values(self, call: Call) -> list[Any]:
         return self._policy.values(call)[:1]
@@ -304,6 +301,11 @@ class LimitPolicy(Protocol):
     """When may this start?"""
 
     @property
+    def parameter(self) -> str | None:
+        """Name of the parameter whose values have limits of their own; None if one limit is for all calls."""
+        ...
+
+    @property
     def take_now(self) -> Callable[..., bool] | None:
         """Takes a free slot, for `value_of` the call; None if asking could block."""
         ...
@@ -312,7 +314,7 @@ class LimitPolicy(Protocol):
         """The value that has a limit of its own, alone in a tuple; nothing in it if one limit is for all calls."""
         ...
 
-    def choose(self, candidates: Sequence[Any]) -> Generator[Any, Any, tuple[Any, bool]]:
+    def choose(self, candidates: Sequence[C]) -> Generator[Any, Any, tuple[C, bool]]:
         """The one of several `Candidate` to try next, and whether its slot has been taken already."""
         ...
 
@@ -338,6 +340,7 @@ class Plan:
     limit: LimitPolicy | None = None
     attempt_timeout: float | None = None
     on_event: Listener | None = None
+    default: Any = MISSING
     stats: Stats = field(default_factory=Stats)
     name: str = field(init=False)
     module: str = field(init=False)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from opero.core.checks import check_choice, check_known, check_mapping, check_seconds, check_text
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
-from opero.core.lazy import lazy_attribute
 from opero.core.limits.local import LocalLimit, Ticket
 from opero.core.limits.per_value import LimitsPerValue
 from opero.core.limits.rates import Rate, Rates, parse_rates
@@ -21,12 +20,14 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Generator, Mapping, Sequence
 
+    from opero.core.checks import Duration
     from opero.core.limits.contract import Limit
     from opero.core.plan import Candidate
     from opero.core.signature import ParameterSlot
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
+C = TypeVar("C", bound="Candidate")
 
 _LIMITER_OPTIONS = ("folder", "max_burst", "name", "scope", "url")
 WHEN_FULL = ("next", "wait")
@@ -90,13 +91,10 @@ class RateLimiter:
         self._rates = rates
         self._scope = scope
         self.limit = scope.limit(rates)
+        # Of the values of ``rate_limit_per``, at this rate.
+        self.per_value = LimitsPerValue(scope.limit_of_value, rates)
         self.take_now = self.limit.take_now
         self.expected_wait = self.limit.expected_wait
-
-    @lazy_attribute
-    def per_value(self) -> LimitsPerValue:
-        """The limits, at this rate, of the values of ``rate_limit_per``."""
-        return LimitsPerValue(self._scope.limit_of_value, self._rates)
 
     @property
     def rate(self) -> float:
@@ -108,8 +106,7 @@ class RateLimiter:
         rates = parse_rates(rate, self._options.get("max_burst"), option="rate")
         self._asked, self._rates = rate, rates
         self.limit.change(rates)
-        if "per_value" in self.__dict__:
-            self.per_value.change(rates)
+        self.per_value.change(rates)
 
     def __repr__(self) -> str:
         return f"RateLimiter({self._asked!r})"
@@ -134,11 +131,12 @@ class RateLimiter:
         assert isinstance(self.limit, LocalLimit)  # noqa: S101 - for the type checkers
         return self.limit.ticket()
 
-    def acquire(self, *, timeout: float | None = None) -> bool:
+    def acquire(self, *, timeout: Duration | None = None) -> bool:
         """Block until a slot has come, and take it.
 
         Args:
-            timeout: Most seconds to wait; 0 takes a slot only if one is free now. Default: no bound.
+            timeout: Most seconds to wait, or a `datetime.timedelta`; 0 takes a slot only if one is free now. Default:
+                no bound.
 
         Returns:
             Whether a slot was taken; False, at once, if it would not come in time.
@@ -146,7 +144,7 @@ class RateLimiter:
         taken: bool = drive(self._acquire(timeout), _no_function)
         return taken
 
-    async def acquire_async(self, *, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - the word of `acquire`
+    async def acquire_async(self, *, timeout: Duration | None = None) -> bool:  # noqa: ASYNC109 - as of `acquire`
         """Wait for a slot without blocking the event loop, and take it; otherwise like `acquire`."""
         taken: bool = await drive_async(self._acquire(timeout), _no_function, "acquire_async")
         return taken
@@ -165,12 +163,13 @@ class RateLimiter:
     async def __aexit__(self, *_exc: object) -> None:
         """A slot is used up by the start."""
 
-    def _acquire(self, timeout: float | None) -> Generator[Any, Any, bool]:
+    def _acquire(self, timeout: Duration | None) -> Generator[Any, Any, bool]:
         if timeout is None:
             return (yield from self.limit.take(None))
-        if not check_seconds("timeout", timeout, zero=True):
+        seconds = check_seconds("timeout", timeout, zero=True)
+        if not seconds:
             return (yield from self.limit.try_to_take())
-        return (yield from self.limit.take(clock.now() + timeout))
+        return (yield from self.limit.take(clock.now() + seconds))
 
 
 def _make_limiter(rate: Rate, options: dict[str, Any]) -> RateLimiter:
@@ -187,6 +186,7 @@ class FunctionLimit:
 
     def __init__(self, limiter: RateLimiter, slot: ParameterSlot | None, *, prefers_free: bool) -> None:
         self.limiter = limiter
+        self.parameter = None if slot is None else slot.name
         self._slot = slot
         self._prefers_free = prefers_free
 
@@ -201,7 +201,7 @@ class FunctionLimit:
         """The value that has a limit of its own, alone in a tuple; nothing in it if one limit is for all calls."""
         return () if self._slot is None else (self._slot.get(args, kwargs),)
 
-    def choose(self, candidates: Sequence[Candidate]) -> Generator[Any, Any, tuple[Candidate, bool]]:
+    def choose(self, candidates: Sequence[C]) -> Generator[Any, Any, tuple[C, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""
         if self._prefers_free and len(candidates) > 1:
             for candidate in candidates:

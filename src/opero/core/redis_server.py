@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
 
 from opero.core.faults import Rest
 from opero.core.forks import ForkSafeLock
-from opero.core.interrupts import BriefHold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,43 +95,25 @@ def _known(place: str, make_client: Callable[[], Any]) -> Server:
         return server
 
 
+@functools.cache
 def _pool_class() -> Any:
     import redis
 
-    return redis.BlockingConnectionPool
+    class Pool(redis.BlockingConnectionPool):
+        def release(self, connection: Any) -> None:
+            if not isinstance(sys.exc_info()[1], (Exception, NoneType)):
+                # Ctrl-C came in the middle of a command, whose answer the next one would read.
+                connection.disconnect()
+            super().release(connection)  # type: ignore[no-untyped-call]  # redis-py's
+
+    return Pool
 
 
 def _client(pool: Any) -> Any:
     """A client that has not connected yet."""
-    return _client_class()(connection_pool=pool)
-
-
-@functools.cache
-def _client_class() -> Any:
-    """redis-py's, which Ctrl-C finds between two commands only.
-
-    In the middle of one it could leave the pool's lock taken, a connection lost, or an answer to be read by the next.
-    """
     import redis
-    from redis.client import Pipeline
 
-    class HeldPipeline(Pipeline):
-        def execute(self, *args: Any, **kwargs: Any) -> Any:
-            with BriefHold():
-                return super().execute(*args, **kwargs)
-
-        def __del__(self) -> None:
-            """`execute` has reset it; redis-py does so again, and Ctrl-C would be lost in that."""
-
-    class Client(redis.Redis):
-        def execute_command(self, *args: Any, **kwargs: Any) -> Any:
-            with BriefHold():
-                return super().execute_command(*args, **kwargs)  # type: ignore[no-untyped-call]  # redis-py's
-
-        def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> HeldPipeline:  # noqa: FBT001, FBT002 - redis-py's
-            return HeldPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
-
-    return Client
+    return redis.Redis(connection_pool=pool)
 
 
 def _settings() -> dict[str, Any]:

@@ -9,6 +9,7 @@ its issue 701).
 
 from __future__ import annotations
 
+import enum
 import inspect
 import math
 import random
@@ -23,23 +24,59 @@ from opero.core.checks import (
     check_mapping,
     check_number,
     check_seconds,
+    seconds_of,
 )
-from opero.core.clock import clock
+from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.decoration import F, decorator
-from opero.core.plan import ACCEPTED, Call, Final, Plan, Verdict
-from opero.core.showing import shown
-from opero.core.signature import name_of
+from opero.core.plan import Call, Final, Plan, Verdict
+from opero.core.showing import kind_of, shown
+from opero.core.signature import MISSING, name_of
 from opero.core.steps import Failed
-from opero.exceptions import RemoteError
+from opero.exceptions import MisuseError, RejectedResultError, RemoteError
 from opero.utils.logging import log
 from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
     import tenacity  # noqa: TC004 - imported by `_import_tenacity`
 
+    from opero.core.checks import Duration
+    from opero.core.retry_error import RetryError  # noqa: TC004 - as above
+
 __all__ = ["get_retry_decorator"]
 
-RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool | float]
+
+class Answer(enum.Enum):
+    """What ``retry_on`` can answer beside a bool and a delay."""
+
+    NEXT = "next"
+    GIVE_UP = "give up"
+
+    def __repr__(self) -> str:
+        return f"opero.{self.name}"
+
+
+# This candidate cannot help, another one may; the call is none that any candidate could answer.
+NEXT, GIVE_UP = Answer.NEXT, Answer.GIVE_UP
+
+RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | Duration | Answer | None"]
+
+
+# No service is at fault, and no second try can mend it.
+PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError, MemoryError)
+
+
+def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], ...]) -> bool:
+    """Whether an exception is one of these, or a group of nothing but these."""
+    if isinstance(error, classes):
+        return True
+    if isinstance(error, RemoteError):
+        return error.error_class is not None and issubclass(error.error_class, classes)
+    return isinstance(error, ExceptionGroup) and all(matches(part, classes) for part in error.exceptions)
+
+
+def retry_unless_of_the_program(error: Exception) -> bool | Answer:
+    """What stands for ``retry_on`` where it was not given."""
+    return GIVE_UP if matches(error, PROGRAM_ERRORS) else True
 
 
 def backoff_delay(failures: int, *, factor: float, smallest: float, largest: float) -> float:
@@ -60,8 +97,10 @@ def jittered(delay: float, random_unit: float) -> float:
 
 def _import_tenacity() -> None:
     """Not at the top, so that `import opero` stays quick; for good, because ``import`` fails when the program ends."""
-    global tenacity  # noqa: PLW0603 - as above
+    global tenacity, RetryError  # noqa: PLW0603 - as above
     import tenacity
+
+    from opero.core.retry_error import RetryError
 
 
 class RetryWithTenacity:
@@ -76,6 +115,7 @@ class RetryWithTenacity:
         max_delay: float,
         jitter: bool,
         retry_on: RetryOn,
+        retry_if_result: Callable[[Any], Any] | None,
         options: dict[str, Any],
     ) -> None:
         self.retries = retries
@@ -84,30 +124,52 @@ class RetryWithTenacity:
         self.max_delay = max_delay
         self.jitter = jitter
         self.retry_on = retry_on
+        self.retry_if_result = retry_if_result
         self.options = options
         self.retrying = self._make_retrying()
 
     @property
     def watches_every_attempt(self) -> bool:
-        """Tenacity's ``retry`` may judge results, and ``before`` is told of every attempt."""
-        return "retry" in self.options or "before" in self.options
+        """Results may be rejected, and tenacity's ``before`` is told of every attempt."""
+        return self.retry_if_result is not None or "retry" in self.options or "before" in self.options
+
+    @property
+    def is_one_round(self) -> bool:
+        """Whether tenacity need not be asked if there is another round."""
+        return self.retries == 0 and not self.options
 
     def rounds(self, call: Call, function: Callable[..., Any]) -> TenacityRounds:
         return TenacityRounds(self, call, function)
 
-    def may_retry(self, error: Exception) -> bool | float:
-        """``retry_on``'s answer: yes, no, or yes after so many seconds."""
+    def judge(self, failed: Failed) -> Verdict:
+        """What ``retry_on`` says of an error."""
+        error = failed.error
         if isinstance(self.retry_on, (type, tuple)):
-            remote = error.error_class if isinstance(error, RemoteError) else None
-            return isinstance(error, self.retry_on) or (remote is not None and issubclass(remote, self.retry_on))
+            is_known = matches(error, self.retry_on)
+            return Verdict(error, failed, again=is_known, counts=is_known)
         answer = self.retry_on(error)
-        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-            return max(0.0, float(answer)) if not math.isnan(answer) else True
-        return bool(answer)
+        if answer is None or isinstance(answer, bool):
+            return Verdict(error, failed, again=bool(answer))
+        if answer is NEXT:
+            return Verdict(error, failed, rests=False, counts=False)
+        if answer is GIVE_UP:
+            return Verdict(error, failed, rests=False, counts=False, ends=True)
+        return Verdict(error, failed, again=True, delay=self._delay(answer))
+
+    def _delay(self, answer: Any) -> float | None:
+        delay = seconds_of(answer)
+        if not isinstance(delay, (int, float)):
+            msg = (
+                f"retry_on={shown(self.retry_on)} answered with {kind_of(answer)}; let it return True, False, seconds, "
+                "a timedelta, opero.NEXT or opero.GIVE_UP"
+            )
+            raise MisuseError(msg)
+        return None if math.isnan(delay) else float(min(max(delay, 0), LONGEST_WAIT))
 
     def _make_retrying(self) -> tenacity.Retrying:
         _import_tenacity()
         ours: dict[str, Any] = {
+            "retry_error_cls": RetryError,
             "stop": tenacity.stop_after_attempt(self.retries + 1),
             "wait": self._wait,
             "reraise": True,
@@ -132,50 +194,67 @@ class TenacityRounds:
         self._function = function
         self._retrying: tenacity.Retrying | None = None
         self._state: tenacity.RetryCallState | None = None
-        self._rejected: Exception | None = None
 
     def begin(self) -> None:
-        if self._policy.watches_every_attempt:
+        if "before" in self._policy.options:
             retrying, state = self._tenacity()
-            self._guarded("before", lambda: retrying.iter(state), None)
+            try:
+                retrying.iter(state)
+            except Exception as raised:  # noqa: BLE001 - the user's hook, which must not end the call
+                self._complain("before", raised, None)
 
-    def judge(self, outcome: Any) -> Verdict:
-        if outcome.__class__ is not Failed:
-            if "retry" not in self._policy.options or not self._predicate_says_again(outcome):
-                return ACCEPTED
-            _retrying, state = self._tenacity()
-            assert state.outcome is not None  # noqa: S101 - for the type checkers
-            self._rejected = tenacity.RetryError(state.outcome)
-            return Verdict(accepted=False, error=self._rejected, retryable=True)
-        error = outcome.error
-        if "retry" in self._policy.options:
-            return Verdict(accepted=False, error=error, retryable=self._predicate_says_again(outcome))
-        answer = self._guarded("retry_on", lambda: self._policy.may_retry(error), False)  # noqa: FBT003 - a predicate's answer
-        if isinstance(answer, bool):
-            return Verdict(accepted=False, error=error, retryable=answer)
-        return Verdict(accepted=False, error=error, retryable=True, delay=answer)
+    def judge(self, outcome: Any) -> Verdict | None:
+        policy, call = self._policy, self._call
+        if "retry" in policy.options:
+            return self._judged_by_tenacity(outcome)
+        if outcome.__class__ is Failed:
+            return policy.judge(outcome)
+        if policy.retry_if_result is None or not policy.retry_if_result(outcome):
+            return None
+        what = f"retry_if_result rejects what {name_of(self._function)} returned at attempt {call.attempts}"
+        return Verdict(RejectedResultError(what, outcome), outcome, again=True)
 
-    def after(self, verdict: Verdict) -> float | Final:
-        if not verdict.retryable:
+    def after(self, verdict: Verdict, may_wait: Callable[[float], bool]) -> float | Final:
+        if not self._is_retried(verdict):
+            return Final(Failed(verdict.error))
+        settings = self._policy.retrying
+        retrying, _state = self._tenacity()
+        retrying.wait = settings.wait if verdict.delay is None else _constant(verdict.delay)
+        # Asked here, so that tenacity calls `before_sleep` only before a sleep, and `retry_error_callback` at each end.
+        retrying.stop = lambda state: bool(settings.stop(state)) or not may_wait(state.upcoming_sleep)
+        try:
+            return self._next_step(verdict)
+        finally:
+            # tenacity's objects are in a cycle, which would keep the call and its errors for the garbage collector.
+            retrying.stop = settings.stop
+
+    def cut_short(self, verdict: Verdict) -> Final:
+        if not self._is_retried(verdict):
             return Final(Failed(verdict.error))
         retrying, state = self._tenacity()
-        if not retrying.enabled:
-            return Final(Failed(verdict.error))
-        if verdict.error is not self._rejected:
-            _set_outcome(state, Failed(verdict.error))
-        retrying.retry = _always
-        retrying.wait = self._policy.retrying.wait if verdict.delay is None else _constant(verdict.delay)
-        return self._next_step(retrying, state, verdict.error)
+        state.attempt_number = self._call.rounds
+        retrying.stop, retrying.wait, retrying.after = _always, _constant(0.0), _nothing
+        end = self._next_step(verdict)
+        assert isinstance(end, Final)  # noqa: S101 - for the type checkers
+        return end
 
-    def _next_step(
-        self, retrying: tenacity.Retrying, state: tenacity.RetryCallState, error: Exception
-    ) -> float | Final:
+    def _is_retried(self, verdict: Verdict) -> bool:
+        return verdict.again and not self._policy.is_one_round and self._policy.retrying.enabled
+
+    def _next_step(self, verdict: Verdict) -> float | Final:
+        retrying, state = self._tenacity()
+        _set_outcome(state, verdict.outcome)
+        retrying.retry = _always
+        error = verdict.error
         traceback = error.__traceback__
         try:
             step = retrying.iter(state)
         except Exception as raised:  # noqa: BLE001 - tenacity raises to give up: the call's own error, or its own
-            if raised is not error:
-                if isinstance(raised, retrying.retry_error_cls) or isinstance(error, tenacity.TryAgain):
+            if isinstance(raised, retrying.retry_error_cls):
+                if not retrying.reraise:
+                    return Final(Failed(raised))
+            elif raised is not error:
+                if isinstance(error, tenacity.TryAgain):
                     return Final(Failed(raised))
                 self._complain("retry_options", raised, error)
             return Final(Failed(error.with_traceback(traceback)))
@@ -184,13 +263,16 @@ class TenacityRounds:
         state.prepare_for_next_attempt()
         return float(step)
 
-    def _predicate_says_again(self, outcome: Any) -> bool:
-        _retrying, state = self._tenacity()
+    def _judged_by_tenacity(self, outcome: Any) -> Verdict | None:
+        retrying, state = self._tenacity()
         _set_outcome(state, outcome)
-        if outcome.__class__ is Failed and isinstance(outcome.error, tenacity.TryAgain):
-            return True
-        predicate = self._policy.retrying.retry
-        return bool(self._guarded("retry", lambda: predicate(state), False))  # noqa: FBT003 - a predicate's answer
+        assert state.outcome is not None  # noqa: S101 - for the type checkers
+        is_failed = outcome.__class__ is Failed
+        wants_another = is_failed and isinstance(outcome.error, tenacity.TryAgain)
+        again = wants_another or bool(self._policy.retrying.retry(state))
+        if not is_failed:
+            return Verdict(retrying.retry_error_cls(state.outcome), outcome, again=True) if again else None
+        return Verdict(outcome.error, outcome, again=again)
 
     def _tenacity(self) -> tuple[tenacity.Retrying, tenacity.RetryCallState]:
         if self._retrying is None or self._state is None:
@@ -203,20 +285,13 @@ class TenacityRounds:
             self._state.start_time -= clock.now() - self._call.started
         return self._retrying, self._state
 
-    def _guarded(self, hook: str, ask: Callable[[], Any], otherwise: Any) -> Any:
-        """A user's hook that raises must not replace the error that the user's function raised."""
-        try:
-            return ask()
-        except Exception as raised:  # noqa: BLE001 - whatever it is, it is logged
-            self._complain(hook, raised, None)
-            return otherwise
-
     def _complain(self, hook: str, raised: Exception, error: Exception | None) -> None:
         # Not its text, which may hold arguments.
-        text = f"{hook} of {name_of(self._function)} raised {type(raised).__name__}; not retried"
-        log("WARNING", "{}", text)
+        text = f"{hook} of {name_of(self._function)} raised {type(raised).__name__}"
         if error is not None:
+            text += "; not retried"
             add_note(error, f"opero: {text}")
+        log("WARNING", "{}", text)
 
 
 def _set_outcome(state: tenacity.RetryCallState, outcome: Any) -> None:
@@ -231,6 +306,10 @@ def _always(_state: tenacity.RetryCallState) -> bool:
     return True
 
 
+def _nothing(_state: tenacity.RetryCallState) -> None:
+    """A hook has been told already."""
+
+
 def _constant(seconds: float) -> Callable[[tenacity.RetryCallState], float]:
     return lambda _state: seconds
 
@@ -239,21 +318,24 @@ def retry_policy(
     *,
     retries: int = 3,
     backoff_factor: float = 2.0,
-    min_delay: float = 0.1,
-    max_delay: float = 30.0,
+    min_delay: Duration = 0.1,
+    max_delay: Duration = 30.0,
     jitter: bool = True,
-    retry_on: RetryOn = Exception,
+    retry_on: RetryOn = MISSING,
+    retry_if_result: Callable[[Any], Any] | None = None,
     options: Mapping[str, Any] | None = None,
     judges_for_others: bool = False,
 ) -> RetryWithTenacity | None:
-    """Check retry's options and make the policy; None where nothing is ever retried.
+    """Check retry's options and make the policy; None where there is nothing for it to decide.
 
     ``judges_for_others``: ``retry_on`` has a meaning without retries, too.
     """
+    if retry_on is MISSING:
+        retry_on = retry_unless_of_the_program
     check_count("retries", retries, "extra rounds", smallest=0)
     check_number("backoff_factor", backoff_factor, "times", smallest=1)
-    check_seconds("min_delay", min_delay, zero=True)
-    check_seconds("max_delay", max_delay, zero=True)
+    min_delay = check_seconds("min_delay", min_delay, zero=True)
+    max_delay = check_seconds("max_delay", max_delay, zero=True)
     if max_delay < min_delay:
         msg = f"max_delay={max_delay!r} is below min_delay={min_delay!r}; write a max_delay that is not"
         raise ValueError(msg)
@@ -266,7 +348,15 @@ def retry_policy(
     for name in _HOOKS:
         if given.get(name) is not None or (name in given and name not in _OPTIONAL_HOOKS):
             _check_hook(name, given[name])
-    if retries == 0 and not given and (retry_on is Exception or not judges_for_others):
+    if retry_if_result is not None:
+        check_callable("retry_if_result", retry_if_result, "a function of the result that returns a bool")
+        if "retry" in given:
+            msg = (
+                "retry_if_result cannot apply beside retry_options['retry'], which judges results, too; "
+                "write retry_on in place of that, or tenacity.retry_any(…, tenacity.retry_if_result(…)) there"
+            )
+            raise ValueError(msg)
+    if retries == 0 and not given and retry_if_result is None and not judges_for_others:
         return None
     return RetryWithTenacity(
         retries=retries,
@@ -275,6 +365,7 @@ def retry_policy(
         max_delay=max_delay,
         jitter=jitter,
         retry_on=retry_on,
+        retry_if_result=retry_if_result,
         options=given,
     )
 
@@ -295,7 +386,7 @@ def _check_hook(name: str, hook: Any) -> None:
 
 
 def _check_retry_on(retry_on: Any) -> None:
-    wanted = "an Exception class, a tuple of them, or a function of the exception that returns a bool or seconds"
+    wanted = "an Exception class, a tuple of them, or a function of the exception that returns a bool or a delay"
     if isinstance(retry_on, (type, tuple)):
         for cls in retry_on if isinstance(retry_on, tuple) else (retry_on,):
             if not (isinstance(cls, type) and issubclass(cls, BaseException)):
@@ -315,10 +406,11 @@ def get_retry_decorator(
     *,
     retries: int = 3,
     backoff_factor: float = 2.0,
-    min_delay: float = 0.1,
-    max_delay: float = 30.0,
+    min_delay: Duration = 0.1,
+    max_delay: Duration = 30.0,
     jitter: bool = True,
-    retry_on: RetryOn = Exception,
+    retry_on: RetryOn = MISSING,
+    retry_if_result: Callable[[Any], object] | None = None,
     **options: Any,
 ) -> Callable[[F], F]:
     """Make a decorator that retries, and does nothing else.
@@ -326,10 +418,15 @@ def get_retry_decorator(
     Args:
         retries: Extra executions after the first.
         backoff_factor: By how much each delay is longer than the one before.
-        min_delay: Seconds before the first retry.
-        max_delay: Seconds that no delay exceeds.
+        min_delay: Seconds before the first retry, or a `datetime.timedelta`.
+        max_delay: Seconds that no delay exceeds, or a `datetime.timedelta`.
         jitter: Whether each delay is drawn from its upper half at random.
-        retry_on: Exception class, tuple of classes, or ``callable(exception)`` returning a bool or seconds to wait.
+        retry_on: Exception class, tuple of classes, or ``callable(exception)`` that answers with True, False, a delay
+            (seconds or a `datetime.timedelta`), `opero.NEXT` or `opero.GIVE_UP`. One that raises ends the call.
+            Default: every `Exception` but those of the program itself (`NameError`, `ImportError`, `SyntaxError`,
+            `NotImplementedError`, `RecursionError`, `MemoryError`).
+        retry_if_result: ``callable(result)``: whether to reject a result, as if the execution had failed. When retries
+            have run out then, `opero.RejectedResultError` is raised.
         **options: For `tenacity.Retrying` (``stop``, ``wait``, ``retry``, ``before_sleep``, …); these win.
 
     Raises:
@@ -343,6 +440,7 @@ def get_retry_decorator(
         max_delay=max_delay,
         jitter=jitter,
         retry_on=retry_on,
+        retry_if_result=retry_if_result,
         options=options,
     )
     recipe = {
@@ -352,6 +450,7 @@ def get_retry_decorator(
         "max_delay": max_delay,
         "jitter": jitter,
         "retry_on": retry_on,
+        "retry_if_result": retry_if_result,
         **options,
     }
     return decorator(

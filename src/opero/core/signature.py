@@ -244,17 +244,11 @@ def own_signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(_as_it_is(function), follow_wrapped=False)
 
 
-def shown_signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """The signature as `inspect` tells it, for the wrapper to show; None if it is not known."""
-    try:
-        if sys.version_info >= (3, 14):
-            import annotationlib
-
-            # Annotations are evaluated when they are asked for, and may name what is imported for type checkers only.
-            return inspect.signature(function, annotation_format=annotationlib.Format.FORWARDREF)
-        return inspect.signature(function)
-    except (ValueError, TypeError):
-        return None
+def first_parameter(function: Callable[..., Any]) -> str | None:
+    """The name of the first parameter of a ``def``; None of what is none, or has none."""
+    function = inspect.unwrap(function)
+    code = function.__code__ if isinstance(function, types.FunctionType) else None
+    return None if code is None else next(iter(code.co_varnames[: code.co_argcount]), None)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opero.core.clock import LONGEST_WAIT, Bell, asyncio_sleep, clock
+from opero.core.clock import LONGEST_WAIT, asyncio_sleep, clock
 from opero.core.forks import allow_forks, watch_forks
+from opero.core.signature import MISSING
 from opero.exceptions import CallTimeoutError
 
 if TYPE_CHECKING:
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 
 
 class Failed:
-    """An exception as a value, so that flows can pass it on without raising it."""
+    """An exception as a value, so that flows can pass it on without raising it.
 
-    __slots__ = ("error",)
+    ``instead`` is what the call returns in place of raising it, if anything.
+    """
 
-    def __init__(self, error: Exception) -> None:
+    __slots__ = ("error", "instead")
+
+    def __init__(self, error: Exception, instead: Any = MISSING) -> None:
         self.error = error
+        self.instead = instead
 
 
 class _NotRun:
@@ -45,10 +50,10 @@ class Attempt:
     it run. ``candidate`` is the fallback value in ``args`` or ``kwargs``, for drivers that send only what differs.
     ``flight`` is the badge of the computation that others may be waiting for, see `opero.core.flights`. A driver that
     does not run it at once asks `may_start`, and sends back `NOT_RUN` if the answer is no, or takes what `time_limit`
-    says then: the whole call ends at ``deadline``.
+    says then: the whole call ends at ``deadline``. It calls `begin` when it runs it.
     """
 
-    __slots__ = ("_may_start", "args", "candidate", "deadline", "flight", "kwargs", "limit", "timeout")
+    __slots__ = ("_begins", "_may_start", "args", "candidate", "deadline", "flight", "kwargs", "limit", "timeout")
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class Attempt:
         limit: str = "",
         deadline: float | None = None,
         may_start: Callable[[], bool] | None = None,
+        begins: Callable[[], None] | None = None,
     ) -> None:
         self.args = args
         self.kwargs = kwargs
@@ -70,6 +76,13 @@ class Attempt:
         self.limit = limit
         self.deadline = deadline
         self._may_start = may_start
+        self._begins = begins
+
+    def begin(self) -> None:
+        """Let go of the attempt before this one."""
+        if self._begins is not None:
+            self._begins()
+            self._begins = None
 
     def may_start(self) -> bool:
         return not self.is_late() and (self._may_start is None or self._may_start())
@@ -138,6 +151,47 @@ class Await:
     def __init__(self, arrival: Arrival, *, is_turn: bool = False) -> None:
         self.arrival = arrival
         self.is_turn = is_turn
+
+
+class _Unless:
+    """An `Arrival` of another one, or of the moment in which there is no use in waiting for it."""
+
+    __slots__ = ("_arrival", "_is_over")
+
+    def __init__(self, arrival: Arrival, is_over: Callable[[], bool]) -> None:
+        self._arrival = arrival
+        self._is_over = is_over
+
+    def poll(self) -> bool:
+        return self._is_over() or self._arrival.poll()
+
+    def due_in(self) -> float | None:
+        return 0.0 if self._is_over() else self._arrival.due_in()
+
+    def notify(self, wake: Callable[[], None] | None) -> None:
+        self._arrival.notify(wake)
+
+    def withdraw(self) -> None:
+        self._arrival.withdraw()
+
+
+def waiting_until(
+    is_over: Callable[[], bool], wait: Generator[Any, Any, Any], *, is_turn: bool
+) -> Generator[Any, Any, Any]:
+    """Go through a wait, which gives None once ``is_over`` says so at one of its looks."""
+    try:
+        step = next(wait)
+        while True:
+            if step.__class__ is Await:
+                step = Await(_Unless(step.arrival, is_over), is_turn=is_turn)
+            sent = yield step
+            if is_over():
+                return None
+            step = wait.send(sent)
+    except StopIteration as end:
+        return end.value
+    finally:
+        wait.close()
 
 
 class Asked(Protocol):
@@ -209,6 +263,8 @@ def raise_or_return(outcome: Any) -> Any:
     """Turn a flow's last word into what the user's call does."""
     if outcome.__class__ is not Failed:
         return outcome
+    if outcome.instead is not MISSING:
+        return outcome.instead
     try:
         raise outcome.error
     finally:
@@ -221,6 +277,7 @@ leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozen
 
 
 def run_attempt(function: Callable[..., Any], attempt: Attempt) -> Any:
+    attempt.begin()
     token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
     try:
         return function(*attempt.args, **attempt.kwargs)
@@ -232,6 +289,7 @@ def run_attempt(function: Callable[..., Any], attempt: Attempt) -> Any:
 
 
 async def run_attempt_async(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
+    attempt.begin()
     token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
     try:
         return await _run_in_time(function, attempt, name)
@@ -260,13 +318,14 @@ async def _run_in_time(function: Callable[..., Awaitable[Any]], attempt: Attempt
 
 
 def await_arrival(arrival: Arrival) -> None:
-    bell = Bell()
+    event = threading.Event()
     try:
         if arrival.poll():
             return
-        arrival.notify(bell.ring)
+        arrival.notify(event.set)
         while not arrival.poll():
-            clock.wait(bell.wait, arrival.due_in(), nudge=bell.nudge)
+            clock.wait(event.wait, arrival.due_in())
+            event.clear()
     finally:
         arrival.notify(None)
         arrival.withdraw()
@@ -315,7 +374,6 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
                 sent = run_attempt(function, step)
             elif isinstance(step, Pause):
                 (time.sleep if step.is_real else clock.sleep)(step.seconds)
-                sent = None
             elif isinstance(step, Consult):
                 try:
                     (sent,) = consult([step])
@@ -324,8 +382,9 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
                     continue
             else:
                 await_arrival(step.arrival)
-                sent = None
             step = flow.send(sent)
+            # It may hold an error, and with it the frames of an attempt.
+            sent = None
     except StopIteration as end:
         outcome = end.value
     finally:
@@ -347,7 +406,6 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
                 sent = await run_attempt_async(function, step, name)
             elif isinstance(step, Pause):
                 await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
-                sent = None
             elif isinstance(step, Consult):
                 try:
                     (sent,) = await consult_async([step])
@@ -356,8 +414,9 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
                     continue
             else:
                 await await_arrival_async(step.arrival)
-                sent = None
             step = flow.send(sent)
+            # It may hold an error, and with it the frames of an attempt.
+            sent = None
     except StopIteration as end:
         outcome = end.value
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
 from opero.core.breaker import breaker_policy
 from opero.core.cache import cache_policy
@@ -15,41 +15,55 @@ from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
 from opero.core.retry import RetryOn, retry_policy
 from opero.core.showing import shown
-from opero.core.signature import is_async, name_of
+from opero.core.signature import MISSING, is_async, name_of, refuse_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from opero.core.cache import Cache
+    from opero.core.checks import Duration
     from opero.core.limits.rates import Rate
     from opero.core.rate_limit import RateLimiter
 
 
-class OperoOptions(TypedDict, total=False):
-    """Types of the options of `opero`, for type checkers."""
+P = ParamSpec("P")
+R = TypeVar("R")
+D = TypeVar("D")
+D_co = TypeVar("D_co", covariant=True)
+
+
+class CommonOptions(TypedDict, total=False):
+    """Types of the options of `opero` that are `opmap`'s, too, for type checkers."""
 
     cache: bool
-    cache_ttl: float | None
+    cache_ttl: Duration | None
     cache_backend: str
     cache_key: Callable[..., Any] | None
     cache_namespace: str | None
     cache_options: Mapping[str, Any] | None
     retries: int
     backoff_factor: float
-    min_delay: float
-    max_delay: float
+    min_delay: Duration
+    max_delay: Duration
     jitter: bool
     retry_on: RetryOn
+    retry_if_result: Callable[[Any], object] | None
     retry_options: Mapping[str, Any] | None
     arg_fallback: str | None
-    fallback_cooldown: float | None
+    fallback_cooldown: Duration | None
     rate_limit: Rate | RateLimiter | None
     rate_limit_per: str | None
     rate_limit_options: Mapping[str, Any] | None
-    attempt_timeout: float | None
-    total_timeout: float | None
+    attempt_timeout: Duration | None
+    total_timeout: Duration | None
     breaker: int | Mapping[str, Any] | None
     on_event: Callable[[Any], object] | None
+
+
+class OperoOptions(CommonOptions, total=False):
+    """Types of the options of `opero`, for type checkers."""
+
+    default: Any
 
 
 OPERO_DEFAULTS: dict[str, Any] = {
@@ -65,6 +79,7 @@ OPERO_DEFAULTS: dict[str, Any] = {
     "max_delay": 30.0,
     "jitter": True,
     "retry_on": Exception,
+    "retry_if_result": None,
     "retry_options": None,
     "arg_fallback": None,
     "fallback_cooldown": None,
@@ -75,6 +90,7 @@ OPERO_DEFAULTS: dict[str, Any] = {
     "total_timeout": None,
     "breaker": None,
     "on_event": None,
+    "default": MISSING,
 }
 
 
@@ -95,6 +111,9 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
     """
     given: dict[str, Any] = {**OPERO_DEFAULTS, **options}
     _refuse_useless(given)
+    for name in ("retry_if_result", "default"):
+        if given[name] is not OPERO_DEFAULTS[name]:
+            refuse_generator(function, f"{name}=…")
     attempt_timeout = _seconds("attempt_timeout", given["attempt_timeout"])
     if attempt_timeout is not None and not killable and not is_async(function):
         msg = (
@@ -112,9 +131,11 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             min_delay=given["min_delay"],
             max_delay=given["max_delay"],
             jitter=given["jitter"],
-            retry_on=given["retry_on"],
+            # Given by hand, `Exception` is meant as it is written.
+            retry_on=options.get("retry_on", MISSING),
+            retry_if_result=given["retry_if_result"],
             options=given["retry_options"],
-            judges_for_others=given["breaker"] is not None,
+            judges_for_others=given["breaker"] is not None or given["arg_fallback"] is not None,
         ),
         fallback=None
         if given["arg_fallback"] is None
@@ -133,6 +154,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         on_event=None
         if given["on_event"] is None
         else Listener(check_callable("on_event", given["on_event"], "a function of one event")),
+        default=given["default"],
     )
 
 
@@ -170,8 +192,8 @@ def _refuse_useless(given: dict[str, Any]) -> None:
     if given["retries"] != 0 or given["retry_options"] is not None:
         for name in _OF_ROUNDS:
             needs.pop(name)
-    elif given["breaker"] is not None:
-        # It says which errors count.
+    elif given["breaker"] is not None or given["arg_fallback"] is not None:
+        # It says which errors count, and which of them another candidate may mend.
         needs.pop("retry_on")
     for name, (other, off, example) in needs.items():
         if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
@@ -179,10 +201,23 @@ def _refuse_useless(given: dict[str, Any]) -> None:
             raise ValueError(msg)
 
 
+class _WithDefault(Protocol[D_co]):
+    """A decorator whose functions give a default in place of raising."""
+
+    @overload
+    def __call__(
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> Callable[P, Coroutine[Any, Any, R | D_co]]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Callable[P, R | D_co]: ...
+
+
 @overload
 def opero(function: F, /) -> F: ...
 @overload
-def opero(**options: Unpack[OperoOptions]) -> Callable[[F], F]: ...
+def opero(*, default: D, **options: Unpack[CommonOptions]) -> _WithDefault[D]: ...
+@overload
+def opero(**options: Unpack[CommonOptions]) -> Callable[[F], F]: ...
 def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[OperoOptions]) -> Any:
     """Make a function resilient: cache, time limits, retry, fallback and rate limit, in this order from outside in.
 
@@ -196,7 +231,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
 
     Args:
         function: The function, when used without parentheses.
-        **options: All by keyword:
+        **options: All by keyword. What is told in seconds may also be a `datetime.timedelta`:
 
             - ``cache`` (False): cache successful results. Identical calls under way share one execution.
             - ``cache_ttl`` (None): seconds an entry lives; None keeps it for ever.
@@ -212,7 +247,14 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``backoff_factor``, ``min_delay``, ``max_delay`` (2.0, 0.1 s, 30 s): the delay after round n is
               ``min(max_delay, min_delay * backoff_factor**(n-1))``.
             - ``jitter`` (True): draw each delay from its upper half at random.
-            - ``retry_on`` (Exception): class, tuple, or ``callable(exception)`` returning a bool or seconds to wait.
+            - ``retry_on`` (Exception): class, tuple, or ``callable(exception)``. That answers True or False (None is
+              False), a delay (seconds or `datetime.timedelta`), `opero.NEXT` (no retry, and no fault of this
+              candidate) or `opero.GIVE_UP` (the call ends, without trying other candidates); anything else is a
+              `TypeError`, and an error of its own ends the call. Classes match a group of exceptions, too, if they
+              match all in it. Where it is not given, errors of the program itself end the call: `NameError`,
+              `ImportError`, `SyntaxError`, `NotImplementedError`, `RecursionError`, `MemoryError`.
+            - ``retry_if_result`` (None): ``callable(result)`` that says whether to reject a result: that is a failed
+              attempt then, whatever ``retry_on`` says, and in the end a `RejectedResultError`.
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
             - ``arg_fallback`` (None): name of the parameter whose list or tuple, `opero.candidates` or
               `opero.candidates_from`, holds candidates to try in order.
@@ -231,8 +273,11 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
               is not stopped, but none starts later.
             - ``breaker`` (None): failures in a row, of the function or of one candidate, after which calls fail at
               once; or a mapping with ``failures`` (5), ``window`` (None: seconds within which they have to happen) and
-              ``recovery`` (30 s, then one trial call decides). Errors that ``retry_on`` would not retry count as
-              answers, except of time limits.
+              ``recovery`` (30 s, then one trial call decides). Errors that no class in ``retry_on`` matches, or to
+              which it answers `opero.NEXT` or `opero.GIVE_UP`, count as answers, except of time limits.
+            - ``default``: what a call that failed returns in place of raising, whatever ended it: the object itself, no
+              copy. It is never cached, the call counts as a failure, and listeners are told of the error. A
+              `MisuseError` and arguments that do not fit the function are raised all the same.
             - ``on_event`` (None): ``callable(event)``, told of what happens during each call (`opero.events`).
 
     Raises:
@@ -240,6 +285,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
         ValueError: When decorating: a value out of range, or an option that cannot apply. At a call: no candidates.
         UnsafeCacheError: At a call: the folder of the disk cache could have been filled by somebody else.
         AllFailedError: At a call with ``arg_fallback``: every candidate failed in every round.
+        RejectedResultError: At a call with ``retry_if_result``: the last result was rejected, too.
         CallTimeoutError: At a call: a time limit ended it.
         CircuitOpenError: At a call with ``breaker``: it was not tried.
     """

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol
 from opero.concurrency.mapping import AsyncMap, SyncMap, make_map
 from opero.concurrency.pool import map_settings
 from opero.core.checks import check_known
-from opero.core.signature import check_decoratable
-from opero.decorators.opero import OPERO_DEFAULTS, OperoOptions, keyword_signature, make_plan
+from opero.core.showing import shown
+from opero.core.signature import MISSING, check_decoratable
+from opero.decorators.opero import OPERO_DEFAULTS, CommonOptions, keyword_signature, make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+D = TypeVar("D")
 P = ParamSpec("P")
 
 
-class OpmapOptions(OperoOptions, total=False):
-    """Types of the options of `opmap`, for type checkers; ``return_exceptions`` stands in its overloads."""
+class OpmapOptions(CommonOptions, total=False):
+    """Types of the options of `opmap`, for type checkers; those that decide about its type stand in its overloads."""
 
     mode: str | Executor | Callable[[], Executor]
     workers: int | None
@@ -51,6 +53,17 @@ class _ToMapWithErrors(Protocol):
     def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
 
 
+class _ToMapWithDefault(Protocol[D]):
+    """A decorator whose maps return results and defaults."""
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # as above
+        self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
+    ) -> AsyncMap[T, P, R, R | D]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | D]: ...
+
+
 class _ToMap(Protocol):
     """A decorator whose maps return results, or raise."""
 
@@ -72,6 +85,8 @@ def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | E
 def opmap(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # False is a bool too
     *, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]
 ) -> _ToMap: ...
+@overload
+def opmap(*, default: D, **options: Unpack[OpmapOptions]) -> _ToMapWithDefault[D]: ...
 @overload
 def opmap(*, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]) -> _ToMapWithErrors: ...
 def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
@@ -99,7 +114,8 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``ordered`` (True): results in input order; else in order of completion.
             - ``progress`` (True): a tqdm bar on a terminal or in a notebook, not in child processes; text is its label.
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
-              the map and is raised.
+              the map and is raised. Not beside ``default``, which is in the list for an item that failed; its `Outcome`
+              has the exception.
             - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``,
               ``max_tasks_per_worker`` (None: any number), the items after which a process is replaced; with
               ``"async_process"`` also ``concurrency`` (16), the coroutines in each process.
@@ -115,6 +131,12 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
     def decorate(decorated: Callable[..., Any]) -> Any:
         check_decoratable(decorated, "opmap")
+        if options.get("default", MISSING) is not MISSING and "return_exceptions" in options:
+            msg = (
+                f"return_exceptions={shown(options['return_exceptions'])} has no effect beside default, which stands "
+                "for an item that failed in the list; leave one of them out"
+            )
+            raise ValueError(msg)
         given = {**MAP_DEFAULTS, **{name: value for name, value in options.items() if name in MAP_DEFAULTS}}
         settings = map_settings(decorated, **given)
         policies: Any = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}

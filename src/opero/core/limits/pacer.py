@@ -249,9 +249,6 @@ class Pacer:
                         break
                     before += not (other.done() or other.is_slow)
                 due = max(0.0, self._loop.timer.when - now) + before * _GRACE
-                if before and clock.skips is not None:
-                    # Where time jumps to each look, all of them would look at each slot.
-                    due = max(due, self._expected_start(self._count_before(place), now) - now)
         if self._to_wake:
             self._wake()
         return max(0.0, due)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from opero.core.clock import clock
 from opero.core.faults import Complaints
-from opero.core.lazy import lazy_attribute
 from opero.core.limits.line import Line
 from opero.core.limits.local import LocalLimit
 from opero.core.steps import Await, Consult
@@ -53,7 +53,7 @@ class SharedLimit:
         self._opens_at = -math.inf
         self._changes = 0
 
-    @lazy_attribute
+    @cached_property
     def _gate(self) -> Gate:
         return self._open_gate(self._rates)
 
@@ -62,7 +62,7 @@ class SharedLimit:
         return None
 
     def take(self, deadline: float | None) -> Generator[Any, Any, bool]:
-        if clock.skips is not None:
+        if clock.is_virtual:
             # The others go by a time that does not jump.
             return (yield from self._alone.take(deadline))
         if deadline is not None and clock.now() + self.expected_wait() >= deadline:
@@ -72,7 +72,7 @@ class SharedLimit:
             turn.enter()
             while deadline is None or max(clock.now(), self._opens_at) < deadline:
                 yield Await(turn, is_turn=True)
-                if clock.skips is not None:
+                if clock.is_virtual:
                     return (yield from self._alone.take(deadline))
                 wait = yield from self._ask(Request())
                 if isinstance(wait, Exception):
@@ -85,7 +85,7 @@ class SharedLimit:
             turn.leave()
 
     def try_to_take(self) -> Generator[Any, Any, bool]:
-        if clock.skips is not None:
+        if clock.is_virtual:
             return (yield from self._alone.try_to_take())
         if self._line or clock.now() < self._opens_at:
             return False
@@ -101,8 +101,10 @@ class SharedLimit:
     def pause(self, seconds: float) -> Generator[Any, Any, None]:
         self._opens_at = max(self._opens_at, clock.now() + seconds)
         yield from self._alone.pause(seconds)
-        if clock.skips is None:
+        if not clock.is_virtual:
             yield from self._ask(Request(seconds))
+        # Some may not want to wait for so long.
+        self._line.rouse()
 
     def change(self, rates: Rates) -> None:
         self._rates = rates

@@ -17,8 +17,8 @@ import diskcache
 
 from opero.core.clock import clock
 from opero.core.faults import Rest
-from opero.core.forks import between_forks, hold_forks
-from opero.core.interrupts import BriefHold
+from opero.core.forks import hold_forks
+from opero.core.interrupts import Hold
 from opero.core.private_folder import private_folder, refuse_foreign_files
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
 from opero.core.stores.lasting import LastingStore, slug
@@ -115,6 +115,8 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
 
     def close(self) -> None:
         connection, self._connection = self._connection, None
+        # The thread in whose transaction it may have been interrupted.
+        self._txn_id = None
         if connection is not None:
             connection.close()
 
@@ -242,7 +244,7 @@ class DiskStore(LastingStore):
         return [self._answer_one(request, kept) for request in requests]
 
     def let_go(self, lease: Lease) -> None:
-        with BriefHold(), self._lock:
+        with Hold(), self._lock:
             lease.dropped = True
             held, lease.held = lease.held, False
             if held and self._locks is not None:
@@ -296,10 +298,6 @@ class DiskStore(LastingStore):
                 reading.close()
 
     def __del__(self) -> None:
-        # With its locks: until it has gone, another thread may find it by its namespace and use it again.
-        between_forks(self._try_to_close)
-
-    def _try_to_close(self) -> None:
         # Left open, SQLite's connections warn when they are collected.
         with contextlib.suppress(Exception):
             self.close()
@@ -315,7 +313,7 @@ class DiskStore(LastingStore):
 
     def _claim(self, lease: Lease) -> Any:
         # A key that is locked and not noted could not be given back.
-        with BriefHold(), self._lock:
+        with Hold(), self._lock:
             claimed = not lease.dropped and self._locks is not None and self._locks.take(lease.key)
             lease.held = claimed
             if claimed:
@@ -354,17 +352,20 @@ class DiskStore(LastingStore):
         self._patiently(write)
 
     def _patiently(self, write: Callable[[_Database], R]) -> R:
-        """Write, as soon as no other process does.
-
-        Ctrl-C between the begin of a transaction and its block would leave it open, and nobody else could write.
-        """
+        """Write, as soon as no other process does."""
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
                 with self._lock:
                     database = self._opened()
-                    with BriefHold():
+                    try:
                         return write(database)
+                    except Exception:
+                        raise
+                    except BaseException:
+                        # Ctrl-C may have left a transaction open, which would keep everybody else from writing.
+                        database.close()
+                        raise
             except (diskcache.Timeout, sqlite3.OperationalError) as error:
                 busy = isinstance(error, diskcache.Timeout) or "locked" in str(error)
                 if not busy or time.monotonic() >= deadline:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from opero.core.forks import allow_forks, watch_forks
-from opero.core.interrupts import BriefHold
 from opero.core.redis_server import ANSWER_SECONDS, CONNECT_SECONDS, Server, server_of
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
 from opero.core.stores.lasting import LastingStore
@@ -93,11 +92,17 @@ class RedisStore(LastingStore):
         pipeline = self.client.pipeline(transaction=False)
         for request in requests:
             self._ask(pipeline, request, written)
-        # A lease that was claimed and is not noted could not be given back.
-        with BriefHold():
+        try:
             answers = pipeline.execute(raise_on_error=False)
             self.rest.end()
             return [self._understand(*pair) for pair in zip(requests, answers, strict=True)]
+        except Exception:
+            raise
+        except BaseException:
+            # Ctrl-C: what was asked for may have been granted, and is given back when whoever asked lets it go.
+            for request in requests:
+                request.lease.held = isinstance(request, Claim)
+            raise
 
     def let_go(self, lease: Lease) -> None:
         self._keeper.drop(lease)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from opero.core.checks import Duration
     from opero.core.stores.contract import Store
 
 BACKENDS = ("memory", "disk", "redis")
@@ -167,7 +168,7 @@ def _is_missing(package: str) -> bool:
 
 def cache_settings(
     *,
-    ttl: float | None = None,
+    ttl: Duration | None = None,
     backend: str = "memory",
     namespace: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -184,7 +185,7 @@ def cache_settings(
         msg = "cache_backend='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")
     if ttl is not None:
-        check_seconds("cache_ttl", ttl, zero=False)
+        ttl = check_seconds("cache_ttl", ttl, zero=False)
     if namespace is not None:
         check_text("cache_namespace", namespace, "a name for where the entries live")
     given = check_mapping("cache_options", options)
