@@ -584,6 +584,7 @@ UNLIKE = {
     "numbers with two attributes": (ratio("a"), ratio("b")),
     "objects that are equal in their own opinion": (Length(1, "km"), Length(1000, "m")),
     "objects with values of two types": (Valued(1), Valued(True)),
+    "bare objects": (object(), object()),
     "deques": (collections.deque([1]), collections.deque([1], maxlen=2)),
     "slices": (slice(1, 2), slice(1, 2, 1)),
     "functions of two scripts": (defined("def step(x): return x + 1"), defined("def step(x): return x * 10")),
@@ -938,7 +939,6 @@ UNUSABLE = {
     "captured by a function": captures(threading.Lock()),
     "file": io.TextIOWrapper(io.BytesIO()),
     "writable memoryview, whose hash raises a ValueError": memoryview(bytearray(b"a")),
-    "bare object, of which nothing is known": object(),
 }
 
 

@@ -19,7 +19,7 @@ from side_by_side import SECONDS, results, started, until
 from test_rate_limit import Timed, limited, polled, settle, worst_excess
 
 import opero
-from opero.core import CallTimeoutError, RateLimiter, get_rate_limit_decorator
+from opero.core import CallTimeoutError, MisuseError, RateLimiter, get_rate_limit_decorator
 from opero.core.limits.rates import Quota, Rates, parse_rates
 
 thoroughly = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -231,15 +231,13 @@ def test_a_parameter_of_the_function_is_not_mistaken_for_the_wrappers_own(fake_c
         f("x")
 
 
-def test_objects_that_say_nothing_of_themselves_have_a_limit_each(world, fake_clock):
+def test_a_value_that_cannot_tell_limits_apart_is_refused_at_the_call(world):
     class Unhashable:
         __hash__ = None
 
-    f = limited(world.define(lambda key: 1), **ONE_EACH, total_timeout=5)
-    one, two = Unhashable(), Unhashable()
-    assert [world.run(f, one), world.run(f, two)] == [1, 1]
-    with pytest.raises(CallTimeoutError):
-        world.run(f, one)
+    f = limited(world.define(lambda key: key), **ONE_EACH)
+    with pytest.raises(MisuseError, match="Unhashable"):
+        world.run(f, Unhashable())
 
 
 def test_each_candidate_has_a_limit_of_its_own(world, fake_clock):

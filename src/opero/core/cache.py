@@ -13,7 +13,7 @@ from opero.core.decoration import F, decorator
 from opero.core.flights import Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.plan import CacheInfo, Final, Plan
-from opero.core.signature import MISSING, is_async, name_of, refuse_generator
+from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
 from opero.core.stores.contract import BUSY, CLAIMED, Claim, Fault, Found, Keep, Lease, Release, managing
 from opero.core.stores.memory import is_shared
@@ -109,7 +109,7 @@ class Cache:
                 if _would_wait_for_ever(call, flight):
                     stats.flown.tick()
                     return (yield from compute())
-                yield Await(Seat(flights, flight))
+                yield Await(Seat(flight))
                 if not flight.abandoned:
                     return self._joined(call, flight, stats)
         finally:
@@ -163,6 +163,8 @@ class Cache:
             stats.flown.tick()
             call.flight = flight.badge
             outcome = yield from compute()
+            if outcome.__class__ is not Failed:
+                outcome = self._finished(outcome)
             if outcome.__class__ is Final:
                 # A hook made this result up; it is the call's, but not the function's to be remembered.
                 flights.land(flight, outcome.outcome)
@@ -175,6 +177,14 @@ class Cache:
             return outcome
         finally:
             self.store.let_go(lease)
+
+    def _finished(self, outcome: Any) -> Any:
+        """The result, or why it cannot be kept: it has not happened yet, or can be used only once."""
+        try:
+            refuse_unfinished(self._function, outcome, is_cached=True)
+        except MisuseError as error:
+            return Failed(error)
+        return outcome
 
     def _claim(self, lease: Lease) -> Generator[Any, Any, Any]:
         look = _FIRST_LOOK
@@ -207,7 +217,8 @@ def _would_wait_for_ever(call: Call, flight: Flight) -> bool:
     return flight.presence is not None and flight.presence.is_away
 
 
-_lock = threading.Lock()
+# A lock that a thread can have more than once: a finalizer, which may come at any moment, can clear caches.
+_lock = threading.RLock()
 _caches: WeakSet[Cache] = WeakSet()
 
 

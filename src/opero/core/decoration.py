@@ -33,6 +33,7 @@ class Decoration:
         recipe: What makes the decorated function anew, in another process or under changed options.
         function: What is called at once where ``is_direct``.
         count: Counts such a call.
+        find: Gives the cache's entry, a tuple that begins with the result, if that is quick; else None.
         is_direct: Whether it may be called without asking anybody.
         is_limited: Whether nobody has to be asked but the rate limit.
     """
@@ -45,6 +46,7 @@ class Decoration:
         "_take_slot",
         "clock",
         "count",
+        "find",
         "function",
         "is_direct",
         "is_limited",
@@ -67,7 +69,18 @@ class Decoration:
         if plan.cache is not None:
             self._key_of, self._look_up = plan.cache.keys.key_of, plan.cache.look_up
             self._may_expire = plan.cache.entries_may_expire
+        self.find = self._finder() or _no_key
         self._take_slot = None if plan.limit is None else plan.limit.take_now
+
+    drive = staticmethod(drive)
+    drive_async = staticmethod(drive_async)
+
+    def _finder(self) -> Callable[..., tuple[Any, float] | None] | None:
+        cache = self.plan.cache
+        if cache is None or self._look_up is None or self.plan.on_event is not None:
+            return None
+        now = (lambda: clock.now()) if self._may_expire else None  # noqa: PLW0108 - tests replace it
+        return cache.keys.finder(self._look_up, self.plan.stats.hits.tick, now)
 
     def may_start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Take a free slot of the rate limit, if there is one now."""
@@ -84,7 +97,7 @@ class Decoration:
         if switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
             return self.run(*args, **kwargs)
-        begun = self._begin(args, kwargs)
+        begun = self.begin(args, kwargs)
         return begun[0] if begun.__class__ is tuple else drive(begun, self.run)
 
     async def call_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,7 +105,7 @@ class Decoration:
         if switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
             return await self.run(*args, **kwargs)
-        begun = self._begin(args, kwargs)
+        begun = self.begin(args, kwargs)
         return begun[0] if begun.__class__ is tuple else await drive_async(begun, self.run, self.plan.name)
 
     def recover(self, error: Exception, started: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -110,7 +123,7 @@ class Decoration:
         del error
         return await drive_async(flow, self.run, self.plan.name)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache's entry, a tuple that begins with the result, or the flow of the call."""
         key: Any = MISSING
         if self._look_up is not None and not is_listened_to(self.plan):
@@ -141,25 +154,24 @@ class Decoration:
     @property
     def run(self) -> Callable[..., Any]:
         """What an attempt calls: the function, or for a generator function its first item."""
-        if self._has_looked:
+        if self._has_looked or self.plan.cache is not None:
+            # The cache looks at all results.
             return self.function
         kinds = {
             "generator": self._first_item,
             "async generator": self._first_item_async,
-            "async def": self._look_async,
+            "async def": self._await,
         }
         return kinds.get(self.plan.kind, self._look)
 
     def _look(self, /, *args: Any, **kwargs: Any) -> Any:
         result = self.function(*args, **kwargs)
-        refuse_unfinished(self.function, result, is_cached=self.plan.cache is not None)
+        refuse_unfinished(self.function, result, is_cached=False)
         self._looked()
         return result
 
-    async def _look_async(self, /, *args: Any, **kwargs: Any) -> Any:
+    async def _await(self, /, *args: Any, **kwargs: Any) -> Any:
         result = await self.function(*args, **kwargs)
-        if self.plan.cache is not None:
-            refuse_unfinished(self.function, result, is_cached=True)
         self._looked()
         return result
 

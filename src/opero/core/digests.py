@@ -199,7 +199,7 @@ def _next_part(node: _Node, depths: dict[int, int], known: dict[int, tuple[Any, 
     return _NO_MORE
 
 
-def _at_once(value: Any) -> bytes | None:
+def _at_once(value: Any) -> bytes | None:  # noqa: PLR0911 - one for each kind
     """The spelling of what need not be taken apart."""
     kind = type(value)
     if kind in _LEAVES:
@@ -207,6 +207,9 @@ def _at_once(value: Any) -> bytes | None:
     if kind is _Spelled:
         spelling: bytes = value.spelling
         return spelling
+    if kind is object:
+        # It has no state, and can have no weak reference: kept for ever, it is told from all others, in any process.
+        return _bare_objects.setdefault(id(value), (value, _digest("object", os.urandom(SIZE))))[1]
     if kind in {list, tuple} and _LEAVES.issuperset(map(type, value)):
         return _digest(kind.__name__, marshal.dumps(value, _MARSHAL_VERSION))
     if isinstance(value, type):
@@ -214,6 +217,9 @@ def _at_once(value: Any) -> bytes | None:
             return None
         return _digest("type", marshal.dumps((_module_of(value), value.__qualname__), _MARSHAL_VERSION))
     return None
+
+
+_bare_objects: dict[int, tuple[object, bytes]] = {}
 
 
 def _module_of(value: Any) -> str:
@@ -416,9 +422,6 @@ def _parts_beside_pandas(value: Any) -> tuple[Any, ...]:
 
 def _parts_by_pickle(value: Any) -> Iterator[Any]:
     kind = type(value)
-    if kind is object:
-        msg = "a bare object() is told from others by nothing that another process knows"
-        raise UncacheableError(msg)
     reduction = _reduction(value)
     yield kind
     if isinstance(reduction, str):

@@ -39,63 +39,63 @@ class Flight:
 
 
 class Flights:
-    """The computations of one cache that are under way."""
+    """The computations of one cache that are under way.
+
+    Without a lock: a finalizer, a signal handler or the garbage collector may come between any two steps, and call the
+    same function.
+    """
 
     def __init__(self) -> None:
         self._under_way: dict[Any, Flight] = {}
         # What was under way when this process was forked: its parent may wait for it, and not the other way round.
         self.inherited: frozenset[Any] = frozenset()
-        self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Forget computations whose threads exist only in the parent."""
-        self.lock = threading.Lock()
         self.inherited |= self._under_way.keys()
         self._under_way.clear()
 
     def board(self, flight: Flight) -> Flight:
         """The flight that is under way for the key, or else ``flight``, which the caller then has to fly."""
-        with self.lock:
-            return self._under_way.setdefault(flight.key, flight)
+        return self._under_way.setdefault(flight.key, flight)
 
     def land(self, flight: Flight, outcome: Any) -> None:
         """Give every waiter the outcome."""
-        self._end(flight, outcome)
+        flight.outcome = outcome
+        self._end(flight)
 
     def abandon(self, flight: Flight) -> None:
         """The leader cannot finish: unless it has landed, some waiter has to take over."""
         if not flight.landed:
             flight.abandoned = True
-            self._end(flight, None)
+            self._end(flight)
 
     def invalidate(self, key: Any = None) -> None:
         """What is being computed, for ``key`` or for all, must not be stored; later callers compute anew."""
-        with self.lock:
-            flights = list(self._under_way.values()) if key is None else [self._under_way.get(key)]
-            for flight in flights:
-                if flight is not None:
-                    flight.stale = True
-                    del self._under_way[flight.key]
+        under_way = self._under_way.copy()
+        for flight in under_way.values() if key is None else filter(None, [under_way.get(key)]):
+            flight.stale = True
+            self._leave(flight)
 
-    def _end(self, flight: Flight, outcome: Any) -> None:
-        with self.lock:
-            if self._under_way.get(flight.key) is flight:
-                del self._under_way[flight.key]
-            flight.outcome = outcome
-            flight.landed = True
-            wakers, flight.wakers = flight.wakers, []
-        for wake in wakers:
+    def _end(self, flight: Flight) -> None:
+        self._leave(flight)
+        flight.landed = True
+        # Whoever comes now looks at `landed` after adding itself.
+        for wake in flight.wakers.copy():
             wake()
+
+    def _leave(self, flight: Flight) -> None:
+        if self._under_way.get(flight.key) is flight:
+            self._under_way.pop(flight.key, None)
 
 
 class Seat:
     """One waiter's view of a flight; an `Arrival`."""
 
-    __slots__ = ("_flight", "_flights", "_wake")
+    __slots__ = ("_flight", "_wake")
 
-    def __init__(self, flights: Flights, flight: Flight) -> None:
-        self._flights = flights
+    def __init__(self, flight: Flight) -> None:
         self._flight = flight
         self._wake: Callable[[], None] | None = None
 
@@ -106,15 +106,13 @@ class Seat:
         return None
 
     def notify(self, wake: Callable[[], None] | None) -> None:
-        with self._flights.lock:
-            if self._wake is not None and self._wake in self._flight.wakers:
-                self._flight.wakers.remove(self._wake)
-            self._wake = wake
-            if wake is not None and not self._flight.landed:
-                self._flight.wakers.append(wake)
-                return
+        if self._wake is not None and self._wake in self._flight.wakers:
+            self._flight.wakers.remove(self._wake)
+        self._wake = wake
         if wake is not None:
-            wake()
+            self._flight.wakers.append(wake)
+            if self._flight.landed:
+                wake()
 
     def withdraw(self) -> None:
         """The flight does not know its passengers; nothing to give back."""

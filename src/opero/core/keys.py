@@ -74,7 +74,7 @@ def identity_of(value: Any) -> Any:
     if value.__class__ in PLAIN_TYPES:
         return (value.__class__, value)
     with contextlib.suppress(UncacheableError):
-        if _is_value(value):
+        if is_value(value):
             return digest_of(value)
     try:
         return instance_of(value)
@@ -82,7 +82,7 @@ def identity_of(value: Any) -> Any:
         return _Held(value)
 
 
-def _is_value(value: Any) -> bool:
+def is_value(value: Any) -> bool:
     """Whether it is meant to be equal to others, and not an object with a life of its own."""
     equality: Any = type(value).__eq__
     is_container = isinstance(value, (list, dict, set, bytearray)) or hasattr(type(value), "__dataclass_fields__")
@@ -137,7 +137,7 @@ class KeyMaker:
         names = tuple(parameter for parameter in shape.names if parameter not in ignore)
         mark = object()
         # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
-        namespace: dict[str, Any] = {
+        self._namespace: dict[str, Any] = {
             "_opero_small": PLAIN_TYPES if digest else _SMALL,
             "_opero_texts": _TEXTS,
             "_opero_digest": digest_of_plain,
@@ -147,49 +147,82 @@ class KeyMaker:
             "_opero_len": len,
             "_opero_other_key": _other_key(function, names, None if digest else mark),
             "_opero_users_key": None if cache_key is None else _users_key(cache_key, name),
+            **shape.defaults,
         }
-        if cache_key is None:
-            source = _key_source(shape, names, digest=digest)
-        else:
-            source = f"def key_of({shape.parameters}):\n    return _opero_users_key({shape.call})\n"
-        self.key_of = compile_function(source, "key_of", {**namespace, **shape.defaults})
+        self._shape = shape
+        self._name = name
+        self._plain: list[str] | None = None
+        packed = "".join(f"{name}, " for name in names)
+        lines = [f"return _opero_other_key({packed})"]
+        if cache_key is not None:
+            lines = [f"return _opero_users_key({shape.call})"]
+        elif set(names) <= set(shape.named):
+            if digest:
+                plain = " and ".join(f"{name}.__class__ in _opero_small" for name in names) or "True"
+                lines = [f"if {plain}: return _opero_digest(({packed}))", *lines]
+            else:
+                self._plain = _lines_for_plain_arguments(shape, names)
+                lines = [*self._plain, *lines]
+        self.key_of = self._compiled(lines)
+
+    def finder(
+        self, look_up: Callable[[Any], Any], tick: Callable[[], object], now: Callable[[], float] | None
+    ) -> Callable[..., Any] | None:
+        """A function of the same arguments that gives the entry of plain ones at once, and counts it.
+
+        It gives None for others, where there is no entry, and for one that has ended by the time of ``now``.
+        """
+        if self._plain is None:
+            return None
+        self._namespace.update(_opero_look_up=look_up, _opero_tick=tick, _opero_now=now)
+        lines = [line.replace("return ", "_opero_key = ") for line in self._plain]
+        end = "" if now is None else " and _opero_entry[1] > _opero_now()"
+        found = [
+            "if _opero_key is None: return None",
+            "_opero_entry = _opero_look_up(_opero_key)",
+            f"if _opero_entry is not None{end}:",
+            "    _opero_tick()",
+            "    return _opero_entry",
+            "return None",
+        ]
+        return self._compiled(["_opero_key = None", *lines, *found])
+
+    def _compiled(self, lines: list[str]) -> Callable[..., Any]:
+        source = "".join(f"    {line}\n" for line in lines)
+        made = compile_function(f"def key_of({self._shape.parameters}):\n{source}", "key_of", {**self._namespace})
         # A wrong call is reported under the name that the user knows.
-        self.key_of.__qualname__ = name
+        made.__qualname__ = self._name
+        return made
 
 
-def _key_source(shape: Forwarding, names: tuple[str, ...], *, digest: bool) -> str:
-    lines = [f"def key_of({shape.parameters}):"]
-    packed = "".join(f"{name}, " for name in names)
-    if set(names) <= set(shape.named):
-        lines += _lines_for_plain_arguments(shape, names, digest=digest)
-    lines.append(f"    return _opero_other_key({packed})\n")
-    return "\n".join(lines)
-
-
-def _lines_for_plain_arguments(shape: Forwarding, names: tuple[str, ...], *, digest: bool) -> list[str]:
-    packed = "".join(f"{name}, " for name in names)
-    if digest:
-        plain = " and ".join(f"{name}.__class__ in _opero_small" for name in names) or "True"
-        return [f"    if {plain}:", f"        return _opero_digest(({packed}))"]
+def _lines_for_plain_arguments(shape: Forwarding, names: tuple[str, ...]) -> list[str]:
+    """Give the key if all arguments are plain, or all but the instance that a method is called on."""
+    lines = [f"if {_are_plain(names)}:", f"    return {_plain_key(names)}"]
     if not names or names[0] != shape.names[0]:
-        return _lines_for_key(names, "")
+        return lines
     owner, *others = names
+    is_known = f"_opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {owner}"
     return [
-        *_lines_for_key(names, ""),
+        *lines,
+        f"elif not ({owner}.__class__ in _opero_small):",
         f"    _opero_known = _opero_instances.get(_opero_id({owner}))",
-        f"    if _opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {owner}:",
-        *("    " + line for line in _lines_for_key(others, "_opero_known, ")),
+        f"    if {is_known} and {_are_plain(others)}:",
+        f"        return {_plain_key(others, '_opero_known, ')}",
     ]
 
 
-def _lines_for_key(names: Collection[str], head: str) -> list[str]:
-    plain = " and ".join(
-        f"({name}.__class__ in _opero_small or ({name}.__class__ in _opero_texts and _opero_len({name}) < {_LONG}))"
-        for name in names
+def _are_plain(names: Collection[str]) -> str:
+    return (
+        " and ".join(
+            f"({name}.__class__ in _opero_small or {name}.__class__ in _opero_texts and _opero_len({name}) < {_LONG})"
+            for name in names
+        )
+        or "True"
     )
-    values = "".join(f"{name}, " for name in names)
-    classes = "".join(f"{name}.__class__, " for name in names)
-    return [f"    if {plain or True}:", f"        return ({head}{values}{classes})"]
+
+
+def _plain_key(names: Collection[str], head: str = "") -> str:
+    return f"({head}{''.join(f'{name}, ' for name in names)}{''.join(f'{name}.__class__, ' for name in names)})"
 
 
 def _other_key(function: Callable[..., Any], names: tuple[str, ...], mark: object | None) -> Callable[..., Any]:

@@ -276,18 +276,6 @@ def raise_or_return(outcome: Any) -> Any:
 leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozenset())
 
 
-def run_attempt(function: Callable[..., Any], attempt: Attempt) -> Any:
-    attempt.begin()
-    token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
-    try:
-        return function(*attempt.args, **attempt.kwargs)
-    except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
-        return Failed(error)
-    finally:
-        if token is not None:
-            leading.reset(token)
-
-
 async def run_attempt_async(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
     attempt.begin()
     token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
@@ -371,7 +359,16 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
         step = flow.send(None)
         while True:
             if isinstance(step, Attempt):
-                sent = run_attempt(function, step)
+                # Here and not in a function of its own, whose frame each level of a recursion would have.
+                step.begin()
+                token = None if step.flight is None else leading.set(leading.get() | {step.flight})
+                try:
+                    sent = function(*step.args, **step.kwargs)
+                except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+                    sent = Failed(error)
+                finally:
+                    if token is not None:
+                        leading.reset(token)
             elif isinstance(step, Pause):
                 (time.sleep if step.is_real else clock.sleep)(step.seconds)
             elif isinstance(step, Consult):

@@ -6,7 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from opero.core.forks import ForkSafeLock, watch_forks
-from opero.core.keys import identity_of
+from opero.core.keys import identity_of, is_value
+from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ class LimitsPerValue:
                 entry.limit.change(rates)
 
     def _entry(self, value: Any) -> _Entry:
-        key = identity_of(value)
+        key = _key(value)
         found = self._entries.get(key)
         if found is None:
             if len(self._entries) >= self._tidy_at:
@@ -83,3 +84,10 @@ class LimitsPerValue:
     def _tidy(self) -> None:
         self._entries = {k: entry for k, entry in self._entries.items() if entry.callers or not entry.limit.is_idle()}
         self._tidy_at = max(_FEWEST_TIDIED, 2 * len(self._entries))
+
+
+def _key(value: Any) -> Any:
+    if type(value).__hash__ is None and not is_value(value):
+        msg = f"rate_limit_per got a {type(value).__qualname__}, which cannot tell one limit from another; pass text"
+        raise MisuseError(msg)
+    return identity_of(value)
