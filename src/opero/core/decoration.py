@@ -69,6 +69,7 @@ class Decoration:
         if plan.cache is not None:
             self._key_of, self._look_up = plan.cache.keys.key_of, plan.cache.look_up
             self._may_expire = plan.cache.entries_may_expire
+            plan.cache.stats = plan.stats
         self.find = self._finder() or _no_key
         self._take_slot = None if plan.limit is None else plan.limit.take_now
 
@@ -141,6 +142,13 @@ class Decoration:
         finally:
             # It may hold the error that has this frame in its traceback.
             del key
+
+    def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the function whatever the cache has; of an ``async def`` one, a coroutine that does."""
+        call = Call(args, kwargs, blocks=not self.plan.is_async)
+        call.refreshes = True
+        flow = call_flow(self.plan, call)
+        return drive_async(flow, self.run, self.plan.name) if self.plan.is_async else drive(flow, self.run)
 
     def _with_first_candidate(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -240,7 +248,8 @@ def _attach(made: Any, decoration: Decoration) -> None:
         # On others they would hide those of `functools.lru_cache` above.
         made.cache_info, made.cache_clear = its.cache_info, its.cache_clear
         is_method = first_parameter(decoration.function) in {"self", "cls"}
-        made.cache_delete = _NeedsInstance("cache_delete", decoration) if is_method else its.cache_delete
+        for name in ("cache_delete", "cache_refresh"):
+            setattr(made, name, _NeedsInstance(name, decoration) if is_method else getattr(its, name))
 
 
 class _NeedsInstance:

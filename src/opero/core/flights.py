@@ -9,6 +9,7 @@ from opero.core.forks import watch_forks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
 
 class Presence:
@@ -23,7 +24,19 @@ class Presence:
 class Flight:
     """One computation under way."""
 
-    __slots__ = ("abandoned", "badge", "key", "landed", "outcome", "presence", "stale", "thread", "wakers")
+    __slots__ = (
+        "abandoned",
+        "badge",
+        "key",
+        "landed",
+        "outcome",
+        "presence",
+        "stale",
+        "thread",
+        "traceback",
+        "wakers",
+        "written",
+    )
 
     def __init__(self, key: Any, presence: Presence | None = None) -> None:
         self.key = key
@@ -35,6 +48,9 @@ class Flight:
         self.abandoned = False
         self.stale = False
         self.outcome: Any = None
+        # As bytes, where results are kept so; and where the outcome is an error, the way that it had come then.
+        self.written: bytes | None = None
+        self.traceback: TracebackType | None = None
         self.wakers: list[Callable[[], None]] = []
 
 
@@ -60,9 +76,11 @@ class Flights:
         """The flight that is under way for the key, or else ``flight``, which the caller then has to fly."""
         return self._under_way.setdefault(flight.key, flight)
 
-    def land(self, flight: Flight, outcome: Any) -> None:
+    def land(self, flight: Flight, outcome: Any, written: bytes | None = None) -> None:
         """Give every waiter the outcome."""
-        flight.outcome = outcome
+        flight.outcome, flight.written = outcome, written
+        error = getattr(outcome, "error", None)
+        flight.traceback = error.__traceback__ if isinstance(error, Exception) else None
         self._end(flight)
 
     def abandon(self, flight: Flight) -> None:
@@ -93,17 +111,19 @@ class Flights:
 class Seat:
     """One waiter's view of a flight; an `Arrival`."""
 
-    __slots__ = ("_flight", "_wake")
+    __slots__ = ("_flight", "_time_left", "_wake")
 
-    def __init__(self, flight: Flight) -> None:
+    def __init__(self, flight: Flight, time_left: Callable[[], float | None]) -> None:
         self._flight = flight
+        self._time_left = time_left
         self._wake: Callable[[], None] | None = None
 
     def poll(self) -> bool:
-        return self._flight.landed
+        left = self._time_left()
+        return self._flight.landed or (left is not None and left <= 0)
 
     def due_in(self) -> float | None:
-        return None
+        return self._time_left()
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         if self._wake is not None and self._wake in self._flight.wakers:

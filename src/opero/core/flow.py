@@ -110,6 +110,9 @@ class _CallFlow:
 
     def cache(self) -> Flow:
         if self.plan.cache is not None:
+            if self.plan.total_timeout is not None:
+                # It bounds the wait for somebody else's computation, too.
+                self.call.end_after(self.plan.total_timeout)
             return self.plan.cache.through(self.call, self.total_timeout, self.plan.stats)
         if self.first_failure is None:
             self.plan.stats.flown.tick()

@@ -35,6 +35,7 @@ class Call:
         "key",
         "kwargs",
         "presence",
+        "refreshes",
         "rounds",
         "started",
         "tell",
@@ -60,6 +61,8 @@ class Call:
         self.rounds = 0
         self.key = key
         self.cached = False
+        # Whether the function runs, whatever the cache has.
+        self.refreshes = False
         self.flight: object = None
         # When ``total_timeout`` ends; None without one.
         self.deadline: float | None = None
@@ -121,6 +124,7 @@ class CachePolicy(Protocol):
     """Key, entry, and who computes."""
 
     keys: KeyMaker
+    stats: Stats | None
 
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:

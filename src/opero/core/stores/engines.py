@@ -79,7 +79,7 @@ class _Completed:
     def __init__(self, settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> None:
         # Not twat-cache's own: it opens files and connections with its own settings.
         self._config = settings.config()
-        self._ttl = settings.ttl
+        self._ttl = None if callable(settings.ttl) else settings.ttl
         self._store = store
         self._decorate = decorate
         self._cache: dict[Any, Any] = {}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from opero.core.clock import clock
 from opero.core.flights import Flights
 from opero.core.keys import Instance
+from opero.core.steps import Failed
 from opero.core.stores.contract import CLAIMED, DONE, FOREVER, Claim, Found, Keep
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ MEMORY_MAXSIZE = 10_000
 MEMORY_POLICIES = ("lru", "lfu", "fifo")
 
 _FEW = 100
-# A result, and when it ends.
-Entry = tuple[Any, float]
+_NOTHING = (None, 0.0, 0.0, 0.0)
+# A result, when a quick look no longer finds it, when it ends, and when it can no longer be given if the call fails.
+Entry = tuple[Any, float, float, float]
 
 
 class MemoryStore:
@@ -63,7 +65,7 @@ class MemoryStore:
 
     def delete(self, key: Any) -> bool:
         entry = self._remove(key)
-        return entry is not None and entry[1] > clock.now()
+        return entry is not None and entry[2] > clock.now()
 
     def clear(self) -> None:
         removed = []
@@ -84,6 +86,10 @@ class MemoryStore:
         self._remove_expired()
         return len(self._entries)
 
+    def copy_of(self, written: bytes) -> Any:
+        """Nothing is written here."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """There is nothing to give back."""
 
@@ -92,23 +98,34 @@ class MemoryStore:
 
     def _answer(self, request: Request) -> Any:
         if isinstance(request, Claim):
-            entry = self.look_up(request.lease.key)
-            return CLAIMED if entry is None or entry[1] <= clock.now() else Found(entry[0])
+            return self._claim(request.lease)
         if isinstance(request, Keep) and not request.is_stale:
-            end = FOREVER if request.ttl is None else clock.now() + request.ttl
-            entry = (request.value, end)
+            now = clock.now()
+            end = FOREVER if request.ttl is None else now + request.ttl
+            # An error that is remembered is never found by a quick look, which could only return it.
+            entry = (request.value, -FOREVER if request.value.__class__ is Failed else end, end, end + request.stale)
             self._store(request.lease.key, entry)
             if request.is_stale and self._entries.get(request.lease.key) is entry:
                 # Somebody has cleared meanwhile.
                 self._remove(request.lease.key)
         return DONE
 
+    def _claim(self, lease: Lease) -> Any:
+        entry = self.look_up(lease.key)
+        if entry is None:
+            return CLAIMED
+        now = clock.now()
+        if entry[2] > now:
+            return Found(entry[0])
+        lease.old = Found(entry[0]) if entry[2] + lease.stale > now else None
+        return CLAIMED
+
     def _store(self, key: Any, entry: Entry) -> None:
         replaced = self._remove(key)
         self._remove_expired()
         self._entries[key] = entry
-        if entry[1] != FOREVER:
-            heapq.heappush(self._ends, (entry[1], next(self._numbers), key))
+        if entry[3] != FOREVER:
+            heapq.heappush(self._ends, (entry[3], next(self._numbers), key))
         if key and key[0].__class__ is Instance:
             self._note_instance(key[0], key)
         evicted = []
@@ -152,7 +169,7 @@ class MemoryStore:
             except IndexError:
                 break
             entry = self._entries.get(key)
-            if entry is not None and entry[1] <= now:
+            if entry is not None and entry[3] <= now:
                 removed.append(self._remove(key))
         del removed
         self._forget_what_has_gone()
@@ -162,7 +179,7 @@ class MemoryStore:
         most = 2 * len(self._entries) + _FEW
         if len(self._ends) > most:
             entries = self._entries
-            self._ends = [end for end in self._ends.copy() if entries.get(end[2], (None, 0.0))[1] == end[0]]
+            self._ends = [end for end in self._ends.copy() if entries.get(end[2], _NOTHING)[3] == end[0]]
             heapq.heapify(self._ends)
         if len(self._ranks) > most:
             self._ranks = [(uses, next(self._numbers), key) for key, uses in self._uses.copy().items()]
