@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING
 from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _MODE = 0o700
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # To look at a folder and to go on into it no right to list it is needed.
 _LOOK = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+
+
+def folder_of_user(find: Callable[[], Path]) -> Path:
+    """What ``find`` gives; for a user without a home, one among the system's temporary folders."""
+    try:
+        found = find()
+    except RuntimeError:
+        found = Path()
+    return found if found.is_absolute() else Path(tempfile.gettempdir()) / f"opero-{os.geteuid()}" / found.name
 
 
 def private_folder(root: Path, name: str, option: str) -> Path:
@@ -53,10 +62,15 @@ def held_private_folder(root: Path, name: str, option: str) -> Iterator[Path]:
     held = os.open(way[0], _LOOK)
     try:
         for place, part in enumerate(way[1:], 1):
-            found = _opened(held, part, Path(*way[: place + 1]), option)
+            is_own = place >= len(outer.parts)
+            try:
+                found = _opened(held, part)
+            except OSError as error:
+                if is_own and (isinstance(error, NotADirectoryError) or Path(*way[: place + 1]).is_symlink()):
+                    raise _unsafe(Path(*way[: place + 1]), "is not a folder", option) from error
+                raise
             os.close(held)
             held = found
-            is_own = place >= len(outer.parts)
             if is_own or place >= trusted:
                 _refuse_unsafe(os.fstat(held), Path(*way[: place + 1]), option, within=None if is_own else folder)
         _refuse_foreign_files(held, folder, option)
@@ -75,7 +89,7 @@ def _trusted_places() -> list[Path]:
     return [place for place in map(Path, map(os.path.realpath, places)) if len(place.parts) > 1]
 
 
-def _opened(held: int, part: str, folder: Path, option: str) -> int:
+def _opened(held: int, part: str) -> int:
     try:
         return os.open(part, _LOOK, dir_fd=held)
     except FileNotFoundError:
@@ -83,13 +97,7 @@ def _opened(held: int, part: str, folder: Path, option: str) -> int:
             os.mkdir(part, _MODE, dir_fd=held)
             # The umask may have taken rights of the user's own.
             os.chmod(part, _MODE, dir_fd=held)
-        return _opened(held, part, folder, option)
-    except NotADirectoryError:
-        raise _unsafe(folder, "is not a folder", option) from None
-    except OSError as error:
-        if folder.is_symlink():
-            raise _unsafe(folder, "is not a folder", option) from error
-        raise
+        return os.open(part, _LOOK, dir_fd=held)
 
 
 def refuse_unsafe(folder: Path, option: str) -> None:

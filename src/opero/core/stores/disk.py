@@ -73,11 +73,9 @@ class _Bytes(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         if len(value) < _IN_DATABASE:
             # The size is for what lies outside of the database, whose own is known.
             return 0, _MODE_RAW, None, sqlite3.Binary(value)
-        name, path = self.filename()
+        name, path = self._new_file()
         try:
-            path_of_file = Path(path)
-            path_of_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = os.open(path_of_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with open(file, "wb") as opened:  # noqa: PTH123 - it is a descriptor
                 opened.write(value)
         except BaseException:
@@ -85,6 +83,18 @@ class _Bytes(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
             self.remove(name)
             raise
         return len(value), _MODE_BINARY, name, None
+
+    def _new_file(self) -> tuple[str, str]:
+        """A name below two folders, as diskcache has it; those that it makes are open to all under some umasks."""
+        name = os.urandom(16).hex()
+        folder = Path(self._directory)
+        for part in (name[:2], name[2:4]):
+            folder /= part
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+                folder.chmod(0o700)
+        file = folder / f"{name[4:]}.val"
+        return str(file.relative_to(self._directory)), str(file)
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: Any = False) -> Any:  # noqa: ARG002, FBT002 - diskcache's signature
         if mode == _MODE_RAW and isinstance(value, bytes):
