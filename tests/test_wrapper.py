@@ -634,7 +634,7 @@ def test_a_method_gets_its_instance(world, way):
 
 def test_a_method_of_a_class_with_slots_gets_its_instance(way):
     class Slotted:
-        __slots__ = ()
+        __slots__ = ("__weakref__",)
 
         @opero(**way)
         def method(self):

@@ -84,6 +84,10 @@ class _Map(Generic[T, P, R, E]):
         """Forget the result for this item and these arguments; tells whether there was one."""
         return self._control.cache_delete(item, *args, **kwargs)
 
+    def cache_refresh(self, item: T, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Call the function for this item, here and not in a worker, and keep the new result; see `opero.control`."""
+        return self._control.cache_refresh(item, *args, **kwargs)
+
     def with_plan(self, plan: Plan) -> Self:
         """The same map under other policies."""
         made: Self = make_map(plan, self.settings, self.__dict__["recipe"])

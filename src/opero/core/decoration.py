@@ -41,6 +41,7 @@ class Decoration:
         recipe: What makes the decorated function anew, in another process or under changed options.
         function: What is called at once where ``is_direct``.
         count: Counts such a call.
+        find: Gives the cache's entry, a tuple that begins with the result, if that is quick; else None.
         is_direct: Whether it may be called without asking anybody.
         asks: Whether only what can be asked at once stands before it: candidates, a circuit, a limit of slots or time.
     """
@@ -55,6 +56,7 @@ class Decoration:
         "asks",
         "clock",
         "count",
+        "find",
         "function",
         "is_direct",
         "new_call",
@@ -71,16 +73,30 @@ class Decoration:
         self.switches = switches
         self.count = plan.stats.direct.tick
         self.new_call = Call
-        self.is_direct = self.asks = self._has_looked = False
+        self.is_direct = self.asks = False
+        # The cache looks at all results.
+        self._has_looked = plan.cache is not None
         self._key_of: Callable[..., Any] = _no_key
         self._look_up: Callable[[Any], tuple[Any, float] | None] | None = None
         self._may_expire = False
         if plan.cache is not None:
             self._key_of, self._look_up = plan.cache.keys.key_of, plan.cache.look_up
             self._may_expire = plan.cache.entries_may_expire
+            plan.cache.stats = plan.stats
         limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
         self._seconds: float | None
         self._seconds, self._limit = min(((s, name) for s, name in limits if s is not None), default=(None, ""))
+        self.find = self._finder() or _no_key
+
+    drive = staticmethod(drive)
+    drive_async = staticmethod(drive_async)
+
+    def _finder(self) -> Callable[..., tuple[Any, float] | None] | None:
+        cache = self.plan.cache
+        if cache is None or self._look_up is None or self.plan.on_event is not None:
+            return None
+        now = (lambda: clock.now()) if self._may_expire else None  # noqa: PLW0108 - tests replace it
+        return cache.keys.finder(self._look_up, self.plan.stats.hits.tick, now)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a ``def`` function, or the beginning of a generator."""
@@ -89,7 +105,7 @@ class Decoration:
             return self._run(*args, **kwargs)
         ready = self._ready(args, kwargs) if self.asks else None
         if ready is None:
-            begun = self._begin(args, kwargs)
+            begun = self.begin(args, kwargs)
             return (
                 begun[0] if begun.__class__ is tuple else drive(begun, self.function if self._has_looked else self._run)
             )
@@ -116,7 +132,7 @@ class Decoration:
             return await self._run(*args, **kwargs)
         ready = self._ready(args, kwargs) if self.asks else None
         if ready is None:
-            begun = self._begin(args, kwargs)
+            begun = self.begin(args, kwargs)
             if begun.__class__ is tuple:
                 return begun[0]
             return await drive_async(begun, self.function if self._has_looked else self._run, self.plan.name)
@@ -168,7 +184,7 @@ class Decoration:
         function = self.function if self._has_looked else self._run
         return await drive_async(call_flow(self.plan, call), function, self.plan.name)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache's entry, a tuple that begins with the result, or the flow of the call."""
         key: Any = MISSING
         if self._look_up is not None and not is_listened_to(self.plan):
@@ -187,6 +203,13 @@ class Decoration:
             # It may hold the error that has this frame in its traceback.
             del key
 
+    def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the function whatever the cache has; of an ``async def`` one, a coroutine that does."""
+        call = Call(args, kwargs, blocks=not self.plan.is_async)
+        call.refreshes = True
+        flow = call_flow(self.plan, call)
+        return drive_async(flow, self.function, self.plan.name) if self.plan.is_async else drive(flow, self.function)
+
     def _with_first_candidate(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -202,20 +225,18 @@ class Decoration:
         kinds = {
             "generator": self._first_item,
             "async generator": self._first_item_async,
-            "async def": self._look_async,
+            "async def": self._await,
         }
         return kinds.get(self.plan.kind, self._look)
 
     def _look(self, /, *args: Any, **kwargs: Any) -> Any:
         result = self.function(*args, **kwargs)
-        refuse_unfinished(self.function, result, is_cached=self.plan.cache is not None)
+        refuse_unfinished(self.function, result, is_cached=False)
         self._looked()
         return result
 
-    async def _look_async(self, /, *args: Any, **kwargs: Any) -> Any:
+    async def _await(self, /, *args: Any, **kwargs: Any) -> Any:
         result = await self.function(*args, **kwargs)
-        if self.plan.cache is not None:
-            refuse_unfinished(self.function, result, is_cached=True)
         self._looked()
         return result
 
@@ -294,7 +315,7 @@ def _attach(made: Any, decoration: Decoration) -> None:
     if decoration.plan.cache is not None:
         # On others they would hide those of `functools.lru_cache` above.
         made.cache_info, made.cache_clear = its.cache_info, its.cache_clear
-        offered["cache_delete"] = its.cache_delete
+        offered |= {"cache_delete": its.cache_delete, "cache_refresh": its.cache_refresh}
     made.stats = its.stats
     for name, method in offered.items():
         setattr(made, name, _NeedsInstance(name, decoration, first) if first in {"self", "cls"} else method)

@@ -1,6 +1,6 @@
 """The flow of one call: every decision, in the order of the layers, without sleeping, awaiting or calling.
 
-`call_flow` is cache and default; then `_Layers` has total_timeout and retry, fallback and breaker, rate limit and
+`call_flow` is default, cache and total_timeout; then `_Layers` has retry, fallback, breaker, rate limit and
 attempt_timeout. This order is part of opero's contract.
 """
 
@@ -75,6 +75,9 @@ def call_flow(plan: Plan, call: Call) -> Flow:
     layers = _Layers(plan, call)
     if plan.on_event is not None or switches.listeners:
         call.tell = teller_of(plan, call)
+    if plan.total_timeout is not None:
+        # It bounds the wait for somebody else's computation, too.
+        call.deadline = call.started + plan.total_timeout
     outcome: Any = None
     is_over = False
     try:
@@ -92,9 +95,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         if outcome.__class__ is Final:
             outcome = outcome.outcome
         if outcome.__class__ is Failed:
-            plan.stats.failures.tick()
-            if plan.default is not MISSING and not _is_misuse(plan, call, outcome.error):
-                outcome = Failed(outcome.error, instead=plan.default)
+            outcome = _replaced_by_default(plan, call, outcome)
         is_over = True
         return outcome
     finally:
@@ -130,10 +131,8 @@ class _Layers:
         self.ended_by = ""
 
     def retry(self) -> Flow:
-        """total_timeout, and one round after another until one succeeds or no other may follow."""
+        """One round after another until one succeeds or no other may follow."""
         plan, call = self.plan, self.call
-        if plan.total_timeout is not None:
-            call.deadline = call.started + plan.total_timeout
         if plan.fallback is None:
             self.candidates = [Candidate(call.args, call.kwargs)]
         else:
@@ -466,9 +465,12 @@ class _Layers:
 _CIRCUIT_IS_OPEN = "its circuit is open"
 
 
-def _is_misuse(plan: Plan, call: Call, error: Exception) -> bool:
-    """Whether the program is wrong, and no `default` shall hide it."""
-    return isinstance(error, MisuseError) or (isinstance(error, TypeError) and _is_wrong_call(plan, call))
+def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
+    """Count the call that failed; its default, if there is one, hides no error of the program."""
+    plan.stats.failures.tick()
+    error = failed.error
+    is_misuse = isinstance(error, MisuseError) or (isinstance(error, TypeError) and _is_wrong_call(plan, call))
+    return failed if plan.default is MISSING or is_misuse else Failed(error, instead=plan.default)
 
 
 def _is_wrong_call(plan: Plan, call: Call) -> bool:

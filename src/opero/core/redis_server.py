@@ -6,6 +6,8 @@ import contextlib
 import functools
 import os
 import sys
+import threading
+import time
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
@@ -100,13 +102,66 @@ def _pool_class() -> Any:
     import redis
 
     class Pool(redis.BlockingConnectionPool):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]  # redis-py's
+            self.connection_class = _bounded(self.connection_class)
+
+        def get_connection(self, *args: Any, **kwargs: Any) -> Any:
+            _command.ends = time.monotonic() + CONNECT_SECONDS + ANSWER_SECONDS
+            return super().get_connection(*args, **kwargs)  # type: ignore[no-untyped-call]  # as above
+
         def release(self, connection: Any) -> None:
             if not isinstance(sys.exc_info()[1], (Exception, NoneType)):
                 # Ctrl-C came in the middle of a command, whose answer the next one would read.
                 connection.disconnect()
-            super().release(connection)  # type: ignore[no-untyped-call]  # redis-py's
+            super().release(connection)  # type: ignore[no-untyped-call]  # as above
 
     return Pool
+
+
+class _Command(threading.local):
+    """When the command ends at the latest that this thread waits for."""
+
+    ends: float = 0.0
+
+
+_command = _Command()
+
+
+@functools.cache
+def _bounded(connection: type[Any]) -> type[Any]:
+    """A class of connections on which no command takes longer in all than it may: redis-py bounds each read."""
+
+    class Bounded(connection):  # type: ignore[misc]  # any of redis-py's
+        def _connect(self) -> Any:
+            return _BoundedSocket(super()._connect())
+
+    return Bounded
+
+
+class _BoundedSocket:
+    """A socket whose reads and writes end when the command does that they are part of."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self.recv = functools.partial(self._in_time, socket.recv)
+        self.recv_into = functools.partial(self._in_time, socket.recv_into)
+        self.sendall = functools.partial(self._in_time, socket.sendall)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def _in_time(self, act: Callable[..., Any], *args: Any) -> Any:
+        timeout, left = self._socket.gettimeout(), _command.ends - time.monotonic()
+        if timeout is not None and timeout <= max(0.0, left):
+            return act(*args)
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        try:
+            return act(*args)
+        finally:
+            self._socket.settimeout(timeout)
 
 
 def _client(pool: Any) -> Any:
