@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tenacity
 
-from opero import AllFailedError, opero
+from opero import AllFailedError, opero, opmap
 from opero.core import CallTimeoutError
 from opero.core.clock import clock
 
@@ -352,3 +354,97 @@ def test_whoever_waits_for_an_identical_call_takes_over_when_it_ends_so(kind):
         interrupt.set()
         assert isinstance(first.exception(5), kind)
         assert second.result(5) == "done"
+
+
+# How it waits
+
+
+def test_a_sleep_that_was_put_in_place_of_the_usual_one_is_what_waits(world, monkeypatch):
+    slept = []
+
+    async def async_sleep(seconds):
+        slept.append(seconds)
+
+    def fail():
+        raise LookupError
+
+    function = opero(retries=2, min_delay=60, max_delay=60, jitter=False)(world.define(fail))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(asyncio, "sleep", async_sleep)
+    with pytest.raises(LookupError):
+        world.run(function)
+    assert slept == [60, 60]
+
+
+# What is kept of an attempt
+
+
+class Payload:
+    """What a failed attempt has in its frame."""
+
+
+def attempts_that_see_each_other():
+    """A function that fails, and a list of how much of its earlier attempts there was at each of them."""
+    held, seen = [], []
+
+    def fail(*_):
+        seen.append(sum(payload() is not None for payload in held))
+        payload = Payload()
+        held.append(weakref.ref(payload))
+        raise LookupError
+
+    return fail, seen
+
+
+@pytest.fixture
+def no_garbage_collector():
+    """Leaves what is in a circle where it is."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+# Of each it is known that the flow makes the first attempt, too.
+ALL_BY_FLOW = [
+    {"total_timeout": 100},
+    {"total_timeout": 100, "retry_on": lambda _: 0},
+    {"breaker": 9},
+    {"on_event": lambda _: None},
+    {"cache": True},
+    {"cache": True, "rate_limit": 1e6},
+    {"retry_if_result": lambda _: False},
+    {"retry_options": {"before": lambda _: None, "after": lambda _: None, "before_sleep": lambda _: None}},
+    {"retry_options": {"retry": tenacity.retry_if_exception_type(LookupError)}, "jitter": False},
+]
+
+
+@pytest.mark.usefixtures("no_garbage_collector")
+@pytest.mark.parametrize("options", ALL_BY_FLOW, ids=" ".join)
+def test_nothing_of_an_attempt_is_kept_once_the_next_one_begins(world, options):
+    fail, seen = attempts_that_see_each_other()
+    with pytest.raises(LookupError):
+        world.run(opero(retries=4, min_delay=0, **options)(world.define(fail)))
+    assert seen == [0] * len(seen)
+    assert len(seen) > 2
+
+
+@pytest.mark.usefixtures("no_garbage_collector")
+@pytest.mark.parametrize("options", [{}, {"total_timeout": 100}], ids=["batch", "flow"])
+@pytest.mark.parametrize("mode", ["thread", "async"], indirect=True)
+def test_nothing_of_an_items_attempt_is_kept_once_the_next_one_begins(mode, options):
+    fail, seen = attempts_that_see_each_other()
+    mapped = opmap(**{**mode.options, "workers": 1}, retries=4, min_delay=0, **options)(mode.define(fail))
+    assert [type(error) for error in mode.run(mapped, [1])] == [LookupError]
+    assert seen == [0] * 5
+
+
+def test_with_candidates_all_errors_are_kept(world, fake_clock):
+    fail, seen = attempts_that_see_each_other()
+
+    def ask(key):
+        fail()
+
+    with pytest.raises(AllFailedError) as caught:
+        world.run(opero(arg_fallback="key", retries=1)(world.define(ask)), ["a", "b"])
+    assert seen == [0, 1, 2, 3]
+    assert all(error.__traceback__ is not None for error in caught.value.errors)

@@ -198,11 +198,16 @@ class _Run:
             if scheduler.done:
                 return
             wait = _Wait(scheduler.due_in(), scheduler.really_due_in(), is_idle=scheduler.is_idle)
-            for event in (yield wait):
-                known = pool.receive(event)
-                if known is not None:
-                    scheduler.handle(known)
+            self._take_note((yield wait))
             scheduler.run_real_timers()
+
+    def _take_note(self, events: list[Any]) -> None:
+        for event in events:
+            known = self.pool.receive(event)
+            if known is not None:
+                self._scheduler.handle(known)
+        # An error among them, and with it the frames of an attempt, shall not outlast this.
+        events.clear()
 
     def _give_out(self) -> Generator[_Ask, Any, None]:
         """Send what can be sent, and ask the cache's store on the way."""

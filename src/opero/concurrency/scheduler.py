@@ -623,6 +623,9 @@ class Scheduler:
 
     def _send(self, batch: Batch) -> Batch:
         self._in_flight += 1
+        for entry in batch.entries or ():
+            if entry.attempt is not None:
+                entry.attempt.begin()
         batch.sent_at = clock.now()
         if batch.time_limit is not None and self._kill is not None:
             self._watch(batch, batch.time_limit[0] + self._grace)

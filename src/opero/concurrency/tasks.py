@@ -95,6 +95,8 @@ class TaskPool:
         except Exception as error:  # noqa: BLE001 - the policies decide about it
             errors[0] = error
         self._deliver(Done(batch, [value], errors, time.perf_counter() - started))
+        # This frame is in the error's traceback: without this they would keep each other alive.
+        del errors
 
 
 @types.coroutine

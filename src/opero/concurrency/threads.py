@@ -93,13 +93,21 @@ class ThreadPool:
         try:
             while (batch := self._batches.get()) is not None and not self._stopped:
                 work, context = self._map
-                report = run_batch(work, batch.items, batch.candidate, batch.time_limit, caller, context=context)
-                self._deliver(Done(batch, report.values, report.errors, report.seconds))
+                self._deliver(_run(batch, work, caller, context))
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
             self._deliver(Fatal(error))
         finally:
             if caller is not None:
                 caller.close()
+
+
+def _run(batch: Batch, work: Work, caller: AsyncCaller | None, context: contextvars.Context) -> Done:
+    report = run_batch(work, batch.items, batch.candidate, batch.time_limit, caller, context=context)
+    try:
+        return Done(batch, report.values, report.errors, report.seconds)
+    finally:
+        # This frame is in the traceback of an error: without this they would keep each other alive.
+        del report
 
 
 class _Map(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opero.core.signature import MISSING, ParameterSlot, name_of, refuse_unfinished
-from opero.core.steps import Attempt, Failed, run_attempt_async
+from opero.core.steps import Attempt, raise_or_return, run_attempt_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,16 +76,20 @@ def run_items(
     values: list[Any] = []
     errors: dict[int, Exception] = {}
     started = time.perf_counter()
-    for item in items:
-        try:
-            value = call(item)
-            if value.__class__ not in _PLAIN_RESULTS:
-                refuse_unfinished(work.function, value, is_cached=False)
-        except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
-            errors[len(values)] = error
-            value = None
-        values.append(value)
-    return Report(values, errors, time.perf_counter() - started)
+    try:
+        for item in items:
+            try:
+                value = call(item)
+                if value.__class__ not in _PLAIN_RESULTS:
+                    refuse_unfinished(work.function, value, is_cached=False)
+            except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
+                errors[len(values)] = error
+                value = None
+            values.append(value)
+        return Report(values, errors, time.perf_counter() - started)
+    finally:
+        # This frame is in the tracebacks of errors: without this they would keep each other, and all results, alive.
+        del errors, values
 
 
 class AsyncCaller:
@@ -140,7 +144,4 @@ async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None
     attempt = Attempt((item,), {}, MISSING)
     if limit is not None:
         attempt.timeout, attempt.limit = limit
-    outcome = await run_attempt_async(call, attempt, name_of(work.function))
-    if outcome.__class__ is Failed:
-        raise outcome.error
-    return outcome
+    return raise_or_return(await run_attempt_async(call, attempt, name_of(work.function)))

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 LONGEST_WAIT = 365 * 86_400.0
 
 
+def _sleep(seconds: float) -> None:
+    """`time.sleep`, looked up at each call: programs and their tests put others in its place."""
+    time.sleep(seconds)
+
+
 async def asyncio_sleep(seconds: float) -> None:
     """`asyncio.sleep`, without the import of asyncio until it is needed."""
     import asyncio
@@ -70,7 +75,7 @@ class Clock:
         self.now = time.monotonic
         self.wall = time.time
         self.machine = time.monotonic
-        self.sleep = time.sleep
+        self.sleep = _sleep
         self.async_sleep = asyncio_sleep
         self.wait = _wait
         self.wait_async = wait_really_async

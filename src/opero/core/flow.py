@@ -21,7 +21,7 @@ from opero.exceptions import (
     WorkerCrashedError,
 )
 from opero.utils.logging import log
-from opero.utils.notes import add_note
+from opero.utils.notes import add_note, describe
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -57,8 +57,10 @@ def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:
 
 def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
     outcome: Any
+    layers = _CallFlow(plan, call, failure)
+    del failure
     try:
-        outcome = yield from _CallFlow(plan, call, failure).cache()
+        outcome = yield from layers.cache()
     except Exception as error:  # noqa: BLE001 - raised by a policy before any attempt: a call that failed like others
         outcome = Failed(error)
     if outcome.__class__ is Final:
@@ -99,10 +101,12 @@ class _CallFlow:
         self.candidates: list[_Candidate] = []
         # Those of this round that have not been tried.
         self.left: list[_Candidate] = []
+        # All of them with fallback; else the last one, until the next attempt begins.
         self.errors: list[Exception] = []
         # The last attempt that failed, and what else than that ended the call.
         self.failed: Verdict | None = None
         self.ended_by = ""
+        self.earlier_failure = ""
 
     def cache(self) -> Flow:
         if self.plan.cache is not None:
@@ -136,6 +140,7 @@ class _CallFlow:
             log("DEBUG", "{} failed, next round in {:.3g} s", self.plan.name, wait)
             if self.call.tell is not None:
                 self.call.tell("RetryPlanned", round=self.call.rounds, delay=wait, error=outcome.error)
+            del outcome
             yield Pause(wait)
 
     def fallback(self, rounds: RetryRounds) -> Generator[Any, Any, Any]:
@@ -260,6 +265,7 @@ class _CallFlow:
             limit=option,
             deadline=self.call.deadline,
             may_start=None if passage is None else passage.may_start,
+            begins=self._forget_failure if self.plan.fallback is None and self.errors else None,
         )
         if self.call.tell is None:
             outcome = yield attempt
@@ -272,6 +278,14 @@ class _CallFlow:
                 self._round_did_not_begin()
             return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
         return outcome
+
+    def _forget_failure(self) -> None:
+        """Free what the attempt before this one held: its frames, and all that is in them."""
+        failure = self.errors.pop()
+        self.failed = None
+        is_timed = self.plan.attempt_timeout is not None or self.plan.total_timeout is not None
+        if is_timed and not isinstance(failure, CallTimeoutError):
+            self.earlier_failure = describe(failure)
 
     def _round_begins(self) -> bool:
         """Count the round of an attempt, which is none before one begins; tells whether this attempt is the first."""
@@ -424,9 +438,9 @@ class _CallFlow:
             )
             log("WARNING", "{}", message)
             return Failed(AllFailedError(message, self.errors))
-        if isinstance(failed.error, CallTimeoutError) and len(self.errors) > 1:
+        if isinstance(failed.error, CallTimeoutError) and self.earlier_failure:
             # The library's own error must not hide the function's.
-            failed.error.__cause__ = self.errors[-2]
+            add_note(failed.error, f"opero: an attempt before that failed with {self.earlier_failure}")
         summary = f"{plan.name} failed after {_count(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
         log("WARNING", "{}", summary)
         add_note(failed.error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")

@@ -50,10 +50,10 @@ class Attempt:
     it run. ``candidate`` is the fallback value in ``args`` or ``kwargs``, for drivers that send only what differs.
     ``flight`` is the badge of the computation that others may be waiting for, see `opero.core.flights`. A driver that
     does not run it at once asks `may_start`, and sends back `NOT_RUN` if the answer is no, or takes what `time_limit`
-    says then: the whole call ends at ``deadline``.
+    says then: the whole call ends at ``deadline``. It calls `begin` when it runs it.
     """
 
-    __slots__ = ("_may_start", "args", "candidate", "deadline", "flight", "kwargs", "limit", "timeout")
+    __slots__ = ("_begins", "_may_start", "args", "candidate", "deadline", "flight", "kwargs", "limit", "timeout")
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class Attempt:
         limit: str = "",
         deadline: float | None = None,
         may_start: Callable[[], bool] | None = None,
+        begins: Callable[[], None] | None = None,
     ) -> None:
         self.args = args
         self.kwargs = kwargs
@@ -75,6 +76,13 @@ class Attempt:
         self.limit = limit
         self.deadline = deadline
         self._may_start = may_start
+        self._begins = begins
+
+    def begin(self) -> None:
+        """Let go of the attempt before this one."""
+        if self._begins is not None:
+            self._begins()
+            self._begins = None
 
     def may_start(self) -> bool:
         return not self.is_late() and (self._may_start is None or self._may_start())
@@ -269,6 +277,7 @@ leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozen
 
 
 def run_attempt(function: Callable[..., Any], attempt: Attempt) -> Any:
+    attempt.begin()
     token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
     try:
         return function(*attempt.args, **attempt.kwargs)
@@ -280,6 +289,7 @@ def run_attempt(function: Callable[..., Any], attempt: Attempt) -> Any:
 
 
 async def run_attempt_async(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
+    attempt.begin()
     token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
     try:
         return await _run_in_time(function, attempt, name)
@@ -364,7 +374,6 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
                 sent = run_attempt(function, step)
             elif isinstance(step, Pause):
                 (time.sleep if step.is_real else clock.sleep)(step.seconds)
-                sent = None
             elif isinstance(step, Consult):
                 try:
                     (sent,) = consult([step])
@@ -373,8 +382,9 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
                     continue
             else:
                 await_arrival(step.arrival)
-                sent = None
             step = flow.send(sent)
+            # It may hold an error, and with it the frames of an attempt.
+            sent = None
     except StopIteration as end:
         outcome = end.value
     finally:
@@ -396,7 +406,6 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
                 sent = await run_attempt_async(function, step, name)
             elif isinstance(step, Pause):
                 await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
-                sent = None
             elif isinstance(step, Consult):
                 try:
                     (sent,) = await consult_async([step])
@@ -405,8 +414,9 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
                     continue
             else:
                 await await_arrival_async(step.arrival)
-                sent = None
             step = flow.send(sent)
+            # It may hold an error, and with it the frames of an attempt.
+            sent = None
     except StopIteration as end:
         outcome = end.value
     finally:
