@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.clock import clock, wait_really_async
 from opero.core.interrupts import Hold
@@ -25,6 +25,22 @@ _EXACT_BELOW = 0.01
 _MOST_FOR_SELECT = 1024
 # Whoever has to wait longer is woken and waits again.
 _LONGEST = 86_400.0
+
+
+class Inbox(Protocol):
+    """Where a running map finds events."""
+
+    def put(self, event: Any) -> None:
+        """Leave an event there, from any thread."""
+        ...
+
+    def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
+        """Call ``heard`` as long as there is something to read in ``pipe``, while the map waits."""
+        ...
+
+    def forget(self, pipe: Connection) -> None:
+        """Listen to it no longer; it is still open."""
+        ...
 
 
 class BlockingInbox:
@@ -50,9 +66,6 @@ class BlockingInbox:
                 else:
                     self._ears = self._polled = _PolledPipes()
         self._ears.listen(pipe, heard)
-
-    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
-        return self._polled is not None and self._polled.write_when_ready(pipe, write)
 
     def forget(self, pipe: Connection) -> None:
         if self._ears is not None:
@@ -95,19 +108,10 @@ class _PolledPipes:
         self._waker, self._awoken = socket.socketpair()
         for end in (self._waker, self._awoken):
             end.settimeout(0)
-        self._selector.register(self._awoken, selectors.EVENT_READ, (self._wake_up, None))
+        self._selector.register(self._awoken, selectors.EVENT_READ, self._wake_up)
 
     def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
-        self._selector.register(pipe, selectors.EVENT_READ, (heard, None))
-
-    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
-        try:
-            heard, _ = self._selector.get_key(pipe).data
-        except KeyError:
-            return False
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if write is not None else 0)
-        self._selector.modify(pipe, events, (heard, write))
-        return True
+        self._selector.register(pipe, selectors.EVENT_READ, heard)
 
     def forget(self, pipe: Connection) -> None:
         with suppress(KeyError):
@@ -137,17 +141,8 @@ class _PolledPipes:
         if timeout is not None and 0 < timeout < _EXACT_BELOW:
             pipes = {key.fd: key.data for key in self._selector.get_map().values()}
             if max(pipes) < _MOST_FOR_SELECT:
-                writing = [fd for fd, (_, write) in pipes.items() if write is not None]
-                readable, writable, _ = select.select(pipes, writing, (), timeout)
-                return [*(pipes[fd][0] for fd in readable), *(pipes[fd][1] for fd in writable)]
-        ready: list[Callable[[], None]] = []
-        for key, events in self._selector.select(timeout):
-            heard, write = key.data
-            if events & selectors.EVENT_READ:
-                ready.append(heard)
-            if events & selectors.EVENT_WRITE:
-                ready.append(write)
-        return ready
+                return [pipes[fd] for fd in select.select(pipes, (), (), timeout)[0]]
+        return [key.data for key, _ in self._selector.select(timeout)]
 
     def _wake_up(self) -> None:
         with suppress(BlockingIOError):
@@ -186,21 +181,11 @@ class AsyncInbox:
                 return
         self._ears.listen(pipe, heard)
 
-    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
-        if self._ears is not None:
-            return False
-        if write is None:
-            self._loop.remove_writer(pipe.fileno())
-        else:
-            self._loop.add_writer(pipe.fileno(), write)
-        return True
-
     def forget(self, pipe: Connection) -> None:
         if self._ears is not None:
             self._ears.forget(pipe)
         elif not self._loop.is_closed():
             self._loop.remove_reader(pipe.fileno())
-            self._loop.remove_writer(pipe.fileno())
 
     async def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
         """Wait for events, at most so many seconds of opero's clock, or real ones."""
