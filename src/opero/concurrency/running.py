@@ -43,7 +43,7 @@ class AsyncSource:
         self._wake = wake
         self._ahead: deque[Any] = deque()
         self._task: Any = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._at_end = False
         self._closing = False
 
@@ -61,8 +61,6 @@ class AsyncSource:
     def take(self, count: int) -> list[Any]:
         import asyncio
 
-        if self._error is not None:
-            raise self._error
         taken = [self._ahead.popleft() for _ in range(min(count, len(self._ahead)))]
         if not self._at_end and len(taken) < count:
             self._wanted.set()
@@ -101,8 +99,9 @@ class AsyncSource:
         except BaseException as error:
             if self._closing:
                 raise
-            # Raised where the map takes its input, a cancellation of something that the input waited for, too.
-            self._error = error
+            # Raised by the map, a cancellation of something that the input waited for, too.
+            self.error = error
+            self._at_end = True
         self._wake(Wake())
 
     async def _close_iterator(self) -> None:
@@ -182,21 +181,25 @@ class _Run:
     def presence(self) -> Presence:
         return self._scheduler.presence
 
-    def steps(self) -> Generator[_Wait | _Ask | list[Outcome[Any, Any]], Any, None]:
+    def steps(self) -> Generator[_Wait | _Ask | deque[Outcome[Any, Any]], Any, None]:
         """Yields outcomes to hand out, what to ask the cache's store, and waits."""
         scheduler, pool = self._scheduler, self.pool
         pool.start(self._inbox, most_batches=self._total, is_paced=self._is_paced)
         while True:
+            if self._source.is_late:
+                # The input may take long again.
+                yield self._sink.take()
             yield from self._give_out()
             self._progress.show(scheduler.tally)
-            outcomes = self._sink.take()
-            if outcomes:
-                yield outcomes
+            yield self._sink.take()
             if self.is_inherited:
                 msg = f"this stream of {self._name} was begun by the process that forked this one; begin another here"
                 raise OperoError(msg)
             if scheduler.failure is not None:
                 raise scheduler.failure
+            error = self._source.error
+            if error is not None and (scheduler.done or not isinstance(self._sink, StreamSink)):
+                raise error
             if scheduler.done:
                 return
             wait = _Wait(scheduler.due_in(), scheduler.really_due_in(), is_idle=scheduler.is_idle)
@@ -255,9 +258,11 @@ def _drive_blocking(run: _Run, inbox: BlockingInbox) -> Iterator[Outcome[Any, An
         except StopIteration:
             return
         events = None
-        if isinstance(step, list):
+        if isinstance(step, deque):
             run.presence.is_away = True
-            yield from step
+            while step:
+                # Nothing here keeps what has been given out.
+                yield step.popleft()
             run.presence.is_away = False
         elif isinstance(step, _Ask):
             events = consult(step.steps)
@@ -319,10 +324,10 @@ async def run_awaiting(
             except StopIteration:
                 return
             events = None
-            if isinstance(step, list):
+            if isinstance(step, deque):
                 run.presence.is_away = True
-                for outcome in step:
-                    yield outcome
+                while step:
+                    yield step.popleft()
                 run.presence.is_away = False
             elif isinstance(step, _Ask):
                 events = await consult_async(step.steps)

@@ -63,6 +63,9 @@ _AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, by
 class Source(Protocol):
     """Where the items come from."""
 
+    # What it has raised; there will be no more items then.
+    error: BaseException | None
+
     @property
     def exhausted(self) -> bool:
         """Whether there will be no more items."""
@@ -91,6 +94,7 @@ class IteratorSource:
         self._turn_ends = 0.0
         self.is_late = False
         self.exhausted = False
+        self.error: BaseException | None = None
 
     def start_turn(self) -> None:
         self.is_late = False
@@ -98,20 +102,26 @@ class IteratorSource:
             self._turn_ends = time.monotonic() + BATCH_SECONDS
 
     def take(self, count: int) -> list[Any]:
+        taken: list[Any] = []
         coming = itertools.islice(self._iterator, count)
-        taken = list(coming) if self._is_at_hand else self._take_in_time(coming)
+        try:
+            if self._is_at_hand:
+                taken.extend(coming)
+            else:
+                self._take_in_time(coming, taken)
+        except Exception as error:  # noqa: BLE001 - raised when what has been taken has its outcomes
+            self.error = error
+            self.is_late = False
         self.exhausted = len(taken) < count and not self.is_late
         return taken
 
-    def _take_in_time(self, coming: Iterator[Any]) -> list[Any]:
-        taken: list[Any] = []
+    def _take_in_time(self, coming: Iterator[Any], taken: list[Any]) -> None:
         take, now, turn_ends = taken.append, time.monotonic, self._turn_ends
         for item in coming:
             take(item)
             if now() > turn_ends:
                 self.is_late = True
                 break
-        return taken
 
 
 class Shape:
