@@ -41,7 +41,7 @@ NUMBER = struct.Struct("<I")
 PEACE_SECONDS = 30.0
 
 # Those of the libraries that have threads of their own for what they compute.
-_THREAD_SETTINGS = (
+THREAD_SETTINGS = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -250,8 +250,8 @@ def _seed() -> None:
 
 def _limit_threads(count: int) -> None:
     """Let numeric libraries have so many threads: each would have one for each CPU in each worker."""
-    for name in _THREAD_SETTINGS:
-        os.environ.setdefault(name, str(count))
+    for name in THREAD_SETTINGS:
+        os.environ[name] = str(count)
     if "numpy" in sys.modules:
         with contextlib.suppress(ImportError):
             import threadpoolctl

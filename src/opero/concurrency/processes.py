@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ from opero.concurrency.process_worker import (
     NUMBER,
     PEACE_SECONDS,
     STOP,
+    THREAD_SETTINGS,
     Start,
     marks_at,
     serve,
@@ -227,7 +229,7 @@ class ProcessPool:
         self._initializer = initializer
         self._initargs = initargs
         self._most_items = max_tasks_per_worker
-        self._threads = threads_per_worker
+        self._threads = threads_per_worker or default_threads(workers)
         start_method = start_method or start_method_of_the_program()
         self._method_is_given = start_method is not None
         self._name = name_of(work.function)
@@ -507,6 +509,11 @@ def default_start_method() -> str:
     if sys.platform == "linux" and not foreign_threads() and not has_native_threads():
         return "fork"
     return "spawn" if sys.platform == "win32" else "forkserver"
+
+
+def default_threads(workers: int) -> int | None:
+    """How many threads numeric libraries have in each worker, unless the program has set that for them."""
+    return None if any(map(os.environ.get, THREAD_SETTINGS)) else max(1, (os.cpu_count() or 1) // workers)
 
 
 def _preload(module: str) -> None:
