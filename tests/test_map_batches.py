@@ -151,7 +151,8 @@ MANY = """
 
     if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_NOFILE, (140, 140))
-        print(opmap(workers=40, retries=0, progress=False, pool_options={"start_method": "fork"})(abs)(range(80)) == [*range(80)])
+        mapped = opmap(workers=40, retries=0, progress=False, pool_options={"start_method": "fork"})(abs)
+        print(mapped(range(80)) == [*range(80)])
 """
 
 

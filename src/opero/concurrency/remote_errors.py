@@ -16,7 +16,7 @@ from opero.utils.notes import add_note, describe, drop_notes
 
 _NOTE = "in the worker:\n"
 # Causes of causes.
-_MOST_LINKS = 20
+_MOST_LINKS = 10
 
 # An exception pickled, what it says, and what hangs on it: cause, context, whether that is hidden, those in a group.
 Packed = tuple[bytes, str, "Links"]
@@ -31,7 +31,7 @@ def pack_error(error: Exception) -> Packed:
         drop_notes(error, _NOTE)
         add_note(error, f"{_NOTE}{_trace(error)}")
         error.__traceback__ = None
-    return _pack(error, set())
+    return _pack(error, ())
 
 
 def unpack_error(packed: Packed) -> Exception:
@@ -44,23 +44,28 @@ def unpack_error(packed: Packed) -> Exception:
     return error
 
 
-def _pack(error: BaseException, seen: set[int]) -> Packed:
-    return _dumps(error), story_of(error), _links_of(error, seen)
+def _pack(error: BaseException, above: tuple[int, ...]) -> Packed:
+    return _dumps(error), story_of(error), _links_of(error, above)
 
 
-def _links_of(error: BaseException, seen: set[int]) -> Links:
-    if id(error) in seen or len(seen) >= _MOST_LINKS:
+def _links_of(error: BaseException, above: tuple[int, ...]) -> Links:
+    if id(error) in above or len(above) >= _MOST_LINKS:
         return _NO_LINKS
-    seen.add(id(error))
-    cause, context = (None if other is None else _pack(other, seen) for other in (error.__cause__, error.__context__))
-    members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    return cause, context, error.__suppress_context__, [_links_of(member, seen) for member in members]
+    above = (*above, id(error))
+    cause, context = error.__cause__, error.__context__
+    return (
+        None if cause is None else _pack(cause, above),
+        # Mostly what it was raised from is what was being handled.
+        None if context is None or context is cause else _pack(context, above),
+        error.__suppress_context__,
+        [_links_of(member, above) for member in getattr(error, "exceptions", ())],
+    )
 
 
 def _link(error: BaseException, links: Links) -> None:
     cause, context, is_hidden, members = links
     error.__cause__ = None if cause is None else unpack_error(cause)
-    error.__context__ = error.__cause__ if context == cause else None if context is None else unpack_error(context)
+    error.__context__ = error.__cause__ if context is None else unpack_error(context)
     error.__suppress_context__ = is_hidden
     for member, its in zip(getattr(error, "exceptions", ()), members, strict=False):
         _link(member, its)
