@@ -134,6 +134,19 @@ def test_a_map_of_items_that_the_cache_has_starts_no_worker(journal):
     assert started_by(mapped, range(4), journal) == 2
 
 
+@pytest.mark.parametrize("items", [[], [1]])
+def test_an_executor_is_made_when_there_is_something_to_run(items):
+    made = []
+
+    def make():
+        made.append(Executors.threads())
+        return made[-1]
+
+    mapped = opmap(mode=make, workers=2, progress=False)(abs)
+    assert mapped(items) == items
+    assert len(made) == len(items)
+
+
 def test_a_map_starts_no_thread_without_an_item_for_it():
     names = set()
 

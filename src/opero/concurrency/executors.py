@@ -92,11 +92,13 @@ class ExecutorPool:
         self._broken: Exception | None = None
         self._lost: list[Batch] = []
         self._stillbirths = 0
-        self._uses_it = False
+        self._uses_it = self._has_begun = False
 
     @property
     def slots(self) -> int:
-        """Batches that may be in flight; none before it is known how to send them."""
+        """Batches that may be in flight; only the first one before it is known how to send them."""
+        if not self._has_begun:
+            return 1
         return 0 if self._carrier is None or self._broken is not None else self._size
 
     @property
@@ -106,11 +108,13 @@ class ExecutorPool:
 
     def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:  # noqa: ARG002
         self._deliver = inbox.put
-        self._begin()
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)
-        self._hand_out()
+        if self._has_begun:
+            self._hand_out()
+        else:
+            self._begin()
 
     def receive(self, event: Any) -> Any:
         if not isinstance(event, Future):
@@ -174,6 +178,7 @@ class ExecutorPool:
 
     def _begin(self) -> None:
         """Take an executor, and send it what tells where its workers are."""
+        self._has_begun = True
         self._carrier = None
         if self._make is not None:
             self._executor = self._make()
