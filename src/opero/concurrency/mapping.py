@@ -8,17 +8,17 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, I
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
+from opero.concurrency.kept import KeptWorkers
 from opero.concurrency.outcome import ListSink, Outcome, StreamSink
-from opero.concurrency.pool_source import KeptWorkers
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
-from opero.core.interrupts import Hold
+from opero.core.interrupts import Hold, forget_earlier_interrupts
 from opero.core.signature import find_by_name, own_signature
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from opero.concurrency.contract import Arguments, MapSettings
+    from opero.concurrency.kept import Arguments, MapSettings
     from opero.concurrency.outcome import Sink
     from opero.core.control import LiveStats
     from opero.core.plan import CacheInfo, Plan
@@ -223,13 +223,18 @@ class AsyncMap(_Map[T, P, R, E]):
     def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
         """The blocking form, for scripts; inside a running event loop write ``await`` instead."""
         with Hold():
-            from opero.concurrency.own_loop import run_in_own_loop
+            import asyncio
+
             from opero.concurrency.running import has_running_loop
 
         if has_running_loop():
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
-        return run_in_own_loop(lambda: self(items, *args, **kwargs))
+        try:
+            return asyncio.run(self(items, *args, **kwargs))
+        except KeyboardInterrupt as interrupt:
+            forget_earlier_interrupts(interrupt)
+            raise
 
     def stream(
         self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs
