@@ -112,5 +112,5 @@ class MapSettings:
     return_exceptions: bool = True
 
 
-# The arguments before the item, those after it, and those by keyword.
-Arguments = tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]
+# The arguments before the item, those after it, those by keyword, and whether items are tuples of arguments.
+Arguments = tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any], bool]

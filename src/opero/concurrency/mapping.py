@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 from opero.concurrency.outcome import ListSink, Outcome, StreamSink
 from opero.concurrency.pool_source import KeptWorkers
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
 from opero.core.interrupts import Hold
+from opero.core.showing import kind_of
 from opero.core.signature import find_by_name, own_signature
 
 if TYPE_CHECKING:
@@ -51,11 +61,14 @@ class _Map(Generic[T, P, R, E]):
         @property
         def _types(self) -> Callable[Concatenate[T, P], tuple[R, E]]: ...
 
-    def __init__(self, plan: Plan, settings: MapSettings, single: Any, head: tuple[Any, ...] = ()) -> None:
+    def __init__(self, plan: Plan, settings: MapSettings, single: Any) -> None:
         self.plan = plan
         self.settings = settings
         self.single = single
-        self._head = head
+        # The instance of a method.
+        self._head: tuple[Any, ...] = ()
+        # Whether items are tuples of arguments.
+        self._is_starred = False
 
     @property
     def stats(self) -> LiveStats:
@@ -82,7 +95,7 @@ class _Map(Generic[T, P, R, E]):
 
     def cache_delete(self, item: T, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Forget the result for this item and these arguments; tells whether there was one."""
-        return self._control.cache_delete(item, *args, **kwargs)
+        return self._control.cache_delete(*self._single_arguments(item, args), **kwargs)
 
     def with_plan(self, plan: Plan) -> Self:
         """The same map under other policies."""
@@ -90,6 +103,8 @@ class _Map(Generic[T, P, R, E]):
         return made
 
     def __reduce__(self) -> Any:
+        if self._is_starred:
+            return getattr, (self.__dict__["unstarred"], "starmap")
         if self._head:
             return _bind, (self._unbound(), *self._head)
         return _reduce(self)
@@ -107,11 +122,16 @@ class _Map(Generic[T, P, R, E]):
     def _control(self) -> Control[..., Any]:
         return Control(self.__dict__["__opero__"], self._head)
 
+    def _with(self, **changes: Any) -> Self:
+        made: Self = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, **changes)
+        return made
+
     def _bound_to(self, instance: Any) -> Self:
-        bound = type(self)(self.plan, self.settings, self.single.__get__(instance), (instance,))
-        bound.__dict__.update({k: v for k, v in self.__dict__.items() if k not in bound.__dict__})
-        bound.__dict__["unbound"] = self
-        return bound
+        return self._with(single=self.single.__get__(instance), _head=(instance,), unbound=self)
+
+    def _starred(self) -> Any:
+        return self._with(_is_starred=True, unstarred=self)
 
     def _unbound(self) -> Any:
         return self.__dict__["unbound"]
@@ -135,14 +155,51 @@ class _Map(Generic[T, P, R, E]):
 
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
+        name = self.plan.name
+        if self._is_starred and rest:
+            msg = f"{name}.starmap takes all positional arguments from the tuples; give the same for all by keyword"
+            raise TypeError(msg)
         try:
-            own_signature(self.plan.function).bind(*self._head, None, *rest, **kwargs)
-        except ValueError:  # a builtin whose signature is not known: it will complain itself
-            pass
+            signature = own_signature(self.plan.function)
+        except (ValueError, TypeError):  # of some builtins it is not known: they will complain themselves
+            return self._head, rest, kwargs, self._is_starred
+        try:
+            if self._is_starred:
+                signature.bind_partial(*self._head, **kwargs)
+            else:
+                signature.bind(*self._head, None, *rest, **kwargs)
         except TypeError as error:
-            msg = f"{self.plan.name}() {error}{self._classmethod_hint()}"
+            hint = self._classmethod_hint() or self._starmap_hint(signature, rest, kwargs)
+            msg = f"{name}() {error}{hint}"
             raise TypeError(msg) from None
-        return self._head, rest, kwargs
+        return self._head, rest, kwargs, self._is_starred
+
+    def _starmap_hint(self, signature: inspect.Signature, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What to write, if positional arguments are missing and no other thing is wrong."""
+        try:
+            given = signature.bind_partial(*self._head, None, *rest, **kwargs).arguments
+        except TypeError:
+            return ""
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        missing = [n for n, p in signature.parameters.items() if n not in given and p.default is p.empty]
+        missing = [n for n in missing if signature.parameters[n].kind in positional]
+        if not missing:
+            return ""
+        name = self.plan.name.rpartition(".")[2]
+        return (
+            f"; write {name}(items, {missing[0]}=…) to give the same to every item, or {name}.starmap(tuples) if each "
+            "item is a tuple of arguments"
+        )
+
+    def _single_arguments(self, item: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*item, *args) if self._is_starred else (item, *args)
+
+    def _row(self, item: Any) -> tuple[Any, ...]:
+        """The arguments of one call of `starmap`."""
+        if isinstance(item, (str, bytes, Mapping)) or not isinstance(item, Iterable):
+            msg = f"{self.plan.name}.starmap got {kind_of(item)} as an item; each item is a tuple of arguments"
+            raise TypeError(msg)
+        return item if isinstance(item, tuple) else tuple(item)
 
 
 class SyncMap(_Map[T, P, R, E]):
@@ -173,12 +230,22 @@ class SyncMap(_Map[T, P, R, E]):
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies."""
         if self.plan.attempt_timeout is None:
-            result: R = self.single(item, *args, **kwargs)
+            result: R = self.single(*self._single_arguments(item, args), **kwargs)
             return result
         # Only in a process of its own can a running function be stopped.
-        quiet = replace(self.settings, progress=False)
-        (outcome,) = type(self)(self.plan, quiet, self.single, self._head).stream([item], *args, **kwargs)
+        quiet = self._with(settings=replace(self.settings, progress=False))
+        (outcome,) = quiet.stream([item], *args, **kwargs)
         return outcome.returned
+
+    @property
+    def starmap(self) -> SyncMap[tuple[Any, ...], ..., R, E]:
+        """The same map over tuples, each of which is the positional arguments of one call.
+
+        ``fn.starmap(zip(names, sizes))`` calls ``fn(name, size)`` for each pair; keyword arguments go to every call.
+        ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no tuple
+        (list, or other iterable but text) ends the map with a TypeError.
+        """
+        return cast("SyncMap[tuple[Any, ...], ..., R, E]", self._starred())
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
@@ -196,7 +263,8 @@ class SyncMap(_Map[T, P, R, E]):
         with Hold():
             from opero.concurrency.running import run_blocking
 
-        return run_blocking(self.plan, self.settings, arguments, sink, items=_iterate(items), total=_length(items))
+        source: Iterator[Any] = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
+        return run_blocking(self.plan, self.settings, arguments, sink, items=source, total=_length(items))
 
 
 class AsyncMap(_Map[T, P, R, E]):
@@ -235,8 +303,18 @@ class AsyncMap(_Map[T, P, R, E]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the function with one item, under the same policies, in this event loop."""
-        call: Coroutine[Any, Any, R] = self.single(item, *args, **kwargs)
+        call: Coroutine[Any, Any, R] = self.single(*self._single_arguments(item, args), **kwargs)
         return call
+
+    @property
+    def starmap(self) -> AsyncMap[tuple[Any, ...], ..., R, E]:
+        """The same map over tuples, each of which is the positional arguments of one call.
+
+        ``await fn.starmap(zip(names, sizes))`` awaits ``fn(name, size)`` for each pair; keyword arguments go to every
+        call. ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no
+        tuple (list, or other iterable but text) ends the map with a TypeError.
+        """
+        return cast("AsyncMap[tuple[Any, ...], ..., R, E]", self._starred())
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
@@ -250,7 +328,12 @@ class AsyncMap(_Map[T, P, R, E]):
     ) -> AsyncIterator[Outcome[T, R]]:
         from opero.concurrency.running import run_awaiting
 
-        source = _iterate_async(items) if isinstance(items, AsyncIterable) else _iterate(items)
+        source: AsyncIterator[Any] | Iterator[Any]
+        if isinstance(items, AsyncIterable):
+            source = _iterate_async(items)
+            source = _mapped(self._row, source) if self._is_starred else source
+        else:
+            source = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
         return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=_length(items))
 
 
@@ -289,6 +372,15 @@ async def _each_async(iterator: AsyncIterator[T]) -> AsyncIterator[T]:
         except StopAsyncIteration:
             return
         yield item
+
+
+async def _mapped(function: Callable[[Any], Any], iterator: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    try:
+        async for item in iterator:
+            yield function(item)
+    finally:
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()
 
 
 def _bind(unbound: Any, instance: Any) -> Any:
