@@ -55,17 +55,27 @@ def _async_process_pool() -> _PoolClass:
     return AsyncProcessPool
 
 
+def _serial_pool() -> _PoolClass:
+    from opero.concurrency.serial import SerialPool
+    from opero.concurrency.tasks import TaskPool
+
+    # Coroutines run in the event loop of the calling thread.
+    return lambda work, workers: TaskPool(work, workers) if work.is_async else SerialPool(work)
+
+
 _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
     "process": _process_pool,
     "thread": _thread_pool,
     "async": _task_pool,
     "async_process": _async_process_pool,
+    "serial": _serial_pool,
 }
 _ASYNC_ONLY = ("async", "async_process")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker"),
     "thread": (),
     "async": (),
+    "serial": (),
     "async_process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "concurrency"),
 }
 
@@ -73,7 +83,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
 def default_workers(mode: str) -> int:
     """How many workers a mode has when nobody says."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS}.get(mode, cpus)
+    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS, "serial": 1}.get(mode, cpus)
 
 
 def map_settings(
@@ -97,6 +107,9 @@ def map_settings(
         raise TypeError(msg)
     if workers is not None:
         check_count("workers", workers, "workers", smallest=1)
+        if mode == "serial":
+            msg = f"workers={workers} cannot apply with mode='serial', in which the calling thread works; leave it out"
+            raise ValueError(msg)
     check_flag("ordered", ordered)
     if not isinstance(progress, str):
         check_flag("progress", progress)
@@ -196,7 +209,8 @@ def get_parallel_map_decorator(
     """Make a decorator that turns a function of one item into a map, and adds no policy.
 
     Args:
-        mode: ``"process"``, ``"thread"``, ``"async"``, ``"async_process"``, an executor, or a function that makes one.
+        mode: ``"process"``, ``"thread"``, ``"async"``, ``"async_process"``, ``"serial"``, an executor, or a function
+            that makes one.
         workers: Processes, threads or tasks; by default what `opero.opmap` has.
         ordered: Whether results come in input order, or in order of completion.
         progress: Whether to show a bar on a terminal; text is its label.

@@ -105,10 +105,12 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         function: The function, when used without parentheses.
         **options: All options of `opero.opero`, and:
 
-            - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop) or
-              ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``).
-              Or a `concurrent.futures.Executor`, which is used and left as it is; or a function that makes one, which
-              is made for each map, shut down at its end, and made anew when it breaks.
+            - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop),
+              ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``)
+              or ``"serial"`` (one item after the other in the calling thread, for debuggers and profilers; of
+              ``async def`` functions in this event loop). Or a `concurrent.futures.Executor`, which is used and left as
+              it is; or a function that makes one, which is made for each map, shut down at its end, and made anew when
+              it breaks.
             - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100); of an executor, the
               batches that are in it at the same time (default: as many as it has workers, if it tells; else CPUs).
             - ``ordered`` (True): results in input order; else in order of completion.
