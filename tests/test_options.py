@@ -406,7 +406,7 @@ ONLY_OPMAP_REFUSES = [
         unknown_inside(f"mode={mode!r}", pool_options=options, mode=mode, on=on, error=(TypeError, ValueError))
         for mode, on, options in (
             ("thread", fetch, {"start_method": "fork"}),
-            ("thread", fetch, {"initargs": ()}),
+            ("thread", fetch, {"concurrency": 5}),
             ("async", fetch_async, {"start_method": "fork"}),
             ("async", fetch_async, {"concurrency": 5}),
             ("process", fetch, {"concurrency": 5}),

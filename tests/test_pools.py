@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
-from opero import CallStats, opmap
+from conftest import as_async
+
+from opero import CallStats, OperoError, opmap
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
 
 MODES = ("thread", "process", "async", "async_process")
@@ -238,6 +240,34 @@ def test_pool_options_reach_the_pool(name, method):
     assert prepared == "no"
 
 
+@pytest.mark.parametrize("function", [double, double_async])
+def test_an_initializer_prepares_each_thread_before_its_first_item(function):
+    ready = threading.local()
+    prepared_by = []
+
+    def prepare_thread(text):
+        ready.text = text
+        prepared_by.append(threading.get_ident())
+
+    def work(item):
+        return ready.text, threading.get_ident()
+
+    mapped = get_parallel_map_decorator("thread", workers=3, initializer=prepare_thread, initargs=("yes",))
+    results = mapped(as_async(work) if function is double_async else work).run(range(100))
+    assert {text for text, _ in results} == {"yes"}
+    assert {thread for _, thread in results} <= set(prepared_by)
+    assert len(prepared_by) == len(set(prepared_by))
+
+
+def test_an_initializer_that_raises_in_a_thread_ends_the_map():
+    def refuse():
+        raise ValueError("cannot prepare")
+
+    with pytest.raises(OperoError, match="a worker thread cannot run double: ValueError: cannot prepare") as caught:
+        get_parallel_map_decorator("thread", workers=3, initializer=refuse)(double)(range(100))
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -255,7 +285,7 @@ def test_pool_options_reach_the_pool(name, method):
         ({"initializer": prepare, "initargs": ["yes"]}, TypeError, "initargs"),
         ({"initargs": ("yes",)}, ValueError, "initargs"),
         ({"mode": "thread", "start_method": "fork"}, TypeError, "start_method"),
-        ({"mode": "thread", "initializer": prepare}, TypeError, "initializer"),
+        ({"mode": "serial", "initializer": prepare}, TypeError, "initializer"),
         ({"concurrency": 5}, TypeError, "concurrency"),
         ({"retries": 3}, TypeError, "retries"),
     ],

@@ -73,7 +73,7 @@ _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
 _ASYNC_ONLY = ("async", "async_process")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker"),
-    "thread": (),
+    "thread": ("initializer", "initargs"),
     "async": (),
     "serial": (),
     "async_process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "concurrency"),

@@ -118,9 +118,10 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
               the map and is raised. Not beside ``default``, which is in the list for an item that failed; its `Outcome`
               has the exception.
-            - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``,
-              ``max_tasks_per_worker`` (None: any number), the items after which a process is replaced; with
-              ``"async_process"`` also ``concurrency`` (16), the coroutines in each process.
+            - ``pool_options`` (None): mapping for the pool: ``initializer`` and ``initargs``, called in each thread or
+              process before its first item; for processes also ``start_method`` and ``max_tasks_per_worker`` (None:
+              any number), the items after which one is replaced; with ``"async_process"`` also ``concurrency`` (16),
+              the coroutines in each process.
 
             ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``: the worker that
             takes longer is killed and replaced.
