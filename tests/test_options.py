@@ -63,6 +63,7 @@ DESIGNED_FOR_OPMAP = {
     "ordered": True,
     "progress": True,
     "return_exceptions": True,
+    "total": None,
     "pool_options": None,
     **DESIGNED_FOR_OPERO,
 }
@@ -398,6 +399,7 @@ ONLY_OPMAP_REFUSES = [
     *no_flag("ordered"),
     *(wrong(TypeError, "True or False", progress=value) for value in (0, 1, None, 0.5, b"label", ["label"])),
     *no_flag("return_exceptions"),
+    *no_count("total", smallest=0),
     # The pool
     *no_mapping(pool_options={}, **PROCESS),
     unknown_inside("'start_method'", pool_options={"start_methodd": "fork"}, **PROCESS),

@@ -110,6 +110,8 @@ class MapSettings:
     ordered: bool = True
     progress: bool | str = True
     return_exceptions: bool = True
+    # Number of items where it cannot be seen.
+    total: int | None = None
 
 
 # The arguments before the item, those after it, those by keyword, and whether items are tuples of arguments.

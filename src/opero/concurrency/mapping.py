@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import operator
 import sys
 from collections.abc import (
     AsyncGenerator,
@@ -191,6 +193,17 @@ class _Map(Generic[T, P, R, E]):
             "item is a tuple of arguments"
         )
 
+    def _total(self, items: Any) -> int | None:
+        """The number of items: their length, else what the user says, else what they hint at."""
+        # As the built-in `list` does with something that has no length, or does not know it.
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return len(items)
+        if self.settings.total is None:
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                hint = operator.length_hint(items, -1)
+                return None if hint < 0 else hint
+        return self.settings.total
+
     def _single_arguments(self, item: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*item, *args) if self._is_starred else (item, *args)
 
@@ -264,7 +277,7 @@ class SyncMap(_Map[T, P, R, E]):
             from opero.concurrency.running import run_blocking
 
         source: Iterator[Any] = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
-        return run_blocking(self.plan, self.settings, arguments, sink, items=source, total=_length(items))
+        return run_blocking(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
 
 
 class AsyncMap(_Map[T, P, R, E]):
@@ -334,15 +347,7 @@ class AsyncMap(_Map[T, P, R, E]):
             source = _mapped(self._row, source) if self._is_starred else source
         else:
             source = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
-        return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=_length(items))
-
-
-def _length(items: Any) -> int | None:
-    try:
-        return len(items)
-    except (TypeError, ValueError, OverflowError):
-        # As the built-in `list` does with something that has no length, or does not know it.
-        return None
+        return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
 
 
 def _iterate(items: Iterable[T]) -> Iterator[T]:

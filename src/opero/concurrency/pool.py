@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -94,6 +95,7 @@ def map_settings(
     ordered: bool = True,
     progress: bool | str = True,
     return_exceptions: bool = True,
+    total: int | None = None,
     pool_options: Mapping[str, Any] | None = None,
 ) -> MapSettings:
     """Check the options of a map of ``function``."""
@@ -114,6 +116,8 @@ def map_settings(
     if not isinstance(progress, str):
         check_flag("progress", progress)
     check_flag("return_exceptions", return_exceptions)
+    if total is not None:
+        check_count("total", total, "items", smallest=0)
     options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, options)
     return MapSettings(
@@ -121,6 +125,7 @@ def map_settings(
         ordered=ordered,
         progress=progress,
         return_exceptions=return_exceptions,
+        total=total,
     )
 
 
@@ -204,6 +209,7 @@ def get_parallel_map_decorator(
     ordered: bool = True,
     progress: bool | str = False,
     return_exceptions: bool = True,
+    total: int | None = None,
     **pool_options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a decorator that turns a function of one item into a map, and adds no policy.
@@ -215,6 +221,7 @@ def get_parallel_map_decorator(
         ordered: Whether results come in input order, or in order of completion.
         progress: Whether to show a bar on a terminal; text is its label.
         return_exceptions: Whether a failed item is its exception in the list, or stops the map and is raised.
+        total: Number of items, for the bar, where neither their length nor `operator.length_hint` tells it.
         **pool_options: For the pool, such as ``start_method``.
 
     Raises:
@@ -232,6 +239,7 @@ def get_parallel_map_decorator(
             ordered=ordered,
             progress=progress,
             return_exceptions=return_exceptions,
+            total=total,
             pool_options=pool_options,
         )
         recipe = {
@@ -240,6 +248,7 @@ def get_parallel_map_decorator(
             "ordered": ordered,
             "progress": progress,
             "return_exceptions": return_exceptions,
+            "total": total,
             **pool_options,
         }
         return make_map(Plan(function, RetryPolicy()), settings, (get_parallel_map_decorator, recipe))
@@ -254,9 +263,10 @@ def get_parallel_executor(
     ordered: bool = True,
     progress: bool | str = False,
     return_exceptions: bool = True,
+    total: int | None = None,
     **pool_options: Any,
 ) -> Callable[..., Any]:
-    """Make ``executor(function, items, **kwargs)``, which maps any function without decorating it.
+    """Make ``executor(function, items, **kwargs)``, which maps any function or class without decorating it.
 
     The arguments and errors are those of `get_parallel_map_decorator`. For an ``async def`` function the executor
     returns an awaitable of the list.
@@ -267,10 +277,13 @@ def get_parallel_executor(
         ordered=ordered,
         progress=progress,
         return_exceptions=return_exceptions,
+        total=total,
         **pool_options,
     )
 
     def executor(function: Callable[..., Any], items: Any, /, **kwargs: Any) -> Any:
-        return decorate(function)(items, **kwargs)
+        # A class among functions, as in `map(int, texts)`, is meant; below a decorator it would be a mistake.
+        mapped = functools.partial(function) if isinstance(function, type) else function
+        return decorate(mapped)(items, **kwargs)
 
     return executor

@@ -104,7 +104,7 @@ class ThreadPool:
     def _serve(self) -> None:
         self._threads.add(threading.get_ident())
         try:
-            if self._initializer is not None:
+            if self._initializer is not None and not self._stopped:
                 self._initializer(*self._initargs)
         except Exception as error:  # noqa: BLE001 - the user's code
             refused = OperoError(f"a worker thread cannot run {name_of(self._map.work.function)}: {describe(error)}")

@@ -28,6 +28,7 @@ class OpmapOptions(CommonOptions, total=False):
     workers: int | None
     ordered: bool
     progress: bool | str
+    total: int | None
     pool_options: Mapping[str, Any] | None
 
 
@@ -37,6 +38,7 @@ MAP_DEFAULTS: dict[str, Any] = {
     "ordered": True,
     "progress": True,
     "return_exceptions": True,
+    "total": None,
     "pool_options": None,
 }
 OPMAP_DEFAULTS: dict[str, Any] = {**MAP_DEFAULTS, **OPERO_DEFAULTS}
@@ -118,6 +120,7 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
               the map and is raised. Not beside ``default``, which is in the list for an item that failed; its `Outcome`
               has the exception.
+            - ``total`` (None): number of items for the bar, where neither `len` nor `operator.length_hint` tells it.
             - ``pool_options`` (None): mapping for the pool: ``initializer`` and ``initargs``, called in each thread or
               process before its first item; for processes also ``start_method`` and ``max_tasks_per_worker`` (None:
               any number), the items after which one is replaced; with ``"async_process"`` also ``concurrency`` (16),
