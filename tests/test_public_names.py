@@ -30,6 +30,7 @@ TOP = [
     "Outcome",
     "RateLimiter",
     "RejectedResultError",
+    "Results",
     "WorkerCrashedError",
     "__version__",
     "candidates",

@@ -17,9 +17,9 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from opero.concurrency.outcome import ListSink, Outcome, StreamSink
+from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
 from opero.concurrency.pool_source import KeptWorkers
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
@@ -37,31 +37,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-E = TypeVar("E")
+L = TypeVar("L")
 S = TypeVar("S")
 Item = TypeVar("Item")
 S_contra = TypeVar("S_contra", contravariant=True)
 Item_contra = TypeVar("Item_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
-E_co = TypeVar("E_co", covariant=True)
+L_co = TypeVar("L_co", covariant=True)
 P = ParamSpec("P")
 Q = ParamSpec("Q")
 
 
-class _Method(Protocol[S_contra, Item_contra, Q, R_co, E_co]):
+class _Method(Protocol[S_contra, Item_contra, Q, R_co, L_co]):
     """A map whose items would be instances, were it not a method."""
 
     @property
-    def _types(self) -> Callable[Concatenate[S_contra, Item_contra, Q], tuple[R_co, E_co]]: ...
+    def _types(self) -> Callable[Concatenate[S_contra, Item_contra, Q], tuple[R_co, L_co]]: ...
 
 
-class _Map(Generic[T, P, R, E]):
+class _Map(Generic[T, P, R, L]):
     """A function that takes many items; what both kinds have in common."""
 
     if TYPE_CHECKING:
 
         @property
-        def _types(self) -> Callable[Concatenate[T, P], tuple[R, E]]: ...
+        def _types(self) -> Callable[Concatenate[T, P], tuple[R, L]]: ...
 
     def __init__(self, plan: Plan, settings: MapSettings, single: Any) -> None:
         self.plan = plan
@@ -124,16 +124,14 @@ class _Map(Generic[T, P, R, E]):
     def _control(self) -> Control[..., Any]:
         return Control(self.__dict__["__opero__"], self._head)
 
-    def _with(self, **changes: Any) -> Self:
-        made: Self = object.__new__(type(self))
+    def _with(self, kind: type[_Map[Any, Any, Any, Any]], **changes: Any) -> Any:
+        made = object.__new__(kind)
         made.__dict__.update(self.__dict__, **changes)
         return made
 
     def _bound_to(self, instance: Any) -> Self:
-        return self._with(single=self.single.__get__(instance), _head=(instance,), unbound=self)
-
-    def _starred(self) -> Any:
-        return self._with(_is_starred=True, unstarred=self)
+        bound: Self = self._with(type(self), single=self.single.__get__(instance), _head=(instance,), unbound=self)
+        return bound
 
     def _unbound(self) -> Any:
         return self.__dict__["unbound"]
@@ -193,6 +191,10 @@ class _Map(Generic[T, P, R, E]):
             "item is a tuple of arguments"
         )
 
+    def _list_of(self, sink: ListSink) -> Any:
+        """What the user gets of a map that has ended."""
+        return Results(sink.results, sink.failed) if self.settings.return_exceptions else sink.results
+
     def _total(self, items: Any) -> int | None:
         """The number of items: their length, else what the user says, else what they hint at."""
         # As the built-in `list` does with something that has no length, or does not know it.
@@ -215,12 +217,12 @@ class _Map(Generic[T, P, R, E]):
         return item if isinstance(item, tuple) else tuple(item)
 
 
-class SyncMap(_Map[T, P, R, E]):
-    """A ``def`` function as a map; made by `opero.opmap`."""
+class _BlockingMap(_Map[T, P, R, L]):
+    """A ``def`` function as a map."""
 
     __wrapped__: Callable[Concatenate[T, P], R]
 
-    def __call__(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
+    def __call__(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """Call the function with each item, and these arguments, and return all results.
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
@@ -230,9 +232,10 @@ class SyncMap(_Map[T, P, R, E]):
         sink = ListSink(ordered=self.settings.ordered)
         for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
             pass  # a ListSink hands nothing out
-        return sink.results
+        results: L = self._list_of(sink)
+        return results
 
-    def run(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
+    def run(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """The same as calling the map; scripts can treat ``def`` and ``async def`` alike."""
         return self(items, *args, **kwargs)
 
@@ -246,26 +249,21 @@ class SyncMap(_Map[T, P, R, E]):
             result: R = self.single(*self._single_arguments(item, args), **kwargs)
             return result
         # Only in a process of its own can a running function be stopped.
-        quiet = self._with(settings=replace(self.settings, progress=False))
+        quiet = self._with(type(self), settings=replace(self.settings, progress=False))
         (outcome,) = quiet.stream([item], *args, **kwargs)
-        return outcome.returned
+        returned: R = outcome.returned
+        return returned
 
     @property
-    def starmap(self) -> SyncMap[tuple[Any, ...], ..., R, E]:
+    def starmap(self) -> _BlockingMap[tuple[Any, ...], ..., R, L]:
         """The same map over tuples, each of which is the positional arguments of one call.
 
         ``fn.starmap(zip(names, sizes))`` calls ``fn(name, size)`` for each pair; keyword arguments go to every call.
         ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no tuple
         (list, or other iterable but text) ends the map with a TypeError.
         """
-        return cast("SyncMap[tuple[Any, ...], ..., R, E]", self._starred())
-
-    @overload
-    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
-    @overload
-    def __get__(self: _Method[S, Item, Q, R, E], instance: S, owner: type | None = None) -> SyncMap[Item, Q, R, E]: ...
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else self._bound_to(instance)
+        starred: _BlockingMap[tuple[Any, ...], ..., R, L] = self._with(_BlockingMap, _is_starred=True, unstarred=self)
+        return starred
 
     def _outcomes(self, items: Iterable[T], arguments: Arguments, sink: Sink) -> Iterator[Outcome[T, R]]:
         if isinstance(items, AsyncIterable) and not isinstance(items, Iterable):
@@ -280,12 +278,23 @@ class SyncMap(_Map[T, P, R, E]):
         return run_blocking(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
 
 
-class AsyncMap(_Map[T, P, R, E]):
-    """An ``async def`` function as a map; made by `opero.opmap`."""
+class SyncMap(_BlockingMap[T, P, R, L]):
+    """A ``def`` function as a map, which may be a method; made by `opero.opmap`."""
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self: _Method[S, Item, Q, R, L], instance: S, owner: type | None = None) -> SyncMap[Item, Q, R, L]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self._bound_to(instance)
+
+
+class _AwaitableMap(_Map[T, P, R, L]):
+    """An ``async def`` function as a map."""
 
     __wrapped__: Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
 
-    async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
+    async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """Call the function with each item, and these arguments, and return all results.
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
@@ -295,9 +304,10 @@ class AsyncMap(_Map[T, P, R, E]):
         sink = ListSink(ordered=self.settings.ordered)
         async for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
             pass  # a ListSink hands nothing out
-        return sink.results
+        results: L = self._list_of(sink)
+        return results
 
-    def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
+    def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """The blocking form, for scripts; inside a running event loop write ``await`` instead."""
         with Hold():
             from opero.concurrency.own_loop import run_in_own_loop
@@ -320,21 +330,15 @@ class AsyncMap(_Map[T, P, R, E]):
         return call
 
     @property
-    def starmap(self) -> AsyncMap[tuple[Any, ...], ..., R, E]:
+    def starmap(self) -> _AwaitableMap[tuple[Any, ...], ..., R, L]:
         """The same map over tuples, each of which is the positional arguments of one call.
 
         ``await fn.starmap(zip(names, sizes))`` awaits ``fn(name, size)`` for each pair; keyword arguments go to every
         call. ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no
         tuple (list, or other iterable but text) ends the map with a TypeError.
         """
-        return cast("AsyncMap[tuple[Any, ...], ..., R, E]", self._starred())
-
-    @overload
-    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
-    @overload
-    def __get__(self: _Method[S, Item, Q, R, E], instance: S, owner: type | None = None) -> AsyncMap[Item, Q, R, E]: ...
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else self._bound_to(instance)
+        starred: _AwaitableMap[tuple[Any, ...], ..., R, L] = self._with(_AwaitableMap, _is_starred=True, unstarred=self)
+        return starred
 
     def _outcomes(
         self, items: Iterable[T] | AsyncIterable[T], arguments: Arguments, sink: Sink
@@ -348,6 +352,17 @@ class AsyncMap(_Map[T, P, R, E]):
         else:
             source = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
         return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
+
+
+class AsyncMap(_AwaitableMap[T, P, R, L]):
+    """An ``async def`` function as a map, which may be a method; made by `opero.opmap`."""
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self: _Method[S, Item, Q, R, L], instance: S, owner: type | None = None) -> AsyncMap[Item, Q, R, L]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self._bound_to(instance)
 
 
 def _iterate(items: Iterable[T]) -> Iterator[T]:

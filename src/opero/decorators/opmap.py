@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from concurrent.futures import Executor
 
+    from opero.concurrency.outcome import Results
+
 T = TypeVar("T")
 R = TypeVar("R")
 D = TypeVar("D")
@@ -50,9 +52,9 @@ class _ToMapWithErrors(Protocol):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a coroutine is an R too: the first that fits is meant
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, R | Exception]: ...
+    ) -> AsyncMap[T, P, R, Results[R]]: ...
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R]]: ...
 
 
 class _ToMapWithDefault(Protocol[D]):
@@ -61,9 +63,9 @@ class _ToMapWithDefault(Protocol[D]):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # as above
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, R | D]: ...
+    ) -> AsyncMap[T, P, R, Results[R, D]]: ...
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | D]: ...
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R, D]]: ...
 
 
 class _ToMap(Protocol):
@@ -72,17 +74,17 @@ class _ToMap(Protocol):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # as above
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, R]: ...
+    ) -> AsyncMap[T, P, R, list[R]]: ...
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R]: ...
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, list[R]]: ...
 
 
 @overload
 def opmap(  # type: ignore[overload-overlap]  # as above
     function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-) -> AsyncMap[T, P, R, R | Exception]: ...
+) -> AsyncMap[T, P, R, Results[R]]: ...
 @overload
-def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
+def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R]]: ...
 @overload
 def opmap(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # False is a bool too
     *, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]
@@ -94,9 +96,10 @@ def opmap(*, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]) -> 
 def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a function of one item a resilient map over any number of items.
 
-    A ``def`` function is called with the items and returns the list of results; an ``async def`` function gives a
-    coroutine of it in every mode, and ``.run(items)`` blocks. Further arguments go to every item. ``.stream(items)``
-    yields an `Outcome` for each, ``.one(item)`` is the single call, ``.stats`` counts both.
+    A ``def`` function is called with the items and returns the list of results, an `opero.Results`, which also has
+    those that failed apart; an ``async def`` function gives a coroutine of it in every mode, and ``.run(items)``
+    blocks. Further arguments go to every item. ``.stream(items)`` yields an `Outcome` for each, ``.starmap(tuples)``
+    takes several arguments for each call, ``.one(item)`` is the single call, ``.stats`` counts all of them.
 
     Cache, retries, fallback, rate limit and progress live in the calling process; workers only run the function. So the
     memory cache and the rate limit hold for all workers together, an item that waits for its retry holds no worker, and
