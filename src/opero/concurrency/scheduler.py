@@ -125,25 +125,35 @@ class IteratorSource:
 
 
 class Shape:
-    """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``."""
+    """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``.
 
-    __slots__ = ("head", "kwargs", "rest")
+    ``is_starred``: items are tuples of arguments, ``function(*head, *item, **kwargs)``.
+    """
 
-    def __init__(self, head: tuple[Any, ...], rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    __slots__ = ("head", "is_starred", "kwargs", "rest")
+
+    def __init__(
+        self,
+        head: tuple[Any, ...],
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_starred: bool,  # noqa: FBT001 - the four of `opero.concurrency.kept.Arguments`
+    ) -> None:
         self.head = head
         self.rest = rest
         self.kwargs = kwargs
+        self.is_starred = is_starred
 
     def arguments(self, item: Any) -> tuple[Any, ...]:
-        return (*self.head, item, *self.rest)
+        return (*self.head, *item) if self.is_starred else (*self.head, item, *self.rest)
 
     def without(self, slot: ParameterSlot) -> Shape:
         """The same with None for one parameter, unless that is the item."""
         place = -1 if slot.position is None else slot.position - len(self.head) - 1
         if 0 <= place < len(self.rest):
-            return Shape(self.head, (*self.rest[:place], None, *self.rest[place + 1 :]), self.kwargs)
+            return Shape(self.head, (*self.rest[:place], None, *self.rest[place + 1 :]), self.kwargs, self.is_starred)
         if slot.keyword and slot.name in self.kwargs:
-            return Shape(self.head, self.rest, {**self.kwargs, slot.name: None})
+            return Shape(self.head, self.rest, {**self.kwargs, slot.name: None}, self.is_starred)
         return self
 
 
@@ -421,7 +431,7 @@ class Scheduler:
         without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
         self._direct = without_flow and not is_listened_to(plan)
         fallback = plan.fallback
-        self._candidate_is_item = fallback is not None and fallback.position == len(shape.head)
+        self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
         self._ready: deque[_Entry] = deque()
         # Parts of first batches that their workers did not begin.
         self._given_back: deque[Batch] = deque()
@@ -683,7 +693,10 @@ class Scheduler:
 
     def _varying(self, entry: _Entry) -> Any:
         """What is sent for an item: the item, or where that holds the candidates, the candidate."""
-        return entry.item if entry.attempt is None else entry.attempt.args[len(self._shape.head)]
+        if entry.attempt is None:
+            return entry.item
+        place = len(self._shape.head)
+        return entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
 
     def _send(self, batch: Batch) -> Batch:
         self._in_flight += 1

@@ -82,6 +82,9 @@ _KINDS: tuple[tuple[Kind, Callable[[Any], bool]], ...] = (
 def kind_of(function: Callable[..., Any]) -> Kind:
     """Tell what calling gives, also for partials, bound methods and objects with such a ``__call__``."""
     function = through_partials(function)
+    if isinstance(function, type):
+        # Calling it gives an instance, whatever calling that one gives.
+        return "def"
     method = getattr(function, "__call__", None)  # noqa: B004 - the method itself is looked at, not whether there is one
     for kind, fits in _KINDS:
         if fits(function) or fits(method):
