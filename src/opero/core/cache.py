@@ -23,7 +23,7 @@ from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 
     from opero.core.checks import Duration
     from opero.core.plan import Call
@@ -161,6 +161,16 @@ class ResultCache:
         # An event loop is not to wait for the opening; `through` asks in a thread.
         store: Any = self.__dict__.get("store")
         return store.look_up(key) if store is not None and store.is_open else None
+
+    @property
+    def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:
+        """As `look_up`, by awaiting; None where that is no use."""
+        return self._fetch if self._settings.backend == "redis" and is_async(self._function) else None
+
+    async def _fetch(self, key: Any) -> tuple[Any, float] | None:
+        store: Any = self.__dict__.get("store")
+        entry: tuple[Any, float] | None = None if store is None else await store.fetch(key)
+        return entry
 
     @property
     def entries_may_expire(self) -> bool:

@@ -33,6 +33,7 @@ class Decoration:
         recipe: What makes the decorated function anew, in another process or under changed options.
         function: What is called at once where ``is_direct``.
         count: Counts such a call.
+        fetch: Gives the cache's entry of a key, by awaiting; None where that is no use.
         find: Gives the cache's entry, a tuple that begins with the result, if that is quick; else None.
         is_direct: Whether it may be called without asking anybody.
         is_limited: Whether nobody has to be asked but the rate limit.
@@ -46,6 +47,7 @@ class Decoration:
         "_take_slot",
         "clock",
         "count",
+        "fetch",
         "find",
         "function",
         "is_direct",
@@ -71,6 +73,7 @@ class Decoration:
             self._may_expire = plan.cache.entries_may_expire
             plan.cache.stats = plan.stats
         self.find = self._finder() or _no_key
+        self.fetch = None if plan.cache is None else plan.cache.fetch
         self._take_slot = None if plan.limit is None else plan.limit.take_now
 
     drive = staticmethod(drive)
@@ -141,6 +144,25 @@ class Decoration:
             return call_flow(self.plan, Call(args, kwargs, key=key, blocks=not self.plan.is_async))
         finally:
             # It may hold the error that has this frame in its traceback.
+            del key
+
+    async def begin_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `begin`, where the cache can be asked in the event loop."""
+        if self.fetch is None or is_listened_to(self.plan):
+            return self.begin(args, kwargs)
+        key: Any
+        try:
+            key = self._key_of(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the call fails with it, and is counted
+            key = Failed(error)
+        else:
+            entry = await self.fetch(key)
+            if entry is not None:
+                self.plan.stats.hits.tick()
+                return entry
+        try:
+            return call_flow(self.plan, Call(args, kwargs, key=key))
+        finally:
             del key
 
     def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from opero.core.stats import Stats
 from opero.core.steps import Failed, Flow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 
     from opero.core.flights import Presence
     from opero.core.keys import KeyMaker
@@ -129,6 +129,11 @@ class CachePolicy(Protocol):
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
         """Gives the entry ``(result, expires_at)`` of a key, expired or not, or None; None if that could block."""
+        ...
+
+    @property
+    def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:
+        """The same by awaiting; None where that is no use."""
         ...
 
     @property

@@ -77,7 +77,7 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
             entry = None
         if entry is not None:
             return entry[0]
-        begun = this.begin(args, kwargs)
+        begun = this.begin(args, kwargs) if this.fetch is None else await this.begin_async(args, kwargs)
         if begun.__class__ is tuple:
             return begun[0]
         return await this.drive_async(begun, this.function, this.plan.name)
