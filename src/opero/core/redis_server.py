@@ -53,21 +53,29 @@ class Server:
         found: Callable[[list[str], list[Any]], Any] = script
         return found
 
-    async def async_client(self) -> Any:
-        """A client for the running event loop, None if there can be none."""
-        if self._make_async_client is None:
-            return None
+    @property
+    def has_async_client(self) -> bool:
+        """Whether it can be asked in an event loop."""
+        return self._make_async_client is not None
+
+    async def get(self, key: bytes) -> bytes | None:
+        """What is there under a key, asked in the running event loop."""
+        assert self._make_async_client is not None  # noqa: S101 - for the type checkers
         import asyncio
 
         loop = asyncio.get_running_loop()
-        client, _ = self._async_clients.get(loop, (None, None))
-        if client is None:
+        known = self._async_clients.get(loop)
+        if known is None:
             client = self._make_async_client()
             # An event loop closes its generators when it ends, while it can still close connections.
             closing = self._closing_at_the_end(client)
-            self._async_clients[loop] = client, closing
+            self._async_clients[loop] = known = client, asyncio.Semaphore(CONNECTIONS), closing
             await anext(closing)
-        return client
+        client, places, _ = known
+        # Not by a pool that lets tasks wait by itself, which takes a third of the time of a command.
+        async with places, asyncio.timeout(CONNECT_SECONDS + ANSWER_SECONDS):
+            entry: bytes | None = await client.get(key)
+            return entry
 
     async def _closing_at_the_end(self, client: Any) -> AsyncGenerator[None, None]:
         import asyncio
@@ -259,24 +267,30 @@ class _BoundedSocket:
 
     def __init__(self, socket: Any) -> None:
         self._socket = socket
-        self.recv = functools.partial(self._in_time, socket.recv)
-        self.recv_into = functools.partial(self._in_time, socket.recv_into)
-        self.sendall = functools.partial(self._in_time, socket.sendall)
+        self.recv = _in_time(socket, socket.recv)
+        self.recv_into = _in_time(socket, socket.recv_into)
+        self.sendall = _in_time(socket, socket.sendall)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
 
-    def _in_time(self, act: Callable[..., Any], *args: Any) -> Any:
-        timeout, left = self._socket.gettimeout(), _command.ends - time.monotonic()
-        if timeout is not None and timeout <= max(0.0, left):
+
+def _in_time(socket: Any, act: Callable[..., Any]) -> Callable[..., Any]:
+    get_timeout, now = socket.gettimeout, time.monotonic
+
+    def act_in_time(*args: Any) -> Any:
+        timeout, left = get_timeout(), _command.ends - now()
+        if timeout is not None and (timeout <= left or timeout == 0):
             return act(*args)
         if left <= 0:
             raise TimeoutError
-        self._socket.settimeout(left)
+        socket.settimeout(left)
         try:
             return act(*args)
         finally:
-            self._socket.settimeout(timeout)
+            socket.settimeout(timeout)
+
+    return act_in_time
 
 
 def _client(pool: Any) -> Any:
@@ -289,7 +303,7 @@ def _client(pool: Any) -> Any:
 def _async_pool_class() -> Any:
     import redis.asyncio
 
-    return redis.asyncio.BlockingConnectionPool
+    return redis.asyncio.ConnectionPool
 
 
 def _async_client(pool: Any) -> Any:
@@ -304,7 +318,9 @@ def _async_settings() -> dict[str, Any]:
     from redis.exceptions import ConnectionError as NoConnectionError
 
     retry = Retry(NoBackoff(), 1, supported_errors=(NoConnectionError,))
-    return {**_settings(), "retry": retry}
+    # What is read is bounded as a whole.
+    given = {name: value for name, value in _settings().items() if name not in {"max_connections", "timeout"}}
+    return {**given, "retry": retry, "socket_timeout": None}
 
 
 def _settings() -> dict[str, Any]:

@@ -97,7 +97,8 @@ class RedisStore(LastingStore):
         return self.server.rest
 
     def read(self, key: bytes) -> bytes | None:
-        entry: bytes | None = self.client.get(self._entry(key))
+        server = self._server or self.server
+        entry: bytes | None = server.client.get(self._entry(key))
         return entry
 
     def answer(self, requests: Sequence[Request]) -> list[Any]:
@@ -118,17 +119,11 @@ class RedisStore(LastingStore):
 
     async def fetch(self, key: bytes) -> tuple[Any, float] | None:
         """As `look_up`, in the running event loop; None as long as nothing is open, which takes long."""
-        import asyncio
-
         server = self._server
-        if server is None or server.rest.reason() is not None:
+        if server is None or not server.has_async_client or server.rest.reason() is not None:
             return None
         try:
-            client = await server.async_client()
-            if client is None:
-                return None
-            async with asyncio.timeout(CONNECT_SECONDS + ANSWER_SECONDS):
-                entry = await client.get(self._entry(key))
+            entry = await server.get(self._entry(key))
             server.rest.end()
             return None if entry is None else self.fresh(entry)
         except Exception as error:  # noqa: BLE001 - the call asks again, and is told
