@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 
     from opero.core.checks import Duration
+    from opero.core.clock import Clock
     from opero.core.plan import Call
     from opero.core.stats import Stats
     from opero.core.stores.contract import Request, Store
@@ -162,6 +163,13 @@ class ResultCache:
         store: Any = self.__dict__.get("store")
         return store.look_up(key) if store is not None and store.is_open else None
 
+    def finder(self, tick: Callable[[], object], clock: Clock | None) -> Callable[..., Any] | None:
+        if self._settings.backend != "memory":
+            return None
+        store: Any = self.store
+        get, touch = store.steps
+        return self.keys.finder(get, touch, tick, clock)
+
     @property
     def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:
         """As `look_up`, by awaiting; None where that is no use."""
@@ -248,6 +256,7 @@ class ResultCache:
 
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
         flights, lease = self.store.flights, Lease(call.key, self._settings.stale)
+        claim: Any
         try:
             # Another leader, here or elsewhere, may have stored between this call's look and its boarding.
             try:

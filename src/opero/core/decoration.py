@@ -83,8 +83,7 @@ class Decoration:
         cache = self.plan.cache
         if cache is None or self._look_up is None or self.plan.on_event is not None:
             return None
-        now = (lambda: clock.now()) if self._may_expire else None  # noqa: PLW0108 - tests replace it
-        return cache.keys.finder(self._look_up, self.plan.stats.hits.tick, now)
+        return cache.finder(self.plan.stats.hits.tick, clock if self._may_expire else None)
 
     def may_start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Take a free slot of the rate limit, if there is one now."""

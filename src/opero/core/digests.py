@@ -432,6 +432,8 @@ def _parts_by_pickle(value: Any) -> Iterator[Any]:
             raise UncacheableError(msg)
         yield from (module, reduction)
         return
+    maker: Any
+    arguments: Any
     maker, arguments, state, items, pairs, setter = (*reduction, None, None, None, None)[:6]
     yield from (_maker(maker), [None if part is kind else part for part in arguments], state, setter)
     yield None if items is None else list(items)

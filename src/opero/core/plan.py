@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
-from opero.core.clock import clock
+from opero.core.clock import Clock, clock
 from opero.core.signature import MISSING, Kind, kind_of, module_of, name_of
 from opero.core.stats import Stats
 from opero.core.steps import Failed, Flow
@@ -129,6 +129,10 @@ class CachePolicy(Protocol):
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
         """Gives the entry ``(result, expires_at)`` of a key, expired or not, or None; None if that could block."""
+        ...
+
+    def finder(self, tick: Callable[[], object], clock: Clock | None) -> Callable[..., Any] | None:
+        """See `opero.core.keys.KeyMaker.finder`; None where a look takes longer."""
         ...
 
     @property

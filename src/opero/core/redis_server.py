@@ -182,11 +182,12 @@ def check_url(option: str, value: Any) -> str:
 
     try:
         parts = urlsplit(value)
-        is_good = parts.scheme == "unix" or (parts.scheme in {"redis", "rediss"} and parts.hostname is not None)
-        _ = parts.port
+        has_server = parts.scheme in {"redis", "rediss"} and parts.hostname is not None and parts.port != 0
+        # A password that is not encoded can end up in what stands behind the server.
+        is_good = parts.scheme == "unix" or (has_server and "@" not in f"{parts.path}{parts.query}{parts.fragment}")
     except ValueError:
         is_good = False
-    if not is_good or (parts.scheme != "unix" and "@" in f"{parts.path}{parts.query}{parts.fragment}"):
+    if not is_good:
         encoded = "and '/', '?', '#' and '@' in a password as %2F, %3F, %23, %40"
         msg = f"{option} is no URL of a redis server; {example}, {encoded}"
         raise ValueError(msg)
@@ -195,16 +196,16 @@ def check_url(option: str, value: Any) -> str:
 
 def _twin_of(client: Any) -> Any:
     """A client for threads that is connected as one of `redis.asyncio` is."""
-    import redis
+    from redis import connection
 
-    pool = getattr(client, "connection_pool", None)
-    kind = getattr(redis, type_name, None) if (type_name := getattr(pool, "connection_class", type).__name__) else None
-    if kind is None or not issubclass(kind, redis.connection.AbstractConnection):
+    pool: Any = getattr(client, "connection_pool", None)
+    kind = getattr(connection, getattr(pool, "connection_class", type).__name__, None)
+    if kind is None or not issubclass(kind, connection.AbstractConnection):
         msg = f"client=… is a {type(client).__name__} of redis.asyncio that opero has no twin for; give one for threads"
         raise TypeError(msg)
     given = {
         name: value
-        for name, value in pool.connection_kwargs.items()  # type: ignore[union-attr]  # it has a class of connections
+        for name, value in pool.connection_kwargs.items()
         if name in {"host", "port", "db", "username", "password", "path"} or name.startswith("ssl_")
     }
     return _client(_pool_class()(connection_class=kind, **given, **_settings()))

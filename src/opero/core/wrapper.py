@@ -55,7 +55,7 @@ def _cached_function(this: Decoration) -> Callable[..., Any]:
         if this.switches.are_on:
             return this.call(args, kwargs)
         try:
-            entry = this.find(*args, **kwargs)
+            entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
         except Exception:  # noqa: BLE001 - a wrong call, which has to be counted
             entry = None
         if entry is not None:
@@ -72,7 +72,7 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
         if this.switches.are_on:
             return await this.call_async(args, kwargs)
         try:
-            entry = this.find(*args, **kwargs)
+            entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
         except Exception:  # noqa: BLE001 - as above
             entry = None
         if entry is not None:
