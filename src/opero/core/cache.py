@@ -24,9 +24,10 @@ from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 
     from opero.core.checks import Duration
+    from opero.core.clock import Clock
     from opero.core.plan import Call
     from opero.core.stats import Stats
     from opero.core.stores.contract import Request, Store
@@ -163,6 +164,23 @@ class ResultCache:
         store: Any = self.__dict__.get("store")
         return store.look_up(key) if store is not None and store.is_open else None
 
+    def finder(self, tick: Callable[[], object], clock: Clock | None) -> Callable[..., Any] | None:
+        if self._settings.backend != "memory":
+            return None
+        store: Any = self.store
+        get, touch = store.steps
+        return self.keys.finder(get, touch, tick, clock)
+
+    @property
+    def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:
+        """As `look_up`, by awaiting; None where that is no use."""
+        return self._fetch if self._settings.backend == "redis" and is_async(self._function) else None
+
+    async def _fetch(self, key: Any) -> tuple[Any, float] | None:
+        store: Any = self.__dict__.get("store")
+        entry: tuple[Any, float] | None = None if store is None else await store.fetch(key)
+        return entry
+
     @property
     def entries_may_expire(self) -> bool:
         # The other stores hand out no entry that has expired; a remembered error has, for a quick look.
@@ -239,6 +257,7 @@ class ResultCache:
 
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
         flights, lease = self.store.flights, Lease(call.key, self._settings.stale)
+        claim: Any
         try:
             # Another leader, here or elsewhere, may have stored between this call's look and its boarding.
             try:

@@ -41,6 +41,7 @@ class Decoration:
         recipe: What makes the decorated function anew, in another process or under changed options.
         function: What is called at once where ``is_direct``.
         count: Counts such a call.
+        fetch: Gives the cache's entry of a key, by awaiting; None where that is no use.
         find: Gives the cache's entry, a tuple that begins with the result, if that is quick; else None.
         is_direct: Whether it may be called without asking anybody.
         asks: Whether only what can be asked at once stands before it: candidates, a circuit, a limit of slots or time.
@@ -56,6 +57,7 @@ class Decoration:
         "asks",
         "clock",
         "count",
+        "fetch",
         "find",
         "function",
         "is_direct",
@@ -87,6 +89,7 @@ class Decoration:
         self._seconds: float | None
         self._seconds, self._limit = min(((s, name) for s, name in limits if s is not None), default=(None, ""))
         self.find = self._finder() or _no_key
+        self.fetch = None if plan.cache is None else plan.cache.fetch
 
     drive = staticmethod(drive)
     drive_async = staticmethod(drive_async)
@@ -95,8 +98,7 @@ class Decoration:
         cache = self.plan.cache
         if cache is None or self._look_up is None or self.plan.on_event is not None:
             return None
-        now = (lambda: clock.now()) if self._may_expire else None  # noqa: PLW0108 - tests replace it
-        return cache.keys.finder(self._look_up, self.plan.stats.hits.tick, now)
+        return cache.finder(self.plan.stats.hits.tick, clock if self._may_expire else None)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a ``def`` function, or the beginning of a generator."""
@@ -201,6 +203,25 @@ class Decoration:
             return call_flow(self.plan, Call(args, kwargs, key=key, blocks=not self.plan.is_async))
         finally:
             # It may hold the error that has this frame in its traceback.
+            del key
+
+    async def begin_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `begin`, where the cache can be asked in the event loop."""
+        if self.fetch is None or is_listened_to(self.plan):
+            return self.begin(args, kwargs)
+        key: Any
+        try:
+            key = self._key_of(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the call fails with it, and is counted
+            key = Failed(error)
+        else:
+            entry = await self.fetch(key)
+            if entry is not None:
+                self.plan.stats.hits.tick()
+                return entry
+        try:
+            return call_flow(self.plan, Call(args, kwargs, key=key))
+        finally:
             del key
 
     def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

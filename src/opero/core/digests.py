@@ -393,7 +393,8 @@ def _parts_of_array(array: Any) -> tuple[Any, ...]:
     plain = array.view(sys.modules["numpy"].ndarray)
     contents = plain.ravel().tolist() if plain.dtype.hasobject else plain.tobytes()
     dtype = plain.dtype
-    is_named = dtype.isbuiltin == 1 and dtype.metadata is None
+    # Of a number, a date or text, not of what other libraries have made or what has fields.
+    is_named = dtype.kind in "biufcmMSUO" and type(dtype).__module__ == "numpy.dtypes" and dtype.metadata is None
     return (dtype.str if is_named else dtype, plain.shape, contents)
 
 
@@ -431,6 +432,8 @@ def _parts_by_pickle(value: Any) -> Iterator[Any]:
             raise UncacheableError(msg)
         yield from (module, reduction)
         return
+    maker: Any
+    arguments: Any
     maker, arguments, state, items, pairs, setter = (*reduction, None, None, None, None)[:6]
     yield from (_maker(maker), [None if part is kind else part for part in arguments], state, setter)
     yield None if items is None else list(items)

@@ -27,6 +27,7 @@ from opero.exceptions import MisuseError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from opero.core.clock import Clock
     from opero.core.signature import Forwarding
 
 _SMALL = frozenset({int, bool, type(None)})
@@ -166,24 +167,29 @@ class KeyMaker:
         self.key_of = self._compiled(lines)
 
     def finder(
-        self, look_up: Callable[[Any], Any], tick: Callable[[], object], now: Callable[[], float] | None
+        self,
+        get: Callable[[Any], Any],
+        touch: Callable[[Any], object] | None,
+        tick: Callable[[], object],
+        clock: Clock | None,
     ) -> Callable[..., Any] | None:
         """A function of the same arguments that gives the entry of plain ones at once, and counts it.
 
-        It gives None for others, where there is no entry, and for one that has ended by the time of ``now``.
+        It gives None for others, where there is no entry, and for one that has ended by the ``clock``.
         """
         if self._plain is None:
             return None
-        self._namespace.update(_opero_look_up=look_up, _opero_tick=tick, _opero_now=now)
+        self._namespace.update(_opero_get=get, _opero_touch=touch, _opero_tick=tick, _opero_clock=clock)
         lines = [line.replace("return ", "_opero_key = ") for line in self._plain]
-        end = "" if now is None else " and _opero_entry[1] > _opero_now()"
+        end = "" if clock is None else " or _opero_entry[1] <= _opero_clock.now()"
         found = [
             "if _opero_key is None: return None",
-            "_opero_entry = _opero_look_up(_opero_key)",
-            f"if _opero_entry is not None{end}:",
-            "    _opero_tick()",
-            "    return _opero_entry",
-            "return None",
+            "_opero_entry = _opero_get(_opero_key)",
+            f"if _opero_entry is None{end}: return None",
+            "_opero_tick()",
+            # Removed since, if it is not there.
+            *([] if touch is None else ["try: _opero_touch(_opero_key)", "except KeyError: return _opero_entry"]),
+            "return _opero_entry",
         ]
         return self._compiled(["_opero_key = None", *lines, *found])
 

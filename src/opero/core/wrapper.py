@@ -51,7 +51,7 @@ def _cached_function(this: Decoration) -> Callable[..., Any]:
         if this.switches.are_on:
             return this.call(args, kwargs)
         try:
-            entry = this.find(*args, **kwargs)
+            entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
         except Exception:  # noqa: BLE001 - a wrong call, which has to be counted
             entry = None
         if entry is not None:
@@ -68,12 +68,12 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
         if this.switches.are_on:
             return await this.call_async(args, kwargs)
         try:
-            entry = this.find(*args, **kwargs)
+            entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
         except Exception:  # noqa: BLE001 - as above
             entry = None
         if entry is not None:
             return entry[0]
-        begun = this.begin(args, kwargs)
+        begun = this.begin(args, kwargs) if this.fetch is None else await this.begin_async(args, kwargs)
         if begun.__class__ is tuple:
             return begun[0]
         return await this.drive_async(begun, this.function, this.plan.name)

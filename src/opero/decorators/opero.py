@@ -240,8 +240,9 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``cache_options`` (None): mapping. In memory ``maxsize`` (10 000 entries) and ``policy`` (``"lru"``,
               ``"lfu"``, ``"fifo"``). On disk ``cache_dir``, ``folder_name`` (``"opero"``), ``maxsize`` (entries, no
               bound), ``size_limit`` (bytes, 16 GiB), ``policy`` (``"fifo"``), ``serializer`` (``"pickle"``,
-              ``"json"``), ``compress`` (False). On redis ``redis_host``, ``redis_port``, ``redis_db``,
-              ``redis_password``, ``folder_name``, ``serializer``, ``compress``.
+              ``"json"``), ``compress`` (False). On redis ``url`` or ``client`` (of redis-py), or
+              ``redis_host``, ``redis_port``, ``redis_db``, ``redis_password``; ``folder_name``, ``serializer``,
+              ``compress``.
             - ``retries`` (3): extra rounds after the first.
             - ``backoff_factor``, ``min_delay``, ``max_delay`` (2.0, 0.1 s, 30 s): the delay after round n is
               ``min(max_delay, min_delay * backoff_factor**(n-1))``.

@@ -53,14 +53,16 @@ class LastingStore(ABC):
         try:
             entry = self.read(key)
             self.rest.end()
-            if entry is None:
-                return None
-            value, ends = self._format.loads(entry)
+            return None if entry is None else self.fresh(entry)
         except UnsafeCacheError:
             return None
         except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told
             self.failed(error)
             return None
+
+    def fresh(self, entry: bytes) -> tuple[Any, float] | None:
+        """The value of an entry, as `look_up` gives it."""
+        value, ends = self._format.loads(entry)
         has_ended = ends != FOREVER and ends <= clock.wall()
         return None if has_ended or value.__class__ is Failed else (value, FOREVER)
 

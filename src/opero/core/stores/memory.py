@@ -57,6 +57,13 @@ class MemoryStore:
         looks = {"lru": _look_recently, "lfu": _look_frequently, "fifo": _look}
         self.look_up: Callable[[Any], Entry | None] = looks[policy](self._entries, self._uses)
 
+    @property
+    def steps(self) -> tuple[Callable[[Any], Entry | None], Callable[[Any], object] | None]:
+        """What `look_up` does: get the entry, and then note that it was used, where something has to be noted."""
+        if self.policy == "lru":
+            return self._entries.get, self._entries.move_to_end
+        return self.look_up, None
+
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         return [self._answer(request) for request in requests]
 

@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from opero.core.forks import allow_forks, watch_forks
-from opero.core.redis_server import ANSWER_SECONDS, CONNECT_SECONDS, Server, server_of
+from opero.core.redis_server import (
+    ANSWER_SECONDS,
+    CONNECT_SECONDS,
+    Server,
+    server_at,
+    server_of,
+    server_with,
+)
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Keep, Lease
 from opero.core.stores.lasting import LastingStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from opero.core.faults import Rest
     from opero.core.stores.contract import Request
@@ -55,9 +62,9 @@ _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPI
 class RedisStore(LastingStore):
     """The entries of one namespace on one server."""
 
-    def __init__(self, config: Callable[[], Any], prefix: str, entry_format: EntryFormat) -> None:
+    def __init__(self, find_server: Callable[[], Server], prefix: str, entry_format: EntryFormat) -> None:
         super().__init__(f"the redis cache {prefix}", entry_format)
-        self._config = config
+        self._find_server = find_server
         self._prefix = prefix.encode()
         self._server: Server | None
         self.after_fork()
@@ -75,7 +82,7 @@ class RedisStore(LastingStore):
         server = self._server
         if server is None:
             with self._lock:
-                self._server = server = _server(self._config())
+                self._server = server = self._find_server()
                 server.users.add(self)
         return server
 
@@ -90,7 +97,8 @@ class RedisStore(LastingStore):
         return self.server.rest
 
     def read(self, key: bytes) -> bytes | None:
-        entry: bytes | None = self.client.get(self._entry(key))
+        server = self._server or self.server
+        entry: bytes | None = server.client.get(self._entry(key))
         return entry
 
     def answer(self, requests: Sequence[Request]) -> list[Any]:
@@ -108,6 +116,19 @@ class RedisStore(LastingStore):
             for request in requests:
                 request.lease.held = isinstance(request, Claim)
             raise
+
+    async def fetch(self, key: bytes) -> tuple[Any, float] | None:
+        """As `look_up`, in the running event loop; None as long as nothing is open, which takes long."""
+        server = self._server
+        if server is None or not server.has_async_client or server.rest.reason() is not None:
+            return None
+        try:
+            entry = await server.get(self._entry(key))
+            server.rest.end()
+            return None if entry is None else self.fresh(entry)
+        except Exception as error:  # noqa: BLE001 - the call asks again, and is told
+            self.failed(error)
+            return None
 
     def let_go(self, lease: Lease) -> None:
         self._keeper.drop(lease)
@@ -296,11 +317,16 @@ class LeaseKeeper:
             store.complain(error)
 
 
-def _server(config: Any) -> Server:
-    """The server that twat-cache's settings name."""
+def server_for(options: Mapping[str, Any], config: Callable[[], Any]) -> Server:
+    """The server that the options name; twat-cache's settings know of the environment, too."""
+    if "client" in options:
+        return server_with(options["client"])
+    if "url" in options:
+        return server_at(options["url"])
+    found = config()
     return server_of(
-        host=config.get_redis_host(),
-        port=config.get_redis_port(),
-        db=config.get_redis_db(),
-        password=config.get_redis_password(),
+        host=found.get_redis_host(),
+        port=found.get_redis_port(),
+        db=found.get_redis_db(),
+        password=found.get_redis_password(),
     )

@@ -21,6 +21,7 @@ from opero.core.checks import (
     check_text,
 )
 from opero.core.forks import ForkSafeLock
+from opero.core.redis_server import check_client, check_url
 from opero.core.showing import shown
 from opero.core.stores.memory import MEMORY_MAXSIZE, MEMORY_POLICIES, memory_store
 
@@ -40,7 +41,7 @@ _WRITTEN = ("compress", "folder_name", "serializer")
 _OPTIONS = {
     "memory": ("maxsize", "policy"),
     "disk": ("cache_dir", "maxsize", "policy", "size_limit", *_WRITTEN),
-    "redis": ("redis_db", "redis_host", "redis_password", "redis_port", *_WRITTEN),
+    "redis": ("client", "redis_db", "redis_host", "redis_password", "redis_port", "url", *_WRITTEN),
 }
 _HIGHEST_PORT = 65_535
 
@@ -55,6 +56,15 @@ def _name(option: str, value: Any) -> str:
 
 def _path(option: str, value: Any) -> str:
     return check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
+
+
+def _host(option: str, value: Any) -> str:
+    host = check_text(option, value, "the server's name")
+    if any(mark in host for mark in "@/"):
+        # It would stand in messages, with the password in it.
+        msg = f"{option} is no server's name; write a URL as 'url', or the name alone"
+        raise ValueError(msg)
+    return host
 
 
 def _port(option: str, value: Any) -> int:
@@ -74,14 +84,16 @@ def _password(option: str, value: Any) -> str | None:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "cache_dir": _path,
+    "client": check_client,
     "compress": check_flag,
     "folder_name": _name,
     "maxsize": lambda option, value: check_count(option, value, "entries", smallest=1),
     "redis_db": lambda option, value: check_count(option, value, "the database's number", smallest=0),
-    "redis_host": lambda option, value: check_text(option, value, "the server's name"),
+    "redis_host": _host,
     "redis_password": _password,
     "redis_port": _port,
     "serializer": lambda option, value: check_choice(option, value, ("pickle", "json")),
+    "url": check_url,
     "size_limit": lambda option, value: check_count(option, value, "bytes", smallest=1),
 }
 
@@ -125,7 +137,8 @@ class CacheSettings:
             policy = self.options.get("policy", "lru")
             return memory_store(namespace, maxsize=self.maxsize or MEMORY_MAXSIZE, policy=policy)
         assert namespace is not None  # noqa: S101 - what outlives the process has a name
-        key = repr((self.backend, namespace, sorted(self.options.items())))
+        options = {name: id(value) if name == "client" else value for name, value in self.options.items()}
+        key = repr((self.backend, namespace, sorted(options.items())))
         with _lock.lock:
             found: Store | None = _lasting_stores.get(key)
             if found is not None:
@@ -154,10 +167,13 @@ class CacheSettings:
 
     def _redis_store(self, namespace: str) -> Any:
         from opero.core.stores.lasting import slug
-        from opero.core.stores.redis import RedisStore
+        from opero.core.stores.redis import RedisStore, server_for
+
+        def find_server() -> Any:
+            return server_for(self.options, self.config)
 
         folder = self.options.get("folder_name", FOLDER_NAME)
-        return RedisStore(self.config, f"{slug(folder)}:{slug(namespace)}", self._format())
+        return RedisStore(find_server, f"{slug(folder)}:{slug(namespace)}", self._format())
 
     def config(self) -> Any:
         """twat-cache's `CacheConfig` for these settings."""
@@ -223,7 +239,16 @@ def cache_settings(
     policies = MEMORY_POLICIES if backend == "memory" else DISK_POLICIES
     checks: dict[str, Any] = {**_CHECKS, "policy": functools.partial(check_choice, choices=policies)}
     checked = {name: checks[name](option.format(name), value) for name, value in given.items()}
+    _refuse_two_places(checked)
     return CacheSettings(backend, ttl, namespace, checked, key, **_checked_policy(ttl, key, checked, **more))
+
+
+def _refuse_two_places(options: Mapping[str, Any]) -> None:
+    named = [name for name in ("client", "url") if name in options]
+    others = [name for name in options if name.startswith("redis_")]
+    if len(named) > 1 or (named and others):
+        msg = f"{named[0]}=… says which server it is, and so does {[*named[1:], *others][0]}=…; leave one of them out"
+        raise ValueError(msg)
 
 
 def _checked_policy(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Options of opero's own beside the fields of twat-cache's `CacheConfig`.
-OWN_OPTIONS = frozenset({"serializer", "size_limit"})
+OWN_OPTIONS = frozenset({"client", "serializer", "size_limit", "url"})
 
 
 def import_twat_cache(module: str) -> Any:
