@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
-from opero.core.clock import Clock, clock
+from opero.core.clock import clock
 from opero.core.signature import MISSING, Kind, kind_of, module_of, name_of
 from opero.core.stats import Stats
-from opero.core.steps import Failed, Flow
+from opero.core.steps import Failed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
+    from opero.core.cache import ResultCache
     from opero.core.flights import Presence
-    from opero.core.keys import KeyMaker
     from opero.core.listeners import Listener, Teller
-    from opero.core.stats import CallStats
 
 C = TypeVar("C", bound="Candidate")
 
@@ -118,48 +117,6 @@ class CacheInfo(NamedTuple):
     misses: int
     maxsize: int | None
     currsize: int
-
-
-class CachePolicy(Protocol):
-    """Key, entry, and who computes."""
-
-    keys: KeyMaker
-    stats: Stats | None
-
-    @property
-    def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
-        """Gives the entry ``(result, expires_at)`` of a key, expired or not, or None; None if that could block."""
-        ...
-
-    def finder(self, tick: Callable[[], object], clock: Clock | None) -> Callable[..., Any] | None:
-        """See `opero.core.keys.KeyMaker.finder`; None where a look takes longer."""
-        ...
-
-    @property
-    def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:
-        """The same by awaiting; None where that is no use."""
-        ...
-
-    @property
-    def entries_may_expire(self) -> bool:
-        """Whether ``expires_at`` has to be looked at."""
-        ...
-
-    def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
-        """The call's result from the cache, from an identical call under way, or from ``compute()``."""
-        ...
-
-    def info(self, stats: CallStats) -> CacheInfo:
-        """Hits, misses and size."""
-        ...
-
-    def clear(self) -> None:
-        """Forget all entries, and do not store what is being computed now."""
-        ...
-
-    def delete(self, key: Any) -> bool:
-        """Forget one entry; tells whether there was one."""
-        ...
 
 
 class RetryRounds(Protocol):
@@ -345,7 +302,7 @@ class Plan:
     """Frozen settings of one decorated function: one policy per layer, None where it is off."""
 
     function: Callable[..., Any]
-    cache: CachePolicy | None = None
+    cache: ResultCache | None = None
     total_timeout: float | None = None
     retry: RetryPolicy | None = None
     fallback: FallbackPolicy | None = None
