@@ -334,7 +334,8 @@ class ResultCache:
         while True:
             answer = yield from self._ask(Claim(lease))
             if answer is not BUSY or lease.key in self.store.flights.inherited:
-                return CLAIMED if answer is BUSY else answer
+                # The parent of this process may be waiting for it: it computes, and leaves storing to the other.
+                return DONE if answer is BUSY else answer
             left = call.time_left()
             if left is not None and left <= 0:
                 return BUSY
