@@ -557,7 +557,7 @@ def plan_of_limited(retry_on, **per):
 
     return Plan(
         ask,
-        retry=retry_policy(retries=0, retry_on=retry_on, judges_for_others=True),
+        retry=retry_policy(retries=0, retry_on=retry_on),
         fallback=fallback_policy(ask, "key"),
         limit=limit_policy(ask, 1, has_candidates=True, **per),
     )
@@ -959,3 +959,19 @@ def test_values_that_were_carried_to_a_worker_are_tried_there():
     inner = opero(**ONCE)(lambda key=candidates("bad", "good"): good_ones(key))
     mapped = opmap(mode="process", workers=1, progress=False, retries=0)(lambda item: (item, inner()))
     assert mapped([1]) == [(1, "good")]
+
+
+@pytest.mark.parametrize("keys", [1, 2, 3])
+def test_candidates_that_rest_for_different_times_are_each_tried_in_every_round(world, fake_clock, keys):
+    asked = []
+
+    def ask(key):
+        asked.append(key)
+        fake_clock.tick(0.05)
+        raise ConnectionError
+
+    function = opero(arg_fallback="key", retries=3, retry_on=lambda _: 0.5)(world.define(ask))
+    all_failed(world, function, list("abc"[:keys]))
+    assert asked.count("a") == 4
+    assert min(map(asked.count, "abc"[:keys])) >= 3
+    assert function.stats.retries == 3

@@ -31,6 +31,7 @@ TOP = [
     "Outcome",
     "RateLimiter",
     "RejectedResultError",
+    "Results",
     "WorkerCrashedError",
     "__version__",
     "candidates",

@@ -1,6 +1,6 @@
 """Make functions resilient, and map them over any number of items."""
 
-from opero.concurrency.outcome import Outcome
+from opero.concurrency.outcome import Outcome, Results
 from opero.core.cache import Cache, clear_cache
 from opero.core.candidates import candidates, candidates_from
 from opero.core.control import control
@@ -39,6 +39,7 @@ __all__ = [
     "Outcome",
     "RateLimiter",
     "RejectedResultError",
+    "Results",
     "WorkerCrashedError",
     "__version__",
     "candidates",

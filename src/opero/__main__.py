@@ -32,7 +32,7 @@ _PACKAGES = (
     ("tenacity", "retries"),
     ("asynciolimiter", "rate_limit"),
     ("twat-mp", "mode='process', 'thread'"),
-    ("dill", "mode='process'"),
+    ("cloudpickle", "mode='process'"),
     ("aiomultiprocess", "mode='async_process', pip install 'opero[aiomultiprocess]'"),
     ("distributed", "mode='dask', pip install 'opero[dask]'"),
     ("ray", "mode='ray', pip install 'opero[ray]'"),

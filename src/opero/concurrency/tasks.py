@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.worker import Work, in_time
 from opero.core.signature import MISSING
+from opero.core.steps import Failed, was_cancelled
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Generator
+    from collections.abc import Awaitable, Callable, Generator
 
-    from opero.concurrency.contract import Inbox
+    from opero.concurrency.inbox import Inbox
 
 
 class TaskPool:
     """Runs single items in tasks, one after the other; each item has a copy of the caller's context variables."""
 
     largest_batch = 1
-    queues_batches = True
-    kill = None
+    kill = begun = None
 
     def __init__(self, work: Work, workers: int) -> None:
         self.slots = workers
@@ -36,7 +36,7 @@ class TaskPool:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
-    def start(self, inbox: Inbox) -> None:
+    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:  # noqa: ARG002
         self._deliver = inbox.put
 
     def receive(self, event: Any) -> Any:
@@ -55,7 +55,7 @@ class TaskPool:
     def runs_here(self) -> bool:
         return False
 
-    def stop(self) -> None:
+    def stop(self, is_left: Callable[[], bool]) -> None:
         """Tasks cannot be waited for by blocking their own loop; `stop_async` does the work."""
 
     async def stop_async(self) -> None:
@@ -66,7 +66,8 @@ class TaskPool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checkers
         try:
             # A function may go on in spite of its cancellation.
             while not self._stopping:
@@ -74,7 +75,7 @@ class TaskPool:
                     waiter = loop.create_future()
                     self._idle.append(waiter)
                     await waiter
-                await self._run(self._batches.popleft())
+                await self._run(self._batches.popleft(), task)
         except BaseException as error:
             # Exit, and a cancellation that came from the user's function, not from `stop_async`, belong to the caller.
             if not self._stopping:
@@ -82,10 +83,10 @@ class TaskPool:
             if isinstance(error, asyncio.CancelledError):
                 raise
 
-    async def _run(self, batch: Batch) -> None:
+    async def _run(self, batch: Batch, task: asyncio.Task[None]) -> None:
         work, item = self._work, batch.items[0]
         call = self._call if batch.candidate is MISSING else work.caller(batch.candidate)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), task.cancelling()
         errors: dict[int, Exception] = {}
         value = None
         try:
@@ -94,6 +95,7 @@ class TaskPool:
             value = await _in_context(mine, mine.run(call, item) if limit is None else in_time(call, item, limit, work))
         except Exception as error:  # noqa: BLE001 - the policies decide about it
             errors[0] = error
+        batch.is_last = was_cancelled(Failed(errors[0]) if errors else value, before)
         self._deliver(Done(batch, [value], errors, time.perf_counter() - started))
         # This frame is in the error's traceback: without this they would keep each other alive.
         del errors

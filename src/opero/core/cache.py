@@ -13,6 +13,7 @@ from opero.core.decoration import F, decorator
 from opero.core.flights import Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.plan import CacheInfo, Final, Plan
+from opero.core.retry import RetryPolicy
 from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, forwarding, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats
@@ -446,7 +447,7 @@ def get_cache_decorator(
     )
 
     def plan(function: Callable[..., Any]) -> Plan:
-        return Plan(function, cache=cache_policy(function, settings))
+        return Plan(function, RetryPolicy(), cache=cache_policy(function, settings))
 
     recipe = {
         "cache_ttl": cache_ttl,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from opero.core.plan import CacheInfo, Plan
@@ -141,7 +141,7 @@ class Control(Generic[P, R]):
         """Give the same function under changed options, such as ``with_options(retries=0)``.
 
         What no option names is shared with this function, not copied: the cache with its entries, the rate limit, the
-        circuits, and always the stats.
+        circuits, and always the stats. Decorators that stand above opero's are not part of it.
 
         Args:
             **options: Those of the decorator that made the function.
@@ -185,8 +185,10 @@ def control(function: Callable[P, R], /) -> Control[P, R]:
 
 def decoration_of(function: Any) -> Decoration | None:
     """What stands behind a decorated function; None behind any other."""
-    # A mock, or a proxy, has every attribute that it is asked for.
-    found: Decoration | None = getattr(function, "__dict__", {}).get("__opero__")
+    # A bound method shows the attributes of its function, and a mock any that it is asked for.
+    found: Decoration | None = None
+    if not isinstance(function, types.MethodType):
+        found = getattr(function, "__dict__", {}).get("__opero__")
     return found
 
 
@@ -207,6 +209,5 @@ def with_shared_policies(new: Plan, old: Plan, named: set[str]) -> Plan:
     """The new plan with those policies of the old one of which no option is named."""
     if not named <= {name for names in _OPTIONS_OF_POLICY.values() for name in names}:
         # Made by a decorator of one policy: all that is named belongs to that one.
-        return replace(new, stats=old.stats)
-    kept = {policy: getattr(old, policy) for policy, names in _OPTIONS_OF_POLICY.items() if named.isdisjoint(names)}
-    return replace(new, stats=old.stats, **kept)
+        return new.sharing(old, [])
+    return new.sharing(old, [policy for policy, names in _OPTIONS_OF_POLICY.items() if named.isdisjoint(names)])

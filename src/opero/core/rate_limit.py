@@ -12,8 +12,10 @@ from opero.core.limits.per_value import LimitsPerValue
 from opero.core.limits.rates import Rate, Rates, parse_rates
 from opero.core.limits.scope import Scope
 from opero.core.plan import Plan
+from opero.core.retry import RetryPolicy
 from opero.core.signature import parameter_slot
 from opero.core.steps import drive, drive_async
+from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
     import contextlib
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
     from opero.core.checks import Duration
+    from opero.core.flow import Candidate
     from opero.core.limits.contract import Limit
-    from opero.core.plan import Candidate
     from opero.core.signature import ParameterSlot
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
@@ -190,16 +192,16 @@ class FunctionLimit:
         self._slot = slot
         self._prefers_free = prefers_free
 
-    @property
-    def take_now(self) -> Callable[..., bool] | None:
-        """Takes a free slot, for `value_of` the call; None if asking could block."""
-        if self.limiter.take_now is None or self._slot is None:
-            return self.limiter.take_now
-        return self.limiter.per_value.take_now
-
-    def value_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The value that has a limit of its own, alone in a tuple; nothing in it if one limit is for all calls."""
-        return () if self._slot is None else (self._slot.get(args, kwargs),)
+    def has_slot_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Take a slot for a call if one is free now; False, too, where asking could block."""
+        take_now = self.limiter.take_now
+        if take_now is None or self._slot is None:
+            return take_now is not None and take_now()
+        try:
+            return self.limiter.per_value.take_now(self._slot.get(args, kwargs))
+        except MisuseError:
+            # The flow asks again, and counts a value that has no limit as a call that failed.
+            return False
 
     def choose(self, candidates: Sequence[C]) -> Generator[Any, Any, tuple[C, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""
@@ -310,6 +312,10 @@ def get_rate_limit_decorator(
     _limiter(rate_limit, options, lambda: "")
     return decorator(
         "get_rate_limit_decorator",
-        lambda function: Plan(function, limit=limit_policy(function, rate_limit, per=rate_limit_per, options=options)),
+        lambda function: Plan(
+            function,
+            RetryPolicy(),
+            limit=limit_policy(function, rate_limit, per=rate_limit_per, options=options),
+        ),
         (get_rate_limit_decorator, {"rate_limit": rate_limit, "rate_limit_per": rate_limit_per, **options}),
     )

@@ -33,19 +33,15 @@ def wrap(this: Decoration) -> Callable[..., Any]:
 
 def _function(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Any:
-        if (not this.is_direct or this.switches.are_on) and not (this.is_limited and this.may_start(args, kwargs)):
+        if not this.is_direct or this.switches.are_on:
             return this.call(args, kwargs)
         this.count()
         started = this.clock.now()
         try:
             return this.function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
-            failure = error
-        try:
-            return this.recover(failure, started, args, kwargs)
-        finally:
-            # This frame is in the error's traceback: without this they would keep each other alive.
-            del failure
+            call = this.new_call(args, kwargs, started=started, failure=error)
+        return this.go_on(call)
 
     return decorated
 
@@ -87,18 +83,15 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
 
 def _async_function(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> Any:
-        if (not this.is_direct or this.switches.are_on) and not (this.is_limited and this.may_start(args, kwargs)):
+        if not this.is_direct or this.switches.are_on:
             return await this.call_async(args, kwargs)
         this.count()
         started = this.clock.now()
         try:
             return await this.function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - as above
-            failure = error
-        try:
-            return await this.recover_async(failure, started, args, kwargs)
-        finally:
-            del failure
+            call = this.new_call(args, kwargs, started=started, failure=error)
+        return await this.go_on_async(call)
 
     return decorated
 

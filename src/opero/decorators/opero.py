@@ -136,7 +136,6 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             retry_on=options.get("retry_on", MISSING),
             retry_if_result=given["retry_if_result"],
             options=given["retry_options"],
-            judges_for_others=given["breaker"] is not None or given["arg_fallback"] is not None,
         ),
         fallback=None
         if given["arg_fallback"] is None
@@ -253,7 +252,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
               candidate) or `opero.GIVE_UP` (the call ends, without trying other candidates); anything else is a
               `TypeError`, and an error of its own ends the call. Classes match a group of exceptions, too, if they
               match all in it. Where it is not given, errors of the program itself end the call: `NameError`,
-              `ImportError`, `SyntaxError`, `NotImplementedError`, `RecursionError`, `MemoryError`.
+              `ImportError`, `SyntaxError`, `NotImplementedError`, `RecursionError`, `MemoryError`; and what celery,
+              FastAPI, Flask, Django, typer and unittest are steered by.
             - ``retry_if_result`` (None): ``callable(result)`` that says whether to reject a result: that is a failed
               attempt then, whatever ``retry_on`` says, and in the end a `RejectedResultError`.
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
