@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
-from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, run_batch
+from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
 from opero.core.interrupts import BriefHold
 from opero.core.showing import kind_of, shown
@@ -357,7 +357,8 @@ class _ByReference:
         thread = threading.get_ident()
         self._threads.add(thread)
         try:
-            return _run(self._work, batch.items, batch.candidate, batch.time_limit, self._context, batch.mark)
+            how = How(self._context, batch.mark)
+            return _run(self._work, batch.items, batch.candidate, batch.time_limit, how)
         finally:
             self._threads.discard(thread)
 
@@ -409,17 +410,10 @@ def _echo(probe: Any) -> Any:
     return probe
 
 
-def _run(  # noqa: PLR0917 - as `run_batch`
-    work: Work,
-    items: list[Any],
-    candidate: Any,
-    limit: TimeLimit | None,
-    context: contextvars.Context | None = None,
-    mark: list[int] | None = None,
-) -> Report:
+def _run(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
     # An executor has no place for a loop that outlives one call.
     with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
-        return run_batch(work, items, candidate, limit, caller, context=context, mark=mark)
+        return run_batch(work, items, candidate, limit, caller, how)
 
 
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:
@@ -440,7 +434,7 @@ def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str
     arrived = unpack_batch(payload)
     try:
         with hearing_interrupts():
-            report = arrived if isinstance(arrived, Report) else _run(work, *arrived)
+            report = arrived if isinstance(arrived, Report) else _run(work, *arrived, How(longest=SLOW_SECONDS))
     except BaseException as error:  # noqa: BLE001 - as in process mode; the executor might hand it to the caller
         return STOP, describe(error), 0
     return REPORT, pack_report(report), len(payload)

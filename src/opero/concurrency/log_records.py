@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import sys
 from dataclasses import dataclass, field
@@ -46,17 +47,23 @@ class Collecting:
 
     def begin(self) -> None:
         import logging
-        import logging.handlers
 
         if any(logger.handlers for _, logger in _loggers()):
             return
-        send = self._send
+        send, text_of = self._send, logging.Formatter().format
 
-        class ToParent(logging.handlers.QueueHandler):
-            def enqueue(self, record: logging.LogRecord) -> None:
-                send(pickle.dumps(vars(record)))
+        class ToParent(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                # What it says now is all that is sent: its arguments may not be picklable.
+                record = copy.copy(record)
+                record.msg = record.message = text_of(record)
+                record.args = record.exc_info = record.exc_text = record.stack_info = None
+                try:
+                    send(pickle.dumps(vars(record)))
+                except Exception:  # noqa: BLE001 - as every handler does
+                    self.handleError(record)
 
-        handler = ToParent(None)  # type: ignore[arg-type]  # the pipe is its queue
+        handler = ToParent()
         logging.getLogger().addHandler(handler)
         for name, (_, propagate) in self._settings.levels.items():
             if not propagate:

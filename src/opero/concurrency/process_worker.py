@@ -14,13 +14,14 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import log_records
 from opero.concurrency.ending import ENDED_CODE, GRACE_SECONDS
 from opero.concurrency.shared_buffers import SharedBuffers
 from opero.concurrency.transport import as_if_starting, pack_report, unpack_batch, unpack_start
-from opero.concurrency.worker import AsyncCaller, Report, Work, in_time, run_batch
+from opero.concurrency.worker import AsyncCaller, How, Report, Work, in_time, run_batch
 from opero.core.forks import watch_forks
 from opero.exceptions import NotTransferableError
 from opero.utils.notes import describe
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from opero.concurrency.transport import Packer
 
 # Kinds of messages: the first byte; what follows is a payload.
-HELLO, BROKEN, BATCH, REPORT, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(7))
+HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(8))
 # What a batch and its report begin with.
 NUMBER = struct.Struct("<I")
 # A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's threads and exit
@@ -133,16 +134,18 @@ class Parent:
         self._interrupts_before = self._interrupts
         return bytes(data[:1]), data[1:]
 
-    def report(self, number: bytes, report: Report) -> None:
+    def report(self, number: bytes, report: Report, *, is_last: bool = True) -> None:
         """Report, unless Ctrl-C has come meanwhile: what it has interrupted may look like a success.
 
         Then the parent has a second to say what becomes of the map.
         """
         if self._interrupts > self._interrupts_before:
             self.pipe.poll(GRACE_SECONDS)
-        # Whoever dies from now on was not ended by the item that has begun last.
-        self.mark[0] = 0
-        self.tell(REPORT, number + pack_report(report))
+        begun, self.mark[0] = self.mark[0], 0
+        # Whoever dies here was not ended by the item that has begun last.
+        self.tell(REPORT if is_last else PART, number + pack_report(report))
+        if not is_last:
+            self.mark[0] = begun
 
     def hear_signals(self) -> None:
         """Let Ctrl-C be the parent's business, but not ignored by programs that are started here; let SIGTERM end."""
@@ -245,9 +248,9 @@ def _forget_the_parents_own() -> None:
 def _seed() -> None:
     """Let each worker have random numbers of its own: forked ones share the state, the main module may set one."""
     random.seed()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
 
 
 def _limit_threads(count: int) -> None:
@@ -285,9 +288,11 @@ def _serve_batches(parent: Parent, work: Work) -> None:
                 continue
             parent.mark[1] += 1
             arrived = unpack_batch(payload[NUMBER.size :])
+            number = bytes(payload[: NUMBER.size])
             if not isinstance(arrived, Report):
-                arrived = run_batch(work, *arrived, caller, mark=parent.mark)
-            parent.report(bytes(payload[: NUMBER.size]), arrived)
+                how = How(mark=parent.mark, tell=partial(parent.report, number, is_last=False))
+                arrived = run_batch(work, *arrived, caller, how)
+            parent.report(number, arrived)
             del arrived, payload
 
 

@@ -33,6 +33,7 @@ from opero.concurrency.process_worker import (
     LOG,
     NUMBER,
     PEACE_SECONDS,
+    REPORT,
     STOP,
     THREAD_SETTINGS,
     Start,
@@ -176,10 +177,13 @@ class Worker:
         self._sent[self._count] = len(batch.items), len(data)
         self.tell(BATCH, NUMBER.pack(self._count) + data)
 
-    def reported(self, number: int, ran: int) -> tuple[Batch, int]:
+    def reported(self, number: int, ran: int, *, is_last: bool) -> tuple[Batch, int]:
         """The batch that has been reported on, and its size in bytes."""
-        items, size = self._sent.pop(number)
-        self.room += items - ran
+        left, size = self._sent.pop(number)
+        if not is_last:
+            self._sent[number] = left - ran, size
+            return self.batches[number], size
+        self.room += left - ran
         self.is_reserved = False
         return self.batches.pop(number), size
 
@@ -341,7 +345,7 @@ class ProcessPool:
         elif kind == BROKEN:
             return Fatal(OperoError(f"a worker process cannot run {self._name}: {bytes(payload).decode()}"))
         else:
-            return self._worker_reports(worker, payload)
+            return self._worker_reports(worker, payload, is_last=kind == REPORT)
         return None
 
     def runs_here(self) -> bool:
@@ -463,15 +467,17 @@ class ProcessPool:
         else:
             worker.send(batch, data)
 
-    def _worker_reports(self, worker: Worker, payload: memoryview) -> Any:
+    def _worker_reports(self, worker: Worker, payload: memoryview, *, is_last: bool) -> Any:
         report = unpack_report(payload[NUMBER.size :])
-        batch, size = worker.reported(NUMBER.unpack_from(payload)[0], len(report.values))
-        if not worker.room and not worker.batches:
-            worker.tell(STOP)
-        self._hand_out()
-        if not report.values:
+        number, ran = NUMBER.unpack_from(payload)[0], len(report.values)
+        batch, size = worker.reported(number, ran, is_last=is_last)
+        if is_last:
+            if not worker.room and not worker.batches:
+                worker.tell(STOP)
+            self._hand_out()
+        if is_last and 0 in report.errors and not ran:
             return not_run(batch, report.errors[0])
-        return Done(batch, report.values, report.errors, report.seconds, max(len(payload), size))
+        return Done(batch, report.values, report.errors, report.seconds, max(len(payload), size), is_last)
 
     # Messages
 
