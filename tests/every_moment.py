@@ -5,16 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-import queue
 import signal
 import sys
 import threading
 from dis import Bytecode, opname
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
-
-import diskcache
-import redis
 
 import opero
 
@@ -23,10 +19,6 @@ if TYPE_CHECKING:
 
 OPERO = (str(Path(opero.__file__).parent), contextlib.__file__)
 EXECUTORS = (str(Path(concurrent.futures.__file__).parent), threading.__file__)
-STORES = (
-    *(str(Path(package.__file__ or "").parent) for package in (diskcache, redis)),
-    *(module.__file__ for module in (queue, threading)),
-)
 # After these, CPython runs the handlers of signals that have come; after calls, if what was called is not Python code.
 _LOOKS_AFTER = ("RESUME", "JUMP_BACKWARD")
 _LOOKS_AFTER_C = ("CALL", "CALL_FUNCTION_EX")

@@ -80,12 +80,13 @@ def test_of_a_map_it_is_that_of_its_function(mode):
     assert mapped.cache_info().currsize == 1
 
 
-@pytest.mark.parametrize("name", ["fetch", "of_class"])
-def test_a_method_itself_cannot_know_the_instance_and_says_who_does(name):
+@pytest.mark.parametrize("ask", ["cache_delete", "with_options"])
+@pytest.mark.parametrize(("name", "whose"), [("fetch", "instance"), ("of_class", "Client")])
+def test_a_method_itself_cannot_know_the_instance_and_says_who_does(name, whose, ask):
     method = vars(Client)[name]
     function = getattr(method, "__func__", method)
-    with pytest.raises(MisuseError, match=rf"opero\.control\(instance\.{name}\)\.cache_delete"):
-        function.cache_delete(3)
+    with pytest.raises(MisuseError, match=rf"opero\.control\({whose}\.{name}\)\.{ask}"):
+        getattr(function, ask)()
 
 
 def test_a_static_method_has_no_instance():
@@ -151,7 +152,8 @@ def test_a_policy_can_be_turned_off_with_all_its_options():
     f = opero(retries=3, min_delay=1, backoff_factor=3, cache=True, cache_ttl=60, rate_limit=5)(fails(0))
     bare = control(f).with_options(retries=0, cache=False, rate_limit=None)
     assert bare(3) == 3
-    assert bare.__opero__.plan.cache is bare.__opero__.plan.retry is bare.__opero__.plan.limit is None
+    assert bare.__opero__.plan.cache is bare.__opero__.plan.limit is None
+    assert bare.__opero__.plan.retry.retries == 0
 
 
 def test_the_errors_are_those_of_the_decorator():

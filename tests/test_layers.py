@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -13,9 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tenacity
 
-from opero import AllFailedError, opero, opmap
-from opero.core import CallTimeoutError
+from opero import AllFailedError, RejectedResultError, opero, opmap
+from opero.core import CallTimeoutError, MisuseError, RateLimiter
 from opero.core.clock import clock
+from opero.core.flow import call_flow
+from opero.core.plan import Call, Plan
+from opero.core.retry import retry_policy
 
 PASSING = [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError]
 
@@ -404,7 +408,6 @@ def no_garbage_collector():
     gc.enable()
 
 
-# Of each it is known that the flow makes the first attempt, too.
 ALL_BY_FLOW = [
     {"total_timeout": 100},
     {"total_timeout": 100, "retry_on": lambda _: 0},
@@ -429,6 +432,18 @@ def test_nothing_of_an_attempt_is_kept_once_the_next_one_begins(world, options):
 
 
 @pytest.mark.usefixtures("no_garbage_collector")
+def test_nothing_is_kept_of_a_first_attempt_that_the_wrapper_made(world):
+    fail, seen = attempts_that_see_each_other()
+    is_up = True
+    function = opero(retries=4, min_delay=0)(world.define(lambda: None if is_up else fail()))
+    world.run(function)
+    is_up = False
+    with pytest.raises(LookupError):
+        world.run(function)
+    assert seen == [0] * 5
+
+
+@pytest.mark.usefixtures("no_garbage_collector")
 @pytest.mark.parametrize("options", [{}, {"total_timeout": 100}], ids=["batch", "flow"])
 @pytest.mark.parametrize("mode", ["thread", "async"], indirect=True)
 def test_nothing_of_an_items_attempt_is_kept_once_the_next_one_begins(mode, options):
@@ -448,3 +463,266 @@ def test_with_candidates_all_errors_are_kept(world, fake_clock):
         world.run(opero(arg_fallback="key", retries=1)(world.define(ask)), ["a", "b"])
     assert seen == [0, 1, 2, 3]
     assert all(error.__traceback__ is not None for error in caught.value.errors)
+
+
+# A task that is being cancelled
+
+
+class Converting:
+    """A service whose client makes an error of its own of a cancellation, or a result."""
+
+    def __init__(self, make=None):
+        self.asked = []
+        self.reached = asyncio.Event()
+        self.make = make
+
+    async def __call__(self, key="a"):
+        self.asked.append(key)
+        self.reached.set()
+        try:
+            await asyncio.sleep(60 if len(self.asked) == 1 else 0)
+            raise ConnectionError("again")
+        except asyncio.CancelledError:
+            if self.make is not None:
+                return self.make()
+            raise ConnectionError("closed") from None
+
+    async def cancelled(self, function, *args):
+        """Cancel a call of a function that asks this service, and give what came of it."""
+        task = asyncio.create_task(function(*args))
+        await self.reached.wait()
+        task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        return outcome
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"total_timeout": 100},
+        {"total_timeout": 100, "attempt_timeout": 50},
+        {"cache": True},
+        {"arg_fallback": "key", "fallback_cooldown": 60},
+        {"breaker": 1},
+        {"retry_options": {"retry": tenacity.retry_if_exception_type()}},
+        {"retries": 5},
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("is_first_call", [True, False], ids=["first call", "later call"])
+def test_no_attempt_follows_once_the_task_is_being_cancelled(options, is_first_call):
+    service = Converting()
+    is_up = not is_first_call
+
+    @opero(**options)
+    async def ask(key=("a", "b"), number=1):
+        return "up" if is_up else await service(key)
+
+    if is_up:
+        asyncio.run(ask(number=0))
+        is_up = False
+    error = asyncio.run(service.cancelled(ask))
+    assert isinstance(error, ConnectionError)
+    assert any("its task is being cancelled" in note for note in error.__notes__)
+    assert len(service.asked) == 1
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="there a failed TaskGroup looks like a cancellation")
+def test_a_rejected_result_of_a_cancelled_attempt_is_the_last_one():
+    service = Converting(make=lambda: None)
+
+    @opero(retry_if_result=lambda result: result is None)
+    async def ask():
+        return await service()
+
+    assert isinstance(asyncio.run(service.cancelled(ask)), RejectedResultError)
+    assert service.asked == ["a"]
+
+
+def test_the_circuit_hears_nothing_of_a_cancelled_attempt():
+    service = Converting()
+
+    @opero(breaker=1, retries=0)
+    async def ask():
+        return "done" if service.asked else await service()
+
+    async def body():
+        await service.cancelled(ask)
+        return await ask()
+
+    assert asyncio.run(body()) == "done"
+
+
+def test_a_first_attempt_that_was_cancelled_is_the_last_one():
+    call = Call((), {}, failure=(error := ConnectionError()))
+    call.is_last = True
+    with pytest.raises(StopIteration) as end:
+        call_flow(Plan(lambda: None, retry_policy()), call).send(None)
+    assert end.value.value.error is error
+
+
+@pytest.mark.parametrize("is_begun", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize("options", [{}, {"total_timeout": 100}, {"rate_limit": 1e6}], ids=str)
+def test_calls_of_a_task_that_was_cancelled_before_are_retried(options, is_begun):
+    tries = []
+
+    @opero(min_delay=0, **options)
+    async def tidy_up():
+        tries.append(1)
+        if len(tries) < 3 and begun:
+            raise ConnectionError
+        return "tidy"
+
+    begun = not is_begun
+    if is_begun:
+        asyncio.run(tidy_up())
+        tries.clear()
+        begun = True
+
+    async def work(begun):
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            assert await tidy_up() == "tidy"
+
+    async def body():
+        begun = asyncio.Event()
+        task = asyncio.create_task(work(begun))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(body())
+    assert len(tries) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"total_timeout": 100}, {"retry_if_result": lambda r: r is None}], ids=str)
+def test_what_failed_after_a_task_group_has_failed_is_retried(options):
+    tries = []
+
+    async def fail():
+        raise ConnectionError
+
+    @opero(retries=2, min_delay=0, **options)
+    async def gather():
+        tries.append(1)
+        error = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(fail())
+        except* ConnectionError as group:
+            error = group.exceptions[0]
+        if "retry_if_result" in options:
+            return
+        raise error
+
+    with pytest.raises((ConnectionError, RejectedResultError)):
+        asyncio.run(gather())
+    assert len(tries) == 3
+
+
+def test_a_time_limit_that_the_function_makes_an_error_of_is_no_cancellation():
+    service = Converting()
+
+    @opero(attempt_timeout=0.01, retries=2, min_delay=0)
+    async def ask():
+        return await service()
+
+    with pytest.raises(ConnectionError, match="again"):
+        asyncio.run(ask())
+    assert len(service.asked) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"total_timeout": 100}], ids=["batch", "flow"])
+def test_no_attempt_of_an_item_follows_once_its_task_was_cancelled(options):
+    tried = []
+
+    @opmap(mode="async", workers=1, progress=False, retries=2, min_delay=0, **options)
+    async def function(item):
+        tried.append(item)
+        if item == 1:
+            asyncio.current_task().cancel()
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                raise ConnectionError("closed") from None
+        raise ConnectionError
+
+    assert [type(result) for result in function.run([1, 2])] == [ConnectionError, ConnectionError]
+    assert tried == [1, 2, 2, 2]
+
+
+# Where no asyncio loop runs, as under trio
+
+
+def by_hand(coroutine):
+    """Run what never waits, under no library at all."""
+    with pytest.raises(StopIteration) as end:
+        coroutine.send(None)
+    return end.value.value
+
+
+EVERYTHING_WITHOUT_A_WAIT = {"cache": True, "arg_fallback": "key", "rate_limit": 1e6, "breaker": 3}
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING_WITHOUT_A_WAIT], ids=["alone", "with policies"])
+def test_what_needs_no_wait_works_without_asyncio(options):
+    @opero(**options)
+    async def ask(key):
+        return key
+
+    assert by_hand(ask("a")) == "a"
+
+
+def test_candidates_are_tried_without_asyncio():
+    async def ask(key):
+        if key != "c":
+            raise LookupError(key)
+        return key
+
+    assert by_hand(opero(arg_fallback="key")(ask)(["a", "b", "c"])) == "c"
+
+
+@pytest.mark.parametrize("options", [{}, {"arg_fallback": "key"}, {"breaker": 3}, {"cache": True}], ids=str)
+def test_a_wait_without_asyncio_says_so_and_does_not_hide_the_functions_error(options):
+    own = LookupError("own")
+
+    @opero(**options)
+    async def ask(key):
+        raise own
+
+    with pytest.raises(MisuseError, match=r"no asyncio loop is running here: call .*ask under asyncio") as caught:
+        ask("a").send(None)
+    assert caught.value.__context__ is own
+
+
+@pytest.mark.parametrize("options", [{"total_timeout": 5}, {"attempt_timeout": 5}, {"disk": True}], ids=" ".join)
+def test_what_has_to_wait_for_its_first_attempt_is_not_called_without_asyncio(options, disk_backend):
+    called = []
+    options = disk_backend.options | {"cache_namespace": "nowhere"} if "disk" in options else options
+
+    @opero(**options)
+    async def ask():
+        called.append(1)
+
+    with pytest.raises(MisuseError, match="no asyncio loop is running here"):
+        ask().send(None)
+    assert called == []
+
+
+def test_a_slot_that_has_to_be_waited_for_without_asyncio_says_so_and_leaves_no_place(fake_clock):
+    limit = RateLimiter(1)
+
+    @opero(rate_limit=limit)
+    async def ask():
+        return "done"
+
+    assert by_hand(ask()) == "done"
+    with pytest.raises(MisuseError, match="no asyncio loop is running here"):
+        ask().send(None)
+    with pytest.raises(MisuseError, match="no asyncio loop is running here"):
+        limit.acquire_async().send(None)
+    fake_clock.tick(1)
+    assert by_hand(ask()) == "done"

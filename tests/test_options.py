@@ -63,6 +63,7 @@ DESIGNED_FOR_OPMAP = {
     "ordered": True,
     "progress": True,
     "return_exceptions": True,
+    "total": None,
     "pool_options": None,
     **DESIGNED_FOR_OPERO,
 }
@@ -376,7 +377,7 @@ ONLY_OPERO_REFUSES = [
 ]
 
 PROCESS, ASYNC, ASYNC_PROCESS = {"mode": "process"}, {"mode": "async"}, {"mode": "async_process"}
-KNOWN_MODES = ("'process'", "'thread'", "'async'", "'async_process'")
+KNOWN_MODES = ("'process'", "'thread'", "'async'", "'async_process'", "'serial'")
 
 ONLY_OPMAP_REFUSES = [
     *(
@@ -398,6 +399,7 @@ ONLY_OPMAP_REFUSES = [
     *no_flag("ordered"),
     *(wrong(TypeError, "True or False", progress=value) for value in (0, 1, None, 0.5, b"label", ["label"])),
     *no_flag("return_exceptions"),
+    *no_count("total", smallest=0),
     # The pool
     *no_mapping(pool_options={}, **PROCESS),
     unknown_inside("'start_method'", pool_options={"start_methodd": "fork"}, **PROCESS),
@@ -406,7 +408,7 @@ ONLY_OPMAP_REFUSES = [
         unknown_inside(f"mode={mode!r}", pool_options=options, mode=mode, on=on, error=(TypeError, ValueError))
         for mode, on, options in (
             ("thread", fetch, {"start_method": "fork"}),
-            ("thread", fetch, {"initargs": ()}),
+            ("thread", fetch, {"concurrency": 5}),
             ("async", fetch_async, {"start_method": "fork"}),
             ("async", fetch_async, {"concurrency": 5}),
             ("process", fetch, {"concurrency": 5}),

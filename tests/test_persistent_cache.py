@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import fcntl
 import gc
-import itertools
 import os
 import pathlib
 import pickle
@@ -24,8 +23,9 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from every_moment import OPERO, STORES, Presser
 from hypothesis import given
+from redis.client import Pipeline
+from redis.connection import AbstractConnection
 from side_by_side import SECONDS, errors, forked, forks, measure_pauses, results, started, until
 from test_cache_keys import are_alike, arguments, copied, thoroughly
 from test_single_flight import Held, waiters
@@ -33,7 +33,10 @@ from test_single_flight import Held, waiters
 import opero
 from opero.core import faults
 from opero.core.keys import KeyMaker
+from opero.core.redis_server import CONNECTIONS
 from opero.core.stores import locks
+from opero.core.stores.disk import _Database, connect
+from opero.core.stores.redis import RedisStore
 
 
 @pytest.fixture
@@ -1297,21 +1300,71 @@ def test_what_was_finished_before_kills_at_random_moments_is_there_and_the_cache
 # Ctrl-C
 
 
-@pytest.mark.parametrize("watched", [OPERO, STORES], ids=["opero", "libraries of the stores"])
-def test_ctrl_c_at_any_moment_leaves_the_key_and_the_store_to_other_callers(cached, watched):
-    f = cached(lambda x: x)
-    f(-1)
-    for moment in itertools.count(0, 2):
-        presser = Presser(moment, watched=watched)
-        with contextlib.suppress(KeyboardInterrupt), presser:
-            f(moment)
-            f(-1)
-        if not presser.has_pressed:
-            break
-        for x in (moment, moment + 1):
-            # An open transaction is waited for for 5 s, a key that somebody has claimed for 10.
-            assert started(f, x).result(4) == x
-    assert moment > 5
+def press_after(owner, name, monkeypatch):
+    """Let Ctrl-C come when a method has done its work for the next time."""
+    method = getattr(owner, name)
+
+    def act_and_press(*args, **kwargs):
+        monkeypatch.undo()
+        result = method(*args, **kwargs)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(owner, name, act_and_press)
+
+
+def test_ctrl_c_between_a_command_to_redis_and_its_answer_leaves_that_to_nobody(own_redis, monkeypatch):
+    f = opero.opero(**own(own_redis))(lambda x: x)
+    answers = [f(0), f(1)]
+    with own_redis.client() as client:
+        for _ in range(CONNECTIONS + 1):
+            client.client_pause(20)  # the answer comes when the next command has been sent
+            press_after(AbstractConnection, "send_packed_command", monkeypatch)
+            with pytest.raises(KeyboardInterrupt):
+                f(0)
+            answers.append(f(1))
+    assert answers == [0, 1] + [1] * (CONNECTIONS + 1)
+    assert (f.stats.attempts, f.stats.cache_errors) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "moment", [(AbstractConnection, "send_packed_command"), (Pipeline, "execute")], ids=["asked", "answered"]
+)
+def test_ctrl_c_while_redis_grants_a_claim_leaves_the_key_to_others(redis_backend, monkeypatch, moment):
+    f = opero.opero(**own(redis_backend))(lambda x: x)
+    f(0)
+    # So that the claim is the first command.
+    monkeypatch.setattr(RedisStore, "look_up", lambda *_: None)
+    press_after(*moment, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        f(1)
+    # A lease lasts for 10 s.
+    assert started(f, 1).result(4) == 1
+    assert f.stats.cache_errors == 0
+
+
+def test_ctrl_c_when_a_transaction_has_just_begun_keeps_nobody_from_writing(disk_backend, monkeypatch):
+    f = opero.opero(**own(disk_backend))(lambda x: x)
+    f(0)
+
+    def execute_and_press(database):
+        def execute(statement, *parameters):
+            result = database._con.execute(statement, *parameters)
+            if statement.startswith("BEGIN"):
+                monkeypatch.undo()
+                signal.raise_signal(signal.SIGINT)
+            return result
+
+        return execute
+
+    monkeypatch.setattr(_Database, "_sql", property(execute_and_press))
+    with pytest.raises(KeyboardInterrupt):
+        f(1)
+    (folder,) = disk_backend.folder.iterdir()
+    with contextlib.closing(connect(str(folder), 0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("ROLLBACK")
+    assert [f(1), f(1), f.stats.hits, f.stats.cache_errors] == [1, 1, 1, 0]
 
 
 def test_ctrl_c_while_the_system_locks_a_key_on_disk_leaves_it_to_other_processes(disk_backend, monkeypatch):

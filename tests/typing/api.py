@@ -18,6 +18,7 @@ from opero import (
     CallStats,
     OperoError,
     Outcome,
+    Results,
     WorkerCrashedError,
     __version__,
     candidates,
@@ -522,8 +523,8 @@ async def check_candidates() -> None:
     assert_type(ask("q", candidates("c", "d")), str)
     assert_type(ask("q", key=candidates_from(keys)), str)
     assert_type(await ask_async("q", key=candidates("a", "b")), str)
-    assert_type(ask_all(["q"], candidates("a", "b")), list[str | Exception])
-    assert_type(ask_all(candidates("a", "b")), list[str | Exception])
+    assert_type(ask_all(["q"], candidates("a", "b")), Results[str])
+    assert_type(ask_all(candidates("a", "b")), Results[str])
     port: int = candidates(1, 2)
     del port
 
@@ -574,19 +575,26 @@ async def urls_async() -> AsyncIterator[str]:
 
 
 def check_maps() -> None:
-    assert_type(fetch_all(["u", "v"]), list[bytes | Exception])
-    assert_type(fetch_all(urls()), list[bytes | Exception])
-    assert_type(fetch_all({"u"}, 5, session=Session()), list[bytes | Exception])
-    assert_type(fetch_all("uv", size=5), list[bytes | Exception])
-    assert_type(fetch_all_called(["u"]), list[bytes | Exception])
-    assert_type(fetch_all_with_options(["u"], size=5), list[bytes | Exception])
-    assert_type(fetch_all_with_errors(["u"]), list[bytes | Exception])
+    assert_type(fetch_all(["u", "v"]), Results[bytes])
+    assert_type(list(fetch_all(["u", "v"])), list[bytes | Exception])
+    assert_type(fetch_all(["u", "v"]).ok, list[bytes])
+    assert_type(fetch_all(["u", "v"]).failed, list[Outcome[Any, bytes]])
+    assert_type(fetch_all.starmap([("u", 5)]), Results[bytes])
+    assert_type(fetch_all.starmap(zip("uv", [1, 2], strict=True)), Results[bytes])
+    assert_type(fetch_all.starmap.stream([("u", 5)]), Iterator[Outcome[tuple[Any, ...], bytes]])
+    assert_type(fetch_all_or_raise.starmap([("u", 5)]), list[bytes])
+    assert_type(fetch_all(urls()), Results[bytes])
+    assert_type(fetch_all({"u"}, 5, session=Session()), Results[bytes])
+    assert_type(fetch_all("uv", size=5), Results[bytes])
+    assert_type(fetch_all_called(["u"]), Results[bytes])
+    assert_type(fetch_all_with_options(["u"], size=5), Results[bytes])
+    assert_type(fetch_all_with_errors(["u"]), Results[bytes])
     assert_type(fetch_all_or_raise(["u"], 5), list[bytes])
-    assert_type(opmap(fetch_plain)(["u"]), list[bytes | Exception])
-    assert_type(opmap(retries=1)(fetch_plain)(["u"]), list[bytes | Exception])
+    assert_type(opmap(fetch_plain)(["u"]), Results[bytes])
+    assert_type(opmap(retries=1)(fetch_plain)(["u"]), Results[bytes])
     assert_type(opmap(return_exceptions=False)(fetch_plain)(["u"]), list[bytes])
-    assert_type(opmap(functools.partial(fetch_plain, size=5))(["u"]), list[bytes | Exception])
-    assert_type(opmap(fetch)(["u"]), list[bytes | Exception])
+    assert_type(opmap(functools.partial(fetch_plain, size=5))(["u"]), Results[bytes])
+    assert_type(opmap(fetch)(["u"]), Results[bytes])
 
     fetch_all([5])  # type: ignore[list-item]
     fetch_all(5)  # type: ignore[arg-type]
@@ -599,8 +607,16 @@ def check_maps() -> None:
     del contents
 
 
+def check_maps_with_a_default() -> None:
+    mapped = opmap(default=None, retries=0)(fetch_plain)
+    assert_type(mapped(["u"]), Results[bytes, None])
+    assert_type(list(mapped(["u"])), list[bytes | None])
+    assert_type(mapped(["u"]).ok, list[bytes])
+    assert_type(mapped(["u"]).failed, list[Outcome[Any, bytes]])
+
+
 def check_what_a_map_offers() -> None:
-    assert_type(fetch_all.run(["u"], size=5), list[bytes | Exception])
+    assert_type(fetch_all.run(["u"], size=5), Results[bytes])
     assert_type(fetch_all_or_raise.run(["u"], size=5), list[bytes])
     assert_type(fetch_all.one("u", 5), bytes)
     assert_type(fetch_all_or_raise.one("u", size=5), bytes)
@@ -648,13 +664,13 @@ async def fetch_all_async_or_raise(url: str, size: int = 10) -> bytes:
 
 
 async def check_async_maps() -> None:
-    assert_type(await fetch_all_async(["u"]), list[bytes | Exception])
-    assert_type(await fetch_all_async(urls()), list[bytes | Exception])
-    assert_type(await fetch_all_async(urls_async(), size=5), list[bytes | Exception])
-    assert_type(await fetch_all_async_with_options(["u"], 5), list[bytes | Exception])
+    assert_type(await fetch_all_async(["u"]), Results[bytes])
+    assert_type(await fetch_all_async(urls()), Results[bytes])
+    assert_type(await fetch_all_async(urls_async(), size=5), Results[bytes])
+    assert_type(await fetch_all_async_with_options(["u"], 5), Results[bytes])
     assert_type(await fetch_all_async_or_raise(["u"]), list[bytes])
-    assert_type(await asyncio.create_task(fetch_all_async(["u"])), list[bytes | Exception])
-    assert_type(await opmap(fetch_async)(["u"]), list[bytes | Exception])
+    assert_type(await asyncio.create_task(fetch_all_async(["u"])), Results[bytes])
+    assert_type(await opmap(fetch_async)(["u"]), Results[bytes])
     assert_type(await fetch_all_async.one("u", 5), bytes)
     assert_type(await fetch_all_async_or_raise.one("u"), bytes)
     assert_type(fetch_all_async.stats.calls, int)
@@ -675,8 +691,8 @@ async def check_async_maps() -> None:
 
 
 def check_blocking_forms_of_async_maps() -> None:
-    assert_type(fetch_all_async.run(["u"], size=5), list[bytes | Exception])
-    assert_type(fetch_all_async.run(urls_async()), list[bytes | Exception])
+    assert_type(fetch_all_async.run(["u"], size=5), Results[bytes])
+    assert_type(fetch_all_async.run(urls_async()), Results[bytes])
     assert_type(fetch_all_async_or_raise.run(["u"]), list[bytes])
     assert_type(asyncio.run(fetch_all_async_or_raise(["u"])), list[bytes])
 
@@ -704,19 +720,19 @@ class MappingClient:
         return url.encode()[:size]
 
     def check_self(self) -> None:
-        assert_type(self.get_all(["u"]), list[bytes | Exception])
+        assert_type(self.get_all(["u"]), Results[bytes])
 
 
 def check_maps_as_methods(client: MappingClient) -> None:
-    assert_type(client.get_all(["u"], size=5), list[bytes | Exception])
+    assert_type(client.get_all(["u"], size=5), Results[bytes])
     assert_type(client.get_all_or_raise(urls(), size=5), list[bytes])
     assert_type(client.get_all.one("u", 5), bytes)
-    assert_type(client.get_all.run(["u"]), list[bytes | Exception])
+    assert_type(client.get_all.run(["u"]), Results[bytes])
     assert_type(client.get_all.stream(["u"]), Iterator[Outcome[str, bytes]])
     assert_type(client.get_all.stats.calls, int)
     assert_type(client.get_all.cache_delete("u"), bool)
     assert_type(MappingClient.get_all.stats.calls, int)
-    assert_type(client.get_all_async.run(["u"]), list[bytes | Exception])
+    assert_type(client.get_all_async.run(["u"]), Results[bytes])
     assert_type(client.get_all_async_or_raise.run(["u"]), list[bytes])
 
     client.get_all([5])  # type: ignore[list-item]
@@ -726,8 +742,8 @@ def check_maps_as_methods(client: MappingClient) -> None:
 
 
 async def check_async_maps_as_methods(client: MappingClient) -> None:
-    assert_type(await client.get_all_async(["u"], size=5), list[bytes | Exception])
-    assert_type(await client.get_all_async(urls_async()), list[bytes | Exception])
+    assert_type(await client.get_all_async(["u"], size=5), Results[bytes])
+    assert_type(await client.get_all_async(urls_async()), Results[bytes])
     assert_type(await client.get_all_async_or_raise(["u"]), list[bytes])
     assert_type(await client.get_all_async.one("u"), bytes)
     assert_type(client.get_all_async.stream(["u"]), AsyncIterator[Outcome[str, bytes]])
@@ -742,7 +758,7 @@ async def check_kept_workers() -> None:
     with opmap(fetch_plain).pool():
         pass
     with fetch_all_async.pool():
-        assert_type(await fetch_all_async(["u"]), list[bytes | Exception])
+        assert_type(await fetch_all_async(["u"]), Results[bytes])
     async with fetch_all_async.pool():
         pass
     fetch_all_async.pool(5)  # type: ignore[call-arg]
@@ -767,8 +783,8 @@ def check_options_of_maps(*, flag: bool) -> None:
     opmap(progress="pages", return_exceptions=False)
     opmap(mode=ThreadPoolExecutor(2), workers=5)
     opmap(mode=ProcessPoolExecutor)
-    assert_type(opmap(mode=lambda: ThreadPoolExecutor(2))(fetch_plain)(["u"]), list[bytes | Exception])
-    assert_type(opmap(return_exceptions=flag)(fetch_plain)(["u"]), list[bytes | Exception])
+    assert_type(opmap(mode=lambda: ThreadPoolExecutor(2))(fetch_plain)(["u"]), Results[bytes])
+    assert_type(opmap(return_exceptions=flag)(fetch_plain)(["u"]), Results[bytes])
 
     opmap(worker=5)  # type: ignore[call-overload]
     opmap(workers="5")  # type: ignore[call-overload]

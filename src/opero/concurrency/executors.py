@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, in_own_thread
+from opero.concurrency.ctrl_c import BriefHold, hearing_interrupts, held_back_in_children, in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
 from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
-from opero.core.interrupts import BriefHold
 from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from opero.concurrency.scheduler import Batch, KeepablePool, Pool
     from opero.concurrency.worker import Work
 
-# The arguments before the item, those after it, and those by keyword.
-Arguments = tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]
+# The arguments before the item, those after it, those by keyword, and whether items are tuples of arguments.
+Arguments = tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any], bool]
 _NEWS = object()
 
 
@@ -37,6 +37,8 @@ class MapSettings:
     ordered: bool = True
     progress: bool | str = True
     return_exceptions: bool = True
+    # Number of items where it cannot be seen.
+    total: int | None = None
 
 
 class PoolSource:

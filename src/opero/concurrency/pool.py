@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,6 +11,7 @@ from opero.concurrency.kept import MapSettings, PoolSource
 from opero.concurrency.mapping import make_map
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
+from opero.core.retry import RetryPolicy
 from opero.core.showing import kind_of, listed, shown
 from opero.core.signature import check_decoratable, is_async, name_of, refuse_generator
 
@@ -55,17 +57,27 @@ def _async_process_pool() -> _PoolClass:
     return AsyncProcessPool
 
 
+def _serial_pool() -> _PoolClass:
+    from opero.concurrency.serial import SerialPool
+    from opero.concurrency.tasks import TaskPool
+
+    # Coroutines run in the event loop of the calling thread.
+    return lambda work, workers: TaskPool(work, workers) if work.is_async else SerialPool(work)
+
+
 _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
     "process": _process_pool,
     "thread": _thread_pool,
     "async": _task_pool,
     "async_process": _async_process_pool,
+    "serial": _serial_pool,
 }
 _ASYNC_ONLY = ("async", "async_process")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "threads_per_worker"),
-    "thread": (),
+    "thread": ("initializer", "initargs"),
     "async": (),
+    "serial": (),
     "async_process": (
         "start_method",
         "initializer",
@@ -87,7 +99,7 @@ _COUNTS: Mapping[str, str] = {
 def default_workers(mode: str) -> int:
     """How many workers a mode has when nobody says."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS}.get(mode, cpus)
+    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS, "serial": 1}.get(mode, cpus)
 
 
 def map_settings(
@@ -98,6 +110,7 @@ def map_settings(
     ordered: bool = True,
     progress: bool | str = True,
     return_exceptions: bool = True,
+    total: int | None = None,
     pool_options: Mapping[str, Any] | None = None,
 ) -> MapSettings:
     """Check the options of a map of ``function``."""
@@ -111,10 +124,15 @@ def map_settings(
         raise TypeError(msg)
     if workers is not None:
         check_count("workers", workers, "workers", smallest=1)
+        if mode == "serial":
+            msg = f"workers={workers} cannot apply with mode='serial', in which the calling thread works; leave it out"
+            raise ValueError(msg)
     check_flag("ordered", ordered)
     if not isinstance(progress, str):
         check_flag("progress", progress)
     check_flag("return_exceptions", return_exceptions)
+    if total is not None:
+        check_count("total", total, "items", smallest=0)
     options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, options)
     return MapSettings(
@@ -122,6 +140,7 @@ def map_settings(
         ordered=ordered,
         progress=progress,
         return_exceptions=return_exceptions,
+        total=total,
     )
 
 
@@ -203,16 +222,19 @@ def get_parallel_map_decorator(
     ordered: bool = True,
     progress: bool | str = False,
     return_exceptions: bool = True,
+    total: int | None = None,
     **pool_options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a decorator that turns a function of one item into a map, and adds no policy.
 
     Args:
-        mode: ``"process"``, ``"thread"``, ``"async"``, ``"async_process"``, an executor, or a function that makes one.
+        mode: ``"process"``, ``"thread"``, ``"async"``, ``"async_process"``, ``"serial"``, an executor, or a function
+            that makes one.
         workers: Processes, threads or tasks; by default what `opero.opmap` has.
         ordered: Whether results come in input order, or in order of completion.
         progress: Whether to show a bar on a terminal; text is its label.
         return_exceptions: Whether a failed item is its exception in the list, or stops the map and is raised.
+        total: Number of items, for the bar, where neither their length nor `operator.length_hint` tells it.
         **pool_options: For the pool, such as ``start_method``.
 
     Raises:
@@ -230,6 +252,7 @@ def get_parallel_map_decorator(
             ordered=ordered,
             progress=progress,
             return_exceptions=return_exceptions,
+            total=total,
             pool_options=pool_options,
         )
         recipe = {
@@ -238,9 +261,10 @@ def get_parallel_map_decorator(
             "ordered": ordered,
             "progress": progress,
             "return_exceptions": return_exceptions,
+            "total": total,
             **pool_options,
         }
-        return make_map(Plan(function), settings, (get_parallel_map_decorator, recipe))
+        return make_map(Plan(function, RetryPolicy()), settings, (get_parallel_map_decorator, recipe))
 
     return decorate
 
@@ -252,9 +276,10 @@ def get_parallel_executor(
     ordered: bool = True,
     progress: bool | str = False,
     return_exceptions: bool = True,
+    total: int | None = None,
     **pool_options: Any,
 ) -> Callable[..., Any]:
-    """Make ``executor(function, items, **kwargs)``, which maps any function without decorating it.
+    """Make ``executor(function, items, **kwargs)``, which maps any function or class without decorating it.
 
     The arguments and errors are those of `get_parallel_map_decorator`. For an ``async def`` function the executor
     returns an awaitable of the list.
@@ -265,10 +290,13 @@ def get_parallel_executor(
         ordered=ordered,
         progress=progress,
         return_exceptions=return_exceptions,
+        total=total,
         **pool_options,
     )
 
     def executor(function: Callable[..., Any], items: Any, /, **kwargs: Any) -> Any:
-        return decorate(function)(items, **kwargs)
+        # A class among functions, as in `map(int, texts)`, is meant; below a decorator it would be a mistake.
+        mapped = functools.partial(function) if isinstance(function, type) else function
+        return decorate(mapped)(items, **kwargs)
 
     return executor

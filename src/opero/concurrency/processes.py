@@ -477,7 +477,7 @@ class ProcessPool:
             self._hand_out()
         if is_last and 0 in report.errors and not ran:
             return not_run(batch, report.errors[0])
-        return Done(batch, report.values, report.errors, report.seconds, max(len(payload), size), is_last)
+        return Done(batch, report.values, report.errors, report.seconds, max(len(payload), size), not is_last)
 
     # Messages
 

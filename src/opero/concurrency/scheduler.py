@@ -125,25 +125,35 @@ class IteratorSource:
 
 
 class Shape:
-    """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``."""
+    """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``.
 
-    __slots__ = ("head", "kwargs", "rest")
+    ``is_starred``: items are tuples of arguments, ``function(*head, *item, **kwargs)``.
+    """
 
-    def __init__(self, head: tuple[Any, ...], rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    __slots__ = ("head", "is_starred", "kwargs", "rest")
+
+    def __init__(
+        self,
+        head: tuple[Any, ...],
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_starred: bool,  # noqa: FBT001 - the four of `opero.concurrency.kept.Arguments`
+    ) -> None:
         self.head = head
         self.rest = rest
         self.kwargs = kwargs
+        self.is_starred = is_starred
 
     def arguments(self, item: Any) -> tuple[Any, ...]:
-        return (*self.head, item, *self.rest)
+        return (*self.head, *item) if self.is_starred else (*self.head, item, *self.rest)
 
     def without(self, slot: ParameterSlot) -> Shape:
         """The same with None for one parameter, unless that is the item."""
         place = -1 if slot.position is None else slot.position - len(self.head) - 1
         if 0 <= place < len(self.rest):
-            return Shape(self.head, (*self.rest[:place], None, *self.rest[place + 1 :]), self.kwargs)
+            return Shape(self.head, (*self.rest[:place], None, *self.rest[place + 1 :]), self.kwargs, self.is_starred)
         if slot.keyword and slot.name in self.kwargs:
-            return Shape(self.head, self.rest, {**self.kwargs, slot.name: None})
+            return Shape(self.head, self.rest, {**self.kwargs, slot.name: None}, self.is_starred)
         return self
 
 
@@ -171,6 +181,7 @@ class Batch:
     ``items`` are the varying first arguments; ``candidate``, unless `MISSING`, goes to the fallback parameter of each;
     ``time_limit`` is the seconds one execution has, and the option that says so.
     ``alone``: nothing else may run in the worker's process meanwhile.
+    ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
     ``mark``: for workers of this process, see `worker.run_items`; it counts the ``reported`` ones, too.
     """
 
@@ -178,6 +189,7 @@ class Batch:
         "alone",
         "candidate",
         "entries",
+        "is_last",
         "items",
         "losses",
         "mark",
@@ -194,6 +206,7 @@ class Batch:
         self.candidate: Any = MISSING
         self.time_limit: tuple[float, str] | None = None
         self.alone = False
+        self.is_last = False
         self.losses = losses
         self.mark = [0]
         self.reported = 0
@@ -219,7 +232,7 @@ class Batch:
 class Done:
     """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes.
 
-    If it is the last one, items for which there is no value have not begun.
+    Unless it is a part, after which the worker has gone on, items for which there is no value have not begun.
     """
 
     batch: Batch
@@ -227,7 +240,7 @@ class Done:
     errors: dict[int, Exception]
     seconds: float
     size: int = 0
-    is_last: bool = True
+    is_part: bool = False
 
 
 @dataclass(slots=True)
@@ -427,7 +440,7 @@ class Scheduler:
         without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
         self._direct = without_flow and not is_listened_to(plan)
         fallback = plan.fallback
-        self._candidate_is_item = fallback is not None and fallback.position == len(shape.head)
+        self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
         self._ready: deque[_Entry] = deque()
         # Parts of first batches that their workers did not begin.
         self._given_back: deque[Batch] = deque()
@@ -569,9 +582,9 @@ class Scheduler:
 
     # Flows
 
-    def _open(self, index: int, item: Any, *, attempts: int = 0, started: float | None = None) -> _Entry:
+    def _open(self, index: int, item: Any, *, started: float | None = None, failure: Exception | None = None) -> _Entry:
         arguments, kwargs = self._shape.arguments(item), self._shape.kwargs
-        call = Call(arguments, kwargs, attempts=attempts, started=started, presence=self.presence)
+        call = Call(arguments, kwargs, started=started, failure=failure, presence=self.presence)
         call.index = index
         return _Entry(index, item, call)
 
@@ -689,13 +702,17 @@ class Scheduler:
 
     def _varying(self, entry: _Entry) -> Any:
         """What is sent for an item: the item, or where that holds the candidates, the candidate."""
-        return entry.item if entry.attempt is None else entry.attempt.args[len(self._shape.head)]
+        if entry.attempt is None:
+            return entry.item
+        place = len(self._shape.head)
+        return entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
 
     def _send(self, batch: Batch) -> Batch:
         self._in_flight += 1
         for entry in batch.entries or ():
-            if entry.attempt is not None:
-                entry.attempt.begin()
+            if entry.attempt is not None and entry.attempt.begins is not None:
+                entry.attempt.begins()
+                entry.attempt.begins = None
         batch.sent_at = clock.now()
         if batch.time_limit is not None and self._kill is not None:
             self._watch(batch, batch.time_limit[0] + self._grace)
@@ -752,9 +769,9 @@ class Scheduler:
 
     def _batch_done(self, done: Done) -> None:
         batch = done.batch
-        if batch not in self._sent or (done.is_last and not self._returned(batch)):
+        if batch not in self._sent or not (done.is_part or self._returned(batch)):
             return
-        if done.is_last:
+        if not done.is_part:
             self._overdue.discard(batch)
             self._size.learn(done)
             self._give_back(batch.take_from(len(done.values)))
@@ -766,19 +783,23 @@ class Scheduler:
             for place, value in enumerate(done.values):
                 error = done.errors.get(place)
                 self._item_done(batch, place, value if error is None else Failed(error), seconds)
-        if not done.is_last:
+        if done.is_part:
             batch.drop(len(done.values))
 
     def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:
         if batch.entries is not None and batch.entries[place].flow is not None:
-            self._advance(batch.entries[place], outcome)
+            entry = batch.entries[place]
+            if entry.attempt is not None:
+                entry.attempt.is_last = batch.is_last
+            self._advance(entry, outcome)
             return
         index, item = batch.start + place, batch.items[place]
         if batch.entries is not None:
             index, item = batch.entries[place].index, batch.entries[place].item
         if outcome.__class__ is Failed:
-            entry = self._open(index, item, attempts=1, started=clock.now() - seconds)
-            self._start_flow(entry, call_flow(self._plan, entry.call, outcome.error))
+            entry = self._open(index, item, started=clock.now() - seconds, failure=outcome.error)
+            entry.call.is_last = batch.is_last
+            self._start_flow(entry, call_flow(self._plan, entry.call))
         else:
             self._count(Outcome(index, item, outcome, None, 1, seconds, False))  # noqa: FBT003 - plain facts
 

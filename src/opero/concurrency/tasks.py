@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.worker import Work, in_time
 from opero.core.signature import MISSING
+from opero.core.steps import Failed, was_cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
@@ -65,7 +66,8 @@ class TaskPool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checkers
         try:
             # A function may go on in spite of its cancellation.
             while not self._stopping:
@@ -73,7 +75,7 @@ class TaskPool:
                     waiter = loop.create_future()
                     self._idle.append(waiter)
                     await waiter
-                await self._run(self._batches.popleft())
+                await self._run(self._batches.popleft(), task)
         except BaseException as error:
             # Exit, and a cancellation that came from the user's function, not from `stop_async`, belong to the caller.
             if not self._stopping:
@@ -81,10 +83,10 @@ class TaskPool:
             if isinstance(error, asyncio.CancelledError):
                 raise
 
-    async def _run(self, batch: Batch) -> None:
+    async def _run(self, batch: Batch, task: asyncio.Task[None]) -> None:
         work, item = self._work, batch.items[0]
         call = self._call if batch.candidate is MISSING else work.caller(batch.candidate)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), task.cancelling()
         errors: dict[int, Exception] = {}
         value = None
         try:
@@ -93,6 +95,7 @@ class TaskPool:
             value = await _in_context(mine, mine.run(call, item) if limit is None else in_time(call, item, limit, work))
         except Exception as error:  # noqa: BLE001 - the policies decide about it
             errors[0] = error
+        batch.is_last = was_cancelled(Failed(errors[0]) if errors else value, before)
         self._deliver(Done(batch, [value], errors, time.perf_counter() - started))
         # This frame is in the error's traceback: without this they would keep each other alive.
         del errors

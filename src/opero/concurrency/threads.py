@@ -11,6 +11,9 @@ from opero.concurrency.ctrl_c import in_own_thread, join_unless_left
 from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.worker import AsyncCaller, How, Work, run_batch
 from opero.core.interrupts import Hold
+from opero.core.signature import name_of
+from opero.exceptions import OperoError
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +54,16 @@ class ThreadPool:
     largest_batch = LARGEST_BATCH
     kill = None
 
-    def __init__(self, work: Work, workers: int) -> None:
+    def __init__(
+        self,
+        work: Work,
+        workers: int,
+        *,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
+    ) -> None:
+        self._initializer = initializer
+        self._initargs = initargs
         self.slots = workers
         self.take_on(work)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
@@ -103,6 +115,14 @@ class ThreadPool:
         await in_own_thread(self.stop)
 
     def _serve(self) -> None:
+        try:
+            if self._initializer is not None and not self._stopped:
+                self._initializer(*self._initargs)
+        except Exception as error:  # noqa: BLE001 - the user's code
+            refused = OperoError(f"a worker thread cannot run {name_of(self._map.work.function)}: {describe(error)}")
+            refused.__cause__ = error
+            self._deliver(Fatal(refused))
+            return
         caller = AsyncCaller() if self._map.work.is_async else None
         try:
             while (batch := self._batches.get()) is not None and not self._stopped:

@@ -50,6 +50,8 @@ class Work:
                 return function(*args, **kwargs)
 
             return call_with_candidate
+        if shape.is_starred:
+            return lambda item: function(*shape.arguments(item), **shape.kwargs)
         if not (shape.head or shape.rest or shape.kwargs):
             return function
         head, rest, kwargs = shape.head, shape.rest, shape.kwargs

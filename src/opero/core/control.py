@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from opero.core.plan import CacheInfo, Plan
@@ -128,11 +128,20 @@ class Control(Generic[P, R]):
         cache = self._decoration.plan.cache
         return cache is not None and cache.delete(cache.keys.key_of(*self._head, *args, **kwargs))
 
+    def cache_refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function for these arguments, under all its policies, and keep the new result in place of the old.
+
+        Others get the old one meanwhile; two refreshes at once are one run. One that fails raises as a call does, and
+        keeps the old result. Of an ``async def`` function it has to be awaited.
+        """
+        result: R = self._decoration.refresh((*self._head, *args), kwargs)
+        return result
+
     def with_options(self, **options: Any) -> Callable[P, R]:
         """Give the same function under changed options, such as ``with_options(retries=0)``.
 
         What no option names is shared with this function, not copied: the cache with its entries, the rate limit, the
-        circuits, and always the stats.
+        circuits, and always the stats. Decorators that stand above opero's are not part of it.
 
         Args:
             **options: Those of the decorator that made the function.
@@ -176,13 +185,18 @@ def control(function: Callable[P, R], /) -> Control[P, R]:
 
 def decoration_of(function: Any) -> Decoration | None:
     """What stands behind a decorated function; None behind any other."""
-    # A mock, or a proxy, has every attribute that it is asked for.
-    found: Decoration | None = getattr(function, "__dict__", {}).get("__opero__")
+    # A bound method shows the attributes of its function, and a mock any that it is asked for.
+    found: Decoration | None = None
+    if not isinstance(function, types.MethodType):
+        found = getattr(function, "__dict__", {}).get("__opero__")
     return found
 
 
 def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """The options after a change; those of a policy that it turns off have no meaning any more."""
+    if "cache" in named and named["cache"] not in {True, False}:
+        # A `Cache` says all of it.
+        given = {name: value for name, value in given.items() if not name.startswith("cache_")}
     off = {other for first, *others in _OPTIONS_OF_POLICY.values() if not named.get(first, True) for other in others}
     # Without retries, too, the one rejects results, and the other says what an error tells of a candidate or service.
     off.discard("retry_if_result")
@@ -195,6 +209,5 @@ def with_shared_policies(new: Plan, old: Plan, named: set[str]) -> Plan:
     """The new plan with those policies of the old one of which no option is named."""
     if not named <= {name for names in _OPTIONS_OF_POLICY.values() for name in names}:
         # Made by a decorator of one policy: all that is named belongs to that one.
-        return replace(new, stats=old.stats)
-    kept = {policy: getattr(old, policy) for policy, names in _OPTIONS_OF_POLICY.items() if named.isdisjoint(names)}
-    return replace(new, stats=old.stats, **kept)
+        return new.sharing(old, [])
+    return new.sharing(old, [policy for policy, names in _OPTIONS_OF_POLICY.items() if named.isdisjoint(names)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from opero.core.decoration import F, decorator
 from opero.core.forks import watch_forks
 from opero.core.keys import identity_of
 from opero.core.plan import Plan
+from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, ParameterSlot, name_of, parameter_slot
 
 if TYPE_CHECKING:
@@ -38,11 +40,18 @@ class FallbackOverParameter:
         self._function_name = function_name
         self._cooldown = cooldown or 0.0
         self._rests: dict[Any, float] = {}
+        self._most: int | None = None
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()
+
+    def first_only(self) -> FallbackOverParameter:
+        """The same without a second candidate: the function still gets one value."""
+        first = copy.copy(self)
+        first._most = 1  # noqa: SLF001 - of this class
+        return first
 
     def values(self, call: Call) -> list[Any]:
         given = self._slot.get(call.args, call.kwargs)
@@ -56,7 +65,22 @@ class FallbackOverParameter:
                 "give at least one candidate"
             )
             raise ValueError(msg)
-        return list(given)
+        return list(given[: self._most])
+
+    def first(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any] | None:
+        """The arguments with the first candidate, and which it is; None if that cannot be told at once."""
+        given = self._slot.get(args, kwargs)
+        if given.__class__ is Candidates:
+            given = given.values()
+        if given.__class__ is not list and given.__class__ is not tuple:
+            return (
+                None if isinstance(given, (CandidatesFrom, list, tuple)) or given is MISSING else (args, kwargs, given)
+            )
+        if not given or (self._rests and len(given) > 1):
+            return None
+        return (*self._slot.put(args, kwargs, given[0]), given[0])
 
     def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if value is MISSING:
@@ -105,6 +129,8 @@ def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | N
     """
     return decorator(
         "get_fallback_decorator",
-        lambda function: Plan(function, fallback=fallback_policy(function, arg_fallback, cooldown=fallback_cooldown)),
+        lambda function: Plan(
+            function, RetryPolicy(), fallback=fallback_policy(function, arg_fallback, cooldown=fallback_cooldown)
+        ),
         (get_fallback_decorator, {"arg_fallback": arg_fallback, "fallback_cooldown": fallback_cooldown}),
     )

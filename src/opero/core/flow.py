@@ -1,15 +1,18 @@
 """The flow of one call: every decision, in the order of the layers, without sleeping, awaiting or calling.
 
-`_CallFlow` has one method per layer, outermost first; this order is part of opero's contract.
+`call_flow` is default, cache and total_timeout; then `_Layers` has retry, fallback, breaker, rate limit and
+attempt_timeout. This order is part of opero's contract.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import LONGEST_WAIT, clock
-from opero.core.listeners import teller_of
-from opero.core.plan import Call, Final, Once, Plan, RetryRounds, Verdict
+from opero.core.listeners import switches, teller_of
+from opero.core.plan import Call, Final, Plan, Verdict
 from opero.core.signature import MISSING, own_signature
 from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, waiting_until
 from opero.exceptions import (
@@ -26,425 +29,16 @@ from opero.utils.notes import add_note, describe
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from tenacity import RetryCallState
+
+    from opero.core.breaker import Passage
     from opero.core.listeners import Teller
-    from opero.core.plan import Passage
+    from opero.core.retry import Rounds
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
 # No attempt could end otherwise.
 FINAL_ERRORS = (MisuseError, NotTransferableError)
-
-
-class _Candidate:
-    """One value to try, and how it has fared in this call."""
-
-    __slots__ = ("args", "kwargs", "place", "ready_at", "value")
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, place: int = 0) -> None:
-        self.place = place
-        self.args = args
-        self.kwargs = kwargs
-        self.value = value
-        self.ready_at: float | None = None
-
-
-def call_flow(plan: Plan, call: Call, failure: Exception | None = None) -> Flow:
-    """One call from cache to function; with ``failure``, the first attempt has already been made and failed so."""
-    flow = _outcome(plan, call, failure)
-    tell = call.tell = teller_of(plan, call)
-    return flow if tell is None else _told(call, tell, flow)
-
-
-def _outcome(plan: Plan, call: Call, failure: Exception | None) -> Flow:
-    outcome: Any
-    layers = _CallFlow(plan, call, failure)
-    del failure
-    try:
-        outcome = yield from layers.cache()
-    except Exception as error:  # noqa: BLE001 - raised by a policy before any attempt: a call that failed like others
-        outcome = Failed(error)
-    if outcome.__class__ is Final:
-        outcome = outcome.outcome
-    if outcome.__class__ is Failed:
-        plan.stats.failures.tick()
-        is_misuse = isinstance(outcome.error, MisuseError)
-        if plan.default is not MISSING and not is_misuse and not _is_wrong_call(plan, call, outcome.error):
-            return Failed(outcome.error, instead=plan.default)
-    return outcome
-
-
-def _told(call: Call, tell: Teller, flow: Flow) -> Flow:
-    """A call whose beginning and end are told, whatever ends it."""
-    error: Exception | None = None
-    cancelled = True
-    try:
-        tell("CallStarted")
-        outcome = yield from flow
-        error = outcome.error if outcome.__class__ is Failed else None
-        cancelled = False
-        return outcome
-    finally:
-        seconds = clock.now() - call.started
-        tell("CallDone", error=error, attempts=call.attempts, seconds=seconds, cached=call.cached, cancelled=cancelled)
-
-
-class _CallFlow:
-    """The layers around one call: each method is one layer and hands on to the next."""
-
-    def __init__(self, plan: Plan, call: Call, failure: Exception | None) -> None:
-        self.plan = plan
-        self.call = call
-        self.first_failure = failure
-        self.is_new_round = True
-        self.attempt_started = call.started
-        self.has_slot = False
-        self.candidates: list[_Candidate] = []
-        # Those of this round that have not been tried.
-        self.left: list[_Candidate] = []
-        # All of them with fallback; else the last one, until the next attempt begins.
-        self.errors: list[Exception] = []
-        # The last attempt that failed, and what else than that ended the call.
-        self.failed: Verdict | None = None
-        self.ended_by = ""
-        self.earlier_failure = ""
-
-    def cache(self) -> Flow:
-        if self.plan.cache is not None:
-            return self.plan.cache.through(self.call, self.total_timeout, self.plan.stats)
-        if self.first_failure is None:
-            self.plan.stats.flown.tick()
-        return self.total_timeout()
-
-    def total_timeout(self) -> Flow:
-        if self.plan.total_timeout is not None:
-            self.call.end_after(self.plan.total_timeout)
-        return self.retry()
-
-    def retry(self) -> Flow:
-        try:
-            self.candidates = self._make_candidates()
-        except Exception as error:  # noqa: BLE001 - none, or what the function of `candidates_from` raised
-            return Failed(error)
-        self.has_own_limit = self._has_own_limit()
-        retry = self.plan.retry
-        rounds = Once() if retry is None else retry.rounds(self.call, self.plan.function)
-        while True:
-            rounds.begin()
-            self.is_new_round = True
-            outcome = yield from self.fallback(rounds)
-            if outcome.__class__ is not Verdict:
-                return outcome
-            wait = rounds.after(outcome, self._may_wait)
-            if isinstance(wait, Final):
-                return self._finish(wait, gave_up=outcome.ends)
-            log("DEBUG", "{} failed, next round in {:.3g} s", self.plan.name, wait)
-            if self.call.tell is not None:
-                self.call.tell("RetryPlanned", round=self.call.rounds, delay=wait, error=outcome.error)
-            del outcome
-            yield Pause(wait)
-
-    def fallback(self, rounds: RetryRounds) -> Generator[Any, Any, Any]:
-        """One round; gives the `Verdict` that speaks for it when no candidate succeeded."""
-        verdict = None
-        self.left = self._ready_candidates()
-        while left := self._admitted(self.left):
-            self.left = left
-            awake = self._awake(left)
-            candidate = awake[0]
-            if self.plan.limit is not None and self.first_failure is None and not self.has_slot:
-                candidate, self.has_slot = yield from self.plan.limit.choose(awake)
-            judged = yield from self.breaker(candidate, rounds)
-            if judged is GAVE_WAY:
-                continue
-            left.remove(candidate)
-            if judged is CIRCUIT_OPEN:
-                self.has_slot = False
-                continue
-            if judged.__class__ is not Verdict:
-                return judged
-            if judged.ends:
-                return judged
-            if verdict is None or judged.again or not verdict.again:
-                verdict = judged
-        if verdict is None:
-            return self._circuit_open(rounds)
-        return self._for_the_round(verdict)
-
-    def breaker(self, candidate: _Candidate, rounds: RetryRounds) -> Generator[Any, Any, Any]:
-        """One attempt; gives the call's outcome, or the `Verdict` on a failure."""
-        breaker = self.plan.breaker
-        if breaker is None:
-            return (yield from self._judged(candidate, rounds, None))
-        passage = breaker.enter(candidate.value)
-        if passage is None:
-            return CIRCUIT_OPEN
-        with passage:
-            return (yield from self._judged(candidate, rounds, passage))
-
-    def _judged(self, candidate: _Candidate, rounds: RetryRounds, passage: Passage | None) -> Generator[Any, Any, Any]:
-        outcome = yield from self.rate_limit(candidate, passage)
-        if outcome is CIRCUIT_OPEN or outcome is GAVE_WAY:
-            return outcome
-        if outcome is OUT_OF_TIME:
-            return self._out_of_time(rounds)
-        if outcome.__class__ is Failed and self._is_final(outcome.error):
-            return outcome
-        try:
-            judged = rounds.judge(outcome)
-        except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
-            # Not its text, which may hold arguments.
-            log("WARNING", "{} ended: what judges its attempts raised {}", self.plan.name, type(raised).__name__)
-            return Failed(_in_context_of(outcome, raised))
-        if passage is not None:
-            passage.tell(failed=_speaks_against_the_service(judged))
-        if judged is None:
-            return outcome
-        if self.call.tell is not None and outcome.__class__ is not Failed:
-            seconds = clock.now() - self.attempt_started
-            self.call.tell("AttemptFailed", attempt=self.call.attempts, error=judged.error, seconds=seconds)
-        self._candidate_failed(candidate, judged)
-        if self.plan.limit is not None and judged.delay and self.has_own_limit:
-            yield from self.plan.limit.pause(candidate, min(judged.delay, LONGEST_WAIT))
-        return judged
-
-    def _is_final(self, error: Exception) -> bool:
-        """Whether no attempt could end otherwise, whatever the service does."""
-        # Arguments that fit at the first attempt fit at all.
-        is_first = self.call.attempts == 1
-        return isinstance(error, FINAL_ERRORS) or (is_first and _is_wrong_call(self.plan, self.call, error))
-
-    def rate_limit(self, candidate: _Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
-        if self.first_failure is not None:
-            failure, self.first_failure = Failed(self.first_failure), None
-            self._round_begins()
-            return failure
-        if self.plan.limit is not None and not self.has_slot:
-            asked = clock.now()
-            wait = self.plan.limit.take(candidate, self.call.deadline)
-            if self.has_own_limit and self.plan.fallback is not None:
-                # Whoever stands in the line of a candidate that is put to rest meanwhile turns to another one.
-                is_turn = not self._waits_like_a_failed_round(candidate)
-                wait = waiting_until(lambda: self._gives_way(candidate), wait, is_turn=is_turn)
-            taken = yield from (wait if passage is None else passage.waiting(wait))
-            waited = clock.now() - asked
-            self.plan.stats.add_waited(waited)
-            if passage is not None and not passage.may_start():
-                return CIRCUIT_OPEN
-            if taken is None:
-                return GAVE_WAY
-            if not taken:
-                return OUT_OF_TIME
-            if self.call.tell is not None and waited >= _TOLD_WAIT:
-                self.call.tell("SlotWaited", seconds=waited)
-            if not self.has_own_limit and self._gives_way(candidate):
-                self.has_slot = True
-                return GAVE_WAY
-        self.has_slot = False
-        return (yield from self.attempt_timeout(candidate, passage))
-
-    def attempt_timeout(self, candidate: _Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
-        timeout, option = self.plan.attempt_timeout, "attempt_timeout"
-        left = self.call.time_left()
-        if left is not None and (timeout is None or left < timeout):
-            timeout, option = left, "total_timeout"
-        if timeout is not None and timeout <= 0:
-            return OUT_OF_TIME
-        self.call.attempts += 1
-        self.plan.stats.attempts.tick()
-        is_first = self._round_begins()
-        if not is_first:
-            self.plan.stats.fallbacks.tick()
-            if self.call.tell is not None:
-                self.call.tell("CandidateSwitched", place=candidate.place)
-        attempt = Attempt(
-            candidate.args,
-            candidate.kwargs,
-            candidate.value,
-            flight=self.call.flight,
-            timeout=timeout,
-            limit=option,
-            deadline=self.call.deadline,
-            may_start=None if passage is None else passage.may_start,
-            begins=self._forget_failure if self.plan.fallback is None and self.errors else None,
-        )
-        if self.call.tell is None:
-            outcome = yield attempt
-        else:
-            outcome = yield from self._told_attempt(attempt, self.call.tell)
-        if outcome is NOT_RUN:
-            self.call.attempts -= 1
-            self.plan.stats.attempts.add(-1)
-            if is_first:
-                self._round_did_not_begin()
-            return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
-        return outcome
-
-    def _forget_failure(self) -> None:
-        """Free what the attempt before this one held: its frames, and all that is in them."""
-        failure = self.errors.pop()
-        self.failed = None
-        is_timed = self.plan.attempt_timeout is not None or self.plan.total_timeout is not None
-        if is_timed and not isinstance(failure, CallTimeoutError):
-            self.earlier_failure = describe(failure)
-
-    def _round_begins(self) -> bool:
-        """Count the round of an attempt, which is none before one begins; tells whether this attempt is the first."""
-        if not self.is_new_round:
-            return False
-        self.is_new_round = False
-        self.call.rounds += 1
-        if self.call.rounds > 1:
-            self.plan.stats.retries.tick()
-        return True
-
-    def _round_did_not_begin(self) -> None:
-        self.is_new_round = True
-        if self.call.rounds > 1:
-            self.plan.stats.retries.add(-1)
-        self.call.rounds -= 1
-
-    def _told_attempt(self, attempt: Attempt, tell: Teller) -> Generator[Any, Any, Any]:
-        number, started = self.call.attempts, clock.now()
-        self.attempt_started = started
-        tell("AttemptStarted", attempt=number, round=self.call.rounds)
-        outcome = yield attempt
-        if outcome.__class__ is Failed:
-            tell("AttemptFailed", attempt=number, error=outcome.error, seconds=clock.now() - started)
-        elif outcome is NOT_RUN:
-            kind: type[Exception] = CircuitOpenError
-            why = "its circuit opened"
-            if self._is_out_of_time():
-                kind, why = CallTimeoutError, "total_timeout was over"
-            error = kind(f"{self.plan.name} was not called: {why} before a worker was free")
-            tell("AttemptFailed", attempt=number, error=error, seconds=clock.now() - started)
-        return outcome
-
-    def _make_candidates(self) -> list[_Candidate]:
-        call, fallback = self.call, self.plan.fallback
-        if fallback is None:
-            return [_Candidate(call.args, call.kwargs, MISSING)]
-        values = enumerate(fallback.values(call))
-        return [_Candidate(*fallback.arguments(call, value), value, place) for place, value in values]
-
-    def _ready_candidates(self) -> list[_Candidate]:
-        if not self.errors:
-            return list(self.candidates)
-        now = clock.now()
-        # A sleep can end a little early; those that asked for a longer rest are left alone all the same.
-        admitted = self._admitted(self.candidates)
-        ready = [c for c in admitted if c.ready_at is None or c.ready_at <= now]
-        return ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
-
-    def _candidate_failed(self, candidate: _Candidate, verdict: Verdict) -> None:
-        self.errors.append(verdict.error)
-        self.failed = verdict
-        if not verdict.again:
-            self.candidates.remove(candidate)
-        candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
-        if self.plan.fallback is not None and verdict.rests:
-            self.plan.fallback.failed(candidate.value, verdict.delay)
-
-    def _for_the_round(self, verdict: Verdict | None) -> Verdict:
-        assert verdict is not None  # noqa: S101 - a round has at least one candidate
-        if not self.candidates:
-            return verdict
-        # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
-        times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
-        soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
-        return Verdict(verdict.error, verdict.outcome, again=True, delay=soonest)
-
-    def _awake(self, candidates: list[_Candidate]) -> list[_Candidate]:
-        """Those that do not rest, in their order; if all do, the one that wakes first."""
-        fallback = self.plan.fallback
-        if fallback is None or len(candidates) == 1:
-            return candidates
-        ends = [(fallback.rests_until(candidate.value), candidate) for candidate in candidates]
-        awake = [candidate for end, candidate in ends if end is None]
-        return awake or [min(ends, key=lambda pair: pair[0] or 0.0)[1]]
-
-    def _gives_way(self, candidate: _Candidate) -> bool:
-        return candidate not in self._awake(self.left)
-
-    def _waits_like_a_failed_round(self, candidate: _Candidate) -> bool:
-        """Whether this call has failed, and needs no worker before a candidate that rests wakes."""
-        fallback = self.plan.fallback
-        return not self.is_new_round and fallback is not None and fallback.rests_until(candidate.value) is not None
-
-    def _has_own_limit(self) -> bool:
-        """Whether a limit holds for one candidate only, so that it can be held up while others are tried."""
-        fallback, limit = self.plan.fallback, self.plan.limit
-        if fallback is None or limit is None or len(self.candidates) == 1:
-            return True
-        return limit.parameter == fallback.parameter
-
-    def _admitted(self, candidates: list[_Candidate]) -> list[_Candidate]:
-        breaker = self.plan.breaker
-        return candidates if breaker is None else [c for c in candidates if breaker.admits(c.value)]
-
-    def _some_circuit_admits(self, *, after: float) -> bool:
-        breaker = self.plan.breaker
-        return breaker is None or any(breaker.admits(c.value, after=after) for c in self.candidates)
-
-    def _may_wait(self, seconds: float) -> bool:
-        """Whether another round can begin after so many seconds."""
-        left = self.call.time_left()
-        if left is not None and seconds >= left:
-            self.ended_by = self._time_is_over()
-        elif not self._some_circuit_admits(after=seconds):
-            self.ended_by = _CIRCUIT_IS_OPEN
-        return not self.ended_by
-
-    def _circuit_open(self, rounds: RetryRounds) -> Failed | Final:
-        if self.failed is not None:
-            self.ended_by = _CIRCUIT_IS_OPEN
-            return self._finish(rounds.cut_short(self.failed))
-        breaker = self.plan.breaker
-        assert breaker is not None  # noqa: S101 - for the type checkers
-        whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
-        wait = breaker.trial_in(candidate.value for candidate in self.candidates)
-        trial = "a trial call is under way" if wait is None else f"the next trial is in {wait:.3g} s"
-        failures = _count(breaker.failures, "failure")
-        return Failed(
-            CircuitOpenError(f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}")
-        )
-
-    def _out_of_time(self, rounds: RetryRounds) -> Failed | Final:
-        self.ended_by = self._time_is_over()
-        if self.failed is not None:
-            return self._finish(rounds.cut_short(self.failed))
-        turn = "a worker" if self.plan.limit is None else "a rate slot"
-        message = f"{self.plan.name} was not started: {self.ended_by} during the wait for {turn}"
-        return Failed(CallTimeoutError(message))
-
-    def _time_is_over(self) -> str:
-        return f"total_timeout={self.plan.total_timeout:g} s ended it"
-
-    def _is_out_of_time(self) -> bool:
-        left = self.call.time_left()
-        return left is not None and left <= 0
-
-    def _finish(self, final: Final, *, gave_up: bool = False) -> Failed | Final:
-        failed = final.outcome
-        if not isinstance(failed, Failed):
-            return final
-        call, plan = self.call, self.plan
-        seconds = clock.now() - call.started
-        reason = self.ended_by and f"; {self.ended_by}"
-        if plan.fallback is not None:
-            whom = f"every candidate of {plan.fallback.parameter!r}"
-            message = (
-                f"{plan.name}: {f'gave up on {whom}' if gave_up else f'{whom} failed'} in "
-                f"{_count(call.rounds, 'round')} ({_count(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
-            )
-            log("WARNING", "{}", message)
-            return Failed(AllFailedError(message, self.errors))
-        if isinstance(failed.error, CallTimeoutError) and self.earlier_failure:
-            # The library's own error must not hide the function's.
-            add_note(failed.error, f"opero: an attempt before that failed with {self.earlier_failure}")
-        summary = f"{plan.name} failed after {_count(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
-        log("WARNING", "{}", summary)
-        add_note(failed.error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
-        return failed
 
 
 class _NoAttempt:
@@ -464,13 +58,423 @@ CIRCUIT_OPEN = _NoAttempt("this candidate's circuit is open")
 GAVE_WAY = _NoAttempt("this candidate was put to rest while its slot was waited for")
 
 
+@dataclass(slots=True, eq=False)
+class Candidate:
+    """One value to try, and how it has fared in this call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    value: Any = MISSING
+    place: int = 0
+    tries: int = 0
+    ready_at: float | None = None
+
+
+def call_flow(plan: Plan, call: Call) -> Flow:
+    """One call from cache to function."""
+    layers = _Layers(plan, call)
+    if plan.on_event is not None or switches.listeners:
+        call.tell = teller_of(plan, call)
+    if plan.total_timeout is not None:
+        # It bounds the wait for somebody else's computation, too.
+        call.deadline = call.started + plan.total_timeout
+    outcome: Any = None
+    is_over = False
+    try:
+        if call.tell is not None:
+            call.tell("CallStarted")
+        try:
+            if plan.cache is not None:
+                outcome = yield from plan.cache.through(call, layers.retry, plan.stats)
+            else:
+                if not call.attempts:
+                    plan.stats.flown.tick()
+                outcome = yield from layers.retry()
+        except Exception as error:  # noqa: BLE001 - raised by a policy or a driver: a call that failed like others
+            outcome = Failed(_in_context_of(Failed(layers.errors[-1]), error) if layers.errors else error)
+        if outcome.__class__ is Final:
+            outcome = outcome.outcome
+        if outcome.__class__ is Failed:
+            outcome = _replaced_by_default(plan, call, outcome)
+        is_over = True
+        return outcome
+    finally:
+        if call.tell is not None:
+            call.tell(
+                "CallDone",
+                error=outcome.error if outcome.__class__ is Failed else None,
+                attempts=call.attempts,
+                seconds=clock.now() - call.started,
+                cached=call.cached,
+                cancelled=not is_over,
+            )
+
+
+class _Layers:
+    """The layers around the function of one call."""
+
+    def __init__(self, plan: Plan, call: Call) -> None:
+        self.plan = plan
+        self.call = call
+        self.candidates: list[Candidate] = []
+        # Those of this round that have not been tried.
+        self.left: list[Candidate] = []
+        self.is_new_round = True
+        # Whether a limit holds for one candidate only, so that it can be held up while others are tried.
+        self.has_own_limit = True
+        self.has_slot = False
+        # All of them with fallback; else the last one, until the next attempt begins.
+        self.errors: list[Exception] = []
+        self.earlier_failure = ""
+        # The last attempt that failed, and what else than that ended the call.
+        self.failed: Verdict | None = None
+        self.ended_by = ""
+
+    def retry(self) -> Flow:
+        """One round after another until one succeeds or no other may follow."""
+        plan, call = self.plan, self.call
+        if plan.fallback is None:
+            self.candidates = [Candidate(call.args, call.kwargs)]
+        else:
+            values = enumerate(plan.fallback.values(call))
+            self.candidates = [Candidate(*plan.fallback.arguments(call, v), v, place) for place, v in values]
+            if plan.limit is not None and len(self.candidates) > 1:
+                self.has_own_limit = plan.limit.parameter == plan.fallback.parameter
+        rounds = plan.retry.rounds(plan.retry, call, plan.function)
+        while True:
+            if "before" in plan.retry.options:
+                rounds.begin()
+            self.is_new_round = True
+            outcome = yield from self.fallback(rounds)
+            if outcome.__class__ is not Verdict:
+                return outcome
+            wait = rounds.after(outcome, self._must_end)
+            if isinstance(wait, Final):
+                return self._finish(wait, gave_up=outcome.ends)
+            if "loguru" in sys.modules:
+                log("DEBUG", "{} failed, next round in {:.3g} s", plan.name, wait)
+            if call.tell is not None:
+                call.tell("RetryPlanned", round=call.rounds, delay=wait, error=outcome.error)
+            del outcome
+            yield Pause(wait)
+
+    def fallback(self, rounds: Rounds) -> Generator[Any, Any, Any]:
+        """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
+        plan = self.plan
+        speaks: Verdict | None = None
+        self.left = list(self.candidates) if plan.fallback is None else self._ready_candidates()
+        while self.left:
+            candidate = self.left[0]
+            if len(self.left) > 1 and self.call.failure is None:
+                candidate = yield from self._choose()
+            outcome = yield from self.breaker(candidate, rounds)
+            if outcome is GAVE_WAY:
+                continue
+            if outcome is OUT_OF_TIME:
+                return self._out_of_time(rounds)
+            self.left.remove(candidate)
+            if outcome is CIRCUIT_OPEN:
+                self.has_slot = False
+                continue
+            if outcome.__class__ is not Verdict or outcome.ends:
+                return outcome
+            if outcome.delay and plan.limit is not None and self.has_own_limit:
+                yield from plan.limit.pause(candidate, min(outcome.delay, LONGEST_WAIT))
+            if speaks is None or outcome.again or not speaks.again:
+                speaks = outcome
+        if speaks is None:
+            return self._circuit_open(rounds)
+        return speaks if plan.fallback is None else self._for_the_round(speaks)
+
+    def breaker(self, candidate: Candidate, rounds: Rounds) -> Generator[Any, Any, Any]:
+        """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
+        breaker = self.plan.breaker
+        passage = None if breaker is None else breaker.enter(candidate.value)
+        if passage is None and breaker is not None and self.call.failure is None:
+            return CIRCUIT_OPEN
+        try:
+            outcome = yield from self.attempt(candidate, passage)
+            return outcome if outcome.__class__ is _NoAttempt else self._judge(outcome, candidate, passage, rounds)
+        finally:
+            if passage is not None:
+                passage.is_over = True
+
+    def attempt(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
+        """The rate limit, attempt_timeout, and one execution."""
+        plan, call = self.plan, self.call
+        if call.failure is not None:
+            failed, call.failure = Failed(call.failure), None
+            candidate.tries = call.rounds = 1
+            self.is_new_round = False
+            return failed
+        if plan.limit is not None and not self.has_slot:
+            missed = yield from self._take_slot(candidate, passage)
+            if missed is not None:
+                return missed
+        self.has_slot = False
+        timeout, option = plan.attempt_timeout, "attempt_timeout"
+        if call.deadline is not None:
+            left = call.deadline - clock.now()
+            if timeout is None or left < timeout:
+                timeout, option = left, "total_timeout"
+            if timeout <= 0:
+                return OUT_OF_TIME
+        was_new, self.is_new_round = self.is_new_round, False
+        begins_round = self._count(candidate)
+        attempt = Attempt(
+            candidate.args,
+            candidate.kwargs,
+            candidate.value,
+            flight=call.flight,
+            timeout=timeout,
+            limit=option,
+            deadline=call.deadline,
+            passage=passage,
+            begins=self._forget_failure if plan.fallback is None and self.errors else None,
+        )
+        if call.tell is None:
+            outcome = yield attempt
+        else:
+            outcome = yield from self._told(attempt, None if begins_round else candidate, call.tell)
+        call.is_last = attempt.is_last
+        if outcome is not NOT_RUN:
+            return outcome
+        self._take_back(candidate, begins_round=begins_round)
+        self.is_new_round = was_new
+        return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
+
+    def _count(self, candidate: Candidate) -> bool:
+        """Count an attempt; tells whether it begins a round, as the first candidate that is tried so often does."""
+        call, stats = self.call, self.plan.stats
+        call.attempts += 1
+        stats.attempts.tick()
+        candidate.tries += 1
+        if candidate.tries <= call.rounds:
+            stats.fallbacks.tick()
+            return False
+        call.rounds = candidate.tries
+        if call.rounds > 1:
+            stats.retries.tick()
+        return True
+
+    def _take_back(self, candidate: Candidate, *, begins_round: bool) -> None:
+        """Count no attempt that did not begin."""
+        call, stats = self.call, self.plan.stats
+        call.attempts -= 1
+        stats.attempts.add(-1)
+        candidate.tries -= 1
+        if not begins_round:
+            stats.fallbacks.add(-1)
+            return
+        if call.rounds > 1:
+            stats.retries.add(-1)
+        call.rounds -= 1
+
+    def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None, rounds: Rounds) -> Any:
+        """The call's outcome, or the `Verdict` on an attempt that failed."""
+        plan, call = self.plan, self.call
+        if outcome.__class__ is Failed and isinstance(outcome.error, TypeError | NotTransferableError):
+            # Arguments that fit at the first attempt fit at all.
+            is_wrong = call.attempts == 1 and _is_wrong_call(plan, call)
+            if is_wrong or isinstance(outcome.error, FINAL_ERRORS):
+                return outcome
+        try:
+            verdict = rounds.judge(outcome)
+        except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
+            # Not its text, which may hold arguments.
+            log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
+            return Failed(_in_context_of(outcome, raised))
+        if passage is not None and not call.is_last:
+            passage.tell(failed=_speaks_against_the_service(verdict))
+        if verdict is None:
+            return outcome
+        if call.is_last:
+            add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
+            return Failed(verdict.error)
+        if call.tell is not None and outcome.__class__ is not Failed:
+            call.tell("AttemptFailed", attempt=call.attempts, error=verdict.error, seconds=clock.now() - call.began)
+        self.errors.append(verdict.error)
+        self.failed = verdict
+        if plan.fallback is not None:
+            self._candidate_failed(candidate, verdict)
+        return verdict
+
+    def _candidate_failed(self, candidate: Candidate, verdict: Verdict) -> None:
+        if not verdict.again:
+            self.candidates.remove(candidate)
+        candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
+        if verdict.rests and self.plan.fallback is not None:
+            self.plan.fallback.failed(candidate.value, verdict.delay)
+
+    def _choose(self) -> Generator[Any, Any, Candidate]:
+        """Of several candidates the first that does not rest, or, if asked, one that has a slot free now."""
+        awake, limit = self._awake(self._admitted(self.left) or self.left), self.plan.limit
+        if limit is None or self.has_slot:
+            return awake[0]
+        candidate, self.has_slot = yield from limit.choose(awake)
+        return candidate
+
+    def _take_slot(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, _NoAttempt | None]:
+        """Wait for a slot; gives why there is none, if so."""
+        plan, call = self.plan, self.call
+        assert plan.limit is not None  # noqa: S101 - for the type checkers
+        asked = clock.now()
+        wait = plan.limit.take(candidate, call.deadline)
+        if self.has_own_limit and plan.fallback is not None:
+            # Whoever stands in the line of a candidate that is put to rest meanwhile turns to another one. A call that
+            # has failed needs no worker before a candidate that rests wakes.
+            is_turn = self.is_new_round or plan.fallback.rests_until(candidate.value) is None
+            wait = waiting_until(lambda: self._gives_way(candidate), wait, is_turn=is_turn)
+        taken = yield from (wait if passage is None else passage.waiting(wait))
+        waited = clock.now() - asked
+        plan.stats.add_waited(waited)
+        if passage is not None and not passage.may_start():
+            return CIRCUIT_OPEN
+        if not taken:
+            return GAVE_WAY if taken is None else OUT_OF_TIME
+        if call.tell is not None and waited >= _TOLD_WAIT:
+            call.tell("SlotWaited", seconds=waited)
+        if not self.has_own_limit and self._gives_way(candidate):
+            self.has_slot = True
+            return GAVE_WAY
+        return None
+
+    def _told(self, attempt: Attempt, switched_to: Candidate | None, tell: Teller) -> Generator[Any, Any, Any]:
+        """The execution, and listeners are told of it, if it begins."""
+        call, forget = self.call, attempt.begins
+
+        def begins() -> None:
+            if forget is not None:
+                forget()
+            call.began = clock.now()
+            if switched_to is not None:
+                tell("CandidateSwitched", place=switched_to.place)
+            tell("AttemptStarted", attempt=call.attempts, round=call.rounds)
+
+        attempt.begins = begins
+        outcome = yield attempt
+        if outcome.__class__ is Failed:
+            tell("AttemptFailed", attempt=call.attempts, error=outcome.error, seconds=clock.now() - call.began)
+        return outcome
+
+    def _forget_failure(self) -> None:
+        """Free what the attempt before this one held: its frames, and all that is in them."""
+        failure = self.errors.pop()
+        self.failed = None
+        is_timed = self.plan.attempt_timeout is not None or self.plan.total_timeout is not None
+        if is_timed and not isinstance(failure, CallTimeoutError):
+            self.earlier_failure = describe(failure)
+
+    def _ready_candidates(self) -> list[Candidate]:
+        if not self.errors:
+            return list(self.candidates)
+        now = clock.now()
+        # A sleep can end a little early; those that asked for a longer rest are left alone all the same.
+        admitted = self._admitted(self.candidates)
+        ready = [c for c in admitted if c.ready_at is None or c.ready_at <= now]
+        return ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
+
+    def _for_the_round(self, verdict: Verdict) -> Verdict:
+        if not self.candidates:
+            return verdict
+        # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
+        times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
+        soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
+        return Verdict(verdict.error, verdict.outcome, again=True, delay=soonest)
+
+    def _awake(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those that do not rest, in their order; if all do, the one that wakes first."""
+        fallback = self.plan.fallback
+        if fallback is None or len(candidates) == 1:
+            return candidates
+        ends = [(fallback.rests_until(candidate.value), candidate) for candidate in candidates]
+        awake = [candidate for end, candidate in ends if end is None]
+        return awake or [min(ends, key=lambda pair: pair[0] or 0.0)[1]]
+
+    def _gives_way(self, candidate: Candidate) -> bool:
+        return candidate not in self._awake(self.left)
+
+    def _admitted(self, candidates: list[Candidate], *, after: float = 0.0) -> list[Candidate]:
+        """Those whose circuits let an attempt through, so many seconds from now."""
+        breaker = self.plan.breaker
+        return candidates if breaker is None else [c for c in candidates if breaker.admits(c.value, after=after)]
+
+    def _must_end(self, state: RetryCallState) -> bool:
+        """For tenacity: whether no other round can begin after the sleep that is coming."""
+        seconds = state.upcoming_sleep
+        if self.call.deadline is not None and seconds >= self.call.deadline - clock.now():
+            self.ended_by = self._time_is_over()
+        elif self.plan.breaker is not None and not self._admitted(self.candidates, after=seconds):
+            self.ended_by = _CIRCUIT_IS_OPEN
+        return bool(self.ended_by)
+
+    def _circuit_open(self, rounds: Rounds) -> Failed | Final:
+        if self.failed is not None:
+            self.ended_by = _CIRCUIT_IS_OPEN
+            return self._finish(rounds.after(self.failed, None))
+        breaker = self.plan.breaker
+        assert breaker is not None  # noqa: S101 - for the type checkers
+        whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
+        wait = breaker.trial_in(candidate.value for candidate in self.candidates)
+        trial = "a trial call is under way" if wait is None else f"the next trial is in {wait:.3g} s"
+        failures = _counted(breaker.failures, "failure")
+        return Failed(
+            CircuitOpenError(f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}")
+        )
+
+    def _out_of_time(self, rounds: Rounds) -> Failed | Final:
+        self.ended_by = self._time_is_over()
+        if self.failed is not None:
+            return self._finish(rounds.after(self.failed, None))
+        turn = "a worker" if self.plan.limit is None else "a rate slot"
+        message = f"{self.plan.name} was not started: {self.ended_by} during the wait for {turn}"
+        return Failed(CallTimeoutError(message))
+
+    def _time_is_over(self) -> str:
+        return f"total_timeout={self.plan.total_timeout:g} s ended it"
+
+    def _is_out_of_time(self) -> bool:
+        return self.call.deadline is not None and clock.now() >= self.call.deadline
+
+    def _finish(self, final: Final | float, *, gave_up: bool = False) -> Failed | Final:
+        """The end after some attempts: what the user is told of them."""
+        assert isinstance(final, Final)  # noqa: S101 - for the type checkers
+        failed = final.outcome
+        if not isinstance(failed, Failed):
+            return final
+        call, plan = self.call, self.plan
+        seconds = clock.now() - call.started
+        reason = self.ended_by and f"; {self.ended_by}"
+        if plan.fallback is not None:
+            whom = f"every candidate of {plan.fallback.parameter!r}"
+            message = (
+                f"{plan.name}: {f'gave up on {whom}' if gave_up else f'{whom} failed'} in "
+                f"{_counted(call.rounds, 'round')} ({_counted(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
+            )
+            log("WARNING", "{}", message)
+            return Failed(AllFailedError(message, self.errors))
+        if isinstance(failed.error, CallTimeoutError) and self.earlier_failure:
+            # The library's own error must not hide the function's.
+            add_note(failed.error, f"opero: an attempt before that failed with {self.earlier_failure}")
+        summary = f"{plan.name} failed after {_counted(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
+        log("WARNING", "{}", summary)
+        add_note(failed.error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
+        return failed
+
+
 _CIRCUIT_IS_OPEN = "its circuit is open"
 
 
-def _is_wrong_call(plan: Plan, call: Call, error: Exception) -> bool:
+def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
+    """Count the call that failed; its default, if there is one, hides no error of the program."""
+    plan.stats.failures.tick()
+    error = failed.error
+    is_misuse = isinstance(error, MisuseError) or (isinstance(error, TypeError) and _is_wrong_call(plan, call))
+    return failed if plan.default is MISSING or is_misuse else Failed(error, instead=plan.default)
+
+
+def _is_wrong_call(plan: Plan, call: Call) -> bool:
     """Whether the call's arguments do not fit the function, so that the function never began."""
-    if not isinstance(error, TypeError):
-        return False
     try:
         signature = own_signature(plan.function)
     except (ValueError, TypeError):  # not known, as of some builtins
@@ -498,5 +502,5 @@ def _in_context_of(outcome: Any, raised: Exception) -> Exception:
     return raised
 
 
-def _count(number: int, noun: str) -> str:
+def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

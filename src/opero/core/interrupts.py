@@ -6,7 +6,6 @@ import importlib
 import signal
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -19,8 +18,6 @@ _signal = importlib.import_module("_signal")
 # Named, because `import opero` imports neither of the modules.
 _PASSING = (KeyboardInterrupt, GeneratorExit, StopIteration, BlockingIOError)
 _PASSING_ELSEWHERE = (("queue", "Empty"), ("asyncio", "CancelledError"))
-# Seconds that Ctrl-C may be held back while other code may be blocked.
-_BRIEFLY = 1.0
 
 
 def forget_earlier_interrupts(interrupt: KeyboardInterrupt) -> None:
@@ -79,18 +76,4 @@ class Hold(OwnHandler):
         pressed = self.pressed.copy()
         self.pressed.clear()
         for signal_and_frame in pressed:
-            self.before(*signal_and_frame)
-
-
-class BriefHold(Hold):
-    """Lets Ctrl-C wait while other code runs, whose locks it would leave taken; that may block, so not for long."""
-
-    def __enter__(self) -> Self:
-        self._until = time.monotonic() + _BRIEFLY
-        return super().__enter__()
-
-    def __call__(self, *signal_and_frame: Any) -> None:
-        if time.monotonic() < self._until:
-            super().__call__(*signal_and_frame)
-        else:
             self.before(*signal_and_frame)

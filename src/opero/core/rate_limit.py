@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from opero.core.checks import check_choice, check_known, check_mapping, check_seconds, check_text
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
-from opero.core.lazy import lazy_attribute
 from opero.core.limits.local import LocalLimit, Ticket
 from opero.core.limits.per_value import LimitsPerValue
 from opero.core.limits.rates import Rate, Rates, parse_rates
 from opero.core.limits.scope import Scope
 from opero.core.plan import Plan
+from opero.core.retry import RetryPolicy
 from opero.core.signature import parameter_slot
 from opero.core.steps import drive, drive_async
+from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
     import contextlib
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
     from opero.core.checks import Duration
+    from opero.core.flow import Candidate
     from opero.core.limits.contract import Limit
-    from opero.core.plan import Candidate
     from opero.core.signature import ParameterSlot
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
@@ -92,13 +93,10 @@ class RateLimiter:
         self._rates = rates
         self._scope = scope
         self.limit = scope.limit(rates)
+        # Of the values of ``rate_limit_per``, at this rate.
+        self.per_value = LimitsPerValue(scope.limit_of_value, rates)
         self.take_now = self.limit.take_now
         self.expected_wait = self.limit.expected_wait
-
-    @lazy_attribute
-    def per_value(self) -> LimitsPerValue:
-        """The limits, at this rate, of the values of ``rate_limit_per``."""
-        return LimitsPerValue(self._scope.limit_of_value, self._rates)
 
     @property
     def rate(self) -> float:
@@ -110,8 +108,7 @@ class RateLimiter:
         rates = parse_rates(rate, self._options.get("max_burst"), option="rate")
         self._asked, self._rates = rate, rates
         self.limit.change(rates)
-        if "per_value" in self.__dict__:
-            self.per_value.change(rates)
+        self.per_value.change(rates)
 
     def __repr__(self) -> str:
         return f"RateLimiter({self._asked!r})"
@@ -195,16 +192,16 @@ class FunctionLimit:
         self._slot = slot
         self._prefers_free = prefers_free
 
-    @property
-    def take_now(self) -> Callable[..., bool] | None:
-        """Takes a free slot, for `value_of` the call; None if asking could block."""
-        if self.limiter.take_now is None or self._slot is None:
-            return self.limiter.take_now
-        return self.limiter.per_value.take_now
-
-    def value_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The value that has a limit of its own, alone in a tuple; nothing in it if one limit is for all calls."""
-        return () if self._slot is None else (self._slot.get(args, kwargs),)
+    def has_slot_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Take a slot for a call if one is free now; False, too, where asking could block."""
+        take_now = self.limiter.take_now
+        if take_now is None or self._slot is None:
+            return take_now is not None and take_now()
+        try:
+            return self.limiter.per_value.take_now(self._slot.get(args, kwargs))
+        except MisuseError:
+            # The flow asks again, and counts a value that has no limit as a call that failed.
+            return False
 
     def choose(self, candidates: Sequence[C]) -> Generator[Any, Any, tuple[C, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""
@@ -290,7 +287,7 @@ def _limiter(rate_limit: Rate | RateLimiter, options: Mapping[str, Any], name: C
 
 
 def _lasting_name(function: Callable[..., Any]) -> str:
-    from opero.core.identity import lasting_identity
+    from opero.core.digests import lasting_identity
 
     return lasting_identity(function, "rate_limit_options={'name': …}")
 
@@ -315,6 +312,10 @@ def get_rate_limit_decorator(
     _limiter(rate_limit, options, lambda: "")
     return decorator(
         "get_rate_limit_decorator",
-        lambda function: Plan(function, limit=limit_policy(function, rate_limit, per=rate_limit_per, options=options)),
+        lambda function: Plan(
+            function,
+            RetryPolicy(),
+            limit=limit_policy(function, rate_limit, per=rate_limit_per, options=options),
+        ),
         (get_rate_limit_decorator, {"rate_limit": rate_limit, "rate_limit_per": rate_limit_per, **options}),
     )

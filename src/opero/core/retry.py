@@ -61,8 +61,24 @@ NEXT, GIVE_UP = Answer.NEXT, Answer.GIVE_UP
 RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | Duration | Answer | None"]
 
 
+# What is known by something within it.
+_COMPOUND = (ExceptionGroup, RemoteError)
 # No service is at fault, and no second try can mend it.
 PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError, MemoryError)
+
+
+# What is raised to steer a framework: an answer, an end, a message to its queue, and not a failure.
+_STEERING = frozenset(
+    {
+        ("celery.exceptions", "TaskPredicate"),
+        ("click.exceptions", "Abort"),
+        ("click.exceptions", "Exit"),
+        ("django.http.response", "Http404"),
+        ("starlette.exceptions", "HTTPException"),
+        ("unittest.case", "SkipTest"),
+        ("werkzeug.exceptions", "HTTPException"),
+    }
+)
 
 
 def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], ...]) -> bool:
@@ -76,7 +92,14 @@ def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], 
 
 def retry_unless_of_the_program(error: Exception) -> bool | Answer:
     """What stands for ``retry_on`` where it was not given."""
-    return GIVE_UP if matches(error, PROGRAM_ERRORS) else True
+    if isinstance(error, PROGRAM_ERRORS):
+        return GIVE_UP
+    if isinstance(error, _COMPOUND) and matches(error, PROGRAM_ERRORS):
+        return GIVE_UP
+    for cls in type(error).__mro__:
+        if (cls.__module__, cls.__name__) in _STEERING:
+            return GIVE_UP
+    return True
 
 
 def backoff_delay(failures: int, *, factor: float, smallest: float, largest: float) -> float:
@@ -103,20 +126,28 @@ def _import_tenacity() -> None:
     from opero.core.retry_error import RetryError
 
 
-class RetryWithTenacity:
-    """How many rounds, which errors, how long between."""
+class RetryPolicy:
+    """How many rounds, which errors, how long between.
+
+    Attributes:
+        rounds: Makes what is known of one call's rounds: ``policy.rounds(policy, call, function)``.
+        watches_every_attempt: Whether results may be rejected, or tenacity's ``before`` is told of every attempt.
+        is_one_round: Whether tenacity need not be asked if there is another round.
+    """
+
+    rounds: type[Rounds]
 
     def __init__(
         self,
         *,
-        retries: int,
-        backoff_factor: float,
-        min_delay: float,
-        max_delay: float,
-        jitter: bool,
-        retry_on: RetryOn,
-        retry_if_result: Callable[[Any], Any] | None,
-        options: dict[str, Any],
+        retries: int = 0,
+        backoff_factor: float = 2.0,
+        min_delay: float = 0.1,
+        max_delay: float = 30.0,
+        jitter: bool = True,
+        retry_on: RetryOn = retry_unless_of_the_program,
+        retry_if_result: Callable[[Any], Any] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.retries = retries
         self.backoff_factor = backoff_factor
@@ -125,46 +156,16 @@ class RetryWithTenacity:
         self.jitter = jitter
         self.retry_on = retry_on
         self.retry_if_result = retry_if_result
-        self.options = options
-        self.retrying = self._make_retrying()
+        self.options = {} if options is None else options
+        self.watches_every_attempt = retry_if_result is not None or not self.options.keys().isdisjoint(
+            {"retry", "before"}
+        )
+        self.is_one_round = retries == 0 and not self.options
+        self.retrying: Any = None if self.is_one_round else self._make_retrying()
 
-    @property
-    def watches_every_attempt(self) -> bool:
-        """Results may be rejected, and tenacity's ``before`` is told of every attempt."""
-        return self.retry_if_result is not None or "retry" in self.options or "before" in self.options
-
-    @property
-    def is_one_round(self) -> bool:
-        """Whether tenacity need not be asked if there is another round."""
-        return self.retries == 0 and not self.options
-
-    def rounds(self, call: Call, function: Callable[..., Any]) -> TenacityRounds:
-        return TenacityRounds(self, call, function)
-
-    def judge(self, failed: Failed) -> Verdict:
-        """What ``retry_on`` says of an error."""
-        error = failed.error
-        if isinstance(self.retry_on, (type, tuple)):
-            is_known = matches(error, self.retry_on)
-            return Verdict(error, failed, again=is_known, counts=is_known)
-        answer = self.retry_on(error)
-        if answer is None or isinstance(answer, bool):
-            return Verdict(error, failed, again=bool(answer))
-        if answer is NEXT:
-            return Verdict(error, failed, rests=False, counts=False)
-        if answer is GIVE_UP:
-            return Verdict(error, failed, rests=False, counts=False, ends=True)
-        return Verdict(error, failed, again=True, delay=self._delay(answer))
-
-    def _delay(self, answer: Any) -> float | None:
-        delay = seconds_of(answer)
-        if not isinstance(delay, (int, float)):
-            msg = (
-                f"retry_on={shown(self.retry_on)} answered with {kind_of(answer)}; let it return True, False, seconds, "
-                "a timedelta, opero.NEXT or opero.GIVE_UP"
-            )
-            raise MisuseError(msg)
-        return None if math.isnan(delay) else float(min(max(delay, 0), LONGEST_WAIT))
+    def one_round(self) -> RetryPolicy:
+        """The same without a second round."""
+        return RetryPolicy(retry_on=self.retry_on)
 
     def _make_retrying(self) -> tenacity.Retrying:
         _import_tenacity()
@@ -182,108 +183,123 @@ class RetryWithTenacity:
         delay = backoff_delay(
             state.attempt_number, factor=self.backoff_factor, smallest=self.min_delay, largest=self.max_delay
         )
-        return jittered(delay, random.random()) if self.jitter else delay  # noqa: S311 - spreads load, guards nothing
+        return jittered(delay, random.random()) if self.jitter and delay else delay  # noqa: S311 - spreads load, guards nothing
 
 
-class TenacityRounds:
-    """tenacity's state for one call, made when it is first needed."""
+class Rounds:
+    """The rounds of one call, by tenacity, whose state is made when it is first needed."""
 
-    def __init__(self, policy: RetryWithTenacity, call: Call, function: Callable[..., Any]) -> None:
+    __slots__ = ("_call", "_function", "_policy", "_state")
+
+    def __init__(self, policy: RetryPolicy, call: Call, function: Callable[..., Any]) -> None:
         self._policy = policy
         self._call = call
         self._function = function
-        self._retrying: tenacity.Retrying | None = None
         self._state: tenacity.RetryCallState | None = None
 
     def begin(self) -> None:
-        if "before" in self._policy.options:
-            retrying, state = self._tenacity()
-            try:
-                retrying.iter(state)
-            except Exception as raised:  # noqa: BLE001 - the user's hook, which must not end the call
-                self._complain("before", raised, None)
+        """Tell tenacity's ``before``."""
+        state = self._tenacity()
+        try:
+            state.retry_object.iter(state)
+        except Exception as raised:  # noqa: BLE001 - the user's hook, which must not end the call
+            self._complain("before", raised, None)
 
     def judge(self, outcome: Any) -> Verdict | None:
-        policy, call = self._policy, self._call
+        """What an attempt that ended so means; None if it has succeeded. Raises what the user's predicate raises."""
+        policy = self._policy
         if "retry" in policy.options:
             return self._judged_by_tenacity(outcome)
-        if outcome.__class__ is Failed:
-            return policy.judge(outcome)
-        if policy.retry_if_result is None or not policy.retry_if_result(outcome):
+        if outcome.__class__ is not Failed:
+            return None if policy.retry_if_result is None else self._judge_result(outcome, policy.retry_if_result)
+        error, retry_on = outcome.error, policy.retry_on
+        if isinstance(retry_on, (type, tuple)):
+            is_known = matches(error, retry_on)
+            return Verdict(error, outcome, again=is_known, counts=is_known)
+        answer = retry_on(error)
+        if isinstance(answer, Answer):
+            return Verdict(error, outcome, rests=False, counts=False, ends=answer is GIVE_UP)
+        is_plain = answer is None or isinstance(answer, bool)
+        again, delay = (bool(answer), None) if is_plain else (True, _delay(answer, retry_on))
+        return Verdict(error, outcome, again=again, delay=delay)
+
+    def _judge_result(self, result: Any, rejects: Callable[[Any], Any]) -> Verdict | None:
+        answer = rejects(result)
+        if isinstance(answer, Answer):
+            msg = f"retry_if_result={shown(rejects)} answered with {answer!r}; let it return True or False"
+            raise MisuseError(msg)
+        if not answer:
             return None
-        what = f"retry_if_result rejects what {name_of(self._function)} returned at attempt {call.attempts}"
-        return Verdict(RejectedResultError(what, outcome), outcome, again=True)
+        what = f"retry_if_result rejects what {name_of(self._function)} returned at attempt {self._call.attempts}"
+        return Verdict(RejectedResultError(what, result), result, again=True)
 
-    def after(self, verdict: Verdict, may_wait: Callable[[float], bool]) -> float | Final:
-        if not self._is_retried(verdict):
-            return Final(Failed(verdict.error))
-        settings = self._policy.retrying
-        retrying, _state = self._tenacity()
-        retrying.wait = settings.wait if verdict.delay is None else _constant(verdict.delay)
-        # Asked here, so that tenacity calls `before_sleep` only before a sleep, and `retry_error_callback` at each end.
-        retrying.stop = lambda state: bool(settings.stop(state)) or not may_wait(state.upcoming_sleep)
-        try:
-            return self._next_step(verdict)
-        finally:
-            # tenacity's objects are in a cycle, which would keep the call and its errors for the garbage collector.
-            retrying.stop = settings.stop
+    def after(self, verdict: Verdict, must_end: Callable[[tenacity.RetryCallState], bool] | None) -> float | Final:
+        """Seconds until the next round, or the end of the call.
 
-    def cut_short(self, verdict: Verdict) -> Final:
-        if not self._is_retried(verdict):
-            return Final(Failed(verdict.error))
-        retrying, state = self._tenacity()
+        Args:
+            verdict: What the round means.
+            must_end: Whether no other round can begin after the sleep that is coming; None if the call has ended.
+        """
+        policy, error = self._policy, verdict.error
+        if not verdict.again or policy.is_one_round or not policy.retrying.enabled:
+            return Final(Failed(error))
+        state, settings = self._tenacity(), policy.retrying
+        retrying = state.retry_object
+        retrying.retry = tenacity.retry_always
+        retrying.wait = settings.wait if verdict.delay is None else tenacity.wait_fixed(verdict.delay)
+        # A pass through candidates of which some still rested is no round of its own.
         state.attempt_number = self._call.rounds
-        retrying.stop, retrying.wait, retrying.after = _always, _constant(0.0), _nothing
-        end = self._next_step(verdict)
-        assert isinstance(end, Final)  # noqa: S101 - for the type checkers
-        return end
-
-    def _is_retried(self, verdict: Verdict) -> bool:
-        return verdict.again and not self._policy.is_one_round and self._policy.retrying.enabled
-
-    def _next_step(self, verdict: Verdict) -> float | Final:
-        retrying, state = self._tenacity()
-        _set_outcome(state, verdict.outcome)
-        retrying.retry = _always
-        error = verdict.error
+        if must_end is None:
+            retrying.stop, retrying.after = tenacity.stop_after_attempt(0), tenacity.after_nothing
+        else:
+            # So tenacity calls `before_sleep` only before a sleep, and `retry_error_callback` at every end.
+            retrying.stop = lambda state: settings.stop(state) or must_end(state)
         traceback = error.__traceback__
+        _set_outcome(state, verdict.outcome)
         try:
             step = retrying.iter(state)
         except Exception as raised:  # noqa: BLE001 - tenacity raises to give up: the call's own error, or its own
-            if isinstance(raised, retrying.retry_error_cls):
-                if not retrying.reraise:
-                    return Final(Failed(raised))
-            elif raised is not error:
-                if isinstance(error, tenacity.TryAgain):
-                    return Final(Failed(raised))
+            is_tenacitys = isinstance(raised, retrying.retry_error_cls)
+            if (is_tenacitys and not retrying.reraise) or (not is_tenacitys and isinstance(error, tenacity.TryAgain)):
+                return Final(Failed(raised))
+            if state.next_action is None and settings.retry_error_callback is not None and raised is not error:
+                # In place of a result it may raise what the program makes of the end.
+                raised.__context__ = raised.__context__ or error
+                return Final(Failed(raised))
+            if not is_tenacitys and raised is not error:
                 self._complain("retry_options", raised, error)
             return Final(Failed(error.with_traceback(traceback)))
+        finally:
+            # tenacity's objects are in a cycle, which would keep the call and its errors for the garbage collector.
+            retrying.stop = settings.stop
         if not isinstance(step, tenacity.DoSleep):
             return Final(step)
         state.prepare_for_next_attempt()
-        return float(step)
+        if not step >= 0:
+            msg = f"a wait of {step} seconds was asked for; let it be 0 or more"
+            raise ValueError(msg)
+        return min(step, LONGEST_WAIT)
 
     def _judged_by_tenacity(self, outcome: Any) -> Verdict | None:
-        retrying, state = self._tenacity()
+        state = self._tenacity()
         _set_outcome(state, outcome)
         assert state.outcome is not None  # noqa: S101 - for the type checkers
         is_failed = outcome.__class__ is Failed
         wants_another = is_failed and isinstance(outcome.error, tenacity.TryAgain)
         again = wants_another or bool(self._policy.retrying.retry(state))
-        if not is_failed:
-            return Verdict(retrying.retry_error_cls(state.outcome), outcome, again=True) if again else None
-        return Verdict(outcome.error, outcome, again=again)
+        if is_failed:
+            return Verdict(outcome.error, outcome, again=again)
+        return Verdict(state.retry_object.retry_error_cls(state.outcome), outcome, again=True) if again else None
 
-    def _tenacity(self) -> tuple[tenacity.Retrying, tenacity.RetryCallState]:
-        if self._retrying is None or self._state is None:
-            self._retrying = self._policy.retrying.copy()
-            self._retrying.begin()
-            self._state = tenacity.RetryCallState(
-                self._retrying, fn=self._function, args=self._call.args, kwargs=self._call.kwargs
-            )
+    def _tenacity(self) -> tenacity.RetryCallState:
+        """The state, on a private copy of the settings: tenacity's `statistics` are one dict for all threads."""
+        if self._state is None:
+            call, retrying = self._call, self._policy.retrying.copy()
+            retrying.begin()
+            self._state = tenacity.RetryCallState(retrying, fn=self._function, args=call.args, kwargs=call.kwargs)
             # It is made after the first attempt, but its clock shall tell of the whole call.
-            self._state.start_time -= clock.now() - self._call.started
-        return self._retrying, self._state
+            self._state.start_time -= clock.now() - call.started
+        return self._state
 
     def _complain(self, hook: str, raised: Exception, error: Exception | None) -> None:
         # Not its text, which may hold arguments.
@@ -294,24 +310,27 @@ class TenacityRounds:
         log("WARNING", "{}", text)
 
 
+# The flow knows no file of a policy: each of these imports it, for a decorator of its own.
+RetryPolicy.rounds = Rounds
+
+
+def _delay(answer: Any, retry_on: RetryOn) -> float | None:
+    delay = seconds_of(answer)
+    if not isinstance(delay, (int, float)):
+        msg = (
+            f"retry_on={shown(retry_on)} answered with {kind_of(answer)}; let it return True, False, seconds, "
+            "a timedelta, opero.NEXT or opero.GIVE_UP"
+        )
+        raise MisuseError(msg)
+    return None if math.isnan(delay) else float(min(max(delay, 0), LONGEST_WAIT))
+
+
 def _set_outcome(state: tenacity.RetryCallState, outcome: Any) -> None:
     if outcome.__class__ is Failed:
         error = outcome.error
         state.set_exception((type(error), error, error.__traceback__))
     else:
         state.set_result(outcome)
-
-
-def _always(_state: tenacity.RetryCallState) -> bool:
-    return True
-
-
-def _nothing(_state: tenacity.RetryCallState) -> None:
-    """A hook has been told already."""
-
-
-def _constant(seconds: float) -> Callable[[tenacity.RetryCallState], float]:
-    return lambda _state: seconds
 
 
 def retry_policy(
@@ -324,12 +343,8 @@ def retry_policy(
     retry_on: RetryOn = MISSING,
     retry_if_result: Callable[[Any], Any] | None = None,
     options: Mapping[str, Any] | None = None,
-    judges_for_others: bool = False,
-) -> RetryWithTenacity | None:
-    """Check retry's options and make the policy; None where there is nothing for it to decide.
-
-    ``judges_for_others``: ``retry_on`` has a meaning without retries, too.
-    """
+) -> RetryPolicy:
+    """Check retry's options and make the policy."""
     if retry_on is MISSING:
         retry_on = retry_unless_of_the_program
     check_count("retries", retries, "extra rounds", smallest=0)
@@ -356,9 +371,7 @@ def retry_policy(
                 "write retry_on in place of that, or tenacity.retry_any(…, tenacity.retry_if_result(…)) there"
             )
             raise ValueError(msg)
-    if retries == 0 and not given and retry_if_result is None and not judges_for_others:
-        return None
-    return RetryWithTenacity(
+    return RetryPolicy(
         retries=retries,
         backoff_factor=backoff_factor,
         min_delay=min_delay,
@@ -398,8 +411,11 @@ def _check_retry_on(retry_on: Any) -> None:
                     f"retry_on has {cls.__name__}, which is never handled (Ctrl-C, cancellation, exit); write {wanted}"
                 )
                 raise ValueError(msg)  # noqa: TRY004 - it is a class, but none of these
-    else:
-        check_callable("retry_on", retry_on, wanted)
+        return
+    if type(retry_on).__module__.partition(".")[0] == "tenacity":
+        msg = f"retry_on got tenacity's {type(retry_on).__name__}; write retry_options={{'retry': …}}, or {wanted}"
+        raise TypeError(msg)
+    check_callable("retry_on", retry_on, wanted)
 
 
 def get_retry_decorator(
@@ -453,6 +469,4 @@ def get_retry_decorator(
         "retry_if_result": retry_if_result,
         **options,
     }
-    return decorator(
-        "get_retry_decorator", lambda function: Plan(function, retry=policy), (get_retry_decorator, recipe)
-    )
+    return decorator("get_retry_decorator", lambda function: Plan(function, policy), (get_retry_decorator, recipe))

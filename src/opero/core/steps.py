@@ -6,32 +6,34 @@ blocks, `drive_async` awaits; the scheduler of a map is the third driver. None o
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opero.core.clock import LONGEST_WAIT, asyncio_sleep, clock
+from opero.core.clock import asyncio_sleep, clock
 from opero.core.forks import allow_forks, watch_forks
 from opero.core.signature import MISSING
-from opero.exceptions import CallTimeoutError
+from opero.exceptions import CallTimeoutError, MisuseError
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
+    from opero.core.breaker import Passage
 
+
+@dataclass(slots=True, eq=False)
 class Failed:
     """An exception as a value, so that flows can pass it on without raising it.
 
     ``instead`` is what the call returns in place of raising it, if anything.
     """
 
-    __slots__ = ("error", "instead")
-
-    def __init__(self, error: Exception, instead: Any = MISSING) -> None:
-        self.error = error
-        self.instead = instead
+    error: Exception
+    instead: Any = MISSING
 
 
 class _NotRun:
@@ -43,6 +45,7 @@ class _NotRun:
 NOT_RUN = _NotRun()
 
 
+@dataclass(slots=True, eq=False)
 class Attempt:
     """Step: run the user's function once; sent back: its result, or `Failed`.
 
@@ -50,42 +53,23 @@ class Attempt:
     it run. ``candidate`` is the fallback value in ``args`` or ``kwargs``, for drivers that send only what differs.
     ``flight`` is the badge of the computation that others may be waiting for, see `opero.core.flights`. A driver that
     does not run it at once asks `may_start`, and sends back `NOT_RUN` if the answer is no, or takes what `time_limit`
-    says then: the whole call ends at ``deadline``. It calls `begin` when it runs it.
+    says then: the whole call ends at ``deadline``. It calls ``begins`` when it runs it, if that is there, and
+    sets ``is_last`` if its task was cancelled meanwhile: whatever the function made of that, nothing is tried again.
     """
 
-    __slots__ = ("_begins", "_may_start", "args", "candidate", "deadline", "flight", "kwargs", "limit", "timeout")
-
-    def __init__(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        candidate: Any,
-        *,
-        flight: object = None,
-        timeout: float | None = None,
-        limit: str = "",
-        deadline: float | None = None,
-        may_start: Callable[[], bool] | None = None,
-        begins: Callable[[], None] | None = None,
-    ) -> None:
-        self.args = args
-        self.kwargs = kwargs
-        self.candidate = candidate
-        self.flight = flight
-        self.timeout = timeout
-        self.limit = limit
-        self.deadline = deadline
-        self._may_start = may_start
-        self._begins = begins
-
-    def begin(self) -> None:
-        """Let go of the attempt before this one."""
-        if self._begins is not None:
-            self._begins()
-            self._begins = None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    candidate: Any
+    flight: object = None
+    timeout: float | None = None
+    limit: str = ""
+    deadline: float | None = None
+    passage: Passage | None = None
+    begins: Callable[[], None] | None = None
+    is_last: bool = False
 
     def may_start(self) -> bool:
-        return not self.is_late() and (self._may_start is None or self._may_start())
+        return not self.is_late() and (self.passage is None or self.passage.may_start())
 
     def is_late(self) -> bool:
         return self.deadline is not None and clock.now() >= self.deadline
@@ -104,20 +88,15 @@ class Attempt:
         return Failed(CallTimeoutError(f"{name} was stopped: {self.limit} left it {self.timeout:.3g} s"))
 
 
+@dataclass(slots=True, eq=False)
 class Pause:
     """Step: let ``seconds`` pass; sent back: None.
 
     ``is_real``: it is somebody else who is waited for, and not time.
     """
 
-    __slots__ = ("is_real", "seconds")
-
-    def __init__(self, seconds: float, *, is_real: bool = False) -> None:
-        if not seconds >= 0:
-            msg = f"a wait of {seconds} seconds was asked for; let it be 0 or more"
-            raise ValueError(msg)
-        self.seconds = min(seconds, LONGEST_WAIT)
-        self.is_real = is_real
+    seconds: float
+    is_real: bool = False
 
 
 class Arrival(Protocol):
@@ -276,20 +255,10 @@ def raise_or_return(outcome: Any) -> Any:
 leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozenset())
 
 
-def run_attempt(function: Callable[..., Any], attempt: Attempt) -> Any:
-    attempt.begin()
-    token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
-    try:
-        return function(*attempt.args, **attempt.kwargs)
-    except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
-        return Failed(error)
-    finally:
-        if token is not None:
-            leading.reset(token)
-
-
 async def run_attempt_async(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
-    attempt.begin()
+    if attempt.begins is not None:
+        attempt.begins()
+        attempt.begins = None
     token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
     try:
         return await _run_in_time(function, attempt, name)
@@ -364,16 +333,34 @@ async def await_arrival_async(arrival: Arrival) -> None:
         arrival.withdraw()
 
 
-def drive(flow: Flow, function: Callable[..., Any]) -> Any:
+def _pause(step: Pause) -> None:
+    if clock.sleep is not None and not step.is_real:
+        clock.sleep(step.seconds)
+    elif step.seconds:
+        time.sleep(step.seconds)
+
+
+def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - a frame more would shorten recursions
     """Carry out a flow by blocking."""
     sent: Any = None
     try:
         step = flow.send(None)
         while True:
             if isinstance(step, Attempt):
-                sent = run_attempt(function, step)
+                # Here and not in a function of its own, whose frame each level of a recursion would have.
+                if step.begins is not None:
+                    step.begins()
+                    step.begins = None
+                token = None if step.flight is None else leading.set(leading.get() | {step.flight})
+                try:
+                    sent = function(*step.args, **step.kwargs)
+                except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+                    sent = Failed(error)
+                finally:
+                    if token is not None:
+                        leading.reset(token)
             elif isinstance(step, Pause):
-                (time.sleep if step.is_real else clock.sleep)(step.seconds)
+                _pause(step)
             elif isinstance(step, Consult):
                 try:
                     (sent,) = consult([step])
@@ -396,14 +383,67 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
         del outcome
 
 
+def _is_in_asyncio() -> bool:
+    asyncio = sys.modules.get("asyncio")
+    # The public way raises where there is no loop.
+    return asyncio is not None and asyncio._get_running_loop() is not None  # noqa: SLF001
+
+
+def cancellations() -> int:
+    """How many cancellations of the running asyncio task are under way; 0 where none runs."""
+    task = sys.modules["asyncio"].current_task() if _is_in_asyncio() else None
+    return 0 if task is None else task.cancelling()
+
+
+def was_cancelled(outcome: Any, before: int) -> bool:
+    """Whether the running task was cancelled since there were so many cancellations, whatever became of that."""
+    if cancellations() <= before:
+        return False
+    # Before Python 3.13 a task group that has failed leaves a cancellation of its own behind: there it counts only if
+    # the error was made of it.
+    has_made_error = outcome.__class__ is Failed and _has_cancellation(_chain(outcome.error))
+    return sys.version_info >= (3, 13) or has_made_error
+
+
+def made_an_error_of_its_cancellation(error: Exception) -> bool:
+    """The same of an attempt whose beginning nobody has seen, where no error is handled any more.
+
+    A call in a ``finally`` block of a task that was cancelled before is retried as ever.
+    """
+    return bool(cancellations()) and _has_cancellation(_chain(error)) and not _has_cancellation(_chain(sys.exception()))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def _has_cancellation(errors: Iterable[BaseException]) -> bool:
+    cancelled = sys.modules["asyncio"].CancelledError
+    return any(isinstance(error, cancelled) for error in errors)
+
+
+_NO_LOOP = (
+    "opero waits with asyncio, and no asyncio loop is running here: call {name} under asyncio, or decorate a plain "
+    "function and call that in a thread (trio.to_thread.run_sync), or leave out what has to wait (retries=0, no limits)"
+)
+
+
 async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
     """Carry out a flow by awaiting."""
+    before = cancellations()
     sent: Any = None
     try:
         step = flow.send(None)
         while True:
+            if (not isinstance(step, Attempt) or step.timeout is not None) and not _is_in_asyncio():
+                # Under another library only what needs no wait can be done.
+                step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
+                continue
             if isinstance(step, Attempt):
                 sent = await run_attempt_async(function, step, name)
+                step.is_last = was_cancelled(sent, before)
             elif isinstance(step, Pause):
                 await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
             elif isinstance(step, Consult):

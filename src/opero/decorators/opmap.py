@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from concurrent.futures import Executor
 
+    from opero.concurrency.outcome import Results
+
 T = TypeVar("T")
 R = TypeVar("R")
 D = TypeVar("D")
@@ -28,6 +30,7 @@ class OpmapOptions(CommonOptions, total=False):
     workers: int | None
     ordered: bool
     progress: bool | str
+    total: int | None
     pool_options: Mapping[str, Any] | None
 
 
@@ -37,6 +40,7 @@ MAP_DEFAULTS: dict[str, Any] = {
     "ordered": True,
     "progress": True,
     "return_exceptions": True,
+    "total": None,
     "pool_options": None,
 }
 OPMAP_DEFAULTS: dict[str, Any] = {**MAP_DEFAULTS, **OPERO_DEFAULTS}
@@ -48,9 +52,9 @@ class _ToMapWithErrors(Protocol):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a coroutine is an R too: the first that fits is meant
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, R | Exception]: ...
+    ) -> AsyncMap[T, P, R, Results[R]]: ...
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R]]: ...
 
 
 class _ToMapWithDefault(Protocol[D]):
@@ -59,9 +63,9 @@ class _ToMapWithDefault(Protocol[D]):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # as above
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, R | D]: ...
+    ) -> AsyncMap[T, P, R, Results[R, D]]: ...
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | D]: ...
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R, D]]: ...
 
 
 class _ToMap(Protocol):
@@ -70,17 +74,17 @@ class _ToMap(Protocol):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # as above
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, R]: ...
+    ) -> AsyncMap[T, P, R, list[R]]: ...
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R]: ...
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, list[R]]: ...
 
 
 @overload
 def opmap(  # type: ignore[overload-overlap]  # as above
     function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-) -> AsyncMap[T, P, R, R | Exception]: ...
+) -> AsyncMap[T, P, R, Results[R]]: ...
 @overload
-def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
+def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R]]: ...
 @overload
 def opmap(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # False is a bool too
     *, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]
@@ -92,9 +96,10 @@ def opmap(*, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]) -> 
 def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a function of one item a resilient map over any number of items.
 
-    A ``def`` function is called with the items and returns the list of results; an ``async def`` function gives a
-    coroutine of it in every mode, and ``.run(items)`` blocks. Further arguments go to every item. ``.stream(items)``
-    yields an `Outcome` for each, ``.one(item)`` is the single call, ``.stats`` counts both.
+    A ``def`` function is called with the items and returns the list of results, an `opero.Results`, which also has
+    those that failed apart; an ``async def`` function gives a coroutine of it in every mode, and ``.run(items)``
+    blocks. Further arguments go to every item. ``.stream(items)`` yields an `Outcome` for each, ``.starmap(tuples)``
+    takes several arguments for each call, ``.one(item)`` is the single call, ``.stats`` counts all of them.
 
     Cache, retries, fallback, rate limit and progress live in the calling process; workers only run the function. So the
     memory cache and the rate limit hold for all workers together, an item that waits for its retry holds no worker, and
@@ -105,10 +110,12 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         function: The function, when used without parentheses.
         **options: All options of `opero.opero`, and:
 
-            - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop) or
-              ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``).
-              Or a `concurrent.futures.Executor`, which is used and left as it is; or a function that makes one, which
-              is made for each map, shut down at its end, and made anew when it breaks.
+            - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop),
+              ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``)
+              or ``"serial"`` (one item after the other in the calling thread, for debuggers and profilers; of
+              ``async def`` functions in this event loop). Or a `concurrent.futures.Executor`, which is used and left as
+              it is; or a function that makes one, which is made for each map, shut down at its end, and made anew when
+              it breaks.
             - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100); of an executor, the
               batches that are in it at the same time (default: as many as it has workers, if it tells; else CPUs).
             - ``ordered`` (True): results in input order; else in order of completion.
@@ -116,9 +123,11 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
               the map and is raised. Not beside ``default``, which is in the list for an item that failed; its `Outcome`
               has the exception.
-            - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``,
-              ``max_tasks_per_worker`` (None: any number), the items after which a process is replaced; with
-              ``"async_process"`` also ``concurrency`` (16), the coroutines in each process.
+            - ``total`` (None): number of items for the bar, where neither `len` nor `operator.length_hint` tells it.
+            - ``pool_options`` (None): mapping for the pool: ``initializer`` and ``initargs``, called in each thread or
+              process before its first item; for processes also ``start_method`` and ``max_tasks_per_worker`` (None:
+              any number), the items after which one is replaced; with ``"async_process"`` also ``concurrency`` (16),
+              the coroutines in each process.
 
             ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``: the worker that
             takes longer is killed and replaced.

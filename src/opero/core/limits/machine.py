@@ -11,6 +11,7 @@ import errno
 import os
 import struct
 import time
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,8 +19,7 @@ from weakref import WeakValueDictionary
 
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.forks import ForkSafeLock
-from opero.core.lazy import lazy_attribute
-from opero.core.private_folder import private_folder
+from opero.core.private_folder import folder_of_user, private_folder
 from opero.exceptions import UnsafeCacheError
 
 try:
@@ -50,7 +50,7 @@ def default_root() -> Path:
     """Where opero keeps the limits of this user and machine."""
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("opero", appauthor=False))
+    return folder_of_user(lambda: Path(platformdirs.user_cache_dir("opero", appauthor=False)))
 
 
 class FileGate:
@@ -67,13 +67,13 @@ class FileGate:
         self._file_name = blake2b(name.encode(), digest_size=16).hexdigest()
         self.change(rates)
 
-    @lazy_attribute
+    @cached_property
     def _path(self) -> str:
         folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}")
         _tidying.file_opened(folder)
         return str(folder / self._file_name)
 
-    @lazy_attribute
+    @cached_property
     def _lock(self) -> ForkSafeLock:
         return _lock_for(self._path)
 

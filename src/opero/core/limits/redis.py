@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from opero.core.lazy import lazy_attribute
 from opero.core.redis_server import Server, server_at
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class RedisGate:
         quotas = [value for quota in rates.quotas for value in (quota.calls, quota.seconds * 1e6)]
         self._arguments = [rates.interval * 1e6, rates.tolerance * 1e6, *quotas]
 
-    @lazy_attribute
+    @cached_property
     def _server(self) -> Server:
         return server_at(self._url)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero.core.checks import check_choice, check_text
-from opero.core.lazy import lazy_attribute
 from opero.core.limits.local import LocalLimit
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Scope:
         if self.kind == "machine":
             _refuse_without_locks()
 
-    @lazy_attribute
+    @cached_property
     def name(self) -> str:
         return "" if self._name is None else self._name()
 
@@ -55,7 +55,7 @@ class Scope:
             from opero.core.keys import key_of_value
 
             # A digest: the value may be a secret.
-            return f"{self.name}:{key_of_value(value, digest=True).hex()}"
+            return f"{self.name}:{key_of_value(value).hex()}"
 
         return self._limit(rates, name)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from opero.core.clock import clock
 from opero.core.faults import Complaints
-from opero.core.lazy import lazy_attribute
 from opero.core.limits.line import Line
 from opero.core.limits.local import LocalLimit
 from opero.core.steps import Await, Consult
@@ -53,7 +53,7 @@ class SharedLimit:
         self._opens_at = -math.inf
         self._changes = 0
 
-    @lazy_attribute
+    @cached_property
     def _gate(self) -> Gate:
         return self._open_gate(self._rates)
 
