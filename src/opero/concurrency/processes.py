@@ -94,7 +94,7 @@ class Processes:
         self.running: list[Any] = []
 
     def start(self, process: Any) -> Any:
-        with _quietly():
+        with _quietly(), _as_no_daemon():
             process.start()
         self.running.append(process)
         return process
@@ -124,6 +124,18 @@ def _quietly() -> Iterator[None]:
         # Python 3.12 warns of forks beside threads; those are counted before, and may be the program's wish.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         yield
+
+
+@contextlib.contextmanager
+def _as_no_daemon() -> Iterator[None]:
+    """Let a map start workers inside of a worker of `multiprocessing.Pool`, too; they end with their pipes."""
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001 - it asks this
+    before = config.get("daemon")
+    config["daemon"] = False
+    try:
+        yield
+    finally:
+        config["daemon"] = before
 
 
 def forget(process: Any) -> None:
