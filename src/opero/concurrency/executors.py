@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from opero.concurrency.ctrl_c import BriefHold, hearing_interrupts, held_back_in_children, in_own_thread
+from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
 from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
@@ -189,10 +189,6 @@ class ExecutorPool:
             _users.enter(self._executor)
             self._uses_it = True
         self._size = self._workers or getattr(self._executor, "_max_workers", None) or self._default_workers
-        # Not where it might block, in a `submit` of its own; nor where it forks workers that are somebody else's, which
-        # would have the handler.
-        is_quick = _home_of(self._executor.submit) in _TAKE_WORK_AT_ONCE
-        self._may_be_held = is_quick and (self._make is not None or self._starting_context() is None)
         self._probe = object()
         self._launch(None, _echo, self._probe)
 
@@ -251,7 +247,7 @@ class ExecutorPool:
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
         try:
-            with self._while_it_takes_work(), self._while_workers_start():
+            with self._while_workers_start():
                 future = self._executor.submit(function, *arguments)
                 self._in_flight[future] = batch
                 future.add_done_callback(self._deliver)
@@ -263,17 +259,9 @@ class ExecutorPool:
                 raise _refused(self._name, error) from error
             self._finds_it_broken(batch, arguments, error)
 
-    def _while_it_takes_work(self) -> contextlib.AbstractContextManager[Any]:
-        """Ctrl-C would leave locks of it taken."""
-        return BriefHold() if self._may_be_held else contextlib.nullcontext()
-
-    def _starting_context(self) -> Any:
-        """By which it starts processes, if it does."""
-        return getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
-
     def _while_workers_start(self) -> contextlib.AbstractContextManager[None]:
         """Processes that are started for this map are deaf to Ctrl-C until they run an item."""
-        context = self._starting_context()
+        context = getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
         if self._make is None or context is None:
             return contextlib.nullcontext()
         return held_back_in_children(context.get_start_method())
@@ -309,14 +297,6 @@ class ExecutorPool:
             return None
         self._stillbirths = 0
         return known
-
-
-# The packages of executors that have room for everything.
-_TAKE_WORK_AT_ONCE = {"concurrent", "loky", "distributed"}
-
-
-def _home_of(method: Any) -> str:
-    return str(getattr(method, "__module__", "")).partition(".")[0]
 
 
 def _refused(name: str, error: Exception) -> OperoError:
