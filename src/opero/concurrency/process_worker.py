@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import pickle
 import random
@@ -117,7 +118,7 @@ class Parent:
         self.mark = marks_at(marks, place)
         self._sending = threading.RLock()
         self._interrupts = self._interrupts_before = 0
-        self._is_ending = False
+        self._is_ending = self._is_terminated = False
         watch_forks(self)
 
     def after_fork(self) -> None:
@@ -128,11 +129,19 @@ class Parent:
         with self._sending:
             self.pipe.send_bytes(kind + payload)
 
+    def log(self, record: bytes) -> None:
+        """Send a log record; those of exit handlers are lost."""
+        if not self._is_ending:
+            self.tell(LOG, record)
+
     def hear(self) -> tuple[bytes, memoryview]:
         """The next message, its kind and payload."""
         data = memoryview(self.pipe.recv_bytes())
         self._interrupts_before = self._interrupts
-        return bytes(data[:1]), data[1:]
+        kind = bytes(data[:1])
+        # From then on the parent hears nothing any more.
+        self._is_ending = self._is_ending or kind == STOP
+        return kind, data[1:]
 
     def report(self, number: bytes, report: Report, *, is_last: bool = True) -> None:
         """Report, unless Ctrl-C has come meanwhile: what it has interrupted may look like a success.
@@ -162,8 +171,8 @@ class Parent:
 
     def _terminated(self, _signal: int, _frame: Any) -> None:
         # Once: the exit handlers shall not be interrupted.
-        if not self._is_ending:
-            self._is_ending = True
+        if not self._is_terminated:
+            self._is_terminated = self._is_ending = True
             sys.exit(ENDED_CODE)
 
 
@@ -186,6 +195,8 @@ def serve(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
 
 async def serve_async(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
     """Run batches, as many as come at the same time, until the pipe ends; the whole life of a worker."""
+    # aiomultiprocess (0.9.1) writes a traceback of `SystemExit`, by which a worker is ended.
+    logging.getLogger("aiomultiprocess.core").disabled = True
     parent = Parent(pipe, marks, place)
     with _exit_handlers():
         work = _get_ready(parent, start)
@@ -211,7 +222,7 @@ def _get_ready(parent: Parent, start: AnyStart) -> Work | None:
     if start.threads is not None:
         _limit_threads(start.threads)
     try:
-        is_logging = log_records.Collecting(start.logging, lambda record: parent.tell(LOG, record))
+        is_logging = log_records.Collecting(start.logging, parent.log)
         work, initializer, initargs = start.load()
         _seed()
         if initializer is not None:

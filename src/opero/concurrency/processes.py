@@ -391,11 +391,13 @@ class ProcessPool:
         """As many as there are batches for that no other will take."""
         coming = sum(not worker.is_ready for worker in self._workers)
         wanted = self._size if self._is_paced else -(-len(self._pending) // self.at_once) - coming + len(self._workers)
-        while len(self._workers) < min(wanted, self._size):
+        wanted = min(wanted, self._size)
+        if len(self._workers) < wanted:
+            self._stay_safe()
+        while len(self._workers) < wanted:
             self._start_worker()
 
     def _start_worker(self) -> None:
-        self._stay_safe()
         with starting.lock, Hold(), held_back_in_children(self._method), only_if_it_can_be_imported():
             if self._marks is None:
                 self._open()
