@@ -447,10 +447,13 @@ class ProcessPool:
                 self._use("forkserver")
 
     def _worker_ended(self, worker: Worker) -> Any:
+        # Before another worker has the memory in which they are marked.
+        batches, unread = list(worker.batches.values()), worker.unread()
+        begun = None if self.runs_together or not batches or unread else worker.begun() or None
         with Hold():
             self._workers.remove(worker)
             worker.has_ended()
-            reason = _how_it_ended(worker.process) if worker.batches else ""
+            reason = _how_it_ended(worker.process) if batches else ""
             self._processes.remove(worker.process)
             self._close_pipe(worker)
         if not worker.is_ready:
@@ -458,9 +461,7 @@ class ProcessPool:
             if self._stillbirths >= self._most_stillbirths:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_workers()
-        batches, unread = list(worker.batches.values()), worker.unread()
-        ran = None if self.runs_together or not batches or unread else worker.begun()
-        return Lost(batches, reason, at_once=self.runs_together, innocent=unread, begun=ran or None)
+        return Lost(batches, reason, at_once=self.runs_together, innocent=unread, begun=begun)
 
     # Batches
 
