@@ -8,6 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from opero.utils.logging import log
+from opero.utils.notes import describe
+
 if TYPE_CHECKING:
     import logging
     from collections.abc import Callable, Iterator
@@ -74,7 +77,11 @@ def hand_on(data: Any) -> None:
     """Let the handlers of this process have a record of a worker's."""
     import logging
 
-    record = logging.makeLogRecord(pickle.loads(data))  # noqa: S301 - from a worker
+    try:
+        record = logging.makeLogRecord(pickle.loads(data))  # noqa: S301 - from a worker
+    except Exception as error:  # noqa: BLE001 - what the program has added to a record may not be known here
+        log("WARNING", "a log record of a worker cannot be unpickled: {}", describe(error))
+        return
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         logger.handle(record)
