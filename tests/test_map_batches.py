@@ -96,6 +96,20 @@ def test_no_crash_makes_an_item_run_twice_that_took_over_a_millisecond(mode, jou
     assert len([item for item, count in Counter(journal.lines()).items() if count > 1]) < 2
 
 
+def test_a_crash_is_charged_where_its_worker_is_replaced_at_once(journal):
+    """Calls with a rate are sent to workers that are ready: the next one starts before the crash has been looked at."""
+
+    def work(item):
+        journal.add(item)
+        if item == 2:
+            os._exit(1)
+        return item
+
+    results = opmap(mode="process", workers=2, retries=0, rate_limit=1000, progress=False)(work)(range(6))
+    assert isinstance(results.pop(2), WorkerCrashedError)
+    assert journal.lines().count("2") == 1
+
+
 def test_the_item_that_ran_when_its_worker_died_is_known_within_a_batch(journal):
     """Those after it, which had not begun, run once; those before it had been done in no time."""
 

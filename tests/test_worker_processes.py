@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import logging
 import multiprocessing
@@ -348,6 +349,41 @@ def test_a_large_array_is_mapped_by_each_worker_for_itself(method):
     # A worker sees its own changes, and nobody else's.
     assert max(total for total, _ in results) <= 500_004
     assert {base for _, base in results} == {"mmap"}
+
+
+# Inside of workers of others
+
+
+def map_inside(item):
+    return mapped(abs, "fork")([-item, item])
+
+
+def inside_pool():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.map(map_inside, [1, 2])
+
+
+def inside_pathos():
+    from pathos.pools import ProcessPool
+
+    pool = ProcessPool(nodes=1, id="inside")
+    try:
+        return pool.map(map_inside, [1, 2])
+    finally:
+        pool.close()
+        pool.join()
+        pool.clear()
+
+
+def inside_executor():
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+        return list(executor.map(map_inside, [1, 2]))
+
+
+@pytest.mark.parametrize("inside", [inside_pool, inside_pathos, inside_executor])
+def test_a_map_works_inside_of_a_worker_of_another_pool(inside):
+    assert inside() == [[1, 1], [2, 2]]
 
 
 # What goes by value, and errors

@@ -8,18 +8,14 @@ import math
 import signal
 import sys
 import threading
-import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
-
-# Seconds that Ctrl-C may be held back while other code may be blocked.
-_BRIEFLY = 1.0
 
 
 @contextlib.contextmanager
@@ -123,17 +119,3 @@ def _settle(ended: asyncio.Future[None], error: BaseException | None) -> None:
         ended.set_result(None)
     else:
         ended.set_exception(error)
-
-
-class BriefHold(Hold):
-    """Lets Ctrl-C wait while other code runs, whose locks it would leave taken; that may block, so not for long."""
-
-    def __enter__(self) -> Self:
-        self._until = time.monotonic() + _BRIEFLY
-        return super().__enter__()
-
-    def __call__(self, *signal_and_frame: Any) -> None:
-        if time.monotonic() < self._until:
-            super().__call__(*signal_and_frame)
-        else:
-            self.before(*signal_and_frame)

@@ -40,10 +40,12 @@ def wait_until_ended(processes: Iterable[Any], seconds: float) -> list[Any]:
 
 def _is_gone(process: Any, gone_since: dict[Any, float], now: float) -> bool:
     """Another thread has been told its exit code and may say so in a moment; or the system keeps none."""
+    if os.name != "posix":
+        return False
     with contextlib.suppress(OSError):
         os.kill(process.pid, 0)
         return False
-    return os.name == "posix" and now - gone_since.setdefault(process, now) > _SAYING_SECONDS
+    return now - gone_since.setdefault(process, now) > _SAYING_SECONDS
 
 
 def end_by_force(processes: Iterable[Any]) -> None:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from opero.concurrency.ctrl_c import BriefHold, hearing_interrupts, held_back_in_children, in_own_thread
+from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
-from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, run_batch
+from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
@@ -189,10 +189,6 @@ class ExecutorPool:
             _users.enter(self._executor)
             self._uses_it = True
         self._size = self._workers or getattr(self._executor, "_max_workers", None) or self._default_workers
-        # Not where it might block, in a `submit` of its own; nor where it forks workers that are somebody else's, which
-        # would have the handler.
-        is_quick = _home_of(self._executor.submit) in _TAKE_WORK_AT_ONCE
-        self._may_be_held = is_quick and (self._make is not None or self._starting_context() is None)
         self._probe = object()
         self._launch(None, _echo, self._probe)
 
@@ -251,7 +247,7 @@ class ExecutorPool:
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
         try:
-            with self._while_it_takes_work(), self._while_workers_start():
+            with self._while_workers_start():
                 future = self._executor.submit(function, *arguments)
                 self._in_flight[future] = batch
                 future.add_done_callback(self._deliver)
@@ -263,17 +259,9 @@ class ExecutorPool:
                 raise _refused(self._name, error) from error
             self._finds_it_broken(batch, arguments, error)
 
-    def _while_it_takes_work(self) -> contextlib.AbstractContextManager[Any]:
-        """Ctrl-C would leave locks of it taken."""
-        return BriefHold() if self._may_be_held else contextlib.nullcontext()
-
-    def _starting_context(self) -> Any:
-        """By which it starts processes, if it does."""
-        return getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
-
     def _while_workers_start(self) -> contextlib.AbstractContextManager[None]:
         """Processes that are started for this map are deaf to Ctrl-C until they run an item."""
-        context = self._starting_context()
+        context = getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
         if self._make is None or context is None:
             return contextlib.nullcontext()
         return held_back_in_children(context.get_start_method())
@@ -309,14 +297,6 @@ class ExecutorPool:
             return None
         self._stillbirths = 0
         return known
-
-
-# The packages of executors that have room for everything.
-_TAKE_WORK_AT_ONCE = {"concurrent", "loky", "distributed"}
-
-
-def _home_of(method: Any) -> str:
-    return str(getattr(method, "__module__", "")).partition(".")[0]
 
 
 def _refused(name: str, error: Exception) -> OperoError:
@@ -356,7 +336,8 @@ class _ByReference:
         thread = threading.get_ident()
         self._threads.add(thread)
         try:
-            return _run(self._work, batch.items, batch.candidate, batch.time_limit, self._context, batch.mark)
+            how = How(self._context, batch.mark)
+            return _run(self._work, batch.items, batch.candidate, batch.time_limit, how)
         finally:
             self._threads.discard(thread)
 
@@ -408,17 +389,10 @@ def _echo(probe: Any) -> Any:
     return probe
 
 
-def _run(  # noqa: PLR0917 - as `run_batch`
-    work: Work,
-    items: list[Any],
-    candidate: Any,
-    limit: TimeLimit | None,
-    context: contextvars.Context | None = None,
-    mark: list[int] | None = None,
-) -> Report:
+def _run(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
     # An executor has no place for a loop that outlives one call.
     with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
-        return run_batch(work, items, candidate, limit, caller, context=context, mark=mark)
+        return run_batch(work, items, candidate, limit, caller, how)
 
 
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:
@@ -439,7 +413,7 @@ def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str
     arrived = unpack_batch(payload)
     try:
         with hearing_interrupts():
-            report = arrived if isinstance(arrived, Report) else _run(work, *arrived)
+            report = arrived if isinstance(arrived, Report) else _run(work, *arrived, How(longest=SLOW_SECONDS))
     except BaseException as error:  # noqa: BLE001 - as in process mode; the executor might hand it to the caller
         return STOP, describe(error), 0
     return REPORT, pack_report(report), len(payload)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from opero.utils.logging import log
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     import logging
@@ -46,17 +50,23 @@ class Collecting:
 
     def begin(self) -> None:
         import logging
-        import logging.handlers
 
         if any(logger.handlers for _, logger in _loggers()):
             return
-        send = self._send
+        send, text_of = self._send, logging.Formatter().format
 
-        class ToParent(logging.handlers.QueueHandler):
-            def enqueue(self, record: logging.LogRecord) -> None:
-                send(pickle.dumps(vars(record)))
+        class ToParent(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                # What it says now is all that is sent: its arguments may not be picklable.
+                record = copy.copy(record)
+                record.msg = record.message = text_of(record)
+                record.args = record.exc_info = record.exc_text = record.stack_info = None
+                try:
+                    send(pickle.dumps(vars(record)))
+                except Exception:  # noqa: BLE001 - as every handler does
+                    self.handleError(record)
 
-        handler = ToParent(None)  # type: ignore[arg-type]  # the pipe is its queue
+        handler = ToParent()
         logging.getLogger().addHandler(handler)
         for name, (_, propagate) in self._settings.levels.items():
             if not propagate:
@@ -67,7 +77,11 @@ def hand_on(data: Any) -> None:
     """Let the handlers of this process have a record of a worker's."""
     import logging
 
-    record = logging.makeLogRecord(pickle.loads(data))  # noqa: S301 - from a worker
+    try:
+        record = logging.makeLogRecord(pickle.loads(data))  # noqa: S301 - from a worker
+    except Exception as error:  # noqa: BLE001 - what the program has added to a record may not be known here
+        log("WARNING", "a log record of a worker cannot be unpickled: {}", describe(error))
+        return
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         logger.handle(record)

@@ -164,7 +164,7 @@ class StreamSink:
             self._next += 1
 
     def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float, /) -> None:
-        for place, (item, value) in enumerate(zip(items, values, strict=True), start):
+        for place, (item, value) in enumerate(zip(items, values, strict=False), start):
             self.put(Outcome(place, item, value, None, 1, seconds, False))  # noqa: FBT003 - a dataclass of plain facts
 
     def take(self) -> deque[Outcome[Any, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import pickle
 import random
@@ -14,13 +15,14 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import log_records
 from opero.concurrency.ending import ENDED_CODE, GRACE_SECONDS
 from opero.concurrency.shared_buffers import SharedBuffers
 from opero.concurrency.transport import as_if_starting, pack_report, unpack_batch, unpack_start
-from opero.concurrency.worker import AsyncCaller, Report, Work, in_time, run_batch
+from opero.concurrency.worker import AsyncCaller, How, Report, Work, in_time, run_batch
 from opero.core.forks import watch_forks
 from opero.exceptions import NotTransferableError
 from opero.utils.notes import describe
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from opero.concurrency.transport import Packer
 
 # Kinds of messages: the first byte; what follows is a payload.
-HELLO, BROKEN, BATCH, REPORT, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(7))
+HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(8))
 # What a batch and its report begin with.
 NUMBER = struct.Struct("<I")
 # A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's threads and exit
@@ -116,7 +118,7 @@ class Parent:
         self.mark = marks_at(marks, place)
         self._sending = threading.RLock()
         self._interrupts = self._interrupts_before = 0
-        self._is_ending = False
+        self._is_ending = self._is_terminated = False
         watch_forks(self)
 
     def after_fork(self) -> None:
@@ -127,22 +129,32 @@ class Parent:
         with self._sending:
             self.pipe.send_bytes(kind + payload)
 
+    def log(self, record: bytes) -> None:
+        """Send a log record; those of exit handlers are lost."""
+        if not self._is_ending:
+            self.tell(LOG, record)
+
     def hear(self) -> tuple[bytes, memoryview]:
         """The next message, its kind and payload."""
         data = memoryview(self.pipe.recv_bytes())
         self._interrupts_before = self._interrupts
-        return bytes(data[:1]), data[1:]
+        kind = bytes(data[:1])
+        # From then on the parent hears nothing any more.
+        self._is_ending = self._is_ending or kind == STOP
+        return kind, data[1:]
 
-    def report(self, number: bytes, report: Report) -> None:
+    def report(self, number: bytes, report: Report, *, is_last: bool = True) -> None:
         """Report, unless Ctrl-C has come meanwhile: what it has interrupted may look like a success.
 
         Then the parent has a second to say what becomes of the map.
         """
         if self._interrupts > self._interrupts_before:
             self.pipe.poll(GRACE_SECONDS)
-        # Whoever dies from now on was not ended by the item that has begun last.
-        self.mark[0] = 0
-        self.tell(REPORT, number + pack_report(report))
+        begun, self.mark[0] = self.mark[0], 0
+        # Whoever dies here was not ended by the item that has begun last.
+        self.tell(REPORT if is_last else PART, number + pack_report(report))
+        if not is_last:
+            self.mark[0] = begun
 
     def hear_signals(self) -> None:
         """Let Ctrl-C be the parent's business, but not ignored by programs that are started here; let SIGTERM end."""
@@ -159,8 +171,8 @@ class Parent:
 
     def _terminated(self, _signal: int, _frame: Any) -> None:
         # Once: the exit handlers shall not be interrupted.
-        if not self._is_ending:
-            self._is_ending = True
+        if not self._is_terminated:
+            self._is_terminated = self._is_ending = True
             sys.exit(ENDED_CODE)
 
 
@@ -183,6 +195,8 @@ def serve(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
 
 async def serve_async(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
     """Run batches, as many as come at the same time, until the pipe ends; the whole life of a worker."""
+    # aiomultiprocess (0.9.1) writes a traceback of `SystemExit`, by which a worker is ended.
+    logging.getLogger("aiomultiprocess.core").disabled = True
     parent = Parent(pipe, marks, place)
     with _exit_handlers():
         work = _get_ready(parent, start)
@@ -208,7 +222,7 @@ def _get_ready(parent: Parent, start: AnyStart) -> Work | None:
     if start.threads is not None:
         _limit_threads(start.threads)
     try:
-        is_logging = log_records.Collecting(start.logging, lambda record: parent.tell(LOG, record))
+        is_logging = log_records.Collecting(start.logging, parent.log)
         work, initializer, initargs = start.load()
         _seed()
         if initializer is not None:
@@ -245,9 +259,9 @@ def _forget_the_parents_own() -> None:
 def _seed() -> None:
     """Let each worker have random numbers of its own: forked ones share the state, the main module may set one."""
     random.seed()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
 
 
 def _limit_threads(count: int) -> None:
@@ -285,9 +299,11 @@ def _serve_batches(parent: Parent, work: Work) -> None:
                 continue
             parent.mark[1] += 1
             arrived = unpack_batch(payload[NUMBER.size :])
+            number = bytes(payload[: NUMBER.size])
             if not isinstance(arrived, Report):
-                arrived = run_batch(work, *arrived, caller, mark=parent.mark)
-            parent.report(bytes(payload[: NUMBER.size]), arrived)
+                how = How(mark=parent.mark, tell=partial(parent.report, number, is_last=False))
+                arrived = run_batch(work, *arrived, caller, how)
+            parent.report(number, arrived)
             del arrived, payload
 
 

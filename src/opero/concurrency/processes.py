@@ -33,6 +33,7 @@ from opero.concurrency.process_worker import (
     LOG,
     NUMBER,
     PEACE_SECONDS,
+    REPORT,
     STOP,
     THREAD_SETTINGS,
     Start,
@@ -93,7 +94,7 @@ class Processes:
         self.running: list[Any] = []
 
     def start(self, process: Any) -> Any:
-        with _quietly():
+        with _quietly(), _as_no_daemon():
             process.start()
         self.running.append(process)
         return process
@@ -123,6 +124,18 @@ def _quietly() -> Iterator[None]:
         # Python 3.12 warns of forks beside threads; those are counted before, and may be the program's wish.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         yield
+
+
+@contextlib.contextmanager
+def _as_no_daemon() -> Iterator[None]:
+    """Let a map start workers inside of a worker of `multiprocessing.Pool`, too; they end with their pipes."""
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001 - it asks this
+    before = config.get("daemon")
+    config["daemon"] = False
+    try:
+        yield
+    finally:
+        config["daemon"] = before
 
 
 def forget(process: Any) -> None:
@@ -176,10 +189,13 @@ class Worker:
         self._sent[self._count] = len(batch.items), len(data)
         self.tell(BATCH, NUMBER.pack(self._count) + data)
 
-    def reported(self, number: int, ran: int) -> tuple[Batch, int]:
+    def reported(self, number: int, ran: int, *, is_last: bool) -> tuple[Batch, int]:
         """The batch that has been reported on, and its size in bytes."""
-        items, size = self._sent.pop(number)
-        self.room += items - ran
+        left, size = self._sent.pop(number)
+        if not is_last:
+            self._sent[number] = left - ran, size
+            return self.batches[number], size
+        self.room += left - ran
         self.is_reserved = False
         return self.batches.pop(number), size
 
@@ -341,7 +357,7 @@ class ProcessPool:
         elif kind == BROKEN:
             return Fatal(OperoError(f"a worker process cannot run {self._name}: {bytes(payload).decode()}"))
         else:
-            return self._worker_reports(worker, payload)
+            return self._worker_reports(worker, payload, is_last=kind == REPORT)
         return None
 
     def runs_here(self) -> bool:
@@ -375,11 +391,13 @@ class ProcessPool:
         """As many as there are batches for that no other will take."""
         coming = sum(not worker.is_ready for worker in self._workers)
         wanted = self._size if self._is_paced else -(-len(self._pending) // self.at_once) - coming + len(self._workers)
-        while len(self._workers) < min(wanted, self._size):
+        wanted = min(wanted, self._size)
+        if len(self._workers) < wanted:
+            self._stay_safe()
+        while len(self._workers) < wanted:
             self._start_worker()
 
     def _start_worker(self) -> None:
-        self._stay_safe()
         with starting.lock, Hold(), held_back_in_children(self._method), only_if_it_can_be_imported():
             if self._marks is None:
                 self._open()
@@ -429,10 +447,13 @@ class ProcessPool:
                 self._use("forkserver")
 
     def _worker_ended(self, worker: Worker) -> Any:
+        # Before another worker has the memory in which they are marked.
+        batches, unread = list(worker.batches.values()), worker.unread()
+        begun = None if self.runs_together or not batches or unread else worker.begun() or None
         with Hold():
             self._workers.remove(worker)
             worker.has_ended()
-            reason = _how_it_ended(worker.process) if worker.batches else ""
+            reason = _how_it_ended(worker.process) if batches else ""
             self._processes.remove(worker.process)
             self._close_pipe(worker)
         if not worker.is_ready:
@@ -440,9 +461,7 @@ class ProcessPool:
             if self._stillbirths >= self._most_stillbirths:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_workers()
-        batches, unread = list(worker.batches.values()), worker.unread()
-        ran = None if self.runs_together or not batches or unread else worker.begun()
-        return Lost(batches, reason, at_once=self.runs_together, innocent=unread, begun=ran or None)
+        return Lost(batches, reason, at_once=self.runs_together, innocent=unread, begun=begun)
 
     # Batches
 
@@ -463,15 +482,17 @@ class ProcessPool:
         else:
             worker.send(batch, data)
 
-    def _worker_reports(self, worker: Worker, payload: memoryview) -> Any:
+    def _worker_reports(self, worker: Worker, payload: memoryview, *, is_last: bool) -> Any:
         report = unpack_report(payload[NUMBER.size :])
-        batch, size = worker.reported(NUMBER.unpack_from(payload)[0], len(report.values))
-        if not worker.room and not worker.batches:
-            worker.tell(STOP)
-        self._hand_out()
-        if not report.values:
+        number, ran = NUMBER.unpack_from(payload)[0], len(report.values)
+        batch, size = worker.reported(number, ran, is_last=is_last)
+        if is_last:
+            if not worker.room and not worker.batches:
+                worker.tell(STOP)
+            self._hand_out()
+        if is_last and 0 in report.errors and not ran:
             return not_run(batch, report.errors[0])
-        return Done(batch, report.values, report.errors, report.seconds, max(len(payload), size))
+        return Done(batch, report.values, report.errors, report.seconds, max(len(payload), size), not is_last)
 
     # Messages
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.concurrency.outcome import Outcome
 from opero.concurrency.progress import Tally
-from opero.concurrency.worker import BATCH_SECONDS, SLOW_SECONDS
+from opero.concurrency.worker import BATCH_SECONDS, LONG_SECONDS
 from opero.core.clock import clock
 from opero.core.flights import Presence
 from opero.core.flow import call_flow
@@ -46,10 +46,10 @@ MOST_INNOCENT_LOSSES = 5
 MOST_BATCH_BYTES = 2_000_000
 # A look at the time that is so late says nothing of what came in meanwhile.
 _LATE_SECONDS = 0.05
-# Until a worker is asked to end again that is reporting, or has not ended.
+# Until a worker is asked to end again that is reporting, has not ended, or could not be heard before.
 _ENDING_SECONDS = 1.0
-# Between two looks at how far a worker has come that has had its batch for longer than `BATCH_SECONDS`.
-_LOOKING_SECONDS = 5 * SLOW_SECONDS
+# Between two looks at how far a worker has come.
+_LOOKING_SECONDS = 2.5 * LONG_SECONDS
 # A coroutine is cancelled when its time is up, and may need some to tidy up; one that ends no more is ended by force.
 _UNHEEDED_SECONDS = 5.0
 # Items whose entries are asked for at once; so many only while all of them are found.
@@ -182,7 +182,7 @@ class Batch:
     ``time_limit`` is the seconds one execution has, and the option that says so.
     ``alone``: nothing else may run in the worker's process meanwhile.
     ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
-    ``mark``: for workers of this process, see `worker.run_items`.
+    ``mark``: for workers of this process, see `worker.run_items`; it counts the ``reported`` ones, too.
     """
 
     __slots__ = (
@@ -193,6 +193,7 @@ class Batch:
         "items",
         "losses",
         "mark",
+        "reported",
         "sent_at",
         "start",
         "time_limit",
@@ -208,23 +209,30 @@ class Batch:
         self.is_last = False
         self.losses = losses
         self.mark = [0]
+        self.reported = 0
         self.sent_at = 0.0
 
     def take_from(self, place: int) -> Batch:
         """Take the items from there on out of it, for another one."""
         entries = None if self.entries is None else self.entries[place:]
         taken = Batch(self.items[place:], self.start + place, entries, self.losses)
+        taken.sent_at = self.sent_at
         # A worker of this process may be iterating over the list.
         self.items = self.items[:place]
         self.entries = None if self.entries is None else self.entries[:place]
         return taken
+
+    def drop(self, count: int) -> None:
+        """Forget the first ones, which have been reported."""
+        self.items, self.start, self.reported = self.items[count:], self.start + count, self.reported + count
+        self.entries = None if self.entries is None else self.entries[count:]
 
 
 @dataclass(slots=True)
 class Done:
     """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes.
 
-    Items for which there is no value have not begun.
+    Unless it is a part, after which the worker has gone on, items for which there is no value have not begun.
     """
 
     batch: Batch
@@ -232,6 +240,7 @@ class Done:
     errors: dict[int, Exception]
     seconds: float
     size: int = 0
+    is_part: bool = False
 
 
 @dataclass(slots=True)
@@ -355,10 +364,9 @@ class _BatchSize:
         self.now = 1
 
     def learn(self, done: Done) -> None:
-        count = len(done.values)
-        seconds = max(done.seconds / count, 1e-9)
-        # What takes longer is reported one by one.
-        fitting = BATCH_SECONDS / seconds if seconds < SLOW_SECONDS else 1.0
+        seconds = max(done.seconds / (done.batch.reported + len(done.values)), 1e-9)
+        # What takes longer is run one by one.
+        fitting = BATCH_SECONDS / seconds if seconds < LONG_SECONDS else 1.0
         if done.size:
             fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
         self.now = max(1, min(int(fitting), self.now * 4))
@@ -710,7 +718,7 @@ class Scheduler:
             self._watch(batch, batch.time_limit[0] + self._grace)
         self._sent.add(batch)
         if len(batch.items) > 1 and self._pool.begun is not None:
-            self._watches.after(BATCH_SECONDS, lambda: self._look_at(batch, 0))
+            self._watches.after(_LOOKING_SECONDS, lambda: self._look_at(batch, 0))
         return batch
 
     def _part_given_back(self, size: int) -> Batch:
@@ -731,11 +739,11 @@ class Scheduler:
         if batch not in self._sent or self._pool.begun is None:
             return
         begun = self._pool.begun(batch)
-        if begun >= len(batch.items):
+        if begun >= batch.reported + len(batch.items):
             return
-        if 0 < begun == begun_before:
+        if batch.reported < begun == begun_before:
             self._size.now = 1
-            self._give_back(batch.take_from(begun))
+            self._give_back(batch.take_from(begun - batch.reported))
         else:
             self._watches.after(_LOOKING_SECONDS, lambda: self._look_at(batch, begun))
 
@@ -745,8 +753,9 @@ class Scheduler:
 
     def _time_is_up(self, batch: Batch, due: float) -> None:
         if time.monotonic() - due > _LATE_SECONDS:
-            # The map was away, with its input or its consumer: a report may be on its way.
-            self._watch(batch, _LATE_SECONDS)
+            # The map was away, with its input or its consumer: a report may be on its way, or its
+            # worker has been ready only now.
+            self._watch(batch, _ENDING_SECONDS)
         elif batch in self._sent and self._kill is not None:
             if self._kill(batch):
                 self._overdue.add(batch)
@@ -761,19 +770,22 @@ class Scheduler:
 
     def _batch_done(self, done: Done) -> None:
         batch = done.batch
-        if not self._returned(batch):
+        if batch not in self._sent or not (done.is_part or self._returned(batch)):
             return
-        self._overdue.discard(batch)
-        self._size.learn(done)
-        self._give_back(batch.take_from(len(done.values)))
-        seconds = done.seconds / len(done.values)
+        if not done.is_part:
+            self._overdue.discard(batch)
+            self._size.learn(done)
+            self._give_back(batch.take_from(len(done.values)))
+        seconds = done.seconds / max(1, batch.reported + len(done.values))
         if batch.entries is None and not done.errors:
             self.tally.finished += len(done.values)
             self._sink.put_results(batch.start, batch.items, done.values, seconds)
-            return
-        for place, value in enumerate(done.values):
-            error = done.errors.get(place)
-            self._item_done(batch, place, value if error is None else Failed(error), seconds)
+        else:
+            for place, value in enumerate(done.values):
+                error = done.errors.get(place)
+                self._item_done(batch, place, value if error is None else Failed(error), seconds)
+        if done.is_part:
+            batch.drop(len(done.values))
 
     def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:
         if batch.entries is not None and batch.entries[place].flow is not None:
@@ -798,7 +810,7 @@ class Scheduler:
         for batch in batches:
             batch.losses += 1
         if batches and lost.begun is not None:
-            self._ended_by_the_last(batches[0], lost.begun, lost.reason)
+            self._ended_by_the_last(batches[0], lost.begun - batches[0].reported, lost.reason)
             return
         suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
         suspects = suspects if lost.at_once else suspects[:1]
@@ -814,10 +826,12 @@ class Scheduler:
     def _ended_by_the_last(self, batch: Batch, begun: int, reason: str) -> None:
         """Charge the last item that has begun; those before it, which were fast, and those after it run again."""
         self._give_back(batch.take_from(begun))
-        last = batch if begun == 1 else batch.take_from(begun - 1)
+        last = batch.take_from(begun - 1) if begun > 1 else batch
         if last is not batch:
             self._give_back(batch)
-        self._charge(last, reason)
+        # Between two items it was ended by nobody's.
+        if last.items:
+            self._charge(last, reason)
 
     def _charge(self, batch: Batch, reason: str) -> None:
         seconds = clock.now() - batch.sent_at

@@ -6,7 +6,7 @@ import contextvars
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.scheduler import Batch, Done
-from opero.concurrency.worker import Work, run_items
+from opero.concurrency.worker import How, Work, run_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ class SerialPool:
     def receive(self, event: Any) -> Any:
         if not isinstance(event, Batch):
             return event
-        report = run_items(self._work, event.items, event.candidate, context=self._context)
+        report = run_items(self._work, event.items, event.candidate, How(self._context))
         try:
             return Done(event, report.values, report.errors, report.seconds)
         finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.concurrency.ctrl_c import in_own_thread, join_unless_left
 from opero.concurrency.scheduler import Batch, Done, Fatal
-from opero.concurrency.worker import AsyncCaller, Work, run_batch
+from opero.concurrency.worker import AsyncCaller, How, Work, run_batch
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
 from opero.exceptions import OperoError
@@ -137,7 +137,8 @@ class ThreadPool:
 
 
 def _run(batch: Batch, work: Work, caller: AsyncCaller | None, context: contextvars.Context) -> Done:
-    report = run_batch(work, batch.items, batch.candidate, batch.time_limit, caller, context=context, mark=batch.mark)
+    how = How(context, batch.mark)
+    report = run_batch(work, batch.items, batch.candidate, batch.time_limit, caller, how)
     try:
         return Done(batch, report.values, report.errors, report.seconds)
     finally:

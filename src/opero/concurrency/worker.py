@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from opero.core.signature import MISSING, ParameterSlot, name_of, refuse_unfinished
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
     from opero.concurrency.scheduler import Shape
 
-# How long a batch should keep a worker busy. What takes longer than the second is reported before the next item begins.
+# How long a batch should keep a worker busy. What takes longer than the second is reported before the next item begins;
+# what takes longer than the third is the last item of its batch.
 BATCH_SECONDS = 0.02
 SLOW_SECONDS = 0.001
+LONG_SECONDS = 0.004
 
 # Results of these types are surely no awaitables.
 _PLAIN_RESULTS = frozenset({int, float, str, bytes, bool, list, tuple, dict, set, type(None)})
@@ -57,6 +59,22 @@ class Work:
 
 
 @dataclass(slots=True)
+class How:
+    """How the items of a batch are run.
+
+    ``context``: what an item leaves in its copy of it is gone for the others; without one they share the worker's.
+    ``mark``: its first element is set to the number of items that have begun.
+    ``tell``: is told of what has been done so far after each slow item, so that no crash can make it run twice.
+    ``longest``: an item that takes longer is the last one; without ``tell``, one that is slow has to be.
+    """
+
+    context: contextvars.Context | None = None
+    mark: list[int] | memoryview = field(default_factory=lambda: [0])
+    tell: Callable[[Report], None] | None = None
+    longest: float = LONG_SECONDS
+
+
+@dataclass(slots=True)
 class Report:
     """Results in order, of fewer items than were sent if time was up; errors by place, seconds of running."""
 
@@ -69,28 +87,25 @@ def run_items(
     work: Work,
     items: list[Any],
     candidate: Any,
+    how: How,
     *,
     call: Callable[[Any], Any] | None = None,
-    context: contextvars.Context | None = None,
-    mark: list[int] | memoryview | None = None,
 ) -> Report:
-    """Run a batch, or what can be run of it in its time; an item that is slow is the last one.
+    """Run a batch, or what can be run of it in its time.
 
-    It is reported then, and no crash can make it run twice. Whoever reads ``mark`` twice, three times
-    `SLOW_SECONDS` apart, and finds the same number, knows that no further item will begin: each begins only if it is
-    not long since the one before was marked, by a look at the time after it has been marked itself.
+    Whoever reads the mark twice, more than twice `LONG_SECONDS` apart, and finds the same number, knows that no further
+    item will begin: each begins only if it is not long since the one before was marked, by a look at the time after it
+    has been marked itself.
 
     Args:
         work: The function.
         items: What it is called with.
         candidate: See `Work.caller`.
+        how: See there.
         call: Takes the place of the bare function, as for async functions.
-        context: What an item leaves in its copy of it is gone for the others. Without one they share the worker's.
-        mark: Its first element is set to the number of items that have begun.
     """
-    bare = work.caller(candidate) if call is None else call
+    bare, context, mark, tell = work.caller(candidate) if call is None else call, how.context, how.mark, how.tell
     call = bare if context is None else lambda item: context.copy().run(bare, item)
-    mark = [0] if mark is None else mark
     values: list[Any] = []
     errors: dict[int, Exception] = {}
     now = time.perf_counter
@@ -100,12 +115,22 @@ def run_items(
         for place, item in enumerate(items, 1):
             mark[0] = place
             begun = now()
-            if begun - latest > SLOW_SECONDS or begun > ends:
-                if values:
+            if begun - latest > SLOW_SECONDS:
+                if tell is not None and values:
                     mark[0] = place - 1
-                    break
-                # This worker was halted before its first item: that one runs, and no other.
-                ends = begun
+                    tell(Report(values, errors, begun - started))
+                    values, errors = [], {}
+                    mark[0] = place
+                    begun = now()
+                if begun - latest > how.longest:
+                    # What is not begun may be with others by now; but if nothing has, this worker was halted.
+                    if place > 1:
+                        mark[0] = place - 1
+                        break
+                    ends = begun
+            if begun > ends:
+                mark[0] = place - 1
+                break
             latest = begun
             try:
                 value = call(item)
@@ -131,43 +156,28 @@ class AsyncCaller:
         self._work: Work | None = None
         self._context = contextvars.copy_context()
 
-    def run(  # noqa: PLR0917 - as `run_batch`
-        self,
-        work: Work,
-        items: list[Any],
-        candidate: Any,
-        limit: TimeLimit | None,
-        context: contextvars.Context | None,
-        mark: list[int] | memoryview | None,
-    ) -> Report:
+    def run(self, work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
         if work is not self._work:
             self._work, self._context = work, contextvars.copy_context()
         call, shared = work.caller(candidate), self._context
 
         def run(item: Any) -> Any:
-            mine = shared if context is None else context.copy()
+            mine = shared if how.context is None else how.context.copy()
             return self._runner.run(in_time(call, item, limit, work), context=mine)
 
-        return run_items(work, items, candidate, call=run, mark=mark)
+        return run_items(work, items, candidate, replace(how, context=None), call=run)
 
     def close(self) -> None:
         self._runner.close()
 
 
-def run_batch(
-    work: Work,
-    items: list[Any],
-    candidate: Any,
-    limit: TimeLimit | None,
-    caller: AsyncCaller | None,
-    *,
-    context: contextvars.Context | None = None,
-    mark: list[int] | memoryview | None = None,
+def run_batch(  # noqa: PLR0917 - what a batch brings, and how it is run
+    work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, caller: AsyncCaller | None, how: How
 ) -> Report:
     """Run a batch of a plain function, or with ``caller`` one of an async function; see `run_items`."""
     if caller is None:
-        return run_items(work, items, candidate, context=context, mark=mark)
-    return caller.run(work, items, candidate, limit, context, mark)
+        return run_items(work, items, candidate, how)
+    return caller.run(work, items, candidate, limit, how)
 
 
 async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:
