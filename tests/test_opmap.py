@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from leftovers import surroundings
 
-from opero import AllFailedError, CallStats, Outcome, opmap
+from opero import AllFailedError, CallStats, Outcome, control, opmap
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -967,7 +967,7 @@ def test_a_class_method_is_a_map_where_python_does_not_bind_it(mode):
 
     bound = types.MethodType(vars(Scale)["by_class"].__func__, Scale)
     assert called(mode, bound, [1, 2]) == [10, 20]
-    with pytest.raises(TypeError, match="map the bound method"):
+    with pytest.raises(TypeError, match=r"write opero\.control\(Class\..*\)\.stream\(items\)"):
         mode.run(bound, [1, 2])
 
 
@@ -978,6 +978,50 @@ class Color(enum.Enum):
 
 def test_a_class_can_be_the_items(mode):
     assert called(mode, opmap(**mode.options)(mode.define(lambda color: color.name)), Color) == ["red", "blue"]
+
+BINDINGS = {
+    "by Python": getattr,
+    "as from Python 3.13 on": lambda cls, name: types.MethodType(vars(cls)[name].__func__, cls),
+    "by an instance": lambda cls, name: getattr(cls(), name),
+}
+
+
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_control_of_a_class_method_has_all_that_a_map_has(mode, binding):
+    class Scale(Scaled, mode=mode):
+        pass
+
+    its = control(BINDINGS[binding](Scale, "by_class"))
+    assert its.run([1, 2]) == [10, 20]
+    assert [outcome.result for outcome in mode.stream(its, [1, 2])] == [10, 20]
+    assert one(its, 3) == 30
+    assert its.starmap.run([(1,)]) == [10]
+    with its.pool():
+        assert its.run([1]) == [10]
+    assert its.with_options(retries=0).run([1]) == [10]
+    assert its.stats.calls == 8
+
+
+def test_control_of_a_static_method_has_all_that_a_map_has(mode):
+    class Scale(Scaled, mode=mode):
+        pass
+
+    for its in (control(Scale.by_none), control(Scale().by_none)):
+        assert its.run([1, 2]) == [2, 4]
+        assert [outcome.result for outcome in mode.stream(its, [1, 2])] == [2, 4]
+        assert one(its, 3) == 6
+
+
+def test_a_subclass_is_the_class_of_its_class_method(mode):
+    class Scale(Scaled, mode=mode):
+        pass
+
+    class Large(Scale, mode=mode):
+        factor = 100
+
+    assert control(Large.by_class).run([1]) == [100]
+    assert control(types.MethodType(vars(Scale)["by_class"].__func__, Large)).run([1]) == [100]
+
 
 
 def test_a_cached_method_keeps_instances_apart_and_none_alive(mode, journal):

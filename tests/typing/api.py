@@ -143,7 +143,7 @@ def check_what_can_be_done_with_a_function() -> None:
     its.cache_clean()  # type: ignore[attr-defined]
     its.stats.call  # type: ignore[attr-defined]  # noqa: B018
     its.stats.calls = 5  # type: ignore[misc]
-    control(5)  # type: ignore[arg-type]
+    control(5)  # type: ignore[call-overload]
 
 
 def check_that_a_decorated_function_is_no_more_than_a_function() -> None:
@@ -605,6 +605,18 @@ def check_maps() -> None:
     fetch_all(urls_async())  # type: ignore[arg-type]
     contents: list[bytes] = fetch_all(["u"])  # type: ignore[assignment]
     del contents
+
+
+def check_control_of_maps() -> None:
+    assert_type(control(fetch_all).run(["u"], size=5), Results[bytes])
+    assert_type(control(fetch_all).stream(["u"]), Iterator[Outcome[str, bytes]])
+    assert_type(control(fetch_all).one("u"), bytes)
+    assert_type(control(fetch_all).starmap([("u", 5)]), Results[bytes])
+    assert_type(control(fetch_all).cache_delete("u", size=5), bool)
+    assert_type(control(fetch_all_or_raise).run(["u"]), list[bytes])
+    assert_type(control(fetch_all_async).stream(["u"]), AsyncIterator[Outcome[str, bytes]])
+    assert_type(control(fetch_all_async).run(["u"]), Results[bytes])
+    assert_type(control(MappingClient().get_all).run(["u"], size=5), Results[bytes])
 
 
 def check_maps_with_a_default() -> None:

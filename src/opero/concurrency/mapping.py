@@ -149,8 +149,8 @@ class _Map(Generic[T, P, R, L]):
         if self._head or first != "cls":
             return ""
         return (
-            "; from Python 3.13 on a map below @classmethod is bound only where it is called itself: "
-            "map the bound method, as in opmap(…)(Class.method).stream(items)"
+            "; from Python 3.13 on a map below @classmethod knows its class only where it is called itself: "
+            f"write opero.control(Class.{self.plan.name.rpartition('.')[2]}).stream(items), and so with run and one"
         )
 
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -234,6 +234,34 @@ class _BlockingMap(_Map[T, P, R, L]):
             pass  # a ListSink hands nothing out
         results: L = self._list_of(sink)
         return results
+class MapControl(Control[Concatenate[T, P], R]):
+    """What can be done with a map besides calling it; see `opero.control`."""
+
+    def __init__(self, of: _BlockingMap[T, P, R, Any] | _AwaitableMap[T, P, R, Any]) -> None:
+        super().__init__(of.__dict__["__opero__"], of._head)  # noqa: SLF001 - of this module
+        self._of = of
+        self.pool = of.pool
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._of,)
+
+
+class BlockingMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
+    """That of a ``def`` function."""
+
+    def __init__(self, of: _BlockingMap[T, P, R, L]) -> None:
+        super().__init__(of)
+        self.stream, self.run, self.one, self.starmap = of.stream, of.run, of.one, of.starmap
+
+
+class AwaitableMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
+    """That of an ``async def`` function."""
+
+    def __init__(self, of: _AwaitableMap[T, P, R, L]) -> None:
+        super().__init__(of)
+        self.stream, self.run, self.one, self.starmap = of.stream, of.run, of.one, of.starmap
+
+
 
     def run(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """The same as calling the map; scripts can treat ``def`` and ``async def`` alike."""
@@ -293,6 +321,9 @@ class _AwaitableMap(_Map[T, P, R, L]):
     """An ``async def`` function as a map."""
 
     __wrapped__: Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
+
+    def __opero_control__(self, head: tuple[Any, ...], /) -> BlockingMapControl[T, P, R, L]:
+        return BlockingMapControl(self._bound_to(*head) if head else self)
 
     async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """Call the function with each item, and these arguments, and return all results.
@@ -369,6 +400,9 @@ def _iterate(items: Iterable[T]) -> Iterator[T]:
     iterator = iter(items)
     # A `for` loop needs no more than `__next__`.
     return iterator if isinstance(iterator, Iterator) else _each(iterator)
+
+    def __opero_control__(self, head: tuple[Any, ...], /) -> AwaitableMapControl[T, P, R, L]:
+        return AwaitableMapControl(self._bound_to(*head) if head else self)
 
 
 def _each(iterator: Iterator[T]) -> Iterator[T]:
