@@ -25,6 +25,7 @@ TOP = [
     "CallStats",
     "CallTimeoutError",
     "CircuitOpenError",
+    "FailedItemsWarning",
     "MisuseError",
     "OperoError",
     "Outcome",

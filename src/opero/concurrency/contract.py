@@ -110,6 +110,8 @@ class MapSettings:
     ordered: bool = True
     progress: bool | str = True
     return_exceptions: bool = True
+    # Whether items that failed are worth a warning, because nobody said what shall become of them.
+    warns: bool = False
     # Number of items where it cannot be seen.
     total: int | None = None
 

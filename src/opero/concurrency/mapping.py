@@ -6,6 +6,8 @@ import contextlib
 import inspect
 import operator
 import sys
+import warnings
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -26,6 +28,7 @@ from opero.core.decoration import Recipe, decorated
 from opero.core.interrupts import Hold
 from opero.core.showing import kind_of
 from opero.core.signature import find_by_name, own_signature
+from opero.exceptions import FailedItemsWarning
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -193,7 +196,21 @@ class _Map(Generic[T, P, R, L]):
 
     def _list_of(self, sink: ListSink) -> Any:
         """What the user gets of a map that has ended."""
-        return Results(sink.results, sink.failed) if self.settings.return_exceptions else sink.results
+        if not self.settings.return_exceptions:
+            return sink.results
+        results: Results[Any, Any] = Results(sink.results, sink.failed)
+        # With a default, few errors are in the list themselves.
+        told = [o for o in results.failed if not o.is_excused] if self.settings.warns else []
+        if told:
+            kinds = Counter(type(outcome.error).__name__ for outcome in told).most_common()
+            warning = FailedItemsWarning(
+                f"{self.plan.name}: {len(told)} of {len(results)} items failed: "
+                f"{', '.join(f'{kind} ({count})' for kind, count in kinds)}; "
+                f"the first was item {min(outcome.index for outcome in told)}",
+                results,
+            )
+            warnings.warn(warning, stacklevel=_level_of_the_user())
+        return results
 
     def _total(self, items: Any) -> int | None:
         """The number of items: their length, else what the user says, else what they hint at."""
@@ -217,23 +234,6 @@ class _Map(Generic[T, P, R, L]):
         return item if isinstance(item, tuple) else tuple(item)
 
 
-class _BlockingMap(_Map[T, P, R, L]):
-    """A ``def`` function as a map."""
-
-    __wrapped__: Callable[Concatenate[T, P], R]
-
-    def __call__(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
-        """Call the function with each item, and these arguments, and return all results.
-
-        A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
-        """
-        if self._is_classmethod_of(items):
-            return self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
-        sink = ListSink(ordered=self.settings.ordered)
-        for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
-            pass  # a ListSink hands nothing out
-        results: L = self._list_of(sink)
-        return results
 class MapControl(Control[Concatenate[T, P], R]):
     """What can be done with a map besides calling it; see `opero.control`."""
 
@@ -262,6 +262,23 @@ class AwaitableMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
         self.stream, self.run, self.one, self.starmap = of.stream, of.run, of.one, of.starmap
 
 
+class _BlockingMap(_Map[T, P, R, L]):
+    """A ``def`` function as a map."""
+
+    __wrapped__: Callable[Concatenate[T, P], R]
+
+    def __call__(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
+        """Call the function with each item, and these arguments, and return all results.
+
+        A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
+        """
+        if self._is_classmethod_of(items):
+            return self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
+        sink = ListSink(ordered=self.settings.ordered)
+        for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
+            pass  # a ListSink hands nothing out
+        results: L = self._list_of(sink)
+        return results
 
     def run(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """The same as calling the map; scripts can treat ``def`` and ``async def`` alike."""
@@ -305,6 +322,9 @@ class AwaitableMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
         source: Iterator[Any] = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
         return run_blocking(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
 
+    def __opero_control__(self, head: tuple[Any, ...], /) -> BlockingMapControl[T, P, R, L]:
+        return BlockingMapControl(self._bound_to(*head) if head else self)
+
 
 class SyncMap(_BlockingMap[T, P, R, L]):
     """A ``def`` function as a map, which may be a method; made by `opero.opmap`."""
@@ -321,9 +341,6 @@ class _AwaitableMap(_Map[T, P, R, L]):
     """An ``async def`` function as a map."""
 
     __wrapped__: Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
-
-    def __opero_control__(self, head: tuple[Any, ...], /) -> BlockingMapControl[T, P, R, L]:
-        return BlockingMapControl(self._bound_to(*head) if head else self)
 
     async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """Call the function with each item, and these arguments, and return all results.
@@ -384,6 +401,9 @@ class _AwaitableMap(_Map[T, P, R, L]):
             source = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
         return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
 
+    def __opero_control__(self, head: tuple[Any, ...], /) -> AwaitableMapControl[T, P, R, L]:
+        return AwaitableMapControl(self._bound_to(*head) if head else self)
+
 
 class AsyncMap(_AwaitableMap[T, P, R, L]):
     """An ``async def`` function as a map, which may be a method; made by `opero.opmap`."""
@@ -396,13 +416,20 @@ class AsyncMap(_AwaitableMap[T, P, R, L]):
         return self if instance is None else self._bound_to(instance)
 
 
+def _level_of_the_user() -> int:
+    """How many frames above the caller of this function the program's own code is."""
+    level = 1
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as `inspect.currentframe` does
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {"opero", "asyncio"}:
+        level += 1
+        frame = frame.f_back
+    return level
+
+
 def _iterate(items: Iterable[T]) -> Iterator[T]:
     iterator = iter(items)
     # A `for` loop needs no more than `__next__`.
     return iterator if isinstance(iterator, Iterator) else _each(iterator)
-
-    def __opero_control__(self, head: tuple[Any, ...], /) -> AwaitableMapControl[T, P, R, L]:
-        return AwaitableMapControl(self._bound_to(*head) if head else self)
 
 
 def _each(iterator: Iterator[T]) -> Iterator[T]:

@@ -25,6 +25,7 @@ from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
 from opero.core.steps import NOT_RUN, Attempt, Await, Consult, Failed, Flow, Pause
 from opero.exceptions import WorkerCrashedError
+from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -581,6 +582,7 @@ class Scheduler:
         value = outcome
         if outcome.__class__ is Failed:
             error, value = outcome.error, outcome.instead
+            add_note(error, f"opero: this was item {entry.index} of the map", instead_of="opero: this was item ")
         call = entry.call
         seconds = clock.now() - call.started
         self._count(Outcome(entry.index, entry.item, value, error, call.attempts, seconds, call.cached))

@@ -121,8 +121,9 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``ordered`` (True): results in input order; else in order of completion.
             - ``progress`` (True): a tqdm bar on a terminal or in a notebook, not in child processes; text is its label.
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
-              the map and is raised. Not beside ``default``, which is in the list for an item that failed; its `Outcome`
-              has the exception.
+              the map and is raised. Where it is not given, an `opero.FailedItemsWarning` tells of exceptions in the
+              list, once for each map. Not beside ``default``, which is in the list for an item that failed; its
+              `Outcome` has the exception.
             - ``total`` (None): number of items for the bar, where neither `len` nor `operator.length_hint` tells it.
             - ``pool_options`` (None): mapping for the pool: ``initializer`` and ``initargs``, called in each thread or
               process before its first item; for processes also ``start_method`` and ``max_tasks_per_worker`` (None:
@@ -146,7 +147,11 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
                 "for an item that failed in the list; leave one of them out"
             )
             raise ValueError(msg)
-        given = {**MAP_DEFAULTS, **{name: value for name, value in options.items() if name in MAP_DEFAULTS}}
+        given = {
+            **MAP_DEFAULTS,
+            "return_exceptions": MISSING,
+            **{name: value for name, value in options.items() if name in MAP_DEFAULTS},
+        }
         settings = map_settings(decorated, **given)
         policies: Any = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}
         plan = make_plan(decorated, policies, killable=given["mode"] == "process")
