@@ -93,12 +93,13 @@ def test_of_a_map_it_is_that_of_its_function(mode):
     assert mapped.cache_info().currsize == 1
 
 
-@pytest.mark.parametrize("name", ["fetch", "of_class"])
-def test_a_method_itself_cannot_know_the_instance_and_says_who_does(name):
+@pytest.mark.parametrize("ask", ["cache_delete", "with_options"])
+@pytest.mark.parametrize(("name", "whose"), [("fetch", "instance"), ("of_class", "Client")])
+def test_a_method_itself_cannot_know_the_instance_and_says_who_does(name, whose, ask):
     method = vars(Client)[name]
     function = getattr(method, "__func__", method)
-    with pytest.raises(MisuseError, match=rf"opero\.control\(instance\.{name}\)\.cache_delete"):
-        function.cache_delete(3)
+    with pytest.raises(MisuseError, match=rf"opero\.control\({whose}\.{name}\)\.{ask}"):
+        getattr(function, ask)()
 
 
 def test_a_static_method_has_no_instance():

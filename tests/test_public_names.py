@@ -22,6 +22,7 @@ TOP = [
     "GIVE_UP",
     "NEXT",
     "AllFailedError",
+    "Cache",
     "CallStats",
     "CallTimeoutError",
     "CircuitOpenError",

@@ -219,10 +219,10 @@ def refused_key(x):
 
 
 KEYLESS = {
-    "an argument": ({"cache": True}, Unhashable()),
+    "an argument": ({"cache": True}, threading.Lock()),
     "an argument, on disk": ({"cache": True, "cache_backend": "disk"}, threading.Lock()),
     "cache_key": ({"cache": True, "cache_key": refused_key}, 1),
-    "what cache_key returns": ({"cache": True, "cache_key": lambda x: [x]}, Unhashable()),
+    "what cache_key returns": ({"cache": True, "cache_key": lambda x: [x]}, threading.Lock()),
     "a value to limit": ({"rate_limit": 100, "rate_limit_per": "x"}, Unhashable()),
 }
 

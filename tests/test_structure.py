@@ -27,7 +27,9 @@ def passed(call):
     return seen
 
 
-def test_a_call_that_fails_once_passes_few_functions_in_few_files():
+def test_a_call_that_fails_once_passes_few_functions_in_few_files(monkeypatch):
+    # Where it was imported, opero asks it whether anybody listens.
+    monkeypatch.delitem(sys.modules, "loguru", raising=False)
     failures = []
 
     @opero.opero(retries=3, min_delay=0)

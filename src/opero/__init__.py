@@ -1,7 +1,7 @@
 """Make functions resilient, and map them over any number of items."""
 
 from opero.concurrency.outcome import Outcome, Results
-from opero.core.cache import clear_cache
+from opero.core.cache import Cache, clear_cache
 from opero.core.candidates import candidates, candidates_from
 from opero.core.control import control
 from opero.core.listeners import on_event
@@ -31,6 +31,7 @@ __all__ = [
     "GIVE_UP",
     "NEXT",
     "AllFailedError",
+    "Cache",
     "CallStats",
     "CallTimeoutError",
     "CircuitOpenError",

@@ -63,7 +63,7 @@ class SlotWaited(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Event):
-    """The function is about to run; in a map, as soon as a worker is free.
+    """The function begins; in a map, its item is sent to a worker.
 
     Attributes:
         attempt: Number of the execution in this call, from 1.
@@ -76,7 +76,7 @@ class AttemptStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptFailed(Event):
-    """The function raised, was stopped by a time limit, or lost its worker; or it was not run, as its circuit opened.
+    """The function raised, was stopped by a time limit, or lost its worker.
 
     Attributes:
         attempt: Number of the execution in this call, from 1.

@@ -21,11 +21,11 @@ from collections.abc import (
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
+from opero.concurrency.kept import KeptWorkers
 from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
-from opero.concurrency.pool_source import KeptWorkers
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
-from opero.core.interrupts import Hold
+from opero.core.interrupts import Hold, forget_earlier_interrupts
 from opero.core.showing import kind_of
 from opero.core.signature import find_by_name, own_signature
 from opero.exceptions import FailedItemsWarning
@@ -33,7 +33,7 @@ from opero.exceptions import FailedItemsWarning
 if TYPE_CHECKING:
     from types import FrameType
 
-    from opero.concurrency.contract import Arguments, MapSettings
+    from opero.concurrency.kept import Arguments, MapSettings
     from opero.concurrency.outcome import Sink
     from opero.core.control import LiveStats
     from opero.core.plan import CacheInfo, Plan
@@ -101,6 +101,10 @@ class _Map(Generic[T, P, R, L]):
     def cache_delete(self, item: T, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Forget the result for this item and these arguments; tells whether there was one."""
         return self._control.cache_delete(*self._single_arguments(item, args), **kwargs)
+
+    def cache_refresh(self, item: T, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Call the function for this item, here and not in a worker, and keep the new result; see `opero.control`."""
+        return self._control.cache_refresh(item, *args, **kwargs)
 
     def with_plan(self, plan: Plan) -> Self:
         """The same map under other policies."""
@@ -358,13 +362,18 @@ class _AwaitableMap(_Map[T, P, R, L]):
     def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """The blocking form, for scripts; inside a running event loop write ``await`` instead."""
         with Hold():
-            from opero.concurrency.own_loop import run_in_own_loop
+            import asyncio
+
             from opero.concurrency.running import has_running_loop
 
         if has_running_loop():
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
-        return run_in_own_loop(lambda: self(items, *args, **kwargs))
+        try:
+            return asyncio.run(self(items, *args, **kwargs))
+        except KeyboardInterrupt as interrupt:
+            forget_earlier_interrupts(interrupt)
+            raise
 
     def stream(
         self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs

@@ -106,7 +106,7 @@ class Sink(Protocol):
         """Consecutive items from ``start`` on have all succeeded at the first attempt."""
         ...
 
-    def take(self) -> list[Outcome[Any, Any]]:
+    def take(self) -> deque[Outcome[Any, Any]]:
         """What can be handed to a consumer now."""
         ...
 
@@ -133,8 +133,8 @@ class ListSink:
     def put_results(self, start: int, _items: Sequence[Any], values: list[Any], _seconds: float, /) -> None:
         self._place(start, values)
 
-    def take(self) -> list[Outcome[Any, Any]]:
-        return []
+    def take(self) -> deque[Outcome[Any, Any]]:
+        return deque()
 
     def backlog(self) -> int:
         return 0
@@ -172,9 +172,8 @@ class StreamSink:
         for place, (item, value) in enumerate(zip(items, values, strict=True), start):
             self.put(Outcome(place, item, value, None, 1, seconds, False))  # noqa: FBT003 - a dataclass of plain facts
 
-    def take(self) -> list[Outcome[Any, Any]]:
-        taken = list(self._ready)
-        self._ready.clear()
+    def take(self) -> deque[Outcome[Any, Any]]:
+        taken, self._ready = self._ready, deque()
         return taken
 
     def backlog(self) -> int:

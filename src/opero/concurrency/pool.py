@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opero.concurrency.contract import MapSettings, Pool
+from opero.concurrency.kept import MapSettings, PoolSource
 from opero.concurrency.mapping import make_map
-from opero.concurrency.pool_source import PoolSource
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
@@ -18,9 +16,13 @@ from opero.core.showing import kind_of, listed, shown
 from opero.core.signature import MISSING, check_decoratable, is_async, name_of, refuse_generator
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Executor
 
+    from opero.concurrency.scheduler import Pool
     from opero.concurrency.worker import Work
+
+    _PoolClass: TypeAlias = Callable[..., Pool]
 
 __all__ = ["get_parallel_executor", "get_parallel_map_decorator"]
 
@@ -28,7 +30,6 @@ DEFAULT_TASKS = 100
 MOST_DEFAULT_THREADS = 32
 
 
-_PoolClass = Callable[..., Pool]
 Mode: TypeAlias = "str | Executor | Callable[[], Executor]"
 
 
@@ -73,11 +74,25 @@ _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
 }
 _ASYNC_ONLY = ("async", "async_process")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker"),
+    "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "threads_per_worker"),
     "thread": ("initializer", "initargs"),
     "async": (),
     "serial": (),
-    "async_process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "concurrency"),
+    "async_process": (
+        "start_method",
+        "initializer",
+        "initargs",
+        "max_tasks_per_worker",
+        "threads_per_worker",
+        "concurrency",
+    ),
+}
+
+
+_COUNTS: Mapping[str, str] = {
+    "concurrency": "coroutines in each process",
+    "max_tasks_per_worker": "items that a worker runs before it is replaced",
+    "threads_per_worker": "threads of numeric libraries in each worker",
 }
 
 
@@ -191,11 +206,9 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
         initargs = options["initargs"]
         msg = f"pool_options['initargs']={shown(initargs)} is {kind_of(initargs)}; write a tuple"
         raise TypeError(msg)
-    if "concurrency" in options:
-        check_count("pool_options['concurrency']", options["concurrency"], "coroutines in each process", smallest=1)
-    if "max_tasks_per_worker" in options:
-        name = "pool_options['max_tasks_per_worker']"
-        check_count(name, options["max_tasks_per_worker"], "items that a worker runs before it is replaced", smallest=1)
+    for option, counted in _COUNTS.items():
+        if option in options:
+            check_count(f"pool_options[{option!r}]", options[option], counted, smallest=1)
     if mode == "async_process":
         import importlib.util
 

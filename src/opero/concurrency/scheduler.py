@@ -13,10 +13,12 @@ import itertools
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.concurrency.outcome import Outcome
 from opero.concurrency.progress import Tally
+from opero.concurrency.worker import BATCH_SECONDS, SLOW_SECONDS
 from opero.core.clock import clock
 from opero.core.flights import Presence
 from opero.core.flow import call_flow
@@ -30,7 +32,9 @@ from opero.utils.notes import add_note
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
+    from opero.concurrency.inbox import Inbox
     from opero.concurrency.outcome import Sink
+    from opero.concurrency.worker import Work
     from opero.core.signature import ParameterSlot
     from opero.core.steps import Arrival
 
@@ -40,14 +44,13 @@ MOST_WAITING = 5_000
 MOST_TAKEN_UP = 1_000
 # A batch before which so many workers have ended, each without having begun it, may be what ends them.
 MOST_INNOCENT_LOSSES = 5
-# How long a batch should keep a worker busy, and from when on a worker gets its next batch ahead of time.
-BATCH_SECONDS = 0.02
-FAST_SECONDS = 0.005
 MOST_BATCH_BYTES = 2_000_000
 # A look at the time that is so late says nothing of what came in meanwhile.
 _LATE_SECONDS = 0.05
-# A report that is too large for one look arrives as long as some of it comes in such a time.
-_REPORTING_SECONDS = 0.5
+# Until a worker is asked to end again that is reporting, or has not ended.
+_ENDING_SECONDS = 1.0
+# Between two looks at how far a worker has come that has had its batch for longer than `BATCH_SECONDS`.
+_LOOKING_SECONDS = 5 * SLOW_SECONDS
 # A coroutine is cancelled when its time is up, and may need some to tidy up; one that ends no more is ended by force.
 _UNHEEDED_SECONDS = 5.0
 # Items whose entries are asked for at once; so many only while all of them are found.
@@ -60,6 +63,9 @@ _AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, by
 
 class Source(Protocol):
     """Where the items come from."""
+
+    # What it has raised; there will be no more items then.
+    error: BaseException | None
 
     @property
     def exhausted(self) -> bool:
@@ -89,6 +95,7 @@ class IteratorSource:
         self._turn_ends = 0.0
         self.is_late = False
         self.exhausted = False
+        self.error: BaseException | None = None
 
     def start_turn(self) -> None:
         self.is_late = False
@@ -96,20 +103,26 @@ class IteratorSource:
             self._turn_ends = time.monotonic() + BATCH_SECONDS
 
     def take(self, count: int) -> list[Any]:
+        taken: list[Any] = []
         coming = itertools.islice(self._iterator, count)
-        taken = list(coming) if self._is_at_hand else self._take_in_time(coming)
+        try:
+            if self._is_at_hand:
+                taken.extend(coming)
+            else:
+                self._take_in_time(coming, taken)
+        except Exception as error:  # noqa: BLE001 - raised when what has been taken has its outcomes
+            self.error = error
+            self.is_late = False
         self.exhausted = len(taken) < count and not self.is_late
         return taken
 
-    def _take_in_time(self, coming: Iterator[Any]) -> list[Any]:
-        taken: list[Any] = []
+    def _take_in_time(self, coming: Iterator[Any], taken: list[Any]) -> None:
         take, now, turn_ends = taken.append, time.monotonic, self._turn_ends
         for item in coming:
             take(item)
             if now() > turn_ends:
                 self.is_late = True
                 break
-        return taken
 
 
 class Shape:
@@ -125,7 +138,7 @@ class Shape:
         head: tuple[Any, ...],
         rest: tuple[Any, ...],
         kwargs: dict[str, Any],
-        is_starred: bool,  # noqa: FBT001 - the four of `opero.concurrency.contract.Arguments`
+        is_starred: bool,  # noqa: FBT001 - the four of `opero.concurrency.kept.Arguments`
     ) -> None:
         self.head = head
         self.rest = rest
@@ -170,11 +183,23 @@ class Batch:
     ``time_limit`` is the seconds one execution has, and the option that says so.
     ``alone``: nothing else may run in the worker's process meanwhile.
     ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
+    ``mark``: for workers of this process, see `worker.run_items`.
     """
 
-    __slots__ = ("alone", "candidate", "entries", "is_last", "items", "losses", "sent_at", "start", "time_limit")
+    __slots__ = (
+        "alone",
+        "candidate",
+        "entries",
+        "is_last",
+        "items",
+        "losses",
+        "mark",
+        "sent_at",
+        "start",
+        "time_limit",
+    )
 
-    def __init__(self, items: list[Any], start: int, entries: list[_Entry] | None = None) -> None:
+    def __init__(self, items: list[Any], start: int, entries: list[_Entry] | None = None, losses: int = 0) -> None:
         self.items = items
         self.start = start
         self.entries = entries
@@ -182,48 +207,49 @@ class Batch:
         self.time_limit: tuple[float, str] | None = None
         self.alone = False
         self.is_last = False
-        self.losses = 0
+        self.losses = losses
+        self.mark = [0]
         self.sent_at = 0.0
 
+    def take_from(self, place: int) -> Batch:
+        """Take the items from there on out of it, for another one."""
+        entries = None if self.entries is None else self.entries[place:]
+        taken = Batch(self.items[place:], self.start + place, entries, self.losses)
+        # A worker of this process may be iterating over the list.
+        self.items = self.items[:place]
+        self.entries = None if self.entries is None else self.entries[:place]
+        return taken
 
+
+@dataclass(slots=True)
 class Done:
-    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes."""
+    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes.
 
-    __slots__ = ("batch", "errors", "seconds", "size", "values")
+    Items for which there is no value have not begun.
+    """
 
-    def __init__(
-        self, batch: Batch, values: list[Any], errors: dict[int, Exception], seconds: float, size: int = 0
-    ) -> None:
-        self.batch = batch
-        self.values = values
-        self.errors = errors
-        self.seconds = seconds
-        self.size = size
+    batch: Batch
+    values: list[Any]
+    errors: dict[int, Exception]
+    seconds: float
+    size: int = 0
 
 
+@dataclass(slots=True)
 class Lost:
     """A worker ended; ``batches`` were with it, the first one sent first.
 
-    ``at_once``: all of them were running, but for the ``innocent`` ones, which it had not begun.
+    ``begun``: how many items of the only batch have begun, if it is known; the last of them was running.
+    ``at_once``: all of the batches were running, but for the ``innocent`` ones, which it had not begun.
     ``sure``: nothing else can have ended it.
     """
 
-    __slots__ = ("at_once", "batches", "innocent", "reason", "sure")
-
-    def __init__(
-        self,
-        batches: list[Batch],
-        reason: str,
-        *,
-        at_once: bool = False,
-        innocent: Collection[Batch] = (),
-        sure: bool = True,
-    ) -> None:
-        self.innocent = innocent
-        self.sure = sure
-        self.batches = batches
-        self.reason = reason
-        self.at_once = at_once
+    batches: list[Batch]
+    reason: str
+    at_once: bool = False
+    innocent: Collection[Batch] = ()
+    sure: bool = True
+    begun: int | None = None
 
 
 def not_run(batch: Batch, error: Exception) -> Done | Lost:
@@ -251,25 +277,12 @@ class Wake:
         self.entry = entry
 
 
-class Workers(Protocol):
-    """What the scheduler has to know of a pool.
-
-    ``queues_batches``: a batch that is sent to a busy worker waits there, so that it can be sent ahead of time.
-    """
-
-    queues_batches: bool
+class Pool(Protocol):
+    """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file."""
 
     @property
     def largest_batch(self) -> int:
-        """Items that may be sent in one go now; 0 to wait until an event comes."""
-        ...
-
-    @property
-    def kill(self) -> Callable[[Batch], bool] | None:
-        """Stops the worker that runs a batch; None where a worker cannot be stopped.
-
-        Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
-        """
+        """Items that may be sent in one go now."""
         ...
 
     @property
@@ -277,27 +290,78 @@ class Workers(Protocol):
         """Batches that can run at the same time."""
         ...
 
+    @property
+    def begun(self) -> Callable[[Batch], int] | None:
+        """How many items of a batch have begun, see `worker.run_items`; None if that cannot be known."""
+        ...
+
+    @property
+    def kill(self) -> Callable[[Batch], bool] | None:
+        """Ends the worker that runs a batch, by force if it is asked again; None where a worker cannot be stopped.
+
+        Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
+        """
+        ...
+
+    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:
+        """Begin; events go to the ``inbox``.
+
+        There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once.
+        """
+        ...
+
+    def submit(self, batch: Batch) -> None:
+        """Run a batch as soon as a worker is free."""
+        ...
+
+    def receive(self, event: Any) -> Any:
+        """Make a scheduler's event of what was delivered; None if it is of no interest."""
+        ...
+
+    def runs_here(self) -> bool:
+        """Whether the pool waits for this thread when it is stopped."""
+        ...
+
+    def stop(self, is_left: Callable[[], bool]) -> None:
+        """End the workers; blocks until they have ended.
+
+        What cannot be ended is waited for as long as ``is_left`` does not tell that nobody wants to any more.
+        """
+        ...
+
+    async def stop_async(self) -> None:
+        """End the workers without blocking the event loop."""
+        ...
+
+
+class KeepablePool(Pool, Protocol):
+    """A pool whose workers can run one map after the other."""
+
+    def take_on(self, work: Work) -> None:
+        """Be ready for another map of the same function; nothing runs.
+
+        Raises:
+            NotTransferableError: If its arguments cannot be sent to the workers.
+        """
+        ...
+
 
 class _BatchSize:
     """How many items to send at once, learnt from how long they take and how large they are."""
 
-    __slots__ = ("now", "seconds_per_item")
+    __slots__ = ("now",)
 
     def __init__(self) -> None:
         self.now = 1
-        self.seconds_per_item = float("inf")
 
     def learn(self, done: Done) -> None:
         count = len(done.values)
-        self.seconds_per_item = max(done.seconds / count, 1e-9)
-        fitting = BATCH_SECONDS / self.seconds_per_item
+        seconds = max(done.seconds / count, 1e-9)
+        # What takes longer is reported one by one.
+        fitting = BATCH_SECONDS / seconds if seconds < SLOW_SECONDS else 1.0
         if done.size:
-            fitting = min(fitting, MOST_BATCH_BYTES * count / done.size)
+            fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
         self.now = max(1, min(int(fitting), self.now * 4))
-
-    @property
-    def fast(self) -> bool:
-        return self.seconds_per_item < FAST_SECONDS
 
 
 class _Timers:
@@ -343,7 +407,7 @@ class Scheduler:
         source: Source,
         sink: Sink,
         *,
-        pool: Workers,
+        pool: Pool,
         stop_at_failure: bool,
         window: int | None,
         wake: Callable[[Wake], None],
@@ -370,6 +434,8 @@ class Scheduler:
         fallback = plan.fallback
         self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
         self._ready: deque[_Entry] = deque()
+        # Parts of first batches that their workers did not begin.
+        self._given_back: deque[Batch] = deque()
         self._timers = _Timers(lambda: clock.now())  # noqa: PLW0108 - the clock may be replaced meanwhile
         # Looks for what other processes do, and how long the batches that are with workers may run.
         self._real_timers = _Timers(time.monotonic)
@@ -395,7 +461,7 @@ class Scheduler:
         if self.failure is not None:
             return True
         waiting = self._pausing or self._awaiting or self._consulting
-        return self._source.exhausted and not (self._in_flight or waiting or self._ready)
+        return self._source.exhausted and not (self._in_flight or waiting or self._ready or self._given_back)
 
     @property
     def is_idle(self) -> bool:
@@ -427,11 +493,11 @@ class Scheduler:
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
         slots = self._pool.slots
-        if self.failure is not None or self._in_flight >= slots * self._depth():
+        if self.failure is not None or self._in_flight >= slots:
             return None
         size = min(1 if self._one_at_a_time else self._size.now, self._pool.largest_batch, self._largest_batch)
-        if not size:
-            return None
+        if self._given_back:
+            return self._send(self._part_given_back(size))
         if not self._ready and not self._direct:
             self._take_up_input(size, slots)
         if self._ready:
@@ -478,10 +544,6 @@ class Scheduler:
             if entry.flow is not None:
                 entry.flow.close()
         self._flying.clear()
-
-    def _depth(self) -> int:
-        ahead = self._pool.queues_batches and self._size.fast and not self._one_at_a_time
-        return 2 if ahead else 1
 
     # Input
 
@@ -648,7 +710,35 @@ class Scheduler:
         if batch.time_limit is not None and self._kill is not None:
             self._watch(batch, batch.time_limit[0] + self._grace)
         self._sent.add(batch)
+        if len(batch.items) > 1 and self._pool.begun is not None:
+            self._watches.after(BATCH_SECONDS, lambda: self._look_at(batch, 0))
         return batch
+
+    def _part_given_back(self, size: int) -> Batch:
+        batch = self._given_back.popleft()
+        if len(batch.items) > size:
+            self._given_back.appendleft(batch.take_from(size))
+        return batch
+
+    def _give_back(self, batch: Batch) -> None:
+        """Let what has not begun be the next to be sent."""
+        if batch.entries is not None:
+            self._ready.extendleft(reversed(batch.entries))
+        elif batch.items:
+            self._given_back.appendleft(batch)
+
+    def _look_at(self, batch: Batch, begun_before: int) -> None:
+        """Take back what a worker holds that is busy with one item; see `worker.run_items`."""
+        if batch not in self._sent or self._pool.begun is None:
+            return
+        begun = self._pool.begun(batch)
+        if begun >= len(batch.items):
+            return
+        if 0 < begun == begun_before:
+            self._size.now = 1
+            self._give_back(batch.take_from(begun))
+        else:
+            self._watches.after(_LOOKING_SECONDS, lambda: self._look_at(batch, begun))
 
     def _watch(self, batch: Batch, seconds: float) -> None:
         due = time.monotonic() + seconds
@@ -661,8 +751,7 @@ class Scheduler:
         elif batch in self._sent and self._kill is not None:
             if self._kill(batch):
                 self._overdue.add(batch)
-            else:
-                self._watch(batch, _REPORTING_SECONDS)
+            self._watch(batch, _ENDING_SECONDS)
 
     def _returned(self, batch: Batch) -> bool:
         if batch not in self._sent:
@@ -677,6 +766,7 @@ class Scheduler:
             return
         self._overdue.discard(batch)
         self._size.learn(done)
+        self._give_back(batch.take_from(len(done.values)))
         seconds = done.seconds / len(done.values)
         if batch.entries is None and not done.errors:
             self.tally.finished += len(done.values)
@@ -708,6 +798,9 @@ class Scheduler:
         batches = [batch for batch in lost.batches if self._returned(batch)]
         for batch in batches:
             batch.losses += 1
+        if batches and lost.begun is not None:
+            self._ended_by_the_last(batches[0], lost.begun, lost.reason)
+            return
         suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
         suspects = suspects if lost.at_once else suspects[:1]
         if lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1:
@@ -718,6 +811,14 @@ class Scheduler:
         for batch in batches:
             if batch not in suspects:
                 self._run_again(batch, alone=False)
+
+    def _ended_by_the_last(self, batch: Batch, begun: int, reason: str) -> None:
+        """Charge the last item that has begun; those before it, which were fast, and those after it run again."""
+        self._give_back(batch.take_from(begun))
+        last = batch if begun == 1 else batch.take_from(begun - 1)
+        if last is not batch:
+            self._give_back(batch)
+        self._charge(last, reason)
 
     def _charge(self, batch: Batch, reason: str) -> None:
         seconds = clock.now() - batch.sent_at

@@ -9,7 +9,9 @@ from opero.concurrency.scheduler import Batch, Done
 from opero.concurrency.worker import Work, run_items
 
 if TYPE_CHECKING:
-    from opero.concurrency.contract import Inbox
+    from collections.abc import Callable
+
+    from opero.concurrency.inbox import Inbox
 
 
 class SerialPool:
@@ -19,15 +21,14 @@ class SerialPool:
     """
 
     largest_batch = 1
-    queues_batches = False
-    kill = None
+    kill = begun = None
     slots = 1
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self._context = contextvars.copy_context()
 
-    def start(self, inbox: Inbox) -> None:
+    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:  # noqa: ARG002
         self._deliver = inbox.put
 
     def submit(self, batch: Batch) -> None:
@@ -46,7 +47,7 @@ class SerialPool:
     def runs_here(self) -> bool:
         return False
 
-    def stop(self) -> None:
+    def stop(self, is_left: Callable[[], bool]) -> None:
         """Nothing runs any more."""
 
     async def stop_async(self) -> None:

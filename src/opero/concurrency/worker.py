@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
     from opero.concurrency.scheduler import Shape
 
+# How long a batch should keep a worker busy. What takes longer than the second is reported before the next item begins.
+BATCH_SECONDS = 0.02
+SLOW_SECONDS = 0.001
+
 # Results of these types are surely no awaitables.
 _PLAIN_RESULTS = frozenset({int, float, str, bytes, bool, list, tuple, dict, set, type(None)})
 
@@ -54,7 +58,7 @@ class Work:
 
 @dataclass(slots=True)
 class Report:
-    """Results in order, errors by place, seconds of running."""
+    """Results in order, of fewer items than were sent if time was up; errors by place, seconds of running."""
 
     values: list[Any]
     errors: dict[int, Exception]
@@ -68,18 +72,41 @@ def run_items(
     *,
     call: Callable[[Any], Any] | None = None,
     context: contextvars.Context | None = None,
+    mark: list[int] | memoryview | None = None,
 ) -> Report:
-    """Run a batch; ``call`` takes the place of the bare function, as for async functions.
+    """Run a batch, or what can be run of it in its time; an item that is slow is the last one.
 
-    What an item leaves in its copy of ``context`` is gone for the others. Without one they share the worker's.
+    It is reported then, and no crash can make it run twice. Whoever reads ``mark`` twice, three times
+    `SLOW_SECONDS` apart, and finds the same number, knows that no further item will begin: each begins only if it is
+    not long since the one before was marked, by a look at the time after it has been marked itself.
+
+    Args:
+        work: The function.
+        items: What it is called with.
+        candidate: See `Work.caller`.
+        call: Takes the place of the bare function, as for async functions.
+        context: What an item leaves in its copy of it is gone for the others. Without one they share the worker's.
+        mark: Its first element is set to the number of items that have begun.
     """
     bare = work.caller(candidate) if call is None else call
     call = bare if context is None else lambda item: context.copy().run(bare, item)
+    mark = [0] if mark is None else mark
     values: list[Any] = []
     errors: dict[int, Exception] = {}
-    started = time.perf_counter()
+    now = time.perf_counter
+    started = latest = now()
+    ends = started + BATCH_SECONDS
     try:
-        for item in items:
+        for place, item in enumerate(items, 1):
+            mark[0] = place
+            begun = now()
+            if begun - latest > SLOW_SECONDS or begun > ends:
+                if values:
+                    mark[0] = place - 1
+                    break
+                # This worker was halted before its first item: that one runs, and no other.
+                ends = begun
+            latest = begun
             try:
                 value = call(item)
                 if value.__class__ not in _PLAIN_RESULTS:
@@ -88,7 +115,7 @@ def run_items(
                 errors[len(values)] = error
                 value = None
             values.append(value)
-        return Report(values, errors, time.perf_counter() - started)
+        return Report(values, errors, now() - started)
     finally:
         # This frame is in the tracebacks of errors: without this they would keep each other, and all results, alive.
         del errors, values
@@ -104,13 +131,14 @@ class AsyncCaller:
         self._work: Work | None = None
         self._context = contextvars.copy_context()
 
-    def run(
+    def run(  # noqa: PLR0917 - as `run_batch`
         self,
         work: Work,
         items: list[Any],
         candidate: Any,
         limit: TimeLimit | None,
         context: contextvars.Context | None,
+        mark: list[int] | memoryview | None,
     ) -> Report:
         if work is not self._work:
             self._work, self._context = work, contextvars.copy_context()
@@ -120,7 +148,7 @@ class AsyncCaller:
             mine = shared if context is None else context.copy()
             return self._runner.run(in_time(call, item, limit, work), context=mine)
 
-        return run_items(work, items, candidate, call=run)
+        return run_items(work, items, candidate, call=run, mark=mark)
 
     def close(self) -> None:
         self._runner.close()
@@ -134,11 +162,12 @@ def run_batch(
     caller: AsyncCaller | None,
     *,
     context: contextvars.Context | None = None,
+    mark: list[int] | memoryview | None = None,
 ) -> Report:
-    """Run a batch of a plain function, or with ``caller`` one of an async function; ``context``: see `run_items`."""
+    """Run a batch of a plain function, or with ``caller`` one of an async function; see `run_items`."""
     if caller is None:
-        return run_items(work, items, candidate, context=context)
-    return caller.run(work, items, candidate, limit, context)
+        return run_items(work, items, candidate, context=context, mark=mark)
+    return caller.run(work, items, candidate, limit, context, mark)
 
 
 async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:

@@ -132,11 +132,20 @@ class Control(Generic[P, R]):
         cache = self._decoration.plan.cache
         return cache is not None and cache.delete(cache.keys.key_of(*self._head, *args, **kwargs))
 
+    def cache_refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function for these arguments, under all its policies, and keep the new result in place of the old.
+
+        Others get the old one meanwhile; two refreshes at once are one run. One that fails raises as a call does, and
+        keeps the old result. Of an ``async def`` function it has to be awaited.
+        """
+        result: R = self._decoration.refresh((*self._head, *args), kwargs)
+        return result
+
     def with_options(self, **options: Any) -> Callable[P, R]:
         """Give the same function under changed options, such as ``with_options(retries=0)``.
 
         What no option names is shared with this function, not copied: the cache with its entries, the rate limit, the
-        circuits, and always the stats.
+        circuits, and always the stats. Decorators that stand above opero's are not part of it.
 
         Args:
             **options: Those of the decorator that made the function.
@@ -193,13 +202,18 @@ def control(function: Any, /) -> Any:
 
 def decoration_of(function: Any) -> Decoration | None:
     """What stands behind a decorated function; None behind any other."""
-    # A mock, or a proxy, has every attribute that it is asked for.
-    found: Decoration | None = getattr(function, "__dict__", {}).get("__opero__")
+    # A bound method shows the attributes of its function, and a mock any that it is asked for.
+    found: Decoration | None = None
+    if not isinstance(function, types.MethodType):
+        found = getattr(function, "__dict__", {}).get("__opero__")
     return found
 
 
 def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """The options after a change; those of a policy that it turns off have no meaning any more."""
+    if "cache" in named and named["cache"] not in {True, False}:
+        # A `Cache` says all of it.
+        given = {name: value for name, value in given.items() if not name.startswith("cache_")}
     off = {other for first, *others in _OPTIONS_OF_POLICY.values() if not named.get(first, True) for other in others}
     # Without retries, too, the one rejects results, and the other says what an error tells of a candidate or service.
     off.discard("retry_if_result")

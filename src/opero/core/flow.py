@@ -1,6 +1,6 @@
 """The flow of one call: every decision, in the order of the layers, without sleeping, awaiting or calling.
 
-`call_flow` is cache and default; then `_Layers` has total_timeout and retry, fallback and breaker, rate limit and
+`call_flow` is default, cache and total_timeout; then `_Layers` has retry, fallback, breaker, rate limit and
 attempt_timeout. This order is part of opero's contract.
 """
 
@@ -66,6 +66,7 @@ class Candidate:
     kwargs: dict[str, Any]
     value: Any = MISSING
     place: int = 0
+    tries: int = 0
     ready_at: float | None = None
 
 
@@ -74,6 +75,9 @@ def call_flow(plan: Plan, call: Call) -> Flow:
     layers = _Layers(plan, call)
     if plan.on_event is not None or switches.listeners:
         call.tell = teller_of(plan, call)
+    if plan.total_timeout is not None:
+        # It bounds the wait for somebody else's computation, too.
+        call.deadline = call.started + plan.total_timeout
     outcome: Any = None
     is_over = False
     try:
@@ -91,9 +95,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         if outcome.__class__ is Final:
             outcome = outcome.outcome
         if outcome.__class__ is Failed:
-            plan.stats.failures.tick()
-            if plan.default is not MISSING and not _is_misuse(plan, call, outcome.error):
-                outcome = Failed(outcome.error, instead=plan.default)
+            outcome = _replaced_by_default(plan, call, outcome)
         is_over = True
         return outcome
     finally:
@@ -129,10 +131,8 @@ class _Layers:
         self.ended_by = ""
 
     def retry(self) -> Flow:
-        """total_timeout, and one round after another until one succeeds or no other may follow."""
+        """One round after another until one succeeds or no other may follow."""
         plan, call = self.plan, self.call
-        if plan.total_timeout is not None:
-            call.deadline = call.started + plan.total_timeout
         if plan.fallback is None:
             self.candidates = [Candidate(call.args, call.kwargs)]
         else:
@@ -204,8 +204,8 @@ class _Layers:
         plan, call = self.plan, self.call
         if call.failure is not None:
             failed, call.failure = Failed(call.failure), None
+            candidate.tries = call.rounds = 1
             self.is_new_round = False
-            call.rounds = 1
             return failed
         if plan.limit is not None and not self.has_slot:
             missed = yield from self._take_slot(candidate, passage)
@@ -219,8 +219,8 @@ class _Layers:
                 timeout, option = left, "total_timeout"
             if timeout <= 0:
                 return OUT_OF_TIME
-        is_first, self.is_new_round = self.is_new_round, False
-        self._count(is_first=is_first)
+        was_new, self.is_new_round = self.is_new_round, False
+        begins_round = self._count(candidate)
         attempt = Attempt(
             candidate.args,
             candidate.kwargs,
@@ -235,32 +235,35 @@ class _Layers:
         if call.tell is None:
             outcome = yield attempt
         else:
-            outcome = yield from self._told(attempt, call.tell, None if is_first else candidate)
+            outcome = yield from self._told(attempt, None if begins_round else candidate, call.tell)
         call.is_last = attempt.is_last
         if outcome is not NOT_RUN:
             return outcome
-        self._take_back(is_first=is_first)
+        self._take_back(candidate, begins_round=begins_round)
+        self.is_new_round = was_new
         return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
 
-    def _count(self, *, is_first: bool) -> None:
-        """Count an attempt, and the round or the candidate that it begins with."""
+    def _count(self, candidate: Candidate) -> bool:
+        """Count an attempt; tells whether it begins a round, as the first candidate that is tried so often does."""
         call, stats = self.call, self.plan.stats
         call.attempts += 1
         stats.attempts.tick()
-        if not is_first:
+        candidate.tries += 1
+        if candidate.tries <= call.rounds:
             stats.fallbacks.tick()
-            return
-        call.rounds += 1
+            return False
+        call.rounds = candidate.tries
         if call.rounds > 1:
             stats.retries.tick()
+        return True
 
-    def _take_back(self, *, is_first: bool) -> None:
+    def _take_back(self, candidate: Candidate, *, begins_round: bool) -> None:
         """Count no attempt that did not begin."""
         call, stats = self.call, self.plan.stats
         call.attempts -= 1
         stats.attempts.add(-1)
-        self.is_new_round = is_first
-        if not is_first:
+        candidate.tries -= 1
+        if not begins_round:
             stats.fallbacks.add(-1)
             return
         if call.rounds > 1:
@@ -336,22 +339,22 @@ class _Layers:
             return GAVE_WAY
         return None
 
-    def _told(self, attempt: Attempt, tell: Teller, switched_to: Candidate | None) -> Generator[Any, Any, Any]:
-        """The execution, and listeners are told of it."""
-        plan, call = self.plan, self.call
-        if switched_to is not None:
-            tell("CandidateSwitched", place=switched_to.place)
-        number, call.began = call.attempts, clock.now()
-        tell("AttemptStarted", attempt=number, round=call.rounds)
+    def _told(self, attempt: Attempt, switched_to: Candidate | None, tell: Teller) -> Generator[Any, Any, Any]:
+        """The execution, and listeners are told of it, if it begins."""
+        call, forget = self.call, attempt.begins
+
+        def begins() -> None:
+            if forget is not None:
+                forget()
+            call.began = clock.now()
+            if switched_to is not None:
+                tell("CandidateSwitched", place=switched_to.place)
+            tell("AttemptStarted", attempt=call.attempts, round=call.rounds)
+
+        attempt.begins = begins
         outcome = yield attempt
-        error: Exception | None = outcome.error if outcome.__class__ is Failed else None
-        if outcome is NOT_RUN:
-            is_late = self._is_out_of_time()
-            why = "total_timeout was over" if is_late else "its circuit opened"
-            kind = CallTimeoutError if is_late else CircuitOpenError
-            error = kind(f"{plan.name} was not called: {why} before a worker was free")
-        if error is not None:
-            tell("AttemptFailed", attempt=number, error=error, seconds=clock.now() - call.began)
+        if outcome.__class__ is Failed:
+            tell("AttemptFailed", attempt=call.attempts, error=outcome.error, seconds=clock.now() - call.began)
         return outcome
 
     def _forget_failure(self) -> None:
@@ -462,9 +465,12 @@ class _Layers:
 _CIRCUIT_IS_OPEN = "its circuit is open"
 
 
-def _is_misuse(plan: Plan, call: Call, error: Exception) -> bool:
-    """Whether the program is wrong, and no `default` shall hide it."""
-    return isinstance(error, MisuseError) or (isinstance(error, TypeError) and _is_wrong_call(plan, call))
+def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
+    """Count the call that failed; its default, if there is one, hides no error of the program."""
+    plan.stats.failures.tick()
+    error = failed.error
+    is_misuse = isinstance(error, MisuseError) or (isinstance(error, TypeError) and _is_wrong_call(plan, call))
+    return failed if plan.default is MISSING or is_misuse else Failed(error, instead=plan.default)
 
 
 def _is_wrong_call(plan: Plan, call: Call) -> bool:

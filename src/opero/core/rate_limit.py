@@ -287,7 +287,7 @@ def _limiter(rate_limit: Rate | RateLimiter, options: Mapping[str, Any], name: C
 
 
 def _lasting_name(function: Callable[..., Any]) -> str:
-    from opero.core.identity import lasting_identity
+    from opero.core.digests import lasting_identity
 
     return lasting_identity(function, "rate_limit_options={'name': …}")
 

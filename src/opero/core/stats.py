@@ -35,18 +35,21 @@ class CallStats:
 
 
 class Counter:
-    """A counter whose `tick` is one C call: cheap, and exact under any number of threads."""
+    """A counter whose `tick` is one C call: cheap, and exact under any number of threads.
+
+    It is read under a lock that a thread can have more than once: a signal handler may read it at any moment.
+    """
 
     __slots__ = ("_extra", "_lock", "_reads", "tick")
 
     def __init__(self) -> None:
         self.tick = itertools.count().__next__
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._reads = 0
         self._extra = 0
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def add(self, amount: int) -> None:
         with self._lock:
@@ -81,11 +84,11 @@ class Stats:
         self.hits = Counter()
         self.retries = Counter()
         self._waited = 0.0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         watch_forks(self)
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for name in _COUNTED:
             getattr(self, name).after_fork()
 

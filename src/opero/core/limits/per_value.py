@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from opero.core.forks import ForkSafeLock, watch_forks
-from opero.core.keys import UncacheableError, freeze
+from opero.core.keys import identity_of, is_value
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ class LimitsPerValue:
 
 
 def _key(value: Any) -> Any:
-    try:
-        return freeze(value)
-    except (UncacheableError, RecursionError) as error:
+    if type(value).__hash__ is None and not is_value(value):
         msg = f"rate_limit_per got a {type(value).__qualname__}, which cannot tell one limit from another; pass text"
-        raise MisuseError(msg) from error
+        raise MisuseError(msg)
+    return identity_of(value)

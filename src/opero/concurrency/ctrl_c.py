@@ -1,0 +1,139 @@
+"""Ctrl-C in the processes that a map starts, and waits that have to come to their end in spite of it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self
+
+from opero.core.interrupts import Hold
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterator
+
+# Seconds that Ctrl-C may be held back while other code may be blocked.
+_BRIEFLY = 1.0
+
+
+@contextlib.contextmanager
+def held_back_in_children(start_method: str) -> Iterator[None]:
+    """Let processes that are started in the block begin with Ctrl-C held back, until they ask for it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    if start_method != "fork":
+        # Whoever starts it lets Ctrl-C through again: not while a worker starts, or the server of the workers.
+        importlib.import_module("multiprocessing.resource_tracker").ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def hearing_interrupts() -> Iterator[None]:
+    """In a process that began with Ctrl-C held back: hear one for the time of the block, but none from before."""
+    if not hasattr(signal, "sigtimedwait") or signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        yield
+        return
+    if threading.current_thread() is threading.main_thread():
+        # A process that was forked in the middle of something has a handler for that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    while signal.sigtimedwait({signal.SIGINT}, 0) is not None:
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def join_unless_left(threads: list[threading.Thread], is_left: Callable[[], bool]) -> None:
+    """Wait until they have ended, or until nobody wants to wait for them any more."""
+    for thread in threads:
+        while thread.is_alive() and not is_left():
+            thread.join(0.05)
+
+
+def not_waited_for(block: Callable[[], None]) -> None:
+    """Run ``block`` in a thread of its own, because it waits for this one."""
+    thread = threading.Thread(target=block, name="opero-stop", daemon=True)
+    with Hold(), suppress(RuntimeError):  # the interpreter is about to end, and starts no more threads
+        thread.start()
+
+
+async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
+    """Run ``stop`` in a thread that ends with it; not interrupted by cancellation, which is passed on afterwards.
+
+    ``stop`` is given what tells whether the task was cancelled again meanwhile, as by Ctrl-C pressed twice.
+    """
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    is_left = False
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            stop(lambda: is_left)
+        except BaseException as raised:  # noqa: BLE001 - raised again in the awaiting task
+            error = raised
+        # The loop of a map that was left may be closed by now.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(_settle, ended, error)
+
+    thread = threading.Thread(target=run, name="opero-stop", daemon=True)
+    with Hold():
+        thread.start()
+    interrupted: BaseException | None = None
+    while not ended.done():
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError as error:
+            interrupted = interrupted or error
+            is_left = _is_cancelled_twice()
+    thread.join()
+    if interrupted is not None:
+        raise interrupted
+    ended.result()
+
+
+def _is_cancelled_twice() -> bool:
+    import asyncio
+
+    task = asyncio.current_task()
+    if task is None or task.cancelling() <= 1:
+        return False
+    # A scope of anyio's cancels again and again until it is left, and means once.
+    anyio = sys.modules.get("anyio")
+    return anyio is None or anyio.current_effective_deadline() != -math.inf
+
+
+def _settle(ended: asyncio.Future[None], error: BaseException | None) -> None:
+    if error is None:
+        ended.set_result(None)
+    else:
+        ended.set_exception(error)
+
+
+class BriefHold(Hold):
+    """Lets Ctrl-C wait while other code runs, whose locks it would leave taken; that may block, so not for long."""
+
+    def __enter__(self) -> Self:
+        self._until = time.monotonic() + _BRIEFLY
+        return super().__enter__()
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        if time.monotonic() < self._until:
+            super().__call__(*signal_and_frame)
+        else:
+            self.before(*signal_and_frame)
