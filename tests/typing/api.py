@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, assert_type, overload
 
@@ -605,6 +605,32 @@ def check_maps() -> None:
     fetch_all(urls_async())  # type: ignore[arg-type]
     contents: list[bytes] = fetch_all(["u"])  # type: ignore[assignment]
     del contents
+
+
+@opmap(mode="thread", batch_size=16)
+def embed(texts: list[str], model: str = "small") -> list[tuple[float, ...]]:
+    return [(0.5,) for _ in texts]
+
+
+@opmap(mode="async", batch_size=16, return_exceptions=False)
+async def embed_async(texts: Sequence[str]) -> list[float | Exception]:
+    return [0.5 for _ in texts]
+
+
+@opmap(mode="thread", batch_size=16, default=None)
+def embed_or_none(texts: Sequence[str]) -> tuple[float, ...]:
+    return tuple(0.5 for _ in texts)
+
+
+async def check_maps_of_lists() -> None:
+    assert_type(embed(["u", "v"], model="large"), Results[tuple[float, ...]])
+    assert_type(embed.one("u"), tuple[float, ...])
+    assert_type(embed.stream(urls()), Iterator[Outcome[str, tuple[float, ...]]])
+    assert_type(await embed_async(["u"]), list[float])
+    assert_type(await embed_async.one("u"), float)
+    assert_type(embed_or_none(["u"]), Results[float, None])
+    embed([["u"]])  # type: ignore[list-item]
+    opmap(batch_size="16")  # type: ignore[call-overload]
 
 
 def check_control_of_maps() -> None:

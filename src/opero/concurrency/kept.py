@@ -41,6 +41,8 @@ class MapSettings:
     warns: bool = False
     # Number of items where it cannot be seen.
     total: int | None = None
+    # Of a function that takes lists, most items in one.
+    batch_size: int | None = None
 
 
 class PoolSource:

@@ -163,6 +163,9 @@ class _Map(Generic[T, P, R, L]):
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
         name = self.plan.name
+        if self._is_starred and self.settings.batch_size is not None:
+            msg = f"{name}.starmap cannot apply with batch_size, where the function takes a list of items"
+            raise TypeError(msg)
         if self._is_starred and rest:
             msg = f"{name}.starmap takes all positional arguments from the tuples; give the same for all by keyword"
             raise TypeError(msg)
@@ -294,11 +297,16 @@ class _BlockingMap(_Map[T, P, R, L]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies."""
-        if self.plan.attempt_timeout is None:
+        if self.plan.attempt_timeout is None and self.settings.batch_size is None:
             result: R = self.single(*self._single_arguments(item, args), **kwargs)
             return result
-        # Only in a process of its own can a running function be stopped.
-        quiet = self._with(type(self), settings=replace(self.settings, progress=False))
+        settings = replace(self.settings, progress=False)
+        if self.plan.attempt_timeout is None:
+            from opero.concurrency.serial import serial_pools
+
+            settings = replace(settings, pools=serial_pools())
+        # Else in a process of its own: only there can a running function be stopped.
+        quiet = self._with(type(self), settings=settings)
         (outcome,) = quiet.stream([item], *args, **kwargs)
         returned: R = outcome.returned
         return returned
@@ -383,8 +391,21 @@ class _AwaitableMap(_Map[T, P, R, L]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the function with one item, under the same policies, in this event loop."""
-        call: Coroutine[Any, Any, R] = self.single(*self._single_arguments(item, args), **kwargs)
+        call: Coroutine[Any, Any, R] = (
+            self.single(*self._single_arguments(item, args), **kwargs)
+            if self.settings.batch_size is None
+            else self._one_of_a_list(item, *args, **kwargs)
+        )
         return call
+
+    async def _one_of_a_list(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        from opero.concurrency.serial import serial_pools
+
+        settings = replace(self.settings, progress=False, pools=serial_pools())
+        stream = self._with(type(self), settings=settings).stream([item], *args, **kwargs)
+        (outcome,) = [outcome async for outcome in stream]
+        returned: R = outcome.returned
+        return returned
 
     @property
     def starmap(self) -> _AwaitableMap[tuple[Any, ...], ..., R, L]:

@@ -58,11 +58,9 @@ def _async_process_pool() -> _PoolClass:
 
 
 def _serial_pool() -> _PoolClass:
-    from opero.concurrency.serial import SerialPool
-    from opero.concurrency.tasks import TaskPool
+    from opero.concurrency.serial import serial_pool
 
-    # Coroutines run in the event loop of the calling thread.
-    return lambda work, workers: TaskPool(work, workers) if work.is_async else SerialPool(work)
+    return lambda work, _workers: serial_pool(work)
 
 
 _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
@@ -111,6 +109,7 @@ def map_settings(
     progress: bool | str = True,
     return_exceptions: bool = MISSING,
     total: int | None = None,
+    batch_size: int | None = None,
     pool_options: Mapping[str, Any] | None = None,
 ) -> MapSettings:
     """Check the options of a map of ``function``."""
@@ -134,6 +133,8 @@ def map_settings(
         check_flag("return_exceptions", return_exceptions)
     if total is not None:
         check_count("total", total, "items", smallest=0)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, "items in one list", smallest=1)
     options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, options)
     return MapSettings(
@@ -143,6 +144,7 @@ def map_settings(
         return_exceptions=True if return_exceptions is MISSING else return_exceptions,
         warns=return_exceptions is MISSING,
         total=total,
+        batch_size=batch_size,
     )
 
 

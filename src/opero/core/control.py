@@ -43,7 +43,7 @@ _OPTIONS_OF_POLICY = {
     "default": ("default",),
 }
 # Options of a map that belong to no policy.
-_OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "total", "pool_options"}
+_OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "total", "batch_size", "pool_options"}
 
 
 class LiveStats:
