@@ -105,7 +105,7 @@ class ExecutorPool:
         """Known of workers that share memory with this process."""
         return (lambda batch: batch.mark[0]) if isinstance(self._carrier, _ByReference) else None
 
-    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:  # noqa: ARG002
+    def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
         self._deliver = inbox.put
 
     def submit(self, batch: Batch) -> None:

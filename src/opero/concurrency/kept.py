@@ -210,14 +210,14 @@ class Lease:
     def kill(self) -> Callable[[Batch], bool] | None:
         return self._pool.kill
 
-    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:  # noqa: ARG002
+    def start(self, inbox: Inbox, *, most_batches: int | None = None, **about_the_map: Any) -> None:  # noqa: ARG002
         with Hold():
             self._kept = self._source.take()
         if self._kept is None or not self._take_on(self._kept, inbox):
             self._kept = Kept(self._pool)
             self._kept.pass_on(inbox)
             # The next map may have more items.
-            self._pool.start(self._kept, is_paced=is_paced)
+            self._pool.start(self._kept, **about_the_map)
 
     def submit(self, batch: Batch) -> None:
         self._is_sound = False

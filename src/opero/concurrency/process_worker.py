@@ -233,7 +233,9 @@ def _forget_the_parents_own() -> None:
     inherited = server._inherited_fds  # noqa: SLF001 - as above
     server.__init__()
     server._inherited_fds = inherited  # noqa: SLF001 - as above
-    atexit._clear()  # noqa: SLF001 - as multiprocessing does from Python 3.13 on
+    if sys.version_info < (3, 13):
+        # Newer ones have done so already, and use exit handlers of their own.
+        atexit._clear()  # noqa: SLF001 - see above
     finalize: Any = weakref.finalize
     for finalizer in finalize._registry:  # noqa: SLF001 - as above
         finalizer.atexit = False

@@ -286,12 +286,17 @@ class ProcessPool:
         rooms = [worker.room for worker in self._workers if len(worker.batches) < self.at_once and worker.room]
         return min(self.most_in_batch, self._most_items, *rooms)
 
-    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:
+    def start(
+        self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False, is_surely_used: bool = False
+    ) -> None:
         self._inbox = inbox
         self._size = self._size if most_batches is None else max(1, min(self._size, most_batches))
         self._is_paced = is_paced
         # A stream that is still open when the program ends is closed too late: threads and modules are gone by then.
         atexit.register(self.stop)
+        if is_paced and is_surely_used:
+            # A call that has its slot before its worker has started would start later than the limit says.
+            self._start_workers()
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)

@@ -159,7 +159,7 @@ class _Run:
         self._source = source
         self._sink = sink
         self._total = total
-        self._is_paced = plan.limit is not None
+        self._plan = plan
         self._progress = make_progress(settings.progress, plan.name, total)
         self._scheduler = Scheduler(
             plan,
@@ -185,7 +185,13 @@ class _Run:
     def steps(self) -> Generator[_Wait | _Ask | deque[Outcome[Any, Any]], Any, None]:
         """Yields outcomes to hand out, what to ask the cache's store, and waits."""
         scheduler, pool = self._scheduler, self.pool
-        pool.start(self._inbox, most_batches=self._total, is_paced=self._is_paced)
+        plan = self._plan
+        pool.start(
+            self._inbox,
+            most_batches=self._total,
+            is_paced=plan.limit is not None,
+            is_surely_used=plan.cache is None and self._total != 0,
+        )
         while True:
             if self._source.is_late:
                 # The input may take long again.

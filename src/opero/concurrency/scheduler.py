@@ -318,10 +318,11 @@ class Pool(Protocol):
         """
         ...
 
-    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:
+    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool, is_surely_used: bool) -> None:
         """Begin; events go to the ``inbox``.
 
         There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once.
+        ``is_surely_used``: there is at least one, if there is any item.
         """
         ...
 

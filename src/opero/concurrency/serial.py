@@ -31,7 +31,7 @@ class SerialPool:
         self._work = work
         self._context = contextvars.copy_context()
 
-    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:  # noqa: ARG002
+    def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
         self._deliver = inbox.put
 
     def submit(self, batch: Batch) -> None:

@@ -36,7 +36,7 @@ class TaskPool:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
-    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:  # noqa: ARG002
+    def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
         self._deliver = inbox.put
 
     def receive(self, event: Any) -> Any:

@@ -72,7 +72,7 @@ class ThreadPool:
         self._threads: Any = None
         self._stopped = False
 
-    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:  # noqa: ARG002
+    def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
         from twat_mp.mp import MultiPool
 
         self._deliver = inbox.put
