@@ -238,7 +238,7 @@ def test_the_items_of_a_map_share_one_circuit(mode, journal):
         raise ConnectionError(x)
 
     options = {**mode.options, "workers": 1}
-    mapped = opero.opmap(breaker=3, retries=0, **options)(mode.define(function))
+    mapped = opero.opmap(breaker=3, retries=0, **options, return_exceptions=True)(mode.define(function))
     outcomes = mode.run(mapped, range(4_000))
     assert {type(outcome) for outcome in outcomes} == {int, ConnectionError, CircuitOpenError}
     # What was with the worker is run: two batches, or as many coroutines as a process runs at the same time.
@@ -399,7 +399,9 @@ def test_items_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(mode, jour
         journal.add(x)
         raise ConnectionError(x)
 
-    mapped = opero.opmap(breaker=1, retries=0, rate_limit=["1/hour", 1_000], **mode.options)(mode.define(function))
+    mapped = opero.opmap(breaker=1, retries=0, rate_limit=["1/hour", 1_000], **mode.options, return_exceptions=True)(
+        mode.define(function)
+    )
     outcomes = mode.run(mapped, range(5))
     assert [type(outcome) for outcome in outcomes] == [ConnectionError] + [CircuitOpenError] * 4
     assert journal.lines() == ["0"]
@@ -409,7 +411,9 @@ def test_a_round_that_the_circuit_does_not_let_begin_is_no_retry(mode):
     def function(x):
         raise ConnectionError(x)
 
-    mapped = opero.opmap(breaker=3, retries=2, min_delay=0.05, jitter=False, **mode.options)(mode.define(function))
+    mapped = opero.opmap(breaker=3, retries=2, min_delay=0.05, jitter=False, **mode.options, return_exceptions=True)(
+        mode.define(function)
+    )
     mode.run(mapped, range(3))
     assert mapped.stats.snapshot() == opero.CallStats(calls=3, attempts=3, retries=0, failures=3)
 
@@ -606,7 +610,7 @@ def test_a_map_of_tasks_that_is_cancelled_during_a_trial_leaves_it_to_the_next(f
     async def main():
         entered = asyncio.Event()
 
-        @opero.opmap(mode="async", breaker={"failures": 1, "recovery": 10}, retries=0)
+        @opero.opmap(mode="async", breaker={"failures": 1, "recovery": 10}, retries=0, return_exceptions=True)
         async def mapped(x):
             if x == "trial":
                 entered.set()
@@ -636,7 +640,9 @@ def test_a_map_that_is_interrupted_during_a_trial_leaves_it_to_the_next(mode):
         yield "trial"
         raise KeyboardInterrupt
 
-    mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options)(mode.define(function))
+    mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options, return_exceptions=True)(
+        mode.define(function)
+    )
     with instant() as virtual:
         mode.run(mapped, ["bad"])
         virtual.advance(600)
@@ -671,7 +677,9 @@ def test_only_one_item_of_a_map_makes_the_trial(mode, journal):
         journal.add(x)
         raise ConnectionError(x)
 
-    mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options)(mode.define(function))
+    mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options, return_exceptions=True)(
+        mode.define(function)
+    )
     with instant() as virtual:
         mode.run(mapped, [0])
         virtual.advance(600)

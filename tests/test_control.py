@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 
 import cloudpickle
 import pytest
@@ -70,6 +71,18 @@ def test_of_a_bound_method_it_knows_the_instance():
 def test_of_a_bound_class_method_it_knows_the_class():
     Client.of_class(3)
     assert control(Client.of_class).cache_delete(3) is True
+
+
+def test_of_a_map_it_can_be_pickled():
+    its = pickle.loads(pickle.dumps(control(Maps().double)))
+    assert its.run([1, 2]) == [2, 4]
+    assert its.cache_delete(1) is False
+
+
+class Maps:
+    @opmap(mode="thread", progress=False)
+    def double(self, item):
+        return 2 * item
 
 
 def test_of_a_map_it_is_that_of_its_function(mode):
@@ -176,9 +189,17 @@ def test_a_map_can_have_other_options(mode):
         raise BrokenError
 
     mapped = opmap(retries=2, min_delay=0, max_delay=0, **mode.options)(mode.define(work))
-    once = control(mapped).with_options(retries=0)
+    once = control(mapped).with_options(retries=0, return_exceptions=True)
     assert [type(error) for error in mode.run(once, [1])] == [BrokenError]
     assert (once.stats.attempts, mapped.stats.attempts) == (1, 1)
+
+
+def test_a_map_with_other_workers_shares_its_policies(mode):
+    mapped = opmap(cache=True, **mode.options)(mode.define(fails(0)))
+    mode.run(mapped, [1])
+    other = control(mapped).with_options(workers=1, ordered=False)
+    assert mode.run(other, [1]) == [1]
+    assert (mapped.stats.hits, mapped.stats.attempts) == (1, 1)
 
 
 def test_a_decorator_of_one_policy_takes_its_own_options(fake_clock):

@@ -137,7 +137,7 @@ def test_an_event_names_the_function_and_the_time_and_cannot_be_changed(world, h
 
 @pytest.mark.parametrize("shown", [0, 1])
 def test_items_of_a_map_are_told_by_their_places(mode, heard, shown):
-    mapped = opero.opmap(retries=1, min_delay=0, **mode.options)(mode.define(lambda x: 1 / x))
+    mapped = opero.opmap(retries=1, min_delay=0, **mode.options, return_exceptions=True)(mode.define(lambda x: 1 / x))
     mode.run(mapped, [1, 0])
     mine = [event for event in heard if event.index == shown]
     attempt = [AttemptStarted] if shown == 0 else [AttemptStarted, AttemptFailed]

@@ -601,7 +601,7 @@ def test_items_that_failed_and_wait_for_a_resting_candidate_hold_no_worker(mode)
         return 30 if isinstance(error, LookupError) else False
 
     options = {**mode.options, **SLOTS, "rate_limit_per": "key", "retry_on": rest, "ordered": False}
-    mapped = opmap(**options)(mode.define(ask))
+    mapped = opmap(**options, return_exceptions=True)(mode.define(ask))
     mode.run(mapped, [0], key=["a"])
     seen = []
 
@@ -942,7 +942,7 @@ def test_what_the_function_raises_is_the_error_of_the_item(mode):
     def ask(item, key):
         return key
 
-    mapped = opmap(**mode.options, arg_fallback="key")(mode.define(ask))
+    mapped = opmap(**mode.options, arg_fallback="key", return_exceptions=True)(mode.define(ask))
     results = mode.run(mapped, "xyz", key=candidates_from(keys))
     assert list(map(repr, results)) == ["LookupError('no key')", "ValueError('no key')", "'good'"]
     assert mapped.stats.attempts == 1

@@ -62,7 +62,7 @@ class Keeping:
     def map(self, function, **options):
         mode = (lambda: ThreadPoolExecutor(options["workers"])) if self.mode == "executor" else self.mode
         one_by_one = {"pool_options": {"concurrency": 1}} if self.mode == "async_process" else {}
-        options = {"workers": 2, "retries": 0, "progress": False, **one_by_one, **options}
+        options = {"workers": 2, "retries": 0, "progress": False, "return_exceptions": True, **one_by_one, **options}
         return opmap(**{"mode": mode, **options})(self.world.define(function))
 
     def ran_in(self):

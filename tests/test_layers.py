@@ -448,7 +448,9 @@ def test_nothing_is_kept_of_a_first_attempt_that_the_wrapper_made(world):
 @pytest.mark.parametrize("mode", ["thread", "async"], indirect=True)
 def test_nothing_of_an_items_attempt_is_kept_once_the_next_one_begins(mode, options):
     fail, seen = attempts_that_see_each_other()
-    mapped = opmap(**{**mode.options, "workers": 1}, retries=4, min_delay=0, **options)(mode.define(fail))
+    mapped = opmap(**{**mode.options, "workers": 1}, retries=4, min_delay=0, **options, return_exceptions=True)(
+        mode.define(fail)
+    )
     assert [type(error) for error in mode.run(mapped, [1])] == [LookupError]
     assert seen == [0] * 5
 
@@ -639,7 +641,7 @@ def test_a_time_limit_that_the_function_makes_an_error_of_is_no_cancellation():
 def test_no_attempt_of_an_item_follows_once_its_task_was_cancelled(options):
     tried = []
 
-    @opmap(mode="async", workers=1, progress=False, retries=2, min_delay=0, **options)
+    @opmap(mode="async", workers=1, progress=False, retries=2, min_delay=0, **options, return_exceptions=True)
     async def function(item):
         tried.append(item)
         if item == 1:

@@ -87,7 +87,7 @@ def test_no_crash_makes_an_item_run_twice_that_took_over_a_millisecond(mode, jou
             os._exit(1)
         return item
 
-    results = opmap(mode=mode, workers=1, retries=0, progress=False)(work)(range(200))
+    results = opmap(mode=mode, workers=1, retries=0, progress=False, return_exceptions=True)(work)(range(200))
     assert isinstance(results.pop(150), WorkerCrashedError)
     assert results == [*range(150), *range(151, 200)]
     # The executor breaks with what another worker of it runs; the guilty one is known when it runs alone.
@@ -120,7 +120,7 @@ def test_the_item_that_ran_when_its_worker_died_is_known_within_a_batch(journal)
             journal.add(item)
         return item
 
-    results = opmap(mode="process", workers=1, retries=0, progress=False)(work)(range(5_100))
+    results = opmap(mode="process", workers=1, retries=0, progress=False, return_exceptions=True)(work)(range(5_100))
     assert isinstance(results.pop(5_000), WorkerCrashedError)
     assert results == [*range(5_000), *range(5_001, 5_100)]
     assert max(Counter(journal.lines()).values()) == 1

@@ -143,7 +143,7 @@ WAYS = [
 @pytest.mark.usefixtures("nothing_is_left")
 @pytest.mark.parametrize("ends", WAYS)
 def test_a_map_that_ends_leaves_no_process_thread_task_file_or_shared_memory(mode, ends):
-    ends(mode, opmap(**mode.options, retries=0)(mode.define(fail_on_seven)))
+    ends(mode, opmap(**mode.options, retries=0, return_exceptions=True)(mode.define(fail_on_seven)))
 
 
 # Without anybody's closing it

@@ -64,6 +64,7 @@ DESIGNED_FOR_OPMAP = {
     "progress": True,
     "return_exceptions": True,
     "total": None,
+    "batch_size": None,
     "pool_options": None,
     **DESIGNED_FOR_OPERO,
 }
@@ -400,6 +401,7 @@ ONLY_OPMAP_REFUSES = [
     *(wrong(TypeError, "True or False", progress=value) for value in (0, 1, None, 0.5, b"label", ["label"])),
     *no_flag("return_exceptions"),
     *no_count("total", smallest=0),
+    *no_count("batch_size", smallest=1),
     # The pool
     *no_mapping(pool_options={}, **PROCESS),
     unknown_inside("'start_method'", pool_options={"start_methodd": "fork"}, **PROCESS),
@@ -508,7 +510,7 @@ def test_the_typed_options_of_opero_are_the_options():
 
 def test_the_typed_options_of_opmap_are_the_options():
     # These decide about the type of the result and stand in the overloads.
-    expected = OPMAP_DEFAULTS.keys() - {"return_exceptions", "default"}
+    expected = OPMAP_DEFAULTS.keys() - {"return_exceptions", "default", "batch_size"}
 
     assert (OpmapOptions.__optional_keys__, OpmapOptions.__required_keys__) == (expected, set())
 

@@ -127,7 +127,7 @@ def test_the_decorator_adds_no_policy(mode, tmp_path):
             file.write("ran\n")
         return fail_on_odd(item)
 
-    mapped = get_parallel_map_decorator(**options_of(mode))(mode.define(work))
+    mapped = get_parallel_map_decorator(**options_of(mode, return_exceptions=True))(mode.define(work))
     first, again, failed = mode.run(mapped, [2, 2, 1])
     assert (first, again) == (2, 2)
     assert isinstance(failed, SpoiledError)
@@ -143,13 +143,14 @@ def test_the_executor_adds_no_policy(mode, tmp_path):
             file.write("ran\n")
         return fail_on_odd(item)
 
-    *_, failed = execute(get_parallel_executor(**options_of(mode)), mode.define(work), [2, 2, 1])
+    executor = get_parallel_executor(**options_of(mode, return_exceptions=True))
+    *_, failed = execute(executor, mode.define(work), [2, 2, 1])
     assert isinstance(failed, SpoiledError)
     assert len(path.read_text().split()) == 3
 
 
 def test_a_failed_item_is_its_exception_or_raises(mode):
-    kept = get_parallel_map_decorator(**options_of(mode))(mode.define(fail_on_odd))
+    kept = get_parallel_map_decorator(**options_of(mode, return_exceptions=True))(mode.define(fail_on_odd))
     assert [type(result) for result in mode.run(kept, [0, 1, 2])] == [int, SpoiledError, int]
     raised = get_parallel_map_decorator(**options_of(mode, return_exceptions=False))(mode.define(fail_on_odd))
     with pytest.raises(SpoiledError):

@@ -26,6 +26,7 @@ TOP = [
     "CallStats",
     "CallTimeoutError",
     "CircuitOpenError",
+    "FailedItemsWarning",
     "MisuseError",
     "OperoError",
     "Outcome",

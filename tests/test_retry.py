@@ -875,7 +875,7 @@ def test_a_retry_error_with_a_result_can_leave_its_process(world, made_again):
 
 
 def test_a_retry_error_of_a_worker_arrives(fake_clock):
-    @opmap(mode="process", workers=1, progress=False, retries=0)
+    @opmap(mode="process", workers=1, progress=False, retries=0, return_exceptions=True)
     def fail(item):
         return opero(retries=0, retry_options={"retry": tenacity.retry_if_result(bool)})(lambda: item)()
 

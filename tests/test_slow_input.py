@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
 
 from opero import opmap
 
-PATIENCE = 10.0
+# Longer than a map pulls before it looks at its results, and than an item takes in any mode.
+SLOW = 0.1
 
 
-def pulled(given, gates):
-    """Items, each of which is there only when its gate is open; notes what had been given out before each pull."""
+def slow_items(count, given):
+    """Items that take long to come; what had been given out when each was asked for."""
     seen = []
 
-    def source():
-        for item, gate in enumerate(gates):
+    def items():
+        for item in range(count):
             seen.append(len(given))
-            assert gate.wait(PATIENCE)
+            time.sleep(SLOW)
             yield item
 
-    return source(), seen
+    return items(), seen
 
 
 @pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "as completed"])
+@pytest.mark.parametrize("mode", ["thread", "process", "serial"])
 def test_finished_results_are_given_out_before_the_next_item_is_pulled(mode, ordered):
     given = []
-    gates = []
+    items, seen = slow_items(10, given)
+    for outcome in opmap(mode=mode, ordered=ordered, progress=False)(abs).stream(items):
+        given.append(outcome.result)  # noqa: PERF401 - the input looks at it meanwhile
+    assert sorted(given) == list(range(10))
+    # While an item came, the one before it was done; the first ones may have waited for their workers to start.
+    assert all(count >= item - 1 for item, count in enumerate(seen[6:], 6))
 
-    def source():
-        for item in range(4):
-            if item:
-                # The item before that one, and all earlier ones, end meanwhile.
-                time.sleep(0.1)
-            gates.append(len(given))
-            yield item
 
-    mapped = opmap(**mode.options, ordered=ordered)(mode.define(lambda item: item))
-    mode.each(given.append, mapped, source())
-    # When the last one was pulled, those that ended during the pulls before had been seen.
-    assert len(given) == 4
-    assert gates[2:] == [1, 2]
+@pytest.mark.parametrize("mode", ["thread", "async"])
+def test_an_async_input_holds_up_nothing(mode):
+    @opmap(mode=mode, progress=False)
+    async def work(item):
+        return item
+
+    async def main():
+        given, asked = asyncio.Event(), []
+
+        async def items():
+            for item in range(4):
+                asked.append(item)
+                yield item
+                # It comes only when the result of the one before has been given out.
+                await asyncio.wait_for(given.wait(), 10)
+                given.clear()
+
+        async for outcome in work.stream(items()):
+            assert outcome.index == asked[-1]
+            given.set()
+        return asked
+
+    assert asyncio.run(main()) == [0, 1, 2, 3]

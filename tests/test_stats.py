@@ -275,7 +275,7 @@ def test_a_call_of_a_function_that_has_no_lasting_name_is_a_call_that_failed(wor
 @pytest.mark.parametrize("what", ["an argument", "cache_key"])
 def test_items_that_fail_for_want_of_a_key_are_calls_that_failed(mode, told, what):
     options, argument = KEYLESS[what]
-    mapped = opmap(**options, **mode.options)(mode.define(lambda x: "done"))
+    mapped = opmap(**options, **mode.options, return_exceptions=True)(mode.define(lambda x: "done"))
     assert [type(outcome) for outcome in mode.run(mapped, [argument, argument])] == [
         MisuseError if what == "an argument" else LookupError
     ] * 2

@@ -35,9 +35,8 @@ every_method = pytest.mark.parametrize("method", START_METHODS)
 
 def mapped(function, method, *, workers=2, retries=0, pool_options=None, **options):
     pool_options = {"start_method": method, **(pool_options or {})}
-    return opmap(
-        mode="process", workers=workers, retries=retries, progress=False, pool_options=pool_options, **options
-    )(function)
+    given = {"workers": workers, "retries": retries, "progress": False, "return_exceptions": True, **options}
+    return opmap(mode="process", pool_options=pool_options, **given)(function)
 
 
 # What multiprocessing shares
@@ -432,7 +431,15 @@ def is_of_the_connection(error):
 @pytest.mark.parametrize("function", [query, query_several])
 @pytest.mark.parametrize("mode", ["thread", "process"])
 def test_a_cause_arrives_with_its_exception(mode, function):
-    ask = opmap(mode=mode, workers=1, retries=2, min_delay=0, retry_on=is_of_the_connection, progress=False)(function)
+    ask = opmap(
+        mode=mode,
+        workers=1,
+        retries=2,
+        min_delay=0,
+        retry_on=is_of_the_connection,
+        progress=False,
+        return_exceptions=True,
+    )(function)
     (error,) = ask([1])
     assert ask.stats.attempts == 3
     assert is_of_the_connection(error)

@@ -109,7 +109,14 @@ def end_at_five(item):
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_the_death_of_a_worker_is_noticed_while_other_threads_fork(method):
     """A child that has the worker's end of a pipe would keep it open for as long as it lives."""
-    mapped = opmap(mode="process", workers=2, retries=0, progress=False, pool_options={"start_method": method})
+    mapped = opmap(
+        mode="process",
+        workers=2,
+        retries=0,
+        progress=False,
+        pool_options={"start_method": method},
+        return_exceptions=True,
+    )
     children, is_over = [], threading.Event()
 
     def fork():
@@ -153,7 +160,9 @@ CHILDREN = """
                 pass
             time.sleep(0.001)
 
-    @opmap(mode=MODE, workers=2, retries=0, progress=False, pool_options={"start_method": METHOD})
+    options = {"pool_options": {"start_method": METHOD}, "return_exceptions": True}
+
+    @opmap(mode=MODE, workers=2, retries=0, progress=False, **options)
     async def work(item):
         if item == 3:
             os._exit(4)
@@ -248,7 +257,9 @@ def allow_little_more_memory():
 
 def test_an_item_that_no_worker_can_read_is_charged_in_the_end():
     options = {"start_method": "fork", "initializer": allow_little_more_memory}
-    mapped = opmap(mode="process", workers=2, retries=0, progress=False, pool_options=options)(len)
+    mapped = opmap(mode="process", workers=2, retries=0, progress=False, pool_options=options, return_exceptions=True)(
+        len
+    )
     results = mapped([b"1", bytes(200_000_000), b"22", b"333"])
     assert isinstance(results.pop(1), WorkerCrashedError)
     assert results == [1, 2, 3]

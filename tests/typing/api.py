@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, assert_type, overload
 
@@ -153,7 +153,7 @@ def check_what_can_be_done_with_a_function() -> None:
     its.cache_clean()  # type: ignore[attr-defined]
     its.stats.call  # type: ignore[attr-defined]  # noqa: B018
     its.stats.calls = 5  # type: ignore[misc]
-    control(5)  # type: ignore[arg-type]
+    control(5)  # type: ignore[call-overload]
 
 
 def check_that_a_decorated_function_is_no_more_than_a_function() -> None:
@@ -615,6 +615,44 @@ def check_maps() -> None:
     fetch_all(urls_async())  # type: ignore[arg-type]
     contents: list[bytes] = fetch_all(["u"])  # type: ignore[assignment]
     del contents
+
+
+@opmap(mode="thread", batch_size=16)
+def embed(texts: list[str], model: str = "small") -> list[tuple[float, ...]]:
+    return [(0.5,) for _ in texts]
+
+
+@opmap(mode="async", batch_size=16, return_exceptions=False)
+async def embed_async(texts: Sequence[str]) -> list[float | Exception]:
+    return [0.5 for _ in texts]
+
+
+@opmap(mode="thread", batch_size=16, default=None)
+def embed_or_none(texts: Sequence[str]) -> tuple[float, ...]:
+    return tuple(0.5 for _ in texts)
+
+
+async def check_maps_of_lists() -> None:
+    assert_type(embed(["u", "v"], model="large"), Results[tuple[float, ...]])
+    assert_type(embed.one("u"), tuple[float, ...])
+    assert_type(embed.stream(urls()), Iterator[Outcome[str, tuple[float, ...]]])
+    assert_type(await embed_async(["u"]), list[float])
+    assert_type(await embed_async.one("u"), float)
+    assert_type(embed_or_none(["u"]), Results[float, None])
+    embed([["u"]])  # type: ignore[list-item]
+    opmap(batch_size="16")  # type: ignore[call-overload]
+
+
+def check_control_of_maps() -> None:
+    assert_type(control(fetch_all).run(["u"], size=5), Results[bytes])
+    assert_type(control(fetch_all).stream(["u"]), Iterator[Outcome[str, bytes]])
+    assert_type(control(fetch_all).one("u"), bytes)
+    assert_type(control(fetch_all).starmap([("u", 5)]), Results[bytes])
+    assert_type(control(fetch_all).cache_delete("u", size=5), bool)
+    assert_type(control(fetch_all_or_raise).run(["u"]), list[bytes])
+    assert_type(control(fetch_all_async).stream(["u"]), AsyncIterator[Outcome[str, bytes]])
+    assert_type(control(fetch_all_async).run(["u"]), Results[bytes])
+    assert_type(control(MappingClient().get_all).run(["u"], size=5), Results[bytes])
 
 
 def check_maps_with_a_default() -> None:

@@ -37,8 +37,12 @@ class MapSettings:
     ordered: bool = True
     progress: bool | str = True
     return_exceptions: bool = True
+    # Whether items that failed are worth a warning, because nobody said what shall become of them.
+    warns: bool = False
     # Number of items where it cannot be seen.
     total: int | None = None
+    # Of a function that takes lists, most items in one.
+    batch_size: int | None = None
 
 
 class PoolSource:

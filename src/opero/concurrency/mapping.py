@@ -6,6 +6,8 @@ import contextlib
 import inspect
 import operator
 import sys
+import warnings
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -26,6 +28,7 @@ from opero.core.decoration import Recipe, decorated
 from opero.core.interrupts import Hold, forget_earlier_interrupts
 from opero.core.showing import kind_of
 from opero.core.signature import find_by_name, own_signature
+from opero.exceptions import FailedItemsWarning
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -153,13 +156,16 @@ class _Map(Generic[T, P, R, L]):
         if self._head or first != "cls":
             return ""
         return (
-            "; from Python 3.13 on a map below @classmethod is bound only where it is called itself: "
-            "map the bound method, as in opmap(…)(Class.method).stream(items)"
+            "; from Python 3.13 on a map below @classmethod knows its class only where it is called itself: "
+            f"write opero.control(Class.{self.plan.name.rpartition('.')[2]}).stream(items), and so with run and one"
         )
 
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
         name = self.plan.name
+        if self._is_starred and self.settings.batch_size is not None:
+            msg = f"{name}.starmap cannot apply with batch_size, where the function takes a list of items"
+            raise TypeError(msg)
         if self._is_starred and rest:
             msg = f"{name}.starmap takes all positional arguments from the tuples; give the same for all by keyword"
             raise TypeError(msg)
@@ -197,7 +203,21 @@ class _Map(Generic[T, P, R, L]):
 
     def _list_of(self, sink: ListSink) -> Any:
         """What the user gets of a map that has ended."""
-        return Results(sink.results, sink.failed) if self.settings.return_exceptions else sink.results
+        if not self.settings.return_exceptions:
+            return sink.results
+        results: Results[Any, Any] = Results(sink.results, sink.failed)
+        # With a default, few errors are in the list themselves.
+        told = [o for o in results.failed if not o.is_excused] if self.settings.warns else []
+        if told:
+            kinds = Counter(type(outcome.error).__name__ for outcome in told).most_common()
+            warning = FailedItemsWarning(
+                f"{self.plan.name}: {len(told)} of {len(results)} items failed: "
+                f"{', '.join(f'{kind} ({count})' for kind, count in kinds)}; "
+                f"the first was item {min(outcome.index for outcome in told)}",
+                results,
+            )
+            warnings.warn(warning, stacklevel=_level_of_the_user())
+        return results
 
     def _total(self, items: Any) -> int | None:
         """The number of items: their length, else what the user says, else what they hint at."""
@@ -219,6 +239,34 @@ class _Map(Generic[T, P, R, L]):
             msg = f"{self.plan.name}.starmap got {kind_of(item)} as an item; each item is a tuple of arguments"
             raise TypeError(msg)
         return item if isinstance(item, tuple) else tuple(item)
+
+
+class MapControl(Control[Concatenate[T, P], R]):
+    """What can be done with a map besides calling it; see `opero.control`."""
+
+    def __init__(self, of: _BlockingMap[T, P, R, Any] | _AwaitableMap[T, P, R, Any]) -> None:
+        super().__init__(of.__dict__["__opero__"], of._head)  # noqa: SLF001 - of this module
+        self._of = of
+        self.pool = of.pool
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._of,)
+
+
+class BlockingMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
+    """That of a ``def`` function."""
+
+    def __init__(self, of: _BlockingMap[T, P, R, L]) -> None:
+        super().__init__(of)
+        self.stream, self.run, self.one, self.starmap = of.stream, of.run, of.one, of.starmap
+
+
+class AwaitableMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
+    """That of an ``async def`` function."""
+
+    def __init__(self, of: _AwaitableMap[T, P, R, L]) -> None:
+        super().__init__(of)
+        self.stream, self.run, self.one, self.starmap = of.stream, of.run, of.one, of.starmap
 
 
 class _BlockingMap(_Map[T, P, R, L]):
@@ -249,11 +297,16 @@ class _BlockingMap(_Map[T, P, R, L]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies."""
-        if self.plan.attempt_timeout is None:
+        if self.plan.attempt_timeout is None and self.settings.batch_size is None:
             result: R = self.single(*self._single_arguments(item, args), **kwargs)
             return result
-        # Only in a process of its own can a running function be stopped.
-        quiet = self._with(type(self), settings=replace(self.settings, progress=False))
+        settings = replace(self.settings, progress=False)
+        if self.plan.attempt_timeout is None:
+            from opero.concurrency.serial import serial_pools
+
+            settings = replace(settings, pools=serial_pools())
+        # Else in a process of its own: only there can a running function be stopped.
+        quiet = self._with(type(self), settings=settings)
         (outcome,) = quiet.stream([item], *args, **kwargs)
         returned: R = outcome.returned
         return returned
@@ -280,6 +333,9 @@ class _BlockingMap(_Map[T, P, R, L]):
 
         source: Iterator[Any] = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
         return run_blocking(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
+
+    def __opero_control__(self, head: tuple[Any, ...], /) -> BlockingMapControl[T, P, R, L]:
+        return BlockingMapControl(self._bound_to(*head) if head else self)
 
 
 class SyncMap(_BlockingMap[T, P, R, L]):
@@ -335,8 +391,21 @@ class _AwaitableMap(_Map[T, P, R, L]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the function with one item, under the same policies, in this event loop."""
-        call: Coroutine[Any, Any, R] = self.single(*self._single_arguments(item, args), **kwargs)
+        call: Coroutine[Any, Any, R] = (
+            self.single(*self._single_arguments(item, args), **kwargs)
+            if self.settings.batch_size is None
+            else self._one_of_a_list(item, *args, **kwargs)
+        )
         return call
+
+    async def _one_of_a_list(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        from opero.concurrency.serial import serial_pools
+
+        settings = replace(self.settings, progress=False, pools=serial_pools())
+        stream = self._with(type(self), settings=settings).stream([item], *args, **kwargs)
+        (outcome,) = [outcome async for outcome in stream]
+        returned: R = outcome.returned
+        return returned
 
     @property
     def starmap(self) -> _AwaitableMap[tuple[Any, ...], ..., R, L]:
@@ -362,6 +431,9 @@ class _AwaitableMap(_Map[T, P, R, L]):
             source = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
         return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
 
+    def __opero_control__(self, head: tuple[Any, ...], /) -> AwaitableMapControl[T, P, R, L]:
+        return AwaitableMapControl(self._bound_to(*head) if head else self)
+
 
 class AsyncMap(_AwaitableMap[T, P, R, L]):
     """An ``async def`` function as a map, which may be a method; made by `opero.opmap`."""
@@ -372,6 +444,16 @@ class AsyncMap(_AwaitableMap[T, P, R, L]):
     def __get__(self: _Method[S, Item, Q, R, L], instance: S, owner: type | None = None) -> AsyncMap[Item, Q, R, L]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else self._bound_to(instance)
+
+
+def _level_of_the_user() -> int:
+    """How many frames above the caller of this function the program's own code is."""
+    level = 1
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as `inspect.currentframe` does
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {"opero", "asyncio"}:
+        level += 1
+        frame = frame.f_back
+    return level
 
 
 def _iterate(items: Iterable[T]) -> Iterator[T]:

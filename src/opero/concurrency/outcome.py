@@ -56,6 +56,11 @@ class Outcome(Generic[T, R]):
         return self._value
 
     @property
+    def is_excused(self) -> bool:
+        """Whether it failed, and has a default."""
+        return self.error is not None and self._value is not MISSING
+
+    @property
     def returned(self) -> R:
         """What a single call would have returned: the default of an item that failed, if it has one.
 

@@ -13,7 +13,7 @@ from opero.core.checks import check_callable, check_choice, check_count, check_f
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import kind_of, listed, shown
-from opero.core.signature import check_decoratable, is_async, name_of, refuse_generator
+from opero.core.signature import MISSING, check_decoratable, is_async, name_of, refuse_generator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -58,11 +58,9 @@ def _async_process_pool() -> _PoolClass:
 
 
 def _serial_pool() -> _PoolClass:
-    from opero.concurrency.serial import SerialPool
-    from opero.concurrency.tasks import TaskPool
+    from opero.concurrency.serial import serial_pool
 
-    # Coroutines run in the event loop of the calling thread.
-    return lambda work, workers: TaskPool(work, workers) if work.is_async else SerialPool(work)
+    return lambda work, _workers: serial_pool(work)
 
 
 _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
@@ -109,8 +107,9 @@ def map_settings(
     workers: int | None = None,
     ordered: bool = True,
     progress: bool | str = True,
-    return_exceptions: bool = True,
+    return_exceptions: bool = MISSING,
     total: int | None = None,
+    batch_size: int | None = None,
     pool_options: Mapping[str, Any] | None = None,
 ) -> MapSettings:
     """Check the options of a map of ``function``."""
@@ -130,17 +129,22 @@ def map_settings(
     check_flag("ordered", ordered)
     if not isinstance(progress, str):
         check_flag("progress", progress)
-    check_flag("return_exceptions", return_exceptions)
+    if return_exceptions is not MISSING:
+        check_flag("return_exceptions", return_exceptions)
     if total is not None:
         check_count("total", total, "items", smallest=0)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, "items in one list", smallest=1)
     options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, options)
     return MapSettings(
         pools=PoolSource(_pool_maker(mode, workers, options)),
         ordered=ordered,
         progress=progress,
-        return_exceptions=return_exceptions,
+        return_exceptions=True if return_exceptions is MISSING else return_exceptions,
+        warns=return_exceptions is MISSING,
         total=total,
+        batch_size=batch_size,
     )
 
 
@@ -221,7 +225,7 @@ def get_parallel_map_decorator(
     workers: int | None = None,
     ordered: bool = True,
     progress: bool | str = False,
-    return_exceptions: bool = True,
+    return_exceptions: bool = MISSING,
     total: int | None = None,
     **pool_options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:
@@ -233,7 +237,8 @@ def get_parallel_map_decorator(
         workers: Processes, threads or tasks; by default what `opero.opmap` has.
         ordered: Whether results come in input order, or in order of completion.
         progress: Whether to show a bar on a terminal; text is its label.
-        return_exceptions: Whether a failed item is its exception in the list, or stops the map and is raised.
+        return_exceptions: Whether a failed item is its exception in the list, or stops the map and is raised. If not
+            given, it is in the list, and an `opero.FailedItemsWarning` tells of it.
         total: Number of items, for the bar, where neither their length nor `operator.length_hint` tells it.
         **pool_options: For the pool, such as ``start_method``.
 
@@ -275,7 +280,7 @@ def get_parallel_executor(
     workers: int | None = None,
     ordered: bool = True,
     progress: bool | str = False,
-    return_exceptions: bool = True,
+    return_exceptions: bool = MISSING,
     total: int | None = None,
     **pool_options: Any,
 ) -> Callable[..., Any]:

@@ -170,6 +170,7 @@ class _Run:
             stop_at_failure=not settings.return_exceptions,
             window=STREAM_WINDOW if isinstance(sink, StreamSink) and settings.ordered else None,
             wake=inbox.put,
+            list_size=settings.batch_size,
         )
 
     @property

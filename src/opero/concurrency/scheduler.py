@@ -13,7 +13,9 @@ import itertools
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.concurrency.outcome import Outcome
@@ -21,15 +23,16 @@ from opero.concurrency.progress import Tally
 from opero.concurrency.worker import BATCH_SECONDS, LONG_SECONDS
 from opero.core.clock import clock
 from opero.core.flights import Presence
-from opero.core.flow import call_flow
+from opero.core.flow import call_flow, item_flow
 from opero.core.listeners import is_listened_to
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
-from opero.core.steps import NOT_RUN, Attempt, Await, Consult, Failed, Flow, Pause
-from opero.exceptions import WorkerCrashedError
+from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Share, Step
+from opero.exceptions import MisuseError, WorkerCrashedError
+from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator
 
     from opero.concurrency.inbox import Inbox
     from opero.concurrency.outcome import Sink
@@ -173,6 +176,19 @@ class _Entry:
         self.alone = False
         self.losses = 0
         self.retried = False
+
+
+class _ListEntry(_Entry):
+    """One call for several items, of a function that takes lists.
+
+    ``members`` are those that have no result yet, with the error that the last attempt gave for each, if any.
+    """
+
+    __slots__ = ("members",)
+
+    def __init__(self, members: list[_Entry], call: Call) -> None:
+        super().__init__(members[0].index, None, call)
+        self.members: dict[_Entry, Exception | None] = dict.fromkeys(members)
 
 
 class Batch:
@@ -406,6 +422,7 @@ class Scheduler:
         stop_at_failure: Whether the first failed item ends the map.
         window: Most outcomes that may wait for an earlier one; None for no bound.
         wake: Puts a `Wake` where the driver of this scheduler will find it, from any thread.
+        list_size: Of a function that takes lists, most items in one; None for a function of one item.
     """
 
     def __init__(
@@ -419,8 +436,14 @@ class Scheduler:
         stop_at_failure: bool,
         window: int | None,
         wake: Callable[[Wake], None],
+        list_size: int | None = None,
     ) -> None:
         self._plan = plan
+        # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
+        self._list_size = list_size
+        self._gathered: list[_Entry] = []
+        if list_size is not None:
+            self._call_plan = replace(plan, cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
         self._shape = shape
         self._source = source
         self._sink = sink
@@ -438,7 +461,7 @@ class Scheduler:
         # What is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.failures
         without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
-        self._direct = without_flow and not is_listened_to(plan)
+        self._direct = without_flow and list_size is None and not is_listened_to(plan)
         fallback = plan.fallback
         self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
         self._ready: deque[_Entry] = deque()
@@ -468,7 +491,7 @@ class Scheduler:
         """Whether nothing is left to do."""
         if self.failure is not None:
             return True
-        waiting = self._pausing or self._awaiting or self._consulting
+        waiting = self._pausing or self._awaiting or self._consulting or self._gathered
         return self._source.exhausted and not (self._in_flight or waiting or self._ready or self._given_back)
 
     @property
@@ -508,6 +531,10 @@ class Scheduler:
             return self._send(self._part_given_back(size))
         if not self._ready and not self._direct:
             self._take_up_input(size, slots)
+        if self._gathered and not self._consulting:
+            nothing_runs = not (self._in_flight or self._ready or self._awaiting_turns)
+            if self._source.exhausted or nothing_runs:
+                self._call_for_many()
         if self._ready:
             return self._send(self._batch_of_entries(size))
         items = self._pull(size) if self._direct else []
@@ -577,7 +604,8 @@ class Scheduler:
             if not items:
                 return
             entry = self._open(self._next_index - 1, items[0])
-            self._start_flow(entry, call_flow(self._plan, entry.call))
+            flow = call_flow if self._list_size is None else item_flow
+            self._start_flow(entry, flow(self._plan, entry.call))
         self._more_at_once = True
 
     # Flows
@@ -605,7 +633,7 @@ class Scheduler:
         else:
             self._obey(entry, step)
 
-    def _obey(self, entry: _Entry, step: Attempt | Pause | Await | Consult) -> None:
+    def _obey(self, entry: _Entry, step: Step | Share) -> None:
         if isinstance(step, Attempt):
             entry.attempt = step
             if entry.call.rounds > 1 and not entry.retried:
@@ -614,6 +642,10 @@ class Scheduler:
             self._ready.append(entry)
         elif isinstance(step, Consult):
             self._consulting.append((entry, step))
+        elif isinstance(step, Share):
+            self._gathered.append(entry)
+            if len(self._gathered) == self._list_size:
+                self._call_for_many()
         elif isinstance(step, Pause):
             self._pausing += 1
             timers = self._real_timers if step.is_real else self._timers
@@ -648,10 +680,14 @@ class Scheduler:
     def _end(self, entry: _Entry, outcome: Any) -> None:
         self._flying.discard(entry)
         entry.flow = None
+        if isinstance(entry, _ListEntry):
+            self._list_ended(entry, outcome)
+            return
         error = None
         value = outcome
         if outcome.__class__ is Failed:
             error, value = outcome.error, outcome.instead
+            add_note(error, f"opero: this was item {entry.index} of the map", instead_of="opero: this was item ")
         call = entry.call
         seconds = clock.now() - call.started
         self._count(Outcome(entry.index, entry.item, value, error, call.attempts, seconds, call.cached))
@@ -664,6 +700,67 @@ class Scheduler:
             if self._stop_at_failure and self.failure is None:
                 self.failure = outcome.error
         self._sink.put(outcome)
+
+    # Functions that take lists: one flow for each item, and one for each call
+
+    def _call_for_many(self) -> None:
+        members, self._gathered = self._gathered, []
+        arguments = self._shape.arguments([member.item for member in members])
+        entry = _ListEntry(members, Call(arguments, self._shape.kwargs, presence=self.presence))
+        entry.call.index = entry.index
+        self._start_flow(entry, call_flow(self._call_plan, entry.call))
+
+    def _taken_apart(self, entry: _ListEntry, outcome: Any) -> Any:
+        """Give items what an attempt made of them; returns what that means for the call.
+
+        The call goes on for those of which it returned an exception that is to be retried.
+        """
+        members = list(entry.members)
+        entry.members = dict.fromkeys(members)
+        values: Any = outcome if outcome.__class__ is Failed else _values(self._plan.name, outcome, len(members))
+        if values.__class__ is Failed:
+            return values
+        errors = {member: value for member, value in zip(members, values, strict=True) if isinstance(value, Exception)}
+        # Another candidate may do better with all of them.
+        goes_on = self._plan.fallback is not None
+        entry.members = {m: error for m, error in errors.items() if goes_on or self._is_retried(entry, error)}
+        for member, value in zip(members, values, strict=True):
+            if member not in entry.members:
+                self._give(entry, member, Failed(value) if member in errors else value)
+        if not errors:
+            return values
+        return Failed(next(error for error in (*entry.members.values(), *errors.values()) if error is not None))
+
+    def _is_retried(self, entry: _ListEntry, error: Exception) -> bool:
+        rounds = self._call_plan.retry.rounds(self._call_plan.retry, entry.call, self._plan.function)
+        try:
+            verdict = rounds.judge(Failed(error))
+        except Exception:  # noqa: BLE001 - the user's predicate: the flow of the call will meet it, too, and end with it
+            return True
+        return verdict is not None and verdict.again
+
+    def _list_ended(self, entry: _ListEntry, outcome: Any) -> None:
+        """Give those items what the call has ended with that have no result: each its own error, or all the same."""
+        members = list(entry.members.items())
+        if not members:
+            return
+        if outcome.__class__ is not Failed:
+            # What a hook of tenacity's supplied.
+            outcome = _values(self._plan.name, outcome, len(members))
+        if outcome.__class__ is not Failed:
+            for (member, _), value in zip(members, outcome, strict=True):
+                self._give(entry, member, value)
+            return
+        has_own = any(error is outcome.error for _, error in members)
+        for member, error in members:
+            self._give(entry, member, Failed(error) if has_own and error is not None else outcome)
+        if not has_own and len(members) > 1:
+            text = f"opero: this was item {entry.index} of the map, and {len(members) - 1} more in one list"
+            add_note(outcome.error, text, instead_of="opero: this was item ")
+
+    def _give(self, entry: _ListEntry, member: _Entry, outcome: Any) -> None:
+        member.call.attempts = entry.call.attempts
+        self._advance(member, outcome)
 
     # Those that wait for a worker until it is too late
 
@@ -704,6 +801,8 @@ class Scheduler:
         """What is sent for an item: the item, or where that holds the candidates, the candidate."""
         if entry.attempt is None:
             return entry.item
+        if isinstance(entry, _ListEntry):
+            return [member.item for member in entry.members]
         place = len(self._shape.head)
         return entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
 
@@ -792,7 +891,7 @@ class Scheduler:
             entry = batch.entries[place]
             if entry.attempt is not None:
                 entry.attempt.is_last = batch.is_last
-            self._advance(entry, outcome)
+            self._advance(entry, self._taken_apart(entry, outcome) if isinstance(entry, _ListEntry) else outcome)
             return
         index, item = batch.start + place, batch.items[place]
         if batch.entries is not None:
@@ -848,6 +947,18 @@ class Scheduler:
             entry.alone = alone
             entry.losses = batch.losses
         self._ready.extendleft(reversed(entries))
+
+
+def _values(name: str, result: Any, count: int) -> Any:
+    """The results of a function that was given a list of so many items; `Failed` if they are not as many."""
+    got = type(result).__name__
+    if isinstance(result, Collection) and not isinstance(result, (str, bytes, Mapping, AbstractSet)):
+        if len(result) == count:
+            return list(result)
+        got = f"a {got} of {len(result)}"
+    return Failed(
+        MisuseError(f"{name} got a list of {count} and returned {got}; return a list with a result for each item")
+    )
 
 
 def _candidate(entry: _Entry) -> Any:

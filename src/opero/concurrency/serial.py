@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextvars
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.kept import PoolSource
 from opero.concurrency.scheduler import Batch, Done
+from opero.concurrency.tasks import TaskPool
 from opero.concurrency.worker import How, Work, run_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opero.concurrency.inbox import Inbox
+    from opero.concurrency.scheduler import Pool
 
 
 class SerialPool:
@@ -52,3 +55,13 @@ class SerialPool:
 
     async def stop_async(self) -> None:
         """As `stop`."""
+
+
+def serial_pool(work: Work) -> Pool:
+    """What runs a map in the calling thread; coroutines in the event loop there."""
+    return TaskPool(work, 1) if work.is_async else SerialPool(work)
+
+
+def serial_pools() -> PoolSource:
+    """For maps of one item."""
+    return PoolSource(serial_pool)

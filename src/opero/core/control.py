@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from opero.core.plan import CacheInfo, Plan
 from opero.core.stats import CallStats
@@ -18,6 +18,8 @@ __all__ = ["Control", "control"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C")
+C_co = TypeVar("C_co", covariant=True)
 
 # Which options make which policy of a plan, the one that turns it off first.
 _OPTIONS_OF_POLICY = {
@@ -40,6 +42,8 @@ _OPTIONS_OF_POLICY = {
     "on_event": ("on_event",),
     "default": ("default",),
 }
+# Options of a map that belong to no policy.
+_OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "total", "batch_size", "pool_options"}
 
 
 class LiveStats:
@@ -161,12 +165,24 @@ class Control(Generic[P, R]):
         return f"<control of {self._decoration.plan.name}>"
 
 
-def control(function: Callable[P, R], /) -> Control[P, R]:
+class _HasControl(Protocol[C_co]):
+    """A decorated object that is no function: a map."""
+
+    def __opero_control__(self, head: tuple[Any, ...], /) -> C_co: ...
+
+
+@overload
+def control(function: _HasControl[C], /) -> C: ...
+@overload
+def control(function: Callable[P, R], /) -> Control[P, R]: ...
+def control(function: Any, /) -> Any:
     """Give access to what a decorated function can do besides being called.
 
     Args:
         function: What `opero.opero` made, or a bound method of it, as in ``control(client.fetch).cache_delete(3)``.
-            Other decorators may stand above opero's if they use `functools.wraps`.
+            Other decorators may stand above opero's if they use `functools.wraps`. Or a map; then there are also
+            ``stream``, ``run``, ``one``, ``starmap`` and ``pool``, which a map below ``@classmethod`` does not have
+            itself from Python 3.13 on: ``control(Client.fetch).stream(urls)``.
 
     Raises:
         TypeError: If opero has not decorated it.
@@ -180,7 +196,8 @@ def control(function: Callable[P, R], /) -> Control[P, R]:
         what = getattr(function, "__qualname__", type(function).__qualname__)
         msg = f"control got {what}, which opero has not decorated; give it what @opero made, or a bound method of it"
         raise TypeError(msg)
-    return Control(decoration, head or getattr(found, "_head", ()))
+    control_of_map = getattr(type(found), "__opero_control__", None)
+    return Control(decoration, head) if control_of_map is None else control_of_map(found, head)
 
 
 def decoration_of(function: Any) -> Decoration | None:
@@ -207,6 +224,7 @@ def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, A
 
 def with_shared_policies(new: Plan, old: Plan, named: set[str]) -> Plan:
     """The new plan with those policies of the old one of which no option is named."""
+    named = named - _OF_THE_MAP
     if not named <= {name for names in _OPTIONS_OF_POLICY.values() for name in names}:
         # Made by a decorator of one policy: all that is named belongs to that one.
         return new.sharing(old, [])

@@ -14,7 +14,7 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.listeners import switches, teller_of
 from opero.core.plan import Call, Final, Plan, Verdict
 from opero.core.signature import MISSING, own_signature
-from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, waiting_until
+from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Share, waiting_until
 from opero.exceptions import (
     AllFailedError,
     CallTimeoutError,
@@ -108,6 +108,24 @@ def call_flow(plan: Plan, call: Call) -> Flow:
                 cached=call.cached,
                 cancelled=not is_over,
             )
+
+
+def item_flow(plan: Plan, call: Call) -> Flow:
+    """One item of a function that takes lists: the layers that are by item, around what is by call."""
+    if plan.cache is not None:
+        outcome = yield from plan.cache.through(call, _share, plan.stats)
+    else:
+        plan.stats.flown.tick()
+        outcome = yield from _share()
+    if outcome.__class__ is Failed:
+        plan.stats.failures.tick()
+        if plan.default is not MISSING and not isinstance(outcome.error, MisuseError):
+            outcome = Failed(outcome.error, instead=plan.default)
+    return outcome
+
+
+def _share() -> Any:
+    return (yield Share())
 
 
 class _Layers:

@@ -96,6 +96,12 @@ class Stats:
         with self._lock:
             self._waited += seconds
 
+    def of_calls_for_many(self) -> Stats:
+        """Counters of calls that are made for many items each: these attempts are counted here, and the calls not."""
+        made = _OfCallsForMany()
+        made.attempts, made.retries, made.fallbacks, made.items = self.attempts, self.retries, self.fallbacks, self
+        return made
+
     def snapshot(self) -> CallStats:
         direct, hits = self.direct.value(), self.hits.value()
         return CallStats(
@@ -108,3 +114,12 @@ class Stats:
             cache_errors=self.cache_errors.value(),
             waited=self._waited,
         )
+
+
+class _OfCallsForMany(Stats):
+    __slots__ = ("items",)
+
+    items: Stats
+
+    def add_waited(self, seconds: float) -> None:
+        self.items.add_waited(seconds)

@@ -234,6 +234,12 @@ class _Threads:
 _threads = _Threads()
 
 
+class Share:
+    """Step of an item, in a map of lists: call the function with this item among others; sent back as by `Attempt`."""
+
+    __slots__ = ()
+
+
 Step = Attempt | Pause | Await | Consult
 Flow = Generator[Step, Any, Any]
 
