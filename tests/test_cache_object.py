@@ -11,7 +11,7 @@ import time
 import pytest
 from side_by_side import SECONDS, results, started, until
 
-from opero import AllFailedError, Cache, CallTimeoutError, clear_cache, control, opero, opmap
+from opero import AllFailedError, Cache, CallTimeoutError, MisuseError, clear_cache, control, opero, opmap
 from opero.core.clock import clock
 
 
@@ -373,6 +373,17 @@ def test_items_of_a_map_get_old_entries_when_they_fail(mode, place, wall):
     assert mode.run(fetch, [5]) == [1]
     wall.tick(11)
     assert mode.run(fetch, [5]) == [1]
+
+
+def once(x):
+    return iter([x])
+
+
+def test_a_result_that_can_be_used_only_once_fails_its_item(mode):
+    fetch = opmap(cache=True, retries=0, **mode.options)(mode.define(once))
+    got = mode.run(fetch, [1, 2])
+    assert [type(error) for error in got] == [MisuseError] * 2
+    assert fetch.cache_info().currsize == 0
 
 
 # Counting

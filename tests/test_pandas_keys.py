@@ -21,6 +21,12 @@ def noted():
     return made
 
 
+def with_attribute():
+    made = frame()
+    object.__setattr__(made, "unit", "m")
+    return made
+
+
 def dates(zone):
     return pd.Series(pd.to_datetime(["2020-01-01"]).tz_localize(zone))
 
@@ -40,6 +46,7 @@ MAKERS = {
     "string": lambda: frame().astype({"b": "string"}),
     "empty": pd.DataFrame,
     "with a note": noted,
+    "with an attribute": with_attribute,
     "series with a note": lambda: noted()["a"],
     "missing float": lambda: pd.DataFrame({"a": [1.0, np.nan]}),
     "missing integer": lambda: pd.DataFrame({"a": pd.array([1, None], dtype="Int64")}),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, assert_type, ove
 
 from opero import (
     AllFailedError,
+    Cache,
     CallStats,
     OperoError,
     Outcome,
@@ -73,6 +74,14 @@ def fetch_called(url: str, size: int = 10) -> bytes:
 @opero(cache=True, retries=5, rate_limit="100/minute")
 def fetch_with_options(url: str, size: int = 10) -> bytes:
     return url.encode()[:size]
+
+
+@opero(cache=Cache("15 minutes", ignore=["size"], keep_if=bool, exceptions=LookupError, stale=60, maxsize=5))
+def fetch_with_cache(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+assert_type(fetch_with_cache("u"), bytes)
 
 
 def fetch_plain(url: str, size: int = 10) -> bytes:
@@ -135,6 +144,7 @@ def check_what_can_be_done_with_a_function() -> None:
     assert_type(its.cache_info().maxsize, int | None)
     assert_type(its.cache_info().currsize, int)
     assert_type(its.cache_delete("u", size=5), bool)
+    assert_type(its.cache_refresh("u", size=5), bytes)
     assert_type(its.with_options(retries=0)("u", size=5), bytes)
     its.cache_clear()
 

@@ -46,7 +46,7 @@ MOST_INNOCENT_LOSSES = 5
 MOST_BATCH_BYTES = 2_000_000
 # A look at the time that is so late says nothing of what came in meanwhile.
 _LATE_SECONDS = 0.05
-# Until a worker is asked to end again that is reporting, or has not ended.
+# Until a worker is asked to end again that is reporting, has not ended, or could not be heard before.
 _ENDING_SECONDS = 1.0
 # Between two looks at how far a worker has come.
 _LOOKING_SECONDS = 2.5 * LONG_SECONDS
@@ -753,8 +753,9 @@ class Scheduler:
 
     def _time_is_up(self, batch: Batch, due: float) -> None:
         if time.monotonic() - due > _LATE_SECONDS:
-            # The map was away, with its input or its consumer: a report may be on its way.
-            self._watch(batch, _LATE_SECONDS)
+            # The map was away, with its input or its consumer: a report may be on its way, or its
+            # worker has been ready only now.
+            self._watch(batch, _ENDING_SECONDS)
         elif batch in self._sent and self._kill is not None:
             if self._kill(batch):
                 self._overdue.add(batch)

@@ -144,6 +144,7 @@ class ResultCache:
 
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
+        """Gives the entry ``(result, expires_at)`` of a key, expired or not, or None; None if that could block."""
         if self._settings.backend == "memory":
             return self.store.look_up
         if not is_async(self._function):
@@ -165,6 +166,7 @@ class ResultCache:
         return store.look_up(key) if store is not None and store.is_open else None
 
     def finder(self, tick: Callable[[], object], clock: Clock | None) -> Callable[..., Any] | None:
+        """See `KeyMaker.finder`; None where a look takes longer."""
         if self._settings.backend != "memory":
             return None
         store: Any = self.store
@@ -183,16 +185,19 @@ class ResultCache:
 
     @property
     def entries_may_expire(self) -> bool:
+        """Whether ``expires_at`` has to be looked at."""
         # The other stores hand out no entry that has expired; a remembered error has, for a quick look.
         settings = self._settings
         may = settings.ttl is not None or bool(settings.exceptions)
         return settings.backend == "memory" and (may or is_shared(self.store))
 
     def info(self, stats: CallStats) -> CacheInfo:
+        """Hits and misses since it was cleared, and sizes."""
         hits, calls = stats.hits - self._counted.hits, stats.calls - self._counted.calls
         return CacheInfo(hits, calls - hits, self._settings.maxsize, self._count())
 
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
+        """The call's result from the cache, from an identical call under way, or from ``compute()``."""
         key = call.key = self._key_of(call)
         if key.__class__ is Failed:
             stats.flown.tick()
@@ -226,12 +231,14 @@ class ResultCache:
             return Failed(error)
 
     def delete(self, key: Any) -> bool:
+        """Forget one entry; tells whether there was one."""
         self.store.flights.invalidate(key)
         self.store.flights.invalidate((_REFRESH, key))
         with managing(self.store, "delete from"):
             return self.store.delete(key)
 
     def clear(self) -> None:
+        """Forget all entries, do not store what is being computed now, and start counting anew."""
         self.store.flights.invalidate()
         with managing(self.store, "clear"):
             self.store.clear()
@@ -328,7 +335,8 @@ class ResultCache:
         while True:
             answer = yield from self._ask(Claim(lease))
             if answer is not BUSY or lease.key in self.store.flights.inherited:
-                return CLAIMED if answer is BUSY else answer
+                # The parent of this process may be waiting for it: it computes, and leaves storing to the other.
+                return DONE if answer is BUSY else answer
             left = call.time_left()
             if left is not None and left <= 0:
                 return BUSY

@@ -418,6 +418,7 @@ def _values_of_column(column: Any) -> tuple[Any, ...]:
 
 def _parts_beside_pandas(value: Any) -> tuple[Any, ...]:
     besides = {name: getattr(value, name, None) for name in value._metadata if name != "name"}  # noqa: SLF001 - where subclasses list what they carry
+    besides |= {name: held for name, held in vars(value).items() if name[0] != "_"}
     return (value.attrs, value.flags.allows_duplicate_labels, besides)
 
 

@@ -114,7 +114,7 @@ class Server:
             self.close()
 
 
-_lock = ForkSafeLock()
+_lock = ForkSafeLock(threading.RLock)
 _servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
 
 

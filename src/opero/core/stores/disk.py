@@ -27,6 +27,7 @@ from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Keep, 
 from opero.core.stores.lasting import LastingStore, slug
 from opero.core.stores.locks import KeyLocks, key_locks
 from opero.core.stores.settings import DISK_POLICIES
+from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -439,8 +440,14 @@ class DiskStore(LastingStore):
         with self._lock:
             if self._reading is None:
                 # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
-                with held_private_folder(self._root(), self._name, "cache_options={'cache_dir': …}") as folder:
-                    self._reading = self._connected(folder)
+                try:
+                    with held_private_folder(self._root(), self._name, "cache_options={'cache_dir': …}") as folder:
+                        self._reading = self._connected(folder)
+                except UnsafeCacheError:
+                    # It may have been exchanged while it was opened.
+                    self._disconnect()
+                    self._database = None
+                    raise
                 self.rest.end()
                 _note_opened(self)
             return self._reading

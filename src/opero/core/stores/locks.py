@@ -91,7 +91,7 @@ def _place(key: bytes) -> int:
     return int.from_bytes(key[:8], "big") >> (64 - _OFFSET_BITS)
 
 
-_registry_lock = ForkSafeLock()
+_registry_lock = ForkSafeLock(threading.RLock)
 _in_use: weakref.WeakValueDictionary[str, KeyLocks] = weakref.WeakValueDictionary()
 
 

@@ -72,7 +72,7 @@ class RedisStore(LastingStore):
 
     def after_fork(self) -> None:
         """Hold none of the parent's leases, and use none of its connections."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._server = None
         self._keeper = LeaseKeeper(self)
 

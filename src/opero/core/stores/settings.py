@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,7 @@ class CacheSettings:
         return EntryFormat(self.options.get("serializer", "pickle"), compress=self.options.get("compress", False))
 
 
-_lock = ForkSafeLock()
+_lock = ForkSafeLock(threading.RLock)
 _lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
