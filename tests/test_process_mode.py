@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import email.message
 import gc
 import itertools
 import logging
@@ -17,6 +18,7 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.error
 import uuid
 import warnings
 import weakref
@@ -29,8 +31,9 @@ import pytest
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
 from opero.concurrency import process_worker, scheduler
-from opero.core import CallTimeoutError, NotTransferableError, RemoteError
+from opero.core import CallTimeoutError, NotTransferableError
 from opero.core.interrupts import Hold
+from opero.http import retry_after
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
 PROCESS_MODES = ("process", "async_process")
@@ -573,13 +576,27 @@ def test_an_exception_that_cannot_travel_is_an_error_with_the_text(processes, ma
     assert text in f"{type(results[700]).__name__}: {results[700]}"
 
 
-def test_an_exception_that_cannot_travel_names_its_class(processes):
+def test_what_cannot_be_sent_is_left_out_of_an_exception(processes):
     def work(item):
         raise LockedError("bad lock")
 
     (error,) = processes.map(work, retries=0).run([1])
-    assert isinstance(error, RemoteError)
-    assert "LockedError" in str(error)
+    assert isinstance(error, LockedError)
+    assert (str(error), error.lock) == ("bad lock", None)
+
+
+def test_an_http_error_with_its_open_response_is_retried_when_the_server_wants_it(processes, journal):
+    def work(item):
+        journal.add("asked")
+        headers = email.message.Message()
+        headers["Retry-After"] = "0"
+        with Path(os.devnull).open("rb") as response:
+            raise urllib.error.HTTPError("http://127.0.0.1/", 503, "Busy", headers, response)
+
+    (error,) = processes.map(work, retries=1, retry_on=retry_after).run([1])
+    assert isinstance(error, urllib.error.HTTPError)
+    assert (error.code, error.headers["Retry-After"]) == (503, "0")
+    assert journal.lines() == ["asked", "asked"]
 
 
 def raise_other_arguments(item):

@@ -6,6 +6,7 @@ import contextlib
 import copyreg
 import io
 import traceback
+from collections.abc import Mapping
 from types import MemberDescriptorType
 from typing import Any
 
@@ -78,11 +79,14 @@ def _dumps(error: BaseException) -> bytes:
     if find_by_name(type(error).__module__, type(error).__qualname__) is not type(error) and _is_a_base(plain, error):
         # Its class was made at run time, and it says by itself what it is elsewhere.
         return report_dumps(error)
-    with contextlib.suppress(Exception):
-        written = io.BytesIO()
-        _RemakingPickler(written).dump(error)
-        if _is_like(loads(written.getvalue()), error):
-            return written.getvalue()
+    for pickler in (_RemakingPickler, _LossyPickler):
+        with contextlib.suppress(Exception):
+            written = io.BytesIO()
+            pickler(written).dump(error)
+            copy = loads(written.getvalue())
+            # Whoever prints one whose text raises would raise, too.
+            if _is_like(copy, error) and str(copy) == str(error):
+                return written.getvalue()
     if type(plain) is type(error):
         # Its text may be another each time.
         return report_dumps(error)
@@ -126,6 +130,25 @@ class _RemakingPickler(ReportPickler):
             return super().reducer_override(obj)
         state = obj.args, _fields(obj), vars(obj)
         return copyreg.__newobj__, (type(obj), *obj.args), state, None, None, _set_error  # type: ignore[attr-defined]
+
+
+class _LossyPickler(_RemakingPickler):
+    """Leaves out what cannot be sent, such as the open response in an `HTTPError`, and keeps what can: the status."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, BaseException) or _copy_of(obj) is not None:
+            return super().reducer_override(obj)
+        try:
+            obj.__reduce_ex__(4)
+        except Exception:  # noqa: BLE001 - as in _copy_of
+            # Headers are often read-only mappings, which cannot be pickled.
+            return (dict, (dict(obj),)) if isinstance(obj, Mapping) else (_left_out, ())
+        # Something in it cannot, and comes here by itself.
+        return super().reducer_override(obj)
+
+
+def _left_out() -> None:
+    """In place of what cannot be sent."""
 
 
 def _set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
