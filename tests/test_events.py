@@ -649,6 +649,7 @@ def test_the_module_has_every_event():
         "CallDone",
         "CallStarted",
         "CandidateSwitched",
+        "CircuitChanged",
         "Event",
         "RetryPlanned",
         "SlotWaited",

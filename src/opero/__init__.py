@@ -1,6 +1,7 @@
 """Make functions resilient, and map them over any number of items."""
 
 from opero.concurrency.outcome import Outcome
+from opero.core.breaker import Breaker
 from opero.core.cache import clear_cache
 from opero.core.candidates import candidates, candidates_from
 from opero.core.control import control
@@ -16,6 +17,7 @@ from opero.exceptions import (
     CircuitOpenError,
     MisuseError,
     OperoError,
+    RateLimitedError,
     RejectedResultError,
     WorkerCrashedError,
 )
@@ -30,12 +32,14 @@ __all__ = [
     "GIVE_UP",
     "NEXT",
     "AllFailedError",
+    "Breaker",
     "CallStats",
     "CallTimeoutError",
     "CircuitOpenError",
     "MisuseError",
     "OperoError",
     "Outcome",
+    "RateLimitedError",
     "RateLimiter",
     "RejectedResultError",
     "WorkerCrashedError",

@@ -73,11 +73,10 @@ class Decoration:
 
     def may_start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Take a free slot of the rate limit, if there is one now."""
-        limit = self.plan.limit
-        if self._take_slot is None or limit is None or switches.are_on:
+        if self._take_slot is None or switches.are_on:
             return False
         try:
-            return self._take_slot(*limit.value_of(args, kwargs))
+            return self._take_slot(args, kwargs)
         except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that has no limit as a call that failed
             return False
 
