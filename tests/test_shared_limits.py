@@ -25,6 +25,7 @@ from opero.core import CallTimeoutError, MisuseError, RateLimiter, UnsafeCacheEr
 from opero.core.limits.line import Request
 from opero.core.limits.machine import FileGate
 from opero.core.limits.rates import parse_rates
+from opero.core.limits.redis import RedisGate
 
 thoroughly = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LIMITED = 50
@@ -155,6 +156,74 @@ def test_a_file_whose_holder_was_stopped_keeps_nobody_from_going_on(tmp_path, na
         holder.kill()
     assert time_taken.seconds < 2
     assert limiter.acquire(timeout=SECONDS)
+
+
+def test_a_file_that_somebody_keeps_locked_costs_its_share_after_a_second(tmp_path, name):
+    limiter = RateLimiter(1_000, scope="machine", name=name, folder=tmp_path / "shared")
+    limiter.acquire()
+    (path,) = (tmp_path / "shared" / "limits").iterdir()
+    source = (
+        f"import fcntl, sys; file = open({str(path)!r}, 'r+'); fcntl.lockf(file, fcntl.LOCK_EX, 1); "
+        "print(flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        holder.stdout.readline()
+        with Timed() as time_taken:
+            assert [limiter.acquire() for _ in range(20)] == [True] * 20
+        holder.kill()
+    assert 0.9 < time_taken.seconds < 5
+
+
+def test_a_pause_that_never_ends_is_no_pause_for_others(open_gate, fake_clock):
+    takes(open_gate(4), pause=1e9)
+    assert takes(open_gate(4)) == pytest.approx(3_600)
+
+
+@pytest.mark.parametrize("written", ["inf", "1e300", "nan", "text", ""])
+@pytest.mark.parametrize("field", ["paused", "at", "free:1", "each:1", "opened"])
+def test_what_cannot_be_true_on_a_server_stops_nobody(redis_backend, name, field, written):
+    limiter = RateLimiter([100, "1000/hour"], scope="redis", name=name, url=url_of(redis_backend))
+    limiter.acquire()
+    with redis_backend.client() as client:
+        client.hset(f"opero:limit:{{{name}}}", field, written)
+    assert limiter.acquire(timeout=SECONDS)
+
+
+def test_starts_in_the_future_on_a_server_stop_nobody(redis_backend, name):
+    limiter = RateLimiter([100, "5/day"], scope="redis", name=name, url=url_of(redis_backend))
+    limiter.acquire()
+    with redis_backend.client() as client:
+        seconds, _ = client.time()
+        later = (seconds - 1_700_000_000 + 86_400) * 1_000_000
+        client.lpush(f"opero:limit:{{{name}}}:0", *[f"{later} {later} 1"] * 5)
+        client.hset(f"opero:limit:{{{name}}}", "paused", later)
+    assert limiter.acquire(timeout=SECONDS)
+
+
+def test_costs_are_shared(world, scope, name):
+    options = {"rate_limit": {"calls": 1_000, "tokens": "100/hour"}, "rate_limit_options": {**scope, "name": name}}
+    decorate = opero.opero(rate_limit_cost={"tokens": (len, lambda _: 40)}, retries=0, total_timeout=2, **options)
+    f, g = (decorate(world.define(lambda text: text)) for _ in range(2))
+    slow = {"rate_limit_options": {**scope, "name": name, "spread": False}}
+    f, g = (opero.control(each).with_options(**slow) for each in (f, g))
+    world.run(f, "x" * 60)  # 40 in the end
+    world.run(g, "x" * 60)
+    with pytest.raises(CallTimeoutError):
+        world.run(f, "x" * 60)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_file_and_server_let_the_same_starts_through(redis_backend, open_gate, name, seed):
+    # The server's time cannot be set: what it grants at one moment is compared.
+    rate = {"calls": ["5/minute"], "tokens": ["50/minute", "200/hour"]}
+    rates = parse_rates(rate, 1, spread=False)
+    gates = [FileGate(name, rates, open_gate("1/s")._root), RedisGate(name, rates, url_of(redis_backend))]
+    generator = random.Random(seed)
+    for _ in range(30):
+        request = Request((1.0, float(generator.randrange(30))))
+        granted = [gate.perform([request])[0] == 0 for gate in gates]
+        assert granted[0] == granted[1]
 
 
 @pytest.mark.parametrize("seed", range(30))

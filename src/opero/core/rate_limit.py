@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from opero.core.checks import Duration
     from opero.core.flow import Candidate
+    from opero.core.limits.line import Latest
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
@@ -236,24 +237,19 @@ class RateLimiter:
         amounts = self.checked({CALLS: 1, **costs}, "acquire")
         if timeout is None:
             patience = 0.0 if self.when_full == "raise" else self.max_wait
-            if (yield from self.take(self.limit, amounts, None, patience)):
+            if (yield from self._take(amounts, patience)):
                 return True
             raise self.full(self.limit, amounts, repr(self))
         seconds = check_seconds("timeout", timeout, zero=True)
-        return (yield from self.take(self.limit, amounts, None, seconds))
+        return (yield from self._take(amounts, seconds))
+
+    def _take(self, amounts: Sequence[float], patience: float) -> Generator[Any, Any, bool]:
+        if not patience:
+            return (yield from self.limit.try_to_take(amounts))
+        latest = clock.now() + patience
+        return (yield from self.limit.take(amounts, None if latest == math.inf else lambda: latest))
 
     # For functions
-
-    def take(
-        self, line: Line, amounts: Sequence[float], deadline: float | None, patience: float
-    ) -> Generator[Any, Any, bool]:
-        """Wait for a slot for so long; False, at once, if it would not come in time."""
-        if not patience:
-            return (yield from line.try_to_take(amounts))
-        if patience != math.inf:
-            latest = clock.now() + patience
-            deadline = latest if deadline is None else min(latest, deadline)
-        return (yield from line.take(amounts, deadline))
 
     def full(self, line: Line, amounts: Sequence[float], whose: str) -> RateLimitedError:
         wait = line.expected_wait(amounts)
@@ -432,14 +428,17 @@ class FunctionLimit:
         if (yield from self._try_to_take(candidate)):
             # A slot that is free is never refused, so that what is usual can change.
             return True
-        patience = 0.0 if self._when_full == "raise" else self._max_wait
-        lines = self._lines(candidate)
-        now = clock.now()
-        until = now + patience
-        useful = None if deadline is None else deadline - self.usual.seconds
-        latest = until if useful is None else min(useful, until)
-        taken = patience > 0 and (yield from self._take_all(lines, None if latest == math.inf else latest))
-        if not taken and (useful is None or until < useful):
+        lines, usual = self._lines(candidate), self.usual
+        until = math.inf if self._max_wait == math.inf else clock.now() + self._max_wait
+
+        def useful() -> float:
+            return math.inf if deadline is None else deadline - usual.seconds
+
+        taken = False
+        if self._when_full != "raise":
+            latest = None if deadline is None and until == math.inf else lambda: min(until, useful())
+            taken = yield from self._take_all(lines, latest)
+        if not taken and (self._when_full == "raise" or until < useful()):
             limiter, line, amounts = max(lines, key=lambda each: each[1].expected_wait(each[2]))
             raise limiter.full(line, amounts, self._name)
         return taken
@@ -482,18 +481,18 @@ class FunctionLimit:
         return True
 
     def _take_all(
-        self, lines: Sequence[tuple[RateLimiter, Line, tuple[float, ...]]], deadline: float | None
+        self, lines: Sequence[tuple[RateLimiter, Line, tuple[float, ...]]], latest: Latest | None
     ) -> Generator[Any, Any, bool]:
         """Take a slot of each at one moment: whoever is first in one line stays there until it has the others, too."""
         *held, (_, last, of_last) = lines
         turns = [
-            Turn(line, amounts, deadline, stays=True, lets_pass=not limiter.is_own) for limiter, line, amounts in held
+            Turn(line, amounts, latest, stays=True, lets_pass=not limiter.is_own) for limiter, line, amounts in held
         ]
         try:
             for turn in turns:
                 if not (yield from turn.reach()):
                     return False
-            if not (yield from last.take(of_last, deadline)):
+            if not (yield from last.take(of_last, latest)):
                 return False
             for turn in turns:
                 while not turn.seize():

@@ -6,6 +6,7 @@ blocks, `drive_async` awaits; the scheduler of a map is the third driver. None o
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -279,7 +280,9 @@ async def run_attempt_async(function: Callable[..., Awaitable[Any]], attempt: At
         return await _run_in_time(function, attempt, name)
     finally:
         if token is not None:
-            leading.reset(token)
+            # A task of a loop that was closed ends where it is collected, in another context.
+            with contextlib.suppress(ValueError):
+                leading.reset(token)
 
 
 async def _run_in_time(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:

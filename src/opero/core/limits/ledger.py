@@ -53,6 +53,12 @@ class _Log:
         # Those that would start before it fill the quota again, maybe more than once.
         return now + self.quota.seconds * math.ceil(excess / self.quota.units)
 
+    def fits(self, now: float, amount: float) -> bool:
+        entries = self.entries
+        if entries and entries[0][1] + self.quota.seconds <= now:
+            self._forget_old(now)
+        return self.used + amount <= self.quota.units + EARLY
+
     def add(self, now: float, amount: float) -> None:
         entries = self.entries
         if not amount:
@@ -116,20 +122,30 @@ class Ledger:
 
         ``waited``: for how long the caller has been in line. So much of what has passed it may make up for.
         """
+        if self._is_open(now, amounts):
+            self.take(now, waited, amounts)
+            return 0.0
         opens_at = self.opens_at(now, amounts)
-        if opens_at > now + EARLY:
-            if self.logs:
-                self.opened_at = max(self.opened_at, opens_at)
-            return opens_at - now
-        self.take(now, waited, amounts)
-        return 0.0
+        if self.logs:
+            self.opened_at = max(self.opened_at, opens_at)
+        # Rounding must not make a refusal look like a slot.
+        return max(2 * EARLY, opens_at - now)
+
+    def _is_open(self, now: float, amounts: Sequence[float]) -> bool:
+        late = now + EARLY
+        if late < self.paused_until:
+            return False
+        for free_at in self.free_at:
+            if late < free_at:
+                return False
+        return all(log.fits(now, amounts[log.quota.name]) for log in self.logs)
 
     def take(self, now: float, waited: float, amounts: Sequence[float]) -> None:
         """Take a slot, whether it has come or not."""
-        since = min(now, max(now - waited, self.paused_until, self.opened_at))
+        since = now if not waited else min(now, max(now - waited, self.paused_until, self.opened_at))
         for place, pace in enumerate(self.rates.paces):
-            slot = max(self.free_at[place], since, now - pace.tolerance)
-            self.free_at[place] = slot + amounts[pace.name] * pace.interval
+            slot = now if since == now else max(self.free_at[place], since, now - pace.tolerance)
+            self.free_at[place] = max(slot, self.free_at[place]) + amounts[pace.name] * pace.interval
         for log in self.logs:
             log.add(now, amounts[log.quota.name])
 

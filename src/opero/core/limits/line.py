@@ -6,6 +6,7 @@ import itertools
 import math
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.clock import clock
@@ -16,7 +17,7 @@ from opero.core.limits.local import LocalLedger
 from opero.core.steps import Await, Consult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Generator, Sequence
 
     from opero.core.limits.rates import Rates
 
@@ -26,6 +27,9 @@ _GRACE = 0.05
 _MOST_GRACES = 5
 _LONGEST_NAP = 1.0
 ONE = (1.0,)
+
+# When a slot would be too late to be of use, as far as is known now.
+Latest = Callable[[], float]
 
 
 class Request:
@@ -136,11 +140,11 @@ class Line:
         wait = yield from self._ask(Request(amounts))
         return self.take_now(amounts) if wait is None else not wait
 
-    def take(self, amounts: Sequence[float] = ONE, deadline: float | None = None) -> Generator[Any, Any, bool]:
-        """Wait for a slot; False, at once, if it would not come before the clock shows ``deadline``."""
+    def take(self, amounts: Sequence[float] = ONE, latest: Latest | None = None) -> Generator[Any, Any, bool]:
+        """Wait for a slot; False, at once, if it would not come before the clock shows what ``latest`` says."""
         if not self.is_shared and self.take_now(amounts):
             return True
-        turn = Turn(self, amounts, deadline)
+        turn = Turn(self, amounts, latest)
         try:
             while True:
                 if not turn.poll():
@@ -204,25 +208,18 @@ class Line:
                 turn.joined_at = now
                 self._turns.append(turn)
             turn.is_slow = False
-            if self._may_ask(turn, now):
+            if turn.latest is not None and turn.joined_at < now and now >= turn.latest():
+                # It has waited, and others can still use the slot.
+                turn.is_late = True
+            elif self._may_ask(turn, now):
                 if self.is_shared:
                     turn.asks = True
                     return
-                if turn.stays:
-                    wait = max(0.0, self._ledger.opens_at(now, turn.amounts) - now)
-                else:
-                    wait = self._ledger.ask(now, self._waited(turn, now), turn.amounts)
-                if wait > EARLY:
-                    self._opens_at, self._noticed_at = now + wait, -math.inf
-                elif turn.stays:
-                    turn.reached, turn.is_slow = True, turn.lets_pass
-                else:
-                    self._start(turn, now)
-                    next_one = self._turns[0] if self._turns else None
+                next_one = self._let_go_on(turn, now)
             elif now + EARLY >= self._opens_at:
                 next_one = self._turns[0]
-            if not (turn.taken or turn.reached) and turn.deadline is not None:
-                turn.is_late = self._expected_start(turn, turn.amounts, now) >= turn.deadline
+            if not turn.has_news and turn.latest is not None:
+                turn.is_late = self._expected_start(turn, turn.amounts, now) >= turn.latest()
         if next_one is not None:
             next_one.rouse()
 
@@ -230,7 +227,7 @@ class Line:
         """Take the slot that ``turn`` has reached, unless it has gone meanwhile."""
         with self._lock:
             now = clock.now()
-            turn.reached, turn.deadline = False, None
+            turn.reached, turn.latest = False, None
             if turn.joined_at is None or self._ledger.opens_at(now, turn.amounts) > now + EARLY:
                 return False
             self._ledger.take(now, self._waited(turn, now), turn.amounts)
@@ -256,8 +253,8 @@ class Line:
             elif changes == self._changes:
                 # Else it was told by rates that hold no more.
                 self._opens_at, self._noticed_at = now + wait, -math.inf
-                if turn.deadline is not None:
-                    turn.is_late = self._expected_start(turn, turn.amounts, now) >= turn.deadline
+                if turn.latest is not None:
+                    turn.is_late = self._expected_start(turn, turn.amounts, now) >= turn.latest()
         if next_one is not None:
             next_one.rouse()
 
@@ -265,14 +262,14 @@ class Line:
         """Seconds until another look is worth it."""
         with self._lock:
             now = clock.now()
-            due = self._opens_at
+            due = max(self._opens_at, self._ledger.paused_until)
             before = self._before(turn)
             if before and due <= now:
                 due = now if self._noticed_at == -math.inf else self._noticed_at
             # Of what opens at no known time, the first are told; the others look now and then.
             due = now + _LONGEST_NAP if due == math.inf else due + before * _GRACE
-            if turn.deadline is not None:
-                due = min(due, turn.deadline)
+            if turn.latest is not None:
+                due = min(due, turn.latest())
         return max(0.0, due - now)
 
     def leave(self, turn: Turn) -> None:
@@ -299,6 +296,21 @@ class Line:
 
     # Under the lock
 
+    def _let_go_on(self, turn: Turn, now: float) -> Turn | None:
+        """Give ``turn`` its slot, if it has come; gives who is next, if so."""
+        if turn.stays:
+            wait = max(0.0, self._ledger.opens_at(now, turn.amounts) - now)
+        else:
+            wait = self._ledger.ask(now, self._waited(turn, now), turn.amounts)
+        if wait > EARLY:
+            self._opens_at, self._noticed_at = now + wait, -math.inf
+        elif turn.stays:
+            turn.reached, turn.is_slow = True, turn.lets_pass
+        else:
+            self._start(turn, now)
+            return self._turns[0] if self._turns else None
+        return None
+
     def _waited(self, turn: Turn, now: float) -> float:
         if now <= self._made_up_until:
             return math.inf
@@ -315,7 +327,8 @@ class Line:
     def _may_ask(self, turn: Turn, now: float) -> bool:
         while self._turns and self._turns[0].has_left:
             self._turns.popleft()
-        if now + EARLY < self._opens_at:
+        # A long pause is told to others in part.
+        if now + EARLY < max(self._opens_at, self._ledger.paused_until):
             return False
         before = self._before(turn)
         if before:
@@ -413,11 +426,11 @@ class Turn:
         "_wake",
         "amounts",
         "asks",
-        "deadline",
         "has_left",
         "is_late",
         "is_slow",
         "joined_at",
+        "latest",
         "lets_pass",
         "reached",
         "stays",
@@ -428,7 +441,7 @@ class Turn:
         self,
         line: Line,
         amounts: Sequence[float] = ONE,
-        deadline: float | None = None,
+        latest: Latest | None = None,
         *,
         stays: bool = False,
         lets_pass: bool = False,
@@ -436,7 +449,7 @@ class Turn:
         self._line = line
         self._wake: Callable[[], None] | None = None
         self.amounts = amounts
-        self.deadline = deadline
+        self.latest = latest
         self.joined_at: float | None = None
         self.taken = self.is_late = self.asks = self.is_slow = self.has_left = self.reached = False
         self.stays = stays
@@ -449,7 +462,7 @@ class Turn:
     def reach(self) -> Generator[Any, Any, bool]:
         """Wait until its slot has come, and leave it there; of a limit that processes share, take it."""
         if self._line.is_shared:
-            self.taken = yield from self._line.take(self.amounts, self.deadline)
+            self.taken = yield from self._line.take(self.amounts, self.latest)
         elif not self.poll():
             yield Await(self, is_turn=True)
         return self.taken or self.reached

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
-from opero.core.limits.ledger import Ledger
+from opero.core.limits.ledger import LONGEST_PAUSE, Ledger
 from opero.core.private_folder import private_folder
 from opero.exceptions import UnsafeCacheError
 
@@ -112,7 +112,7 @@ class FileGate:
             ledger = Ledger.unpack(_read(file)[_IDLE_FROM.size :], self._rates, now)
             wait = 0.0
             if request.pause:
-                ledger.pause(now + request.pause)
+                ledger.pause(now + min(request.pause, LONGEST_PAUSE))
             elif not request.takes:
                 ledger.correct(now, request.amounts)
             else:

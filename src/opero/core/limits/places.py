@@ -155,4 +155,5 @@ class PlacesForFunction:
             raise MisuseError(msg)
         if deadline is not None and clock.now() >= deadline:
             return None
-        return Place(places) if (yield from places.take(deadline=deadline)) else None
+        latest = None if deadline is None else lambda: deadline
+        return Place(places) if (yield from places.take(latest=latest)) else None
