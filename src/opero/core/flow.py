@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from opero.core.breaker import Passage
     from opero.core.limits.places import Place
     from opero.core.retry import Rounds
+    from opero.core.steps import Await
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
@@ -167,6 +168,14 @@ class _Layers:
 
     def fallback(self, rounds: Rounds) -> Generator[Any, Any, Any]:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
+        while (outcome := (yield from self._through_candidates(rounds))) is CIRCUIT_OPEN:
+            wait = self._wait_for_trial()
+            if wait is None:
+                return self._circuit_open(rounds)
+            yield wait
+        return outcome
+
+    def _through_candidates(self, rounds: Rounds) -> Generator[Any, Any, Any]:
         plan = self.plan
         speaks: Verdict | None = None
         self.left = list(self.candidates) if plan.fallback is None else self._ready_candidates()
@@ -190,22 +199,18 @@ class _Layers:
             if speaks is None or outcome.again or not speaks.again:
                 speaks = outcome
         if speaks is None:
-            return (yield from self._wait_for_trial(rounds))
+            return CIRCUIT_OPEN
         return speaks if plan.fallback is None else self._for_the_round(speaks)
 
-    def _wait_for_trial(self, rounds: Rounds) -> Generator[Any, Any, Any]:
+    def _wait_for_trial(self) -> Await | None:
         """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
         breaker, call = self.plan.breaker, self.call
         if call.presence is None or breaker is None:
-            return self._circuit_open(rounds)
+            return None
         if self.patient_until is None:
             self.patient_until = clock.now() + breaker.shared.recovery if call.deadline is None else call.deadline
         values = [breaker.value_of(candidate) for candidate in self.candidates]
-        wait = breaker.shared.trial_of(values, self.patient_until, call.deadline)
-        if wait is None:
-            return self._circuit_open(rounds)
-        yield wait
-        return (yield from self.fallback(rounds))
+        return breaker.shared.trial_of(values, self.patient_until, call.deadline)
 
     def breaker(self, candidate: Candidate, rounds: Rounds) -> Generator[Any, Any, Any]:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
@@ -437,7 +442,9 @@ class _Layers:
         return awake or [min(ends, key=lambda pair: pair[0] or 0.0)[1]]
 
     def _gives_way(self, candidate: Candidate) -> bool:
-        return candidate not in self._awake(self.left)
+        # Its own trial is under way; of the others, those that are shut off are no choice.
+        admitted = self._admitted(self.left)
+        return candidate not in self._awake([other for other in self.left if other is candidate or other in admitted])
 
     def _admitted(self, candidates: list[Candidate], *, after: float = 0.0) -> list[Candidate]:
         """Those whose circuits let an attempt through, so many seconds from now."""
