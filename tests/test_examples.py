@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -35,3 +37,14 @@ def test_a_batch_of_prompts_keeps_to_its_budget():
 
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "AllFailedError" in ended.stdout
+
+
+def test_the_web_service_answers_refuses_and_ends_well():
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    ended = subprocess.run(
+        [sys.executable, EXAMPLES / "web_service.py", "--check"], check=False, capture_output=True, text=True
+    )
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "ok" in ended.stdout.splitlines()

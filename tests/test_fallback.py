@@ -594,9 +594,9 @@ def test_of_candidates_that_all_rest_the_one_that_is_not_shut_off_is_waited_for(
     def ask(key):
         raise AssertionError
 
-    plan = opero(
-        arg_fallback="key", fallback_cooldown=1_000, breaker=2, per="key", rate_limit="1/hour", retries=0
-    )(ask).__opero__.plan
+    plan = opero(arg_fallback="key", fallback_cooldown=1_000, breaker=2, per="key", rate_limit="1/hour", retries=0)(
+        ask
+    ).__opero__.plan
     for key in ("a", "b", "a"):
         flow, _ = begun(plan, key)
         with pytest.raises(StopIteration):
