@@ -1,9 +1,9 @@
 """A web service whose answers depend on another service that is slow, limited and fails now and then.
 
 FastAPI sees a decorated function's own parameters, so `price_of` below can be called or injected like any other.
-Identical requests share one call downstream, and hot answers come from memory. The other service is not asked more often
-than it allows; a request that could not be answered in time is refused at once with 503 and Retry-After. `/metrics`
-tells what happened. Requests that are under way at the end are answered.
+Identical requests share one call downstream, and hot answers come from memory. The other service is not asked more
+often than it allows; a request that could not be answered in time is refused at once with 503 and Retry-After.
+`/metrics` tells what happened. Requests that are under way at the end are answered.
 
     python examples/web_service.py            # serves on port 8000 until Ctrl-C
     python examples/web_service.py --check    # asks itself for a second, and tells whether all went well
