@@ -17,6 +17,7 @@ from opero.core import CallTimeoutError, MisuseError, get_fallback_decorator
 from opero.core.clock import clock
 from opero.core.fallback import fallback_policy
 from opero.core.flow import call_flow
+from opero.core.limits.rates import parse_rates
 from opero.core.per import Per
 from opero.core.plan import Call, Plan
 from opero.core.rate_limit import limit_policy
@@ -588,6 +589,25 @@ def test_who_has_waited_for_a_slot_of_all_candidates_gives_it_to_one_that_does_n
     fake_clock.tick(1)
     assert wait.arrival.poll()
     assert second.send(None).args == ("b",)
+
+
+def test_of_candidates_that_all_rest_the_one_that_is_not_shut_off_is_waited_for(fake_clock):
+    def ask(key):
+        raise AssertionError
+
+    plan = opero(arg_fallback="key", fallback_cooldown=1_000, breaker=2, per="key", rate_limit="1/hour", retries=0)(
+        ask
+    ).__opero__.plan
+    for key in ("a", "b", "a"):
+        flow, _ = begun(plan, key)
+        with pytest.raises(StopIteration):
+            flow.send(Failed(LookupError()))
+        fake_clock.tick(1)
+        plan.limit.limiter.per_value.of("a").change(parse_rates(1_000))
+    _, wait = begun(plan, "a", "b")
+    assert not wait.arrival.poll()
+    fake_clock.tick(3_600)
+    assert wait.arrival.poll()
 
 
 def test_items_that_failed_and_wait_for_a_resting_candidate_hold_no_worker(mode):

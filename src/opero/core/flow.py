@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from opero.core.limits.places import Place
     from opero.core.listeners import Teller
     from opero.core.retry import Rounds
+    from opero.core.steps import Await
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
@@ -171,7 +172,11 @@ class _Layers:
             if "before" in plan.retry.options:
                 rounds.begin()
             self.is_new_round = True
-            outcome = yield from self.fallback(rounds)
+            while (outcome := (yield from self.fallback(rounds))) is CIRCUIT_OPEN:
+                trial = self._wait_for_trial()
+                if trial is None:
+                    return self._circuit_open(rounds)
+                yield trial
             if outcome.__class__ is not Verdict:
                 return outcome
             wait = rounds.after(outcome, self._must_end)
@@ -209,22 +214,18 @@ class _Layers:
             if speaks is None or outcome.again or not speaks.again:
                 speaks = outcome
         if speaks is None:
-            return (yield from self._wait_for_trial(rounds))
+            return CIRCUIT_OPEN
         return speaks if plan.fallback is None else self._for_the_round(speaks)
 
-    def _wait_for_trial(self, rounds: Rounds) -> Generator[Any, Any, Any]:
+    def _wait_for_trial(self) -> Await | None:
         """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
         breaker, call = self.plan.breaker, self.call
         if call.presence is None or breaker is None:
-            return self._circuit_open(rounds)
+            return None
         if self.patient_until is None:
             self.patient_until = clock.now() + breaker.shared.recovery if call.deadline is None else call.deadline
         values = [breaker.value_of(candidate) for candidate in self.candidates]
-        wait = breaker.shared.trial_of(values, self.patient_until, call.deadline)
-        if wait is None:
-            return self._circuit_open(rounds)
-        yield wait
-        return (yield from self.fallback(rounds))
+        return breaker.shared.trial_of(values, self.patient_until, call.deadline)
 
     def breaker(self, candidate: Candidate, rounds: Rounds) -> Generator[Any, Any, Any]:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
@@ -471,7 +472,9 @@ class _Layers:
         return awake or [min(ends, key=lambda pair: pair[0] or 0.0)[1]]
 
     def _gives_way(self, candidate: Candidate) -> bool:
-        return candidate not in self._awake(self.left)
+        # Its own trial is under way; of the others, those that are shut off are no choice.
+        admitted = self._admitted(self.left)
+        return candidate not in self._awake([other for other in self.left if other is candidate or other in admitted])
 
     def _admitted(self, candidates: list[Candidate], *, after: float = 0.0) -> list[Candidate]:
         """Those whose circuits let an attempt through, so many seconds from now."""

@@ -135,7 +135,7 @@ class Line:
         """The same, whoever has to be asked."""
         if not self.is_shared:
             return self.take_now(amounts)
-        if self._turns or clock.now() < self._opens_at:
+        if self._turns or clock.now() < self._closed_until():
             return False
         wait = yield from self._ask(Request(amounts))
         return self.take_now(amounts) if wait is None else not wait
@@ -188,6 +188,7 @@ class Line:
             self._changes += 1
             self._plain = len(rates.paces) == 1 and not rates.quotas
             self._ledger.change(clock.now(), rates)
+            self._made_up_until = -math.inf
             if self._gate is not None:
                 self._gate.change(rates)
         self._rouse_all()
@@ -216,7 +217,7 @@ class Line:
                     turn.asks = True
                     return
                 next_one = self._let_go_on(turn, now)
-            elif now + EARLY >= self._opens_at:
+            elif now + EARLY >= self._closed_until() and self._turns[0] is not turn:
                 next_one = self._turns[0]
             if not turn.has_news and turn.latest is not None:
                 turn.is_late = self._expected_start(turn, turn.amounts, now) >= turn.latest()
@@ -262,7 +263,7 @@ class Line:
         """Seconds until another look is worth it."""
         with self._lock:
             now = clock.now()
-            due = max(self._opens_at, self._ledger.paused_until)
+            due = self._closed_until()
             before = self._before(turn)
             if before and due <= now:
                 due = now if self._noticed_at == -math.inf else self._noticed_at
@@ -324,11 +325,14 @@ class Line:
             self._turns.remove(turn)
         self._opens_at = self._noticed_at = -math.inf
 
+    def _closed_until(self) -> float:
+        # Of a long pause the gate knows a part only.
+        return max(self._opens_at, self._ledger.paused_until)
+
     def _may_ask(self, turn: Turn, now: float) -> bool:
         while self._turns and self._turns[0].has_left:
             self._turns.popleft()
-        # A long pause is told to others in part.
-        if now + EARLY < max(self._opens_at, self._ledger.paused_until):
+        if now + EARLY < self._closed_until():
             return False
         before = self._before(turn)
         if before:
@@ -344,7 +348,7 @@ class Line:
 
     def _notice(self, now: float) -> Turn | None:
         """Somebody finds that the first in line could go on."""
-        if now + EARLY < self._opens_at:
+        if now + EARLY < self._closed_until():
             return None
         if self._noticed_at == -math.inf:
             self._noticed_at = now

@@ -11,7 +11,6 @@ import errno
 import os
 import struct
 import time
-from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,22 +68,23 @@ class FileGate:
         self._root = default_root() if folder is None else folder
         self._file_name = blake2b(name.encode(), digest_size=16).hexdigest()
         self._rates = rates
+        self._file: tuple[str, ForkSafeLock] | None = None
         # Since when somebody else has been found to keep the file locked.
         self._locked_since: float | None = None
 
-    @cached_property
-    def _path(self) -> str:
+    def _find_file(self) -> tuple[str, ForkSafeLock]:
+        """Its path and its lock in this process; no cached_property, whose lock a fork would leave locked."""
+        if self._file is not None:
+            return self._file
         folder = self._root / _FOLDER
         if _state_of(folder) not in _looked_through:
             # With a file for each value, to look at all of them for each new one would take ever longer.
             private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}")
             _looked_through.add(_state_of(folder))
         _tidy(str(folder))
-        return str(folder / self._file_name)
-
-    @cached_property
-    def _lock(self) -> ForkSafeLock:
-        return _lock_for(self._path)
+        path = str(folder / self._file_name)
+        self._file = path, _lock_for(path)
+        return self._file
 
     def change(self, rates: Rates) -> None:
         self._rates = rates
@@ -99,7 +99,7 @@ class FileGate:
             raise
         except FileNotFoundError:
             # The folder has gone; it is made anew.
-            self.__dict__.pop("_path", None)
+            self._file = None
         except OSError as error:
             return error
         try:
@@ -108,7 +108,8 @@ class FileGate:
             return error
 
     def _ask(self, request: Request) -> float:
-        with self._lock.lock, _locked(self._path) as file:
+        path, own_lock = self._find_file()
+        with own_lock.lock, _locked(path) as file:
             now = clock.machine()
             if file is None:
                 return self._is_locked(now)

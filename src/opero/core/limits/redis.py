@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from opero.core.limits.ledger import EXACT_ENTRIES, FINEST_PART, LONGEST_PAUSE
@@ -152,6 +151,7 @@ class RedisGate:
     def __init__(self, name: str, rates: Rates, url: str) -> None:
         self._url = url
         # The braces keep all of it on one node of a cluster.
+        self._server: Server | None = None
         self._key = f"opero:limit:{{{name}}}"
         self.change(rates)
 
@@ -159,25 +159,22 @@ class RedisGate:
         self._rates = rates
         self._keys = [self._key, *(f"{self._key}:{place}" for place in range(len(rates.quotas)))]
 
-    @cached_property
-    def _server(self) -> Server:
-        return server_at(self._url)
-
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         try:
-            server = self._server
+            # No cached_property, whose lock a fork would leave locked.
+            server = self._server = self._server or server_at(self._url)
         except Exception as error:  # noqa: BLE001 - no redis-py: it costs the sharing and not the call
             return [error] * len(requests)
         reason = server.rest.reason()
         if reason is not None:
             return [reason] * len(requests)
         try:
-            return [self._answer(request) for request in requests]
+            return [self._answer(server, request) for request in requests]
         except Exception as error:  # noqa: BLE001 - as above
             server.failed(error)
             return [error] * len(requests)
 
-    def _answer(self, request: Request) -> float:
+    def _answer(self, server: Server, request: Request) -> float:
         asked = "take" if request.takes else "pause" if request.pause else "correct"
         paces, quotas, amounts, most = self._rates.paces, self._rates.quotas, request.amounts, self._rates.most
         arguments: list[Any] = [asked, request.pause * 1e6, min(request.waited, 1e6) * 1e6, len(paces)]
@@ -186,6 +183,6 @@ class RedisGate:
             arguments += [pace.interval * 1e6, pace.tolerance * 1e6, units, amounts[pace.name]]
         for quota in quotas:
             arguments += [quota.units, quota.seconds * 1e6, amounts[quota.name]]
-        microseconds: int = self._server.script(_SCRIPT)(self._keys, arguments)
-        self._server.rest.end()
+        microseconds: int = server.script(_SCRIPT)(self._keys, arguments)
+        server.rest.end()
         return min(microseconds / 1e6, LONGEST_PAUSE + max([quota.seconds * 2 for quota in quotas], default=0.0))
