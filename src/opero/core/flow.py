@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from opero.core.breaker import Passage
+    from opero.core.fallback import FallbackOverParameter
     from opero.core.limits.places import Place
     from opero.core.listeners import Teller
     from opero.core.retry import Rounds
@@ -162,11 +163,7 @@ class _Layers:
         if plan.fallback is None:
             self.candidates = [Candidate(call.args, call.kwargs)]
         else:
-            values = enumerate(plan.fallback.values(call))
-            self.candidates = [Candidate(*plan.fallback.arguments(call, v), v, place) for place, v in values]
-            if plan.limit is not None and len(self.candidates) > 1:
-                per = plan.limit.per
-                self.has_own_limit = per is not None and per.depends_on(plan.fallback.parameter)
+            self._find_candidates(plan.fallback)
         rounds = plan.retry.rounds(plan.retry, call, plan.function)
         while True:
             if "before" in plan.retry.options:
@@ -188,6 +185,13 @@ class _Layers:
                 call.tell("RetryPlanned", round=call.rounds, delay=wait, error=outcome.error)
             del outcome
             yield Pause(wait)
+
+    def _find_candidates(self, fallback: FallbackOverParameter) -> None:
+        call, limit = self.call, self.plan.limit
+        values = enumerate(fallback.values(call))
+        self.candidates = [Candidate(*fallback.arguments(call, v), v, place) for place, v in values]
+        if limit is not None and len(self.candidates) > 1:
+            self.has_own_limit = limit.per is not None and limit.per.depends_on(fallback.parameter)
 
     def fallback(self, rounds: Rounds) -> Generator[Any, Any, Any]:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
