@@ -24,6 +24,7 @@ from bench_imports import ENVIRONMENT
 from opero import opero
 
 try:
+    import async_lru
     import cachebox
     import cachetools
     import cashews
@@ -32,7 +33,7 @@ try:
     import redis
     import redis.asyncio
 except ImportError as error:
-    sys.exit(f"{error}; the group needs: pip install cachebox cachetools cashews diskcache joblib redis")
+    sys.exit(f"{error}; the group needs: pip install async-lru cachebox cachetools cashews diskcache joblib redis")
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -88,6 +89,20 @@ async def same_async(number: int) -> int:
     return number
 
 
+class Holder:
+    """Has methods that are cached."""
+
+    @functools.lru_cache(MAXSIZE, typed=True)  # noqa: B019 - what is measured
+    def kept(self, number: int) -> int:
+        """As functools keeps it, with the instance."""
+        return same(number)
+
+    @opero(cache=True)
+    def cached(self, number: int) -> int:
+        """As opero keeps it."""
+        return same(number)
+
+
 def tables() -> list[Any]:
     """All tables of this group."""
     port = start_redis()
@@ -109,15 +124,35 @@ def memory_tables() -> list[Any]:
             ),
         }
 
+    def with_an_end() -> dict[str, Any]:
+        timed = cachetools.TTLCache(MAXSIZE, 3600)
+        return {
+            "opero(cache=True, cache_ttl=3600)": opero(cache=True, cache_ttl=3600)(same),
+            "cachetools.cached, TTLCache, with a lock": cachetools.cached(timed, lock=threading.Lock())(same),
+        }
+
+    def methods() -> dict[str, Any]:
+        holder = Holder()
+        return {
+            "lru_cache(typed=True), keeps the instance": holder.kept,
+            "opero(cache=True)": holder.cached,
+        }
+
     def async_functions() -> dict[str, Any]:
         peer = cashews.Cache()
         peer.setup(f"mem://?size={MAXSIZE}")
         cleanup.callback(lambda: loop.run(peer.close()))
-        return {"opero(cache=True)": opero(cache=True)(same_async), "cashews, mem://": peer(ttl="1h")(same_async)}
+        return {
+            "opero(cache=True)": opero(cache=True)(same_async),
+            "async_lru.alru_cache": async_lru.alru_cache(MAXSIZE)(same_async),
+            "cashews, mem://": peer(ttl="1h")(same_async),
+        }
 
     # Misses are measured in a full store, where each puts out an older entry.
     return [
         ("hit in memory, one int argument, sync", _rows(hit, functions(), MEMORY_HITS)),
+        ("hit in memory, with an end, sync", _rows(hit, with_an_end(), MEMORY_HITS)),
+        ("hit in memory, on a method", _rows(hit, methods(), MEMORY_HITS)),
         ("hit in memory, one int argument, async", _rows(async_hit, async_functions(), MEMORY_HITS)),
         ("miss in memory, store full, sync", _rows(miss, functions(), MEMORY_MISSES, MAXSIZE)),
         ("miss in memory, store full, async", _rows(async_miss, async_functions(), MEMORY_MISSES, MAXSIZE)),

@@ -7,6 +7,7 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
+import random
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,11 @@ SLEEPS, SLEEP, THREADS = 1_000, 0.02, 16
 ASYNC_ITEMS, ASYNC_SLEEP, ASYNC_WORKERS = 10_000, 0.001, 100
 ARRAY_BYTES, ARRAY_ITEMS = 100_000_000, 8
 FLAKY, FLAKY_SECONDS, FLAKY_WORKERS, BACKOFF = 1_000, 0.005, 8, 1.0
+# Unequal items: first many that end at once, then some slow ones; slow ones at random; a last long one.
+INSTANT, SLOW, SLOW_SECONDS, UNEQUAL_WORKERS = 200, 8, 0.5, 4
+RANDOM, RANDOM_SLOW, RANDOM_SECONDS = 2_000, 0.05, 0.02
+LAST, LAST_SECONDS = 400, 0.3
+NOBODY, CROWD = 16, 128
 MIB = 2**20
 
 
@@ -48,6 +54,26 @@ def nap(_number: int) -> None:
 async def nap_async(number: int) -> int:
     """Stand for a user's async function that waits."""
     await asyncio.sleep(ASYNC_SLEEP)
+    return number
+
+
+def slow_at_the_end(number: int) -> int:
+    """Stand for files of which the large ones come last."""
+    if number >= INSTANT:
+        time.sleep(SLOW_SECONDS)
+    return number
+
+
+def slow_at_random(number: int) -> int:
+    """Stand for a service that is slow now and then."""
+    if random.Random(number).random() < RANDOM_SLOW:
+        time.sleep(RANDOM_SECONDS)
+    return number
+
+
+def slow_last(number: int) -> int:
+    """Stand for jobs of which the last is the longest."""
+    time.sleep(LAST_SECONDS if number == LAST - 1 else 0.001)
     return number
 
 
@@ -84,6 +110,9 @@ def tables() -> list[Any]:
     forked = {"start_method": "fork"}
     in_processes = opmap(mode="process", workers=PROCESSES, progress=False, pool_options=forked)
     in_threads = opmap(mode="thread", workers=THREADS, progress=False)
+    spawned = opmap(workers=NOBODY, progress=False, pool_options={"start_method": "spawn"})
+    cached = opmap(workers=NOBODY, cache=True, progress=False, pool_options={"start_method": "spawn"})(square)
+    cached.one(1)
     in_tasks = opmap(mode="async", workers=ASYNC_WORKERS, progress=False)(nap_async)
     return [
         (
@@ -142,6 +171,23 @@ def tables() -> list[Any]:
             ],
             "MiB",
         ),
+        *unequal_tables(),
+        (
+            f"a map of no item, {NOBODY} spawned workers",
+            [
+                ("concurrent.futures", timed(lambda: spawned_futures(0))),
+                ("opmap", timed(lambda: spawned(square)([]))),
+                ("opmap, an item that is cached", timed(lambda: cached([1]))),
+            ],
+        ),
+        (
+            f"{2 * CROWD} trivial items, {CROWD} processes",
+            [
+                ("concurrent.futures", timed(lambda: futures_map(square, 2 * CROWD, 1, CROWD))),
+                ("opmap", timed(lambda: opmap(workers=CROWD, progress=False)(square)(range(2 * CROWD)))),
+                ("multiprocessing.Pool.map", timed(lambda: pool_map(square, 2 * CROWD, CROWD))),
+            ],
+        ),
         (
             f"{TRIVIAL_IN_THREADS:,} trivial items, {THREADS} threads",
             [
@@ -178,6 +224,41 @@ def tables() -> list[Any]:
             ],
         ),
     ]
+
+
+def unequal_tables() -> list[Any]:
+    """Items of which some take much longer than the others."""
+    cases = [
+        (f"{INSTANT} instant items, then {SLOW} of {SLOW_SECONDS:g} s", slow_at_the_end, INSTANT + SLOW),
+        (f"{RANDOM:,} items, {RANDOM_SLOW:.0%} of {RANDOM_SECONDS * 1000:g} ms at random", slow_at_random, RANDOM),
+        (f"{LAST} items of 1 ms, the last of {LAST_SECONDS:g} s", slow_last, LAST),
+    ]
+    return [table for case in cases for table in (in_unequal_threads(*case), in_unequal_processes(*case))]
+
+
+def in_unequal_threads(name: str, function: Callable[[int], int], count: int) -> Any:
+    """In threads."""
+    mapped = opmap(mode="thread", workers=UNEQUAL_WORKERS, progress=False)(function)
+    return (
+        f"{name}, {UNEQUAL_WORKERS} threads",
+        [
+            ("concurrent.futures", timed(lambda: threads_map(function, count, UNEQUAL_WORKERS))),
+            ("opmap", timed(lambda: mapped(range(count)))),
+        ],
+    )
+
+
+def in_unequal_processes(name: str, function: Callable[[int], int], count: int) -> Any:
+    """In processes."""
+    mapped = opmap(workers=UNEQUAL_WORKERS, progress=False, pool_options={"start_method": "fork"})(function)
+    return (
+        f"{name}, {UNEQUAL_WORKERS} processes",
+        [
+            ("concurrent.futures, one by one", timed(lambda: futures_map(function, count, 1, UNEQUAL_WORKERS))),
+            ("opmap", timed(lambda: mapped(range(count)))),
+            ("multiprocessing.Pool.map", timed(lambda: pool_map(function, count, UNEQUAL_WORKERS))),
+        ],
+    )
 
 
 def timed(work: Callable[[], object]) -> Callable[[], float]:
@@ -223,9 +304,9 @@ def per_worker(results: Callable[[], Iterable[tuple[int, float]]]) -> Callable[[
 # Processes
 
 
-def futures_map(function: Callable[[int], Any], count: int, chunk: int) -> list[Any]:
+def futures_map(function: Callable[[int], Any], count: int, chunk: int, workers: int = PROCESSES) -> list[Any]:
     """`concurrent.futures`, in chunks."""
-    with concurrent.futures.ProcessPoolExecutor(PROCESSES) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         return list(pool.map(function, range(count), chunksize=chunk))
 
 
@@ -235,9 +316,16 @@ def futures_first() -> Iterator[int]:
         yield from pool.map(square, range(TRIVIAL), chunksize=100)
 
 
-def pool_map(function: Callable[[int], Any], count: int) -> list[Any]:
+def spawned_futures(count: int) -> list[Any]:
+    """The same with workers that are started afresh."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(NOBODY, mp_context=context) as pool:
+        return list(pool.map(square, range(count)))
+
+
+def pool_map(function: Callable[[int], Any], count: int, workers: int = PROCESSES) -> list[Any]:
     """The same with `multiprocessing`."""
-    with multiprocessing.Pool(PROCESSES) as pool:
+    with multiprocessing.Pool(workers) as pool:
         return pool.map(function, range(count))
 
 
@@ -322,7 +410,7 @@ def with_array() -> Callable[[int], int]:
 
 
 def array_in_fresh_processes() -> None:
-    """Workers that are no copies of this process get it through a pipe."""
+    """Workers that are no copies of this process map it from a file."""
     mapped = opmap(workers=PROCESSES, progress=False, pool_options={"start_method": "forkserver"})(item_of)
     mapped(range(ARRAY_ITEMS), array=the_array())
 

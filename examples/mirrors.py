@@ -65,6 +65,7 @@ def fetch_in_threads(paths: list[str], mirrors: list[Mirror], options: argparse.
             rate_limit=options.rate,  # requests per second, whoever makes them,
             per="mirror",  # to each mirror: one that asks for a rest holds up no other
             cache=True,
+            return_exceptions=True,  # a file that no mirror gives is its exception in the list
             progress="standard library",
         )
         def fetch(path: str, mirror: str | list[str]) -> bytes:
@@ -93,6 +94,7 @@ async def fetch_in_tasks(paths: list[str], mirrors: list[Mirror], options: argpa
             rate_limit=options.rate,
             per="mirror",
             cache=True,
+            return_exceptions=True,
             progress="standard library",
         )
         async def fetch(path: str, mirror: str | list[str]) -> bytes:

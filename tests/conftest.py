@@ -21,7 +21,6 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import multiprocess
 import pytest
 from program_server import ProgramServer
 from redis_server import RedisServer
@@ -40,10 +39,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 # Fork servers import what the workers of the tests need once, and not in each worker.
-for _library in (multiprocessing, multiprocess):
-    _library.set_forkserver_preload(
-        ["pytest", "numpy", "loky", "opero.concurrency.processes", "opero.concurrency.by_value"]
-    )
+multiprocessing.set_forkserver_preload(["pytest", "numpy", "loky", "opero.concurrency.processes"])
 
 
 def as_async(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,7 +33,6 @@ _MODULES = [
     "inspect",
     "multiprocessing.forkserver",
     "sqlite3",
-    "cachebox",
     "cloudpickle",
     "dill",
     "diskcache",

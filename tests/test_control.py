@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 
 import cloudpickle
 import pytest
@@ -72,6 +73,18 @@ def test_of_a_bound_class_method_it_knows_the_class():
     assert control(Client.of_class).cache_delete(3) is True
 
 
+def test_of_a_map_it_can_be_pickled():
+    its = pickle.loads(pickle.dumps(control(Maps().double)))
+    assert its.run([1, 2]) == [2, 4]
+    assert its.cache_delete(1) is False
+
+
+class Maps:
+    @opmap(mode="thread", progress=False)
+    def double(self, item):
+        return 2 * item
+
+
 def test_of_a_map_it_is_that_of_its_function(mode):
     mapped = opmap(cache=True, **mode.options)(mode.define(fails(0)))
     mode.run(mapped, [1, 2])
@@ -80,12 +93,13 @@ def test_of_a_map_it_is_that_of_its_function(mode):
     assert mapped.cache_info().currsize == 1
 
 
-@pytest.mark.parametrize("name", ["fetch", "of_class"])
-def test_a_method_itself_cannot_know_the_instance_and_says_who_does(name):
+@pytest.mark.parametrize("ask", ["cache_delete", "with_options"])
+@pytest.mark.parametrize(("name", "whose"), [("fetch", "instance"), ("of_class", "Client")])
+def test_a_method_itself_cannot_know_the_instance_and_says_who_does(name, whose, ask):
     method = vars(Client)[name]
     function = getattr(method, "__func__", method)
-    with pytest.raises(MisuseError, match=rf"opero\.control\(instance\.{name}\)\.cache_delete"):
-        function.cache_delete(3)
+    with pytest.raises(MisuseError, match=rf"opero\.control\({whose}\.{name}\)\.{ask}"):
+        getattr(function, ask)()
 
 
 def test_a_static_method_has_no_instance():
@@ -175,9 +189,17 @@ def test_a_map_can_have_other_options(mode):
         raise BrokenError
 
     mapped = opmap(retries=2, min_delay=0, max_delay=0, **mode.options)(mode.define(work))
-    once = control(mapped).with_options(retries=0)
+    once = control(mapped).with_options(retries=0, return_exceptions=True)
     assert [type(error) for error in mode.run(once, [1])] == [BrokenError]
     assert (once.stats.attempts, mapped.stats.attempts) == (1, 1)
+
+
+def test_a_map_with_other_workers_shares_its_policies(mode):
+    mapped = opmap(cache=True, **mode.options)(mode.define(fails(0)))
+    mode.run(mapped, [1])
+    other = control(mapped).with_options(workers=1, ordered=False)
+    assert mode.run(other, [1]) == [1]
+    assert (mapped.stats.hits, mapped.stats.attempts) == (1, 1)
 
 
 def test_a_decorator_of_one_policy_takes_its_own_options(fake_clock):

@@ -233,7 +233,7 @@ def test_a_failing_item_of_a_map_loses_no_result(mode):
             raise SpoiledError(x)
         return x
 
-    mapped = opmap(**mode.options, retries=0)(mode.define(work))
+    mapped = opmap(**mode.options, retries=0, return_exceptions=True)(mode.define(work))
     results = mode.run(mapped, range(10))
     assert isinstance(results.pop(5), SpoiledError)
     assert results == [0, 1, 2, 3, 4, 6, 7, 8, 9]

@@ -75,7 +75,7 @@ class Kind:
 
     @staticmethod
     def map(function: Any, mode: Any, **options: Any) -> Any:
-        return opmap(**{"mode": mode, "progress": False, "retries": 0, **options})(function)
+        return opmap(**{"mode": mode, "progress": False, "retries": 0, "return_exceptions": True, **options})(function)
 
 
 KINDS = {

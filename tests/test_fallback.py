@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import pickle
@@ -621,7 +622,7 @@ def test_items_that_failed_and_wait_for_a_resting_candidate_hold_no_worker(mode)
         return 30 if isinstance(error, LookupError) else False
 
     options = {**mode.options, **SLOTS, "per": "key", "retry_on": rest, "ordered": False}
-    mapped = opmap(**options)(mode.define(ask))
+    mapped = opmap(**options, return_exceptions=True)(mode.define(ask))
     mode.run(mapped, [0], key=["a"])
     seen = []
 
@@ -830,14 +831,25 @@ def test_equal_typed_candidates_share_an_entry_and_others_do_not(world):
     assert service.asked == ["a", "b", "a", "a"]
 
 
+ASKED = collections.Counter()
+
+
+def keys_of(service):
+    def keys():
+        ASKED[service] += 1
+        return [f"bad {ASKED[service]}", f"good {ASKED[service]}"]
+
+    return keys
+
+
 def test_the_cache_knows_a_function_by_itself_and_asks_it_only_when_it_computes(world):
-    first, second = Rotation(), Rotation()
+    ASKED.clear()
     function = opero(cache=True, **ONCE)(world.define(good_ones))
-    for rotation in (first, first, second, second):
-        assert world.run(function, candidates_from(rotation.keys)) == "good 1"
-    assert (first.asked, second.asked) == (1, 1)
-    assert function.cache_delete(candidates_from(first.keys))
-    assert world.run(function, candidates_from(first.keys)) == "good 2"
+    for service in ("first", "first", "second", "second"):
+        assert world.run(function, candidates_from(keys_of(service))) == "good 1"
+    assert ASKED == {"first": 1, "second": 1}
+    assert function.cache_delete(candidates_from(keys_of("first")))
+    assert world.run(function, candidates_from(keys_of("first"))) == "good 2"
 
 
 def test_a_lambda_for_a_default_is_cached(world):
@@ -853,12 +865,18 @@ def test_a_lambda_for_a_default_is_cached(world):
 
 
 def test_a_failure_of_the_function_is_not_cached(world):
-    rotation = Rotation(LookupError())
+    ASKED.clear()
+
+    def keys():
+        ASKED["once"] += 1
+        if ASKED["once"] == 1:
+            raise LookupError
+        return ["good"]
+
     function = opero(cache=True, **ONCE)(world.define(good_ones))
     with pytest.raises(LookupError):
-        world.run(function, candidates_from(rotation.keys))
-    rotation.error = None
-    assert world.run(function, candidates_from(rotation.keys)) == "good 2"
+        world.run(function, candidates_from(keys))
+    assert world.run(function, candidates_from(keys)) == "good"
 
 
 def test_what_is_cached_with_typed_candidates_outlives_the_process(world, backend, start):
@@ -882,12 +900,6 @@ def test_what_is_cached_with_typed_candidates_outlives_the_process(world, backen
     for _ in range(2):
         program = start(source, options, world=world)
         assert program.end() == ["x", "a", (1, 1, 1)]
-
-
-def test_a_function_without_a_name_cannot_be_part_of_a_lasting_key(world, backend):
-    function = opero(**backend.options, **ONCE, cache_namespace=backend.namespace())(world.define(good_ones))
-    with pytest.raises(MisuseError, match="give cache_key="):
-        world.run(function, candidates_from(lambda: ["good"]))
 
 
 # Candidates and maps
@@ -951,7 +963,7 @@ def test_what_the_function_raises_is_the_error_of_the_item(mode):
     def ask(item, key):
         return key
 
-    mapped = opmap(**mode.options, arg_fallback="key")(mode.define(ask))
+    mapped = opmap(**mode.options, arg_fallback="key", return_exceptions=True)(mode.define(ask))
     results = mode.run(mapped, "xyz", key=candidates_from(keys))
     assert list(map(repr, results)) == ["LookupError('no key')", "ValueError('no key')", "'good'"]
     assert mapped.stats.attempts == 1
@@ -968,3 +980,19 @@ def test_values_that_were_carried_to_a_worker_are_tried_there():
     inner = opero(**ONCE)(lambda key=candidates("bad", "good"): good_ones(key))
     mapped = opmap(mode="process", workers=1, progress=False, retries=0)(lambda item: (item, inner()))
     assert mapped([1]) == [(1, "good")]
+
+
+@pytest.mark.parametrize("keys", [1, 2, 3])
+def test_candidates_that_rest_for_different_times_are_each_tried_in_every_round(world, fake_clock, keys):
+    asked = []
+
+    def ask(key):
+        asked.append(key)
+        fake_clock.tick(0.05)
+        raise ConnectionError
+
+    function = opero(arg_fallback="key", retries=3, retry_on=lambda _: 0.5)(world.define(ask))
+    all_failed(world, function, list("abc"[:keys]))
+    assert asked.count("a") == 4
+    assert min(map(asked.count, "abc"[:keys])) >= 3
+    assert function.stats.retries == 3

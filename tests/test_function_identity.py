@@ -8,7 +8,7 @@ import re
 import pytest
 
 import opero
-from opero.core.identity import lasting_identity
+from opero.core.digests import lasting_identity
 
 
 def calling(operation):

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -337,3 +339,32 @@ def test_what_needs_a_result_is_refused(world, options):
     (name,) = options
     with pytest.raises(TypeError, match=f"{name}=… cannot apply to the generator function"):
         opero(**options)(world.define(pages(1)))
+
+
+OPEN_GENERATOR = """
+import asyncio
+from opero import opero
+
+@opero(retries=2)
+async def rows():
+    try:
+        for number in range(10):
+            await asyncio.sleep(0)
+            yield number
+    finally:
+        await asyncio.sleep(0)
+        print("closed")
+
+async def main():
+    global stream
+    stream = rows()
+    await anext(stream)
+
+asyncio.run(main())
+"""
+
+
+def test_a_generator_that_is_open_when_the_loop_ends_is_closed_once():
+    command = [sys.executable, "-c", OPEN_GENERATOR]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.stdout, run.stderr) == ("closed\n", "")

@@ -11,13 +11,13 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from conftest import World
 from opero import WorkerCrashedError, opmap
-from opero.concurrency.pipe_end import NonBlockingEnd
 
 PATIENCE = 20.0
 
@@ -62,7 +62,7 @@ class Keeping:
     def map(self, function, **options):
         mode = (lambda: ThreadPoolExecutor(options["workers"])) if self.mode == "executor" else self.mode
         one_by_one = {"pool_options": {"concurrency": 1}} if self.mode == "async_process" else {}
-        options = {"workers": 2, "retries": 0, "progress": False, **one_by_one, **options}
+        options = {"workers": 2, "retries": 0, "progress": False, "return_exceptions": True, **one_by_one, **options}
         return opmap(**{"mode": mode, **options})(self.world.define(function))
 
     def ran_in(self):
@@ -387,7 +387,7 @@ def test_workers_that_are_replaced_after_so_many_items_are_in_a_block_too(proces
 
 
 INTERRUPTED = """
-    import multiprocess, multiprocessing, threading
+    import multiprocessing, threading
     from opero import opmap
 
     @opmap(mode=MODE, workers=2, progress=False, retries=0)
@@ -403,7 +403,7 @@ INTERRUPTED = """
                 say(len(work.run([0, 0])))
                 work.run([1, 1])
         except KeyboardInterrupt:
-            left = len(multiprocess.active_children()) + len(multiprocessing.active_children())
+            left = len(multiprocessing.active_children())
             say(("interrupted", left, threading.active_count()))
 """
 
@@ -419,17 +419,18 @@ def test_ctrl_c_in_a_block_leaves_no_process_and_no_thread(start, processes, jou
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
 def test_workers_whose_message_ctrl_c_lost_are_not_used_again(lost, monkeypatch):
-    receive, heard = NonBlockingEnd.receive, []
+    receive, heard = Connection.recv_bytes, []
 
-    def interrupted(end):
-        messages = receive(end)
-        heard.append(messages)
+    def interrupted(pipe):
+        message = receive(pipe)
+        heard.append(message)
         if len(heard) == lost + 1:
             raise KeyboardInterrupt
-        return messages
+        return message
 
-    monkeypatch.setattr(NonBlockingEnd, "receive", interrupted)
-    double = opmap(mode="process", workers=1, retries=0)(plain_double)
+    monkeypatch.setattr(Connection, "recv_bytes", interrupted)
+    spawning = {"start_method": "spawn"}
+    double = opmap(mode="process", workers=1, retries=0, pool_options=spawning)(plain_double)
     with double.pool():
         with pytest.raises(KeyboardInterrupt):
             double(range(5))

@@ -60,6 +60,6 @@ def test_a_cancelled_item_tidies_up_with_its_own_variables(kind):
             await asyncio.sleep(0)
             seen.append(user.get())
 
-    mapped = opmap(mode=kind, workers=2, retries=0, attempt_timeout=0.02, progress=False)(wait)
+    mapped = opmap(mode=kind, workers=2, retries=0, attempt_timeout=0.02, progress=False, return_exceptions=True)(wait)
     assert [type(result).__name__ for result in mapped.run(range(2))] == ["CallTimeoutError"] * 2
     assert sorted(seen) == ["user 0", "user 1"]

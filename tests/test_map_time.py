@@ -91,7 +91,7 @@ def test_a_wait_that_is_no_number_fails_its_item_and_no_other(mode):
         return item
 
     options = {"retries": 1, "retry_options": {"wait": lambda _: math.nan}}
-    results = opmap(mode=mode, workers=2, progress=False, **options)(work)(range(5))
+    results = opmap(mode=mode, workers=2, progress=False, **options, return_exceptions=True)(work)(range(5))
     error = results.pop(1)
     assert isinstance(error, ValueError)
     assert "nan" in str(error)

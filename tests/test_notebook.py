@@ -54,7 +54,7 @@ def notebook(tmp_path, monkeypatch):
 
 
 PLAIN = """
-@opmap(mode="{mode}", workers=2, retries=0, progress=False)
+@opmap(mode="{mode}", workers=2, retries=0, progress=False, return_exceptions=True)
 def work(x, plus=0):
     if x == 3:
         raise ValueError("three")
@@ -112,7 +112,7 @@ def test_a_map_with_its_progress_bar_shows_no_warning_without_ipywidgets(noteboo
 BARS = """
 import threading
 
-@opmap(mode="{mode}", workers=2, retries=0)
+@opmap(mode="{mode}", workers=2, retries=0, return_exceptions=True)
 def work(x):
     if x == 3:
         raise ValueError("three")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from leftovers import surroundings
 
-from opero import AllFailedError, CallStats, Outcome, opmap
+from opero import AllFailedError, CallStats, Outcome, control, opmap
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -335,7 +335,7 @@ def fail_on_odd(item):
 
 
 def test_a_failed_item_is_its_own_exception(mode):
-    mapped = opmap(**mode.options, retries=0)(mode.define(fail_on_odd))
+    mapped = opmap(**mode.options, retries=0, return_exceptions=True)(mode.define(fail_on_odd))
     results = mode.run(mapped, range(40))
     assert results[::2] == list(range(0, 40, 2))
     assert [type(error) for error in results[1::2]] == [TwoPartError] * 20
@@ -343,7 +343,7 @@ def test_a_failed_item_is_its_own_exception(mode):
 
 
 def test_a_failed_item_has_a_note_with_its_attempts(mode):
-    mapped = opmap(**mode.options, retries=1, min_delay=0.01)(mode.define(fail_on_odd))
+    mapped = opmap(**mode.options, retries=1, min_delay=0.01, return_exceptions=True)(mode.define(fail_on_odd))
     (error,) = mode.run(mapped, [1])
     assert any("2 attempts" in note for note in error.__notes__)
 
@@ -384,7 +384,7 @@ def test_a_def_function_that_returns_an_awaitable_fails_without_a_retry(name, jo
         journal.add(item)
         return double_async(item)
 
-    mapped = opmap(mode=name, workers=2, progress=False)(work)
+    mapped = opmap(mode=name, workers=2, progress=False, return_exceptions=True)(work)
     (error,) = mapped([1])
     assert isinstance(error, TypeError)
     assert "async def" in str(error)
@@ -427,7 +427,7 @@ def test_an_item_is_tried_no_more_often_than_retries_allow(mode, journal):
         journal.add(item)
         raise SpoiledError(item)
 
-    mapped = opmap(**mode.options, retries=2, min_delay=0.01)(mode.define(work))
+    mapped = opmap(**mode.options, retries=2, min_delay=0.01, return_exceptions=True)(mode.define(work))
     results = mode.run(mapped, range(3))
     assert [type(error) for error in results] == [SpoiledError] * 3
     assert Counter(journal.lines()) == {"0": 3, "1": 3, "2": 3}
@@ -438,7 +438,7 @@ def test_an_error_that_is_not_to_be_retried_is_not(mode, journal):
         journal.add(item)
         raise KeyError(item)
 
-    mapped = opmap(**mode.options, retry_on=OSError)(mode.define(work))
+    mapped = opmap(**mode.options, retry_on=OSError, return_exceptions=True)(mode.define(work))
     (error,) = mode.run(mapped, [1])
     assert isinstance(error, KeyError)
     assert journal.lines() == ["1"]
@@ -495,7 +495,7 @@ def test_fallback_candidates_may_be_the_items_themselves(mode):
 
 
 def test_an_item_without_candidates_is_a_value_error(mode):
-    mapped = opmap(**mode.options, arg_fallback="mirrors")(mode.define(lambda mirrors: mirrors))
+    mapped = opmap(**mode.options, arg_fallback="mirrors", return_exceptions=True)(mode.define(lambda mirrors: mirrors))
     good, bad = mode.run(mapped, [["north"], []])
     assert good == "north"
     assert isinstance(bad, ValueError)
@@ -505,7 +505,9 @@ def test_an_item_whose_candidates_all_fail_is_an_all_failed_error(mode):
     def work(item, *, key):
         raise SpoiledError(f"{item} refused")
 
-    mapped = opmap(**mode.options, arg_fallback="key", retries=1, min_delay=0.01)(mode.define(work))
+    mapped = opmap(**mode.options, arg_fallback="key", retries=1, min_delay=0.01, return_exceptions=True)(
+        mode.define(work)
+    )
     (error,) = mode.run(mapped, [7], key=["hidden-1", "hidden-2"])
     assert isinstance(error, AllFailedError)
     assert [type(part) for part in error.errors] == [SpoiledError] * 4
@@ -573,7 +575,7 @@ def test_a_failed_item_is_not_cached(mode, journal):
         journal.add(item)
         raise SpoiledError(item)
 
-    mapped = opmap(**mode.options, cache=True, retries=0)(mode.define(work))
+    mapped = opmap(**mode.options, cache=True, retries=0, return_exceptions=True)(mode.define(work))
     for _ in range(2):
         (error,) = mode.run(mapped, [1])
         assert isinstance(error, SpoiledError)
@@ -616,7 +618,13 @@ def test_every_retry_takes_a_rate_slot(mode, journal):
         raise SpoiledError(item)
 
     mapped = opmap(
-        **mode.options, retries=3, min_delay=0, jitter=False, rate_limit=40, rate_limit_options={"max_burst": 1}
+        **mode.options,
+        retries=3,
+        min_delay=0,
+        jitter=False,
+        rate_limit=40,
+        rate_limit_options={"max_burst": 1},
+        return_exceptions=True,
     )(mode.define(work))
     mode.run(mapped, range(3))
     starts = [float(line) for line in journal.lines()]
@@ -634,7 +642,7 @@ def test_cache_hits_take_no_rate_slot(mode):
 
 @pytest.mark.parametrize("name", MODES)
 def test_an_attempt_timeout_ends_a_coroutine_that_takes_too_long(name, journal):
-    @opmap(mode=name, workers=2, progress=False, attempt_timeout=0.1, retries=1, min_delay=0.01)
+    @opmap(mode=name, workers=2, progress=False, attempt_timeout=0.1, retries=1, min_delay=0.01, return_exceptions=True)
     async def work(item):
         journal.add(item)
         if item == "slow":
@@ -668,7 +676,7 @@ def test_stats_count_every_item(mode, journal):
             raise SpoiledError(item)
         return item
 
-    mapped = opmap(**mode.options, retries=1, min_delay=0.01, cache=True)(mode.define(work))
+    mapped = opmap(**mode.options, retries=1, min_delay=0.01, cache=True, return_exceptions=True)(mode.define(work))
     mode.run(mapped, ["good", "good", "fails", "recovers"])
     assert mapped.stats.snapshot() == CallStats(calls=4, hits=1, attempts=5, retries=2, failures=1)
 
@@ -967,8 +975,52 @@ def test_a_class_method_is_a_map_where_python_does_not_bind_it(mode):
 
     bound = types.MethodType(vars(Scale)["by_class"].__func__, Scale)
     assert called(mode, bound, [1, 2]) == [10, 20]
-    with pytest.raises(TypeError, match="map the bound method"):
+    with pytest.raises(TypeError, match=r"write opero\.control\(Class\..*\)\.stream\(items\)"):
         mode.run(bound, [1, 2])
+
+
+BINDINGS = {
+    "by Python": getattr,
+    "as from Python 3.13 on": lambda cls, name: types.MethodType(vars(cls)[name].__func__, cls),
+    "by an instance": lambda cls, name: getattr(cls(), name),
+}
+
+
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_control_of_a_class_method_has_all_that_a_map_has(mode, binding):
+    class Scale(Scaled, mode=mode):
+        pass
+
+    its = control(BINDINGS[binding](Scale, "by_class"))
+    assert its.run([1, 2]) == [10, 20]
+    assert [outcome.result for outcome in mode.stream(its, [1, 2])] == [10, 20]
+    assert one(its, 3) == 30
+    assert its.starmap.run([(1,)]) == [10]
+    with its.pool():
+        assert its.run([1]) == [10]
+    assert its.with_options(retries=0).run([1]) == [10]
+    assert its.stats.calls == 8
+
+
+def test_control_of_a_static_method_has_all_that_a_map_has(mode):
+    class Scale(Scaled, mode=mode):
+        pass
+
+    for its in (control(Scale.by_none), control(Scale().by_none)):
+        assert its.run([1, 2]) == [2, 4]
+        assert [outcome.result for outcome in mode.stream(its, [1, 2])] == [2, 4]
+        assert one(its, 3) == 6
+
+
+def test_a_subclass_is_the_class_of_its_class_method(mode):
+    class Scale(Scaled, mode=mode):
+        pass
+
+    class Large(Scale, mode=mode):
+        factor = 100
+
+    assert control(Large.by_class).run([1]) == [100]
+    assert control(types.MethodType(vars(Scale)["by_class"].__func__, Large)).run([1]) == [100]
 
 
 class Color(enum.Enum):

@@ -65,6 +65,8 @@ DESIGNED_FOR_OPMAP = {
     "ordered": True,
     "progress": True,
     "return_exceptions": True,
+    "total": None,
+    "batch_size": None,
     "pool_options": None,
     **DESIGNED_FOR_OPERO,
 }
@@ -382,7 +384,7 @@ ONLY_OPERO_REFUSES = [
 ]
 
 PROCESS, ASYNC, ASYNC_PROCESS = {"mode": "process"}, {"mode": "async"}, {"mode": "async_process"}
-KNOWN_MODES = ("'process'", "'thread'", "'async'", "'async_process'")
+KNOWN_MODES = ("'process'", "'thread'", "'async'", "'async_process'", "'serial'")
 
 ONLY_OPMAP_REFUSES = [
     *(
@@ -404,6 +406,8 @@ ONLY_OPMAP_REFUSES = [
     *no_flag("ordered"),
     *(wrong(TypeError, "True or False", progress=value) for value in (0, 1, None, 0.5, b"label", ["label"])),
     *no_flag("return_exceptions"),
+    *no_count("total", smallest=0),
+    *no_count("batch_size", smallest=1),
     # The pool
     *no_mapping(pool_options={}, **PROCESS),
     unknown_inside("'start_method'", pool_options={"start_methodd": "fork"}, **PROCESS),
@@ -412,7 +416,7 @@ ONLY_OPMAP_REFUSES = [
         unknown_inside(f"mode={mode!r}", pool_options=options, mode=mode, on=on, error=(TypeError, ValueError))
         for mode, on, options in (
             ("thread", fetch, {"start_method": "fork"}),
-            ("thread", fetch, {"initargs": ()}),
+            ("thread", fetch, {"concurrency": 5}),
             ("async", fetch_async, {"start_method": "fork"}),
             ("async", fetch_async, {"concurrency": 5}),
             ("process", fetch, {"concurrency": 5}),
@@ -518,7 +522,7 @@ def test_the_typed_options_of_opero_are_the_options():
 
 def test_the_typed_options_of_opmap_are_the_options():
     # These decide about the type of the result and stand in the overloads.
-    expected = OPMAP_DEFAULTS.keys() - {"return_exceptions", "default"}
+    expected = OPMAP_DEFAULTS.keys() - {"return_exceptions", "default", "batch_size"}
 
     assert (OpmapOptions.__optional_keys__, OpmapOptions.__required_keys__) == (expected, set())
 

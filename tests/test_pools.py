@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import itertools
+import operator
 import os
 import pty
 import re
@@ -17,9 +18,11 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
-from opero import CallStats, opmap
+from conftest import as_async
+from opero import CallStats, OperoError, opmap
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
 
 MODES = ("thread", "process", "async", "async_process")
@@ -124,7 +127,7 @@ def test_the_decorator_adds_no_policy(mode, tmp_path):
             file.write("ran\n")
         return fail_on_odd(item)
 
-    mapped = get_parallel_map_decorator(**options_of(mode))(mode.define(work))
+    mapped = get_parallel_map_decorator(**options_of(mode, return_exceptions=True))(mode.define(work))
     first, again, failed = mode.run(mapped, [2, 2, 1])
     assert (first, again) == (2, 2)
     assert isinstance(failed, SpoiledError)
@@ -140,13 +143,14 @@ def test_the_executor_adds_no_policy(mode, tmp_path):
             file.write("ran\n")
         return fail_on_odd(item)
 
-    *_, failed = execute(get_parallel_executor(**options_of(mode)), mode.define(work), [2, 2, 1])
+    executor = get_parallel_executor(**options_of(mode, return_exceptions=True))
+    *_, failed = execute(executor, mode.define(work), [2, 2, 1])
     assert isinstance(failed, SpoiledError)
     assert len(path.read_text().split()) == 3
 
 
 def test_a_failed_item_is_its_exception_or_raises(mode):
-    kept = get_parallel_map_decorator(**options_of(mode))(mode.define(fail_on_odd))
+    kept = get_parallel_map_decorator(**options_of(mode, return_exceptions=True))(mode.define(fail_on_odd))
     assert [type(result) for result in mode.run(kept, [0, 1, 2])] == [int, SpoiledError, int]
     raised = get_parallel_map_decorator(**options_of(mode, return_exceptions=False))(mode.define(fail_on_odd))
     with pytest.raises(SpoiledError):
@@ -238,6 +242,33 @@ def test_pool_options_reach_the_pool(name, method):
     assert prepared == "no"
 
 
+@pytest.mark.parametrize("function", [double, double_async])
+def test_an_initializer_prepares_each_thread_before_its_first_item(function):
+    ready = threading.local()
+    prepared_by = []
+
+    def prepare_thread(text):
+        ready.text = text
+        prepared_by.append(threading.get_ident())
+
+    def work(item):
+        return ready.text, threading.get_ident()
+
+    mapped = get_parallel_map_decorator("thread", workers=3, initializer=prepare_thread, initargs=("yes",))
+    results = mapped(as_async(work) if function is double_async else work).run(range(100))
+    assert {text for text, _ in results} == {"yes"}
+    assert {thread for _, thread in results} <= set(prepared_by)
+
+
+def test_an_initializer_that_raises_in_a_thread_ends_the_map():
+    def refuse():
+        raise ValueError("cannot prepare")
+
+    with pytest.raises(OperoError, match="a worker thread cannot run double: ValueError: cannot prepare") as caught:
+        get_parallel_map_decorator("thread", workers=3, initializer=refuse)(double)(range(100))
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -255,7 +286,7 @@ def test_pool_options_reach_the_pool(name, method):
         ({"initializer": prepare, "initargs": ["yes"]}, TypeError, "initargs"),
         ({"initargs": ("yes",)}, ValueError, "initargs"),
         ({"mode": "thread", "start_method": "fork"}, TypeError, "start_method"),
-        ({"mode": "thread", "initializer": prepare}, TypeError, "initializer"),
+        ({"mode": "serial", "initializer": prepare}, TypeError, "initializer"),
         ({"concurrency": 5}, TypeError, "concurrency"),
         ({"retries": 3}, TypeError, "retries"),
     ],
@@ -278,12 +309,48 @@ def test_a_wrong_concurrency_raises_and_is_named(options, error):
         get_parallel_map_decorator("async_process", **options)(double_async)
 
 
-@pytest.mark.parametrize("wrong", [5, int, classmethod(double), staticmethod(double), iter([])], ids=type)
+@pytest.mark.parametrize("wrong", [5, classmethod(double), staticmethod(double), iter([])], ids=type)
 def test_what_is_no_function_is_refused(wrong):
     with pytest.raises(TypeError):
         get_parallel_map_decorator("thread")(wrong)
     with pytest.raises(TypeError):
         get_parallel_executor("thread")(wrong, [1])
+
+
+def test_a_class_is_not_decorated():
+    with pytest.raises(TypeError, match="callables that are not classes"):
+        get_parallel_map_decorator("thread")(int)
+
+
+class Point:
+    def __init__(self, x, *, y=0):
+        self.place = x, y
+
+    async def __call__(self):
+        """For calling an instance only."""
+
+
+@pytest.mark.parametrize("name", ["thread", "process", "serial"])
+@pytest.mark.parametrize(
+    ("function", "items", "expected"),
+    [
+        (int, ["1", "2"], [1, 2]),
+        (str.upper, ["a"], ["A"]),
+        (operator.itemgetter(1), [[1, 2]], [2]),
+        (", ".join, [["a", "b"]], ["a, b"]),
+        (np.sqrt, [1, 4], [1, 2]),
+        (max, [[1, 3, 2]], [3]),
+        (type, [1], [int]),
+    ],
+    ids=["class", "descriptor", "callable object", "bound builtin", "ufunc", "without a signature", "type"],
+)
+def test_an_executor_maps_all_that_can_be_called(name, function, items, expected):
+    assert get_parallel_executor(name)(function, items) == expected
+
+
+@pytest.mark.parametrize("name", ["thread", "process", "serial"])
+def test_an_executor_makes_instances_with_keyword_arguments(name):
+    assert [point.place for point in get_parallel_executor(name)(Point, [1, 2], y=3)] == [(1, 3), (2, 3)]
 
 
 def test_async_process_mode_without_aiomultiprocess_tells_what_to_install(monkeypatch):
@@ -422,7 +489,7 @@ def test_the_bar_tells_how_many_items_were_retried_and_how_many_came_from_the_ca
             try_it(item)
 
         mapped = opmap(**options, cache=True, retry_on=ValueError, min_delay=0.01)
-        mapped(try_it_async if function is work_async else try_it).run(iter([0, 1, 2, 3, 3, 4, 4, 9]))
+        mapped(try_it_async if function is work_async else try_it).run(item for item in [0, 1, 2, 3, 3, 4, 4, 9])
     """
     written, _ = terminal.on_terminal(body, mode.name)
     last = [line for line in written.split("\r") if "item/s" in line][-1]
@@ -437,7 +504,7 @@ def test_the_bar_tells_of_a_retry_before_any_item_has_ended(terminal):
 
 
 def test_the_bar_counts_items_of_an_input_without_a_length(terminal):
-    written, _ = terminal.on_terminal("opmap(**options, progress='fetching')(function).run(iter(range(50)))")
+    written, _ = terminal.on_terminal("opmap(**options, progress='fetching')(function).run(item for item in range(50))")
     assert "fetching" in written
     assert "50item" in written
 

@@ -53,6 +53,47 @@ def test_what_does_not_say_that_it_is_a_terminal_shows_no_bar(monkeypatch):
     assert tee.text == ""
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Hinting:
+    def __init__(self, hint):
+        self.hint = hint
+
+    def __iter__(self):
+        return iter(range(8))
+
+    def __length_hint__(self):
+        return self.hint
+
+
+class Sized(Hinting):
+    def __len__(self):
+        return 8
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "bar"),
+    [
+        (lambda: iter(range(8)), {}, "8/8"),
+        (lambda: reversed(range(8)), {}, "8/8"),
+        (lambda: Hinting(8), {"total": 9}, "8/9"),
+        (lambda: Sized(5), {"total": 9}, "8/8"),
+        (lambda: (item for item in range(8)), {"total": 8}, "8/8"),
+        (lambda: (item for item in range(8)), {}, "8item"),
+        (lambda: Hinting(-1), {}, "8item"),
+        (lambda: Hinting("many"), {}, "8item"),
+    ],
+    ids=["hint", "reversed", "total before hint", "length before total", "total", "unknown", "bad hint", "no number"],
+)
+def test_the_bar_knows_the_number_of_items_that_can_be_known(monkeypatch, make, options, bar):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    opmap(mode="thread", **options)(echo)(make())
+    assert bar in sys.stderr.getvalue()
+
+
 @pytest.mark.parametrize(("value", "is_shown"), [("", True), ("1", False)])
 def test_tqdms_own_variables_are_heeded(value, is_shown):
     source = "import io, sys\nclass Terminal(io.StringIO):\n    isatty = lambda self: True\nsys.stderr = Terminal()\n"

@@ -68,7 +68,7 @@ def test_failed_items_run_again_in_the_next_map(mode, mapped, journal):
             raise ValueError(x)
         return x
 
-    first = mode.run(mapped(function), range(10))
+    first = mode.run(mapped(function, return_exceptions=True), range(10))
     assert [isinstance(result, ValueError) for result in first] == [bool(x % 2) for x in range(10)]
     assert mode.run(mapped(function), range(10)) == list(range(10))
     assert Counter(journal.lines()) == {str(x): 1 + x % 2 for x in range(10)}

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import threading
 import traceback
+import unittest
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,17 @@ import pytest
 import tenacity
 
 from conftest import World
-from opero import GIVE_UP, NEXT, AllFailedError, CircuitOpenError, RejectedResultError, control, opero, opmap
+from opero import (
+    GIVE_UP,
+    NEXT,
+    AllFailedError,
+    CircuitOpenError,
+    MisuseError,
+    RejectedResultError,
+    control,
+    opero,
+    opmap,
+)
 from opero.core import get_retry_decorator
 from opero.core.flow import call_flow
 from opero.core.plan import Call
@@ -864,7 +875,7 @@ def test_a_retry_error_with_a_result_can_leave_its_process(world, made_again):
 
 
 def test_a_retry_error_of_a_worker_arrives(fake_clock):
-    @opmap(mode="process", workers=1, progress=False, retries=0)
+    @opmap(mode="process", workers=1, progress=False, retries=0, return_exceptions=True)
     def fail(item):
         return opero(retries=0, retry_options={"retry": tenacity.retry_if_result(bool)})(lambda: item)()
 
@@ -891,7 +902,41 @@ def test_retry_error_cls_is_what_is_raised_without_reraise(world, fake_clock):
     )
 
 
-@pytest.mark.parametrize("hook", ["stop", "wait", "before", "after", "before_sleep", "retry_error_callback"])
+def test_what_retry_error_callback_raises_ends_the_call(world, fake_clock):
+    class ServiceDownError(Exception):
+        pass
+
+    def give_up(state):
+        raise ServiceDownError
+
+    error = ValueError()
+    function = opero(retries=1, retry_options={"retry_error_callback": give_up})(world.define(script(error, error)))
+    raised = raised_by(world, function)
+    assert isinstance(raised, ServiceDownError)
+    assert raised.__context__ is error
+
+
+def test_retry_if_result_answers_yes_or_no(world):
+    function = opero(retry_if_result=lambda _: GIVE_UP)(world.define(lambda: 1))
+    with pytest.raises(MisuseError, match=r"answered with opero\.GIVE_UP; let it return True or False"):
+        world.run(function)
+
+
+def test_an_object_of_tenacitys_is_no_retry_on():
+    with pytest.raises(TypeError, match=r"retry_if_exception_type; write retry_options=\{'retry': …\}"):
+        opero(retry_on=tenacity.retry_if_exception_type(KeyError))(len)
+
+
+def test_what_a_framework_is_steered_by_is_not_retried(world):
+    function = opero(retries=3, min_delay=0)(world.define(script(unittest.SkipTest("not here"))))
+    assert isinstance(raised_by(world, function), unittest.SkipTest)
+    assert function.stats.attempts == 1
+    told_by_hand = opero(retries=3, min_delay=0, retry_on=Exception)(world.define(script(unittest.SkipTest(""))))
+    raised_by(world, told_by_hand)
+    assert told_by_hand.stats.attempts > 1
+
+
+@pytest.mark.parametrize("hook", ["stop", "wait", "before", "after", "before_sleep"])
 def test_a_hook_that_raises_does_not_replace_the_users_error(world, fake_clock, hook):
     error = ValueError()
     function = opero(retries=1, retry_options={hook: script(KeyError("hook"))})(world.define(script(error)))

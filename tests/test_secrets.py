@@ -131,7 +131,7 @@ ASKS = {
     "a server": lambda value: RateLimiter(5, url=value, scope="redis", name="name"),
     "a limit's name": lambda value: RateLimiter(5, name=value, scope="machine"),
     "items": lambda value: opmap(mode="thread", progress=False)(nothing)(Endless(value)),
-    "a key": lambda value: opero(cache=True)(nothing)(Unhashable(value)),
+    "a key": lambda value: opero(cache=True)(nothing)(Unpicklable(value)),
     "a key on disk": lambda value: opero(cache=True, cache_backend="disk")(nothing)(Unpicklable(value)),
     "a value with a limit": lambda value: opero(rate_limit=5, per="url")(nothing)(Unhashable(value)),
     "candidates": lambda value: opero(arg_fallback="url", retries=0)(nothing)(Nothing(value)),

@@ -374,7 +374,7 @@ def test_calls_in_tasks_side_by_side_are_not_children_of_each_other(telemetry):
 
 
 def test_each_item_of_a_map_is_a_child_of_its_callers_span(mode, telemetry):
-    mapped = opero.opmap(retries=1, min_delay=0, **mode.options)(mode.define(lambda x: 1 / x))
+    mapped = opero.opmap(retries=1, min_delay=0, **mode.options, return_exceptions=True)(mode.define(lambda x: 1 / x))
     with telemetry.tracer.start_as_current_span("caller") as caller:
         mode.run(mapped, [1, 0, 2])
     *items, _ = telemetry.spans()
@@ -547,7 +547,7 @@ def test_seconds_of_waiting_for_slots_are_counted(world, registry):
 
 
 def test_items_of_a_map_are_counted(mode, registry):
-    mapped = opero.opmap(retries=1, min_delay=0, **mode.options)(mode.define(lambda x: 1 / x))
+    mapped = opero.opmap(retries=1, min_delay=0, **mode.options, return_exceptions=True)(mode.define(lambda x: 1 / x))
     with prometheus.instrument(registry):
         mode.run(mapped, [1, 0, 2])
     assert value(registry, "calls_total", mapped, outcome="success") == 2

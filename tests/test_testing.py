@@ -284,9 +284,9 @@ def test_an_attempt_of_a_map_has_its_real_time(journal):
         time.sleep(0.3)
         return x
 
-    mapped = opero.opmap(mode="process", workers=2, retries=3, min_delay=30, attempt_timeout=20, progress=False)(
-        function
-    )
+    mapped = opero.opmap(
+        mode="process", workers=2, retries=3, min_delay=30, attempt_timeout=20, progress=False, return_exceptions=True
+    )(function)
     with instant():
         failed, done = mapped([0, 1])
     assert isinstance(failed, ValueError)
@@ -443,7 +443,9 @@ def test_a_disabled_map_still_maps(mode, journal):
         journal.add(x)
         return 1 / x
 
-    mapped = opero.opmap(cache=True, retries=3, min_delay=30, rate_limit="1/day", **mode.options)(mode.define(function))
+    mapped = opero.opmap(
+        cache=True, retries=3, min_delay=30, rate_limit="1/day", **mode.options, return_exceptions=True
+    )(mode.define(function))
     with disabled():
         results_of_all = mode.run(mapped, [1, 0, 1])
     assert results_of_all[0] == results_of_all[2] == 1

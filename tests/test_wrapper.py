@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import typing
 import weakref
 from pathlib import Path
@@ -633,7 +634,7 @@ def test_a_method_gets_its_instance(world, way):
 
 def test_a_method_of_a_class_with_slots_gets_its_instance(way):
     class Slotted:
-        __slots__ = ()
+        __slots__ = ("__weakref__",)
 
         @opero(**way)
         def method(self):
@@ -1065,6 +1066,18 @@ def test_opero_can_stand_above_opero(world, way):
     assert inspect.signature(outer) == inspect.signature(fetch)
 
 
+@pytest.mark.parametrize("options", [{}, {"cache": True}, {"arg_fallback": "page"}], ids=str)
+def test_a_bound_method_that_opero_has_decorated_can_be_decorated_again(world, options):
+    class Pages:
+        fetch = opero(world.define(lambda self, page: (self, page)))
+        mapped = opmap(mode="async" if world.is_async else "thread", progress=False)(fetch)
+
+    pages = Pages()
+    assert world.run(opero(**options)(pages.fetch), 1) == (pages, 1)
+    mapped = opmap(mode="async" if world.is_async else "thread", progress=False, **options)(pages.fetch)
+    assert mapped.run([1, 2]) == [(pages, 1), (pages, 2)]
+
+
 def test_opmap_can_stand_above_opero(mode):
     mapped = opmap(**mode.options)(opero(mode.define(fetch)))
 
@@ -1493,3 +1506,18 @@ def test_a_decorated_function_of_the_main_module_can_be_sent_by_value():
     command = [sys.executable, "-c", textwrap.dedent(BY_VALUE)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (run.stdout, run.stderr) == ("b'8\\n'\n" * 2, "")
+
+
+@pytest.mark.parametrize("backend", ["memory", "disk"])
+def test_what_a_wrapper_below_keeps_in_a_default_is_no_argument(backend, tmp_path):
+    kept = threading.Lock()
+
+    @functools.wraps(fetch)
+    def wrapper(*args, _lock=kept, **kwargs):
+        with _lock:
+            return fetch(*args, **kwargs)
+
+    options = {"cache_options": {"cache_dir": tmp_path}} if backend == "disk" else {}
+    cached = opero(cache=True, cache_backend=backend, **options)(wrapper)
+    assert cached("u") == cached("u")
+    assert cached.stats.hits == 1

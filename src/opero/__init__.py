@@ -1,8 +1,8 @@
 """Make functions resilient, and map them over any number of items."""
 
-from opero.concurrency.outcome import Outcome
+from opero.concurrency.outcome import Outcome, Results
 from opero.core.breaker import Breaker
-from opero.core.cache import clear_cache
+from opero.core.cache import Cache, clear_cache
 from opero.core.candidates import candidates, candidates_from
 from opero.core.control import control
 from opero.core.listeners import on_event
@@ -15,6 +15,7 @@ from opero.exceptions import (
     AllFailedError,
     CallTimeoutError,
     CircuitOpenError,
+    FailedItemsWarning,
     MisuseError,
     OperoError,
     RateLimitedError,
@@ -33,15 +34,18 @@ __all__ = [
     "NEXT",
     "AllFailedError",
     "Breaker",
+    "Cache",
     "CallStats",
     "CallTimeoutError",
     "CircuitOpenError",
+    "FailedItemsWarning",
     "MisuseError",
     "OperoError",
     "Outcome",
     "RateLimitedError",
     "RateLimiter",
     "RejectedResultError",
+    "Results",
     "WorkerCrashedError",
     "__version__",
     "candidates",

@@ -26,14 +26,13 @@ _DONE, _FAILED = 0, 1
 
 # Package and what it is for, in opero's words for it.
 _PACKAGES = (
-    ("cachebox", "cache_backend='memory'"),
     ("diskcache", "cache_backend='disk'"),
     ("twat-cache", "cache_backend='disk', 'redis'"),
     ("redis", "cache_backend='redis', pip install 'opero[redis]'"),
     ("tenacity", "retries"),
     ("asynciolimiter", "rate_limit"),
     ("twat-mp", "mode='process', 'thread'"),
-    ("dill", "mode='process'"),
+    ("cloudpickle", "mode='process'"),
     ("aiomultiprocess", "mode='async_process', pip install 'opero[aiomultiprocess]'"),
     ("distributed", "mode='dask', pip install 'opero[dask]'"),
     ("ray", "mode='ray', pip install 'opero[ray]'"),

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened during a call; arguments and results are never in it, they may be secrets.
 
@@ -41,17 +41,17 @@ class Event:
     time: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CallStarted(Event):
     """A call begins."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheHit(Event):
     """The result came from the cache, or from an identical call under way."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SlotWaited(Event):
     """The rate limit made the call wait.
 
@@ -62,9 +62,9 @@ class SlotWaited(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Event):
-    """The function is about to run; in a map, as soon as a worker is free.
+    """The function begins; in a map, its item is sent to a worker.
 
     Attributes:
         attempt: Number of the execution in this call, from 1.
@@ -75,9 +75,9 @@ class AttemptStarted(Event):
     round: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AttemptFailed(Event):
-    """The function raised, was stopped by a time limit, or lost its worker; or it was not run, as its circuit opened.
+    """The function raised, was stopped by a time limit, or lost its worker.
 
     Attributes:
         attempt: Number of the execution in this call, from 1.
@@ -90,7 +90,7 @@ class AttemptFailed(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CandidateSwitched(Event):
     """The next candidate of the fallback is tried; its value is not told, it may be a secret.
 
@@ -101,7 +101,7 @@ class CandidateSwitched(Event):
     place: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CircuitChanged(Event):
     """How an attempt ended has opened a circuit, or closed it again.
 
@@ -115,7 +115,7 @@ class CircuitChanged(Event):
     place: int | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RetryPlanned(Event):
     """A round has failed, another one will follow.
 
@@ -130,7 +130,7 @@ class RetryPlanned(Event):
     error: Exception
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CallDone(Event):
     """A call has ended.
 

@@ -11,6 +11,7 @@ __all__ = [
     "AllFailedError",
     "CallTimeoutError",
     "CircuitOpenError",
+    "FailedItemsWarning",
     "MisuseError",
     "NotTransferableError",
     "OperoError",
@@ -83,6 +84,20 @@ class RemoteError(OperoError):
 
 class UnsafeCacheError(OperoError, PermissionError):
     """The folder of a disk cache could have been filled by somebody else."""
+
+
+class FailedItemsWarning(OperoError, UserWarning):  # noqa: N818 - a warning, which is raised where warnings are errors
+    """Items of a map failed, and ``return_exceptions`` does not say that their exceptions shall be in its list.
+
+    It is a warning, shown once for each map. Where warnings are errors it is raised in place of the list.
+
+    Attributes:
+        results: The list that the map returns, an `opero.Results`.
+    """
+
+    def __init__(self, message: str, results: Any = None) -> None:
+        super().__init__(message)
+        self.results = results
 
 
 class CircuitOpenError(OperoError):

@@ -33,6 +33,13 @@ _FIRST_ERROR = 400
 # retries them.
 _PASSING_CODES = frozenset(
     {
+        "api_error",  # anthropic's and openai's, which come within a stream that has begun with 200, too
+        "overloaded_error",
+        "rate_limit_error",
+        "rate_limit_exceeded",
+        "server_error",
+        "server_is_overloaded",
+        "timeout_error",
         "BandwidthLimitExceeded",
         "EC2ThrottledException",
         "LimitExceededException",
@@ -78,6 +85,8 @@ _STATUS = {
     "requests": "status_code",
     "urllib": "code",
 }
+
+_STREAMING = ("anthropic", "openai")
 
 # Not here: what no second try can mend, such as a wrong URL or too many redirects.
 _NO_ANSWER = frozenset(
@@ -178,12 +187,15 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _judged(error: BaseException) -> bool | float | Answer | None:
     """None where the error says nothing of a request."""
     status, headers = _answer(error)
-    if status is None:
-        is_no_answer = isinstance(error, (ConnectionError, TimeoutError)) or not _NO_ANSWER.isdisjoint(_names(error))
-        return True if is_no_answer else None
-    if status < _FIRST_ERROR:
-        return None
+    if status is None and (
+        isinstance(error, (ConnectionError, TimeoutError)) or not _NO_ANSWER.isdisjoint(_names(error))
+    ):
+        return True
+    is_of_sdk = any(library in _STREAMING for library, _ in _names(error))
     codes = _codes(error)
+    if status is None or status < _FIRST_ERROR:
+        # Only there an error can come after the answer has begun.
+        return True if is_of_sdk and not _PASSING_CODES.isdisjoint(codes) else None
     if not _KEY_CODES.isdisjoint(codes):
         return False
     delay = _asked_delay(error, status, headers)

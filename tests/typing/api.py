@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, assert_type, overload
 
 from opero import (
     AllFailedError,
     Breaker,
+    Cache,
     CallStats,
     OperoError,
     Outcome,
+    Results,
     WorkerCrashedError,
     __version__,
     candidates,
@@ -73,6 +75,14 @@ def fetch_called(url: str, size: int = 10) -> bytes:
 @opero(cache=True, retries=5, rate_limit="100/minute")
 def fetch_with_options(url: str, size: int = 10) -> bytes:
     return url.encode()[:size]
+
+
+@opero(cache=Cache("15 minutes", ignore=["size"], keep_if=bool, exceptions=LookupError, stale=60, maxsize=5))
+def fetch_with_cache(url: str, size: int = 10) -> bytes:
+    return url.encode()[:size]
+
+
+assert_type(fetch_with_cache("u"), bytes)
 
 
 def fetch_plain(url: str, size: int = 10) -> bytes:
@@ -135,6 +145,7 @@ def check_what_can_be_done_with_a_function() -> None:
     assert_type(its.cache_info().maxsize, int | None)
     assert_type(its.cache_info().currsize, int)
     assert_type(its.cache_delete("u", size=5), bool)
+    assert_type(its.cache_refresh("u", size=5), bytes)
     assert_type(its.with_options(retries=0)("u", size=5), bytes)
     its.cache_clear()
 
@@ -143,7 +154,7 @@ def check_what_can_be_done_with_a_function() -> None:
     its.cache_clean()  # type: ignore[attr-defined]
     its.stats.call  # type: ignore[attr-defined]  # noqa: B018
     its.stats.calls = 5  # type: ignore[misc]
-    control(5)  # type: ignore[arg-type]
+    control(5)  # type: ignore[call-overload]
 
 
 def check_that_a_decorated_function_is_no_more_than_a_function() -> None:
@@ -523,8 +534,8 @@ async def check_candidates() -> None:
     assert_type(ask("q", candidates("c", "d")), str)
     assert_type(ask("q", key=candidates_from(keys)), str)
     assert_type(await ask_async("q", key=candidates("a", "b")), str)
-    assert_type(ask_all(["q"], candidates("a", "b")), list[str | Exception])
-    assert_type(ask_all(candidates("a", "b")), list[str | Exception])
+    assert_type(ask_all(["q"], candidates("a", "b")), Results[str])
+    assert_type(ask_all(candidates("a", "b")), Results[str])
     port: int = candidates(1, 2)
     del port
 
@@ -575,19 +586,26 @@ async def urls_async() -> AsyncIterator[str]:
 
 
 def check_maps() -> None:
-    assert_type(fetch_all(["u", "v"]), list[bytes | Exception])
-    assert_type(fetch_all(urls()), list[bytes | Exception])
-    assert_type(fetch_all({"u"}, 5, session=Session()), list[bytes | Exception])
-    assert_type(fetch_all("uv", size=5), list[bytes | Exception])
-    assert_type(fetch_all_called(["u"]), list[bytes | Exception])
-    assert_type(fetch_all_with_options(["u"], size=5), list[bytes | Exception])
-    assert_type(fetch_all_with_errors(["u"]), list[bytes | Exception])
+    assert_type(fetch_all(["u", "v"]), Results[bytes])
+    assert_type(list(fetch_all(["u", "v"])), list[bytes | Exception])
+    assert_type(fetch_all(["u", "v"]).ok, list[bytes])
+    assert_type(fetch_all(["u", "v"]).failed, list[Outcome[Any, bytes]])
+    assert_type(fetch_all.starmap([("u", 5)]), Results[bytes])
+    assert_type(fetch_all.starmap(zip("uv", [1, 2], strict=True)), Results[bytes])
+    assert_type(fetch_all.starmap.stream([("u", 5)]), Iterator[Outcome[tuple[Any, ...], bytes]])
+    assert_type(fetch_all_or_raise.starmap([("u", 5)]), list[bytes])
+    assert_type(fetch_all(urls()), Results[bytes])
+    assert_type(fetch_all({"u"}, 5, session=Session()), Results[bytes])
+    assert_type(fetch_all("uv", size=5), Results[bytes])
+    assert_type(fetch_all_called(["u"]), Results[bytes])
+    assert_type(fetch_all_with_options(["u"], size=5), Results[bytes])
+    assert_type(fetch_all_with_errors(["u"]), Results[bytes])
     assert_type(fetch_all_or_raise(["u"], 5), list[bytes])
-    assert_type(opmap(fetch_plain)(["u"]), list[bytes | Exception])
-    assert_type(opmap(retries=1)(fetch_plain)(["u"]), list[bytes | Exception])
+    assert_type(opmap(fetch_plain)(["u"]), Results[bytes])
+    assert_type(opmap(retries=1)(fetch_plain)(["u"]), Results[bytes])
     assert_type(opmap(return_exceptions=False)(fetch_plain)(["u"]), list[bytes])
-    assert_type(opmap(functools.partial(fetch_plain, size=5))(["u"]), list[bytes | Exception])
-    assert_type(opmap(fetch)(["u"]), list[bytes | Exception])
+    assert_type(opmap(functools.partial(fetch_plain, size=5))(["u"]), Results[bytes])
+    assert_type(opmap(fetch)(["u"]), Results[bytes])
 
     fetch_all([5])  # type: ignore[list-item]
     fetch_all(5)  # type: ignore[arg-type]
@@ -600,8 +618,54 @@ def check_maps() -> None:
     del contents
 
 
+@opmap(mode="thread", batch_size=16)
+def embed(texts: list[str], model: str = "small") -> list[tuple[float, ...]]:
+    return [(0.5,) for _ in texts]
+
+
+@opmap(mode="async", batch_size=16, return_exceptions=False)
+async def embed_async(texts: Sequence[str]) -> list[float | Exception]:
+    return [0.5 for _ in texts]
+
+
+@opmap(mode="thread", batch_size=16, default=None)
+def embed_or_none(texts: Sequence[str]) -> tuple[float, ...]:
+    return tuple(0.5 for _ in texts)
+
+
+async def check_maps_of_lists() -> None:
+    assert_type(embed(["u", "v"], model="large"), Results[tuple[float, ...]])
+    assert_type(embed.one("u"), tuple[float, ...])
+    assert_type(embed.stream(urls()), Iterator[Outcome[str, tuple[float, ...]]])
+    assert_type(await embed_async(["u"]), list[float])
+    assert_type(await embed_async.one("u"), float)
+    assert_type(embed_or_none(["u"]), Results[float, None])
+    embed([["u"]])  # type: ignore[list-item]
+    opmap(batch_size="16")  # type: ignore[call-overload]
+
+
+def check_control_of_maps() -> None:
+    assert_type(control(fetch_all).run(["u"], size=5), Results[bytes])
+    assert_type(control(fetch_all).stream(["u"]), Iterator[Outcome[str, bytes]])
+    assert_type(control(fetch_all).one("u"), bytes)
+    assert_type(control(fetch_all).starmap([("u", 5)]), Results[bytes])
+    assert_type(control(fetch_all).cache_delete("u", size=5), bool)
+    assert_type(control(fetch_all_or_raise).run(["u"]), list[bytes])
+    assert_type(control(fetch_all_async).stream(["u"]), AsyncIterator[Outcome[str, bytes]])
+    assert_type(control(fetch_all_async).run(["u"]), Results[bytes])
+    assert_type(control(MappingClient().get_all).run(["u"], size=5), Results[bytes])
+
+
+def check_maps_with_a_default() -> None:
+    mapped = opmap(default=None, retries=0)(fetch_plain)
+    assert_type(mapped(["u"]), Results[bytes, None])
+    assert_type(list(mapped(["u"])), list[bytes | None])
+    assert_type(mapped(["u"]).ok, list[bytes])
+    assert_type(mapped(["u"]).failed, list[Outcome[Any, bytes]])
+
+
 def check_what_a_map_offers() -> None:
-    assert_type(fetch_all.run(["u"], size=5), list[bytes | Exception])
+    assert_type(fetch_all.run(["u"], size=5), Results[bytes])
     assert_type(fetch_all_or_raise.run(["u"], size=5), list[bytes])
     assert_type(fetch_all.one("u", 5), bytes)
     assert_type(fetch_all_or_raise.one("u", size=5), bytes)
@@ -649,13 +713,13 @@ async def fetch_all_async_or_raise(url: str, size: int = 10) -> bytes:
 
 
 async def check_async_maps() -> None:
-    assert_type(await fetch_all_async(["u"]), list[bytes | Exception])
-    assert_type(await fetch_all_async(urls()), list[bytes | Exception])
-    assert_type(await fetch_all_async(urls_async(), size=5), list[bytes | Exception])
-    assert_type(await fetch_all_async_with_options(["u"], 5), list[bytes | Exception])
+    assert_type(await fetch_all_async(["u"]), Results[bytes])
+    assert_type(await fetch_all_async(urls()), Results[bytes])
+    assert_type(await fetch_all_async(urls_async(), size=5), Results[bytes])
+    assert_type(await fetch_all_async_with_options(["u"], 5), Results[bytes])
     assert_type(await fetch_all_async_or_raise(["u"]), list[bytes])
-    assert_type(await asyncio.create_task(fetch_all_async(["u"])), list[bytes | Exception])
-    assert_type(await opmap(fetch_async)(["u"]), list[bytes | Exception])
+    assert_type(await asyncio.create_task(fetch_all_async(["u"])), Results[bytes])
+    assert_type(await opmap(fetch_async)(["u"]), Results[bytes])
     assert_type(await fetch_all_async.one("u", 5), bytes)
     assert_type(await fetch_all_async_or_raise.one("u"), bytes)
     assert_type(fetch_all_async.stats.calls, int)
@@ -676,8 +740,8 @@ async def check_async_maps() -> None:
 
 
 def check_blocking_forms_of_async_maps() -> None:
-    assert_type(fetch_all_async.run(["u"], size=5), list[bytes | Exception])
-    assert_type(fetch_all_async.run(urls_async()), list[bytes | Exception])
+    assert_type(fetch_all_async.run(["u"], size=5), Results[bytes])
+    assert_type(fetch_all_async.run(urls_async()), Results[bytes])
     assert_type(fetch_all_async_or_raise.run(["u"]), list[bytes])
     assert_type(asyncio.run(fetch_all_async_or_raise(["u"])), list[bytes])
 
@@ -705,19 +769,19 @@ class MappingClient:
         return url.encode()[:size]
 
     def check_self(self) -> None:
-        assert_type(self.get_all(["u"]), list[bytes | Exception])
+        assert_type(self.get_all(["u"]), Results[bytes])
 
 
 def check_maps_as_methods(client: MappingClient) -> None:
-    assert_type(client.get_all(["u"], size=5), list[bytes | Exception])
+    assert_type(client.get_all(["u"], size=5), Results[bytes])
     assert_type(client.get_all_or_raise(urls(), size=5), list[bytes])
     assert_type(client.get_all.one("u", 5), bytes)
-    assert_type(client.get_all.run(["u"]), list[bytes | Exception])
+    assert_type(client.get_all.run(["u"]), Results[bytes])
     assert_type(client.get_all.stream(["u"]), Iterator[Outcome[str, bytes]])
     assert_type(client.get_all.stats.calls, int)
     assert_type(client.get_all.cache_delete("u"), bool)
     assert_type(MappingClient.get_all.stats.calls, int)
-    assert_type(client.get_all_async.run(["u"]), list[bytes | Exception])
+    assert_type(client.get_all_async.run(["u"]), Results[bytes])
     assert_type(client.get_all_async_or_raise.run(["u"]), list[bytes])
 
     client.get_all([5])  # type: ignore[list-item]
@@ -727,8 +791,8 @@ def check_maps_as_methods(client: MappingClient) -> None:
 
 
 async def check_async_maps_as_methods(client: MappingClient) -> None:
-    assert_type(await client.get_all_async(["u"], size=5), list[bytes | Exception])
-    assert_type(await client.get_all_async(urls_async()), list[bytes | Exception])
+    assert_type(await client.get_all_async(["u"], size=5), Results[bytes])
+    assert_type(await client.get_all_async(urls_async()), Results[bytes])
     assert_type(await client.get_all_async_or_raise(["u"]), list[bytes])
     assert_type(await client.get_all_async.one("u"), bytes)
     assert_type(client.get_all_async.stream(["u"]), AsyncIterator[Outcome[str, bytes]])
@@ -743,7 +807,7 @@ async def check_kept_workers() -> None:
     with opmap(fetch_plain).pool():
         pass
     with fetch_all_async.pool():
-        assert_type(await fetch_all_async(["u"]), list[bytes | Exception])
+        assert_type(await fetch_all_async(["u"]), Results[bytes])
     async with fetch_all_async.pool():
         pass
     fetch_all_async.pool(5)  # type: ignore[call-arg]
@@ -768,8 +832,8 @@ def check_options_of_maps(*, flag: bool) -> None:
     opmap(progress="pages", return_exceptions=False)
     opmap(mode=ThreadPoolExecutor(2), workers=5)
     opmap(mode=ProcessPoolExecutor)
-    assert_type(opmap(mode=lambda: ThreadPoolExecutor(2))(fetch_plain)(["u"]), list[bytes | Exception])
-    assert_type(opmap(return_exceptions=flag)(fetch_plain)(["u"]), list[bytes | Exception])
+    assert_type(opmap(mode=lambda: ThreadPoolExecutor(2))(fetch_plain)(["u"]), Results[bytes])
+    assert_type(opmap(return_exceptions=flag)(fetch_plain)(["u"]), Results[bytes])
 
     opmap(worker=5)  # type: ignore[call-overload]
     opmap(workers="5")  # type: ignore[call-overload]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.process_worker import PEACE_SECONDS, serve_async
-from opero.concurrency.processes import ProcessPool, Worker, starting, wait_until_ended
+from opero.concurrency.process_worker import serve_async
+from opero.concurrency.processes import ProcessPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from opero.concurrency.worker import Work
 
@@ -22,59 +21,21 @@ class AsyncProcessPool(ProcessPool):
     """Runs single items in coroutines of several processes."""
 
     most_in_batch = 1
-    queues_batches = False
     runs_together = True
-    _library = "multiprocessing"
+    begun = None  # type: ignore[assignment]  # many run at once
 
-    def __init__(
-        self,
-        work: Work,
-        workers: int,
-        *,
-        concurrency: int = DEFAULT_CONCURRENCY,
-        start_method: str | None = None,
-        initializer: Callable[..., Any] | None = None,
-        initargs: tuple[Any, ...] = (),
-        max_tasks_per_worker: int | None = None,
-    ) -> None:
-        super().__init__(
-            work,
-            workers,
-            start_method=start_method,
-            initializer=initializer,
-            initargs=initargs,
-            max_tasks_per_worker=max_tasks_per_worker,
-        )
+    def __init__(self, work: Work, workers: int, *, concurrency: int = DEFAULT_CONCURRENCY, **options: Any) -> None:
+        super().__init__(work, workers, **options)
         self.at_once = concurrency
 
-    def _start_worker(self) -> None:
+    def _launch(self, pipe: Any, place: int) -> Any:
         import aiomultiprocess.core
 
-        self._stay_safe()
-        context = multiprocessing.get_context(self._method)
-        with starting.lock, self._starting_one(), self._pipe(context) as (ours, theirs):
-            with _settings_of_aiomultiprocess(context, _NoManager):
-                process = aiomultiprocess.core.Process(
-                    target=serve_async, args=(theirs, self._work, self._preparation), daemon=True
-                )
-            self._quietly(process.start)
-            self._welcome(_LoopWorker(process.aio_process, ours, self._most_items))
-
-
-class _LoopWorker(Worker):
-    """A worker that aiomultiprocess started."""
-
-    def found(self) -> None:
-        self.process = self.pool
-
-    def end(self, *, in_peace: bool) -> None:
-        if in_peace:
-            wait_until_ended(self.pool, PEACE_SECONDS)
-        self.pool.kill()
-        self.pool.join()
-
-    def disown(self) -> None:
-        multiprocessing.process._children.discard(self.pool)  # type: ignore[attr-defined]  # noqa: SLF001 - as there
+        with _settings_of_aiomultiprocess(self._context, _NoManager):
+            process = aiomultiprocess.core.Process(
+                target=serve_async, args=(pipe, self._marks, place, self._start), daemon=True
+            )
+        return self._processes.start(process.aio_process)
 
 
 @contextlib.contextmanager

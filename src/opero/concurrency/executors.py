@@ -10,23 +10,19 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
-import pickle
 import threading
 from collections import deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from hashlib import blake2b
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from opero.concurrency.interrupts import BriefHold, hearing_interrupts, held_back_in_children, let_through
-from opero.concurrency.main_module import unknown
-from opero.concurrency.own_thread import in_own_thread, uninterrupted
-from opero.concurrency.process_worker import AGAIN, BROKEN, SINGLES, STOP
+from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, in_own_thread
 from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
-from opero.concurrency.transport import Packer, pack_singly, unpack_batch, unpack_singly, unpack_work
-from opero.concurrency.worker import AsyncCaller, Report, TimeLimit, Work, run_batch
+from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
+from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
@@ -36,7 +32,7 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.concurrency.contract import Inbox
+    from opero.concurrency.inbox import Inbox
 
 # After a crash the items of a batch run one by one, with nothing beside them.
 LARGEST_BATCH = 1_000
@@ -44,6 +40,8 @@ LARGEST_BATCH = 1_000
 MOST_STILLBIRTHS = 3
 # Work up to this size goes along with every batch; larger work goes only to workers that ask for it.
 MOST_BYTES_ALONG = 4_096
+# What a worker answers: a report, that it cannot load the work, has to get it, or that something has ended a batch.
+REPORT, BROKEN, AGAIN, STOP = range(4)
 # Maps whose work a worker remembers.
 MOST_REMEMBERED = 8
 
@@ -76,7 +74,6 @@ class ExecutorPool:
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
     largest_batch = LARGEST_BATCH
-    queues_batches = False
     kill = None
 
     def __init__(
@@ -88,28 +85,35 @@ class ExecutorPool:
         self._default_workers = default_workers
         self._make = None if isinstance(mode, Executor) else mode
         self._executor: Any = None if self._make is not None else mode
-        self._carrier: _Carrier | None = None
+        self._carrier: _ByReference | _ByValue | None = None
         self._in_flight: dict[Future[Any], Batch | None] = {}
         self._pending: deque[Batch] = deque()
         self._broken: Exception | None = None
         self._lost: list[Batch] = []
         self._stillbirths = 0
-        self._ending = threading.Lock()
-        self._nothing_runs = False
-        self._uses_it = False
+        self._uses_it = self._has_begun = False
 
     @property
     def slots(self) -> int:
-        """Batches that may be in flight; none before it is known how to send them."""
+        """Batches that may be in flight; only the first one before it is known how to send them."""
+        if not self._has_begun:
+            return 1
         return 0 if self._carrier is None or self._broken is not None else self._size
 
-    def start(self, inbox: Inbox) -> None:
+    @property
+    def begun(self) -> Callable[[Batch], int] | None:
+        """Known of workers that share memory with this process."""
+        return (lambda batch: batch.mark[0]) if isinstance(self._carrier, _ByReference) else None
+
+    def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
         self._deliver = inbox.put
-        self._begin()
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)
-        self._hand_out()
+        if self._has_begun:
+            self._hand_out()
+        else:
+            self._begin()
 
     def receive(self, event: Any) -> Any:
         if not isinstance(event, Future):
@@ -123,15 +127,6 @@ class ExecutorPool:
         self._hand_out()
         return known
 
-    def give_up(self) -> list[Batch]:
-        withdrawn = [*self._pending]
-        self._pending.clear()
-        for future, batch in list(self._in_flight.items()):
-            if batch is not None and future.cancel():
-                del self._in_flight[future]
-                withdrawn.append(batch)
-        return withdrawn
-
     def take_on(self, work: Work) -> None:
         self._carrier = None if self._carrier is None else type(self._carrier)(work)
         self._work = work
@@ -139,28 +134,29 @@ class ExecutorPool:
     def runs_here(self) -> bool:
         return self._carrier is not None and self._carrier.runs_here()
 
-    def stop(self) -> None:
+    def stop(self, is_left: Callable[[], bool]) -> None:
         """Withdraw what has not begun, wait for what has, and shut down an executor that was made here.
 
-        Ctrl-C meanwhile ends the processes of such an executor; what runs in threads is left to itself.
+        After Ctrl-C the processes of such an executor are ended; what runs in threads can be left to itself.
         """
-        try:
-            running = [future for future in self._in_flight if not future.cancel()]
-            ended: SimpleQueue[Future[Any]] = SimpleQueue()
-            for future in running:
-                future.add_done_callback(ended.put)
-            # Not by `concurrent.futures.wait`: Ctrl-C in it leaves futures locked, for which their workers wait.
-            with let_through():
-                for _ in running:
-                    ended.get()
-        except BaseException:
-            if self._is_last_user():
-                self._executor.shutdown(wait=self._end_processes())
-            raise
-        with self._ending:
-            self._nothing_runs = True
+        is_over = self._wait_for([future for future in self._in_flight if not future.cancel()], is_left)
         if self._is_last_user():
-            uninterrupted(lambda: self._executor.shutdown(wait=True))
+            self._executor.shutdown(wait=is_over)
+
+    def _wait_for(self, running: list[Future[Any]], is_left: Callable[[], bool]) -> bool:
+        """Tells whether what runs has ended, or will soon."""
+        # Not by `concurrent.futures.wait`: Ctrl-C in it leaves futures locked, for which their workers wait.
+        ended: SimpleQueue[Future[Any]] = SimpleQueue()
+        for future in running:
+            future.add_done_callback(ended.put)
+        left = len(running)
+        while left:
+            if is_left():
+                return self._end_processes()
+            with contextlib.suppress(Empty):
+                ended.get(timeout=0.05)
+                left -= 1
+        return True
 
     def _is_last_user(self) -> bool:
         """Whether the executor was made here, and no other map uses it; this one does so no longer."""
@@ -168,26 +164,20 @@ class ExecutorPool:
         return is_user and _users.leave(self._executor)
 
     async def stop_async(self) -> None:
-        # Once the processes have ended, there is nothing that could run for long.
-        await in_own_thread(self.stop, may_be_left=lambda: not self._end_processes())
+        await in_own_thread(self.stop)
 
     def _end_processes(self) -> bool:
-        """End those in which something runs; tells whether it will end by that, or has ended."""
-        with self._ending:
-            if self._nothing_runs:
-                # One that waits for work may hold a lock of the executor's, without which the others do not end.
-                return True
-            is_own = self._make is not None and self._executor is not None
-            processes = (is_own and getattr(self._executor, "_processes", None)) or {}
-            snapshot = list(processes.values())
-        for process in snapshot:
+        """End the processes of an executor that was made here; tells whether it has any."""
+        processes = list(((self._make and getattr(self._executor, "_processes", None)) or {}).values())
+        for process in processes:
             process.terminate()
-        return bool(snapshot)
+        return bool(processes)
 
     # The executor
 
     def _begin(self) -> None:
         """Take an executor, and send it what tells where its workers are."""
+        self._has_begun = True
         self._carrier = None
         if self._make is not None:
             self._executor = self._make()
@@ -199,10 +189,6 @@ class ExecutorPool:
             _users.enter(self._executor)
             self._uses_it = True
         self._size = self._workers or getattr(self._executor, "_max_workers", None) or self._default_workers
-        # Not where it might block, in a `submit` of its own; nor where it forks workers that are somebody else's, which
-        # would have the handler.
-        is_quick = _home_of(self._executor.submit) in _TAKE_WORK_AT_ONCE
-        self._may_be_held = is_quick and (self._make is not None or self._starting_context() is None)
         self._probe = object()
         self._launch(None, _echo, self._probe)
 
@@ -261,7 +247,7 @@ class ExecutorPool:
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
         try:
-            with self._while_it_takes_work(), self._while_workers_start():
+            with self._while_workers_start():
                 future = self._executor.submit(function, *arguments)
                 self._in_flight[future] = batch
                 future.add_done_callback(self._deliver)
@@ -273,17 +259,9 @@ class ExecutorPool:
                 raise _refused(self._name, error) from error
             self._finds_it_broken(batch, arguments, error)
 
-    def _while_it_takes_work(self) -> contextlib.AbstractContextManager[Any]:
-        """Ctrl-C would leave locks of it taken."""
-        return BriefHold() if self._may_be_held else contextlib.nullcontext()
-
-    def _starting_context(self) -> Any:
-        """By which it starts processes, if it does."""
-        return getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
-
     def _while_workers_start(self) -> contextlib.AbstractContextManager[None]:
         """Processes that are started for this map are deaf to Ctrl-C until they run an item."""
-        context = self._starting_context()
+        context = getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
         if self._make is None or context is None:
             return contextlib.nullcontext()
         return held_back_in_children(context.get_start_method())
@@ -321,14 +299,6 @@ class ExecutorPool:
         return known
 
 
-# The packages of executors that have room for everything.
-_TAKE_WORK_AT_ONCE = {"concurrent", "loky", "distributed"}
-
-
-def _home_of(method: Any) -> str:
-    return str(getattr(method, "__module__", "")).partition(".")[0]
-
-
 def _refused(name: str, error: Exception) -> OperoError:
     refused = OperoError(f"the executor that is to run {name} takes no work: {describe(error)}")
     refused.__cause__ = error
@@ -336,26 +306,6 @@ def _refused(name: str, error: Exception) -> OperoError:
 
 
 # How batches get to the workers
-
-
-class _Carrier(Protocol):
-    def __init__(self, work: Work) -> None: ...
-
-    def pack(self, batch: Batch, *, completely: bool) -> tuple[Any, ...]:
-        """The function to submit, and its arguments; ``completely``: the worker has asked for the work."""
-        ...
-
-    def open(self, batch: Batch, answer: Any) -> Any:
-        """What a worker answered, as an event; `AGAIN` if it has to get the batch again, completely."""
-        ...
-
-    def runs_here(self) -> bool:
-        """Whether this thread is one that runs a batch."""
-        ...
-
-    def forget(self, sending: Any) -> None:
-        """Do not run what `pack` has just given; its last argument is ``sending``."""
-        ...
 
 
 class _ByReference:
@@ -386,7 +336,8 @@ class _ByReference:
         thread = threading.get_ident()
         self._threads.add(thread)
         try:
-            return _run(self._work, batch.items, batch.candidate, batch.time_limit, self._context)
+            how = How(self._context, batch.mark)
+            return _run(self._work, batch.items, batch.candidate, batch.time_limit, how)
         finally:
             self._threads.discard(thread)
 
@@ -399,7 +350,7 @@ class _ByValue:
 
     def __init__(self, work: Work) -> None:
         self._name = name_of(work.function)
-        self._packer = Packer(unknown, is_sure=False)
+        self._packer = Packer(asks_for_main=True)
         self._packed = self._packer.work(work)
         self._digest = blake2b(self._packed, digest_size=16).digest()
         self._pool = uuid4().hex
@@ -425,11 +376,10 @@ class _ByValue:
             return Fatal(OperoError(f"a worker cannot run {self._name}: {content}"))
         if kind == STOP:
             return Lost([batch], content)
-        packed_values, packed_errors, seconds = pickle.loads(content)  # noqa: S301 - made by `pack_singly`
-        values, errors = unpack_singly(packed_values, packed_errors)
-        if len(values) < len(batch.items):
-            return not_run(batch, errors[0])
-        return Done(batch, values, errors, seconds, max(size, len(content)))
+        report = unpack_report(content)
+        if not report.values:
+            return not_run(batch, report.errors[0])
+        return Done(batch, report.values, report.errors, report.seconds, max(size, len(content)))
 
 
 # In the workers
@@ -439,16 +389,10 @@ def _echo(probe: Any) -> Any:
     return probe
 
 
-def _run(
-    work: Work,
-    items: list[Any],
-    candidate: Any,
-    limit: TimeLimit | None,
-    context: contextvars.Context | None = None,
-) -> Report:
+def _run(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
     # An executor has no place for a loop that outlives one call.
     with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
-        return run_batch(work, items, candidate, limit, caller, context=context)
+        return run_batch(work, items, candidate, limit, caller, how)
 
 
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:
@@ -469,10 +413,10 @@ def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str
     arrived = unpack_batch(payload)
     try:
         with hearing_interrupts():
-            report = arrived if isinstance(arrived, Report) else _run(work, *arrived)
+            report = arrived if isinstance(arrived, Report) else _run(work, *arrived, How(longest=SLOW_SECONDS))
     except BaseException as error:  # noqa: BLE001 - as in process mode; the executor might hand it to the caller
         return STOP, describe(error), 0
-    return SINGLES, pack_singly(report), len(payload)
+    return REPORT, pack_report(report), len(payload)
 
 
 class _Memory:
@@ -485,7 +429,7 @@ class _Memory:
     def get(self, digest: bytes, packed: bytes | None) -> Work | None:
         work = self._works.get(digest)
         if work is None and packed is not None:
-            work = unpack_work(packed)
+            work = unpack_start(packed)[0]
             with self._lock.lock:
                 self._works[digest] = work
                 if len(self._works) > MOST_REMEMBERED:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import queue
-import select
-import selectors
-import socket
-import sys
 import threading
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.clock import clock, wait_really_async
 from opero.core.interrupts import Hold
@@ -20,43 +16,53 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-# `poll` counts in milliseconds; `select` is exact, but knows only so many open files.
-_EXACT_BELOW = 0.01
-_MOST_FOR_SELECT = 1024
 # Whoever has to wait longer is woken and waits again.
 _LONGEST = 86_400.0
 
 
+class Inbox(Protocol):
+    """Where a running map finds events."""
+
+    def put(self, event: Any) -> None:
+        """Leave an event there, from any thread."""
+        ...
+
+    def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
+        """Call ``heard`` as long as there is something to read in ``pipe``, while the map waits."""
+        ...
+
+    def forget(self, pipe: Connection) -> None:
+        """Listen to it no longer; it is still open."""
+        ...
+
+
 class BlockingInbox:
-    """Events for a thread that blocks until there are some."""
+    """Events for a thread that blocks until there are some, and reads the pipes of its workers meanwhile."""
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._ears: _PolledPipes | _ListeningThread | None = None
-        self._polled: _PolledPipes | None = None
+        self._heard: dict[Any, Callable[[], object]] = {}
+        # A pipe to this thread itself, for those who put an event there while it waits for others.
+        self._ends: tuple[Connection, ...] = ()
+        self._waits = False
 
     def put(self, event: Any) -> None:
         """From any thread, and from a signal handler."""
         self._events.put(event)
-        if self._polled is not None:
-            self._polled.wake()
+        if self._waits:
+            self._waits = False
+            self._ends[1].send_bytes(b"")
 
     def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
-        if self._ears is None:
+        if not self._ends:
             # Half made, they would not be closed.
             with Hold():
-                if sys.platform == "win32":
-                    self._ears = _ListeningThread()
-                else:
-                    self._ears = self._polled = _PolledPipes()
-        self._ears.listen(pipe, heard)
-
-    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
-        return self._polled is not None and self._polled.write_when_ready(pipe, write)
+                self._ends = multiprocessing.connection.Pipe(duplex=False)
+                self._heard[self._ends[0]] = self._ends[0].recv_bytes
+        self._heard[pipe] = heard
 
     def forget(self, pipe: Connection) -> None:
-        if self._ears is not None:
-            self._ears.forget(pipe)
+        self._heard.pop(pipe, None)
 
     def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
         """Wait for events, at most so many seconds of opero's clock, or real ones."""
@@ -65,11 +71,11 @@ class BlockingInbox:
         def get(timeout: float | None) -> bool:
             # The system counts in milliseconds, and not for ever.
             timeout = None if timeout is None else min(timeout, _LONGEST)
-            if self._polled is None:
+            if self._heard:
+                self._hear(timeout)
+            else:
                 with suppress(queue.Empty):
                     events.append(self._events.get(timeout=timeout))
-            else:
-                self._polled.hear(timeout, is_needed=self._events.empty)
             with suppress(queue.Empty):
                 while True:
                     events.append(self._events.get_nowait())
@@ -81,77 +87,20 @@ class BlockingInbox:
             clock.wait(get, seconds)
         return events
 
-    def close(self) -> None:
-        if self._ears is not None:
-            self._ears.close()
-
-
-class _PolledPipes:
-    """Pipes that are waited for, and read, by the thread that the messages are for."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.PollSelector()
-        self._waits = False
-        self._waker, self._awoken = socket.socketpair()
-        for end in (self._waker, self._awoken):
-            end.settimeout(0)
-        self._selector.register(self._awoken, selectors.EVENT_READ, (self._wake_up, None))
-
-    def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
-        self._selector.register(pipe, selectors.EVENT_READ, (heard, None))
-
-    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
-        try:
-            heard, _ = self._selector.get_key(pipe).data
-        except KeyError:
-            return False
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if write is not None else 0)
-        self._selector.modify(pipe, events, (heard, write))
-        return True
-
-    def forget(self, pipe: Connection) -> None:
-        with suppress(KeyError):
-            self._selector.unregister(pipe)
-
-    def hear(self, timeout: float | None, *, is_needed: Callable[[], bool]) -> None:
-        """Wait until a pipe has something, and read it."""
+    def _hear(self, timeout: float | None) -> None:
         self._waits = True
         try:
-            ready = self._wait(timeout if is_needed() else 0)
+            ready = multiprocessing.connection.wait(self._heard, timeout if self._events.empty() else 0)
         finally:
             self._waits = False
-        for act in ready:
-            act()
-
-    def wake(self) -> None:
-        if self._waits:
-            with suppress(OSError):  # it is full: who waits will wake up
-                self._waker.send(b"\0")
+        for pipe in ready:
+            # One of them may be forgotten by another.
+            if pipe in self._heard:
+                self._heard[pipe]()
 
     def close(self) -> None:
-        self._selector.close()
-        self._waker.close()
-        self._awoken.close()
-
-    def _wait(self, timeout: float | None) -> list[Callable[[], None]]:
-        if timeout is not None and 0 < timeout < _EXACT_BELOW:
-            pipes = {key.fd: key.data for key in self._selector.get_map().values()}
-            if max(pipes) < _MOST_FOR_SELECT:
-                writing = [fd for fd, (_, write) in pipes.items() if write is not None]
-                readable, writable, _ = select.select(pipes, writing, (), timeout)
-                return [*(pipes[fd][0] for fd in readable), *(pipes[fd][1] for fd in writable)]
-        ready: list[Callable[[], None]] = []
-        for key, events in self._selector.select(timeout):
-            heard, write = key.data
-            if events & selectors.EVENT_READ:
-                ready.append(heard)
-            if events & selectors.EVENT_WRITE:
-                ready.append(write)
-        return ready
-
-    def _wake_up(self) -> None:
-        with suppress(BlockingIOError):
-            self._awoken.recv(4096)
+        for end in self._ends:
+            end.close()
 
 
 class AsyncInbox:
@@ -186,21 +135,11 @@ class AsyncInbox:
                 return
         self._ears.listen(pipe, heard)
 
-    def write_when_ready(self, pipe: Connection, write: Callable[[], None] | None) -> bool:
-        if self._ears is not None:
-            return False
-        if write is None:
-            self._loop.remove_writer(pipe.fileno())
-        else:
-            self._loop.add_writer(pipe.fileno(), write)
-        return True
-
     def forget(self, pipe: Connection) -> None:
         if self._ears is not None:
             self._ears.forget(pipe)
         elif not self._loop.is_closed():
             self._loop.remove_reader(pipe.fileno())
-            self._loop.remove_writer(pipe.fileno())
 
     async def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
         """Wait for events, at most so many seconds of opero's clock, or real ones."""

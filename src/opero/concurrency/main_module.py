@@ -4,48 +4,35 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import inspect
 import sys
-from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from opero.core.signature import find_by_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
 # The second is its name in a process that has imported it again.
 MAINS = ("__main__", "__mp_main__")
-# Classes by their identity: they need not be hashable.
-Classes = dict[int, type]
 
 
-def unknown_to_fresh_workers() -> Callable[[str], bool] | None:
-    """Tells of a qualified name of the main module whether a process that is started afresh has none such.
-
-    None if such processes have them all.
-    """
+def fresh_workers_have() -> Callable[[str], bool]:
+    """Tells of a qualified name of the main module whether a process that is started afresh has it, too."""
     if not _is_imported_again():
-        return unknown
-    guarded = _guarded_names(_path_of_main())
-    return (lambda name: name.partition(".")[0] in guarded) if guarded else None
+        return nothing
+    bound = _names_bound(path_of_main())
+    return lambda name: name.partition(".")[0] in bound
 
 
-def is_surely_in_fresh_workers(name: str) -> bool:
-    """Whether a process that is started afresh defines this qualified name of the main module in any case."""
-    return _is_imported_again() and name.partition(".")[0] in _always_bound(_path_of_main())
-
-
-def surely_nothing(_name: str) -> bool:
-    """In place of that, for workers of which nothing is sure."""
+def nothing(_name: str) -> bool:
+    """Of workers that have nothing of the main module."""
     return False
 
 
-def unknown(_name: str) -> bool:
-    """Of workers that may have nothing of it."""
+def everything(_name: str) -> bool:
+    """Of workers that were forked."""
     return True
 
 
@@ -54,63 +41,24 @@ def find_in_main(qualname: str) -> Any:
     return find_by_name("__main__", qualname)
 
 
-def is_class_of_main(thing: Any) -> bool:
-    return isinstance(thing, type) and is_in_main(thing)
-
-
-def is_in_main(thing: Any) -> bool:
-    return thing.__module__ in MAINS and find_in_main(thing.__qualname__) is thing
-
-
-def note_class(cls: type, mentioned: Classes) -> type:
-    """Note it, or the one that it is nested in; and tell which."""
-    outermost = find_in_main(cls.__qualname__.partition(".")[0])
-    noted = outermost if isinstance(outermost, type) else cls
-    mentioned[id(noted)] = noted
-    return noted
-
-
-def globals_of_main() -> dict[str, Any]:
-    """What functions of the main module have as globals.
-
-    In a process that has imported it again these are not the module's own names but those that they were copied from.
-    """
-    main = sys.modules["__main__"]
-    if main.__name__ == MAINS[1]:
-        for function in _functions_in(vars(main)):
-            names: dict[str, Any] = getattr(function, "__globals__", {})
-            if names.get("__name__") == MAINS[1]:
-                return names
-    return vars(main)
-
-
-def _functions_in(names: Mapping[str, Any]) -> Iterator[Any]:
-    for value in names.values():
-        if isinstance(value, type) and value.__module__ in MAINS:
-            yield from _functions_in(vars(value))
-        elif isinstance(value, FunctionType):
-            yield inspect.unwrap(value)
+def path_of_main() -> Path | None:
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    return None if path is None else Path(path)
 
 
 def _is_imported_again() -> bool:
     """Whether multiprocessing imports it in a process that is started afresh, as `spawn.prepare` there decides."""
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:
         return spec.name != "__main__" and not spec.name.endswith(".__main__")
-    path = _path_of_main()
+    path = path_of_main()
     return path is not None and path.stem != "ipython" and path.exists()
-
-
-def _path_of_main() -> Path | None:
-    path = getattr(sys.modules["__main__"], "__file__", None)
-    return None if path is None else Path(path)
 
 
 @contextlib.contextmanager
 def only_if_it_can_be_imported() -> Iterator[None]:
     """Let new processes import the main module only if its file is there; that of one that is read as input is not."""
-    path, main = _path_of_main(), sys.modules["__main__"]
+    path, main = path_of_main(), sys.modules["__main__"]
     if path is None or path.exists():
         yield
         return
@@ -122,47 +70,30 @@ def only_if_it_can_be_imported() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _guarded_names(path: Path | None) -> frozenset[str]:
-    """Names that are defined only where the file is run: below ``if __name__ == "__main__":``."""
-    tree = _parsed(path)
-    guards = [statement for statement in tree.body if isinstance(statement, ast.If) and _is_guard(statement.test)]
-    guarded = {name for guard in guards for name in _defined(guard.body)}
-    others = [statement for statement in tree.body if statement not in guards]
-    return frozenset(guarded.difference(_defined(others)))
-
-
-@lru_cache(maxsize=1)
-def _always_bound(path: Path | None) -> frozenset[str]:
-    """Names that the file binds under no condition, and nowhere else."""
-    body = _parsed(path).body
-    bound = Counter(name for statement in body for name in _bound(statement))
-    elsewhere = Counter(
-        name for statement in body for child in ast.walk(statement) for name in _bound(child) if child is not statement
-    )
-    return frozenset(bound - elsewhere)
-
-
-def _parsed(path: Path | None) -> ast.Module:
+def _names_bound(path: Path | None) -> frozenset[str]:
+    """Names that the file binds where it is imported: not those below ``if __name__ == "__main__":``."""
     with contextlib.suppress(OSError, SyntaxError, ValueError):
         if path is not None:
-            return ast.parse(path.read_bytes())
-    return ast.Module([], [])
+            return frozenset(_bound_in(ast.parse(path.read_bytes())))
+    return frozenset()
 
 
-def _bound(statement: ast.AST) -> Iterator[str]:
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        yield statement.name
-    elif isinstance(statement, ast.Assign):
-        yield from (target.id for target in statement.targets if isinstance(target, ast.Name))
+def _bound_in(node: ast.AST) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield child.name
+        elif isinstance(child, ast.alias):
+            yield (child.asname or child.name).partition(".")[0]
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id
+        elif isinstance(child, ast.If) and _asks_for_main(child.test):
+            is_guard = isinstance(child.test.ops[0], ast.Eq)  # type: ignore[attr-defined]  # it is a comparison
+            yield from _bound_in(ast.Module(child.orelse if is_guard else child.body, []))
+        elif not isinstance(child, ast.Lambda):
+            yield from _bound_in(child)
 
 
-def _is_guard(test: ast.expr) -> bool:
-    return {ast.unparse(side) for side in ast.walk(test)} >= {"__name__", "'__main__'"}
-
-
-def _defined(statements: Iterable[ast.stmt]) -> Iterator[str]:
-    for statement in statements:
-        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield statement.name
-        else:
-            yield from _defined(child for child in ast.iter_child_nodes(statement) if isinstance(child, ast.stmt))
+def _asks_for_main(test: ast.expr) -> bool:
+    if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], (ast.Eq, ast.NotEq)):
+        return False
+    return {ast.unparse(test.left), ast.unparse(test.comparators[0])} == {"__name__", "'__main__'"}

@@ -2,60 +2,78 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import operator
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from opero.concurrency.outcome import ListSink, Outcome, StreamSink
-from opero.concurrency.pool_source import KeptWorkers
+from opero.concurrency.kept import KeptWorkers
+from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
-from opero.core.interrupts import Hold
+from opero.core.interrupts import Hold, forget_earlier_interrupts
+from opero.core.showing import kind_of
 from opero.core.signature import find_by_name, own_signature
+from opero.exceptions import FailedItemsWarning
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from opero.concurrency.contract import Arguments, MapSettings
+    from opero.concurrency.kept import Arguments, MapSettings
     from opero.concurrency.outcome import Sink
     from opero.core.control import LiveStats
     from opero.core.plan import CacheInfo, Plan
 
 T = TypeVar("T")
 R = TypeVar("R")
-E = TypeVar("E")
+L = TypeVar("L")
 S = TypeVar("S")
 Item = TypeVar("Item")
 S_contra = TypeVar("S_contra", contravariant=True)
 Item_contra = TypeVar("Item_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
-E_co = TypeVar("E_co", covariant=True)
+L_co = TypeVar("L_co", covariant=True)
 P = ParamSpec("P")
 Q = ParamSpec("Q")
 
 
-class _Method(Protocol[S_contra, Item_contra, Q, R_co, E_co]):
+class _Method(Protocol[S_contra, Item_contra, Q, R_co, L_co]):
     """A map whose items would be instances, were it not a method."""
 
     @property
-    def _types(self) -> Callable[Concatenate[S_contra, Item_contra, Q], tuple[R_co, E_co]]: ...
+    def _types(self) -> Callable[Concatenate[S_contra, Item_contra, Q], tuple[R_co, L_co]]: ...
 
 
-class _Map(Generic[T, P, R, E]):
+class _Map(Generic[T, P, R, L]):
     """A function that takes many items; what both kinds have in common."""
 
     if TYPE_CHECKING:
 
         @property
-        def _types(self) -> Callable[Concatenate[T, P], tuple[R, E]]: ...
+        def _types(self) -> Callable[Concatenate[T, P], tuple[R, L]]: ...
 
-    def __init__(self, plan: Plan, settings: MapSettings, single: Any, head: tuple[Any, ...] = ()) -> None:
+    def __init__(self, plan: Plan, settings: MapSettings, single: Any) -> None:
         self.plan = plan
         self.settings = settings
         self.single = single
-        self._head = head
+        # The instance of a method.
+        self._head: tuple[Any, ...] = ()
+        # Whether items are tuples of arguments.
+        self._is_starred = False
 
     @property
     def stats(self) -> LiveStats:
@@ -82,7 +100,11 @@ class _Map(Generic[T, P, R, E]):
 
     def cache_delete(self, item: T, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Forget the result for this item and these arguments; tells whether there was one."""
-        return self._control.cache_delete(item, *args, **kwargs)
+        return self._control.cache_delete(*self._single_arguments(item, args), **kwargs)
+
+    def cache_refresh(self, item: T, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Call the function for this item, here and not in a worker, and keep the new result; see `opero.control`."""
+        return self._control.cache_refresh(item, *args, **kwargs)
 
     def with_plan(self, plan: Plan) -> Self:
         """The same map under other policies."""
@@ -90,6 +112,8 @@ class _Map(Generic[T, P, R, E]):
         return made
 
     def __reduce__(self) -> Any:
+        if self._is_starred:
+            return getattr, (self.__dict__["unstarred"], "starmap")
         if self._head:
             return _bind, (self._unbound(), *self._head)
         return _reduce(self)
@@ -107,10 +131,13 @@ class _Map(Generic[T, P, R, E]):
     def _control(self) -> Control[..., Any]:
         return Control(self.__dict__["__opero__"], self._head)
 
+    def _with(self, kind: type[_Map[Any, Any, Any, Any]], **changes: Any) -> Any:
+        made = object.__new__(kind)
+        made.__dict__.update(self.__dict__, **changes)
+        return made
+
     def _bound_to(self, instance: Any) -> Self:
-        bound = type(self)(self.plan, self.settings, self.single.__get__(instance), (instance,))
-        bound.__dict__.update({k: v for k, v in self.__dict__.items() if k not in bound.__dict__})
-        bound.__dict__["unbound"] = self
+        bound: Self = self._with(type(self), single=self.single.__get__(instance), _head=(instance,), unbound=self)
         return bound
 
     def _unbound(self) -> Any:
@@ -129,28 +156,125 @@ class _Map(Generic[T, P, R, E]):
         if self._head or first != "cls":
             return ""
         return (
-            "; from Python 3.13 on a map below @classmethod is bound only where it is called itself: "
-            "map the bound method, as in opmap(…)(Class.method).stream(items)"
+            "; from Python 3.13 on a map below @classmethod knows its class only where it is called itself: "
+            f"write opero.control(Class.{self.plan.name.rpartition('.')[2]}).stream(items), and so with run and one"
         )
 
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
+        name = self.plan.name
+        if self._is_starred and self.settings.batch_size is not None:
+            msg = f"{name}.starmap cannot apply with batch_size, where the function takes a list of items"
+            raise TypeError(msg)
+        if self._is_starred and rest:
+            msg = f"{name}.starmap takes all positional arguments from the tuples; give the same for all by keyword"
+            raise TypeError(msg)
         try:
-            own_signature(self.plan.function).bind(*self._head, None, *rest, **kwargs)
-        except ValueError:  # a builtin whose signature is not known: it will complain itself
-            pass
+            signature = own_signature(self.plan.function)
+        except (ValueError, TypeError):  # of some builtins it is not known: they will complain themselves
+            return self._head, rest, kwargs, self._is_starred
+        try:
+            if self._is_starred:
+                signature.bind_partial(*self._head, **kwargs)
+            else:
+                signature.bind(*self._head, None, *rest, **kwargs)
         except TypeError as error:
-            msg = f"{self.plan.name}() {error}{self._classmethod_hint()}"
+            hint = self._classmethod_hint() or self._starmap_hint(signature, rest, kwargs)
+            msg = f"{name}() {error}{hint}"
             raise TypeError(msg) from None
-        return self._head, rest, kwargs
+        return self._head, rest, kwargs, self._is_starred
+
+    def _starmap_hint(self, signature: inspect.Signature, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What to write, if positional arguments are missing and no other thing is wrong."""
+        try:
+            given = signature.bind_partial(*self._head, None, *rest, **kwargs).arguments
+        except TypeError:
+            return ""
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        missing = [n for n, p in signature.parameters.items() if n not in given and p.default is p.empty]
+        missing = [n for n in missing if signature.parameters[n].kind in positional]
+        if not missing:
+            return ""
+        name = self.plan.name.rpartition(".")[2]
+        return (
+            f"; write {name}(items, {missing[0]}=…) to give the same to every item, or {name}.starmap(tuples) if each "
+            "item is a tuple of arguments"
+        )
+
+    def _list_of(self, sink: ListSink) -> Any:
+        """What the user gets of a map that has ended."""
+        if not self.settings.return_exceptions:
+            return sink.results
+        results: Results[Any, Any] = Results(sink.results, sink.failed)
+        # With a default, few errors are in the list themselves.
+        told = [o for o in results.failed if not o.is_excused] if self.settings.warns else []
+        if told:
+            kinds = Counter(type(outcome.error).__name__ for outcome in told).most_common()
+            warning = FailedItemsWarning(
+                f"{self.plan.name}: {len(told)} of {len(results)} items failed: "
+                f"{', '.join(f'{kind} ({count})' for kind, count in kinds)}; "
+                f"the first was item {min(outcome.index for outcome in told)}",
+                results,
+            )
+            warnings.warn(warning, stacklevel=_level_of_the_user())
+        return results
+
+    def _total(self, items: Any) -> int | None:
+        """The number of items: their length, else what the user says, else what they hint at."""
+        # As the built-in `list` does with something that has no length, or does not know it.
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return len(items)
+        if self.settings.total is None:
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                hint = operator.length_hint(items, -1)
+                return None if hint < 0 else hint
+        return self.settings.total
+
+    def _single_arguments(self, item: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*item, *args) if self._is_starred else (item, *args)
+
+    def _row(self, item: Any) -> tuple[Any, ...]:
+        """The arguments of one call of `starmap`."""
+        if isinstance(item, (str, bytes, Mapping)) or not isinstance(item, Iterable):
+            msg = f"{self.plan.name}.starmap got {kind_of(item)} as an item; each item is a tuple of arguments"
+            raise TypeError(msg)
+        return item if isinstance(item, tuple) else tuple(item)
 
 
-class SyncMap(_Map[T, P, R, E]):
-    """A ``def`` function as a map; made by `opero.opmap`."""
+class MapControl(Control[Concatenate[T, P], R]):
+    """What can be done with a map besides calling it; see `opero.control`."""
+
+    def __init__(self, of: _BlockingMap[T, P, R, Any] | _AwaitableMap[T, P, R, Any]) -> None:
+        super().__init__(of.__dict__["__opero__"], of._head)  # noqa: SLF001 - of this module
+        self._of = of
+        self.pool = of.pool
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._of,)
+
+
+class BlockingMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
+    """That of a ``def`` function."""
+
+    def __init__(self, of: _BlockingMap[T, P, R, L]) -> None:
+        super().__init__(of)
+        self.stream, self.run, self.one, self.starmap = of.stream, of.run, of.one, of.starmap
+
+
+class AwaitableMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
+    """That of an ``async def`` function."""
+
+    def __init__(self, of: _AwaitableMap[T, P, R, L]) -> None:
+        super().__init__(of)
+        self.stream, self.run, self.one, self.starmap = of.stream, of.run, of.one, of.starmap
+
+
+class _BlockingMap(_Map[T, P, R, L]):
+    """A ``def`` function as a map."""
 
     __wrapped__: Callable[Concatenate[T, P], R]
 
-    def __call__(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
+    def __call__(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """Call the function with each item, and these arguments, and return all results.
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
@@ -160,9 +284,10 @@ class SyncMap(_Map[T, P, R, E]):
         sink = ListSink(ordered=self.settings.ordered)
         for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
             pass  # a ListSink hands nothing out
-        return sink.results
+        results: L = self._list_of(sink)
+        return results
 
-    def run(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
+    def run(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """The same as calling the map; scripts can treat ``def`` and ``async def`` alike."""
         return self(items, *args, **kwargs)
 
@@ -172,20 +297,30 @@ class SyncMap(_Map[T, P, R, E]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies."""
-        if self.plan.attempt_timeout is None:
-            result: R = self.single(item, *args, **kwargs)
+        if self.plan.attempt_timeout is None and self.settings.batch_size is None:
+            result: R = self.single(*self._single_arguments(item, args), **kwargs)
             return result
-        # Only in a process of its own can a running function be stopped.
-        quiet = replace(self.settings, progress=False)
-        (outcome,) = type(self)(self.plan, quiet, self.single, self._head).stream([item], *args, **kwargs)
-        return outcome.returned
+        settings = replace(self.settings, progress=False)
+        if self.plan.attempt_timeout is None:
+            from opero.concurrency.serial import serial_pools
 
-    @overload
-    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
-    @overload
-    def __get__(self: _Method[S, Item, Q, R, E], instance: S, owner: type | None = None) -> SyncMap[Item, Q, R, E]: ...
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else self._bound_to(instance)
+            settings = replace(settings, pools=serial_pools())
+        # Else in a process of its own: only there can a running function be stopped.
+        quiet = self._with(type(self), settings=settings)
+        (outcome,) = quiet.stream([item], *args, **kwargs)
+        returned: R = outcome.returned
+        return returned
+
+    @property
+    def starmap(self) -> _BlockingMap[tuple[Any, ...], ..., R, L]:
+        """The same map over tuples, each of which is the positional arguments of one call.
+
+        ``fn.starmap(zip(names, sizes))`` calls ``fn(name, size)`` for each pair; keyword arguments go to every call.
+        ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no tuple
+        (list, or other iterable but text) ends the map with a TypeError.
+        """
+        starred: _BlockingMap[tuple[Any, ...], ..., R, L] = self._with(_BlockingMap, _is_starred=True, unstarred=self)
+        return starred
 
     def _outcomes(self, items: Iterable[T], arguments: Arguments, sink: Sink) -> Iterator[Outcome[T, R]]:
         if isinstance(items, AsyncIterable) and not isinstance(items, Iterable):
@@ -196,15 +331,30 @@ class SyncMap(_Map[T, P, R, E]):
         with Hold():
             from opero.concurrency.running import run_blocking
 
-        return run_blocking(self.plan, self.settings, arguments, sink, items=_iterate(items), total=_length(items))
+        source: Iterator[Any] = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
+        return run_blocking(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
+
+    def __opero_control__(self, head: tuple[Any, ...], /) -> BlockingMapControl[T, P, R, L]:
+        return BlockingMapControl(self._bound_to(*head) if head else self)
 
 
-class AsyncMap(_Map[T, P, R, E]):
-    """An ``async def`` function as a map; made by `opero.opmap`."""
+class SyncMap(_BlockingMap[T, P, R, L]):
+    """A ``def`` function as a map, which may be a method; made by `opero.opmap`."""
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self: _Method[S, Item, Q, R, L], instance: S, owner: type | None = None) -> SyncMap[Item, Q, R, L]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self._bound_to(instance)
+
+
+class _AwaitableMap(_Map[T, P, R, L]):
+    """An ``async def`` function as a map."""
 
     __wrapped__: Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
 
-    async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
+    async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """Call the function with each item, and these arguments, and return all results.
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
@@ -214,18 +364,24 @@ class AsyncMap(_Map[T, P, R, E]):
         sink = ListSink(ordered=self.settings.ordered)
         async for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
             pass  # a ListSink hands nothing out
-        return sink.results
+        results: L = self._list_of(sink)
+        return results
 
-    def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> list[E]:
+    def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """The blocking form, for scripts; inside a running event loop write ``await`` instead."""
         with Hold():
-            from opero.concurrency.own_loop import run_in_own_loop
+            import asyncio
+
             from opero.concurrency.running import has_running_loop
 
         if has_running_loop():
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
-        return run_in_own_loop(lambda: self(items, *args, **kwargs))
+        try:
+            return asyncio.run(self(items, *args, **kwargs))
+        except KeyboardInterrupt as interrupt:
+            forget_earlier_interrupts(interrupt)
+            raise
 
     def stream(
         self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs
@@ -235,31 +391,69 @@ class AsyncMap(_Map[T, P, R, E]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the function with one item, under the same policies, in this event loop."""
-        call: Coroutine[Any, Any, R] = self.single(item, *args, **kwargs)
+        call: Coroutine[Any, Any, R] = (
+            self.single(*self._single_arguments(item, args), **kwargs)
+            if self.settings.batch_size is None
+            else self._one_of_a_list(item, *args, **kwargs)
+        )
         return call
 
-    @overload
-    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
-    @overload
-    def __get__(self: _Method[S, Item, Q, R, E], instance: S, owner: type | None = None) -> AsyncMap[Item, Q, R, E]: ...
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else self._bound_to(instance)
+    async def _one_of_a_list(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        from opero.concurrency.serial import serial_pools
+
+        settings = replace(self.settings, progress=False, pools=serial_pools())
+        stream = self._with(type(self), settings=settings).stream([item], *args, **kwargs)
+        (outcome,) = [outcome async for outcome in stream]
+        returned: R = outcome.returned
+        return returned
+
+    @property
+    def starmap(self) -> _AwaitableMap[tuple[Any, ...], ..., R, L]:
+        """The same map over tuples, each of which is the positional arguments of one call.
+
+        ``await fn.starmap(zip(names, sizes))`` awaits ``fn(name, size)`` for each pair; keyword arguments go to every
+        call. ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no
+        tuple (list, or other iterable but text) ends the map with a TypeError.
+        """
+        starred: _AwaitableMap[tuple[Any, ...], ..., R, L] = self._with(_AwaitableMap, _is_starred=True, unstarred=self)
+        return starred
 
     def _outcomes(
         self, items: Iterable[T] | AsyncIterable[T], arguments: Arguments, sink: Sink
     ) -> AsyncIterator[Outcome[T, R]]:
         from opero.concurrency.running import run_awaiting
 
-        source = _iterate_async(items) if isinstance(items, AsyncIterable) else _iterate(items)
-        return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=_length(items))
+        source: AsyncIterator[Any] | Iterator[Any]
+        if isinstance(items, AsyncIterable):
+            source = _iterate_async(items)
+            source = _mapped(self._row, source) if self._is_starred else source
+        else:
+            source = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
+        return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
+
+    def __opero_control__(self, head: tuple[Any, ...], /) -> AwaitableMapControl[T, P, R, L]:
+        return AwaitableMapControl(self._bound_to(*head) if head else self)
 
 
-def _length(items: Any) -> int | None:
-    try:
-        return len(items)
-    except (TypeError, ValueError, OverflowError):
-        # As the built-in `list` does with something that has no length, or does not know it.
-        return None
+class AsyncMap(_AwaitableMap[T, P, R, L]):
+    """An ``async def`` function as a map, which may be a method; made by `opero.opmap`."""
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self: _Method[S, Item, Q, R, L], instance: S, owner: type | None = None) -> AsyncMap[Item, Q, R, L]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self._bound_to(instance)
+
+
+def _level_of_the_user() -> int:
+    """How many frames above the caller of this function the program's own code is."""
+    level = 1
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as `inspect.currentframe` does
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {"opero", "asyncio"}:
+        level += 1
+        frame = frame.f_back
+    return level
 
 
 def _iterate(items: Iterable[T]) -> Iterator[T]:
@@ -289,6 +483,15 @@ async def _each_async(iterator: AsyncIterator[T]) -> AsyncIterator[T]:
         except StopAsyncIteration:
             return
         yield item
+
+
+async def _mapped(function: Callable[[Any], Any], iterator: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    try:
+        async for item in iterator:
+            yield function(item)
+    finally:
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()
 
 
 def _bind(unbound: Any, instance: Any) -> Any:

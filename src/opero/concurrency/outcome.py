@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from opero.core.signature import MISSING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 T = TypeVar("T")
 R = TypeVar("R")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    D = TypeVarWithDefault("D", default=Exception)
+else:
+    D = TypeVar("D")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,11 @@ class Outcome(Generic[T, R]):
         return self._value
 
     @property
+    def is_excused(self) -> bool:
+        """Whether it failed, and has a default."""
+        return self.error is not None and self._value is not MISSING
+
+    @property
     def returned(self) -> R:
         """What a single call would have returned: the default of an item that failed, if it has one.
 
@@ -57,6 +68,31 @@ class Outcome(Generic[T, R]):
             Exception: The item's `error`, if there is no default.
         """
         return self.result if self._value is MISSING else self._value
+
+
+class Results(list[R | D]):
+    """What a map returns: a list of its results, in which a failed item is its exception, or its ``default``.
+
+    ``Results[R]`` is a ``list[R | Exception]``; with a default of type ``D``, ``Results[R, D]`` is a ``list[R | D]``.
+
+    Attributes:
+        failed: An `Outcome` for each item that failed, in the order of the list.
+    """
+
+    failed: list[Outcome[Any, R]]
+
+    def __init__(self, values: Iterable[R | D] = (), failed: Mapping[int, Outcome[Any, R]] | None = None) -> None:
+        """``failed`` has outcomes by their places in the list."""
+        super().__init__(values)
+        places = sorted(failed or ())
+        self._failed_places = frozenset(places)
+        self.failed = [failed[place] for place in places] if failed else []
+
+    @property
+    def ok(self) -> list[R]:
+        """The results of all other items, of the list as the map returned it."""
+        values: list[Any] = [value for place, value in enumerate(self) if place not in self._failed_places]
+        return values
 
 
 class Sink(Protocol):
@@ -70,7 +106,7 @@ class Sink(Protocol):
         """Consecutive items from ``start`` on have all succeeded at the first attempt."""
         ...
 
-    def take(self) -> list[Outcome[Any, Any]]:
+    def take(self) -> deque[Outcome[Any, Any]]:
         """What can be handed to a consumer now."""
         ...
 
@@ -84,17 +120,21 @@ class ListSink:
 
     def __init__(self, *, ordered: bool) -> None:
         self.results: list[Any] = []
+        # By their places in the list.
+        self.failed: dict[int, Outcome[Any, Any]] = {}
         self._ordered = ordered
 
     def put(self, outcome: Outcome[Any, Any]) -> None:
+        if outcome.error is not None:
+            self.failed[outcome.index if self._ordered else len(self.results)] = outcome
         value = outcome._value  # noqa: SLF001 - `result` would raise
         self._place(outcome.index, [outcome.error if value is MISSING else value])
 
     def put_results(self, start: int, _items: Sequence[Any], values: list[Any], _seconds: float, /) -> None:
         self._place(start, values)
 
-    def take(self) -> list[Outcome[Any, Any]]:
-        return []
+    def take(self) -> deque[Outcome[Any, Any]]:
+        return deque()
 
     def backlog(self) -> int:
         return 0
@@ -129,12 +169,11 @@ class StreamSink:
             self._next += 1
 
     def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float, /) -> None:
-        for place, (item, value) in enumerate(zip(items, values, strict=True), start):
+        for place, (item, value) in enumerate(zip(items, values, strict=False), start):
             self.put(Outcome(place, item, value, None, 1, seconds, False))  # noqa: FBT003 - a dataclass of plain facts
 
-    def take(self) -> list[Outcome[Any, Any]]:
-        taken = list(self._ready)
-        self._ready.clear()
+    def take(self) -> deque[Outcome[Any, Any]]:
+        taken, self._ready = self._ready, deque()
         return taken
 
     def backlog(self) -> int:

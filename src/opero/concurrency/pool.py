@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opero.concurrency.contract import MapSettings, Pool
+from opero.concurrency.kept import MapSettings, PoolSource
 from opero.concurrency.mapping import make_map
-from opero.concurrency.pool_source import PoolSource
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import kind_of, listed, shown
-from opero.core.signature import check_decoratable, is_async, name_of, refuse_generator
+from opero.core.signature import MISSING, check_decoratable, is_async, name_of, refuse_generator
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Executor
 
+    from opero.concurrency.scheduler import Pool
     from opero.concurrency.worker import Work
+
+    _PoolClass: TypeAlias = Callable[..., Pool]
 
 __all__ = ["get_parallel_executor", "get_parallel_map_decorator"]
 
@@ -27,7 +30,6 @@ DEFAULT_TASKS = 100
 MOST_DEFAULT_THREADS = 32
 
 
-_PoolClass = Callable[..., Pool]
 Mode: TypeAlias = "str | Executor | Callable[[], Executor]"
 
 
@@ -55,25 +57,47 @@ def _async_process_pool() -> _PoolClass:
     return AsyncProcessPool
 
 
+def _serial_pool() -> _PoolClass:
+    from opero.concurrency.serial import serial_pool
+
+    return lambda work, _workers: serial_pool(work)
+
+
 _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
     "process": _process_pool,
     "thread": _thread_pool,
     "async": _task_pool,
     "async_process": _async_process_pool,
+    "serial": _serial_pool,
 }
 _ASYNC_ONLY = ("async", "async_process")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker"),
-    "thread": (),
+    "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "threads_per_worker"),
+    "thread": ("initializer", "initargs"),
     "async": (),
-    "async_process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "concurrency"),
+    "serial": (),
+    "async_process": (
+        "start_method",
+        "initializer",
+        "initargs",
+        "max_tasks_per_worker",
+        "threads_per_worker",
+        "concurrency",
+    ),
+}
+
+
+_COUNTS: Mapping[str, str] = {
+    "concurrency": "coroutines in each process",
+    "max_tasks_per_worker": "items that a worker runs before it is replaced",
+    "threads_per_worker": "threads of numeric libraries in each worker",
 }
 
 
 def default_workers(mode: str) -> int:
     """How many workers a mode has when nobody says."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS}.get(mode, cpus)
+    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS, "serial": 1}.get(mode, cpus)
 
 
 def map_settings(
@@ -83,7 +107,9 @@ def map_settings(
     workers: int | None = None,
     ordered: bool = True,
     progress: bool | str = True,
-    return_exceptions: bool = True,
+    return_exceptions: bool = MISSING,
+    total: int | None = None,
+    batch_size: int | None = None,
     pool_options: Mapping[str, Any] | None = None,
 ) -> MapSettings:
     """Check the options of a map of ``function``."""
@@ -97,17 +123,28 @@ def map_settings(
         raise TypeError(msg)
     if workers is not None:
         check_count("workers", workers, "workers", smallest=1)
+        if mode == "serial":
+            msg = f"workers={workers} cannot apply with mode='serial', in which the calling thread works; leave it out"
+            raise ValueError(msg)
     check_flag("ordered", ordered)
     if not isinstance(progress, str):
         check_flag("progress", progress)
-    check_flag("return_exceptions", return_exceptions)
+    if return_exceptions is not MISSING:
+        check_flag("return_exceptions", return_exceptions)
+    if total is not None:
+        check_count("total", total, "items", smallest=0)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, "items in one list", smallest=1)
     options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, options)
     return MapSettings(
         pools=PoolSource(_pool_maker(mode, workers, options)),
         ordered=ordered,
         progress=progress,
-        return_exceptions=return_exceptions,
+        return_exceptions=True if return_exceptions is MISSING else return_exceptions,
+        warns=return_exceptions is MISSING,
+        total=total,
+        batch_size=batch_size,
     )
 
 
@@ -171,11 +208,9 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
         initargs = options["initargs"]
         msg = f"pool_options['initargs']={shown(initargs)} is {kind_of(initargs)}; write a tuple"
         raise TypeError(msg)
-    if "concurrency" in options:
-        check_count("pool_options['concurrency']", options["concurrency"], "coroutines in each process", smallest=1)
-    if "max_tasks_per_worker" in options:
-        name = "pool_options['max_tasks_per_worker']"
-        check_count(name, options["max_tasks_per_worker"], "items that a worker runs before it is replaced", smallest=1)
+    for option, counted in _COUNTS.items():
+        if option in options:
+            check_count(f"pool_options[{option!r}]", options[option], counted, smallest=1)
     if mode == "async_process":
         import importlib.util
 
@@ -190,17 +225,21 @@ def get_parallel_map_decorator(
     workers: int | None = None,
     ordered: bool = True,
     progress: bool | str = False,
-    return_exceptions: bool = True,
+    return_exceptions: bool = MISSING,
+    total: int | None = None,
     **pool_options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a decorator that turns a function of one item into a map, and adds no policy.
 
     Args:
-        mode: ``"process"``, ``"thread"``, ``"async"``, ``"async_process"``, an executor, or a function that makes one.
+        mode: ``"process"``, ``"thread"``, ``"async"``, ``"async_process"``, ``"serial"``, an executor, or a function
+            that makes one.
         workers: Processes, threads or tasks; by default what `opero.opmap` has.
         ordered: Whether results come in input order, or in order of completion.
         progress: Whether to show a bar on a terminal; text is its label.
-        return_exceptions: Whether a failed item is its exception in the list, or stops the map and is raised.
+        return_exceptions: Whether a failed item is its exception in the list, or stops the map and is raised. If not
+            given, it is in the list, and an `opero.FailedItemsWarning` tells of it.
+        total: Number of items, for the bar, where neither their length nor `operator.length_hint` tells it.
         **pool_options: For the pool, such as ``start_method``.
 
     Raises:
@@ -218,6 +257,7 @@ def get_parallel_map_decorator(
             ordered=ordered,
             progress=progress,
             return_exceptions=return_exceptions,
+            total=total,
             pool_options=pool_options,
         )
         recipe = {
@@ -226,6 +266,7 @@ def get_parallel_map_decorator(
             "ordered": ordered,
             "progress": progress,
             "return_exceptions": return_exceptions,
+            "total": total,
             **pool_options,
         }
         return make_map(Plan(function, RetryPolicy()), settings, (get_parallel_map_decorator, recipe))
@@ -239,10 +280,11 @@ def get_parallel_executor(
     workers: int | None = None,
     ordered: bool = True,
     progress: bool | str = False,
-    return_exceptions: bool = True,
+    return_exceptions: bool = MISSING,
+    total: int | None = None,
     **pool_options: Any,
 ) -> Callable[..., Any]:
-    """Make ``executor(function, items, **kwargs)``, which maps any function without decorating it.
+    """Make ``executor(function, items, **kwargs)``, which maps any function or class without decorating it.
 
     The arguments and errors are those of `get_parallel_map_decorator`. For an ``async def`` function the executor
     returns an awaitable of the list.
@@ -253,10 +295,13 @@ def get_parallel_executor(
         ordered=ordered,
         progress=progress,
         return_exceptions=return_exceptions,
+        total=total,
         **pool_options,
     )
 
     def executor(function: Callable[..., Any], items: Any, /, **kwargs: Any) -> Any:
-        return decorate(function)(items, **kwargs)
+        # A class among functions, as in `map(int, texts)`, is meant; below a decorator it would be a mistake.
+        mapped = functools.partial(function) if isinstance(function, type) else function
+        return decorate(mapped)(items, **kwargs)
 
     return executor

@@ -2,70 +2,277 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import logging
 import os
 import pickle
+import random
 import signal
 import struct
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.transport import pack_report, pack_singly, unpack_batch, unpack_work
-from opero.concurrency.worker import AsyncCaller, Report, Work, in_time, run_batch
+from opero.concurrency import log_records
+from opero.concurrency.ending import ENDED_CODE, GRACE_SECONDS
+from opero.concurrency.shared_buffers import SharedBuffers
+from opero.concurrency.transport import as_if_starting, pack_report, unpack_batch, unpack_start
+from opero.concurrency.worker import AsyncCaller, How, Report, Work, in_time, run_batch
 from opero.core.forks import watch_forks
+from opero.exceptions import NotTransferableError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
-    from opero.concurrency.preparation import AnyPreparation
+    from opero.concurrency.log_records import Settings
+    from opero.concurrency.transport import Packer
 
-# Messages: a kind, the number of the batch, the oldest batch that the parent waits for, a payload.
-HELLO, BROKEN, BATCH, BEGUN, REPORT, AGAIN, SINGLES, STOP, ARGUMENTS = range(9)
-_HEADER = struct.Struct("<BII")
+# Kinds of messages: the first byte; what follows is a payload.
+HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(8))
+# What a batch and its report begin with.
+NUMBER = struct.Struct("<I")
 # A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's threads and exit
 # handlers run.
 PEACE_SECONDS = 30.0
 
+# Those of the libraries that have threads of their own for what they compute.
+THREAD_SETTINGS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
 
-def pack_message(kind: int, number: int, payload: bytes = b"", *, oldest: int = 0) -> bytes:
-    return _HEADER.pack(kind, number, oldest) + payload
+
+class Start:
+    """What a worker process begins with; pickled only while one is started afresh, with what it can only inherit."""
+
+    def __init__(
+        self,
+        packer: Packer,
+        work: Work,
+        initializer: Callable[..., Any] | None,
+        initargs: tuple[Any, ...],
+        threads: int | None,
+    ) -> None:
+        self._packer = packer
+        self._its = work, initializer, initargs
+        self._packed: bytes | None = None
+        self._shared = SharedBuffers()
+        self.threads = threads
+        self.logging = log_records.Settings.here()
+
+    def __reduce__(self) -> Any:
+        packed = self._packed or self._packer.start(*self._its)
+        return _PackedStart, (packed, self._shared, self.threads, self.logging)
+
+    def pack(self) -> None:
+        """Pickle what goes to all workers, once if it need not be inherited.
+
+        Raises:
+            NotTransferableError: If it cannot be pickled.
+        """
+        try:
+            self._packed = self._packer.start(*self._its, shared=self._shared)
+        except NotTransferableError:
+            with as_if_starting():
+                self._packer.start(*self._its)
+
+    def load(self) -> tuple[Work, Callable[..., Any] | None, tuple[Any, ...]]:
+        return self._its
 
 
-def unpack_message(data: bytes) -> tuple[int, int, int, bytes]:
-    kind, number, oldest = _HEADER.unpack_from(data)
-    return kind, number, oldest, data[_HEADER.size :]
+class _PackedStart:
+    """The same in a worker that was started afresh."""
+
+    def __init__(self, packed: bytes, shared: SharedBuffers, threads: int | None, logging: Settings) -> None:
+        self._packed = packed
+        self._shared = shared
+        self.threads = threads
+        self.logging = logging
+
+    def load(self) -> tuple[Work, Callable[..., Any] | None, tuple[Any, ...]]:
+        return unpack_start(self._packed, self._shared.views())
 
 
-class _PipeOfWorker:
-    """The worker's end of its pipe."""
+AnyStart = Start | _PackedStart
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
+
+class Parent:
+    """The parent process as its worker sees it: a pipe, and ``mark``, the memory that both share.
+
+    The elements of that are the number of items of the batch that have begun, and of batches that were received.
+    """
+
+    def __init__(self, pipe: Connection, marks: Any, place: int) -> None:
+        self.pipe = pipe
+        self.mark = marks_at(marks, place)
+        self._sending = threading.RLock()
+        self._interrupts = self._interrupts_before = 0
+        self._is_ending = self._is_terminated = False
         watch_forks(self)
 
     def after_fork(self) -> None:
-        """Leave it to the worker: as long as a child of its has it open, too, a dead worker is not noticed."""
-        self.connection.close()
+        """Leave the pipe to the worker: as long as a child of its has it open, too, a dead worker is not noticed."""
+        self.pipe.close()
+
+    def tell(self, kind: bytes, payload: bytes = b"") -> None:
+        with self._sending:
+            self.pipe.send_bytes(kind + payload)
+
+    def log(self, record: bytes) -> None:
+        """Send a log record; those of exit handlers are lost."""
+        if not self._is_ending:
+            self.tell(LOG, record)
+
+    def hear(self) -> tuple[bytes, memoryview]:
+        """The next message, its kind and payload."""
+        data = memoryview(self.pipe.recv_bytes())
+        self._interrupts_before = self._interrupts
+        kind = bytes(data[:1])
+        # From then on the parent hears nothing any more.
+        self._is_ending = self._is_ending or kind == STOP
+        return kind, data[1:]
+
+    def report(self, number: bytes, report: Report, *, is_last: bool = True) -> None:
+        """Report, unless Ctrl-C has come meanwhile: what it has interrupted may look like a success.
+
+        Then the parent has a second to say what becomes of the map.
+        """
+        if self._interrupts > self._interrupts_before:
+            self.pipe.poll(GRACE_SECONDS)
+        begun, self.mark[0] = self.mark[0], 0
+        # Whoever dies here was not ended by the item that has begun last.
+        self.tell(REPORT if is_last else PART, number + pack_report(report))
+        if not is_last:
+            self.mark[0] = begun
+
+    def hear_signals(self) -> None:
+        """Let Ctrl-C be the parent's business, but not ignored by programs that are started here; let SIGTERM end."""
+        signal.signal(signal.SIGINT, self._interrupted)
+        signal.signal(signal.SIGTERM, self._terminated)
+        # A forked worker has the one of its parent's event loop, which would take this one's signals for its own.
+        signal.set_wakeup_fd(-1)
+        if hasattr(signal, "pthread_sigmask"):
+            # Held back by the parent until here, where it can do no harm any more.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def _interrupted(self, _signal: int, _frame: Any) -> None:
+        self._interrupts += 1
+
+    def _terminated(self, _signal: int, _frame: Any) -> None:
+        # Once: the exit handlers shall not be interrupted.
+        if not self._is_terminated:
+            self._is_terminated = self._is_ending = True
+            sys.exit(ENDED_CODE)
 
 
-def serve(connection: Connection, work: Work | bytes, preparation: AnyPreparation | None) -> None:
+def marks_at(marks: Any, place: int) -> memoryview:
+    """The memory that a worker shares with its parent, of an arena of multiprocessing's that has that of all."""
+    return memoryview(marks.buffer).cast("I")[2 * place : 2 * place + 2]
+
+
+def serve(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
     """Run batches, one after the other, until the pipe ends; the whole life of a worker."""
-    pipe = _PipeOfWorker(connection)
-    ready = _get_ready(pipe, work, preparation)
-    if ready is not None:
-        caller = AsyncCaller() if ready.is_async else None
+    parent = Parent(pipe, marks, place)
+    with _exit_handlers():
+        work = _get_ready(parent, start)
         # Without a parent there is nobody to report to.
         with contextlib.suppress(EOFError, OSError):
-            _serve_batches(pipe.connection, ready, caller)
+            if work is not None:
+                _serve_batches(parent, work)
         _end_within(PEACE_SECONDS)
-        if caller is not None:
-            caller.close()
-    # Not back to its pool's own loop: that waits with a lock held; whoever is killed then makes the pool's end hang.
-    sys.exit(0)
+
+
+async def serve_async(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
+    """Run batches, as many as come at the same time, until the pipe ends; the whole life of a worker."""
+    # aiomultiprocess (0.9.1) writes a traceback of `SystemExit`, by which a worker is ended.
+    logging.getLogger("aiomultiprocess.core").disabled = True
+    parent = Parent(pipe, marks, place)
+    with _exit_handlers():
+        work = _get_ready(parent, start)
+        with contextlib.suppress(EOFError, OSError):
+            if work is not None:
+                await _AsyncServer(parent, work).serve()
+        _end_within(PEACE_SECONDS)
+
+
+@contextlib.contextmanager
+def _exit_handlers() -> Iterator[None]:
+    """Run the user's at the end, however it comes; multiprocessing does so by itself from Python 3.13 on."""
+    try:
+        yield
+    finally:
+        atexit._run_exitfuncs()  # noqa: SLF001 - see above
+
+
+def _get_ready(parent: Parent, start: AnyStart) -> Work | None:
+    """Load the work and say hello; None if the parent has been told that this cannot be done."""
+    parent.hear_signals()
+    _forget_the_parents_own()
+    if start.threads is not None:
+        _limit_threads(start.threads)
+    try:
+        is_logging = log_records.Collecting(start.logging, parent.log)
+        work, initializer, initargs = start.load()
+        _seed()
+        if initializer is not None:
+            initializer(*initargs)
+        is_logging.begin()
+    except Exception as error:  # noqa: BLE001 - the parent raises it
+        parent.tell(BROKEN, describe(error).encode(errors="backslashreplace"))
+        return None
+    with contextlib.suppress(OSError):
+        parent.tell(HELLO)
+    return work
+
+
+def _forget_the_parents_own() -> None:
+    """Let this worker have workers of its own, for maps inside maps, and exit handlers, but none of its parent's."""
+    import multiprocessing.forkserver
+    import multiprocessing.process
+
+    multiprocessing.process.current_process().daemon = False
+    # A fork server that a forked worker inherited can be waited for only by the parent.
+    server: Any = multiprocessing.forkserver._forkserver  # noqa: SLF001 - no function does it
+    inherited = server._inherited_fds  # noqa: SLF001 - as above
+    server.__init__()
+    server._inherited_fds = inherited  # noqa: SLF001 - as above
+    if sys.version_info < (3, 13):
+        # Newer ones have done so already, and use exit handlers of their own.
+        atexit._clear()  # noqa: SLF001 - see above
+    finalize: Any = weakref.finalize
+    for finalizer in finalize._registry:  # noqa: SLF001 - as above
+        finalizer.atexit = False
+    finalize._registered_with_atexit = False  # noqa: SLF001 - as above
+
+
+def _seed() -> None:
+    """Let each worker have random numbers of its own: forked ones share the state, the main module may set one."""
+    random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def _limit_threads(count: int) -> None:
+    """Let numeric libraries have so many threads: each would have one for each CPU in each worker."""
+    for name in THREAD_SETTINGS:
+        os.environ[name] = str(count)
+    if "numpy" in sys.modules:
+        with contextlib.suppress(ImportError):
+            import threadpoolctl
+
+            threadpoolctl.threadpool_limits(count)
 
 
 def _end_within(seconds: float) -> None:
@@ -78,102 +285,29 @@ def _end_within(seconds: float) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def _become_independent() -> None:
-    """Let this worker have workers of its own, for maps inside maps."""
-    import multiprocessing.forkserver
-
-    import multiprocess.forkserver
-
-    for library in (multiprocessing, multiprocess):
-        if library.process.current_process().daemon:
-            library.process.current_process().daemon = False
-        # A fork server that a forked worker inherited can be waited for only by the parent.
-        server = library.forkserver._forkserver  # noqa: SLF001 - there is no function for it
-        inherited = server._inherited_fds  # noqa: SLF001 - what the initializer's arguments may need
-        server.__init__()
-        server._inherited_fds = inherited  # noqa: SLF001 - as above
-
-
-async def serve_async(connection: Connection, work: Work | bytes, preparation: AnyPreparation | None) -> None:
-    """Run batches, as many as come at the same time, until the pipe ends; the whole life of a worker."""
-    pipe = _PipeOfWorker(connection)
-    ready = _get_ready(pipe, work, preparation)
-    if ready is not None:
-        with contextlib.suppress(EOFError, OSError):
-            await _AsyncServer(pipe.connection, ready).serve()
-        _end_within(PEACE_SECONDS)
-
-
-def _get_ready(pipe: _PipeOfWorker, work: Work | bytes, preparation: AnyPreparation | None) -> Work | None:
-    """Load the work and say hello; None if the parent has been told that this cannot be done."""
-    # Ctrl-C goes to the whole process group; the caller's process alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A forked worker has the one of its parent's event loop, which would take this one's signals for its own.
-    signal.set_wakeup_fd(-1)
-    _become_independent()
-    if hasattr(signal, "pthread_sigmask"):
-        # Held back by the parent until here, where it can do no harm any more.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
-        loaded = unpack_work(work) if isinstance(work, bytes) else work
-        if preparation is not None:
-            preparation.run()
-    except Exception as error:  # noqa: BLE001 - the parent raises it
-        pipe.connection.send_bytes(pack_message(BROKEN, 0, describe(error).encode(errors="backslashreplace")))
-        return None
-    with contextlib.suppress(OSError):
-        pipe.connection.send_bytes(pack_message(HELLO, 0))
-    return loaded
-
-
-class _Reports:
-    """What a worker has reported, for a parent that has to ask again, until that has understood it."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._sent: dict[int, Report] = {}
-
-    def begin(self, number: int) -> None:
-        """A batch has been read. Who dies before that was not ended by it."""
-        self._pipe.send_bytes(pack_message(BEGUN, number))
-
-    def send(self, number: int, report: Report) -> None:
-        self._sent[number] = report
-        self._pipe.send_bytes(pack_message(REPORT, number, pack_report(report)))
-
-    def send_singly(self, number: int) -> None:
-        self._pipe.send_bytes(pack_message(SINGLES, number, pack_singly(self._sent[number])))
-
-    def forget_before(self, oldest: int) -> None:
-        for number in [number for number in self._sent if number < oldest]:
-            del self._sent[number]
-
-
-def _serve_batches(pipe: Connection, work: Work, caller: AsyncCaller | None) -> None:
-    reports = _Reports(pipe)
-    while True:
-        kind, number, oldest, payload = unpack_message(pipe.recv_bytes())
-        reports.forget_before(oldest)
-        if kind == STOP:
-            return
-        if kind == AGAIN:
-            reports.send_singly(number)
-            continue
-        if kind == ARGUMENTS:
-            changed = _with_arguments(work, payload)
-            if changed is None:
+def _serve_batches(parent: Parent, work: Work) -> None:
+    with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
+        while True:
+            kind, payload = parent.hear()
+            if kind == STOP:
                 return
-            work = changed
-            continue
-        reports.begin(number)
-        arrived = unpack_batch(payload)
-        if isinstance(arrived, Report):
-            reports.send(number, arrived)
-            continue
-        reports.send(number, run_batch(work, *arrived, caller))
+            if kind == ARGUMENTS:
+                changed = _with_arguments(work, payload)
+                if changed is None:
+                    return
+                work = changed
+                continue
+            parent.mark[1] += 1
+            arrived = unpack_batch(payload[NUMBER.size :])
+            number = bytes(payload[: NUMBER.size])
+            if not isinstance(arrived, Report):
+                how = How(mark=parent.mark, tell=partial(parent.report, number, is_last=False))
+                arrived = run_batch(work, *arrived, caller, how)
+            parent.report(number, arrived)
+            del arrived, payload
 
 
-def _with_arguments(work: Work, payload: bytes) -> Work | None:
+def _with_arguments(work: Work, payload: memoryview) -> Work | None:
     """The work of the next map; None if its arguments cannot be unpickled.
 
     This worker ends then, and the one that replaces it has them from the start if it is forked, or says what is wrong.
@@ -185,59 +319,55 @@ def _with_arguments(work: Work, payload: bytes) -> Work | None:
 
 
 class _AsyncServer:
-    """Runs every batch in a task of its own."""
+    """Runs every batch in a task of its own; messages have its number before their payload."""
 
-    def __init__(self, pipe: Connection, work: Work) -> None:
-        self._pipe = pipe
+    def __init__(self, parent: Parent, work: Work) -> None:
+        self._parent = parent
         self._work = work
-        self._reports = _Reports(pipe)
         self._tasks: set[Any] = set()
         self._end: BaseException | None = None
 
     async def serve(self) -> None:
         import asyncio
 
-        self._messages = messages = asyncio.Queue[bytes | None]()
+        self._messages = messages = asyncio.Queue[tuple[bytes, memoryview]]()
         loop = asyncio.get_running_loop()
-        reader = threading.Thread(target=self._read, args=(loop, messages), daemon=True)
-        reader.start()
-        while (data := await messages.get()) is not None:
-            kind, number, oldest, payload = unpack_message(data)
-            self._reports.forget_before(oldest)
-            if kind == AGAIN:
-                self._reports.send_singly(number)
-            elif kind == ARGUMENTS:
+        threading.Thread(target=self._read, args=(loop, messages), daemon=True).start()
+        while True:
+            kind, payload = await messages.get()
+            if kind == STOP:
+                break
+            if kind == ARGUMENTS:
                 changed = _with_arguments(self._work, payload)
                 if changed is None:
                     return
                 self._work = changed
             else:
-                self._reports.begin(number)
-                task = loop.create_task(self._run(number, payload))
+                self._parent.mark[1] += 1
+                task = loop.create_task(self._run(payload))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         if self._end is not None:
             raise self._end
 
     def _read(self, loop: Any, messages: Any) -> None:
-        data: bytes | None = b""
-        while data is not None:
+        kind = b""
+        while kind != STOP:
             try:
-                data = self._pipe.recv_bytes()
-                if unpack_message(data)[0] == STOP:
-                    data = None
+                kind, payload = self._parent.hear()
             except (EOFError, OSError):
-                data = None
-            loop.call_soon_threadsafe(messages.put_nowait, data)
+                kind, payload = STOP, memoryview(b"")
+            loop.call_soon_threadsafe(messages.put_nowait, (kind, payload))
 
-    async def _run(self, number: int, payload: bytes) -> None:
+    async def _run(self, payload: memoryview) -> None:
         try:
-            self._reports.send(number, await self._report_on(payload))
+            report = await self._report_on(payload[NUMBER.size :])
+            self._parent.report(bytes(payload[: NUMBER.size]), report)
         except BaseException as error:  # noqa: BLE001 - as in a worker that runs plain functions, it ends the worker
             self._end = error
-            self._messages.put_nowait(None)
+            self._messages.put_nowait((STOP, payload))
 
-    async def _report_on(self, payload: bytes) -> Report:
+    async def _report_on(self, payload: memoryview) -> Report:
         arrived = unpack_batch(payload)
         if isinstance(arrived, Report):
             return arrived
@@ -248,4 +378,7 @@ class _AsyncServer:
             value = await in_time(self._work.caller(candidate), item, limit, self._work)
         except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
             errors[0] = error
-        return Report([value], errors, time.perf_counter() - started)
+        try:
+            return Report([value], errors, time.perf_counter() - started)
+        finally:
+            del errors

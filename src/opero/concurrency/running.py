@@ -7,10 +7,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.ctrl_c import not_waited_for
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
-from opero.concurrency.interrupts import HeardOnce
 from opero.concurrency.outcome import Outcome, StreamSink
-from opero.concurrency.own_thread import not_waited_for
 from opero.concurrency.progress import make_progress
 from opero.concurrency.scheduler import IteratorSource, Scheduler, Shape, Wake
 from opero.concurrency.worker import Work
@@ -21,7 +20,8 @@ from opero.core.steps import consult, consult_async
 from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
-    from opero.concurrency.contract import Arguments, Inbox, MapSettings
+    from opero.concurrency.inbox import Inbox
+    from opero.concurrency.kept import Arguments, MapSettings
     from opero.concurrency.outcome import Sink
     from opero.concurrency.scheduler import Source
     from opero.core.flights import Presence
@@ -43,7 +43,7 @@ class AsyncSource:
         self._wake = wake
         self._ahead: deque[Any] = deque()
         self._task: Any = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._at_end = False
         self._closing = False
 
@@ -61,8 +61,6 @@ class AsyncSource:
     def take(self, count: int) -> list[Any]:
         import asyncio
 
-        if self._error is not None:
-            raise self._error
         taken = [self._ahead.popleft() for _ in range(min(count, len(self._ahead)))]
         if not self._at_end and len(taken) < count:
             self._wanted.set()
@@ -101,8 +99,9 @@ class AsyncSource:
         except BaseException as error:
             if self._closing:
                 raise
-            # Raised where the map takes its input, a cancellation of something that the input waited for, too.
-            self._error = error
+            # Raised by the map, a cancellation of something that the input waited for, too.
+            self.error = error
+            self._at_end = True
         self._wake(Wake())
 
     async def _close_iterator(self) -> None:
@@ -159,6 +158,8 @@ class _Run:
         self._inbox = inbox
         self._source = source
         self._sink = sink
+        self._total = total
+        self._plan = plan
         self._progress = make_progress(settings.progress, plan.name, total)
         self._scheduler = Scheduler(
             plan,
@@ -169,6 +170,7 @@ class _Run:
             stop_at_failure=not settings.return_exceptions,
             window=STREAM_WINDOW if isinstance(sink, StreamSink) and settings.ordered else None,
             wake=inbox.put,
+            list_size=settings.batch_size,
         )
 
     @property
@@ -180,21 +182,31 @@ class _Run:
     def presence(self) -> Presence:
         return self._scheduler.presence
 
-    def steps(self) -> Generator[_Wait | _Ask | list[Outcome[Any, Any]], Any, None]:
+    def steps(self) -> Generator[_Wait | _Ask | deque[Outcome[Any, Any]], Any, None]:
         """Yields outcomes to hand out, what to ask the cache's store, and waits."""
         scheduler, pool = self._scheduler, self.pool
-        pool.start(self._inbox)
+        plan = self._plan
+        pool.start(
+            self._inbox,
+            most_batches=self._total,
+            is_paced=plan.limit is not None,
+            is_surely_used=plan.cache is None and self._total != 0,
+        )
         while True:
+            if self._source.is_late:
+                # The input may take long again.
+                yield self._sink.take()
             yield from self._give_out()
             self._progress.show(scheduler.tally)
-            outcomes = self._sink.take()
-            if outcomes:
-                yield outcomes
+            yield self._sink.take()
             if self.is_inherited:
                 msg = f"this stream of {self._name} was begun by the process that forked this one; begin another here"
                 raise OperoError(msg)
             if scheduler.failure is not None:
                 raise scheduler.failure
+            error = self._source.error
+            if error is not None and (scheduler.done or not isinstance(self._sink, StreamSink)):
+                raise error
             if scheduler.done:
                 return
             wait = _Wait(scheduler.due_in(), scheduler.really_due_in(), is_idle=scheduler.is_idle)
@@ -238,34 +250,26 @@ def run_blocking(
     # The first one imports packages.
     with Hold():
         run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
-    with HeardOnce() as ctrl_c:
-        try:
-            try:
-                yield from _drive_blocking(run, inbox, ctrl_c)
-            finally:
-                ctrl_c.keep()
-                with Hold():
-                    _tidy_up(run, inbox)
-        except KeyboardInterrupt:
-            # It may have come before any of that.
-            with Hold():
-                _tidy_up(run, inbox)
-            raise
+    try:
+        yield from _drive_blocking(run, inbox)
+    finally:
+        with Hold() as hold:
+            _tidy_up(run, inbox, hold)
 
 
-def _drive_blocking(run: _Run, inbox: BlockingInbox, ctrl_c: HeardOnce) -> Iterator[Outcome[Any, Any]]:
+def _drive_blocking(run: _Run, inbox: BlockingInbox) -> Iterator[Outcome[Any, Any]]:
     steps, events = run.steps(), None
     while True:
-        ctrl_c.listen()
         try:
             step = steps.send(events)
         except StopIteration:
             return
         events = None
-        if isinstance(step, list):
+        if isinstance(step, deque):
             run.presence.is_away = True
-            with ctrl_c.elsewhere():
-                yield from step
+            while step:
+                # Nothing here keeps what has been given out.
+                yield step.popleft()
             run.presence.is_away = False
         elif isinstance(step, _Ask):
             events = consult(step.steps)
@@ -273,13 +277,14 @@ def _drive_blocking(run: _Run, inbox: BlockingInbox, ctrl_c: HeardOnce) -> Itera
             events = inbox.collect(step.seconds, is_real=step.is_real)
 
 
-def _tidy_up(run: _Run, inbox: BlockingInbox) -> None:
+def _tidy_up(run: _Run, inbox: BlockingInbox, hold: Hold) -> None:
     if run.is_closed or run.is_inherited:
         return
 
     def stop() -> None:
         try:
-            run.pool.stop()
+            # Ctrl-C that comes again meanwhile leaves what cannot be ended.
+            run.pool.stop(lambda: bool(hold.pressed))
         finally:
             inbox.close()
 
@@ -326,10 +331,10 @@ async def run_awaiting(
             except StopIteration:
                 return
             events = None
-            if isinstance(step, list):
+            if isinstance(step, deque):
                 run.presence.is_away = True
-                for outcome in step:
-                    yield outcome
+                while step:
+                    yield step.popleft()
                 run.presence.is_away = False
             elif isinstance(step, _Ask):
                 events = await consult_async(step.steps)

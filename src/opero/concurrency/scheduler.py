@@ -13,23 +13,30 @@ import itertools
 import sys
 import time
 from collections import deque
+from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.concurrency.outcome import Outcome
 from opero.concurrency.progress import Tally
+from opero.concurrency.worker import BATCH_SECONDS, LONG_SECONDS
 from opero.core.clock import clock
 from opero.core.flights import Presence
-from opero.core.flow import call_flow
+from opero.core.flow import call_flow, item_flow
 from opero.core.listeners import is_listened_to
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
-from opero.core.steps import NOT_RUN, Attempt, Await, Consult, Failed, Flow, Pause
-from opero.exceptions import WorkerCrashedError
+from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Share, Step
+from opero.exceptions import MisuseError, WorkerCrashedError
+from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator
 
+    from opero.concurrency.inbox import Inbox
     from opero.concurrency.outcome import Sink
+    from opero.concurrency.worker import Work
     from opero.core.signature import ParameterSlot
     from opero.core.steps import Arrival
 
@@ -39,14 +46,13 @@ MOST_WAITING = 5_000
 MOST_TAKEN_UP = 1_000
 # A batch before which so many workers have ended, each without having begun it, may be what ends them.
 MOST_INNOCENT_LOSSES = 5
-# How long a batch should keep a worker busy, and from when on a worker gets its next batch ahead of time.
-BATCH_SECONDS = 0.02
-FAST_SECONDS = 0.005
 MOST_BATCH_BYTES = 2_000_000
 # A look at the time that is so late says nothing of what came in meanwhile.
 _LATE_SECONDS = 0.05
-# A report that is too large for one look arrives as long as some of it comes in such a time.
-_REPORTING_SECONDS = 0.5
+# Until a worker is asked to end again that is reporting, has not ended, or could not be heard before.
+_ENDING_SECONDS = 1.0
+# Between two looks at how far a worker has come.
+_LOOKING_SECONDS = 2.5 * LONG_SECONDS
 # A coroutine is cancelled when its time is up, and may need some to tidy up; one that ends no more is ended by force.
 _UNHEEDED_SECONDS = 5.0
 # Items whose entries are asked for at once; so many only while all of them are found.
@@ -59,6 +65,9 @@ _AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, by
 
 class Source(Protocol):
     """Where the items come from."""
+
+    # What it has raised; there will be no more items then.
+    error: BaseException | None
 
     @property
     def exhausted(self) -> bool:
@@ -88,6 +97,7 @@ class IteratorSource:
         self._turn_ends = 0.0
         self.is_late = False
         self.exhausted = False
+        self.error: BaseException | None = None
 
     def start_turn(self) -> None:
         self.is_late = False
@@ -95,42 +105,58 @@ class IteratorSource:
             self._turn_ends = time.monotonic() + BATCH_SECONDS
 
     def take(self, count: int) -> list[Any]:
+        taken: list[Any] = []
         coming = itertools.islice(self._iterator, count)
-        taken = list(coming) if self._is_at_hand else self._take_in_time(coming)
+        try:
+            if self._is_at_hand:
+                taken.extend(coming)
+            else:
+                self._take_in_time(coming, taken)
+        except Exception as error:  # noqa: BLE001 - raised when what has been taken has its outcomes
+            self.error = error
+            self.is_late = False
         self.exhausted = len(taken) < count and not self.is_late
         return taken
 
-    def _take_in_time(self, coming: Iterator[Any]) -> list[Any]:
-        taken: list[Any] = []
+    def _take_in_time(self, coming: Iterator[Any], taken: list[Any]) -> None:
         take, now, turn_ends = taken.append, time.monotonic, self._turn_ends
         for item in coming:
             take(item)
             if now() > turn_ends:
                 self.is_late = True
                 break
-        return taken
 
 
 class Shape:
-    """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``."""
+    """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``.
 
-    __slots__ = ("head", "kwargs", "rest")
+    ``is_starred``: items are tuples of arguments, ``function(*head, *item, **kwargs)``.
+    """
 
-    def __init__(self, head: tuple[Any, ...], rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    __slots__ = ("head", "is_starred", "kwargs", "rest")
+
+    def __init__(
+        self,
+        head: tuple[Any, ...],
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_starred: bool,  # noqa: FBT001 - the four of `opero.concurrency.kept.Arguments`
+    ) -> None:
         self.head = head
         self.rest = rest
         self.kwargs = kwargs
+        self.is_starred = is_starred
 
     def arguments(self, item: Any) -> tuple[Any, ...]:
-        return (*self.head, item, *self.rest)
+        return (*self.head, *item) if self.is_starred else (*self.head, item, *self.rest)
 
     def without(self, slot: ParameterSlot) -> Shape:
         """The same with None for one parameter, unless that is the item."""
         place = -1 if slot.position is None else slot.position - len(self.head) - 1
         if 0 <= place < len(self.rest):
-            return Shape(self.head, (*self.rest[:place], None, *self.rest[place + 1 :]), self.kwargs)
+            return Shape(self.head, (*self.rest[:place], None, *self.rest[place + 1 :]), self.kwargs, self.is_starred)
         if slot.keyword and slot.name in self.kwargs:
-            return Shape(self.head, self.rest, {**self.kwargs, slot.name: None})
+            return Shape(self.head, self.rest, {**self.kwargs, slot.name: None}, self.is_starred)
         return self
 
 
@@ -152,6 +178,19 @@ class _Entry:
         self.retried = False
 
 
+class _ListEntry(_Entry):
+    """One call for several items, of a function that takes lists.
+
+    ``members`` are those that have no result yet, with the error that the last attempt gave for each, if any.
+    """
+
+    __slots__ = ("members",)
+
+    def __init__(self, members: list[_Entry], call: Call) -> None:
+        super().__init__(members[0].index, None, call)
+        self.members: dict[_Entry, Exception | None] = dict.fromkeys(members)
+
+
 class Batch:
     """What is sent to a worker in one go.
 
@@ -159,11 +198,24 @@ class Batch:
     ``time_limit`` is the seconds one execution has, and the option that says so.
     ``alone``: nothing else may run in the worker's process meanwhile.
     ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
+    ``mark``: for workers of this process, see `worker.run_items`; it counts the ``reported`` ones, too.
     """
 
-    __slots__ = ("alone", "candidate", "entries", "is_last", "items", "losses", "sent_at", "start", "time_limit")
+    __slots__ = (
+        "alone",
+        "candidate",
+        "entries",
+        "is_last",
+        "items",
+        "losses",
+        "mark",
+        "reported",
+        "sent_at",
+        "start",
+        "time_limit",
+    )
 
-    def __init__(self, items: list[Any], start: int, entries: list[_Entry] | None = None) -> None:
+    def __init__(self, items: list[Any], start: int, entries: list[_Entry] | None = None, losses: int = 0) -> None:
         self.items = items
         self.start = start
         self.entries = entries
@@ -171,48 +223,57 @@ class Batch:
         self.time_limit: tuple[float, str] | None = None
         self.alone = False
         self.is_last = False
-        self.losses = 0
+        self.losses = losses
+        self.mark = [0]
+        self.reported = 0
         self.sent_at = 0.0
 
+    def take_from(self, place: int) -> Batch:
+        """Take the items from there on out of it, for another one."""
+        entries = None if self.entries is None else self.entries[place:]
+        taken = Batch(self.items[place:], self.start + place, entries, self.losses)
+        taken.sent_at = self.sent_at
+        # A worker of this process may be iterating over the list.
+        self.items = self.items[:place]
+        self.entries = None if self.entries is None else self.entries[:place]
+        return taken
 
+    def drop(self, count: int) -> None:
+        """Forget the first ones, which have been reported."""
+        self.items, self.start, self.reported = self.items[count:], self.start + count, self.reported + count
+        self.entries = None if self.entries is None else self.entries[count:]
+
+
+@dataclass(slots=True)
 class Done:
-    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes."""
+    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes.
 
-    __slots__ = ("batch", "errors", "seconds", "size", "values")
+    Unless it is a part, after which the worker has gone on, items for which there is no value have not begun.
+    """
 
-    def __init__(
-        self, batch: Batch, values: list[Any], errors: dict[int, Exception], seconds: float, size: int = 0
-    ) -> None:
-        self.batch = batch
-        self.values = values
-        self.errors = errors
-        self.seconds = seconds
-        self.size = size
+    batch: Batch
+    values: list[Any]
+    errors: dict[int, Exception]
+    seconds: float
+    size: int = 0
+    is_part: bool = False
 
 
+@dataclass(slots=True)
 class Lost:
     """A worker ended; ``batches`` were with it, the first one sent first.
 
-    ``at_once``: all of them were running, but for the ``innocent`` ones, which it had not begun.
+    ``begun``: how many items of the only batch have begun, if it is known; the last of them was running.
+    ``at_once``: all of the batches were running, but for the ``innocent`` ones, which it had not begun.
     ``sure``: nothing else can have ended it.
     """
 
-    __slots__ = ("at_once", "batches", "innocent", "reason", "sure")
-
-    def __init__(
-        self,
-        batches: list[Batch],
-        reason: str,
-        *,
-        at_once: bool = False,
-        innocent: Collection[Batch] = (),
-        sure: bool = True,
-    ) -> None:
-        self.innocent = innocent
-        self.sure = sure
-        self.batches = batches
-        self.reason = reason
-        self.at_once = at_once
+    batches: list[Batch]
+    reason: str
+    at_once: bool = False
+    innocent: Collection[Batch] = ()
+    sure: bool = True
+    begun: int | None = None
 
 
 def not_run(batch: Batch, error: Exception) -> Done | Lost:
@@ -240,25 +301,12 @@ class Wake:
         self.entry = entry
 
 
-class Workers(Protocol):
-    """What the scheduler has to know of a pool.
-
-    ``queues_batches``: a batch that is sent to a busy worker waits there, so that it can be sent ahead of time.
-    """
-
-    queues_batches: bool
+class Pool(Protocol):
+    """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file."""
 
     @property
     def largest_batch(self) -> int:
-        """Items that may be sent in one go now; 0 to wait until an event comes."""
-        ...
-
-    @property
-    def kill(self) -> Callable[[Batch], bool] | None:
-        """Stops the worker that runs a batch; None where a worker cannot be stopped.
-
-        Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
-        """
+        """Items that may be sent in one go now."""
         ...
 
     @property
@@ -266,27 +314,78 @@ class Workers(Protocol):
         """Batches that can run at the same time."""
         ...
 
+    @property
+    def begun(self) -> Callable[[Batch], int] | None:
+        """How many items of a batch have begun, see `worker.run_items`; None if that cannot be known."""
+        ...
+
+    @property
+    def kill(self) -> Callable[[Batch], bool] | None:
+        """Ends the worker that runs a batch, by force if it is asked again; None where a worker cannot be stopped.
+
+        Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
+        """
+        ...
+
+    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool, is_surely_used: bool) -> None:
+        """Begin; events go to the ``inbox``.
+
+        There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once.
+        ``is_surely_used``: there is at least one, if there is any item.
+        """
+        ...
+
+    def submit(self, batch: Batch) -> None:
+        """Run a batch as soon as a worker is free."""
+        ...
+
+    def receive(self, event: Any) -> Any:
+        """Make a scheduler's event of what was delivered; None if it is of no interest."""
+        ...
+
+    def runs_here(self) -> bool:
+        """Whether the pool waits for this thread when it is stopped."""
+        ...
+
+    def stop(self, is_left: Callable[[], bool]) -> None:
+        """End the workers; blocks until they have ended.
+
+        What cannot be ended is waited for as long as ``is_left`` does not tell that nobody wants to any more.
+        """
+        ...
+
+    async def stop_async(self) -> None:
+        """End the workers without blocking the event loop."""
+        ...
+
+
+class KeepablePool(Pool, Protocol):
+    """A pool whose workers can run one map after the other."""
+
+    def take_on(self, work: Work) -> None:
+        """Be ready for another map of the same function; nothing runs.
+
+        Raises:
+            NotTransferableError: If its arguments cannot be sent to the workers.
+        """
+        ...
+
 
 class _BatchSize:
     """How many items to send at once, learnt from how long they take and how large they are."""
 
-    __slots__ = ("now", "seconds_per_item")
+    __slots__ = ("now",)
 
     def __init__(self) -> None:
         self.now = 1
-        self.seconds_per_item = float("inf")
 
     def learn(self, done: Done) -> None:
-        count = len(done.values)
-        self.seconds_per_item = max(done.seconds / count, 1e-9)
-        fitting = BATCH_SECONDS / self.seconds_per_item
+        seconds = max(done.seconds / (done.batch.reported + len(done.values)), 1e-9)
+        # What takes longer is run one by one.
+        fitting = BATCH_SECONDS / seconds if seconds < LONG_SECONDS else 1.0
         if done.size:
-            fitting = min(fitting, MOST_BATCH_BYTES * count / done.size)
+            fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
         self.now = max(1, min(int(fitting), self.now * 4))
-
-    @property
-    def fast(self) -> bool:
-        return self.seconds_per_item < FAST_SECONDS
 
 
 class _Timers:
@@ -323,6 +422,7 @@ class Scheduler:
         stop_at_failure: Whether the first failed item ends the map.
         window: Most outcomes that may wait for an earlier one; None for no bound.
         wake: Puts a `Wake` where the driver of this scheduler will find it, from any thread.
+        list_size: Of a function that takes lists, most items in one; None for a function of one item.
     """
 
     def __init__(
@@ -332,12 +432,18 @@ class Scheduler:
         source: Source,
         sink: Sink,
         *,
-        pool: Workers,
+        pool: Pool,
         stop_at_failure: bool,
         window: int | None,
         wake: Callable[[Wake], None],
+        list_size: int | None = None,
     ) -> None:
         self._plan = plan
+        # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
+        self._list_size = list_size
+        self._gathered: list[_Entry] = []
+        if list_size is not None:
+            self._call_plan = replace(plan, cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
         self._shape = shape
         self._source = source
         self._sink = sink
@@ -358,10 +464,12 @@ class Scheduler:
         # What is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
         without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
-        self._direct = without_flow and not is_listened_to(plan)
+        self._direct = without_flow and list_size is None and not is_listened_to(plan)
         fallback = plan.fallback
-        self._candidate_is_item = fallback is not None and fallback.position == len(shape.head)
+        self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
         self._ready: deque[_Entry] = deque()
+        # Parts of first batches that their workers did not begin.
+        self._given_back: deque[Batch] = deque()
         self._timers = _Timers(lambda: clock.now())  # noqa: PLW0108 - the clock may be replaced meanwhile
         # Looks for what other processes do, and how long the batches that are with workers may run.
         self._real_timers = _Timers(time.monotonic)
@@ -386,8 +494,8 @@ class Scheduler:
         """Whether nothing is left to do."""
         if self.failure is not None:
             return True
-        waiting = self._pausing or self._awaiting or self._consulting
-        return self._source.exhausted and not (self._in_flight or waiting or self._ready)
+        waiting = self._pausing or self._awaiting or self._consulting or self._gathered
+        return self._source.exhausted and not (self._in_flight or waiting or self._ready or self._given_back)
 
     @property
     def is_idle(self) -> bool:
@@ -419,13 +527,17 @@ class Scheduler:
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
         slots = self._pool.slots
-        if self.failure is not None or self._in_flight >= slots * self._depth():
+        if self.failure is not None or self._in_flight >= slots:
             return None
         size = min(1 if self._one_at_a_time else self._size.now, self._pool.largest_batch, self._largest_batch)
-        if not size:
-            return None
+        if self._given_back:
+            return self._send(self._part_given_back(size))
         if not self._ready and not self._direct:
             self._take_up_input(size, slots)
+        if self._gathered and not self._consulting:
+            nothing_runs = not (self._in_flight or self._ready or self._awaiting_turns)
+            if self._source.exhausted or nothing_runs:
+                self._call_for_many()
         if self._ready:
             return self._send(self._batch_of_entries(size))
         items = self._pull(size) if self._direct else []
@@ -471,10 +583,6 @@ class Scheduler:
                 entry.flow.close()
         self._flying.clear()
 
-    def _depth(self) -> int:
-        ahead = self._pool.queues_batches and self._size.fast and not self._one_at_a_time
-        return 2 if ahead else 1
-
     # Input
 
     def _pull(self, count: int) -> list[Any]:
@@ -499,7 +607,8 @@ class Scheduler:
             if not items:
                 return
             entry = self._open(self._next_index - 1, items[0])
-            self._start_flow(entry, call_flow(self._plan, entry.call))
+            flow = call_flow if self._list_size is None else item_flow
+            self._start_flow(entry, flow(self._plan, entry.call))
         self._more_at_once = True
 
     # Flows
@@ -527,7 +636,7 @@ class Scheduler:
         else:
             self._obey(entry, step)
 
-    def _obey(self, entry: _Entry, step: Attempt | Pause | Await | Consult) -> None:
+    def _obey(self, entry: _Entry, step: Step | Share) -> None:
         if isinstance(step, Attempt):
             entry.attempt = step
             if entry.call.rounds > 1 and not entry.retried:
@@ -536,6 +645,10 @@ class Scheduler:
             self._ready.append(entry)
         elif isinstance(step, Consult):
             self._consulting.append((entry, step))
+        elif isinstance(step, Share):
+            self._gathered.append(entry)
+            if len(self._gathered) == self._list_size:
+                self._call_for_many()
         elif isinstance(step, Pause):
             self._pausing += 1
             timers = self._real_timers if step.is_real else self._timers
@@ -570,10 +683,14 @@ class Scheduler:
     def _end(self, entry: _Entry, outcome: Any) -> None:
         self._flying.discard(entry)
         entry.flow = None
+        if isinstance(entry, _ListEntry):
+            self._list_ended(entry, outcome)
+            return
         error = None
         value = outcome
         if outcome.__class__ is Failed:
             error, value = outcome.error, outcome.instead
+            add_note(error, f"opero: this was item {entry.index} of the map", instead_of="opero: this was item ")
         call = entry.call
         seconds = clock.now() - call.started
         self._count(Outcome(entry.index, entry.item, value, error, call.attempts, seconds, call.cached))
@@ -586,6 +703,67 @@ class Scheduler:
             if self._stop_at_failure and self.failure is None:
                 self.failure = outcome.error
         self._sink.put(outcome)
+
+    # Functions that take lists: one flow for each item, and one for each call
+
+    def _call_for_many(self) -> None:
+        members, self._gathered = self._gathered, []
+        arguments = self._shape.arguments([member.item for member in members])
+        entry = _ListEntry(members, Call(arguments, self._shape.kwargs, presence=self.presence))
+        entry.call.index = entry.index
+        self._start_flow(entry, call_flow(self._call_plan, entry.call))
+
+    def _taken_apart(self, entry: _ListEntry, outcome: Any) -> Any:
+        """Give items what an attempt made of them; returns what that means for the call.
+
+        The call goes on for those of which it returned an exception that is to be retried.
+        """
+        members = list(entry.members)
+        entry.members = dict.fromkeys(members)
+        values: Any = outcome if outcome.__class__ is Failed else _values(self._plan.name, outcome, len(members))
+        if values.__class__ is Failed:
+            return values
+        errors = {member: value for member, value in zip(members, values, strict=True) if isinstance(value, Exception)}
+        # Another candidate may do better with all of them.
+        goes_on = self._plan.fallback is not None
+        entry.members = {m: error for m, error in errors.items() if goes_on or self._is_retried(entry, error)}
+        for member, value in zip(members, values, strict=True):
+            if member not in entry.members:
+                self._give(entry, member, Failed(value) if member in errors else value)
+        if not errors:
+            return values
+        return Failed(next(error for error in (*entry.members.values(), *errors.values()) if error is not None))
+
+    def _is_retried(self, entry: _ListEntry, error: Exception) -> bool:
+        rounds = self._call_plan.retry.rounds(self._call_plan.retry, entry.call, self._plan.function)
+        try:
+            verdict = rounds.judge(Failed(error))
+        except Exception:  # noqa: BLE001 - the user's predicate: the flow of the call will meet it, too, and end with it
+            return True
+        return verdict is not None and verdict.again
+
+    def _list_ended(self, entry: _ListEntry, outcome: Any) -> None:
+        """Give those items what the call has ended with that have no result: each its own error, or all the same."""
+        members = list(entry.members.items())
+        if not members:
+            return
+        if outcome.__class__ is not Failed:
+            # What a hook of tenacity's supplied.
+            outcome = _values(self._plan.name, outcome, len(members))
+        if outcome.__class__ is not Failed:
+            for (member, _), value in zip(members, outcome, strict=True):
+                self._give(entry, member, value)
+            return
+        has_own = any(error is outcome.error for _, error in members)
+        for member, error in members:
+            self._give(entry, member, Failed(error) if has_own and error is not None else outcome)
+        if not has_own and len(members) > 1:
+            text = f"opero: this was item {entry.index} of the map, and {len(members) - 1} more in one list"
+            add_note(outcome.error, text, instead_of="opero: this was item ")
+
+    def _give(self, entry: _ListEntry, member: _Entry, outcome: Any) -> None:
+        member.call.attempts = entry.call.attempts
+        self._advance(member, outcome)
 
     # Those that wait for a worker until it is too late
 
@@ -624,7 +802,12 @@ class Scheduler:
 
     def _varying(self, entry: _Entry) -> Any:
         """What is sent for an item: the item, or where that holds the candidates, the candidate."""
-        return entry.item if entry.attempt is None else entry.attempt.args[len(self._shape.head)]
+        if entry.attempt is None:
+            return entry.item
+        if isinstance(entry, _ListEntry):
+            return [member.item for member in entry.members]
+        place = len(self._shape.head)
+        return entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
 
     def _send(self, batch: Batch) -> Batch:
         self._in_flight += 1
@@ -636,7 +819,35 @@ class Scheduler:
         if batch.time_limit is not None and self._kill is not None:
             self._watch(batch, batch.time_limit[0] + self._grace)
         self._sent.add(batch)
+        if len(batch.items) > 1 and self._pool.begun is not None:
+            self._watches.after(_LOOKING_SECONDS, lambda: self._look_at(batch, 0))
         return batch
+
+    def _part_given_back(self, size: int) -> Batch:
+        batch = self._given_back.popleft()
+        if len(batch.items) > size:
+            self._given_back.appendleft(batch.take_from(size))
+        return batch
+
+    def _give_back(self, batch: Batch) -> None:
+        """Let what has not begun be the next to be sent."""
+        if batch.entries is not None:
+            self._ready.extendleft(reversed(batch.entries))
+        elif batch.items:
+            self._given_back.appendleft(batch)
+
+    def _look_at(self, batch: Batch, begun_before: int) -> None:
+        """Take back what a worker holds that is busy with one item; see `worker.run_items`."""
+        if batch not in self._sent or self._pool.begun is None:
+            return
+        begun = self._pool.begun(batch)
+        if begun >= batch.reported + len(batch.items):
+            return
+        if batch.reported < begun == begun_before:
+            self._size.now = 1
+            self._give_back(batch.take_from(begun - batch.reported))
+        else:
+            self._watches.after(_LOOKING_SECONDS, lambda: self._look_at(batch, begun))
 
     def _watch(self, batch: Batch, seconds: float) -> None:
         due = time.monotonic() + seconds
@@ -644,13 +855,13 @@ class Scheduler:
 
     def _time_is_up(self, batch: Batch, due: float) -> None:
         if time.monotonic() - due > _LATE_SECONDS:
-            # The map was away, with its input or its consumer: a report may be on its way.
-            self._watch(batch, _LATE_SECONDS)
+            # The map was away, with its input or its consumer: a report may be on its way, or its
+            # worker has been ready only now.
+            self._watch(batch, _ENDING_SECONDS)
         elif batch in self._sent and self._kill is not None:
             if self._kill(batch):
                 self._overdue.add(batch)
-            else:
-                self._watch(batch, _REPORTING_SECONDS)
+            self._watch(batch, _ENDING_SECONDS)
 
     def _returned(self, batch: Batch) -> bool:
         if batch not in self._sent:
@@ -661,25 +872,29 @@ class Scheduler:
 
     def _batch_done(self, done: Done) -> None:
         batch = done.batch
-        if not self._returned(batch):
+        if batch not in self._sent or not (done.is_part or self._returned(batch)):
             return
-        self._overdue.discard(batch)
-        self._size.learn(done)
-        seconds = done.seconds / len(done.values)
+        if not done.is_part:
+            self._overdue.discard(batch)
+            self._size.learn(done)
+            self._give_back(batch.take_from(len(done.values)))
+        seconds = done.seconds / max(1, batch.reported + len(done.values))
         if batch.entries is None and not done.errors:
             self.tally.finished += len(done.values)
             self._sink.put_results(batch.start, batch.items, done.values, seconds)
-            return
-        for place, value in enumerate(done.values):
-            error = done.errors.get(place)
-            self._item_done(batch, place, value if error is None else Failed(error), seconds)
+        else:
+            for place, value in enumerate(done.values):
+                error = done.errors.get(place)
+                self._item_done(batch, place, value if error is None else Failed(error), seconds)
+        if done.is_part:
+            batch.drop(len(done.values))
 
     def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:
         if batch.entries is not None and batch.entries[place].flow is not None:
             entry = batch.entries[place]
             if entry.attempt is not None:
                 entry.attempt.is_last = batch.is_last
-            self._advance(entry, outcome)
+            self._advance(entry, self._taken_apart(entry, outcome) if isinstance(entry, _ListEntry) else outcome)
             return
         index, item = batch.start + place, batch.items[place]
         if batch.entries is not None:
@@ -696,6 +911,9 @@ class Scheduler:
         batches = [batch for batch in lost.batches if self._returned(batch)]
         for batch in batches:
             batch.losses += 1
+        if batches and lost.begun is not None:
+            self._ended_by_the_last(batches[0], lost.begun - batches[0].reported, lost.reason)
+            return
         suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
         suspects = suspects if lost.at_once else suspects[:1]
         if lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1:
@@ -706,6 +924,16 @@ class Scheduler:
         for batch in batches:
             if batch not in suspects:
                 self._run_again(batch, alone=False)
+
+    def _ended_by_the_last(self, batch: Batch, begun: int, reason: str) -> None:
+        """Charge the last item that has begun; those before it, which were fast, and those after it run again."""
+        self._give_back(batch.take_from(begun))
+        last = batch.take_from(begun - 1) if begun > 1 else batch
+        if last is not batch:
+            self._give_back(batch)
+        # Between two items it was ended by nobody's.
+        if last.items:
+            self._charge(last, reason)
 
     def _charge(self, batch: Batch, reason: str) -> None:
         seconds = clock.now() - batch.sent_at
@@ -722,6 +950,18 @@ class Scheduler:
             entry.alone = alone
             entry.losses = batch.losses
         self._ready.extendleft(reversed(entries))
+
+
+def _values(name: str, result: Any, count: int) -> Any:
+    """The results of a function that was given a list of so many items; `Failed` if they are not as many."""
+    got = type(result).__name__
+    if isinstance(result, Collection) and not isinstance(result, (str, bytes, Mapping, AbstractSet)):
+        if len(result) == count:
+            return list(result)
+        got = f"a {got} of {len(result)}"
+    return Failed(
+        MisuseError(f"{name} got a list of {count} and returned {got}; return a list with a result for each item")
+    )
 
 
 def _candidate(entry: _Entry) -> Any:

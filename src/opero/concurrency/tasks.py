@@ -15,17 +15,16 @@ from opero.core.signature import MISSING
 from opero.core.steps import Failed, was_cancelled
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Generator
+    from collections.abc import Awaitable, Callable, Generator
 
-    from opero.concurrency.contract import Inbox
+    from opero.concurrency.inbox import Inbox
 
 
 class TaskPool:
     """Runs single items in tasks, one after the other; each item has a copy of the caller's context variables."""
 
     largest_batch = 1
-    queues_batches = True
-    kill = None
+    kill = begun = None
 
     def __init__(self, work: Work, workers: int) -> None:
         self.slots = workers
@@ -37,7 +36,7 @@ class TaskPool:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
-    def start(self, inbox: Inbox) -> None:
+    def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
         self._deliver = inbox.put
 
     def receive(self, event: Any) -> Any:
@@ -56,7 +55,7 @@ class TaskPool:
     def runs_here(self) -> bool:
         return False
 
-    def stop(self) -> None:
+    def stop(self, is_left: Callable[[], bool]) -> None:
         """Tasks cannot be waited for by blocking their own loop; `stop_async` does the work."""
 
     async def stop_async(self) -> None:

@@ -1,99 +1,134 @@
-"""The thread pool: twat-mp's threads, each taking batches from one queue."""
+"""The thread pool: threads that are started through twat-mp, each taking batches from one queue."""
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import queue
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opero.concurrency.interrupts import let_through
-from opero.concurrency.own_thread import in_own_thread
+from opero.concurrency.ctrl_c import in_own_thread, join_unless_left
 from opero.concurrency.scheduler import Batch, Done, Fatal
-from opero.concurrency.worker import AsyncCaller, Work, run_batch
+from opero.concurrency.worker import AsyncCaller, How, Work, run_batch
 from opero.core.interrupts import Hold
+from opero.core.signature import name_of
+from opero.exceptions import OperoError
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from opero.concurrency.contract import Inbox
+    from collections.abc import Callable
+
+    from opero.concurrency.inbox import Inbox
 
 # Items are held by reference, so a batch of large ones costs memory only for as long as they live.
 LARGEST_BATCH = 128
+
+
+class Threads:
+    """Bare threads, in the form of a pool that twat-mp's `MultiPool` can enter and leave."""
+
+    map = None
+
+    def __init__(self) -> None:
+        self.running: list[threading.Thread] = []
+        self.is_left: Callable[[], bool] = lambda: False
+
+    def start(self, target: Callable[[], None]) -> None:
+        # As those of any pool, they do not keep the program alive that has left them.
+        thread = threading.Thread(target=target, name=f"opero-worker-{len(self.running) + 1}", daemon=True)
+        thread.start()
+        self.running.append(thread)
+
+    def close(self) -> None:
+        """They have been told to end."""
+
+    def join(self) -> None:
+        join_unless_left(self.running, self.is_left)
+
+    terminate = clear = close
 
 
 class ThreadPool:
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
     largest_batch = LARGEST_BATCH
-    queues_batches = True
     kill = None
 
-    def __init__(self, work: Work, workers: int) -> None:
+    def __init__(
+        self,
+        work: Work,
+        workers: int,
+        *,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
+    ) -> None:
+        self._initializer = initializer
+        self._initargs = initargs
         self.slots = workers
         self.take_on(work)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._pool: Any = None
+        self._in_flight = 0
+        self._multi_pool: Any = None
+        self._threads: Any = None
         self._stopped = False
-        self._threads: set[int] = set()
 
-    def start(self, inbox: Inbox) -> None:
-        self._deliver = inbox.put
-        with Hold():
-            self._start_threads()
-
-    def _start_threads(self) -> None:
+    def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
         from twat_mp.mp import MultiPool
 
-        from opero.concurrency.whole_pool import WholeThreads, enter
-
+        self._deliver = inbox.put
         # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
-        factory: Any = WholeThreads
-        self._pool = MultiPool(pool_class=factory, nodes=self.slots)
-        threads = enter(self._pool)
-        for _ in range(self.slots):
-            threads.apply_async(self._serve)
+        factory: Any = lambda nodes: Threads()  # noqa: ARG005, E731 - MultiPool calls it with nodes=
+        self._multi_pool = MultiPool(pool_class=factory, nodes=self.slots)
+        self._threads = self._multi_pool.__enter__()
 
     def take_on(self, work: Work) -> None:
         self._map = _Map(work, contextvars.copy_context())
 
-    def give_up(self) -> list[Batch]:
-        withdrawn: list[Batch] = []
-        with contextlib.suppress(queue.Empty):
-            while batch := self._batches.get_nowait():
-                withdrawn.append(batch)
-        return withdrawn
-
     def receive(self, event: Any) -> Any:
+        if isinstance(event, Done):
+            self._in_flight -= 1
         return event
 
     def runs_here(self) -> bool:
-        return threading.get_ident() in self._threads
+        return self._threads is not None and threading.current_thread() in self._threads.running
 
     def submit(self, batch: Batch) -> None:
+        self._in_flight += 1
+        if self._in_flight > len(self._threads.running):
+            with Hold():
+                self._threads.start(self._serve)
         self._batches.put(batch)
 
-    def stop(self) -> None:
-        """Let running items end, start no other, and join the threads; Ctrl-C leaves them to themselves."""
+    def begun(self, batch: Batch) -> int:
+        return batch.mark[0]
+
+    def stop(self, is_left: Callable[[], bool]) -> None:
+        """Let running items end, start no other, and join the threads, unless they are left to themselves."""
         self._stopped = True
-        for _ in range(self.slots):
-            self._batches.put(None)
-        # Ctrl-C may come before there is one.
-        if self._pool is not None and self._pool.pool is not None:
-            with Hold():
-                self._pool.pool.end_when_idle()
-            with let_through():
-                self._pool.__exit__(None, None, None)
+        if self._threads is not None:
+            for _ in self._threads.running:
+                self._batches.put(None)
+            self._threads.is_left = is_left
+            self._multi_pool.__exit__(None, None, None)
 
     async def stop_async(self) -> None:
-        await in_own_thread(self.stop, may_be_left=lambda: True)
+        await in_own_thread(self.stop)
 
     def _serve(self) -> None:
-        self._threads.add(threading.get_ident())
+        try:
+            if self._initializer is not None and not self._stopped:
+                self._initializer(*self._initargs)
+        except Exception as error:  # noqa: BLE001 - the user's code
+            refused = OperoError(f"a worker thread cannot run {name_of(self._map.work.function)}: {describe(error)}")
+            refused.__cause__ = error
+            self._deliver(Fatal(refused))
+            return
         caller = AsyncCaller() if self._map.work.is_async else None
         try:
             while (batch := self._batches.get()) is not None and not self._stopped:
                 work, context = self._map
                 self._deliver(_run(batch, work, caller, context))
+                del batch
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
             self._deliver(Fatal(error))
         finally:
@@ -102,7 +137,8 @@ class ThreadPool:
 
 
 def _run(batch: Batch, work: Work, caller: AsyncCaller | None, context: contextvars.Context) -> Done:
-    report = run_batch(work, batch.items, batch.candidate, batch.time_limit, caller, context=context)
+    how = How(context, batch.mark)
+    report = run_batch(work, batch.items, batch.candidate, batch.time_limit, caller, how)
     try:
         return Done(batch, report.values, report.errors, report.seconds)
     finally:

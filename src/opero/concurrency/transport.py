@@ -1,115 +1,36 @@
-"""How a map's function and its items travel to worker processes, and what comes back."""
+"""What travels between a map and its worker processes: the work, the batches, and the reports on them."""
 
 from __future__ import annotations
 
 import contextlib
-import copyreg
-import importlib
 import io
+import multiprocessing.context
 import pickle
-import traceback
-from dataclasses import dataclass
-from functools import cached_property
-from hashlib import blake2b
-from types import CellType, CodeType, FunctionType, MemberDescriptorType
+from copyreg import dispatch_table
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.main_module import surely_nothing
-from opero.concurrency.worker import Report
-from opero.core.signature import MISSING, find_by_name, name_of
-from opero.exceptions import NotTransferableError, RemoteError
-from opero.utils.notes import add_note, describe, drop_notes
+import cloudpickle
+
+from opero.concurrency.main_module import everything, nothing
+from opero.concurrency.pickling import PROTOCOL, Pickler, either, loads, report_dumps
+from opero.concurrency.remote_errors import pack_error, text_of, unpack_error
+from opero.concurrency.shared_buffers import SharedBuffers
+from opero.concurrency.worker import Report, Work
+from opero.core.signature import MISSING, name_of
+from opero.exceptions import NotTransferableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from opero.concurrency.scheduler import Batch
-    from opero.concurrency.worker import TimeLimit, Work
+    from opero.concurrency.worker import TimeLimit
 
-PROTOCOL = pickle.HIGHEST_PROTOCOL
-_NONE = pickle.dumps(None, PROTOCOL)
-
-
-@dataclass(frozen=True)
-class ByName:
-    """An importable function: its module, its name, and whether that name now stands for its decorated form."""
-
-    module: str
-    qualname: str
-    decorated: bool
-
-    def load(self) -> Callable[..., Any]:
-        found: Any = importlib.import_module(self.module)
-        for part in self.qualname.split("."):
-            found = getattr(found, part)
-        function: Callable[..., Any] = found.__wrapped__ if self.decorated else found
-        return function
-
-
-@dataclass(frozen=True)
-class ByValue:
-    """Anything else, through dill."""
-
-    dilled: bytes
-
-    def load(self) -> Any:
-        from opero.concurrency.by_value import loads
-
-        return loads(self.dilled)
-
-
-@dataclass(frozen=True)
-class ByEither:
-    """A function of the main module, for workers of which nobody knows whether they have that."""
-
-    named: ByName
-    fingerprint: bytes
-    valued: ByValue | None
-    problem: str
-
-    def load(self) -> Any:
-        try:
-            function = self.named.load()
-            if self.valued is None or _fingerprint(function) == self.fingerprint:
-                return function
-        except AttributeError as error:
-            if self.valued is None:
-                msg = f"{error}, and it cannot be sent by value: {self.problem}"
-                raise AttributeError(msg) from None
-        return self.valued.load()
-
-
-def _fingerprint(function: Any) -> bytes:
-    """The same for the same code and what it is bound to, wherever its file lies."""
-    digest = blake2b(digest_size=16)
-    seen: set[int] = set()
-    coming: list[Any] = [function]
-    while coming:
-        thing = coming.pop()
-        if isinstance(thing, CodeType):
-            digest.update(thing.co_code + repr((thing.co_names, thing.co_varnames)).encode(errors="replace"))
-            coming.extend(thing.co_consts)
-        elif isinstance(thing, FunctionType):
-            if id(thing) not in seen:
-                seen.add(id(thing))
-                cells = [cell.cell_contents for cell in thing.__closure__ or () if _is_filled(cell)]
-                coming.extend([thing.__code__, thing.__defaults__, thing.__kwdefaults__, *cells])
-        elif isinstance(thing, (tuple, frozenset, dict)):
-            digest.update(type(thing).__name__.encode())
-            # Of a set the order is another in each process.
-            coming.extend(sorted(thing, key=repr) if isinstance(thing, frozenset) else thing)
-            coming.extend(thing.values() if isinstance(thing, dict) else ())
-        elif thing is None or isinstance(thing, (int, float, complex, str, bytes)):
-            digest.update(repr(thing).encode(errors="replace"))
-    return digest.digest()
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - asked whether there is one
-    except ValueError:
-        return False
-    return True
+# Results of these types can be pickled and unpickled in any company.
+_PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
+_NOTHING = pickle.dumps(None, PROTOCOL)
+# What a pickle that mentions the main module has in it.
+_MENTIONS_MAIN = b"_main__"
 
 
 class refusing:  # noqa: N801 - used as a function
@@ -127,7 +48,8 @@ class refusing:  # noqa: N801 - used as a function
     def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         if isinstance(error, Exception):
             what = self._what if isinstance(self._what, str) else self._what()
-            msg = f"{what} cannot be sent to a worker process: {_text(error)}; give what can be pickled, or use threads"
+            why = text_of(error)
+            msg = f"{what} cannot be sent to a worker process: {why}; give what can be pickled, or use threads"
             raise NotTransferableError(msg) from error
 
 
@@ -135,26 +57,13 @@ class Packer:
     """Pickles what is sent to the workers of one pool.
 
     Args:
-        is_unknown: Tells of a qualified name of the main module whether a worker may have none such: then functions go
-            by value, and classes travel along where items mention them. None if the workers have them all.
-        is_sure: Whether they surely have none such.
-        is_surely_there: Tells of a qualified name of the main module whether every worker has it.
-        initializer: What the workers call first, if anything: what it has set in their main module stays there.
+        has: Tells of a qualified name of the main module whether the workers have it.
+        asks_for_main: Whether the workers are somebody else's, and may or may not have that module.
     """
 
-    def __init__(
-        self,
-        is_unknown: Callable[[str], bool] | None,
-        *,
-        is_sure: bool = True,
-        is_surely_there: Callable[[str], bool] = surely_nothing,
-        initializer: Callable[..., Any] | None = None,
-    ) -> None:
-        self._is_unknown = is_unknown
-        self._is_sure = is_sure
-        self._is_surely_there = is_surely_there
-        self._initializer = initializer
-        self._copies: Any = None
+    def __init__(self, has: Callable[[str], bool] = nothing, *, asks_for_main: bool = False) -> None:
+        self._has = has
+        self._asks_for_main = asks_for_main
 
     def work(self, work: Work) -> bytes:
         """Pickle a map's work.
@@ -162,10 +71,40 @@ class Packer:
         Raises:
             NotTransferableError: If the function or the arguments that all items have in common cannot be pickled.
         """
-        mentioned: dict[int, type] = {}
+        return self.start(work, None, (), shared=SharedBuffers(is_used=False))
+
+    def start(
+        self,
+        work: Work,
+        initializer: Callable[..., Any] | None,
+        initargs: tuple[Any, ...],
+        *,
+        shared: SharedBuffers | None = None,
+    ) -> bytes:
+        """Pickle a map's work and what a worker does before that; see `work`.
+
+        All goes in one pickle, so that functions share their globals there, as they do here. Large arrays go to
+        ``shared``; without that what can only be inherited goes along, for the one process that is being started.
+        """
+        file = io.BytesIO()
+        reducers = _reducers(inherits=shared is None)
+        pickler = Pickler(file, self._has, reducers=reducers, buffer_callback=shared and shared.take)
+        pickler.asks_for_main = self._asks_for_main
+
+        def dump(function: Any, others: Any) -> None:
+            pickler.copies_locks = True
+            pickler.dump(function)
+            pickler.copies_locks = False
+            pickler.dump(others)
+
         with refusing(f"{name_of(work.function)} or its keyword arguments"):
-            function = self.function(work.function, mentioned)
-            return self.dumps((function, work.is_async, work.shape, work.slot), mentioned)
+            function = either(work.function, self._has) if self._asks_for_main else work.function
+            dump(function, (work.is_async, work.shape, work.slot))
+        with refusing(lambda: f"the initializer {initializer and name_of(initializer)} or its initargs"):
+            dump(initializer, initargs)
+        if shared is not None:
+            shared.share()
+        return file.getvalue()
 
     def arguments(self, work: Work) -> bytes:
         """Pickle what all calls of a map have in common, for workers that have the function.
@@ -196,311 +135,104 @@ class Packer:
                 return f"the {what} {type(thing).__qualname__}"
         return f"an item of {len(batch.items)}"
 
-    def dumps(self, thing: Any, mentioned: dict[int, type] | None = None, reducers: Any = None) -> bytes:
-        """Pickle it, with functions that cannot be imported, and copies of the classes that are mentioned.
-
-        Args:
-            thing: What is pickled.
-            mentioned: Classes by their identity; those of ``thing`` are added.
-            reducers: A pickler's ``dispatch_table``, for what prepares a worker.
-        """
-        if self._is_unknown is None and reducers is None and not mentioned:
-            # It takes longer to look at everything for functions, of which there are seldom any.
+    def dumps(self, thing: Any) -> bytes:
+        """Pickle it; in C alone if nothing in it has to go by value."""
+        if self._has is everything or not cloudpickle.list_registry_pickle_by_value():
             with contextlib.suppress(Exception):
-                return pickle.dumps(thing, PROTOCOL)
-        from opero.concurrency.class_copies import Collector, Copies
-
+                data = pickle.dumps(thing, PROTOCOL)
+                if self._has is everything or _MENTIONS_MAIN not in data:
+                    return data
         file = io.BytesIO()
-        pickler = Collector(file, PROTOCOL)
-        pickler.mentioned = {} if mentioned is None else mentioned
-        if reducers is not None:
-            pickler.dispatch_table = reducers
-            pickler.carry = self._carry
-        else:
-            pickler.carry = self._refuse
-        try:
-            pickler.dump(thing)
-            data = file.getvalue()
-        except _FunctionByValueError:
-            from opero.concurrency import by_value
-
-            # All together: it may change what the objects have that hold it.
-            dilled = by_value.dumps(thing, pickler.mentioned, self._kept, copies_locks=False)
-            data = pickle.dumps(_Instead(_load, ByValue(dilled)), PROTOCOL)
-        if not pickler.mentioned:
-            return data
-        if self._copies is None:
-            self._copies = Copies(self._kept, self._is_surely_there)
-        return pickle.dumps(_Instead(_load_after, self._copies.of(pickler.mentioned), data), PROTOCOL)
-
-    def function(
-        self, function: Callable[..., Any], mentioned: dict[int, type], *, prepares: bool = False
-    ) -> ByName | ByValue | ByEither:
-        """What stands for a function; adds to ``mentioned`` the classes that it mentions.
-
-        ``prepares``: it is called for what it does to the worker's main module, whose functions are not copied then.
-        """
-        named = _by_name(function)
-        if named is not None and self._can_import(named):
-            return named
-        from opero.concurrency.by_value import dumps
-
-        is_here = self._has if prepares else None
-        kept = frozenset[str]() if prepares else self._kept
-        if named is None or self._is_sure:
-            return ByValue(dumps(function, mentioned, kept, is_here=is_here))
-        try:
-            valued, problem = ByValue(dumps(function, mentioned, kept, is_here=is_here)), ""
-        except Exception as error:  # noqa: BLE001 - it may mention what is of no use elsewhere, as a connection
-            valued, problem = None, describe(error)
-        return ByEither(named, _fingerprint(function), valued, problem)
-
-    def _carry(self, function: Callable[..., Any], mentioned: dict[int, type]) -> Any:
-        carried = self.function(function, mentioned, prepares=True)
-        return NotImplemented if isinstance(carried, ByName) else (_load, (carried,))
-
-    def _refuse(self, function: Callable[..., Any], _mentioned: dict[int, type]) -> Any:
-        named = _by_name(function)
-        if named is None or named.decorated or not self._can_import(named):
-            raise _FunctionByValueError
-        return NotImplemented
-
-    @cached_property
-    def _kept(self) -> frozenset[str] | None:
-        """Names of the workers' main module that keep their values; None if nothing of it may be changed."""
-        if not self._is_sure:
-            return None
-        from opero.concurrency.by_value import names_mentioned
-
-        return frozenset() if self._initializer is None else names_mentioned(self._initializer)
-
-    def _can_import(self, named: ByName) -> bool:
-        return named.module != "__main__" or self._has(named.qualname)
-
-    def _has(self, qualname: str) -> bool:
-        """Whether the workers have this of the main module."""
-        return self._is_unknown is None or not self._is_unknown(qualname)
+        pickler = Pickler(file, self._has)
+        pickler.asks_for_main = self._asks_for_main
+        pickler.dump(thing)
+        return file.getvalue()
 
 
-class _Instead:
-    """Is unpickled as what ``make`` returns."""
-
-    def __init__(self, make: Callable[..., Any], *its: Any) -> None:
-        self._parts = make, its
-
-    def __reduce__(self) -> Any:
-        return self._parts
+def unpack_start(
+    data: bytes, buffers: Iterable[memoryview] = ()
+) -> tuple[Work, Callable[..., Any] | None, tuple[Any, ...]]:
+    unpickler = pickle.Unpickler(io.BytesIO(data), buffers=buffers)  # noqa: S301 - made by `Packer.start`
+    function, (is_async, shape, slot), initializer, initargs = (unpickler.load() for _ in range(4))
+    return Work(function, is_async, shape, slot), initializer, initargs
 
 
-def _load_after(copies: tuple[Any, ...], data: bytes) -> Any:
-    """What can be unpickled only after the copies of classes that come with it."""
-    from opero.concurrency.class_copies import provide
-
-    provide(copies)
-    return pickle.loads(data)  # noqa: S301 - made by the same `Packer` in the parent process
-
-
-class _FunctionByValueError(Exception):
-    """What is pickled holds a function that no worker can import."""
-
-
-def _load(carried: ByValue | ByEither) -> Any:
-    return carried.load()
-
-
-def unpack_work(data: bytes) -> Work:
-    from opero.concurrency.worker import Work
-
-    function, is_async, shape, slot = pickle.loads(data)  # noqa: S301 - made by `Packer.work` in the parent process
-    return Work(function.load(), is_async, shape, slot)
-
-
-def _by_name(function: Callable[..., Any]) -> ByName | None:
-    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if module is None or qualname is None:
-        return None
-    found = find_by_name(module, qualname)
-    if found is function:
-        return ByName(module, qualname, decorated=False)
-    if getattr(found, "__wrapped__", None) is function:
-        return ByName(module, qualname, decorated=True)
-    return None
-
-
-def unpack_batch(payload: bytes) -> tuple[list[Any], Any, TimeLimit | None] | Report:
+def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], Any, TimeLimit | None] | Report:
     """Items, candidate and time limit; if an item cannot be unpickled, a report that says so and has no values."""
     try:
-        items, has_candidate, candidate, limit = pickle.loads(payload)  # noqa: S301 - from the parent process
+        items, has_candidate, candidate, limit = loads(payload)
     except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
-        return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {_text(error)}")}, 0.0)
+        return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {text_of(error)}")}, 0.0)
     return items, candidate if has_candidate else MISSING, limit
 
 
 def pack_report(report: Report) -> bytes:
     """Pickle a worker's report; what cannot be pickled becomes the error of its item."""
-    errors = {place: _portable_error(error) for place, error in report.errors.items()}
-    try:
-        return pickle.dumps((report.values, errors, report.seconds), PROTOCOL)
-    except Exception:  # noqa: BLE001 - found out below, item by item
-        values = list(report.values)
-        for place, value in enumerate(values):
-            problem = _why_not_portable(value)
-            if problem is not None:
+    errors = {place: pack_error(error) for place, error in report.errors.items()}
+    values, is_plain = report.values, _PLAIN.issuperset(map(type, report.values))
+    if not is_plain:
+        # Each by itself: one that cannot be unpickled shall not take the others with it.
+        values = [_NOTHING] * len(values)
+        for place, value in enumerate(report.values):
+            try:
+                values[place] = report_dumps(value)
+            except Exception as error:  # noqa: BLE001 - anything may happen in a user's __getstate__
+                text = f"the result {type(value).__qualname__} cannot be pickled: {text_of(error)}"
+                errors[place] = pack_error(NotTransferableError(text))
+    return pickle.dumps((values, is_plain, errors, report.seconds), PROTOCOL)
+
+
+def unpack_report(payload: bytes | memoryview) -> Report:
+    """What `pack_report` has packed; what cannot be unpickled here becomes the error of its item."""
+    values, is_plain, packed, seconds = loads(payload)
+    errors = {place: unpack_error(error) for place, error in packed.items()}
+    if not is_plain:
+        for place, data in enumerate(values):
+            try:
+                values[place] = loads(data)
+            except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
                 values[place] = None
-                errors[place] = problem
-        return pickle.dumps((values, errors, report.seconds), PROTOCOL)
+                errors[place] = NotTransferableError(f"the result cannot be unpickled: {text_of(error)}")
+    return Report(values, errors, seconds)
 
 
-def pack_singly(report: Report) -> bytes:
-    """Pickle each result and each error by itself, for a parent that might not be able to unpickle them together."""
-    values: list[bytes] = []
-    errors = dict(report.errors)
-    for place, value in enumerate(report.values):
-        try:
-            values.append(pickle.dumps(value, PROTOCOL))
-        except Exception as error:  # noqa: BLE001 - anything may happen in a user's __getstate__
-            values.append(_NONE)
-            errors[place] = _not_portable(value, error)
-    told = {place: (pickle.dumps(_portable_error(error), PROTOCOL), _story(error)) for place, error in errors.items()}
-    return pickle.dumps((values, told, report.seconds), PROTOCOL)
+# What can only be inherited
 
 
-def unpack_singly(values: list[bytes], errors: dict[int, tuple[bytes, str]]) -> tuple[list[Any], dict[int, Exception]]:
-    """Unpickle each by itself; what cannot be unpickled here becomes the error of its item."""
-    unpacked: list[Any] = []
-    found: dict[int, Exception] = {}
-    for place, data in enumerate(values):
-        value = None
-        try:
-            value = pickle.loads(data)  # noqa: S301 - made by `pack_singly` in a worker
-        except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
-            found[place] = NotTransferableError(f"the result cannot be unpickled: {_text(error)}")
-        unpacked.append(value)
-    for place, (data, story) in errors.items():
-        try:
-            found[place] = pickle.loads(data)  # noqa: S301 - as above
-        except Exception:  # noqa: BLE001 - as above
-            found[place] = RemoteError(story)
-    return unpacked, found
-
-
-def _why_not_portable(value: Any) -> NotTransferableError | None:
+@contextlib.contextmanager
+def as_if_starting() -> Iterator[None]:
+    """Let locks, queues and pipes be pickled to see whether that can be done, when no process is being started."""
+    context: Any = multiprocessing.context
+    before: Any = context.get_spawning_popen()
+    context.set_spawning_popen(before or _NotStarted())
     try:
-        pickle.dumps(value, PROTOCOL)
-    except Exception as error:  # noqa: BLE001 - anything may happen in a user's __getstate__
-        return _not_portable(value, error)
-    return None
+        yield
+    finally:
+        context.set_spawning_popen(before)
 
 
-def _not_portable(value: Any, error: Exception) -> NotTransferableError:
-    return NotTransferableError(f"the result {type(value).__qualname__} cannot be pickled: {_text(error)}")
+class _NotStarted:
+    """In place of the process that is being started."""
+
+    DupFd = int
+
+    def duplicate_for_child(self, file: int) -> int:
+        return file
 
 
-def _portable_error(error: Exception) -> Any:
-    """The error, or what is unpickled as such, with the worker's traceback as a note; if need be, its text alone."""
-    if error.__traceback__ is not None:
-        # The function may raise one object again and again, with what it got here before.
-        drop_notes(error, _NOTE)
-        add_note(error, f"{_NOTE}{_trace(error)}")
-        error.__traceback__ = None
-    plain = _copy_of(error)
-    if _is_like(plain, error):
-        return error
-    remade = _remade(error)
-    if _is_like(_copy_of(remade), error):
-        return remade
-    if type(plain) is type(error):
-        # Its text may be another each time.
-        return error
-    remote = RemoteError(_story(error))
-    if _copy_of(type(error)) is type(error):
-        remote.error_class = type(error)
-    for note in getattr(error, "__notes__", ()):
-        add_note(remote, note)
-    return remote
+def _reducers(*, inherits: bool) -> dict[type, Any]:
+    """multiprocessing's, or in their place one that refuses what a process can only inherit, as a pipe."""
+    every = ForkingPickler(io.BytesIO()).dispatch_table
+    known = {kind: reduce for kind, reduce in every.items() if kind not in dispatch_table}
+    if inherits:
+        return known
+    return {kind: reduce if kind.__module__ in _ANYWHERE else _refuse for kind, reduce in known.items()}
 
 
-_NOTE = "in the worker:\n"
+# Where those are defined that can go anywhere: methods and partial functions.
+_ANYWHERE = ("builtins", "functools")
 
 
-def _copy_of(thing: Any) -> Any:
-    """What arrives of it; None if nothing does."""
-    try:
-        return pickle.loads(pickle.dumps(thing, PROTOCOL))  # noqa: S301 - just made here
-    except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
-        return None
-
-
-def _is_like(copy: Any, error: BaseException) -> bool:
-    """Whether it says the same, and has its slots: plain pickle runs `__init__` again, with ``args``, and no slots."""
-    if type(copy) is not type(error) or describe(copy) != describe(error):
-        return False
-    if _fields(copy).keys() != _fields(error).keys():
-        return False
-    if isinstance(error, BaseExceptionGroup) and isinstance(copy, BaseExceptionGroup):
-        return all(map(_is_like, copy.exceptions, error.exceptions))
-    return True
-
-
-def _remade(error: Exception) -> _Instead | None:
-    """Is unpickled as an exception of the class, without its `__init__`, which takes what ``args`` does not hold."""
-    written = io.BytesIO()
-    try:
-        _RemakingPickler(written, PROTOCOL).dump(error)
-    except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
-        return None
-    return _Instead(pickle.loads, written.getvalue())
-
-
-class _RemakingPickler(pickle.Pickler):
-    """Reaches the parts of an exception group, too."""
-
-    def reducer_override(self, thing: Any) -> Any:
-        if not isinstance(thing, BaseException) or _is_like(_copy_of(thing), thing):
-            return NotImplemented
-        state = thing.args, _fields(thing), vars(thing)
-        return copyreg.__newobj__, (type(thing), *thing.args), state, None, None, _set_error  # type: ignore[attr-defined]
-
-
-def _set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
-    error.args, fields, attributes = state
-    vars(error).update(attributes)
-    descriptors = _descriptors(type(error))
-    for name, value in fields.items():
-        # What `__new__` has set cannot always be set again, and a None of an OSError's would be shown.
-        if getattr(error, name, MISSING) is not value:
-            with contextlib.suppress(AttributeError, TypeError):
-                descriptors[name].__set__(error, value)
-
-
-def _fields(error: BaseException) -> dict[str, Any]:
-    """What is neither in ``args`` nor in its `__dict__`: slots, and what built-in exceptions have, as ``errno``."""
-    return {name: getattr(error, name) for name in _descriptors(type(error)) if hasattr(error, name)}
-
-
-def _descriptors(kind: type) -> dict[str, MemberDescriptorType]:
-    found = {name: member for cls in reversed(kind.__mro__) for name, member in vars(cls).items()}
-    # The object that lacked an attribute may be anything.
-    return {
-        name: member
-        for name, member in found.items()
-        if isinstance(member, MemberDescriptorType) and not name.endswith("__") and name != "obj"
-    }
-
-
-def _story(error: Exception) -> str:
-    return f"{type(error).__module__}.{_text(error)}"
-
-
-def _trace(error: Exception) -> str:
-    try:
-        return "".join(traceback.format_exception(error)).rstrip()
-    except Exception:  # noqa: BLE001 - it asks the exception for its text
-        return "".join(traceback.format_tb(error.__traceback__)).rstrip()
-
-
-def _text(error: Exception) -> str:
-    try:
-        return f"{type(error).__qualname__}: {error}"
-    except Exception:  # noqa: BLE001 - anything may happen in a user's __str__
-        return f"{type(error).__qualname__} (it has no text)"
+def _refuse(thing: Any) -> Any:
+    msg = f"cannot pickle a {type(thing).__qualname__} outside of the start of a process"
+    raise pickle.PicklingError(msg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from opero.core.signature import MISSING, ParameterSlot, name_of, refuse_unfinished
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opero.concurrency.scheduler import Shape
+
+# How long a batch should keep a worker busy. What takes longer than the second is reported before the next item begins;
+# what takes longer than the third is the last item of its batch.
+BATCH_SECONDS = 0.02
+SLOW_SECONDS = 0.001
+LONG_SECONDS = 0.004
 
 # Results of these types are surely no awaitables.
 _PLAIN_RESULTS = frozenset({int, float, str, bytes, bool, list, tuple, dict, set, type(None)})
@@ -44,6 +50,8 @@ class Work:
                 return function(*args, **kwargs)
 
             return call_with_candidate
+        if shape.is_starred:
+            return lambda item: function(*shape.arguments(item), **shape.kwargs)
         if not (shape.head or shape.rest or shape.kwargs):
             return function
         head, rest, kwargs = shape.head, shape.rest, shape.kwargs
@@ -51,8 +59,24 @@ class Work:
 
 
 @dataclass(slots=True)
+class How:
+    """How the items of a batch are run.
+
+    ``context``: what an item leaves in its copy of it is gone for the others; without one they share the worker's.
+    ``mark``: its first element is set to the number of items that have begun.
+    ``tell``: is told of what has been done so far after each slow item, so that no crash can make it run twice.
+    ``longest``: an item that takes longer is the last one; without ``tell``, one that is slow has to be.
+    """
+
+    context: contextvars.Context | None = None
+    mark: list[int] | memoryview = field(default_factory=lambda: [0])
+    tell: Callable[[Report], None] | None = None
+    longest: float = LONG_SECONDS
+
+
+@dataclass(slots=True)
 class Report:
-    """Results in order, errors by place, seconds of running."""
+    """Results in order, of fewer items than were sent if time was up; errors by place, seconds of running."""
 
     values: list[Any]
     errors: dict[int, Exception]
@@ -63,21 +87,51 @@ def run_items(
     work: Work,
     items: list[Any],
     candidate: Any,
+    how: How,
     *,
     call: Callable[[Any], Any] | None = None,
-    context: contextvars.Context | None = None,
 ) -> Report:
-    """Run a batch; ``call`` takes the place of the bare function, as for async functions.
+    """Run a batch, or what can be run of it in its time.
 
-    What an item leaves in its copy of ``context`` is gone for the others. Without one they share the worker's.
+    Whoever reads the mark twice, more than twice `LONG_SECONDS` apart, and finds the same number, knows that no further
+    item will begin: each begins only if it is not long since the one before was marked, by a look at the time after it
+    has been marked itself.
+
+    Args:
+        work: The function.
+        items: What it is called with.
+        candidate: See `Work.caller`.
+        how: See there.
+        call: Takes the place of the bare function, as for async functions.
     """
-    bare = work.caller(candidate) if call is None else call
+    bare, context, mark, tell = work.caller(candidate) if call is None else call, how.context, how.mark, how.tell
     call = bare if context is None else lambda item: context.copy().run(bare, item)
     values: list[Any] = []
     errors: dict[int, Exception] = {}
-    started = time.perf_counter()
+    now = time.perf_counter
+    started = latest = now()
+    ends = started + BATCH_SECONDS
     try:
-        for item in items:
+        for place, item in enumerate(items, 1):
+            mark[0] = place
+            begun = now()
+            if begun - latest > SLOW_SECONDS:
+                if tell is not None and values:
+                    mark[0] = place - 1
+                    tell(Report(values, errors, begun - started))
+                    values, errors = [], {}
+                    mark[0] = place
+                    begun = now()
+                if begun - latest > how.longest:
+                    # What is not begun may be with others by now; but if nothing has, this worker was halted.
+                    if place > 1:
+                        mark[0] = place - 1
+                        break
+                    ends = begun
+            if begun > ends:
+                mark[0] = place - 1
+                break
+            latest = begun
             try:
                 value = call(item)
                 if value.__class__ not in _PLAIN_RESULTS:
@@ -86,7 +140,7 @@ def run_items(
                 errors[len(values)] = error
                 value = None
             values.append(value)
-        return Report(values, errors, time.perf_counter() - started)
+        return Report(values, errors, now() - started)
     finally:
         # This frame is in the tracebacks of errors: without this they would keep each other, and all results, alive.
         del errors, values
@@ -102,41 +156,28 @@ class AsyncCaller:
         self._work: Work | None = None
         self._context = contextvars.copy_context()
 
-    def run(
-        self,
-        work: Work,
-        items: list[Any],
-        candidate: Any,
-        limit: TimeLimit | None,
-        context: contextvars.Context | None,
-    ) -> Report:
+    def run(self, work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
         if work is not self._work:
             self._work, self._context = work, contextvars.copy_context()
         call, shared = work.caller(candidate), self._context
 
         def run(item: Any) -> Any:
-            mine = shared if context is None else context.copy()
+            mine = shared if how.context is None else how.context.copy()
             return self._runner.run(in_time(call, item, limit, work), context=mine)
 
-        return run_items(work, items, candidate, call=run)
+        return run_items(work, items, candidate, replace(how, context=None), call=run)
 
     def close(self) -> None:
         self._runner.close()
 
 
-def run_batch(
-    work: Work,
-    items: list[Any],
-    candidate: Any,
-    limit: TimeLimit | None,
-    caller: AsyncCaller | None,
-    *,
-    context: contextvars.Context | None = None,
+def run_batch(  # noqa: PLR0917 - what a batch brings, and how it is run
+    work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, caller: AsyncCaller | None, how: How
 ) -> Report:
-    """Run a batch of a plain function, or with ``caller`` one of an async function; ``context``: see `run_items`."""
+    """Run a batch of a plain function, or with ``caller`` one of an async function; see `run_items`."""
     if caller is None:
-        return run_items(work, items, candidate, context=context)
-    return caller.run(work, items, candidate, limit, context)
+        return run_items(work, items, candidate, how)
+    return caller.run(work, items, candidate, limit, how)
 
 
 async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:

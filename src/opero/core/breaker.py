@@ -406,6 +406,13 @@ class FunctionBreaker:
         self.per = per
         self.has_candidates = has_candidates
 
+    def enter_now(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Passage | None:
+        """Let a first attempt through, if the circuit is closed; None where the flow has to look."""
+        try:
+            return self.shared.enter(value if self.per is None else self.per.get(args, kwargs))
+        except Exception:  # noqa: BLE001 - of the user's function: the flow asks it again, and fails
+            return None
+
     def value_of(self, candidate: Candidate) -> Any:
         if self.per is not None:
             return self.per.get(candidate.args, candidate.kwargs)

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from opero.core.checks import check_callable
 from opero.core.decoration import F, decorator
 from opero.core.flights import Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.plan import CacheInfo, Final, Plan
 from opero.core.retry import RetryPolicy
-from opero.core.signature import MISSING, is_async, name_of, refuse_generator
+from opero.core.showing import listed, shown
+from opero.core.signature import MISSING, forwarding, is_async, name_of, refuse_generator, refuse_unfinished
+from opero.core.stats import CallStats
 from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
-from opero.core.stores.contract import BUSY, CLAIMED, Claim, Fault, Found, Keep, Lease, Release, managing
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease, Release, managing
 from opero.core.stores.memory import is_shared
-from opero.core.stores.settings import cache_settings
-from opero.exceptions import MisuseError, OperoError
+from opero.core.stores.settings import cache_settings, check_lifetime
+from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 
     from opero.core.checks import Duration
+    from opero.core.clock import Clock
     from opero.core.plan import Call
-    from opero.core.stats import CallStats, Stats
+    from opero.core.stats import Stats
     from opero.core.stores.contract import Request, Store
     from opero.core.stores.engines import CacheEngine
     from opero.core.stores.settings import CacheSettings
 
-__all__ = ["clear_cache", "get_cache_context", "get_cache_decorator"]
+__all__ = ["Cache", "clear_cache", "get_cache_context", "get_cache_decorator"]
 
 
 # How often to look whether another process has finished.
@@ -39,13 +42,86 @@ _FIRST_LOOK, _LAST_LOOK = 0.002, 0.1
 
 
 class Cache:
-    """Key, entry, and who computes: one function's view of a store."""
+    """Settings of a cache, for ``cache=`` of `opero.opero` and `opero.opmap`; they never change.
 
-    def __init__(self, function: Callable[..., Any], keys: KeyMaker, settings: CacheSettings) -> None:
-        self.keys = keys
-        self.ttl = settings.ttl
+    Functions that are given one object keep entries of their own (unless it has a ``namespace``).
+
+    Args:
+        ttl: How long a result lives: seconds, a `datetime.timedelta`, text such as ``"90 s"``, ``"15 minutes"`` or
+            ``"2 h"``, or a function of the result that returns one of these, None (for ever) or 0 (not kept). Default:
+            for ever.
+        backend: ``"memory"``, ``"disk"`` or ``"redis"``.
+        key: Function of the same arguments that returns the key to use in their place.
+        namespace: Functions with one namespace share entries. Default: each function has its own.
+        ignore: Name of a parameter that is not part of the key, or several; such as an API key.
+        keep_if: Function of a result; only results for which it is true are kept.
+        exceptions: Class of exceptions that are remembered like results, or a tuple of them.
+        stale: How long after its end a result is still given if the call fails (``stale-if-error`` of RFC 5861).
+        **settings: Of the backend, as ``cache_options`` of `opero.opero`.
+
+    An error of a function that is given here is raised by the call, and nothing is kept.
+
+    Raises:
+        TypeError: If something has the wrong type or does not belong to the backend.
+        ValueError: If a value is out of range.
+    """
+
+    __slots__ = ("_given", "settings")
+
+    settings: CacheSettings
+    _given: dict[str, Any]
+
+    def __init__(
+        self,
+        ttl: Duration | str | Callable[[Any], Duration | str | None] | None = None,
+        *,
+        backend: str = "memory",
+        key: Callable[..., Any] | None = None,
+        namespace: str | None = None,
+        ignore: str | Iterable[str] = (),
+        keep_if: Callable[[Any], object] | None = None,
+        exceptions: type[Exception] | tuple[type[Exception], ...] = (),
+        stale: Duration | str | None = None,
+        **settings: Any,
+    ) -> None:
+        policy = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
+        given: dict[str, Any] = {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace, **policy}
+        checked = cache_settings(**given, options=settings, prefix="", option="{}")
+        object.__setattr__(self, "_given", {**given, **settings})
+        object.__setattr__(self, "settings", checked)
+
+    def __setattr__(self, name: str, _value: Any) -> None:
+        msg = f"a Cache does not change, so {name!r} cannot be set; make another one"
+        raise AttributeError(msg)
+
+    def __reduce__(self) -> Any:
+        return _cache_with, (self._given,)
+
+    def __repr__(self) -> str:
+        shown_ones = [f"{name}={shown(value)}" for name, value in self._given.items() if value not in (None, ())]
+        return f"Cache({', '.join(shown_ones)})"
+
+
+def _cache_with(given: dict[str, Any]) -> Cache:
+    return Cache(**given)
+
+
+class ResultCache:
+    """Key, entry, and who computes: one function's view of a store.
+
+    Attributes:
+        keys: Makes the keys.
+        stats: The counters of the function, from its decoration on.
+    """
+
+    def __init__(self, function: Callable[..., Any], settings: CacheSettings) -> None:
+        in_memory = settings.backend == "memory"
+        self.keys = KeyMaker(function, settings.key, digest=not in_memory, ignore=settings.ignore)
+        self.stats: Stats | None = None
         self._function = function
         self._settings = settings
+        # What had been counted when it was cleared.
+        self._counted = CallStats()
         with _lock:
             _caches.add(self)
 
@@ -62,12 +138,13 @@ class Cache:
             return self._settings.namespace
         if self._settings.backend == "memory":
             return f"{getattr(self._function, '__module__', None)}.{name_of(self._function)}"
-        from opero.core.identity import lasting_identity
+        from opero.core.digests import lasting_identity
 
         return lasting_identity(self._function)
 
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
+        """Gives the entry ``(result, expires_at)`` of a key, expired or not, or None; None if that could block."""
         if self._settings.backend == "memory":
             return self.store.look_up
         if not is_async(self._function):
@@ -77,31 +154,57 @@ class Cache:
     def _look_up(self, key: Any) -> tuple[Any, float] | None:
         # Not the store's own: it is made at the first call.
         try:
-            return self.store.look_up(key)
+            entry: tuple[Any, float] | None = self.store.look_up(key)
         except MisuseError:
             # It has no name to keep anything under; `through` meets the same, and counts a call that failed.
             return None
+        return entry
 
     def _look_up_if_open(self, key: Any) -> tuple[Any, float] | None:
         # An event loop is not to wait for the opening; `through` asks in a thread.
         store: Any = self.__dict__.get("store")
         return store.look_up(key) if store is not None and store.is_open else None
 
+    def finder(self, tick: Callable[[], object], clock: Clock | None) -> Callable[..., Any] | None:
+        """See `KeyMaker.finder`; None where a look takes longer."""
+        if self._settings.backend != "memory":
+            return None
+        store: Any = self.store
+        get, touch = store.steps
+        return self.keys.finder(get, touch, tick, clock)
+
+    @property
+    def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:
+        """As `look_up`, by awaiting; None where that is no use."""
+        return self._fetch if self._settings.backend == "redis" and is_async(self._function) else None
+
+    async def _fetch(self, key: Any) -> tuple[Any, float] | None:
+        store: Any = self.__dict__.get("store")
+        entry: tuple[Any, float] | None = None if store is None else await store.fetch(key)
+        return entry
+
     @property
     def entries_may_expire(self) -> bool:
-        # The other stores hand out no entry that has expired.
-        return self._settings.backend == "memory" and (self.ttl is not None or is_shared(self.store))
+        """Whether ``expires_at`` has to be looked at."""
+        # The other stores hand out no entry that has expired; a remembered error has, for a quick look.
+        settings = self._settings
+        may = settings.ttl is not None or bool(settings.exceptions)
+        return settings.backend == "memory" and (may or is_shared(self.store))
 
     def info(self, stats: CallStats) -> CacheInfo:
-        return CacheInfo(stats.hits, stats.calls - stats.hits, self._settings.maxsize, self._count())
+        """Hits and misses since it was cleared, and sizes."""
+        hits, calls = stats.hits - self._counted.hits, stats.calls - self._counted.calls
+        return CacheInfo(hits, calls - hits, self._settings.maxsize, self._count())
 
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
+        """The call's result from the cache, from an identical call under way, or from ``compute()``."""
         key = call.key = self._key_of(call)
         if key.__class__ is Failed:
             stats.flown.tick()
             return key
         flights = self.store.flights
-        own = Flight(key, call.presence)
+        # Others get the old entry while it is refreshed, and do not wait for that.
+        own = Flight((_REFRESH, key) if call.refreshes else key, call.presence)
         try:
             while True:
                 flight = flights.board(own)
@@ -110,7 +213,9 @@ class Cache:
                 if _would_wait_for_ever(call, flight):
                     stats.flown.tick()
                     return (yield from compute())
-                yield Await(Seat(flights, flight))
+                yield Await(Seat(flight, call.time_left))
+                if not flight.landed:
+                    return self._out_of_time(stats)
                 if not flight.abandoned:
                     return self._joined(call, flight, stats)
         finally:
@@ -126,40 +231,53 @@ class Cache:
             return Failed(error)
 
     def delete(self, key: Any) -> bool:
+        """Forget one entry; tells whether there was one."""
         self.store.flights.invalidate(key)
+        self.store.flights.invalidate((_REFRESH, key))
         with managing(self.store, "delete from"):
             return self.store.delete(key)
 
     def clear(self) -> None:
+        """Forget all entries, do not store what is being computed now, and start counting anew."""
         self.store.flights.invalidate()
         with managing(self.store, "clear"):
             self.store.clear()
+        if self.stats is not None:
+            self._counted = self.stats.snapshot()
 
-    def _hit(self, call: Call, value: Any, stats: Stats) -> Any:
-        stats.hits.tick()
+    def _hit(self, call: Call, value: Any) -> Any:
         call.cached = True
         if call.tell is not None:
             call.tell("CacheHit")
-        return value
+        # One that is raised again and again would hold the frames of all who got it.
+        return Failed(_fresh(value.error)) if value.__class__ is Failed else value
 
     def _joined(self, call: Call, flight: Flight, stats: Stats) -> Any:
-        if flight.outcome.__class__ is not Failed:
-            return self._hit(call, flight.outcome, stats)
-        stats.flown.tick()
-        return flight.outcome
+        outcome = flight.outcome
+        if outcome.__class__ is Failed:
+            stats.flown.tick()
+            # Without the frames of the others who wait for the same.
+            outcome.error.__traceback__ = flight.traceback
+            return outcome
+        stats.hits.tick()
+        return self._hit(call, outcome if flight.written is None else self.store.copy_of(flight.written))
 
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
-        flights, lease = self.store.flights, Lease(flight.key)
+        flights, lease = self.store.flights, Lease(call.key, self._settings.stale)
+        claim: Any
         try:
             # Another leader, here or elsewhere, may have stored between this call's look and its boarding.
             try:
-                claim = yield from self._claim(lease)
+                claim = DONE if call.refreshes else (yield from self._claim(lease, call))
             except Exception:
                 stats.flown.tick()
                 raise
+            if claim is BUSY:
+                return self._out_of_time(stats)
             if claim.__class__ is Found:
-                flights.land(flight, claim.value)
-                return self._hit(call, claim.value, stats)
+                stats.hits.tick()
+                flights.land(flight, claim.value, claim.written)
+                return self._hit(call, claim.value)
             self._note_fault(claim, stats)
             stats.flown.tick()
             call.flight = flight.badge
@@ -168,23 +286,68 @@ class Cache:
                 # A hook made this result up; it is the call's, but not the function's to be remembered.
                 flights.land(flight, outcome.outcome)
                 return outcome
-            if outcome.__class__ is not Failed and (claim is CLAIMED or lease.held):
-                self._note_fault((yield from self._ask(Keep(lease, outcome, self.ttl, flight))), stats)
+            outcome, life = self._judged(call, outcome)
+            old = lease.old
+            if outcome.__class__ is Failed and old is not None and old.value.__class__ is not Failed:
+                if lease.held:
+                    self._note_fault((yield from self._ask(Release(lease))), stats)
+                flights.land(flight, old.value, old.written)
+                return self._hit(call, old.value)
+            keep = None
+            if life is not _NOT_KEPT and (claim is CLAIMED or lease.held or call.refreshes):
+                is_error = outcome.__class__ is Failed
+                value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
+                keep = Keep(lease, value, life, flight=flight, stale=stale)
+                self._note_fault((yield from self._ask(keep)), stats)
             elif lease.held:
                 self._note_fault((yield from self._ask(Release(lease))), stats)
-            flights.land(flight, outcome)
+            flights.land(flight, outcome, None if keep is None else keep.written)
             return outcome
         finally:
             self.store.let_go(lease)
 
-    def _claim(self, lease: Lease) -> Generator[Any, Any, Any]:
+    def _judged(self, call: Call, outcome: Any) -> tuple[Any, Any]:
+        """The call's outcome, and how long it is to be kept: seconds, None for ever, or `_NOT_KEPT`."""
+        settings = self._settings
+        try:
+            if outcome.__class__ is Failed:
+                # A refresh that fails keeps what was there.
+                is_kept = not call.refreshes and _is_remembered(outcome.error, settings.exceptions)
+                return outcome, self._life(outcome.error) if is_kept else _NOT_KEPT
+            refuse_unfinished(self._function, outcome, is_cached=True)
+            is_kept = settings.keep_if is None or bool(settings.keep_if(outcome))
+            return outcome, self._life(outcome) if is_kept else _NOT_KEPT
+        except Exception as error:  # noqa: BLE001 - of the user's functions, or a result that can be used only once
+            return Failed(error), _NOT_KEPT
+
+    def _life(self, value: Any) -> Any:
+        ttl = self._settings.ttl
+        if not callable(ttl):
+            return ttl
+        said = ttl(value)
+        if said is None:
+            return None
+        return check_lifetime("what ttl=… returned", said, zero=True) or _NOT_KEPT
+
+    def _claim(self, lease: Lease, call: Call) -> Generator[Any, Any, Any]:
+        """The store's answer; `BUSY` if time was over while somebody else was computing."""
         look = _FIRST_LOOK
         while True:
             answer = yield from self._ask(Claim(lease))
             if answer is not BUSY or lease.key in self.store.flights.inherited:
-                return answer
-            yield Pause(look, is_real=True)
+                # The parent of this process may be waiting for it: it computes, and leaves storing to the other.
+                return DONE if answer is BUSY else answer
+            left = call.time_left()
+            if left is not None and left <= 0:
+                return BUSY
+            yield Pause(look if left is None else min(look, left), is_real=True)
             look = min(_LAST_LOOK, look * 2)
+
+    def _out_of_time(self, stats: Stats) -> Failed:
+        stats.flown.tick()
+        name = name_of(self._function)
+        msg = f"{name} was not started: total_timeout ended it during the wait for the same call of somebody else's"
+        return Failed(CallTimeoutError(msg))
 
     def _ask(self, request: Request) -> Generator[Any, Any, Any]:
         if self.store.is_instant:
@@ -201,6 +364,37 @@ class Cache:
             return len(self.store)
 
 
+class _Refresh:
+    """Stands in the key of a flight that refreshes an entry."""
+
+
+_REFRESH = _Refresh()
+_NOT_KEPT = object()
+# What opero raises of its own, but for these, says nothing of the function.
+_OF_THE_FUNCTION = (AllFailedError, RejectedResultError)
+
+
+def _is_remembered(error: Exception, classes: tuple[type[Exception], ...]) -> bool:
+    is_own = isinstance(error, OperoError) and not isinstance(error, _OF_THE_FUNCTION)
+    return isinstance(error, classes) and not is_own
+
+
+def _fresh(error: Exception) -> Exception:
+    """The same error without the frames that it has come through; a copy, if its class can be copied."""
+    try:
+        made = copy.copy(error)
+    except Exception:  # noqa: BLE001 - its `__init__` takes other arguments than it keeps
+        made = error
+    if type(made) is not type(error):
+        made = error
+    if made is error:
+        return error.with_traceback(None)
+    made.__cause__, made.__suppress_context__ = error.__cause__, error.__suppress_context__
+    if hasattr(error, "__notes__"):
+        made.__notes__ = [*error.__notes__]
+    return made
+
+
 def _would_wait_for_ever(call: Call, flight: Flight) -> bool:
     """Whether it is part of that call, or its thread has to go on for that, or a stream that nobody pulls leads it."""
     if flight.badge in leading.get() or (call.blocks and flight.thread == threading.get_ident()):
@@ -208,26 +402,21 @@ def _would_wait_for_ever(call: Call, flight: Flight) -> bool:
     return flight.presence is not None and flight.presence.is_away
 
 
-_lock = threading.Lock()
-_caches: WeakSet[Cache] = WeakSet()
+# A lock that a thread can have more than once: a finalizer, which may come at any moment, can clear caches.
+_lock = threading.RLock()
+_caches: WeakSet[ResultCache] = WeakSet()
 
 
-def cache_policy(
-    function: Callable[..., Any],
-    *,
-    ttl: Duration | None = None,
-    backend: str = "memory",
-    key: Callable[..., Any] | None = None,
-    namespace: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Cache:
-    """Check the cache's options and make the policy for ``function``."""
+def cache_policy(function: Callable[..., Any], settings: CacheSettings) -> ResultCache:
+    """Make the policy for ``function``."""
     refuse_generator(function, "cache")
-    settings = cache_settings(ttl=ttl, backend=backend, namespace=namespace, options=options)
-    if key is not None:
-        check_callable("cache_key", key, "a function of the same arguments that returns the key")
-    cache = Cache(function, KeyMaker(function, key, digest=backend != "memory"), settings)
-    if backend == "memory":
+    named = forwarding(function).named
+    for name in settings.ignore:
+        if name not in named:
+            msg = f"ignore={name!r} names no parameter of {name_of(function)}; write any of {listed(named)}"
+            raise ValueError(msg)
+    cache = ResultCache(function, settings)
+    if settings.backend == "memory":
         _ = cache.store  # a namespace that others use with other options is refused when decorating
     return cache
 
@@ -253,17 +442,12 @@ def get_cache_decorator(
         TypeError: If an option has the wrong type or is not known.
         ValueError: If an option's value is out of range.
     """
+    settings = cache_settings(
+        ttl=cache_ttl, backend=cache_backend, key=cache_key, namespace=cache_namespace, options=options
+    )
 
     def plan(function: Callable[..., Any]) -> Plan:
-        cache = cache_policy(
-            function,
-            ttl=cache_ttl,
-            backend=cache_backend,
-            key=cache_key,
-            namespace=cache_namespace,
-            options=options,
-        )
-        return Plan(function, RetryPolicy(), cache=cache)
+        return Plan(function, RetryPolicy(), cache=cache_policy(function, settings))
 
     recipe = {
         "cache_ttl": cache_ttl,

@@ -13,11 +13,6 @@ if TYPE_CHECKING:
 LONGEST_WAIT = 365 * 86_400.0
 
 
-def _sleep(seconds: float) -> None:
-    """`time.sleep`, looked up at each call: programs and their tests put others in its place."""
-    time.sleep(seconds)
-
-
 async def asyncio_sleep(seconds: float) -> None:
     """`asyncio.sleep`, without the import of asyncio until it is needed."""
     import asyncio
@@ -48,7 +43,8 @@ class Clock:
         now: Monotonic seconds, by which policies decide.
         wall: Seconds since the epoch, for what outlives the process: the end of an entry on disk.
         machine: Monotonic seconds that all processes of a machine agree upon.
-        sleep: Blocks for so many seconds.
+        sleep: Blocks for so many seconds; None for `time.sleep`, looked up at each call: programs and their tests
+            put others in its place.
         async_sleep: The same without blocking the event loop.
         wait: ``wait(wait_for, seconds)`` lets ``wait_for(timeout)``, which tells whether what it waits for has come,
             block for so many seconds; None for no bound.
@@ -62,7 +58,7 @@ class Clock:
     now: Callable[[], float]
     wall: Callable[[], float]
     machine: Callable[[], float]
-    sleep: Callable[[float], None]
+    sleep: Callable[[float], None] | None
     async_sleep: Callable[[float], Awaitable[None]]
     wait: Callable[[Callable[[float | None], Any], float | None], None]
     wait_async: Callable[[asyncio.Event, float | None, Callable[[], None]], Awaitable[None]]
@@ -75,7 +71,7 @@ class Clock:
         self.now = time.monotonic
         self.wall = time.time
         self.machine = time.monotonic
-        self.sleep = _sleep
+        self.sleep = None
         self.async_sleep = asyncio_sleep
         self.wait = _wait
         self.wait_async = wait_really_async

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import types
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
-from opero.core.breaker import Circuit
 from opero.core.plan import CacheInfo, Plan
 from opero.core.stats import CallStats
 from opero.exceptions import MisuseError
@@ -14,12 +13,15 @@ from opero.exceptions import MisuseError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.core.breaker import Circuit
     from opero.core.decoration import Decoration
 
 __all__ = ["Control", "control"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C")
+C_co = TypeVar("C_co", covariant=True)
 
 # Which options make which policy of a plan, the one that turns it off first.
 _OPTIONS_OF_POLICY = {
@@ -43,6 +45,8 @@ _OPTIONS_OF_POLICY = {
     "on_event": ("on_event",),
     "default": ("default",),
 }
+# Options of a map that belong to no policy.
+_OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "total", "batch_size", "pool_options"}
 
 
 class LiveStats:
@@ -138,17 +142,28 @@ class Control(Generic[P, R]):
         Raises:
             MisuseError: If the function has no ``breaker``.
         """
+        from opero.core.breaker import Circuit
+
         policy = self._decoration.plan.breaker
         if policy is None:
             msg = f"{self._decoration.plan.name} has no circuit; decorate it with breaker=5"
             raise MisuseError(msg)
         return Circuit(policy)
 
+    def cache_refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function for these arguments, under all its policies, and keep the new result in place of the old.
+
+        Others get the old one meanwhile; two refreshes at once are one run. One that fails raises as a call does, and
+        keeps the old result. Of an ``async def`` function it has to be awaited.
+        """
+        result: R = self._decoration.refresh((*self._head, *args), kwargs)
+        return result
+
     def with_options(self, **options: Any) -> Callable[P, R]:
         """Give the same function under changed options, such as ``with_options(retries=0)``.
 
         What no option names is shared with this function, not copied: the cache with its entries, the rate limit, the
-        circuits, and always the stats.
+        circuits, and always the stats. Decorators that stand above opero's are not part of it.
 
         Args:
             **options: Those of the decorator that made the function.
@@ -168,12 +183,24 @@ class Control(Generic[P, R]):
         return f"<control of {self._decoration.plan.name}>"
 
 
-def control(function: Callable[P, R], /) -> Control[P, R]:
+class _HasControl(Protocol[C_co]):
+    """A decorated object that is no function: a map."""
+
+    def __opero_control__(self, head: tuple[Any, ...], /) -> C_co: ...
+
+
+@overload
+def control(function: _HasControl[C], /) -> C: ...
+@overload
+def control(function: Callable[P, R], /) -> Control[P, R]: ...
+def control(function: Any, /) -> Any:
     """Give access to what a decorated function can do besides being called.
 
     Args:
         function: What `opero.opero` made, or a bound method of it, as in ``control(client.fetch).cache_delete(3)``.
-            Other decorators may stand above opero's if they use `functools.wraps`.
+            Other decorators may stand above opero's if they use `functools.wraps`. Or a map; then there are also
+            ``stream``, ``run``, ``one``, ``starmap`` and ``pool``, which a map below ``@classmethod`` does not have
+            itself from Python 3.13 on: ``control(Client.fetch).stream(urls)``.
 
     Raises:
         TypeError: If opero has not decorated it.
@@ -187,18 +214,24 @@ def control(function: Callable[P, R], /) -> Control[P, R]:
         what = getattr(function, "__qualname__", type(function).__qualname__)
         msg = f"control got {what}, which opero has not decorated; give it what @opero made, or a bound method of it"
         raise TypeError(msg)
-    return Control(decoration, head or getattr(found, "_head", ()))
+    control_of_map = getattr(type(found), "__opero_control__", None)
+    return Control(decoration, head) if control_of_map is None else control_of_map(found, head)
 
 
 def decoration_of(function: Any) -> Decoration | None:
     """What stands behind a decorated function; None behind any other."""
-    # A mock, or a proxy, has every attribute that it is asked for.
-    found: Decoration | None = getattr(function, "__dict__", {}).get("__opero__")
+    # A bound method shows the attributes of its function, and a mock any that it is asked for.
+    found: Decoration | None = None
+    if not isinstance(function, types.MethodType):
+        found = getattr(function, "__dict__", {}).get("__opero__")
     return found
 
 
 def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """The options after a change; those of a policy that it turns off have no meaning any more."""
+    if "cache" in named and named["cache"] not in {True, False}:
+        # A `Cache` says all of it.
+        given = {name: value for name, value in given.items() if not name.startswith("cache_")}
     off = {other for first, *others in _OPTIONS_OF_POLICY.values() if not named.get(first, True) for other in others}
     # Without retries, too, the one rejects results, and the other says what an error tells of a candidate or service.
     off.discard("retry_if_result")
@@ -211,6 +244,7 @@ def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, A
 
 def with_shared_policies(new: Plan, old: Plan, named: set[str]) -> Plan:
     """The new plan with those policies of the old one of which no option is named."""
+    named = named - _OF_THE_MAP
     if not named <= {name for names in _OPTIONS_OF_POLICY.values() for name in names}:
         # Made by a decorator of one policy: all that is named belongs to that one.
         return new.sharing(old, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from opero.core.clock import clock
@@ -10,7 +11,14 @@ from opero.core.flow import call_flow
 from opero.core.listeners import is_listened_to, switches
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING, check_decoratable, first_parameter, innermost, refuse_unfinished
-from opero.core.steps import Failed, drive, drive_async, made_an_error_of_its_cancellation
+from opero.core.steps import (
+    Attempt,
+    Failed,
+    drive,
+    drive_async,
+    made_an_error_of_its_cancellation,
+    run_attempt_async,
+)
 from opero.core.wrapper import wrap
 from opero.exceptions import MisuseError
 
@@ -33,21 +41,26 @@ class Decoration:
         recipe: What makes the decorated function anew, in another process or under changed options.
         function: What is called at once where ``is_direct``.
         count: Counts such a call.
+        fetch: Gives the cache's entry of a key, by awaiting; None where that is no use.
+        find: Gives the cache's entry, a tuple that begins with the result, if that is quick; else None.
         is_direct: Whether it may be called without asking anybody.
-        is_limited: Whether nobody has to be asked but the rate limit.
+        asks: Whether only what can be asked at once stands before it: candidates, a circuit, a limit of slots or time.
     """
 
     __slots__ = (
         "_has_looked",
         "_key_of",
+        "_limit",
         "_look_up",
         "_may_expire",
-        "_take_slot",
+        "_seconds",
+        "asks",
         "clock",
         "count",
+        "fetch",
+        "find",
         "function",
         "is_direct",
-        "is_limited",
         "new_call",
         "plan",
         "recipe",
@@ -62,41 +75,105 @@ class Decoration:
         self.switches = switches
         self.count = plan.stats.direct.tick
         self.new_call = Call
-        self.is_direct = self.is_limited = self._has_looked = False
+        self.is_direct = self.asks = False
+        # The cache looks at all results.
+        self._has_looked = plan.cache is not None
         self._key_of: Callable[..., Any] = _no_key
         self._look_up: Callable[[Any], tuple[Any, float] | None] | None = None
         self._may_expire = False
         if plan.cache is not None:
             self._key_of, self._look_up = plan.cache.keys.key_of, plan.cache.look_up
             self._may_expire = plan.cache.entries_may_expire
-        self._take_slot = None if plan.limit is None else plan.limit.take_now
+            plan.cache.stats = plan.stats
+        limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
+        self._seconds: float | None
+        self._seconds, self._limit = min(((s, name) for s, name in limits if s is not None), default=(None, ""))
+        self.find = self._finder() or _no_key
+        self.fetch = None if plan.cache is None else plan.cache.fetch
 
-    def may_start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Take a free slot of the rate limit, if there is one now."""
-        if self._take_slot is None or switches.are_on:
-            return False
-        try:
-            return self._take_slot(args, kwargs)
-        except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that has no limit as a call that failed
-            return False
+    drive = staticmethod(drive)
+    drive_async = staticmethod(drive_async)
+
+    def _finder(self) -> Callable[..., tuple[Any, float] | None] | None:
+        cache = self.plan.cache
+        if cache is None or self._look_up is None or self.plan.on_event is not None:
+            return None
+        return cache.finder(self.plan.stats.hits.tick, clock if self._may_expire else None)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a ``def`` function, or the beginning of a generator."""
-        if switches.is_disabled:
+        if switches.are_on and switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
             return self._run(*args, **kwargs)
-        begun = self._begin(args, kwargs)
-        return begun[0] if begun.__class__ is tuple else drive(begun, self.function if self._has_looked else self._run)
+        ready = self._ready(args, kwargs) if self.asks else None
+        if ready is None:
+            begun = self.begin(args, kwargs)
+            return (
+                begun[0] if begun.__class__ is tuple else drive(begun, self.function if self._has_looked else self._run)
+            )
+        first_args, first_kwargs, passage = ready
+        self.count()
+        started = clock.now()
+        try:
+            result = self.function(*first_args, **first_kwargs)
+        except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+            call = Call(args, kwargs, started=started, failure=error)
+        else:
+            if passage is not None:
+                passage.tell(failed=False)
+            return result
+        finally:
+            if passage is not None:
+                passage.is_over = True
+        return self.go_on(call)
 
     async def call_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for ``async def``."""
-        if switches.is_disabled:
+        if switches.are_on and switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
             return await self._run(*args, **kwargs)
-        begun = self._begin(args, kwargs)
-        if begun.__class__ is tuple:
-            return begun[0]
-        return await drive_async(begun, self.function if self._has_looked else self._run, self.plan.name)
+        ready = self._ready(args, kwargs) if self.asks else None
+        if ready is None:
+            begun = self.begin(args, kwargs)
+            if begun.__class__ is tuple:
+                return begun[0]
+            return await drive_async(begun, self.function if self._has_looked else self._run, self.plan.name)
+        first_args, first_kwargs, passage = ready
+        self.count()
+        started = clock.now()
+        attempt = Attempt(first_args, first_kwargs, MISSING, timeout=self._seconds, limit=self._limit)
+        try:
+            outcome = await run_attempt_async(self.function, attempt, self.plan.name)
+            if outcome.__class__ is not Failed:
+                if passage is not None:
+                    passage.tell(failed=False)
+                return outcome
+        finally:
+            if passage is not None:
+                passage.is_over = True
+        call = Call(args, kwargs, started=started, failure=outcome.error)
+        del outcome
+        return await self.go_on_async(call)
+
+    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Arguments and passage of a first attempt that may be made now; None where the flow has to decide."""
+        plan, passage, value = self.plan, None, MISSING
+        if switches.are_on:
+            return None
+        if plan.fallback is not None:
+            first = plan.fallback.first(args, kwargs)
+            if first is None:
+                return None
+            args, kwargs, value = first
+        if plan.breaker is not None:
+            passage = plan.breaker.enter_now(args, kwargs, value)
+            if passage is None:
+                return None
+        if plan.limit is not None and not plan.limit.has_slot_now(args, kwargs):
+            if passage is not None:
+                passage.is_over = True
+            return None
+        return args, kwargs, passage
 
     def go_on(self, call: Call) -> Any:
         """The rest of a call whose first attempt was made by the wrapper, and failed."""
@@ -109,7 +186,7 @@ class Decoration:
         function = self.function if self._has_looked else self._run
         return await drive_async(call_flow(self.plan, call), function, self.plan.name)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache's entry, a tuple that begins with the result, or the flow of the call."""
         key: Any = MISSING
         if self._look_up is not None and not is_listened_to(self.plan):
@@ -128,6 +205,32 @@ class Decoration:
             # It may hold the error that has this frame in its traceback.
             del key
 
+    async def begin_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `begin`, where the cache can be asked in the event loop."""
+        if self.fetch is None or is_listened_to(self.plan):
+            return self.begin(args, kwargs)
+        key: Any
+        try:
+            key = self._key_of(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the call fails with it, and is counted
+            key = Failed(error)
+        else:
+            entry = await self.fetch(key)
+            if entry is not None:
+                self.plan.stats.hits.tick()
+                return entry
+        try:
+            return call_flow(self.plan, Call(args, kwargs, key=key))
+        finally:
+            del key
+
+    def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the function whatever the cache has; of an ``async def`` one, a coroutine that does."""
+        call = Call(args, kwargs, blocks=not self.plan.is_async)
+        call.refreshes = True
+        flow = call_flow(self.plan, call)
+        return drive_async(flow, self.function, self.plan.name) if self.plan.is_async else drive(flow, self.function)
+
     def _with_first_candidate(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -143,29 +246,31 @@ class Decoration:
         kinds = {
             "generator": self._first_item,
             "async generator": self._first_item_async,
-            "async def": self._look_async,
+            "async def": self._await,
         }
         return kinds.get(self.plan.kind, self._look)
 
     def _look(self, /, *args: Any, **kwargs: Any) -> Any:
         result = self.function(*args, **kwargs)
-        refuse_unfinished(self.function, result, is_cached=self.plan.cache is not None)
+        refuse_unfinished(self.function, result, is_cached=False)
         self._looked()
         return result
 
-    async def _look_async(self, /, *args: Any, **kwargs: Any) -> Any:
+    async def _await(self, /, *args: Any, **kwargs: Any) -> Any:
         result = await self.function(*args, **kwargs)
-        if self.plan.cache is not None:
-            refuse_unfinished(self.function, result, is_cached=True)
         self._looked()
         return result
 
     def _looked(self) -> None:
         plan = self.plan
         self._has_looked = True
-        at_once = plan.cache is None and plan.first_attempt_is_direct
-        self.is_direct = at_once and plan.limit is None
-        self.is_limited = at_once and plan.limit is not None
+        has_more = plan.cache is not None or plan.places is not None or plan.on_event is not None
+        if has_more or plan.retry.watches_every_attempt:
+            return
+        # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
+        is_timed = plan.is_async and self._seconds is not None
+        self.asks = is_timed or any(policy is not None for policy in (plan.fallback, plan.breaker, plan.limit))
+        self.is_direct = not self.asks
 
     def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """A generator that has begun, and its first item; None and its result if it has ended without one."""
@@ -177,8 +282,15 @@ class Decoration:
 
     async def _first_item_async(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         generator = self.function(*args, **kwargs)
+        # The event loop closes all generators that it knows: it is to know the wrapper's only, which closes this one.
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(None, None)
         try:
-            return generator, await anext(generator)
+            first = generator.__anext__()
+        finally:
+            sys.set_asyncgen_hooks(*hooks)
+        try:
+            return generator, await first
         except StopAsyncIteration:
             return None, None
 
@@ -220,27 +332,32 @@ def decorated(plan: Plan, recipe: Recipe) -> Callable[..., Any]:
 def _attach(made: Any, decoration: Decoration) -> None:
     """What is known from `functools`, on the function itself."""
     its: Control[..., Any] = Control(decoration)
-    made.stats, made.with_options = its.stats, its.with_options
+    first = first_parameter(decoration.function)
+    offered: dict[str, Any] = {"with_options": its.with_options}
     if decoration.plan.cache is not None:
         # On others they would hide those of `functools.lru_cache` above.
         made.cache_info, made.cache_clear = its.cache_info, its.cache_clear
-        is_method = first_parameter(decoration.function) in {"self", "cls"}
-        made.cache_delete = _NeedsInstance("cache_delete", decoration) if is_method else its.cache_delete
+        offered |= {"cache_delete": its.cache_delete, "cache_refresh": its.cache_refresh}
+    made.stats = its.stats
+    for name, method in offered.items():
+        setattr(made, name, _NeedsInstance(name, decoration, first) if first in {"self", "cls"} else method)
 
 
 class _NeedsInstance:
-    """In place of what takes the arguments of a call, where these begin with an instance that Python does not pass."""
+    """In place of what has to know the instance of a method, which Python does not pass on here."""
 
-    def __init__(self, name: str, decoration: Decoration) -> None:
+    def __init__(self, name: str, decoration: Decoration, first: str) -> None:
         self._name = name
         self._decoration = decoration
+        self._first = first
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
         name = self._decoration.plan.name
-        method = name.rpartition(".")[2]
+        owner, _, method = name.rpartition(".")
+        what, whose = ("class", owner.rpartition(".")[2]) if self._first == "cls" else ("instance", "instance")
         msg = (
-            f"{name}.{self._name}(…) does not know the instance of the method; "
-            f"write opero.control(instance.{method}).{self._name}(…)"
+            f"{name}.{self._name}(…) does not know the {what} of the method; "
+            f"write opero.control({whose}.{method}).{self._name}(…)"
         )
         raise MisuseError(msg)
 

@@ -1,69 +1,465 @@
-"""Digests: keys that are the same in every process, and from which no argument can be read."""
+"""What a value is, as bytes: its type and the state that pickle would take of it, recursively.
+
+The bytes are the same in every process and for all values that a function could not tell apart; the order of a dict's
+items and of a set's elements makes no difference. What makes an object equal to others in its own opinion is not asked.
+A plain value is spelled by `marshal`, everything else is the digest of its parts: so large values have short keys from
+which nothing can be read. Values are taken apart on a list and not by recursion, however deep they are.
+"""
 
 from __future__ import annotations
 
+import collections
+import copyreg
+import enum
+import functools
+import itertools
 import marshal
+import os
 import pickle
 import re
+import sys
 import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from hashlib import blake2b
 from typing import Any
 
-from opero.core.keys import PLAIN_TYPES, Opaque, UncacheableError
+from opero.core.control import decoration_of
+from opero.core.signature import find_by_name, innermost, name_of
+from opero.exceptions import MisuseError
 from opero.utils.notes import describe
 
+PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
+_LEAVES = PLAIN_TYPES | {float, complex, type(...)}
 SIZE = 20
-# Old enough for every supported Python, so that they share their entries.
-_PICKLE_PROTOCOL = 4
+# Stands before a digest; nothing that marshal writes begins with it.
+_DIGEST = b"#"
+_PROTOCOL = 4
 # Later versions of the format note which objects are one and the same, so that equal values look different.
 _MARSHAL_VERSION = 2
 # One module under two names: in worker processes, and in Python 3.13.
 _SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}
-_NAMED = (type, types.FunctionType)
 _OF_NAMES = re.compile(r"\w+: (cannot pickle '[^']*' object|Can't (pickle|get) local object '[^']*')")
 
 
+class UncacheableError(TypeError):
+    """A value that cannot be told apart from others."""
+
+
+def digest_of(*values: Any) -> bytes:
+    """The digest of some values.
+
+    Raises:
+        UncacheableError: If one of them has a state that pickle cannot take.
+    """
+    return digest_of_spelled([spelling_of(value) for value in values])
+
+
+def digest_of_spelled(spelled: Iterable[bytes]) -> bytes:
+    """The digest of values that `spelling_of` has spelled."""
+    return blake2b(b"".join(spelled), digest_size=SIZE, person=b"values").digest()
+
+
 def digest_of_plain(values: tuple[Any, ...]) -> bytes:
-    """The digest of values that are all of exactly the `PLAIN_TYPES`, which `marshal` tells apart."""
+    """The digest of values that are all of exactly the `PLAIN_TYPES`, quickly."""
+    return blake2b(marshal.dumps(values, _MARSHAL_VERSION), digest_size=SIZE, person=b"plain").digest()
+
+
+class _Bag:
+    """Parts whose order makes no difference; those of a mapping are a key and a value in turn."""
+
+    __slots__ = ("in_pairs", "values")
+
+    def __init__(self, values: Iterable[Any], *, in_pairs: bool = False) -> None:
+        self.values = values
+        self.in_pairs = in_pairs
+
+
+class _Node:
+    """A value that is being taken apart.
+
+    Attributes:
+        left: The parts that are still to be spelled.
+        done: The others, spelled.
+        top: The depth of the outermost value that a part refers back to.
+        is_flat: Whether no part had to be taken apart itself.
+    """
+
+    __slots__ = ("done", "is_flat", "label", "left", "number", "top", "value")
+
+    def __init__(self, value: Any, label: str, parts: Iterable[Any]) -> None:
+        self.value = value
+        self.label = label
+        self.left = iter(parts)
+        self.done: list[bytes] = []
+        self.number = 0
+        self.top = sys.maxsize
+        self.is_flat = True
+
+    def digest(self) -> bytes:
+        done = self.done
+        if self.label in _IN_PAIRS:
+            done = [key + value for key, value in zip(done[::2], done[1::2], strict=True)]
+        return _digest(self.label, b"".join(sorted(done) if self.label in _IN_ANY_ORDER else done))
+
+
+_IN_PAIRS = frozenset({"dict", "pairs"})
+_IN_ANY_ORDER = _IN_PAIRS | {"set", "frozenset", "elements"}
+
+
+def _digest(label: str, content: bytes) -> bytes:
+    head = marshal.dumps(label, _MARSHAL_VERSION)
+    return _DIGEST + blake2b(head + content, digest_size=SIZE, person=b"value").digest()
+
+
+def spelling_of(value: Any) -> bytes:
+    """The bytes that tell a value from all others.
+
+    Raises:
+        UncacheableError: If it has a state that pickle cannot take.
+    """
+    found = _at_once(value)
+    if found is None:
+        found = _class_spelling(value) if isinstance(value, type) else _taken_apart(value)
+    return found
+
+
+def _class_spelling(kind: type) -> bytes:
+    # By itself: so it is the same wherever the class is met.
+    found = _classes.get(kind)
+    if found is None:
+        _classes[kind] = found = _taken_apart(kind)
+    return found
+
+
+_classes: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
+
+
+def _taken_apart(value: Any) -> bytes:
+    # By their ids: how deep those lie that are being taken apart, and what is known of those that have been.
+    depths: dict[int, int] = {}
+    known: dict[int, tuple[Any, bytes]] = {}
+    stack: list[_Node] = []
+    count = 0
+    is_class = isinstance(value, type)
+    part = value
+    while True:
+        try:
+            node = _opened(part)
+        except UncacheableError:
+            # A class is told from others by all that can be told of it.
+            while stack and stack[-1].label != "class":
+                del depths[id(stack.pop().value)]
+            if not stack:
+                raise
+            stack[-1].done.append(_UNKNOWN)
+        else:
+            node.number = count = count + 1
+            depths[id(part)] = len(stack)
+            stack.append(node)
+        while (part := _next_part(stack[-1], depths, known, are_parts=is_class)) is _NO_MORE:
+            node = stack.pop()
+            depth = depths.pop(id(node.value))
+            digest = node.digest()
+            if not stack:
+                return digest
+            stack[-1].done.append(digest)
+            if node.top < depth:
+                # Met again, it cannot be taken for the same: what it refers back to may be elsewhere then.
+                stack[-1].top = min(stack[-1].top, node.top)
+                digest = _digest("again", marshal.dumps(node.number, _MARSHAL_VERSION))
+            if not node.is_flat:
+                known[id(node.value)] = (node.value, digest)
+
+
+_NO_MORE = object()
+_UNKNOWN = _digest("unknown", b"")
+
+
+def _next_part(node: _Node, depths: dict[int, int], known: dict[int, tuple[Any, bytes]], *, are_parts: bool) -> Any:
+    """The next part that has to be taken apart itself; those before it are spelled.
+
+    With ``are_parts``, classes are taken apart, too.
+    """
+    for part in node.left:
+        found = _at_once(part)
+        if found is None:
+            if id(part) in depths:
+                node.top = min(node.top, depths[id(part)])
+                found = _digest("inside", marshal.dumps(len(depths) - depths[id(part)], _MARSHAL_VERSION))
+            elif id(part) in known:
+                found = known[id(part)][1]
+            elif isinstance(part, type) and not are_parts:
+                found = _class_spelling(part)
+            else:
+                node.is_flat = False
+                return part
+        node.done.append(found)
+    return _NO_MORE
+
+
+def _at_once(value: Any) -> bytes | None:  # noqa: PLR0911 - one for each kind
+    """The spelling of what need not be taken apart."""
+    kind = type(value)
+    if kind in _LEAVES:
+        return marshal.dumps(value, _MARSHAL_VERSION)
+    if kind is _Spelled:
+        spelling: bytes = value.spelling
+        return spelling
+    if kind is object:
+        # It has no state, and can have no weak reference: kept for ever, it is told from all others, in any process.
+        return _bare_objects.setdefault(id(value), (value, _digest("object", os.urandom(SIZE))))[1]
+    if kind in {list, tuple} and _LEAVES.issuperset(map(type, value)):
+        return _digest(kind.__name__, marshal.dumps(value, _MARSHAL_VERSION))
+    if isinstance(value, type):
+        if not _is_importable(value):
+            return None
+        return _digest("type", marshal.dumps((_module_of(value), value.__qualname__), _MARSHAL_VERSION))
+    return None
+
+
+_bare_objects: dict[int, tuple[object, bytes]] = {}
+
+
+def _module_of(value: Any) -> str:
+    module = getattr(value, "__module__", None) or ""
+    return _SAME_MODULES.get(module, module)
+
+
+def _is_importable(value: Any) -> bool:
+    """Whether every process that imports its module finds this under its name."""
+    module = _module_of(value)
+    # What a module that no file makes has is known to this process only.
+    is_made_by_file = getattr(sys.modules.get(value.__module__ or ""), "__spec__", None) is not None
+    return module != "__main__" and is_made_by_file and find_by_name(value.__module__, value.__qualname__) is value
+
+
+def _opened(value: Any) -> _Node:  # noqa: PLR0911 - one for each kind
+    """A node with the parts of a value: the one place that knows kinds of values."""
+    kind = type(value)
+    if kind is dict:
+        return _Node(value, "dict", itertools.chain.from_iterable(value.items()))
+    if kind in {list, tuple, set, frozenset}:
+        return _Node(value, kind.__name__, value)
+    if kind is _Bag:
+        return _Node(value, "pairs" if value.in_pairs else "elements", value.values)
+    if isinstance(value, type):
+        return _Node(value, "class", [*_parts_of_class(value)])
+    if kind in _PARTS:
+        return _Node(value, kind.__name__, [*_PARTS[kind](value)])
+    if hasattr(kind, "__cache_key__"):
+        return _Node(value, "keyed", (kind, value.__cache_key__()))
+    if isinstance(value, enum.Enum):
+        # A combination of flags may have no name.
+        return _Node(value, "member", (kind, value.value if value.name is None else value.name))
+    for base, parts in _parts_by_base():
+        if isinstance(value, base):
+            return _Node(value, base.__name__, (kind, *parts(value), _beside(value, base)))
+    return _Node(value, "object", [*_parts_by_pickle(value)])
+
+
+def _pairs(mapping: Mapping[Any, Any]) -> _Bag:
+    return _Bag(itertools.chain.from_iterable(mapping.items()), in_pairs=True)
+
+
+# Functions and classes
+
+
+def _parts_of_class(kind: type) -> Iterator[Any]:
+    """Of a class that is not known by its name alone: what it is made of."""
+    members = {
+        name: value
+        for name, value in vars(kind).items()
+        if name not in _OF_EVERY_CLASS and (name[:2] != "__" or isinstance(value, _FUNCTIONS))
+    }
+    yield _module_of(kind)
+    yield kind.__qualname__
+    yield from kind.__bases__
+    for name in sorted(members):
+        yield name
+        yield members[name]
+
+
+_FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
+# Known from the others, or telling nothing of what the class does.
+_OF_EVERY_CLASS = frozenset({"__dict__", "__weakref__", "_abc_impl"})
+
+
+def _parts_of_function(function: Any) -> Iterator[Any]:
+    """Its code, and what it has captured; of one that can be imported the code of all that it wraps."""
+    function = undecorated(function)
+    if not isinstance(function, types.FunctionType):
+        yield function
+        return
+    yield _module_of(function)
+    yield function.__qualname__
+    if _is_importable(function):
+        wrapped: Any = function
+        while isinstance(wrapped, types.FunctionType):
+            yield wrapped.__code__
+            wrapped = getattr(wrapped, "__wrapped__", None)
+        return
+    yield from _captured_by(function)
+    yield _contents((*(function.__defaults__ or ()),))
+    yield dict(zip(function.__kwdefaults__ or (), _contents((function.__kwdefaults__ or {}).values()), strict=True))
+    yield {name: value for name, value in vars(function).items() if name != "__wrapped__"}
+
+
+def _captured_by(function: types.FunctionType) -> Iterator[Any]:
+    yield function.__code__
+    for cell in function.__closure__ or ():
+        try:
+            yield _contents((cell.cell_contents,))
+        except ValueError:
+            yield "nothing yet"
+    yield _contents(_borrowed_globals(function))
+
+
+def _contents(values: Iterable[Any]) -> list[Any]:
+    # A bare object, which marks what is missing, is known by its place.
+    return ["object()" if type(value) is object else undecorated(value) for value in values]
+
+
+def _borrowed_globals(function: types.FunctionType) -> list[Any]:
+    """What a function uses that was compiled with globals of its own: they do what cells do elsewhere."""
+    known = function.__globals__
+    if "__file__" in known or known is getattr(sys.modules.get(function.__module__), "__dict__", None):
+        return []
+    return [known[name] for name in function.__code__.co_names if name in known]
+
+
+def _parts_of_code(code: types.CodeType) -> tuple[Any, ...]:
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    return (code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_freevars, *counts)
+
+
+def _parts_of_builtin(function: types.BuiltinFunctionType) -> tuple[Any, ...]:
+    owner = function.__self__
+    is_bound = owner is not None and not isinstance(owner, types.ModuleType)
+    return (_module_of(function), function.__qualname__, owner if is_bound else None)
+
+
+def undecorated(function: Any) -> Any:
+    """What opero has decorated; anything else as it is."""
+    while (decoration := decoration_of(function)) is not None:
+        function = decoration.function
+    return function
+
+
+_PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
+    types.FunctionType: _parts_of_function,
+    types.CodeType: _parts_of_code,
+    types.BuiltinFunctionType: _parts_of_builtin,
+    types.MethodType: lambda value: (undecorated(value.__func__), value.__self__),
+    types.ModuleType: lambda value: (value.__name__,),
+    types.MemberDescriptorType: lambda value: (value.__name__,),
+    types.GetSetDescriptorType: lambda value: (value.__name__,),
+    types.MappingProxyType: lambda value: (_pairs(value),),
+    classmethod: lambda value: (undecorated(value.__func__),),
+    staticmethod: lambda value: (undecorated(value.__func__),),
+    property: lambda value: (value.fget, value.fset, value.fdel),
+}
+
+
+# Objects
+
+
+@functools.cache
+def _parts_by_base_of(*_modules: bool) -> tuple[tuple[type, Callable[[Any], Iterable[Any]]], ...]:
+    import pathlib
+
+    found: list[tuple[type, Callable[[Any], Iterable[Any]]]] = [
+        # Pickle lists a set in the order of its hashes, and a path by how it was put together.
+        (set, lambda value: (_Bag(value),)),
+        (frozenset, lambda value: (_Bag(value),)),
+        (pathlib.PurePath, lambda value: (str(value),)),
+    ]
+    if "numpy" in sys.modules:
+        found.append((sys.modules["numpy"].ndarray, _parts_of_array))
+    if "pandas" in sys.modules:
+        pandas = sys.modules["pandas"]
+        found += [(pandas.DataFrame, _parts_of_frame), (pandas.Series, _parts_of_column)]
+    return tuple(found)
+
+
+def _parts_by_base() -> tuple[tuple[type, Callable[[Any], Iterable[Any]]], ...]:
+    # Of pandas, a module that is being imported has no classes yet.
+    return _parts_by_base_of("numpy" in sys.modules, hasattr(sys.modules.get("pandas"), "DataFrame"))
+
+
+def _parts_of_array(array: Any) -> tuple[Any, ...]:
+    """The contents in one order, however they lie in memory."""
+    plain = array.view(sys.modules["numpy"].ndarray)
+    contents = plain.ravel().tolist() if plain.dtype.hasobject else plain.tobytes()
+    dtype = plain.dtype
+    # Of a number, a date or text, not of what other libraries have made or what has fields.
+    is_named = dtype.kind in "biufcmMSUO" and type(dtype).__module__ == "numpy.dtypes" and dtype.metadata is None
+    return (dtype.str if is_named else dtype, plain.shape, contents)
+
+
+def _parts_of_frame(frame: Any) -> tuple[Any, ...]:
+    """The columns one by one: how they are grouped in memory does not matter."""
+    columns = [_values_of_column(frame.iloc[:, place]) for place in range(frame.shape[1])]
+    return (frame.columns, frame.index, columns, _parts_beside_pandas(frame))
+
+
+def _parts_of_column(column: Any) -> tuple[Any, ...]:
+    return (column.name, column.index, _values_of_column(column), _parts_beside_pandas(column))
+
+
+def _values_of_column(column: Any) -> tuple[Any, ...]:
+    if isinstance(column.dtype, sys.modules["numpy"].dtype):
+        return (column.to_numpy(),)
+    # What pandas has under a mask, or in which chunks, does not matter; what others keep besides does.
+    is_of_pandas = type(column.array).__module__.startswith("pandas.")
+    return (column.dtype, column.tolist() if is_of_pandas else column.array)
+
+
+def _parts_beside_pandas(value: Any) -> tuple[Any, ...]:
+    besides = {name: getattr(value, name, None) for name in value._metadata if name != "name"}  # noqa: SLF001 - where subclasses list what they carry
+    besides |= {name: held for name, held in vars(value).items() if name[0] != "_"}
+    return (value.attrs, value.flags.allows_duplicate_labels, besides)
+
+
+def _parts_by_pickle(value: Any) -> Iterator[Any]:
+    kind = type(value)
+    reduction = _reduction(value)
+    yield kind
+    if isinstance(reduction, str):
+        module = pickle.whichmodule(value, reduction)  # type: ignore[attr-defined]  # not in typeshed
+        if find_by_name(module, reduction) is not value:
+            msg = f"a {kind.__qualname__} is known by its name only, and not found by that"
+            raise UncacheableError(msg)
+        yield from (module, reduction)
+        return
+    maker: Any
+    arguments: Any
+    maker, arguments, state, items, pairs, setter = (*reduction, None, None, None, None)[:6]
+    yield from (_maker(maker), [None if part is kind else part for part in arguments], state, setter)
+    yield None if items is None else list(items)
+    if isinstance(value, collections.OrderedDict):
+        yield list(pairs or ())
+    else:
+        yield None if pairs is None else _Bag(itertools.chain.from_iterable(pairs), in_pairs=True)
+    owner = next(base for base in kind.__mro__ if not _REDUCERS.isdisjoint(vars(base)))
+    yield None if owner is object or kind in copyreg.dispatch_table else _beside(value, owner)
+
+
+_REDUCERS = frozenset({"__reduce_ex__", "__reduce__", "__getstate__"})
+
+
+def _reduction(value: Any) -> Any:
     try:
-        spelt = marshal.dumps(values, _MARSHAL_VERSION)
-    except ValueError as error:
-        msg = "an argument only pretends to be of a plain type; give cache_key="
-        raise UncacheableError(msg) from error
-    return blake2b(spelt, digest_size=SIZE, person=b"plain").digest()
-
-
-def digest_of(frozen: Any) -> bytes:
-    """The digest of what `opero.core.keys.freeze` made within ``values_only``."""
-    return blake2b(marshal.dumps(_spell(frozen), _MARSHAL_VERSION), digest_size=SIZE, person=b"frozen").digest()
-
-
-def _spell(frozen: Any) -> Any:
-    """Values for `marshal`: lists, which never occur in a frozen form, say what is not a plain value or a tuple."""
-    kind = frozen.__class__
-    if kind in PLAIN_TYPES:
-        return frozen
-    if kind is tuple:
-        return tuple([_spell(part) for part in frozen])
-    if kind is frozenset:
-        return ["set", sorted(marshal.dumps(_spell(part), _MARSHAL_VERSION) for part in frozen)]
-    if isinstance(frozen, type):
-        return _spell_name("type", frozen)
-    if kind is not Opaque:
-        return ["pickle", _pickle(frozen)]
-    pickled = _pickle(frozen.value)
-    # A pickle has the name, too, but the module as it is called in this process.
-    return _spell_name("named", frozen.value) if isinstance(frozen.value, _NAMED) else ["pickle", pickled]
-
-
-def _spell_name(what: str, named: Any) -> Any:
-    return [what, _SAME_MODULES.get(named.__module__, named.__module__), named.__qualname__]
-
-
-def _pickle(value: Any) -> bytes:
-    try:
-        return pickle.dumps(value, _PICKLE_PROTOCOL)
+        registered = copyreg.dispatch_table.get(type(value))
+        return value.__reduce_ex__(_PROTOCOL) if registered is None else registered(value)
+    except RecursionError:
+        raise
     except Exception as error:
+        if isinstance(value, Mapping):
+            return (type(value), (), _pairs(value))
+        if isinstance(value, AbstractSet):
+            return (type(value), (), _Bag(value))
         msg = f"a {type(value).__qualname__} cannot be pickled ({_reason(error)})"
         raise UncacheableError(msg) from error
 
@@ -72,3 +468,83 @@ def _reason(error: Exception) -> str:
     """Why something cannot be pickled; the text only where it has no more than names, others may show the value."""
     text = describe(error)
     return text if _OF_NAMES.fullmatch(text) else type(error).__name__
+
+
+class _Spelled:
+    """A part that has been spelled already."""
+
+    __slots__ = ("spelling",)
+
+    def __init__(self, spelling: bytes) -> None:
+        self.spelling = spelling
+
+
+@functools.lru_cache
+def _maker(maker: Any) -> _Spelled:
+    """What makes an object anew, by its name, as pickle knows it."""
+    name = getattr(maker, "__qualname__", None)
+    return _Spelled(spelling_of(maker) if name is None else _digest("maker", spelling_of((_module_of(maker), name))))
+
+
+def _beside(value: Any, base: type) -> dict[str, Any] | None:
+    """What the classes below ``base``, which takes the state of its own instances, have added to an instance."""
+    mro = type(value).__mro__
+    slots = []
+    for owner in mro[: mro.index(base)]:
+        declared = vars(owner).get("__slots__", ())
+        for name in [declared] if isinstance(declared, str) else declared:
+            is_private = name[:2] == "__" and name[-2:] != "__"
+            slots.append(f"_{owner.__name__.lstrip('_')}{name}" if is_private else name)
+    added = {name: getattr(value, name) for name in slots if name not in _NO_SLOTS and hasattr(value, name)}
+    if not base.__dictoffset__:
+        added |= getattr(value, "__dict__", {})
+    return added or None
+
+
+_NO_SLOTS = frozenset({"__dict__", "__weakref__"})
+
+
+# Which function is it?
+
+
+def lasting_identity(function: Callable[..., Any], option: str = "cache_namespace=") -> str:
+    """A name that no other function has, in this process or another one; ``option`` could give it another one.
+
+    Functions that are reached by module and name are known by these. What can share a name (lambdas, functions made
+    inside functions, partials, bound methods, callable objects, sessions without a file) is known by its code and by
+    the values that it carries, too.
+
+    Raises:
+        MisuseError: If these values cannot be told apart.
+    """
+    function = undecorated(function)
+    module, has_file = _place(innermost(function))
+    name = f"{module}.{name_of(function)}"
+    try:
+        particulars = _particulars(function, has_file=has_file)
+        return name if particulars is None else f"{name}#{digest_of(*particulars).hex()}"
+    except UncacheableError as error:
+        msg = f"{name_of(function)} carries a value that cannot be told apart from others: {error}; give {option}"
+        raise MisuseError(msg) from error
+
+
+def _place(function: Any) -> tuple[str, bool]:
+    name = getattr(function, "__module__", None) or ""
+    if name not in {"__main__", "__mp_main__"}:
+        return name, True
+    # Every script is `__main__`, and its own worker processes know it as `__mp_main__`.
+    file = getattr(function, "__globals__", {}).get("__file__") or getattr(sys.modules.get(name), "__file__", None)
+    return ("__main__", False) if file is None else (f"__main__({os.path.realpath(file)})", True)
+
+
+def _particulars(function: Any, *, has_file: bool) -> tuple[Any, ...] | None:
+    if isinstance(function, types.BuiltinFunctionType):
+        owner = function.__self__
+        return None if owner is None or isinstance(owner, types.ModuleType) else (owner,)
+    if not isinstance(function, types.FunctionType):
+        return (function,)
+    is_reached_by_name = "<" not in function.__qualname__ and function.__code__.co_name == function.__name__
+    if is_reached_by_name and has_file and not function.__closure__ and not _borrowed_globals(function):
+        return None
+    # Not its defaults, which are among the arguments of each call.
+    return tuple(_captured_by(function))

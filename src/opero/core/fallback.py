@@ -67,6 +67,21 @@ class FallbackOverParameter:
             raise ValueError(msg)
         return list(given[: self._most])
 
+    def first(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any] | None:
+        """The arguments with the first candidate, and which it is; None if that cannot be told at once."""
+        given = self._slot.get(args, kwargs)
+        if given.__class__ is Candidates:
+            given = given.values()
+        if given.__class__ is not list and given.__class__ is not tuple:
+            return (
+                None if isinstance(given, (CandidatesFrom, list, tuple)) or given is MISSING else (args, kwargs, given)
+            )
+        if not given or (self._rests and len(given) > 1):
+            return None
+        return (*self._slot.put(args, kwargs, given[0]), given[0])
+
     def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if value is MISSING:
             return call.args, call.kwargs

@@ -9,6 +9,7 @@ from opero.core.forks import watch_forks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
 
 class Presence:
@@ -23,7 +24,19 @@ class Presence:
 class Flight:
     """One computation under way."""
 
-    __slots__ = ("abandoned", "badge", "key", "landed", "outcome", "presence", "stale", "thread", "wakers")
+    __slots__ = (
+        "abandoned",
+        "badge",
+        "key",
+        "landed",
+        "outcome",
+        "presence",
+        "stale",
+        "thread",
+        "traceback",
+        "wakers",
+        "written",
+    )
 
     def __init__(self, key: Any, presence: Presence | None = None) -> None:
         self.key = key
@@ -35,86 +48,91 @@ class Flight:
         self.abandoned = False
         self.stale = False
         self.outcome: Any = None
+        # As bytes, where results are kept so; and where the outcome is an error, the way that it had come then.
+        self.written: bytes | None = None
+        self.traceback: TracebackType | None = None
         self.wakers: list[Callable[[], None]] = []
 
 
 class Flights:
-    """The computations of one cache that are under way."""
+    """The computations of one cache that are under way.
+
+    Without a lock: a finalizer, a signal handler or the garbage collector may come between any two steps, and call the
+    same function.
+    """
 
     def __init__(self) -> None:
         self._under_way: dict[Any, Flight] = {}
         # What was under way when this process was forked: its parent may wait for it, and not the other way round.
         self.inherited: frozenset[Any] = frozenset()
-        self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Forget computations whose threads exist only in the parent."""
-        self.lock = threading.Lock()
         self.inherited |= self._under_way.keys()
         self._under_way.clear()
 
     def board(self, flight: Flight) -> Flight:
         """The flight that is under way for the key, or else ``flight``, which the caller then has to fly."""
-        with self.lock:
-            return self._under_way.setdefault(flight.key, flight)
+        return self._under_way.setdefault(flight.key, flight)
 
-    def land(self, flight: Flight, outcome: Any) -> None:
+    def land(self, flight: Flight, outcome: Any, written: bytes | None = None) -> None:
         """Give every waiter the outcome."""
-        self._end(flight, outcome)
+        flight.outcome, flight.written = outcome, written
+        error = getattr(outcome, "error", None)
+        flight.traceback = error.__traceback__ if isinstance(error, Exception) else None
+        self._end(flight)
 
     def abandon(self, flight: Flight) -> None:
         """The leader cannot finish: unless it has landed, some waiter has to take over."""
         if not flight.landed:
             flight.abandoned = True
-            self._end(flight, None)
+            self._end(flight)
 
     def invalidate(self, key: Any = None) -> None:
         """What is being computed, for ``key`` or for all, must not be stored; later callers compute anew."""
-        with self.lock:
-            flights = list(self._under_way.values()) if key is None else [self._under_way.get(key)]
-            for flight in flights:
-                if flight is not None:
-                    flight.stale = True
-                    del self._under_way[flight.key]
+        under_way = self._under_way.copy()
+        for flight in under_way.values() if key is None else filter(None, [under_way.get(key)]):
+            flight.stale = True
+            self._leave(flight)
 
-    def _end(self, flight: Flight, outcome: Any) -> None:
-        with self.lock:
-            if self._under_way.get(flight.key) is flight:
-                del self._under_way[flight.key]
-            flight.outcome = outcome
-            flight.landed = True
-            wakers, flight.wakers = flight.wakers, []
-        for wake in wakers:
+    def _end(self, flight: Flight) -> None:
+        self._leave(flight)
+        flight.landed = True
+        # Whoever comes now looks at `landed` after adding itself.
+        for wake in flight.wakers.copy():
             wake()
+
+    def _leave(self, flight: Flight) -> None:
+        if self._under_way.get(flight.key) is flight:
+            self._under_way.pop(flight.key, None)
 
 
 class Seat:
     """One waiter's view of a flight; an `Arrival`."""
 
-    __slots__ = ("_flight", "_flights", "_wake")
+    __slots__ = ("_flight", "_time_left", "_wake")
 
-    def __init__(self, flights: Flights, flight: Flight) -> None:
-        self._flights = flights
+    def __init__(self, flight: Flight, time_left: Callable[[], float | None]) -> None:
         self._flight = flight
+        self._time_left = time_left
         self._wake: Callable[[], None] | None = None
 
     def poll(self) -> bool:
-        return self._flight.landed
+        left = self._time_left()
+        return self._flight.landed or (left is not None and left <= 0)
 
     def due_in(self) -> float | None:
-        return None
+        return self._time_left()
 
     def notify(self, wake: Callable[[], None] | None) -> None:
-        with self._flights.lock:
-            if self._wake is not None and self._wake in self._flight.wakers:
-                self._flight.wakers.remove(self._wake)
-            self._wake = wake
-            if wake is not None and not self._flight.landed:
-                self._flight.wakers.append(wake)
-                return
+        if self._wake is not None and self._wake in self._flight.wakers:
+            self._flight.wakers.remove(self._wake)
+        self._wake = wake
         if wake is not None:
-            wake()
+            self._flight.wakers.append(wake)
+            if self._flight.landed:
+                wake()
 
     def withdraw(self) -> None:
         """The flight does not know its passengers; nothing to give back."""

@@ -1,7 +1,7 @@
 """The flow of one call: every decision, in the order of the layers, without sleeping, awaiting or calling.
 
-`call_flow` is cache and default; then `_Layers` has total_timeout and retry, fallback and breaker,
-max_concurrent, rate limit and attempt_timeout. This order is part of opero's contract.
+`call_flow` is default, cache and total_timeout; then `_Layers` has retry, fallback, breaker, max_concurrent, rate
+limit and attempt_timeout. This order is part of opero's contract.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.listeners import switches, teller_of
 from opero.core.plan import Call, Final, Plan, Verdict
 from opero.core.signature import MISSING, own_signature
-from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, waiting_until
+from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Share, waiting_until
 from opero.exceptions import (
     AllFailedError,
     CallTimeoutError,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from opero.core.breaker import Passage
     from opero.core.limits.places import Place
+    from opero.core.listeners import Teller
     from opero.core.retry import Rounds
     from opero.core.steps import Await
 
@@ -67,6 +68,7 @@ class Candidate:
     kwargs: dict[str, Any]
     value: Any = MISSING
     place: int = 0
+    tries: int = 0
     ready_at: float | None = None
 
 
@@ -75,6 +77,9 @@ def call_flow(plan: Plan, call: Call) -> Flow:
     layers = _Layers(plan, call)
     if plan.on_event is not None or switches.listeners:
         call.tell = teller_of(plan, call)
+    if plan.total_timeout is not None:
+        # It bounds the wait for somebody else's computation, too.
+        call.deadline = call.started + plan.total_timeout
     outcome: Any = None
     is_over = False
     try:
@@ -92,9 +97,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         if outcome.__class__ is Final:
             outcome = outcome.outcome
         if outcome.__class__ is Failed:
-            plan.stats.failures.tick()
-            if plan.default is not MISSING and not _is_misuse(plan, call, outcome.error):
-                outcome = Failed(outcome.error, instead=plan.default)
+            outcome = _replaced_by_default(plan, call, outcome)
         is_over = True
         return outcome
     finally:
@@ -107,6 +110,24 @@ def call_flow(plan: Plan, call: Call) -> Flow:
                 cached=call.cached,
                 cancelled=not is_over,
             )
+
+
+def item_flow(plan: Plan, call: Call) -> Flow:
+    """One item of a function that takes lists: the layers that are by item, around what is by call."""
+    if plan.cache is not None:
+        outcome = yield from plan.cache.through(call, _share, plan.stats)
+    else:
+        plan.stats.flown.tick()
+        outcome = yield from _share()
+    if outcome.__class__ is Failed:
+        plan.stats.failures.tick()
+        if plan.default is not MISSING and not isinstance(outcome.error, MisuseError):
+            outcome = Failed(outcome.error, instead=plan.default)
+    return outcome
+
+
+def _share() -> Any:
+    return (yield Share())
 
 
 class _Layers:
@@ -136,10 +157,8 @@ class _Layers:
         self.ended_by = ""
 
     def retry(self) -> Flow:
-        """total_timeout, and one round after another until one succeeds or no other may follow."""
+        """One round after another until one succeeds or no other may follow."""
         plan, call = self.plan, self.call
-        if plan.total_timeout is not None:
-            call.deadline = call.started + plan.total_timeout
         if plan.fallback is None:
             self.candidates = [Candidate(call.args, call.kwargs)]
         else:
@@ -148,7 +167,7 @@ class _Layers:
             if plan.limit is not None and len(self.candidates) > 1:
                 per = plan.limit.per
                 self.has_own_limit = per is not None and per.depends_on(plan.fallback.parameter)
-        rounds = plan.retry.rounds(call, plan.function)
+        rounds = plan.retry.rounds(plan.retry, call, plan.function)
         while True:
             if "before" in plan.retry.options:
                 rounds.begin()
@@ -233,8 +252,8 @@ class _Layers:
         plan, call = self.plan, self.call
         if call.failure is not None:
             failed, call.failure = Failed(call.failure), None
+            candidate.tries = call.rounds = 1
             self.is_new_round = False
-            call.rounds = 1
             return failed
         missed = yield from self._enter(candidate, passage)
         if missed is not None:
@@ -247,8 +266,8 @@ class _Layers:
                 timeout, option = left, "total_timeout"
             if timeout <= 0:
                 return OUT_OF_TIME
-        is_first, self.is_new_round = self.is_new_round, False
-        self._tally(1, is_first=is_first)
+        was_new, self.is_new_round = self.is_new_round, False
+        begins_round = self._count(candidate)
         attempt = Attempt(
             candidate.args,
             candidate.kwargs,
@@ -261,7 +280,10 @@ class _Layers:
             begins=self._forget_failure if plan.fallback is None and self.errors else None,
         )
         started = clock.now()
-        outcome = yield from self._told(attempt, candidate, is_first=is_first)
+        if call.tell is None:
+            outcome = yield attempt
+        else:
+            outcome = yield from self._told(attempt, None if begins_round else candidate, call.tell)
         call.is_last = attempt.is_last
         self.was_cut_short = attempt.limit == "total_timeout" and self._is_little(attempt.timeout)
         if outcome is not NOT_RUN:
@@ -270,8 +292,8 @@ class _Layers:
                 if outcome.__class__ is not Failed:
                     yield from plan.limit.ended(candidate, outcome)
             return outcome
-        self._tally(-1, is_first=is_first)
-        self.is_new_round = is_first
+        self._take_back(candidate, begins_round=begins_round)
+        self.is_new_round = was_new
         return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
 
     def _enter(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, _NoAttempt | None]:
@@ -286,17 +308,32 @@ class _Layers:
             return (yield from self._take_slot(candidate, passage))
         return None
 
-    def _tally(self, change: int, *, is_first: bool) -> None:
-        """Count an attempt, and the round or the candidate that it begins with; or take that back."""
+    def _count(self, candidate: Candidate) -> bool:
+        """Count an attempt; tells whether it begins a round, as the first candidate that is tried so often does."""
         call, stats = self.call, self.plan.stats
-        call.attempts += change
-        stats.attempts.add(change)
-        if not is_first:
-            stats.fallbacks.add(change)
+        call.attempts += 1
+        stats.attempts.tick()
+        candidate.tries += 1
+        if candidate.tries <= call.rounds:
+            stats.fallbacks.tick()
+            return False
+        call.rounds = candidate.tries
+        if call.rounds > 1:
+            stats.retries.tick()
+        return True
+
+    def _take_back(self, candidate: Candidate, *, begins_round: bool) -> None:
+        """Count no attempt that did not begin."""
+        call, stats = self.call, self.plan.stats
+        call.attempts -= 1
+        stats.attempts.add(-1)
+        candidate.tries -= 1
+        if not begins_round:
+            stats.fallbacks.add(-1)
             return
-        call.rounds += change
-        if max(call.rounds, call.rounds - change) > 1:
-            stats.retries.add(change)
+        if call.rounds > 1:
+            stats.retries.add(-1)
+        call.rounds -= 1
 
     def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None, rounds: Rounds) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
@@ -387,24 +424,22 @@ class _Layers:
             return GAVE_WAY
         return None
 
-    def _told(self, attempt: Attempt, candidate: Candidate, *, is_first: bool) -> Generator[Any, Any, Any]:
-        """The execution, and listeners are told of it."""
-        plan, call, tell = self.plan, self.call, self.call.tell
-        if tell is None:
-            return (yield attempt)
-        if not is_first:
-            tell("CandidateSwitched", place=candidate.place)
-        number, call.began = call.attempts, clock.now()
-        tell("AttemptStarted", attempt=number, round=call.rounds)
+    def _told(self, attempt: Attempt, switched_to: Candidate | None, tell: Teller) -> Generator[Any, Any, Any]:
+        """The execution, and listeners are told of it, if it begins."""
+        call, forget = self.call, attempt.begins
+
+        def begins() -> None:
+            if forget is not None:
+                forget()
+            call.began = clock.now()
+            if switched_to is not None:
+                tell("CandidateSwitched", place=switched_to.place)
+            tell("AttemptStarted", attempt=call.attempts, round=call.rounds)
+
+        attempt.begins = begins
         outcome = yield attempt
-        error: Exception | None = outcome.error if outcome.__class__ is Failed else None
-        if outcome is NOT_RUN:
-            is_late = self._is_out_of_time()
-            why = "total_timeout was over" if is_late else "its circuit opened"
-            kind = CallTimeoutError if is_late else CircuitOpenError
-            error = kind(f"{plan.name} was not called: {why} before a worker was free")
-        if error is not None:
-            tell("AttemptFailed", attempt=number, error=error, seconds=clock.now() - call.began)
+        if outcome.__class__ is Failed:
+            tell("AttemptFailed", attempt=call.attempts, error=outcome.error, seconds=clock.now() - call.began)
         return outcome
 
     def _forget_failure(self) -> None:
@@ -474,7 +509,7 @@ class _Layers:
         soonest = min(range(len(waits)), key=lambda place: waits[place] or 0.0)
         wait = waits[soonest]
         trial = "a trial call is under way" if wait is None else f"the next trial is in {wait:.3g} s"
-        failures = _count(breaker.shared.failures, "failure")
+        failures = _counted(breaker.shared.failures, "failure")
         message = f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}"
         place = None if self.plan.fallback is None else self.candidates[soonest].place
         return Failed(CircuitOpenError(message, wait, place))
@@ -513,14 +548,14 @@ class _Layers:
             whom = f"every candidate of {plan.fallback.parameter!r}"
             message = (
                 f"{plan.name}: {f'gave up on {whom}' if gave_up else f'{whom} failed'} in "
-                f"{_count(call.rounds, 'round')} ({_count(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
+                f"{_counted(call.rounds, 'round')} ({_counted(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
             )
             log("WARNING", "{}", message)
             return Failed(AllFailedError(message, self.errors))
         if isinstance(failed.error, CallTimeoutError) and self.earlier_failure:
             # The library's own error must not hide the function's.
             add_note(failed.error, f"opero: an attempt before that failed with {self.earlier_failure}")
-        summary = f"{plan.name} failed after {_count(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
+        summary = f"{plan.name} failed after {_counted(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
         log("WARNING", "{}", summary)
         add_note(failed.error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
         return failed
@@ -529,9 +564,12 @@ class _Layers:
 _CIRCUIT_IS_OPEN = "its circuit is open"
 
 
-def _is_misuse(plan: Plan, call: Call, error: Exception) -> bool:
-    """Whether the program is wrong, and no `default` shall hide it."""
-    return isinstance(error, MisuseError) or (isinstance(error, TypeError) and _is_wrong_call(plan, call))
+def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
+    """Count the call that failed; its default, if there is one, hides no error of the program."""
+    plan.stats.failures.tick()
+    error = failed.error
+    is_misuse = isinstance(error, MisuseError) or (isinstance(error, TypeError) and _is_wrong_call(plan, call))
+    return failed if plan.default is MISSING or is_misuse else Failed(error, instead=plan.default)
 
 
 def _is_wrong_call(plan: Plan, call: Call) -> bool:
@@ -554,5 +592,5 @@ def _in_context_of(outcome: Any, raised: Exception) -> Exception:
     return raised
 
 
-def _count(number: int, noun: str) -> str:
+def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

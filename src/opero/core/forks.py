@@ -37,17 +37,19 @@ def hold_forks(thing: Any) -> None:
 class ForkSafeLock:
     """A lock that is free in a forked child, whoever held it in the parent; to be used by its ``lock``.
 
-    It has no ``with`` of its own: an interrupt between Python's `__enter__` and the block would leave it locked.
+    It has no ``with`` of its own: an interrupt between Python's `__enter__` and the block would leave it locked. A
+    thread has it once, or with `threading.RLock` again: in a finalizer that the garbage collector runs in its block.
     """
 
-    __slots__ = ("__weakref__", "lock")
+    __slots__ = ("__weakref__", "_make", "lock")
 
-    def __init__(self) -> None:
+    def __init__(self, make: Any = threading.Lock) -> None:
+        self._make = make
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = self._make()
 
 
 def allow_forks(thread: threading.Thread) -> None:

@@ -1,313 +1,113 @@
-"""Cache keys: equal arguments give equal keys, arguments of different types never do.
+"""Cache keys: the same for calls whose arguments a function could not tell apart, different for all others.
 
-`freeze` turns any argument into a hashable form in which every value stands beside its type, at every depth, so that
-``1``, ``1.0`` and ``True`` are three. Plain arguments (exactly int, str, bool, bytes or None) need no such form: the
-source made by `KeyMaker` pairs them with their classes on the spot.
-
-Within `values_only` the form holds nothing that belongs to this process: objects that are otherwise known by identity
-or by their own ``__eq__`` are taken apart by `opero.core.reduction`; what is left is an `Opaque`, which
-`opero.core.digests` pickles.
+A key of plain arguments (exactly int, bool, None, or text and bytes that are not long) is these with their classes, so
+that ``1`` and ``True`` are two; other arguments are in it by their digest, see `opero.core.digests`. In memory the
+instance that a method is called on is in it by its identity. No key runs code of the user's when it is looked up, and
+none keeps an object of the user's alive.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
-import enum
-import functools
-import struct
-import sys
-import threading
+import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from opero.core.digests import (
+    PLAIN_TYPES,
+    UncacheableError,
+    digest_of,
+    digest_of_plain,
+    digest_of_spelled,
+    spelling_of,
+)
 from opero.core.signature import compile_function, forwarding, name_of
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
-    import datetime as dt
+    from collections.abc import Callable, Collection
 
+    from opero.core.clock import Clock
     from opero.core.signature import Forwarding
 
-PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
-
-Frozen = Any
-Freezer = Callable[[Any], Frozen]
-
-
-class UncacheableError(TypeError):
-    """A value that cannot be part of a cache key."""
+_SMALL = frozenset({int, bool, type(None)})
+_TEXTS = frozenset({str, bytes})
+# Longer text is in a key by its digest.
+_LONG = 1024
 
 
-class Opaque:
-    """A value of which a key that outlives the process knows no more than how to pickle it."""
+class Instance(weakref.ref[Any]):
+    """The identity of a living object, of which there is one for each; equal to itself only, without asking the object.
+
+    Attributes:
+        users: Marks of those `KeyMaker`s whose keys hold it.
+    """
+
+    __slots__ = ("name", "users")
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    name: int
+    users: set[object]
+
+
+_instances: dict[int, Instance] = {}
+
+
+def _forget(gone: Instance, instances: dict[int, Instance] = _instances) -> None:
+    if instances.get(gone.name) is gone:
+        del instances[gone.name]
+
+
+def instance_of(value: Any) -> Instance:
+    """The identity of an object; raises a TypeError if it can have no weak reference."""
+    made = Instance(value, _forget)
+    made.name, made.users = id(value), set()
+    while (known := _instances.setdefault(id(value), made))() is not value:
+        # Of one that was at its address before, and whose end is just being told.
+        _forget(known)
+    return known
+
+
+def identity_of(value: Any) -> Any:
+    """What tells a value from others within this process, whatever it is."""
+    if value.__class__ in PLAIN_TYPES:
+        return (value.__class__, value)
+    with contextlib.suppress(UncacheableError):
+        if is_value(value):
+            return digest_of(value)
+    try:
+        return instance_of(value)
+    except TypeError:
+        return _Held(value)
+
+
+def is_value(value: Any) -> bool:
+    """Whether it is meant to be equal to others, and not an object with a life of its own."""
+    equality: Any = type(value).__eq__
+    is_container = isinstance(value, (list, dict, set, bytearray)) or hasattr(type(value), "__dataclass_fields__")
+    return equality is not object.__eq__ and (type(value).__hash__ is not None or is_container)
+
+
+class _Held:
+    """Equal only to another one of the same object."""
 
     __slots__ = ("value",)
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
-
-_manner = threading.local()
-
-
-@contextlib.contextmanager
-def values_only() -> Iterator[None]:
-    """Let `freeze`, in this thread, refer to no object of this process."""
-    before = _only_values()
-    _manner.values_only = True
-    try:
-        yield
-    finally:
-        _manner.values_only = before
-
-
-def _only_values() -> bool:
-    return getattr(_manner, "values_only", False)
-
-
-def freeze(value: Any) -> Frozen:
-    """A hashable stand-in for ``value``: the same for equal values of the same type, different for all others."""
-    kind = value.__class__
-    if kind in PLAIN_TYPES:
-        return (kind, value)
-    freezer = _FREEZERS.get(kind) or _library_freezers().get(kind) or _freezer_by_inheritance(value)
-    return (kind, freezer(value))
-
-
-def identity_of(value: Any) -> Any:
-    """What tells a value from others within this process, whatever it is."""
-    try:
-        return freeze(value)
-    except (UncacheableError, RecursionError):
-        return _freeze_by_identity(value)
-
-
-def _freezer_by_inheritance(value: Any) -> Freezer:
-    kind: Any = type(value)
-    # Asked of the class: a proxy has every attribute that it is asked for.
-    if hasattr(kind, "__cache_key__"):
-        return lambda v: freeze(v.__cache_key__())
-    if isinstance(value, enum.Enum):
-        # A combination of flags may have no name.
-        return lambda v: freeze(v.value) if v.name is None else v.name
-    if dataclasses.is_dataclass(kind) and kind.__eq__ is not object.__eq__:
-        return _freeze_dataclass
-    for base, freezer in _inherited_freezers():
-        if isinstance(value, base):
-            # A subclass may know more than its base does.
-            return _with_attributes(freezer) if getattr(value, "__dict__", None) else freezer
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
-        return _freeze_array
-    return _pandas_freezer(value) or _freeze_hashable
-
-
-def _pandas_freezer(value: Any) -> Freezer | None:
-    pandas = sys.modules.get("pandas")
-    if pandas is None:
-        return None
-    if isinstance(value, pandas.DataFrame):
-        return _freeze_frame
-    return _freeze_column if isinstance(value, (pandas.Series, pandas.Index)) else None
-
-
-def _with_attributes(freezer: Freezer) -> Freezer:
-    return lambda value: (freezer(value), _freeze_mapping(vars(value)))
-
-
-def _freeze_each(values: Any) -> Frozen:
-    return tuple([freeze(v) for v in values])
-
-
-def _freeze_set(values: AbstractSet[Any]) -> Frozen:
-    return frozenset([freeze(v) for v in values])
-
-
-def _freeze_mapping(mapping: Mapping[Any, Any]) -> Frozen:
-    return frozenset([(freeze(k), freeze(v)) for k, v in mapping.items()])
-
-
-def _freeze_ordered(mapping: Mapping[Any, Any]) -> Frozen:
-    return tuple([(freeze(k), freeze(v)) for k, v in mapping.items()])
-
-
-def _freeze_dataclass(value: Any) -> Frozen:
-    names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
-    return tuple([(name, freeze(getattr(value, name))) for name in names])
-
-
-def _freeze_float(value: float) -> Frozen:
-    # The bits: 0.0 and -0.0 are equal but not the same argument, and NaN is not even equal to itself.
-    return struct.pack("<d", value)
-
-
-def _freeze_complex(value: complex) -> Frozen:
-    return struct.pack("<dd", value.real, value.imag)
-
-
-def _freeze_moment(value: dt.datetime | dt.time) -> Frozen:
-    # Two zones can show one moment, and one zone two moments (fold): the text has neither the zone nor the fold.
-    zone = value.tzinfo
-    return (value.isoformat(), value.fold, zone.__class__, None if zone is None else _freeze_zone(zone))
-
-
-def _freeze_zone(zone: dt.tzinfo) -> Frozen:
-    # Equal offsets do not make two zones one. `timezone` tells all in its repr, `ZoneInfo` in its key.
-    if zone.__class__.__module__ == "datetime":
-        return repr(zone)
-    return getattr(zone, "key", None) or _freeze_by_identity(zone)
-
-
-def _freeze_array(array: Any) -> Frozen:
-    masked = getattr(sys.modules["numpy"], "ma", None)
-    if masked is not None and isinstance(array, masked.MaskedArray):
-        # `tobytes` would show the fill value in place of what is under the mask.
-        return (_freeze_array(array.data), masked.getmaskarray(array).tobytes())
-    if array.dtype.hasobject:
-        return (array.shape, _freeze_each(array.ravel().tolist()))
-    return (repr(array.dtype), array.shape, array.tobytes())
-
-
-def _freeze_frame(frame: Any) -> Frozen:
-    columns = [_freeze_column(frame.iloc[:, place]) for place in range(frame.shape[1])]
-    return (_freeze_column(frame.columns), _freeze_column(frame.index), tuple(columns))
-
-
-def _freeze_column(column: Any) -> Frozen:
-    """A pandas Series or Index: its names, its type, its values, and for a Series its index."""
-    pandas = sys.modules["pandas"]
-    labels = freeze(list(column.names)) if isinstance(column, pandas.Index) else freeze(column.name)
-    index = _freeze_column(column.index) if isinstance(column, pandas.Series) else None
-    categories = getattr(column.dtype, "categories", None)
-    kind = (repr(column.dtype), None if categories is None else _freeze_each(categories.tolist()))
-    if isinstance(column.dtype, sys.modules["numpy"].dtype) and not isinstance(column, pandas.MultiIndex):
-        return (labels, index, kind, _freeze_array(column.to_numpy()))
-    return (labels, index, kind, _freeze_each(column.tolist()))
-
-
-def _freeze_hashable(value: Any) -> Frozen:
-    if _only_values():
-        return _freeze_by_state(value)
-    try:
-        hash(value)
-    except Exception as error:
-        msg = f"a {type(value).__qualname__} is neither hashable nor of a type that opero knows"
-        raise UncacheableError(msg) from error
-    equality: Any = type(value).__eq__
-    if equality is object.__eq__:
-        return _freeze_by_identity(value)
-    return value
-
-
-class _Identity(weakref.ref[Any]):
-    """Equal only to another reference to the same living object.
-
-    Nothing is kept alive by it, and a new object at an old address is not mistaken for the old one.
-    """
-
-    __slots__ = ("_id",)
-    _id: int
-
-    def __new__(cls, value: Any) -> Self:
-        made = super().__new__(cls, value)
-        made._id = id(value)
-        return made
-
     def __hash__(self) -> int:
-        return self._id
+        return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        value = self()
-        return value is not None and isinstance(other, _Identity) and value is other()
+        return isinstance(other, _Held) and self.value is other.value
 
 
-class _HeldIdentity:
-    """Equal only to another one of the same object."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __hash__(self) -> int:
-        return id(self._value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _HeldIdentity) and self._value is other._value
-
-
-def _freeze_by_state(value: Any) -> Frozen:
-    from opero.core.reduction import freeze_by_reduction
-
-    return freeze_by_reduction(value)
-
-
-def _freeze_by_identity(value: Any) -> Frozen:
-    if _only_values():
-        return _freeze_by_state(value)
-    try:
-        return _Identity(value)
-    except TypeError:
-        # Objects with slots only: no weak reference, so the key has to hold the object.
-        return _HeldIdentity(value)
-
-
-_FREEZERS: dict[type, Freezer] = {
-    float: _freeze_float,
-    complex: _freeze_complex,
-    tuple: _freeze_each,
-    list: _freeze_each,
-    dict: _freeze_mapping,
-    set: _freeze_set,
-    frozenset: _freeze_set,
-    bytearray: bytes,
-}
-
-
-@functools.cache
-def _library_freezers() -> dict[type, Freezer]:
-    """Exact types whose modules are not needed by programs that never pass them."""
-    import datetime as dt
-    import decimal
-    import uuid
-
-    return {
-        dt.date: dt.date.isoformat,
-        dt.datetime: _freeze_moment,
-        dt.time: _freeze_moment,
-        dt.timedelta: repr,
-        dt.timezone: repr,
-        decimal.Decimal: str,
-        uuid.UUID: str,
-    }
-
-
-@functools.cache
-def _inherited_freezers() -> tuple[tuple[type, Freezer], ...]:
-    import datetime as dt
-    import decimal
-    import pathlib
-
-    return (
-        (tuple, _freeze_each),
-        (list, _freeze_each),
-        (collections.OrderedDict, _freeze_ordered),
-        (Mapping, _freeze_mapping),
-        (AbstractSet, _freeze_set),
-        (float, _freeze_float),
-        (complex, _freeze_complex),
-        (decimal.Decimal, str),
-        (bytearray, bytes),
-        (dt.time, _freeze_moment),
-        (dt.datetime, _freeze_moment),
-        (pathlib.PurePath, str),
-    )
+def key_of_value(value: Any) -> bytes:
+    """The key that is made of one value."""
+    return digest_of(value)
 
 
 class KeyMaker:
@@ -319,27 +119,179 @@ class KeyMaker:
             is what its values are.
         cache_key: What the user gave to make the key in their place.
         digest: Whether the key has to be the same in every process, and to tell nothing of the arguments.
+        ignore: Names of parameters that are not part of the key.
 
     Attributes:
         key_of: A function of the same arguments that gives the key.
     """
 
-    def __init__(self, function: Callable[..., Any], cache_key: Callable[..., Any] | None, *, digest: bool) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        cache_key: Callable[..., Any] | None,
+        *,
+        digest: bool,
+        ignore: Collection[str] = (),
+    ) -> None:
         shape = forwarding(function)
         name = name_of(function)
-        finish = _by_digest if digest else _as_it_is
+        names = tuple(parameter for parameter in shape.names if parameter not in ignore)
+        mark = object()
         # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
-        namespace: dict[str, Any] = {
-            "_opero_plain": PLAIN_TYPES,
-            "_opero_digest": _digest_of_plain() if digest else None,
-            "_opero_frozen_key": _argument_freezer(shape.names, name, _Owners(function), finish),
-            "_opero_users_key": None if cache_key is None else _users_key(cache_key, name, finish),
+        self._namespace: dict[str, Any] = {
+            "_opero_small": PLAIN_TYPES if digest else _SMALL,
+            "_opero_texts": _TEXTS,
+            "_opero_digest": digest_of_plain,
+            "_opero_instances": _instances,
+            "_opero_mark": mark,
+            "_opero_id": id,
+            "_opero_len": len,
+            "_opero_other_key": _other_key(function, names, None if digest else mark),
+            "_opero_users_key": None if cache_key is None else _users_key(cache_key, name),
+            **shape.defaults,
         }
-        expression = _key_source(shape, digest=digest) if cache_key is None else f"_opero_users_key({shape.call})"
-        source = f"def key_of({shape.parameters}):\n    return {expression}\n"
-        self.key_of = compile_function(source, "key_of", {**namespace, **shape.defaults})
+        self._shape = shape
+        self._name = name
+        self._plain: list[str] | None = None
+        packed = "".join(f"{name}, " for name in names)
+        lines = [f"return _opero_other_key({packed})"]
+        if cache_key is not None:
+            lines = [f"return _opero_users_key({shape.call})"]
+        elif set(names) <= set(shape.named):
+            if digest:
+                plain = " and ".join(f"{name}.__class__ in _opero_small" for name in names) or "True"
+                lines = [f"if {plain}: return _opero_digest(({packed}))", *lines]
+            else:
+                self._plain = _lines_for_plain_arguments(shape, names)
+                lines = [*self._plain, *lines]
+        self.key_of = self._compiled(lines)
+
+    def finder(
+        self,
+        get: Callable[[Any], Any],
+        touch: Callable[[Any], object] | None,
+        tick: Callable[[], object],
+        clock: Clock | None,
+    ) -> Callable[..., Any] | None:
+        """A function of the same arguments that gives the entry of plain ones at once, and counts it.
+
+        It gives None for others, where there is no entry, and for one that has ended by the ``clock``.
+        """
+        if self._plain is None:
+            return None
+        self._namespace.update(_opero_get=get, _opero_touch=touch, _opero_tick=tick, _opero_clock=clock)
+        lines = [line.replace("return ", "_opero_key = ") for line in self._plain]
+        end = "" if clock is None else " or _opero_entry[1] <= _opero_clock.now()"
+        found = [
+            "if _opero_key is None: return None",
+            "_opero_entry = _opero_get(_opero_key)",
+            f"if _opero_entry is None{end}: return None",
+            "_opero_tick()",
+            # Removed since, if it is not there.
+            *([] if touch is None else ["try: _opero_touch(_opero_key)", "except KeyError: return _opero_entry"]),
+            "return _opero_entry",
+        ]
+        return self._compiled(["_opero_key = None", *lines, *found])
+
+    def _compiled(self, lines: list[str]) -> Callable[..., Any]:
+        source = "".join(f"    {line}\n" for line in lines)
+        made = compile_function(f"def key_of({self._shape.parameters}):\n{source}", "key_of", {**self._namespace})
         # A wrong call is reported under the name that the user knows.
-        self.key_of.__qualname__ = name
+        made.__qualname__ = self._name
+        return made
+
+
+def _lines_for_plain_arguments(shape: Forwarding, names: tuple[str, ...]) -> list[str]:
+    """Give the key if all arguments are plain, or all but the instance that a method is called on."""
+    lines = [f"if {_are_plain(names)}:", f"    return {_plain_key(names)}"]
+    if not names or names[0] != shape.names[0]:
+        return lines
+    owner, *others = names
+    is_known = f"_opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {owner}"
+    return [
+        *lines,
+        f"elif not ({owner}.__class__ in _opero_small):",
+        f"    _opero_known = _opero_instances.get(_opero_id({owner}))",
+        f"    if {is_known} and {_are_plain(others)}:",
+        f"        return {_plain_key(others, '_opero_known, ')}",
+    ]
+
+
+def _are_plain(names: Collection[str]) -> str:
+    return (
+        " and ".join(
+            f"({name}.__class__ in _opero_small or {name}.__class__ in _opero_texts and _opero_len({name}) < {_LONG})"
+            for name in names
+        )
+        or "True"
+    )
+
+
+def _plain_key(names: Collection[str], head: str = "") -> str:
+    return f"({head}{''.join(f'{name}, ' for name in names)}{''.join(f'{name}.__class__, ' for name in names)})"
+
+
+def _other_key(function: Callable[..., Any], names: tuple[str, ...], mark: object | None) -> Callable[..., Any]:
+    """What makes the key of arguments that are not all plain; with a ``mark`` instances are known by identity."""
+    owners = _Owners(function)
+    name = name_of(function)
+    first = next(iter(forwarding(function).names), None)
+    defaults = _bare_defaults(function)
+
+    def other_key(*values: Any) -> Any:
+        spelled = []
+        instance = None
+        for parameter, value in zip(names, values, strict=True):
+            if mark is not None and parameter == first and owners.has(value):
+                instance = _instance(value, name)
+            if instance is not None and parameter == first:
+                instance.users.add(mark)
+                continue
+            if type(value) is object and defaults.get(parameter) is value:
+                # It marks what is missing.
+                spelled.append(b"default")
+                continue
+            try:
+                spelled.append(spelling_of(value))
+            except UncacheableError as error:
+                raise MisuseError(_complaint(parameter, name, error)) from error
+        if instance is None:
+            return digest_of_spelled(spelled)
+        rest = values[1:]
+        if all(_is_plain(value) for value in rest):
+            return (instance, *rest, *map(type, rest))
+        return (instance, digest_of_spelled(spelled))
+
+    return other_key
+
+
+def _is_plain(value: Any) -> bool:
+    return value.__class__ in _SMALL or (value.__class__ in _TEXTS and len(value) < _LONG)
+
+
+def _bare_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters
+    except (ValueError, TypeError):
+        return {}
+    return {name: parameter.default for name, parameter in parameters.items() if type(parameter.default) is object}
+
+
+def _instance(value: Any, function: str) -> Instance | None:
+    """The identity of what a method is called on; None if it is told by its state."""
+    kind = type(value)
+    # What has a variable size (numbers, tuples, bytes) can have no weak reference, and does not change.
+    if hasattr(kind, "__cache_key__") or kind.__itemsize__:
+        return None
+    try:
+        return instance_of(value)
+    except TypeError as error:
+        msg = (
+            f"{function} was called on a {kind.__qualname__}, which can have no weak reference, so that a cache would "
+            "keep it alive; add '__weakref__' to its __slots__ (weakref_slot=True of a dataclass), or give it a method "
+            "__cache_key__ that returns what tells it from others"
+        )
+        raise MisuseError(msg) from error
 
 
 class _Owners:
@@ -380,52 +332,12 @@ def _unwraps_to(member: Any, function: Callable[..., Any]) -> bool:
 _MOST_WRAPPERS = 50
 
 
-# From a way to freeze something to the finished part of a key.
-Finish = Callable[[Callable[[Any], Frozen], Any], Any]
-
-
-def _as_it_is(freezer: Callable[[Any], Frozen], value: Any) -> Frozen:
-    return freezer(value)
-
-
-def key_of_value(value: Any, *, digest: bool) -> Any:
-    """The key that is made of one value."""
-    return _by_digest(freeze, value) if digest else freeze(value)
-
-
-def _digest_of_plain() -> Callable[[tuple[Any, ...]], bytes]:
-    from opero.core.digests import digest_of_plain
-
-    return digest_of_plain
-
-
-def _by_digest(freezer: Callable[[Any], Frozen], value: Any) -> bytes:
-    from opero.core.digests import digest_of
-
-    with values_only():
-        return digest_of(freezer(value))
-
-
-def _argument_freezer(names: tuple[str, ...], function: str, owners: _Owners, finish: Finish) -> Callable[..., Frozen]:
-    def frozen_key(*values: Any) -> Frozen:
-        frozen = []
-        for name, value in zip(names, values, strict=True):
-            is_owner = name == names[0] and finish is _as_it_is and owners.has(value)
-            try:
-                frozen.append(finish(_freeze_by_identity if is_owner else freeze, value))
-            except (UncacheableError, RecursionError) as error:
-                raise MisuseError(_complaint(name, function, error)) from error
-        return finish(tuple, frozen)
-
-    return frozen_key
-
-
-def _users_key(cache_key: Callable[..., Any], function: str, finish: Finish) -> Callable[..., Frozen]:
-    def users_key(*args: Any, **kwargs: Any) -> Frozen:
+def _users_key(cache_key: Callable[..., Any], function: str) -> Callable[..., Any]:
+    def users_key(*args: Any, **kwargs: Any) -> Any:
         key = cache_key(*args, **kwargs)
         try:
-            return finish(freeze, key)
-        except (UncacheableError, RecursionError) as error:
+            return digest_of(key)
+        except UncacheableError as error:
             msg = f"cache_key= of {function} returned a {type(key).__qualname__}: {error}; return text or numbers"
             raise MisuseError(msg) from error
 
@@ -433,20 +345,7 @@ def _users_key(cache_key: Callable[..., Any], function: str, finish: Finish) -> 
 
 
 def _complaint(name: str, function: str, error: Exception) -> str:
-    reason = str(error) if isinstance(error, UncacheableError) else "it contains itself or is nested too deeply"
     return (
-        f"argument {name!r} of {function} cannot be part of a cache key: {reason}; "
-        "give cache_key=, a function of the same arguments that returns the key"
+        f"argument {name!r} of {function} cannot be part of a cache key: {error}; leave it out by "
+        f"Cache(ignore={name!r}), or give cache_key=, a function of the same arguments that returns the key"
     )
-
-
-def _key_source(shape: Forwarding, *, digest: bool) -> str:
-    packed = "".join(f"{name}, " for name in shape.names)
-    if shape.variadic:
-        return f"_opero_frozen_key({packed})"
-    if not shape.names:
-        return "_opero_digest(())" if digest else "()"
-    plain = " and ".join(f"{name}.__class__ in _opero_plain" for name in shape.names)
-    classes = "".join(f"{name}.__class__, " for name in shape.names)
-    quick = f"_opero_digest(({packed}))" if digest else f"({packed}{classes})"
-    return f"{quick} if {plain} else _opero_frozen_key({packed})"

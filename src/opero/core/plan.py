@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opero.core.breaker import FunctionBreaker
-    from opero.core.cache import Cache
+    from opero.core.cache import ResultCache
     from opero.core.fallback import FallbackOverParameter
     from opero.core.flights import Presence
     from opero.core.limits.places import PlacesForFunction
@@ -37,7 +37,7 @@ class Plan:
 
     function: Callable[..., Any]
     retry: RetryPolicy
-    cache: Cache | None = None
+    cache: ResultCache | None = None
     total_timeout: float | None = None
     fallback: FallbackOverParameter | None = None
     breaker: FunctionBreaker | None = None
@@ -99,6 +99,7 @@ class Call:
         "key",
         "kwargs",
         "presence",
+        "refreshes",
         "rounds",
         "started",
         "tell",
@@ -130,6 +131,8 @@ class Call:
         self.rounds = 0
         self.key = key
         self.cached = False
+        # Whether the function runs, whatever the cache has.
+        self.refreshes = False
         # Whether its thread waits for it, and whether the map that it is part of goes on by itself.
         self.blocks = blocks
         self.presence = presence
@@ -137,6 +140,10 @@ class Call:
         # Its place in a map.
         self.index: int | None = None
         self.tell: Teller | None = None
+
+    def time_left(self) -> float | None:
+        """Seconds until ``total_timeout`` ends; None without one."""
+        return None if self.deadline is None else self.deadline - clock.now()
 
 
 @dataclass(slots=True)

@@ -396,10 +396,18 @@ class FunctionLimit:
         self._when_full = when_full
         self._max_wait = max_wait
         self._name = name
+        self._take_free = self._taker()
 
-    @property
-    def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
-        """Takes a free slot for a call's arguments, if there is one; None if more has to be done."""
+    def has_slot_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Take a slot for a call if one is free now; False, too, where asking could block, or more has to be done."""
+        if self._take_free is None:
+            return False
+        try:
+            return self._take_free(args, kwargs)
+        except Exception:  # noqa: BLE001 - the flow asks again, and counts what has no limit or cost as a call that failed
+            return False
+
+    def _taker(self) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
         limiter, costs, per = self.limiter, self._costs, self.per
         if len(self.limiters) > 1 or limiter.limit.is_shared or costs.are_corrected:
             return None
@@ -568,7 +576,7 @@ def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], st
 
 
 def _lasting_name(function: Callable[..., Any]) -> str:
-    from opero.core.identity import lasting_identity
+    from opero.core.digests import lasting_identity
 
     return lasting_identity(function, "rate_limit_options={'name': …}")
 

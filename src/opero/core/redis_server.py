@@ -6,15 +6,17 @@ import contextlib
 import functools
 import os
 import sys
+import threading
+import time
 from types import NoneType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from opero.core.faults import Rest
 from opero.core.forks import ForkSafeLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
 # A server that is away or frozen costs no more than the two of them, once.
 CONNECT_SECONDS = 0.9
@@ -23,10 +25,21 @@ CONNECTIONS = 32
 
 
 class Server:
-    """One database of one server: connections, and a rest when it fails, that all who use it share."""
+    """One database of one server: connections, and a rest when it fails, that all who use it share.
 
-    def __init__(self, make_client: Callable[[], Any]) -> None:
-        self.client = make_client()
+    Args:
+        client: For threads.
+        make_async_client: Makes one for an event loop; None if there can be none.
+        is_ours: Whether to close what is open; not a client of the program's own.
+    """
+
+    def __init__(
+        self, client: Any, make_async_client: Callable[[], Any] | None = None, *, is_ours: bool = True
+    ) -> None:
+        self.client = client
+        self._make_async_client = make_async_client
+        self._async_clients: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self._is_ours = is_ours
         self._process = os.getpid()
         self.rest = Rest()
         self.users: WeakSet[Any] = WeakSet()
@@ -39,6 +52,40 @@ class Server:
             self._scripts[source] = script = self.client.register_script(source)
         found: Callable[[list[str], list[Any]], Any] = script
         return found
+
+    @property
+    def has_async_client(self) -> bool:
+        """Whether it can be asked in an event loop."""
+        return self._make_async_client is not None
+
+    async def get(self, key: bytes) -> bytes | None:
+        """What is there under a key, asked in the running event loop."""
+        assert self._make_async_client is not None  # noqa: S101 - for the type checkers
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        known = self._async_clients.get(loop)
+        if known is None:
+            client = self._make_async_client()
+            # An event loop closes its generators when it ends, while it can still close connections.
+            closing = self._closing_at_the_end(client)
+            self._async_clients[loop] = known = client, asyncio.Semaphore(CONNECTIONS), closing
+            await anext(closing)
+        client, places, _ = known
+        # Not by a pool that lets tasks wait by itself, which takes a third of the time of a command.
+        async with places, asyncio.timeout(CONNECT_SECONDS + ANSWER_SECONDS):
+            entry: bytes | None = await client.get(key)
+            return entry
+
+    async def _closing_at_the_end(self, client: Any) -> AsyncGenerator[None, None]:
+        import asyncio
+
+        try:
+            yield
+        finally:
+            self._async_clients.pop(asyncio.get_running_loop(), None)
+            if self._is_ours:
+                await client.aclose(close_connection_pool=True)
 
     def failed(self, error: Exception) -> None:
         """Leave the server alone for a while if it was its fault, or its network's."""
@@ -55,7 +102,7 @@ class Server:
 
     def close(self) -> None:
         """Close the connections; they are made anew when needed."""
-        if os.getpid() != self._process:
+        if not self._is_ours or os.getpid() != self._process:
             # redis-py would wait for a lock that a thread of the parent may have held.
             return
         self.client.close()
@@ -67,31 +114,110 @@ class Server:
             self.close()
 
 
-_lock = ForkSafeLock()
+_lock = ForkSafeLock(threading.RLock)
 _servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
 
 
 def server_of(**place: Any) -> Server:
     """The server at a host, port, db and password, as far as this process is concerned."""
-
-    def make_client() -> Any:
-        return _client(_pool_class()(**place, **_settings()))
-
-    return _known(repr(sorted(place.items())), make_client)
+    return _known(
+        repr(sorted(place.items())),
+        lambda: Server(
+            _client(_pool_class()(**place, **_settings())),
+            lambda: _async_client(_async_pool_class()(**place, **_async_settings())),
+        ),
+    )
 
 
 def server_at(url: str) -> Server:
     """The server that a URL names, as far as this process is concerned."""
-    return _known(url, lambda: _client(_pool_class().from_url(url, **_settings())))
+    return _known(
+        url,
+        lambda: Server(
+            _client(_pool_class().from_url(url, **_settings())),
+            lambda: _async_client(_async_pool_class().from_url(url, **_async_settings())),
+        ),
+    )
 
 
-def _known(place: str, make_client: Callable[[], Any]) -> Server:
+def server_with(client: Any) -> Server:
+    """The server that a client of the program's own is connected to."""
+
+    def make() -> Server:
+        if not is_async_client(client):
+            return Server(client, is_ours=False)
+        return Server(_twin_of(client), lambda: client, is_ours=False)
+
+    return _known(f"client {id(client)}", make)
+
+
+def is_async_client(client: Any) -> bool:
+    """Whether it is one of `redis.asyncio`."""
+    return type(client).__module__.startswith("redis.asyncio") or any(
+        base.__module__.startswith("redis.asyncio") for base in type(client).__mro__
+    )
+
+
+def check_client(option: str, client: Any) -> Any:
+    """Refuse what is no client of redis-py, or gives text in place of bytes."""
+    if not hasattr(type(client), "execute_command"):
+        msg = f"{option} is {type(client).__name__}; give a client of redis-py (redis.Redis, redis.asyncio.Redis)"
+        raise TypeError(msg)
+    if is_async_client(client):
+        _twin_of(client)
+    pool = getattr(client, "connection_pool", None)
+    if getattr(pool, "connection_kwargs", {}).get("decode_responses"):
+        msg = f"{option} gives text in place of bytes; make it without decode_responses=True"
+        raise ValueError(msg)
+    return client
+
+
+def check_url(option: str, value: Any) -> str:
+    """Check a URL without showing it: it may hold a password."""
+    example = "write one such as 'redis://localhost:6379/0', 'rediss://user:password@host/0' or 'unix:///path'"
+    if not isinstance(value, str):
+        msg = f"{option} is {type(value).__name__}; {example}"
+        raise TypeError(msg)
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(value)
+        has_server = parts.scheme in {"redis", "rediss"} and parts.hostname is not None and parts.port != 0
+        # A password that is not encoded can end up in what stands behind the server.
+        is_good = parts.scheme == "unix" or (has_server and "@" not in f"{parts.path}{parts.query}{parts.fragment}")
+    except ValueError:
+        is_good = False
+    if not is_good:
+        encoded = "and '/', '?', '#' and '@' in a password as %2F, %3F, %23, %40"
+        msg = f"{option} is no URL of a redis server; {example}, {encoded}"
+        raise ValueError(msg)
+    return value
+
+
+def _twin_of(client: Any) -> Any:
+    """A client for threads that is connected as one of `redis.asyncio` is."""
+    from redis import connection
+
+    pool: Any = getattr(client, "connection_pool", None)
+    kind = getattr(connection, getattr(pool, "connection_class", type).__name__, None)
+    if kind is None or not issubclass(kind, connection.AbstractConnection):
+        msg = f"client=… is a {type(client).__name__} of redis.asyncio that opero has no twin for; give one for threads"
+        raise TypeError(msg)
+    given = {
+        name: value
+        for name, value in pool.connection_kwargs.items()
+        if name in {"host", "port", "db", "username", "password", "path"} or name.startswith("ssl_")
+    }
+    return _client(_pool_class()(connection_class=kind, **given, **_settings()))
+
+
+def _known(place: str, make: Callable[[], Server]) -> Server:
     # A forked child has connections of its own.
     name = f"{os.getpid()} {place}"
     with _lock.lock:
         server = _servers.get(name)
         if server is None:
-            _servers[name] = server = Server(make_client)
+            _servers[name] = server = make()
         return server
 
 
@@ -100,13 +226,72 @@ def _pool_class() -> Any:
     import redis
 
     class Pool(redis.BlockingConnectionPool):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]  # redis-py's
+            self.connection_class = _bounded(self.connection_class)
+
+        def get_connection(self, *args: Any, **kwargs: Any) -> Any:
+            _command.ends = time.monotonic() + CONNECT_SECONDS + ANSWER_SECONDS
+            return super().get_connection(*args, **kwargs)  # type: ignore[no-untyped-call]  # as above
+
         def release(self, connection: Any) -> None:
             if not isinstance(sys.exc_info()[1], (Exception, NoneType)):
                 # Ctrl-C came in the middle of a command, whose answer the next one would read.
                 connection.disconnect()
-            super().release(connection)  # type: ignore[no-untyped-call]  # redis-py's
+            super().release(connection)  # type: ignore[no-untyped-call]  # as above
 
     return Pool
+
+
+class _Command(threading.local):
+    """When the command ends at the latest that this thread waits for."""
+
+    ends: float = 0.0
+
+
+_command = _Command()
+
+
+@functools.cache
+def _bounded(connection: type[Any]) -> type[Any]:
+    """A class of connections on which no command takes longer in all than it may: redis-py bounds each read."""
+
+    class Bounded(connection):  # type: ignore[misc]  # any of redis-py's
+        def _connect(self) -> Any:
+            return _BoundedSocket(super()._connect())
+
+    return Bounded
+
+
+class _BoundedSocket:
+    """A socket whose reads and writes end when the command does that they are part of."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self.recv = _in_time(socket, socket.recv)
+        self.recv_into = _in_time(socket, socket.recv_into)
+        self.sendall = _in_time(socket, socket.sendall)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+
+def _in_time(socket: Any, act: Callable[..., Any]) -> Callable[..., Any]:
+    get_timeout, now = socket.gettimeout, time.monotonic
+
+    def act_in_time(*args: Any) -> Any:
+        timeout, left = get_timeout(), _command.ends - now()
+        if timeout is not None and (timeout <= left or timeout == 0):
+            return act(*args)
+        if left <= 0:
+            raise TimeoutError
+        socket.settimeout(left)
+        try:
+            return act(*args)
+        finally:
+            socket.settimeout(timeout)
+
+    return act_in_time
 
 
 def _client(pool: Any) -> Any:
@@ -114,6 +299,29 @@ def _client(pool: Any) -> Any:
     import redis
 
     return redis.Redis(connection_pool=pool)
+
+
+def _async_pool_class() -> Any:
+    import redis.asyncio
+
+    return redis.asyncio.ConnectionPool
+
+
+def _async_client(pool: Any) -> Any:
+    import redis.asyncio
+
+    return redis.asyncio.Redis(connection_pool=pool)
+
+
+def _async_settings() -> dict[str, Any]:
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import ConnectionError as NoConnectionError
+
+    retry = Retry(NoBackoff(), 1, supported_errors=(NoConnectionError,))
+    # What is read is bounded as a whole.
+    given = {name: value for name, value in _settings().items() if name not in {"max_connections", "timeout"}}
+    return {**given, "retry": retry, "socket_timeout": None}
 
 
 def _settings() -> dict[str, Any]:

@@ -67,6 +67,20 @@ _COMPOUND = (ExceptionGroup, RemoteError)
 PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError, MemoryError)
 
 
+# What is raised to steer a framework: an answer, an end, a message to its queue, and not a failure.
+_STEERING = frozenset(
+    {
+        ("celery.exceptions", "TaskPredicate"),
+        ("click.exceptions", "Abort"),
+        ("click.exceptions", "Exit"),
+        ("django.http.response", "Http404"),
+        ("starlette.exceptions", "HTTPException"),
+        ("unittest.case", "SkipTest"),
+        ("werkzeug.exceptions", "HTTPException"),
+    }
+)
+
+
 def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], ...]) -> bool:
     """Whether an exception is one of these, or a group of nothing but these."""
     if isinstance(error, classes):
@@ -80,7 +94,12 @@ def retry_unless_of_the_program(error: Exception) -> bool | Answer:
     """What stands for ``retry_on`` where it was not given."""
     if isinstance(error, PROGRAM_ERRORS):
         return GIVE_UP
-    return GIVE_UP if isinstance(error, _COMPOUND) and matches(error, PROGRAM_ERRORS) else True
+    if isinstance(error, _COMPOUND) and matches(error, PROGRAM_ERRORS):
+        return GIVE_UP
+    for cls in type(error).__mro__:
+        if (cls.__module__, cls.__name__) in _STEERING:
+            return GIVE_UP
+    return True
 
 
 def backoff_delay(failures: int, *, factor: float, smallest: float, largest: float) -> float:
@@ -111,9 +130,12 @@ class RetryPolicy:
     """How many rounds, which errors, how long between.
 
     Attributes:
+        rounds: Makes what is known of one call's rounds: ``policy.rounds(policy, call, function)``.
         watches_every_attempt: Whether results may be rejected, or tenacity's ``before`` is told of every attempt.
         is_one_round: Whether tenacity need not be asked if there is another round.
     """
+
+    rounds: type[Rounds]
 
     def __init__(
         self,
@@ -140,9 +162,6 @@ class RetryPolicy:
         )
         self.is_one_round = retries == 0 and not self.options
         self.retrying: Any = None if self.is_one_round else self._make_retrying()
-
-    def rounds(self, call: Call, function: Callable[..., Any]) -> Rounds:
-        return Rounds(self, call, function)
 
     def one_round(self) -> RetryPolicy:
         """The same without a second round."""
@@ -192,10 +211,7 @@ class Rounds:
         if "retry" in policy.options:
             return self._judged_by_tenacity(outcome)
         if outcome.__class__ is not Failed:
-            if policy.retry_if_result is None or not policy.retry_if_result(outcome):
-                return None
-            what = f"retry_if_result rejects what {name_of(self._function)} returned at attempt {self._call.attempts}"
-            return Verdict(RejectedResultError(what, outcome), outcome, again=True)
+            return None if policy.retry_if_result is None else self._judge_result(outcome, policy.retry_if_result)
         error, retry_on = outcome.error, policy.retry_on
         if isinstance(retry_on, (type, tuple)):
             is_known = matches(error, retry_on)
@@ -206,6 +222,16 @@ class Rounds:
         is_plain = answer is None or isinstance(answer, bool)
         again, delay = (bool(answer), None) if is_plain else (True, _delay(answer, retry_on))
         return Verdict(error, outcome, again=again, delay=delay)
+
+    def _judge_result(self, result: Any, rejects: Callable[[Any], Any]) -> Verdict | None:
+        answer = rejects(result)
+        if isinstance(answer, Answer):
+            msg = f"retry_if_result={shown(rejects)} answered with {answer!r}; let it return True or False"
+            raise MisuseError(msg)
+        if not answer:
+            return None
+        what = f"retry_if_result rejects what {name_of(self._function)} returned at attempt {self._call.attempts}"
+        return Verdict(RejectedResultError(what, result), result, again=True)
 
     def after(self, verdict: Verdict, must_end: Callable[[tenacity.RetryCallState], bool] | None) -> float | Final:
         """Seconds until the next round, or the end of the call.
@@ -221,8 +247,9 @@ class Rounds:
         retrying = state.retry_object
         retrying.retry = tenacity.retry_always
         retrying.wait = settings.wait if verdict.delay is None else tenacity.wait_fixed(verdict.delay)
+        # A pass through candidates of which some still rested is no round of its own.
+        state.attempt_number = self._call.rounds
         if must_end is None:
-            state.attempt_number = self._call.rounds
             retrying.stop, retrying.after = tenacity.stop_after_attempt(0), tenacity.after_nothing
         else:
             # So tenacity calls `before_sleep` only before a sleep, and `retry_error_callback` at every end.
@@ -234,6 +261,10 @@ class Rounds:
         except Exception as raised:  # noqa: BLE001 - tenacity raises to give up: the call's own error, or its own
             is_tenacitys = isinstance(raised, retrying.retry_error_cls)
             if (is_tenacitys and not retrying.reraise) or (not is_tenacitys and isinstance(error, tenacity.TryAgain)):
+                return Final(Failed(raised))
+            if state.next_action is None and settings.retry_error_callback is not None and raised is not error:
+                # In place of a result it may raise what the program makes of the end.
+                raised.__context__ = raised.__context__ or error
                 return Final(Failed(raised))
             if not is_tenacitys and raised is not error:
                 self._complain("retry_options", raised, error)
@@ -277,6 +308,10 @@ class Rounds:
             text += "; not retried"
             add_note(error, f"opero: {text}")
         log("WARNING", "{}", text)
+
+
+# The flow knows no file of a policy: each of these imports it, for a decorator of its own.
+RetryPolicy.rounds = Rounds
 
 
 def _delay(answer: Any, retry_on: RetryOn) -> float | None:
@@ -376,8 +411,11 @@ def _check_retry_on(retry_on: Any) -> None:
                     f"retry_on has {cls.__name__}, which is never handled (Ctrl-C, cancellation, exit); write {wanted}"
                 )
                 raise ValueError(msg)  # noqa: TRY004 - it is a class, but none of these
-    else:
-        check_callable("retry_on", retry_on, wanted)
+        return
+    if type(retry_on).__module__.partition(".")[0] == "tenacity":
+        msg = f"retry_on got tenacity's {type(retry_on).__name__}; write retry_options={{'retry': …}}, or {wanted}"
+        raise TypeError(msg)
+    check_callable("retry_on", retry_on, wanted)
 
 
 def get_retry_decorator(

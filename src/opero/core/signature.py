@@ -82,6 +82,9 @@ _KINDS: tuple[tuple[Kind, Callable[[Any], bool]], ...] = (
 def kind_of(function: Callable[..., Any]) -> Kind:
     """Tell what calling gives, also for partials, bound methods and objects with such a ``__call__``."""
     function = through_partials(function)
+    if isinstance(function, type):
+        # Calling it gives an instance, whatever calling that one gives.
+        return "def"
     method = getattr(function, "__call__", None)  # noqa: B004 - the method itself is looked at, not whether there is one
     for kind, fits in _KINDS:
         if fits(function) or fits(method):
@@ -227,12 +230,19 @@ _ANYTHING = Forwarding("*args, **kwargs", "*args, **kwargs", "args, kwargs", ("a
 def forwarding(function: Callable[..., Any]) -> Forwarding:
     """Describe how to forward a call to ``function``; ``*args, **kwargs`` where its own signature is not known."""
     try:
-        parameters = list(own_signature(function).parameters.values())
+        parameters = [p for p in own_signature(function).parameters.values() if not _is_hidden(p, function)]
     except (ValueError, TypeError):
         return _ANYTHING
     if any(p.name.startswith("_opero_") or keyword.iskeyword(p.name) or not p.name.isidentifier() for p in parameters):
         return _ANYTHING
     return _describe(parameters)
+
+
+def _is_hidden(parameter: inspect.Parameter, function: Callable[..., Any]) -> bool:
+    """Whether a wrapper keeps something there for itself, by a default that the wrapped function does not know."""
+    if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
+        return False
+    return hasattr(function, "__wrapped__") and parameter.name not in inspect.signature(function).parameters
 
 
 def own_signature(function: Callable[..., Any]) -> inspect.Signature:
@@ -253,7 +263,9 @@ def first_parameter(function: Callable[..., Any]) -> str | None:
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function without a ``__signature__`` that `functools.wraps` has copied from another one."""
-    while (its := getattr(function, "__dict__", {}).get("__opero__")) and vars(function)["__wrapped__"] is its.function:
+    while isinstance(function, types.FunctionType) and (its := vars(function).get("__opero__")) is not None:
+        if vars(function)["__wrapped__"] is not its.function:
+            break
         # opero's own wrapper takes what the function takes.
         function = its.function
     if not (isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__")):

@@ -35,18 +35,21 @@ class CallStats:
 
 
 class Counter:
-    """A counter whose `tick` is one C call: cheap, and exact under any number of threads."""
+    """A counter whose `tick` is one C call: cheap, and exact under any number of threads.
+
+    It is read under a lock that a thread can have more than once: a signal handler may read it at any moment.
+    """
 
     __slots__ = ("_extra", "_lock", "_reads", "tick")
 
     def __init__(self) -> None:
         self.tick = itertools.count().__next__
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._reads = 0
         self._extra = 0
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def add(self, amount: int) -> None:
         with self._lock:
@@ -81,17 +84,23 @@ class Stats:
         self.hits = Counter()
         self.retries = Counter()
         self._waited = 0.0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         watch_forks(self)
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for name in _COUNTED:
             getattr(self, name).after_fork()
 
     def add_waited(self, seconds: float) -> None:
         with self._lock:
             self._waited += seconds
+
+    def of_calls_for_many(self) -> Stats:
+        """Counters of calls that are made for many items each: these attempts are counted here, and the calls not."""
+        made = _OfCallsForMany()
+        made.attempts, made.retries, made.fallbacks, made.items = self.attempts, self.retries, self.fallbacks, self
+        return made
 
     def snapshot(self) -> CallStats:
         direct, hits = self.direct.value(), self.hits.value()
@@ -105,3 +114,12 @@ class Stats:
             cache_errors=self.cache_errors.value(),
             waited=self._waited,
         )
+
+
+class _OfCallsForMany(Stats):
+    __slots__ = ("items",)
+
+    items: Stats
+
+    def add_waited(self, seconds: float) -> None:
+        self.items.add_waited(seconds)

@@ -236,6 +236,12 @@ class _Threads:
 _threads = _Threads()
 
 
+class Share:
+    """Step of an item, in a map of lists: call the function with this item among others; sent back as by `Attempt`."""
+
+    __slots__ = ()
+
+
 Step = Attempt | Pause | Await | Consult
 Flow = Generator[Step, Any, Any]
 
@@ -255,20 +261,6 @@ def raise_or_return(outcome: Any) -> Any:
 
 # The computations and places that the running code is part of: a call of its own must not wait for one of them.
 leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozenset())
-
-
-def run_attempt(function: Callable[..., Any], attempt: Attempt) -> Any:
-    if attempt.begins is not None:
-        attempt.begins()
-        attempt.begins = None
-    token = leading.set(leading.get() | attempt.badges) if attempt.badges else None
-    try:
-        return function(*attempt.args, **attempt.kwargs)
-    except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
-        return Failed(error)
-    finally:
-        if token is not None:
-            leading.reset(token)
 
 
 async def run_attempt_async(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
@@ -351,16 +343,34 @@ async def await_arrival_async(arrival: Arrival) -> None:
         arrival.withdraw()
 
 
-def drive(flow: Flow, function: Callable[..., Any]) -> Any:
+def _pause(step: Pause) -> None:
+    if clock.sleep is not None and not step.is_real:
+        clock.sleep(step.seconds)
+    elif step.seconds:
+        time.sleep(step.seconds)
+
+
+def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - a frame more would shorten recursions
     """Carry out a flow by blocking."""
     sent: Any = None
     try:
         step = flow.send(None)
         while True:
             if isinstance(step, Attempt):
-                sent = run_attempt(function, step)
+                # Here and not in a function of its own, whose frame each level of a recursion would have.
+                if step.begins is not None:
+                    step.begins()
+                    step.begins = None
+                token = leading.set(leading.get() | step.badges) if step.badges else None
+                try:
+                    sent = function(*step.args, **step.kwargs)
+                except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+                    sent = Failed(error)
+                finally:
+                    if token is not None:
+                        leading.reset(token)
             elif isinstance(step, Pause):
-                (time.sleep if step.is_real else clock.sleep)(step.seconds)
+                _pause(step)
             elif isinstance(step, Consult):
                 try:
                     (sent,) = consult([step])
@@ -399,9 +409,10 @@ def was_cancelled(outcome: Any, before: int) -> bool:
     """Whether the running task was cancelled since there were so many cancellations, whatever became of that."""
     if cancellations() <= before:
         return False
-    # Before Python 3.13 a task group that has failed leaves a cancellation of its own behind.
-    errors = list(_chain(outcome.error)) if outcome.__class__ is Failed else []
-    return _has_cancellation(errors) or not any(isinstance(error, ExceptionGroup) for error in errors)
+    # Before Python 3.13 a task group that has failed leaves a cancellation of its own behind: there it counts only if
+    # the error was made of it.
+    has_made_error = outcome.__class__ is Failed and _has_cancellation(_chain(outcome.error))
+    return sys.version_info >= (3, 13) or has_made_error
 
 
 def made_an_error_of_its_cancellation(error: Exception) -> bool:

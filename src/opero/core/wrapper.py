@@ -24,6 +24,8 @@ def wrap(this: Decoration) -> Callable[..., Any]:
         "async generator": _async_generator,
     }
     function = this.plan.function
+    if this.plan.cache is not None:
+        make = {"def": _cached_function, "async def": _cached_async_function}
     # What an object with a `__call__` keeps for itself, a mock its calls, is not the wrapper's.
     updated = functools.WRAPPER_UPDATES if hasattr(function, "__qualname__") else ()
     return functools.update_wrapper(make[this.plan.kind](this), function, updated=updated)
@@ -31,7 +33,7 @@ def wrap(this: Decoration) -> Callable[..., Any]:
 
 def _function(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Any:
-        if (not this.is_direct or this.switches.are_on) and not (this.is_limited and this.may_start(args, kwargs)):
+        if not this.is_direct or this.switches.are_on:
             return this.call(args, kwargs)
         this.count()
         started = this.clock.now()
@@ -44,9 +46,44 @@ def _function(this: Decoration) -> Callable[..., Any]:
     return decorated
 
 
+def _cached_function(this: Decoration) -> Callable[..., Any]:
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        if this.switches.are_on:
+            return this.call(args, kwargs)
+        try:
+            entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
+        except Exception:  # noqa: BLE001 - a wrong call, which has to be counted
+            entry = None
+        if entry is not None:
+            return entry[0]
+        # Not by a method, whose frame would stay: recursions of cached functions are as deep as Python allows.
+        begun = this.begin(args, kwargs)
+        return begun[0] if begun.__class__ is tuple else this.drive(begun, this.function)
+
+    return decorated
+
+
+def _cached_async_function(this: Decoration) -> Callable[..., Any]:
+    async def decorated(*args: Any, **kwargs: Any) -> Any:
+        if this.switches.are_on:
+            return await this.call_async(args, kwargs)
+        try:
+            entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
+        except Exception:  # noqa: BLE001 - as above
+            entry = None
+        if entry is not None:
+            return entry[0]
+        begun = this.begin(args, kwargs) if this.fetch is None else await this.begin_async(args, kwargs)
+        if begun.__class__ is tuple:
+            return begun[0]
+        return await this.drive_async(begun, this.function, this.plan.name)
+
+    return decorated
+
+
 def _async_function(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> Any:
-        if (not this.is_direct or this.switches.are_on) and not (this.is_limited and this.may_start(args, kwargs)):
+        if not this.is_direct or this.switches.are_on:
             return await this.call_async(args, kwargs)
         this.count()
         started = this.clock.now()

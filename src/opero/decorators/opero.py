@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
 from opero.core.breaker import breaker_policy
-from opero.core.cache import cache_policy
+from opero.core.cache import Cache, cache_policy
 from opero.core.checks import check_callable, check_count, check_flag, check_known, check_seconds
 from opero.core.decoration import F, decorator
 from opero.core.fallback import fallback_policy
@@ -18,12 +18,13 @@ from opero.core.rate_limit import limit_policy
 from opero.core.retry import RetryOn, retry_policy
 from opero.core.showing import shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator
+from opero.core.stores.settings import cache_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
     from opero.core.breaker import Breaker
-    from opero.core.cache import Cache
+    from opero.core.cache import ResultCache
     from opero.core.checks import Duration
     from opero.core.rate_limit import Limits, PerOption
 
@@ -37,7 +38,7 @@ D_co = TypeVar("D_co", covariant=True)
 class CommonOptions(TypedDict, total=False):
     """Types of the options of `opero` that are `opmap`'s, too, for type checkers."""
 
-    cache: bool
+    cache: bool | Cache
     cache_ttl: Duration | None
     cache_backend: str
     cache_key: Callable[..., Any] | None
@@ -172,17 +173,17 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
     )
 
 
-def _cache(function: Callable[..., Any], given: dict[str, Any]) -> Cache | None:
+def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache | None:
+    if isinstance(given["cache"], Cache):
+        for name in _OF_CACHE:
+            if given[name] != OPERO_DEFAULTS[name]:
+                msg = f"{name}={shown(given[name])} stands beside cache=Cache(…), which says all of it; write it there"
+                raise ValueError(msg)
+        return cache_policy(function, given["cache"].settings)
     if not check_flag("cache", given["cache"]):
         return None
-    return cache_policy(
-        function,
-        ttl=given["cache_ttl"],
-        backend=given["cache_backend"],
-        key=given["cache_key"],
-        namespace=given["cache_namespace"],
-        options=given["cache_options"],
-    )
+    names = ("ttl", "backend", "key", "namespace", "options")
+    return cache_policy(function, cache_settings(**{name: given[f"cache_{name}"] for name in names}))
 
 
 def _seconds(name: str, value: Any) -> float | None:
@@ -190,6 +191,7 @@ def _seconds(name: str, value: Any) -> float | None:
 
 
 _PER_VALUE = ("rate_limit", "max_concurrent", "breaker")
+_OF_CACHE = ("cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options")
 _OF_ROUNDS = ("backoff_factor", "min_delay", "max_delay", "jitter", "retry_on")
 
 
@@ -199,10 +201,7 @@ def _refuse_useless(given: dict[str, Any]) -> None:
         "fallback_cooldown": ("arg_fallback", None, "arg_fallback='parameter'"),
         **dict.fromkeys(("rate_limit_cost", "rate_limit_options"), ("rate_limit", None, "rate_limit=5")),
         **dict.fromkeys(_OF_ROUNDS, ("retries", 0, "retries=1")),
-        **dict.fromkeys(
-            ("cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options"),
-            ("cache", False, "cache=True"),
-        ),
+        **dict.fromkeys(_OF_CACHE, ("cache", False, "cache=True")),
     }
     if given["retries"] != 0 or given["retry_options"] is not None:
         for name in _OF_ROUNDS:
@@ -242,7 +241,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
 
     Works with and without parentheses, on ``def`` and ``async def`` functions and on methods; ``@classmethod`` and
     ``@staticmethod`` go above it. The decorated function has the same signature, and ``.stats``, ``.cache_info()``,
-    ``.cache_clear()``, ``.cache_delete(…)`` and ``.__wrapped__``.
+    ``.cache_clear()``, ``.cache_delete(…)``, ``.cache_refresh(…)`` and ``.__wrapped__``.
 
     Only `Exception` is handled; Ctrl-C, exit and cancellation pass through at once. When retries have run out the
     function's own last exception is raised, with a note telling attempts and seconds. Calls of opero functions inside
@@ -252,7 +251,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
         function: The function, when used without parentheses.
         **options: All by keyword. What is told in seconds may also be a `datetime.timedelta`:
 
-            - ``cache`` (False): cache successful results. Identical calls under way share one execution.
+            - ``cache`` (False): cache successful results, or an `opero.Cache` that says how. Identical calls under way
+              share one execution.
             - ``cache_ttl`` (None): seconds an entry lives; None keeps it for ever.
             - ``cache_backend`` (``"memory"``): where entries live: ``"memory"``, ``"disk"`` or ``"redis"``.
             - ``cache_key`` (None): ``callable(*args, **kwargs)`` giving the key in place of the arguments.
@@ -260,8 +260,9 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``cache_options`` (None): mapping. In memory ``maxsize`` (10 000 entries) and ``policy`` (``"lru"``,
               ``"lfu"``, ``"fifo"``). On disk ``cache_dir``, ``folder_name`` (``"opero"``), ``maxsize`` (entries, no
               bound), ``size_limit`` (bytes, 16 GiB), ``policy`` (``"fifo"``), ``serializer`` (``"pickle"``,
-              ``"json"``), ``compress`` (False). On redis ``redis_host``, ``redis_port``, ``redis_db``,
-              ``redis_password``, ``folder_name``, ``serializer``, ``compress``.
+              ``"json"``), ``compress`` (False). On redis ``url`` or ``client`` (of redis-py), or
+              ``redis_host``, ``redis_port``, ``redis_db``, ``redis_password``; ``folder_name``, ``serializer``,
+              ``compress``.
             - ``retries`` (3): extra rounds after the first.
             - ``backoff_factor``, ``min_delay``, ``max_delay`` (2.0, 0.1 s, 30 s): the delay after round n is
               ``min(max_delay, min_delay * backoff_factor**(n-1))``.
@@ -271,7 +272,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
               candidate) or `opero.GIVE_UP` (the call ends, without trying other candidates); anything else is a
               `TypeError`, and an error of its own ends the call. Classes match a group of exceptions, too, if they
               match all in it. Where it is not given, errors of the program itself end the call: `NameError`,
-              `ImportError`, `SyntaxError`, `NotImplementedError`, `RecursionError`, `MemoryError`.
+              `ImportError`, `SyntaxError`, `NotImplementedError`, `RecursionError`, `MemoryError`; and what celery,
+              FastAPI, Flask, Django, typer and unittest are steered by.
             - ``retry_if_result`` (None): ``callable(result)`` that says whether to reject a result: that is a failed
               attempt then, whatever ``retry_on`` says, and in the end a `RejectedResultError`.
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.

@@ -8,12 +8,14 @@ from opero.concurrency.mapping import AsyncMap, SyncMap, make_map
 from opero.concurrency.pool import map_settings
 from opero.core.checks import check_known
 from opero.core.showing import shown
-from opero.core.signature import MISSING, check_decoratable
+from opero.core.signature import MISSING, check_decoratable, own_signature
 from opero.decorators.opero import OPERO_DEFAULTS, CommonOptions, keyword_signature, make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
     from concurrent.futures import Executor
+
+    from opero.concurrency.outcome import Results
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,6 +30,7 @@ class OpmapOptions(CommonOptions, total=False):
     workers: int | None
     ordered: bool
     progress: bool | str
+    total: int | None
     pool_options: Mapping[str, Any] | None
 
 
@@ -37,6 +40,8 @@ MAP_DEFAULTS: dict[str, Any] = {
     "ordered": True,
     "progress": True,
     "return_exceptions": True,
+    "total": None,
+    "batch_size": None,
     "pool_options": None,
 }
 OPMAP_DEFAULTS: dict[str, Any] = {**MAP_DEFAULTS, **OPERO_DEFAULTS}
@@ -48,9 +53,9 @@ class _ToMapWithErrors(Protocol):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a coroutine is an R too: the first that fits is meant
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, R | Exception]: ...
+    ) -> AsyncMap[T, P, R, Results[R]]: ...
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R]]: ...
 
 
 class _ToMapWithDefault(Protocol[D]):
@@ -59,9 +64,9 @@ class _ToMapWithDefault(Protocol[D]):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # as above
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, R | D]: ...
+    ) -> AsyncMap[T, P, R, Results[R, D]]: ...
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | D]: ...
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R, D]]: ...
 
 
 class _ToMap(Protocol):
@@ -70,17 +75,66 @@ class _ToMap(Protocol):
     @overload
     def __call__(  # type: ignore[overload-overlap]  # as above
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, R]: ...
+    ) -> AsyncMap[T, P, R, list[R]]: ...
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R]: ...
+    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, list[R]]: ...
+
+
+class _ToMapOfListsWithErrors(Protocol):
+    """A decorator of functions of lists whose maps return results and exceptions."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[T], P], Coroutine[Any, Any, Iterable[R | Exception]]], /
+    ) -> AsyncMap[T, P, R, Results[R]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[T], P], Iterable[R | Exception]], /
+    ) -> SyncMap[T, P, R, Results[R]]: ...
+
+
+class _ToMapOfListsWithDefault(Protocol[D]):
+    """A decorator of functions of lists whose maps return results and defaults."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[T], P], Coroutine[Any, Any, Iterable[R | Exception]]], /
+    ) -> AsyncMap[T, P, R, Results[R, D]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[T], P], Iterable[R | Exception]], /
+    ) -> SyncMap[T, P, R, Results[R, D]]: ...
+
+
+class _ToMapOfLists(Protocol):
+    """A decorator of functions of lists whose maps return results, or raise."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[T], P], Coroutine[Any, Any, Iterable[R | Exception]]], /
+    ) -> AsyncMap[T, P, R, list[R]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[T], P], Iterable[R | Exception]], /
+    ) -> SyncMap[T, P, R, list[R]]: ...
 
 
 @overload
 def opmap(  # type: ignore[overload-overlap]  # as above
     function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-) -> AsyncMap[T, P, R, R | Exception]: ...
+) -> AsyncMap[T, P, R, Results[R]]: ...
 @overload
-def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, R | Exception]: ...
+def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R]]: ...
+@overload
+def opmap(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # False is a bool too
+    *, batch_size: int, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]
+) -> _ToMapOfLists: ...
+@overload
+def opmap(*, batch_size: int, default: D, **options: Unpack[OpmapOptions]) -> _ToMapOfListsWithDefault[D]: ...
+@overload
+def opmap(
+    *, batch_size: int, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]
+) -> _ToMapOfListsWithErrors: ...
 @overload
 def opmap(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # False is a bool too
     *, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]
@@ -92,9 +146,10 @@ def opmap(*, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]) -> 
 def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a function of one item a resilient map over any number of items.
 
-    A ``def`` function is called with the items and returns the list of results; an ``async def`` function gives a
-    coroutine of it in every mode, and ``.run(items)`` blocks. Further arguments go to every item. ``.stream(items)``
-    yields an `Outcome` for each, ``.one(item)`` is the single call, ``.stats`` counts both.
+    A ``def`` function is called with the items and returns the list of results, an `opero.Results`, which also has
+    those that failed apart; an ``async def`` function gives a coroutine of it in every mode, and ``.run(items)``
+    blocks. Further arguments go to every item. ``.stream(items)`` yields an `Outcome` for each, ``.starmap(tuples)``
+    takes several arguments for each call, ``.one(item)`` is the single call, ``.stats`` counts all of them.
 
     Cache, retries, fallback, rate limit and progress live in the calling process; workers only run the function. So the
     memory cache and the rate limit hold for all workers together, an item that waits for its retry holds no worker, and
@@ -105,20 +160,31 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         function: The function, when used without parentheses.
         **options: All options of `opero.opero`, and:
 
-            - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop) or
-              ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``).
-              Or a `concurrent.futures.Executor`, which is used and left as it is; or a function that makes one, which
-              is made for each map, shut down at its end, and made anew when it breaks.
+            - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop),
+              ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``)
+              or ``"serial"`` (one item after the other in the calling thread, for debuggers and profilers; of
+              ``async def`` functions in this event loop). Or a `concurrent.futures.Executor`, which is used and left as
+              it is; or a function that makes one, which is made for each map, shut down at its end, and made anew when
+              it breaks.
             - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100); of an executor, the
               batches that are in it at the same time (default: as many as it has workers, if it tells; else CPUs).
             - ``ordered`` (True): results in input order; else in order of completion.
             - ``progress`` (True): a tqdm bar on a terminal or in a notebook, not in child processes; text is its label.
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
-              the map and is raised. Not beside ``default``, which is in the list for an item that failed; its `Outcome`
-              has the exception.
-            - ``pool_options`` (None): mapping for the pool: ``start_method``, ``initializer``, ``initargs``,
-              ``max_tasks_per_worker`` (None: any number), the items after which a process is replaced; with
-              ``"async_process"`` also ``concurrency`` (16), the coroutines in each process.
+              the map and is raised. Where it is not given, an `opero.FailedItemsWarning` tells of exceptions in the
+              list, once for each map. Not beside ``default``, which is in the list for an item that failed; its
+              `Outcome` has the exception.
+            - ``total`` (None): number of items for the bar, where neither `len` nor `operator.length_hint` tells it.
+            - ``batch_size`` (None): the function takes a list of up to so many items and returns a list of as many
+              results. By item: the cache and its key, the `Outcome`, ``default``. By call: attempts, retries, the rate
+              limit, time limits, the circuit, events, and a crash, which is charged to all its items. An exception in
+              place of a result is that item's, and is tried again, without the others, if ``retry_on`` says so; one
+              that is raised is of all items. A list that is not full is sent when no other call is under way, or the
+              input has ended. ``.one(x)`` is ``function([x])[0]``; ``arg_fallback`` names another parameter.
+            - ``pool_options`` (None): mapping for the pool: ``initializer`` and ``initargs``, called in each thread or
+              process before its first item; for processes also ``start_method`` and ``max_tasks_per_worker`` (None:
+              any number), the items after which one is replaced; with ``"async_process"`` also ``concurrency`` (16),
+              the coroutines in each process.
 
             ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``: the worker that
             takes longer is killed and replaced.
@@ -137,8 +203,14 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
                 "for an item that failed in the list; leave one of them out"
             )
             raise ValueError(msg)
-        given = {**MAP_DEFAULTS, **{name: value for name, value in options.items() if name in MAP_DEFAULTS}}
+        given = {
+            **MAP_DEFAULTS,
+            "return_exceptions": MISSING,
+            **{name: value for name, value in options.items() if name in MAP_DEFAULTS},
+        }
         settings = map_settings(decorated, **given)
+        if settings.batch_size is not None:
+            _check_takes_lists(decorated, options)
         policies: Any = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}
         plan = make_plan(decorated, policies, killable=given["mode"] == "process")
         return make_map(plan, settings, (opmap, options))
@@ -149,6 +221,22 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         msg = f"opmap got a function and options; write opmap({', '.join(f'{n}=…' for n in options)})(function)"
         raise TypeError(msg)
     return decorate(function)
+
+
+def _check_takes_lists(function: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Refuse, beside ``batch_size``, what would be by item and by call."""
+    if options.get("retry_if_result") is not None:
+        msg = (
+            "retry_if_result cannot apply with batch_size, where a result is a list; "
+            "let the function return an exception in place of the result of an item that shall be tried again"
+        )
+        raise ValueError(msg)
+    fallback = options.get("arg_fallback")
+    if fallback is not None:
+        names = [name for name in own_signature(function).parameters if name not in {"self", "cls"}]
+        if names and names[0] == fallback:
+            msg = f"arg_fallback={fallback!r} cannot name the parameter that takes the list of items; name another one"
+            raise ValueError(msg)
 
 
 opmap.__signature__ = keyword_signature(OPMAP_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help

@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
 from opero.core.limits.ledger import LONGEST_PAUSE, Ledger
-from opero.core.private_folder import private_folder
+from opero.core.private_folder import folder_of_user, private_folder
 from opero.exceptions import UnsafeCacheError
 
 try:
@@ -53,7 +53,7 @@ def default_root() -> Path:
     """Where opero keeps the limits of this user and machine."""
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("opero", appauthor=False))
+    return folder_of_user(lambda: Path(platformdirs.user_cache_dir("opero", appauthor=False)))
 
 
 class FileGate:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from opero.core.forks import ForkSafeLock
-from opero.core.keys import UncacheableError, freeze
+from opero.core.keys import identity_of, is_value
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ class PerValue(Generic[T]):
 def _key(value: Any) -> Any:
     if value.__class__ is str:
         return value
-    try:
-        return freeze(value)
-    except (UncacheableError, RecursionError) as error:
+    if type(value).__hash__ is None and not is_value(value):
         msg = f"per got a {type(value).__qualname__}, which cannot tell one limit from another; pass text"
-        raise MisuseError(msg) from error
+        raise MisuseError(msg)
+    return identity_of(value)

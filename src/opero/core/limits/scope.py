@@ -56,7 +56,7 @@ class Scope:
             from opero.core.keys import key_of_value
 
             # A digest: the value may be a secret.
-            return f"{self.name}:{key_of_value(value, digest=True).hex()}"
+            return f"{self.name}:{key_of_value(value).hex()}"
 
         return self._line(name)
 

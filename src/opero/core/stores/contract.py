@@ -22,12 +22,16 @@ FOREVER = float("inf")
 
 
 class Found:
-    """Answer: the entry's value."""
+    """Answer: the entry's value, or the error that is remembered in place of one (`Failed`).
 
-    __slots__ = ("value",)
+    Where results are kept as bytes, ``written`` is them: of which all others get a copy of their own.
+    """
 
-    def __init__(self, value: Any) -> None:
+    __slots__ = ("value", "written")
+
+    def __init__(self, value: Any, written: bytes | None = None) -> None:
         self.value = value
+        self.written = written
 
 
 class Fault:
@@ -59,18 +63,21 @@ DONE = _Answer("DONE")
 class Lease:
     """The right to compute the result for one key, against all processes that share the store.
 
-    ``dropped`` may be set while a thread is still on its way to claim it, which then gives it back at once.
+    ``dropped`` may be set while a thread is still on its way to claim it, which then gives it back at once. ``old`` is
+    an entry that has ended, not more than ``stale`` seconds ago, for the case that the call fails. ``seen`` is what the
+    store has noted of the key's past: whether somebody has forgotten the entry since the claim.
     """
 
-    __slots__ = ("claimed_at", "dropped", "generation", "held", "key", "token")
+    __slots__ = ("dropped", "held", "key", "old", "seen", "stale", "token")
 
-    def __init__(self, key: Any) -> None:
+    def __init__(self, key: Any, stale: float = 0.0) -> None:
         self.key = key
+        self.stale = stale
         self.token = b""
         self.held = False
         self.dropped = False
-        self.generation: Any = None
-        self.claimed_at = 0.0
+        self.old: Found | None = None
+        self.seen: Any = None
 
     def renew_token(self) -> None:
         self.token = os.urandom(12).hex().encode()
@@ -88,16 +95,26 @@ class Claim:
 class Keep:
     """Request: store a result unless it is stale by now, and give the lease back; answered by `DONE`.
 
-    With a lease that was never claimed it is stored in any case.
+    It lives for ``ttl`` seconds, and for ``stale`` more it may be given if the call fails. With a lease that was never
+    claimed it is stored in any case. ``written`` is filled in by stores of bytes.
     """
 
-    __slots__ = ("flight", "lease", "ttl", "value")
+    __slots__ = ("flight", "lease", "stale", "ttl", "value", "written")
 
-    def __init__(self, lease: Lease, value: Any, ttl: float | None, flight: Flight | None = None) -> None:
+    def __init__(
+        self, lease: Lease, value: Any, ttl: float | None, *, flight: Flight | None = None, stale: float = 0.0
+    ) -> None:
         self.lease = lease
         self.value = value
         self.ttl = ttl
+        self.stale = stale
         self.flight = flight
+        self.written: bytes | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it is to be kept in all."""
+        return None if self.ttl is None else self.ttl + self.stale
 
     @property
     def is_stale(self) -> bool:
@@ -124,8 +141,8 @@ class Store(Protocol):
     maxsize: int | None
 
     @property
-    def look_up(self) -> Callable[[Any], tuple[Any, float] | None]:
-        """The entry ``(result, expires_at)`` of a key or None; faults are None, and come to light in `perform`."""
+    def look_up(self) -> Callable[[Any], Any]:
+        """The entry of a key, ``(result, expires_at, …)``, or None; faults are None, and come to light in `perform`."""
         ...
 
     def perform(self, requests: Sequence[Request]) -> list[Any]:
@@ -150,6 +167,10 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give back files and connections; they are opened again when needed."""
+        ...
+
+    def copy_of(self, written: bytes) -> Any:
+        """The value of an entry once more, where entries are bytes."""
         ...
 
     def complain(self, error: Exception) -> None:

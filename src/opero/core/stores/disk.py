@@ -7,9 +7,12 @@ whatever lies in its folder (CVE-2025-69872), and its connections belong to thre
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 import time
+import weakref
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,11 +22,12 @@ from opero.core.clock import clock
 from opero.core.faults import Rest
 from opero.core.forks import hold_forks
 from opero.core.interrupts import Hold
-from opero.core.private_folder import private_folder, refuse_foreign_files
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
+from opero.core.private_folder import held_private_folder
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Keep, Lease
 from opero.core.stores.lasting import LastingStore, slug
 from opero.core.stores.locks import KeyLocks, key_locks
 from opero.core.stores.settings import DISK_POLICIES
+from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,11 +45,13 @@ _LOCK_STEP = 0.1
 _GRAVE_SECONDS = 86_400.0
 _MODE_RAW, _MODE_BINARY = 1, 2
 NAMESPACE_SETTING = "opero_namespace"
+# An open namespace has some file handles; beyond so many, those that were opened first are closed until they are used.
+_MOST_OPEN = 32
 
 _SELECT = (
     "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1 AND (expire_time IS NULL OR expire_time > ?)"
 )
-_BURIED_AT = "SELECT store_time FROM Cache WHERE key = ? AND raw = 1"
+_GRAVE = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _TOUCH = "UPDATE Cache SET access_time = ?, access_count = access_count + 1 WHERE key = ? AND raw = 1"
 # The entry that makes one too many has not been used yet, and is not the one to go.
 _CULL = "FROM Cache WHERE rowid != last_insert_rowid() ORDER BY {order} LIMIT ?"
@@ -68,14 +74,28 @@ class _Bytes(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
         if len(value) < _IN_DATABASE:
             # The size is for what lies outside of the database, whose own is known.
             return 0, _MODE_RAW, None, sqlite3.Binary(value)
-        name, path = self.filename()
+        name, path = self._new_file()
         try:
-            self._write(path, iter((value,)), "xb")
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(file, "wb") as opened:  # noqa: PTH123 - it is a descriptor
+                opened.write(value)
         except BaseException:
             # diskcache leaves what it has written of it when the disk is full.
             self.remove(name)
             raise
         return len(value), _MODE_BINARY, name, None
+
+    def _new_file(self) -> tuple[str, str]:
+        """A name below two folders, as diskcache has it; those that it makes are open to all under some umasks."""
+        name = os.urandom(16).hex()
+        folder = Path(self._directory)
+        for part in (name[:2], name[2:4]):
+            folder /= part
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+                folder.chmod(0o700)
+        file = folder / f"{name[4:]}.val"
+        return str(file.relative_to(self._directory)), str(file)
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: Any = False) -> Any:  # noqa: ARG002, FBT002 - diskcache's signature
         if mode == _MODE_RAW and isinstance(value, bytes):
@@ -137,6 +157,16 @@ def connect(folder: str, timeout: float) -> sqlite3.Connection:
     return sqlite3.connect(_path(folder), timeout=timeout, isolation_level=None, check_same_thread=False)
 
 
+def connect_to_read(folder: Path, timeout: float) -> sqlite3.Connection:
+    """A connection that writes nothing, to what may lie where nothing can be written."""
+    database = folder / diskcache.core.DBNAME
+    log = folder / f"{diskcache.core.DBNAME}-wal"
+    # Where no process has left anything in the log, SQLite would make one, and an index to it, just to read.
+    manner = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
+    uri = f"{database.absolute().as_uri()}?{manner}"
+    return sqlite3.connect(uri, timeout=timeout, isolation_level=None, check_same_thread=False, uri=True)
+
+
 def _path(folder: str) -> Path:
     return Path(folder, diskcache.core.DBNAME)
 
@@ -168,7 +198,7 @@ class DiskStore(LastingStore):
         self._locks: KeyLocks | None = None
         # For writing, which may wait for other processes; readers have a lock of their own and wait for nobody.
         self._lock = threading.RLock()
-        self._reading_lock = threading.Lock()
+        self._reading_lock = threading.RLock()
         hold_forks(self)
 
     def before_fork(self) -> None:
@@ -189,7 +219,7 @@ class DiskStore(LastingStore):
 
     def after_fork(self) -> None:
         self._lock = threading.RLock()
-        self._reading_lock = threading.Lock()
+        self._reading_lock = threading.RLock()
 
     @property
     def folder(self) -> Path:
@@ -222,7 +252,7 @@ class DiskStore(LastingStore):
         except FileNotFoundError:
             # Replaced or evicted by another process since.
             return None
-        if not self.reads_only:
+        if not self.reads_only and self._database is not None:
             self._touch(key)
         return entry
 
@@ -237,10 +267,9 @@ class DiskStore(LastingStore):
         # Somebody has closed it since.
         return self._select(key)
 
-    def answer(self, requests: Sequence[Request], written: dict[int, bytes]) -> list[Any]:
-        self._opened()
-        keeps = [request for request in requests if isinstance(request, Keep)]
-        kept = self._keep(keeps, written)
+    def answer(self, requests: Sequence[Request]) -> list[Any]:
+        self._open()
+        kept = self._keep([request for request in requests if isinstance(request, Keep)])
         return [self._answer_one(request, kept) for request in requests]
 
     def let_go(self, lease: Lease) -> None:
@@ -261,15 +290,15 @@ class DiskStore(LastingStore):
             if self._locks.take(key):
                 self._locks.release(key)
             else:
-                # Another process computes it now, and shall not store it later: see `_is_forgotten`.
-                database.set(_grave(key), b"", expire=_GRAVE_SECONDS)
+                # Another process computes it now, and shall not store it later: see `_past_of`.
+                database.set(_grave(key), os.urandom(16), expire=_GRAVE_SECONDS)
             return bool(database.delete(key, retry=False))
 
         return self._patiently(bury)
 
     def clear(self) -> None:
         def empty(database: _Database) -> None:
-            # What other processes compute now must not be stored later: see `_keep`.
+            # What other processes compute now must not be stored later: see `_past_of`.
             with database.transact():
                 database._sql(f"PRAGMA user_version = {_generation(database._sql) + 1}")  # noqa: SLF001 - the connection, inside the transaction
             database.clear()
@@ -311,43 +340,63 @@ class DiskStore(LastingStore):
         self.let_go(request.lease)
         return kept.get(id(request), DONE)
 
+    def hibernate(self) -> None:
+        """Close what is open, unless it is in use at this moment."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._reading_lock.acquire(blocking=False):
+                    try:
+                        self._disconnect()
+                    finally:
+                        self._reading_lock.release()
+            finally:
+                self._lock.release()
+
     def _claim(self, lease: Lease) -> Any:
+        if self._database is None:
+            return self._claim_to_read(lease)
         # A key that is locked and not noted could not be given back.
         with Hold(), self._lock:
             claimed = not lease.dropped and self._locks is not None and self._locks.take(lease.key)
             lease.held = claimed
             if claimed:
-                lease.generation = _generation(self._open().execute)
-                lease.claimed_at = clock.wall()
+                lease.seen = _past_of(lease.key, self._open().execute)
         # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
         entry = self.read(lease.key)
         if entry is None:
             return CLAIMED if claimed or lease.dropped else BUSY
-        found = Found(self._format.loads(entry))
+        found = self.found(lease, entry)
+        if found is None:
+            return CLAIMED if claimed or lease.dropped else BUSY
         self.let_go(lease)
         return found
 
-    def _keep(self, keeps: Sequence[Keep], written: dict[int, bytes]) -> dict[int, Any]:
+    def _claim_to_read(self, lease: Lease) -> Any:
+        entry = self.read(lease.key)
+        found = None if entry is None else self.found(lease, entry)
+        return found or Fault(PermissionError(f"{self.folder} cannot be written to"))
+
+    def _keep(self, keeps: Sequence[Keep]) -> dict[int, Any]:
         """Store many in one transaction; if that fails, each in its own, so that one does not cost the others."""
         if not keeps:
             return {}
         try:
-            self._write(keeps, written)
+            self._write(keeps)
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
             if len(keeps) == 1:
                 self.failed(error)
                 return {id(keeps[0]): Fault(error)}
-            return {name: answer for keep in keeps for name, answer in self._keep([keep], written).items()}
+            return {name: answer for keep in keeps for name, answer in self._keep([keep]).items()}
         return {}
 
-    def _write(self, keeps: Sequence[Keep], written: dict[int, bytes]) -> None:
+    def _write(self, keeps: Sequence[Keep]) -> None:
         def write(database: _Database) -> None:
             with database.transact():
-                generation = _generation(database._sql)  # noqa: SLF001 - the connection, inside the transaction
+                sql = database._sql  # noqa: SLF001 - the connection, inside the transaction
                 for keep in keeps:
-                    fresh = keep.lease.generation is None or keep.lease.generation == generation
-                    if fresh and not keep.is_stale and not _is_forgotten(database, keep.lease):
-                        database.set(keep.lease.key, written[id(keep)], expire=keep.ttl)
+                    seen = keep.lease.seen
+                    if not keep.is_stale and (seen is None or seen == _past_of(keep.lease.key, sql)):
+                        database.set(keep.lease.key, keep.written, expire=keep.seconds)
 
         self._patiently(write)
 
@@ -382,43 +431,64 @@ class DiskStore(LastingStore):
 
     def _opened(self) -> _Database:
         self._open()
-        assert self._database is not None  # noqa: S101 - for the type checkers
+        if self._database is None:
+            msg = f"{self.folder} cannot be written to"
+            raise PermissionError(msg)
         return self._database
 
     def _open(self) -> sqlite3.Connection:
         with self._lock:
-            if self._database is None or (self._reading is None and not _path(self._database.directory).exists()):
-                self._database = self._open_database()
             if self._reading is None:
-                self._reading = connect(self._database.directory, _LOCK_SECONDS)
+                # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
+                try:
+                    with held_private_folder(self._root(), self._name, "cache_options={'cache_dir': …}") as folder:
+                        self._reading = self._connected(folder)
+                except UnsafeCacheError:
+                    # It may have been exchanged while it was opened.
+                    self._disconnect()
+                    self._database = None
+                    raise
                 self.rest.end()
+                _note_opened(self)
             return self._reading
 
-    def _open_database(self) -> _Database:
-        option = "cache_options={'cache_dir': …}"
-        folder = private_folder(self._root(), self._name, option)
-        refuse_foreign_files(folder, option)
-        database = _Database(
-            folder,
-            self._namespace,
-            maxsize=self.maxsize,
-            policy=self._policy,
-            size_limit=self._size_limit,
-        )
-        if self._locks is None:
-            self._locks = key_locks(folder)
-        self._fetch = database.disk.fetch
-        return database
+    def _connected(self, folder: Path) -> sqlite3.Connection:
+        """A connection for reading; one for writing is made where that is possible."""
+        exists = _path(str(folder)).exists()
+        if exists and not os.access(folder, os.W_OK):
+            self._database, self._fetch = None, _Bytes(str(folder)).fetch
+            return connect_to_read(folder, _LOCK_SECONDS)
+        if self._database is None or not exists:
+            self._database = _Database(
+                folder,
+                self._namespace,
+                maxsize=self.maxsize,
+                policy=self._policy,
+                size_limit=self._size_limit,
+            )
+        self._locks = self._locks or key_locks(folder)
+        self._fetch = self._database.disk.fetch
+        return connect(str(folder), _LOCK_SECONDS)
+
+
+_open_stores: deque[weakref.ref[DiskStore]] = deque()
+
+
+def _note_opened(store: DiskStore) -> None:
+    _open_stores.append(weakref.ref(store))
+    while len(_open_stores) > _MOST_OPEN:
+        first = _open_stores.popleft()()
+        if first is not None and first is not store:
+            first.hibernate()
 
 
 def _grave(key: bytes) -> bytes:
     return key + b"!"
 
 
-def _is_forgotten(database: _Database, lease: Lease) -> bool:
-    """Whether the entry was deleted, by another process, after the lease was claimed."""
-    rows = database._sql(_BURIED_AT, (_grave(lease.key),)).fetchall()  # noqa: SLF001 - no way for it in diskcache
-    return any(buried_at >= lease.claimed_at for (buried_at,) in rows)
+def _past_of(key: bytes, sql: Callable[..., Any]) -> tuple[int, list[Any]]:
+    """What changes when the entry of a key is forgotten, by any process: no clock is asked, which could be set back."""
+    return _generation(sql), sql(_GRAVE, (_grave(key),)).fetchall()
 
 
 def _generation(sql: Callable[[str], Any]) -> int:

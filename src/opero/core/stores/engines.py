@@ -79,8 +79,7 @@ class _Completed:
     def __init__(self, settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> None:
         # Not twat-cache's own: it opens files and connections with its own settings.
         self._config = settings.config()
-        self._digest = settings.backend != "memory"
-        self._ttl = settings.ttl
+        self._ttl = None if callable(settings.ttl) else settings.ttl
         self._store = store
         self._decorate = decorate
         self._cache: dict[Any, Any] = {}
@@ -147,7 +146,7 @@ class _Completed:
         self.set(key, value)
 
     def _key(self, key: Any) -> Any:
-        return key_of_value(key, digest=self._digest)
+        return key_of_value(key)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -1,22 +1,34 @@
 """Results as bytes and back.
 
-An entry says how it was written: one letter for the serializer, one for the compression, a checksum, then the payload.
-So functions with different options can share a namespace, and a damaged entry is noticed before it is unpickled. A
-function that writes JSON takes an entry that says it is a pickle for damaged: whoever can write to the cache could have
-put it there to run code.
+An entry says how it was written: two letters for the version of this format, one for the kind (a pickle, JSON, or an
+error in place of a result), one for the compression, a checksum, when the result ends (seconds since the epoch), then
+the payload. So functions with different options can share a namespace, an entry of another version is never misread,
+and a damaged one is noticed before it is unpickled. A function that writes JSON takes an entry that says it is a pickle
+for damaged: whoever can write to the cache could have put it there to run code.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import re
+import struct
+import sys
 import zlib
 from typing import Any
 
-from opero.core.keys import UncacheableError, freeze
+from opero.core.digests import UncacheableError, spelling_of
+from opero.core.steps import Failed
 
-_HEAD = 6
+_VERSION = b"o1"
+_CHECKSUM_AT, _ENDS_AT, _PAYLOAD_AT = 4, 8, 16
+_ENDS = struct.Struct("<d")
 _PICKLE_PROTOCOL = 5
+# What a few kilobytes could grow to when they are decompressed.
+MOST_BYTES = 2**28
+# As deep as JSON is read where the program has raised the limit of recursion: the stack of C has a limit of its own.
+_MOST_LEVELS = 1_000
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{\]}]')
 
 
 class DamagedEntryError(ValueError):
@@ -30,43 +42,73 @@ class EntryFormat:
         self._serializer = serializer
         self._compress = compress
 
-    def dumps(self, value: Any) -> bytes:
-        """The entry for a result; raises whatever the serializer raises."""
-        kind, payload = (b"J", _json(value)) if self._serializer == "json" else (b"P", _pickle(value))
+    def dumps(self, value: Any, ends: float) -> bytes:
+        """The entry for a result, or for the error in a `Failed`; raises whatever the serializer raises."""
+        if value.__class__ is Failed:
+            kind, payload = b"E", pickle.dumps(value.error, _PICKLE_PROTOCOL)
+        elif self._serializer == "json":
+            kind, payload = b"J", _json(value)
+        else:
+            kind, payload = b"P", pickle.dumps(value, _PICKLE_PROTOCOL)
         if self._compress:
+            if len(payload) > MOST_BYTES:
+                msg = f"a result of {len(payload)} bytes is too large to be compressed; store it without 'compress'"
+                raise UncacheableError(msg)
             payload = zlib.compress(payload)
-        return kind + (b"Z" if self._compress else b"-") + zlib.crc32(payload).to_bytes(4, "big") + payload
+        rest = _ENDS.pack(ends) + payload
+        return _VERSION + kind + (b"Z" if self._compress else b"-") + zlib.crc32(rest).to_bytes(4, "big") + rest
 
-    def loads(self, entry: bytes) -> Any:
-        """The result in an entry.
+    def loads(self, entry: bytes) -> tuple[Any, float]:
+        """The result in an entry, and when it ends.
 
         Raises:
             DamagedEntryError: If these are not bytes that `dumps` made, or a pickle where the serializer is JSON.
         """
-        payload = entry[_HEAD:]
-        if entry[:2] not in _HEADS or zlib.crc32(payload) != int.from_bytes(entry[2:_HEAD], "big"):
-            msg = "the entry is damaged, or was not written by opero"
+        checksum = zlib.crc32(memoryview(entry)[_ENDS_AT:]).to_bytes(4, "big")
+        if entry[:2] != _VERSION or entry[2:4] not in _KINDS or entry[_CHECKSUM_AT:_ENDS_AT] != checksum:
+            msg = "the entry is damaged, or was not written by this version of opero"
             raise DamagedEntryError(msg)
-        is_pickle = entry[:1] == b"P"
-        if is_pickle and self._serializer == "json":
+        is_json = entry[2:3] == b"J"
+        if not is_json and self._serializer == "json":
             msg = "the entry is a pickle, which is never read with the serializer 'json'"
             raise DamagedEntryError(msg)
-        if entry[1:2] == b"Z":
-            payload = zlib.decompress(payload)
-        return pickle.loads(payload) if is_pickle else json.loads(payload)  # noqa: S301 - the folder is the user's alone; a redis server is trusted by whoever names it
+        (ends,) = _ENDS.unpack_from(entry, _ENDS_AT)
+        payload = entry[_PAYLOAD_AT:]
+        if entry[3:4] == b"Z":
+            payload = _decompressed(payload)
+        if is_json:
+            return _of_json(payload.decode()), ends
+        value = pickle.loads(payload)  # noqa: S301 - the folder is the user's alone; a redis server is trusted by whoever names it
+        return (Failed(value) if entry[2:3] == b"E" else value), ends
 
 
-_HEADS = frozenset({b"P-", b"PZ", b"J-", b"JZ"})
+_KINDS = frozenset({b"P-", b"PZ", b"J-", b"JZ", b"E-", b"EZ"})
 
 
-def _pickle(value: Any) -> bytes:
-    return pickle.dumps(value, _PICKLE_PROTOCOL)
+def _decompressed(payload: bytes) -> bytes:
+    decompressor = zlib.decompressobj()
+    value = decompressor.decompress(payload, MOST_BYTES)
+    if not decompressor.eof:
+        msg = "the entry is damaged, or larger than any that opero compresses"
+        raise DamagedEntryError(msg)
+    return value
+
+
+def _of_json(text: str) -> Any:
+    if sys.getrecursionlimit() > _MOST_LEVELS:
+        level = 0
+        for found in _BRACKETS.finditer(text):
+            level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+            if level > _MOST_LEVELS:
+                msg = "the entry is nested too deeply"
+                raise DamagedEntryError(msg)
+    return json.loads(text)
 
 
 def _json(value: Any) -> bytes:
     text = json.dumps(value, separators=(",", ":"))
     # What JSON changes (tuples, keys that are not text) would make a cached result differ from a fresh one.
-    if freeze(json.loads(text)) != freeze(value):
+    if spelling_of(json.loads(text)) != spelling_of(value):
         msg = f"JSON cannot hold this {type(value).__qualname__} unchanged; use the serializer 'pickle'"
         raise UncacheableError(msg)
     return text.encode()

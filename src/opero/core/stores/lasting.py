@@ -1,4 +1,4 @@
-"""What the stores that outlive the process have in common: names, and answers in place of exceptions."""
+"""What the stores that outlive the process have in common: names, bytes, and answers in place of exceptions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from abc import ABC, abstractmethod
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from opero.core.clock import clock
 from opero.core.faults import Complaints, Rest
 from opero.core.flights import Flights
-from opero.core.stores.contract import FOREVER, Fault, Keep, Lease
+from opero.core.steps import Failed
+from opero.core.stores.contract import FOREVER, Fault, Found, Keep, Lease
 from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
@@ -51,21 +53,27 @@ class LastingStore(ABC):
         try:
             entry = self.read(key)
             self.rest.end()
-            return None if entry is None else (self._format.loads(entry), FOREVER)
+            return None if entry is None else self.fresh(entry)
         except UnsafeCacheError:
             return None
         except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told
             self.failed(error)
             return None
 
+    def fresh(self, entry: bytes) -> tuple[Any, float] | None:
+        """The value of an entry, as `look_up` gives it."""
+        value, ends = self._format.loads(entry)
+        has_ended = ends != FOREVER and ends <= clock.wall()
+        return None if has_ended or value.__class__ is Failed else (value, FOREVER)
+
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         resting = self.rest.reason()
         if resting is not None:
             return [Fault(resting)] * len(requests)
-        written = {id(r): self._dump(r.value) for r in requests if isinstance(r, Keep)}
-        fine = [r for r in requests if not isinstance(written.get(id(r)), Fault)]
+        faults = {id(r): fault for r in requests if isinstance(r, Keep) and (fault := self._write_down(r))}
+        fine = [r for r in requests if id(r) not in faults]
         try:
-            answers = self.answer(fine, {r: d for r, d in written.items() if isinstance(d, bytes)})
+            answers = self.answer(fine)
         except UnsafeCacheError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
@@ -73,15 +81,31 @@ class LastingStore(ABC):
             answers = [Fault(error)] * len(fine)
         told = dict(zip(map(id, fine), answers, strict=True))
         for request in requests:
-            if id(request) not in told:
+            if id(request) in faults:
                 self.let_go(request.lease)
-        return [told.get(id(r)) or written[id(r)] for r in requests]
+        return [told.get(id(r)) or faults[id(r)] for r in requests]
 
-    def _dump(self, value: Any) -> bytes | Fault:
+    def copy_of(self, written: bytes) -> Any:
+        """The value of an entry once more."""
+        return self._format.loads(written)[0]
+
+    def _write_down(self, request: Keep) -> Fault | None:
+        ends = FOREVER if request.ttl is None else clock.wall() + request.ttl
         try:
-            return self._format.dumps(value)
+            request.written = self._format.dumps(request.value, ends)
         except Exception as error:  # noqa: BLE001 - as above
             return Fault(error)
+        return None
+
+    def found(self, lease: Lease, entry: bytes) -> Found | None:
+        """What was found for a claim; None if it has ended, and is only of use if the call fails."""
+        value, ends = self._format.loads(entry)
+        found = Found(value, entry)
+        ago = clock.wall() - ends
+        if ago < 0:
+            return found
+        lease.old = found if ago < lease.stale else None
+        return None
 
     # To be filled in.
 
@@ -95,8 +119,8 @@ class LastingStore(ABC):
         """The entry of a key."""
 
     @abstractmethod
-    def answer(self, requests: Sequence[Request], written: dict[int, bytes]) -> list[Any]:
-        """Answer in order; ``written`` has the entries to keep, by the ``id`` of their requests."""
+    def answer(self, requests: Sequence[Request]) -> list[Any]:
+        """Answer in order; the entries to keep are written down already."""
 
     @abstractmethod
     def let_go(self, lease: Lease) -> None:

@@ -1,7 +1,7 @@
 """Locks on keys between the processes of one machine.
 
 A lock is one byte of a file, locked by the system for this process and freed by the system when it ends, however it
-ends. Nothing is written, and a forked child holds none of its parent's locks.
+ends. Nothing is written, and a forked child holds none of its parent's locks. The file is open while a key is locked.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ class KeyLocks:
     """The locks of one namespace, for all threads of this process."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        weakref.finalize(self, os.close, self._file)
-        self.after_fork()
+        self._path = folder / _FILE
+        self._file: int | None = None
+        self._lock = threading.RLock()
+        self._holders: dict[int, int] = {}
         watch_forks(self)
 
     def after_fork(self) -> None:
         """What was locked is the parent's."""
-        self._lock = threading.Lock()
-        self._holders: dict[int, int] = {}
+        self._lock = threading.RLock()
+        self._holders = {}
+        self._close()
 
     def take(self, key: bytes) -> bool:
         """Lock a key unless another process has it; in one process it can be taken more than once."""
@@ -56,26 +58,40 @@ class KeyLocks:
             left = self._holders.get(place, 0) - 1
             if left > 0:
                 self._holders[place] = left
-            elif self._holders.pop(place, None) is not None and fcntl is not None:
+            elif self._holders.pop(place, None) is not None and fcntl is not None and self._file is not None:
                 fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+            if not self._holders:
+                self._close()
 
     def _lock_byte(self, place: int) -> bool:
         if fcntl is None:
             return True
+        if self._file is None:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         except OSError as error:
+            if not self._holders:
+                self._close()
             if error.errno in {errno.EACCES, errno.EAGAIN}:
                 return False
             raise
         return True
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def __del__(self) -> None:
+        self._close()
 
 
 def _place(key: bytes) -> int:
     return int.from_bytes(key[:8], "big") >> (64 - _OFFSET_BITS)
 
 
-_registry_lock = ForkSafeLock()
+_registry_lock = ForkSafeLock(threading.RLock)
 _in_use: weakref.WeakValueDictionary[str, KeyLocks] = weakref.WeakValueDictionary()
 
 

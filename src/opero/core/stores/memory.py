@@ -1,13 +1,23 @@
-"""Entries in this process: a cachebox cache."""
+"""Entries in this process.
+
+Nothing here takes a lock: every step is one operation of a dict, whose keys run no code of the user's (see
+`opero.core.keys`), and what is removed is freed after that. So a finalizer, a signal handler or the garbage collector
+may come between any two steps and use the same cache.
+"""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
+import weakref
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakValueDictionary
 
 from opero.core.clock import clock
 from opero.core.flights import Flights
+from opero.core.keys import Instance
+from opero.core.steps import Failed
 from opero.core.stores.contract import CLAIMED, DONE, FOREVER, Claim, Found, Keep
 
 if TYPE_CHECKING:
@@ -16,26 +26,43 @@ if TYPE_CHECKING:
     from opero.core.stores.contract import Lease, Request
 
 MEMORY_MAXSIZE = 10_000
-MEMORY_POLICIES = {"lru": "LRUCache", "lfu": "LFUCache", "fifo": "FIFOCache"}
+MEMORY_POLICIES = ("lru", "lfu", "fifo")
+
+_FEW = 100
+_NOTHING = (None, 0.0, 0.0, 0.0)
+# A result, when a quick look no longer finds it, when it ends, and when it can no longer be given if the call fails.
+Entry = tuple[Any, float, float, float]
 
 
 class MemoryStore:
-    """Entries in this process.
-
-    The caches of cachebox expire by their own clocks or not at all; here every entry has its own end, so that functions
-    with different ``cache_ttl`` can share a namespace.
-    """
+    """Entries in this process; each has its own end, so that functions with different lifetimes can share it."""
 
     is_instant: ClassVar[bool] = True
 
     def __init__(self, maxsize: int = MEMORY_MAXSIZE, policy: str = "lru") -> None:
-        import cachebox
-
         self.maxsize: int | None = maxsize
         self.policy = policy
         self.flights = Flights()
-        self._entries = getattr(cachebox, MEMORY_POLICIES[policy])(maxsize)
-        self.look_up: Callable[[Any], tuple[Any, float] | None] = self._entries.get
+        self._most = maxsize
+        # The one that is to go first stands first; with lfu that is the one that was stored first.
+        self._entries: OrderedDict[Any, Entry] = OrderedDict()
+        self._uses: dict[Any, int] = {}
+        # With lfu: keys by how often they were used when they were last looked at.
+        self._ranks: list[tuple[int, int, Any]] = []
+        # When which entry ends; those that never do are not in it.
+        self._ends: list[tuple[float, int, Any]] = []
+        self._numbers = itertools.count()
+        # What is known of each instance that keys hold: the reference that tells of its end, and the keys.
+        self._instances: dict[Instance, tuple[Any, dict[Any, None]]] = {}
+        looks = {"lru": _look_recently, "lfu": _look_frequently, "fifo": _look}
+        self.look_up: Callable[[Any], Entry | None] = looks[policy](self._entries, self._uses)
+
+    @property
+    def steps(self) -> tuple[Callable[[Any], Entry | None], Callable[[Any], object] | None]:
+        """What `look_up` does: get the entry, and then note that it was used, where something has to be noted."""
+        if self.policy == "lru":
+            return self._entries.get, self._entries.move_to_end
+        return self.look_up, None
 
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -44,17 +71,31 @@ class MemoryStore:
         """Nobody outside this process waits for it."""
 
     def delete(self, key: Any) -> bool:
-        entry = self._entries.pop(key, None)
-        return entry is not None and entry[1] > clock.now()
+        entry = self._remove(key)
+        return entry is not None and entry[2] > clock.now()
 
     def clear(self) -> None:
-        self._entries.clear()
+        removed = []
+        while self._entries:
+            try:
+                removed.append(self._entries.popitem())
+            except KeyError:
+                break
+        self._uses.clear()
+        self._ranks.clear()
+        self._ends.clear()
+        self._instances.clear()
 
     def __repr__(self) -> str:
         return "the memory cache"
 
     def __len__(self) -> int:
+        self._remove_expired()
         return len(self._entries)
+
+    def copy_of(self, written: bytes) -> Any:
+        """Nothing is written here."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """There is nothing to give back."""
@@ -63,21 +104,149 @@ class MemoryStore:
         """Memory does not fail."""
 
     def _answer(self, request: Request) -> Any:
-        key = request.lease.key
         if isinstance(request, Claim):
-            entry = self.look_up(key)
-            # An expired entry is left to its successor: deleting it here could hit one that was stored just now.
-            return CLAIMED if entry is None or entry[1] <= clock.now() else Found(entry[0])
-        if isinstance(request, Keep):
-            with self.flights.lock:
-                if not request.is_stale:
-                    end = FOREVER if request.ttl is None else clock.now() + request.ttl
-                    self._entries[key] = (request.value, end)
+            return self._claim(request.lease)
+        if isinstance(request, Keep) and not request.is_stale:
+            now = clock.now()
+            end = FOREVER if request.ttl is None else now + request.ttl
+            # An error that is remembered is never found by a quick look, which could only return it.
+            entry = (request.value, -FOREVER if request.value.__class__ is Failed else end, end, end + request.stale)
+            self._store(request.lease.key, entry)
+            if request.is_stale and self._entries.get(request.lease.key) is entry:
+                # Somebody has cleared meanwhile.
+                self._remove(request.lease.key)
         return DONE
 
+    def _claim(self, lease: Lease) -> Any:
+        entry = self.look_up(lease.key)
+        if entry is None:
+            return CLAIMED
+        now = clock.now()
+        if entry[2] > now:
+            return Found(entry[0])
+        lease.old = Found(entry[0]) if entry[2] + lease.stale > now else None
+        return CLAIMED
 
-_lock = threading.Lock()
-_shared: WeakValueDictionary[str, MemoryStore] = WeakValueDictionary()
+    def _store(self, key: Any, entry: Entry) -> None:
+        replaced = self._remove(key)
+        self._remove_expired()
+        self._entries[key] = entry
+        if entry[3] != FOREVER:
+            heapq.heappush(self._ends, (entry[3], next(self._numbers), key))
+        if key and key[0].__class__ is Instance:
+            self._note_instance(key[0], key)
+        evicted = []
+        while len(self._entries) > self._most:
+            evicted.append(self._evict(key))
+        if self.policy == "lfu":
+            self._uses[key] = 0
+            heapq.heappush(self._ranks, (0, next(self._numbers), key))
+        del replaced
+
+    def _remove(self, key: Any) -> Entry | None:
+        entry = self._entries.pop(key, None)
+        self._uses.pop(key, None)
+        if key and key[0].__class__ is Instance:
+            _, keys = self._instances.get(key[0], (None, {}))
+            keys.pop(key, None)
+        return entry
+
+    def _evict(self, new: Any) -> Entry | None:
+        """Remove the entry that is to go next, but not the one that has just come."""
+        if self.policy == "lfu":
+            while self._ranks:
+                uses, number, key = heapq.heappop(self._ranks)
+                now = self._uses.get(key)
+                if now is not None and now > uses:
+                    heapq.heappush(self._ranks, (now, number, key))
+                elif now is not None and key != new:
+                    return self._remove(key)
+        try:
+            return self._remove(next(iter(self._entries)))
+        except (StopIteration, RuntimeError):
+            # Others have removed some meanwhile.
+            return None
+
+    def _remove_expired(self) -> None:
+        now = clock.now() if self._ends else 0.0
+        removed = []
+        while self._ends and self._ends[0][0] <= now:
+            try:
+                _, _, key = heapq.heappop(self._ends)
+            except IndexError:
+                break
+            entry = self._entries.get(key)
+            if entry is not None and entry[3] <= now:
+                removed.append(self._remove(key))
+        del removed
+        self._forget_what_has_gone()
+
+    def _forget_what_has_gone(self) -> None:
+        """Of entries that went before their time, ends and ranks stay behind; not more of them than of the others."""
+        most = 2 * len(self._entries) + _FEW
+        if len(self._ends) > most:
+            entries = self._entries
+            self._ends = [end for end in self._ends.copy() if entries.get(end[2], _NOTHING)[3] == end[0]]
+            heapq.heapify(self._ends)
+        if len(self._ranks) > most:
+            self._ranks = [(uses, next(self._numbers), key) for key, uses in self._uses.copy().items()]
+            heapq.heapify(self._ranks)
+
+    def _note_instance(self, instance: Instance, key: Any) -> None:
+        known = self._instances.get(instance)
+        if known is None:
+            value = instance()
+            this = weakref.ref(self)
+
+            def gone(_reference: Any) -> None:
+                store = this()
+                if store is not None:
+                    store.forget_instance(instance)
+
+            known = self._instances.setdefault(instance, (weakref.ref(value, gone), {}))
+        known[1][key] = None
+
+    def forget_instance(self, instance: Instance) -> None:
+        """Remove what nobody can ask for any more."""
+        _, keys = self._instances.pop(instance, (None, {}))
+        removed = [self._remove(key) for key in list(keys)]
+        del removed
+
+
+def _look(entries: OrderedDict[Any, Entry], _uses: dict[Any, int]) -> Callable[[Any], Entry | None]:
+    return entries.get
+
+
+def _look_recently(entries: OrderedDict[Any, Entry], _uses: dict[Any, int]) -> Callable[[Any], Entry | None]:
+    get, touch = entries.get, entries.move_to_end
+
+    def look_up(key: Any) -> Entry | None:
+        entry = get(key)
+        if entry is None:
+            return None
+        try:
+            touch(key)
+        except KeyError:
+            # Removed since.
+            return entry
+        return entry
+
+    return look_up
+
+
+def _look_frequently(entries: OrderedDict[Any, Entry], uses: dict[Any, int]) -> Callable[[Any], Entry | None]:
+    def look_up(key: Any) -> Entry | None:
+        entry = entries.get(key)
+        if entry is not None:
+            uses[key] = uses.get(key, 0) + 1
+        return entry
+
+    return look_up
+
+
+# A lock that a thread can have more than once: a finalizer, which may come at any moment, can decorate functions.
+_lock = threading.RLock()
+_shared: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
 
 
 def memory_store(namespace: str | None, *, maxsize: int = MEMORY_MAXSIZE, policy: str = "lru") -> MemoryStore:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from diskcache.core import DBNAME
 
 from opero.core.clock import clock
+from opero.core.digests import SIZE
 from opero.core.private_folder import refuse_unsafe
-from opero.core.stores.disk import NAMESPACE_SETTING
+from opero.core.stores.disk import NAMESPACE_SETTING, connect_to_read
 from opero.core.stores.lasting import slug
 from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
@@ -25,11 +26,8 @@ if TYPE_CHECKING:
 _PATIENCE = 5.0
 _OPTION = "--cache-dir"
 _NAME = "SELECT value FROM Settings WHERE key = ?"
-# What has expired is gone for every reader; an empty value marks a deleted key, see `DiskStore.delete`.
-_COUNT = (
-    "SELECT COUNT(*) FROM Cache WHERE raw = 1 AND (expire_time IS NULL OR expire_time > ?) "
-    "AND (filename IS NOT NULL OR length(value) > 0)"
-)
+# What has expired is gone for every reader; a longer key marks one that was deleted, see `DiskStore.delete`.
+_COUNT = "SELECT COUNT(*) FROM Cache WHERE raw = 1 AND (expire_time IS NULL OR expire_time > ?) AND length(key) = ?"
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def _namespace(folder: Path) -> Namespace:
         size = _size_of(folder)
         with _reading(folder / DBNAME) as connection:
             name = _name_of(folder.name, connection.execute(_NAME, (NAMESPACE_SETTING,)).fetchone())
-            ((entries,),) = connection.execute(_COUNT, (clock.wall(),)).fetchall()
+            ((entries,),) = connection.execute(_COUNT, (clock.wall(), SIZE)).fetchall()
             return Namespace(folder, size, name, entries)
     except UnsafeCacheError as error:
         return Namespace(folder, 0, problem=str(error))
@@ -106,10 +104,7 @@ def _reading(database: Path) -> Iterator[sqlite3.Connection]:
     if not stat.S_ISREG(database.lstat().st_mode):
         msg = f"{database.name} is not a file"
         raise OSError(msg)
-    log = database.with_name(f"{DBNAME}-wal")
-    # Where no process has left anything in the log, SQLite would make one, and an index to it, just to read.
-    manner = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
-    connection = sqlite3.connect(f"{database.absolute().as_uri()}?{manner}", timeout=_PATIENCE, uri=True)
+    connection = connect_to_read(database.parent, _PATIENCE)
     try:
         yield connection
     finally:

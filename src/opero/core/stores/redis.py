@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from opero.core.forks import allow_forks, watch_forks
-from opero.core.redis_server import ANSWER_SECONDS, CONNECT_SECONDS, Server, server_of
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease
+from opero.core.redis_server import (
+    ANSWER_SECONDS,
+    CONNECT_SECONDS,
+    Server,
+    server_at,
+    server_of,
+    server_with,
+)
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Keep, Lease
 from opero.core.stores.lasting import LastingStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from opero.core.faults import Rest
     from opero.core.stores.contract import Request
@@ -27,11 +34,16 @@ LEASE_SECONDS = 10.0
 _IDLE_SECONDS = 1.0
 _SCAN_COUNT = 1_000
 
-# KEYS: entry, lease. ARGV: token, milliseconds.
+# KEYS: entry, lease. ARGV: token, milliseconds, 1 if the entry that there is has ended. A lease that would live longer
+# than any that opero makes is nobody's.
 _CLAIM = """
 local entry = redis.call('GET', KEYS[1])
-if entry then return entry end
-if redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
+if entry and ARGV[3] == '0' then return entry end
+local left = redis.call('PTTL', KEYS[2])
+if left == -2 or left == -1 or left > tonumber(ARGV[2]) then
+    redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+    return 1
+end
 return 0
 """
 # KEYS: entry, lease. ARGV: token, entry, milliseconds or 0. Without the lease somebody has cleared since.
@@ -50,9 +62,9 @@ _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPI
 class RedisStore(LastingStore):
     """The entries of one namespace on one server."""
 
-    def __init__(self, config: Callable[[], Any], prefix: str, entry_format: EntryFormat) -> None:
+    def __init__(self, find_server: Callable[[], Server], prefix: str, entry_format: EntryFormat) -> None:
         super().__init__(f"the redis cache {prefix}", entry_format)
-        self._config = config
+        self._find_server = find_server
         self._prefix = prefix.encode()
         self._server: Server | None
         self.after_fork()
@@ -60,7 +72,7 @@ class RedisStore(LastingStore):
 
     def after_fork(self) -> None:
         """Hold none of the parent's leases, and use none of its connections."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._server = None
         self._keeper = LeaseKeeper(self)
 
@@ -70,7 +82,7 @@ class RedisStore(LastingStore):
         server = self._server
         if server is None:
             with self._lock:
-                self._server = server = _server(self._config())
+                self._server = server = self._find_server()
                 server.users.add(self)
         return server
 
@@ -85,13 +97,14 @@ class RedisStore(LastingStore):
         return self.server.rest
 
     def read(self, key: bytes) -> bytes | None:
-        entry: bytes | None = self.client.get(self._entry(key))
+        server = self._server or self.server
+        entry: bytes | None = server.client.get(self._entry(key))
         return entry
 
-    def answer(self, requests: Sequence[Request], written: dict[int, bytes]) -> list[Any]:
+    def answer(self, requests: Sequence[Request]) -> list[Any]:
         pipeline = self.client.pipeline(transaction=False)
         for request in requests:
-            self._ask(pipeline, request, written)
+            self._ask(pipeline, request)
         try:
             answers = pipeline.execute(raise_on_error=False)
             self.rest.end()
@@ -103,6 +116,19 @@ class RedisStore(LastingStore):
             for request in requests:
                 request.lease.held = isinstance(request, Claim)
             raise
+
+    async def fetch(self, key: bytes) -> tuple[Any, float] | None:
+        """As `look_up`, in the running event loop; None as long as nothing is open, which takes long."""
+        server = self._server
+        if server is None or not server.has_async_client or server.rest.reason() is not None:
+            return None
+        try:
+            entry = await server.get(self._entry(key))
+            server.rest.end()
+            return None if entry is None else self.fresh(entry)
+        except Exception as error:  # noqa: BLE001 - the call asks again, and is told
+            self.failed(error)
+            return None
 
     def let_go(self, lease: Lease) -> None:
         self._keeper.drop(lease)
@@ -148,19 +174,19 @@ class RedisStore(LastingStore):
         # The braces keep entry and lease on one node of a cluster.
         return b"%b:{%b}" % (self._prefix, key.hex().encode())
 
-    def _ask(self, pipeline: Any, request: Request, written: dict[int, bytes]) -> None:
+    def _ask(self, pipeline: Any, request: Request) -> None:
         lease = request.lease
         entry = self._entry(lease.key)
         keys = (entry, entry + b":lease")
         if isinstance(request, Claim):
             lease.renew_token()
-            pipeline.eval(_CLAIM, 2, *keys, lease.token, int(LEASE_SECONDS * 1000))
+            pipeline.eval(_CLAIM, 2, *keys, lease.token, int(LEASE_SECONDS * 1000), 0)
         elif isinstance(request, Keep) and not request.is_stale:
-            milliseconds = 0 if request.ttl is None else max(1, int(request.ttl * 1000))
+            milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
             if not lease.token:
-                pipeline.set(entry, written[id(request)], px=milliseconds or None)
+                pipeline.set(entry, request.written, px=milliseconds or None)
                 return
-            pipeline.eval(_KEEP, 2, *keys, lease.token, written[id(request)], milliseconds)
+            pipeline.eval(_KEEP, 2, *keys, lease.token, request.written, milliseconds)
         else:
             pipeline.eval(_RELEASE, 1, keys[1], lease.token)
 
@@ -169,7 +195,13 @@ class RedisStore(LastingStore):
             self._keeper.forget(request.lease)
             return Fault(answer) if isinstance(answer, Exception) else DONE
         if isinstance(answer, bytes):
-            return self._found(request.lease, answer)
+            found = self._found(request.lease, answer)
+            if found is not None:
+                return found
+            # It has ended: the right to compute it anew is asked for by itself.
+            lease = request.lease
+            keys = (self._entry(lease.key), self._entry(lease.key) + b":lease")
+            answer = self.client.eval(_CLAIM, 2, *keys, lease.token, int(LEASE_SECONDS * 1000), 1)
         if isinstance(answer, Exception):
             return Fault(answer)
         if answer:
@@ -178,7 +210,7 @@ class RedisStore(LastingStore):
 
     def _found(self, lease: Lease, entry: bytes) -> Any:
         try:
-            return Found(self._format.loads(entry))
+            return self.found(lease, entry)
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
             self.client.delete(self._entry(lease.key))
             return Fault(error)
@@ -285,11 +317,16 @@ class LeaseKeeper:
             store.complain(error)
 
 
-def _server(config: Any) -> Server:
-    """The server that twat-cache's settings name."""
+def server_for(options: Mapping[str, Any], config: Callable[[], Any]) -> Server:
+    """The server that the options name; twat-cache's settings know of the environment, too."""
+    if "client" in options:
+        return server_with(options["client"])
+    if "url" in options:
+        return server_at(options["url"])
+    found = config()
     return server_of(
-        host=config.get_redis_host(),
-        port=config.get_redis_port(),
-        db=config.get_redis_db(),
-        password=config.get_redis_password(),
+        host=found.get_redis_host(),
+        port=found.get_redis_port(),
+        db=found.get_redis_db(),
+        password=found.get_redis_password(),
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from opero.core.checks import (
+    check_callable,
     check_choice,
     check_count,
     check_flag,
@@ -18,6 +22,7 @@ from opero.core.checks import (
     check_text,
 )
 from opero.core.forks import ForkSafeLock
+from opero.core.redis_server import check_client, check_url
 from opero.core.showing import shown
 from opero.core.stores.memory import MEMORY_MAXSIZE, MEMORY_POLICIES, memory_store
 
@@ -25,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from opero.core.checks import Duration
     from opero.core.stores.contract import Store
 
 BACKENDS = ("memory", "disk", "redis")
@@ -38,7 +42,7 @@ _WRITTEN = ("compress", "folder_name", "serializer")
 _OPTIONS = {
     "memory": ("maxsize", "policy"),
     "disk": ("cache_dir", "maxsize", "policy", "size_limit", *_WRITTEN),
-    "redis": ("redis_db", "redis_host", "redis_password", "redis_port", *_WRITTEN),
+    "redis": ("client", "redis_db", "redis_host", "redis_password", "redis_port", "url", *_WRITTEN),
 }
 _HIGHEST_PORT = 65_535
 
@@ -53,6 +57,15 @@ def _name(option: str, value: Any) -> str:
 
 def _path(option: str, value: Any) -> str:
     return check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
+
+
+def _host(option: str, value: Any) -> str:
+    host = check_text(option, value, "the server's name")
+    if any(mark in host for mark in "@/"):
+        # It would stand in messages, with the password in it.
+        msg = f"{option} is no server's name; write a URL as 'url', or the name alone"
+        raise ValueError(msg)
+    return host
 
 
 def _port(option: str, value: Any) -> int:
@@ -72,26 +85,41 @@ def _password(option: str, value: Any) -> str | None:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "cache_dir": _path,
+    "client": check_client,
     "compress": check_flag,
     "folder_name": _name,
     "maxsize": lambda option, value: check_count(option, value, "entries", smallest=1),
     "redis_db": lambda option, value: check_count(option, value, "the database's number", smallest=0),
-    "redis_host": lambda option, value: check_text(option, value, "the server's name"),
+    "redis_host": _host,
     "redis_password": _password,
     "redis_port": _port,
     "serializer": lambda option, value: check_choice(option, value, ("pickle", "json")),
+    "url": check_url,
     "size_limit": lambda option, value: check_count(option, value, "bytes", smallest=1),
 }
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Checked options of one cache."""
+    """Checked options of one cache.
+
+    Attributes:
+        ttl: Seconds that a result lives; None for ever; or a function that tells it of a result.
+        ignore: Names of the parameters that are not part of the key.
+        keep_if: Tells whether to keep a result.
+        exceptions: Classes of errors that are remembered like results.
+        stale: Seconds after its end for which a result is given if the call fails.
+    """
 
     backend: str
-    ttl: float | None
+    ttl: float | Callable[[Any], Any] | None
     namespace: str | None
     options: Mapping[str, Any] = field(repr=False)
+    key: Callable[..., Any] | None = None
+    ignore: tuple[str, ...] = ()
+    keep_if: Callable[[Any], Any] | None = None
+    exceptions: tuple[type[Exception], ...] = ()
+    stale: float = 0.0
 
     @property
     def maxsize(self) -> int | None:
@@ -110,7 +138,8 @@ class CacheSettings:
             policy = self.options.get("policy", "lru")
             return memory_store(namespace, maxsize=self.maxsize or MEMORY_MAXSIZE, policy=policy)
         assert namespace is not None  # noqa: S101 - what outlives the process has a name
-        key = repr((self.backend, namespace, sorted(self.options.items())))
+        options = {name: id(value) if name == "client" else value for name, value in self.options.items()}
+        key = repr((self.backend, namespace, sorted(options.items())))
         with _lock.lock:
             found: Store | None = _lasting_stores.get(key)
             if found is not None:
@@ -139,16 +168,20 @@ class CacheSettings:
 
     def _redis_store(self, namespace: str) -> Any:
         from opero.core.stores.lasting import slug
-        from opero.core.stores.redis import RedisStore
+        from opero.core.stores.redis import RedisStore, server_for
+
+        def find_server() -> Any:
+            return server_for(self.options, self.config)
 
         folder = self.options.get("folder_name", FOLDER_NAME)
-        return RedisStore(self.config, f"{slug(folder)}:{slug(namespace)}", self._format())
+        return RedisStore(find_server, f"{slug(folder)}:{slug(namespace)}", self._format())
 
     def config(self) -> Any:
         """twat-cache's `CacheConfig` for these settings."""
         from opero.core.stores.twat import cache_config
 
-        return cache_config({"folder_name": FOLDER_NAME, **self.options}, ttl=self.ttl)
+        ttl = None if callable(self.ttl) else self.ttl
+        return cache_config({"folder_name": FOLDER_NAME, **self.options}, ttl=ttl)
 
     def _format(self) -> Any:
         from opero.core.stores.entries import EntryFormat
@@ -156,7 +189,7 @@ class CacheSettings:
         return EntryFormat(self.options.get("serializer", "pickle"), compress=self.options.get("compress", False))
 
 
-_lock = ForkSafeLock()
+_lock = ForkSafeLock(threading.RLock)
 _lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
@@ -168,29 +201,108 @@ def _is_missing(package: str) -> bool:
 
 def cache_settings(
     *,
-    ttl: Duration | None = None,
+    ttl: Any = None,
     backend: str = "memory",
     namespace: str | None = None,
     options: Mapping[str, Any] | None = None,
+    key: Callable[..., Any] | None = None,
+    prefix: str = "cache_",
+    option: str = "cache_options[{!r}]",
+    **more: Any,
 ) -> CacheSettings:
     """Check the options.
+
+    Names are told with a ``prefix`` before them, and settings of the backend as ``option`` says; ``more`` is
+    ``ignore``, ``keep_if``, ``exceptions`` and ``stale``.
 
     Raises:
         TypeError: If an option has the wrong type or does not belong to the backend.
         ValueError: If an option's value is out of range.
         ModuleNotFoundError: If the backend needs a package that is not installed.
     """
-    check_choice("cache_backend", backend, BACKENDS)
+    check_choice(f"{prefix}backend", backend, BACKENDS)
     if backend == "redis" and _is_missing("redis"):
         msg = "cache_backend='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")
-    if ttl is not None:
-        ttl = check_seconds("cache_ttl", ttl, zero=False)
+    if prefix and ttl is not None:
+        ttl = check_seconds(f"{prefix}ttl", ttl, zero=False)
+    elif callable(ttl):
+        check_callable("ttl", ttl, "a function of the result")
+    elif ttl is not None:
+        ttl = check_lifetime("ttl", ttl, zero=False)
     if namespace is not None:
-        check_text("cache_namespace", namespace, "a name for where the entries live")
+        check_text(f"{prefix}namespace", namespace, "a name for where the entries live")
+    if key is not None:
+        check_callable(f"{prefix}key", key, "a function of the same arguments that returns the key")
     given = check_mapping("cache_options", options)
-    check_known(f"cache_options of cache_backend={backend!r}", given, _OPTIONS[backend])
+    where = f"cache_options of cache_backend={backend!r}" if prefix else f"Cache(backend={backend!r})"
+    check_known(where, given, _OPTIONS[backend])
     policies = MEMORY_POLICIES if backend == "memory" else DISK_POLICIES
     checks: dict[str, Any] = {**_CHECKS, "policy": functools.partial(check_choice, choices=policies)}
-    checked = {name: checks[name](f"cache_options[{name!r}]", value) for name, value in given.items()}
-    return CacheSettings(backend, ttl, namespace, checked)
+    checked = {name: checks[name](option.format(name), value) for name, value in given.items()}
+    _refuse_two_places(checked)
+    return CacheSettings(backend, ttl, namespace, checked, key, **_checked_policy(ttl, key, checked, **more))
+
+
+def _refuse_two_places(options: Mapping[str, Any]) -> None:
+    named = [name for name in ("client", "url") if name in options]
+    others = [name for name in options if name.startswith("redis_")]
+    if len(named) > 1 or (named and others):
+        msg = f"{named[0]}=… says which server it is, and so does {[*named[1:], *others][0]}=…; leave one of them out"
+        raise ValueError(msg)
+
+
+def _checked_policy(
+    ttl: Any,
+    key: Any,
+    options: Mapping[str, Any],
+    *,
+    ignore: Any = (),
+    keep_if: Any = None,
+    exceptions: Any = (),
+    stale: Any = None,
+) -> dict[str, Any]:
+    names = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else tuple(ignore)
+    for name in names:
+        check_text("ignore", name, "names of parameters")
+    if names and key is not None:
+        msg = "ignore=… has no effect beside key=…, which alone makes the key; leave one of them out"
+        raise ValueError(msg)
+    classes = exceptions if isinstance(exceptions, tuple) else (exceptions,)
+    for kind in classes:
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            msg = f"exceptions={shown(exceptions)} is not a class of exceptions or a tuple of them"
+            raise TypeError(msg)
+    if classes and options.get("serializer") == "json":
+        msg = "exceptions=… cannot apply with serializer='json', which can write no exception"
+        raise ValueError(msg)
+    if keep_if is not None:
+        check_callable("keep_if", keep_if, "a function of the result")
+    if stale is not None:
+        stale = check_lifetime("stale", stale, zero=False)
+        if ttl is None:
+            msg = f"stale={shown(stale)} has no effect without ttl=…: such an entry never ends"
+            raise ValueError(msg)
+    return {"ignore": names, "keep_if": keep_if, "exceptions": classes, "stale": stale or 0.0}
+
+
+_LIFETIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+_UNITS = {
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1.0),
+    **dict.fromkeys(("m", "min", "mins", "minute", "minutes"), 60.0),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600.0),
+    **dict.fromkeys(("d", "day", "days"), 86_400.0),
+    **dict.fromkeys(("w", "week", "weeks"), 604_800.0),
+}
+
+
+def check_lifetime(name: str, value: Any, *, zero: bool) -> float:
+    """Seconds, told as a number, as a `datetime.timedelta`, or as text with a unit."""
+    if isinstance(value, str):
+        found = _LIFETIME.fullmatch(value)
+        unit = None if found is None else _UNITS.get(found[2].lower())
+        if found is None or unit is None:
+            msg = f"{name}={shown(value)} is no duration; write seconds, a timedelta, or text like '15 minutes'"
+            raise ValueError(msg)
+        value = float(found[1]) * unit
+    return check_seconds(name, value, zero=zero)

@@ -13,11 +13,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opero.core.private_folder import folder_of_user
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Options of opero's own beside the fields of twat-cache's `CacheConfig`.
-OWN_OPTIONS = frozenset({"serializer", "size_limit"})
+OWN_OPTIONS = frozenset({"client", "serializer", "size_limit", "url"})
 
 
 def import_twat_cache(module: str) -> Any:
@@ -58,5 +60,5 @@ def cache_folder(config: Any) -> Path:
     name: str = config.get_folder_name()
     if config.cache_dir is not None:
         return Path(config.cache_dir).expanduser() / name
-    folder: Path = import_twat_cache("paths").get_cache_path(name, create=False)
-    return folder
+    get_cache_path = import_twat_cache("paths").get_cache_path
+    return folder_of_user(lambda: get_cache_path(name, create=False))

@@ -1,0 +1,137 @@
+"""Ctrl-C in the processes that a map starts, and waits that have to come to their end in spite of it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import signal
+import sys
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from opero.core.interrupts import Hold
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def held_back_in_children(start_method: str) -> Iterator[None]:
+    """Let processes that are started in the block begin with Ctrl-C held back, until they ask for it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    if start_method != "fork":
+        # Whoever starts it lets Ctrl-C through again: not while a worker starts, or the server of the workers.
+        importlib.import_module("multiprocessing.resource_tracker").ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def hearing_interrupts() -> Iterator[None]:
+    """In a process that began with Ctrl-C held back: hear one for the time of the block, but none from before."""
+    if not hasattr(signal, "sigtimedwait") or signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        yield
+        return
+    if threading.current_thread() is threading.main_thread():
+        # In place of Python's, or of one that a process has that was forked in the middle of something.
+        signal.signal(signal.SIGINT, _hear_once)
+    while signal.sigtimedwait({signal.SIGINT}, 0) is not None:
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def _hear_once(_signal: int, _frame: Any) -> None:
+    """End what runs, and hold back the next Ctrl-C, which would interrupt the tidying up."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    asyncio = sys.modules.get("asyncio")
+    try:
+        loop = None if asyncio is None else asyncio.get_running_loop()
+    except RuntimeError:
+        loop = None
+    if asyncio is None or loop is None:
+        raise KeyboardInterrupt
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    # It may be in the middle of a long wait.
+    loop.call_soon_threadsafe(lambda: None)
+
+
+def join_unless_left(threads: list[threading.Thread], is_left: Callable[[], bool]) -> None:
+    """Wait until they have ended, or until nobody wants to wait for them any more."""
+    for thread in threads:
+        while thread.is_alive() and not is_left():
+            thread.join(0.05)
+
+
+def not_waited_for(block: Callable[[], None]) -> None:
+    """Run ``block`` in a thread of its own, because it waits for this one."""
+    thread = threading.Thread(target=block, name="opero-stop", daemon=True)
+    with Hold(), suppress(RuntimeError):  # the interpreter is about to end, and starts no more threads
+        thread.start()
+
+
+async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
+    """Run ``stop`` in a thread that ends with it; not interrupted by cancellation, which is passed on afterwards.
+
+    ``stop`` is given what tells whether the task was cancelled again meanwhile, as by Ctrl-C pressed twice.
+    """
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    is_left = False
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            stop(lambda: is_left)
+        except BaseException as raised:  # noqa: BLE001 - raised again in the awaiting task
+            error = raised
+        # The loop of a map that was left may be closed by now.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(_settle, ended, error)
+
+    thread = threading.Thread(target=run, name="opero-stop", daemon=True)
+    with Hold():
+        thread.start()
+    interrupted: BaseException | None = None
+    while not ended.done():
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError as error:
+            interrupted = interrupted or error
+            is_left = _is_cancelled_twice()
+    thread.join()
+    if interrupted is not None:
+        raise interrupted
+    ended.result()
+
+
+def _is_cancelled_twice() -> bool:
+    import asyncio
+
+    task = asyncio.current_task()
+    if task is None or task.cancelling() <= 1:
+        return False
+    # A scope of anyio's cancels again and again until it is left, and means once.
+    anyio = sys.modules.get("anyio")
+    return anyio is None or anyio.current_effective_deadline() != -math.inf
+
+
+def _settle(ended: asyncio.Future[None], error: BaseException | None) -> None:
+    if error is None:
+        ended.set_result(None)
+    else:
+        ended.set_exception(error)

@@ -1,0 +1,102 @@
+"""The end of worker processes: with a request first, and with all that they have started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# How long an ended process may tidy up, and how long the system may take to say that it is gone.
+GRACE_SECONDS = 1.0
+_SAYING_SECONDS = 0.05
+# What a worker exits with that was asked to end, as a shell's command would.
+ENDED_CODE = 128 + signal.SIGTERM
+
+# Processes by their ids, with the times of their starts: an id may be another's later.
+Family = dict[int, str]
+
+
+def wait_until_ended(processes: Iterable[Any], seconds: float) -> list[Any]:
+    """Wait at most so long; gives those that still run.
+
+    `Process.join` waits for a pipe's end, which a child of the program's own may have open.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.001
+    running, gone_since = list(processes), dict[Any, float]()
+    while True:
+        now = time.monotonic()
+        running = [each for each in running if each.exitcode is None and not _is_gone(each, gone_since, now)]
+        if not running or now >= deadline:
+            return running
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def _is_gone(process: Any, gone_since: dict[Any, float], now: float) -> bool:
+    """Another thread has been told its exit code and may say so in a moment; or the system keeps none."""
+    if os.name != "posix":
+        return False
+    with contextlib.suppress(OSError):
+        os.kill(process.pid, 0)
+        return False
+    return now - gone_since.setdefault(process, now) > _SAYING_SECONDS
+
+
+def end_by_force(processes: Iterable[Any]) -> None:
+    """Let processes raise `SystemExit`, kill those that have not ended a second later; end what they have started."""
+    processes = list(processes)
+    family = family_of(*(process.pid for process in processes))
+    for process in processes:
+        process.terminate()
+    rest = wait_until_ended(processes, GRACE_SECONDS)
+    family |= family_of(*(process.pid for process in rest))
+    for process in rest:
+        process.kill()
+    wait_until_ended(rest, GRACE_SECONDS)
+    end_family(family)
+
+
+def family_of(*pids: int) -> Family:
+    """The descendants of processes, where the system lists them."""
+    children: dict[int, Family] = {}
+    for path in Path("/proc").glob("[0-9]*") if pids else ():
+        started, parent = _status(path.name)
+        children.setdefault(parent, {})[int(path.name)] = started
+    family: Family = {}
+    coming = list(pids)
+    while coming:
+        found = children.get(coming.pop(), {})
+        coming.extend(found)
+        family |= found
+    return family
+
+
+def end_family(family: Family) -> None:
+    for order in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + GRACE_SECONDS
+        left = _left_of(family)
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, order)
+        while left and time.monotonic() < deadline:
+            time.sleep(0.001)
+            left = _left_of(left)
+
+
+def _left_of(family: Family) -> Family:
+    return {pid: started for pid, started in family.items() if started and _status(str(pid))[0] == started}
+
+
+def _status(pid: str) -> tuple[str, int]:
+    """When a process has started, and its parent; the first is empty for one that has ended."""
+    with contextlib.suppress(OSError):
+        state, parent, *others = Path("/proc", pid, "stat").read_text(errors="replace").rpartition(")")[2].split()
+        if state != "Z":
+            return others[17], int(parent)
+    return "", 0

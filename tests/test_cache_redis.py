@@ -1,0 +1,210 @@
+"""Where a redis cache is: by URL, by a client of the program's own, by host and port; and hits in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import redis
+import redis.asyncio
+
+from opero import Cache, opero
+
+SECRET = "p4ssw0rd-and-more"
+
+
+def address(backend):
+    return {"host": backend.server.host, "port": backend.server.port}
+
+
+WAYS = {
+    "host and port": lambda backend: backend.cache_options,
+    "url": lambda backend: {"url": "redis://{host}:{port}/0".format(**address(backend))},
+    "client": lambda backend: {"client": redis.Redis(**address(backend))},
+    "client of asyncio": lambda backend: {"client": redis.asyncio.Redis(**address(backend))},
+}
+
+
+@pytest.fixture
+def close():
+    made = []
+    yield made.append
+    for client in made:
+        if isinstance(client, redis.Redis):
+            client.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_can_be_told_in_many_ways_and_they_share_their_entries(world, redis_backend, close, way):
+    settings = WAYS[way](redis_backend)
+    close(settings.get("client"))
+    namespace = redis_backend.namespace()
+
+    async def close_in_loop():
+        if way == "client of asyncio":
+            await settings["client"].aclose()
+
+    first = opero(cache=Cache(backend="redis", namespace=namespace, **settings), retries=0)(
+        world.define(lambda x: [x, "first"])
+    )
+    if world.is_async:
+
+        async def use():
+            got = [await first(1), await first(1)]
+            await close_in_loop()
+            return got
+
+        assert asyncio.run(use()) == [[1, "first"]] * 2
+    else:
+        assert [first(1), first(1)] == [[1, "first"]] * 2
+    assert first.stats.hits == 1
+    again = opero(cache=Cache(backend="redis", namespace=namespace, **redis_backend.cache_options), retries=0)(
+        lambda x: [x, "again"]
+    )
+    assert again(1) == [1, "first"]
+
+
+def test_a_client_of_the_programs_own_is_not_closed(redis_backend):
+    with redis.Redis(**address(redis_backend)) as client:
+        f = opero(cache=Cache(backend="redis", namespace=redis_backend.namespace(), client=client), retries=0)(
+            lambda x: x
+        )
+        f(1)
+        del f
+        assert client.ping()
+
+
+def test_a_hit_in_an_event_loop_needs_no_thread(redis_backend, monkeypatch):
+    from opero.core import steps
+
+    async def double(x):
+        return 2 * x
+
+    f = opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(double)
+
+    async def main():
+        await f(1)
+        monkeypatch.setattr(steps, "consult_async", None)
+        return [await f(1) for _ in range(5)], await asyncio.gather(*[f(1) for _ in range(200)])
+
+    one_by_one, at_once = asyncio.run(main())
+    assert (one_by_one, at_once) == ([2] * 5, [2] * 200)
+
+
+def test_event_loops_one_after_the_other_and_side_by_side_find_the_same(redis_backend):
+    from side_by_side import results, started
+
+    async def double(x):
+        return 2 * x
+
+    f = opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(double)
+
+    async def main():
+        return [await f(n) for n in range(10)]
+
+    for _ in range(3):
+        assert asyncio.run(main()) == [2 * n for n in range(10)]
+    assert results([started(asyncio.run, main()) for _ in range(4)]) == [[2 * n for n in range(10)]] * 4
+    assert f.stats.attempts == 10
+
+
+def test_a_cancelled_hit_does_no_harm(redis_backend):
+    async def double(x):
+        return 2 * x
+
+    f = opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(double)
+
+    async def main():
+        for n in range(5):
+            await f(n)
+        for delay in range(30):
+            tasks = [asyncio.ensure_future(f(n)) for n in range(5)]
+            await asyncio.sleep(delay / 20_000)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert await asyncio.gather(*[f(n) for n in range(5)]) == [2 * n for n in range(5)]
+
+    asyncio.run(main())
+
+
+def test_a_server_that_goes_away_costs_an_event_loop_little(own_redis):
+    async def double(x):
+        return 2 * x
+
+    f = opero(**own_redis.options, cache_namespace=own_redis.namespace(), retries=0)(double)
+
+    async def main():
+        await f(1)
+        await f(1)
+        own_redis.server.stop()
+        before = time.monotonic()
+        got = [await f(1) for _ in range(20)]
+        return got, time.monotonic() - before
+
+    got, seconds = asyncio.run(main())
+    assert got == [2] * 20
+    assert seconds < 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"url": f"redis://user:{SECRET}@:port/0"},
+        {"url": f"redis://:x/{SECRET}@localhost"},
+        {"url": f"redis://:x?{SECRET}@localhost"},
+        {"url": f"redis://:x#{SECRET}@localhost"},
+        {"url": f"http://:{SECRET}@localhost"},
+        {"url": SECRET},
+        {"url": 5},
+        {"redis_host": f"user:{SECRET}@localhost"},
+        {"redis_host": f"redis://user:{SECRET}@localhost"},
+        {"url": f"redis://:{SECRET}@localhost", "redis_host": "localhost"},
+        {"url": f"redis://:{SECRET}@localhost", "client": redis.Redis()},
+        {"client": SECRET},
+        {"client": redis.Redis(decode_responses=True, password=SECRET)},
+    ],
+)
+def test_a_wrong_place_is_refused_without_telling_the_password(settings):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        Cache(backend="redis", **settings)
+    assert SECRET not in str(caught.value)
+    assert caught.value.__cause__ is None or SECRET not in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"url": f"redis://user:{SECRET}@127.0.0.1:1/0"},
+        {"url": f"redis://{SECRET}:{SECRET}@127.0.0.1:1/0"},
+        {"redis_host": "127.0.0.1", "redis_port": 1, "redis_password": SECRET},
+        {"client": redis.Redis(port=1, password=SECRET)},
+    ],
+)
+def test_no_message_about_a_server_that_is_away_tells_the_password(settings, warnings):
+    from opero import OperoError
+
+    f = opero(cache=Cache(backend="redis", namespace="away", **settings), retries=0)(lambda x: x)
+    assert f(1) == 1
+    with pytest.raises(OperoError) as caught:
+        f.cache_clear()
+    assert len(warnings) == 1
+    texts = [*warnings, str(caught.value), str(caught.value.__cause__), repr(f.__opero__.plan)]
+    assert not [text for text in texts if SECRET in text]
+
+
+def test_a_wrong_password_costs_the_cache_and_is_not_told(own_redis, warnings):
+    with own_redis.client() as client:
+        client.config_set("requirepass", "right")
+    try:
+        url = f"redis://:{SECRET}@{own_redis.server.host}:{own_redis.server.port}/0"
+        f = opero(cache=Cache(backend="redis", namespace="locked", url=url), retries=0)(lambda x: x)
+        assert (f(1), f.stats.cache_errors) == (1, 1)
+        assert not [text for text in warnings if SECRET in text]
+        right = url.replace(SECRET, "right")
+        g = opero(cache=Cache(backend="redis", namespace="locked", url=right), retries=0)(lambda x: x)
+        assert [g(1), g(1), g.stats.hits] == [1, 1, 1]
+    finally:
+        with redis.Redis(host=own_redis.server.host, port=own_redis.server.port, password="right") as client:
+            client.config_set("requirepass", "")

@@ -1,0 +1,348 @@
+"""What lies in a cache may be wrong, planted or out of reach; folders are looked at whenever something is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import zlib
+
+import pytest
+from side_by_side import results, started
+
+from opero import opero
+from opero.__main__ import main
+from opero.core.clock import clock
+from opero.core.private_folder import private_folder
+from opero.core.stores import entries
+from opero.core.stores.entries import DamagedEntryError, EntryFormat
+from opero.exceptions import UnsafeCacheError
+
+posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX permissions")
+as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+FOREVER = float("inf")
+
+
+def cached(function, folder, **options):
+    options = {"cache_namespace": "trust", **options}
+    return opero(cache=True, cache_backend="disk", retries=0, cache_options={"cache_dir": folder}, **options)(function)
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# Folders
+
+
+@contextlib.contextmanager
+def umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@posix
+@pytest.mark.parametrize("mask", [0, 0o022, 0o777], ids=oct)
+def test_folders_are_private_under_any_umask_those_above_included(tmp_path, mask):
+    with umask(mask):
+        cached(lambda x: "x" * 2_000_000, tmp_path / "a" / "b")(1)
+    made = [path for path in (tmp_path / "a").rglob("*") if path.is_dir()]
+    assert len(made) >= 3
+    assert {mode_of(path) for path in [tmp_path / "a", *made]} == {0o700}
+
+
+@posix
+def test_what_is_written_is_for_its_owner_to_write_under_any_umask(tmp_path):
+    with umask(0):
+        f = cached(lambda x: "x" * 2_000_000, tmp_path)
+        f(1)
+        f.__opero__.plan.cache.store.close()
+        again = cached(lambda x: "y", tmp_path)
+        assert again(1)[0] == "x"
+    large = tmp_path.rglob("*.val")
+    assert [mode_of(path) for path in large] == [0o600]
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o722], ids=oct)
+def test_a_folder_above_that_others_can_write_to_is_refused(tmp_path, mode):
+    above = tmp_path / "shared"
+    above.mkdir()
+    os.chown(above, -1, 65534 if os.geteuid() == 0 else -1)
+    above.chmod(mode)
+    (above / "mine").mkdir(mode=0o700)
+    message = r"lies in .*shared, which can be written to by others.*cache_dir"
+    for _ in range(2):
+        with pytest.raises(UnsafeCacheError, match=message):
+            private_folder(above / "mine" / "opero", "ns", "cache_dir")
+
+
+@as_root
+def test_a_folder_above_that_somebody_else_owns_is_refused(tmp_path):
+    above = tmp_path / "theirs"
+    above.mkdir(mode=0o755)
+    os.chown(above, 65534, 65534)
+    with pytest.raises(UnsafeCacheError, match=r"lies in .*theirs, which belongs to another user"):
+        private_folder(above / "opero", "ns", "cache_dir")
+
+
+@posix
+def test_a_sticky_folder_may_lie_above(tmp_path):
+    above = tmp_path / "sticky"
+    above.mkdir()
+    above.chmod(0o1777)
+    assert private_folder(above / "opero", "ns", "cache_dir").is_dir()
+
+
+@posix
+def test_a_file_that_others_can_write_to_is_refused(tmp_path):
+    folder = private_folder(tmp_path / "opero", "ns", "cache_dir")
+    (folder / "cache.db").touch()
+    (folder / "cache.db").chmod(0o666)
+    with pytest.raises(UnsafeCacheError, match="has files that others can write to"):
+        private_folder(tmp_path / "opero", "ns", "cache_dir")
+
+
+@posix
+def test_a_folder_that_was_exchanged_is_not_read_after_a_fork(tmp_path):
+    f = cached(lambda x: x, tmp_path)
+    f(1)
+    (namespace,) = (tmp_path / "opero").iterdir()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        namespace.rename(tmp_path / "away")
+        shutil.copytree(tmp_path / "away", namespace)
+        namespace.chmod(0o777)
+        try:
+            f(1)
+        except UnsafeCacheError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# Out of reach
+
+
+@as_root
+@pytest.mark.parametrize("policy", ["fifo", "lru"])
+def test_a_warm_cache_that_cannot_be_written_gives_its_hits(policy):
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as made:
+        folder = pathlib.Path(made)
+        folder.chmod(0o755)
+        options = {"cache_dir": folder, "policy": policy}
+        decorate = opero(cache=True, cache_backend="disk", retries=0, cache_namespace="trust", cache_options=options)
+        f = decorate(lambda x: [x, "stored"])
+        f(1)
+        f.__opero__.plan.cache.store.close()
+        for path in folder.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+        def look():
+            g = decorate(lambda x: [x, "computed"])
+            assert [g(1), g(2)] == [[1, "stored"], [2, "computed"]]
+            assert (g.stats.hits, g.stats.attempts, g.stats.cache_errors) == (1, 1, 1)
+
+        in_a_child(look)
+
+
+@as_root
+def test_without_a_home_and_a_name_there_is_a_cache_all_the_same():
+    decorate = opero(cache=True, cache_backend="disk", retries=0, cache_namespace="homeless")
+    # The child may not read where Python's modules are.
+    decorate(lambda x: x).cache_info()
+
+    def use():
+        f = decorate(lambda x: x)
+        assert [f(1), f(1)] == [1, 1]
+        assert (f.stats.hits, f.stats.cache_errors) == (1, 0)
+
+    try:
+        in_a_child(use)
+    finally:
+        shutil.rmtree(pathlib.Path(tempfile.gettempdir()) / "opero-12345", ignore_errors=True)
+
+
+@as_root
+def test_the_command_line_and_limits_of_a_machine_work_without_a_home(capfd):
+    limited = opero(rate_limit=99, retries=0, rate_limit_options={"scope": "machine", "name": "homeless"})(lambda x: x)
+    main([])
+
+    def use():
+        assert main([]) == 0
+        assert limited(1) == 1
+
+    try:
+        in_a_child(use)
+    finally:
+        shutil.rmtree(pathlib.Path(tempfile.gettempdir()) / "opero-12345", ignore_errors=True)
+    assert "opero-12345" in capfd.readouterr().out
+
+
+def in_a_child(act):
+    """Run it as a user of whom the system knows nothing, and who has no home."""
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        return
+    try:
+        signal.alarm(30)
+        for name in ("HOME", "XDG_CACHE_HOME"):
+            os.environ.pop(name, None)
+        os.setgroups([])
+        os.setgid(12345)
+        os.setuid(12345)
+        act()
+        sys.stdout.flush()
+        os._exit(0)
+    except BaseException:  # noqa: BLE001 - the child ends here, whatever it is
+        traceback.print_exc()
+        os._exit(1)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/fd").exists(), reason="counts files by /proc")
+def test_many_namespaces_hold_few_files_open_and_all_work(tmp_path):
+    open_files = pathlib.Path("/proc/self/fd")
+    before = len(list(open_files.iterdir()))
+    functions = [cached(lambda x, n=n: (n, x), tmp_path, cache_namespace=f"many {n}") for n in range(150)]
+    for n, f in enumerate(functions):
+        assert f(1) == (n, 1)
+    assert len(list(open_files.iterdir())) - before < 300
+    for n, f in enumerate(functions):
+        assert f(1) == (n, 1)
+    assert sum(f.stats.hits for f in functions) == 150
+
+
+# Entries
+
+
+def test_an_entry_of_another_version_of_the_format_is_not_read(disk_backend, redis_backend):
+    for backend in (disk_backend, redis_backend):
+        namespace = backend.namespace()
+        f = opero(**backend.options, retries=0, cache_namespace=namespace)(lambda x: f"marker {x}")
+        f(1)
+        assert backend.spoil(b"marker 1", lambda entry: b"o0" + entry[2:]) == 1
+        assert (f(1), f.stats.hits, f.stats.cache_errors) == ("marker 1", 0, 1)
+        assert [f(1), f(1)] == ["marker 1", "marker 1"]
+        assert f.stats.hits > 0
+
+
+def test_an_entry_that_would_grow_without_bound_is_damaged(monkeypatch):
+    monkeypatch.setattr(entries, "MOST_BYTES", 1_000_000)
+    written = EntryFormat("json", compress=True).dumps("a" * 900_000, FOREVER)
+    assert EntryFormat("json").loads(written) == ("a" * 900_000, FOREVER)
+    with pytest.raises(TypeError, match="too large to be compressed"):
+        EntryFormat(compress=True).dumps("a" * 2_000_000, FOREVER)
+    rest = written[8:16] + zlib.compress(b'"' + b"a" * 2_000_000 + b'"')
+    bomb = written[:4] + zlib.crc32(rest).to_bytes(4, "big") + rest
+    with pytest.raises(DamagedEntryError, match="larger"):
+        EntryFormat("json").loads(bomb)
+
+
+def test_json_that_is_nested_too_deeply_is_damaged_under_a_raised_limit_of_recursion():
+    written = EntryFormat("json").dumps([], FOREVER)
+    rest = written[8:16] + b"[" * 300_000 + b"]" * 300_000
+    deep = written[:4] + zlib.crc32(rest).to_bytes(4, "big") + rest
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1_000_000)
+    try:
+        with pytest.raises(DamagedEntryError, match="deeply"):
+            EntryFormat("json").loads(deep)
+        assert EntryFormat("json").loads(EntryFormat("json").dumps(['[["', {"a": "]"}], FOREVER))[0] == [
+            '[["',
+            {"a": "]"},
+        ]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+# Clocks and servers
+
+
+@pytest.mark.parametrize("jump", [-100.0, 0.0, 100.0])
+def test_a_deletion_while_another_process_computes_holds_though_the_clock_jumps(disk_backend, start, jump):
+    namespace = disk_backend.namespace()
+    source = """
+    def run(x):
+        say("began")
+        told()
+        return "old"
+
+    cached(run)(1)
+    say("stored")
+    """
+    program = start(source, {**disk_backend.options, "cache_namespace": namespace, "retries": 0})
+    assert program.heard() == "began"
+    f = opero(**disk_backend.options, cache_namespace=namespace, retries=0)(lambda x: "new")
+    now = time.time
+    clock.wall = lambda: now() + jump
+    try:
+        f.cache_delete(1)
+    finally:
+        clock.reset()
+    program.tell("go on")
+    assert program.heard() == "stored"
+    program.end()
+    assert f(1) == "new"
+
+
+class Dripping:
+    """A server that sends a byte now and then, of an answer that never ends."""
+
+    def __enter__(self):
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self._stop = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._socket.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._drip, args=(self._socket.accept()[0],), daemon=True).start()
+
+    def _drip(self, connection):
+        with contextlib.suppress(OSError), connection:
+            connection.recv(65_536)
+            for byte in b"+" + b"O" * 100:
+                connection.sendall(bytes([byte]))
+                if self._stop.wait(0.3):
+                    return
+
+
+def test_a_server_that_drips_costs_two_seconds_in_all(world):
+    with Dripping() as server:
+        options = {"redis_host": "127.0.0.1", "redis_port": server.port}
+        f = opero(cache=True, cache_backend="redis", cache_options=options, retries=0)(world.define(lambda x: x))
+        before = time.monotonic()
+        assert [world.run(f, 1), world.run(f, 2)] == [1, 2]
+        assert time.monotonic() - before < 4
+
+
+def test_a_lease_without_an_end_is_nobodys(world, redis_backend):
+    namespace = redis_backend.namespace()
+    f = opero(**redis_backend.options, retries=0, cache_namespace=namespace)(world.define(lambda x: "result"))
+    world.run(f, 1)
+    with redis_backend.client() as client:
+        (key,) = [key for key in client.scan_iter(f"*{namespace}*") if not key.endswith(b":lease")]
+        for seconds in (None, 86_400):
+            client.delete(key)
+            client.set(key + b":lease", "somebody", ex=seconds)
+            assert results([started(world.run, f, 1)]) == ["result"]

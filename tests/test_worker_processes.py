@@ -1,0 +1,466 @@
+"""Worker processes are good citizens of multiprocessing, of logging, and of the machine."""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import types
+import weakref
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+import pytest
+from side_by_side import until
+
+from opero import opmap
+from opero.core import CallTimeoutError, RemoteError
+
+PATIENCE = 10.0
+START_METHODS = ("fork", "spawn", "forkserver")
+
+every_method = pytest.mark.parametrize("method", START_METHODS)
+
+
+def mapped(function, method, *, workers=2, retries=0, pool_options=None, **options):
+    pool_options = {"start_method": method, **(pool_options or {})}
+    given = {"workers": workers, "retries": retries, "progress": False, "return_exceptions": True, **options}
+    return opmap(mode="process", pool_options=pool_options, **given)(function)
+
+
+# What multiprocessing shares
+
+
+def use(item, *, queue, lock, event, proxy):
+    with lock:
+        queue.put(item)
+        proxy[item] = os.getpid()
+    return event.is_set()
+
+
+given = {}
+
+
+def prepare(**shared):
+    given.update(shared)
+
+
+def use_given(item):
+    return use(item, **given)
+
+
+@every_method
+@pytest.mark.parametrize("way", ["arguments", "initargs"])
+def test_what_multiprocessing_shares_reaches_workers(method, way):
+    context = multiprocessing.get_context(method)
+    with context.Manager() as manager:
+        shared = {"queue": context.Queue(), "lock": context.Lock(), "event": context.Event(), "proxy": manager.dict()}
+        shared["event"].set()
+        if way == "arguments":
+            results = mapped(use, method)([1, 2, 3], **shared)
+        else:
+            options = {"initializer": prepare_by_position, "initargs": tuple(shared.values())}
+            results = mapped(use_given, method, pool_options=options)([1, 2, 3])
+        assert results == [True] * 3
+        assert sorted(shared["queue"].get(timeout=PATIENCE) for _ in range(3)) == [1, 2, 3]
+        assert sorted(shared["proxy"].keys()) == [1, 2, 3]
+        shared["queue"].close()
+        shared["queue"].join_thread()
+
+
+def prepare_by_position(queue, lock, event, proxy):
+    prepare(queue=queue, lock=lock, event=event, proxy=proxy)
+
+
+def meet(folder):
+    """Let each of two workers have an item."""
+    (folder / str(os.getpid())).touch()
+    until(lambda: len(list(folder.iterdir())) == 2)
+
+
+def who_am_i(folder):
+    meet(folder)
+    process = multiprocessing.current_process()
+    return process.name, bytes(process.authkey), multiprocessing.parent_process().pid
+
+
+@every_method
+def test_workers_have_names_and_the_programs_key(method, tmp_path):
+    names, keys, parents = zip(*mapped(who_am_i, method)([tmp_path] * 2), strict=True)
+    assert len(set(names)) == 2
+    assert "MainProcess" not in names
+    assert set(keys) == {bytes(multiprocessing.current_process().authkey)}
+    assert set(parents) == {os.getpid()}
+
+
+# The end of a worker
+
+
+class Connection:
+    pass
+
+
+def connect(path):
+    given["connection"] = Connection()
+    atexit.register(note, path, "atexit")
+    weakref.finalize(given["connection"], note, path, "weakref")
+    multiprocessing.util.Finalize(None, note, args=(path, "Finalize"), exitpriority=10)
+
+
+def note(path, text):
+    with path.open("a") as file:
+        file.write(f"{text}\n")
+
+
+def work_until(item):
+    if item == "fails":
+        raise ValueError(item)
+    if item == "long":
+        time.sleep(PATIENCE)
+    return item
+
+
+@every_method
+@pytest.mark.parametrize("end", ["items", "failure", "timeout"])
+def test_exit_handlers_of_workers_run(method, end, tmp_path):
+    path = tmp_path / "notes"
+    options = {"pool_options": {"initializer": connect, "initargs": (path,)}, "workers": 1}
+    items = {"items": [1], "failure": [1, "fails"], "timeout": ["long"]}[end]
+    if end == "failure":
+        with pytest.raises(ValueError, match="fails"):
+            mapped(work_until, method, return_exceptions=False, **options)(items)
+    elif end == "timeout":
+        (error,) = mapped(work_until, method, attempt_timeout=0.3, **options)(items)
+        assert isinstance(error, CallTimeoutError)
+    else:
+        mapped(work_until, method, **options)(items)
+    assert sorted(path.read_text().split()) == ["Finalize", "atexit", "weakref"]
+
+
+def test_exit_handlers_of_the_program_do_not_run_in_forked_workers(tmp_path):
+    """Of a temporary folder, for example."""
+    owner = Connection()
+    finalizer = weakref.finalize(owner, note, tmp_path / "notes", "the program's")
+    assert mapped(abs, "fork")([-1]) == [1]
+    assert not (tmp_path / "notes").exists()
+    assert finalizer.alive
+    finalizer.detach()
+
+
+def stay_in_block(path):
+    try:
+        path.with_suffix(".begun").touch()
+        time.sleep(PATIENCE)
+    finally:
+        path.with_suffix(".tidy").touch()
+
+
+@pytest.mark.parametrize("end", ["timeout", "stream"])
+def test_what_runs_when_a_worker_is_ended_tidies_up(end, tmp_path):
+    path = tmp_path / "item"
+    if end == "timeout":
+        (error,) = mapped(stay_in_block, "fork", attempt_timeout=0.3)([path])
+        assert isinstance(error, CallTimeoutError)
+    else:
+        stream = mapped(lambda item: stay_in_block(item) if item else 0, "fork").stream([None, path])
+        next(stream)
+        until(path.with_suffix(".begun").exists)
+        stream.close()
+    assert path.with_suffix(".tidy").exists()
+
+
+def ignore_everything(path):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    path.write_text(str(os.getpid()))
+    time.sleep(PATIENCE)
+
+
+def test_a_worker_that_does_not_heed_sigterm_is_killed_a_second_later(tmp_path):
+    begun = time.monotonic()
+    (error,) = mapped(ignore_everything, "fork", attempt_timeout=0.3)([tmp_path / "pid"])
+    assert isinstance(error, CallTimeoutError)
+    assert 1 < time.monotonic() - begun < PATIENCE / 2
+
+
+def start_a_program(path):
+    program = subprocess.Popen(["sleep", "60"])
+    path.write_text(str(program.pid))
+    program.wait()
+
+
+def has_ended(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def test_programs_that_an_ended_worker_has_started_end_with_it(tmp_path):
+    path = tmp_path / "pid"
+    (error,) = mapped(start_a_program, "fork", attempt_timeout=0.5)([path])
+    assert isinstance(error, CallTimeoutError)
+    until(lambda: has_ended(path.read_text()))
+
+
+INTERRUPTED = """
+    import os, signal, subprocess, sys, time
+    from opero import opmap
+
+    def convert(path):
+        open(path, "w").write("begun")
+        # A program that looks like a success though Ctrl-C has ended it.
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(20)"], stderr=subprocess.DEVNULL)
+        return "done"
+
+    options = {"cache": True, "cache_backend": "disk", "cache_options": {"folder_name": "kept"}, "cache_namespace": "n"}
+    mapped = opmap(workers=1, retries=0, progress=False, pool_options={"start_method": METHOD}, **options)
+    if __name__ == "__main__":
+        convert = mapped(convert)
+        if len(sys.argv) > 2:
+            print(convert.cache_info().currsize)
+        else:
+            try:
+                convert([sys.argv[1]])
+            except KeyboardInterrupt:
+                print("interrupted")
+    else:
+        convert = mapped(convert)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_programs_of_workers_hear_ctrl_c_and_what_they_have_left_is_not_stored(tmp_path, method):
+    script, begun = tmp_path / "script.py", tmp_path / "begun"
+    script.write_text(textwrap.dedent(INTERRUPTED).replace("METHOD", repr(method)))
+    command = [sys.executable, str(script), str(begun)]
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    until(begun.exists)
+    time.sleep(0.3)
+    asked = time.monotonic()
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate(timeout=PATIENCE)[0] == "interrupted\n"
+    assert time.monotonic() - asked < PATIENCE / 2
+    again = subprocess.run([*command, "again"], capture_output=True, text=True, check=True, env=environment)
+    assert again.stdout == "0\n"
+
+
+# Logging
+
+
+class Kept(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append((record.name, record.getMessage(), record.processName != "MainProcess"))
+
+
+@pytest.fixture
+def kept():
+    handler, logger = Kept(), logging.getLogger("of.a.program")
+    logging.getLogger().addHandler(handler)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    yield handler
+    logging.getLogger().removeHandler(handler)
+    logger.setLevel(before)
+
+
+def log(item):
+    logger = logging.getLogger("of.a.program")
+    logger.info("item %s", item)
+    logger.debug("not shown")
+    return item
+
+
+@every_method
+def test_log_records_of_workers_reach_the_programs_handlers_once(kept, method):
+    assert mapped(log, method)([1, 2, 3]) == [1, 2, 3]
+    assert sorted(kept.lines) == [("of.a.program", f"item {item}", True) for item in (1, 2, 3)]
+
+
+def configure_logging():
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+@every_method
+def test_log_records_stay_where_an_initializer_has_configured_logging(kept, method):
+    assert mapped(log, method, pool_options={"initializer": configure_logging})([1, 2, 3]) == [1, 2, 3]
+    assert kept.lines == []
+
+
+# Random numbers, threads of numeric libraries, large arrays
+
+
+def draw(folder):
+    meet(folder)
+    return os.getpid(), random.random(), float(np.random.random())  # noqa: NPY002 - the state that is shared
+
+
+@every_method
+def test_random_numbers_differ_in_each_worker(method, tmp_path):
+    drawn = mapped(draw, method)([tmp_path] * 6)
+    assert len({pid for pid, _, _ in drawn}) == 2
+    assert len({number for _, number, _ in drawn}) == len({number for _, _, number in drawn}) == 6
+
+
+def threads_allowed(_item):
+    return os.environ.get("OMP_NUM_THREADS")
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+@pytest.mark.parametrize("asked", [None, 3])
+def test_numeric_libraries_have_a_share_of_the_cpus(monkeypatch, given, asked):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    options = {} if asked is None else {"threads_per_worker": asked}
+    expected = "3" if asked else given or "4"
+    assert mapped(threads_allowed, "fork", pool_options=options)([1]) == [expected]
+
+
+def change(item, *, array):
+    array[item] += 1
+    owner = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return float(array.sum()), type(owner.obj).__name__
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_large_array_is_mapped_by_each_worker_for_itself(method):
+    array = np.ones(500_000)
+    results = mapped(change, method)([0, 1, 2, 3], array=array)
+    assert array.sum() == 500_000
+    # A worker sees its own changes, and nobody else's.
+    assert max(total for total, _ in results) <= 500_004
+    assert {base for _, base in results} == {"mmap"}
+
+
+# Inside of workers of others
+
+
+def map_inside(item):
+    return mapped(abs, "fork")([-item, item])
+
+
+def inside_pool():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.map(map_inside, [1, 2])
+
+
+def inside_pathos():
+    from pathos.pools import ProcessPool
+
+    pool = ProcessPool(nodes=1, id="inside")
+    try:
+        return pool.map(map_inside, [1, 2])
+    finally:
+        pool.close()
+        pool.join()
+        pool.clear()
+
+
+def inside_executor():
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+        return list(executor.map(map_inside, [1, 2]))
+
+
+@pytest.mark.parametrize("inside", [inside_pool, inside_pathos, inside_executor])
+def test_a_map_works_inside_of_a_worker_of_another_pool(inside):
+    assert inside() == [[1, 1], [2, 2]]
+
+
+# What goes by value, and errors
+
+
+def test_a_module_that_is_registered_with_cloudpickle_goes_by_value():
+    module = types.ModuleType("made_at_run_time")
+    exec("def triple(item):\n    return 3 * item", vars(module))
+    sys.modules["made_at_run_time"] = module
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        assert mapped(module.triple, "spawn")([1, 2]) == [3, 6]
+        assert mapped(call, "spawn")([module.triple]) == [30]
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+        del sys.modules["made_at_run_time"]
+
+
+def call(function):
+    return function(10)
+
+
+def query(item):
+    try:
+        reset()
+    except ConnectionError as error:
+        raise RuntimeError("query failed") from error
+
+
+def reset():
+    raise ConnectionError("reset")
+
+
+def query_several(item):
+    try:
+        query(item)
+    except RuntimeError as error:
+        raise ExceptionGroup("several", [error]) from None
+
+
+def is_of_the_connection(error):
+    error = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+    return isinstance(error.__cause__, ConnectionError)
+
+
+@pytest.mark.parametrize("function", [query, query_several])
+@pytest.mark.parametrize("mode", ["thread", "process"])
+def test_a_cause_arrives_with_its_exception(mode, function):
+    ask = opmap(
+        mode=mode,
+        workers=1,
+        retries=2,
+        min_delay=0,
+        retry_on=is_of_the_connection,
+        progress=False,
+        return_exceptions=True,
+    )(function)
+    (error,) = ask([1])
+    assert ask.stats.attempts == 3
+    assert is_of_the_connection(error)
+
+
+class ClientError(Exception):
+    def __init__(self, text, operation):
+        super().__init__(f"{text} in {operation}")
+        self.its = text, operation
+
+    def __reduce__(self):
+        return ClientError, self.its
+
+
+def raise_modelled(_item):
+    raise type("NoSuchKey", (ClientError,), {"__module__": "made.by.a.factory"})("no key", "GetObject")
+
+
+def test_an_error_of_a_class_made_at_run_time_arrives_as_what_it_says_by_itself():
+    """As botocore's modelled errors do."""
+    (error,) = mapped(raise_modelled, "fork")([1])
+    assert type(error) is ClientError
+    assert not isinstance(error, RemoteError)
+    assert str(error) == "no key in GetObject"
