@@ -41,7 +41,7 @@ def tables() -> list[Any]:
     blocking = {
         "bare call": same,
         "opero(rate_limit=…)": opero(retries=0, rate_limit=PLENTY)(same),
-        "opero, per value": opero(retries=0, rate_limit=PLENTY, rate_limit_per="number")(same),
+        "opero, per value": opero(retries=0, rate_limit=PLENTY, per="number")(same),
         "opero, two rates": opero(retries=0, rate_limit=[PLENTY, "1000000/minute"])(same),
         "opero, shared by the machine": opero(retries=0, rate_limit=PLENTY, rate_limit_options=shared)(same),
         "RateLimiter.acquire": acquiring(RateLimiter(PLENTY)),

@@ -2,7 +2,8 @@
 
 ``python benchmarks/soak_limits.py [--seconds 2] [--rates 10 1000] [--callers thread redis] [--busy]
 [--switch-interval 0.0005]``. For every row: what part of the rate was used, and for windows of 0.1, 0.5 and 1 s how
-many starts the fullest had above what ``rate * T + burst`` allows (0 or less is right). ``--busy`` puts two CPU-bound
+many starts the fullest had above what ``rate * T + burst`` allows (0 or less is right; of ``costs``, where each unit is
+a start, 8 or less: the largest cost may come on top). ``--busy`` puts two CPU-bound
 threads beside the callers. Unrelated processes share by a file in a temporary folder, or by a redis-server of this run.
 """
 
@@ -13,6 +14,7 @@ import asyncio
 import bisect
 import json
 import math
+import random
 import shutil
 import socket
 import subprocess
@@ -83,6 +85,52 @@ def in_tasks(rate: float, seconds: float, loops: int, tasks: int) -> list[float]
     return starts
 
 
+def with_costs(rate: float, seconds: float) -> list[float]:
+    """Call from threads a function whose calls cost one to nine units each; every unit counts as a start."""
+    costs = random.Random(1)
+    limited = opero(
+        retries=0, rate_limit={"units": rate}, rate_limit_cost=lambda cost: cost, rate_limit_options={"max_burst": 5}
+    )(lambda _cost: time.monotonic())
+    end = time.monotonic() + seconds
+    starts: list[float] = []
+
+    def work() -> None:
+        while time.monotonic() < end:
+            cost = costs.randrange(1, 10)
+            starts.extend([limited(cost)] * cost)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return starts
+
+
+def in_places(rate: float, seconds: float) -> list[float]:
+    """Call a limited function from more threads than may run at once, each for two intervals."""
+
+    def run() -> float:
+        began = time.monotonic()
+        time.sleep(2 / rate)
+        return began
+
+    limited = opero(retries=0, rate_limit=rate, max_concurrent=8)(run)
+    end = time.monotonic() + seconds
+    starts: list[float] = []
+
+    def work() -> None:
+        while time.monotonic() < end:
+            starts.append(limited())
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return starts
+
+
 def in_workers(rate: float, seconds: float) -> list[float]:
     """Map a limited function over worker processes."""
     mapped = opmap(mode="process", workers=PROCESSES, retries=0, rate_limit=rate, progress=False)(start)
@@ -91,7 +139,8 @@ def in_workers(rate: float, seconds: float) -> list[float]:
 
 def in_processes(rate: float, seconds: float, options: dict[str, Any]) -> list[float]:
     """Share a limiter between processes that know nothing of each other."""
-    begin = time.monotonic() + 1.0
+    # They import what they need until then.
+    begin = time.monotonic() + 4.0
     given = json.dumps({"rate": rate, "begin": begin, "end": begin + seconds, **options})
     command = [sys.executable, __file__, "--share", given]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(PROCESSES)]
@@ -138,6 +187,8 @@ CALLERS: dict[str, Callable[[float, float], list[float]]] = {
     "threads": lambda rate, seconds: in_threads(rate, seconds, 8),
     "tasks": lambda rate, seconds: in_tasks(rate, seconds, 1, 100),
     "loops": lambda rate, seconds: in_tasks(rate, seconds, 2, 50),
+    "costs": with_costs,
+    "places": in_places,
     "workers": in_workers,
     "machine": by_file,
     "redis": by_redis,
@@ -146,7 +197,7 @@ CALLERS: dict[str, Callable[[float, float], list[float]]] = {
 
 def excess(starts: list[float], rate: float, window: float) -> int:
     """By how many starts the fullest window of this length has too many."""
-    allowed = rate * window + parse_rates(rate).burst
+    allowed = rate * window + parse_rates(rate).paces[0].burst
     fullest = max(bisect.bisect_left(starts, moment + window) - place for place, moment in enumerate(starts))
     return math.ceil(fullest - allowed - 1e-9)
 

@@ -63,7 +63,7 @@ def fetch_in_threads(paths: list[str], mirrors: list[Mirror], options: argparse.
             retries=5,  # rounds through the mirrors, after the first
             retry_on=worth_retrying,
             rate_limit=options.rate,  # requests per second, whoever makes them,
-            rate_limit_per="mirror",  # to each mirror: one that asks for a rest holds up no other
+            per="mirror",  # to each mirror: one that asks for a rest holds up no other
             cache=True,
             return_exceptions=True,  # a file that no mirror gives is its exception in the list
             progress="standard library",
@@ -92,7 +92,7 @@ async def fetch_in_tasks(paths: list[str], mirrors: list[Mirror], options: argpa
             retries=5,
             retry_on=worth_retrying,
             rate_limit=options.rate,
-            rate_limit_per="mirror",
+            per="mirror",
             cache=True,
             return_exceptions=True,
             progress="standard library",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -15,8 +17,11 @@ import opero
 from opero import CircuitOpenError
 from opero.core import RateLimiter
 from opero.core.clock import clock
+from opero.core.flow import call_flow
+from opero.core.plan import Call
 from opero.core.signature import MISSING
-from opero.events import AttemptFailed, AttemptStarted, CandidateSwitched
+from opero.core.steps import drive_async
+from opero.events import AttemptFailed, AttemptStarted, CandidateSwitched, CircuitChanged
 from opero.testing import instant
 
 
@@ -72,7 +77,7 @@ def test_a_success_in_between_starts_the_count_anew(call, service):
 
 def test_after_the_recovery_one_call_may_try_and_its_success_closes(call, service, fake_clock):
     for _ in range(4):
-        call(breaker={"failures": 3, "recovery": 10})
+        call(breaker=opero.Breaker(3, recovery=10))
     fake_clock.tick(9.9)
     assert call() is CircuitOpenError
     fake_clock.tick(0.1)
@@ -82,7 +87,7 @@ def test_after_the_recovery_one_call_may_try_and_its_success_closes(call, servic
 
 def test_a_trial_that_fails_opens_it_for_another_recovery(call, service, fake_clock):
     for _ in range(3):
-        call(breaker={"failures": 3, "recovery": 10})
+        call(breaker=opero.Breaker(3, recovery=10))
     fake_clock.tick(10)
     assert [call(), call()] == [ConnectionError, CircuitOpenError]
     fake_clock.tick(10)
@@ -100,7 +105,7 @@ def test_thirty_seconds_are_the_default_recovery(call, fake_clock):
 
 def test_failures_outside_of_the_window_do_not_count(call, fake_clock):
     for _ in range(3):
-        call(breaker={"failures": 3, "window": 60})
+        call(breaker=opero.Breaker(3, window=60))
         fake_clock.tick(31)
     assert call() is ConnectionError
     fake_clock.tick(1)
@@ -131,7 +136,7 @@ def test_the_error_of_a_call_that_opened_it_is_its_own_and_says_why_it_ended(wor
 
 
 def test_a_call_whose_backoff_outlasts_the_recovery_goes_on(call, service, fake_clock):
-    call(breaker={"failures": 2, "recovery": 1}, retries=4, min_delay=2, jitter=False)
+    call(breaker=opero.Breaker(2, recovery=1), retries=4, min_delay=2, jitter=False)
     assert len(service.runs) == 5
 
 
@@ -190,7 +195,7 @@ def test_only_one_of_many_threads_makes_the_trial(fake_clock):
             assert go_on.wait(SECONDS)
         return service(x)
 
-    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)(function)
+    f = opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)(function)
     with pytest.raises(ConnectionError):
         f("first")
     service.is_down = False
@@ -208,7 +213,7 @@ def test_only_one_of_many_threads_makes_the_trial(fake_clock):
 def test_a_trial_that_is_cancelled_leaves_the_trial_to_the_next(fake_clock):
     service = Service()
 
-    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    @opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)
     async def f(hangs=False):
         if hangs:
             await asyncio.sleep(SECONDS)
@@ -238,7 +243,9 @@ def test_the_items_of_a_map_share_one_circuit(mode, journal):
         raise ConnectionError(x)
 
     options = {**mode.options, "workers": 1}
-    mapped = opero.opmap(breaker=3, retries=0, **options, return_exceptions=True)(mode.define(function))
+    mapped = opero.opmap(breaker=opero.Breaker(3, recovery=0.2), retries=0, **options, return_exceptions=True)(
+        mode.define(function)
+    )
     outcomes = mode.run(mapped, range(4_000))
     assert {type(outcome) for outcome in outcomes} == {int, ConnectionError, CircuitOpenError}
     # What was with the worker is run: two batches, or as many coroutines as a process runs at the same time.
@@ -246,13 +253,13 @@ def test_the_items_of_a_map_share_one_circuit(mode, journal):
 
 
 def test_a_forked_child_can_make_the_trial_that_its_parent_makes(fake_clock):
-    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)(lambda x: 1 / x)
+    f = opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)(lambda x: 1 / x)
     with pytest.raises(ZeroDivisionError):
         f(0)
     fake_clock.tick(10)
-    trial = f.__opero__.plan.breaker.enter(MISSING)
+    trial = f.__opero__.plan.breaker.shared.enter(MISSING)
     assert trial is not None
-    assert f.__opero__.plan.breaker.enter(MISSING) is None
+    assert f.__opero__.plan.breaker.shared.enter(MISSING) is None
     assert forked(lambda: f(2)) == "0.5"
 
 
@@ -261,7 +268,7 @@ def test_a_call_that_began_before_the_circuit_opened_decides_nothing(fake_clock,
     async def main():
         go_on = asyncio.Event()
 
-        @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+        @opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)
         async def f(what):
             if what == "old":
                 await go_on.wait()
@@ -292,7 +299,7 @@ def test_a_candidate_that_is_shut_off_is_neither_told_nor_counted_nor_costs_a_sl
         retries=0,
         arg_fallback="key",
         rate_limit="1/hour",
-        rate_limit_per="key",
+        per="key",
         rate_limit_options={"when_full": "next"},
         on_event=lambda event: switched.append(event) if isinstance(event, CandidateSwitched) else None,
     )(world.define(lambda key: failing_for("bad", key)))
@@ -348,7 +355,7 @@ def hourly(request, tmp_path):
 
 def waits_in(limit, places):
     """Whether so many callers are in the limit's line."""
-    return limit.expected_wait() > 0 and len(getattr(limit.limit, "_line", None) or limit.limit._pacer._line) == places
+    return limit.expected_wait() > 0 and len(limit.limit) == places
 
 
 def test_threads_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(hourly):
@@ -399,9 +406,9 @@ def test_items_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(mode, jour
         journal.add(x)
         raise ConnectionError(x)
 
-    mapped = opero.opmap(breaker=1, retries=0, rate_limit=["1/hour", 1_000], **mode.options, return_exceptions=True)(
-        mode.define(function)
-    )
+    # There would be time for their slots, and none for a trial.
+    options = {"breaker": opero.Breaker(1, recovery=1e6), "rate_limit": ["1/hour", 1_000], "total_timeout": 1e5}
+    mapped = opero.opmap(retries=0, **options, **mode.options, return_exceptions=True)(mode.define(function))
     outcomes = mode.run(mapped, range(5))
     assert [type(outcome) for outcome in outcomes] == [ConnectionError] + [CircuitOpenError] * 4
     assert journal.lines() == ["0"]
@@ -411,9 +418,15 @@ def test_a_round_that_the_circuit_does_not_let_begin_is_no_retry(mode):
     def function(x):
         raise ConnectionError(x)
 
-    mapped = opero.opmap(breaker=3, retries=2, min_delay=0.05, jitter=False, **mode.options, return_exceptions=True)(
-        mode.define(function)
-    )
+    mapped = opero.opmap(
+        breaker=3,
+        retries=2,
+        min_delay=0.05,
+        jitter=False,
+        total_timeout=SECONDS,
+        **mode.options,
+        return_exceptions=True,
+    )(mode.define(function))
     mode.run(mapped, range(3))
     assert mapped.stats.snapshot() == opero.CallStats(calls=3, attempts=3, retries=0, failures=3)
 
@@ -436,7 +449,7 @@ def test_items_that_wait_for_a_worker_are_not_run_when_the_circuit_opens(mode, j
 
     told = []
     mapped = opero.opmap(
-        breaker=3,
+        breaker=opero.Breaker(3, recovery=2_000),
         retries=1,
         min_delay=30,
         jitter=False,
@@ -471,7 +484,7 @@ def test_a_slot_that_nobody_waits_for_any_more_is_left_to_others():
 def test_who_waits_for_the_slot_of_a_candidate_goes_on_to_the_next_when_it_is_shut_off():
     limit, go_on, runs = RateLimiter(["1/hour", 1_000]), threading.Event(), []
 
-    @opero.opero(breaker=1, retries=0, arg_fallback="key", rate_limit=limit, rate_limit_per="key")
+    @opero.opero(breaker=1, retries=0, arg_fallback="key", rate_limit=limit, per="key")
     def f(key):
         runs.append(key)
         if key == "good":
@@ -482,8 +495,7 @@ def test_who_waits_for_the_slot_of_a_candidate_goes_on_to_the_next_when_it_is_sh
     first = started(f, ["bad"])
     until(lambda: runs)
     second = started(f, ["bad", "good"])
-    with limit.per_value.using("bad") as of_bad:
-        until(lambda: len(of_bad._pacer._line) == 1)
+    until(lambda: len(limit.per_value.of("bad")) == 1)
     go_on.set()
     assert second.result(SECONDS) == "good"
     assert isinstance(first.exception(SECONDS), opero.AllFailedError)
@@ -515,7 +527,7 @@ def test_a_retry_that_waits_for_a_slot_fails_with_its_own_error_when_the_circuit
 def test_a_trial_that_waits_for_its_slot_keeps_others_out_and_is_given_back_when_cancelled(fake_clock):
     service = Service()
 
-    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0, rate_limit=["1/hour", 1_000])
+    @opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0, rate_limit=["1/hour", 1_000])
     async def f(x=None):
         return service(x)
 
@@ -538,7 +550,7 @@ def test_a_trial_that_waits_for_its_slot_keeps_others_out_and_is_given_back_when
 
 
 def test_a_trial_whose_slot_would_come_too_late_is_left_to_the_next(call, service, fake_clock):
-    options = {"breaker": {"failures": 1, "recovery": 10}, "rate_limit": ["1/hour", 1_000], "total_timeout": 5}
+    options = {"breaker": opero.Breaker(1, recovery=10), "rate_limit": ["1/hour", 1_000], "total_timeout": 5}
     call(**options)
     fake_clock.tick(10)
     assert [call(), call()] == [opero.core.CallTimeoutError] * 2
@@ -554,7 +566,7 @@ def test_a_trial_whose_slot_would_come_too_late_is_left_to_the_next(call, servic
 def test_a_trial_that_is_interrupted_is_neither_a_success_nor_a_failure(fake_clock, interrupt):
     ends = [ConnectionError, interrupt, ConnectionError]
 
-    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    @opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)
     def f():
         raise ends.pop(0)
 
@@ -572,7 +584,7 @@ def test_a_trial_that_is_interrupted_is_neither_a_success_nor_a_failure(fake_clo
 def test_a_trial_that_nobody_awaits_any_more_is_left_to_the_next(fake_clock):
     service = Service()
 
-    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    @opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)
     async def f(x):
         if x == "abandoned":
             await asyncio.sleep(SECONDS)
@@ -596,11 +608,11 @@ def test_a_trial_that_nobody_awaits_any_more_is_left_to_the_next(fake_clock):
 
 
 def test_a_trial_that_was_lost_before_it_began_is_left_to_the_next(fake_clock):
-    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)(lambda x: 1 / x)
+    f = opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)(lambda x: 1 / x)
     with pytest.raises(ZeroDivisionError):
         f(0)
     fake_clock.tick(10)
-    f.__opero__.plan.breaker.enter(MISSING)  # an interrupt may drop what this returned
+    f.__opero__.plan.breaker.shared.enter(MISSING)  # an interrupt may drop what this returned
     assert f(2) == 0.5
 
 
@@ -610,7 +622,7 @@ def test_a_map_of_tasks_that_is_cancelled_during_a_trial_leaves_it_to_the_next(f
     async def main():
         entered = asyncio.Event()
 
-        @opero.opmap(mode="async", breaker={"failures": 1, "recovery": 10}, retries=0, return_exceptions=True)
+        @opero.opmap(mode="async", breaker=opero.Breaker(1, recovery=10), retries=0, return_exceptions=True)
         async def mapped(x):
             if x == "trial":
                 entered.set()
@@ -622,10 +634,13 @@ def test_a_map_of_tasks_that_is_cancelled_during_a_trial_leaves_it_to_the_next(f
         service.is_down = False
         task = asyncio.create_task(mapped(["trial"]))
         await entered.wait()
-        assert isinstance((await mapped(["other"]))[0], CircuitOpenError)
+        waits = asyncio.create_task(mapped(["next"]))
+        await asyncio.sleep(0.05)
+        assert not waits.done()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        return await mapped(["next"])
+        fake_clock.tick(1)
+        return await waits
 
     assert asyncio.run(main()) == ["next"]
 
@@ -640,7 +655,7 @@ def test_a_map_that_is_interrupted_during_a_trial_leaves_it_to_the_next(mode):
         yield "trial"
         raise KeyboardInterrupt
 
-    mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options, return_exceptions=True)(
+    mapped = opero.opmap(breaker=opero.Breaker(1, recovery=600), retries=0, **mode.options, return_exceptions=True)(
         mode.define(function)
     )
     with instant() as virtual:
@@ -654,7 +669,7 @@ def test_a_map_that_is_interrupted_during_a_trial_leaves_it_to_the_next(mode):
 def test_only_one_of_many_threads_and_tasks_makes_the_trial(fake_clock):
     service, ready = Service(), threading.Barrier(4)
 
-    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    @opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)
     async def f(x=None):
         await asyncio.sleep(0.01)
         return service(x)
@@ -677,9 +692,8 @@ def test_only_one_item_of_a_map_makes_the_trial(mode, journal):
         journal.add(x)
         raise ConnectionError(x)
 
-    mapped = opero.opmap(breaker={"failures": 1, "recovery": 600}, retries=0, **mode.options, return_exceptions=True)(
-        mode.define(function)
-    )
+    options = {"breaker": opero.Breaker(1, recovery=600), "retries": 0, "total_timeout": 60}
+    mapped = opero.opmap(**options, **mode.options, return_exceptions=True)(mode.define(function))
     with instant() as virtual:
         mode.run(mapped, [0])
         virtual.advance(600)
@@ -691,7 +705,7 @@ def test_only_one_item_of_a_map_makes_the_trial(mode, journal):
 def test_a_trial_may_be_dropped_in_the_middle_of_another_call_as_the_garbage_collector_does(fake_clock):
     trials = []
 
-    @opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0)
+    @opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)
     async def f(x):
         if x == "hangs":
             await asyncio.sleep(SECONDS)
@@ -707,7 +721,7 @@ def test_a_trial_may_be_dropped_in_the_middle_of_another_call_as_the_garbage_col
         trials[0].send(None)
 
     def now():
-        if f.__opero__.plan.breaker._lock.lock.locked():
+        if f.__opero__.plan.breaker.shared._lock.lock.locked():
             trials.clear()
         return fake_clock.now()
 
@@ -744,9 +758,7 @@ def test_a_trial_that_ends_with_an_error_that_is_not_retried_closes_the_circuit(
     def function():
         raise ends.pop(0)
 
-    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0, retry_on=ConnectionError)(
-        world.define(function)
-    )
+    f = opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0, retry_on=ConnectionError)(world.define(function))
     with pytest.raises(ConnectionError):
         world.run(f)
     fake_clock.tick(10)
@@ -773,9 +785,7 @@ def test_a_worker_that_crashed_in_a_trial_says_nothing_of_the_service(world, fak
     def function():
         raise ends.pop(0)
 
-    f = opero.opero(breaker={"failures": 1, "recovery": 10}, retries=0, retry_on=ConnectionError)(
-        world.define(function)
-    )
+    f = opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0, retry_on=ConnectionError)(world.define(function))
     with pytest.raises(ConnectionError):
         world.run(f)
     fake_clock.tick(10)
@@ -788,7 +798,7 @@ def test_a_failure_is_counted_before_others_are_told_to_pause(fake_clock):
     paused = []
 
     @opero.opero(
-        breaker={"failures": 1, "recovery": 60},
+        breaker=opero.Breaker(1, recovery=60),
         retries=1,
         retry_on=lambda _error: 5,
         rate_limit=1_000,
@@ -798,7 +808,7 @@ def test_a_failure_is_counted_before_others_are_told_to_pause(fake_clock):
 
     pause = f.__opero__.plan.limit.pause
     f.__opero__.plan.limit.pause = lambda *args: (
-        paused.append(f.__opero__.plan.breaker.admits(MISSING)),
+        paused.append(f.__opero__.plan.breaker.shared.admits(MISSING)),
         pause(*args),
     )[1]
     with pytest.raises(ConnectionError):
@@ -811,7 +821,7 @@ def test_a_failure_is_counted_before_others_are_told_to_pause(fake_clock):
 
 def test_a_call_that_finds_the_circuit_open_does_not_wait_for_a_retry(call, service, fake_clock):
     for _ in range(2):
-        call(breaker={"failures": 1, "recovery": 10}, retries=3)
+        call(breaker=opero.Breaker(1, recovery=10), retries=3)
     assert call() is CircuitOpenError
     assert fake_clock.sleeps == []
     assert len(service.runs) == 1
@@ -827,7 +837,7 @@ def test_a_call_goes_on_to_the_candidate_that_asked_for_a_rest_when_the_others_a
         return key
 
     f = opero.opero(
-        breaker={"failures": 2, "recovery": 60},
+        breaker=opero.Breaker(2, recovery=60),
         retries=2,
         arg_fallback="key",
         retry_on=lambda error: 5 if str(error) == "rests" else True,
@@ -839,7 +849,7 @@ def test_a_call_goes_on_to_the_candidate_that_asked_for_a_rest_when_the_others_a
 
 
 def test_the_error_tells_of_the_candidates_of_the_call(world, fake_clock):
-    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 1, "recovery": 100})(world.define(Failing()))
+    f = opero.opero(arg_fallback="key", retries=0, breaker=opero.Breaker(1, recovery=100))(world.define(Failing()))
     for key in ("a", "b"):
         with pytest.raises(opero.AllFailedError):
             world.run(f, [key])
@@ -863,7 +873,7 @@ def test_a_cooling_candidate_makes_its_trial_when_its_turn_comes(world, fake_clo
         tried.append(key)
         return failing_for("bad", key)
 
-    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 1, "recovery": 10}, fallback_cooldown=20)(
+    f = opero.opero(arg_fallback="key", retries=0, breaker=opero.Breaker(1, recovery=10), fallback_cooldown=20)(
         world.define(function)
     )
     for seconds in (0, 10, 10):
@@ -896,7 +906,7 @@ def fail_with(f, keys):
 def test_of_many_candidates_that_fail_only_some_are_remembered():
     f = opero.opero(arg_fallback="key", retries=0, breaker=2)(Failing())
     fail_with(f, (f"key {n}" for n in range(5_000)))
-    assert len(f.__opero__.plan.breaker._circuits) <= 2_000
+    assert len(f.__opero__.plan.breaker.shared._circuits) <= 2_000
 
 
 def test_candidates_that_are_shut_off_are_remembered_longest():
@@ -907,18 +917,18 @@ def test_candidates_that_are_shut_off_are_remembered_longest():
 
 
 def test_failures_that_count_no_more_are_forgotten(fake_clock):
-    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 2, "window": 60})(Failing())
+    f = opero.opero(arg_fallback="key", retries=0, breaker=opero.Breaker(2, window=60))(Failing())
     fail_with(f, range(500))
     fake_clock.tick(61)
     fail_with(f, range(500, 600))
-    assert len(f.__opero__.plan.breaker._circuits) < 200
+    assert len(f.__opero__.plan.breaker.shared._circuits) < 200
 
 
 @pytest.mark.parametrize("secret", ["a secret", b"a secret"], ids=["str", "bytes"])
 def test_a_text_is_not_kept(secret):
-    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 1, "recovery": 600})(Failing())
+    f = opero.opero(arg_fallback="key", retries=0, breaker=opero.Breaker(1, recovery=600))(Failing())
     fail_with(f, [secret])
-    assert "a secret" not in repr(f.__opero__.plan.breaker._circuits)
+    assert "a secret" not in repr(f.__opero__.plan.breaker.shared._circuits)
     with pytest.raises(CircuitOpenError):
         f(secret)
 
@@ -936,7 +946,7 @@ class Plain:
 
 @pytest.mark.parametrize("kind", [Plain, Unhashable])
 def test_an_object_is_not_kept_nor_taken_for_a_new_one_at_its_address(kind):
-    f = opero.opero(arg_fallback="key", retries=0, breaker={"failures": 1, "recovery": 600})(Failing())
+    f = opero.opero(arg_fallback="key", retries=0, breaker=opero.Breaker(1, recovery=600))(Failing())
     for _ in range(20):
         key = kind()
         reference = weakref.ref(key)
@@ -951,19 +961,234 @@ def test_an_object_is_not_kept_nor_taken_for_a_new_one_at_its_address(kind):
     [
         (0, ValueError, "1 or more"),
         (-1, ValueError, "1 or more"),
-        (True, TypeError, "mapping"),
-        (2.5, TypeError, "mapping"),
-        ("5", TypeError, "mapping"),
-        ({"failures": 0}, ValueError, "failures"),
-        ({"failures": None}, TypeError, "failures"),
-        ({"failure": 5}, TypeError, "'failures'"),
-        ({"window": 0}, ValueError, "window"),
-        ({"recovery": -1}, ValueError, "recovery"),
-        ({"recovery": float("nan")}, ValueError, "recovery"),
-        ({"recovery": None}, TypeError, "recovery"),
+        (True, TypeError, "opero.Breaker"),
+        (2.5, TypeError, "opero.Breaker"),
+        ("5", TypeError, "opero.Breaker"),
+        ({"failures": 5}, TypeError, "opero.Breaker"),
     ],
 )
 @pytest.mark.parametrize("decorator", [opero.opero, opero.opmap])
 def test_what_is_no_breaker_is_refused(decorator, breaker, error, shows):
     with pytest.raises(error, match=shows):
         decorator(breaker=breaker)(print)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "shows"),
+    [
+        ({"failures": 0}, ValueError, "failures"),
+        ({"failures": None}, TypeError, "failures"),
+        ({"window": 0}, ValueError, "window"),
+        ({"recovery": -1}, ValueError, "recovery"),
+        ({"recovery": float("nan")}, ValueError, "recovery"),
+        ({"recovery": None}, TypeError, "recovery"),
+    ],
+)
+def test_a_breaker_refuses_what_it_cannot_mean(options, error, shows):
+    with pytest.raises(error, match=shows):
+        opero.Breaker(**options)
+
+
+# One object for several functions, and one circuit for each value
+
+
+def test_functions_share_the_circuit_of_the_breaker_they_are_given(world):
+    breaker = opero.Breaker(2)
+    decorate = opero.opero(breaker=breaker, retries=0)
+    f, g = decorate(world.define(lambda: 1 / 0)), decorate(world.define(lambda: "g"))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            world.run(f)
+    with pytest.raises(CircuitOpenError):
+        world.run(g)
+
+
+def test_functions_that_are_given_a_number_have_circuits_of_their_own(world):
+    decorate = opero.opero(breaker=1, retries=0)
+    f, g = decorate(world.define(lambda: 1 / 0)), decorate(world.define(lambda: "g"))
+    with pytest.raises(ZeroDivisionError):
+        world.run(f)
+    assert world.run(g) == "g"
+
+
+def host(url, **_more):
+    return url.split("/")[2]
+
+
+@pytest.mark.parametrize("per", ["url", ("url",), host])
+def test_each_value_of_per_has_a_circuit_of_its_own(world, per):
+    f = opero.opero(breaker=1, per=per, retries=0)(world.define(lambda url: failing_for("http://down/", url)))
+    with pytest.raises(ConnectionError):
+        world.run(f, "http://down/")
+    with pytest.raises(CircuitOpenError):
+        world.run(f, "http://down/")
+    assert world.run(f, "http://up/") == "http://up/"
+
+
+def test_candidates_of_one_host_share_its_circuit(world):
+    def function(url):
+        if url == "http://a/1":
+            raise ConnectionError
+        return url
+
+    f = opero.opero(breaker=1, per=host, arg_fallback="url", retries=0)(world.define(function))
+    assert world.run(f, ["http://a/1", "http://a/2", "http://b/1"]) == "http://b/1"
+
+
+def test_each_instance_has_a_circuit_of_its_own(world):
+    class Service:
+        def __init__(self, host):
+            self.host = host
+
+    Service.call = opero.opero(breaker=1, per="self", retries=0)(
+        world.define(lambda self: failing_for("down", self.host))
+    )
+    with pytest.raises(ConnectionError):
+        world.run(Service("down").call)
+    assert world.run(Service("up").call) == "up"
+
+
+def test_a_copy_of_a_breaker_is_the_breaker_and_cannot_be_pickled():
+    breaker = opero.Breaker(2, recovery=5)
+    assert copy.copy(breaker) is copy.deepcopy(breaker) is breaker
+    with pytest.raises(TypeError, match="process"):
+        pickle.dumps(breaker)
+
+
+# What can be asked and done
+
+
+def test_the_state_of_a_circuit_can_be_read(world, fake_clock):
+    service = Service()
+    f = opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)(world.define(service))
+    circuit = opero.control(f).circuit
+    states = [circuit.state]
+    with pytest.raises(ConnectionError):
+        world.run(f)
+    states.append(circuit.state)
+    fake_clock.tick(10)
+    states.append(circuit.state)
+    service.is_down = False
+    world.run(f)
+    assert [*states, circuit.state] == ["closed", "open", "half-open", "closed"]
+
+
+def test_a_circuit_can_be_opened_and_reset(world):
+    f = opero.opero(breaker=5, retries=0)(world.define(lambda: "result"))
+    opero.control(f).circuit.open()
+    with pytest.raises(CircuitOpenError):
+        world.run(f)
+    opero.control(f).circuit.reset()
+    assert world.run(f) == "result"
+
+
+@pytest.mark.parametrize("options", [{"per": "key"}, {"arg_fallback": "key"}])
+def test_the_circuit_of_one_value_can_be_opened(world, options):
+    f = opero.opero(breaker=5, retries=0, **options)(world.define(lambda key: key))
+    circuit = opero.control(f).circuit
+    circuit["a"].open()
+    with pytest.raises(CircuitOpenError):
+        world.run(f, "a")
+    assert (world.run(f, "b"), circuit["b"].state) == ("b", "closed")
+    with pytest.raises(TypeError, match=r"circuit\[value\]"):
+        circuit.reset()
+
+
+def test_a_function_with_one_circuit_has_none_by_value():
+    f = opero.opero(breaker=5)(print)
+    with pytest.raises(TypeError, match="per="):
+        opero.control(f).circuit["a"]
+
+
+def test_a_function_without_a_breaker_has_no_circuit():
+    with pytest.raises(opero.MisuseError, match="breaker=5"):
+        _ = opero.control(opero.opero(print)).circuit
+
+
+def test_listeners_are_told_when_a_circuit_changes(world, fake_clock):
+    told, service = [], Service()
+    f = opero.opero(
+        breaker=opero.Breaker(1, recovery=10),
+        retries=0,
+        on_event=lambda event: told.append(event.state) if isinstance(event, CircuitChanged) else None,
+    )(world.define(service))
+    with pytest.raises(ConnectionError):
+        world.run(f)
+    fake_clock.tick(10)
+    service.is_down = False
+    world.run(f)
+    assert told == ["open", "closed"]
+
+
+def test_the_error_has_the_seconds_until_the_next_trial_and_the_place_of_the_candidate(world, fake_clock):
+    f = opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0, arg_fallback="key")(
+        world.define(lambda key: failing_for(key, key))
+    )
+    for key in ("secret a", "secret b"):
+        with pytest.raises(opero.AllFailedError):
+            world.run(f, [key])
+        fake_clock.tick(2)
+    with pytest.raises(CircuitOpenError) as caught:
+        world.run(f, ["secret b", "secret a"])
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (error.retry_in, error.place) == (pytest.approx(6), 1)
+    assert "secret" not in str(error)
+
+
+# Items of a map
+
+
+def test_items_of_a_map_wait_for_the_trial_of_an_open_circuit(mode, journal):
+    def function(x):
+        journal.add(x)
+        if len(journal.lines()) < 2:
+            raise ConnectionError
+        return x
+
+    mapped = opero.opmap(
+        breaker=opero.Breaker(1, recovery=0.3), retries=0, **{**mode.options, "workers": 1, "return_exceptions": True}
+    )(mode.define(function))
+    first, *others = mode.run(mapped, range(20))
+    assert isinstance(first, ConnectionError)
+    assert others == list(range(1, 20))
+
+
+def test_an_item_that_failed_waits_for_the_trial_before_it_is_retried(mode, journal):
+    def function(x):
+        journal.add(x)
+        if len(journal.lines()) < 2:
+            raise ConnectionError
+        return x
+
+    mapped = opero.opmap(breaker=opero.Breaker(1, recovery=0.3), retries=1, min_delay=0.01, **mode.options)(
+        mode.define(function)
+    )
+    assert mode.run(mapped, range(1)) == [0]
+
+
+def test_items_of_a_map_wait_for_no_longer_than_one_recovery(mode):
+    def function(x):
+        raise ConnectionError
+
+    breaker = opero.Breaker(1, recovery=0.2)
+    mapped = opero.opmap(breaker=breaker, retries=0, **mode.options, return_exceptions=True)(mode.define(function))
+    assert CircuitOpenError in {type(outcome) for outcome in mode.run(mapped, range(3_000))}
+
+
+# Too little time
+
+
+@pytest.mark.parametrize(("waited", "state"), [(0, "open"), (0.45, "closed")])
+def test_an_execution_that_others_left_too_little_time_says_nothing_of_the_service(fake_clock, waited, state):
+    breaker = opero.Breaker(1)
+
+    @opero.opero(breaker=breaker, retries=1, min_delay=0, max_delay=0, retry_on=ValueError, total_timeout=0.5)
+    async def f(x):
+        await asyncio.sleep(SECONDS)
+
+    started_at = fake_clock.now()
+    call = Call(("second",), {}, started=started_at)
+    fake_clock.tick(waited)
+    with pytest.raises(opero.CallTimeoutError):
+        asyncio.run(drive_async(call_flow(f.__opero__.plan, call), f.__opero__.function, "f"))
+    assert opero.control(f).circuit.state == state

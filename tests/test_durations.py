@@ -8,7 +8,7 @@ import datetime as dt
 
 import pytest
 
-from opero import AllFailedError, CircuitOpenError, opero
+from opero import AllFailedError, Breaker, CircuitOpenError, opero
 from opero.core import CallTimeoutError, RateLimiter, get_cache_decorator
 
 MINUTE = dt.timedelta(minutes=1)
@@ -56,7 +56,7 @@ def test_a_circuit_counts_and_recovers_so_long(world, fake_clock, minute):
     def fail():
         raise ValueError
 
-    function = opero(retries=0, breaker={"failures": 2, "window": minute, "recovery": minute})(world.define(fail))
+    function = opero(retries=0, breaker=Breaker(2, window=minute, recovery=minute))(world.define(fail))
 
     def kind(after):
         fake_clock.tick(after)

@@ -646,6 +646,7 @@ def test_the_module_has_every_event():
         "CallDone",
         "CallStarted",
         "CandidateSwitched",
+        "CircuitChanged",
         "Event",
         "RetryPlanned",
         "SlotWaited",

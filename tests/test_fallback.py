@@ -17,6 +17,8 @@ from opero.core import CallTimeoutError, MisuseError, get_fallback_decorator
 from opero.core.clock import clock
 from opero.core.fallback import fallback_policy
 from opero.core.flow import call_flow
+from opero.core.limits.rates import parse_rates
+from opero.core.per import Per
 from opero.core.plan import Call, Plan
 from opero.core.rate_limit import limit_policy
 from opero.core.retry import retry_policy
@@ -505,7 +507,7 @@ class SlowService(Service):
 
 def test_a_candidate_with_a_limit_of_its_own_holds_up_that_one(world, fake_clock):
     service = SlowService("b", "c", clock=fake_clock)
-    options = {**SLOTS, "rate_limit_per": "key", "retry_on": retry_after(a=30), "total_timeout": 5}
+    options = {**SLOTS, "per": "key", "retry_on": retry_after(a=30), "total_timeout": 5}
     function = opero(**options)(service.function(world))
     world.run(function, ["a", "b"])
     assert world.run(function, "c") == "answer to c"
@@ -532,7 +534,7 @@ def test_a_limit_that_candidates_share_waits_for_the_only_one(world, fake_clock)
 
 def test_rest_comes_before_a_free_slot(world, fake_clock):
     service = Service("a", "b")
-    options = {"arg_fallback": "key", "rate_limit": 1, "rate_limit_per": "key", "total_timeout": 0.5, "retries": 0}
+    options = {"arg_fallback": "key", "rate_limit": 1, "per": "key", "total_timeout": 0.5, "retries": 0}
     options |= {"rate_limit_options": {"when_full": "next"}, "fallback_cooldown": 60}
     function = opero(**options)(service.function(world))
     all_failed(world, function, ["c"])
@@ -551,7 +553,7 @@ def begun(plan, *keys):
     return flow, flow.send(None)
 
 
-def plan_of_limited(retry_on, **per):
+def plan_of_limited(retry_on, per=None):
     def ask(key):
         raise AssertionError
 
@@ -559,7 +561,7 @@ def plan_of_limited(retry_on, **per):
         ask,
         retry=retry_policy(retries=0, retry_on=retry_on),
         fallback=fallback_policy(ask, "key"),
-        limit=limit_policy(ask, 1, has_candidates=True, **per),
+        limit=limit_policy(ask, 1, fallback="key", per=Per(ask, per) if per else None),
     )
 
 
@@ -589,6 +591,25 @@ def test_who_has_waited_for_a_slot_of_all_candidates_gives_it_to_one_that_does_n
     assert second.send(None).args == ("b",)
 
 
+def test_of_candidates_that_all_rest_the_one_that_is_not_shut_off_is_waited_for(fake_clock):
+    def ask(key):
+        raise AssertionError
+
+    plan = opero(arg_fallback="key", fallback_cooldown=1_000, breaker=2, per="key", rate_limit="1/hour", retries=0)(
+        ask
+    ).__opero__.plan
+    for key in ("a", "b", "a"):
+        flow, _ = begun(plan, key)
+        with pytest.raises(StopIteration):
+            flow.send(Failed(LookupError()))
+        fake_clock.tick(1)
+        plan.limit.limiter.per_value.of("a").change(parse_rates(1_000))
+    _, wait = begun(plan, "a", "b")
+    assert not wait.arrival.poll()
+    fake_clock.tick(3_600)
+    assert wait.arrival.poll()
+
+
 def test_items_that_failed_and_wait_for_a_resting_candidate_hold_no_worker(mode):
     def ask(item, key):
         if key == "a":
@@ -600,7 +621,7 @@ def test_items_that_failed_and_wait_for_a_resting_candidate_hold_no_worker(mode)
     def rest(error):
         return 30 if isinstance(error, LookupError) else False
 
-    options = {**mode.options, **SLOTS, "rate_limit_per": "key", "retry_on": rest, "ordered": False}
+    options = {**mode.options, **SLOTS, "per": "key", "retry_on": rest, "ordered": False}
     mapped = opmap(**options, return_exceptions=True)(mode.define(ask))
     mode.run(mapped, [0], key=["a"])
     seen = []

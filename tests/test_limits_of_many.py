@@ -19,8 +19,11 @@ from side_by_side import SECONDS, results, started, until
 from test_rate_limit import Timed, limited, polled, settle, worst_excess
 
 import opero
-from opero.core import CallTimeoutError, MisuseError, RateLimiter, get_rate_limit_decorator
-from opero.core.limits.rates import Quota, Rates, parse_rates
+from opero.core import CallTimeoutError, MisuseError, RateLimitedError, RateLimiter, get_rate_limit_decorator
+from opero.core.flow import call_flow
+from opero.core.limits.line import Turn
+from opero.core.limits.rates import Pace, Quota, parse_rates
+from opero.core.plan import Call
 
 thoroughly = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -41,18 +44,21 @@ def starts_of(limiter, fake_clock, seconds, *, step=0.01):
 @pytest.mark.parametrize(
     ("rate", "expected"),
     [
-        ([5], Rates(5, 5)),
-        ((5, 2), Rates(2, 5)),
-        (["5/s", 2.5], Rates(2.5, 5)),
-        ([10, "100/minute"], Rates(10, 5, (Quota(100, 60),))),
-        (["100/minute", "10/s", "1000/day"], Rates(10, 5, (Quota(1000, 86_400), Quota(100, 60)))),
-        (["100/minute", "1000/day"], Rates(100 / 60, 5, (Quota(1000, 86_400),))),
-        ([1000, "0.5/hour"], Rates(1000, 40, (Quota(1, 7200),))),
-        ([1, "1.5/minute"], Rates(1, 5, (Quota(1, 40),))),
+        ([5], [Pace(0, 1 / 5, 5)]),
+        ([5, 2], [Pace(0, 1 / 2, 5)]),
+        (["5/s", 2.5], [Pace(0, 1 / 2.5, 5)]),
+        ([10, "100/minute"], [Pace(0, 1 / 10, 5), Quota(0, 100, 60)]),
+        (["100/minute", "10/s", "1000/day"], [Pace(0, 1 / 10, 5), Quota(0, 100, 60), Quota(0, 1000, 86_400)]),
+        (["100/minute", "1000/day"], [Pace(0, 0.6, 5), Quota(0, 1000, 86_400)]),
+        ([1000, "0.5/hour"], [Pace(0, 1 / 1000, 40), Quota(0, 1, 7200)]),
+        ([1, "1.5/minute"], [Pace(0, 1, 5), Quota(0, 1, 40)]),
+        ("900/15 minutes", [Pace(0, 1, 5)]),
+        ({"calls": 10, "tokens": ["1000/s", "90000/min"]}, [Pace(0, 0.1, 5), Pace(1, 0.001, 40), Quota(1, 90_000, 60)]),
     ],
 )
 def test_the_lowest_rate_per_second_is_the_pace_and_longer_ones_are_quotas(rate, expected):
-    assert parse_rates(rate) == expected
+    rates = parse_rates(rate)
+    assert [*rates.paces, *rates.quotas] == expected
 
 
 def test_a_quota_is_used_at_the_pace_and_then_waited_for(fake_clock):
@@ -121,7 +127,7 @@ class Queue:
 
     def leave(self, place):
         if self.waiting:
-            self.waiting.pop(list(self.waiting)[place % len(self.waiting)]).withdraw()
+            self.waiting.pop(list(self.waiting)[place % len(self.waiting)]).leave()
 
     def pause(self, seconds):
         self.quiet.append((self.clock.now(), self.clock.now() + seconds))
@@ -169,7 +175,7 @@ def test_no_window_has_too_many_starts_under_any_of_several_rates(fake_clock, pa
     queue.serve_all(within=2 * 86_400)
     assert worst_excess(queue.starts, pace, burst) <= 1e-6
     for quota in parse_rates([pace, *quotas]).quotas:
-        for first, later in zip(queue.starts, queue.starts[quota.calls :], strict=False):
+        for first, later in zip(queue.starts, queue.starts[quota.units :], strict=False):
             assert later - first >= quota.seconds - 1e-6
     for begin, end in queue.quiet:
         assert not any(begin < start < end - 1e-9 for start in queue.starts)
@@ -194,7 +200,7 @@ def test_a_list_that_limits_nothing_is_refused(make, rate, error):
 
 # A limit per value
 
-ONE_EACH = {"rate_limit": "1/hour", "rate_limit_per": "key"}
+ONE_EACH = {"rate_limit": "1/hour", "per": "key"}
 
 
 def test_each_value_has_a_limit_of_its_own(world, fake_clock):
@@ -225,7 +231,7 @@ def test_a_parameter_of_the_function_is_not_mistaken_for_the_wrappers_own(fake_c
     def wrapper(*args, **options):
         return function(*args, **options)
 
-    f = limited(wrapper, rate_limit="1/hour", rate_limit_per="options", total_timeout=5)
+    f = limited(wrapper, rate_limit="1/hour", per="options", total_timeout=5)
     assert [f("x"), f(options="y")] == ["x", "y"]
     with pytest.raises(CallTimeoutError):
         f("x")
@@ -281,7 +287,7 @@ def test_a_candidate_that_was_passed_over_is_still_tried_when_the_others_fail(wo
         world.define(function),
         arg_fallback="key",
         rate_limit=20,
-        rate_limit_per="key",
+        per="key",
         rate_limit_options={"when_full": "next", "max_burst": 1},
     )
     world.run(f, 1, ["a", "b"])
@@ -294,48 +300,46 @@ def test_when_all_are_full_the_one_whose_slot_comes_first_is_waited_for(world):
         world.define(lambda x, key: key),
         arg_fallback="key",
         rate_limit=10,
-        rate_limit_per="key",
+        per="key",
         rate_limit_options={"when_full": "next"},
     )
     world.run(f, 1, ["b"])
-    f.__opero__.plan.limit.limiter.per_value.take_now("a")
-    f.__opero__.plan.limit.limiter.per_value.take_now("c")
+    f.__opero__.plan.limit.limiter.per_value.of("a").take_now()
+    f.__opero__.plan.limit.limiter.per_value.of("c").take_now()
     assert world.run(f, 2, ["a", "b", "c"]) == "b"
 
 
 def test_idle_values_are_forgotten(world, fake_clock):
-    f = limited(world.define(lambda key: key), rate_limit=10, rate_limit_per="key")
+    f = limited(world.define(lambda key: key), rate_limit=10, per="key")
     for value in range(5_000):
-        world.run(f, value) if value < 10 else f.__opero__.plan.limit.limiter.per_value.take_now(value)
+        world.run(f, value) if value < 10 else f.__opero__.plan.limit.limiter.per_value.of(value).take_now()
         fake_clock.tick(0.05)
     assert len(f.__opero__.plan.limit.limiter.per_value) <= 128
 
 
 def test_values_that_are_not_idle_are_remembered(fake_clock):
     limits = RateLimiter("1/hour").per_value
-    assert all(limits.take_now(value) for value in range(500))
-    assert not any(limits.take_now(value) for value in range(500))
+    assert all(limits.of(value).take_now() for value in range(500))
+    assert not any(limits.of(value).take_now() for value in range(500))
 
 
 def test_a_value_that_is_paused_or_waited_for_is_remembered(fake_clock):
     limiter = RateLimiter([100, "1/hour"])
-    with limiter.per_value.using("paused") as limit:
-        exhaust(limit.pause(1000))
-    limiter.per_value.take_now("used up")
+    exhaust(limiter.per_value.of("paused").pause(1000))
+    limiter.per_value.of("used up").take_now()
     fake_clock.tick(100)
     for value in range(500):
-        limiter.per_value.take_now(value)
-    assert [limiter.per_value.take_now(value) for value in ("paused", "used up")] == [False, False]
+        limiter.per_value.of(value).take_now()
+    assert [limiter.per_value.of(value).take_now() for value in ("paused", "used up")] == [False, False]
 
 
 def test_a_value_is_not_forgotten_under_somebody_who_is_about_to_use_it(fake_clock):
     limiter = RateLimiter(100)
-    with limiter.per_value.using("mine") as limit:
-        for value in range(500):
-            limiter.per_value.take_now(value)
-            fake_clock.tick(0.1)
-        with limiter.per_value.using("mine") as again:
-            assert again is limit
+    mine = limiter.per_value.of("mine")
+    for value in range(500):
+        limiter.per_value.of(value).take_now()
+        fake_clock.tick(0.1)
+    assert limiter.per_value.of("mine") is mine
 
 
 def test_threads_that_use_many_values_never_get_more_than_their_limits_allow():
@@ -343,7 +347,7 @@ def test_threads_that_use_many_values_never_get_more_than_their_limits_allow():
     chosen = [random.Random(seed) for seed in range(8)]
 
     def work(generator):
-        return [value for value in (generator.randrange(400) for _ in range(2_000)) if limits.take_now(value)]
+        return [value for value in (generator.randrange(400) for _ in range(2_000)) if limits.of(value).take_now()]
 
     taken = [value for part in results([started(work, each) for each in chosen]) for value in part]
     assert sorted(taken) == sorted(set(taken))
@@ -419,7 +423,7 @@ def test_the_pause_is_that_of_one_key(world, fake_clock):
             raise BusyError(30)
         return key
 
-    f = opero.opero(retry_on=seconds_of, retries=1, rate_limit=1000, rate_limit_per="key", total_timeout=10)(
+    f = opero.opero(retry_on=seconds_of, retries=1, rate_limit=1000, per="key", total_timeout=10)(
         world.define(function)
     )
     with pytest.raises(BusyError):
@@ -498,8 +502,8 @@ def test_functions_share_the_limiter_they_are_given(world, fake_clock):
 
 def test_functions_share_the_limits_of_each_value(world, fake_clock):
     limit = RateLimiter("1/hour")
-    f = limited(world.define(lambda key: key), rate_limit=limit, rate_limit_per="key", total_timeout=5)
-    g = limited(world.define(lambda x, key: key), rate_limit=limit, rate_limit_per="key", total_timeout=5)
+    f = limited(world.define(lambda key: key), rate_limit=limit, per="key", total_timeout=5)
+    g = limited(world.define(lambda x, key: key), rate_limit=limit, per="key", total_timeout=5)
     assert [world.run(f, "a"), world.run(g, 1, "b")] == ["a", "b"]
     for function, args in [(f, ("b",)), (g, (1, "a"))]:
         with pytest.raises(CallTimeoutError):
@@ -639,10 +643,10 @@ def test_a_task_that_waits_is_let_through_by_a_new_rate():
 
 def test_a_new_rate_holds_for_each_value(fake_clock):
     limiter = RateLimiter("1/hour")
-    limiter.per_value.take_now("a")
+    limiter.per_value.of("a").take_now()
     limiter.rate = 10
     fake_clock.tick(0.1)
-    assert limiter.per_value.take_now("a")
+    assert limiter.per_value.of("a").take_now()
 
 
 def test_a_new_rate_keeps_what_its_quotas_have_counted(fake_clock):
@@ -724,18 +728,18 @@ def test_under_changing_rates_all_are_served_in_order_and_windows_hold_the_highe
 @pytest.mark.parametrize(
     ("options", "error", "shows"),
     [
-        ({"rate_limit_per": "key"}, ValueError, "rate_limit="),
+        ({"per": "key"}, ValueError, "rate_limit="),
         (
-            {"rate_limit": 5, "rate_limit_per": "nothing"},
+            {"rate_limit": 5, "per": "nothing"},
             ValueError,
             r"no parameter of .*function; write one of \['x', 'key'\]",
         ),
-        ({"rate_limit": 5, "rate_limit_per": 5}, TypeError, "rate_limit_per"),
-        ({"rate_limit": 5, "rate_limit_options": {"when_full": "next"}}, ValueError, "rate_limit_per"),
+        ({"rate_limit": 5, "per": 5}, TypeError, "per"),
+        ({"rate_limit": 5, "rate_limit_options": {"when_full": "next"}}, ValueError, "per"),
         ({"rate_limit": 5, "rate_limit_options": {"when_full": "skip"}}, ValueError, "'next'"),
         ({"rate_limit": 5, "rate_limit_options": {"when_full": None}}, TypeError, "when_full"),
         (
-            {"rate_limit": 5, "rate_limit_per": "key", "rate_limit_options": {"when_full": "next"}},
+            {"rate_limit": 5, "per": "key", "rate_limit_options": {"when_full": "next"}},
             ValueError,
             "arg_fallback",
         ),
@@ -788,3 +792,246 @@ def test_what_cannot_be_counted_is_refused(options):
 def test_a_limiter_that_processes_share_needs_a_name(scope):
     with pytest.raises(ValueError, match="name="):
         RateLimiter(5, scope=scope, url="redis://localhost" if scope == "redis" else None)
+
+
+LIMITER = RateLimiter({"calls": 5, "tokens": 900})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "shows"),
+    [
+        ({"rate_limit": 5, "rate_limit_cost": {"calls": "5"}}, TypeError, "number of units"),
+        ({"rate_limit": 5, "rate_limit_cost": {"call": 5}}, TypeError, "'calls'"),
+        ({"rate_limit": 5, "rate_limit_cost": 5_000}, ValueError, "could never start"),
+        ({"rate_limit": 5, "rate_limit_cost": {"calls": (1, len, 2)}}, ValueError, "pair"),
+        ({"rate_limit": {"calls": 5, "tokens": 9}}, ValueError, r"rate_limit_cost=\{'tokens': …\}"),
+        ({"rate_limit": {"calls": 5, "tokens": 9}, "rate_limit_cost": len}, ValueError, "write a mapping"),
+        ({"rate_limit": [LIMITER, LIMITER], "rate_limit_cost": {"tokens": 1}}, ValueError, "twice"),
+        ({"rate_limit": (900, 15)}, ValueError, "'900/15 seconds'"),
+        ({"rate_limit": {}}, ValueError, "name what it limits"),
+    ],
+)
+def test_costs_and_rates_that_cannot_be_meant_are_refused(options, error, shows):
+    with pytest.raises(error, match=shows):
+        opero.opero(**options)(print)
+
+
+# Costs
+
+
+TOKENS = {"rate_limit": {"calls": 100, "tokens": "60/minute"}, "rate_limit_cost": {"tokens": len}, "total_timeout": 59}
+
+
+def test_a_call_takes_what_it_costs(world, fake_clock):
+    f = limited(world.define(lambda text: text), **TOKENS)
+    world.run(f, "x" * 30)
+    fake_clock.tick(29)
+    f.__opero__.plan.limit.usual.learn(58.5)
+    with pytest.raises(CallTimeoutError):
+        world.run(f, "x")
+    fake_clock.tick(1)
+    assert world.run(f, "x") == "x"
+
+
+def test_a_cost_above_the_whole_rate_is_an_error_at_once_and_not_retried(world, fake_clock):
+    f = opero.opero(retries=5, **TOKENS)(world.define(lambda text: text))
+    with pytest.raises(ValueError, match="could never start"):
+        world.run(f, "x" * 61)
+    assert fake_clock.sleeps == []
+    assert world.run(f, "x" * 60)
+
+
+def test_a_cost_is_corrected_by_what_the_result_says(world, fake_clock):
+    options = {**TOKENS, "rate_limit": {"tokens": ["1000/s", "60/minute"]}}
+    f = limited(world.define(lambda text: text), **{**options, "rate_limit_cost": (len, lambda text: len(text) / 2)})
+    limiter = f.__opero__.plan.limit.limiter
+    world.run(f, "x" * 40)
+    fake_clock.tick(1)
+    assert limiter.acquire(tokens=40, timeout=0)
+    assert not limiter.acquire(tokens=1, timeout=0)
+
+
+def test_a_result_that_cost_more_is_taken_afterwards(world, fake_clock):
+    f = limited(world.define(lambda text: text), rate_limit={"tokens": 10}, rate_limit_cost=(1, len))
+    world.run(f, "x" * 10)
+    assert f.__opero__.plan.limit.limiter.limit.expected_wait() == pytest.approx(1)
+
+
+def test_each_value_pays_its_own_costs(world, fake_clock):
+    f = limited(world.define(lambda text, key: key), per="key", **{**TOKENS, "rate_limit_cost": {"tokens": 60}})
+    assert [world.run(f, "x", key) for key in "ab"] == ["a", "b"]
+
+
+def test_a_dear_call_is_not_passed_by_cheap_ones(fake_clock):
+    limiter = RateLimiter({"calls": 1000, "tokens": ["1000/s", "10/minute"]}, max_burst=1)
+    limiter.acquire(tokens=5)
+    dear, cheap = (Turn(limiter.limit, (1.0, tokens)) for tokens in (8.0, 1.0))
+    assert [dear.poll(), cheap.poll()] == [False, False]
+    fake_clock.tick(30)
+    assert [cheap.poll(), dear.poll()] == [False, False]
+    fake_clock.tick(30)
+    assert [dear.poll(), fake_clock.tick(1), cheap.poll()] == [True, None, True]
+    cheap.leave()
+
+
+def test_acquire_takes_costs_by_name(fake_clock):
+    limiter = RateLimiter({"calls": "600/minute", "tokens": "60/minute"})
+    assert limiter.acquire(tokens=30, timeout=0)
+    fake_clock.tick(29.9)
+    assert not limiter.acquire(tokens=1, timeout=0)
+    fake_clock.tick(0.1)
+    assert limiter.acquire(tokens=60, timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "error"),
+    [({}, TypeError), ({"tokens": "5"}, TypeError), ({"tokens": 61}, ValueError), ({"x": 1}, TypeError)],
+)
+def test_costs_that_acquire_cannot_take_are_refused(costs, error):
+    with pytest.raises(error):
+        RateLimiter({"tokens": "60/minute"}).acquire(**costs)
+
+
+@pytest.mark.parametrize("gate", ["process", "machine"])
+@thoroughly
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("take"), st.integers(1, 20)),
+            st.tuples(st.just("tick"), st.sampled_from([0.01, 0.5, 3.0, 20.0, 60.0])),
+        ),
+        max_size=60,
+    )
+)
+def test_no_window_costs_too_much(fake_clock, tmp_path_factory, gate, events):
+    rate = {"calls": [50, "5/minute"], "tokens": ["10/s", "30/minute"]}
+    options = {"scope": gate, "name": "n", "folder": tmp_path_factory.mktemp("limits")} if gate == "machine" else {}
+    limiter, taken = RateLimiter(rate, max_burst=3, **options), []
+    for what, value in events:
+        if what == "tick":
+            fake_clock.tick(value)
+        elif value <= 10 and limiter.acquire(tokens=value, timeout=0):
+            taken.append((fake_clock.now(), value))
+    for place, (first, _) in enumerate(taken):
+        for seconds, tokens, calls in [(60, 30, 5), (1, 10 + 3 + 10, 50)]:
+            window = [cost for moment, cost in taken[place:] if moment < first + seconds - 1e-6]
+            assert sum(window) <= tokens
+            assert len(window) <= calls
+
+
+def test_a_quota_of_many_calls_remembers_few_entries_and_is_exact_from_above(fake_clock):
+    limiter = RateLimiter(["100000/s", "10000/minute"], max_burst=1)
+    starts = starts_of(limiter, fake_clock, 70, step=0.001)
+    assert max(len(log.entries) for log in limiter.limit._ledger.logs) <= 300
+    early = [start for start in starts if start < starts[0] + 60 - 1e-6]
+    assert len(early) == 10_000
+    assert len(starts) > 10_000 + 9_000
+
+
+# How to wait
+
+
+def test_when_full_may_raise(world, fake_clock):
+    f = limited(world.define(lambda: "result"), rate_limit=1, rate_limit_options={"when_full": "raise"})
+    world.run(f)
+    with pytest.raises(RateLimitedError) as caught:
+        world.run(f)
+    assert caught.value.retry_in == pytest.approx(1)
+    fake_clock.tick(1)
+    assert world.run(f) == "result"
+
+
+def test_a_call_that_would_wait_for_longer_than_max_wait_raises_at_once(world, fake_clock):
+    f = limited(world.define(lambda: "result"), rate_limit="1/minute", rate_limit_options={"max_wait": 30})
+    world.run(f)
+    with pytest.raises(RateLimitedError):
+        world.run(f)
+    assert fake_clock.sleeps == []
+
+
+def test_a_call_whose_slot_comes_within_max_wait_waits_for_it(world):
+    f = limited(world.define(lambda: "result"), rate_limit=20, rate_limit_options={"max_wait": SECONDS})
+    assert [world.run(f) for _ in range(3)] == ["result"] * 3
+
+
+def test_a_limiter_says_how_those_wait_who_use_it(world, fake_clock):
+    limiter = RateLimiter(1, when_full="raise")
+    f = limited(world.define(lambda: None), rate_limit=limiter)
+    limiter.acquire()
+    with pytest.raises(RateLimitedError):
+        world.run(f)
+    with pytest.raises(RateLimitedError):
+        limiter.acquire()
+    patient = limited(world.define(lambda: None), rate_limit=limiter, rate_limit_options={"when_full": "wait"})
+    with pytest.raises(CallTimeoutError):
+        world.run(opero.control(patient).with_options(total_timeout=0.5))
+
+
+def test_without_spread_a_rate_is_a_quota(fake_clock):
+    limiter = RateLimiter("3/minute", spread=False)
+    assert [limiter.take_now() for _ in range(4)] == [True, True, True, False]
+    fake_clock.tick(60)
+    assert limiter.take_now()
+
+
+def test_a_limiter_can_be_paused(world, fake_clock):
+    limiter = RateLimiter(100)
+    f = limited(world.define(lambda key: None), rate_limit=limiter, per="key", total_timeout=5)
+    world.run(f, "a")
+    fake_clock.tick(1)
+    limiter.pause(10)
+    with pytest.raises(CallTimeoutError):
+        world.run(f, "a")
+    assert not limiter.take_now()
+    fake_clock.tick(10)
+    world.run(f, "a")
+
+
+# Several limits
+
+
+def test_a_call_takes_a_slot_of_its_own_limit_and_of_a_shared_one(world, fake_clock):
+    shared = RateLimiter("10/minute")
+    f = limited(world.define(lambda: "f"), rate_limit=[shared, "1/minute"], total_timeout=5)
+    g = limited(world.define(lambda: "g"), rate_limit=shared, total_timeout=5)
+    world.run(f)
+    with pytest.raises(CallTimeoutError):
+        world.run(g)
+    fake_clock.tick(6)
+    world.run(g)
+    fake_clock.tick(6)
+    with pytest.raises(CallTimeoutError):
+        world.run(f)
+    # Of which it has taken no slot.
+    assert world.run(g) == "g"
+
+
+def test_who_waits_for_its_own_limit_holds_up_nobody_else_in_the_shared_one(fake_clock):
+    shared = RateLimiter(10)
+    f = limited(lambda: "f", rate_limit=[shared, "1/hour"])
+    f()
+    fake_clock.tick(1)
+    flow = call_flow(f.__opero__.plan, Call((), {}))
+    wait = flow.send(None)
+    assert not wait.arrival.poll()
+    assert shared.take_now()
+    flow.close()
+
+
+def test_functions_with_two_shared_limits_in_either_order_do_not_stop_each_other(world):
+    a, b = RateLimiter(100, max_burst=1), RateLimiter(200, max_burst=1)
+    f = limited(world.define(lambda: "f"), rate_limit=[a, b])
+    g = limited(world.define(lambda: "g"), rate_limit=[b, a])
+    with Timed() as time_taken:
+        results([started(lambda one=one: [world.run(one) for _ in range(10)]) for one in (f, g, f, g)])
+    assert time_taken.is_enough_for(40, rate=100)
+
+
+@pytest.mark.parametrize("per", ["key", ("region", "key"), lambda region, key: (region, key)])
+def test_limits_are_told_apart_by_names_or_a_function(world, fake_clock, per):
+    f = limited(world.define(lambda region, key: key), rate_limit="1/hour", per=per, total_timeout=5)
+    assert [world.run(f, "eu", "a"), world.run(f, "eu", "b")] == ["a", "b"]
+    with pytest.raises(CallTimeoutError):
+        world.run(f, "eu", "a")
+    if per != "key":
+        assert world.run(f, "us", "a") == "a"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from opero import opero, opmap
+from opero import Breaker, opero, opmap
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
 from opero.core import (
     RateLimiter,
@@ -49,8 +49,10 @@ DESIGNED_FOR_OPERO = {
     "arg_fallback": None,
     "fallback_cooldown": None,
     "rate_limit": None,
-    "rate_limit_per": None,
+    "rate_limit_cost": None,
     "rate_limit_options": None,
+    "max_concurrent": None,
+    "per": None,
     "attempt_timeout": None,
     "total_timeout": None,
     "breaker": None,
@@ -330,7 +332,7 @@ REFUSALS = [
     *no_seconds("fallback_cooldown", zero=False, arg_fallback="key"),
     wrong(ValueError, "arg_fallback=", fallback_cooldown=5),
     # Rate limit
-    *(wrong(TypeError, "calls per second", rate_limit=value) for value in (True, False, b"5/s", {"s": 5}, 5j)),
+    *(wrong(TypeError, "calls per second", rate_limit=value) for value in (True, False, b"5/s", {5}, 5j)),
     *(wrong(ValueError, "calls per second", rate_limit=v) for v in (0, 0.0, -1, NAN, INF, -INF, BEYOND_FLOAT)),
     *(
         wrong(ValueError, "100/minute", rate_limit=value)
@@ -351,9 +353,13 @@ REFUSALS = [
     ),
     wrong(ValueError, "calls per second", rate_limit="0/s"),
     wrong(ValueError, "calls per second", rate_limit="9" * 400 + "/s"),
-    wrong(ValueError, "'key'", rate_limit_per="ky", **LIMIT),
-    wrong(TypeError, "name of the parameter", rate_limit_per=5, **LIMIT),
-    wrong(ValueError, "rate_limit=5", rate_limit_per="key"),
+    wrong(ValueError, "'key'", per="ky", **LIMIT),
+    wrong(TypeError, "a parameter's name", per=5, **LIMIT),
+    wrong(ValueError, "rate_limit=5", per="key"),
+    *no_count("max_concurrent", smallest=1),
+    *(wrong(TypeError, "a number, a function", rate_limit_cost=value, **LIMIT) for value in ("5", [5])),
+    wrong(ValueError, "rate_limit=5", rate_limit_cost=5),
+    wrong(ValueError, "'5/60 seconds'", rate_limit=(5, 60)),
     *no_mapping(rate_limit_options={}, **LIMIT),
     unknown_inside("'max_burst'", rate_limit_options={"max_bursts": 1}, **LIMIT),
     unknown_inside("'max_burst'", rate_limit_options={"rate": 1}, error=(TypeError, ValueError), **LIMIT),
@@ -362,7 +368,7 @@ REFUSALS = [
     # Breaker and events
     wrong(ValueError, "failures in a row", breaker=0),
     *(wrong(TypeError, "failures in a row", breaker=value) for value in (True, 2.5, "5", [5])),
-    unknown_inside("'failures'", breaker={"failure": 1}),
+    wrong(TypeError, "opero.Breaker", breaker={"failures": 1}),
     *(wrong(TypeError, "function of one event", on_event=value) for value in (5, "print", [print])),
     wrong(ValueError, "rate_limit=", rate_limit_options={}),
     # Time limits
@@ -436,6 +442,12 @@ ONLY_OPMAP_REFUSES = [
     *no_seconds("attempt_timeout", zero=False, **PROCESS),
     *no_seconds("attempt_timeout", zero=False, on=fetch_async, **ASYNC),
 ]
+
+
+@pytest.mark.parametrize("decorate", [opero, opmap])
+def test_the_option_that_is_called_per_now_says_so(decorate):
+    with pytest.raises(TypeError, match="write per="):
+        decorate(rate_limit=5, rate_limit_per="key")
 
 
 def refusal(row: Refusal, decorate: Callable[[], Any]) -> str:
@@ -570,14 +582,14 @@ def test_all_defaults_of_opmap_can_be_given():
         {"rate_limit": "1000/day"},
         {"rate_limit": [5, "100/minute"]},
         {"rate_limit": ("1000/day",)},
-        {"rate_limit": 5, "rate_limit_per": "key"},
+        {"rate_limit": 5, "per": "key"},
         {"rate_limit": 5, "rate_limit_options": {"max_burst": 1}},
         {"rate_limit": 5, "rate_limit_options": {"max_burst": None, "scope": "process", "when_full": "wait"}},
         {"rate_limit": 5, "rate_limit_options": {"scope": "machine", "name": "fetching", "folder": "/nowhere"}},
         {"rate_limit": 5, "rate_limit_options": {"scope": "redis", "url": "redis://:secret@localhost:6379/0"}},
         {
             "rate_limit": 5,
-            "rate_limit_per": "key",
+            "per": "key",
             "arg_fallback": "key",
             "rate_limit_options": {"when_full": "next"},
         },
@@ -586,7 +598,7 @@ def test_all_defaults_of_opmap_can_be_given():
         {"min_delay": dt.timedelta(0), "max_delay": dt.timedelta(milliseconds=1)},
         {"arg_fallback": "region", "fallback_cooldown": dt.timedelta(minutes=1)},
         {"total_timeout": dt.timedelta(minutes=1)},
-        {"breaker": {"window": dt.timedelta(minutes=1), "recovery": dt.timedelta(seconds=1)}},
+        {"breaker": Breaker(window=dt.timedelta(minutes=1), recovery=dt.timedelta(seconds=1))},
         {"default": None},
         {"default": fetch, "retries": 0},
     ],

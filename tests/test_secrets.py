@@ -133,7 +133,7 @@ ASKS = {
     "items": lambda value: opmap(mode="thread", progress=False)(nothing)(Endless(value)),
     "a key": lambda value: opero(cache=True)(nothing)(Unpicklable(value)),
     "a key on disk": lambda value: opero(cache=True, cache_backend="disk")(nothing)(Unpicklable(value)),
-    "a value with a limit": lambda value: opero(rate_limit=5, rate_limit_per="url")(nothing)(Unhashable(value)),
+    "a value with a limit": lambda value: opero(rate_limit=5, per="url")(nothing)(Unhashable(value)),
     "candidates": lambda value: opero(arg_fallback="url", retries=0)(nothing)(Nothing(value)),
     "candidates that a function gives": lambda value: opero(arg_fallback="url")(nothing)(
         candidates_from(lambda: value)

@@ -322,7 +322,7 @@ def test_total_timeout_ends_a_call_in_virtual_time(world):
 
 
 def test_a_breaker_recovers_in_virtual_time(world):
-    f = opero.opero(breaker={"failures": 1, "recovery": 600}, retries=0)(world.define(failing(1)))
+    f = opero.opero(breaker=opero.Breaker(1, recovery=600), retries=0)(world.define(failing(1)))
     with instant() as passed:
         with pytest.raises(ValueError):  # noqa: PT011 - the function's own
             world.run(f)

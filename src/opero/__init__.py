@@ -1,6 +1,7 @@
 """Make functions resilient, and map them over any number of items."""
 
 from opero.concurrency.outcome import Outcome, Results
+from opero.core.breaker import Breaker
 from opero.core.cache import Cache, clear_cache
 from opero.core.candidates import candidates, candidates_from
 from opero.core.control import control
@@ -17,6 +18,7 @@ from opero.exceptions import (
     FailedItemsWarning,
     MisuseError,
     OperoError,
+    RateLimitedError,
     RejectedResultError,
     WorkerCrashedError,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "GIVE_UP",
     "NEXT",
     "AllFailedError",
+    "Breaker",
     "Cache",
     "CallStats",
     "CallTimeoutError",
@@ -39,6 +42,7 @@ __all__ = [
     "MisuseError",
     "OperoError",
     "Outcome",
+    "RateLimitedError",
     "RateLimiter",
     "RejectedResultError",
     "Results",

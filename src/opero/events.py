@@ -13,6 +13,7 @@ __all__ = [
     "CallDone",
     "CallStarted",
     "CandidateSwitched",
+    "CircuitChanged",
     "Event",
     "RetryPlanned",
     "SlotWaited",
@@ -98,6 +99,20 @@ class CandidateSwitched(Event):
     """
 
     place: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitChanged(Event):
+    """How an attempt ended has opened a circuit, or closed it again.
+
+    Attributes:
+        state: ``"open"`` or ``"closed"``.
+        place: Which candidate it is of, by its place in this call, from 0; None without candidates. (With ``per``, the
+            circuit is that of the call's value, which is not told.)
+    """
+
+    state: str
+    place: int | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ __all__ = [
     "MisuseError",
     "NotTransferableError",
     "OperoError",
+    "RateLimitedError",
     "RejectedResultError",
     "RemoteError",
     "UnsafeCacheError",
@@ -100,4 +101,26 @@ class FailedItemsWarning(OperoError, UserWarning):  # noqa: N818 - a warning, wh
 
 
 class CircuitOpenError(OperoError):
-    """The function was not called: it failed too often in a row, and ``breaker`` lets the service rest."""
+    """The function was not called: it failed too often in a row, and ``breaker`` lets the service rest.
+
+    Attributes:
+        retry_in: Seconds until the next trial may be made; None while one is under way, or if nobody knows.
+        place: Which candidate of ``arg_fallback`` that is, from 0; None without candidates.
+    """
+
+    def __init__(self, message: str, retry_in: float | None = None, place: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_in = retry_in
+        self.place = place
+
+
+class RateLimitedError(OperoError):
+    """The rate limit has no slot free, and ``when_full`` or ``max_wait`` lets the call not wait for it.
+
+    Attributes:
+        retry_in: Seconds until a slot should come.
+    """
+
+    def __init__(self, message: str, retry_in: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_in = retry_in

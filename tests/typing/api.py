@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, assert_type, ove
 
 from opero import (
     AllFailedError,
+    Breaker,
     Cache,
     CallStats,
     OperoError,
@@ -439,14 +440,14 @@ def check_options(options: Mapping[str, Any]) -> None:
         arg_fallback="url",
         fallback_cooldown=60,
         rate_limit=5,
-        rate_limit_per="url",
+        per="url",
         rate_limit_options={"max_burst": 5},
         attempt_timeout=1,
         total_timeout=5.5,
         breaker=5,
         on_event=print,
     )
-    opero(breaker={"failures": 5, "window": 60, "recovery": 30})
+    opero(breaker=Breaker(5, window=60, recovery=30))
     opero(breaker="5")  # type: ignore[call-overload]
     opero(
         cache_ttl=None,
@@ -457,7 +458,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         arg_fallback=None,
         fallback_cooldown=None,
         rate_limit=None,
-        rate_limit_per=None,
+        per=None,
         rate_limit_options=None,
         attempt_timeout=None,
         total_timeout=None,
@@ -479,7 +480,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     opero(retry_on=5)  # type: ignore[call-overload]
     opero(retry_on=retry_after(OSError()))  # type: ignore[call-overload]
     opero(retry_on=KeyboardInterrupt)  # type: ignore[arg-type]
-    opero(rate_limit={"s": 5})  # type: ignore[call-overload]
+    opero(rate_limit={5: "s"})  # type: ignore[dict-item]
     opero(workers=5)  # type: ignore[call-overload]
     opero(fetch_plain, retries=5)  # type: ignore[call-overload]
     opero(5)  # type: ignore[call-overload]
@@ -882,7 +883,7 @@ async def check_rate_limiter() -> None:
     limiter.rate = "10/s"
     limiter.rate = [10, "100/minute"]
     assert_type(RateLimiter([1, "5/minute"], scope="machine", name="n", folder="f").rate, float)
-    assert_type(get_rate_limit_decorator(limiter, rate_limit_per="url")(fetch_plain)("u"), bytes)
+    assert_type(get_rate_limit_decorator(limiter, per="url")(fetch_plain)("u"), bytes)
 
     RateLimiter(None)  # type: ignore[arg-type]
 

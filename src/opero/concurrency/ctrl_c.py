@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from opero.core.interrupts import Hold
 
@@ -41,8 +41,8 @@ def hearing_interrupts() -> Iterator[None]:
         yield
         return
     if threading.current_thread() is threading.main_thread():
-        # In place of Python's, or of one that a process has that was forked in the middle of something.
-        signal.signal(signal.SIGINT, _hear_once)
+        # A process that was forked in the middle of something has a handler for that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     while signal.sigtimedwait({signal.SIGINT}, 0) is not None:
         pass
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -50,22 +50,6 @@ def hearing_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-
-def _hear_once(_signal: int, _frame: Any) -> None:
-    """End what runs, and hold back the next Ctrl-C, which would interrupt the tidying up."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    asyncio = sys.modules.get("asyncio")
-    try:
-        loop = None if asyncio is None else asyncio.get_running_loop()
-    except RuntimeError:
-        loop = None
-    if asyncio is None or loop is None:
-        raise KeyboardInterrupt
-    for task in asyncio.all_tasks(loop):
-        task.cancel()
-    # It may be in the middle of a long wait.
-    loop.call_soon_threadsafe(lambda: None)
 
 
 def join_unless_left(threads: list[threading.Thread], is_left: Callable[[], bool]) -> None:

@@ -455,11 +455,14 @@ class Scheduler:
         self._kill = pool.kill
         self._grace = _UNHEEDED_SECONDS if plan.is_async else 0.0
         self._one_at_a_time = (
-            plan.limit is not None or plan.attempt_timeout is not None or plan.total_timeout is not None
+            plan.limit is not None
+            or plan.places is not None
+            or plan.attempt_timeout is not None
+            or plan.total_timeout is not None
         )
         self._size = _BatchSize()
         # What is with a worker when the circuit opens is run to its end.
-        self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.failures
+        self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
         without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
         self._direct = without_flow and list_size is None and not is_listened_to(plan)
         fallback = plan.fallback

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
 
-from opero.core.checks import check_count, check_known, check_mapping, check_seconds
+from opero.core.checks import check_count, check_seconds
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.keys import identity_of
 from opero.core.showing import kind_of, shown
-from opero.core.signature import name_of
+from opero.core.signature import MISSING
 from opero.core.steps import Await
 from opero.utils.logging import log
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping
+__all__ = ["Breaker", "Circuit"]
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Sequence
+
+    from opero.core.checks import Duration
+    from opero.core.flow import Candidate
+    from opero.core.per import Per
     from opero.core.steps import Arrival
 
-_DEFAULTS: dict[str, Any] = {"failures": 5, "window": None, "recovery": 30.0}
+# How often those who wait for a trial look whether one that is under way was lost.
+_LOOK_SECONDS = 1.0
 _FEWEST_TIDIED = 64
 _MOST_KEPT = 1_000
 
@@ -112,11 +119,11 @@ class Passage:
         if wake is not None:
             wake()
 
-    def tell(self, *, failed: bool | None) -> None:
-        """How the attempt ended; None if that says nothing of the service."""
-        if failed is not None:
-            self._breaker.passed(self, failed=failed)
+    def tell(self, *, failed: bool | None) -> str | None:
+        """How the attempt ended; None if that says nothing of the service. Gives the circuit's state if it changed."""
+        changed = None if failed is None else self._breaker.passed(self, failed=failed)
         self.is_over = True
+        return changed
 
     def __enter__(self) -> Self:
         return self
@@ -149,20 +156,25 @@ class _UnlessShut:
 
 
 class Breaker:
-    """Counts failures in a row, for each candidate by itself, and says when to stop calling.
+    """Stops the calls of a service that failed too often, and lets one try after a while.
+
+    It is alive: functions that are given one object as ``breaker`` share its circuits. With ``per``, or with
+    ``arg_fallback``, each value has a circuit of its own.
 
     Args:
-        name: Of the function, for the log.
-        failures: So many in a row open the circuit.
-        window: Only if they happen within so many seconds; None for any time.
-        recovery: Seconds until one trial call may go through, whose end decides.
+        failures: So many in a row open the circuit; with ``window``, so many within that time.
+        window: Seconds, or a `datetime.timedelta`. Default: any time.
+        recovery: Seconds, or a `datetime.timedelta`, until one trial call may go through, whose end decides.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If one is out of range.
     """
 
-    def __init__(self, name: str, *, failures: int, window: float | None, recovery: float) -> None:
-        self.failures = failures
-        self._name = name
-        self._window = window
-        self._recovery = recovery
+    def __init__(self, failures: int = 5, *, window: Duration | None = None, recovery: Duration = 30) -> None:
+        self.failures = check_count("failures", failures, "failures in a row", smallest=1)
+        self._window = None if window is None else check_seconds("window", window, zero=False)
+        self.recovery = check_seconds("recovery", recovery, zero=False)
         self._lock = ForkSafeLock()
         # Those that failed since they last succeeded, in the order of their last failures.
         self._circuits: dict[Any, _Circuit] = {}
@@ -170,11 +182,28 @@ class Breaker:
         # Attempts that wait for something else, if any are left.
         self._watchers: dict[Any, dict[Passage, None]] = {}
         self._tidy_watchers_at = _FEWEST_TIDIED
+        # Items of maps that wait for a trial.
+        self._waiting: dict[_Trial, None] = {}
         watch_forks(self)
+
+    def __repr__(self) -> str:
+        window = "" if self._window is None else f", window={self._window:g}"
+        return f"Breaker({self.failures}{window}, recovery={self.recovery:g})"
+
+    def __reduce__(self) -> Any:
+        msg = f"{self!r} belongs to its process, a copy would be another one; make one in each process"
+        raise TypeError(msg)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def after_fork(self) -> None:
         """Who waits and who is on trial is in the parent."""
         self._watchers.clear()
+        self._waiting.clear()
         for circuit in self._circuits.values():
             circuit.trial = None
 
@@ -212,6 +241,14 @@ class Breaker:
             times = [circuit.trial_at for circuit in circuits if circuit.trial_at is not None]
             return max(0.0, min(times, default=now) - now)
 
+    def trial_of(self, values: Sequence[Any], until: float, deadline: float | None) -> Await | None:
+        """A wait until one of these may be tried; None if nobody knows that it can be in time.
+
+        By ``until`` a trial has to begin; how it ends is waited for, up to ``deadline``.
+        """
+        trial = _Trial(self, values, until, math.inf if deadline is None else deadline)
+        return None if trial.is_late() else Await(trial)
+
     def watch(self, passage: Passage) -> None:
         """Shut this passage when its circuit opens."""
         key = passage.key
@@ -233,25 +270,58 @@ class Breaker:
         circuit = self._circuits.get(passage.key)
         return circuit is None or circuit.trial_at is None or circuit.trial is passage
 
-    def passed(self, passage: Passage, *, failed: bool) -> None:
-        """Take note of how an attempt ended."""
+    def passed(self, passage: Passage, *, failed: bool) -> str | None:
+        """Take note of how an attempt ended; gives the state into which that has brought the circuit, if it has."""
         if not failed and not self._circuits:
-            return
+            return None
         key = passage.key
         with self._lock.lock:
             circuit = self._circuits.get(key)
             is_trial = circuit is not None and circuit.trial is passage
             if circuit is not None and circuit.trial_at is not None and not is_trial:
                 # It began before the circuit opened; only a trial decides now.
-                return
+                return None
             if not failed:
                 self._circuits.pop(key, None)
-                return
-            shut = self._failed(key, is_trial=is_trial)
-        if shut is not None:
-            log("WARNING", "{}: the circuit is open, the next trial is in {:.3g} s", self._name, self._recovery)
-            for waiting in shut:
-                waiting.shut()
+                shut, changed = None, "closed" if is_trial else None
+            else:
+                shut = self._failed(key, is_trial=is_trial)
+                changed = None if shut is None else "open"
+        if changed is not None:
+            self._tell(changed, shut or ())
+        return changed
+
+    def state_of(self, value: Any) -> str:
+        """``"closed"``, ``"open"``, or ``"half-open"``: a trial is under way, or may begin."""
+        with self._lock.lock:
+            circuit = self._circuits.get(_key_of(value))
+            if circuit is None or circuit.trial_at is None:
+                return "closed"
+            return "open" if circuit.trial is None and clock.now() < circuit.trial_at else "half-open"
+
+    def open(self, value: Any) -> None:
+        """Let nobody through for one recovery."""
+        key = _key_of(value)
+        with self._lock.lock:
+            circuit = self._circuits.setdefault(key, _Circuit(self.failures))
+            circuit.failures.append(clock.now())
+            circuit.open(clock.now() + self.recovery)
+            shut = list(self._watchers.pop(key, ()))
+        self._tell("open", shut)
+
+    def reset(self, value: Any) -> None:
+        """Forget all failures."""
+        with self._lock.lock:
+            self._circuits.pop(_key_of(value), None)
+        self._tell("closed", ())
+
+    def _tell(self, state: str, shut: Iterable[Passage]) -> None:
+        if state == "open":
+            log("WARNING", "a circuit is open, the next trial is in {:.3g} s", self.recovery)
+        for passage in shut:
+            passage.shut()
+        for trial in list(self._waiting):
+            trial.rouse()
 
     def _failed(self, key: Any, *, is_trial: bool) -> Iterable[Passage] | None:
         """Give those for whom this shut the circuit, or None if it is still closed."""
@@ -266,7 +336,7 @@ class Breaker:
         in_time = self._window is None or now - circuit.failures[0] <= self._window
         if not is_trial and not (len(circuit.failures) == self.failures and in_time):
             return None
-        circuit.open(now + self._recovery)
+        circuit.open(now + self.recovery)
         return list(self._watchers.pop(key, ()))
 
     def _tidy(self, now: float) -> None:
@@ -288,20 +358,110 @@ def _key_of(value: Any) -> Any:
     return digest_of_plain((value,))
 
 
-def breaker_policy(function: Callable[..., Any], breaker: int | Mapping[str, Any]) -> Breaker:
-    """Check the breaker's options and make the policy for ``function``."""
+class _Trial:
+    """An `opero.core.steps.Arrival` of a chance for one of these values, or of the news that it will be late."""
+
+    __slots__ = ("_breaker", "_deadline", "_until", "_values", "_wake")
+
+    def __init__(self, breaker: Breaker, values: Sequence[Any], until: float, deadline: float) -> None:
+        self._breaker = breaker
+        self._values = values
+        self._until = until
+        self._deadline = deadline
+        self._wake: Callable[[], None] | None = None
+
+    def is_late(self) -> bool:
+        trial_in, now = self._breaker.trial_in(self._values), clock.now()
+        return now >= self._deadline or (trial_in is not None and now + trial_in > min(self._until, self._deadline))
+
+    def poll(self) -> bool:
+        return any(self._breaker.admits(value) for value in self._values) or self.is_late()
+
+    def due_in(self) -> float | None:
+        # One that is under way may be lost without a word.
+        trial_in = self._breaker.trial_in(self._values) or _LOOK_SECONDS
+        return max(0.0, min(trial_in, self._deadline - clock.now()))
+
+    def notify(self, wake: Callable[[], None] | None) -> None:
+        self._wake = wake
+        if wake is None:
+            self._breaker._waiting.pop(self, None)  # noqa: SLF001 - of this module
+        else:
+            self._breaker._waiting[self] = None  # noqa: SLF001 - as above
+
+    def rouse(self) -> None:
+        wake = self._wake
+        if wake is not None:
+            wake()
+
+    def withdraw(self) -> None:
+        """It is forgotten with its `notify`."""
+
+
+class FunctionBreaker:
+    """One function's view of a breaker: which of its circuits a call goes through."""
+
+    def __init__(self, breaker: Breaker, per: Per | None, *, has_candidates: bool) -> None:
+        self.shared = breaker
+        self.per = per
+        self.has_candidates = has_candidates
+
+    def value_of(self, candidate: Candidate) -> Any:
+        if self.per is not None:
+            return self.per.get(candidate.args, candidate.kwargs)
+        return candidate.value
+
+
+class Circuit:
+    """The circuit of a function, as `opero.control` gives it; with ``per`` or ``arg_fallback``, ``circuit[value]``."""
+
+    __slots__ = ("_policy", "_value")
+
+    def __init__(self, policy: FunctionBreaker, value: Any = MISSING) -> None:
+        self._policy = policy
+        self._value = value
+
+    def __getitem__(self, value: Any) -> Circuit:
+        if self._policy.per is None and not self._policy.has_candidates:
+            msg = "the function has one circuit for all calls; write control(f).circuit.state, or add per='parameter'"
+            raise TypeError(msg)
+        return Circuit(self._policy, value)
+
+    @property
+    def state(self) -> str:
+        """``"closed"``; ``"open"``: calls fail at once; ``"half-open"``: a trial is under way, or may begin."""
+        return self._policy.shared.state_of(self._one())
+
+    def reset(self) -> None:
+        """Close it, and forget the failures."""
+        self._policy.shared.reset(self._one())
+
+    def open(self) -> None:
+        """Open it, for one ``recovery``."""
+        self._policy.shared.open(self._one())
+
+    def __repr__(self) -> str:
+        # Not the value, which may be a secret.
+        return "<circuits by value>" if self._is_of_many() else f"<{self.state} circuit>"
+
+    def _is_of_many(self) -> bool:
+        return self._value is MISSING and (self._policy.per is not None or self._policy.has_candidates)
+
+    def _one(self) -> Any:
+        if self._is_of_many():
+            msg = "each value has a circuit of its own; write control(f).circuit[value]"
+            raise TypeError(msg)
+        return self._value
+
+
+def breaker_policy(breaker: Any, per: Per | None = None, *, has_candidates: bool = False) -> FunctionBreaker:
+    """Check the option ``breaker`` and make the policy."""
     if isinstance(breaker, int) and not isinstance(breaker, bool):
-        failures = check_count("breaker", breaker, "failures in a row", smallest=1)
-        return Breaker(name_of(function), **{**_DEFAULTS, "failures": failures})
-    try:
-        given = check_mapping("breaker", breaker)
-    except TypeError as error:
-        msg = f"breaker={shown(breaker)} is {kind_of(breaker)}; write a number of failures in a row, or a mapping"
-        raise TypeError(msg) from error
-    check_known("breaker", given, tuple(_DEFAULTS))
-    settings = {**_DEFAULTS, **given}
-    check_count("breaker['failures']", settings["failures"], "failures in a row", smallest=1)
-    settings["recovery"] = check_seconds("breaker['recovery']", settings["recovery"], zero=False)
-    if settings["window"] is not None:
-        settings["window"] = check_seconds("breaker['window']", settings["window"], zero=False)
-    return Breaker(name_of(function), **settings)
+        breaker = Breaker(check_count("breaker", breaker, "failures in a row", smallest=1))
+    if not isinstance(breaker, Breaker):
+        msg = (
+            f"breaker={shown(breaker)} is {kind_of(breaker)}; write a number of failures in a row, or "
+            "opero.Breaker(5, window=60, recovery=30)"
+        )
+        raise TypeError(msg)
+    return FunctionBreaker(breaker, per, has_candidates=has_candidates)

@@ -112,9 +112,15 @@ def check_callable(name: str, value: Any, what: str) -> Callable[..., Any]:
     return checked
 
 
+_RENAMED = {"rate_limit_per": "per"}
+
+
 def check_known(where: str, names: Collection[str], known: Collection[str]) -> None:
     """Refuse names that are not known, with the nearest one that is."""
     for name in names:
+        if name in _RENAMED and _RENAMED[name] in known:
+            msg = f"{where} got {name!r}, which is gone; write {_RENAMED[name]}=…"
+            raise TypeError(msg)
         if name not in known:
             near = nearest(name, known)
             hint = f"write any of {listed(known)}" if near is None else f"did you mean {near!r}?"

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, ov
 
 from opero.core.plan import CacheInfo, Plan
 from opero.core.stats import CallStats
+from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.core.breaker import Circuit
     from opero.core.decoration import Decoration
 
 __all__ = ["Control", "control"]
@@ -36,8 +38,9 @@ _OPTIONS_OF_POLICY = {
         "retry_options",
     ),
     "fallback": ("arg_fallback", "fallback_cooldown"),
-    "breaker": ("breaker",),
-    "limit": ("rate_limit", "rate_limit_per", "rate_limit_options"),
+    "breaker": ("breaker", "per"),
+    "limit": ("rate_limit", "rate_limit_cost", "rate_limit_options", "per"),
+    "places": ("max_concurrent", "per"),
     "attempt_timeout": ("attempt_timeout",),
     "on_event": ("on_event",),
     "default": ("default",),
@@ -141,6 +144,22 @@ class Control(Generic[P, R]):
         result: R = self._decoration.refresh((*self._head, *args), kwargs)
         return result
 
+    @property
+    def circuit(self) -> Circuit:
+        """Its circuit: ``.state``, ``.reset()``, ``.open()``; with ``per`` or ``arg_fallback``, ``circuit[value]``.
+
+        Raises:
+            MisuseError: If the function has no ``breaker``.
+        """
+        # Here, since keys, which a breaker tells values by, ask a function for its decoration.
+        from opero.core.breaker import Circuit
+
+        policy = self._decoration.plan.breaker
+        if policy is None:
+            msg = f"{self._decoration.plan.name} has no circuit; decorate it with breaker=5"
+            raise MisuseError(msg)
+        return Circuit(policy)
+
     def with_options(self, **options: Any) -> Callable[P, R]:
         """Give the same function under changed options, such as ``with_options(retries=0)``.
 
@@ -217,6 +236,8 @@ def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, A
     off = {other for first, *others in _OPTIONS_OF_POLICY.values() if not named.get(first, True) for other in others}
     # Without retries, too, the one rejects results, and the other says what an error tells of a candidate or service.
     off.discard("retry_if_result")
+    if any({**given, **named}.get(name) is not None for name in ("rate_limit", "breaker", "max_concurrent")):
+        off.discard("per")
     if "breaker" in given or "arg_fallback" in given:
         off.discard("retry_on")
     return {**{name: value for name, value in given.items() if name not in off}, **named}

@@ -54,6 +54,7 @@ class Decoration:
         "_look_up",
         "_may_expire",
         "_seconds",
+        "_take_slot",
         "asks",
         "clock",
         "count",
@@ -90,6 +91,7 @@ class Decoration:
         self._seconds, self._limit = min(((s, name) for s, name in limits if s is not None), default=(None, ""))
         self.find = self._finder() or _no_key
         self.fetch = None if plan.cache is None else plan.cache.fetch
+        self._take_slot = None if plan.limit is None else plan.limit.take_now
 
     drive = staticmethod(drive)
     drive_async = staticmethod(drive_async)
@@ -166,14 +168,23 @@ class Decoration:
                 return None
             args, kwargs, value = first
         if plan.breaker is not None:
-            passage = plan.breaker.enter(value)
+            passage = plan.breaker.shared.enter(value)
             if passage is None:
                 return None
-        if plan.limit is not None and not plan.limit.has_slot_now(args, kwargs):
+        if plan.limit is not None and not self._has_slot_now(args, kwargs):
             if passage is not None:
                 passage.is_over = True
             return None
         return args, kwargs, passage
+
+    def _has_slot_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Take a slot of the rate limit if one is free now; False, too, where asking could block."""
+        if self._take_slot is None:
+            return False
+        try:
+            return self._take_slot(args, kwargs)
+        except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that has no limit as a call that failed
+            return False
 
     def go_on(self, call: Call) -> Any:
         """The rest of a call whose first attempt was made by the wrapper, and failed."""
@@ -265,6 +276,11 @@ class Decoration:
         plan = self.plan
         self._has_looked = True
         if plan.cache is not None or plan.on_event is not None or plan.retry.watches_every_attempt:
+            return
+        if plan.places is not None or (plan.breaker is not None and plan.breaker.per is not None):
+            return
+        if plan.limit is not None and plan.total_timeout is not None:
+            # The flow learns how long the function takes.
             return
         # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
         is_timed = plan.is_async and self._seconds is not None

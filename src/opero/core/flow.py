@@ -1,7 +1,7 @@
 """The flow of one call: every decision, in the order of the layers, without sleeping, awaiting or calling.
 
-`call_flow` is default, cache and total_timeout; then `_Layers` has retry, fallback, breaker, rate limit and
-attempt_timeout. This order is part of opero's contract.
+`call_flow` is default, cache and total_timeout; then `_Layers` has retry, fallback, breaker, max_concurrent,
+rate limit and attempt_timeout. This order is part of opero's contract.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from opero.core.breaker import Passage
+    from opero.core.fallback import FallbackOverParameter
+    from opero.core.limits.places import Place
     from opero.core.listeners import Teller
     from opero.core.retry import Rounds
+    from opero.core.steps import Await
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
@@ -141,6 +144,12 @@ class _Layers:
         # Whether a limit holds for one candidate only, so that it can be held up while others are tried.
         self.has_own_limit = True
         self.has_slot = False
+        # Whether the last attempt was ended because others had used up its time.
+        self.was_cut_short = False
+        # Of ``max_concurrent``, while it has one.
+        self.place: Place | None = None
+        # How long it waits for the trial of an open circuit.
+        self.patient_until: float | None = None
         # All of them with fallback; else the last one, until the next attempt begins.
         self.errors: list[Exception] = []
         self.earlier_failure = ""
@@ -154,16 +163,17 @@ class _Layers:
         if plan.fallback is None:
             self.candidates = [Candidate(call.args, call.kwargs)]
         else:
-            values = enumerate(plan.fallback.values(call))
-            self.candidates = [Candidate(*plan.fallback.arguments(call, v), v, place) for place, v in values]
-            if plan.limit is not None and len(self.candidates) > 1:
-                self.has_own_limit = plan.limit.parameter == plan.fallback.parameter
+            self._find_candidates(plan.fallback)
         rounds = plan.retry.rounds(plan.retry, call, plan.function)
         while True:
             if "before" in plan.retry.options:
                 rounds.begin()
             self.is_new_round = True
-            outcome = yield from self.fallback(rounds)
+            while (outcome := (yield from self.fallback(rounds))) is CIRCUIT_OPEN:
+                trial = self._wait_for_trial()
+                if trial is None:
+                    return self._circuit_open(rounds)
+                yield trial
             if outcome.__class__ is not Verdict:
                 return outcome
             wait = rounds.after(outcome, self._must_end)
@@ -175,6 +185,13 @@ class _Layers:
                 call.tell("RetryPlanned", round=call.rounds, delay=wait, error=outcome.error)
             del outcome
             yield Pause(wait)
+
+    def _find_candidates(self, fallback: FallbackOverParameter) -> None:
+        call, limit = self.call, self.plan.limit
+        values = enumerate(fallback.values(call))
+        self.candidates = [Candidate(*fallback.arguments(call, v), v, place) for place, v in values]
+        if limit is not None and len(self.candidates) > 1:
+            self.has_own_limit = limit.per is not None and limit.per.depends_on(fallback.parameter)
 
     def fallback(self, rounds: Rounds) -> Generator[Any, Any, Any]:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
@@ -201,13 +218,23 @@ class _Layers:
             if speaks is None or outcome.again or not speaks.again:
                 speaks = outcome
         if speaks is None:
-            return self._circuit_open(rounds)
+            return CIRCUIT_OPEN
         return speaks if plan.fallback is None else self._for_the_round(speaks)
+
+    def _wait_for_trial(self) -> Await | None:
+        """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
+        breaker, call = self.plan.breaker, self.call
+        if call.presence is None or breaker is None:
+            return None
+        if self.patient_until is None:
+            self.patient_until = clock.now() + breaker.shared.recovery if call.deadline is None else call.deadline
+        values = [breaker.value_of(candidate) for candidate in self.candidates]
+        return breaker.shared.trial_of(values, self.patient_until, call.deadline)
 
     def breaker(self, candidate: Candidate, rounds: Rounds) -> Generator[Any, Any, Any]:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
         breaker = self.plan.breaker
-        passage = None if breaker is None else breaker.enter(candidate.value)
+        passage = None if breaker is None else breaker.shared.enter(breaker.value_of(candidate))
         if passage is None and breaker is not None and self.call.failure is None:
             return CIRCUIT_OPEN
         try:
@@ -216,6 +243,9 @@ class _Layers:
         finally:
             if passage is not None:
                 passage.is_over = True
+            if self.place is not None:
+                self.place.leave()
+                self.place = None
 
     def attempt(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
         """The rate limit, attempt_timeout, and one execution."""
@@ -225,8 +255,8 @@ class _Layers:
             candidate.tries = call.rounds = 1
             self.is_new_round = False
             return failed
-        if plan.limit is not None and not self.has_slot:
-            missed = yield from self._take_slot(candidate, passage)
+        if plan.places is not None or plan.limit is not None:
+            missed = yield from self._enter(candidate, passage)
             if missed is not None:
                 return missed
         self.has_slot = False
@@ -243,23 +273,39 @@ class _Layers:
             candidate.args,
             candidate.kwargs,
             candidate.value,
-            flight=call.flight,
+            badges=frozenset({call.flight, self.place and self.place.badge} - {None}),
             timeout=timeout,
             limit=option,
             deadline=call.deadline,
             passage=passage,
             begins=self._forget_failure if plan.fallback is None and self.errors else None,
         )
+        started = clock.now()
         if call.tell is None:
             outcome = yield attempt
         else:
             outcome = yield from self._told(attempt, None if begins_round else candidate, call.tell)
         call.is_last = attempt.is_last
+        self.was_cut_short = attempt.limit == "total_timeout" and self._is_little(attempt.timeout)
         if outcome is not NOT_RUN:
+            if plan.limit is not None:
+                yield from plan.limit.ended(candidate, outcome, clock.now() - started)
             return outcome
         self._take_back(candidate, begins_round=begins_round)
         self.is_new_round = was_new
         return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
+
+    def _enter(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, _NoAttempt | None]:
+        """A place of max_concurrent, and a slot of the rate limit; gives why there is none, if so."""
+        plan = self.plan
+        if plan.places is not None:
+            wait = plan.places.take(candidate.args, candidate.kwargs, self.call.deadline)
+            self.place = yield from (wait if passage is None else passage.waiting(wait))
+            if self.place is None or (passage is not None and not passage.may_start()):
+                return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
+        if plan.limit is not None and not self.has_slot:
+            return (yield from self._take_slot(candidate, passage))
+        return None
 
     def _count(self, candidate: Candidate) -> bool:
         """Count an attempt; tells whether it begins a round, as the first candidate that is tried so often does."""
@@ -303,8 +349,11 @@ class _Layers:
             log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
             return Failed(_in_context_of(outcome, raised))
         if passage is not None and not call.is_last:
-            passage.tell(failed=_speaks_against_the_service(verdict))
+            self._tell_circuit(passage, verdict, candidate)
         if verdict is None:
+            if self.place is not None and plan.kind.endswith("generator") and outcome[0] is not None:
+                # It is under way until it ends or is closed.
+                outcome, self.place = (self.place.kept_by(outcome[0]), outcome[1]), None
             return outcome
         if call.is_last:
             add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
@@ -316,6 +365,23 @@ class _Layers:
         if plan.fallback is not None:
             self._candidate_failed(candidate, verdict)
         return verdict
+
+    def _tell_circuit(self, passage: Passage, verdict: Verdict | None, candidate: Candidate) -> None:
+        changed = passage.tell(failed=self._speaks_against_the_service(verdict))
+        if changed is not None and self.call.tell is not None:
+            place = None if self.plan.fallback is None else candidate.place
+            self.call.tell("CircuitChanged", state=changed, place=place)
+
+    def _speaks_against_the_service(self, judged: Verdict | None) -> bool | None:
+        """None: it says nothing of the service."""
+        if judged is None:
+            return False
+        if isinstance(judged.error, CallTimeoutError):
+            return None if self.was_cut_short else True
+        if judged.counts:
+            return True
+        # A worker that ended gave no answer.
+        return None if isinstance(judged.error, WorkerCrashedError) else False
 
     def _candidate_failed(self, candidate: Candidate, verdict: Verdict) -> None:
         if not verdict.again:
@@ -329,7 +395,7 @@ class _Layers:
         awake, limit = self._awake(self._admitted(self.left) or self.left), self.plan.limit
         if limit is None or self.has_slot:
             return awake[0]
-        candidate, self.has_slot = yield from limit.choose(awake)
+        candidate, self.has_slot = yield from limit.choose(awake, takes=self.plan.places is None)
         return candidate
 
     def _take_slot(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, _NoAttempt | None]:
@@ -410,19 +476,25 @@ class _Layers:
         return awake or [min(ends, key=lambda pair: pair[0] or 0.0)[1]]
 
     def _gives_way(self, candidate: Candidate) -> bool:
-        return candidate not in self._awake(self.left)
+        # Its own trial is under way; of the others, those that are shut off are no choice.
+        admitted = self._admitted(self.left)
+        return candidate not in self._awake([other for other in self.left if other is candidate or other in admitted])
 
     def _admitted(self, candidates: list[Candidate], *, after: float = 0.0) -> list[Candidate]:
         """Those whose circuits let an attempt through, so many seconds from now."""
         breaker = self.plan.breaker
-        return candidates if breaker is None else [c for c in candidates if breaker.admits(c.value, after=after)]
+        if breaker is None:
+            return candidates
+        return [c for c in candidates if breaker.shared.admits(breaker.value_of(c), after=after)]
 
     def _must_end(self, state: RetryCallState) -> bool:
         """For tenacity: whether no other round can begin after the sleep that is coming."""
         seconds = state.upcoming_sleep
         if self.call.deadline is not None and seconds >= self.call.deadline - clock.now():
             self.ended_by = self._time_is_over()
-        elif self.plan.breaker is not None and not self._admitted(self.candidates, after=seconds):
+        elif self.plan.breaker is None or self.call.presence is not None:
+            return False
+        elif not self._admitted(self.candidates, after=seconds):
             self.ended_by = _CIRCUIT_IS_OPEN
         return bool(self.ended_by)
 
@@ -433,12 +505,15 @@ class _Layers:
         breaker = self.plan.breaker
         assert breaker is not None  # noqa: S101 - for the type checkers
         whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
-        wait = breaker.trial_in(candidate.value for candidate in self.candidates)
+        waits = [breaker.shared.trial_in([breaker.value_of(candidate)]) for candidate in self.candidates]
+        # One whose trial is under way may be next.
+        soonest = min(range(len(waits)), key=lambda place: waits[place] or 0.0)
+        wait = waits[soonest]
         trial = "a trial call is under way" if wait is None else f"the next trial is in {wait:.3g} s"
-        failures = _counted(breaker.failures, "failure")
-        return Failed(
-            CircuitOpenError(f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}")
-        )
+        failures = _counted(breaker.shared.failures, "failure")
+        message = f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}"
+        place = None if self.plan.fallback is None else self.candidates[soonest].place
+        return Failed(CircuitOpenError(message, wait, place))
 
     def _out_of_time(self, rounds: Rounds) -> Failed | Final:
         self.ended_by = self._time_is_over()
@@ -450,6 +525,13 @@ class _Layers:
 
     def _time_is_over(self) -> str:
         return f"total_timeout={self.plan.total_timeout:g} s ended it"
+
+    def _is_little(self, seconds: float | None) -> bool:
+        """Whether an execution that had so long, of what was left of total_timeout, was cut short for lack of time."""
+        assert seconds is not None  # noqa: S101 - for the type checkers
+        assert self.plan.total_timeout is not None  # noqa: S101 - as above
+        usual = 0.0 if self.plan.limit is None else self.plan.limit.usual.seconds
+        return seconds < min(self.plan.total_timeout / 2, 2 * usual or self.plan.total_timeout)
 
     def _is_out_of_time(self) -> bool:
         return self.call.deadline is not None and clock.now() >= self.call.deadline
@@ -502,15 +584,6 @@ def _is_wrong_call(plan: Plan, call: Call) -> bool:
     except TypeError:
         return True
     return False
-
-
-def _speaks_against_the_service(judged: Verdict | None) -> bool | None:
-    if judged is None:
-        return False
-    if judged.counts or isinstance(judged.error, CallTimeoutError):
-        return True
-    # A worker that ended gave no answer.
-    return None if isinstance(judged.error, WorkerCrashedError) else False
 
 
 def _in_context_of(outcome: Any, raised: Exception) -> Exception:

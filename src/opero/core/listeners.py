@@ -29,6 +29,7 @@ Kind = Literal[
     "CallDone",
     "CallStarted",
     "CandidateSwitched",
+    "CircuitChanged",
     "RetryPlanned",
     "SlotWaited",
 ]

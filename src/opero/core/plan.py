@@ -12,10 +12,11 @@ from opero.core.stats import Stats
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.core.breaker import Breaker
+    from opero.core.breaker import FunctionBreaker
     from opero.core.cache import ResultCache
     from opero.core.fallback import FallbackOverParameter
     from opero.core.flights import Presence
+    from opero.core.limits.places import PlacesForFunction
     from opero.core.listeners import Listener, Teller
     from opero.core.rate_limit import FunctionLimit
     from opero.core.retry import RetryPolicy
@@ -39,7 +40,8 @@ class Plan:
     cache: ResultCache | None = None
     total_timeout: float | None = None
     fallback: FallbackOverParameter | None = None
-    breaker: Breaker | None = None
+    breaker: FunctionBreaker | None = None
+    places: PlacesForFunction | None = None
     limit: FunctionLimit | None = None
     attempt_timeout: float | None = None
     on_event: Listener | None = None
@@ -57,7 +59,7 @@ class Plan:
         object.__setattr__(self, "is_async", self.kind in {"async def", "async generator"})
 
     def __repr__(self) -> str:
-        layers = ("cache", "total_timeout", "fallback", "breaker", "limit", "attempt_timeout", "on_event")
+        layers = ("cache", "total_timeout", "fallback", "breaker", "places", "limit", "attempt_timeout", "on_event")
         policies = [name for name in layers if getattr(self, name) is not None]
         return f"<plan of {self.name}: {', '.join([f'{self.retry.retries} retries', *policies])}>"
 
@@ -65,7 +67,8 @@ class Plan:
     def first_attempt_is_direct(self) -> bool:
         """Whether, apart from cache and rate limit, nothing has to be decided before the function runs first."""
         is_timed = self.attempt_timeout is not None or self.total_timeout is not None
-        is_asked = self.fallback is not None or self.breaker is not None or self.retry.watches_every_attempt
+        is_asked = self.fallback is not None or self.breaker is not None or self.places is not None
+        is_asked = is_asked or self.retry.watches_every_attempt
         return not (is_timed or is_asked or self.on_event is not None)
 
     @property

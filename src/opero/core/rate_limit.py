@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from opero.core.checks import check_choice, check_known, check_mapping, check_seconds, check_text
+from opero.core.checks import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_known,
+    check_mapping,
+    check_number,
+    check_seconds,
+)
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
-from opero.core.limits.local import LocalLimit, Ticket
-from opero.core.limits.per_value import LimitsPerValue
-from opero.core.limits.rates import Rate, Rates, parse_rates
+from opero.core.limits.line import ONE, Line, Turn
+from opero.core.limits.per_value import PerValue
+from opero.core.limits.rates import CALLS, Rate, Rates, parse_rates
 from opero.core.limits.scope import Scope
+from opero.core.per import Per
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.signature import parameter_slot
-from opero.core.steps import drive, drive_async
-from opero.exceptions import MisuseError
+from opero.core.showing import kind_of, shown
+from opero.core.signature import name_of
+from opero.core.steps import Await, Failed, drive, drive_async
+from opero.exceptions import RateLimitedError
 
 if TYPE_CHECKING:
-    import contextlib
     import os
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Generator
 
     from opero.core.checks import Duration
     from opero.core.flow import Candidate
-    from opero.core.limits.contract import Limit
-    from opero.core.signature import ParameterSlot
+    from opero.core.limits.line import Latest
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
 C = TypeVar("C", bound="Candidate")
+PerOption = str | tuple[str, ...] | Callable[..., Any] | None
 
-_LIMITER_OPTIONS = ("folder", "max_burst", "name", "scope", "url")
-WHEN_FULL = ("next", "wait")
+_OPTIONS = ("folder", "max_burst", "max_wait", "name", "scope", "spread", "url", "when_full")
+WHEN_FULL = ("next", "raise", "wait")
 
 
 class RateLimiter:
@@ -45,14 +56,22 @@ class RateLimiter:
         with limit: ...              # blocks until a slot has come
         async with limit: ...        # the same without blocking the event loop
         limit.acquire(timeout=2.5)   # False, at once, if the slot would come later
+        limit.acquire(tokens=900)    # of RateLimiter({"calls": "500/minute", "tokens": "90000/minute"})
 
     A limiter of the process cannot be pickled: a copy would be another limit.
 
     Args:
-        rate: Calls per second (fractions too), text such as ``"100/minute"``, ``"5/s"``, ``"1000/day"``, or a list of
-            these that all hold. Of a list, the lowest rate per second is the pace; those per minute, hour or day are
+        rate: Calls per second (fractions too), text such as ``"100/minute"``, ``"5/s"``, ``"900/15 minutes"``, or a
+            list of these that all hold. Of a list, the lowest rate per second is the pace; those for longer times are
             quotas: never more than so many calls in any such time, however they are spread. (The fastest of them is
-            the pace if there is nothing else.)
+            the pace if there is nothing else.) Or a mapping of names to such rates: of each, ``calls`` apart, a call
+            takes what ``rate_limit_cost`` or `acquire` says.
+        when_full: What a call does that finds no slot free: ``"wait"``; ``"raise"`` a `RateLimitedError`; ``"next"``,
+            try a candidate that has a slot free now first (with ``arg_fallback`` and ``per``).
+        max_wait: Seconds, or a `datetime.timedelta`; a call whose slot would come later raises `RateLimitedError` at
+            once. Default: no bound.
+        spread: Whether starts are spread over the time of the rate. If not, every rate is a quota: as many at once as
+            are left of it.
         max_burst: How many missed slots may be made up at once. Default: 40 ms worth of calls, at least 5.
         scope: Who shares the limit: ``"process"``; ``"machine"``, all processes of this user that give the same
             ``name`` (POSIX); ``"redis"``, all that give the same ``name`` and ``url``. When the file or the server
@@ -71,44 +90,74 @@ class RateLimiter:
         self,
         rate: Rate,
         *,
+        when_full: str = "wait",
+        max_wait: Duration | None = None,
+        spread: bool = True,
         max_burst: int | None = None,
         scope: str = "process",
         name: str | None = None,
         url: str | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        options = {"max_burst": max_burst, "scope": scope, "name": name, "url": url, "folder": folder}
-        self._set_up(rate, options, parse_rates(rate, max_burst, option="rate"), Scope(options, None, "{}"))
+        options = {
+            "when_full": when_full,
+            "max_wait": max_wait,
+            "spread": spread,
+            "max_burst": max_burst,
+            "scope": scope,
+            "name": name,
+            "url": url,
+            "folder": folder,
+        }
+        self._set_up(rate, options, "rate", None)
 
     @classmethod
     def _for_function(cls, rate: Rate, options: Mapping[str, Any], name: Callable[[], str]) -> RateLimiter:
         self = cls.__new__(cls)
-        rates = parse_rates(rate, options.get("max_burst"), options="rate_limit_options")
-        self._set_up(rate, options, rates, Scope(options, name, "rate_limit_options[{!r}]"))
+        self._set_up(rate, options, "rate_limit", name)
         return self
 
-    def _set_up(self, rate: Rate, options: Mapping[str, Any], rates: Rates, scope: Scope) -> None:
+    def _set_up(self, rate: Rate, options: Mapping[str, Any], option: str, name: Callable[[], str] | None) -> None:
+        self.is_own = option == "rate_limit"
+        spelled = "rate_limit_options[{!r}]" if self.is_own else "{}"
+        self.when_full = check_choice(spelled.format("when_full"), options.get("when_full", "wait"), WHEN_FULL)
+        max_wait = options.get("max_wait")
+        self.max_wait = math.inf if max_wait is None else check_seconds(spelled.format("max_wait"), max_wait, zero=True)
+        self._spread = check_flag(spelled.format("spread"), options.get("spread", True))
         self._asked = rate
         self._options = {**options}
-        self._rates = rates
-        self._scope = scope
-        self.limit = scope.limit(rates)
-        # Of the values of ``rate_limit_per``, at this rate.
-        self.per_value = LimitsPerValue(scope.limit_of_value, rates)
+        self._rates = self._parsed(rate, option, "rate_limit_options" if self.is_own else "")
+        self._scope = Scope(options, name, spelled, self._rates)
+        self.limit = self._scope.line()
+        # Of the values of ``per``, at this rate.
+        self.per_value: PerValue[Line] = PerValue(self._scope.line_of_value)
         self.take_now = self.limit.take_now
         self.expected_wait = self.limit.expected_wait
 
+    def _parsed(self, rate: Rate, option: str, options: str = "") -> Rates:
+        max_burst = self._options.get("max_burst")
+        return parse_rates(rate, max_burst, spread=self._spread, option=option, options=options)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is counted."""
+        return self._rates.names
+
     @property
     def rate(self) -> float:
-        """Calls per second; may be set, as in ``RateLimiter``, while callers wait."""
-        return self._rates.per_second
+        """Calls per second, of a mapping the first name's; may be set, as in ``RateLimiter``, while callers wait."""
+        return next(iter(self._rates.per_second.values()))
 
     @rate.setter
     def rate(self, rate: Rate) -> None:
-        rates = parse_rates(rate, self._options.get("max_burst"), option="rate")
-        self._asked, self._rates = rate, rates
+        rates = self._parsed(rate, "rate")
+        if rates.names != self._rates.names:
+            msg = f"rate limits {list(rates.names)}, this limiter {list(self.names)}; write a rate of the same names"
+            raise ValueError(msg)
+        self._asked, self._rates, self._scope.rates = rate, rates, rates
         self.limit.change(rates)
-        self.per_value.change(rates)
+        for line in self.per_value:
+            line.change(rates)
 
     def __repr__(self) -> str:
         return f"RateLimiter({self._asked!r})"
@@ -128,27 +177,41 @@ class RateLimiter:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def ticket(self) -> Ticket:
+    def ticket(self) -> Turn:
         """Ask for a slot without waiting for it here; only for a limit of the process."""
-        assert isinstance(self.limit, LocalLimit)  # noqa: S101 - for the type checkers
-        return self.limit.ticket()
+        return Turn(self.limit)
 
-    def acquire(self, *, timeout: Duration | None = None) -> bool:
+    def pause(self, seconds: Duration) -> None:
+        """Let nothing start for so many seconds, or a `datetime.timedelta`; with ``per``, no value's calls either.
+
+        Processes that share the limit hear of it, for at most an hour.
+        """
+        checked = check_seconds("seconds", seconds, zero=True)
+        for line in (self.limit, *self.per_value):
+            drive(line.pause(checked), _no_function)
+
+    def acquire(self, *, timeout: Duration | None = None, **costs: float) -> bool:
         """Block until a slot has come, and take it.
 
         Args:
             timeout: Most seconds to wait, or a `datetime.timedelta`; 0 takes a slot only if one is free now. Default:
-                no bound.
+                no bound but ``max_wait``.
+            **costs: What it takes of each name of the rate, ``calls`` is 1 if it is left out.
 
         Returns:
             Whether a slot was taken; False, at once, if it would not come in time.
+
+        Raises:
+            RateLimitedError: Without ``timeout``: ``when_full`` or ``max_wait`` lets it wait for no longer.
+            TypeError: If a cost is missing, not known or no number.
+            ValueError: If a cost is negative, or more than the whole rate.
         """
-        taken: bool = drive(self._acquire(timeout), _no_function)
+        taken: bool = drive(self._acquire(timeout, costs), _no_function)
         return taken
 
-    async def acquire_async(self, *, timeout: Duration | None = None) -> bool:  # noqa: ASYNC109 - as of `acquire`
+    async def acquire_async(self, *, timeout: Duration | None = None, **costs: float) -> bool:  # noqa: ASYNC109 - as of `acquire`
         """Wait for a slot without blocking the event loop, and take it; otherwise like `acquire`."""
-        taken: bool = await drive_async(self._acquire(timeout), _no_function, "acquire_async")
+        taken: bool = await drive_async(self._acquire(timeout, costs), _no_function, "acquire_async")
         return taken
 
     def __enter__(self) -> Self:
@@ -165,13 +228,49 @@ class RateLimiter:
     async def __aexit__(self, *_exc: object) -> None:
         """A slot is used up by the start."""
 
-    def _acquire(self, timeout: Duration | None) -> Generator[Any, Any, bool]:
+    def _acquire(self, timeout: Duration | None, costs: Mapping[str, float]) -> Generator[Any, Any, bool]:
+        check_known("acquire", costs, self.names)
+        missing = [name for name in self.names if name not in costs and name != CALLS]
+        if missing:
+            msg = f"acquire has to be told the cost of {', '.join(missing)}; write acquire({missing[0]}=1)"
+            raise TypeError(msg)
+        amounts = self.checked({CALLS: 1, **costs}, "acquire")
         if timeout is None:
-            return (yield from self.limit.take(None))
+            patience = 0.0 if self.when_full == "raise" else self.max_wait
+            if (yield from self._take(amounts, patience)):
+                return True
+            raise self.full(self.limit, amounts, repr(self))
         seconds = check_seconds("timeout", timeout, zero=True)
-        if not seconds:
-            return (yield from self.limit.try_to_take())
-        return (yield from self.limit.take(clock.now() + seconds))
+        return (yield from self._take(amounts, seconds))
+
+    def _take(self, amounts: Sequence[float], patience: float) -> Generator[Any, Any, bool]:
+        if not patience:
+            return (yield from self.limit.try_to_take(amounts))
+        latest = clock.now() + patience
+        return (yield from self.limit.take(amounts, None if latest == math.inf else lambda: latest))
+
+    # For functions
+
+    def full(self, line: Line, amounts: Sequence[float], whose: str) -> RateLimitedError:
+        wait = line.expected_wait(amounts)
+        return RateLimitedError(f"{whose}: the rate limit has no slot free; the next one is in {wait:.3g} s", wait)
+
+    def checked(self, costs: Mapping[str, Any], option: str = "rate_limit_cost") -> tuple[float, ...]:
+        """Costs by name, in the order of the names; ``option`` is where they were given."""
+        amounts = []
+        for name, most in zip(self.names, self._rates.most, strict=True):
+            cost = check_number(f"{option}[{name!r}]", costs[name], "units", smallest=0)
+            if cost > max(1.0, most):
+                msg = (
+                    f"{option}[{name!r}]={cost:g} is more than the whole rate, {most:g}: such a call could never "
+                    "start; split it, or raise the rate"
+                )
+                raise ValueError(msg)
+            amounts.append(cost)
+        return ONE if amounts == [1] else tuple(amounts)
+
+
+Limits = Rate | RateLimiter | Sequence[Rate | RateLimiter]
 
 
 def _make_limiter(rate: Rate, options: dict[str, Any]) -> RateLimiter:
@@ -183,78 +282,236 @@ def _no_function(*_args: Any, **_kwargs: Any) -> Any:
     raise AssertionError(msg)
 
 
+class Usual:
+    """How long a function usually takes: an average that forgets, and how far from it single executions are."""
+
+    __slots__ = ("_mean", "_spread")
+
+    def __init__(self) -> None:
+        self._mean = self._spread = 0.0
+
+    def learn(self, seconds: float) -> None:
+        # As TCP estimates round trips (RFC 6298).
+        if not self._mean:
+            self._mean, self._spread = seconds, seconds / 2
+            return
+        self._spread += (abs(seconds - self._mean) - self._spread) / 4
+        self._mean += (seconds - self._mean) / 8
+
+    @property
+    def seconds(self) -> float:
+        """As long as nearly all take."""
+        return self._mean and 1.1 * self._mean + 4 * self._spread
+
+
+class Costs:
+    """What the calls of one function take of its limiters."""
+
+    def __init__(self, limiters: Sequence[RateLimiter], option: Any) -> None:
+        names = {name for limiter in limiters for name in limiter.names}
+        by_name = _costs_by_name(option, names)
+        missing = sorted(names - {CALLS} - set(by_name))
+        if missing:
+            msg = (
+                f"rate_limit limits {', '.join(missing)}; add rate_limit_cost={{{missing[0]!r}: …}}, what a call takes"
+            )
+            raise ValueError(msg)
+        self._limiters = limiters
+        self._before: dict[str, Any] = {CALLS: 1}
+        self._after: dict[str, Callable[[Any], Any]] = {}
+        for name, cost in by_name.items():
+            where = f"rate_limit_cost[{name!r}]" if isinstance(option, Mapping) else "rate_limit_cost"
+            match cost:
+                case (before, after) if isinstance(cost, tuple):
+                    self._after[name] = check_callable(f"{where}[1]", after, "a function of the result")
+                case tuple():
+                    msg = f"{where} is a tuple of {len(cost)}; write a pair, what a call takes before and after it ran"
+                    raise ValueError(msg)
+                case before:
+                    pass
+            if callable(before):
+                before = check_callable(where, before, "a number, or a function of the call's arguments")
+            self._before[name] = before
+        self.are_corrected = bool(self._after)
+        self._functions = [name for name, cost in self._before.items() if callable(cost)]
+        # Known once for all, they are refused when decorating.
+        self._fixed = None if self._functions else [limiter.checked(self._before) for limiter in limiters]
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[float, ...]]:
+        """For each limiter, what this call takes."""
+        if self._fixed is not None:
+            return self._fixed
+        asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
+        return [limiter.checked(asked) for limiter in self._limiters]
+
+    def corrections(self, taken: Sequence[Sequence[float]], result: Any) -> list[tuple[float, ...]]:
+        """For each limiter, what this result has cost more, or less."""
+        truly = {
+            name: check_number(f"the cost in {name!r} afterwards", after(result), "units", smallest=0)
+            for name, after in self._after.items()
+        }
+        return [
+            tuple([truly.get(name, amount) - amount for name, amount in zip(limiter.names, amounts, strict=True)])
+            for limiter, amounts in zip(self._limiters, taken, strict=True)
+        ]
+
+
+def _costs_by_name(option: Any, names: set[str]) -> dict[str, Any]:
+    if option is None:
+        return {}
+    if not isinstance(option, Mapping):
+        if not callable(option) and not isinstance(option, (int, float, tuple)):
+            msg = (
+                f"rate_limit_cost={shown(option)} is {kind_of(option)}; write a number, a function of the call's "
+                "arguments, a pair of what a call takes before and after it ran, or a mapping by the names of the rates"
+            )
+            raise TypeError(msg)
+        if len(names) > 1:
+            msg = f"rate_limit_cost has to say of which rate; write a mapping with any of {sorted(names)}"
+            raise ValueError(msg)
+        return dict.fromkeys(names, option)
+    costs = check_mapping("rate_limit_cost", option)
+    check_known("rate_limit_cost", costs, tuple(sorted(names)))
+    return costs
+
+
 class FunctionLimit:
-    """One function's view of a limiter: which of its limits applies to a call."""
+    """One function's view of its limiters: which of their lines apply to a call, and what it takes of each."""
 
-    def __init__(self, limiter: RateLimiter, slot: ParameterSlot | None, *, prefers_free: bool) -> None:
-        self.limiter = limiter
-        self.parameter = None if slot is None else slot.name
-        self._slot = slot
-        self._prefers_free = prefers_free
+    def __init__(
+        self,
+        limiters: Sequence[RateLimiter],
+        costs: Costs,
+        per: Per | None,
+        *,
+        when_full: str,
+        max_wait: float,
+        name: str,
+    ) -> None:
+        self.limiters = limiters
+        self.limiter = limiters[0]
+        self.usual = Usual()
+        self.per = per
+        self._costs = costs
+        self._when_full = when_full
+        self._max_wait = max_wait
+        self._name = name
 
-    def has_slot_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Take a slot for a call if one is free now; False, too, where asking could block."""
-        take_now = self.limiter.take_now
-        if take_now is None or self._slot is None:
-            return take_now is not None and take_now()
-        try:
-            return self.limiter.per_value.take_now(self._slot.get(args, kwargs))
-        except MisuseError:
-            # The flow asks again, and counts a value that has no limit as a call that failed.
-            return False
+    @property
+    def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
+        """Takes a free slot for a call's arguments, if there is one; None if more has to be done."""
+        limiter, costs, per = self.limiter, self._costs, self.per
+        if len(self.limiters) > 1 or limiter.limit.is_shared or costs.are_corrected:
+            return None
+        if per is not None:
+            of, get = limiter.per_value.of, per.get
+            return lambda args, kwargs: of(get(args, kwargs)).take_now(costs.of(args, kwargs)[0])
+        take_now = limiter.take_now
+        return lambda args, kwargs: take_now(costs.of(args, kwargs)[0])
 
-    def choose(self, candidates: Sequence[C]) -> Generator[Any, Any, tuple[C, bool]]:
+    def choose(self, candidates: Sequence[C], *, takes: bool = True) -> Generator[Any, Any, tuple[C, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""
-        if self._prefers_free and len(candidates) > 1:
-            for candidate in candidates:
-                with self._limit_of(candidate) as limit:
-                    if (yield from limit.try_to_take()):
-                        return candidate, True
-            return min(candidates, key=self._wait_of), False
-        return candidates[0], False
+        if self._when_full != "next" or len(candidates) == 1:
+            return candidates[0], False
+        for candidate in candidates if takes else ():
+            if (yield from self._try_to_take(candidate)):
+                return candidate, True
+        return min(candidates, key=self._expected_wait), False
 
     def take(self, candidate: Candidate, deadline: float | None) -> Generator[Any, Any, bool]:
-        """Wait for a slot; False, at once, if it would come after the ``deadline``."""
-        with self._limit_of(candidate) as limit:
-            return (yield from limit.take(deadline))
+        """Wait for a slot; False, at once, if it would come too late to be of use before the ``deadline``.
+
+        Raises:
+            RateLimitedError: If it would come later than the limiter lets a call wait.
+            ValueError: If the call costs more than the whole rate.
+        """
+        if (yield from self._try_to_take(candidate)):
+            # A slot that is free is never refused, so that what is usual can change.
+            return True
+        lines, usual = self._lines(candidate), self.usual
+        until = math.inf if self._max_wait == math.inf else clock.now() + self._max_wait
+
+        def useful() -> float:
+            return math.inf if deadline is None else deadline - usual.seconds
+
+        taken = False
+        if self._when_full != "raise":
+            latest = None if deadline is None and until == math.inf else lambda: min(until, useful())
+            taken = yield from self._take_all(lines, latest)
+        if not taken and (self._when_full == "raise" or until < useful()):
+            limiter, line, amounts = max(lines, key=lambda each: each[1].expected_wait(each[2]))
+            raise limiter.full(line, amounts, self._name)
+        return taken
+
+    def ended(self, candidate: Candidate, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
+        """An execution has ended after so long: what its result has really cost is taken."""
+        self.usual.learn(seconds)
+        if outcome.__class__ is Failed or not self._costs.are_corrected:
+            return
+        lines = self._lines(candidate)
+        corrections = self._costs.corrections([amounts for *_, amounts in lines], outcome)
+        for (_, line, _), correction in zip(lines, corrections, strict=True):
+            if any(correction):
+                yield from line.correct(correction)
 
     def pause(self, candidate: Candidate, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing of this candidate's limit start for so long."""
-        with self._limit_of(candidate) as limit:
-            yield from limit.pause(seconds)
+        for _, line, _ in self._lines(candidate):
+            yield from line.pause(seconds)
 
-    def _wait_of(self, candidate: Candidate) -> float:
-        with self._limit_of(candidate) as limit:
-            return limit.expected_wait()
+    def _lines(self, candidate: Candidate) -> list[tuple[RateLimiter, Line, tuple[float, ...]]]:
+        args, kwargs = candidate.args, candidate.kwargs
+        amounts = self._costs.of(args, kwargs)
+        if self.per is None:
+            return [(limiter, limiter.limit, each) for limiter, each in zip(self.limiters, amounts, strict=True)]
+        value = self.per.get(args, kwargs)
+        return [
+            (limiter, limiter.per_value.of(value), each) for limiter, each in zip(self.limiters, amounts, strict=True)
+        ]
 
-    def _limit_of(self, candidate: Candidate) -> contextlib.AbstractContextManager[Limit]:
-        if self._slot is None:
-            return _Always(self.limiter.limit)
-        return self.limiter.per_value.using(self._slot.get(candidate.args, candidate.kwargs))
+    def _expected_wait(self, candidate: Candidate) -> float:
+        return max([line.expected_wait(amounts) for _, line, amounts in self._lines(candidate)])
 
+    def _try_to_take(self, candidate: Candidate) -> Generator[Any, Any, bool]:
+        lines = self._lines(candidate)
+        if len(lines) > 1 and any(line.expected_wait(amounts) for _, line, amounts in lines):
+            return False
+        for _, line, amounts in lines:
+            if not (yield from line.try_to_take(amounts)):
+                return False
+        return True
 
-class _Always:
-    """`contextlib.nullcontext`, which takes long to import."""
-
-    __slots__ = ("_limit",)
-
-    def __init__(self, limit: Limit) -> None:
-        self._limit = limit
-
-    def __enter__(self) -> Limit:
-        return self._limit
-
-    def __exit__(self, *_exc: object) -> None:
-        return None
+    def _take_all(
+        self, lines: Sequence[tuple[RateLimiter, Line, tuple[float, ...]]], latest: Latest | None
+    ) -> Generator[Any, Any, bool]:
+        """Take a slot of each at one moment: whoever is first in one line stays there until it has the others, too."""
+        *held, (_, last, of_last) = lines
+        turns = [
+            Turn(line, amounts, latest, stays=True, lets_pass=not limiter.is_own) for limiter, line, amounts in held
+        ]
+        try:
+            for turn in turns:
+                if not (yield from turn.reach()):
+                    return False
+            if not (yield from last.take(of_last, latest)):
+                return False
+            for turn in turns:
+                while not turn.seize():
+                    yield Await(turn, is_turn=True)
+            return True
+        finally:
+            for turn in turns:
+                turn.leave()
 
 
 def limit_policy(
     function: Callable[..., Any],
-    rate_limit: Rate | RateLimiter,
+    rate_limit: Any,
     *,
-    per: str | None = None,
+    per: Per | None = None,
+    cost: Any = None,
     options: Mapping[str, Any] | None = None,
-    has_candidates: bool = False,
+    fallback: str | None = None,
 ) -> FunctionLimit:
     """Check the rate limit's options and make the policy for ``function``."""
     if isinstance(options, str) and "://" in options:
@@ -262,28 +519,52 @@ def limit_policy(
         msg = "rate_limit_options is a URL; write a mapping of option names to values, with the URL as 'url'"
         raise TypeError(msg)
     given = check_mapping("rate_limit_options", options)
-    check_known("rate_limit_options", given, (*_LIMITER_OPTIONS, "when_full"))
-    when_full = check_choice("rate_limit_options['when_full']", given.pop("when_full", "wait"), WHEN_FULL)
-    limiter = _limiter(rate_limit, given, lambda: _lasting_name(function))
-    if per is not None:
-        check_text("rate_limit_per", per, "the name of the parameter whose values have limits of their own")
-    slot = None if per is None else parameter_slot(function, per, "rate_limit_per")
-    if when_full == "next" and not (has_candidates and slot is not None):
+    check_known("rate_limit_options", given, _OPTIONS)
+    limiters = _limiters(rate_limit, given, lambda: _lasting_name(function))
+    first = limiters[0]
+    # How a call waits may also be said for each function that shares a limiter.
+    when_full = given.get("when_full", first.when_full)
+    max_wait = given.get("max_wait")
+    if when_full == "next" and not (fallback is not None and per is not None and per.depends_on(fallback)):
         msg = (
             "rate_limit_options={'when_full': 'next'} has no effect without candidates that have limits of their own; "
-            "add arg_fallback='parameter' and rate_limit_per='parameter', or leave it out"
+            "add arg_fallback='parameter' and per='parameter', or leave it out"
         )
         raise ValueError(msg)
-    return FunctionLimit(limiter, slot, prefers_free=when_full == "next")
+    return FunctionLimit(
+        limiters,
+        Costs(limiters, cost),
+        per,
+        when_full=check_choice("rate_limit_options['when_full']", when_full, WHEN_FULL),
+        max_wait=min(limiter.max_wait for limiter in limiters)
+        if max_wait is None
+        else check_seconds("rate_limit_options['max_wait']", max_wait, zero=True),
+        name=name_of(function),
+    )
 
 
-def _limiter(rate_limit: Rate | RateLimiter, options: Mapping[str, Any], name: Callable[[], str]) -> RateLimiter:
-    if not isinstance(rate_limit, RateLimiter):
-        return RateLimiter._for_function(rate_limit, options, name)  # noqa: SLF001 - of this module
-    if options:
-        msg = f"rate_limit_options has {sorted(options)}, which belong to the limiter; write RateLimiter(rate, …)"
+_HOW_TO_WAIT = ("max_wait", "when_full")
+
+
+def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], str]) -> list[RateLimiter]:
+    """Those of the function itself first."""
+    are_several = isinstance(rate_limit, Sequence) and not isinstance(rate_limit, (str, bytes))
+    several: list[Any] = list(rate_limit) if are_several else [rate_limit]
+    shared = [each for each in several if isinstance(each, RateLimiter)]
+    if not shared:
+        return [RateLimiter._for_function(rate_limit, options, name)]  # noqa: SLF001 - of this module
+    if len({id(limiter) for limiter in shared}) < len(shared):
+        msg = "rate_limit has one RateLimiter twice; leave out one of the two"
         raise ValueError(msg)
-    return rate_limit
+    own = [each for each in several if not isinstance(each, RateLimiter)]
+    others = sorted(set(options) - set(_HOW_TO_WAIT))
+    if others and not own:
+        msg = f"rate_limit_options has {others}, which belong to the limiter; write RateLimiter(rate, …)"
+        raise ValueError(msg)
+    if not own:
+        return shared
+    rate: Any = own[0] if len(own) == 1 else own
+    return [RateLimiter._for_function(rate, options, name), *shared]  # noqa: SLF001 - of this module
 
 
 def _lasting_name(function: Callable[..., Any]) -> str:
@@ -293,29 +574,40 @@ def _lasting_name(function: Callable[..., Any]) -> str:
 
 
 def get_rate_limit_decorator(
-    rate_limit: Rate | RateLimiter, *, rate_limit_per: str | None = None, **options: Any
+    rate_limit: Limits, *, per: PerOption = None, rate_limit_cost: Any = None, **options: Any
 ) -> Callable[[F], F]:
     """Make a decorator that limits how often calls start, and does nothing else.
 
     Args:
-        rate_limit: Calls per second (fractions too), text such as ``"100/minute"``, a list of such limits that all
-            hold, or a `RateLimiter` that functions share. Without the last, each decorated function has a limit of its
-            own, shared by all its callers in the process.
-        rate_limit_per: Name of a parameter: each of its values has its own limit.
-        **options: As ``rate_limit_options`` of `opero.opero`: ``max_burst``, ``scope``, ``name``, ``url``, ``folder``.
+        rate_limit: Calls per second (fractions too), text such as ``"100/minute"``, a `RateLimiter` that functions
+            share, a list of such limits that all hold, or a mapping of names to rates. Without a `RateLimiter`, each
+            decorated function has a limit of its own, shared by all its callers in the process.
+        per: A parameter's name, a tuple of names, or a function of the call's arguments: each of its values has its own
+            limit.
+        rate_limit_cost: What a call takes, as of `opero.opero`.
+        **options: As ``rate_limit_options`` of `opero.opero`.
 
     Raises:
         TypeError: If an option has the wrong type or is not known.
         ValueError: If a rate is not finite and above 0, or its text cannot be read, or an option cannot apply.
     """
-    check_known("rate_limit_options", options, _LIMITER_OPTIONS)
-    _limiter(rate_limit, options, lambda: "")
+    check_known("rate_limit_options", options, _OPTIONS)
+    _limiters(rate_limit, options, lambda: "")
     return decorator(
         "get_rate_limit_decorator",
         lambda function: Plan(
             function,
             RetryPolicy(),
-            limit=limit_policy(function, rate_limit, per=rate_limit_per, options=options),
+            limit=limit_policy(
+                function,
+                rate_limit,
+                per=None if per is None else Per(function, per),
+                cost=rate_limit_cost,
+                options=options,
+            ),
         ),
-        (get_rate_limit_decorator, {"rate_limit": rate_limit, "rate_limit_per": rate_limit_per, **options}),
+        (
+            get_rate_limit_decorator,
+            {"rate_limit": rate_limit, "per": per, "rate_limit_cost": rate_limit_cost, **options},
+        ),
     )

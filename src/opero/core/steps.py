@@ -6,6 +6,7 @@ blocks, `drive_async` awaits; the scheduler of a map is the third driver. None o
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -51,7 +52,8 @@ class Attempt:
 
     ``timeout`` seconds are left to it, by the option named ``limit``; a blocking driver cannot stop a function and lets
     it run. ``candidate`` is the fallback value in ``args`` or ``kwargs``, for drivers that send only what differs.
-    ``flight`` is the badge of the computation that others may be waiting for, see `opero.core.flights`. A driver that
+    ``badges`` are of what a call of its own must not wait for: the computation that others may be waiting for, see
+    `opero.core.flights`, and the place that it takes. A driver that
     does not run it at once asks `may_start`, and sends back `NOT_RUN` if the answer is no, or takes what `time_limit`
     says then: the whole call ends at ``deadline``. It calls ``begins`` when it runs it, if that is there, and
     sets ``is_last`` if its task was cancelled meanwhile: whatever the function made of that, nothing is tried again.
@@ -60,7 +62,7 @@ class Attempt:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     candidate: Any
-    flight: object = None
+    badges: frozenset[object] = frozenset()
     timeout: float | None = None
     limit: str = ""
     deadline: float | None = None
@@ -257,7 +259,7 @@ def raise_or_return(outcome: Any) -> Any:
         del outcome
 
 
-# The computations that the running code is part of: a call of its own that needs one of them must not wait for it.
+# The computations and places that the running code is part of: a call of its own must not wait for one of them.
 leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozenset())
 
 
@@ -265,12 +267,14 @@ async def run_attempt_async(function: Callable[..., Awaitable[Any]], attempt: At
     if attempt.begins is not None:
         attempt.begins()
         attempt.begins = None
-    token = None if attempt.flight is None else leading.set(leading.get() | {attempt.flight})
+    token = leading.set(leading.get() | attempt.badges) if attempt.badges else None
     try:
         return await _run_in_time(function, attempt, name)
     finally:
         if token is not None:
-            leading.reset(token)
+            # A task of a loop that was closed ends where it is collected, in another context.
+            with contextlib.suppress(ValueError):
+                leading.reset(token)
 
 
 async def _run_in_time(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
@@ -357,7 +361,7 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - a
                 if step.begins is not None:
                     step.begins()
                     step.begins = None
-                token = None if step.flight is None else leading.set(leading.get() | {step.flight})
+                token = leading.set(leading.get() | step.badges) if step.badges else None
                 try:
                     sent = function(*step.args, **step.kwargs)
                 except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, 
 
 from opero.core.breaker import breaker_policy
 from opero.core.cache import Cache, cache_policy
-from opero.core.checks import check_callable, check_flag, check_known, check_seconds
+from opero.core.checks import check_callable, check_count, check_flag, check_known, check_seconds
 from opero.core.decoration import F, decorator
 from opero.core.fallback import fallback_policy
+from opero.core.limits.places import PlacesForFunction
 from opero.core.listeners import Listener
+from opero.core.per import Per
 from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
 from opero.core.retry import RetryOn, retry_policy
@@ -21,10 +23,10 @@ from opero.core.stores.settings import cache_settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
+    from opero.core.breaker import Breaker
     from opero.core.cache import ResultCache
     from opero.core.checks import Duration
-    from opero.core.limits.rates import Rate
-    from opero.core.rate_limit import RateLimiter
+    from opero.core.rate_limit import Limits, PerOption
 
 
 P = ParamSpec("P")
@@ -52,12 +54,14 @@ class CommonOptions(TypedDict, total=False):
     retry_options: Mapping[str, Any] | None
     arg_fallback: str | None
     fallback_cooldown: Duration | None
-    rate_limit: Rate | RateLimiter | None
-    rate_limit_per: str | None
+    rate_limit: Limits | None
+    rate_limit_cost: Any
     rate_limit_options: Mapping[str, Any] | None
     attempt_timeout: Duration | None
     total_timeout: Duration | None
-    breaker: int | Mapping[str, Any] | None
+    max_concurrent: int | None
+    per: PerOption
+    breaker: int | Breaker | None
     on_event: Callable[[Any], object] | None
 
 
@@ -85,10 +89,12 @@ OPERO_DEFAULTS: dict[str, Any] = {
     "arg_fallback": None,
     "fallback_cooldown": None,
     "rate_limit": None,
-    "rate_limit_per": None,
+    "rate_limit_cost": None,
     "rate_limit_options": None,
     "attempt_timeout": None,
     "total_timeout": None,
+    "max_concurrent": None,
+    "per": None,
     "breaker": None,
     "on_event": None,
     "default": MISSING,
@@ -122,6 +128,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             "be stopped; write `async def`, use the function's own timeout, or map it with @opmap(mode='process')"
         )
         raise ValueError(msg)
+    per = None if given["per"] is None else Per(function, given["per"])
     return Plan(
         function,
         cache=_cache(function, given),
@@ -140,15 +147,23 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         fallback=None
         if given["arg_fallback"] is None
         else fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"]),
-        breaker=None if given["breaker"] is None else breaker_policy(function, given["breaker"]),
+        breaker=None
+        if given["breaker"] is None
+        else breaker_policy(given["breaker"], per, has_candidates=given["arg_fallback"] is not None),
+        places=None
+        if given["max_concurrent"] is None
+        else PlacesForFunction(
+            check_count("max_concurrent", given["max_concurrent"], "executions", smallest=1), per, name_of(function)
+        ),
         limit=None
         if given["rate_limit"] is None
         else limit_policy(
             function,
             given["rate_limit"],
-            per=given["rate_limit_per"],
+            per=per,
+            cost=given["rate_limit_cost"],
             options=given["rate_limit_options"],
-            has_candidates=given["arg_fallback"] is not None,
+            fallback=given["arg_fallback"],
         ),
         attempt_timeout=attempt_timeout,
         on_event=None
@@ -176,6 +191,7 @@ def _seconds(name: str, value: Any) -> float | None:
 
 
 _OF_CACHE = ("cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options")
+_PER_VALUE = ("rate_limit", "max_concurrent", "breaker")
 _OF_ROUNDS = ("backoff_factor", "min_delay", "max_delay", "jitter", "retry_on")
 
 
@@ -183,7 +199,7 @@ def _refuse_useless(given: dict[str, Any]) -> None:
     """Refuse options that have no effect without another one."""
     needs = {
         "fallback_cooldown": ("arg_fallback", None, "arg_fallback='parameter'"),
-        **dict.fromkeys(("rate_limit_per", "rate_limit_options"), ("rate_limit", None, "rate_limit=5")),
+        **dict.fromkeys(("rate_limit_cost", "rate_limit_options"), ("rate_limit", None, "rate_limit=5")),
         **dict.fromkeys(_OF_ROUNDS, ("retries", 0, "retries=1")),
         **dict.fromkeys(_OF_CACHE, ("cache", False, "cache=True")),
     }
@@ -193,6 +209,10 @@ def _refuse_useless(given: dict[str, Any]) -> None:
     elif given["breaker"] is not None or given["arg_fallback"] is not None:
         # It says which errors count, and which of them another candidate may mend.
         needs.pop("retry_on")
+    if given["per"] is not None and all(given[name] is None for name in _PER_VALUE):
+        names = ", ".join(_PER_VALUE)
+        msg = f"per={shown(given['per'])} has no effect without {names}; add rate_limit=5, or leave it out"
+        raise ValueError(msg)
     for name, (other, off, example) in needs.items():
         if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
             msg = f"{name}={shown(given[name])} has no effect with {other}={off!r}; add {example}, or leave it out"
@@ -260,22 +280,33 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
             - ``arg_fallback`` (None): name of the parameter whose list or tuple, `opero.candidates` or
               `opero.candidates_from`, holds candidates to try in order.
             - ``fallback_cooldown`` (None): seconds for which a candidate that failed is tried last.
-            - ``rate_limit`` (None): calls per second, text such as ``"100/minute"``, a list of such limits that all
-              hold, or an `opero.core.RateLimiter` that functions share; every execution takes a slot. Seconds that
-              ``retry_on`` returns hold for the whole limit: nothing of it starts before.
-            - ``rate_limit_per`` (None): name of a parameter: each of its values has its own limit; with
-              ``arg_fallback`` each candidate.
-            - ``rate_limit_options`` (None): mapping. ``max_burst`` of `asynciolimiter.Limiter` (40 ms worth of calls,
-              at least 5). ``when_full``: ``"wait"``, or ``"next"`` to try a candidate that has a slot free now first.
+            - ``rate_limit`` (None): calls per second, text such as ``"100/minute"``, an `opero.RateLimiter` that
+              functions share, a list of such limits that all hold, or a mapping of names to rates, as
+              ``{"calls": "500/minute", "tokens": "90000/minute"}``. Every execution takes a slot, and none that would
+              come too late to be of use, by ``total_timeout`` and what the function usually takes. Seconds that
+              ``retry_on`` returns hold for the whole limit, with ``per`` for that value's: nothing of it starts before.
+            - ``rate_limit_cost`` (None): what a call takes of the limit: a number, or ``callable(*args, **kwargs)``; a
+              pair ``(before, after)`` is corrected by ``after(result)``; or a mapping of the limit's names to these.
+              ``calls`` is 1. More than the whole rate is a `ValueError`.
+            - ``rate_limit_options`` (None): mapping of keywords of `opero.RateLimiter`. ``max_burst`` of
+              `asynciolimiter.Limiter` (40 ms worth of calls, at least 5). ``when_full``: ``"wait"``, ``"raise"`` a
+              `RateLimitedError`, or ``"next"`` to try a candidate that has a slot free now first. ``max_wait``: seconds
+              after which a call raises that error. ``spread`` (True): whether starts are spread over the rate's time.
               ``scope``: ``"process"``, ``"machine"`` (with ``folder``) or ``"redis"`` (with ``url``), who shares the
               limit; ``name`` by which they know it (the function's identity).
+            - ``max_concurrent`` (None): executions under way at once, for all callers of the process, first come, first
+              served. Of a generator function one lasts until it ends or is closed. A call within its own place is a
+              `MisuseError`.
+            - ``per`` (None): name of a parameter, a tuple of names, or ``callable(*args, **kwargs)``: each of its
+              values has a limit, places and a circuit of its own.
             - ``attempt_timeout`` (None): seconds for one execution; for ``async def`` only.
             - ``total_timeout`` (None): seconds for the whole call, waits included; an execution of a ``def`` function
               is not stopped, but none starts later.
-            - ``breaker`` (None): failures in a row, of the function or of one candidate, after which calls fail at
-              once; or a mapping with ``failures`` (5), ``window`` (None: seconds within which they have to happen) and
-              ``recovery`` (30 s, then one trial call decides). Errors that no class in ``retry_on`` matches, or to
-              which it answers `opero.NEXT` or `opero.GIVE_UP`, count as answers, except of time limits.
+            - ``breaker`` (None): failures in a row, of the function, of one candidate or of one value of ``per``, after
+              which calls fail at once and the items of a map wait, until after 30 s one trial call decides; or an
+              `opero.Breaker`. Errors that no class in ``retry_on`` matches, or to which it answers `opero.NEXT` or
+              `opero.GIVE_UP`, count as answers, except of time limits; an execution that was cut short because others
+              had used up ``total_timeout`` says nothing.
             - ``default``: what a call that failed returns in place of raising, whatever ended it: the object itself, no
               copy. It is never cached, the call counts as a failure, and listeners are told of the error. A
               `MisuseError` and arguments that do not fit the function are raised all the same.
@@ -289,6 +320,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
         RejectedResultError: At a call with ``retry_if_result``: the last result was rejected, too.
         CallTimeoutError: At a call: a time limit ended it.
         CircuitOpenError: At a call with ``breaker``: it was not tried.
+        RateLimitedError: At a call with ``rate_limit``: by ``when_full`` or ``max_wait`` it does not wait for a slot.
     """
     check_known("@opero", options, OPERO_DEFAULTS)
     if function is not None and options:

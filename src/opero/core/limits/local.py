@@ -1,87 +1,98 @@
-"""A limit of this process."""
+"""The gate of a limit of this process: asynciolimiter's pace, made to be shared by threads, tasks and event loops.
+
+asynciolimiter (1.2.0) says when the next one in line gets its slot. Its `Limiter` belongs to one event loop: used from
+a second loop, thread or forked child it hangs or limits nothing, and it grants no more than one slot to each look that
+comes late. So it is stepped on a stand-in for a loop, whose time is the slot's. Delete the stand-in when a release of
+asynciolimiter can be shared.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opero.core.clock import clock
-from opero.core.limits.pacer import Pacer, Place
-from opero.core.steps import Await
+from opero.core.limits.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Sequence
 
-    from opero.core.limits.rates import Rates
+    from opero.core.limits.rates import Pace, Rates
 
 
-class LocalLimit:
-    """A `opero.core.limits.contract.Limit` that all threads, tasks and event loops of a process share."""
+class LocalLedger(Ledger):
+    """A ledger that asks asynciolimiter for the next slot after one that was waited for."""
+
+    __slots__ = ("_limiters",)
 
     def __init__(self, rates: Rates) -> None:
-        self._pacer = Pacer(rates)
-        self.take_now = self._pacer.take_now
-        self.expected_wait = self._pacer.expected_wait
-        self.change = self._pacer.change
-        self.is_idle = self._pacer.is_idle
+        # Not at the first wait: in a recursion that is too deep it would stay half imported.
+        import asynciolimiter  # noqa: F401
 
-    def ticket(self, deadline: float | None = None) -> Ticket:
-        """Ask for a slot without waiting for it here."""
-        return Ticket(self._pacer, deadline)
+        super().__init__(rates)
+        self._limiters: dict[Pace, _SteppedLimiter] = {}
 
-    def take(self, deadline: float | None) -> Generator[Any, Any, bool]:
-        if self.take_now():
-            return True
-        if deadline is not None and clock.now() + self.expected_wait() >= deadline:
-            return False
-        ticket = self.ticket(deadline)
-        yield Await(ticket, is_turn=True)
-        return ticket.taken
+    def take(self, now: float, waited: float, amounts: Sequence[float]) -> None:
+        super().take(now, waited, amounts)
+        for place, pace in enumerate(self.rates.paces if waited else ()):
+            if amounts[pace.name] == 1:
+                if pace not in self._limiters:
+                    self._limiters[pace] = _SteppedLimiter(pace)
+                self.free_at[place] = self._limiters[pace].slot_after(self.free_at[place] - pace.interval)
 
-    def try_to_take(self) -> Generator[Any, Any, bool]:
-        yield from ()
-        return self.take_now()
-
-    def pause(self, seconds: float) -> Generator[Any, Any, None]:
-        yield from ()
-        self._pacer.pause(seconds)
+    def change(self, now: float, rates: Rates) -> None:
+        super().change(now, rates)
+        self._limiters.clear()
 
 
-class Ticket:
-    """One caller's wait for one slot: an `opero.core.steps.Arrival` of it, or of the news that it will be late."""
+class _SteppedLimiter:
+    """asynciolimiter's `Limiter`, and all that it asks of a running event loop: a time, one timer, and futures."""
 
-    __slots__ = ("_deadline", "_is_late", "_joined", "_pacer", "_place", "taken")
+    __slots__ = ("_callback", "_get_loop", "_limiter", "_now", "_set_loop", "_when")
 
-    def __init__(self, pacer: Pacer, deadline: float | None = None) -> None:
-        self._pacer = pacer
-        self._deadline = deadline
-        self._place = Place()
-        self._joined = False
-        self._is_late = False
-        self.taken = False
+    def __init__(self, pace: Pace) -> None:
+        # Kept: while the interpreter ends, nothing can be imported. The public way raises where there is no loop.
+        from asyncio import _get_running_loop, _set_running_loop
 
-    def poll(self) -> bool:
-        if self.taken or self._is_late:
-            return True
-        if self._joined:
-            self.taken = self._pacer.look(self._place)
-        else:
-            # Before it is: an interrupt in between must not leave the place behind.
-            self._joined = True
-            self.taken = self._pacer.join(self._place)
-        if not self.taken and self._deadline is not None:
-            self._is_late = not self._pacer.expects_in_time(self._place, self._deadline)
-        return self.taken or self._is_late
+        from asynciolimiter import Limiter
 
-    def due_in(self) -> float | None:
-        if self.taken or self._is_late or not self._joined:
-            return 0.0
-        due = self._pacer.due_in(self._place)
-        return due if self._deadline is None else min(due, max(0.0, self._deadline - clock.now()))
+        self._get_loop, self._set_loop = _get_running_loop, _set_running_loop
+        self._limiter = Limiter(1 / pace.interval, max_burst=pace.burst)
+        self._now = self._when = 0.0
+        self._callback: Callable[[], None] | None = None
 
-    def notify(self, wake: Callable[[], None] | None) -> None:
-        self._pacer.set_wake(self._place, wake)
+    def slot_after(self, slot: float) -> float:
+        """Let one pass at the time of its slot; gives the time of the next one."""
+        self._now = slot
+        outer, waiting = self._get_loop(), self._limiter.wait()
+        try:
+            self._set_loop(self)  # type: ignore[arg-type]  # it is all of a loop that asynciolimiter uses
+            if self._callback is not None:
+                # Nobody waits in it: it is free again.
+                self._callback()
+            waiting.send(None)
+        except StopIteration:
+            return self._when
+        finally:
+            self._set_loop(outer)
+            waiting.close()
+        # Ctrl-C had kept it from being free.
+        self._limiter.reset()
+        return slot + 1 / self._limiter.rate
 
-    def withdraw(self) -> None:
-        if self._joined and not self.taken:
-            self._joined = False
-            self._pacer.leave(self._place)
+    def time(self) -> float:
+        return self._now
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> _SteppedLimiter:
+        self._when, self._callback = when, callback
+        return self
+
+    def create_future(self) -> _SteppedLimiter:
+        return self
+
+    def done(self) -> bool:
+        return False
+
+    def cancel(self) -> None:
+        self._callback = None
+
+    def __await__(self) -> Any:
+        yield self

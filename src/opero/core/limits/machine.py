@@ -11,14 +11,14 @@ import errno
 import os
 import struct
 import time
-from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from opero.core.clock import LONGEST_WAIT, clock
+from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
+from opero.core.limits.ledger import LONGEST_PAUSE, Ledger
 from opero.core.private_folder import folder_of_user, private_folder
 from opero.exceptions import UnsafeCacheError
 
@@ -30,20 +30,22 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from opero.core.limits.line import Request
     from opero.core.limits.rates import Rates
-    from opero.core.limits.shared import Request
 
 IS_SUPPORTED = fcntl is not None
 _FOLDER = "limits"
-_TIME = struct.Struct("<d")
-# Which quotas the file is for, when it was written, when it will tell nothing any more; when all slots taken so far
-# will have passed, the end of a pause.
-_HEADER = struct.Struct("<8s4d")
-_PLACE = struct.Struct("<q")
-_NEW_FILES_PER_TIDYING = 256
+# From when on the file tells nothing any more; the ledger follows.
+_IDLE_FROM = struct.Struct("<d")
+# That, and when it was written, with which the ledger begins.
+_STAMPS = struct.Struct("<2d")
 # Who holds a file holds it for microseconds, unless it was stopped: then others come again, and do not block.
-_LOCK_TRIES, _LOCK_SECONDS = 20, 0.00005
+_LOCK_TRIES, _LOCK_SECONDS = 10, 0.00005
 _BUSY_SECONDS = 0.005
+# After so long it is a fault of the limit.
+_LONGEST_LOCK = 1.0
+# Idle files that each new one is looked for among.
+_TIDIED_AT_ONCE = 2
 
 
 def default_root() -> Path:
@@ -54,32 +56,38 @@ def default_root() -> Path:
 
 
 class FileGate:
-    """A `opero.core.limits.shared.Gate` in a file.
+    """A `opero.core.limits.line.Gate` in a file.
 
     The times in it are those of the system's monotonic clock, which all processes share until the next start of the
     machine.
     """
 
-    is_instant: ClassVar[bool] = True
+    is_instant = True
 
     def __init__(self, name: str, rates: Rates, folder: Path | None) -> None:
         self._root = default_root() if folder is None else folder
         self._file_name = blake2b(name.encode(), digest_size=16).hexdigest()
-        self.change(rates)
+        self._rates = rates
+        self._file: tuple[str, ForkSafeLock] | None = None
+        # Since when somebody else has been found to keep the file locked.
+        self._locked_since: float | None = None
 
-    @cached_property
-    def _path(self) -> str:
-        folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}")
-        _tidying.file_opened(folder)
-        return str(folder / self._file_name)
-
-    @cached_property
-    def _lock(self) -> ForkSafeLock:
-        return _lock_for(self._path)
+    def _find_file(self) -> tuple[str, ForkSafeLock]:
+        """Its path and its lock in this process; no cached_property, whose lock a fork would leave locked."""
+        if self._file is not None:
+            return self._file
+        folder = self._root / _FOLDER
+        if _state_of(folder) not in _looked_through:
+            # With a file for each value, to look at all of them for each new one would take ever longer.
+            private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}")
+            _looked_through.add(_state_of(folder))
+        _tidy(str(folder))
+        path = str(folder / self._file_name)
+        self._file = path, _lock_for(path)
+        return self._file
 
     def change(self, rates: Rates) -> None:
         self._rates = rates
-        self._kind = blake2b(repr(rates.quotas).encode(), digest_size=8).digest()
 
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -91,7 +99,7 @@ class FileGate:
             raise
         except FileNotFoundError:
             # The folder has gone; it is made anew.
-            self.__dict__.pop("_path", None)
+            self._file = None
         except OSError as error:
             return error
         try:
@@ -100,88 +108,37 @@ class FileGate:
             return error
 
     def _ask(self, request: Request) -> float:
-        with self._lock.lock, _locked(self._path) as file:
-            if file is None:
-                return _BUSY_SECONDS
+        path, own_lock = self._find_file()
+        with own_lock.lock, _locked(path) as file:
             now = clock.machine()
-            state = _State(file, self._kind, self._rates, now)
+            if file is None:
+                return self._is_locked(now)
+            self._locked_since = None
+            ledger = Ledger.unpack(_read(file)[_IDLE_FROM.size :], self._rates, now)
+            wait = 0.0
             if request.pause:
-                state.pause(now + request.pause)
-                return 0.0
-            opens_at = state.opens_at(now)
-            if opens_at > now:
-                return opens_at - now
-            state.start(now)
-            return 0.0
+                ledger.pause(now + min(request.pause, LONGEST_PAUSE))
+            elif not request.takes:
+                ledger.correct(now, request.amounts)
+            else:
+                wait = ledger.ask(now, request.waited, request.amounts)
+            if not wait:
+                data = _IDLE_FROM.pack(ledger.idle_from(now)) + ledger.pack(now)
+                os.pwrite(file, data, 0)
+                os.ftruncate(file, len(data))
+            return wait
+
+    def _is_locked(self, now: float) -> float:
+        if self._locked_since is None:
+            self._locked_since = now
+        if now - self._locked_since < _LONGEST_LOCK:
+            return _BUSY_SECONDS
+        msg = f"another process has kept its file locked for {_LONGEST_LOCK:g} s"
+        raise TimeoutError(errno.ETIMEDOUT, msg)
 
 
-class _State:
-    """What a file says, and what is to be said there."""
-
-    def __init__(self, file: int, kind: bytes, rates: Rates, now: float) -> None:
-        self._file = file
-        self._kind = kind
-        self._rates = rates
-        self._places_at = _HEADER.size
-        self._starts_at = _HEADER.size + _PLACE.size * len(rates.quotas)
-        self._all_taken_at = self._paused_until = 0.0
-        self._places = [0] * len(rates.quotas)
-        data = os.pread(file, self._starts_at, 0)
-        if len(data) < _HEADER.size:
-            return
-        written_kind, written_at, _, all_taken_at, paused_until = _HEADER.unpack_from(data)
-        if not 0 <= written_at <= now or not max(all_taken_at, paused_until) <= now + LONGEST_WAIT:
-            # Written by a clock that began anew since, or damaged.
-            os.ftruncate(file, 0)
-            return
-        self._all_taken_at, self._paused_until = all_taken_at, paused_until
-        places = [
-            place for (place,) in _PLACE.iter_unpack(data[_HEADER.size :].ljust(self._starts_at - _HEADER.size, b"\0"))
-        ]
-        if written_kind != kind or not all(0 <= place < q.calls for place, q in zip(places, rates.quotas, strict=True)):
-            os.ftruncate(file, 0)
-            return
-        self._places = places
-
-    def opens_at(self, now: float) -> float:
-        # Slots taken at a slower rate are no more than a full burst of these.
-        most = now + self._rates.tolerance + self._rates.interval
-        if self._all_taken_at > most:
-            self._all_taken_at = most
-            self._write(now)
-        moments = [self._all_taken_at - self._rates.tolerance, self._paused_until]
-        for quota, offset in self._oldest():
-            data = os.pread(self._file, _TIME.size, offset)
-            (oldest,) = _TIME.unpack(data) if len(data) == _TIME.size else (0.0,)
-            if 0 < oldest <= now:
-                moments.append(oldest + quota.seconds)
-        return max(moments)
-
-    def start(self, now: float) -> None:
-        self._all_taken_at = max(self._all_taken_at, now) + self._rates.interval
-        oldest = [offset for _, offset in self._oldest()]
-        self._places = [(place + 1) % q.calls for place, q in zip(self._places, self._rates.quotas, strict=True)]
-        # In this order: killed in between, this process has counted a start that it will not make as none.
-        self._write(now)
-        for offset in oldest:
-            os.pwrite(self._file, _TIME.pack(now), offset)
-
-    def pause(self, until: float) -> None:
-        self._paused_until = max(self._paused_until, until)
-        self._write(clock.machine())
-
-    def _oldest(self) -> Iterator[Any]:
-        """Each quota, and where in the file its oldest start is, which the next one will replace."""
-        offset = self._starts_at
-        for quota, place in zip(self._rates.quotas, self._places, strict=True):
-            yield quota, offset + place * _TIME.size
-            offset += quota.calls * _TIME.size
-
-    def _write(self, now: float) -> None:
-        longest = max((quota.seconds for quota in self._rates.quotas), default=0.0)
-        idle_from = max(self._all_taken_at, self._paused_until, now + longest)
-        header = _HEADER.pack(self._kind, now, idle_from, self._all_taken_at, self._paused_until)
-        os.pwrite(self._file, header + b"".join(map(_PLACE.pack, self._places)), 0)
+def _read(file: int) -> bytes:
+    return os.pread(file, 1_000_000, 0)
 
 
 @contextlib.contextmanager
@@ -216,39 +173,45 @@ def _lock(file: int) -> bool:
     return False
 
 
-class _Tidying:
-    """Removes the files of limits that are idle."""
+def _state_of(folder: Path) -> tuple[int, ...] | None:
+    """Tells a folder from any other one, and from itself under another owner or with other rights."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_uid, found.st_gid, found.st_mode
 
-    def __init__(self) -> None:
-        self._lock = ForkSafeLock()
-        self._opened = 0
 
-    def file_opened(self, folder: Path) -> None:
-        """Once in a while, look through the folder."""
-        with self._lock.lock:
-            self._opened += 1
-            if self._opened % _NEW_FILES_PER_TIDYING != 1:
-                return
-        for path in folder.iterdir():
+def _tidy(folder: str) -> None:
+    """Remove some of the files whose limits are idle; each new one goes on where the one before has stopped."""
+    with _tidying.lock:
+        paths = _being_tidied.get(folder, [])
+        if not paths:
             # Another process may be faster.
             with contextlib.suppress(OSError):
-                self._remove_if_idle(str(path))
-
-    def _remove_if_idle(self, path: str) -> None:
-        with _lock_for(path).lock, _locked(path) as file:
-            if file is None:
-                return
-            data = os.pread(file, _HEADER.size, 0)
-            now = clock.machine()
-            idle = len(data) < _HEADER.size
-            if not idle:
-                _, written_at, idle_from, *_ = _HEADER.unpack(data)
-                idle = written_at > now or idle_from < now
-            if idle:
-                os.unlink(path)  # noqa: PTH108 - it is a str
+                paths = os.listdir(folder)  # noqa: PTH208 - thousands of names
+        _being_tidied[folder] = paths
+        chosen = [paths.pop() for _ in range(min(_TIDIED_AT_ONCE, len(paths)))]
+    for name in chosen:
+        with contextlib.suppress(OSError):
+            _remove_if_idle(f"{folder}/{name}")
 
 
-_tidying = _Tidying()
+def _remove_if_idle(path: str) -> None:
+    if not os.path.exists(path):  # noqa: PTH110 - it is a str
+        return
+    with _lock_for(path).lock, _locked(path) as file:
+        if file is None:
+            return
+        data, now = os.pread(file, _STAMPS.size, 0), clock.machine()
+        idle_from, written_at = _STAMPS.unpack(data) if len(data) == _STAMPS.size else (now, now)
+        if idle_from <= now or not written_at <= now:
+            os.unlink(path)  # noqa: PTH108 - as above
+
+
+_tidying = ForkSafeLock()
+_being_tidied: dict[str, list[str]] = {}
+_looked_through: set[tuple[int, ...] | None] = set()
 _registry_lock = ForkSafeLock()
 _locks: WeakValueDictionary[str, ForkSafeLock] = WeakValueDictionary()
 

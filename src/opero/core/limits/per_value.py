@@ -1,93 +1,70 @@
-"""A limit for each value of something, such as an API key; those that are idle are forgotten."""
+"""Something for each value, such as a limit for each API key; what is idle is forgotten."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
-from opero.core.forks import ForkSafeLock, watch_forks
+from opero.core.forks import ForkSafeLock
 from opero.core.keys import identity_of, is_value
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from opero.core.limits.contract import Limit
-    from opero.core.limits.rates import Rates
-
-_FEWEST_TIDIED = 64
+_LOOKED_AT = 2
 
 
-class _Entry:
-    """A limit, and how many callers are on their way to it."""
-
-    __slots__ = ("callers", "limit")
-
-    def __init__(self, limit: Limit) -> None:
-        self.limit = limit
-        self.callers = 0
+class _CanBeIdle(Protocol):
+    def is_idle(self) -> bool: ...
 
 
-class LimitsPerValue:
-    """Makes and forgets limits; as many are kept as are not idle, and not many more."""
+T = TypeVar("T", bound=_CanBeIdle)
 
-    def __init__(self, make: Callable[[Rates, Any], Limit], rates: Rates) -> None:
+
+class PerValue(Generic[T]):
+    """Makes one for each value, and keeps as many as are not idle, and not many more.
+
+    Each new one looks at two others, so that no call pays for all of them. Who has one in hand has the one that others
+    will find, idle or not.
+    """
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
         self._make = make
-        self._rates = rates
-        self._entries: dict[Any, _Entry] = {}
-        self._tidy_at = _FEWEST_TIDIED
+        self._busy: OrderedDict[Any, T] = OrderedDict()
+        self._in_hand: WeakValueDictionary[Any, T] = WeakValueDictionary()
         self._lock = ForkSafeLock()
-        watch_forks(self)
-
-    def after_fork(self) -> None:
-        """Forget the parent's callers."""
-        for entry in self._entries.values():
-            entry.callers = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._busy)
 
-    def take_now(self, value: Any) -> bool:
-        """Take a slot of this value's limit if one is free and nobody waits; only where asking does not block."""
+    def __iter__(self) -> Iterator[T]:
         with self._lock.lock:
-            take_now = self._entry(value).limit.take_now
-            return take_now is not None and take_now()
+            return iter(list(self._in_hand.values()))
 
-    @contextlib.contextmanager
-    def using(self, value: Any) -> Iterator[Limit]:
-        """This value's limit, which is not forgotten meanwhile."""
-        with self._lock.lock:
-            entry = self._entry(value)
-            entry.callers += 1
-        try:
-            yield entry.limit
-        finally:
-            with self._lock.lock:
-                entry.callers -= 1
-
-    def change(self, rates: Rates) -> None:
-        """Go on at other rates, for all values."""
-        with self._lock.lock:
-            self._rates = rates
-            for entry in self._entries.values():
-                entry.limit.change(rates)
-
-    def _entry(self, value: Any) -> _Entry:
+    def of(self, value: Any) -> T:
+        """The one of this value."""
         key = _key(value)
-        found = self._entries.get(key)
-        if found is None:
-            if len(self._entries) >= self._tidy_at:
-                self._tidy()
-            self._entries[key] = found = _Entry(self._make(self._rates, value))
-        return found
-
-    def _tidy(self) -> None:
-        self._entries = {k: entry for k, entry in self._entries.items() if entry.callers or not entry.limit.is_idle()}
-        self._tidy_at = max(_FEWEST_TIDIED, 2 * len(self._entries))
+        found = self._busy.get(key)
+        if found is not None:
+            return found
+        with self._lock.lock:
+            found = self._in_hand.get(key)
+            if found is None:
+                found = self._in_hand[key] = self._make(value)
+            self._busy[key] = found
+            for _ in range(min(_LOOKED_AT, len(self._busy) - 1)):
+                oldest, other = self._busy.popitem(last=False)
+                if not other.is_idle():
+                    self._busy[oldest] = other
+            return found
 
 
 def _key(value: Any) -> Any:
+    if value.__class__ is str:
+        return value
     if type(value).__hash__ is None and not is_value(value):
-        msg = f"rate_limit_per got a {type(value).__qualname__}, which cannot tell one limit from another; pass text"
+        msg = f"per got a {type(value).__qualname__}, which cannot tell one limit from another; pass text"
         raise MisuseError(msg)
     return identity_of(value)

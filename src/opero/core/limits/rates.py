@@ -4,37 +4,53 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from opero.core.checks import check_count
 from opero.core.showing import kind_of, shown
 
-Rate = float | str | Sequence[float | str]
+Rate = float | str | Sequence[float | str] | Mapping[str, float | str | Sequence[float | str]]
 
+CALLS = "calls"
 _UNITS = {
-    "s": 1.0,
-    "second": 1.0,
-    "m": 60.0,
-    "minute": 60.0,
-    "h": 3600.0,
-    "hour": 3600.0,
-    "d": 86_400.0,
-    "day": 86_400.0,
+    **dict.fromkeys(("s", "sec", "second", "seconds"), 1.0),
+    **dict.fromkeys(("m", "min", "minute", "minutes"), 60.0),
+    **dict.fromkeys(("h", "hour", "hours"), 3600.0),
+    **dict.fromkeys(("d", "day", "days"), 86_400.0),
 }
-_RATE_TEXT = re.compile(r"\s*(?P<calls>\d+(?:\.\d+)?)\s*/\s*(?P<unit>[a-z]+)\s*", re.ASCII)
-# Each call that a quota counts is remembered.
-_MOST_CALLS = 10_000_000
+_RATE_TEXT = re.compile(r"\s*(?P<count>\d+(?:\.\d+)?)\s*/\s*(?P<times>\d+(?:\.\d+)?)?\s*(?P<unit>[a-z]+)\s*", re.ASCII)
+_MOST = 10_000_000
 # How long a process may be kept from looking without losing slots. A quarter of it would do while nothing else runs; a
 # thread that two others compete with for the interpreter (5 ms for each) gets its turn after up to 40 ms.
 _LEAST_BURST, _BURST_SECONDS = 5, 0.04
 
 
-class Quota(NamedTuple):
-    """No more than ``calls`` in any ``seconds``, however they are spread."""
+class Pace(NamedTuple):
+    """Starts are spread: any T seconds see at most ``T / interval + burst``, and one start's cost, of it.
 
-    calls: int
+    Attributes:
+        name: The place among `Rates.names` of what is counted.
+        interval: Seconds for each unit.
+        burst: How many missed units may be made up at once.
+    """
+
+    name: int
+    interval: float
+    burst: int
+
+    @property
+    def tolerance(self) -> float:
+        """How many seconds ahead of the pace a start may be."""
+        return (self.burst - 1) * self.interval
+
+
+class Quota(NamedTuple):
+    """No more than ``units`` in any ``seconds``, however they are spread; ``name`` as in `Pace`."""
+
+    name: int
+    units: int
     seconds: float
 
 
@@ -43,68 +59,113 @@ class Rates:
     """What has to hold at once.
 
     Attributes:
-        per_second: The pace: starts are spread so that any T seconds see at most ``per_second * T + burst`` of them.
-        burst: How many missed slots may be made up at once.
+        names: What is counted: calls, and what else costs are told of.
+        paces: At most one for each name.
         quotas: Bounds over longer times, without a pace of their own.
+        most: What one call may cost of each name: what the rate itself allows in its time.
     """
 
-    per_second: float
-    burst: int
-    quotas: tuple[Quota, ...] = ()
+    names: tuple[str, ...]
+    paces: tuple[Pace, ...]
+    quotas: tuple[Quota, ...]
+    most: tuple[float, ...]
 
     @property
-    def interval(self) -> float:
-        """Seconds between two slots."""
-        return 1 / self.per_second
+    def per_second(self) -> dict[str, float]:
+        """The lowest rate of each name."""
+        found = [(pace.name, 1 / pace.interval) for pace in self.paces]
+        found += [(quota.name, quota.units / quota.seconds) for quota in self.quotas]
+        return {name: min(rate for of, rate in found if of == place) for place, name in enumerate(self.names)}
+
+
+class _Parsed(NamedTuple):
+    units: float
+    seconds: float
 
     @property
-    def tolerance(self) -> float:
-        """How many seconds ahead of the pace a start may be."""
-        # Rounding must not make a slot that has come look as if it had not.
-        return (self.burst - 1) * self.interval + 1e-9
+    def per_second(self) -> float:
+        return self.units / self.seconds
 
 
-def parse_rates(rate: Any, max_burst: Any = None, *, option: str = "rate_limit", options: str = "") -> Rates:
-    """Read a number of calls per second, text such as ``"100/minute"``, or several of them that all hold.
+def parse_rates(
+    rate: Any, max_burst: Any = None, *, spread: bool = True, option: str = "rate_limit", options: str = ""
+) -> Rates:
+    """Read a number of calls per second, text such as ``"100/minute"``, several of them that all hold, or a mapping.
 
-    Of several, the lowest per second is the pace; those per minute, hour or day are quotas, but for the fastest of them
-    if there is nothing else. ``option`` and ``options`` are what the user knows the two as.
+    Of several, the lowest per second is the pace; those for longer times are quotas, but for the fastest of them if
+    there is nothing else. Without ``spread`` all are quotas. ``option`` and ``options`` are what the user knows the two
+    as.
 
     Raises:
         TypeError: If it is none of these, or ``max_burst`` is not an int.
         ValueError: If a rate cannot be read, or is not finite and above 0, or ``max_burst`` is below 1.
     """
-    if isinstance(rate, (list, tuple)):
-        if not rate:
-            msg = f"{option} is an empty {type(rate).__name__}; write at least one rate, or None for no limit"
-            raise ValueError(msg)
-        parsed = sorted((_parse(part, option) for part in rate), key=_per_second)
+    burst = (
+        None if max_burst is None else _check_burst(max_burst, f"{options}['max_burst']" if options else "max_burst")
+    )
+    if not isinstance(rate, Mapping):
+        rate = {CALLS: rate}
+        named = [option]
     else:
-        parsed = [_parse(rate, option)]
-    pace = next((part for part in parsed if part[1] == 1), parsed[-1])
-    per_second = _per_second(pace)
-    if max_burst is None:
-        burst = max(_LEAST_BURST, math.ceil(per_second * _BURST_SECONDS))
-    else:
-        if isinstance(max_burst, int) and max_burst > _MOST_CALLS:
-            msg = f"max_burst has {len(str(max_burst))} digits; write a number up to {_MOST_CALLS:,}"
-            raise ValueError(msg)
-        burst = check_count(f"{options}['max_burst']" if options else "max_burst", max_burst, "calls", smallest=1)
-    quotas = [_quota(part, option) for part in parsed if part is not pace and part[1] != 1]
-    return Rates(per_second, burst, tuple(quotas))
+        named = [f"{option}[{shown(name)}]" for name in rate]
+    if not rate or not all(isinstance(name, str) and name for name in rate):
+        msg = f"{option} has to name what it limits; write {{'calls': '500/minute', 'tokens': '90000/minute'}}"
+        raise ValueError(msg)
+    paces, quotas, most = [], [], []
+    for place, (rates, name) in enumerate(zip(rate.values(), named, strict=True)):
+        parsed = _parse_list(rates, name)
+        most.append(min(each.units for each in parsed))
+        pace = _pace(parsed) if spread else None
+        if pace is not None:
+            most_missed = max(_LEAST_BURST, math.ceil(pace.per_second * _BURST_SECONDS)) if burst is None else burst
+            paces.append(Pace(place, pace.seconds / pace.units, most_missed))
+        quotas += [
+            _quota(each, place, name) for each in parsed if each is not pace and not (pace and each.seconds == 1)
+        ]
+    return Rates(tuple(rate), tuple(paces), tuple(quotas), tuple(most))
 
 
-def _parse(rate: Any, option: str) -> tuple[float, float]:
-    """Calls, and in how many seconds."""
+def _check_burst(max_burst: Any, option: str) -> int:
+    if isinstance(max_burst, int) and max_burst > _MOST:
+        msg = f"{option} has {len(str(max_burst))} digits; write a number up to {_MOST:,}"
+        raise ValueError(msg)
+    return check_count(option, max_burst, "calls", smallest=1)
+
+
+def _parse_list(rates: Any, option: str) -> list[_Parsed]:
+    if isinstance(rates, (str, bytes)) or not isinstance(rates, Sequence):
+        return [_parse(rates, option)]
+    match rates:
+        case (int() | float() as units, int() | float() as seconds) if isinstance(rates, tuple):
+            msg = (
+                f"{option}={shown(rates)} can be read in two ways; write text such as '{units:g}/{seconds:g} seconds' "
+                "for a count and its time, or a list of rates per second that all hold"
+            )
+            raise ValueError(msg)
+    if not rates:
+        msg = f"{option} is empty and limits nothing; write a rate such as '100/minute', or None for no limit"
+        raise ValueError(msg)
+    return [_parse(rate, option) for rate in rates]
+
+
+def _pace(parsed: list[_Parsed]) -> _Parsed:
+    fast = [each for each in parsed if each.seconds == 1]
+    return min(fast, key=lambda each: each.per_second) if fast else max(parsed, key=lambda each: each.per_second)
+
+
+def _parse(rate: Any, option: str) -> _Parsed:
     asked, seconds = rate, 1.0
     if isinstance(rate, str):
         match = _RATE_TEXT.fullmatch(rate)
         if match is None or match["unit"] not in _UNITS:
             # What has the form of a rate is no secret.
             asked = shown(asked) if match is None else repr(asked)
-            msg = f"{option}={asked} cannot be read; write calls per second, or text such as '100/minute' or '5/s'"
+            msg = (
+                f"{option}={asked} cannot be read; write calls per second, or text such as '100/minute', '5/s' or "
+                "'900/15 minutes'"
+            )
             raise ValueError(msg)
-        rate, seconds = float(match["calls"]), _UNITS[match["unit"]]
+        rate, seconds = float(match["count"]), float(match["times"] or 1) * _UNITS[match["unit"]]
     elif isinstance(rate, bool) or not isinstance(rate, (int, float)):
         msg = (
             f"{option}={shown(asked)} is {kind_of(asked)}; write calls per second, text such as '100/minute', or a "
@@ -112,25 +173,20 @@ def _parse(rate: Any, option: str) -> tuple[float, float]:
         )
         raise TypeError(msg)
     try:
-        calls = float(rate)
+        count = float(rate)
     except OverflowError:
-        calls = math.inf
-    if not (math.isfinite(calls) and calls / seconds > 0):
+        count = math.inf
+    if not (math.isfinite(count) and seconds > 0 and count / seconds > 0):
         msg = f"{option}={asked!r} limits nothing; write a number of calls per second above 0, or None for no limit"
         raise ValueError(msg)
-    return calls, seconds
+    return _Parsed(count, seconds)
 
 
-def _per_second(parsed: tuple[float, float]) -> float:
-    return parsed[0] / parsed[1]
-
-
-def _quota(parsed: tuple[float, float], option: str) -> Quota:
-    if parsed[0] > _MOST_CALLS:
+def _quota(parsed: _Parsed, place: int, option: str) -> Quota:
+    if parsed.units > _MOST:
         msg = (
-            f"{option} has a quota of {parsed[0]:.3g} calls, too many to count; write up to {_MOST_CALLS:,}, for "
-            "a shorter time"
+            f"{option} has a quota of {parsed.units:.3g}, too many to count; write up to {_MOST:,}, for a shorter time"
         )
         raise ValueError(msg)
-    calls = max(1, int(parsed[0]))
-    return Quota(calls, calls / _per_second(parsed))
+    count = max(1, int(parsed.units))
+    return Quota(place, count, count / parsed.per_second)

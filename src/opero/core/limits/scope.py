@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero.core.checks import check_choice, check_text
-from opero.core.limits.local import LocalLimit
+from opero.core.limits.line import Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from opero.core.limits.contract import Limit
+    from opero.core.limits.line import Gate
     from opero.core.limits.rates import Rates
-    from opero.core.limits.shared import Gate
 
 SCOPES = ("machine", "process", "redis")
 _SCOPE_OPTIONS = {"process": (), "machine": ("folder", "name"), "redis": ("name", "url")}
@@ -24,8 +23,10 @@ _SCOPE_OPTIONS = {"process": (), "machine": ("folder", "name"), "redis": ("name"
 class Scope:
     """Who shares a limit, and where it is kept."""
 
-    def __init__(self, options: Mapping[str, Any], name: Callable[[], str] | None, spelled: str) -> None:
+    def __init__(self, options: Mapping[str, Any], name: Callable[[], str] | None, spelled: str, rates: Rates) -> None:
         """``spelled`` is how the user writes an option, with its name as ``{}``."""
+        # Of lines that are made from now on.
+        self.rates = rates
         self.kind = check_choice(spelled.format("scope"), options.get("scope", "process"), SCOPES)
         for option in ("folder", "name", "url"):
             if options.get(option) is not None and option not in _SCOPE_OPTIONS[self.kind]:
@@ -47,24 +48,22 @@ class Scope:
     def name(self) -> str:
         return "" if self._name is None else self._name()
 
-    def limit(self, rates: Rates) -> Limit:
-        return self._limit(rates, lambda: self.name)
+    def line(self) -> Line:
+        return self._line(lambda: self.name)
 
-    def limit_of_value(self, rates: Rates, value: Any) -> Limit:
+    def line_of_value(self, value: Any) -> Line:
         def name() -> str:
             from opero.core.keys import key_of_value
 
             # A digest: the value may be a secret.
             return f"{self.name}:{key_of_value(value).hex()}"
 
-        return self._limit(rates, name)
+        return self._line(name)
 
-    def _limit(self, rates: Rates, name: Callable[[], str]) -> Limit:
+    def _line(self, name: Callable[[], str]) -> Line:
         if self.kind == "process":
-            return LocalLimit(rates)
-        from opero.core.limits.shared import SharedLimit
-
-        return SharedLimit(rates, lambda rates: self._open_gate(name(), rates), f"the {self.kind}'s rate limit")
+            return Line(self.rates)
+        return Line(self.rates, lambda rates: self._open_gate(name(), rates), f"the {self.kind}'s rate limit")
 
     def _open_gate(self, name: str, rates: Rates) -> Gate:
         if self.kind == "machine":

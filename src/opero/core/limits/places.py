@@ -1,0 +1,159 @@
+"""How many executions are under way at once: places, given to those in line first come, first served."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from opero.core.clock import clock
+from opero.core.limits.ledger import Ledger
+from opero.core.limits.line import Line
+from opero.core.limits.per_value import PerValue
+from opero.core.limits.rates import CALLS, Rates
+from opero.core.steps import leading
+from opero.exceptions import MisuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from opero.core.per import Per
+
+
+class _FreePlaces(Ledger):
+    """A limit that opens when somebody goes, and not with time."""
+
+    __slots__ = ("count", "taken")
+
+    def __init__(self, count: int) -> None:
+        super().__init__(Rates((CALLS,), (), (), (math.inf,)))
+        self.count = count
+
+    def forget(self) -> None:
+        super().forget()
+        self.taken = 0
+
+    def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] = ()) -> float:  # noqa: ARG002
+        # Nobody knows; those who have little time wait until that is over.
+        return now
+
+    def ask(self, now: float, waited: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
+        if self.taken >= self.count:
+            return math.inf
+        self.taken += 1
+        return 0.0
+
+    def idle_from(self, now: float) -> float:
+        return math.inf if self.taken else now
+
+
+class _Places(Line):
+    def __init__(self, count: int) -> None:
+        self._places = _FreePlaces(count)
+        super().__init__(self._places.rates, ledger=self._places)
+
+    def give_back(self) -> None:
+        with self._lock:
+            self._places.taken = max(0, self._places.taken - 1)
+        self.rouse_first()
+
+
+class Place:
+    """One place, until it is left: once, however often that is said."""
+
+    __slots__ = ("_has_left", "_places")
+
+    def __init__(self, places: _Places) -> None:
+        self._places = places
+        self._has_left = False
+
+    @property
+    def badge(self) -> object:
+        """What the code that runs in this place is known by."""
+        return self._places
+
+    def leave(self) -> None:
+        if not self._has_left:
+            self._has_left = True
+            self._places.give_back()
+
+    def kept_by(self, source: Any) -> Any:
+        """A generator that leaves the place when it ends or is closed."""
+        return _InPlace(source, self)
+
+
+class _InPlace:
+    """A generator of either kind that has begun."""
+
+    __slots__ = ("_place", "_source")
+
+    def __init__(self, source: Any, place: Place) -> None:
+        self._source = source
+        self._place = place
+
+    def send(self, value: Any) -> Any:
+        return self._step(self._source.send, value)
+
+    def throw(self, error: BaseException) -> Any:
+        return self._step(self._source.throw, error)
+
+    def close(self) -> None:
+        try:
+            self._source.close()
+        finally:
+            self._place.leave()
+
+    async def asend(self, value: Any) -> Any:
+        return await self._step_async(self._source.asend, value)
+
+    async def athrow(self, error: BaseException) -> Any:
+        return await self._step_async(self._source.athrow, error)
+
+    async def aclose(self) -> None:
+        try:
+            await self._source.aclose()
+        finally:
+            self._place.leave()
+
+    def _step(self, step: Callable[[Any], Any], value: Any) -> Any:
+        try:
+            return step(value)
+        except BaseException:
+            self._place.leave()
+            raise
+
+    async def _step_async(self, step: Callable[[Any], Any], value: Any) -> Any:
+        try:
+            return await step(value)
+        except BaseException:
+            self._place.leave()
+            raise
+
+
+class PlacesForFunction:
+    """The places of one function, for each value of ``per`` if there is one."""
+
+    def __init__(self, count: int, per: Per | None, name: str) -> None:
+        self._per = per
+        self._name = name
+        self._places = _Places(count)
+        self._of_values: PerValue[_Places] = PerValue(lambda _: _Places(count))
+
+    def take(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> Generator[Any, Any, Place | None]:
+        """Wait for a place; None once the clock shows ``deadline``.
+
+        Raises:
+            MisuseError: If the caller has one, and would wait for itself.
+        """
+        places = self._places if self._per is None else self._of_values.of(self._per.get(args, kwargs))
+        if places in leading.get():
+            msg = (
+                f"{self._name} was called within one of its own executions, and would wait for that one's place of "
+                "max_concurrent; call the undecorated function there"
+            )
+            raise MisuseError(msg)
+        if deadline is not None and clock.now() >= deadline:
+            return None
+        latest = None if deadline is None else lambda: deadline
+        return Place(places) if (yield from places.take(latest=latest)) else None

@@ -1,0 +1,258 @@
+"""``max_concurrent``: how many run at once, in which order, and that a place comes back whatever ends the execution."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+
+import pytest
+from side_by_side import SECONDS, results, started, until
+
+import opero
+from opero import CallTimeoutError, MisuseError
+
+
+class Busy:
+    """Counts those that run, and lets them go when it is told to."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.running = self.most = 0
+        self.order = []
+        self.go_on = threading.Event()
+
+    def __enter__(self):
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+
+    def __exit__(self, *_exc):
+        with self.lock:
+            self.running -= 1
+
+    def __call__(self, x=None):
+        with self:
+            self.order.append(x)
+            assert self.go_on.wait(SECONDS)
+            return x
+
+    async def in_task(self, x=None):
+        with self:
+            self.order.append(x)
+            while not self.go_on.is_set():  # noqa: ASYNC110 - set by threads
+                await asyncio.sleep(0.001)
+            return x
+
+
+@pytest.fixture
+def busy():
+    return Busy()
+
+
+def limited(count=1, **options):
+    return opero.opero(max_concurrent=count, retries=0, **options)
+
+
+def waiting_for(f):
+    return len(f.__opero__.plan.places._places)
+
+
+def test_no_more_than_so_many_threads_run_at_once_and_in_the_order_of_coming(busy):
+    f = limited(2)(busy)
+    calls = []
+    for x in range(6):
+        calls.append(started(f, x))
+        until(lambda x=x: len(busy.order) + waiting_for(f) == x + 1)
+    busy.go_on.set()
+    assert results(calls) == list(range(6))
+    assert busy.most == 2
+    # Of two that go on at one moment, either may run first.
+    assert all(abs(x - place) <= 1 for place, x in enumerate(busy.order))
+
+
+def test_no_more_than_so_many_tasks_run_at_once_and_in_the_order_of_coming(busy):
+    f = limited(2)(busy.in_task)
+
+    async def main():
+        tasks = [asyncio.create_task(f(x)) for x in range(6)]
+        await asyncio.sleep(0.02)
+        busy.go_on.set()
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(main()) == list(range(6))
+    assert (busy.most, busy.order) == (2, list(range(6)))
+
+
+def test_threads_and_event_loops_share_the_places(busy):
+    f = limited(2)(busy.in_task)
+
+    async def some():
+        await asyncio.gather(*[f() for _ in range(4)])
+
+    loops = [started(asyncio.run, some()) for _ in range(3)]
+    until(lambda: busy.running == 2)
+    busy.go_on.set()
+    results(loops)
+    assert busy.most == 2
+
+
+def test_items_of_a_map_share_the_places(mode, journal):
+    def function(x):
+        import time
+
+        journal.add("+")
+        time.sleep(0.01)
+        journal.add("-")
+        return x
+
+    mapped = opero.opmap(max_concurrent=1, **mode.options)(mode.define(function))
+    assert mode.run(mapped, range(8)) == list(range(8))
+    assert journal.lines() == ["+", "-"] * 8
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_place_comes_back_when_the_function_raises(world, error):
+    def function(x):
+        if x is not None:
+            raise x
+        return "result"
+
+    f = limited()(world.define(function))
+    for _ in range(3):
+        with pytest.raises(error):
+            world.run(f, error())
+    assert world.run(f, None) == "result"
+
+
+def test_a_place_comes_back_when_a_task_is_cancelled(busy):
+    f = limited()(busy.in_task)
+
+    async def main():
+        running, waits, last = [asyncio.create_task(f(x)) for x in range(3)]
+        await asyncio.sleep(0.01)
+        waits.cancel()
+        running.cancel()
+        await asyncio.gather(running, waits, return_exceptions=True)
+        busy.go_on.set()
+        return await last
+
+    assert asyncio.run(main()) == 2
+
+
+def test_a_place_that_a_closed_loop_was_to_get_passes_on(busy):
+    f = limited()(busy.in_task)
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(f(x)) for x in range(3)]
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    busy.go_on.set()
+    for task in tasks:
+        task._log_destroy_pending = False
+    # The first one's place is gone with its task.
+    del tasks, task
+    gc.collect()
+    assert asyncio.run(f("next")) == "next"
+
+
+def test_who_waits_behind_a_loop_that_was_closed_goes_on(busy):
+    f = limited()(busy.in_task)
+    first = started(asyncio.run, f("first"))
+    until(lambda: busy.running == 1)
+    loop = asyncio.new_event_loop()
+    dead = [loop.create_task(f(x)) for x in range(8)]
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    last = started(asyncio.run, f("last"))
+    until(lambda: waiting_for(f) == 9)
+    busy.go_on.set()
+    assert results([first, last]) == ["first", "last"]
+    for task in dead:
+        task._log_destroy_pending = False
+
+
+def test_a_call_that_is_out_of_time_waits_no_more(world, busy):
+    f = limited(total_timeout=0.1)(busy if not world.is_async else busy.in_task)
+    running = started(world.run, opero.control(f).with_options(total_timeout=None), "first")
+    until(lambda: busy.running == 1)
+    with pytest.raises(CallTimeoutError):
+        world.run(f, "second")
+    busy.go_on.set()
+    assert running.result(SECONDS) == "first"
+
+
+def test_a_call_within_its_own_place_is_refused(world):
+    def function(depth):
+        return f(depth - 1) if depth else "result"
+
+    async def in_task(depth):
+        return await f(depth - 1) if depth else "result"
+
+    f = limited(5)(in_task if world.is_async else function)
+    assert world.run(f, 0) == "result"
+    with pytest.raises(MisuseError, match="max_concurrent"):
+        world.run(f, 1)
+
+
+def test_each_value_has_places_of_its_own(busy):
+    f = limited(per="x")(busy)
+    calls = [started(f, x) for x in "ab"]
+    until(lambda: busy.running == 2)
+    busy.go_on.set()
+    assert results(calls) == ["a", "b"]
+
+
+def test_between_two_attempts_the_place_is_free(world):
+    runs = []
+
+    def function(x):
+        runs.append(x)
+        if x == "first" and len(runs) == 1:
+            raise ValueError
+        return x
+
+    f = opero.opero(max_concurrent=1, retries=1, min_delay=0.3, jitter=False)(world.define(function))
+    first = started(world.run, f, "first")
+    until(lambda: runs)
+    assert world.run(f, "second") == "second"
+    assert first.result(SECONDS) == "first"
+    assert runs == ["first", "second", "first"]
+
+
+def test_the_place_of_a_generator_comes_back_when_it_ends_or_is_closed():
+    @limited(total_timeout=0.05)
+    def f():
+        yield 1
+        yield 2
+
+    assert [*f()] == [1, 2]
+    source = f()
+    assert next(source) == 1
+    with pytest.raises(CallTimeoutError):
+        next(f())
+    source.close()
+    assert [*f()] == [1, 2]
+    with contextlib.suppress(RuntimeError):
+        source = f()
+        next(source)
+        source.throw(RuntimeError)
+    assert [*f()] == [1, 2]
+
+
+def test_the_place_of_an_async_generator_comes_back_when_it_ends_or_is_closed():
+    @limited(total_timeout=0.05)
+    async def f():
+        yield 1
+        yield 2
+
+    async def main():
+        assert [x async for x in f()] == [1, 2]
+        source = f()
+        assert await anext(source) == 1
+        with pytest.raises(CallTimeoutError):
+            await anext(f())
+        await source.aclose()
+        return [x async for x in f()]
+
+    assert asyncio.run(main()) == [1, 2]
