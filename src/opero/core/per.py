@@ -28,10 +28,9 @@ class Per:
             made = check_callable("per", per, "a parameter's name, a tuple of names, or a function of the arguments")
             self.get = lambda args, kwargs: made(*args, **kwargs)
             return
-        names = per if isinstance(per, tuple) and per else (per,)
-        for name in names:
-            check_text("per", name, "a parameter's name, a tuple of names, or a function of the call's arguments")
-        self.parameters = names
+        what = "a parameter's name, a tuple of names, or a function of the call's arguments"
+        names = [check_text("per", name, what) for name in (per if isinstance(per, tuple) and per else (per,))]
+        self.parameters = tuple(names)
         slots = [parameter_slot(function, name, "per") for name in names]
         self.get = slots[0].get
         if len(slots) > 1:

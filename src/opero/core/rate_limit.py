@@ -571,7 +571,7 @@ def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], st
         raise ValueError(msg)
     if not own:
         return shared
-    rate = own[0] if len(own) == 1 else own
+    rate: Any = own[0] if len(own) == 1 else own
     return [RateLimiter._for_function(rate, options, name), *shared]  # noqa: SLF001 - of this module
 
 

@@ -74,7 +74,7 @@ class FileGate:
 
     @cached_property
     def _path(self) -> str:
-        folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}")
+        folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}", with_files=False)
         _tidy(str(folder))
         return str(folder / self._file_name)
 
@@ -140,13 +140,17 @@ def _read(file: int) -> bytes:
 def _locked(path: str) -> Iterator[int | None]:
     """The open file, locked for this process; None if somebody else keeps it for longer than it takes to read."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             if not _lock(file):
                 yield None
                 return
+            found = os.fstat(file)
+            if found.st_uid not in {os.geteuid(), 0}:
+                msg = f"{path} belongs to another user; delete it, or name another folder for limits"
+                raise UnsafeCacheError(msg)
             # Somebody may have tidied it away between the two.
-            if os.fstat(file).st_nlink:
+            if found.st_nlink:
                 yield file
                 return
         finally:

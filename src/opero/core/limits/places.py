@@ -32,11 +32,11 @@ class _FreePlaces(Ledger):
         super().forget()
         self.taken = 0
 
-    def opens_at(self, now: float, *_amounts: Sequence[float]) -> float:
+    def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] = ()) -> float:  # noqa: ARG002 - as of its base
         # Nobody knows; those who have little time wait until that is over.
         return now
 
-    def ask(self, *_: object) -> float:
+    def ask(self, now: float, waited: float, amounts: Sequence[float]) -> float:  # noqa: ARG002 - as of its base
         if self.taken >= self.count:
             return math.inf
         self.taken += 1
