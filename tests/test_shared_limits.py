@@ -26,6 +26,7 @@ from opero.core.limits.line import Request
 from opero.core.limits.machine import FileGate
 from opero.core.limits.rates import parse_rates
 from opero.core.limits.redis import RedisGate
+from opero.core.steps import drive
 
 thoroughly = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LIMITED = 50
@@ -657,3 +658,39 @@ def test_what_is_stored_on_the_server_ends_by_itself(redis_backend, name):
         keys = list(client.scan_iter(f"*{name}*"))
         assert len(keys) == 2
         assert all(0 < client.ttl(key) < 100 for key in keys)
+
+
+def test_each_of_many_values_costs_as_much_as_one_of_few(tmp_path, name):
+    limiter = RateLimiter([1_000, "5/day"], scope="machine", name=name, folder=tmp_path / "shared")
+    looked_at = []
+
+    def take(values):
+        for value in values:
+            drive(limiter.per_value.of(f"value {value}").take(), None)
+
+    def note(event, _frame, _arg):
+        looked_at.append(event)
+
+    def events_of(values):
+        looked_at.clear()
+        sys.setprofile(lambda frame, event, arg: note(event, frame, arg))
+        try:
+            take(values)
+        finally:
+            sys.setprofile(None)
+        return len(looked_at)
+
+    take(range(10))
+    few = events_of(range(10, 30))
+    take(range(30, 600))
+    assert events_of(range(600, 620)) < 1.5 * few
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_a_file_of_another_user_is_refused(tmp_path, name):
+    options = {"scope": "machine", "name": name, "folder": tmp_path / "shared"}
+    RateLimiter(5, **options).acquire()
+    (path,) = (tmp_path / "shared" / "limits").iterdir()
+    os.chown(path, 12_345, 12_345)
+    with pytest.raises(UnsafeCacheError, match="another user"):
+        RateLimiter(5, **options).acquire()

@@ -29,14 +29,14 @@ def folder_of_user(find: Callable[[], Path]) -> Path:
     return found if found.is_absolute() else Path(tempfile.gettempdir()) / f"opero-{os.geteuid()}" / found.name
 
 
-def private_folder(root: Path, name: str, option: str) -> Path:
+def private_folder(root: Path, name: str, option: str, *, with_files: bool = True) -> Path:
     """Make the folder if need be, and see that nobody else can put entries there; see `held_private_folder`."""
-    with held_private_folder(root, name, option):
+    with held_private_folder(root, name, option, with_files=with_files):
         return root / name
 
 
 @contextlib.contextmanager
-def held_private_folder(root: Path, name: str, option: str) -> Iterator[Path]:
+def held_private_folder(root: Path, name: str, option: str, *, with_files: bool = True) -> Iterator[Path]:
     """Make the folder if need be, see that nobody else can put anything there, and at the end that it is still there.
 
     Each folder on the way is opened from the one before it and looked at by its descriptor, so that none can be
@@ -47,6 +47,7 @@ def held_private_folder(root: Path, name: str, option: str) -> Iterator[Path]:
         root: The folder of all; made if need be, and looked at as well.
         name: The folder inside.
         option: What the user can write to name another root.
+        with_files: Whether to look at the files in it, too; else whoever opens one has to.
 
     Raises:
         UnsafeCacheError: If others own one of the folders or can write to it, or own a file in it.
@@ -73,7 +74,8 @@ def held_private_folder(root: Path, name: str, option: str) -> Iterator[Path]:
             held = found
             if is_own or place >= trusted:
                 _refuse_unsafe(os.fstat(held), Path(*way[: place + 1]), option, within=None if is_own else folder)
-        _refuse_foreign_files(held, folder, option)
+        if with_files:
+            _refuse_foreign_files(held, folder, option)
         yield folder
         if not os.path.samestat(os.fstat(held), folder.stat()):
             raise _unsafe(folder, "was exchanged", option)

@@ -76,11 +76,8 @@ class FileGate:
         """Its path and its lock in this process; no cached_property, whose lock a fork would leave locked."""
         if self._file is not None:
             return self._file
-        folder = self._root / _FOLDER
-        if _state_of(folder) not in _looked_through:
-            # With a file for each value, to look at all of them for each new one would take ever longer.
-            private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}")
-            _looked_through.add(_state_of(folder))
+        # Not with its files: with one for each value, each new one would take ever longer.
+        folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}", with_files=False)
         _tidy(str(folder))
         path = str(folder / self._file_name)
         self._file = path, _lock_for(path)
@@ -145,13 +142,17 @@ def _read(file: int) -> bytes:
 def _locked(path: str) -> Iterator[int | None]:
     """The open file, locked for this process; None if somebody else keeps it for longer than it takes to read."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             if not _lock(file):
                 yield None
                 return
+            found = os.fstat(file)
+            if found.st_uid not in {os.geteuid(), 0}:
+                msg = f"{path} belongs to another user; delete it, or name another folder for limits"
+                raise UnsafeCacheError(msg)
             # Somebody may have tidied it away between the two.
-            if os.fstat(file).st_nlink:
+            if found.st_nlink:
                 yield file
                 return
         finally:
@@ -171,15 +172,6 @@ def _lock(file: int) -> bool:
             return True
         time.sleep(_LOCK_SECONDS)
     return False
-
-
-def _state_of(folder: Path) -> tuple[int, ...] | None:
-    """Tells a folder from any other one, and from itself under another owner or with other rights."""
-    try:
-        found = folder.lstat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_uid, found.st_gid, found.st_mode
 
 
 def _tidy(folder: str) -> None:
@@ -211,7 +203,6 @@ def _remove_if_idle(path: str) -> None:
 
 _tidying = ForkSafeLock()
 _being_tidied: dict[str, list[str]] = {}
-_looked_through: set[tuple[int, ...] | None] = set()
 _registry_lock = ForkSafeLock()
 _locks: WeakValueDictionary[str, ForkSafeLock] = WeakValueDictionary()
 
