@@ -380,7 +380,7 @@ def once(x):
 
 
 def test_a_result_that_can_be_used_only_once_fails_its_item(mode):
-    fetch = opmap(cache=True, retries=0, **mode.options)(mode.define(once))
+    fetch = opmap(cache=True, retries=0, return_exceptions=True, **mode.options)(mode.define(once))
     got = mode.run(fetch, [1, 2])
     assert [type(error) for error in got] == [MisuseError] * 2
     assert fetch.cache_info().currsize == 0
