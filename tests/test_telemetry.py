@@ -97,7 +97,7 @@ def test_a_line_names_function_and_call(world, lines):
 
 
 def test_a_line_names_the_place_of_an_item(mode, lines):
-    mapped = opero.opmap(retries=0, **mode.options)(mode.define(lambda x: 1 / x))
+    mapped = opero.opmap(retries=0, return_exceptions=True, **mode.options)(mode.define(lambda x: 1 / x))
     with log_events("WARNING"):
         mode.run(mapped, [1, 0])
     ((_, text),) = lines
