@@ -30,17 +30,18 @@ def wait_until(condition) -> None:
 
 
 def children() -> set[int]:
-    """Processes that this one started, but for the helpers of multiprocessing."""
-    found = set()
+    """Processes that this one or its fork server started, but for the helpers of multiprocessing."""
+    parents, helpers = {}, set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                parent = entry.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+                state, parent = entry.joinpath("stat").read_text().rpartition(")")[2].split()[:2]
                 command = entry.joinpath("cmdline").read_bytes().decode()
-                helper = "forkserver" in command or "resource_tracker" in command
-                if int(parent) == os.getpid() and not helper:
-                    found.add(int(entry.name))
-    return found
+                if int(parent) == os.getpid() and ("forkserver" in command or "resource_tracker" in command):
+                    helpers.add(int(entry.name))
+                elif state != "Z" or int(parent) == os.getpid():
+                    parents[int(entry.name)] = int(parent)
+    return {pid for pid, parent in parents.items() if parent == os.getpid() or parent in helpers}
 
 
 @pytest.fixture(autouse=True)
