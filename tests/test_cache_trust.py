@@ -306,11 +306,15 @@ class Dripping:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self._stop = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
         return self
 
     def __exit__(self, *_):
         self._stop.set()
+        # Who waits to accept does not notice that a socket is closed.
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
         self._socket.close()
 
     def _accept(self):

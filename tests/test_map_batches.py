@@ -105,7 +105,8 @@ def test_a_crash_is_charged_where_its_worker_is_replaced_at_once(journal):
             os._exit(1)
         return item
 
-    results = opmap(mode="process", workers=2, retries=0, rate_limit=1000, progress=False)(work)(range(6))
+    options = {"retries": 0, "rate_limit": 1000, "progress": False, "return_exceptions": True}
+    results = opmap(mode="process", workers=2, **options)(work)(range(6))
     assert isinstance(results.pop(2), WorkerCrashedError)
     assert journal.lines().count("2") == 1
 
