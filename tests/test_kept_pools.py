@@ -49,7 +49,8 @@ def clean_surroundings():
     """Every test here is also a test that no process and no thread is left."""
     before = children(), {thread.name for thread in threading.enumerate()}
     yield
-    assert (children(), {thread.name for thread in threading.enumerate()}) == before
+    # The system takes a moment to end a process that was told to.
+    wait_until(lambda: (children(), {thread.name for thread in threading.enumerate()}) == before)
 
 
 class Keeping:
