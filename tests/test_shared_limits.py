@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import pickle
@@ -141,20 +142,27 @@ def test_two_spellings_of_a_folder_are_one(tmp_path, monkeypatch, name):
     assert [one.acquire(timeout=0), other.acquire(timeout=0)] == [True, False]
 
 
-def test_a_file_whose_holder_was_stopped_keeps_nobody_from_going_on(tmp_path, name):
-    limiter = RateLimiter(1_000, scope="machine", name=name, folder=tmp_path / "shared")
-    limiter.acquire()
-    (path,) = (tmp_path / "shared" / "limits").iterdir()
+@contextlib.contextmanager
+def locked_by_another(path):
+    """Another process keeps the file locked meanwhile."""
     source = (
         f"import fcntl, sys; file = open({str(path)!r}, 'r+'); fcntl.lockf(file, fcntl.LOCK_EX, 1); "
         "print(flush=True); sys.stdin.read()"
     )
-    holder = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with holder:
-        holder.stdout.readline()
-        with Timed() as time_taken:
-            assert not limiter.acquire(timeout=0.2)
-        holder.kill()
+    with subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            holder.stdout.readline()
+            yield
+        finally:
+            holder.kill()
+
+
+def test_a_file_whose_holder_was_stopped_keeps_nobody_from_going_on(tmp_path, name):
+    limiter = RateLimiter(1_000, scope="machine", name=name, folder=tmp_path / "shared")
+    limiter.acquire()
+    (path,) = (tmp_path / "shared" / "limits").iterdir()
+    with locked_by_another(path), Timed() as time_taken:
+        assert not limiter.acquire(timeout=0.2)
     assert time_taken.seconds < 2
     assert limiter.acquire(timeout=SECONDS)
 
@@ -163,16 +171,8 @@ def test_a_file_that_somebody_keeps_locked_costs_its_share_after_a_second(tmp_pa
     limiter = RateLimiter(1_000, scope="machine", name=name, folder=tmp_path / "shared")
     limiter.acquire()
     (path,) = (tmp_path / "shared" / "limits").iterdir()
-    source = (
-        f"import fcntl, sys; file = open({str(path)!r}, 'r+'); fcntl.lockf(file, fcntl.LOCK_EX, 1); "
-        "print(flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with holder:
-        holder.stdout.readline()
-        with Timed() as time_taken:
-            assert [limiter.acquire() for _ in range(20)] == [True] * 20
-        holder.kill()
+    with locked_by_another(path), Timed() as time_taken:
+        assert [limiter.acquire() for _ in range(20)] == [True] * 20
     assert 0.9 < time_taken.seconds < 5
 
 
