@@ -26,6 +26,7 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.http import retry_after
 
 NOW = 1_700_000_000
+PATIENCE = 10.0  # seconds for what a server on this machine answers in milliseconds, unless the machine is busy
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -79,9 +80,9 @@ def server(monkeypatch):
         thread.join()
 
 
-def get_by_urllib(url, key=""):
+def get_by_urllib(url, key="", timeout=PATIENCE):
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Key": key}), timeout=0.2) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Key": key}), timeout=timeout) as response:
             return response.read()
     except urllib.error.HTTPError as error:
         # It is the response, too.
@@ -89,26 +90,25 @@ def get_by_urllib(url, key=""):
         raise
 
 
-def get_by_requests(url, key=""):
-    with requests.get(url, headers={"Key": key}, timeout=0.2) as response:
+def get_by_requests(url, key="", timeout=PATIENCE):
+    with requests.get(url, headers={"Key": key}, timeout=timeout) as response:
         response.raise_for_status()
         return response.content
 
 
-def get_by_httpx(url, key=""):
-    with httpx.Client(follow_redirects=True, timeout=0.2) as client:
+def get_by_httpx(url, key="", timeout=PATIENCE):
+    with httpx.Client(follow_redirects=True, timeout=timeout) as client:
         return client.get(url, headers={"Key": key}).raise_for_status().content
 
 
-async def get_by_httpx_async(url, key=""):
-    async with httpx.AsyncClient(follow_redirects=True, timeout=0.2) as client:
+async def get_by_httpx_async(url, key="", timeout=PATIENCE):
+    async with httpx.AsyncClient(follow_redirects=True, timeout=timeout) as client:
         return (await client.get(url, headers={"Key": key})).raise_for_status().content
 
 
-async def get_by_aiohttp(url, key=""):
-    timeout = aiohttp.ClientTimeout(total=0.2)
+async def get_by_aiohttp(url, key="", timeout=PATIENCE):  # noqa: ASYNC109 - that of the client
     async with (
-        aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout), raise_for_status=True) as session,
         session.get(url, headers={"Key": key}) as response,
     ):
         return await response.read()
@@ -138,9 +138,9 @@ def world(get):
 def failure(world, get, server):
     """What a request of the client raises."""
 
-    def failed(url=server.url):
+    def failed(url=server.url, **options):
         with pytest.raises(Exception) as caught:  # noqa: PT011 - each client has its own
-            world.run(get, url)
+            world.run(get, url, **options)
         return caught.value
 
     return failed
@@ -345,7 +345,7 @@ def test_a_refused_connection_is_retried(failure):
 
 def test_a_server_that_says_nothing_is_retried(failure):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        assert retry_after(failure(f"http://127.0.0.1:{silent.getsockname()[1]}/")) is True
+        assert retry_after(failure(f"http://127.0.0.1:{silent.getsockname()[1]}/", timeout=0.05)) is True
 
 
 def test_a_server_that_hangs_up_is_retried(server, failure):
