@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from contextvars import ContextVar
+from types import MappingProxyType
 
 import pytest
 
@@ -19,6 +20,31 @@ def echo(item):
 
 async def echo_async(item):
     return item
+
+
+# One item in place of many
+
+
+@pytest.mark.parametrize("items", ["https://one", b"bytes", bytearray(b"bytes"), 5, None, object()], ids=type)
+def test_one_item_in_place_of_many_is_refused_with_the_ways_out(mode, items):
+    mapped = opmap(**mode.options)(mode.define(echo))
+    for run in (mode.run, mode.stream):
+        with pytest.raises(TypeError, match=rf"{type(items).__name__} as its items; write echo\.one\(item\)"):
+            run(mapped, items)
+
+
+@pytest.mark.parametrize("mapping", [{"a": 1}, MappingProxyType({"a": 1})], ids=type)
+def test_a_mapping_of_items_is_refused_with_the_ways_out(mode, mapping):
+    mapped = opmap(**mode.options)(mode.define(echo))
+    for way in (mapped, mapped.starmap):
+        with pytest.raises(TypeError, match=r"echo\(list\(mapping\)\).* echo\.starmap\(mapping\.items\(\)\)"):
+            mode.run(way, mapping)
+    assert mode.run(mapped, {"a": 1}.keys()) == ["a"]
+
+
+def test_text_is_one_item_of_a_single_call():
+    mapped = opmap(mode="thread", progress=False)(echo)
+    assert mapped.one("https://one") == "https://one"
 
 
 # Lengths and iterators

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import inspect
 import itertools
@@ -269,6 +270,55 @@ def test_an_initializer_that_raises_in_a_thread_ends_the_map():
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+@pytest.mark.parametrize("name", ["thread", "process", "async_process"])
+def test_the_finalizer_runs_in_each_worker_at_its_end_and_before_exit_handlers(name, journal):
+    def prepare_worker(item):
+        journal.add(f"prepared with {item}")
+        atexit.register(journal.add, "exit handler")
+
+    def end():
+        journal.add("finalizer")
+
+    options = {"initializer": prepare_worker, "initargs": ("this",), "finalizer": end}
+    function = double_async if name == "async_process" else double
+    assert get_parallel_map_decorator(name, workers=1, **options)(function).run([1, 2]) == [2, 4]
+    lines = journal.lines()
+    if name == "thread":
+        atexit.unregister(journal.add)
+        assert lines == ["prepared with this", "finalizer"]
+    else:
+        assert lines == ["prepared with this", "finalizer", "exit handler"]
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_the_finalizer_runs_in_a_process_that_is_ended(method, journal):
+    def end():
+        journal.add("finalizer")
+
+    def fail(item):
+        if item:
+            time.sleep(60)
+        raise ValueError("this ends the map")
+
+    options = {"start_method": method, "finalizer": end}
+    mapped = get_parallel_map_decorator("process", workers=2, return_exceptions=False, **options)(fail)
+    with pytest.raises(ValueError, match="this ends the map"):
+        mapped([1, 0])
+    assert journal.lines() == ["finalizer"] * 2
+
+
+@pytest.mark.parametrize("name", ["thread", "process"])
+def test_kept_workers_run_their_finalizer_when_the_block_ends(name, journal):
+    def end():
+        journal.add("finalizer")
+
+    mapped = get_parallel_map_decorator(name, workers=1, finalizer=end)(double)
+    with mapped.pool():
+        assert mapped([1]) + mapped([2]) == [2, 4]
+        assert journal.lines() == []
+    assert journal.lines() == ["finalizer"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -285,6 +335,8 @@ def test_an_initializer_that_raises_in_a_thread_ends_the_map():
         ({"initializer": "text"}, TypeError, "initializer"),
         ({"initializer": prepare, "initargs": ["yes"]}, TypeError, "initargs"),
         ({"initargs": ("yes",)}, ValueError, "initargs"),
+        ({"finalizer": "text"}, TypeError, "finalizer"),
+        ({"mode": "serial", "finalizer": prepare}, TypeError, "finalizer"),
         ({"mode": "thread", "start_method": "fork"}, TypeError, "start_method"),
         ({"mode": "serial", "initializer": prepare}, TypeError, "initializer"),
         ({"concurrency": 5}, TypeError, "concurrency"),

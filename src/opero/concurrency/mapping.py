@@ -201,6 +201,17 @@ class _Map(Generic[T, P, R, L]):
             "item is a tuple of arguments"
         )
 
+    def _check_items(self, items: Any) -> None:
+        """Refuse as all items of a map what is meant as one of them."""
+        name = self.plan.name.rpartition(".")[2]
+        got = f"{self.plan.name} got {kind_of(items)} as its items"
+        if isinstance(items, Mapping):
+            msg = f"{got}; write {name}(list(mapping)) for its keys, {name}.starmap(mapping.items()) for keys and values"
+            raise TypeError(msg)
+        iterates = any(hasattr(type(items), method) for method in ("__iter__", "__getitem__", "__aiter__"))
+        if isinstance(items, (str, bytes, bytearray)) or not iterates:
+            raise TypeError(f"{got}; write {name}.one(item) for one item, {name}([item, …]) for several")
+
     def _list_of(self, sink: ListSink) -> Any:
         """What the user gets of a map that has ended."""
         if not self.settings.return_exceptions:
@@ -323,6 +334,7 @@ class _BlockingMap(_Map[T, P, R, L]):
         return starred
 
     def _outcomes(self, items: Iterable[T], arguments: Arguments, sink: Sink) -> Iterator[Outcome[T, R]]:
+        self._check_items(items)
         if isinstance(items, AsyncIterable) and not isinstance(items, Iterable):
             got = f"{type(items).__qualname__}, an async iterable"
             msg = f"{self.plan.name} is a `def` function and got {got}; make it `async def`"
@@ -421,6 +433,7 @@ class _AwaitableMap(_Map[T, P, R, L]):
     def _outcomes(
         self, items: Iterable[T] | AsyncIterable[T], arguments: Arguments, sink: Sink
     ) -> AsyncIterator[Outcome[T, R]]:
+        self._check_items(items)
         from opero.concurrency.running import run_awaiting
 
         source: AsyncIterator[Any] | Iterator[Any]

@@ -71,19 +71,13 @@ _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
     "serial": _serial_pool,
 }
 _ASYNC_ONLY = ("async", "async_process")
+_HOOKS = ("initializer", "initargs", "finalizer")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "process": ("start_method", "initializer", "initargs", "max_tasks_per_worker", "threads_per_worker"),
-    "thread": ("initializer", "initargs"),
+    "process": ("start_method", *_HOOKS, "max_tasks_per_worker", "threads_per_worker"),
+    "thread": _HOOKS,
     "async": (),
     "serial": (),
-    "async_process": (
-        "start_method",
-        "initializer",
-        "initargs",
-        "max_tasks_per_worker",
-        "threads_per_worker",
-        "concurrency",
-    ),
+    "async_process": ("start_method", *_HOOKS, "max_tasks_per_worker", "threads_per_worker", "concurrency"),
 }
 
 
@@ -199,8 +193,9 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
         import multiprocessing
 
         check_choice("pool_options['start_method']", options["start_method"], multiprocessing.get_all_start_methods())
-    if "initializer" in options:
-        check_callable("pool_options['initializer']", options["initializer"], "a function that prepares each worker")
+    for hook, does in (("initializer", "prepares each worker"), ("finalizer", "takes no arguments, for its end")):
+        if hook in options:
+            check_callable(f"pool_options[{hook!r}]", options[hook], f"a function that {does}")
     if "initargs" in options and "initializer" not in options:
         msg = "pool_options['initargs'] has no effect without an initializer; add one"
         raise ValueError(msg)

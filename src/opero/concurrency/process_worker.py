@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from opero.concurrency.log_records import Settings
-    from opero.concurrency.transport import Packer
+    from opero.concurrency.transport import Packer, WorkerLife
 
 # Kinds of messages: the first byte; what follows is a payload.
 HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(8))
@@ -62,10 +62,11 @@ class Start:
         work: Work,
         initializer: Callable[..., Any] | None,
         initargs: tuple[Any, ...],
+        finalizer: Callable[[], Any] | None,
         threads: int | None,
     ) -> None:
         self._packer = packer
-        self._its = work, initializer, initargs
+        self._its: WorkerLife = work, initializer, initargs, finalizer
         self._packed: bytes | None = None
         self._shared = SharedBuffers()
         self.threads = threads
@@ -87,7 +88,7 @@ class Start:
             with as_if_starting():
                 self._packer.start(*self._its)
 
-    def load(self) -> tuple[Work, Callable[..., Any] | None, tuple[Any, ...]]:
+    def load(self) -> WorkerLife:
         return self._its
 
 
@@ -100,7 +101,7 @@ class _PackedStart:
         self.threads = threads
         self.logging = logging
 
-    def load(self) -> tuple[Work, Callable[..., Any] | None, tuple[Any, ...]]:
+    def load(self) -> WorkerLife:
         return unpack_start(self._packed, self._shared.views())
 
 
@@ -184,13 +185,12 @@ def marks_at(marks: Any, place: int) -> memoryview:
 def serve(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
     """Run batches, one after the other, until the pipe ends; the whole life of a worker."""
     parent = Parent(pipe, marks, place)
-    with _exit_handlers():
-        work = _get_ready(parent, start)
+    with _ending() as ending:
+        work = _get_ready(parent, start, ending)
         # Without a parent there is nobody to report to.
         with contextlib.suppress(EOFError, OSError):
             if work is not None:
                 _serve_batches(parent, work)
-        _end_within(PEACE_SECONDS)
 
 
 async def serve_async(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
@@ -198,24 +198,28 @@ async def serve_async(pipe: Connection, marks: Any, place: int, start: AnyStart)
     # aiomultiprocess (0.9.1) writes a traceback of `SystemExit`, by which a worker is ended.
     logging.getLogger("aiomultiprocess.core").disabled = True
     parent = Parent(pipe, marks, place)
-    with _exit_handlers():
-        work = _get_ready(parent, start)
+    with _ending() as ending:
+        work = _get_ready(parent, start, ending)
         with contextlib.suppress(EOFError, OSError):
             if work is not None:
                 await _AsyncServer(parent, work).serve()
-        _end_within(PEACE_SECONDS)
 
 
 @contextlib.contextmanager
-def _exit_handlers() -> Iterator[None]:
-    """Run the user's at the end, however it comes; multiprocessing does so by itself from Python 3.13 on."""
-    try:
-        yield
-    finally:
-        atexit._run_exitfuncs()  # noqa: SLF001 - see above
+def _ending() -> Iterator[contextlib.ExitStack]:
+    """Run the finalizer, which is given to the stack, and the user's exit handlers at the end, however it comes.
+
+    From Python 3.13 on multiprocessing runs the exit handlers by itself.
+    """
+    with contextlib.ExitStack() as ending:
+        ending.callback(atexit._run_exitfuncs)  # noqa: SLF001 - see above
+        try:
+            yield ending
+        finally:
+            _end_within(PEACE_SECONDS)
 
 
-def _get_ready(parent: Parent, start: AnyStart) -> Work | None:
+def _get_ready(parent: Parent, start: AnyStart, ending: contextlib.ExitStack) -> Work | None:
     """Load the work and say hello; None if the parent has been told that this cannot be done."""
     parent.hear_signals()
     _forget_the_parents_own()
@@ -223,10 +227,12 @@ def _get_ready(parent: Parent, start: AnyStart) -> Work | None:
         _limit_threads(start.threads)
     try:
         is_logging = log_records.Collecting(start.logging, parent.log)
-        work, initializer, initargs = start.load()
+        work, initializer, initargs, finalizer = start.load()
         _seed()
         if initializer is not None:
             initializer(*initargs)
+        if finalizer is not None:
+            ending.callback(finalizer)
         is_logging.begin()
     except Exception as error:  # noqa: BLE001 - the parent raises it
         parent.tell(BROKEN, describe(error).encode(errors="backslashreplace"))

@@ -238,12 +238,12 @@ class ProcessPool:
         start_method: str | None = None,
         initializer: Callable[..., Any] | None = None,
         initargs: tuple[Any, ...] = (),
+        finalizer: Callable[[], Any] | None = None,
         max_tasks_per_worker: int | None = None,
         threads_per_worker: int | None = None,
     ) -> None:
         self._work = work
-        self._initializer = initializer
-        self._initargs = initargs
+        self._hooks = initializer, initargs, finalizer
         self._most_items = max_tasks_per_worker
         self._threads = threads_per_worker or default_threads(workers)
         start_method = start_method or start_method_of_the_program()
@@ -266,7 +266,7 @@ class ProcessPool:
 
     def _use(self, method: str) -> None:
         self._packer = Packer(everything if method == "fork" else fresh_workers_have())
-        self._start = Start(self._packer, self._work, self._initializer, self._initargs, self._threads)
+        self._start = Start(self._packer, self._work, *self._hooks, self._threads)
         if method != "fork":
             # A forked worker has everything already, even what cannot be pickled.
             self._start.pack()

@@ -61,9 +61,11 @@ class ThreadPool:
         *,
         initializer: Callable[..., Any] | None = None,
         initargs: tuple[Any, ...] = (),
+        finalizer: Callable[[], Any] | None = None,
     ) -> None:
         self._initializer = initializer
         self._initargs = initargs
+        self._finalizer = finalizer
         self.slots = workers
         self.take_on(work)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
@@ -115,8 +117,10 @@ class ThreadPool:
         await in_own_thread(self.stop)
 
     def _serve(self) -> None:
+        if self._stopped:
+            return
         try:
-            if self._initializer is not None and not self._stopped:
+            if self._initializer is not None:
                 self._initializer(*self._initargs)
         except Exception as error:  # noqa: BLE001 - the user's code
             refused = OperoError(f"a worker thread cannot run {name_of(self._map.work.function)}: {describe(error)}")
@@ -134,6 +138,8 @@ class ThreadPool:
         finally:
             if caller is not None:
                 caller.close()
+            if self._finalizer is not None:
+                self._finalizer()
 
 
 def _run(batch: Batch, work: Work, caller: AsyncCaller | None, context: contextvars.Context) -> Done:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from opero.concurrency.scheduler import Batch
     from opero.concurrency.worker import TimeLimit
 
+# What a worker runs: the work of its maps, the initializer and its arguments, the finalizer.
+WorkerLife = tuple[Work, "Callable[..., Any] | None", tuple[Any, ...], "Callable[[], Any] | None"]
+
 # Results of these types can be pickled and unpickled in any company.
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 _NOTHING = pickle.dumps(None, PROTOCOL)
@@ -78,6 +81,7 @@ class Packer:
         work: Work,
         initializer: Callable[..., Any] | None,
         initargs: tuple[Any, ...],
+        finalizer: Callable[[], Any] | None = None,
         *,
         shared: SharedBuffers | None = None,
     ) -> bytes:
@@ -102,6 +106,8 @@ class Packer:
             dump(function, (work.is_async, work.shape, work.slot))
         with refusing(lambda: f"the initializer {initializer and name_of(initializer)} or its initargs"):
             dump(initializer, initargs)
+        with refusing("the finalizer"):
+            dump(finalizer, None)
         if shared is not None:
             shared.share()
         return file.getvalue()
@@ -149,12 +155,10 @@ class Packer:
         return file.getvalue()
 
 
-def unpack_start(
-    data: bytes, buffers: Iterable[memoryview] = ()
-) -> tuple[Work, Callable[..., Any] | None, tuple[Any, ...]]:
+def unpack_start(data: bytes, buffers: Iterable[memoryview] = ()) -> WorkerLife:
     unpickler = pickle.Unpickler(io.BytesIO(data), buffers=buffers)  # noqa: S301 - made by `Packer.start`
-    function, (is_async, shape, slot), initializer, initargs = (unpickler.load() for _ in range(4))
-    return Work(function, is_async, shape, slot), initializer, initargs
+    function, (is_async, shape, slot), initializer, initargs, finalizer, _ = (unpickler.load() for _ in range(6))
+    return Work(function, is_async, shape, slot), initializer, initargs, finalizer
 
 
 def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], Any, TimeLimit | None] | Report:

@@ -181,8 +181,9 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
               place of a result is that item's, and is tried again, without the others, if ``retry_on`` says so; one
               that is raised is of all items. A list that is not full is sent when no other call is under way, or the
               input has ended. ``.one(x)`` is ``function([x])[0]``; ``arg_fallback`` names another parameter.
-            - ``pool_options`` (None): mapping for the pool: ``initializer`` and ``initargs``, called in each thread or
-              process before its first item; for processes also ``start_method`` and ``max_tasks_per_worker`` (None:
+            - ``pool_options`` (None): mapping for the pool: ``initializer`` with ``initargs``, called in each thread or
+              process before its first item, and ``finalizer``, called there without arguments at its end; a process
+              that is ended has a second for it. For processes also ``start_method`` and ``max_tasks_per_worker`` (None:
               any number), the items after which one is replaced; with ``"async_process"`` also ``concurrency`` (16),
               the coroutines in each process.
 
