@@ -408,11 +408,18 @@ def test_a_subclass_of_a_clients_error_is_judged_like_it():
     assert retry_after(Mine()) is True
 
 
-def test_a_class_that_has_only_the_name_of_a_clients_error_is_not_taken_for_it():
-    class NetworkError(Exception):
-        status = status_code = code = 503
+@pytest.mark.parametrize("name", ["status_code", "status"])
+@pytest.mark.parametrize(("status", "answer"), [(503, True), (429, 3.0), (401, False), (404, GIVE_UP), (200, False)])
+def test_any_error_with_a_status_of_http_is_judged_by_it(name, status, answer):
+    described = {name: status, "headers": {"Retry-After": "3"} if status == 429 else {}}
+    assert retry_after(type("ApiError", (Exception,), described)()) == answer
+    response = type("Response", (), described)()
+    assert retry_after(ForeignError(response)) == answer
 
-    assert retry_after(NetworkError()) is False
+
+@pytest.mark.parametrize("described", [{"code": 503}, {"status": "503"}, {"status": 5}, {"status_code": True}], ids=repr)
+def test_a_number_that_is_no_status_of_http_says_nothing(described):
+    assert retry_after(type("NetworkError", (Exception,), described)()) is False
 
 
 # Causes
@@ -656,7 +663,7 @@ def test_total_timeout_ends_what_a_server_would_make_wait_for_long(world, get, s
 
 # Imports
 
-CLIENTS = "{'httpx', 'requests', 'aiohttp', 'urllib.request', 'urllib.error', 'urllib3', 'http.client', 'http'}"
+CLIENTS = "{'httpx', 'requests', 'aiohttp', 'urllib.request', 'urllib.error', 'urllib3', 'http.client'}"
 
 
 @pytest.mark.parametrize(("imported", "unwanted"), [("opero", "{'opero.http'} | " + CLIENTS), ("opero.http", CLIENTS)])

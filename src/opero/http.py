@@ -6,6 +6,7 @@ No client is imported here: its errors are known by the names of their classes a
 from __future__ import annotations
 
 import re
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import LONGEST_WAIT, clock
@@ -25,6 +26,7 @@ _ABOUT_THE_REQUEST = frozenset(
     {400, 404, 405, 406, 409, 410, 411, 412, 413, 414, 415, 416, 417, 422, 423, 424, 426, 428, 431, 451}
 )
 
+_STATUSES = range(100, 600)
 _FORBIDDEN = 403
 _TOO_MANY_REQUESTS = 429
 _FIRST_ERROR = 400
@@ -76,15 +78,11 @@ _KEY_CODES = frozenset(
     }
 )
 
-# What each client calls the number, on its responses or on the errors that stand for one.
-_STATUS = {
-    "aiohttp": "status",
-    "google": "code",
-    "httpx": "status_code",
-    "httpx2": "status_code",
-    "requests": "status_code",
-    "urllib": "code",
-}
+# What clients call the number, on their responses or on the errors that stand for one.
+_STATUS = ("status_code", "status")
+
+# Of these libraries it is also a plain ``code``; elsewhere that may be any number.
+_STATUS_IS_CODE = ("google", "urllib")
 
 _STREAMING = ("anthropic", "openai")
 
@@ -134,8 +132,8 @@ def retry_after(error: Exception) -> bool | float | Answer:
     """Tell whether a failed HTTP request is worth a retry, and after how many seconds; for ``retry_on=``.
 
     Understands the errors of httpx, httpx2, requests, aiohttp, urllib and urllib3, those of the SDKs on top of them
-    (openai, anthropic, boto3, google-api-core, google-genai), any exception with one of their responses as its
-    ``response``, and what was raised from any of these, or while one of these was handled:
+    (openai, anthropic, boto3, google-api-core, google-genai), any exception that has a ``status_code`` or ``status``
+    of HTTP, itself or on its ``response``, and what was raised from any of these, or while one of these was handled:
 
     ========================================================  ==========================================================
     What happened                                             Answer
@@ -210,14 +208,21 @@ def _answer(error: BaseException) -> tuple[int | None, Any]:
     """Status and headers of the answer that the error stands for."""
     response = _attribute(error, "response")
     for holder in (response, error):
-        for library, _ in _names(holder):
-            status = _attribute(holder, _STATUS.get(library, ""))
-            if isinstance(status, int):
-                return status, _attribute(holder, "headers")
+        status = _status(holder)
+        if status is not None:
+            return status, _attribute(holder, "headers")
     # botocore's response is a plain dict.
     metadata = _item(response, "ResponseMetadata")
     status = _item(metadata, "HTTPStatusCode")
     return (status if isinstance(status, int) else None), _item(metadata, "HTTPHeaders")
+
+
+def _status(holder: object) -> int | None:
+    code = _attribute(holder, "code")
+    code_is_status = isinstance(code, HTTPStatus) or any(library in _STATUS_IS_CODE for library, _ in _names(holder))
+    numbers = (*(_attribute(holder, name) for name in _STATUS), code if code_is_status else None)
+    # Databases and job queues have a ``status``, too.
+    return next((number for number in numbers if isinstance(number, int) and number in _STATUSES), None)
 
 
 def _names(value: object) -> Iterator[tuple[str, str]]:
