@@ -52,6 +52,22 @@ def test_opero_is_silent(source):
     assert program(source) == ("", "")
 
 
+def test_opero_stays_silent_after_a_recursion_that_was_too_deep():
+    source = """
+    import loguru, opero
+
+    @opero.opero(retries=0)
+    def descend(depth):
+        return descend(depth + 1)
+
+    try:
+        descend(0)
+    except RecursionError:
+        fail()
+    """
+    assert program(source) == ("", "")
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -84,9 +84,10 @@ def _listening_logger() -> Logger | None:
     from loguru import logger
 
     if not _decided:
-        _decided = True
         if not _host_has_spoken(logger):
             logger.disable(_NAME)
+        # Not before: where a recursion that is too deep ends the two lines above, opero has not been silenced.
+        _decided = True
     return logger
 
 
