@@ -53,17 +53,28 @@ def test_opero_is_silent(source):
 
 
 def test_opero_stays_silent_after_a_recursion_that_was_too_deep():
+    # Where the stack ends depends on where the recursion begins.
     source = """
-    import loguru, opero
+    import os, loguru, opero
 
     @opero.opero(retries=0)
     def descend(depth):
         return descend(depth + 1)
 
-    try:
-        descend(0)
-    except RecursionError:
-        fail()
+    def begin_deeper(by):
+        if by:
+            begin_deeper(by - 1)
+        try:
+            descend(0)
+        except RecursionError:
+            fail()
+
+    for by in range(6):
+        child = os.fork()
+        if not child:
+            begin_deeper(by)
+            os._exit(0)
+        os.waitpid(child, 0)
     """
     assert program(source) == ("", "")
 
