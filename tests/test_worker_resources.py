@@ -338,3 +338,19 @@ def test_an_idle_worker_that_does_not_end_is_killed(mode, monkeypatch):
                 os.kill(outcome.result, signal.SIGSTOP)
 
     asyncio.run(main())
+
+
+# Workers that take long to start
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_no_call_uses_its_slot_late_because_its_worker_was_starting(cache):
+    """Two calls would start together when the worker is ready."""
+    options = {"start_method": "fork", "initializer": time.sleep, "initargs": (1.0,)}
+    mapped = opmap(workers=2, progress=False, retries=0, cache=cache, rate_limit=2, pool_options=options)(tell_the_time)
+    first, second = mapped([1, 2])
+    assert second - first > 0.25
+
+
+def tell_the_time(_item):
+    return time.monotonic()

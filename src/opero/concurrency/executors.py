@@ -74,7 +74,7 @@ class ExecutorPool:
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
     largest_batch = LARGEST_BATCH
-    kill = None
+    kill = prepare = None
 
     def __init__(
         self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor], default_workers: int

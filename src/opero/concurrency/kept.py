@@ -210,6 +210,10 @@ class Lease:
     def kill(self) -> Callable[[Batch], bool] | None:
         return self._pool.kill
 
+    @property
+    def prepare(self) -> Callable[[], None] | None:
+        return self._pool.prepare
+
     def start(self, inbox: Inbox, *, most_batches: int | None = None, **about_the_map: Any) -> None:  # noqa: ARG002
         with Hold():
             self._kept = self._source.take()

@@ -206,11 +206,13 @@ class _Map(Generic[T, P, R, L]):
         name = self.plan.name.rpartition(".")[2]
         got = f"{self.plan.name} got {kind_of(items)} as its items"
         if isinstance(items, Mapping):
-            msg = f"{got}; write {name}(list(mapping)) for its keys, {name}.starmap(mapping.items()) for keys and values"
+            ways = f"{name}(list(mapping)) for its keys, {name}.starmap(mapping.items()) for keys and values"
+            msg = f"{got}; write {ways}"
             raise TypeError(msg)
         iterates = any(hasattr(type(items), method) for method in ("__iter__", "__getitem__", "__aiter__"))
         if isinstance(items, (str, bytes, bytearray)) or not iterates:
-            raise TypeError(f"{got}; write {name}.one(item) for one item, {name}([item, …]) for several")
+            msg = f"{got}; write {name}.one(item) for one item, {name}([item, …]) for several"
+            raise TypeError(msg)
 
     def _list_of(self, sink: ListSink) -> Any:
         """What the user gets of a map that has ended."""

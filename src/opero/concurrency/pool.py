@@ -196,13 +196,8 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
     for hook, does in (("initializer", "prepares each worker"), ("finalizer", "takes no arguments, for its end")):
         if hook in options:
             check_callable(f"pool_options[{hook!r}]", options[hook], f"a function that {does}")
-    if "initargs" in options and "initializer" not in options:
-        msg = "pool_options['initargs'] has no effect without an initializer; add one"
-        raise ValueError(msg)
-    if not isinstance(options.get("initargs", ()), tuple):
-        initargs = options["initargs"]
-        msg = f"pool_options['initargs']={shown(initargs)} is {kind_of(initargs)}; write a tuple"
-        raise TypeError(msg)
+    if "initargs" in options:
+        _check_initargs(options)
     for option, counted in _COUNTS.items():
         if option in options:
             check_count(f"pool_options[{option!r}]", options[option], counted, smallest=1)
@@ -212,6 +207,16 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
         if importlib.util.find_spec("aiomultiprocess") is None:
             msg = "mode='async_process' needs aiomultiprocess; install it with: pip install 'opero[aiomultiprocess]'"
             raise ImportError(msg)
+
+
+def _check_initargs(options: dict[str, Any]) -> None:
+    if "initializer" not in options:
+        msg = "pool_options['initargs'] has no effect without an initializer; add one"
+        raise ValueError(msg)
+    initargs = options["initargs"]
+    if not isinstance(initargs, tuple):
+        msg = f"pool_options['initargs']={shown(initargs)} is {kind_of(initargs)}; write a tuple"
+        raise TypeError(msg)
 
 
 def get_parallel_map_decorator(

@@ -28,7 +28,7 @@ from opero.exceptions import NotTransferableError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from multiprocessing.connection import Connection
 
     from opero.concurrency.log_records import Settings
@@ -59,14 +59,11 @@ class Start:
     def __init__(
         self,
         packer: Packer,
-        work: Work,
-        initializer: Callable[..., Any] | None,
-        initargs: tuple[Any, ...],
-        finalizer: Callable[[], Any] | None,
+        its: WorkerLife,
         threads: int | None,
     ) -> None:
         self._packer = packer
-        self._its: WorkerLife = work, initializer, initargs, finalizer
+        self._its = its
         self._packed: bytes | None = None
         self._shared = SharedBuffers()
         self.threads = threads

@@ -266,7 +266,7 @@ class ProcessPool:
 
     def _use(self, method: str) -> None:
         self._packer = Packer(everything if method == "fork" else fresh_workers_have())
-        self._start = Start(self._packer, self._work, *self._hooks, self._threads)
+        self._start = Start(self._packer, (self._work, *self._hooks), self._threads)
         if method != "fork":
             # A forked worker has everything already, even what cannot be pickled.
             self._start.pack()
@@ -290,9 +290,7 @@ class ProcessPool:
         ready = [worker for worker in self._workers if worker.is_ready or not self._is_paced]
         # A worker that may run no further items only ends what it has.
         count = sum(self.at_once if worker.room else min(self.at_once, len(worker.batches)) for worker in ready)
-        if self._is_paced and self._workers:
-            return count
-        return count + self.at_once * (1 if self._is_paced else self._size - len(self._workers))
+        return count if self._is_paced else count + self.at_once * (self._size - len(self._workers))
 
     @property
     def largest_batch(self) -> int:
@@ -302,17 +300,16 @@ class ProcessPool:
         rooms = [worker.room for worker in self._workers if len(worker.batches) < self.at_once and worker.room]
         return min(self.most_in_batch, self._most_items, *rooms)
 
-    def start(
-        self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False, is_surely_used: bool = False
-    ) -> None:
+    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:
         self._inbox = inbox
         self._size = self._size if most_batches is None else max(1, min(self._size, most_batches))
         self._is_paced = is_paced
         # A stream that is still open when the program ends is closed too late: threads and modules are gone by then.
         atexit.register(self.stop)
-        if is_paced and is_surely_used:
-            # A call that has its slot before its worker has started would start later than the limit says.
-            self._start_workers()
+
+    def prepare(self) -> None:
+        """Start workers for calls that take no slot before one of them is ready."""
+        self._start_workers()
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)

@@ -185,13 +185,7 @@ class _Run:
     def steps(self) -> Generator[_Wait | _Ask | deque[Outcome[Any, Any]], Any, None]:
         """Yields outcomes to hand out, what to ask the cache's store, and waits."""
         scheduler, pool = self._scheduler, self.pool
-        plan = self._plan
-        pool.start(
-            self._inbox,
-            most_batches=self._total,
-            is_paced=plan.limit is not None,
-            is_surely_used=plan.cache is None and self._total != 0,
-        )
+        pool.start(self._inbox, most_batches=self._total, is_paced=self._plan.limit is not None)
         while True:
             if self._source.is_late:
                 # The input may take long again.

@@ -27,7 +27,7 @@ from opero.core.flow import call_flow, item_flow
 from opero.core.listeners import is_listened_to
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
-from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Share, Step
+from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step
 from opero.exceptions import MisuseError, WorkerCrashedError
 from opero.utils.notes import add_note
 
@@ -327,11 +327,16 @@ class Pool(Protocol):
         """
         ...
 
-    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool, is_surely_used: bool) -> None:
+    @property
+    def prepare(self) -> Callable[[], None] | None:
+        """Starts workers, if there are none; None where a batch can always begin at once."""
+        ...
+
+    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool) -> None:
         """Begin; events go to the ``inbox``.
 
-        There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once.
-        ``is_surely_used``: there is at least one, if there is any item.
+        There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once,
+        and ``slots`` are those of workers that can.
         """
         ...
 
@@ -477,6 +482,8 @@ class Scheduler:
         self._next_index = 0
         self._in_flight = 0
         self._pausing = 0
+        # Those that take no slot before a worker is ready.
+        self._preparing: deque[_Entry] = deque()
         self._awaiting = 0
         self._awaiting_turns = 0
         self._consulting: list[tuple[_Entry, Consult]] = []
@@ -494,7 +501,7 @@ class Scheduler:
         """Whether nothing is left to do."""
         if self.failure is not None:
             return True
-        waiting = self._pausing or self._awaiting or self._consulting or self._gathered
+        waiting = self._pausing or self._awaiting or self._consulting or self._gathered or self._preparing
         return self._source.exhausted and not (self._in_flight or waiting or self._ready or self._given_back)
 
     @property
@@ -527,18 +534,21 @@ class Scheduler:
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
         slots = self._pool.slots
-        if self.failure is not None or self._in_flight >= slots:
+        while slots and self._preparing:
+            self._advance(self._preparing.popleft(), None)
+        # While no worker is ready, the first item has to tell whether one is needed.
+        if self.failure is not None or self._in_flight >= max(slots, 1):
             return None
         size = min(1 if self._one_at_a_time else self._size.now, self._pool.largest_batch, self._largest_batch)
         if self._given_back:
             return self._send(self._part_given_back(size))
         if not self._ready and not self._direct:
-            self._take_up_input(size, slots)
+            self._take_up_input(size, max(slots, 1))
         if self._gathered and not self._consulting:
             nothing_runs = not (self._in_flight or self._ready or self._awaiting_turns)
             if self._source.exhausted or nothing_runs:
                 self._call_for_many()
-        if self._ready:
+        if self._ready and slots:
             return self._send(self._batch_of_entries(size))
         items = self._pull(size) if self._direct else []
         if not items:
@@ -598,7 +608,7 @@ class Scheduler:
     def _take_up_input(self, size: int, slots: int) -> None:
         """Start flows until enough of them are ready; those that end at once (cache hits) are bounded too."""
         for _ in range(MOST_TAKEN_UP):
-            coming = len(self._ready) + len(self._consulting)
+            coming = len(self._ready) + len(self._consulting) + len(self._preparing)
             busy = coming + self._awaiting_turns + self._in_flight
             wanted = size if self._one_at_a_time else max(size, self._look_ahead)
             if coming >= wanted or (self._one_at_a_time and busy >= slots):
@@ -636,7 +646,7 @@ class Scheduler:
         else:
             self._obey(entry, step)
 
-    def _obey(self, entry: _Entry, step: Step | Share) -> None:
+    def _obey(self, entry: _Entry, step: Step | Share | Prepare) -> None:
         if isinstance(step, Attempt):
             entry.attempt = step
             if entry.call.rounds > 1 and not entry.retried:
@@ -645,6 +655,8 @@ class Scheduler:
             self._ready.append(entry)
         elif isinstance(step, Consult):
             self._consulting.append((entry, step))
+        elif isinstance(step, Prepare):
+            self._prepare(entry)
         elif isinstance(step, Share):
             self._gathered.append(entry)
             if len(self._gathered) == self._list_size:
@@ -659,6 +671,13 @@ class Scheduler:
             entry.arrival, entry.is_turn = step.arrival, step.is_turn
             step.arrival.notify(lambda: self._wake(Wake(entry)))
             self._look_for_arrival(entry)
+
+    def _prepare(self, entry: _Entry) -> None:
+        if self._pool.slots or self._pool.prepare is None:
+            self._advance(entry, None)
+        else:
+            self._preparing.append(entry)
+            self._pool.prepare()
 
     def _resume(self, entry: _Entry) -> None:
         self._pausing -= 1

@@ -24,7 +24,7 @@ class SerialPool:
     """
 
     largest_batch = 1
-    kill = begun = None
+    kill = prepare = begun = None
     slots = 1
 
     def __init__(self, work: Work) -> None:

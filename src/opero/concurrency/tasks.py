@@ -24,7 +24,7 @@ class TaskPool:
     """Runs single items in tasks, one after the other; each item has a copy of the caller's context variables."""
 
     largest_batch = 1
-    kill = begun = None
+    kill = prepare = begun = None
 
     def __init__(self, work: Work, workers: int) -> None:
         self.slots = workers

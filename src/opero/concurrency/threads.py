@@ -52,7 +52,7 @@ class ThreadPool:
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
     largest_batch = LARGEST_BATCH
-    kill = None
+    kill = prepare = None
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.listeners import switches, teller_of
 from opero.core.plan import Call, Final, Plan, Verdict
 from opero.core.signature import MISSING, own_signature
-from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Share, waiting_until
+from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Prepare, Share, waiting_until
 from opero.exceptions import (
     AllFailedError,
     CallTimeoutError,
@@ -395,6 +395,8 @@ class _Layers:
         awake, limit = self._awake(self._admitted(self.left) or self.left), self.plan.limit
         if limit is None or self.has_slot:
             return awake[0]
+        if self.call.presence is not None:
+            yield Prepare()
         candidate, self.has_slot = yield from limit.choose(awake, takes=self.plan.places is None)
         return candidate
 
@@ -402,6 +404,9 @@ class _Layers:
         """Wait for a slot; gives why there is none, if so."""
         plan, call = self.plan, self.call
         assert plan.limit is not None  # noqa: S101 - for the type checkers
+        if call.presence is not None:
+            # A slot that is taken while a worker starts would be used when it is over, together with the next one.
+            yield Prepare()
         asked = clock.now()
         wait = plan.limit.take(candidate, call.deadline)
         if self.has_own_limit and plan.fallback is not None:

@@ -242,6 +242,12 @@ class Share:
     __slots__ = ()
 
 
+class Prepare:
+    """Step of a call in a map, before it takes its slot: wait until a worker can begin it at once; sent back: None."""
+
+    __slots__ = ()
+
+
 Step = Attempt | Pause | Await | Consult
 Flow = Generator[Step, Any, Any]
 
