@@ -63,6 +63,9 @@ class Environment:
 DEVELOPMENT = Environment(".venv", extras=("redis", "aiomultiprocess"), groups=("test", "lint", "bench"))
 # Of its own, because what it holds is heavy, and nobody who only runs the tests needs it.
 WILD = Environment(".venv-wild", extras=("redis",), groups=("wild",))
+# The reference is made by importing what it is about, telemetry included.
+DOCS = Environment(".venv-docs", extras=("opentelemetry", "prometheus"), groups=("docs",))
+SITE = "docs/_build/html"
 
 
 def demo(*arguments: str) -> int:
@@ -92,6 +95,13 @@ def lint() -> int:
     return 1 if failed else 0
 
 
+def docs() -> int:
+    """Build the site into docs/_build/html; warnings are errors, and links within it are checked."""
+    python = _python_of(DOCS)
+    code = _run(python, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-b", "html", "docs", SITE)
+    return code or _run(python, "docs/check_links.py", SITE)
+
+
 def bench(*arguments: str) -> int:
     """Run benchmarks/run.py; further arguments go to it."""
     return _run(_python_of(DEVELOPMENT), "benchmarks/run.py", *arguments)
@@ -104,6 +114,7 @@ def status() -> int:
         "python": f"{sys.version.split()[0]} ({sys.executable})",
         ".venv": "fresh" if _is_fresh(DEVELOPMENT) else "missing or out of date: run `python cleanup.py venv`",
         ".venv-wild": "fresh" if _is_fresh(WILD) else "missing or out of date: `python cleanup.py wild` makes it",
+        ".venv-docs": "fresh" if _is_fresh(DOCS) else "missing or out of date: `python cleanup.py docs` makes it",
         **{name: installed.get(name, "missing") for name in ("opero", *TOOLS)},
         "redis-server": shutil.which("redis-server") or "missing",
     }
@@ -138,6 +149,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "test": test,
     "wild": wild,
     "lint": lint,
+    "docs": docs,
     "bench": bench,
     "status": status,
     "venv": venv,
