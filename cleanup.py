@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +31,17 @@ ROOT = Path(__file__).resolve().parent
 PYPROJECT = ROOT / "pyproject.toml"
 VERSION_FILE = ROOT / "src" / "opero" / "__version__.py"
 LINTERS = (("ruff", "check"), ("ruff", "format", "--check"), ("mypy",), ("pyright",))
+OLDEST_PYTHON = (3, 11)
+# What differs between versions of Python would show in these.
+SMOKE_TESTS = (
+    "tests/test_control.py",
+    "tests/test_detection.py",
+    "tests/test_layers.py",
+    "tests/test_overload.py",
+    "tests/test_starmap.py",
+)
+SOAK_SECONDS = 600
+NO_TESTS = 5  # pytest's exit code where none was selected
 PIP_INSTALL = ("-m", "pip", "install", "--disable-pip-version-check", "--quiet")
 TOOLS = ("uv", "pytest", "ruff", "mypy", "pyright")
 
@@ -43,6 +59,8 @@ class Environment:
     name: str
     extras: tuple[str, ...]
     groups: tuple[str, ...]
+    made_by: Path = Path(sys.executable)
+    version: tuple[int, int] = sys.version_info[:2]
 
     @property
     def folder(self) -> Path:
@@ -74,8 +92,34 @@ def demo(*arguments: str) -> int:
 
 
 def test(*arguments: str) -> int:
-    """Run the tests, those with other people's programs apart; further arguments go to pytest."""
-    return _pytest(DEVELOPMENT, *arguments)
+    """Run the tests, in as many processes as there are CPUs; with further arguments, pytest gets them in one process.
+
+    Those with other people's programs and those that take long on purpose are apart: `wild`, `soak`.
+    """
+    return _pytest(DEVELOPMENT, *arguments) if arguments else _pytest_side_by_side(DEVELOPMENT)
+
+
+def soak(*arguments: str) -> int:
+    """Run the tests that try again and again what seldom goes wrong; further arguments go to pytest."""
+    return _pytest(DEVELOPMENT, "-m", "soak", f"--session-timeout={SOAK_SECONDS}", *arguments)
+
+
+def pythons() -> int:
+    """Run some of the tests in each other CPython from 3.11 on that is in `PATH` or in pyenv's folder."""
+    others = _other_pythons()
+    if not others:
+        _say("This machine has no other CPython from 3.11 on, neither in PATH nor in pyenv's folder.")
+    failed = []
+    for (major, minor), python in sorted(others.items()):
+        _say(f"== Python {major}.{minor} ({python})")
+        environment = Environment(
+            f".venv-{major}.{minor}", DEVELOPMENT.extras, ("test",), made_by=python, version=(major, minor)
+        )
+        if _pytest(environment, *SMOKE_TESTS) != 0:
+            failed.append(f"{major}.{minor}")
+    if failed:
+        _say(f"Failed: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
 def wild(*arguments: str) -> int:
@@ -147,6 +191,8 @@ def install() -> int:
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "test": test,
+    "soak": soak,
+    "pythons": pythons,
     "wild": wild,
     "lint": lint,
     "docs": docs,
@@ -155,14 +201,97 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "venv": venv,
     "install": install,
 }
-PASS_ARGUMENTS_ON = {"demo", "test", "wild", "bench"}
+PASS_ARGUMENTS_ON = {"demo", "test", "soak", "wild", "bench"}
 
 
 def _pytest(environment: Environment, *arguments: str) -> int:
     python = _python_of(environment)
+    _miss_redis()
+    return _run(python, "-m", "pytest", *arguments)
+
+
+def _miss_redis() -> None:
     if not shutil.which("redis-server"):
         _say("redis-server is missing; the tests that start one will fail. To install it: apt-get install redis-server")
-    return _run(python, "-m", "pytest", *arguments)
+
+
+def _pytest_side_by_side(environment: Environment) -> int:
+    """Not by threads or workers of one pytest: maps start their processes in another way where threads are."""
+    python = _python_of(environment)
+    _miss_redis()
+    began = time.monotonic()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares = _shares([*ROOT.glob("tests/test_*.py"), ROOT / "README.md", ROOT / "docs"], cpus)
+    counts: Counter[str] = Counter()
+    failed = []
+    with ThreadPoolExecutor(cpus) as pool:
+        try:
+            started = {pool.submit(_run_share, python, share): share for share in shares}
+            for done, ended in enumerate(as_completed(started), 1):
+                names = " ".join(path.name for path in started[ended])
+                code, output = ended.result()
+                summary = output.strip().rpartition("\n")[2]
+                counts.update({word: int(count) for count, word in re.findall(r"(\d+) ([a-z]+)", summary)})
+                if code:
+                    failed.append(names)
+                    _say(output)
+                _say(f"[{done}/{len(shares)}] {names}: {summary.strip('= ')}")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    failures = sum(counts[word] for word in ("failed", "error", "errors"))
+    _say("".join(f"Failed: {names}\n" for names in failed) + f"{time.monotonic() - began:.0f} s on {cpus} CPUs")
+    _say(f"{counts['passed']} passed, {failures} failed, {counts['skipped']} skipped")
+    return 1 if failed else 0
+
+
+def _shares(files: list[Path], cpus: int) -> list[list[Path]]:
+    """What each pytest process gets: much at first, little at the end, so that all CPUs have work until then."""
+    sizes = {path: path.stat().st_size for path in files}
+    waiting = sorted(files, key=lambda path: sizes[path])
+    left = sum(sizes.values())
+    shares: list[list[Path]] = []
+    while waiting:
+        wanted = left / (2 * cpus)
+        share = [waiting.pop()]
+        while waiting and sum(sizes[path] for path in share) + sizes[waiting[-1]] <= wanted:
+            share.append(waiting.pop())
+        left -= sum(sizes[path] for path in share)
+        shares.append(share)
+    return shares
+
+
+def _run_share(python: Path, share: list[Path]) -> tuple[int, str]:
+    # Processes side by side would overwrite what they remember for `pytest --last-failed`.
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *share]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    ended = subprocess.run(command, cwd=ROOT, check=False, text=True, stdin=subprocess.DEVNULL, **output)
+    return (0 if ended.returncode == NO_TESTS else ended.returncode), ended.stdout
+
+
+def _other_pythons() -> dict[tuple[int, int], Path]:
+    """One for each minor version but this one, the newest."""
+    folders = [Path(folder) for folder in os.get_exec_path()]
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    candidates = [path for folder in (*folders, *versions.glob("*/bin")) for path in folder.glob("python3.*")]
+    found: dict[tuple[int, ...], Path] = {}
+    for python in candidates:
+        if re.fullmatch(r"python3\.\d+", python.name):
+            version = _version_of(python)
+            if version[:2] >= OLDEST_PYTHON and version[:2] != sys.version_info[:2]:
+                found.setdefault(version, python)
+    return {(version[0], version[1]): python for version, python in sorted(found.items())}
+
+
+@functools.cache
+def _version_of(python: Path) -> tuple[int, ...]:
+    """Of a released CPython that can make environments; of anything else (), as of pyenv's stand-ins."""
+    probe = (
+        "import ensurepip, sys;"
+        "is_released = sys.implementation.name == 'cpython' and sys.version_info.releaselevel == 'final';"
+        "print(*(sys.version_info[:3] if is_released and not sys.abiflags else ()))"
+    )
+    ended = subprocess.run([python, "-c", probe], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return tuple(map(int, ended.stdout.split())) if ended.returncode == 0 else ()
 
 
 def _python_of(environment: Environment) -> Path:
@@ -171,31 +300,30 @@ def _python_of(environment: Environment) -> Path:
         if not _has_this_python(environment):
             _create(environment)
         _install_packages(environment)
-        environment.stamp.write_text(_fingerprint(), encoding="utf-8")
+        environment.stamp.write_text(_fingerprint(environment), encoding="utf-8")
     return environment.python
 
 
 def _is_fresh(environment: Environment) -> bool:
     complete = environment.python.exists() and VERSION_FILE.exists() and environment.stamp.exists()
-    return complete and environment.stamp.read_text(encoding="utf-8") == _fingerprint()
+    return complete and environment.stamp.read_text(encoding="utf-8") == _fingerprint(environment)
 
 
-def _fingerprint() -> str:
-    made_for = f"{ROOT} {sys.version_info[:2]}"  # an editable install holds the absolute path
+def _fingerprint(environment: Environment) -> str:
+    made_for = f"{ROOT} {environment.version}"  # an editable install holds the absolute path
     return hashlib.sha256(PYPROJECT.read_bytes() + made_for.encode()).hexdigest()
 
 
 def _has_this_python(environment: Environment) -> bool:
     if not environment.python.exists():
         return False
-    version = sys.version_info[:2]
-    probe = f"import sys, pip; sys.exit(sys.prefix == sys.base_prefix or sys.version_info[:2] != {version})"
+    probe = f"import sys, pip; sys.exit(sys.prefix == sys.base_prefix or sys.version_info[:2] != {environment.version})"
     return _run(environment.python, "-c", probe, quiet=True) == 0
 
 
 def _create(environment: Environment) -> None:
     _say(f"Making {environment.name} ...")
-    if _run(sys.executable, "-m", "venv", "--clear", environment.folder) != 0:
+    if _run(environment.made_by, "-m", "venv", "--clear", environment.folder) != 0:
         raise CleanupError(
             "The virtual environment could not be made; the reason stands above."
             " On Debian and Ubuntu the package python3-venv is needed: apt-get install python3-venv."

@@ -80,9 +80,9 @@ def server(monkeypatch):
         thread.join()
 
 
-def get_by_urllib(url, key="", timeout=PATIENCE):
+def get_by_urllib(url, key="", seconds=PATIENCE):
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Key": key}), timeout=timeout) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Key": key}), timeout=seconds) as response:
             return response.read()
     except urllib.error.HTTPError as error:
         # It is the response, too.
@@ -90,25 +90,25 @@ def get_by_urllib(url, key="", timeout=PATIENCE):
         raise
 
 
-def get_by_requests(url, key="", timeout=PATIENCE):
-    with requests.get(url, headers={"Key": key}, timeout=timeout) as response:
+def get_by_requests(url, key="", seconds=PATIENCE):
+    with requests.get(url, headers={"Key": key}, timeout=seconds) as response:
         response.raise_for_status()
         return response.content
 
 
-def get_by_httpx(url, key="", timeout=PATIENCE):
-    with httpx.Client(follow_redirects=True, timeout=timeout) as client:
+def get_by_httpx(url, key="", seconds=PATIENCE):
+    with httpx.Client(follow_redirects=True, timeout=seconds) as client:
         return client.get(url, headers={"Key": key}).raise_for_status().content
 
 
-async def get_by_httpx_async(url, key="", timeout=PATIENCE):
-    async with httpx.AsyncClient(follow_redirects=True, timeout=timeout) as client:
+async def get_by_httpx_async(url, key="", seconds=PATIENCE):
+    async with httpx.AsyncClient(follow_redirects=True, timeout=seconds) as client:
         return (await client.get(url, headers={"Key": key})).raise_for_status().content
 
 
-async def get_by_aiohttp(url, key="", timeout=PATIENCE):  # noqa: ASYNC109 - that of the client
+async def get_by_aiohttp(url, key="", seconds=PATIENCE):
     async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout), raise_for_status=True) as session,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=seconds), raise_for_status=True) as session,
         session.get(url, headers={"Key": key}) as response,
     ):
         return await response.read()
@@ -345,7 +345,7 @@ def test_a_refused_connection_is_retried(failure):
 
 def test_a_server_that_says_nothing_is_retried(failure):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        assert retry_after(failure(f"http://127.0.0.1:{silent.getsockname()[1]}/", timeout=0.05)) is True
+        assert retry_after(failure(f"http://127.0.0.1:{silent.getsockname()[1]}/", seconds=0.05)) is True
 
 
 def test_a_server_that_hangs_up_is_retried(server, failure):

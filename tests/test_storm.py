@@ -11,6 +11,7 @@ from leftovers import descendants, storm, surroundings
 
 from opero import WorkerCrashedError, opmap
 
+pytestmark = pytest.mark.soak
 PROCESS = pytest.mark.parametrize("mode", ["process"], indirect=True)
 BOTH = pytest.mark.parametrize("mode", ["process", "async_process"], indirect=True)
 # Short items travel in batches, none of which is charged with a kill; long ones alone, and need their retries.
