@@ -83,7 +83,7 @@ def test_an_attempt_has_so_long():
     async def hang():
         await asyncio.Event().wait()
 
-    with pytest.raises(CallTimeoutError, match=r"0\.01 s"):
+    with pytest.raises(CallTimeoutError, match="10 ms"):
         asyncio.run(hang())
 
 

@@ -30,14 +30,20 @@ class OperoError(Exception):
 class AllFailedError(OperoError, ExceptionGroup[Exception]):
     """Every candidate of an ``arg_fallback`` parameter failed in every round.
 
-    It is an `ExceptionGroup`, so ``except*`` and ``split`` reach the single errors. The message names the function, the
-    parameter and the number of rounds, never a candidate's value (candidates are often secrets).
+    It is an `ExceptionGroup`, so ``except*`` and ``split`` reach the single errors. Of those that are alike (of one
+    class, with one text, raised in one line) only the first is in the group, with a note that says how often it was
+    raised. The message names the function, the parameter, the number of rounds and how many errors of which classes,
+    never a candidate's value (candidates are often secrets).
+
+    Attributes:
+        errors: All underlying exceptions, in the order in which they happened.
     """
 
-    @property
-    def errors(self) -> list[Exception]:
-        """All underlying exceptions, in the order in which they happened."""
-        return list(self.exceptions)
+    errors: list[Exception]
+
+    def __init__(self, message: str, exceptions: Sequence[Exception]) -> None:
+        super().__init__(message, exceptions)
+        self.errors = list(exceptions)
 
     def derive(self, excs: Sequence[Exception], /) -> AllFailedError:  # type: ignore[override]  # typeshed's is generic
         """Keep the class when ``split`` or ``except*`` makes a part of this group."""

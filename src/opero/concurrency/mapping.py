@@ -7,7 +7,6 @@ import inspect
 import operator
 import sys
 import warnings
-from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -29,6 +28,7 @@ from opero.core.interrupts import Hold, forget_earlier_interrupts
 from opero.core.showing import kind_of
 from opero.core.signature import find_by_name, own_signature
 from opero.exceptions import FailedItemsWarning
+from opero.utils.notes import class_counts
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -222,10 +222,9 @@ class _Map(Generic[T, P, R, L]):
         # With a default, few errors are in the list themselves.
         told = [o for o in results.failed if not o.is_excused] if self.settings.warns else []
         if told:
-            kinds = Counter(type(outcome.error).__name__ for outcome in told).most_common()
             warning = FailedItemsWarning(
                 f"{self.plan.name}: {len(told)} of {len(results)} items failed: "
-                f"{', '.join(f'{kind} ({count})' for kind, count in kinds)}; "
+                f"{class_counts(outcome.error for outcome in told if outcome.error is not None)}; "
                 f"the first was item {min(outcome.index for outcome in told)}",
                 results,
             )

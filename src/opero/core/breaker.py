@@ -15,6 +15,7 @@ from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING
 from opero.core.steps import Await
 from opero.utils.logging import log
+from opero.utils.notes import duration
 
 __all__ = ["Breaker", "Circuit"]
 
@@ -317,7 +318,7 @@ class Breaker:
 
     def _tell(self, state: str, shut: Iterable[Passage]) -> None:
         if state == "open":
-            log("WARNING", "a circuit is open, the next trial is in {:.3g} s", self.recovery)
+            log("WARNING", "a circuit is open, the next trial is in {}", duration(self.recovery))
         for passage in shut:
             passage.shut()
         for trial in list(self._waiting):

@@ -24,7 +24,7 @@ from opero.exceptions import (
     WorkerCrashedError,
 )
 from opero.utils.logging import log
-from opero.utils.notes import add_note, describe
+from opero.utils.notes import add_note, class_counts, describe, duration, folded
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -180,7 +180,7 @@ class _Layers:
             if isinstance(wait, Final):
                 return self._finish(wait, gave_up=outcome.ends)
             if "loguru" in sys.modules:
-                log("DEBUG", "{} failed, next round in {:.3g} s", plan.name, wait)
+                log("DEBUG", "{} failed, next round in {}", plan.name, duration(wait))
             if call.tell is not None:
                 call.tell("RetryPlanned", round=call.rounds, delay=wait, error=outcome.error)
             del outcome
@@ -514,7 +514,7 @@ class _Layers:
         # One whose trial is under way may be next.
         soonest = min(range(len(waits)), key=lambda place: waits[place] or 0.0)
         wait = waits[soonest]
-        trial = "a trial call is under way" if wait is None else f"the next trial is in {wait:.3g} s"
+        trial = "a trial call is under way" if wait is None else f"the next trial is in {duration(wait)}"
         failures = _counted(breaker.shared.failures, "failure")
         message = f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}"
         place = None if self.plan.fallback is None else self.candidates[soonest].place
@@ -548,20 +548,23 @@ class _Layers:
         if not isinstance(failed, Failed):
             return final
         call, plan = self.call, self.plan
-        seconds = clock.now() - call.started
+        took = duration(clock.now() - call.started)
         reason = self.ended_by and f"; {self.ended_by}"
         if plan.fallback is not None:
             whom = f"every candidate of {plan.fallback.parameter!r}"
             message = (
                 f"{plan.name}: {f'gave up on {whom}' if gave_up else f'{whom} failed'} in "
-                f"{_counted(call.rounds, 'round')} ({_counted(len(self.errors), 'attempt')}, {seconds:.3g} s{reason})"
+                f"{_counted(call.rounds, 'round')} ({_counted(len(self.errors), 'attempt')}, {took}{reason}): "
+                f"{class_counts(self.errors)}"
             )
             log("WARNING", "{}", message)
-            return Failed(AllFailedError(message, self.errors))
+            error = AllFailedError(message, folded(self.errors))
+            error.errors = self.errors
+            return Failed(error)
         if isinstance(failed.error, CallTimeoutError) and self.earlier_failure:
             # The library's own error must not hide the function's.
             add_note(failed.error, f"opero: an attempt before that failed with {self.earlier_failure}")
-        summary = f"{plan.name} failed after {_counted(call.attempts, 'attempt')} in {seconds:.3g} s{reason}"
+        summary = f"{plan.name} failed after {_counted(call.attempts, 'attempt')} in {took}{reason}"
         log("WARNING", "{}", summary)
         add_note(failed.error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
         return failed

@@ -28,6 +28,7 @@ from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
 from opero.core.steps import Await, Failed, drive, drive_async
 from opero.exceptions import RateLimitedError
+from opero.utils.notes import duration
 
 if TYPE_CHECKING:
     import os
@@ -253,7 +254,7 @@ class RateLimiter:
 
     def full(self, line: Line, amounts: Sequence[float], whose: str) -> RateLimitedError:
         wait = line.expected_wait(amounts)
-        return RateLimitedError(f"{whose}: the rate limit has no slot free; the next one is in {wait:.3g} s", wait)
+        return RateLimitedError(f"{whose}: the rate limit has no slot free; the next one is in {duration(wait)}", wait)
 
     def checked(self, costs: Mapping[str, Any], option: str = "rate_limit_cost") -> tuple[float, ...]:
         """Costs by name, in the order of the names; ``option`` is where they were given."""

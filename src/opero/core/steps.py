@@ -19,6 +19,7 @@ from opero.core.clock import asyncio_sleep, clock
 from opero.core.forks import allow_forks, watch_forks
 from opero.core.signature import MISSING
 from opero.exceptions import CallTimeoutError, MisuseError
+from opero.utils.notes import duration
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,7 @@ class Attempt:
         return self.timeout, self.limit
 
     def timed_out(self, name: str) -> Failed:
-        return Failed(CallTimeoutError(f"{name} was stopped: {self.limit} left it {self.timeout:.3g} s"))
+        return Failed(CallTimeoutError(f"{name} was stopped: {self.limit} left it {duration(self.timeout or 0.0)}"))
 
 
 @dataclass(slots=True, eq=False)

@@ -8,6 +8,7 @@ from opero.core.listeners import on_event
 from opero.events import AttemptFailed, CallDone, CandidateSwitched, RetryPlanned, SlotWaited
 from opero.telemetry.naming import function_name, type_name
 from opero.utils.logging import let_through
+from opero.utils.notes import duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,14 +69,17 @@ def _line(event: Any) -> tuple[str, str]:
     """Level and text; without a text there is nothing to say."""
     match event:
         case AttemptFailed():
-            return "INFO", f"failed in attempt {event.attempt} after {event.seconds:.3g} s: {type_name(event.error)}"
+            return (
+                "INFO",
+                f"failed in attempt {event.attempt} after {duration(event.seconds)}: {type_name(event.error)}",
+            )
         case RetryPlanned():
-            return "INFO", f"begins round {event.round + 1} in {event.delay:.3g} s"
+            return "INFO", f"begins round {event.round + 1} in {duration(event.delay)}"
         case CandidateSwitched():
             return "INFO", f"goes on with candidate {event.place + 1}"
         case SlotWaited() if event.seconds >= _TOLD_WAIT:
-            return "DEBUG", f"waited {event.seconds:.3g} s for the rate limit"
+            return "DEBUG", f"waited {duration(event.seconds)} for the rate limit"
         case CallDone() if event.error is not None:
             attempts = "1 attempt" if event.attempts == 1 else f"{event.attempts} attempts"
-            return "WARNING", f"failed after {attempts} in {event.seconds:.3g} s: {type_name(event.error)}"
+            return "WARNING", f"failed after {attempts} in {duration(event.seconds)}: {type_name(event.error)}"
     return "DEBUG", ""

@@ -1,8 +1,13 @@
-"""Notes on exceptions."""
+"""What opero tells of exceptions: their notes, their classes, how long they took."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 def add_note(error: BaseException, note: str, *, instead_of: str | None = None) -> None:
@@ -30,3 +35,38 @@ def describe(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - the user's code
         return type(error).__name__
+
+
+def class_counts(errors: Iterable[BaseException]) -> str:
+    """How many of which classes, most frequent first: ``TimeoutError (3), ValueError (1)``."""
+    kinds = Counter(type(error).__name__ for error in errors).most_common()
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds)
+
+
+def folded(errors: Sequence[Exception]) -> list[Exception]:
+    """One of those that have the same class and text and were raised in the same line, with a note of how many."""
+    alike: dict[Any, list[Exception]] = {}
+    for error in errors:
+        alike.setdefault((type(error), describe(error), _raised_in(error)), []).append(error)
+    for first, *others in alike.values():
+        if others:
+            add_note(first, f"opero: raised {len(others) + 1} times", instead_of="opero: raised ")
+    return [same[0] for same in alike.values()]
+
+
+def _raised_in(error: BaseException) -> Any:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace and (trace.tb_frame.f_code, trace.tb_lineno)
+
+
+_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say it: ``86 µs``, ``1.2 s``, ``3 min``."""
+    # What would be rounded up to the next unit is told in that one.
+    size, unit = next(((s, u) for s, u in _UNITS if seconds >= 0.9995 * s), (1e-6, "µs")) if seconds else (1.0, "s")
+    number = seconds / size
+    return f"{number:.1f}".removesuffix(".0") + f" {unit}" if number < 9.95 else f"{number:.0f} {unit}"  # noqa: PLR2004
