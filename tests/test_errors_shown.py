@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import os
 import pickle
 import traceback
 
 import pytest
 
-from opero import AllFailedError, opero
+from opero import AllFailedError, opero, opmap
 from opero.utils.notes import duration
 
 
@@ -75,3 +77,122 @@ def test_errors_with_different_texts_are_all_in_the_group(fake_clock):
     with pytest.raises(AllFailedError) as caught:
         refuse(["a", "b"])
     assert [str(error) for error in caught.value.exceptions] == ["a", "b"]
+
+
+# Tracebacks
+
+
+def frames_of(error):
+    """The files of a traceback, opero's each by ``opero``, others by what they are to the test."""
+    names = [frame.f_globals.get("__name__", "user") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return ["opero" if name.startswith("opero.") else "user" for name in names if not name.startswith("asyncio")]
+
+
+def divide(item):
+    return 1 // item
+
+
+def divide_deeper(item):
+    return divide(item)
+
+
+OPTIONS = {
+    "first attempt": {"retries": 0},
+    "retries": {"retries": 2, "min_delay": 0},
+    "cache": {"cache": True, "retries": 0},
+    "limits": {"rate_limit": 1000, "max_concurrent": 2, "breaker": 9, "total_timeout": 9, "retries": 0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_traceback_has_the_frames_of_the_user_and_one_of_operos(world, options):
+    function = opero(**options)(divide_deeper)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError) as caught:
+            function(0)
+        assert frames_of(caught.value) == ["user", "opero", "user", "user"]
+
+
+def test_a_traceback_of_an_async_function_has_one_frame_of_operos():
+    @opero(retries=1, min_delay=0)
+    async def fail():
+        return divide(0)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        asyncio.run(fail())
+    assert frames_of(caught.value) == ["user", "opero", "user", "user"]
+
+
+def test_each_of_two_nested_functions_has_one_frame():
+    @opero(retries=0)
+    def outer(item):
+        return opero(retries=1, min_delay=0)(divide)(item)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        outer(0)
+    assert frames_of(caught.value) == ["user", "opero", "user", "opero", "user"]
+
+
+def test_a_generator_that_fails_at_once_has_one_frame_of_operos():
+    @opero(retries=1, min_delay=0)
+    def items():
+        yield divide(0)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        next(items())
+    assert frames_of(caught.value) == ["user", "opero", "user", "user"]
+
+
+def test_an_error_of_operos_own_has_one_frame(world):
+    def fail():
+        """Not called: there is no time."""
+
+    with pytest.raises(AllFailedError) as caught:
+        opero(retries=0, arg_fallback="item")(divide)([0, 0])
+    assert frames_of(caught.value) == ["user", "opero"]
+    assert frames_of(caught.value.exceptions[0]) == ["user"]
+
+
+def test_a_wrong_call_shows_where_it_was_made():
+    with pytest.raises(TypeError) as caught:
+        opero(divide)(1, 2)
+    assert frames_of(caught.value)[0] == "user"
+    assert len(frames_of(caught.value)) <= 3
+
+
+def stopping(mode, **options):
+    return opmap(**{**mode.options, "retries": 0, "return_exceptions": False, **options})(mode.define(divide))
+
+
+def test_the_failure_that_stops_a_map_has_one_frame_of_operos(mode):
+    with pytest.raises(ZeroDivisionError) as caught:
+        mode.run(stopping(mode), [1, 0])
+    shown = frames_of(caught.value)
+    # `run` of an `async def` function is one more.
+    assert shown.count("opero") == 1 + mode.is_async
+    text = "".join(traceback.format_exception(caught.value))
+    assert "return 1 // item" in text
+    assert f"opero{os.sep}concurrency{os.sep}worker.py" not in text
+
+
+def test_the_error_of_an_item_has_no_frame_of_operos(mode):
+    (failed,) = mode.run(stopping(mode, return_exceptions=True), [1, 0]).failed
+    assert "opero" not in frames_of(failed.error)
+    with pytest.raises(ZeroDivisionError) as caught:
+        failed.result  # noqa: B018 - it raises
+    assert frames_of(caught.value)[:2] == ["user", "opero"]
+    assert "opero" not in frames_of(caught.value)[2:]
+
+
+def test_an_error_whose_notes_cannot_be_read_is_raised_all_the_same():
+    class ShyError(Exception):
+        @property
+        def __notes__(self):
+            raise RuntimeError
+
+    @opero(retries=0)
+    def fail():
+        raise ShyError
+
+    with pytest.raises(ShyError):
+        fail()

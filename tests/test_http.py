@@ -417,7 +417,9 @@ def test_any_error_with_a_status_of_http_is_judged_by_it(name, status, answer):
     assert retry_after(ForeignError(response)) == answer
 
 
-@pytest.mark.parametrize("described", [{"code": 503}, {"status": "503"}, {"status": 5}, {"status_code": True}], ids=repr)
+@pytest.mark.parametrize(
+    "described", [{"code": 503}, {"status": "503"}, {"status": 5}, {"status_code": True}], ids=repr
+)
 def test_a_number_that_is_no_status_of_http_says_nothing(described):
     assert retry_after(type("NetworkError", (Exception,), described)()) is False
 

@@ -28,7 +28,7 @@ from opero.core.interrupts import Hold, forget_earlier_interrupts
 from opero.core.showing import kind_of
 from opero.core.signature import find_by_name, own_signature
 from opero.exceptions import FailedItemsWarning
-from opero.utils.notes import class_counts
+from opero.utils.notes import Shortened, class_counts
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -294,14 +294,16 @@ class _BlockingMap(_Map[T, P, R, L]):
         if self._is_classmethod_of(items):
             return self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
         sink = ListSink(ordered=self.settings.ordered)
-        for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
-            pass  # a ListSink hands nothing out
+        with Shortened():
+            for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
+                pass  # a ListSink hands nothing out
         results: L = self._list_of(sink)
         return results
 
     def run(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """The same as calling the map; scripts can treat ``def`` and ``async def`` alike."""
-        return self(items, *args, **kwargs)
+        with Shortened():
+            return self(items, *args, **kwargs)
 
     def stream(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Outcome[T, R]]:
         """Yield the `Outcome` of each item as it ends, in input order unless ``ordered=False``; may be closed early."""
@@ -310,7 +312,8 @@ class _BlockingMap(_Map[T, P, R, L]):
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies."""
         if self.plan.attempt_timeout is None and self.settings.batch_size is None:
-            result: R = self.single(*self._single_arguments(item, args), **kwargs)
+            with Shortened():
+                result: R = self.single(*self._single_arguments(item, args), **kwargs)
             return result
         settings = replace(self.settings, progress=False)
         if self.plan.attempt_timeout is None:
@@ -375,8 +378,9 @@ class _AwaitableMap(_Map[T, P, R, L]):
         if self._is_classmethod_of(items):
             return await self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
         sink = ListSink(ordered=self.settings.ordered)
-        async for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
-            pass  # a ListSink hands nothing out
+        with Shortened():
+            async for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
+                pass  # a ListSink hands nothing out
         results: L = self._list_of(sink)
         return results
 

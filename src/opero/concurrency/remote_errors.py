@@ -13,9 +13,8 @@ from typing import Any
 from opero.concurrency.pickling import ReportPickler, loads, report_dumps
 from opero.core.signature import MISSING, find_by_name
 from opero.exceptions import RemoteError
-from opero.utils.notes import add_note, describe, drop_notes
+from opero.utils.notes import IN_THE_WORKER, add_note, describe, drop_notes, users_part
 
-_NOTE = "in the worker:\n"
 # Causes of causes.
 _MOST_LINKS = 10
 
@@ -29,8 +28,9 @@ def pack_error(error: Exception) -> Packed:
     """Pickle an exception; what cannot be pickled arrives as a `RemoteError` that says the same."""
     if error.__traceback__ is not None:
         # The function may raise one object again and again, with what it got here before.
-        drop_notes(error, _NOTE)
-        add_note(error, f"{_NOTE}{_trace(error)}")
+        drop_notes(error, IN_THE_WORKER)
+        error.__traceback__ = users_part(error.__traceback__)
+        add_note(error, f"{IN_THE_WORKER}{_trace(error)}")
         error.__traceback__ = None
     return _pack(error, ())
 

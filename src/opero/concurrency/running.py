@@ -18,6 +18,7 @@ from opero.core.listeners import switches
 from opero.core.signature import parameter_slot
 from opero.core.steps import consult, consult_async
 from opero.exceptions import OperoError
+from opero.utils.notes import Shortened, shorten
 
 if TYPE_CHECKING:
     from opero.concurrency.inbox import Inbox
@@ -245,7 +246,8 @@ def run_blocking(
     with Hold():
         run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
     try:
-        yield from _drive_blocking(run, inbox)
+        with Shortened():
+            yield from _drive_blocking(run, inbox)
     finally:
         with Hold() as hold:
             _tidy_up(run, inbox, hold)
@@ -334,6 +336,9 @@ async def run_awaiting(
                 events = await consult_async(step.steps)
             else:
                 events = await inbox.collect(step.seconds, is_real=step.is_real)
+    except Exception as error:
+        shorten(error)
+        raise
     finally:
         if not run.is_inherited:
             await _tidy_up_async(run, inbox, source)

@@ -29,7 +29,7 @@ from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
 from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step
 from opero.exceptions import MisuseError, WorkerCrashedError
-from opero.utils.notes import add_note
+from opero.utils.notes import add_note, users_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -709,6 +709,7 @@ class Scheduler:
         value = outcome
         if outcome.__class__ is Failed:
             error, value = outcome.error, outcome.instead
+            error.__traceback__ = users_part(error.__traceback__)
             add_note(error, f"opero: this was item {entry.index} of the map", instead_of="opero: this was item ")
         call = entry.call
         seconds = clock.now() - call.started

@@ -21,6 +21,7 @@ from opero.core.steps import (
 )
 from opero.core.wrapper import wrap
 from opero.exceptions import MisuseError
+from opero.utils.notes import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,6 +95,7 @@ class Decoration:
         self._take_slot = None if plan.limit is None else plan.limit.take_now
 
     drive = staticmethod(drive)
+    shorten = staticmethod(shorten)
     drive_async = staticmethod(drive_async)
 
     def _finder(self) -> Callable[..., tuple[Any, float] | None] | None:

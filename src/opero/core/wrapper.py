@@ -33,72 +33,92 @@ def wrap(this: Decoration) -> Callable[..., Any]:
 
 def _function(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Any:
-        if not this.is_direct or this.switches.are_on:
-            return this.call(args, kwargs)
-        this.count()
-        started = this.clock.now()
         try:
-            return this.function(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
-            call = this.new_call(args, kwargs, started=started, failure=error)
-        return this.go_on(call)
+            if not this.is_direct or this.switches.are_on:
+                return this.call(args, kwargs)
+            this.count()
+            started = this.clock.now()
+            try:
+                return this.function(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+                call = this.new_call(args, kwargs, started=started, failure=error)
+            return this.go_on(call)
+        except Exception as error:
+            this.shorten(error)
+            raise
 
     return decorated
 
 
 def _cached_function(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Any:
-        if this.switches.are_on:
-            return this.call(args, kwargs)
         try:
-            entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
-        except Exception:  # noqa: BLE001 - a wrong call, which has to be counted
-            entry = None
-        if entry is not None:
-            return entry[0]
-        # Not by a method, whose frame would stay: recursions of cached functions are as deep as Python allows.
-        begun = this.begin(args, kwargs)
-        return begun[0] if begun.__class__ is tuple else this.drive(begun, this.function)
+            if this.switches.are_on:
+                return this.call(args, kwargs)
+            try:
+                entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
+            except Exception:  # noqa: BLE001 - a wrong call, which has to be counted
+                entry = None
+            if entry is not None:
+                return entry[0]
+            # Not by a method, whose frame would stay: recursions of cached functions are as deep as Python allows.
+            begun = this.begin(args, kwargs)
+            return begun[0] if begun.__class__ is tuple else this.drive(begun, this.function)
+        except Exception as error:
+            this.shorten(error)
+            raise
 
     return decorated
 
 
 def _cached_async_function(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> Any:
-        if this.switches.are_on:
-            return await this.call_async(args, kwargs)
         try:
-            entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
-        except Exception:  # noqa: BLE001 - as above
-            entry = None
-        if entry is not None:
-            return entry[0]
-        begun = this.begin(args, kwargs) if this.fetch is None else await this.begin_async(args, kwargs)
-        if begun.__class__ is tuple:
-            return begun[0]
-        return await this.drive_async(begun, this.function, this.plan.name)
+            if this.switches.are_on:
+                return await this.call_async(args, kwargs)
+            try:
+                entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
+            except Exception:  # noqa: BLE001 - as above
+                entry = None
+            if entry is not None:
+                return entry[0]
+            begun = this.begin(args, kwargs) if this.fetch is None else await this.begin_async(args, kwargs)
+            if begun.__class__ is tuple:
+                return begun[0]
+            return await this.drive_async(begun, this.function, this.plan.name)
+        except Exception as error:
+            this.shorten(error)
+            raise
 
     return decorated
 
 
 def _async_function(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> Any:
-        if not this.is_direct or this.switches.are_on:
-            return await this.call_async(args, kwargs)
-        this.count()
-        started = this.clock.now()
         try:
-            return await this.function(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - as above
-            call = this.new_call(args, kwargs, started=started, failure=error)
-        return await this.go_on_async(call)
+            if not this.is_direct or this.switches.are_on:
+                return await this.call_async(args, kwargs)
+            this.count()
+            started = this.clock.now()
+            try:
+                return await this.function(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - as above
+                call = this.new_call(args, kwargs, started=started, failure=error)
+            return await this.go_on_async(call)
+        except Exception as error:
+            this.shorten(error)
+            raise
 
     return decorated
 
 
 def _generator(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        source, item = this.call(args, kwargs)
+        try:
+            source, item = this.call(args, kwargs)
+        except Exception as error:
+            this.shorten(error)
+            raise
         if source is None:
             return item
         try:
@@ -120,7 +140,11 @@ def _generator(this: Decoration) -> Callable[..., Any]:
 
 def _async_generator(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        source, item = await this.call_async(args, kwargs)
+        try:
+            source, item = await this.call_async(args, kwargs)
+        except Exception as error:
+            this.shorten(error)
+            raise
         if source is None:
             return
         try:

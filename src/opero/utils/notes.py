@@ -6,8 +6,13 @@ import contextlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from opero.exceptions import OperoError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from types import TracebackType
+
+IN_THE_WORKER = "in the worker:\n"
 
 
 def add_note(error: BaseException, note: str, *, instead_of: str | None = None) -> None:
@@ -47,11 +52,58 @@ def folded(errors: Sequence[Exception]) -> list[Exception]:
     """One of those that have the same class and text and were raised in the same line, with a note of how many."""
     alike: dict[Any, list[Exception]] = {}
     for error in errors:
+        error.__traceback__ = users_part(error.__traceback__)
         alike.setdefault((type(error), describe(error), _raised_in(error)), []).append(error)
     for first, *others in alike.values():
         if others:
             add_note(first, f"opero: raised {len(others) + 1} times", instead_of="opero: raised ")
     return [same[0] for same in alike.values()]
+
+
+def shorten(error: BaseException) -> None:
+    """Leave one frame of opero's in a traceback: that in which this is called, which the error passes through.
+
+    Where nothing of the user's follows, the frame that raised stays, too, unless the error is one of opero's own, or
+    one of a worker's, which tells in a note where it was raised.
+    """
+    # Whatever the error's attributes do, it is the error that is raised.
+    with contextlib.suppress(Exception):
+        trace = error.__traceback__
+        assert trace is not None  # noqa: S101 - for the type checkers
+        rest = users_part(trace.tb_next)
+        is_told = isinstance(error, OperoError) or any(map(is_of_worker, getattr(error, "__notes__", ())))
+        if rest is None and not is_told:
+            rest = trace.tb_next
+            while rest is not None and rest.tb_next is not None:
+                rest = rest.tb_next
+        trace.tb_next = rest
+
+
+class Shortened:
+    """A block from which errors come with no other frame of opero's than its own; see `shorten`."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, Exception):
+            shorten(error)
+
+
+def is_of_worker(note: object) -> bool:
+    """Whether this is the note by which an error tells where in a worker it was raised."""
+    return str(note).startswith(IN_THE_WORKER)
+
+
+def users_part(trace: TracebackType | None) -> TracebackType | None:
+    """What follows the frames of opero's, and of the event loop in a worker thread, with which a traceback begins."""
+    while trace is not None and _package_of(trace) in {"opero", "asyncio"}:
+        trace = trace.tb_next
+    return trace
+
+
+def _package_of(trace: TracebackType) -> str:
+    return str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def _raised_in(error: BaseException) -> Any:
