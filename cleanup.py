@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -84,6 +85,11 @@ WILD = Environment(".venv-wild", extras=("redis",), groups=("wild",))
 # The reference is made by importing what it is about, telemetry included.
 DOCS = Environment(".venv-docs", extras=("opentelemetry", "prometheus"), groups=("docs",))
 SITE = "docs/_build/html"
+RELEASE = Environment(".venv-release", extras=(), groups=("release",))
+DIST = ROOT / "dist"
+# What the wheel is tried by in an environment without anything else: examples, and tests of its own.
+TESTS_OF_WHEEL = ("tests/wheel", "README.md", "docs/tutorial.md", "docs/topics", "--ignore=docs/topics/events.md")
+NEEDED_BY_TESTS_OF_WHEEL = ("pytest", "pytest-timeout", "sybil")
 
 
 def demo(*arguments: str) -> int:
@@ -146,6 +152,15 @@ def docs() -> int:
     return code or _run(python, "docs/check_links.py", SITE)
 
 
+def build() -> int:
+    """Build wheel and sdist into dist/, and try the wheel in empty environments, without extras and with all."""
+    python = _python_of(RELEASE)
+    shutil.rmtree(DIST, ignore_errors=True)
+    code = _run(python, "-m", "build", "--outdir", DIST)
+    code = code or _run(python, "-m", "twine", "check", "--strict", *DIST.iterdir())
+    return code or _try_wheel("") or _try_wheel("[all]")
+
+
 def bench(*arguments: str) -> int:
     """Run benchmarks/run.py; further arguments go to it."""
     return _run(_python_of(DEVELOPMENT), "benchmarks/run.py", *arguments)
@@ -196,12 +211,24 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "wild": wild,
     "lint": lint,
     "docs": docs,
+    "build": build,
     "bench": bench,
     "status": status,
     "venv": venv,
     "install": install,
 }
 PASS_ARGUMENTS_ON = {"demo", "test", "soak", "wild", "bench"}
+
+
+def _try_wheel(extras: str) -> int:
+    """Install the wheel in dist/ where nothing else is, and test it; the exit code."""
+    (wheel,) = DIST.glob("*.whl")
+    with tempfile.TemporaryDirectory() as folder:
+        empty = Environment(folder, extras=(), groups=())
+        _create(empty)
+        _say(f"Trying {wheel.name}{extras} there ...")
+        _install(empty, [f"{wheel}{extras}", *NEEDED_BY_TESTS_OF_WHEEL])
+        return _run(empty.python, "-m", "pytest", "-p", "no:cacheprovider", *TESTS_OF_WHEEL)
 
 
 def _pytest(environment: Environment, *arguments: str) -> int:
@@ -332,7 +359,10 @@ def _create(environment: Environment) -> None:
 
 def _install_packages(environment: Environment) -> None:
     _say(f"Installing opero and what it is developed with into {environment.name} ...")
-    wanted = ["--editable", f".[{','.join(environment.extras)}]", *_group_requirements(environment)]
+    _install(environment, ["--editable", f".[{','.join(environment.extras)}]", *_group_requirements(environment)])
+
+
+def _install(environment: Environment, wanted: list[str]) -> None:
     if not (_install_with_uv(environment.python, wanted) or _install_with_pip(environment.python, wanted)):
         raise CleanupError(
             "The packages could not be installed; the reason stands above."
