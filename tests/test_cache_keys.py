@@ -538,6 +538,8 @@ OBJECTS = np.array([1, "a", None], dtype=object)
 OTHER_OBJECTS = np.array([True, "a", None], dtype=object)
 
 UNLIKE = {
+    "lists of two types": (list[int], list[str]),
+    "list of a type and class": (list[int], list),
     "int and bool": (1, True),
     "int and float": (1, 1.0),
     "float and bool": (1.0, True),
@@ -736,6 +738,8 @@ LIKE = {
     "duration": lambda: dt.timedelta(seconds=5),
     "UUID": lambda: uuid.UUID(int=5),
     "class": lambda: Point,
+    "list of a type": lambda: list[int],
+    "one of two types": lambda: int | list[str],
     "class that has keys for its instances": lambda: Keyed,
     "class of enum members": lambda: Color,
     "function": lambda: math.sqrt,
@@ -921,6 +925,22 @@ def test_a_new_instance_at_the_address_of_an_old_one_is_not_taken_for_it(world):
         assert world.run(obj.method) == n
         del obj
     assert len(addresses) < 200
+
+
+class Client:
+    def __init__(self, url):
+        self.url = url
+
+    @functools.cached_property
+    def session(self):
+        return threading.Lock()
+
+
+def test_what_a_cached_property_keeps_is_no_part_of_the_key():
+    used = Client("a")
+    assert used.session is used.session
+    assert share_an_entry(Client("a"), used)
+    assert not share_an_entry(used, Client("b"))
 
 
 class Unhashable:

@@ -65,6 +65,12 @@ MAKERS = {
     "range": lambda: pd.RangeIndex(3),
     "index": lambda: pd.Index([0, 1, 2]),
     "several levels": lambda: pd.MultiIndex.from_tuples([(1, 2)]),
+    "names of several levels": lambda: pd.MultiIndex.from_tuples([(1, 2)], names=["a", "b"]),
+    "days": lambda: pd.date_range("2020", periods=3),
+    "days without a frequency": lambda: pd.DatetimeIndex(["2020-01-01", "2020-01-02", "2020-01-03"]),
+    "days in Rome": lambda: pd.date_range("2020", periods=3, tz="Europe/Rome"),
+    "missing date": lambda: pd.Series(pd.to_datetime(["2020-01-01", None]).tz_localize("UTC")),
+    "missing text": lambda: pd.Series(["a", None], dtype="string"),
 }
 
 
@@ -84,3 +90,18 @@ def test_how_columns_are_grouped_in_memory_does_not_matter():
     two["b"] = [3, 4]
 
     assert key_of_value(one) == key_of_value(two)
+
+
+def test_what_an_index_has_found_out_of_itself_does_not_matter():
+    fresh, used = (pd.DataFrame({"a": range(3)}, index=pd.date_range("2020", periods=3, tz="UTC")) for _ in range(2))
+    assert used.loc["2020-01-02", "a"] == 1
+    assert [*used.index.year] == [2020] * 3
+    assert repr(used)
+
+    assert key_of_value(fresh) == key_of_value(used)
+
+
+def test_levels_of_an_index_that_no_label_has_do_not_matter():
+    pairs = pd.Series([1, 2], index=pd.MultiIndex.from_tuples([("a", 1), ("b", 2)]))
+
+    assert key_of_value(pairs.iloc[:1]) == key_of_value(pd.Series([1], index=pd.MultiIndex.from_tuples([("a", 1)])))

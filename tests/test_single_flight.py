@@ -861,6 +861,53 @@ class TestForks:
         assert answers == ["[(0, 1), None, (0, 1), 0]"] * 20
 
 
+# Runs that need each other's results
+
+
+@pytest.fixture(params=["memory", "disk"])
+def cache(request, tmp_path):
+    return opero.Cache(
+        backend=request.param, namespace="f", **({"cache_dir": tmp_path} if request.param == "disk" else {})
+    )
+
+
+def test_two_threads_that_come_to_need_each_others_results_get_them(cache):
+    both, runs = threading.Barrier(2), []
+
+    @opero.opero(cache=cache, retries=0)
+    def f(x):
+        runs.append(x)
+        if len(runs) > 2:
+            return x
+        both.wait(SECONDS)
+        return f(1 - x)
+
+    assert set(results([started(f, x) for x in (0, 1)])) <= {0, 1}
+    assert len(runs) in {3, 4}
+
+
+def test_two_tasks_that_come_to_need_each_others_results_get_them(cache):
+    runs = []
+
+    async def main():
+        both = asyncio.Event()
+
+        @opero.opero(cache=cache, retries=0)
+        async def f(x):
+            runs.append(x)
+            if len(runs) == 2:
+                both.set()
+            if len(runs) > 2:
+                return x
+            await both.wait()
+            # By tasks of its own: it waits for several at once.
+            return (await asyncio.gather(f(1 - x), f(("other", x))))[0]
+
+        return await asyncio.wait_for(asyncio.gather(f(0), f(1)), SECONDS)
+
+    assert set(asyncio.run(main())) <= {0, 1}
+
+
 # Streams that nobody pulls
 
 

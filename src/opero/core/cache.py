@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from opero.core.decoration import F, decorator
-from opero.core.flights import Flight, Seat
+from opero.core.flights import Badge, Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.plan import CacheInfo, Final, Plan
 from opero.core.retry import RetryPolicy
@@ -210,10 +210,13 @@ class ResultCache:
                 flight = flights.board(own)
                 if flight is own:
                     return (yield from self._lead(flight, call, compute, stats))
-                if _would_wait_for_ever(call, flight):
+                with _waiting_for(flight):
+                    is_knot = _would_wait_for_ever(call, flight)
+                    if not is_knot:
+                        yield Await(Seat(flight, call.time_left))
+                if is_knot:
                     stats.flown.tick()
                     return (yield from compute())
-                yield Await(Seat(flight, call.time_left))
                 if not flight.landed:
                     return self._out_of_time(stats)
                 if not flight.abandoned:
@@ -395,9 +398,22 @@ def _fresh(error: Exception) -> Exception:
     return made
 
 
+@contextlib.contextmanager
+def _waiting_for(flight: Flight) -> Iterator[None]:
+    """Let the others know, before looking at them: of two that come to wait for each other one has to see it."""
+    waiting = [badge for badge in leading.get() if isinstance(badge, Badge)]
+    for badge in waiting:
+        badge.waits_for.append(flight.badge)
+    try:
+        yield
+    finally:
+        for badge in waiting:
+            badge.waits_for.remove(flight.badge)
+
+
 def _would_wait_for_ever(call: Call, flight: Flight) -> bool:
-    """Whether it is part of that call, or its thread has to go on for that, or a stream that nobody pulls leads it."""
-    if flight.badge in leading.get() or (call.blocks and flight.thread == threading.get_ident()):
+    """Whether that call waits for this one, or for its thread to go on, or a stream that nobody pulls leads it."""
+    if flight.badge.needs(leading.get()) or (call.blocks and flight.thread == threading.get_ident()):
         return True
     return flight.presence is not None and flight.presence.is_away
 

@@ -43,6 +43,11 @@ _SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}
 _OF_NAMES = re.compile(r"\w+: (cannot pickle '[^']*' object|Can't (pickle|get) local object '[^']*')")
 
 
+def is_class(value: Any) -> bool:
+    """Whether it is a class; ``list[int]`` only says that it is."""
+    return issubclass(type(value), type)
+
+
 class UncacheableError(TypeError):
     """A value that cannot be told apart from others."""
 
@@ -121,7 +126,7 @@ def spelling_of(value: Any) -> bytes:
     """
     found = _at_once(value)
     if found is None:
-        found = _class_spelling(value) if isinstance(value, type) else _taken_apart(value)
+        found = _class_spelling(value) if is_class(value) else _taken_apart(value)
     return found
 
 
@@ -142,7 +147,7 @@ def _taken_apart(value: Any) -> bytes:
     known: dict[int, tuple[Any, bytes]] = {}
     stack: list[_Node] = []
     count = 0
-    is_class = isinstance(value, type)
+    are_parts = is_class(value)
     part = value
     while True:
         try:
@@ -158,7 +163,7 @@ def _taken_apart(value: Any) -> bytes:
             node.number = count = count + 1
             depths[id(part)] = len(stack)
             stack.append(node)
-        while (part := _next_part(stack[-1], depths, known, are_parts=is_class)) is _NO_MORE:
+        while (part := _next_part(stack[-1], depths, known, are_parts=are_parts)) is _NO_MORE:
             node = stack.pop()
             depth = depths.pop(id(node.value))
             digest = node.digest()
@@ -190,7 +195,7 @@ def _next_part(node: _Node, depths: dict[int, int], known: dict[int, tuple[Any, 
                 found = _digest("inside", marshal.dumps(len(depths) - depths[id(part)], _MARSHAL_VERSION))
             elif id(part) in known:
                 found = known[id(part)][1]
-            elif isinstance(part, type) and not are_parts:
+            elif not are_parts and is_class(part):
                 found = _class_spelling(part)
             else:
                 node.is_flat = False
@@ -212,7 +217,7 @@ def _at_once(value: Any) -> bytes | None:  # noqa: PLR0911 - one for each kind
         return _bare_objects.setdefault(id(value), (value, _digest("object", os.urandom(SIZE))))[1]
     if kind in {list, tuple} and _LEAVES.issuperset(map(type, value)):
         return _digest(kind.__name__, marshal.dumps(value, _MARSHAL_VERSION))
-    if isinstance(value, type):
+    if is_class(value):
         if not _is_importable(value):
             return None
         return _digest("type", marshal.dumps((_module_of(value), value.__qualname__), _MARSHAL_VERSION))
@@ -244,7 +249,7 @@ def _opened(value: Any) -> _Node:  # noqa: PLR0911 - one for each kind
         return _Node(value, kind.__name__, value)
     if kind is _Bag:
         return _Node(value, "pairs" if value.in_pairs else "elements", value.values)
-    if isinstance(value, type):
+    if is_class(value):
         return _Node(value, "class", [*_parts_of_class(value)])
     if kind in _PARTS:
         return _Node(value, kind.__name__, [*_PARTS[kind](value)])
@@ -359,6 +364,7 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     classmethod: lambda value: (undecorated(value.__func__),),
     staticmethod: lambda value: (undecorated(value.__func__),),
     property: lambda value: (value.fget, value.fset, value.fdel),
+    functools.cached_property: lambda value: (undecorated(value.func),),
 }
 
 
@@ -366,7 +372,7 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
 
 
 @functools.cache
-def _parts_by_base_of(*_modules: bool) -> tuple[tuple[type, Callable[[Any], Iterable[Any]]], ...]:
+def _parts_by_base_of(*loaded: str) -> tuple[tuple[type, Callable[[Any], Iterable[Any]]], ...]:
     import pathlib
 
     found: list[tuple[type, Callable[[Any], Iterable[Any]]]] = [
@@ -375,17 +381,27 @@ def _parts_by_base_of(*_modules: bool) -> tuple[tuple[type, Callable[[Any], Iter
         (frozenset, lambda value: (_Bag(value),)),
         (pathlib.PurePath, lambda value: (str(value),)),
     ]
-    if "numpy" in sys.modules:
+    if "numpy" in loaded:
         found.append((sys.modules["numpy"].ndarray, _parts_of_array))
-    if "pandas" in sys.modules:
+    if "pandas" in loaded:
         pandas = sys.modules["pandas"]
-        found += [(pandas.DataFrame, _parts_of_frame), (pandas.Series, _parts_of_column)]
+        found += [
+            (pandas.DataFrame, _parts_of_frame),
+            (pandas.Series, _parts_of_column),
+            (pandas.Index, _parts_of_index),
+        ]
+    if "polars" in loaded:
+        polars = sys.modules["polars"]
+        found += [(polars.DataFrame, lambda value: value.get_columns()), (polars.Series, _parts_of_polars)]
     return tuple(found)
 
 
 def _parts_by_base() -> tuple[tuple[type, Callable[[Any], Iterable[Any]]], ...]:
-    # Of pandas, a module that is being imported has no classes yet.
-    return _parts_by_base_of("numpy" in sys.modules, hasattr(sys.modules.get("pandas"), "DataFrame"))
+    # A module that is being imported may have no classes yet.
+    return _parts_by_base_of(*(module for module, name in _BASES if hasattr(sys.modules.get(module), name)))
+
+
+_BASES = (("numpy", "ndarray"), ("pandas", "DataFrame"), ("polars", "DataFrame"))
 
 
 def _parts_of_array(array: Any) -> tuple[Any, ...]:
@@ -400,20 +416,41 @@ def _parts_of_array(array: Any) -> tuple[Any, ...]:
 
 def _parts_of_frame(frame: Any) -> tuple[Any, ...]:
     """The columns one by one: how they are grouped in memory does not matter."""
-    columns = [_values_of_column(frame.iloc[:, place]) for place in range(frame.shape[1])]
+    columns = [_values_of_pandas(frame.iloc[:, place]) for place in range(frame.shape[1])]
     return (frame.columns, frame.index, columns, _parts_beside_pandas(frame))
 
 
 def _parts_of_column(column: Any) -> tuple[Any, ...]:
-    return (column.name, column.index, _values_of_column(column), _parts_beside_pandas(column))
+    return (column.name, column.index, _values_of_pandas(column), _parts_beside_pandas(column))
 
 
-def _values_of_column(column: Any) -> tuple[Any, ...]:
-    if isinstance(column.dtype, sys.modules["numpy"].dtype):
+def _parts_of_index(index: Any) -> tuple[Any, ...]:
+    """Without what it has found out of itself meanwhile, and without levels that no label has."""
+    names = list(index.names)
+    if isinstance(index, sys.modules["pandas"].RangeIndex):
+        return (names, range(index.start, index.stop, index.step))
+    levels = [index.get_level_values(level) for level in range(index.nlevels)] if index.nlevels > 1 else [index]
+    return (names, [(_values_of_pandas(level), getattr(level, "freq", None)) for level in levels])
+
+
+def _values_of_pandas(column: Any) -> tuple[Any, ...]:
+    values, dtype = column.array, column.dtype
+    if isinstance(dtype, sys.modules["numpy"].dtype):
         return (column.to_numpy(),)
-    # What pandas has under a mask, or in which chunks, does not matter; what others keep besides does.
-    is_of_pandas = type(column.array).__module__.startswith("pandas.")
-    return (column.dtype, column.tolist() if is_of_pandas else column.array)
+    if not type(values).__module__.startswith("pandas."):
+        # Others may keep something besides.
+        return (dtype, values)
+    if hasattr(values, "asi8"):
+        # Times, by the numbers that they are kept as.
+        return (dtype, values.asi8)
+    # What pandas has under a mask, or in which chunks, does not matter.
+    is_missing = values.isna()
+    return (dtype, is_missing, values[~is_missing].tolist())
+
+
+def _parts_of_polars(series: Any) -> tuple[Any, ...]:
+    # In which chunks the values lie does not matter, nor whether polars knows of an order: all say the same of both.
+    return (_reduction(series.rechunk().set_sorted())[2],)
 
 
 def _parts_beside_pandas(value: Any) -> tuple[Any, ...]:
@@ -436,7 +473,7 @@ def _parts_by_pickle(value: Any) -> Iterator[Any]:
     maker: Any
     arguments: Any
     maker, arguments, state, items, pairs, setter = (*reduction, None, None, None, None)[:6]
-    yield from (_maker(maker), [None if part is kind else part for part in arguments], state, setter)
+    yield from (_maker(maker), [None if part is kind else part for part in arguments], _own(state, kind), setter)
     yield None if items is None else list(items)
     if isinstance(value, collections.OrderedDict):
         yield list(pairs or ())
@@ -496,12 +533,36 @@ def _beside(value: Any, base: type) -> dict[str, Any] | None:
             is_private = name[:2] == "__" and name[-2:] != "__"
             slots.append(f"_{owner.__name__.lstrip('_')}{name}" if is_private else name)
     added = {name: getattr(value, name) for name in slots if name not in _NO_SLOTS and hasattr(value, name)}
-    if not base.__dictoffset__:
-        added |= getattr(value, "__dict__", {})
+    # `list[int]` has none, and shows that of `list`.
+    if type(value).__dictoffset__ and not base.__dictoffset__:
+        added |= _own(vars(value), type(value))
     return added or None
 
 
-_NO_SLOTS = frozenset({"__dict__", "__weakref__"})
+# msgspec keeps the hash of an instance in the last one.
+_NO_SLOTS = frozenset({"__dict__", "__weakref__", "__msgspec_cached_hash__"})
+
+
+def _own(state: Any, kind: type) -> Any:
+    """The state without what cached properties keep: it comes of the rest, and may be a session or a lock."""
+    names = _cached_properties(kind)
+    if not names or not isinstance(state, dict):
+        return state
+    # pydantic has the attributes one level deeper.
+    return {name: _own(part, kind) if name == "__dict__" else part for name, part in state.items() if name not in names}
+
+
+def _cached_properties(kind: type) -> frozenset[str]:
+    found = _cached.get(kind)
+    if found is None:
+        members = {name: member for owner in reversed(kind.__mro__) for name, member in list(vars(owner).items())}
+        # Those of Django and werkzeug, too.
+        names = (name for name, member in members.items() if type(member).__name__ == "cached_property")
+        found = _cached[kind] = frozenset(names)
+    return found
+
+
+_cached: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
 # Which function is it?

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from opero.core.forks import watch_forks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from types import TracebackType
 
 
@@ -19,6 +19,28 @@ class Presence:
 
     def __init__(self) -> None:
         self.is_away = False
+
+
+class Badge:
+    """Stands for a computation in frames that may end up in the traceback of its outcome; knows for which it waits."""
+
+    __slots__ = ("waits_for",)
+
+    def __init__(self) -> None:
+        self.waits_for: list[Badge] = []
+
+    def needs(self, others: Collection[object]) -> bool:
+        """Whether it is one of the others, or waits for one, itself or by those that it waits for."""
+        seen: set[Badge] = set()
+        left = [self]
+        while left:
+            badge = left.pop()
+            if badge in others:
+                return True
+            if badge not in seen:
+                seen.add(badge)
+                left += badge.waits_for.copy()
+        return False
 
 
 class Flight:
@@ -41,8 +63,7 @@ class Flight:
     def __init__(self, key: Any, presence: Presence | None = None) -> None:
         self.key = key
         self.presence = presence
-        # Stands for the flight in frames that may end up in the traceback of its outcome.
-        self.badge = object()
+        self.badge = Badge()
         self.thread = threading.get_ident()
         self.landed = False
         self.abandoned = False

@@ -1,0 +1,106 @@
+"""What other libraries make as arguments of cached functions: alike ones have one key, all others do not."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import attrs
+import msgspec
+import polars as pl
+import pydantic
+import pytest
+
+from opero.core.keys import key_of_value
+
+
+class Model(pydantic.BaseModel):
+    value: Any
+    _private: int = pydantic.PrivateAttr(0)
+
+    @functools.cached_property
+    def length(self) -> int:
+        return len(repr(self.value))
+
+
+@attrs.define
+class Attrs:
+    value: Any
+    note: Any = attrs.field(default=None, eq=False)
+
+
+@attrs.frozen(cache_hash=True)
+class FrozenAttrs:
+    value: Any
+
+
+class Struct(msgspec.Struct):
+    value: Any
+
+
+class FrozenStruct(msgspec.Struct, frozen=True, cache_hash=True):
+    value: Any
+
+
+def private(number):
+    made = Model(value=1)
+    made._private = number
+    return made
+
+
+MAKERS = {
+    "pydantic": lambda: Model(value=1),
+    "pydantic, bool": lambda: Model(value=True),
+    "pydantic, private": lambda: private(1),
+    "pydantic, secret": lambda: pydantic.SecretStr("a"),
+    "pydantic, URL": lambda: pydantic.HttpUrl("https://a.example"),
+    "attrs": lambda: Attrs(1),
+    "attrs, bool": lambda: Attrs(True),
+    "attrs, left out of the comparison": lambda: Attrs(1, 2),
+    "attrs, frozen": lambda: FrozenAttrs(1),
+    "msgspec": lambda: Struct(1),
+    "msgspec, bool": lambda: Struct(True),
+    "msgspec, frozen": lambda: FrozenStruct(1),
+    "polars": lambda: pl.DataFrame({"a": [1, 2], "b": ["x", None]}),
+    "polars, other type": lambda: pl.DataFrame({"a": [1, 2], "b": ["x", None]}, schema_overrides={"a": pl.Int8}),
+    "polars, other value": lambda: pl.DataFrame({"a": [1, 3], "b": ["x", None]}),
+    "polars, other name": lambda: pl.DataFrame({"a": [1, 2], "c": ["x", None]}),
+    "polars, column": lambda: pl.Series("a", [1, 2]),
+    "polars, names": lambda: pl.Series("a", ["x"], dtype=pl.Enum(["x", "y"])),
+    "polars, names in another order": lambda: pl.Series("a", ["x"], dtype=pl.Enum(["y", "x"])),
+    "polars, expression": lambda: pl.col("a") + 1,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_alike_ones_have_one_key(name):
+    assert key_of_value(MAKERS[name]()) == key_of_value(MAKERS[name]())
+
+
+def test_unlike_ones_never_have():
+    keys = {name: key_of_value(make()) for name, make in MAKERS.items()}
+
+    assert [pair for pair in itertools.combinations(keys, 2) if keys[pair[0]] == keys[pair[1]]] == []
+
+
+USES = {
+    "hash of attrs": (lambda: FrozenAttrs(1), hash),
+    "hash of msgspec": (lambda: FrozenStruct(1), hash),
+    "cached property of pydantic": (lambda: Model(value=1), lambda model: model.length),
+    "order that polars has found": (lambda: pl.Series("a", [1, 2]), lambda series: series.sort(in_place=True)),
+}
+
+
+@pytest.mark.parametrize(("make", "use"), USES.values(), ids=USES)
+def test_what_an_object_keeps_of_its_use_is_no_part_of_its_key(make, use):
+    used = make()
+    use(used)
+
+    assert key_of_value(used) == key_of_value(make())
+
+
+def test_the_chunks_of_a_polars_frame_do_not_matter():
+    parts = [pl.DataFrame({"a": [number]}) for number in (2, 1)]
+
+    assert key_of_value(pl.concat(parts, rechunk=False)) == key_of_value(pl.DataFrame({"a": [2, 1]}))
