@@ -15,6 +15,7 @@ import queue
 import signal
 import sqlite3
 import subprocess
+import sys
 import textwrap
 import threading
 import uuid
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The tests start hundreds of programs and workers, each of which would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Fork servers import what the workers of the tests need once, and not in each worker.
 multiprocessing.set_forkserver_preload(["pytest", "numpy", "loky", "opero.concurrency.processes"])
