@@ -59,13 +59,6 @@ def join_unless_left(threads: list[threading.Thread], is_left: Callable[[], bool
             thread.join(0.05)
 
 
-def not_waited_for(block: Callable[[], None]) -> None:
-    """Run ``block`` in a thread of its own, because it waits for this one."""
-    thread = threading.Thread(target=block, name="opero-stop", daemon=True)
-    with Hold(), suppress(RuntimeError):  # the interpreter is about to end, and starts no more threads
-        thread.start()
-
-
 async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
     """Run ``stop`` in a thread that ends with it; not interrupted by cancellation, which is passed on afterwards.
 

@@ -74,6 +74,7 @@ class ExecutorPool:
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
     largest_batch = LARGEST_BATCH
+    can_rest = True
     kill = prepare = None
 
     def __init__(
@@ -127,19 +128,22 @@ class ExecutorPool:
         self._hand_out()
         return known
 
+    def rest(self) -> None:
+        """What is in the executor has come back."""
+
     def take_on(self, work: Work) -> None:
         self._carrier = None if self._carrier is None else type(self._carrier)(work)
         self._work = work
-
-    def runs_here(self) -> bool:
-        return self._carrier is not None and self._carrier.runs_here()
 
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Withdraw what has not begun, wait for what has, and shut down an executor that was made here.
 
         After Ctrl-C the processes of such an executor are ended; what runs in threads can be left to itself.
         """
-        is_over = self._wait_for([future for future in self._in_flight if not future.cancel()], is_left)
+        running = [future for future in self._in_flight if not future.cancel()]
+        # The garbage collector ends an abandoned stream in any thread, also in one that runs an item of it.
+        runs_here = isinstance(self._carrier, _ByReference) and threading.get_ident() in self._carrier.threads
+        is_over = not runs_here and self._wait_for(running, is_left)
         if self._is_last_user():
             self._executor.shutdown(wait=is_over)
 
@@ -314,7 +318,7 @@ class _ByReference:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._context = contextvars.copy_context()
-        self._threads: set[int] = set()
+        self.threads: set[int] = set()
         self._sendings = itertools.count()
         self._waiting: set[int] = set()
 
@@ -322,9 +326,6 @@ class _ByReference:
         sending = next(self._sendings)
         self._waiting.add(sending)
         return self._run_here, batch, sending
-
-    def runs_here(self) -> bool:
-        return threading.get_ident() in self._threads
 
     def forget(self, sending: int) -> None:
         self._waiting.discard(sending)
@@ -334,12 +335,12 @@ class _ByReference:
             return None
         self._waiting.discard(sending)
         thread = threading.get_ident()
-        self._threads.add(thread)
+        self.threads.add(thread)
         try:
             how = How(self._context, batch.mark)
             return _run(self._work, batch.items, batch.candidate, batch.time_limit, how)
         finally:
-            self._threads.discard(thread)
+            self.threads.discard(thread)
 
     def open(self, batch: Batch, answer: Report) -> Done:
         return Done(batch, answer.values, answer.errors, answer.seconds)
@@ -361,9 +362,6 @@ class _ByValue:
         payload = self._packer.batch(batch)
         self._numbers += 1
         return run_parcel, self._digest, along, payload, f"{self._pool}-{self._numbers}"
-
-    def runs_here(self) -> bool:
-        return False
 
     def forget(self, sending: str) -> None:
         """An executor of processes that takes no batch does not run it."""

@@ -228,6 +228,7 @@ class ProcessPool:
 
     most_in_batch = LARGEST_BATCH
     runs_together = False
+    can_rest = True
     at_once = 1
 
     def __init__(
@@ -249,7 +250,7 @@ class ProcessPool:
         start_method = start_method or start_method_of_the_program()
         self._method_is_given = start_method is not None
         self._name = name_of(work.function)
-        self._size = workers
+        self._size = self._most_workers = workers
         self._use(start_method or default_start_method())
         watch_forks(self)
         self._multi_pool: Any = None
@@ -290,7 +291,7 @@ class ProcessPool:
         ready = [worker for worker in self._workers if worker.is_ready or not self._is_paced]
         # A worker that may run no further items only ends what it has.
         count = sum(self.at_once if worker.room else min(self.at_once, len(worker.batches)) for worker in ready)
-        return count if self._is_paced else count + self.at_once * (self._size - len(self._workers))
+        return count if self._is_paced else count + self.at_once * max(0, self._size - len(self._workers))
 
     @property
     def largest_batch(self) -> int:
@@ -302,10 +303,13 @@ class ProcessPool:
 
     def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:
         self._inbox = inbox
-        self._size = self._size if most_batches is None else max(1, min(self._size, most_batches))
+        self._size = self._most_workers if most_batches is None else max(1, min(self._most_workers, most_batches))
         self._is_paced = is_paced
         # A stream that is still open when the program ends is closed too late: threads and modules are gone by then.
+        atexit.unregister(self.stop)
         atexit.register(self.stop)
+        for worker in self._workers:
+            self._listen_to(worker)
 
     def prepare(self) -> None:
         """Start workers for calls that take no slot before one of them is ready."""
@@ -327,6 +331,9 @@ class ProcessPool:
                     return False
                 worker.end_soon()
         return True
+
+    def rest(self) -> None:
+        self._turn_away_from(*self._workers)
 
     def take_on(self, work: Work) -> None:
         arguments = self._packer.arguments(work)
@@ -356,9 +363,6 @@ class ProcessPool:
         else:
             return self._worker_reports(worker, payload, is_last=kind == REPORT)
         return None
-
-    def runs_here(self) -> bool:
-        return False
 
     async def stop_async(self) -> None:
         # Here: an event loop is told by its own thread.
@@ -414,7 +418,7 @@ class ProcessPool:
                 theirs.close()
             worker = Worker(process, ours, self._marks, place, self._most_items)
             self._workers.append(worker)
-            self._inbox.listen(ours, lambda: self._hear(worker))
+            self._listen_to(worker)
 
     def _open(self) -> None:
         from multiprocessing.heap import Arena
@@ -424,8 +428,8 @@ class ProcessPool:
         _preload(module_of(self._work.function))
         # A worker that has ended makes room for the next one before this has been seen.
         # No array in memory that the program's own shared values have, too: a pipe to it can be passed on only once.
-        self._marks = Arena(16 * self._size)
-        self._free_marks = list(range(2 * self._size))
+        self._marks = Arena(16 * self._most_workers)
+        self._free_marks = list(range(2 * self._most_workers))
         factory: Any = lambda nodes: Processes()  # noqa: ARG005, E731 - MultiPool calls it with nodes=
         self._multi_pool = MultiPool(pool_class=factory, nodes=self._size)
         self._processes = self._multi_pool.__enter__()
@@ -506,6 +510,10 @@ class ProcessPool:
                     worker.is_deaf = True
                     self._inbox.forget(worker.pipe)
                 self._inbox.put((worker, message))
+
+    def _listen_to(self, worker: Worker) -> None:
+        worker.is_deaf = False
+        self._inbox.listen(worker.pipe, lambda: self._hear(worker))
 
     def _turn_away_from(self, *workers: Worker) -> None:
         with self._hearing:

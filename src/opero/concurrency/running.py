@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.ctrl_c import not_waited_for
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import make_progress
@@ -18,7 +17,7 @@ from opero.core.listeners import switches
 from opero.core.signature import parameter_slot
 from opero.core.steps import consult, consult_async
 from opero.exceptions import OperoError
-from opero.utils.notes import Shortened, shorten
+from opero.utils.notes import shorten
 
 if TYPE_CHECKING:
     from opero.concurrency.inbox import Inbox
@@ -155,6 +154,7 @@ class _Run:
         slot = None if plan.fallback is None else parameter_slot(plan.function, plan.fallback.parameter, "arg_fallback")
         # A worker is sent each candidate when it is its turn, and never all of them, which are often secrets.
         sent = shape if slot is None else shape.without(slot)
+        self._pools = settings.pools
         self.pool = settings.pools.pool_for(Work(plan.function, plan.is_async, sent, slot))
         self._inbox = inbox
         self._source = source
@@ -229,6 +229,14 @@ class _Run:
             elif not scheduler.consultations():
                 return
 
+    def keeps_pool(self) -> bool:
+        """Let another map have the pool, if somebody wants to keep it and nothing runs in it."""
+        return self._scheduler.is_sound and self._scheduler.is_idle and self._pools.keep(self.pool)
+
+    def is_interrupted(self) -> None:
+        """Something may be half done, and an event lost."""
+        self._scheduler.is_sound = False
+
     def close(self) -> None:
         """Give up what has not ended; the pool is stopped by the driver."""
         self.is_closed = True
@@ -242,12 +250,15 @@ def run_blocking(
     """Run a map by blocking; yields what the sink hands out."""
     inbox = BlockingInbox()
     source = IteratorSource(items)
-    # The first one imports packages.
-    with Hold():
-        run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
+    run: _Run | None = None
     try:
-        with Shortened():
-            yield from _drive_blocking(run, inbox)
+        # The first one imports packages; and an idle pool that is taken must be given back.
+        with Hold():
+            run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
+        yield from _drive_blocking(run, inbox)
+    except BaseException as error:
+        _note_end(run, error)
+        raise
     finally:
         with Hold() as hold:
             _tidy_up(run, inbox, hold)
@@ -273,25 +284,26 @@ def _drive_blocking(run: _Run, inbox: BlockingInbox) -> Iterator[Outcome[Any, An
             events = inbox.collect(step.seconds, is_real=step.is_real)
 
 
-def _tidy_up(run: _Run, inbox: BlockingInbox, hold: Hold) -> None:
-    if run.is_closed or run.is_inherited:
+def _note_end(run: _Run | None, error: BaseException) -> None:
+    if isinstance(error, Exception):
+        shorten(error)
+    elif run is not None and not isinstance(error, GeneratorExit):
+        # Something may be half done, and an event lost.
+        run.is_interrupted()
+
+
+def _tidy_up(run: _Run | None, inbox: BlockingInbox, hold: Hold) -> None:
+    if run is None or run.is_closed or run.is_inherited:
         return
-
-    def stop() -> None:
-        try:
-            # Ctrl-C that comes again meanwhile leaves what cannot be ended.
-            run.pool.stop(lambda: bool(hold.pressed))
-        finally:
-            inbox.close()
-
     try:
         run.close()
     finally:
-        # The garbage collector ends an abandoned stream in any thread.
-        if run.pool.runs_here():
-            not_waited_for(stop)
-        else:
-            stop()
+        try:
+            if not run.keeps_pool():
+                # Ctrl-C that comes again meanwhile leaves what cannot be ended.
+                run.pool.stop(lambda: bool(hold.pressed))
+        finally:
+            inbox.close()
 
 
 def has_running_loop() -> bool:
@@ -317,10 +329,11 @@ async def run_awaiting(
     """Run a map by awaiting; yields what the sink hands out."""
     inbox = AsyncInbox()
     source: Source = AsyncSource(items, inbox.put) if isinstance(items, AsyncIterator) else IteratorSource(items)
-    with Hold():
-        run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
-    steps, events = run.steps(), None
+    run: _Run | None = None
     try:
+        with Hold():
+            run = _Run(plan, settings, arguments=arguments, source=source, total=total, sink=sink, inbox=inbox)
+        steps, events = run.steps(), None
         while True:
             try:
                 step = steps.send(events)
@@ -336,11 +349,11 @@ async def run_awaiting(
                 events = await consult_async(step.steps)
             else:
                 events = await inbox.collect(step.seconds, is_real=step.is_real)
-    except Exception as error:
-        shorten(error)
+    except BaseException as error:
+        _note_end(run, error)
         raise
     finally:
-        if not run.is_inherited:
+        if run is not None and not run.is_inherited:
             await _tidy_up_async(run, inbox, source)
 
 
@@ -351,6 +364,7 @@ async def _tidy_up_async(run: _Run, inbox: AsyncInbox, source: Source) -> None:
             await source.close()
     finally:
         try:
-            await run.pool.stop_async()
+            if not run.keeps_pool():
+                await run.pool.stop_async()
         finally:
             inbox.close()

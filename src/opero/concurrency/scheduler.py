@@ -332,8 +332,25 @@ class Pool(Protocol):
         """Starts workers, if there are none; None where a batch can always begin at once."""
         ...
 
+    @property
+    def can_rest(self) -> bool:
+        """Whether its workers can run one map after the other."""
+        ...
+
+    def rest(self) -> None:
+        """The map has ended and nothing runs; listen to nobody until the next one starts."""
+        ...
+
+    def take_on(self, work: Work) -> None:
+        """Be ready for another map of the same function, after a `rest`.
+
+        Raises:
+            NotTransferableError: If its arguments cannot be sent to the workers.
+        """
+        ...
+
     def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool) -> None:
-        """Begin; events go to the ``inbox``.
+        """Begin, or go on with the next map; events go to the ``inbox``.
 
         There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once,
         and ``slots`` are those of workers that can.
@@ -348,12 +365,8 @@ class Pool(Protocol):
         """Make a scheduler's event of what was delivered; None if it is of no interest."""
         ...
 
-    def runs_here(self) -> bool:
-        """Whether the pool waits for this thread when it is stopped."""
-        ...
-
     def stop(self, is_left: Callable[[], bool]) -> None:
-        """End the workers; blocks until they have ended.
+        """End the workers; blocks until they have ended, unless it is called in one of them.
 
         What cannot be ended is waited for as long as ``is_left`` does not tell that nobody wants to any more.
         """
@@ -361,18 +374,6 @@ class Pool(Protocol):
 
     async def stop_async(self) -> None:
         """End the workers without blocking the event loop."""
-        ...
-
-
-class KeepablePool(Pool, Protocol):
-    """A pool whose workers can run one map after the other."""
-
-    def take_on(self, work: Work) -> None:
-        """Be ready for another map of the same function; nothing runs.
-
-        Raises:
-            NotTransferableError: If its arguments cannot be sent to the workers.
-        """
         ...
 
 
@@ -494,6 +495,8 @@ class Scheduler:
         self._overdue: set[Batch] = set()
         self._flying: set[_Entry] = set()
         self.failure: Exception | None = None
+        # Whether the pool can be used by another map, if nothing runs in it.
+        self.is_sound = True
         self.tally = Tally()
 
     @property
@@ -576,6 +579,7 @@ class Scheduler:
         elif isinstance(event, Lost):
             self._batches_lost(event)
         elif isinstance(event, Fatal):
+            self.is_sound = False
             raise event.error
         elif event.entry is not None:
             self._look_for_arrival(event.entry)

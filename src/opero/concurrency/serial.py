@@ -24,6 +24,7 @@ class SerialPool:
     """
 
     largest_batch = 1
+    can_rest = False
     kill = prepare = begun = None
     slots = 1
 
@@ -47,8 +48,11 @@ class SerialPool:
             # This frame is in the traceback of an error: without this they would keep each other alive.
             del report
 
-    def runs_here(self) -> bool:
-        return False
+    def rest(self) -> None:
+        """There are no workers that could be kept."""
+
+    def take_on(self, work: Work) -> None:
+        """As `rest`."""
 
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Nothing runs any more."""

@@ -24,6 +24,7 @@ class TaskPool:
     """Runs single items in tasks, one after the other; each item has a copy of the caller's context variables."""
 
     largest_batch = 1
+    can_rest = False
     kill = prepare = begun = None
 
     def __init__(self, work: Work, workers: int) -> None:
@@ -52,8 +53,11 @@ class TaskPool:
         if len(self._tasks) < self.slots:
             self._tasks.append(asyncio.get_running_loop().create_task(self._serve()))
 
-    def runs_here(self) -> bool:
-        return False
+    def rest(self) -> None:
+        """There are no workers that could be kept."""
+
+    def take_on(self, work: Work) -> None:
+        """As `rest`."""
 
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Tasks cannot be waited for by blocking their own loop; `stop_async` does the work."""

@@ -43,7 +43,9 @@ class Threads:
         """They have been told to end."""
 
     def join(self) -> None:
-        join_unless_left(self.running, self.is_left)
+        # The garbage collector ends an abandoned stream in any thread, also in one of its own.
+        if threading.current_thread() not in self.running:
+            join_unless_left(self.running, self.is_left)
 
     terminate = clear = close
 
@@ -52,6 +54,7 @@ class ThreadPool:
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
     largest_batch = LARGEST_BATCH
+    can_rest = True
     kill = prepare = None
 
     def __init__(
@@ -75,13 +78,18 @@ class ThreadPool:
         self._stopped = False
 
     def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
+        self._deliver = inbox.put
+        if self._threads is not None:
+            return
         from twat_mp.mp import MultiPool
 
-        self._deliver = inbox.put
         # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
         factory: Any = lambda nodes: Threads()  # noqa: ARG005, E731 - MultiPool calls it with nodes=
         self._multi_pool = MultiPool(pool_class=factory, nodes=self.slots)
         self._threads = self._multi_pool.__enter__()
+
+    def rest(self) -> None:
+        """Its threads wait for batches."""
 
     def take_on(self, work: Work) -> None:
         self._map = _Map(work, contextvars.copy_context())
@@ -90,9 +98,6 @@ class ThreadPool:
         if isinstance(event, Done):
             self._in_flight -= 1
         return event
-
-    def runs_here(self) -> bool:
-        return self._threads is not None and threading.current_thread() in self._threads.running
 
     def submit(self, batch: Batch) -> None:
         self._in_flight += 1
