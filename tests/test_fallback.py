@@ -947,7 +947,7 @@ def test_a_function_is_asked_once_for_each_item_of_a_map(mode):
         return good_ones(key)
 
     mapped = opmap(**mode.options, **ONCE)(mode.define(ask))
-    assert sorted(mode.run(mapped, "xyz", key=candidates_from(rotation.keys))) == ["good 1", "good 2", "good 3"]
+    assert sorted(mode.run(mapped, list("xyz"), key=candidates_from(rotation.keys))) == ["good 1", "good 2", "good 3"]
     assert rotation.asked == 3
 
 
@@ -964,7 +964,7 @@ def test_what_the_function_raises_is_the_error_of_the_item(mode):
         return key
 
     mapped = opmap(**mode.options, arg_fallback="key", return_exceptions=True)(mode.define(ask))
-    results = mode.run(mapped, "xyz", key=candidates_from(keys))
+    results = mode.run(mapped, list("xyz"), key=candidates_from(keys))
     assert list(map(repr, results)) == ["LookupError('no key')", "ValueError('no key')", "'good'"]
     assert mapped.stats.attempts == 1
 

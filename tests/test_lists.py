@@ -49,7 +49,7 @@ def test_the_function_gets_lists_of_up_to_so_many_items(mode, lists, journal):
 
 
 def test_each_item_has_an_outcome(mode, lists):
-    outcomes = mode.stream(lists(doubled), "abcd")
+    outcomes = mode.stream(lists(doubled), list("abcd"))
     assert [(o.index, o.item, o.result, o.attempts, o.cached) for o in outcomes] == [
         (index, item, 2 * item, 1, False) for index, item in enumerate("abcd")
     ]

@@ -1,15 +1,16 @@
 """The third driver: carries out the flows of many calls at once, without acting by itself.
 
-`Scheduler` decides nothing about policies and waits for nothing. It is asked for the next batch to send to a worker,
-told what came back, and says when it next wants to be asked. First attempts travel in batches; an item gets a flow when
-it failed, or from the start where something has to be decided before the first attempt. An item in backoff is one entry
-in a heap: it holds no worker.
+`Scheduler` decides nothing about policies and waits for nothing. Like a flow, it is a generator of steps: outcomes to
+hand out, questions to the cache's store, waits for what its pool has to tell; `opero.concurrency.running` carries them
+out. First attempts travel in batches; an item gets a flow when it failed, or from the start where something has to be
+decided before the first attempt. An item in backoff is one entry in a heap: it holds no worker.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import sys
 import time
 from collections import deque
@@ -18,25 +19,26 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opero.concurrency.outcome import Outcome
-from opero.concurrency.progress import Tally
-from opero.concurrency.worker import BATCH_SECONDS, LONG_SECONDS
+from opero.concurrency.outcome import Outcome, StreamSink
+from opero.concurrency.progress import Tally, make_progress
+from opero.concurrency.worker import BATCH_SECONDS, LONG_SECONDS, Work
 from opero.core.clock import clock
 from opero.core.flights import Presence
 from opero.core.flow import call_flow, item_flow
-from opero.core.listeners import is_listened_to
+from opero.core.listeners import is_listened_to, switches
 from opero.core.plan import Call, Plan
-from opero.core.signature import MISSING
+from opero.core.signature import MISSING, parameter_slot
 from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step
-from opero.exceptions import MisuseError, WorkerCrashedError
+from opero.exceptions import MisuseError, OperoError, WorkerCrashedError
 from opero.utils.notes import add_note, users_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
     from opero.concurrency.inbox import Inbox
+    from opero.concurrency.kept import Arguments, MapSettings
     from opero.concurrency.outcome import Sink
-    from opero.concurrency.worker import Work
+    from opero.concurrency.sources import Source
     from opero.core.signature import ParameterSlot
     from opero.core.steps import Arrival
 
@@ -55,76 +57,10 @@ _ENDING_SECONDS = 1.0
 _LOOKING_SECONDS = 2.5 * LONG_SECONDS
 # A coroutine is cancelled when its time is up, and may need some to tidy up; one that ends no more is ended by force.
 _UNHEEDED_SECONDS = 5.0
+# Outcomes that a stream in input order keeps back for an earlier one.
+STREAM_WINDOW = 10_000
 # Items whose entries are asked for at once; so many only while all of them are found.
 MOST_LOOKED_UP = 500
-
-
-# Iterators over what is there already.
-_AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, bytes, lambda: range(0)))
-
-
-class Source(Protocol):
-    """Where the items come from."""
-
-    # What it has raised; there will be no more items then.
-    error: BaseException | None
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether there will be no more items."""
-        ...
-
-    @property
-    def is_late(self) -> bool:
-        """Whether what was taken since `start_turn` has taken so long that nothing more shall be taken."""
-        ...
-
-    def start_turn(self) -> None:
-        """The map has looked at its results."""
-        ...
-
-    def take(self, count: int) -> list[Any]:
-        """Up to ``count`` items; fewer, or none, if there are no more now."""
-        ...
-
-
-class IteratorSource:
-    """A plain iterator, pulled in the thread of whoever calls the map."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator = iterator
-        self._is_at_hand = isinstance(iterator, _AT_HAND)
-        self._turn_ends = 0.0
-        self.is_late = False
-        self.exhausted = False
-        self.error: BaseException | None = None
-
-    def start_turn(self) -> None:
-        self.is_late = False
-        if not self._is_at_hand:
-            self._turn_ends = time.monotonic() + BATCH_SECONDS
-
-    def take(self, count: int) -> list[Any]:
-        taken: list[Any] = []
-        coming = itertools.islice(self._iterator, count)
-        try:
-            if self._is_at_hand:
-                taken.extend(coming)
-            else:
-                self._take_in_time(coming, taken)
-        except Exception as error:  # noqa: BLE001 - raised when what has been taken has its outcomes
-            self.error = error
-            self.is_late = False
-        self.exhausted = len(taken) < count and not self.is_late
-        return taken
-
-    def _take_in_time(self, coming: Iterator[Any], taken: list[Any]) -> None:
-        take, now, turn_ends = taken.append, time.monotonic, self._turn_ends
-        for item in coming:
-            take(item)
-            if now() > turn_ends:
-                self.is_late = True
-                break
 
 
 class Shape:
@@ -377,6 +313,17 @@ class Pool(Protocol):
         ...
 
 
+class Wait:
+    """Step of a map: wait for events, at most so many seconds of opero's clock, or real ones; sent back: the events."""
+
+    __slots__ = ("is_real", "seconds")
+
+    def __init__(self, seconds: float | None, real_seconds: float | None, *, is_idle: bool) -> None:
+        # What a worker or another process does takes real time, in which no time is skipped.
+        self.is_real = real_seconds is not None or not is_idle
+        self.seconds = min((s for s in (seconds, real_seconds) if s is not None), default=None)
+
+
 class _BatchSize:
     """How many items to send at once, learnt from how long they take and how large they are."""
 
@@ -417,48 +364,58 @@ class _Timers:
 
 
 class Scheduler:
-    """The state of one running map.
+    """One running map.
 
     Args:
         plan: The policies.
-        shape: What all calls have in common.
+        settings: The options of the map.
+        arguments: What all calls have in common.
         source: The input.
         sink: Where outcomes go.
-        pool: What the batches are for.
-        stop_at_failure: Whether the first failed item ends the map.
-        window: Most outcomes that may wait for an earlier one; None for no bound.
-        wake: Puts a `Wake` where the driver of this scheduler will find it, from any thread.
-        list_size: Of a function that takes lists, most items in one; None for a function of one item.
+        inbox: Where the driver of this scheduler finds events, from any thread.
+        total: Number of items, if it is known.
     """
 
     def __init__(
         self,
         plan: Plan,
-        shape: Shape,
+        settings: MapSettings,
+        *,
+        arguments: Arguments,
         source: Source,
         sink: Sink,
-        *,
-        pool: Pool,
-        stop_at_failure: bool,
-        window: int | None,
-        wake: Callable[[Wake], None],
-        list_size: int | None = None,
+        inbox: Inbox,
+        total: int | None,
     ) -> None:
+        plan = plan.bare if switches.is_disabled else plan
+        shape = Shape(*arguments)
+        fallback = plan.fallback
+        slot = None if fallback is None else parameter_slot(plan.function, fallback.parameter, "arg_fallback")
+        # A worker is sent each candidate when it is its turn, and never all of them, which are often secrets.
+        sent = shape if slot is None else shape.without(slot)
+        self._pools = settings.pools
+        self.pool: Pool = settings.pools.pool_for(Work(plan.function, plan.is_async, sent, slot))
+        self._inbox = inbox
+        self._total = total
+        self._progress = make_progress(settings.progress, plan.name, total)
+        self._process = os.getpid()
+        # Whether the pool can be used by another map, if nothing runs in it.
+        self.is_sound = True
+        self.is_closed = False
         self._plan = plan
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
-        self._list_size = list_size
+        self._list_size = settings.batch_size
         self._gathered: list[_Entry] = []
-        if list_size is not None:
+        if self._list_size is not None:
             self._call_plan = replace(plan, cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
         self._shape = shape
         self._source = source
         self._sink = sink
-        self._pool = pool
-        self._stop_at_failure = stop_at_failure
-        self._window = window
-        self._wake = wake
+        self._stop_at_failure = not settings.return_exceptions
+        # Most outcomes that may wait for an earlier one.
+        self._window = STREAM_WINDOW if isinstance(sink, StreamSink) and settings.ordered else None
         # A worker that cannot stop a function by itself is killed.
-        self._kill = pool.kill
+        self._kill = self.pool.kill
         self._grace = _UNHEEDED_SECONDS if plan.is_async else 0.0
         self._one_at_a_time = (
             plan.limit is not None
@@ -470,8 +427,7 @@ class Scheduler:
         # What is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
         without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
-        self._direct = without_flow and list_size is None and not is_listened_to(plan)
-        fallback = plan.fallback
+        self._direct = without_flow and self._list_size is None and not is_listened_to(plan)
         self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
         self._ready: deque[_Entry] = deque()
         # Parts of first batches that their workers did not begin.
@@ -481,7 +437,6 @@ class Scheduler:
         self._real_timers = _Timers(time.monotonic)
         self._watches = _Timers(time.monotonic)
         self._next_index = 0
-        self._in_flight = 0
         self._pausing = 0
         # Those that take no slot before a worker is ready.
         self._preparing: deque[_Entry] = deque()
@@ -491,64 +446,104 @@ class Scheduler:
         self._look_ahead = 1
         self.presence = Presence()
         self._more_at_once = False
+        # Batches that are with workers.
         self._sent: set[Batch] = set()
         self._overdue: set[Batch] = set()
         self._flying: set[_Entry] = set()
         self.failure: Exception | None = None
-        # Whether the pool can be used by another map, if nothing runs in it.
-        self.is_sound = True
         self.tally = Tally()
 
     @property
-    def done(self) -> bool:
-        """Whether nothing is left to do."""
-        if self.failure is not None:
-            return True
+    def is_inherited(self) -> bool:
+        """Whether it runs in the process that this one was forked from; then all of it belongs to that one."""
+        return os.getpid() != self._process
+
+    def steps(self) -> Generator[Wait | list[Consult] | deque[Outcome[Any, Any]], Any, None]:
+        """Yields outcomes to hand out, what to ask the cache's store, and waits."""
+        self.pool.start(self._inbox, most_batches=self._total, is_paced=self._plan.limit is not None)
+        while True:
+            if self._source.is_late:
+                # The input may take long again.
+                yield self._sink.take()
+            yield from self._give_out()
+            self._progress.show(self.tally)
+            yield self._sink.take()
+            if self.is_inherited:
+                name = self._plan.name
+                msg = f"this stream of {name} was begun by the process that forked this one; begin another here"
+                raise OperoError(msg)
+            if self.failure is not None:
+                raise self.failure
+            is_done, error = self._is_done(), self._source.error
+            if error is not None and (is_done or not isinstance(self._sink, StreamSink)):
+                raise error
+            if is_done:
+                return
+            self._take_note((yield self._wait()))
+            # After all that has come in was seen: a report in time is no reason to kill.
+            self._real_timers.run()
+            self._watches.run()
+
+    def _give_out(self) -> Generator[list[Consult], Any, None]:
+        """Send what can be sent, and ask the cache's store on the way."""
+        self._source.start_turn()
+        while True:
+            while self._consulting:
+                self._answered((yield [step for _, step in self._consulting]))
+            batch = self._next_batch()
+            if batch is not None:
+                self.pool.submit(batch)
+            elif not self._consulting:
+                return
+
+    def _take_note(self, events: list[Any]) -> None:
+        for heard in events:
+            event = self.pool.receive(heard)
+            if isinstance(event, Done):
+                self._batch_done(event)
+            elif isinstance(event, Lost):
+                self._batches_lost(event)
+            elif isinstance(event, Fatal):
+                self.is_sound = False
+                raise event.error
+            elif isinstance(event, Wake) and event.entry is not None:
+                self._look_for_arrival(event.entry)
+        # An error among them, and with it the frames of an attempt, shall not outlast this.
+        events.clear()
+
+    def _is_done(self) -> bool:
         waiting = self._pausing or self._awaiting or self._consulting or self._gathered or self._preparing
-        return self._source.exhausted and not (self._in_flight or waiting or self._ready or self._given_back)
+        return self._source.exhausted and not (self._sent or waiting or self._ready or self._given_back)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no worker has anything to do."""
-        return not self._in_flight
+    def _wait(self) -> Wait:
+        """Until something comes back, or this wants to be asked again."""
+        is_idle = not self._sent
+        now = 0.0 if self._more_at_once or self._source.is_late else None
+        known = [seconds for seconds in (now, self._timers.due_in(), self._late_in()) if seconds is not None]
+        real = [self._real_timers.due_in(), None if is_idle else self._watches.due_in()]
+        real_seconds = min((seconds for seconds in real if seconds is not None), default=None)
+        return Wait(min(known, default=None), real_seconds, is_idle=is_idle)
 
-    def due_in(self) -> float | None:
-        """Seconds until the scheduler wants to be asked again although nothing came back; None for never."""
-        if self._more_at_once or self._source.is_late:
-            return 0.0
-        known = [seconds for seconds in (self._timers.due_in(), self._late_in()) if seconds is not None]
-        return min(known, default=None)
-
-    def really_due_in(self) -> float | None:
-        """The same in real seconds, for what does not wait by opero's clock."""
-        known = [self._real_timers.due_in(), None if self.is_idle else self._watches.due_in()]
-        return min((seconds for seconds in known if seconds is not None), default=None)
-
-    def run_real_timers(self) -> None:
-        """Act on the real time, after all that has come in was seen: a report in time is no reason to kill."""
-        self._real_timers.run()
-        self._watches.run()
-
-    def next_batch(self) -> Batch | None:
+    def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
         self._timers.run()
         self._drop_late()
         while self._ready and not _may_start(self._ready[0]):
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
-        slots = self._pool.slots
+        slots = self.pool.slots
         while slots and self._preparing:
             self._advance(self._preparing.popleft(), None)
         # While no worker is ready, the first item has to tell whether one is needed.
-        if self.failure is not None or self._in_flight >= max(slots, 1):
+        if self.failure is not None or len(self._sent) >= max(slots, 1):
             return None
-        size = min(1 if self._one_at_a_time else self._size.now, self._pool.largest_batch, self._largest_batch)
+        size = min(1 if self._one_at_a_time else self._size.now, self.pool.largest_batch, self._largest_batch)
         if self._given_back:
             return self._send(self._part_given_back(size))
         if not self._ready and not self._direct:
             self._take_up_input(size, max(slots, 1))
         if self._gathered and not self._consulting:
-            nothing_runs = not (self._in_flight or self._ready or self._awaiting_turns)
+            nothing_runs = not (self._sent or self._ready or self._awaiting_turns)
             if self._source.exhausted or nothing_runs:
                 self._call_for_many()
         if self._ready and slots:
@@ -559,11 +554,7 @@ class Scheduler:
         self._plan.stats.direct.add(len(items))
         return self._send(Batch(items, self._next_index - len(items)))
 
-    def consultations(self) -> list[Consult]:
-        """What to ask the cache's store now; the answers go to `answered` before anything else is asked of this."""
-        return [step for _, step in self._consulting]
-
-    def answered(self, answers: list[Any]) -> None:
+    def _answered(self, answers: list[Any]) -> None:
         """Take note of what the store said."""
         asked, self._consulting = self._consulting, []
         ended = self.tally.finished
@@ -572,20 +563,16 @@ class Scheduler:
         all_found = self.tally.finished - ended == len(asked)
         self._look_ahead = min(MOST_LOOKED_UP, self._look_ahead * 2) if all_found else 1
 
-    def handle(self, event: Done | Lost | Fatal | Wake) -> None:
-        """Take note of what happened."""
-        if isinstance(event, Done):
-            self._batch_done(event)
-        elif isinstance(event, Lost):
-            self._batches_lost(event)
-        elif isinstance(event, Fatal):
-            self.is_sound = False
-            raise event.error
-        elif event.entry is not None:
-            self._look_for_arrival(event.entry)
+    def keeps_pool(self) -> bool:
+        """Let another map have the pool, if somebody wants to keep it and nothing runs in it."""
+        return self.is_sound and not self._sent and self._pools.keep(self.pool)
 
     def close(self) -> None:
-        """Give up all flows, so that what they hold (places in a line, computations others wait for) is free."""
+        """Give up all flows, so that what they hold (places in a line, computations others wait for) is free.
+
+        The pool is stopped by the driver.
+        """
+        self.is_closed = True
         self._timers.clear()
         self._real_timers.clear()
         self._watches.clear()
@@ -596,6 +583,7 @@ class Scheduler:
             if entry.flow is not None:
                 entry.flow.close()
         self._flying.clear()
+        self._progress.close()
 
     # Input
 
@@ -613,7 +601,7 @@ class Scheduler:
         """Start flows until enough of them are ready; those that end at once (cache hits) are bounded too."""
         for _ in range(MOST_TAKEN_UP):
             coming = len(self._ready) + len(self._consulting) + len(self._preparing)
-            busy = coming + self._awaiting_turns + self._in_flight
+            busy = coming + self._awaiting_turns + len(self._sent)
             wanted = size if self._one_at_a_time else max(size, self._look_ahead)
             if coming >= wanted or (self._one_at_a_time and busy >= slots):
                 return
@@ -673,15 +661,15 @@ class Scheduler:
             self._awaiting += 1
             self._awaiting_turns += step.is_turn
             entry.arrival, entry.is_turn = step.arrival, step.is_turn
-            step.arrival.notify(lambda: self._wake(Wake(entry)))
+            step.arrival.notify(lambda: self._inbox.put(Wake(entry)))
             self._look_for_arrival(entry)
 
     def _prepare(self, entry: _Entry) -> None:
-        if self._pool.slots or self._pool.prepare is None:
+        if self.pool.slots or self.pool.prepare is None:
             self._advance(entry, None)
         else:
             self._preparing.append(entry)
-            self._pool.prepare()
+            self.pool.prepare()
 
     def _resume(self, entry: _Entry) -> None:
         self._pausing -= 1
@@ -834,7 +822,6 @@ class Scheduler:
         return entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
 
     def _send(self, batch: Batch) -> Batch:
-        self._in_flight += 1
         for entry in batch.entries or ():
             if entry.attempt is not None and entry.attempt.begins is not None:
                 entry.attempt.begins()
@@ -843,7 +830,7 @@ class Scheduler:
         if batch.time_limit is not None and self._kill is not None:
             self._watch(batch, batch.time_limit[0] + self._grace)
         self._sent.add(batch)
-        if len(batch.items) > 1 and self._pool.begun is not None:
+        if len(batch.items) > 1 and self.pool.begun is not None:
             self._watches.after(_LOOKING_SECONDS, lambda: self._look_at(batch, 0))
         return batch
 
@@ -862,9 +849,9 @@ class Scheduler:
 
     def _look_at(self, batch: Batch, begun_before: int) -> None:
         """Take back what a worker holds that is busy with one item; see `worker.run_items`."""
-        if batch not in self._sent or self._pool.begun is None:
+        if batch not in self._sent or self.pool.begun is None:
             return
-        begun = self._pool.begun(batch)
+        begun = self.pool.begun(batch)
         if begun >= batch.reported + len(batch.items):
             return
         if batch.reported < begun == begun_before:
@@ -888,11 +875,9 @@ class Scheduler:
             self._watch(batch, _ENDING_SECONDS)
 
     def _returned(self, batch: Batch) -> bool:
-        if batch not in self._sent:
-            return False
+        is_out = batch in self._sent
         self._sent.discard(batch)
-        self._in_flight -= 1
-        return True
+        return is_out
 
     def _batch_done(self, done: Done) -> None:
         batch = done.batch
