@@ -175,14 +175,14 @@ class Model(ThreadingHTTPServer):
         """Status, body, and how long it takes."""
         with self.lock:
             status, tokens, chance = self._status(key, prompt), 0, self.generator.random()
-            if status == HTTPStatus.OK and chance < 0.04:  # noqa: PLR2004 - one in 25
+            if status == HTTPStatus.OK and chance < 0.04:  # one in 25
                 status = HTTPStatus.INTERNAL_SERVER_ERROR
             if status == HTTPStatus.OK:
                 tokens = len(prompt) // 4 + len(prompt) % 20
                 self.recent[key].append((time.monotonic(), tokens))
                 self.tokens[key] += tokens
             self.answers[key][int(status)] += 1
-        hangs = status == HTTPStatus.OK and chance > 0.99  # noqa: PLR2004 - one in a hundred
+        hangs = status == HTTPStatus.OK and chance > 0.99  # one in a hundred
         body = {"answer": f"because of {prompt}", "usage": {"total_tokens": tokens}}
         return int(status), body, 1.5 if hangs else 0.02
 

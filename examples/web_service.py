@@ -35,7 +35,7 @@ mishaps = random.Random(1)
 async def ask_downstream(item: str) -> float:
     """Stand for a request to the other service."""
     await asyncio.sleep(0.02)
-    if mishaps.random() < 0.1:  # noqa: PLR2004 - one in ten
+    if mishaps.random() < 0.1:  # one in ten
         raise ConnectionError
     return 10.0 + len(item)
 
@@ -147,7 +147,7 @@ async def check() -> int:
         {answer.json()["price"] for answer in same} == {26.0}
         and quote.json() == {"quote": 13.0}
         and {answer.status_code for answer in many} == {HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE}
-        and metrics["hits"] >= 30  # noqa: PLR2004 - those who asked for the same
+        and metrics["hits"] >= 30  # those who asked for the same
         and ended.status_code == HTTPStatus.OK
     )
     print("ok" if is_well else "FAILED")

@@ -1,4 +1,4 @@
-"""HTTP mirrors of one folder, on loopback, that misbehave: the service that `mirrors.py` has to cope with.
+"""HTTP mirrors of one folder, on loopback, that misbehave: the service that `../mirrors.py` has to cope with.
 
 A mirror answers some requests with 503 or 429, resets some connections and is slow at times. Which answer a request
 gets is a hash of the seed, the mirror, the path and how often that path was asked for there, so it depends neither on
@@ -192,3 +192,38 @@ def flaky_mirrors(root: Path, names: Collection[str], seed: int) -> Iterator[lis
             )
             for number in MIRRORS
         ]
+
+
+def complaints(mirrors: list[Mirror], rate: float, workers: int) -> list[str]:
+    """Return what the mirrors have to say against the client; what was under way at once may have arrived at once."""
+    found: list[str] = []
+    burst = max(5, 0.04 * rate)
+    for number, mirror in enumerate(mirrors, 1):
+        if (busiest := busiest_second(mirror.requests)) > rate + burst + workers:
+            found.append(f"mirror {number} was asked {busiest} times in a second")
+        rests = sum(request.answer is Answer.BUSY_SECOND for request in mirror.requests)
+        if (asked := mirror.asked_while_resting()) > rests * workers:
+            found.append(f"mirror {number} was asked {asked} times while it rested")
+    return found
+
+
+def report(mirrors: list[Mirror], rate: float) -> None:
+    """Print what the mirrors saw."""
+    answers = Counter(str(request.answer) for mirror in mirrors for request in mirror.requests)
+    print("the mirrors answered with", ", ".join(f"{answer}: {count}" for answer, count in answers.most_common()))
+    for number, mirror in enumerate(mirrors, 1):
+        busiest, resting = busiest_second(mirror.requests), mirror.asked_while_resting()
+        print(
+            f"mirror {number}: {len(mirror.requests):4} requests, {busiest} in its busiest second (limit {rate:g}), "
+            f"{resting} at rest"
+        )
+
+
+def busiest_second(requests: list[Request]) -> int:
+    """Return how many requests started in the busiest second, wherever it began."""
+    oldest = most = 0
+    for index, request in enumerate(requests):
+        while request.started - requests[oldest].started >= 1:
+            oldest += 1
+        most = max(most, index - oldest + 1)
+    return most
