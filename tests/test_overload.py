@@ -107,3 +107,14 @@ def test_a_service_that_hangs_is_held_against_it_all_the_same(fake_clock):
     simulation = Simulation(fake_clock, 5, breaker=5)
     simulation.run(0.5)
     assert simulation.circuit.state != "closed"
+
+
+def test_calls_that_find_a_free_slot_at_once_tell_how_long_the_function_takes(world, fake_clock):
+    f = opero.opero(retries=0, total_timeout=9, rate_limit=RATE)(world.define(lambda: fake_clock.tick(2)))
+    for _ in range(3):
+        world.run(f)
+    usual = f.__opero__.plan.limit.usual.seconds
+    assert 2 <= usual < 9
+    for _ in range(30):
+        world.run(f)
+    assert f.__opero__.plan.limit.usual.seconds == pytest.approx(2.2, rel=0.01)

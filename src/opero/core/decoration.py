@@ -16,6 +16,7 @@ from opero.core.steps import (
     Failed,
     drive,
     drive_async,
+    leading,
     made_an_error_of_its_cancellation,
     run_attempt_async,
 )
@@ -51,6 +52,7 @@ class Decoration:
     __slots__ = (
         "_has_looked",
         "_key_of",
+        "_learn",
         "_limit",
         "_look_up",
         "_may_expire",
@@ -93,6 +95,8 @@ class Decoration:
         self.find = self._finder() or _no_key
         self.fetch = None if plan.cache is None else plan.cache.fetch
         self._take_slot = None if plan.limit is None else plan.limit.take_now
+        # How long an execution usually takes matters where a slot can come too late.
+        self._learn = None if plan.limit is None or plan.total_timeout is None else plan.limit.usual.learn
 
     drive = staticmethod(drive)
     shorten = staticmethod(shorten)
@@ -104,7 +108,7 @@ class Decoration:
             return None
         return cache.finder(self.plan.stats.hits.tick, clock if self._may_expire else None)
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: C901 - a frame more would cost as much as any of this
         """One call of a ``def`` function, or the beginning of a generator."""
         if switches.are_on and switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
@@ -115,9 +119,13 @@ class Decoration:
             return (
                 begun[0] if begun.__class__ is tuple else drive(begun, self.function if self._has_looked else self._run)
             )
-        first_args, first_kwargs, passage = ready
+        first_args, first_kwargs, passage, places = ready
         self.count()
         started = clock.now()
+        token = None
+        if places is not None:
+            others = leading.get()
+            token = leading.set(others | places.badges if others else places.badges)
         try:
             result = self.function(*first_args, **first_kwargs)
         except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
@@ -125,13 +133,21 @@ class Decoration:
         else:
             if passage is not None:
                 passage.tell(failed=False)
+            if self._learn is not None:
+                self._learn(clock.now() - started)
             return result
         finally:
             if passage is not None:
                 passage.is_over = True
+            if places is not None:
+                places.give_back()
+            if token is not None:
+                leading.reset(token)
         return self.go_on(call)
 
-    async def call_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    async def call_async(  # noqa: C901 - a coroutine more would cost a tenth of what it all costs
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The same for ``async def``."""
         if switches.are_on and switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
@@ -142,51 +158,62 @@ class Decoration:
             if begun.__class__ is tuple:
                 return begun[0]
             return await drive_async(begun, self.function if self._has_looked else self._run, self.plan.name)
-        first_args, first_kwargs, passage = ready
+        first_args, first_kwargs, passage, places = ready
         self.count()
         started = clock.now()
-        attempt = Attempt(first_args, first_kwargs, MISSING, timeout=self._seconds, limit=self._limit)
         try:
-            outcome = await run_attempt_async(self.function, attempt, self.plan.name)
+            if self._seconds is None and places is None:
+                try:
+                    outcome = await self.function(*first_args, **first_kwargs)
+                except Exception as error:  # noqa: BLE001 - as above
+                    outcome = Failed(error)
+            else:
+                badges = frozenset() if places is None else places.badges
+                attempt = Attempt(first_args, first_kwargs, MISSING, badges, timeout=self._seconds, limit=self._limit)
+                outcome = await run_attempt_async(self.function, attempt, self.plan.name)
             if outcome.__class__ is not Failed:
                 if passage is not None:
                     passage.tell(failed=False)
+                if self._learn is not None:
+                    self._learn(clock.now() - started)
                 return outcome
         finally:
             if passage is not None:
                 passage.is_over = True
+            if places is not None:
+                places.give_back()
         call = Call(args, kwargs, started=started, failure=outcome.error)
         del outcome
         return await self.go_on_async(call)
 
     def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Arguments and passage of a first attempt that may be made now; None where the flow has to decide."""
-        plan, passage, value = self.plan, None, MISSING
+        """Arguments, passage and places of a first attempt that may be made now; None where the flow has to decide."""
         if switches.are_on:
             return None
-        if plan.fallback is not None:
-            first = plan.fallback.first(args, kwargs)
-            if first is None:
-                return None
-            args, kwargs, value = first
-        if plan.breaker is not None:
-            passage = plan.breaker.shared.enter(value)
-            if passage is None:
-                return None
-        if plan.limit is not None and not self._has_slot_now(args, kwargs):
-            if passage is not None:
-                passage.is_over = True
-            return None
-        return args, kwargs, passage
-
-    def _has_slot_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Take a slot of the rate limit if one is free now; False, too, where asking could block."""
-        if self._take_slot is None:
-            return False
+        plan, passage, places = self.plan, None, None
         try:
-            return self._take_slot(args, kwargs)
-        except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that has no limit as a call that failed
-            return False
+            first = (args, kwargs, MISSING) if plan.fallback is None else plan.fallback.first(args, kwargs)
+            is_ready = first is not None
+            if first is not None:
+                args, kwargs, value = first
+                if plan.breaker is not None:
+                    per = plan.breaker.per
+                    passage = plan.breaker.shared.enter(value if per is None else per.get(args, kwargs))
+                    is_ready = passage is not None
+                if is_ready and plan.places is not None:
+                    places = plan.places.take_now(args, kwargs)
+                    is_ready = places is not None
+                if is_ready and plan.limit is not None:
+                    is_ready = self._take_slot is not None and self._take_slot(args, kwargs)
+        except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that is refused as a call that failed
+            is_ready = False
+        if is_ready:
+            return args, kwargs, passage, places
+        if passage is not None:
+            passage.is_over = True
+        if places is not None:
+            places.give_back()
+        return None
 
     def go_on(self, call: Call) -> Any:
         """The rest of a call whose first attempt was made by the wrapper, and failed."""
@@ -279,14 +306,11 @@ class Decoration:
         self._has_looked = True
         if plan.cache is not None or plan.on_event is not None or plan.retry.watches_every_attempt:
             return
-        if plan.places is not None or (plan.breaker is not None and plan.breaker.per is not None):
-            return
-        if plan.limit is not None and plan.total_timeout is not None:
-            # The flow learns how long the function takes.
-            return
         # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
         is_timed = plan.is_async and self._seconds is not None
-        self.asks = is_timed or any(policy is not None for policy in (plan.fallback, plan.breaker, plan.limit))
+        self.asks = is_timed or any(
+            policy is not None for policy in (plan.fallback, plan.breaker, plan.places, plan.limit)
+        )
         self.is_direct = not self.asks
 
     def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

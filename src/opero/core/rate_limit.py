@@ -44,6 +44,7 @@ C = TypeVar("C", bound="Candidate")
 PerOption = str | tuple[str, ...] | Callable[..., Any] | None
 
 _OPTIONS = ("folder", "max_burst", "max_wait", "name", "scope", "spread", "url", "when_full")
+_NUMBERS = (float, int)
 WHEN_FULL = ("next", "raise", "wait")
 
 
@@ -260,13 +261,15 @@ class RateLimiter:
         """Costs by name, in the order of the names; ``option`` is where they were given."""
         amounts = []
         for name, most in zip(self.names, self._rates.most, strict=True):
-            cost = check_number(f"{option}[{name!r}]", costs[name], "units", smallest=0)
-            if cost > max(1.0, most):
-                msg = (
-                    f"{option}[{name!r}]={cost:g} is more than the whole rate, {most:g}: such a call could never "
-                    "start; split it, or raise the rate"
-                )
-                raise ValueError(msg)
+            cost, whole = costs[name], max(1.0, most)
+            if cost.__class__ not in _NUMBERS or not 0 <= cost <= whole:
+                cost = check_number(f"{option}[{name!r}]", cost, "units", smallest=0)
+                if cost > whole:
+                    msg = (
+                        f"{option}[{name!r}]={cost:g} is more than the whole rate, {most:g}: such a call could never "
+                        "start; split it, or raise the rate"
+                    )
+                    raise ValueError(msg)
             amounts.append(cost)
         return ONE if amounts == [1] else tuple(amounts)
 
@@ -336,12 +339,12 @@ class Costs:
         self.are_corrected = bool(self._after)
         self._functions = [name for name, cost in self._before.items() if callable(cost)]
         # Known once for all, they are refused when decorating.
-        self._fixed = None if self._functions else [limiter.checked(self._before) for limiter in limiters]
+        self.fixed = None if self._functions else [limiter.checked(self._before) for limiter in limiters]
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[float, ...]]:
         """For each limiter, what this call takes."""
-        if self._fixed is not None:
-            return self._fixed
+        if self.fixed is not None:
+            return self.fixed
         asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
         return [limiter.checked(asked) for limiter in self._limiters]
 
@@ -404,11 +407,15 @@ class FunctionLimit:
         limiter, costs, per = self.limiter, self._costs, self.per
         if len(self.limiters) > 1 or limiter.limit.is_shared or costs.are_corrected:
             return None
-        if per is not None:
-            of, get = limiter.per_value.of, per.get
-            return lambda args, kwargs: of(get(args, kwargs)).take_now(costs.of(args, kwargs)[0])
-        take_now = limiter.take_now
-        return lambda args, kwargs: take_now(costs.of(args, kwargs)[0])
+        take_now, of, amounts_of = limiter.take_now, limiter.per_value.of, costs.of
+        if costs.fixed is not None:
+            (amounts,) = costs.fixed
+            if per is None:
+                return lambda _args, _kwargs: take_now(amounts)
+            return lambda args, kwargs: of(per.get(args, kwargs)).take_now(amounts)
+        if per is None:
+            return lambda args, kwargs: take_now(amounts_of(args, kwargs)[0])
+        return lambda args, kwargs: of(per.get(args, kwargs)).take_now(amounts_of(args, kwargs)[0])
 
     def choose(self, candidates: Sequence[C], *, takes: bool = True) -> Generator[Any, Any, tuple[C, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""

@@ -33,38 +33,33 @@ _LENGTH = struct.Struct("<H")
 class _Log:
     """What was taken of one quota within its time: entries of a first moment, a last one, and the amount."""
 
-    __slots__ = ("entries", "quota", "used")
+    __slots__ = ("entries", "name", "quota", "seconds", "units", "used")
 
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
+        self.name, self.units, self.seconds = quota
         self.entries: deque[tuple[float, float, float]] = deque()
         self.used = 0.0
 
     def opens_at(self, now: float, amount: float) -> float:
         """When so much more would fit."""
-        self._forget_old(now)
-        excess = self.used + amount - self.quota.units
+        self.forget_old(now)
+        excess = self.used + amount - self.units
         if excess <= EARLY:
             return -math.inf
         for _, last, taken in self.entries:
             excess -= taken
             if excess <= EARLY:
-                return last + self.quota.seconds
+                return last + self.seconds
         # Those that would start before it fill the quota again, maybe more than once.
-        return now + self.quota.seconds * math.ceil(excess / self.quota.units)
-
-    def fits(self, now: float, amount: float) -> bool:
-        entries = self.entries
-        if entries and entries[0][1] + self.quota.seconds <= now:
-            self._forget_old(now)
-        return self.used + amount <= self.quota.units + EARLY
+        return now + self.seconds * math.ceil(excess / self.units)
 
     def add(self, now: float, amount: float) -> None:
         entries = self.entries
         if not amount:
             return
         self.used += amount
-        if len(entries) >= EXACT_ENTRIES and now - entries[-1][0] < self.quota.seconds / FINEST_PART:
+        if len(entries) >= EXACT_ENTRIES and now - entries[-1][0] < self.seconds / FINEST_PART:
             first, _, taken = entries.pop()
             entries.append((first, now, taken + amount))
         else:
@@ -80,9 +75,9 @@ class _Log:
             if taken > part:
                 self.entries.appendleft((first, last, taken - part))
 
-    def _forget_old(self, now: float) -> None:
+    def forget_old(self, now: float) -> None:
         entries = self.entries
-        while entries and entries[0][1] + self.quota.seconds <= now:
+        while entries and entries[0][1] + self.seconds <= now:
             self.used -= entries.popleft()[2]
         if not entries:
             self.used = 0.0
@@ -113,8 +108,8 @@ class Ledger:
             for pace, free_at in zip(self.rates.paces, self.free_at, strict=True):
                 moment = max(moment, max(now, free_at, self.paused_until) + ahead[pace.name] * pace.interval)
         for log in self.logs:
-            amount = amounts[log.quota.name]
-            moment = max(moment, log.opens_at(now, amount + ahead[log.quota.name] if ahead else amount))
+            amount = amounts[log.name]
+            moment = max(moment, log.opens_at(now, amount + ahead[log.name] if ahead else amount))
         return moment
 
     def ask(self, now: float, waited: float, amounts: Sequence[float]) -> float:
@@ -122,7 +117,7 @@ class Ledger:
 
         ``waited``: for how long the caller has been in line. So much of what has passed it may make up for.
         """
-        if self._is_open(now, amounts):
+        if self.is_open(now, amounts):
             self.take(now, waited, amounts)
             return 0.0
         opens_at = self.opens_at(now, amounts)
@@ -131,30 +126,45 @@ class Ledger:
         # Rounding must not make a refusal look like a slot.
         return max(2 * EARLY, opens_at - now)
 
-    def _is_open(self, now: float, amounts: Sequence[float]) -> bool:
+    def is_open(self, now: float, amounts: Sequence[float]) -> bool:
         late = now + EARLY
         if late < self.paused_until:
             return False
         for free_at in self.free_at:
             if late < free_at:
                 return False
-        return all(log.fits(now, amounts[log.quota.name]) for log in self.logs)
+        for log in self.logs:
+            entries = log.entries
+            if entries and entries[0][1] + log.seconds <= now:
+                log.forget_old(now)
+            if log.used + amounts[log.name] > log.units + EARLY:
+                return False
+        return True
 
     def take(self, now: float, waited: float, amounts: Sequence[float]) -> None:
         """Take a slot, whether it has come or not."""
-        since = now if not waited else min(now, max(now - waited, self.paused_until, self.opened_at))
-        for place, pace in enumerate(self.rates.paces):
-            slot = now if since == now else max(self.free_at[place], since, now - pace.tolerance)
-            self.free_at[place] = max(slot, self.free_at[place]) + amounts[pace.name] * pace.interval
+        free_at = self.free_at
+        if waited:
+            self._take_late(now, waited, amounts)
+        else:
+            for place, (name, interval, _) in enumerate(self.rates.paces):
+                free_at[place] = max(free_at[place], now) + amounts[name] * interval
         for log in self.logs:
-            log.add(now, amounts[log.quota.name])
+            log.add(now, amounts[log.name])
+
+    def _take_late(self, now: float, waited: float, amounts: Sequence[float]) -> None:
+        """The paces of a slot that was waited for: what has passed meanwhile is made up for, within bounds."""
+        since = max(now - waited, self.paused_until, self.opened_at)
+        for place, pace in enumerate(self.rates.paces):
+            slot = now if since >= now else max(since, now - pace.tolerance)
+            self.free_at[place] = max(slot, self.free_at[place]) + amounts[pace.name] * pace.interval
 
     def correct(self, now: float, amounts: Sequence[float]) -> None:
         """A call has cost so much more than it had taken, or less."""
         for place, pace in enumerate(self.rates.paces):
             self.free_at[place] = max(self.free_at[place], now) + amounts[pace.name] * pace.interval
         for log in self.logs:
-            amount = amounts[log.quota.name]
+            amount = amounts[log.name]
             if amount > 0:
                 log.add(now, amount)
             else:
@@ -165,7 +175,7 @@ class Ledger:
 
     def idle_from(self, now: float) -> float:
         """From when on a new ledger would not behave any differently."""
-        ends = [log.entries[-1][1] + log.quota.seconds for log in self.logs if log.entries]
+        ends = [log.entries[-1][1] + log.seconds for log in self.logs if log.entries]
         # Those who have waited could make up for what passed before.
         ends += [free_at + pace.tolerance for free_at, pace in zip(self.free_at, self.rates.paces, strict=True)]
         return max([now, self.paused_until, *ends])
@@ -176,11 +186,11 @@ class Ledger:
             if self.free_at[place] > now:
                 self.free_at[place] = now + (self.free_at[place] - now) * new.interval / old.interval
         self.free_at = [*self.free_at[: len(rates.paces)], *[now] * (len(rates.paces) - len(self.rates.paces))]
-        kept = {log.quota.name: log for log in sorted(self.logs, key=lambda log: log.quota.seconds)}
+        kept = {log.name: log for log in sorted(self.logs, key=lambda log: log.seconds)}
         self.logs = [_Log(quota) for quota in rates.quotas]
         for log in self.logs:
-            if log.quota.name in kept:
-                log.entries, log.used = deque(kept[log.quota.name].entries), kept[log.quota.name].used
+            if log.name in kept:
+                log.entries, log.used = deque(kept[log.name].entries), kept[log.name].used
         self.opened_at = -math.inf
         self.rates = rates
 
@@ -192,7 +202,7 @@ class Ledger:
             _PAIR.pack(free_at, pace.interval) for free_at, pace in zip(self.free_at, self.rates.paces, strict=True)
         ]
         for log in self.logs:
-            parts += [_PAIR.pack(log.quota.units, log.quota.seconds), _LENGTH.pack(len(log.entries))]
+            parts += [_PAIR.pack(log.units, log.seconds), _LENGTH.pack(len(log.entries))]
             parts += [_ENTRY.pack(*entry) for entry in log.entries]
         return b"".join(parts)
 
@@ -228,7 +238,7 @@ class Ledger:
             count, seconds = _PAIR.unpack_from(data, offset)
             (length,) = _LENGTH.unpack_from(data, offset + _PAIR.size)
             offset += _PAIR.size + _LENGTH.size
-            log = next((log for log in left if (log.quota.units, log.quota.seconds) == (count, seconds)), None)
+            log = next((log for log in left if (log.units, log.seconds) == (count, seconds)), None)
             entries = [_ENTRY.unpack_from(data, offset + n * _ENTRY.size) for n in range(length)]
             offset += length * _ENTRY.size
             if log is None:

@@ -30,9 +30,9 @@ class LocalLedger(Ledger):
         super().__init__(rates)
         self._limiters: dict[Pace, _SteppedLimiter] = {}
 
-    def take(self, now: float, waited: float, amounts: Sequence[float]) -> None:
-        super().take(now, waited, amounts)
-        for place, pace in enumerate(self.rates.paces if waited else ()):
+    def _take_late(self, now: float, waited: float, amounts: Sequence[float]) -> None:
+        super()._take_late(now, waited, amounts)
+        for place, pace in enumerate(self.rates.paces):
             if amounts[pace.name] == 1:
                 if pace not in self._limiters:
                     self._limiters[pace] = _SteppedLimiter(pace)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
 from opero.core.limits.ledger import Ledger
-from opero.core.limits.line import Line
+from opero.core.limits.line import ONE, Line
 from opero.core.limits.per_value import PerValue
 from opero.core.limits.rates import CALLS, Rates
 from opero.core.steps import leading
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 
 
 class _FreePlaces(Ledger):
-    """A limit that opens when somebody goes, and not with time."""
+    """A limit that opens when somebody goes, and not with time.
 
-    __slots__ = ("count", "taken")
+    Attributes:
+        free: Places that were left again: to take one of a list is one step, and needs no lock.
+        made: How many there are, at most ``count``.
+    """
+
+    __slots__ = ("count", "free", "made")
 
     def __init__(self, count: int) -> None:
         super().__init__(Rates((CALLS,), (), (), (math.inf,)))
@@ -30,31 +36,55 @@ class _FreePlaces(Ledger):
 
     def forget(self) -> None:
         super().forget()
-        self.taken = 0
+        self.free: list[None] = []
+        self.made = 0
 
     def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] = ()) -> float:  # noqa: ARG002
         # Nobody knows; those who have little time wait until that is over.
         return now
 
     def ask(self, now: float, waited: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
-        if self.taken >= self.count:
+        if self.free:
+            with contextlib.suppress(IndexError):
+                self.free.pop()
+                return 0.0
+        if self.made == self.count:
             return math.inf
-        self.taken += 1
+        self.made += 1
         return 0.0
 
     def idle_from(self, now: float) -> float:
-        return math.inf if self.taken else now
+        return now if len(self.free) == self.made else math.inf
 
 
-class _Places(Line):
+class Places(Line):
+    """The places, and those who wait for one.
+
+    Attributes:
+        badges: What the code that runs in one of them is known by.
+    """
+
     def __init__(self, count: int) -> None:
         self._places = _FreePlaces(count)
         super().__init__(self._places.rates, ledger=self._places)
+        self.badges = frozenset({self})
+
+    def take_now(self, amounts: Sequence[float] = ONE) -> bool:
+        """Take a place if one is free and nobody waits."""
+        if not self._turns:
+            try:
+                self._places.free.pop()
+            except IndexError:
+                return super().take_now(amounts)
+            return True
+        return super().take_now(amounts)
 
     def give_back(self) -> None:
-        with self._lock:
-            self._places.taken = max(0, self._places.taken - 1)
-        self.rouse_first()
+        """Somebody leaves: the next one may come."""
+        if len(self._places.free) < self._places.made:
+            self._places.free.append(None)
+        if self._turns:
+            self.rouse_first()
 
 
 class Place:
@@ -62,7 +92,7 @@ class Place:
 
     __slots__ = ("_has_left", "_places")
 
-    def __init__(self, places: _Places) -> None:
+    def __init__(self, places: Places) -> None:
         self._places = places
         self._has_left = False
 
@@ -135,8 +165,13 @@ class PlacesForFunction:
     def __init__(self, count: int, per: Per | None, name: str) -> None:
         self._per = per
         self._name = name
-        self._places = _Places(count)
-        self._of_values: PerValue[_Places] = PerValue(lambda _: _Places(count))
+        self._places = Places(count)
+        self._of_values: PerValue[Places] = PerValue(lambda _: Places(count))
+
+    def take_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Places | None:
+        """The places of which a free one was taken, to be given back; None if the caller has to wait, or must not."""
+        places = self._places if self._per is None else self._of_values.of(self._per.get(args, kwargs))
+        return places if places not in leading.get() and places.take_now() else None
 
     def take(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
