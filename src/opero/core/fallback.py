@@ -17,7 +17,7 @@ from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, ParameterSlot, name_of, parameter_slot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from opero.core.checks import Duration
     from opero.core.plan import Call
@@ -30,7 +30,8 @@ class FallbackOverParameter:
 
     A list or tuple, or what `opero.core.candidates` makes, holds candidates; any other value, text included, is the
     only one. All calls know which candidates rest: those that asked for it, for as long as they did, and with a
-    ``cooldown`` all that failed, for so many seconds.
+    ``cooldown`` all that failed, for so many seconds. Those that were given up, by an error that is not retried, come
+    after the others.
     """
 
     def __init__(self, slot: ParameterSlot, function_name: str, cooldown: float | None) -> None:
@@ -39,7 +40,8 @@ class FallbackOverParameter:
         self._slot = slot
         self._function_name = function_name
         self._cooldown = cooldown or 0.0
-        self._rests: dict[Any, float] = {}
+        # Until when, and whether it was given up.
+        self._rests: dict[Any, tuple[float, bool]] = {}
         self._most: int | None = None
         self.after_fork()
         watch_forks(self)
@@ -87,18 +89,31 @@ class FallbackOverParameter:
             return call.args, call.kwargs
         return self._slot.put(call.args, call.kwargs, value)
 
-    def failed(self, value: Any, asked_for: float | None) -> None:
+    def failed(self, value: Any, asked_for: float | None, *, again: bool = True) -> None:
+        """Put a candidate to rest; ``again``: it may be tried again by the call in which it failed."""
         seconds = max(self._cooldown, asked_for or 0.0)
         if not seconds:
             return
         key, now = identity_of(value), clock.now()
         with self._lock:
-            self._rests = {other: until for other, until in self._rests.items() if until > now}
-            self._rests[key] = max(now + seconds, self._rests.get(key, 0.0))
+            self._rests = {other: rest for other, rest in self._rests.items() if rest[0] > now}
+            before, _ = self._rests.get(key, (0.0, False))
+            self._rests[key] = max(now + seconds, before), not again
 
     def rests_until(self, value: Any) -> float | None:
-        until = self._rests.get(identity_of(value)) if self._rests else None
-        return None if until is None or until <= clock.now() else until
+        rest = self._rests.get(identity_of(value)) if self._rests else None
+        return None if rest is None or rest[0] <= clock.now() else rest[0]
+
+    def is_given_up(self, value: Any) -> bool:
+        """Whether it rests after an error that is not retried, such as that of a key that was revoked."""
+        return self.rests_until(value) is not None and self._rests.get(identity_of(value), (0.0, False))[1]
+
+    def awake(self, values: Sequence[Any]) -> list[int]:
+        """The places of those that do not rest; if all do, of the one to be tried first."""
+        ends = [self.rests_until(value) for value in values]
+        awake = [place for place, end in enumerate(ends) if end is None]
+        by_rest = sorted(range(len(values)), key=lambda place: (self.is_given_up(values[place]), ends[place] or 0.0))
+        return awake or by_rest[:1]
 
 
 def fallback_policy(

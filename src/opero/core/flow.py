@@ -198,7 +198,7 @@ class _Layers:
         plan = self.plan
         speaks: Verdict | None = None
         self.left = list(self.candidates) if plan.fallback is None else self._ready_candidates()
-        while self.left:
+        while self.left and (speaks is None or not self._leaves_for_later(speaks)):
             candidate = self.left[0]
             if len(self.left) > 1 and self.call.failure is None:
                 candidate = yield from self._choose()
@@ -388,7 +388,7 @@ class _Layers:
             self.candidates.remove(candidate)
         candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
         if verdict.rests and self.plan.fallback is not None:
-            self.plan.fallback.failed(candidate.value, verdict.delay)
+            self.plan.fallback.failed(candidate.value, verdict.delay, again=verdict.again)
 
     def _choose(self) -> Generator[Any, Any, Candidate]:
         """Of several candidates the first that does not rest, or, if asked, one that has a slot free now."""
@@ -459,15 +459,22 @@ class _Layers:
             return list(self.candidates)
         now = clock.now()
         # A sleep can end a little early; those that asked for a longer rest are left alone all the same.
-        admitted = self._admitted(self.candidates)
+        of_use = self._of_use()
+        admitted = self._admitted(of_use)
         ready = [c for c in admitted if c.ready_at is None or c.ready_at <= now]
-        return ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
+        ready = ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
+        return ready + [c for c in self._admitted(self.candidates) if c not in of_use]
+
+    def _of_use(self) -> list[Candidate]:
+        fallback = self.plan.fallback
+        return [c for c in self.candidates if fallback is None or not fallback.is_given_up(c.value)] or self.candidates
 
     def _for_the_round(self, verdict: Verdict) -> Verdict:
         if not self.candidates:
             return verdict
         # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
-        times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
+        of_use = self._of_use()
+        times = [c.ready_at for c in self._admitted(of_use) or of_use]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
         return Verdict(verdict.error, verdict.outcome, again=True, delay=soonest)
 
@@ -476,9 +483,15 @@ class _Layers:
         fallback = self.plan.fallback
         if fallback is None or len(candidates) == 1:
             return candidates
-        ends = [(fallback.rests_until(candidate.value), candidate) for candidate in candidates]
-        awake = [candidate for end, candidate in ends if end is None]
-        return awake or [min(ends, key=lambda pair: pair[0] or 0.0)[1]]
+        return [candidates[place] for place in fallback.awake([candidate.value for candidate in candidates])]
+
+    def _leaves_for_later(self, speaks: Verdict) -> bool:
+        """Whether those that are left were given up by other calls: they have time until the last round."""
+        fallback, retry = self.plan.fallback, self.plan.retry
+        if fallback is None or not speaks.again:
+            return False
+        is_last = self.call.rounds > retry.retries or "stop" in retry.options
+        return not is_last and all(fallback.is_given_up(candidate.value) for candidate in self.left)
 
     def _gives_way(self, candidate: Candidate) -> bool:
         # Its own trial is under way; of the others, those that are shut off are no choice.
