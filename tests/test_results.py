@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import threading
 
 import pytest
 
@@ -93,3 +95,85 @@ def test_results_can_be_made_by_hand():
 def test_results_can_be_subscribed_at_run_time():
     assert Results[int].__origin__ is Results
     assert Results[int, None].__origin__ is Results
+
+
+# Shown
+
+
+def quick(item):
+    return 10 // item
+
+
+@pytest.fixture
+def failed_and_not():
+    mapped = opmap(mode="serial", retries=0, return_exceptions=True)(quick)
+    return mapped, mapped([5, 0])
+
+
+def test_an_outcome_shows_what_became_of_its_item(failed_and_not):
+    mapped, results = failed_and_not
+    error = re.escape(repr(ZeroDivisionError("integer division or modulo by zero")))
+    assert re.fullmatch(rf"\[<Outcome 1: item=0, error={error}, attempts=1, \d.* .?s>\]", repr(results.failed))
+    (outcome,) = mapped.stream([5])
+    assert re.fullmatch(r"<Outcome 0: item=5, result=2, attempts=1, \d.* .?s>", repr(outcome))
+
+
+def test_what_an_outcome_shows_of_a_large_item_is_short():
+    (outcome,) = opmap(mode="serial", cache=True)(len).stream(["x" * 10_000])
+    assert len(repr(outcome)) < 250
+
+
+def test_results_are_shown_as_a_list_and_in_a_notebook_with_what_failed(failed_and_not):
+    _, results = failed_and_not
+    assert repr(results).startswith("[2, ZeroDivisionError(")
+    table = results._repr_html_()
+    assert "2 items, 1 failed: ZeroDivisionError (1)" in table
+    assert table.count("<tr>") == 2
+
+
+def test_a_notebook_shows_results_without_failures(failed_and_not):
+    mapped, _ = failed_and_not
+    table = mapped([5] * 1000)._repr_html_()
+    assert "1000 items, 0 failed" in table
+    assert len(table) < 2000
+
+
+def test_a_notebook_shows_no_markup_of_items():
+    table = opmap(mode="serial", retries=0, return_exceptions=True)("{:d}".format)(["<b>"])._repr_html_()
+    assert "<b>" not in table
+    assert "&lt;b&gt;" in table
+
+
+def test_a_notebook_shows_outcomes_and_stats_as_tables(failed_and_not):
+    mapped, results = failed_and_not
+    assert "<th>result</th>" in results.failed[0]._repr_html_()
+    assert "<th>calls</th><th>hits</th>" in mapped.stats._repr_html_()
+    assert mapped.stats._repr_html_() == mapped.stats.snapshot()._repr_html_()
+
+
+COLUMNS = ["index", "item", "result", "error", "attempts", "seconds", "cached"]
+
+
+def test_an_outcome_is_a_mapping_of_its_attributes(failed_and_not):
+    _, results = failed_and_not
+    row = dict(results.failed[0])
+    assert list(row) == COLUMNS
+    assert row["result"] is None
+    assert row["error"] is results.failed[0].error
+    with pytest.raises(KeyError):
+        results.failed[0]["value"]
+
+
+def test_a_frame_of_a_stream_has_a_column_for_each_attribute(mode):
+    pandas = pytest.importorskip("pandas")
+    mapped = opmap(**mode.options, retries=0, default=-1)(mode.define(quick))
+    frame = pandas.DataFrame(mode.stream(mapped, [5, 0, 1]))
+    assert list(frame.columns) == COLUMNS
+    assert list(frame["result"]) == [2, -1, 10]
+    assert list(frame["error"].isna()) == [True, False, True]
+
+
+def test_a_frame_of_outcomes_has_the_results_themselves_and_no_copies():
+    pandas = pytest.importorskip("pandas")
+    (outcome,) = opmap(mode="serial")(lambda item: [item]).stream([threading.Lock()])
+    assert pandas.DataFrame([outcome])["result"][0] is outcome.result

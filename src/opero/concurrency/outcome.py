@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from opero.core.showing import brief, html_table
 from opero.core.signature import MISSING
+from opero.utils.notes import class_counts, duration
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,13 +24,22 @@ else:
     D = TypeVar("D")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome(Generic[T, R]):
+_COLUMNS = ("index", "item", "result", "error", "attempts", "seconds", "cached")
+# Failed items that a notebook shows of one map.
+_MOST_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Outcome(Mapping[str, Any], Generic[T, R]):
     """What became of one item of a map.
+
+    It can be read as a mapping of these names, too, in which the ``result`` of an item that failed is its default or
+    None: so ``pandas.DataFrame(fn.stream(items))`` has these columns.
 
     Attributes:
         index: Place of the item in the input, from 0.
         item: The item.
+        result: What the function returned; of an item that failed, this raises its ``error``.
         error: What the call raised, None if it succeeded.
         attempts: Executions of the function; 0 for a cache hit.
         seconds: From the item's start to its end, waits included; items that travelled to a worker together share the
@@ -38,11 +50,36 @@ class Outcome(Generic[T, R]):
     index: int
     item: T
     # Of a failed item its default, `MISSING` if it has none.
-    _value: R = field(repr=False)
+    _value: R
     error: Exception | None
     attempts: int
     seconds: float
     cached: bool
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in _COLUMNS:
+            raise KeyError(name)
+        if name == "result":
+            return None if self._value is MISSING else self._value
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COLUMNS)
+
+    def __len__(self) -> int:
+        return len(_COLUMNS)
+
+    def __repr__(self) -> str:
+        what = f"result={brief(self._value)}" if self.error is None else f"error={brief(self.error)}"
+        source = "from the cache" if self.cached else f"attempts={self.attempts}"
+        return f"<Outcome {self.index}: item={brief(self.item)}, {what}, {source}, {duration(self.seconds)}>"
+
+    def _repr_html_(self) -> str:
+        return html_table("", _COLUMNS, [self.values()])
+
+    def __reduce__(self) -> Any:
+        values = (self.index, self.item, self._value, self.error, self.attempts, self.seconds, self.cached)
+        return Outcome, values
 
     @property
     def result(self) -> R:
@@ -70,6 +107,10 @@ class Outcome(Generic[T, R]):
         return self.result if self._value is MISSING else self._value
 
 
+# pandas and `dataclasses.asdict` would take it for one, and copy each result deeply.
+del Outcome.__dataclass_fields__
+
+
 class Results(list[R | D]):
     """What a map returns: a list of its results, in which a failed item is its exception, or its ``default``.
 
@@ -93,6 +134,15 @@ class Results(list[R | D]):
         """The results of all other items, of the list as the map returned it."""
         values: list[Any] = [value for place, value in enumerate(self) if place not in self._failed_places]
         return values
+
+    def _repr_html_(self) -> str:
+        title = f"{len(self)} items, {len(self.failed)} failed"
+        if not self.failed:
+            return html_table(title, ("result",), [[value] for value in self[:_MOST_SHOWN]])
+        errors = [outcome.error for outcome in self.failed if outcome.error is not None]
+        shown = ("index", "item", "error", "attempts")
+        rows = [[outcome[name] for name in shown] for outcome in self.failed[:_MOST_SHOWN]]
+        return html_table(f"{title}: {class_counts(errors)}", shown, rows)
 
 
 class Sink(Protocol):

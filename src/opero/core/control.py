@@ -94,6 +94,9 @@ class LiveStats:
     def __repr__(self) -> str:
         return f"<live {self.snapshot()!r}>"
 
+    def _repr_html_(self) -> str:
+        return self.snapshot()._repr_html_()
+
 
 _COUNTED = tuple(field.name for field in fields(CallStats))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from opero.core.signature import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable, Sequence
 
 _HIDDEN = "…"
 _NUMBERS = (bool, int, float, type(None))
@@ -43,3 +43,25 @@ def nearest(name: str, names: Collection[str]) -> str | None:
 
     near = difflib.get_close_matches(name, names, n=1)
     return near[0] if near else None
+
+
+def brief(value: Any) -> str:
+    """The start of a representation: for those who ask for a value at a prompt, and never for a message or a log."""
+    import reprlib
+
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
+
+
+def html_table(title: str, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table for notebooks, of the starts of representations."""
+    import html
+
+    def row(cells: Iterable[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    body = "".join(row(map(brief, cells), "td") for cells in rows)
+    return f"<table><caption>{html.escape(title)}</caption>{row(columns, 'th')}{body}</table>"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from opero.core.forks import watch_forks
+from opero.core.showing import html_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,10 @@ class CallStats:
     failures: int = 0
     cache_errors: int = 0
     waited: float = 0.0
+
+    def _repr_html_(self) -> str:
+        counted = {field.name: getattr(self, field.name) for field in fields(self)}
+        return html_table("", list(counted), [counted.values()])
 
 
 class Counter:
