@@ -18,6 +18,7 @@ from opero.exceptions import NotTransferableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.concurrency.progress import ProgressOption
     from opero.concurrency.scheduler import Pool
     from opero.concurrency.worker import Work
 
@@ -31,7 +32,7 @@ class MapSettings:
 
     pools: PoolSource
     ordered: bool = True
-    progress: bool | str = True
+    progress: ProgressOption = True
     return_exceptions: bool = True
     # Whether items that failed are worth a warning, because nobody said what shall become of them.
     warns: bool = False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.concurrency.kept import MapSettings, PoolSource
 from opero.concurrency.mapping import make_map
+from opero.concurrency.progress import ProgressOption, check_progress
 from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
@@ -100,7 +101,7 @@ def map_settings(
     mode: Mode = "process",
     workers: int | None = None,
     ordered: bool = True,
-    progress: bool | str = True,
+    progress: ProgressOption = True,
     return_exceptions: bool = MISSING,
     total: int | None = None,
     batch_size: int | None = None,
@@ -121,8 +122,7 @@ def map_settings(
             msg = f"workers={workers} cannot apply with mode='serial', in which the calling thread works; leave it out"
             raise ValueError(msg)
     check_flag("ordered", ordered)
-    if not isinstance(progress, str):
-        check_flag("progress", progress)
+    check_progress(progress)
     if return_exceptions is not MISSING:
         check_flag("return_exceptions", return_exceptions)
     if total is not None:
@@ -224,7 +224,7 @@ def get_parallel_map_decorator(
     *,
     workers: int | None = None,
     ordered: bool = True,
-    progress: bool | str = False,
+    progress: ProgressOption = False,
     return_exceptions: bool = MISSING,
     total: int | None = None,
     **pool_options: Any,
@@ -236,7 +236,7 @@ def get_parallel_map_decorator(
             that makes one.
         workers: Processes, threads or tasks; by default what `opero.opmap` has.
         ordered: Whether results come in input order, or in order of completion.
-        progress: Whether to show a bar on a terminal; text is its label.
+        progress: Whether to show a bar on a terminal, or how; see `opero.opmap`.
         return_exceptions: Whether a failed item is its exception in the list, or stops the map and is raised. If not
             given, it is in the list, and an `opero.FailedItemsWarning` tells of it.
         total: Number of items, for the bar, where neither their length nor `operator.length_hint` tells it.
@@ -279,7 +279,7 @@ def get_parallel_executor(
     *,
     workers: int | None = None,
     ordered: bool = True,
-    progress: bool | str = False,
+    progress: ProgressOption = False,
     return_exceptions: bool = MISSING,
     total: int | None = None,
     **pool_options: Any,

@@ -1,25 +1,43 @@
-"""The progress bar of a map."""
+"""How far a map has come: a bar, lines in the log, or what the program makes of it."""
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from opero.core.checks import check_callable, check_flag, check_mapping
+from opero.core.clock import clock
 from opero.core.interrupts import Hold
+from opero.core.signature import through_partials
+from opero.utils.logging import log
+from opero.utils.notes import duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ProgressOption: TypeAlias = "bool | str | Mapping[str, Any] | Callable[..., Any]"
+
+# Seconds until the first line in the log, and the longest time without one.
+_FIRST_LINE = 10.0
+_LONGEST_SILENCE = 600.0
 
 
 @dataclass(slots=True)
 class Tally:
     """Items of one map: those that have ended, and how many of them failed or came from the cache.
 
-    ``retried`` are those that needed more than one round, ended or not.
+    ``retried`` are those that needed more than one round, ended or not; ``total`` is None where it is not known.
     """
 
     finished: int = 0
     failed: int = 0
     retried: int = 0
     cached: int = 0
+    total: int | None = None
 
 
 class Progress(Protocol):
@@ -44,25 +62,49 @@ class NoProgress:
         """Nothing to close."""
 
 
+class LoggedProgress(NoProgress):
+    """Where nobody would see a bar: a line in the log now and then, at longer and longer intervals."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._interval = _FIRST_LINE
+        self._begun = clock.now()
+        self._due = self._begun + self._interval
+
+    def show(self, tally: Tally) -> None:
+        now = clock.now()
+        if now < self._due:
+            return
+        self._interval = min(2 * self._interval, _LONGEST_SILENCE)
+        self._due = now + self._interval
+        whole = "" if tally.total is None else f" of {tally.total}"
+        took = duration(now - self._begun)
+        log("INFO", "{}: {}{} items done in {}, {} failed", self._name, tally.finished, whole, took, tally.failed)
+
+
+class ToldProgress(NoProgress):
+    """A function of the program's that is called with each new `Tally`."""
+
+    def __init__(self, tell: Callable[[Tally], object]) -> None:
+        self._tell = tell
+        self._last: Tally | None = None
+
+    def show(self, tally: Tally) -> None:
+        if tally != self._last:
+            self._last = replace(tally)
+            self._tell(replace(tally))
+
+
 class TqdmProgress:
-    """A tqdm bar on a terminal or in a notebook, and nothing elsewhere."""
+    """A bar of tqdm's."""
 
-    def __init__(self, label: str, total: int | None) -> None:
-        import warnings
-
-        with warnings.catch_warnings():
-            # In a notebook without ipywidgets: there it shows no bar, and the map needs none.
-            warnings.filterwarnings("ignore", "IProgress not found")
-            from tqdm.auto import tqdm
-
-        class Bar(tqdm):  # type: ignore[type-arg]  # generic for type checkers only
+    def __init__(self, kind: type[Any], options: Mapping[str, Any]) -> None:
+        class Bar(kind):  # type: ignore[misc]  # of whichever class
             # tqdm's monitor is a thread that would outlive the map.
             monitor_interval = 0
 
-        # A notebook is no terminal, and shows the bar all the same.
-        in_notebook = any("notebook" in kind.__module__ for kind in tqdm.__mro__)
-        unseen: dict[str, Any] = {} if in_notebook or _is_terminal(sys.stderr) else {"disable": True}
-        self._bar: Any = Bar(desc=label, total=total, unit="item", **unseen)
+        self._bar: Any = Bar(**options)
+        self._turns_red = "colour" not in options and not os.environ.get("NO_COLOR")
         self._notes: dict[str, int] = {}
 
     def show(self, tally: Tally) -> None:
@@ -76,6 +118,8 @@ class TqdmProgress:
         notes = {name: count for name, count in notes.items() if count}
         if notes != self._notes:
             self._notes = notes
+            if tally.failed and self._turns_red:
+                self._bar.colour = "red"
             self._bar.set_postfix(notes, refresh=False)
             if tally.finished == self._bar.n:
                 self._bar.refresh()
@@ -89,11 +133,57 @@ class TqdmProgress:
             self._bar.close()
 
 
-def make_progress(progress: bool | str, name: str, total: int | None) -> Progress:  # noqa: FBT001 - the option's type
-    """The bar that the ``progress`` option asks for, labelled by it or by the function's name."""
-    if progress is False or sys.stderr is None or _is_child_process():
+def check_progress(progress: Any) -> None:
+    """Refuse what is neither a flag, a label, options of a bar, nor something to call."""
+    if isinstance(progress, Mapping):
+        check_mapping("progress", progress)
+    elif callable(progress):
+        if not _is_bar(progress):
+            check_callable("progress", progress, "a function of one tally, or a class such as tqdm.rich.tqdm")
+    elif not isinstance(progress, str):
+        check_flag("progress", progress)
+
+
+def make_progress(progress: ProgressOption, name: str, total: int | None) -> Progress:
+    """What the ``progress`` option asks for, labelled by it or by the function's name."""
+    if callable(progress) and not _is_bar(progress):
+        return ToldProgress(progress)
+    if progress is False or _is_child_process():
         return NoProgress()
-    return TqdmProgress(progress if isinstance(progress, str) else name, total)
+    options: dict[str, Any] = {"desc": progress if isinstance(progress, str) else name, "total": total, "unit": "item"}
+    if isinstance(progress, Mapping):
+        options.update(progress)
+    if not (_is_in_notebook() or _is_terminal(sys.stderr) or options.get("disable", True) is False):
+        return LoggedProgress(options["desc"])
+    kind: Any = _bar_of_tqdm() if isinstance(progress, (bool, str, Mapping)) else progress
+    while isinstance(kind, functools.partial):
+        options = {**options, **kind.keywords}
+        kind = kind.func
+    return TqdmProgress(kind, options)
+
+
+def _is_bar(progress: Any) -> bool:
+    """Whether it is a class like tqdm's, or a partial of one."""
+    kind = through_partials(progress)
+    return isinstance(kind, type) and hasattr(kind, "update") and hasattr(kind, "set_postfix")
+
+
+def _bar_of_tqdm() -> type[Any]:
+    import warnings
+
+    with warnings.catch_warnings():
+        # In a notebook without ipywidgets: there it is a bar of text.
+        warnings.filterwarnings("ignore", "IProgress not found")
+        from tqdm.auto import tqdm
+
+    return tqdm
+
+
+def _is_in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this, which shows what is written to stderr below the cell."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
 
 
 def _is_terminal(stream: Any) -> bool:

@@ -451,7 +451,7 @@ class Scheduler:
         self._overdue: set[Batch] = set()
         self._flying: set[_Entry] = set()
         self.failure: Exception | None = None
-        self.tally = Tally()
+        self.tally = Tally(total=total)
 
     @property
     def is_inherited(self) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from opero.concurrency.outcome import Results
+    from opero.concurrency.progress import ProgressOption
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,7 +30,7 @@ class OpmapOptions(CommonOptions, total=False):
     mode: str | Executor | Callable[[], Executor]
     workers: int | None
     ordered: bool
-    progress: bool | str
+    progress: ProgressOption
     total: int | None
     pool_options: Mapping[str, Any] | None
 
@@ -169,7 +170,11 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100); of an executor, the
               batches that are in it at the same time (default: as many as it has workers, if it tells; else CPUs).
             - ``ordered`` (True): results in input order; else in order of completion.
-            - ``progress`` (True): a tqdm bar on a terminal or in a notebook, not in child processes; text is its label.
+            - ``progress`` (True): a tqdm bar on a terminal or in a notebook, red when items have failed; elsewhere a
+              line in the log now and then; nothing in child processes. Text is its label; a mapping has options for
+              it, as ``{"desc": "pages", "position": 1}``; a class takes its place, as ``tqdm.rich.tqdm``. Or a
+              function, which is called here with a tally whenever items have ended: ``finished``, ``failed``,
+              ``retried``, ``cached``, and ``total`` (None where it is not known).
             - ``return_exceptions`` (True): a failed item is its exception in the list; False: the first failure stops
               the map and is raised. Where it is not given, an `opero.FailedItemsWarning` tells of exceptions in the
               list, once for each map. Not beside ``default``, which is in the list for an item that failed; its
