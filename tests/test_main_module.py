@@ -62,6 +62,8 @@ MODES = {
 # Python starts the workers of an executor from the program's file, if they are spawned.
 WITHOUT_FILE = [mode for mode in MODES if mode != "executor, spawn"]
 CASES = [*((mode, "file") for mode in MODES), *((mode, "-c") for mode in WITHOUT_FILE)]
+# Workers that have the main module, that get it from its file, that have none to get, by opero and by others.
+DIFFERENT = [("fork", "file"), ("spawn", "file"), ("spawn", "-c"), ("executor, spawn", "file"), ("loky", "file")]
 
 
 def run_main(folder, source, *, way):
@@ -176,7 +178,7 @@ KINDS = """
 """
 
 
-@pytest.mark.parametrize(("mode", "way"), CASES)
+@pytest.mark.parametrize(("mode", "way"), DIFFERENT)
 def test_what_the_main_module_defines_works_in_workers_as_in_the_caller(tmp_path, mode, way):
     source = textwrap.dedent(KINDS).replace("MODE", MODES[mode])
     expected = [
@@ -230,6 +232,7 @@ def test_functions_of_a_package_that_is_run_reach_fresh_workers(tmp_path, method
     assert (run.stdout, run.stderr) == ("[2, 4]\n", "")
 
 
+INITIALIZED_IN = [("process", "fork"), ("process", "spawn"), ("process", "forkserver"), ("async_process", "spawn")]
 STATE = """
     import multiprocessing, threading
     from opero import opmap
@@ -259,8 +262,7 @@ STATE = """
 """
 
 
-@pytest.mark.parametrize("mode", ["process", "async_process"])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(("mode", "method"), INITIALIZED_IN)
 def test_an_initializer_gives_the_main_module_what_can_only_be_inherited(tmp_path, mode, method):
     source = textwrap.dedent(STATE).replace("MODE", repr(mode)).replace("METHOD", repr(method))
     assert run_main(tmp_path, source, way="file") == "[-1, -2, -3]\n6 [1, 2, 3]\n"
@@ -372,8 +374,7 @@ PREPARED = """
 """
 
 
-@pytest.mark.parametrize("mode", ["process", "async_process"])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(("mode", "method"), INITIALIZED_IN)
 def test_whatever_calls_a_function_of_the_main_module_prepares_that_of_the_worker(tmp_path, mode, method):
     source = textwrap.dedent(PREPARED).replace("MODE", repr(mode)).replace("METHOD", repr(method))
     assert run_main(tmp_path, source, way="file") == "[1] [2] [3] [4] "
@@ -401,8 +402,10 @@ DEFINITIONS = {
 }
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-@pytest.mark.parametrize("definition", DEFINITIONS)
+@pytest.mark.parametrize(
+    ("definition", "method"),
+    [("assigned", "spawn"), ("assigned", "forkserver"), ("global", "spawn"), ("exec", "spawn")],
+)
 def test_a_class_that_the_file_does_not_show_travels_with_the_function(tmp_path, method, definition):
     source = textwrap.dedent(HIDDEN).replace("DEFINITION", DEFINITIONS[definition]).replace("METHOD", repr(method))
     assert run_main(tmp_path, source, way="file") == "[1]\n"
@@ -440,7 +443,7 @@ CIRCLES = """
 """
 
 
-@pytest.mark.parametrize(("mode", "way"), CASES)
+@pytest.mark.parametrize(("mode", "way"), DIFFERENT)
 def test_a_class_that_leads_back_to_itself_is_known_to_workers(tmp_path, mode, way):
     source = textwrap.dedent(CIRCLES).replace("MODE", MODES[mode])
     assert run_main(tmp_path, source, way=way) == "[('Dot', True), ('Single', True)]\n"
@@ -486,7 +489,6 @@ MARKS = """
             return (*function(), NAME, COUNT)
         return wrapper
 """
-METHODS = ("fork", "spawn", "forkserver")
 
 
 def seen_by_functions(folder, options, *, way):
@@ -494,8 +496,10 @@ def seen_by_functions(folder, options, *, way):
     return run_main(folder, textwrap.dedent(GLOBALS).replace("MODE", options), way=way).splitlines()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("way", ["file", "-c", "stdin"])
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [("file", "fork"), ("file", "spawn"), ("file", "forkserver"), ("-c", "spawn"), ("stdin", "spawn")],
+)
 def test_what_an_initializer_sets_is_seen_by_the_function_and_all_that_it_calls(tmp_path, method, way):
     options = f"pool_options={{'start_method': {method!r}, 'initializer': prepare, 'initargs': ('n',)}}"
     looked = ("n", {"at": "n"}, "of marks", 70)
@@ -505,7 +509,7 @@ def test_what_an_initializer_sets_is_seen_by_the_function_and_all_that_it_calls(
     ]
 
 
-@pytest.mark.parametrize("mode", WITHOUT_FILE)
+@pytest.mark.parametrize("mode", ["fork", "spawn", "loky"])
 def test_functions_that_call_each_other_share_their_globals(tmp_path, mode):
     looked = (None, {}, "of marks", 70)
     assert seen_by_functions(tmp_path, MODES[mode], way="-c") == [
@@ -719,7 +723,7 @@ HELD = """
 """
 
 
-@pytest.mark.parametrize(("mode", "way"), [("spawn", "-c"), ("loky", "-c"), ("loky", "file"), ("spawn", "file")])
+@pytest.mark.parametrize(("mode", "way"), [("spawn", "-c"), ("loky", "file"), ("spawn", "file")])
 def test_what_classes_hold_and_functions_that_are_given_arrive_in_workers(tmp_path, mode, way):
     source = textwrap.dedent(HELD).replace("MODE", MODES[mode])
     assert run_main(tmp_path, source, way=way).splitlines() == [
