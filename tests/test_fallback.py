@@ -21,7 +21,7 @@ from opero.core.limits.rates import parse_rates
 from opero.core.per import Per
 from opero.core.plan import Call, Plan
 from opero.core.rate_limit import limit_policy
-from opero.core.retry import retry_policy
+from opero.core.retry import RetryPolicy
 from opero.core.steps import Failed
 
 ONCE = {"retries": 0, "arg_fallback": "key"}
@@ -626,7 +626,7 @@ def plan_of_limited(retry_on, per=None):
 
     return Plan(
         ask,
-        retry=retry_policy(retries=0, retry_on=retry_on),
+        retry=RetryPolicy(retries=0, retry_on=retry_on),
         fallback=fallback_policy(ask, "key"),
         limit=limit_policy(ask, 1, fallback="key", per=Per(ask, per) if per else None),
     )

@@ -19,7 +19,7 @@ from opero.core import CallTimeoutError, MisuseError, RateLimiter
 from opero.core.clock import clock
 from opero.core.flow import call_flow
 from opero.core.plan import Call, Plan
-from opero.core.retry import retry_policy
+from opero.core.retry import RetryPolicy
 
 PASSING = [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError]
 
@@ -556,10 +556,10 @@ def test_the_circuit_hears_nothing_of_a_cancelled_attempt():
 
 
 def test_a_first_attempt_that_was_cancelled_is_the_last_one():
-    call = Call((), {}, failure=(error := ConnectionError()))
-    call.is_last = True
+    call, error = Call((), {}), ConnectionError()
+    call.failure, call.is_last = error, True
     with pytest.raises(StopIteration) as end:
-        call_flow(Plan(lambda: None, retry_policy()), call).send(None)
+        call_flow(Plan(lambda: None, RetryPolicy()), call).send(None)
     assert end.value.value.error is error
 
 

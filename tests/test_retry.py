@@ -1128,7 +1128,7 @@ class Flow:
     def call(self, *args, **kwargs):
         plan = self._plan
         if not self._world.is_async:
-            return drive(call_flow(plan, Call(args, kwargs, blocks=True)), plan.function)
+            return drive(call_flow(plan, Call(args, kwargs)), plan.function)
         return asyncio.run(drive_async(call_flow(plan, Call(args, kwargs)), plan.function, plan.name))
 
 

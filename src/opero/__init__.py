@@ -5,12 +5,12 @@ from opero.core.breaker import Breaker
 from opero.core.cache import Cache, clear_cache
 from opero.core.candidates import candidates, candidates_from
 from opero.core.control import control
-from opero.core.listeners import on_event
 from opero.core.rate_limit import RateLimiter
 from opero.core.retry import GIVE_UP, NEXT
 from opero.core.stats import CallStats
 from opero.decorators.opero import opero
 from opero.decorators.opmap import opmap
+from opero.events import on_event
 from opero.exceptions import (
     AllFailedError,
     CallTimeoutError,

@@ -1,10 +1,27 @@
-"""What `opero.on_event` and ``on_event=`` tell of: one class for each kind of event."""
+"""What happens during calls, who is told of it, and the two switches that every call looks at.
+
+One class for each kind of event comes first; then `on_event`, ``on_event=`` of the decorators, and `switches`. Nobody
+listens by default, and then a call looks at one flag.
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
-from opero.core.listeners import Subscription, on_event
+from opero.core.checks import check_callable
+from opero.core.clock import clock
+from opero.core.forks import ForkSafeLock
+from opero.core.signature import name_of
+from opero.utils.logging import is_logged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opero.core.plan import Call, Plan
 
 __all__ = [
     "AttemptFailed",
@@ -147,3 +164,169 @@ class CallDone(Event):
     seconds: float
     cached: bool
     cancelled: bool
+
+
+_numbers = itertools.count(1)
+# The callbacks that have called the running code, while they were told of something: what that causes is not told to
+# them again. Not by thread: tasks that a callback starts are its doing, too.
+_telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_telling", default=())
+
+
+class Listener:
+    """A callback, and whether its errors have been complained of."""
+
+    __slots__ = ("_alone", "_is_complained_of", "callback")
+
+    def __init__(self, callback: Callable[[Any], object]) -> None:
+        self.callback = check_callable("on_event", callback, "a function of one event")
+        self._alone = (self.callback,)
+        self._is_complained_of = False
+
+    def tell(self, event: Event) -> None:
+        telling = _telling.get()
+        token = _telling.set((*telling, self.callback) if telling else self._alone)
+        try:
+            self.callback(event)
+        except Exception as error:  # noqa: BLE001 - who listens must not change what happens
+            if not self._is_complained_of:
+                # Not its text, which may hold what the callback was made with.
+                text = "on_event={} raised {}, and goes on being told"
+                self._is_complained_of = is_logged("WARNING", text, name_of(self.callback), type(error).__name__)
+        finally:
+            _telling.reset(token)
+
+
+class Switches:
+    """Looked at by every call.
+
+    Attributes:
+        are_on: Whether any of the others is.
+        listeners: Who is told of the calls of all functions.
+        is_disabled: Whether the bare functions are called.
+    """
+
+    __slots__ = ("_disablers", "_lock", "are_on", "is_disabled", "listeners")
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        is_off = os.environ.get("OPERO_DISABLED", "").strip().lower() in {"", "0", "false", "no", "off"}
+        self._disablers = 0 if is_off else 1
+        self.listeners: tuple[Listener, ...] = ()
+        self._set()
+
+    def listening(self, listener: Listener, *, begins: bool) -> None:
+        """Somebody begins or ends to listen to all functions."""
+        with self._lock.lock:
+            others = tuple(other for other in self.listeners if other is not listener)
+            self.listeners = (*others, listener) if begins else others
+            self._set()
+
+    def disabling(self, *, begins: bool) -> None:
+        """Somebody turns all decorators off, or on again."""
+        with self._lock.lock:
+            self._disablers += 1 if begins else -1
+            self._set()
+
+    def _set(self) -> None:
+        self.is_disabled = self._disablers > 0
+        self.are_on = self.is_disabled or bool(self.listeners)
+
+
+switches = Switches()
+
+
+class Subscription:
+    """A callback that is told of all functions' events until this is closed; also a context for a ``with`` block."""
+
+    def __init__(self, callback: Callable[[Any], object]) -> None:
+        self._listener = Listener(callback)
+        switches.listening(self._listener, begins=True)
+
+    def close(self) -> None:
+        """Tell the callback of nothing any more; calls under way still tell it of their ends."""
+        switches.listening(self._listener, begins=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+def on_event(callback: Callable[[Any], object]) -> Subscription:
+    """Tell ``callback`` of what happens during the calls of all decorated functions of this process.
+
+    It gets one `opero.events.Event` at a time, in the thread (or event loop) that makes the call, and should be quick.
+    Several are told in the order in which they began to listen, of the end of a call in the opposite order.
+    An `Exception` that it raises is logged once and changes nothing. While somebody listens, every call takes some
+    microseconds more.
+
+    It may call decorated functions itself: of calls that it makes, in its own thread or in tasks that it starts, the
+    others are told, but it is not. This does not reach calls that another thread makes for it. A forked child inherits
+    it, as it inherits all objects: its copy is told of the child's calls.
+
+    Args:
+        callback: A plain function of one event.
+
+    Returns:
+        A `Subscription`, to be closed, or used as a context, when the callback shall hear no more.
+
+    Raises:
+        TypeError: If it cannot be called, or is async.
+    """
+    return Subscription(callback)
+
+
+def begin_telling(plan: Plan, call: Call) -> None:
+    """Tell those who listen, if anybody does, that the call has started; ``call.tell`` is for what follows."""
+    listeners = switches.listeners if plan.on_event is None else (plan.on_event, *switches.listeners)
+    telling = _telling.get()
+    if telling:
+        listeners = tuple(each for each in listeners if not any(each.callback is callback for callback in telling))
+    if not listeners:
+        return
+    same = {"function": plan.name, "module": plan.module, "call": next(_numbers), "index": call.index}
+
+    def tell(kind: type[Event], **facts: Any) -> None:
+        # Not by the `__init__` of a frozen dataclass, which takes three times as long.
+        event = object.__new__(kind)
+        attributes = event.__dict__
+        attributes.update(same)
+        attributes.update(facts)
+        attributes["time"] = clock.wall()
+        if kind is CallDone and len(listeners) > 1:
+            _tell_last_first(listeners, event)
+            return
+        for listener in listeners:
+            listener.tell(event)
+
+    call.tell = tell
+    tell(CallStarted)
+
+
+def _tell_last_first(listeners: tuple[Listener, ...], event: Event) -> None:
+    """As contexts are left: who begins something around the call ends it inside of what others began before."""
+    try:
+        listeners[-1].tell(event)
+    finally:
+        # Ctrl-C in one of them must not leave open what the others began.
+        if len(listeners) > 1:
+            _tell_last_first(listeners[:-1], event)
+
+
+def tell_of_the_end(call: Call, *, error: Exception | None = None, cancelled: bool = False) -> None:
+    """Tell those who listen, if anybody does, that the call is over."""
+    if call.tell is not None:
+        call.tell(
+            CallDone,
+            error=error,
+            attempts=call.attempts,
+            seconds=clock.now() - call.started,
+            cached=call.cached,
+            cancelled=cancelled,
+        )
+
+
+def is_listened_to(plan: Plan) -> bool:
+    """Whether the calls of a function have to be told of."""
+    return plan.on_event is not None or bool(switches.listeners)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
-from opero.core.listeners import on_event, switches
 from opero.core.virtual_time import VirtualTime
+from opero.events import on_event, switches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,10 +25,10 @@ from opero.concurrency.worker import BATCH_SECONDS, LONG_SECONDS, Work
 from opero.core.clock import clock
 from opero.core.flights import Presence
 from opero.core.flow import call_flow, item_flow
-from opero.core.listeners import is_listened_to, switches
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING, parameter_slot
 from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step
+from opero.events import is_listened_to, switches
 from opero.exceptions import MisuseError, OperoError, WorkerCrashedError
 from opero.utils.notes import add_note, users_part
 
@@ -617,8 +617,8 @@ class Scheduler:
 
     def _open(self, index: int, item: Any, *, started: float | None = None, failure: Exception | None = None) -> _Entry:
         arguments, kwargs = self._shape.arguments(item), self._shape.kwargs
-        call = Call(arguments, kwargs, started=started, failure=failure, presence=self.presence)
-        call.index = index
+        call = Call(arguments, kwargs, started=started)
+        call.index, call.presence, call.failure = index, self.presence, failure
         return _Entry(index, item, call)
 
     def _start_flow(self, entry: _Entry, flow: Flow) -> None:
@@ -641,9 +641,6 @@ class Scheduler:
     def _obey(self, entry: _Entry, step: Step | Share | Prepare) -> None:
         if isinstance(step, Attempt):
             entry.attempt = step
-            if entry.call.rounds > 1 and not entry.retried:
-                entry.retried = True
-                self.tally.retried += 1
             self._ready.append(entry)
         elif isinstance(step, Consult):
             self._consulting.append((entry, step))
@@ -721,8 +718,8 @@ class Scheduler:
     def _call_for_many(self) -> None:
         members, self._gathered = self._gathered, []
         arguments = self._shape.arguments([member.item for member in members])
-        entry = _ListEntry(members, Call(arguments, self._shape.kwargs, presence=self.presence))
-        entry.call.index = entry.index
+        entry = _ListEntry(members, Call(arguments, self._shape.kwargs))
+        entry.call.index, entry.call.presence = entry.index, self.presence
         self._start_flow(entry, call_flow(self._call_plan, entry.call))
 
     def _taken_apart(self, entry: _ListEntry, outcome: Any) -> Any:
@@ -747,9 +744,8 @@ class Scheduler:
         return Failed(next(error for error in (*entry.members.values(), *errors.values()) if error is not None))
 
     def _is_retried(self, entry: _ListEntry, error: Exception) -> bool:
-        rounds = self._call_plan.retry.rounds(self._call_plan.retry, entry.call, self._plan.function)
         try:
-            verdict = rounds.judge(Failed(error))
+            verdict = self._call_plan.retry.judge(self._call_plan, entry.call, Failed(error))
         except Exception:  # noqa: BLE001 - the user's predicate: the flow of the call will meet it, too, and end with it
             return True
         return verdict is not None and verdict.again
@@ -826,6 +822,9 @@ class Scheduler:
             if entry.attempt is not None and entry.attempt.begins is not None:
                 entry.attempt.begins()
                 entry.attempt.begins = None
+            if entry.call.rounds > 1 and not entry.retried:
+                entry.retried = True
+                self.tally.retried += 1
         batch.sent_at = clock.now()
         if batch.time_limit is not None and self._kill is not None:
             self._watch(batch, batch.time_limit[0] + self._grace)

@@ -21,6 +21,7 @@ from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease, Release, managing
 from opero.core.stores.memory import is_shared
 from opero.core.stores.settings import cache_settings, check_lifetime
+from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ class ResultCache:
     def _hit(self, call: Call, value: Any) -> Any:
         call.cached = True
         if call.tell is not None:
-            call.tell("CacheHit")
+            call.tell(CacheHit)
         # One that is raised again and again would hold the frames of all who got it.
         return Failed(_fresh(value.error)) if value.__class__ is Failed else value
 

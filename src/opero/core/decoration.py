@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from opero.core.clock import clock
 from opero.core.control import Control, changed_options, with_shared_policies
 from opero.core.flow import call_flow
-from opero.core.listeners import is_listened_to, switches
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING, check_decoratable, first_parameter, innermost, refuse_unfinished
 from opero.core.steps import (
+    NOT_RUN,
     Attempt,
     Failed,
     drive,
@@ -21,11 +21,16 @@ from opero.core.steps import (
     run_attempt_async,
 )
 from opero.core.wrapper import wrap
+from opero.events import AttemptStarted, begin_telling, is_listened_to, switches, tell_of_the_end
 from opero.exceptions import MisuseError
 from opero.utils.notes import shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
+
+    from opero.core.breaker import Passage
+    from opero.core.limits.places import Places
+    from opero.core.steps import Flow
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -33,10 +38,10 @@ Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a 
 
 
 class Decoration:
-    """What a wrapper holds.
+    """What a wrapper holds: the plan, and the ways from the wrapper to the function.
 
-    The first call looks at the function's result, which may not be there yet (an awaitable, a generator); only then may
-    the wrapper call the function by itself.
+    The first call goes through the flow, which looks at the function's result: that may not be there yet (an awaitable,
+    a generator). From then on the first attempt of a call is made without a flow where that is possible.
 
     Attributes:
         plan: The policies.
@@ -45,11 +50,12 @@ class Decoration:
         count: Counts such a call.
         fetch: Gives the cache's entry of a key, by awaiting; None where that is no use.
         find: Gives the cache's entry, a tuple that begins with the result, if that is quick; else None.
-        is_direct: Whether it may be called without asking anybody.
-        asks: Whether only what can be asked at once stands before it: candidates, a circuit, a limit of slots or time.
+        is_quick: Whether no more has to be done before a first attempt than `_first` does.
+        is_direct: Whether nothing has to be done.
     """
 
     __slots__ = (
+        "_follows",
         "_has_looked",
         "_key_of",
         "_learn",
@@ -58,13 +64,13 @@ class Decoration:
         "_may_expire",
         "_seconds",
         "_take_slot",
-        "asks",
         "clock",
         "count",
         "fetch",
         "find",
         "function",
         "is_direct",
+        "is_quick",
         "new_call",
         "plan",
         "recipe",
@@ -72,6 +78,7 @@ class Decoration:
     )
 
     def __init__(self, plan: Plan, recipe: Recipe) -> None:
+        cache, limit = plan.cache, plan.limit
         self.plan = plan
         self.recipe = recipe
         self.function = plan.function
@@ -79,88 +86,76 @@ class Decoration:
         self.switches = switches
         self.count = plan.stats.direct.tick
         self.new_call = Call
-        self.is_direct = self.asks = False
+        self.is_direct = self.is_quick = False
         # The cache looks at all results.
-        self._has_looked = plan.cache is not None
-        self._key_of: Callable[..., Any] = _no_key
-        self._look_up: Callable[[Any], tuple[Any, float] | None] | None = None
-        self._may_expire = False
-        if plan.cache is not None:
-            self._key_of, self._look_up = plan.cache.keys.key_of, plan.cache.look_up
-            self._may_expire = plan.cache.entries_may_expire
-            plan.cache.stats = plan.stats
+        self._has_looked = cache is not None
         limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
         self._seconds: float | None
         self._seconds, self._limit = min(((s, name) for s, name in limits if s is not None), default=(None, ""))
-        self.find = self._finder() or _no_key
-        self.fetch = None if plan.cache is None else plan.cache.fetch
-        self._take_slot = None if plan.limit is None else plan.limit.take_now
-        # How long an execution usually takes matters where a slot can come too late.
-        self._learn = None if plan.limit is None or plan.total_timeout is None else plan.limit.usual.learn
+        self._take_slot = None if limit is None else limit.take_now
+        # Whether a slot would come too late to be of use is told by how long the function takes.
+        self._learn = None if limit is None or plan.total_timeout is None else limit.usual.learn
+        # Whether anybody else than listeners hears how a first attempt ended.
+        self._follows = any(each is not None for each in (plan.breaker, plan.places, self._learn))
+        self._key_of: Callable[..., Any] = _nothing
+        self._look_up: Callable[[Any], tuple[Any, float] | None] | None = None
+        self._may_expire = False
+        self.fetch: Callable[[Any], Awaitable[tuple[Any, float] | None]] | None = None
+        self.find: Callable[..., tuple[Any, float] | None] = _nothing
+        if cache is not None:
+            self._key_of, self._look_up, self.fetch = cache.keys.key_of, cache.look_up, cache.fetch
+            self._may_expire = cache.entries_may_expire
+            cache.stats = plan.stats
+            if self._look_up is not None and plan.on_event is None:
+                self.find = cache.finder(plan.stats.hits.tick, clock if self._may_expire else None) or _nothing
 
     drive = staticmethod(drive)
     shorten = staticmethod(shorten)
     drive_async = staticmethod(drive_async)
 
-    def _finder(self) -> Callable[..., tuple[Any, float] | None] | None:
-        cache = self.plan.cache
-        if cache is None or self._look_up is None or self.plan.on_event is not None:
-            return None
-        return cache.finder(self.plan.stats.hits.tick, clock if self._may_expire else None)
-
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: C901 - a frame more would cost as much as any of this
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a ``def`` function, or the beginning of a generator."""
-        if switches.are_on and switches.is_disabled:
+        if switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
-            return self._run(*args, **kwargs)
-        ready = self._ready(args, kwargs) if self.asks else None
-        if ready is None:
+            return self.attempted(*args, **kwargs)
+        first = self._first(args, kwargs) if self.is_quick else None
+        if first is None:
             begun = self.begin(args, kwargs)
-            return (
-                begun[0] if begun.__class__ is tuple else drive(begun, self.function if self._has_looked else self._run)
-            )
-        first_args, first_kwargs, passage, places = ready
-        self.count()
+            return begun[0] if begun.__class__ is tuple else drive(begun, self.attempted)
+        first_args, first_kwargs, passage, places, told = first
         started = clock.now()
-        token = None
-        if places is not None:
-            others = leading.get()
-            token = leading.set(others | places.badges if others else places.badges)
+        outcome: Any = NOT_RUN
+        token = None if places is None else leading.set(leading.get() | places.badges)
         try:
-            result = self.function(*first_args, **first_kwargs)
+            outcome = self.function(*first_args, **first_kwargs)
         except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
-            call = Call(args, kwargs, started=started, failure=error)
-        else:
-            if passage is not None:
-                passage.tell(failed=False)
-            if self._learn is not None:
-                self._learn(clock.now() - started)
-            return result
+            outcome = Failed(error)
         finally:
-            if passage is not None:
-                passage.is_over = True
-            if places is not None:
-                places.give_back()
             if token is not None:
                 leading.reset(token)
+            if self._follows or told is not None:
+                self._first_is_over(passage, places, told, outcome, started)
+        if outcome.__class__ is not Failed:
+            return outcome
+        call = told or Call(args, kwargs, started=started)
+        call.failure = outcome.error
+        del outcome
         return self.go_on(call)
 
-    async def call_async(  # noqa: C901 - a coroutine more would cost a tenth of what it all costs
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    async def call_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for ``async def``."""
-        if switches.are_on and switches.is_disabled:
+        if switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
-            return await self._run(*args, **kwargs)
-        ready = self._ready(args, kwargs) if self.asks else None
-        if ready is None:
+            return await self.attempted(*args, **kwargs)
+        first = self._first(args, kwargs) if self.is_quick else None
+        if first is None:
             begun = self.begin(args, kwargs)
             if begun.__class__ is tuple:
                 return begun[0]
-            return await drive_async(begun, self.function if self._has_looked else self._run, self.plan.name)
-        first_args, first_kwargs, passage, places = ready
-        self.count()
+            return await drive_async(begun, self.attempted, self.plan.name)
+        first_args, first_kwargs, passage, places, told = first
         started = clock.now()
+        outcome: Any = NOT_RUN
         try:
             if self._seconds is None and places is None:
                 try:
@@ -171,26 +166,28 @@ class Decoration:
                 badges = frozenset() if places is None else places.badges
                 attempt = Attempt(first_args, first_kwargs, MISSING, badges, timeout=self._seconds, limit=self._limit)
                 outcome = await run_attempt_async(self.function, attempt, self.plan.name)
-            if outcome.__class__ is not Failed:
-                if passage is not None:
-                    passage.tell(failed=False)
-                if self._learn is not None:
-                    self._learn(clock.now() - started)
-                return outcome
         finally:
-            if passage is not None:
-                passage.is_over = True
-            if places is not None:
-                places.give_back()
-        call = Call(args, kwargs, started=started, failure=outcome.error)
+            if self._follows or told is not None:
+                self._first_is_over(passage, places, told, outcome, started)
+        if outcome.__class__ is not Failed:
+            return outcome
+        call = told or Call(args, kwargs, started=started)
+        call.failure = outcome.error
         del outcome
         return await self.go_on_async(call)
 
-    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Arguments, passage and places of a first attempt that may be made now; None where the flow has to decide."""
-        if switches.are_on:
-            return None
+    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a first attempt that may be made now is made with; None where the flow has to decide.
+
+        That is its arguments, its passage through the circuit, the places of which it has one, and the call if somebody
+        is told of it.
+        """
         plan, passage, places = self.plan, None, None
+        is_told = switches.are_on or plan.on_event is not None
+        if is_told and plan.breaker is not None:
+            # Listeners are told what an attempt makes of a circuit.
+            return None
+        call_args, call_kwargs = args, kwargs
         try:
             first = (args, kwargs, MISSING) if plan.fallback is None else plan.fallback.first(args, kwargs)
             is_ready = first is not None
@@ -208,66 +205,94 @@ class Decoration:
         except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that is refused as a call that failed
             is_ready = False
         if is_ready:
-            return args, kwargs, passage, places
+            self.count()
+            return args, kwargs, passage, places, self._told(call_args, call_kwargs) if is_told else None
         if passage is not None:
             passage.is_over = True
         if places is not None:
             places.give_back()
         return None
 
+    def _told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call of which listeners are told, up to the beginning of its first attempt."""
+        call = Call(args, kwargs)
+        begin_telling(self.plan, call)
+        call.attempts = call.rounds = 1
+        call.began = clock.now()
+        if call.tell is not None:
+            call.tell(AttemptStarted, attempt=1, round=1)
+        return call
+
+    def _first_is_over(
+        self, passage: Passage | None, places: Places | None, told: Call | None, outcome: Any, started: float
+    ) -> None:
+        """How a first attempt has ended: ``NOT_RUN`` if Ctrl-C or the like ended it."""
+        if places is not None:
+            places.give_back()
+        if passage is not None:
+            if outcome.__class__ is Failed or outcome is NOT_RUN:
+                passage.is_over = True
+            else:
+                passage.tell(failed=False)
+        if self._learn is not None and outcome is not NOT_RUN:
+            self._learn(clock.now() - started)
+        if told is not None and outcome.__class__ is not Failed:
+            tell_of_the_end(told, cancelled=outcome is NOT_RUN)
+
     def go_on(self, call: Call) -> Any:
-        """The rest of a call whose first attempt was made by the wrapper, and failed."""
+        """The rest of a call whose first attempt was made without a flow, and failed."""
         call.blocks = True
-        return drive(call_flow(self.plan, call), self.function if self._has_looked else self._run)
+        return drive(call_flow(self.plan, call), self.function)
 
     async def go_on_async(self, call: Call) -> Any:
         """The same for ``async def``."""
         call.is_last = call.failure is not None and made_an_error_of_its_cancellation(call.failure)
-        function = self.function if self._has_looked else self._run
-        return await drive_async(call_flow(self.plan, call), function, self.plan.name)
+        return await drive_async(call_flow(self.plan, call), self.function, self.plan.name)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache's entry, a tuple that begins with the result, or the flow of the call."""
-        key: Any = MISSING
-        if self._look_up is not None and not is_listened_to(self.plan):
-            try:
-                key = self._key_of(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - the call fails with it, and is counted
-                key = Failed(error)
-            else:
-                entry = self._look_up(key)
+        key = MISSING
+        try:
+            if self._look_up is not None and not is_listened_to(self.plan):
+                key = self._key(args, kwargs)
+                entry = None if key.__class__ is Failed else self._look_up(key)
                 if entry is not None and not (self._may_expire and entry[1] <= clock.now()):
                     self.plan.stats.hits.tick()
                     return entry
-        try:
-            return call_flow(self.plan, Call(args, kwargs, key=key, blocks=not self.plan.is_async))
+            return self._flow(args, kwargs, key)
         finally:
-            # It may hold the error that has this frame in its traceback.
+            # It may hold an error, whose traceback leads to this frame.
             del key
 
     async def begin_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `begin`, where the cache can be asked in the event loop."""
         if self.fetch is None or is_listened_to(self.plan):
             return self.begin(args, kwargs)
-        key: Any
+        key = self._key(args, kwargs)
         try:
-            key = self._key_of(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the call fails with it, and is counted
-            key = Failed(error)
-        else:
-            entry = await self.fetch(key)
+            entry = None if key.__class__ is Failed else await self.fetch(key)
             if entry is not None:
                 self.plan.stats.hits.tick()
                 return entry
-        try:
-            return call_flow(self.plan, Call(args, kwargs, key=key))
+            return self._flow(args, kwargs, key)
         finally:
             del key
 
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._key_of(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the call fails with it, and is counted
+            return Failed(error)
+
+    def _flow(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Flow:
+        call = Call(args, kwargs)
+        call.key, call.blocks = key, not self.plan.is_async
+        return call_flow(self.plan, call)
+
     def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function whatever the cache has; of an ``async def`` one, a coroutine that does."""
-        call = Call(args, kwargs, blocks=not self.plan.is_async)
-        call.refreshes = True
+        call = Call(args, kwargs)
+        call.blocks, call.refreshes = not self.plan.is_async, True
         flow = call_flow(self.plan, call)
         return drive_async(flow, self.function, self.plan.name) if self.plan.is_async else drive(flow, self.function)
 
@@ -281,8 +306,10 @@ class Decoration:
         return fallback.arguments(call, fallback.values(call)[0])
 
     @property
-    def _run(self) -> Callable[..., Any]:
-        """What an attempt calls until a result was looked at; of a generator function always its first item."""
+    def attempted(self) -> Callable[..., Any]:
+        """What an attempt calls: of a generator function its beginning; else, once it was looked at, the function."""
+        if self._has_looked:
+            return self.function
         kinds = {
             "generator": self._first_item,
             "async generator": self._first_item_async,
@@ -302,16 +329,16 @@ class Decoration:
         return result
 
     def _looked(self) -> None:
+        """From now on, let first attempts be made without a flow where no policy needs one."""
         plan = self.plan
         self._has_looked = True
-        if plan.cache is not None or plan.on_event is not None or plan.retry.watches_every_attempt:
+        if plan.retry.watches_every_attempt:
             return
         # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
         is_timed = plan.is_async and self._seconds is not None
-        self.asks = is_timed or any(
-            policy is not None for policy in (plan.fallback, plan.breaker, plan.places, plan.limit)
-        )
-        self.is_direct = not self.asks
+        asked = (plan.fallback, plan.breaker, plan.places, plan.limit, plan.on_event)
+        self.is_quick = True
+        self.is_direct = not is_timed and all(policy is None for policy in asked)
 
     def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """A generator that has begun, and its first item; None and its result if it has ended without one."""
@@ -347,8 +374,8 @@ class Decoration:
         return _decoration_made_by, (*self.recipe, self.function)
 
 
-def _no_key(*_args: Any, **_kwargs: Any) -> Any:
-    """Without a cache."""
+def _nothing(*_args: Any, **_kwargs: Any) -> Any:
+    """Stand for what only a cache has."""
 
 
 def _decoration_made_by(factory: Callable[..., Any], options: dict[str, Any], function: Callable[..., Any]) -> Any:

@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import LONGEST_WAIT, clock
-from opero.core.listeners import switches, teller_of
 from opero.core.plan import Call, Final, Plan, Verdict
 from opero.core.signature import MISSING, own_signature
 from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Prepare, Share, waiting_until
+from opero.events import (
+    AttemptFailed,
+    AttemptStarted,
+    CandidateSwitched,
+    CircuitChanged,
+    RetryPlanned,
+    SlotWaited,
+    begin_telling,
+    switches,
+    tell_of_the_end,
+)
 from opero.exceptions import (
     AllFailedError,
     CallTimeoutError,
@@ -34,14 +45,12 @@ if TYPE_CHECKING:
     from opero.core.breaker import Passage
     from opero.core.fallback import FallbackOverParameter
     from opero.core.limits.places import Place
-    from opero.core.listeners import Teller
-    from opero.core.retry import Rounds
     from opero.core.steps import Await
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
-# No attempt could end otherwise.
-FINAL_ERRORS = (MisuseError, NotTransferableError)
+# No attempt could end otherwise, unless a TypeError is the function's own.
+FINAL_ERRORS = (MisuseError, NotTransferableError, TypeError)
 
 
 class _NoAttempt:
@@ -76,21 +85,19 @@ class Candidate:
 def call_flow(plan: Plan, call: Call) -> Flow:
     """One call from cache to function."""
     layers = _Layers(plan, call)
-    if plan.on_event is not None or switches.listeners:
-        call.tell = teller_of(plan, call)
     if plan.total_timeout is not None:
         # It bounds the wait for somebody else's computation, too.
         call.deadline = call.started + plan.total_timeout
     outcome: Any = None
     is_over = False
     try:
-        if call.tell is not None:
-            call.tell("CallStarted")
+        if call.tell is None and (plan.on_event is not None or switches.listeners):
+            begin_telling(plan, call)
         try:
             if plan.cache is not None:
                 outcome = yield from plan.cache.through(call, layers.retry, plan.stats)
             else:
-                if not call.attempts:
+                if call.failure is None:
                     plan.stats.flown.tick()
                 outcome = yield from layers.retry()
         except Exception as error:  # noqa: BLE001 - raised by a policy or a driver: a call that failed like others
@@ -103,14 +110,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         return outcome
     finally:
         if call.tell is not None:
-            call.tell(
-                "CallDone",
-                error=outcome.error if outcome.__class__ is Failed else None,
-                attempts=call.attempts,
-                seconds=clock.now() - call.started,
-                cached=call.cached,
-                cancelled=not is_over,
-            )
+            tell_of_the_end(call, error=outcome.error if outcome.__class__ is Failed else None, cancelled=not is_over)
 
 
 def item_flow(plan: Plan, call: Call) -> Flow:
@@ -164,25 +164,24 @@ class _Layers:
             self.candidates = [Candidate(call.args, call.kwargs)]
         else:
             self._find_candidates(plan.fallback)
-        rounds = plan.retry.rounds(plan.retry, call, plan.function)
         while True:
-            if "before" in plan.retry.options:
-                rounds.begin()
+            if plan.retry.tells_before:
+                plan.retry.tell_before(plan, call)
             self.is_new_round = True
-            while (outcome := (yield from self.fallback(rounds))) is CIRCUIT_OPEN:
+            while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN:
                 trial = self._wait_for_trial()
                 if trial is None:
-                    return self._circuit_open(rounds)
+                    return self._circuit_open()
                 yield trial
             if outcome.__class__ is not Verdict:
                 return outcome
-            wait = rounds.after(outcome, self._must_end)
+            wait = plan.retry.after(plan, call, outcome, self._must_end)
             if isinstance(wait, Final):
                 return self._finish(wait, gave_up=outcome.ends)
             if "loguru" in sys.modules:
                 log("DEBUG", "{} failed, next round in {}", plan.name, duration(wait))
             if call.tell is not None:
-                call.tell("RetryPlanned", round=call.rounds, delay=wait, error=outcome.error)
+                call.tell(RetryPlanned, round=call.rounds, delay=wait, error=outcome.error)
             del outcome
             yield Pause(wait)
 
@@ -193,7 +192,7 @@ class _Layers:
         if limit is not None and len(self.candidates) > 1:
             self.has_own_limit = limit.per is not None and limit.per.depends_on(fallback.parameter)
 
-    def fallback(self, rounds: Rounds) -> Generator[Any, Any, Any]:
+    def fallback(self) -> Generator[Any, Any, Any]:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
         plan = self.plan
         speaks: Verdict | None = None
@@ -202,11 +201,11 @@ class _Layers:
             candidate = self.left[0]
             if len(self.left) > 1 and self.call.failure is None:
                 candidate = yield from self._choose()
-            outcome = yield from self.breaker(candidate, rounds)
+            outcome = yield from self.breaker(candidate)
             if outcome is GAVE_WAY:
                 continue
             if outcome is OUT_OF_TIME:
-                return self._out_of_time(rounds)
+                return self._out_of_time()
             self.left.remove(candidate)
             if outcome is CIRCUIT_OPEN:
                 self.has_slot = False
@@ -231,7 +230,7 @@ class _Layers:
         values = [breaker.value_of(candidate) for candidate in self.candidates]
         return breaker.shared.trial_of(values, self.patient_until, call.deadline)
 
-    def breaker(self, candidate: Candidate, rounds: Rounds) -> Generator[Any, Any, Any]:
+    def breaker(self, candidate: Candidate) -> Generator[Any, Any, Any]:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
         breaker = self.plan.breaker
         passage = None if breaker is None else breaker.shared.enter(breaker.value_of(candidate))
@@ -239,7 +238,7 @@ class _Layers:
             return CIRCUIT_OPEN
         try:
             outcome = yield from self.attempt(candidate, passage)
-            return outcome if outcome.__class__ is _NoAttempt else self._judge(outcome, candidate, passage, rounds)
+            return outcome if outcome.__class__ is _NoAttempt else self._judge(outcome, candidate, passage)
         finally:
             if passage is not None:
                 passage.is_over = True
@@ -248,102 +247,82 @@ class _Layers:
                 self.place = None
 
     def attempt(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
-        """The rate limit, attempt_timeout, and one execution."""
+        """max_concurrent, the rate limit, attempt_timeout, and one execution."""
         plan, call = self.plan, self.call
         if call.failure is not None:
-            failed, call.failure = Failed(call.failure), None
-            candidate.tries = call.rounds = 1
+            outcome, call.failure = Failed(call.failure), None
+            candidate.tries = call.attempts = call.rounds = 1
             self.is_new_round = False
-            return failed
-        if plan.places is not None or plan.limit is not None:
-            missed = yield from self._enter(candidate, passage)
+            return outcome
+        if plan.places is not None:
+            wait = plan.places.take(candidate.args, candidate.kwargs, call.deadline)
+            self.place = yield from (wait if passage is None else passage.waiting(wait))
+            if self.place is None or (passage is not None and not passage.may_start()):
+                return self._why_not()
+        if plan.limit is not None and not self.has_slot:
+            missed = yield from self._take_slot(candidate, passage)
             if missed is not None:
                 return missed
         self.has_slot = False
-        timeout, option = plan.attempt_timeout, "attempt_timeout"
-        if call.deadline is not None:
-            left = call.deadline - clock.now()
-            if timeout is None or left < timeout:
-                timeout, option = left, "total_timeout"
-            if timeout <= 0:
-                return OUT_OF_TIME
-        was_new, self.is_new_round = self.is_new_round, False
-        begins_round = self._count(candidate)
         attempt = Attempt(
             candidate.args,
             candidate.kwargs,
             candidate.value,
             badges=frozenset({call.flight, self.place and self.place.badge} - {None}),
-            timeout=timeout,
-            limit=option,
+            timeout=plan.attempt_timeout,
+            limit="attempt_timeout",
             deadline=call.deadline,
             passage=passage,
-            begins=self._forget_failure if plan.fallback is None and self.errors else None,
+            begins=partial(self._begin, candidate),
         )
-        started = clock.now()
-        if call.tell is None:
-            outcome = yield attempt
-        else:
-            outcome = yield from self._told(attempt, None if begins_round else candidate, call.tell)
+        limit = attempt.time_limit()
+        if limit is not None and limit[0] <= 0:
+            return OUT_OF_TIME
+        outcome = yield attempt
         call.is_last = attempt.is_last
         self.was_cut_short = attempt.limit == "total_timeout" and self._is_little(attempt.timeout)
-        if outcome is not NOT_RUN:
-            if plan.limit is not None:
-                yield from plan.limit.ended(candidate, outcome, clock.now() - started)
-            return outcome
-        self._take_back(candidate, begins_round=begins_round)
-        self.is_new_round = was_new
-        return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
+        if outcome is NOT_RUN:
+            return self._why_not()
+        if plan.limit is not None:
+            yield from plan.limit.ended(candidate, outcome, clock.now() - call.began)
+        return outcome
 
-    def _enter(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, _NoAttempt | None]:
-        """A place of max_concurrent, and a slot of the rate limit; gives why there is none, if so."""
-        plan = self.plan
-        if plan.places is not None:
-            wait = plan.places.take(candidate.args, candidate.kwargs, self.call.deadline)
-            self.place = yield from (wait if passage is None else passage.waiting(wait))
-            if self.place is None or (passage is not None and not passage.may_start()):
-                return OUT_OF_TIME if self._is_out_of_time() else CIRCUIT_OPEN
-        if plan.limit is not None and not self.has_slot:
-            return (yield from self._take_slot(candidate, passage))
-        return None
-
-    def _count(self, candidate: Candidate) -> bool:
-        """Count an attempt; tells whether it begins a round, as the first candidate that is tried so often does."""
-        call, stats = self.call, self.plan.stats
+    def _begin(self, candidate: Candidate) -> None:
+        """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
+        plan, call, stats = self.plan, self.call, self.plan.stats
+        if plan.fallback is None and self.errors:
+            self._forget_failure()
+        self.is_new_round = False
+        call.began = clock.now()
         call.attempts += 1
         stats.attempts.tick()
         candidate.tries += 1
-        if candidate.tries <= call.rounds:
-            stats.fallbacks.tick()
-            return False
-        call.rounds = candidate.tries
-        if call.rounds > 1:
+        begins_round = candidate.tries > call.rounds
+        if begins_round:
+            call.rounds = candidate.tries
+        if call.rounds > 1 and begins_round:
             stats.retries.tick()
-        return True
-
-    def _take_back(self, candidate: Candidate, *, begins_round: bool) -> None:
-        """Count no attempt that did not begin."""
-        call, stats = self.call, self.plan.stats
-        call.attempts -= 1
-        stats.attempts.add(-1)
-        candidate.tries -= 1
         if not begins_round:
-            stats.fallbacks.add(-1)
-            return
-        if call.rounds > 1:
-            stats.retries.add(-1)
-        call.rounds -= 1
+            stats.fallbacks.tick()
+        if call.tell is not None:
+            if not begins_round:
+                call.tell(CandidateSwitched, place=candidate.place)
+            call.tell(AttemptStarted, attempt=call.attempts, round=call.rounds)
 
-    def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None, rounds: Rounds) -> Any:
+    def _why_not(self) -> _NoAttempt:
+        """Why an attempt that waited for something has not begun."""
+        is_late = self.call.deadline is not None and clock.now() >= self.call.deadline
+        return OUT_OF_TIME if is_late else CIRCUIT_OPEN
+
+    def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
         plan, call = self.plan, self.call
-        if outcome.__class__ is Failed and isinstance(outcome.error, TypeError | NotTransferableError):
-            # Arguments that fit at the first attempt fit at all.
-            is_wrong = call.attempts == 1 and _is_wrong_call(plan, call)
-            if is_wrong or isinstance(outcome.error, FINAL_ERRORS):
-                return outcome
+        if call.tell is not None and outcome.__class__ is Failed:
+            call.tell(AttemptFailed, attempt=call.attempts, error=outcome.error, seconds=clock.now() - call.began)
+        if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS) and self._is_final(outcome.error):
+            return outcome
         try:
-            verdict = rounds.judge(outcome)
+            verdict = plan.retry.judge(plan, call, outcome)
         except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
             # Not its text, which may hold arguments.
             log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
@@ -359,18 +338,23 @@ class _Layers:
             add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
             return Failed(verdict.error)
         if call.tell is not None and outcome.__class__ is not Failed:
-            call.tell("AttemptFailed", attempt=call.attempts, error=verdict.error, seconds=clock.now() - call.began)
+            call.tell(AttemptFailed, attempt=call.attempts, error=verdict.error, seconds=clock.now() - call.began)
         self.errors.append(verdict.error)
         self.failed = verdict
         if plan.fallback is not None:
             self._candidate_failed(candidate, verdict)
         return verdict
 
+    def _is_final(self, error: Exception) -> bool:
+        # Arguments that fit at the first attempt fit at all.
+        is_own = isinstance(error, MisuseError | NotTransferableError)
+        return is_own or (self.call.attempts == 1 and _is_wrong_call(self.plan, self.call))
+
     def _tell_circuit(self, passage: Passage, verdict: Verdict | None, candidate: Candidate) -> None:
         changed = passage.tell(failed=self._speaks_against_the_service(verdict))
         if changed is not None and self.call.tell is not None:
             place = None if self.plan.fallback is None else candidate.place
-            self.call.tell("CircuitChanged", state=changed, place=place)
+            self.call.tell(CircuitChanged, state=changed, place=place)
 
     def _speaks_against_the_service(self, judged: Verdict | None) -> bool | None:
         """None: it says nothing of the service."""
@@ -422,29 +406,11 @@ class _Layers:
         if not taken:
             return GAVE_WAY if taken is None else OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
-            call.tell("SlotWaited", seconds=waited)
+            call.tell(SlotWaited, seconds=waited)
         if not self.has_own_limit and self._gives_way(candidate):
             self.has_slot = True
             return GAVE_WAY
         return None
-
-    def _told(self, attempt: Attempt, switched_to: Candidate | None, tell: Teller) -> Generator[Any, Any, Any]:
-        """The execution, and listeners are told of it, if it begins."""
-        call, forget = self.call, attempt.begins
-
-        def begins() -> None:
-            if forget is not None:
-                forget()
-            call.began = clock.now()
-            if switched_to is not None:
-                tell("CandidateSwitched", place=switched_to.place)
-            tell("AttemptStarted", attempt=call.attempts, round=call.rounds)
-
-        attempt.begins = begins
-        outcome = yield attempt
-        if outcome.__class__ is Failed:
-            tell("AttemptFailed", attempt=call.attempts, error=outcome.error, seconds=clock.now() - call.began)
-        return outcome
 
     def _forget_failure(self) -> None:
         """Free what the attempt before this one held: its frames, and all that is in them."""
@@ -516,10 +482,10 @@ class _Layers:
             self.ended_by = _CIRCUIT_IS_OPEN
         return bool(self.ended_by)
 
-    def _circuit_open(self, rounds: Rounds) -> Failed | Final:
+    def _circuit_open(self) -> Failed | Final:
         if self.failed is not None:
             self.ended_by = _CIRCUIT_IS_OPEN
-            return self._finish(rounds.after(self.failed, None))
+            return self._finish(self.plan.retry.after(self.plan, self.call, self.failed, None))
         breaker = self.plan.breaker
         assert breaker is not None  # noqa: S101 - for the type checkers
         whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
@@ -533,10 +499,10 @@ class _Layers:
         place = None if self.plan.fallback is None else self.candidates[soonest].place
         return Failed(CircuitOpenError(message, wait, place))
 
-    def _out_of_time(self, rounds: Rounds) -> Failed | Final:
+    def _out_of_time(self) -> Failed | Final:
         self.ended_by = self._time_is_over()
         if self.failed is not None:
-            return self._finish(rounds.after(self.failed, None))
+            return self._finish(self.plan.retry.after(self.plan, self.call, self.failed, None))
         turn = "a worker" if self.plan.limit is None else "a rate slot"
         message = f"{self.plan.name} was not started: {self.ended_by} during the wait for {turn}"
         return Failed(CallTimeoutError(message))
@@ -550,9 +516,6 @@ class _Layers:
         assert self.plan.total_timeout is not None  # noqa: S101 - as above
         usual = 0.0 if self.plan.limit is None else self.plan.limit.usual.seconds
         return seconds < min(self.plan.total_timeout / 2, 2 * usual or self.plan.total_timeout)
-
-    def _is_out_of_time(self) -> bool:
-        return self.call.deadline is not None and clock.now() >= self.call.deadline
 
     def _finish(self, final: Final | float, *, gave_up: bool = False) -> Failed | Final:
         """The end after some attempts: what the user is told of them."""

@@ -12,14 +12,16 @@ from opero.core.stats import Stats
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tenacity import RetryCallState
+
     from opero.core.breaker import FunctionBreaker
     from opero.core.cache import ResultCache
     from opero.core.fallback import FallbackOverParameter
     from opero.core.flights import Presence
     from opero.core.limits.places import PlacesForFunction
-    from opero.core.listeners import Listener, Teller
     from opero.core.rate_limit import FunctionLimit
     from opero.core.retry import RetryPolicy
+    from opero.events import Listener
 
 
 class CacheInfo(NamedTuple):
@@ -83,63 +85,48 @@ class Plan:
 
 
 class Call:
-    """What belongs to one call and to nothing else."""
+    """What belongs to one call and to nothing else.
 
-    __slots__ = (
-        "args",
-        "attempts",
-        "began",
-        "blocks",
-        "cached",
-        "deadline",
-        "failure",
-        "flight",
-        "index",
-        "is_last",
-        "key",
-        "kwargs",
-        "presence",
-        "refreshes",
-        "rounds",
-        "started",
-        "tell",
-    )
+    Attributes:
+        args: As they were given.
+        kwargs: As they were given.
+        started: When it began.
+        began: When its last attempt began.
+        deadline: When ``total_timeout`` ends.
+        failure: How its first attempt, which was made before the flow began, has failed.
+        attempts: Executions that have begun.
+        rounds: Of these, how often a candidate was tried.
+        is_last: Whether its task was cancelled during the last attempt: nothing is tried again then.
+        retry_state: tenacity's, made by the policy when it is first needed.
+        key: Of the cache, if it has been made.
+        cached: Whether the result came from the cache.
+        refreshes: Whether the function runs, whatever the cache has.
+        flight: Stands for its computation, where others may wait for that.
+        blocks: Whether its thread waits for it.
+        presence: Of the map that it is part of, which goes on by itself.
+        index: Its place in a map.
+        tell: Tells those who listen.
+    """
 
-    def __init__(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        started: float | None = None,
-        failure: Exception | None = None,
-        key: Any = MISSING,
-        blocks: bool = False,
-        presence: Presence | None = None,
-    ) -> None:
+    deadline: float | None = None
+    failure: Exception | None = None
+    attempts = 0
+    rounds = 0
+    is_last = False
+    retry_state: RetryCallState | None = None
+    key: Any = MISSING
+    cached = False
+    refreshes = False
+    flight: object = None
+    blocks = False
+    presence: Presence | None = None
+    index: int | None = None
+    tell: Callable[..., None] | None = None
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, started: float | None = None) -> None:
         self.args = args
         self.kwargs = kwargs
-        self.started = clock.now() if started is None else started
-        # When ``total_timeout`` ends.
-        self.deadline: float | None = None
-        # How its first attempt, which was made before the flow began, has failed.
-        self.failure = failure
-        self.attempts = 0 if failure is None else 1
-        # Whether its task was cancelled during the last attempt: whatever became of that, nothing is tried again.
-        self.is_last = False
-        # When the last attempt of which listeners are told began.
-        self.began = self.started
-        self.rounds = 0
-        self.key = key
-        self.cached = False
-        # Whether the function runs, whatever the cache has.
-        self.refreshes = False
-        # Whether its thread waits for it, and whether the map that it is part of goes on by itself.
-        self.blocks = blocks
-        self.presence = presence
-        self.flight: object = None
-        # Its place in a map.
-        self.index: int | None = None
-        self.tell: Teller | None = None
+        self.started = self.began = clock.now() if started is None else started
 
     def time_left(self) -> float | None:
         """Seconds until ``total_timeout`` ends; None without one."""

@@ -30,7 +30,7 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.decoration import F, decorator
 from opero.core.plan import Call, Final, Plan, Verdict
 from opero.core.showing import kind_of, shown
-from opero.core.signature import MISSING, name_of
+from opero.core.signature import MISSING
 from opero.core.steps import Failed
 from opero.exceptions import MisuseError, RejectedResultError, RemoteError
 from opero.utils.logging import log
@@ -129,39 +129,57 @@ def _import_tenacity() -> None:
 class RetryPolicy:
     """How many rounds, which errors, how long between.
 
-    Attributes:
-        rounds: Makes what is known of one call's rounds: ``policy.rounds(policy, call, function)``.
-        watches_every_attempt: Whether results may be rejected, or tenacity's ``before`` is told of every attempt.
-        is_one_round: Whether tenacity need not be asked if there is another round.
-    """
+    A failing call has a state of tenacity's of its own, ``call.retry_state``, which is made when it is first needed.
 
-    rounds: type[Rounds]
+    Args:
+        retries: Extra rounds after the first.
+        backoff_factor: By how much each delay is longer than the one before.
+        min_delay: Before the first retry.
+        max_delay: Which no delay exceeds.
+        jitter: Whether each delay is drawn from its upper half at random.
+        retry_on: What an error means.
+        retry_if_result: Whether to reject a result.
+        options: For `tenacity.Retrying`; these win.
+
+    Attributes:
+        watches_every_attempt: Whether results may be rejected, or tenacity's ``before`` is told of every attempt.
+        tells_before: Whether it is.
+
+    Raises:
+        TypeError: If an option has the wrong type or is not known.
+        ValueError: If one is out of range, or cannot apply.
+    """
 
     def __init__(
         self,
         *,
         retries: int = 0,
         backoff_factor: float = 2.0,
-        min_delay: float = 0.1,
-        max_delay: float = 30.0,
+        min_delay: Duration = 0.1,
+        max_delay: Duration = 30.0,
         jitter: bool = True,
-        retry_on: RetryOn = retry_unless_of_the_program,
+        retry_on: RetryOn = MISSING,
         retry_if_result: Callable[[Any], Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.retries = retries
-        self.backoff_factor = backoff_factor
-        self.min_delay = min_delay
-        self.max_delay = max_delay
-        self.jitter = jitter
-        self.retry_on = retry_on
+        self.retries = check_count("retries", retries, "extra rounds", smallest=0)
+        self.backoff_factor = check_number("backoff_factor", backoff_factor, "times", smallest=1)
+        self.min_delay = check_seconds("min_delay", min_delay, zero=True)
+        self.max_delay = check_seconds("max_delay", max_delay, zero=True)
+        if self.max_delay < self.min_delay:
+            msg = f"max_delay={max_delay!r} is below min_delay={min_delay!r}; write a max_delay that is not"
+            raise ValueError(msg)
+        self.jitter = check_flag("jitter", jitter)
+        self.retry_on = retry_unless_of_the_program if retry_on is MISSING else retry_on
+        _check_retry_on(self.retry_on)
         self.retry_if_result = retry_if_result
-        self.options = {} if options is None else options
-        self.watches_every_attempt = retry_if_result is not None or not self.options.keys().isdisjoint(
-            {"retry", "before"}
-        )
-        self.is_one_round = retries == 0 and not self.options
-        self.retrying: Any = None if self.is_one_round else self._make_retrying()
+        self.options = check_mapping("retry_options", options)
+        _check_hooks(self.options, retry_if_result)
+        self.tells_before = "before" in self.options
+        self.watches_every_attempt = self.tells_before or retry_if_result is not None or "retry" in self.options
+        # tenacity need not be asked whether there is another round.
+        self._is_one_round = retries == 0 and not self.options
+        self._retrying: Any = None if self._is_one_round else self._make_retrying()
 
     def one_round(self) -> RetryPolicy:
         """The same without a second round."""
@@ -185,34 +203,21 @@ class RetryPolicy:
         )
         return jittered(delay, random.random()) if self.jitter and delay else delay  # noqa: S311 - spreads load, guards nothing
 
-
-class Rounds:
-    """The rounds of one call, by tenacity, whose state is made when it is first needed."""
-
-    __slots__ = ("_call", "_function", "_policy", "_state")
-
-    def __init__(self, policy: RetryPolicy, call: Call, function: Callable[..., Any]) -> None:
-        self._policy = policy
-        self._call = call
-        self._function = function
-        self._state: tenacity.RetryCallState | None = None
-
-    def begin(self) -> None:
-        """Tell tenacity's ``before``."""
-        state = self._tenacity()
+    def tell_before(self, plan: Plan, call: Call) -> None:
+        """Tell tenacity's ``before`` of a round that begins."""
+        state = self._state(plan, call)
         try:
             state.retry_object.iter(state)
         except Exception as raised:  # noqa: BLE001 - the user's hook, which must not end the call
-            self._complain("before", raised, None)
+            _complain(plan, "before", raised, None)
 
-    def judge(self, outcome: Any) -> Verdict | None:
+    def judge(self, plan: Plan, call: Call, outcome: Any) -> Verdict | None:
         """What an attempt that ended so means; None if it has succeeded. Raises what the user's predicate raises."""
-        policy = self._policy
-        if "retry" in policy.options:
-            return self._judged_by_tenacity(outcome)
+        if "retry" in self.options:
+            return self._judged_by_tenacity(plan, call, outcome)
         if outcome.__class__ is not Failed:
-            return None if policy.retry_if_result is None else self._judge_result(outcome, policy.retry_if_result)
-        error, retry_on = outcome.error, policy.retry_on
+            return None if self.retry_if_result is None else self._judge_result(plan, call, outcome)
+        error, retry_on = outcome.error, self.retry_on
         if isinstance(retry_on, (type, tuple)):
             is_known = matches(error, retry_on)
             return Verdict(error, outcome, again=is_known, counts=is_known)
@@ -223,32 +228,48 @@ class Rounds:
         again, delay = (bool(answer), None) if is_plain else (True, _delay(answer, retry_on))
         return Verdict(error, outcome, again=again, delay=delay)
 
-    def _judge_result(self, result: Any, rejects: Callable[[Any], Any]) -> Verdict | None:
+    def _judge_result(self, plan: Plan, call: Call, result: Any) -> Verdict | None:
+        rejects: Any = self.retry_if_result
         answer = rejects(result)
         if isinstance(answer, Answer):
             msg = f"retry_if_result={shown(rejects)} answered with {answer!r}; let it return True or False"
             raise MisuseError(msg)
         if not answer:
             return None
-        what = f"retry_if_result rejects what {name_of(self._function)} returned at attempt {self._call.attempts}"
+        what = f"retry_if_result rejects what {plan.name} returned at attempt {call.attempts}"
         return Verdict(RejectedResultError(what, result), result, again=True)
 
-    def after(self, verdict: Verdict, must_end: Callable[[tenacity.RetryCallState], bool] | None) -> float | Final:
+    def _judged_by_tenacity(self, plan: Plan, call: Call, outcome: Any) -> Verdict | None:
+        state = self._state(plan, call)
+        _set_outcome(state, outcome)
+        is_failed = outcome.__class__ is Failed
+        wants_another = is_failed and isinstance(outcome.error, tenacity.TryAgain)
+        again = wants_another or bool(self._retrying.retry(state))
+        if is_failed:
+            return Verdict(outcome.error, outcome, again=again)
+        last: Any = state.outcome
+        return Verdict(state.retry_object.retry_error_cls(last), outcome, again=True) if again else None
+
+    def after(
+        self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[tenacity.RetryCallState], bool] | None
+    ) -> float | Final:
         """Seconds until the next round, or the end of the call.
 
         Args:
+            plan: Of the function.
+            call: Whose round has failed.
             verdict: What the round means.
             must_end: Whether no other round can begin after the sleep that is coming; None if the call has ended.
         """
-        policy, error = self._policy, verdict.error
-        if not verdict.again or policy.is_one_round or not policy.retrying.enabled:
+        error, settings = verdict.error, self._retrying
+        if not verdict.again or self._is_one_round or not settings.enabled:
             return Final(Failed(error))
-        state, settings = self._tenacity(), policy.retrying
+        state = self._state(plan, call)
         retrying = state.retry_object
         retrying.retry = tenacity.retry_always
         retrying.wait = settings.wait if verdict.delay is None else tenacity.wait_fixed(verdict.delay)
         # A pass through candidates of which some still rested is no round of its own.
-        state.attempt_number = self._call.rounds
+        state.attempt_number = call.rounds
         if must_end is None:
             retrying.stop, retrying.after = tenacity.stop_after_attempt(0), tenacity.after_nothing
         else:
@@ -267,7 +288,7 @@ class Rounds:
                 raised.__context__ = raised.__context__ or error
                 return Final(Failed(raised))
             if not is_tenacitys and raised is not error:
-                self._complain("retry_options", raised, error)
+                _complain(plan, "retry_options", raised, error)
             return Final(Failed(error.with_traceback(traceback)))
         finally:
             # tenacity's objects are in a cycle, which would keep the call and its errors for the garbage collector.
@@ -280,38 +301,26 @@ class Rounds:
             raise ValueError(msg)
         return min(step, LONGEST_WAIT)
 
-    def _judged_by_tenacity(self, outcome: Any) -> Verdict | None:
-        state = self._tenacity()
-        _set_outcome(state, outcome)
-        assert state.outcome is not None  # noqa: S101 - for the type checkers
-        is_failed = outcome.__class__ is Failed
-        wants_another = is_failed and isinstance(outcome.error, tenacity.TryAgain)
-        again = wants_another or bool(self._policy.retrying.retry(state))
-        if is_failed:
-            return Verdict(outcome.error, outcome, again=again)
-        return Verdict(state.retry_object.retry_error_cls(state.outcome), outcome, again=True) if again else None
-
-    def _tenacity(self) -> tenacity.RetryCallState:
-        """The state, on a private copy of the settings: tenacity's `statistics` are one dict for all threads."""
-        if self._state is None:
-            call, retrying = self._call, self._policy.retrying.copy()
+    def _state(self, plan: Plan, call: Call) -> tenacity.RetryCallState:
+        """The call's, on a private copy of the settings: tenacity's `statistics` are one dict for all threads."""
+        state = call.retry_state
+        if state is None:
+            retrying = self._retrying.copy()
             retrying.begin()
-            self._state = tenacity.RetryCallState(retrying, fn=self._function, args=call.args, kwargs=call.kwargs)
+            state = tenacity.RetryCallState(retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
             # It is made after the first attempt, but its clock shall tell of the whole call.
-            self._state.start_time -= clock.now() - call.started
-        return self._state
-
-    def _complain(self, hook: str, raised: Exception, error: Exception | None) -> None:
-        # Not its text, which may hold arguments.
-        text = f"{hook} of {name_of(self._function)} raised {type(raised).__name__}"
-        if error is not None:
-            text += "; not retried"
-            add_note(error, f"opero: {text}")
-        log("WARNING", "{}", text)
+            state.start_time -= clock.now() - call.started
+            call.retry_state = state
+        return state
 
 
-# The flow knows no file of a policy: each of these imports it, for a decorator of its own.
-RetryPolicy.rounds = Rounds
+def _complain(plan: Plan, hook: str, raised: Exception, error: Exception | None) -> None:
+    # Not its text, which may hold arguments.
+    text = f"{hook} of {plan.name} raised {type(raised).__name__}"
+    if error is not None:
+        text += "; not retried"
+        add_note(error, f"opero: {text}")
+    log("WARNING", "{}", text)
 
 
 def _delay(answer: Any, retry_on: RetryOn) -> float | None:
@@ -333,69 +342,34 @@ def _set_outcome(state: tenacity.RetryCallState, outcome: Any) -> None:
         state.set_result(outcome)
 
 
-def retry_policy(
-    *,
-    retries: int = 3,
-    backoff_factor: float = 2.0,
-    min_delay: Duration = 0.1,
-    max_delay: Duration = 30.0,
-    jitter: bool = True,
-    retry_on: RetryOn = MISSING,
-    retry_if_result: Callable[[Any], Any] | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> RetryPolicy:
-    """Check retry's options and make the policy."""
-    if retry_on is MISSING:
-        retry_on = retry_unless_of_the_program
-    check_count("retries", retries, "extra rounds", smallest=0)
-    check_number("backoff_factor", backoff_factor, "times", smallest=1)
-    min_delay = check_seconds("min_delay", min_delay, zero=True)
-    max_delay = check_seconds("max_delay", max_delay, zero=True)
-    if max_delay < min_delay:
-        msg = f"max_delay={max_delay!r} is below min_delay={min_delay!r}; write a max_delay that is not"
-        raise ValueError(msg)
-    check_flag("jitter", jitter)
-    _check_retry_on(retry_on)
-    given = check_mapping("retry_options", options)
-    if "sleep" in given:
+_HOOKS = ("stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback")
+_OPTIONAL_HOOKS = _HOOKS[3:]
+
+
+def _check_hooks(options: Mapping[str, Any], retry_if_result: Any) -> None:
+    if "sleep" in options:
         msg = "retry_options['sleep'] cannot apply: opero waits by itself, sync or async; write 'wait' to say how long"
         raise ValueError(msg)
+    wanted = "a function of tenacity's retry state, or one of tenacity's own objects for it"
     for name in _HOOKS:
-        if given.get(name) is not None or (name in given and name not in _OPTIONAL_HOOKS):
-            _check_hook(name, given[name])
+        if name not in options or (options[name] is None and name in _OPTIONAL_HOOKS):
+            continue
+        hook, what = options[name], f"retry_options[{name!r}]"
+        if isinstance(hook, type) and issubclass(hook, BaseException):
+            msg = f"{what}={shown(hook)} is a class of exceptions; write retry_on={hook.__name__}"
+            raise TypeError(msg)
+        if isinstance(hook, type):
+            msg = f"{what}={shown(hook)} is a class; write {wanted}"
+            raise TypeError(msg)
+        check_callable(what, hook, wanted)
     if retry_if_result is not None:
         check_callable("retry_if_result", retry_if_result, "a function of the result that returns a bool")
-        if "retry" in given:
+        if "retry" in options:
             msg = (
                 "retry_if_result cannot apply beside retry_options['retry'], which judges results, too; "
                 "write retry_on in place of that, or tenacity.retry_any(…, tenacity.retry_if_result(…)) there"
             )
             raise ValueError(msg)
-    return RetryPolicy(
-        retries=retries,
-        backoff_factor=backoff_factor,
-        min_delay=min_delay,
-        max_delay=max_delay,
-        jitter=jitter,
-        retry_on=retry_on,
-        retry_if_result=retry_if_result,
-        options=given,
-    )
-
-
-_HOOKS = ("stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback")
-_OPTIONAL_HOOKS = ("before", "after", "before_sleep", "retry_error_callback")
-
-
-def _check_hook(name: str, hook: Any) -> None:
-    wanted = "a function of tenacity's retry state, or one of tenacity's own objects for it"
-    if isinstance(hook, type) and issubclass(hook, BaseException):
-        msg = f"retry_options[{name!r}]={shown(hook)} is a class of exceptions; write retry_on={hook.__name__}"
-        raise TypeError(msg)
-    if isinstance(hook, type):
-        msg = f"retry_options[{name!r}]={shown(hook)} is a class; write {wanted}"
-        raise TypeError(msg)
-    check_callable(f"retry_options[{name!r}]", hook, wanted)
 
 
 def _check_retry_on(retry_on: Any) -> None:
@@ -449,17 +423,7 @@ def get_retry_decorator(
         TypeError: If an option has the wrong type or is not known.
         ValueError: If an option's value is out of range.
     """
-    policy = retry_policy(
-        retries=retries,
-        backoff_factor=backoff_factor,
-        min_delay=min_delay,
-        max_delay=max_delay,
-        jitter=jitter,
-        retry_on=retry_on,
-        retry_if_result=retry_if_result,
-        options=options,
-    )
-    recipe = {
+    flat: dict[str, Any] = {
         "retries": retries,
         "backoff_factor": backoff_factor,
         "min_delay": min_delay,
@@ -467,6 +431,8 @@ def get_retry_decorator(
         "jitter": jitter,
         "retry_on": retry_on,
         "retry_if_result": retry_if_result,
-        **options,
     }
-    return decorator("get_retry_decorator", lambda function: Plan(function, policy), (get_retry_decorator, recipe))
+    policy = RetryPolicy(**flat, options=options)
+    return decorator(
+        "get_retry_decorator", lambda function: Plan(function, policy), (get_retry_decorator, {**flat, **options})
+    )

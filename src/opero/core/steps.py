@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -51,19 +52,28 @@ NOT_RUN = _NotRun()
 class Attempt:
     """Step: run the user's function once; sent back: its result, or `Failed`.
 
-    ``timeout`` seconds are left to it, by the option named ``limit``; a blocking driver cannot stop a function and lets
-    it run. ``candidate`` is the fallback value in ``args`` or ``kwargs``, for drivers that send only what differs.
-    ``badges`` are of what a call of its own must not wait for: the computation that others may be waiting for, see
-    `opero.core.flights`, and the place that it takes. A driver that
-    does not run it at once asks `may_start`, and sends back `NOT_RUN` if the answer is no, or takes what `time_limit`
-    says then: the whole call ends at ``deadline``. It calls ``begins`` when it runs it, if that is there, and
-    sets ``is_last`` if its task was cancelled meanwhile: whatever the function made of that, nothing is tried again.
+    A driver that does not run it at once asks `may_start`, sends back `NOT_RUN` if the answer is no, and takes what
+    `time_limit` says then.
+
+    Attributes:
+        args: Of the function.
+        kwargs: Of the function.
+        candidate: The fallback value that is among them, for drivers that send only what differs.
+        badges: What a call that the function makes must not wait for: the computation that others may be waiting for
+            (`opero.core.flights`), and the place that it takes.
+        timeout: Seconds that it has; a driver that blocks cannot stop a function, and lets it run.
+        limit: The option that says so.
+        deadline: When the whole call ends.
+        passage: Its way through a circuit.
+        begins: Called by the driver, once, when it runs it.
+        is_last: Set by the driver if its task was cancelled meanwhile: whatever the function made of that, nothing is
+            tried again.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    candidate: Any
-    badges: frozenset[object] = frozenset()
+    candidate: Any = MISSING
+    badges: AbstractSet[object] = frozenset()
     timeout: float | None = None
     limit: str = ""
     deadline: float | None = None
@@ -79,13 +89,11 @@ class Attempt:
 
     def time_limit(self) -> tuple[float, str] | None:
         """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
-        if self.timeout is None:
-            return None
         if self.deadline is not None:
             left = max(0.0, self.deadline - clock.now())
-            if left < self.timeout:
+            if self.timeout is None or left < self.timeout:
                 self.timeout, self.limit = left, "total_timeout"
-        return self.timeout, self.limit
+        return None if self.timeout is None else (self.timeout, self.limit)
 
     def timed_out(self, name: str) -> Failed:
         return Failed(CallTimeoutError(f"{name} was stopped: {self.limit} left it {duration(self.timeout or 0.0)}"))

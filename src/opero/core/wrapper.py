@@ -41,7 +41,8 @@ def _function(this: Decoration) -> Callable[..., Any]:
             try:
                 return this.function(*args, **kwargs)
             except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
-                call = this.new_call(args, kwargs, started=started, failure=error)
+                call = this.new_call(args, kwargs, started=started)
+                call.failure = error
             return this.go_on(call)
         except Exception as error:
             this.shorten(error)
@@ -103,7 +104,8 @@ def _async_function(this: Decoration) -> Callable[..., Any]:
             try:
                 return await this.function(*args, **kwargs)
             except Exception as error:  # noqa: BLE001 - as above
-                call = this.new_call(args, kwargs, started=started, failure=error)
+                call = this.new_call(args, kwargs, started=started)
+                call.failure = error
             return await this.go_on_async(call)
         except Exception as error:
             this.shorten(error)

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, 
 
 from opero.core.breaker import breaker_policy
 from opero.core.cache import Cache, cache_policy
-from opero.core.checks import check_callable, check_count, check_flag, check_known, check_seconds
+from opero.core.checks import check_count, check_flag, check_known, check_seconds
 from opero.core.decoration import F, decorator
 from opero.core.fallback import fallback_policy
 from opero.core.limits.places import PlacesForFunction
-from opero.core.listeners import Listener
 from opero.core.per import Per
 from opero.core.plan import Plan
 from opero.core.rate_limit import limit_policy
-from opero.core.retry import RetryOn, retry_policy
+from opero.core.retry import RetryOn, RetryPolicy
 from opero.core.showing import shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator
 from opero.core.stores.settings import cache_settings
+from opero.events import Listener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -133,7 +133,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         function,
         cache=_cache(function, given),
         total_timeout=_seconds("total_timeout", given["total_timeout"]),
-        retry=retry_policy(
+        retry=RetryPolicy(
             retries=given["retries"],
             backoff_factor=given["backoff_factor"],
             min_delay=given["min_delay"],
@@ -166,9 +166,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             fallback=given["arg_fallback"],
         ),
         attempt_timeout=attempt_timeout,
-        on_event=None
-        if given["on_event"] is None
-        else Listener(check_callable("on_event", given["on_event"], "a function of one event")),
+        on_event=None if given["on_event"] is None else Listener(given["on_event"]),
         default=given["default"],
     )
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opero.core.listeners import on_event
-from opero.events import AttemptFailed, CallDone, CandidateSwitched, RetryPlanned, SlotWaited
+from opero.events import AttemptFailed, CallDone, CandidateSwitched, RetryPlanned, SlotWaited, on_event
 from opero.telemetry.naming import function_name, type_name
 from opero.utils.logging import let_through
 from opero.utils.notes import duration

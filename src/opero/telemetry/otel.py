@@ -6,7 +6,6 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from opero.__version__ import __version__
-from opero.core.listeners import on_event
 from opero.events import (
     AttemptFailed,
     AttemptStarted,
@@ -16,6 +15,7 @@ from opero.events import (
     CandidateSwitched,
     RetryPlanned,
     SlotWaited,
+    on_event,
 )
 from opero.telemetry.naming import CANCELLED, function_name, outcome_of, type_name
 

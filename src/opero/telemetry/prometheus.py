@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from opero.core.forks import ForkSafeLock
-from opero.core.listeners import on_event
-from opero.events import AttemptStarted, CacheHit, CallDone, CallStarted, RetryPlanned, SlotWaited
+from opero.events import AttemptStarted, CacheHit, CallDone, CallStarted, RetryPlanned, SlotWaited, on_event
 from opero.telemetry.naming import function_name, outcome_of
 
 try:
