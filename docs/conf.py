@@ -31,5 +31,6 @@ myst_enable_extensions = ["colon_fence"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say in words what comes in; the signatures would be longer than they
 napoleon_google_docstring = True
+napoleon_use_ivar = True  # attributes stay within their class, and are no second description of a property
 napoleon_use_rtype = False
 add_module_names = False

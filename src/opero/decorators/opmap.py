@@ -188,9 +188,10 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
               input has ended. ``.one(x)`` is ``function([x])[0]``; ``arg_fallback`` names another parameter.
             - ``pool_options`` (None): mapping for the pool: ``initializer`` with ``initargs``, called in each thread or
               process before its first item, and ``finalizer``, called there without arguments at its end; a process
-              that is ended has a second for it. For processes also ``start_method`` and ``max_tasks_per_worker`` (None:
-              any number), the items after which one is replaced; with ``"async_process"`` also ``concurrency`` (16),
-              the coroutines in each process.
+              that is ended has a second for it. For processes also ``start_method``, ``max_tasks_per_worker`` (None:
+              any number), the items after which one is replaced, and ``threads_per_worker`` (CPUs / workers), the
+              threads of numeric libraries in each; with ``"async_process"`` also ``concurrency`` (16), the coroutines
+              in each process.
 
             ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``: the worker that
             takes longer is killed and replaced.
