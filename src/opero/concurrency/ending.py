@@ -51,6 +51,8 @@ def _is_gone(process: Any, gone_since: dict[Any, float], now: float) -> bool:
 def end_by_force(processes: Iterable[Any]) -> None:
     """Let processes raise `SystemExit`, kill those that have not ended a second later; end what they have started."""
     processes = list(processes)
+    if not processes:
+        return
     family = family_of(*(process.pid for process in processes))
     for process in processes:
         process.terminate()
@@ -78,6 +80,7 @@ def family_of(*pids: int) -> Family:
 
 
 def end_family(family: Family) -> None:
+    """End those of them that are left, by force if they have not ended a second later."""
     for order in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + GRACE_SECONDS
         left = _left_of(family)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import sys
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from opero.utils.logging import log
@@ -16,61 +16,52 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of each logger that is configured in the parent: its level, and whether it is the last one to see its records."""
-
-    levels: dict[str, tuple[int, bool]] = field(default_factory=dict)
-
-    @classmethod
-    def here(cls) -> Settings:
-        if "logging" not in sys.modules:
-            return cls()
-        return cls({name: (logger.level, logger.propagate) for name, logger in _loggers() if _is_configured(logger)})
+# Of each logger that is configured in the parent: its level, and whether loggers above it see its records, too.
+Settings = dict[str, tuple[int, bool]]
 
 
-class Collecting:
-    """Takes the parent's handlers from a worker's loggers, and lets ``send`` have what they would have got.
+def settings_here() -> Settings:
+    if "logging" not in sys.modules:
+        return {}
+    return {name: (its.level, its.propagate) for name, its in _loggers() if its.level or not its.propagate}
 
-    If the initializer, which runs meanwhile, gives any logger a handler, the program does that by itself.
+
+@contextlib.contextmanager
+def taken_from_handlers(settings: Settings, send: Callable[[bytes], None]) -> Iterator[None]:
+    """Take the parent's handlers from a worker's loggers, and let ``send`` have what they would have got.
+
+    If the initializer, which runs in the block, gives any logger a handler, the program does that by itself.
     """
+    import logging
 
-    def __init__(self, settings: Settings, send: Callable[[bytes], None]) -> None:
-        import logging
+    for _, logger in _loggers():
+        # Not closed: in a forked worker their files are the parent's, too.
+        logger.handlers.clear()
+    for name, (level, propagate) in settings.items():
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.propagate = propagate
+    yield
+    if any(logger.handlers for _, logger in _loggers()):
+        return
+    text_of = logging.Formatter().format
 
-        self._send = send
-        self._settings = settings
-        for _, logger in _loggers():
-            # Not closed: in a forked worker their files are the parent's, too.
-            logger.handlers.clear()
-        for name, (level, propagate) in settings.levels.items():
-            logger = logging.getLogger(name)
-            logger.setLevel(level)
-            logger.propagate = propagate
+    class ToParent(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            # What it says now is all that is sent: its arguments may not be picklable.
+            record = copy.copy(record)
+            record.msg = record.message = text_of(record)
+            record.args = record.exc_info = record.exc_text = record.stack_info = None
+            try:
+                send(pickle.dumps(vars(record)))
+            except Exception:  # noqa: BLE001 - as every handler does
+                self.handleError(record)
 
-    def begin(self) -> None:
-        import logging
-
-        if any(logger.handlers for _, logger in _loggers()):
-            return
-        send, text_of = self._send, logging.Formatter().format
-
-        class ToParent(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                # What it says now is all that is sent: its arguments may not be picklable.
-                record = copy.copy(record)
-                record.msg = record.message = text_of(record)
-                record.args = record.exc_info = record.exc_text = record.stack_info = None
-                try:
-                    send(pickle.dumps(vars(record)))
-                except Exception:  # noqa: BLE001 - as every handler does
-                    self.handleError(record)
-
-        handler = ToParent()
-        logging.getLogger().addHandler(handler)
-        for name, (_, propagate) in self._settings.levels.items():
-            if not propagate:
-                logging.getLogger(name).addHandler(handler)
+    handler = ToParent()
+    logging.getLogger().addHandler(handler)
+    for name, (_, propagate) in settings.items():
+        if not propagate:
+            logging.getLogger(name).addHandler(handler)
 
 
 def hand_on(data: Any) -> None:
@@ -94,7 +85,3 @@ def _loggers() -> Iterator[tuple[str, logging.Logger]]:
     for name, logger in list(logging.Logger.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger):
             yield name, logger
-
-
-def _is_configured(logger: logging.Logger) -> bool:
-    return bool(logger.level) or not logger.propagate

@@ -203,16 +203,17 @@ class _Map(Generic[T, P, R, L]):
 
     def _check_items(self, items: Any) -> None:
         """Refuse as all items of a map what is meant as one of them."""
-        name = self.plan.name.rpartition(".")[2]
-        got = f"{self.plan.name} got {kind_of(items)} as its items"
+        kind, name = type(items), self.plan.name.rpartition(".")[2]
         if isinstance(items, Mapping):
             ways = f"{name}(list(mapping)) for its keys, {name}.starmap(mapping.items()) for keys and values"
-            msg = f"{got}; write {ways}"
-            raise TypeError(msg)
-        iterates = any(hasattr(type(items), method) for method in ("__iter__", "__getitem__", "__aiter__"))
-        if isinstance(items, (str, bytes, bytearray)) or not iterates:
-            msg = f"{got}; write {name}.one(item) for one item, {name}([item, …]) for several"
-            raise TypeError(msg)
+        elif isinstance(items, (str, bytes, bytearray)) or not (
+            hasattr(kind, "__iter__") or hasattr(kind, "__getitem__") or hasattr(kind, "__aiter__")
+        ):
+            ways = f"{name}.one(item) for one item, {name}([item, …]) for several"
+        else:
+            return
+        msg = f"{self.plan.name} got {kind_of(items)} as its items; write {ways}"
+        raise TypeError(msg)
 
     def _list_of(self, sink: ListSink) -> Any:
         """What the user gets of a map that has ended."""

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.connection import Connection
 
-    from opero.concurrency.log_records import Settings
     from opero.concurrency.transport import Packer, WorkerLife
 
 # Kinds of messages: the first byte; what follows is a payload.
@@ -56,22 +55,21 @@ THREAD_SETTINGS = (
 class Start:
     """What a worker process begins with; pickled only while one is started afresh, with what it can only inherit."""
 
-    def __init__(
-        self,
-        packer: Packer,
-        its: WorkerLife,
-        threads: int | None,
-    ) -> None:
+    def __init__(self, packer: Packer, its: WorkerLife, threads: int | None) -> None:
         self._packer = packer
-        self._its = its
+        self._its: WorkerLife | None = its
         self._packed: bytes | None = None
         self._shared = SharedBuffers()
         self.threads = threads
-        self.logging = log_records.Settings.here()
+        self.logging = log_records.settings_here()
 
-    def __reduce__(self) -> Any:
-        packed = self._packed or self._packer.start(*self._its)
-        return _PackedStart, (packed, self._shared, self.threads, self.logging)
+    def __getstate__(self) -> Any:
+        assert self._its is not None  # noqa: S101 - for the type checkers
+        return self._packed or self._packer.start(*self._its), self._shared, self.threads, self.logging
+
+    def __setstate__(self, state: Any) -> None:
+        self._packed, self._shared, self.threads, self.logging = state
+        self._its = None
 
     def pack(self) -> None:
         """Pickle what goes to all workers, once if it need not be inherited.
@@ -79,6 +77,7 @@ class Start:
         Raises:
             NotTransferableError: If it cannot be pickled.
         """
+        assert self._its is not None  # noqa: S101 - for the type checkers
         try:
             self._packed = self._packer.start(*self._its, shared=self._shared)
         except NotTransferableError:
@@ -86,23 +85,11 @@ class Start:
                 self._packer.start(*self._its)
 
     def load(self) -> WorkerLife:
+        """What it was made of, in a worker; one that was forked has it already."""
+        if self._its is None:
+            assert self._packed is not None  # noqa: S101 - for the type checkers
+            self._its = unpack_start(self._packed, self._shared.views())
         return self._its
-
-
-class _PackedStart:
-    """The same in a worker that was started afresh."""
-
-    def __init__(self, packed: bytes, shared: SharedBuffers, threads: int | None, logging: Settings) -> None:
-        self._packed = packed
-        self._shared = shared
-        self.threads = threads
-        self.logging = logging
-
-    def load(self) -> WorkerLife:
-        return unpack_start(self._packed, self._shared.views())
-
-
-AnyStart = Start | _PackedStart
 
 
 class Parent:
@@ -179,7 +166,7 @@ def marks_at(marks: Any, place: int) -> memoryview:
     return memoryview(marks.buffer).cast("I")[2 * place : 2 * place + 2]
 
 
-def serve(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
+def serve(pipe: Connection, marks: Any, place: int, start: Start) -> None:
     """Run batches, one after the other, until the pipe ends; the whole life of a worker."""
     parent = Parent(pipe, marks, place)
     with _ending() as ending:
@@ -190,7 +177,7 @@ def serve(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
                 _serve_batches(parent, work)
 
 
-async def serve_async(pipe: Connection, marks: Any, place: int, start: AnyStart) -> None:
+async def serve_async(pipe: Connection, marks: Any, place: int, start: Start) -> None:
     """Run batches, as many as come at the same time, until the pipe ends; the whole life of a worker."""
     # aiomultiprocess (0.9.1) writes a traceback of `SystemExit`, by which a worker is ended.
     logging.getLogger("aiomultiprocess.core").disabled = True
@@ -216,21 +203,20 @@ def _ending() -> Iterator[contextlib.ExitStack]:
             _end_within(PEACE_SECONDS)
 
 
-def _get_ready(parent: Parent, start: AnyStart, ending: contextlib.ExitStack) -> Work | None:
+def _get_ready(parent: Parent, start: Start, ending: contextlib.ExitStack) -> Work | None:
     """Load the work and say hello; None if the parent has been told that this cannot be done."""
     parent.hear_signals()
     _forget_the_parents_own()
     if start.threads is not None:
         _limit_threads(start.threads)
     try:
-        is_logging = log_records.Collecting(start.logging, parent.log)
-        work, initializer, initargs, finalizer = start.load()
-        _seed()
-        if initializer is not None:
-            initializer(*initargs)
+        with log_records.taken_from_handlers(start.logging, parent.log):
+            work, initializer, initargs, finalizer = start.load()
+            _seed()
+            if initializer is not None:
+                initializer(*initargs)
         if finalizer is not None:
             ending.callback(finalizer)
-        is_logging.begin()
     except Exception as error:  # noqa: BLE001 - the parent raises it
         parent.tell(BROKEN, describe(error).encode(errors="backslashreplace"))
         return None

@@ -94,7 +94,7 @@ class Processes:
         self.running: list[Any] = []
 
     def start(self, process: Any) -> Any:
-        with _quietly(), _as_no_daemon():
+        with _allowed_to_start():
             process.start()
         self.running.append(process)
         return process
@@ -102,7 +102,9 @@ class Processes:
     def remove(self, process: Any) -> None:
         """Forget a process that has ended, or that is another's; what is open for it is closed."""
         self.running.remove(process)
-        forget(process)
+        # Not by its own `close`, which fails where another thread or the system was told how it ended.
+        process._popen.close()  # noqa: SLF001 - see above
+        disown(process)
 
     def close(self) -> None:
         """Those that are to end in peace have been told so."""
@@ -119,29 +121,20 @@ class Processes:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # Python 3.12 warns of forks beside threads; those are counted before, and may be the program's wish.
-        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        yield
+def _allowed_to_start() -> Iterator[None]:
+    """Let a map start workers inside of a worker of `multiprocessing.Pool`, too; they end with their pipes.
 
-
-@contextlib.contextmanager
-def _as_no_daemon() -> Iterator[None]:
-    """Let a map start workers inside of a worker of `multiprocessing.Pool`, too; they end with their pipes."""
+    Python 3.12 warns of forks beside threads; those are counted before, and may be the program's wish.
+    """
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001 - it asks this
     before = config.get("daemon")
     config["daemon"] = False
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+            yield
     finally:
         config["daemon"] = before
-
-
-def forget(process: Any) -> None:
-    """Not by its own `close`, which fails where another thread or the system was told how it ended."""
-    process._popen.close()  # noqa: SLF001 - see above
-    disown(process)
 
 
 def disown(process: Any) -> None:
@@ -246,15 +239,15 @@ class ProcessPool:
         self._work = work
         self._hooks = initializer, initargs, finalizer
         self._most_items = max_tasks_per_worker
-        self._threads = threads_per_worker or default_threads(workers)
-        start_method = start_method or start_method_of_the_program()
-        self._method_is_given = start_method is not None
+        self._threads = threads_per_worker or _default_threads(workers)
         self._name = name_of(work.function)
         self._size = self._most_workers = workers
-        self._use(start_method or default_start_method())
+        start_method = start_method or _start_method_of_the_program()
+        self._method_is_given = start_method is not None
+        self._use(start_method or _default_start_method())
         watch_forks(self)
         self._multi_pool: Any = None
-        self._processes: Any = None
+        self._processes = Processes()
         self._marks: Any = None
         self._free_marks: list[int] = []
         self._workers: list[Worker] = []
@@ -430,9 +423,9 @@ class ProcessPool:
         # No array in memory that the program's own shared values have, too: a pipe to it can be passed on only once.
         self._marks = Arena(16 * self._most_workers)
         self._free_marks = list(range(2 * self._most_workers))
-        factory: Any = lambda nodes: Processes()  # noqa: ARG005, E731 - MultiPool calls it with nodes=
+        factory: Any = lambda nodes: self._processes  # noqa: ARG005, E731 - MultiPool calls it with nodes=
         self._multi_pool = MultiPool(pool_class=factory, nodes=self._size)
-        self._processes = self._multi_pool.__enter__()
+        self._multi_pool.__enter__()
 
     def _launch(self, pipe: Any, place: int) -> Any:
         args = pipe, self._marks, place, self._start
@@ -528,21 +521,21 @@ class ProcessPool:
         worker.pipe.close()
 
 
-def start_method_of_the_program() -> str | None:
+def _start_method_of_the_program() -> str | None:
     """What it has set by `multiprocessing.set_start_method`, if anything."""
     method = multiprocessing.get_start_method(allow_none=True)
     # The system's own need not have been set: it is noted, too, when a program makes a lock of multiprocessing.
     return None if method == multiprocessing.get_all_start_methods()[0] else method
 
 
-def default_start_method() -> str:
+def _default_start_method() -> str:
     """``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process."""
     if sys.platform == "linux" and not foreign_threads() and not has_native_threads():
         return "fork"
     return "spawn" if sys.platform == "win32" else "forkserver"
 
 
-def default_threads(workers: int) -> int | None:
+def _default_threads(workers: int) -> int | None:
     """How many threads numeric libraries have in each worker, unless the program has set that for them."""
     return None if any(map(os.environ.get, THREAD_SETTINGS)) else max(1, (os.cpu_count() or 1) // workers)
 

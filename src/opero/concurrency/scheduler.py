@@ -527,7 +527,8 @@ class Scheduler:
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
         self._timers.run()
-        self._drop_late()
+        if self._late_in() == 0.0:
+            self._drop_late()
         while self._ready and not _may_start(self._ready[0]):
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
@@ -784,12 +785,11 @@ class Scheduler:
         return max(0.0, min(deadlines) - clock.now()) if deadlines else None
 
     def _drop_late(self) -> None:
-        if self._late_in() == 0.0:
-            late = {entry for entry in self._ready if entry.attempt is not None and entry.attempt.is_late()}
-            waiting, self._ready = self._ready, deque(entry for entry in self._ready if entry not in late)
-            for entry in waiting:
-                if entry in late:
-                    self._advance(entry, NOT_RUN)
+        late = {entry for entry in self._ready if entry.attempt is not None and entry.attempt.is_late()}
+        waiting, self._ready = self._ready, deque(entry for entry in self._ready if entry not in late)
+        for entry in waiting:
+            if entry in late:
+                self._advance(entry, NOT_RUN)
 
     # Batches
 
