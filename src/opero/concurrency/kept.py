@@ -9,7 +9,6 @@ import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 from opero.core.forks import watch_forks
 from opero.core.interrupts import Hold
@@ -54,8 +53,7 @@ class PoolSource:
         """The workers that are kept are children of the parent."""
         # The garbage collector may close a stream at any moment, also while its thread is in here.
         self._lock = threading.RLock()
-        # Ctrl-C may come when a block is open and not entered yet: it ends with its object then.
-        self._blocks: WeakSet[_Block] = WeakSet()
+        self._blocks = 0
         self._idle: list[Pool] = []
 
     def pool_for(self, work: Work) -> Pool:
@@ -81,37 +79,21 @@ class PoolSource:
                 return True
             return False
 
-    def open(self, block: _Block) -> None:
+    def open_block(self) -> None:
         with self._lock:
-            self._blocks.add(block)
+            self._blocks += 1
 
-    def close(self, block: _Block) -> None:
+    def close_block(self) -> None:
         """Stop what is idle, unless there is another block; what is in use is stopped by the map that uses it."""
         with Hold(), ExitStack() as stack:
             with self._lock:
-                self._blocks.discard(block)
+                # A forked child leaves the blocks of its parent, too.
+                self._blocks = max(0, self._blocks - 1)
                 if self._blocks:
                     return
                 idle, self._idle = self._idle, []
             for pool in idle:
                 stack.callback(pool.stop, lambda: False)
-
-
-class _Block:
-    """A block that is open. Ctrl-C may end one without `__exit__`: then it ends with this object.
-
-    Not with that of ``fn.pool()``, which garbage may hold: Ctrl-C that comes while the collector finalizes is lost.
-    """
-
-    def __init__(self, source: PoolSource) -> None:
-        self._source = source
-        source.open(self)
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._source.close(self)
 
 
 class KeptWorkers:
@@ -123,20 +105,17 @@ class KeptWorkers:
 
     def __init__(self, source: PoolSource) -> None:
         self._source = source
-        self._open: list[_Block] = []
 
     def __enter__(self) -> None:
-        self._open.append(_Block(self._source))
+        self._source.open_block()
 
     def __exit__(self, *_exc: object) -> None:
-        with Hold():
-            self._open.pop().close()
+        self._source.close_block()
 
     async def __aenter__(self) -> None:
-        self.__enter__()
+        self._source.open_block()
 
     async def __aexit__(self, *_exc: object) -> None:
         from opero.concurrency.ctrl_c import in_own_thread
 
-        block = self._open.pop()
-        await in_own_thread(lambda _is_left: block.close())
+        await in_own_thread(lambda _is_left: self._source.close_block())

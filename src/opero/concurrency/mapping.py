@@ -348,7 +348,7 @@ class _BlockingMap(_Map[T, P, R, L]):
         with Hold():
             from opero.concurrency.running import run_blocking
 
-        source: Iterator[Any] = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
+        source: Iterator[Any] = map(self._row, items) if self._is_starred else iter(items)
         return run_blocking(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
 
     def __opero_control__(self, head: tuple[Any, ...], /) -> BlockingMapControl[T, P, R, L]:
@@ -444,10 +444,9 @@ class _AwaitableMap(_Map[T, P, R, L]):
 
         source: AsyncIterator[Any] | Iterator[Any]
         if isinstance(items, AsyncIterable):
-            source = _iterate_async(items)
-            source = _mapped(self._row, source) if self._is_starred else source
+            source = _mapped(self._row, items) if self._is_starred else aiter(items)
         else:
-            source = map(self._row, _iterate(items)) if self._is_starred else _iterate(items)
+            source = map(self._row, items) if self._is_starred else iter(items)
         return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
 
     def __opero_control__(self, head: tuple[Any, ...], /) -> AwaitableMapControl[T, P, R, L]:
@@ -475,42 +474,13 @@ def _level_of_the_user() -> int:
     return level
 
 
-def _iterate(items: Iterable[T]) -> Iterator[T]:
-    iterator = iter(items)
-    # A `for` loop needs no more than `__next__`.
-    return iterator if isinstance(iterator, Iterator) else _each(iterator)
-
-
-def _each(iterator: Iterator[T]) -> Iterator[T]:
-    while True:
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        yield item
-
-
-def _iterate_async(items: AsyncIterable[T]) -> AsyncIterator[T]:
-    iterator = aiter(items)
-    return iterator if isinstance(iterator, AsyncIterator) else _each_async(iterator)
-
-
-async def _each_async(iterator: AsyncIterator[T]) -> AsyncIterator[T]:
-    while True:
-        try:
-            item = await anext(iterator)
-        except StopAsyncIteration:
-            return
-        yield item
-
-
-async def _mapped(function: Callable[[Any], Any], iterator: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _mapped(function: Callable[[Any], Any], items: AsyncIterable[Any]) -> AsyncIterator[Any]:
     try:
-        async for item in iterator:
+        async for item in items:
             yield function(item)
     finally:
-        if isinstance(iterator, AsyncGenerator):
-            await iterator.aclose()
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()
 
 
 def _bind(unbound: Any, instance: Any) -> Any:

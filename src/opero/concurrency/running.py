@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
@@ -14,6 +13,8 @@ from opero.core.steps import consult, consult_async
 from opero.utils.notes import shorten
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
     from opero.concurrency.kept import Arguments, MapSettings
     from opero.concurrency.outcome import Outcome, Sink
     from opero.concurrency.sources import Source
@@ -99,13 +100,13 @@ async def run_awaiting(
     arguments: Arguments,
     sink: Sink,
     *,
-    items: Iterator[Any] | AsyncIterator[Any],
+    items: Any,
     total: int | None,
 ) -> AsyncIterator[Outcome[Any, Any]]:
-    """Run a map by awaiting; yields what the sink hands out."""
+    """Run a map over an iterator or an async one by awaiting; yields what the sink hands out."""
     inbox = AsyncInbox()
     source: Source = (
-        AsyncSource(items, lambda: inbox.put(Wake())) if isinstance(items, AsyncIterator) else IteratorSource(items)
+        AsyncSource(items, lambda: inbox.put(Wake())) if hasattr(items, "__anext__") else IteratorSource(items)
     )
     run: Scheduler | None = None
     try:

@@ -527,8 +527,7 @@ class Scheduler:
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
         self._timers.run()
-        if self._late_in() == 0.0:
-            self._drop_late()
+        self._drop_late()
         while self._ready and not _may_start(self._ready[0]):
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
@@ -785,6 +784,8 @@ class Scheduler:
         return max(0.0, min(deadlines) - clock.now()) if deadlines else None
 
     def _drop_late(self) -> None:
+        if self._plan.total_timeout is None or self._late_in() != 0.0:
+            return
         late = {entry for entry in self._ready if entry.attempt is not None and entry.attempt.is_late()}
         waiting, self._ready = self._ready, deque(entry for entry in self._ready if entry not in late)
         for entry in waiting:

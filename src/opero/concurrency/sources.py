@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -60,25 +61,26 @@ class IteratorSource:
 
     def take(self, count: int) -> list[Any]:
         taken: list[Any] = []
-        coming = itertools.islice(self._iterator, count)
         try:
             if self._is_at_hand:
-                taken.extend(coming)
+                taken.extend(itertools.islice(self._iterator, count))
             else:
-                self._take_in_time(coming, taken)
+                self._take_in_time(count, taken)
         except Exception as error:  # noqa: BLE001 - raised when what has been taken has its outcomes
             self.error = error
             self.is_late = False
         self.exhausted = len(taken) < count and not self.is_late
         return taken
 
-    def _take_in_time(self, coming: Iterator[Any], taken: list[Any]) -> None:
-        take, now, turn_ends = taken.append, time.monotonic, self._turn_ends
-        for item in coming:
-            take(item)
-            if now() > turn_ends:
-                self.is_late = True
-                break
+    def _take_in_time(self, count: int, taken: list[Any]) -> None:
+        coming, now, turn_ends = self._iterator, time.monotonic, self._turn_ends
+        # As in a `for` loop, an iterator needs no more than `__next__`.
+        with contextlib.suppress(StopIteration):
+            for _ in range(count):
+                taken.append(next(coming))
+                if now() > turn_ends:
+                    self.is_late = True
+                    break
 
 
 class AsyncSource:
