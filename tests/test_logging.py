@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import subprocess
 import sys
 import textwrap
@@ -279,3 +280,78 @@ def test_a_stopped_attempt_tells_no_argument(said):
         asyncio.run(ask(SECRET))
     assert said
     assert SECRET not in "".join([*words_of(caught.value), *said])
+
+
+# The standard library
+
+
+@pytest.fixture
+def app_log(caplog):
+    """A program's own logger, which opero is told to write to."""
+    caplog.set_level(logging.DEBUG)
+    before = opero_logging._threshold
+    configure_logging("DEBUG", to=logging.getLogger("app"))
+    yield caplog
+    opero_logging._threshold = before
+    opero_logging.standard.clear()
+
+
+def test_a_logger_of_the_standard_library_gets_the_messages(world, fake_clock, app_log):
+    def fail():
+        raise ValueError(SECRET)
+
+    with pytest.raises(ValueError, match=SECRET):
+        world.run(opero(retries=1, min_delay=2, jitter=False)(world.define(fail)))
+    told = [(name, level, text.rpartition("<locals>.")[2]) for name, level, text in app_log.record_tuples]
+    assert [entry for entry in told if entry[0] == "app"] == [
+        ("app", logging.DEBUG, "fail failed, next round in 2 s"),
+        ("app", logging.WARNING, "fail failed after 2 attempts in 2 s"),
+    ]
+
+
+def test_it_gets_no_messages_below_the_level(app_log):
+    configure_logging("WARNING", to=logging.getLogger("app"))
+    opero_logging.log("INFO", "{}", "a message")
+    assert app_log.messages == []
+    opero_logging.log("WARNING", "{}", "100% {}")
+    assert app_log.messages == ["100% {}"]
+
+
+def test_the_last_call_says_where_messages_go(app_log):
+    configure_logging("DEBUG")
+    try:
+        opero_logging.log("WARNING", "a message")
+        assert [record for record in app_log.records if record.name == "app"] == []
+    finally:
+        from loguru import logger
+
+        logger.disable("opero")
+
+
+@pytest.mark.parametrize(("level", "error"), [("LOUD", ValueError), (None, ValueError)], ids=str)
+def test_a_level_that_the_standard_library_does_not_know_is_refused(level, error):
+    with pytest.raises(error, match="logging level"):
+        configure_logging(level, to=logging.getLogger("app"))
+
+
+@pytest.mark.parametrize("to", ["app", 3, print], ids=str)
+def test_what_is_no_logger_is_refused(to):
+    with pytest.raises(TypeError, match="logger of the standard library"):
+        configure_logging(to=to)
+
+
+def test_with_the_standard_library_loguru_is_not_imported():
+    done = """
+        import logging, sys, opero
+        from opero.telemetry.lines import log_events
+        logging.basicConfig(level="DEBUG", format="%(name)s %(levelname)s %(message)s")
+        opero.configure_logging("DEBUG", to=logging.getLogger("app"))
+        with log_events(logging.getLogger("events")):
+            fail()
+        assert "loguru" not in sys.modules
+    """
+    _, said = program(done)
+    lines = said.splitlines()
+    assert [line.split()[0] for line in lines] == ["events", "app", "events", "events", "app", "events"]
+    assert "app WARNING fail.<locals>.parse failed after 2 attempts" in said
+    assert "events WARNING __main__.fail.<locals>.parse (call 1) failed after 2 attempts" in said

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import logging
 import re
 import subprocess
 import sys
@@ -157,6 +158,22 @@ def test_after_the_end_there_are_no_lines(world, lines):
 def test_a_level_that_loguru_does_not_know_is_refused():
     with pytest.raises(ValueError, match="LOUD"):
         log_events("LOUD")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "levels"),
+    [
+        (lambda logger: {"level": logger}, ["INFO", "INFO", "INFO", "WARNING"]),
+        (lambda logger: {"to": logger}, ["INFO", "INFO", "INFO", "WARNING"]),
+        (lambda logger: {"level": "WARNING", "to": logger}, ["WARNING"]),
+    ],
+    ids=["logger", "to", "level and to"],
+)
+def test_lines_go_to_a_logger_of_the_standard_library(world, caplog, fake_clock, arguments, levels):
+    caplog.set_level(logging.DEBUG, "app")
+    with log_events(**arguments(logging.getLogger("app"))), contextlib.suppress(ValueError):
+        world.run(opero.opero(retries=1)(world.define(failing(2))))
+    assert [record.levelname for record in caplog.records if record.name == "app"] == levels
 
 
 ENABLE = "from loguru import logger; logger.enable('opero')"

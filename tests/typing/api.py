@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, assert_type, overload
@@ -930,6 +931,7 @@ def check_the_rest() -> None:
     assert_type(__version__, str)
     configure_logging("DEBUG")
     configure_logging()
+    configure_logging(to=logging.getLogger("app"))
     clear_cache("pages")
     clear_cache()
 
@@ -941,6 +943,7 @@ def check_telemetry(registry: CollectorRegistry, tracers: TracerProvider, meters
     assert_type(otel.instrument(), Subscription)
     assert_type(prometheus.instrument(), Subscription)
     log_events("DEBUG").close()
+    log_events(logging.getLogger("app")).close()
     otel.instrument(tracers, meter_provider=meters).close()
     with prometheus.instrument(registry) as subscription:
         assert_type(subscription, Subscription)

@@ -34,7 +34,7 @@ from opero.exceptions import (
     NotTransferableError,
     WorkerCrashedError,
 )
-from opero.utils.logging import log
+from opero.utils.logging import log, standard
 from opero.utils.notes import add_note, class_counts, describe, duration, folded
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class _Layers:
             wait = plan.retry.after(plan, call, outcome, self._must_end)
             if isinstance(wait, Final):
                 return self._finish(wait, gave_up=outcome.ends)
-            if "loguru" in sys.modules:
+            if standard or "loguru" in sys.modules:
                 log("DEBUG", "{} failed, next round in {}", plan.name, duration(wait))
             if call.tell is not None:
                 call.tell(RetryPlanned, round=call.rounds, delay=wait, error=outcome.error)

@@ -1,28 +1,27 @@
-"""opero's events as lines of loguru."""
+"""opero's events as lines of a log."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from opero.events import AttemptFailed, CallDone, CandidateSwitched, RetryPlanned, SlotWaited, on_event
 from opero.telemetry.naming import function_name, type_name
-from opero.utils.logging import let_through
+from opero.utils.logging import let_through, number_of
 from opero.utils.notes import duration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from loguru import Logger
-
     from opero.events import Event, Subscription
+    from opero.utils.logging import StandardLogger
 
 __all__ = ["log_events"]
 
 # Below this a wait is how a rate limit works, and not worth a line.
 _TOLD_WAIT = 0.1
+# The same in loguru and in the standard library.
+_NUMBERS = {"DEBUG": 10, "INFO": 20, "WARNING": 30}
 
 
-def log_events(level: str = "INFO") -> Subscription:
+def log_events(level: str | StandardLogger = "INFO", *, to: StandardLogger | None = None) -> Subscription:
     """Log what goes wrong in the calls of all decorated functions of this process, and what opero does about it.
 
     ``WARNING``: a call failed. ``INFO``: an attempt failed, a retry is planned, another candidate is tried. ``DEBUG``:
@@ -30,38 +29,44 @@ def log_events(level: str = "INFO") -> Subscription:
     place of the item if it is one of a map (from 0), seconds, and the classes of exceptions; no arguments, no results,
     and no texts of exceptions, which may quote arguments.
 
-    The lines go to the program's loguru sinks as those of ``opero.telemetry.lines``; no sink is added, removed or
-    changed. They are let through by this call even if opero is silent otherwise, and opero's other messages stay as
-    silent as they were. ``loguru.logger.disable("opero")`` after this call silences the lines as well.
+    The lines go to the logger that is given, or to the program's loguru sinks as those of ``opero.telemetry.lines``; no
+    sink or handler is added, removed or changed. They are let through by this call even if opero is silent otherwise,
+    and opero's other messages stay as silent as they were. ``loguru.logger.disable("opero")`` after this call silences
+    the lines in loguru as well.
 
     Args:
-        level: The lowest loguru level that is logged, such as ``"DEBUG"`` or ``"WARNING"``.
+        level: The lowest level that is logged, such as ``"DEBUG"`` or ``"WARNING"``; or the logger itself, for what
+            its own level lets through: ``log_events(logging.getLogger("myapp"))``.
+        to: A logger of the standard library, which gets the lines in place of loguru.
 
     Returns:
         A `Subscription`, to be closed, or used as a context, when there shall be no more lines.
 
     Raises:
-        ValueError: If loguru has no such level.
+        TypeError: If ``to`` is no such logger.
+        ValueError: If there is no such level.
     """
-    from loguru import logger
+    if to is None and hasattr(level, "isEnabledFor"):
+        level, to = "DEBUG", cast("StandardLogger", level)
+    threshold = number_of(level, to, "log_events")
+    logger: Any = to
+    if to is None:
+        from loguru import logger
 
-    try:
-        threshold = logger.level(level).no
-    except (ValueError, TypeError) as error:
-        msg = f"log_events got level={level!r}; write a loguru level such as 'DEBUG', 'INFO' or 'WARNING'"
-        raise ValueError(msg) from error
-    let_through(__name__)
-    return on_event(_writer(logger, threshold))
+        let_through(__name__)
 
-
-def _writer(logger: Logger, threshold: int) -> Callable[[Event], None]:
     def write(event: Event) -> None:
-        level, text = _line(event)
-        if text and logger.level(level).no >= threshold:
+        name, text = _line(event)
+        number = _NUMBERS[name]
+        if text and number >= threshold:
             item = "" if event.index is None else f", item {event.index}"
-            logger.log(level, "{} (call {}{}) {}", function_name(event), event.call, item, text)
+            line = f"{function_name(event)} (call {event.call}{item}) {text}"
+            if to is None:
+                logger.log(name, "{}", line)
+            else:
+                logger.log(number, "%s", line)
 
-    return write
+    return on_event(write)
 
 
 def _line(event: Any) -> tuple[str, str]:

@@ -1,50 +1,80 @@
-"""opero's one logger: loguru, silent until somebody asks for it."""
+"""opero's one logger: loguru, or one of the standard library; silent until somebody asks for it."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    import logging
+
     from loguru import Logger
+
+    StandardLogger: TypeAlias = "logging.Logger | logging.LoggerAdapter[Any]"
 
 __all__ = ["configure_logging"]
 
 _NAME = "opero"
 _threshold = "DEBUG"
 _decided = False
+# The logger that gets messages in place of loguru, if there is one.
+standard: list[StandardLogger] = []
 
 
-def configure_logging(level: str = "INFO") -> None:
-    """Let opero's messages through to the program's loguru sinks.
+def configure_logging(level: str = "INFO", *, to: StandardLogger | None = None) -> None:
+    """Let opero's messages through to the program's loguru sinks, or to a logger of the standard library.
 
-    No sink is added, removed or changed, so calling it twice changes nothing but the level. The same can be had with
-    ``loguru.logger.enable("opero")``; ``logger.disable("opero")`` silences opero again.
+    No sink and no handler is added, removed or changed, so calling it twice changes nothing but what it was told the
+    last time. With loguru the same can be had with ``loguru.logger.enable("opero")``; ``logger.disable("opero")``
+    silences opero again.
 
     Args:
-        level: The lowest loguru level that opero logs, such as ``"DEBUG"`` or ``"WARNING"``.
+        level: The lowest level that opero logs, such as ``"DEBUG"`` or ``"WARNING"``.
+        to: Where messages go in place of loguru, as ``logging.getLogger("myapp")``, by its level and handlers.
 
     Raises:
-        ValueError: If loguru has no such level.
+        TypeError: If ``to`` is no such logger.
+        ValueError: If there is no such level.
     """
-    from loguru import logger
-
     global _threshold, _decided  # noqa: PLW0603 - one setting of one process, like loguru's own
-    try:
-        logger.level(level)
-    except (ValueError, TypeError) as error:
-        msg = f"configure_logging got level={level!r}; write a loguru level such as 'DEBUG', 'INFO' or 'WARNING'"
-        raise ValueError(msg) from error
+    number_of(level, to, "configure_logging")
     _threshold = level
-    _decided = True
-    logger.enable(_NAME)
+    standard[:] = [] if to is None else [to]
+    if to is None:
+        from loguru import logger
+
+        _decided = True
+        logger.enable(_NAME)
+
+
+def number_of(level: Any, to: Any, where: str) -> int:
+    """A level as a number: one of loguru's, or of the standard library's, which are the same for what both know."""
+    if to is not None and not (hasattr(to, "isEnabledFor") and hasattr(to, "log")):
+        kind = type(to).__name__
+        msg = f"{where} got a {kind} as to; write a logger of the standard library, or leave it out for loguru"
+        raise TypeError(msg)
+    try:
+        if to is None:
+            from loguru import logger
+
+            return logger.level(level).no
+        import logging
+
+        return logging.getLevelNamesMapping()[level]
+    except (ValueError, TypeError, KeyError) as error:
+        whose = "loguru" if to is None else "logging"
+        msg = f"{where} got level={level!r}; write a {whose} level such as 'DEBUG', 'INFO' or 'WARNING'"
+        raise ValueError(msg) from error
 
 
 def log(level: str, message: str, *values: object) -> None:
     """Log one line of opero's; never raises, and costs next to nothing while nobody listens."""
     # A sink of the host's that raises (loguru's `catch=False`) must not end the call that is told of.
     with contextlib.suppress(Exception):
+        if standard:
+            _log_to(standard[0], level, message, *values)
+            return
         logger = _listening_logger()
         if logger is not None and logger.level(level).no >= logger.level(_threshold).no:
             logger.log(level, message, *values)
@@ -60,10 +90,22 @@ def is_logged(level: str, message: str, *values: object) -> bool:
         return message.format(*values)
 
     with contextlib.suppress(Exception):
+        if standard:
+            return _log_to(standard[0], level, message, *values)
         logger = _listening_logger()
         if logger is not None and logger.level(level).no >= logger.level(_threshold).no:
             # loguru asks for the text where opero is enabled and a sink takes the level.
             logger.opt(lazy=True).log(level, "{}", text)
+    return is_heard
+
+
+def _log_to(logger: StandardLogger, level: str, message: str, *values: object) -> bool:
+    import logging
+
+    levels = logging.getLevelNamesMapping()
+    is_heard = levels[level] >= levels[_threshold] and logger.isEnabledFor(levels[level])
+    if is_heard:
+        logger.log(levels[level], "%s", message.format(*values), stacklevel=3)
     return is_heard
 
 
