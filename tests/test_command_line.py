@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import platform
 import re
+import runpy
 import shutil
 import signal
 import sqlite3
@@ -19,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import opero
+import opero.__main__ as opero_main
 from opero import opero as resilient
 from opero.core.stores.lasting import slug
 
@@ -35,15 +38,24 @@ def home(tmp_path):
 
 
 @pytest.fixture
-def command(program_server, home):
-    """Run the command."""
+def command(home, monkeypatch):
+    """Run the command, as `python -m opero` does, in this process."""
 
-    def run(*arguments, **environment):
-        places = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "caches"), "USERPROFILE": str(home)}
-        env = {**os.environ, **places, **environment}
-        return program_server.run(["-m", "opero", *arguments], cwd=Path.cwd(), env=env, seconds=60)
+    def run(*arguments):
+        out, err = io.StringIO(), io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            for name, value in _at_home(home).items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["opero", *arguments])
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(opero_main.__file__, run_name="__main__")
+        return subprocess.CompletedProcess(arguments, ended.value.code, out.getvalue(), err.getvalue())
 
     return run
+
+
+def _at_home(home):
+    return {"HOME": str(home), "XDG_CACHE_HOME": str(home / "caches"), "USERPROFILE": str(home)}
 
 
 @pytest.fixture
@@ -159,9 +171,11 @@ def test_a_name_that_is_no_text_for_a_terminal_is_told_as_python_would_write_it(
     assert sorted(listed()) == sorted(map(ascii, names))
 
 
-def test_names_are_told_on_a_terminal_without_their_letters(fill, command, folder):
+def test_names_are_told_on_a_terminal_without_their_letters(fill, home, folder):
     fill("naïve", 1)
-    told = command("--cache-dir", str(folder.parent), PYTHONIOENCODING="ascii").stdout
+    command = [sys.executable, "-W", "error", "-m", "opero", "--cache-dir", str(folder.parent)]
+    environment = {**os.environ, **_at_home(home), "PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     assert "na\\xefve" in told
 
 
@@ -473,8 +487,10 @@ def without_rights():
     return ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--clear", "app.price"]], ids=" ".join)
-@pytest.mark.parametrize("closed", ["the folder of all", "the folder of one"])
+@pytest.mark.parametrize(
+    ("closed", "arguments"),
+    [("the folder of all", []), ("the folder of one", []), ("the folder of one", ["--clear", "app.price"])],
+)
 def test_a_folder_that_cannot_be_read_is_told_by_its_reason(fill, folder, without_rights, closed, arguments):
     fill("app.price", 1)
     shut = folder if closed == "the folder of all" else folder / slug("app.price")
