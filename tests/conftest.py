@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from program_server import ProgramServer
-from redis_server import RedisServer
+from redis_server import RedisServer, Sentinel, make_cluster
 
 from opero.core.clock import clock
 from opero.core.signature import compile_function, forwarding
@@ -273,6 +273,20 @@ class RedisBackend(Backend):
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """One server for all tests that leave it alone."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A cluster of one node."""
+    with RedisServer(tmp_path_factory.mktemp("cluster"), cluster_enabled="yes") as server:
+        make_cluster(server)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_sentinel(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer) -> Iterator[Sentinel]:
+    with Sentinel(tmp_path_factory.mktemp("sentinel"), redis_server) as server:
         yield server
 
 

@@ -31,14 +31,15 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """Keeps nothing on disk: after a stop it starts empty."""
+    """Keeps nothing on disk: after a stop it starts empty. ``settings`` are of the server's own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: object) -> None:
         if EXECUTABLE is None:
             pytest.fail("redis-server is missing; install it, on Debian with: apt-get install redis-server")
         self.host = HOST
         self.port = free_port()
         self._folder = folder
+        self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
         self._is_frozen = False
 
@@ -56,17 +57,21 @@ class RedisServer:
 
     def start(self) -> None:
         """Return when the server answers."""
-        assert EXECUTABLE is not None
         assert self._process is None
         self._folder.mkdir(parents=True, exist_ok=True)
-        settings = {"port": self.port, "bind": self.host, "dir": self._folder, "save": "", "appendonly": "no"}
-        command = [EXECUTABLE, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + PATIENCE
         while not self._answers():
             assert self._process.poll() is None, "redis-server ended at once"
             assert time.monotonic() < deadline, "redis-server does not answer"
             time.sleep(0.005)
+
+    @property
+    def command(self) -> list[str]:
+        """What starts it."""
+        settings = {"port": self.port, "bind": self.host, "dir": self._folder, "save": "", "appendonly": "no"}
+        settings |= {name.replace("_", "-"): value for name, value in self._settings.items()}
+        return [str(EXECUTABLE), *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
 
     def stop(self) -> None:
         """End as an administrator would; return when the port is closed."""
@@ -109,3 +114,30 @@ class RedisServer:
             self.thaw()
         self._process.wait(PATIENCE)
         self._process = None
+
+
+def make_cluster(node: RedisServer) -> None:
+    """Make a cluster of the one server, which has to have ``cluster_enabled="yes"``."""
+    import redis
+
+    with redis.Redis(node.host, node.port) as client:
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+        deadline = time.monotonic() + PATIENCE
+        while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+            assert time.monotonic() < deadline, "the cluster does not come up"
+            time.sleep(0.005)
+
+
+class Sentinel(RedisServer):
+    """Watches over a server, under the name ``main``."""
+
+    def __init__(self, folder: Path, watched: RedisServer) -> None:
+        super().__init__(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "sentinel.conf"
+        lines = [f"port {self.port}", f"bind {HOST}", f"dir {folder}", f"sentinel monitor main {HOST} {watched.port} 1"]
+        self._file.write_text("\n".join(lines))
+
+    @property
+    def command(self) -> list[str]:
+        return [str(EXECUTABLE), str(self._file), "--sentinel"]

@@ -8,8 +8,9 @@ import time
 import pytest
 import redis
 import redis.asyncio
+from redis_server import RedisServer, make_cluster
 
-from opero import Cache, opero
+from opero import Cache, opero, opmap
 
 SECRET = "p4ssw0rd-and-more"
 
@@ -63,6 +64,88 @@ def test_a_server_can_be_told_in_many_ways_and_they_share_their_entries(world, r
         lambda x: [x, "again"]
     )
     assert again(1) == [1, "first"]
+
+
+OTHER_CLIENTS = {
+    "cluster": ("redis_cluster", redis.RedisCluster),
+    "cluster of asyncio": ("redis_cluster", redis.asyncio.RedisCluster),
+    "sentinel": ("redis_sentinel", lambda *place: redis.Sentinel([place]).master_for("main")),
+    "sentinel of asyncio": ("redis_sentinel", lambda *place: redis.asyncio.Sentinel([place]).master_for("main")),
+}
+
+
+@pytest.fixture
+def loop():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(params=OTHER_CLIENTS)
+def other_client(request, loop):
+    """A client that knows where to find what by itself; one of asyncio belongs to the loop that it is used in."""
+    server, make = OTHER_CLIENTS[request.param]
+    found = request.getfixturevalue(server)
+    client = make(found.host, found.port)
+    yield client
+    sentinel = getattr(getattr(client, "connection_pool", None), "sentinel_manager", None)
+    for used in [client, *getattr(sentinel, "sentinels", [])]:
+        if not hasattr(used, "aclose"):
+            used.close()
+        elif "cluster" in request.param:
+            loop.run(used.aclose())
+        else:
+            loop.run(used.aclose(close_connection_pool=True))
+
+
+@pytest.fixture
+def call(world, loop):
+    def run(f, *args):
+        return loop.run(f(*args)) if world.is_async else f(*args)
+
+    return run
+
+
+class TestAClientOfAClusterOrOfASentinel:
+    def test_finds_entries_deletes_and_clears_them(self, world, call, other_client, redis_backend):
+        runs = []
+        cache = Cache(backend="redis", client=other_client, namespace=redis_backend.namespace())
+        f = opero(cache=cache, retries=0)(world.define(lambda x: runs.append(x) or [x]))
+
+        assert [call(f, n) for n in range(20)] == [call(f, n) for n in range(20)]
+        assert [len(runs), f.stats.hits, f.stats.cache_errors, f.cache_info().currsize] == [20, 20, 0, 20]
+        assert [f.cache_delete(3), f.cache_delete(3)] == [True, False]
+        f.cache_clear()
+        assert f.cache_info().currsize == 0
+
+    def test_is_asked_for_many_items_of_a_map(self, world, call, other_client, redis_backend):
+        cache = Cache(backend="redis", client=other_client, namespace=redis_backend.namespace())
+        mode = "async" if world.is_async else "thread"
+        f = opmap(mode=mode, progress=False, cache=cache, retries=0)(world.define(lambda x: [x]))
+
+        assert [call(f, range(40)), call(f, range(40))] == [[[n] for n in range(40)]] * 2
+        assert [f.stats.attempts, f.stats.hits, f.stats.cache_errors] == [40, 40, 0]
+
+    def test_keeps_no_entry_that_was_deleted_during_its_computation(self, other_client, redis_backend):
+        cache = Cache(backend="redis", client=other_client, namespace=redis_backend.namespace())
+
+        @opero(cache=cache, retries=0)
+        def f(x):
+            # From another process, as far as the store knows.
+            f.__opero__.plan.cache.store.delete(f.__opero__.plan.cache.keys.key_of(x))
+            return x
+
+        assert [f(1), f(1)] == [1, 1]
+        assert [f.stats.hits, f.cache_info().currsize] == [0, 0]
+
+
+def test_a_cluster_that_is_away_costs_the_cache_and_not_the_call(world, call, loop, tmp_path):
+    with RedisServer(tmp_path / "away", cluster_enabled="yes") as node:
+        make_cluster(node)
+        client = redis.asyncio.RedisCluster(node.host, node.port)
+    f = opero(cache=Cache(backend="redis", client=client, namespace="away"), retries=0)(world.define(lambda x: x))
+
+    assert [call(f, 1), call(f, 1), f.stats.attempts] == [1, 1, 2]
+    loop.run(client.aclose())
 
 
 def test_a_client_of_the_programs_own_is_not_closed(redis_backend):

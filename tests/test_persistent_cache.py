@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
-from redis.client import Pipeline
+from redis.client import Redis
 from redis.connection import AbstractConnection
 from side_by_side import SECONDS, errors, forked, forks, measure_pauses, results, started, until
 from test_cache_keys import are_alike, arguments, copied, thoroughly
@@ -1328,7 +1328,7 @@ def test_ctrl_c_between_a_command_to_redis_and_its_answer_leaves_that_to_nobody(
 
 
 @pytest.mark.parametrize(
-    "moment", [(AbstractConnection, "send_packed_command"), (Pipeline, "execute")], ids=["asked", "answered"]
+    "moment", [(AbstractConnection, "send_packed_command"), (Redis, "execute_command")], ids=["asked", "answered"]
 )
 def test_ctrl_c_while_redis_grants_a_claim_leaves_the_key_to_others(redis_backend, monkeypatch, moment):
     f = opero.opero(**own(redis_backend))(lambda x: x)

@@ -16,7 +16,7 @@ from opero.core.faults import Rest
 from opero.core.forks import ForkSafeLock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 # A server that is away or frozen costs no more than the two of them, once.
 CONNECT_SECONDS = 0.9
@@ -24,26 +24,47 @@ ANSWER_SECONDS = 0.9
 CONNECTIONS = 32
 
 
+# Connections that are kept apart for what is only read, of those that the server has.
+_READERS = 8
+
+
 class Server:
     """One database of one server: connections, and a rest when it fails, that all who use it share.
 
     Args:
-        client: For threads.
+        make_client: Makes the client for threads, when it is first asked for something.
         make_async_client: Makes one for an event loop; None if there can be none.
-        is_ours: Whether to close what is open; not a client of the program's own.
+        is_ours: Whether the client for threads is opero's own, to be closed at the end.
+        is_async_ours: The same of those for event loops.
     """
 
     def __init__(
-        self, client: Any, make_async_client: Callable[[], Any] | None = None, *, is_ours: bool = True
+        self,
+        make_client: Callable[[], Any],
+        make_async_client: Callable[[], Any] | None = None,
+        *,
+        is_ours: bool = True,
+        is_async_ours: bool = True,
     ) -> None:
-        self.client = client
+        self._make_client = make_client
         self._make_async_client = make_async_client
+        self._client: Any = None
         self._async_clients: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._is_ours = is_ours
+        self._is_async_ours = is_async_ours
         self._process = os.getpid()
+        self._readers: list[Any] = []
         self.rest = Rest()
         self.users: WeakSet[Any] = WeakSet()
         self._scripts: dict[str, Any] = {}
+
+    @property
+    def client(self) -> Any:
+        """The client for threads."""
+        client = self._client
+        if client is None:
+            self._client = client = self._make_client()
+        return client
 
     def script(self, source: str) -> Callable[[list[str], list[Any]], Any]:
         """A Lua script, to be called with its keys and its arguments."""
@@ -58,8 +79,56 @@ class Server:
         """Whether it can be asked in an event loop."""
         return self._make_async_client is not None
 
-    async def get(self, key: bytes) -> bytes | None:
-        """What is there under a key, asked in the running event loop."""
+    def perform(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers to commands; an error that the server answers with is one, unless it is the only one."""
+        client = self.client
+        if len(commands) == 1:
+            return [client.execute_command(*commands[0])]
+        if hasattr(client, "connection_pool"):
+            pipeline = client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            answers: list[Any] = pipeline.execute(raise_on_error=False)
+            return answers
+        # A cluster takes no scripts in a pipeline.
+        return [self._answer_of(command) for command in commands]
+
+    def _answer_of(self, command: tuple[Any, ...]) -> Any:
+        try:
+            return self.client.execute_command(*command)
+        except Exception as error:  # noqa: BLE001 - of one node; the others may be well
+            return error
+
+    def get(self, key: bytes) -> bytes | None:
+        """What is there under a key: what redis-py does around a command takes longer than the command."""
+        client = self.client
+        entry: bytes | None
+        if not self._is_ours or not hasattr(client, "connection_pool"):
+            entry = client.get(key)
+            return entry
+        try:
+            connection = self._readers.pop()
+        except IndexError:
+            connection = client.connection_pool.get_connection()
+        _command.ends = time.monotonic() + CONNECT_SECONDS + ANSWER_SECONDS
+        try:
+            connection.send_command("GET", key)
+            entry = connection.read_response()
+        except BaseException as error:
+            connection.disconnect()
+            client.connection_pool.release(connection)
+            if not _was_closed(error):
+                raise
+            entry = client.get(key)
+        else:
+            if len(self._readers) < _READERS:
+                self._readers.append(connection)
+            else:
+                client.connection_pool.release(connection)
+        return entry
+
+    async def get_async(self, key: bytes) -> bytes | None:
+        """The same in the running event loop."""
         assert self._make_async_client is not None  # noqa: S101 - for the type checkers
         import asyncio
 
@@ -69,12 +138,27 @@ class Server:
             client = self._make_async_client()
             # An event loop closes its generators when it ends, while it can still close connections.
             closing = self._closing_at_the_end(client)
-            self._async_clients[loop] = known = client, asyncio.Semaphore(CONNECTIONS), closing
+            self._async_clients[loop] = known = client, asyncio.Semaphore(CONNECTIONS), [], closing
             await anext(closing)
-        client, places, _ = known
+        client, places, readers, _ = known
+        entry: bytes | None
         # Not by a pool that lets tasks wait by itself, which takes a third of the time of a command.
         async with places, asyncio.timeout(CONNECT_SECONDS + ANSWER_SECONDS):
-            entry: bytes | None = await client.get(key)
+            if not self._is_async_ours:
+                entry = await client.get(key)
+                return entry
+            connection = readers.pop() if readers else await client.connection_pool.get_connection()
+            try:
+                await connection.send_command("GET", key)
+                entry = await connection.read_response()
+            except BaseException as error:
+                await connection.disconnect(nowait=True)
+                await client.connection_pool.release(connection)
+                if not _was_closed(error):
+                    raise
+                entry = await client.get(key)
+            else:
+                readers.append(connection)
             return entry
 
     async def _closing_at_the_end(self, client: Any) -> AsyncGenerator[None, None]:
@@ -84,7 +168,7 @@ class Server:
             yield
         finally:
             self._async_clients.pop(asyncio.get_running_loop(), None)
-            if self._is_ours:
+            if self._is_async_ours:
                 await client.aclose(close_connection_pool=True)
 
     def failed(self, error: Exception) -> None:
@@ -102,16 +186,24 @@ class Server:
 
     def close(self) -> None:
         """Close the connections; they are made anew when needed."""
-        if not self._is_ours or os.getpid() != self._process:
+        if not self._is_ours or self._client is None or os.getpid() != self._process:
             # redis-py would wait for a lock that a thread of the parent may have held.
             return
-        self.client.close()
-        self.client.connection_pool.disconnect()
+        self._client.close()
+        if hasattr(self._client, "connection_pool"):
+            self._client.connection_pool.disconnect()
 
     def __del__(self) -> None:
         # What redis-py leaves open warns when it is collected.
         with contextlib.suppress(Exception):
             self.close()
+
+
+def _was_closed(error: BaseException) -> bool:
+    """Whether the server had closed the connection meanwhile, and another one may be made."""
+    import redis
+
+    return isinstance(error, redis.ConnectionError) and not isinstance(error, redis.AuthenticationError)
 
 
 _lock = ForkSafeLock(threading.RLock)
@@ -123,7 +215,7 @@ def server_of(**place: Any) -> Server:
     return _known(
         repr(sorted(place.items())),
         lambda: Server(
-            _client(_pool_class()(**place, **_settings())),
+            lambda: _client(_pool_class()(**place, **_settings())),
             lambda: _async_client(_async_pool_class()(**place, **_async_settings())),
         ),
     )
@@ -134,7 +226,7 @@ def server_at(url: str) -> Server:
     return _known(
         url,
         lambda: Server(
-            _client(_pool_class().from_url(url, **_settings())),
+            lambda: _client(_pool_class().from_url(url, **_settings())),
             lambda: _async_client(_async_pool_class().from_url(url, **_async_settings())),
         ),
     )
@@ -145,8 +237,8 @@ def server_with(client: Any) -> Server:
 
     def make() -> Server:
         if not is_async_client(client):
-            return Server(client, is_ours=False)
-        return Server(_twin_of(client), lambda: client, is_ours=False)
+            return Server(lambda: client, is_ours=False)
+        return Server(_maker_of_twin(client), lambda: client, is_async_ours=False)
 
     return _known(f"client {id(client)}", make)
 
@@ -164,9 +256,11 @@ def check_client(option: str, client: Any) -> Any:
         msg = f"{option} is {type(client).__name__}; give a client of redis-py (redis.Redis, redis.asyncio.Redis)"
         raise TypeError(msg)
     if is_async_client(client):
-        _twin_of(client)
-    pool = getattr(client, "connection_pool", None)
-    if getattr(pool, "connection_kwargs", {}).get("decode_responses"):
+        _maker_of_twin(client)
+    # A cluster has no pool.
+    encoder = getattr(client, "encoder", None) or getattr(client, "connection_pool", client)
+    given = getattr(encoder, "connection_kwargs", {})
+    if getattr(encoder, "decode_responses", given.get("decode_responses")):
         msg = f"{option} gives text in place of bytes; make it without decode_responses=True"
         raise ValueError(msg)
     return client
@@ -194,21 +288,44 @@ def check_url(option: str, value: Any) -> str:
     return value
 
 
-def _twin_of(client: Any) -> Any:
-    """A client for threads that is connected as one of `redis.asyncio` is."""
+def _maker_of_twin(client: Any) -> Callable[[], Any]:
+    """Makes a client for threads that is connected as one of `redis.asyncio` is."""
+    import redis.asyncio.sentinel
     from redis import connection
+    from redis.cluster import ClusterNode
+    from redis.sentinel import Sentinel
 
+    bounds = {name: value for name, value in _settings().items() if name not in {"max_connections", "timeout"}}
+    if isinstance(client, redis.asyncio.RedisCluster):
+        nodes = [ClusterNode(node.host, node.port) for node in client.startup_nodes]  # type: ignore[no-untyped-call]  # redis-py's
+        given = _connected_as(client.connection_kwargs)
+        return lambda: redis.RedisCluster(startup_nodes=nodes, **given, **bounds)
     pool: Any = getattr(client, "connection_pool", None)
+    if isinstance(pool, redis.asyncio.sentinel.SentinelConnectionPool):
+        told = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
+        given = {**_connected_as(pool.connection_kwargs), **bounds}
+        twin: Any = Sentinel(
+            [(one["host"], one["port"]) for one in told],
+            sentinel_kwargs={**_connected_as(told[0]), **bounds},
+            **given,
+        )  # type: ignore[no-untyped-call]  # redis-py's
+        return functools.partial(twin.master_for if pool.is_master else twin.slave_for, pool.service_name)
     kind = getattr(connection, getattr(pool, "connection_class", type).__name__, None)
     if kind is None or not issubclass(kind, connection.AbstractConnection):
         msg = f"client=… is a {type(client).__name__} of redis.asyncio that opero has no twin for; give one for threads"
         raise TypeError(msg)
-    given = {
+    place = {name: value for name, value in pool.connection_kwargs.items() if name in {"host", "port", "path"}}
+    given = _connected_as(pool.connection_kwargs)
+    return lambda: _client(_pool_class()(connection_class=kind, **place, **given, **_settings()))
+
+
+def _connected_as(given: Mapping[str, Any]) -> dict[str, Any]:
+    """How to sign in, to which database, and how the connection is secured."""
+    return {
         name: value
-        for name, value in pool.connection_kwargs.items()
-        if name in {"host", "port", "db", "username", "password", "path"} or name.startswith("ssl_")
+        for name, value in given.items()
+        if name in {"db", "username", "password", "credential_provider"} or name.startswith("ssl")
     }
-    return _client(_pool_class()(connection_class=kind, **given, **_settings()))
 
 
 def _known(place: str, make: Callable[[], Server]) -> Server:

@@ -6,6 +6,7 @@ when its owner is gone, and is renewed while its owner computes.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Keep, 
 from opero.core.stores.lasting import LastingStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from opero.core.faults import Rest
     from opero.core.stores.contract import Request
@@ -97,16 +98,11 @@ class RedisStore(LastingStore):
         return self.server.rest
 
     def read(self, key: bytes) -> bytes | None:
-        server = self._server or self.server
-        entry: bytes | None = server.client.get(self._entry(key))
-        return entry
+        return (self._server or self.server).get(self._entry(key))
 
     def answer(self, requests: Sequence[Request]) -> list[Any]:
-        pipeline = self.client.pipeline(transaction=False)
-        for request in requests:
-            self._ask(pipeline, request)
         try:
-            answers = pipeline.execute(raise_on_error=False)
+            answers = self.server.perform([self._command(request) for request in requests])
             self.rest.end()
             return [self._understand(*pair) for pair in zip(requests, answers, strict=True)]
         except Exception:
@@ -123,7 +119,7 @@ class RedisStore(LastingStore):
         if server is None or not server.has_async_client or server.rest.reason() is not None:
             return None
         try:
-            entry = await server.get(self._entry(key))
+            entry = await server.get_async(self._entry(key))
             server.rest.end()
             return None if entry is None else self.fresh(entry)
         except Exception as error:  # noqa: BLE001 - the call asks again, and is told
@@ -138,16 +134,18 @@ class RedisStore(LastingStore):
 
     def delete(self, key: bytes) -> bool:
         entry = self._entry(key)
-        deleted, _ = self.client.pipeline(transaction=False).delete(entry).delete(entry + b":lease").execute()
-        return bool(deleted)
+        # First the lease: what is being computed now will not be stored.
+        self.client.delete(entry + b":lease")
+        return bool(self.client.delete(entry))
 
     def clear(self) -> None:
-        # The leases go too: what is being computed anywhere now will not be stored.
-        for keys in self._scan():
-            self.client.unlink(*keys)
+        # The leases go too, as above.
+        keys = self._keys()
+        while found := list(itertools.islice(keys, _SCAN_COUNT)):
+            self.client.unlink(*found)
 
     def __len__(self) -> int:
-        return len({key for keys in self._scan() for key in keys if not key.endswith(b":lease")})
+        return len({key for key in self._keys() if not key.endswith(b":lease")})
 
     def close(self) -> None:
         with self._lock:
@@ -158,37 +156,37 @@ class RedisStore(LastingStore):
 
     def renew(self, leases: Sequence[Lease]) -> None:
         """Put the end of leases off."""
-        self._for_each(leases, _RENEW, str(int(LEASE_SECONDS * 1000)))
+        self._for_each(leases, _RENEW, int(LEASE_SECONDS * 1000))
 
     def release(self, leases: Sequence[Lease]) -> None:
         """Give leases back."""
         self._for_each(leases, _RELEASE)
 
-    def _for_each(self, leases: Sequence[Lease], script: str, *arguments: str) -> None:
-        pipeline = self.client.pipeline(transaction=False)
-        for lease in leases:
-            pipeline.eval(script, 1, self._entry(lease.key) + b":lease", lease.token, *arguments)
-        pipeline.execute(raise_on_error=False)
+    def _for_each(self, leases: Sequence[Lease], script: str, *arguments: int) -> None:
+        self.server.perform(
+            [("EVAL", script, 1, self._entry(lease.key) + b":lease", lease.token, *arguments) for lease in leases]
+        )
 
     def _entry(self, key: bytes) -> bytes:
         # The braces keep entry and lease on one node of a cluster.
         return b"%b:{%b}" % (self._prefix, key.hex().encode())
 
-    def _ask(self, pipeline: Any, request: Request) -> None:
+    def _command(self, request: Request) -> tuple[Any, ...]:
         lease = request.lease
         entry = self._entry(lease.key)
-        keys = (entry, entry + b":lease")
         if isinstance(request, Claim):
             lease.renew_token()
-            pipeline.eval(_CLAIM, 2, *keys, lease.token, int(LEASE_SECONDS * 1000), 0)
-        elif isinstance(request, Keep) and not request.is_stale:
+            return self._claim(lease, 0)
+        if isinstance(request, Keep) and not request.is_stale:
             milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
-            if not lease.token:
-                pipeline.set(entry, request.written, px=milliseconds or None)
-                return
-            pipeline.eval(_KEEP, 2, *keys, lease.token, request.written, milliseconds)
-        else:
-            pipeline.eval(_RELEASE, 1, keys[1], lease.token)
+            if lease.token:
+                return ("EVAL", _KEEP, 2, entry, entry + b":lease", lease.token, request.written, milliseconds)
+            return ("SET", entry, request.written, *(("PX", milliseconds) if milliseconds else ()))
+        return ("EVAL", _RELEASE, 1, entry + b":lease", lease.token)
+
+    def _claim(self, lease: Lease, has_ended: int) -> tuple[Any, ...]:
+        entry = self._entry(lease.key)
+        return ("EVAL", _CLAIM, 2, entry, entry + b":lease", lease.token, int(LEASE_SECONDS * 1000), has_ended)
 
     def _understand(self, request: Request, answer: Any) -> Any:
         if not isinstance(request, Claim):
@@ -199,9 +197,7 @@ class RedisStore(LastingStore):
             if found is not None:
                 return found
             # It has ended: the right to compute it anew is asked for by itself.
-            lease = request.lease
-            keys = (self._entry(lease.key), self._entry(lease.key) + b":lease")
-            answer = self.client.eval(_CLAIM, 2, *keys, lease.token, int(LEASE_SECONDS * 1000), 1)
+            (answer,) = self.server.perform([self._claim(request.lease, 1)])
         if isinstance(answer, Exception):
             return Fault(answer)
         if answer:
@@ -215,15 +211,9 @@ class RedisStore(LastingStore):
             self.client.delete(self._entry(lease.key))
             return Fault(error)
 
-    def _scan(self) -> Any:
-        pattern = self._prefix + b":*"
-        cursor = 0
-        while True:
-            cursor, keys = self.client.scan(cursor, match=pattern, count=_SCAN_COUNT)
-            if keys:
-                yield keys
-            if cursor == 0:
-                return
+    def _keys(self) -> Iterator[bytes]:
+        keys: Iterator[bytes] = self.client.scan_iter(match=self._prefix + b":*", count=_SCAN_COUNT)
+        return keys
 
 
 class LeaseKeeper:
