@@ -13,7 +13,7 @@ from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.keys import identity_of
 from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING
-from opero.core.steps import Await
+from opero.core.steps import Await, waiting_until
 from opero.utils.logging import log
 from opero.utils.notes import duration
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from opero.core.checks import Duration
     from opero.core.flow import Candidate
     from opero.core.per import Per
-    from opero.core.steps import Arrival
 
 # How often those who wait for a trial look whether one that is under way was lost.
 _LOOK_SECONDS = 1.0
@@ -96,19 +95,14 @@ class Passage:
 
     def waiting(self, wait: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
         """Go through a wait, which gives None as soon as the circuit opens."""
+        self._breaker.watch(self)
         try:
-            step = next(wait)
-            self._breaker.watch(self)
-            while not self.is_shut:
-                if step.__class__ is Await:
-                    step = Await(_UnlessShut(step.arrival, self), is_turn=step.is_turn)
-                sent = yield step
-                step = wait.send(sent)
-        except StopIteration as end:
-            return end.value
+            return (yield from waiting_until(lambda: self.is_shut, wait, hear=self._hear))
         finally:
             self.watchers.pop(self, None)
-            wait.close()
+
+    def _hear(self, wake: Callable[[], None] | None) -> None:
+        self.wake = wake
 
     def may_start(self) -> bool:
         """Whether the attempt may still begin, after it waited for something else."""
@@ -125,35 +119,6 @@ class Passage:
         changed = None if failed is None else self._breaker.passed(self, failed=failed)
         self.is_over = True
         return changed
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.is_over = True
-
-
-class _UnlessShut:
-    """An `opero.core.steps.Arrival` of another one, or of the news that there is no use in waiting for it."""
-
-    __slots__ = ("_arrival", "_passage")
-
-    def __init__(self, arrival: Arrival, passage: Passage) -> None:
-        self._arrival = arrival
-        self._passage = passage
-
-    def poll(self) -> bool:
-        return self._passage.is_shut or self._arrival.poll()
-
-    def due_in(self) -> float | None:
-        return 0.0 if self._passage.is_shut else self._arrival.due_in()
-
-    def notify(self, wake: Callable[[], None] | None) -> None:
-        self._passage.wake = wake
-        self._arrival.notify(wake)
-
-    def withdraw(self) -> None:
-        self._arrival.withdraw()
 
 
 class Breaker:

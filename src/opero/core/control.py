@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from opero.core.plan import CacheInfo, Plan
+from opero.core.signature import MISSING
 from opero.core.stats import CallStats
 from opero.exceptions import MisuseError
 
@@ -23,27 +24,34 @@ R = TypeVar("R")
 C = TypeVar("C")
 C_co = TypeVar("C_co", covariant=True)
 
-# Which options make which policy of a plan, the one that turns it off first.
-_OPTIONS_OF_POLICY = {
-    "cache": ("cache", "cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options"),
-    "total_timeout": ("total_timeout",),
-    "retry": (
-        "retries",
-        "backoff_factor",
-        "min_delay",
-        "max_delay",
-        "jitter",
-        "retry_on",
-        "retry_if_result",
-        "retry_options",
-    ),
-    "fallback": ("arg_fallback", "fallback_cooldown"),
-    "breaker": ("breaker", "per"),
-    "limit": ("rate_limit", "rate_limit_cost", "rate_limit_options", "per"),
-    "places": ("max_concurrent", "per"),
-    "attempt_timeout": ("attempt_timeout",),
-    "on_event": ("on_event",),
-    "default": ("default",),
+# The options of `opero` with their defaults, by the policy of a plan that they make, the one that turns it off first.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cache": {
+        "cache": False,
+        "cache_ttl": None,
+        "cache_backend": "memory",
+        "cache_key": None,
+        "cache_namespace": None,
+        "cache_options": None,
+    },
+    "retry": {
+        "retries": 3,
+        "backoff_factor": 2.0,
+        "min_delay": 0.1,
+        "max_delay": 30.0,
+        "jitter": True,
+        "retry_on": Exception,
+        "retry_if_result": None,
+        "retry_options": None,
+    },
+    "fallback": {"arg_fallback": None, "fallback_cooldown": None},
+    "limit": {"rate_limit": None, "rate_limit_cost": None, "rate_limit_options": None, "per": None},
+    "attempt_timeout": {"attempt_timeout": None},
+    "total_timeout": {"total_timeout": None},
+    "places": {"max_concurrent": None, "per": None},
+    "breaker": {"breaker": None, "per": None},
+    "on_event": {"on_event": None},
+    "default": {"default": MISSING},
 }
 # Options of a map that belong to no policy.
 _OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "total", "batch_size", "pool_options"}
@@ -236,7 +244,7 @@ def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, A
     if "cache" in named and named["cache"] not in {True, False}:
         # A `Cache` says all of it.
         given = {name: value for name, value in given.items() if not name.startswith("cache_")}
-    off = {other for first, *others in _OPTIONS_OF_POLICY.values() if not named.get(first, True) for other in others}
+    off = {other for first, *others in OPTIONS.values() if not named.get(first, True) for other in others}
     # Without retries, too, the one rejects results, and the other says what an error tells of a candidate or service.
     off.discard("retry_if_result")
     if any({**given, **named}.get(name) is not None for name in ("rate_limit", "breaker", "max_concurrent")):
@@ -249,7 +257,7 @@ def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, A
 def with_shared_policies(new: Plan, old: Plan, named: set[str]) -> Plan:
     """The new plan with those policies of the old one of which no option is named."""
     named = named - _OF_THE_MAP
-    if not named <= {name for names in _OPTIONS_OF_POLICY.values() for name in names}:
+    if not named <= {name for names in OPTIONS.values() for name in names}:
         # Made by a decorator of one policy: all that is named belongs to that one.
         return new.sharing(old, [])
-    return new.sharing(old, [policy for policy, names in _OPTIONS_OF_POLICY.items() if named.isdisjoint(names)])
+    return new.sharing(old, [policy for policy, names in OPTIONS.items() if named.isdisjoint(names)])

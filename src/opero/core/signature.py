@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 
 class _Missing:
@@ -39,12 +39,6 @@ def through_partials(function: Any) -> Any:
     return function
 
 
-def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a partial was made of, or the class of a callable object."""
-    function = through_partials(function)
-    return function if hasattr(function, "__qualname__") else type(function)
-
-
 def find_by_name(module: str, qualname: str) -> Any:
     """What a module that is imported has by that name; None if it has nothing."""
     found: Any = sys.modules.get(module)
@@ -65,8 +59,12 @@ def module_of(function: Callable[..., Any]) -> str:
 
 
 def _named(function: Callable[..., Any]) -> Callable[..., Any]:
-    while isinstance(function, functools.partial) and not hasattr(function, "__qualname__"):
-        function = function.func
+    return function if hasattr(function, "__qualname__") else innermost(function)
+
+
+def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a partial was made of, or the class of a callable object."""
+    function = through_partials(function)
     return function if hasattr(function, "__qualname__") else type(function)
 
 
@@ -117,6 +115,10 @@ def refuse_generator(function: Callable[..., Any], what: str) -> None:
         raise TypeError(msg)
 
 
+# The base of both kinds, by its name: `import opero` does not need contextlib's async one.
+_GENERATOR_MANAGER = ("contextlib", "_GeneratorContextManagerBase")
+
+
 def refuse_unfinished(function: Callable[..., Any], result: Any, *, is_cached: bool) -> None:
     """Raise when what a function returned has not happened yet, or can be used only once but would be kept."""
     kind = type(result)
@@ -124,23 +126,13 @@ def refuse_unfinished(function: Callable[..., Any], result: Any, *, is_cached: b
         close = getattr(result, "close", None)
         if close is not None:
             close()
-        _refuse(
-            function,
-            result,
-            "an awaitable",
-            "write `async def` and await inside, so that opero can see the real result",
-        )
+        instead = "write `async def` and await inside, so that opero can see the real result"
+        _refuse(function, result, "an awaitable", instead)
+    nothing_has_run = "of which nothing has run yet"
     if isinstance(result, (types.GeneratorType, types.AsyncGeneratorType)):
-        _refuse(
-            function,
-            result,
-            "of which nothing has run yet",
-            "write `yield` in the decorated function itself, or return a list",
-        )
-    if any(
-        base.__module__ == "contextlib" and base.__name__ == "_GeneratorContextManagerBase" for base in kind.__mro__
-    ):
-        _refuse(function, result, "of which nothing has run yet", "put the decorator of contextlib above opero's")
+        _refuse(function, result, nothing_has_run, "write `yield` in the decorated function itself, or return a list")
+    if any((base.__module__, base.__name__) == _GENERATOR_MANAGER for base in kind.__mro__):
+        _refuse(function, result, nothing_has_run, "put the decorator of contextlib above opero's")
     if is_cached and hasattr(kind, "__next__") and hasattr(kind, "__iter__"):
         _refuse(function, result, "which can be read only once, but is cached", "return a list, or what was read")
 
@@ -208,33 +200,27 @@ class Forwarding:
     Attributes:
         parameters: What stands between the parentheses of the ``def``.
         call: What stands between those of the call.
-        packed: An expression for ``args, kwargs``.
         names: The parameters, in order, ``*args`` and ``**kwargs`` by their bare names.
         named: Those of them that are neither ``*args`` nor ``**kwargs``.
-        variadic: Whether there is a ``*args`` or ``**kwargs`` among them.
         defaults: Values for the names that stand for defaults in `parameters`.
     """
 
     parameters: str
     call: str
-    packed: str
     names: tuple[str, ...]
     named: tuple[str, ...]
-    variadic: bool
     defaults: dict[str, Any]
-
-
-_ANYTHING = Forwarding("*args, **kwargs", "*args, **kwargs", "args, kwargs", ("args", "kwargs"), (), True, {})  # noqa: FBT003 - a dataclass of text
 
 
 def forwarding(function: Callable[..., Any]) -> Forwarding:
     """Describe how to forward a call to ``function``; ``*args, **kwargs`` where its own signature is not known."""
+    anything = inspect.signature(lambda *args, **kwargs: (args, kwargs)).parameters.values()
     try:
         parameters = [p for p in own_signature(function).parameters.values() if not _is_hidden(p, function)]
     except (ValueError, TypeError):
-        return _ANYTHING
+        return _describe(anything)
     if any(p.name.startswith("_opero_") or keyword.iskeyword(p.name) or not p.name.isidentifier() for p in parameters):
-        return _ANYTHING
+        return _describe(anything)
     return _describe(parameters)
 
 
@@ -275,40 +261,29 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return bare
 
 
-def _describe(parameters: list[inspect.Parameter]) -> Forwarding:
-    declared: list[str] = []
-    positional: list[str] = []
-    keywords: list[str] = []
-    mapping: list[str] = []
-    defaults: dict[str, Any] = {}
-    kinds = [p.kind for p in parameters]
-    for place, p in enumerate(parameters):
-        text = ("*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else "") + p.name
-        if p.default is not p.empty:
-            text += f"=_opero_default_{p.name}"
-            defaults[f"_opero_default_{p.name}"] = p.default
-        if p.kind is p.KEYWORD_ONLY and p.VAR_POSITIONAL not in kinds and kinds.index(p.KEYWORD_ONLY) == place:
-            declared.append("*")
-        declared.append(text)
-        if p.kind is p.POSITIONAL_ONLY and p.kind not in kinds[place + 1 :]:
-            declared.append("/")
-        if p.kind is p.KEYWORD_ONLY:
-            keywords.append(f"{p.name}={p.name}")
-            mapping.append(f"{p.name!r}: {p.name}")
-        elif p.kind is p.VAR_KEYWORD:
-            keywords.append(f"**{p.name}")
-            mapping.append(f"**{p.name}")
-        else:
-            positional.append(f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name)
-    packed = "".join(f"{name}, " for name in positional)
+class _Spelled:
+    """Stands for a default in the text of a signature."""
+
+    def __init__(self, parameter: inspect.Parameter) -> None:
+        self.name = f"_opero_default_{parameter.name}"
+        self.value = parameter.default
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _describe(parameters: Iterable[inspect.Parameter]) -> Forwarding:
+    empty = inspect.Parameter.empty
+    bare = [p.replace(annotation=empty, default=p.default if p.default is empty else _Spelled(p)) for p in parameters]
+    prefixes: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return Forwarding(
-        parameters=", ".join(declared),
-        call=", ".join(positional + keywords),
-        packed=f"({packed}), {{{', '.join(mapping)}}}",
-        names=tuple(p.name for p in parameters),
-        named=tuple(p.name for p in parameters if p.kind not in _VARIADIC),
-        variadic=any(kind in _VARIADIC for kind in kinds),
-        defaults=defaults,
+        parameters=str(inspect.Signature(bare))[1:-1],
+        call=", ".join(
+            f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{prefixes.get(p.kind, '')}{p.name}" for p in bare
+        ),
+        names=tuple(p.name for p in bare),
+        named=tuple(p.name for p in bare if p.kind not in _VARIADIC),
+        defaults={p.default.name: p.default.value for p in bare if p.default is not empty},
     )
 
 

@@ -146,11 +146,13 @@ class Await:
 class _Unless:
     """An `Arrival` of another one, or of the moment in which there is no use in waiting for it."""
 
-    __slots__ = ("_arrival", "_is_over")
+    __slots__ = ("_arrival", "_hear", "_is_over", "withdraw")
 
-    def __init__(self, arrival: Arrival, is_over: Callable[[], bool]) -> None:
+    def __init__(self, arrival: Arrival, is_over: Callable[[], bool], hear: Callable[[Any], None] | None) -> None:
         self._arrival = arrival
         self._is_over = is_over
+        self._hear = hear
+        self.withdraw = arrival.withdraw
 
     def poll(self) -> bool:
         return self._is_over() or self._arrival.poll()
@@ -159,21 +161,27 @@ class _Unless:
         return 0.0 if self._is_over() else self._arrival.due_in()
 
     def notify(self, wake: Callable[[], None] | None) -> None:
+        if self._hear is not None:
+            self._hear(wake)
         self._arrival.notify(wake)
-
-    def withdraw(self) -> None:
-        self._arrival.withdraw()
 
 
 def waiting_until(
-    is_over: Callable[[], bool], wait: Generator[Any, Any, Any], *, is_turn: bool
+    is_over: Callable[[], bool],
+    wait: Generator[Any, Any, Any],
+    *,
+    is_turn: bool = True,
+    hear: Callable[[Any], None] | None = None,
 ) -> Generator[Any, Any, Any]:
-    """Go through a wait, which gives None once ``is_over`` says so at one of its looks."""
+    """Go through a wait, which gives None once ``is_over`` says so at one of its looks.
+
+    ``hear`` is told whom to wake for that; ``is_turn`` is of `Await`.
+    """
     try:
         step = next(wait)
         while True:
             if step.__class__ is Await:
-                step = Await(_Unless(step.arrival, is_over), is_turn=is_turn)
+                step = Await(_Unless(step.arrival, is_over, hear), is_turn=step.is_turn and is_turn)
             sent = yield step
             if is_over():
                 return None

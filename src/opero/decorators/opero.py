@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, 
 from opero.core.breaker import breaker_policy
 from opero.core.cache import Cache, cache_policy
 from opero.core.checks import check_count, check_flag, check_known, check_seconds
+from opero.core.control import OPTIONS
 from opero.core.decoration import F, decorator
 from opero.core.fallback import fallback_policy
 from opero.core.limits.places import PlacesForFunction
@@ -71,34 +72,7 @@ class OperoOptions(CommonOptions, total=False):
     default: Any
 
 
-OPERO_DEFAULTS: dict[str, Any] = {
-    "cache": False,
-    "cache_ttl": None,
-    "cache_backend": "memory",
-    "cache_key": None,
-    "cache_namespace": None,
-    "cache_options": None,
-    "retries": 3,
-    "backoff_factor": 2.0,
-    "min_delay": 0.1,
-    "max_delay": 30.0,
-    "jitter": True,
-    "retry_on": Exception,
-    "retry_if_result": None,
-    "retry_options": None,
-    "arg_fallback": None,
-    "fallback_cooldown": None,
-    "rate_limit": None,
-    "rate_limit_cost": None,
-    "rate_limit_options": None,
-    "attempt_timeout": None,
-    "total_timeout": None,
-    "max_concurrent": None,
-    "per": None,
-    "breaker": None,
-    "on_event": None,
-    "default": MISSING,
-}
+OPERO_DEFAULTS: dict[str, Any] = {name: default for policy in OPTIONS.values() for name, default in policy.items()}
 
 
 def keyword_signature(defaults: Mapping[str, Any]) -> inspect.Signature:
@@ -133,15 +107,10 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
         function,
         cache=_cache(function, given),
         total_timeout=_seconds("total_timeout", given["total_timeout"]),
+        # Given by hand, `Exception` is meant as it is written.
         retry=RetryPolicy(
-            retries=given["retries"],
-            backoff_factor=given["backoff_factor"],
-            min_delay=given["min_delay"],
-            max_delay=given["max_delay"],
-            jitter=given["jitter"],
-            # Given by hand, `Exception` is meant as it is written.
+            **{name: given[name] for name in OPTIONS["retry"] if name not in {"retry_on", "retry_options"}},
             retry_on=options.get("retry_on", MISSING),
-            retry_if_result=given["retry_if_result"],
             options=given["retry_options"],
         ),
         fallback=None
@@ -180,15 +149,14 @@ def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache |
         return cache_policy(function, given["cache"].settings)
     if not check_flag("cache", given["cache"]):
         return None
-    names = ("ttl", "backend", "key", "namespace", "options")
-    return cache_policy(function, cache_settings(**{name: given[f"cache_{name}"] for name in names}))
+    return cache_policy(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in _OF_CACHE}))
 
 
 def _seconds(name: str, value: Any) -> float | None:
     return None if value is None else check_seconds(name, value, zero=False)
 
 
-_OF_CACHE = ("cache_ttl", "cache_backend", "cache_key", "cache_namespace", "cache_options")
+_OF_CACHE = tuple(OPTIONS["cache"])[1:]
 _PER_VALUE = ("rate_limit", "max_concurrent", "breaker")
 _OF_ROUNDS = ("backoff_factor", "min_delay", "max_delay", "jitter", "retry_on")
 
