@@ -18,8 +18,8 @@ from leftovers import surroundings
 
 from opero import CallStats, WorkerCrashedError, opmap
 
-MODES = {"thread": 200, "process": 60, "async": 300, "async_process": 40}  # and how many maps of each
-DETERMINISTIC = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
+MODES = {"thread": 60, "process": 40, "async": 60, "async_process": 20}  # and how many maps of each
+SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 class SpoiledError(Exception):
@@ -224,9 +224,19 @@ async def consume_async(stream, most, gathered):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_map_does_what_a_plain_loop_does(mode):
+    check_maps(mode, settings(max_examples=MODES[mode], derandomize=True, **SETTINGS))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", MODES)
+def test_many_maps_that_are_others_each_time_do_what_a_plain_loop_does(mode):
+    check_maps(mode, settings(max_examples=5 * MODES[mode], **SETTINGS))
+
+
+def check_maps(mode, how):
     before = surroundings()
 
-    @settings(max_examples=MODES[mode], **DETERMINISTIC)
+    @how
     @given(scenarios(mode))
     def check(scenario):
         compare(mode, scenario)
