@@ -18,7 +18,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from side_by_side import SECONDS, forked, measure_pauses, results, started, until
+from side_by_side import SECONDS, forked, note_turns, results, started, until
 from test_rate_limit import Timed, limited, order_of_tasks, worst_excess
 
 import opero
@@ -624,19 +624,18 @@ def test_a_frozen_server_costs_two_seconds_once(own_redis, name):
 
 def test_a_frozen_server_does_not_block_the_event_loop(own_redis, name):
     limiter = RateLimiter(1_000, scope="redis", url=url_of(own_redis), name=name)
-
-    pauses = []
+    turns = []
 
     async def main():
         await limiter.acquire_async()
         own_redis.server.freeze()
-        ticker = asyncio.create_task(measure_pauses(pauses))
+        ticker = asyncio.create_task(note_turns(turns))
         await limiter.acquire_async()
         ticker.cancel()
 
     try:
         asyncio.run(main())
-        assert max(pauses) < 0.5
+        assert len(turns) > 20
     finally:
         own_redis.server.thaw()
 
