@@ -865,7 +865,7 @@ def test_each_value_pays_its_own_costs(world, fake_clock):
 def test_a_dear_call_is_not_passed_by_cheap_ones(fake_clock):
     limiter = RateLimiter({"calls": 1000, "tokens": ["1000/s", "10/minute"]}, max_burst=1)
     limiter.acquire(tokens=5)
-    dear, cheap = (Turn(limiter.limit, (1.0, tokens)) for tokens in (8.0, 1.0))
+    dear, cheap = (Turn([(limiter.limit, (1.0, tokens))]) for tokens in (8.0, 1.0))
     assert [dear.poll(), cheap.poll()] == [False, False]
     fake_clock.tick(30)
     assert [cheap.poll(), dear.poll()] == [False, False]

@@ -23,7 +23,8 @@ from test_rate_limit import Timed, limited, order_of_tasks, worst_excess
 
 import opero
 from opero.core import CallTimeoutError, MisuseError, RateLimiter, UnsafeCacheError, faults
-from opero.core.limits.line import Request
+from opero.core.limits.ledger import Request
+from opero.core.limits.line import Turn, take
 from opero.core.limits.machine import FileGate
 from opero.core.limits.rates import parse_rates
 from opero.core.limits.redis import RedisGate
@@ -182,7 +183,7 @@ def test_a_pause_that_never_ends_is_no_pause_for_others(open_gate, fake_clock):
 
 
 @pytest.mark.parametrize("written", ["inf", "1e300", "nan", "text", ""])
-@pytest.mark.parametrize("field", ["paused", "at", "free:1", "each:1", "opened"])
+@pytest.mark.parametrize("field", ["paused", "at", "free:1", "each:1", "opened", "claimed"])
 def test_what_cannot_be_true_on_a_server_stops_nobody(redis_backend, name, field, written):
     limiter = RateLimiter([100, "1000/hour"], scope="redis", name=name, url=url_of(redis_backend))
     limiter.acquire()
@@ -200,6 +201,15 @@ def test_starts_in_the_future_on_a_server_stop_nobody(redis_backend, name):
         client.lpush(f"opero:limit:{{{name}}}:0", *[f"{later} {later} 1"] * 5)
         client.hset(f"opero:limit:{{{name}}}", "paused", later)
     assert limiter.acquire(timeout=SECONDS)
+
+
+def test_a_cost_that_turned_out_to_be_more_than_the_whole_limit_is_remembered(open_gate, fake_clock):
+    rate = {"tokens": "100/hour"}
+    make = lambda: FileGate("costly", parse_rates(rate, spread=False), open_gate(1)._root)  # noqa: E731
+    assert make().perform([Request((10.0,)), Request((490.0,), takes=False)]) == [0, 0]
+    assert make().perform([Request((1.0,))])[0] > 0
+    fake_clock.tick(3_600)
+    assert make().perform([Request((1.0,))]) == [0]
 
 
 def test_costs_are_shared(world, scope, name):
@@ -292,6 +302,119 @@ def test_files_of_idle_limits_are_removed_and_others_kept(open_gate, fake_clock,
         fake_clock.tick(1)
     assert len(list((tmp_path / "shared" / "limits").iterdir())) <= 12
     assert takes(open_gate(["1/hour", "5/day"], "busy")) > 0
+
+
+# Between processes
+
+
+class Process:
+    """What one process asks of a gate, as its line does."""
+
+    def __init__(self, gate, name, amount=1.0):
+        self.gate, self.name, self.amount = gate, name * 8, amount
+        self.refusals, self.asks_at = 0, 0.0
+
+    def asks(self, now):
+        if now < self.asks_at:
+            return False
+        request = Request((self.amount,), who=self.name, claims=self.refusals >= 3)
+        (wait,) = self.gate.perform([request])
+        self.refusals = self.refusals + 1 if wait else 0
+        self.asks_at = now + wait
+        return not wait
+
+
+def test_a_process_that_others_forestall_gets_its_turn(open_gate, fake_clock):
+    quick, slow = (Process(open_gate(10), name) for name in (b"q", b"s"))
+    got = []
+    for _ in range(200):
+        fake_clock.tick(0.01)
+        got += [process.name[:1] for process in (quick, slow) if process.asks(fake_clock.now())]
+    assert 15 <= len(got) <= 21
+    assert 4 <= got.count(b"s") <= 16
+
+
+def test_a_dear_call_is_not_passed_for_ever_by_cheap_ones_of_another_process(open_gate, fake_clock):
+    rates = parse_rates({"tokens": "100/minute"}, spread=False)
+    cheap, dear = (
+        Process(FileGate("limit", rates, open_gate(1)._root), name, amount)
+        for name, amount in [(b"c", 1.0), (b"d", 60.0)]
+    )
+    for _ in range(600):
+        fake_clock.tick(1)
+        cheap.asks(fake_clock.now())
+        if dear.asks(fake_clock.now()):
+            break
+    assert dear.refusals == 0
+    assert fake_clock.now() < 1_000 + 5 * 60
+
+
+def test_a_process_that_ends_with_the_next_slot_claimed_holds_up_the_others_for_a_second(open_gate, fake_clock):
+    gate = open_gate("1/hour")
+    takes(gate)
+    assert gate.perform([Request(who=b"x" * 8, claims=True)])[0] == 1
+    fake_clock.tick(3_600 - 0.5)
+    assert gate.perform([Request(who=b"x" * 8, claims=True)])[0] == pytest.approx(0.5)
+    assert gate.perform([Request(who=b"y" * 8)])[0] == pytest.approx(0.52)
+    fake_clock.tick(0.52)
+    assert takes(gate) == 0
+
+
+def test_lines_claim_slots_that_others_were_faster_to_take(open_gate, fake_clock, tmp_path):
+    limiter = RateLimiter("1/minute", scope="machine", name="limit", folder=tmp_path / "shared", max_burst=1)
+    other = open_gate("1/minute")
+    turn = Turn([(limiter.limit, (1.0,))])
+    for _ in range(3):
+        assert takes(other) == 0
+        while turn.poll():
+            turn.asks = False
+            assert list(turn.ask()) == []
+        fake_clock.tick(turn.due_in())
+        # The claim has to be kept up.
+    for _ in range(70):
+        fake_clock.tick(turn.due_in())
+        assert takes(other) > 0
+        if turn.poll():
+            turn.asks = False
+            assert list(turn.ask()) == []
+    assert turn.taken
+
+
+def test_a_claim_holds_on_a_server_until_it_is_over(redis_backend, name):
+    gate = RedisGate(name, parse_rates("1/hour", 1), url_of(redis_backend))
+    assert gate.perform([Request(who=b"y" * 8)]) == [0]
+    assert gate.perform([Request(who=b"x" * 8, claims=True)]) == [1]
+    with redis_backend.client() as client:
+        client.hset(f"opero:limit:{{{name}}}", "free:1", 0)
+    assert 0.9 < gate.perform([Request(who=b"y" * 8)])[0] < 1.02
+    assert gate.perform([Request(who=b"x" * 8)]) == [0]
+    with redis_backend.client() as client:
+        client.hset(f"opero:limit:{{{name}}}", "free:1", 0)
+    assert gate.perform([Request(who=b"y" * 8)]) == [0]
+
+
+def test_of_two_shared_limits_no_slot_is_taken_before_both_have_one(tmp_path, fake_clock):
+    options = {"scope": "machine", "folder": tmp_path / "shared", "max_burst": 1}
+    fast, elsewhere, slow = (
+        RateLimiter(rate, name=name, **options) for rate, name in [(10, "fast"), (10, "fast"), ("1/minute", "slow")]
+    )
+    slow.acquire()
+    waiting = take([(fast.limit, (1.0,)), (slow.limit, (1.0,))])
+    arrival = waiting.send(None).arrival
+    for _ in range(5):
+        assert elsewhere.acquire(timeout=0)
+        fake_clock.tick(1)
+        assert not arrival.poll()
+    fake_clock.tick(55)
+    assert arrival.poll()
+    assert elsewhere.acquire(timeout=0)
+    arrival = waiting.send(None).arrival
+    fake_clock.tick(0.1)
+    assert arrival.poll()
+    with pytest.raises(StopIteration) as end:
+        waiting.send(None)
+    assert end.value.value
+    assert not elsewhere.acquire(timeout=0)
 
 
 def test_a_folder_that_others_can_write_to_is_refused(world, tmp_path):

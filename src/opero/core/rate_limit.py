@@ -17,7 +17,7 @@ from opero.core.checks import (
 )
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
-from opero.core.limits.line import ONE, Line, Turn
+from opero.core.limits.line import ONE, Line, Turn, take, try_to_take
 from opero.core.limits.per_value import PerValue
 from opero.core.limits.rates import CALLS, Rate, Rates, parse_rates
 from opero.core.limits.scope import Scope
@@ -26,7 +26,7 @@ from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
-from opero.core.steps import Await, Failed, drive, drive_async
+from opero.core.steps import Failed, drive, drive_async
 from opero.exceptions import RateLimitedError
 from opero.utils.notes import duration
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from opero.core.checks import Duration
     from opero.core.flow import Candidate
-    from opero.core.limits.line import Latest
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
@@ -120,15 +119,15 @@ class RateLimiter:
         return self
 
     def _set_up(self, rate: Rate, options: Mapping[str, Any], option: str, name: Callable[[], str] | None) -> None:
-        self.is_own = option == "rate_limit"
-        spelled = "rate_limit_options[{!r}]" if self.is_own else "{}"
+        is_own = option == "rate_limit"
+        spelled = "rate_limit_options[{!r}]" if is_own else "{}"
         self.when_full = check_choice(spelled.format("when_full"), options.get("when_full", "wait"), WHEN_FULL)
         max_wait = options.get("max_wait")
         self.max_wait = math.inf if max_wait is None else check_seconds(spelled.format("max_wait"), max_wait, zero=True)
         self._spread = check_flag(spelled.format("spread"), options.get("spread", True))
         self._asked = rate
         self._options = {**options}
-        self._rates = self._parsed(rate, option, "rate_limit_options" if self.is_own else "")
+        self._rates = self._parsed(rate, option, "rate_limit_options" if is_own else "")
         self._scope = Scope(options, name, spelled, self._rates)
         self.limit = self._scope.line()
         # Of the values of ``per``, at this rate.
@@ -181,7 +180,7 @@ class RateLimiter:
 
     def ticket(self) -> Turn:
         """Ask for a slot without waiting for it here; only for a limit of the process."""
-        return Turn(self.limit)
+        return Turn([(self.limit, ONE)])
 
     def pause(self, seconds: Duration) -> None:
         """Let nothing start for so many seconds, or a `datetime.timedelta`; with ``per``, no value's calls either.
@@ -241,21 +240,17 @@ class RateLimiter:
             patience = 0.0 if self.when_full == "raise" else self.max_wait
             if (yield from self._take(amounts, patience)):
                 return True
-            raise self.full(self.limit, amounts, repr(self))
+            raise full(self.limit.expected_wait(amounts), repr(self))
         seconds = check_seconds("timeout", timeout, zero=True)
         return (yield from self._take(amounts, seconds))
 
     def _take(self, amounts: Sequence[float], patience: float) -> Generator[Any, Any, bool]:
         if not patience:
-            return (yield from self.limit.try_to_take(amounts))
+            return (yield from try_to_take([(self.limit, amounts)]))
         latest = clock.now() + patience
         return (yield from self.limit.take(amounts, None if latest == math.inf else lambda: latest))
 
     # For functions
-
-    def full(self, line: Line, amounts: Sequence[float], whose: str) -> RateLimitedError:
-        wait = line.expected_wait(amounts)
-        return RateLimitedError(f"{whose}: the rate limit has no slot free; the next one is in {duration(wait)}", wait)
 
     def checked(self, costs: Mapping[str, Any], option: str = "rate_limit_cost") -> tuple[float, ...]:
         """Costs by name, in the order of the names; ``option`` is where they were given."""
@@ -422,9 +417,9 @@ class FunctionLimit:
         if self._when_full != "next" or len(candidates) == 1:
             return candidates[0], False
         for candidate in candidates if takes else ():
-            if (yield from self._try_to_take(candidate)):
+            if (yield from try_to_take(self._wants(candidate))):
                 return candidate, True
-        return min(candidates, key=self._expected_wait), False
+        return min(candidates, key=lambda candidate: _expected_wait(self._wants(candidate))), False
 
     def take(self, candidate: Candidate, deadline: float | None) -> Generator[Any, Any, bool]:
         """Wait for a slot; False, at once, if it would come too late to be of use before the ``deadline``.
@@ -433,10 +428,10 @@ class FunctionLimit:
             RateLimitedError: If it would come later than the limiter lets a call wait.
             ValueError: If the call costs more than the whole rate.
         """
-        if (yield from self._try_to_take(candidate)):
+        wants, usual = self._wants(candidate), self.usual
+        if (yield from try_to_take(wants)):
             # A slot that is free is never refused, so that what is usual can change.
             return True
-        lines, usual = self._lines(candidate), self.usual
         until = math.inf if self._max_wait == math.inf else clock.now() + self._max_wait
 
         def useful() -> float:
@@ -445,10 +440,9 @@ class FunctionLimit:
         taken = False
         if self._when_full != "raise":
             latest = None if deadline is None and until == math.inf else lambda: min(until, useful())
-            taken = yield from self._take_all(lines, latest)
+            taken = yield from take(wants, latest)
         if not taken and (self._when_full == "raise" or until < useful()):
-            limiter, line, amounts = max(lines, key=lambda each: each[1].expected_wait(each[2]))
-            raise limiter.full(line, amounts, self._name)
+            raise full(_expected_wait(wants), self._name)
         return taken
 
     def ended(self, candidate: Candidate, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
@@ -456,60 +450,35 @@ class FunctionLimit:
         self.usual.learn(seconds)
         if outcome.__class__ is Failed or not self._costs.are_corrected:
             return
-        lines = self._lines(candidate)
-        corrections = self._costs.corrections([amounts for *_, amounts in lines], outcome)
-        for (_, line, _), correction in zip(lines, corrections, strict=True):
+        wants = self._wants(candidate)
+        corrections = self._costs.corrections([amounts for _, amounts in wants], outcome)
+        for (line, _), correction in zip(wants, corrections, strict=True):
             if any(correction):
                 yield from line.correct(correction)
 
     def pause(self, candidate: Candidate, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing of this candidate's limit start for so long."""
-        for _, line, _ in self._lines(candidate):
+        for line, _ in self._wants(candidate):
             yield from line.pause(seconds)
 
-    def _lines(self, candidate: Candidate) -> list[tuple[RateLimiter, Line, tuple[float, ...]]]:
+    def _wants(self, candidate: Candidate) -> list[tuple[Line, tuple[float, ...]]]:
+        """The lines that a call stands in, and what it takes of each."""
         args, kwargs = candidate.args, candidate.kwargs
-        amounts = self._costs.of(args, kwargs)
         if self.per is None:
-            return [(limiter, limiter.limit, each) for limiter, each in zip(self.limiters, amounts, strict=True)]
-        value = self.per.get(args, kwargs)
-        return [
-            (limiter, limiter.per_value.of(value), each) for limiter, each in zip(self.limiters, amounts, strict=True)
-        ]
+            lines = [limiter.limit for limiter in self.limiters]
+        else:
+            value = self.per.get(args, kwargs)
+            lines = [limiter.per_value.of(value) for limiter in self.limiters]
+        return list(zip(lines, self._costs.of(args, kwargs), strict=True))
 
-    def _expected_wait(self, candidate: Candidate) -> float:
-        return max([line.expected_wait(amounts) for _, line, amounts in self._lines(candidate)])
 
-    def _try_to_take(self, candidate: Candidate) -> Generator[Any, Any, bool]:
-        lines = self._lines(candidate)
-        if len(lines) > 1 and any(line.expected_wait(amounts) for _, line, amounts in lines):
-            return False
-        for _, line, amounts in lines:
-            if not (yield from line.try_to_take(amounts)):
-                return False
-        return True
+def _expected_wait(wants: Sequence[tuple[Line, Sequence[float]]]) -> float:
+    return max([line.expected_wait(amounts) for line, amounts in wants])
 
-    def _take_all(
-        self, lines: Sequence[tuple[RateLimiter, Line, tuple[float, ...]]], latest: Latest | None
-    ) -> Generator[Any, Any, bool]:
-        """Take a slot of each at one moment: whoever is first in one line stays there until it has the others, too."""
-        *held, (_, last, of_last) = lines
-        turns = [
-            Turn(line, amounts, latest, stays=True, lets_pass=not limiter.is_own) for limiter, line, amounts in held
-        ]
-        try:
-            for turn in turns:
-                if not (yield from turn.reach()):
-                    return False
-            if not (yield from last.take(of_last, latest)):
-                return False
-            for turn in turns:
-                while not turn.seize():
-                    yield Await(turn, is_turn=True)
-            return True
-        finally:
-            for turn in turns:
-                turn.leave()
+
+def full(wait: float, whose: str) -> RateLimitedError:
+    """The error of a call that must not wait for so long."""
+    return RateLimitedError(f"{whose}: the rate limit has no slot free; the next one is in {duration(wait)}", wait)
 
 
 def limit_policy(

@@ -24,10 +24,46 @@ EARLY = 1e-9
 EXACT_ENTRIES, FINEST_PART = 128, 128
 # No shared state may close a limit for longer: it could be a fault, or planted.
 LONGEST_PAUSE = 3600.0
-_HEADER = struct.Struct("<2d2H")
+# The most of one entry that can be true.
+_MOST = 1e15
+# Who claims the next slot has to ask again by then, or a little after the slot has come, or loses the claim.
+LONGEST_CLAIM, CLAIM_GRACE = 1.0, 0.02
+_HEADER = struct.Struct("<3d8s2H")
 _PAIR = struct.Struct("<2d")
 _ENTRY = struct.Struct("<3d")
 _LENGTH = struct.Struct("<H")
+
+
+class Request:
+    """Asked of a limit that processes share: a slot, a pause, or a correction of what was taken.
+
+    Attributes:
+        amounts: What it costs.
+        waited: For how long it has waited.
+        takes: Whether a slot is to be taken.
+        pause: Seconds in which nothing is to start.
+        who: The process that asks.
+        claims: Whether the next slot has to be its own, since others were faster again and again.
+    """
+
+    __slots__ = ("amounts", "claims", "pause", "takes", "waited", "who")
+
+    def __init__(
+        self,
+        amounts: Sequence[float] = (1.0,),
+        *,
+        waited: float = 0.0,
+        takes: bool = True,
+        pause: float = 0.0,
+        who: bytes = bytes(8),
+        claims: bool = False,
+    ) -> None:
+        self.amounts = amounts
+        self.waited = waited
+        self.takes = takes
+        self.pause = pause
+        self.who = who
+        self.claims = claims
 
 
 class _Log:
@@ -86,7 +122,7 @@ class _Log:
 class Ledger:
     """The state of one limit."""
 
-    __slots__ = ("free_at", "logs", "opened_at", "paused_until", "rates")
+    __slots__ = ("claimed_by", "claimed_until", "free_at", "is_changed", "logs", "opened_at", "paused_until", "rates")
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
@@ -97,7 +133,9 @@ class Ledger:
         rates = self.rates
         self.free_at = [-math.inf] * len(rates.paces)
         self.logs = [_Log(quota) for quota in rates.quotas]
-        self.paused_until = -math.inf
+        self.paused_until = self.claimed_until = -math.inf
+        self.claimed_by = bytes(8)
+        self.is_changed = False
         # When a quota that was full let somebody through again: what passed before was not missed.
         self.opened_at = -math.inf
 
@@ -120,6 +158,10 @@ class Ledger:
         if self.is_open(now, amounts):
             self.take(now, waited, amounts)
             return 0.0
+        return self.wait(now, amounts)
+
+    def wait(self, now: float, amounts: Sequence[float]) -> float:
+        """Seconds until a slot comes that is not there yet."""
         opens_at = self.opens_at(now, amounts)
         if self.logs:
             self.opened_at = max(self.opened_at, opens_at)
@@ -194,10 +236,32 @@ class Ledger:
         self.opened_at = -math.inf
         self.rates = rates
 
-    # In a file
+    # Of processes that share it
+
+    def perform(self, request: Request, now: float) -> float:
+        """Do what a process asks for: 0, or seconds until it may ask for a slot again."""
+        wait = 0.0
+        if request.pause:
+            self.pause(now + min(request.pause, LONGEST_PAUSE))
+        elif not request.takes:
+            self.correct(now, request.amounts)
+        elif now < self.claimed_until and request.who != self.claimed_by:
+            # Others have passed it again and again.
+            return max(self.opens_at(now, request.amounts), self.claimed_until) - now
+        else:
+            wait = self.ask(now, request.waited, request.amounts)
+            if wait and request.claims:
+                wait = min(wait, LONGEST_CLAIM)
+                self.claimed_by, self.claimed_until = request.who, now + wait + CLAIM_GRACE
+                self.is_changed = True
+            elif request.who == self.claimed_by:
+                self.claimed_until = -math.inf
+        self.is_changed = self.is_changed or not wait
+        return wait
 
     def pack(self, now: float) -> bytes:
-        parts = [_HEADER.pack(now, self.paused_until, len(self.free_at), len(self.logs))]
+        counts = len(self.free_at), len(self.logs)
+        parts = [_HEADER.pack(now, self.paused_until, self.claimed_until, self.claimed_by, *counts)]
         parts += [
             _PAIR.pack(free_at, pace.interval) for free_at, pace in zip(self.free_at, self.rates.paces, strict=True)
         ]
@@ -217,11 +281,13 @@ class Ledger:
         return ledger
 
     def _read(self, data: bytes, now: float) -> None:
-        written_at, paused_until, paces, logs = _HEADER.unpack_from(data)
+        written_at, paused_until, claimed_until, claimed_by, paces, logs = _HEADER.unpack_from(data)
         if not 0 <= written_at <= now + EARLY:
             raise ValueError
         if paused_until <= written_at + LONGEST_PAUSE:
             self.paused_until = paused_until
+        if claimed_until <= written_at + LONGEST_CLAIM + CLAIM_GRACE:
+            self.claimed_by, self.claimed_until = claimed_by, claimed_until
         offset = _HEADER.size
         for place in range(paces):
             free_at, interval = _PAIR.unpack_from(data, offset)
@@ -244,5 +310,5 @@ class Ledger:
             if log is None:
                 continue
             left.remove(log)
-            if all(0 <= first <= last <= written_at and 0 < amount <= count for first, last, amount in entries):
+            if all(0 <= first <= last <= written_at and 0 < amount <= _MOST for first, last, amount in entries):
                 log.entries, log.used = deque(entries), sum(amount for *_, amount in entries)

@@ -1,23 +1,28 @@
-"""One line of callers who wait for a limit, first come, first served, and what lets the first of them go on."""
+"""Lines of callers who wait for limits, first come, first served, and what lets the first of each go on.
+
+A call takes what it needs of all its limits at one moment (`take`): its `Turn` stands in the line of each.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.clock import clock
 from opero.core.faults import Complaints
 from opero.core.forks import watch_forks
-from opero.core.limits.ledger import EARLY, Ledger
+from opero.core.limits.ledger import EARLY, Ledger, Request
 from opero.core.limits.local import LocalLedger
 from opero.core.steps import Await, Consult
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
     from opero.core.limits.rates import Rates
 
@@ -26,24 +31,12 @@ if TYPE_CHECKING:
 _GRACE = 0.05
 _MOST_GRACES = 5
 _LONGEST_NAP = 1.0
+# Others were faster so often, for so long: then the first of this process claims the next slot.
+_REFUSALS, _REFUSED_SECONDS = 2, 0.1
 ONE = (1.0,)
 
 # When a slot would be too late to be of use, as far as is known now.
 Latest = Callable[[], float]
-
-
-class Request:
-    """Asked of a gate outside of this process: a slot, a pause, or a correction of what was taken."""
-
-    __slots__ = ("amounts", "pause", "takes", "waited")
-
-    def __init__(
-        self, amounts: Sequence[float] = ONE, *, waited: float = 0.0, takes: bool = True, pause: float = 0.0
-    ) -> None:
-        self.amounts = amounts
-        self.waited = waited
-        self.takes = takes
-        self.pause = pause
 
 
 class Gate(Protocol):
@@ -90,19 +83,21 @@ class Line:
         # Who comes before that, just after others that had waited, has missed slots, too, while it could not look.
         self._made_up_until = -math.inf
         self._plain = len(rates.paces) == 1 and not rates.quotas
-        self._lock = threading.Lock()
-        self._turns: deque[Turn] = deque()
+        self._spots: deque[_Spot] = deque()
+        self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Forget the parent's callers, and what they took."""
-        self._lock = threading.Lock()
-        self._turns.clear()
+        self.lock = threading.Lock()
+        self._spots.clear()
         self._ledger.forget()
         self._opens_at = self._noticed_at = -math.inf
+        # By this the processes that share a limit tell each other apart.
+        self._name = os.urandom(8)
 
     def __len__(self) -> int:
-        return len(self._turns)
+        return len(self._spots)
 
     @property
     def is_shared(self) -> bool:
@@ -113,12 +108,11 @@ class Line:
 
     def take_now(self, amounts: Sequence[float] = ONE) -> bool:
         """Take a slot if one is free and nobody waits; only where nobody outside has to be asked."""
-        with self._lock:
+        with self.lock:
             now = clock.now()
-            if self._turns:
-                first = self._notice(now)
-            else:
-                ledger, first = self._ledger, None
+            first = self.first() if self._spots else None
+            if first is None:
+                ledger = self._ledger
                 if self._plain and amounts is ONE:
                     free_at, late = ledger.free_at[0], now + EARLY
                     if late < free_at or late < ledger.paused_until:
@@ -126,64 +120,44 @@ class Line:
                     if now > self._made_up_until:
                         ledger.free_at[0] = now + self._rates.paces[0].interval
                         return True
-                return not ledger.ask(now, math.inf if now <= self._made_up_until else 0.0, amounts)
-        if first is not None:
-            first.rouse()
+                if not ledger.is_open(now, amounts):
+                    return False
+                ledger.take(now, math.inf if now <= self._made_up_until else 0.0, amounts)
+                return True
+            if not self._notice(now):
+                return False
+        _rouse(first)
         return False
 
-    def try_to_take(self, amounts: Sequence[float] = ONE) -> Generator[Any, Any, bool]:
-        """The same, whoever has to be asked."""
-        if not self.is_shared:
-            return self.take_now(amounts)
-        if self._turns or clock.now() < self._closed_until():
-            return False
-        wait = yield from self._ask(Request(amounts))
-        return self.take_now(amounts) if wait is None else not wait
-
     def take(self, amounts: Sequence[float] = ONE, latest: Latest | None = None) -> Generator[Any, Any, bool]:
-        """Wait for a slot; False, at once, if it would not come before the clock shows what ``latest`` says."""
-        if not self.is_shared and self.take_now(amounts):
-            return True
-        turn = Turn(self, amounts, latest)
-        try:
-            while True:
-                if not turn.poll():
-                    yield Await(turn, is_turn=True)
-                if turn.asks:
-                    # The gate has to be asked, which a look must not do.
-                    turn.asks, changes = False, self._changes
-                    wait = yield from self._ask(Request(amounts, waited=self._waited(turn, clock.now())))
-                    self._answered(turn, wait, changes)
-                if turn.taken or turn.is_late:
-                    return turn.taken
-        finally:
-            turn.leave()
+        """As `take`, of this line alone."""
+        return take([(self, amounts)], latest)
 
     def correct(self, amounts: Sequence[float]) -> Generator[Any, Any, None]:
         """A call has cost so much more than it took, or less."""
-        with self._lock:
+        with self.lock:
             self._ledger.correct(clock.now(), amounts)
         if self.is_shared:
-            yield from self._ask(Request(amounts, takes=False))
+            yield from self.ask(Request(amounts, takes=False))
         self._rouse_all()
 
     def pause(self, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing start for so long."""
-        with self._lock:
+        with self.lock:
             self._ledger.pause(clock.now() + seconds)
         self._rouse_all()
         if self.is_shared:
-            yield from self._ask(Request(takes=False, pause=seconds))
+            yield from self.ask(Request(takes=False, pause=seconds))
 
     def expected_wait(self, amounts: Sequence[float] = ONE) -> float:
         """Seconds until a slot that is asked for now would come, as far as this process knows."""
-        with self._lock:
+        with self.lock:
             now = clock.now()
-            return max(0.0, self._expected_start(None, amounts, now) - now)
+            return max(0.0, self.expected_start(None, amounts, now) - now)
 
     def change(self, rates: Rates) -> None:
         """Go on at other rates; those who wait keep their places."""
-        with self._lock:
+        with self.lock:
             self._rates = rates
             self._changes += 1
             self._plain = len(rates.paces) == 1 and not rates.quotas
@@ -196,179 +170,95 @@ class Line:
     def is_idle(self) -> bool:
         """Whether a new line would not behave any differently."""
         now = clock.now()
-        return not self._turns and self._ledger.idle_from(now) <= now
+        return not self._spots and self._ledger.idle_from(now) <= now
 
-    # Asked by those in line
+    # Asked by a turn that holds the lock
 
-    def look(self, turn: Turn) -> None:
-        """Let ``turn`` go on, if it may; the gate of a shared limit has to be asked by whoever may."""
-        next_one: Turn | None = None
-        with self._lock:
-            now = clock.now()
-            if turn.joined_at is None:
-                turn.joined_at = now
-                self._turns.append(turn)
-            turn.is_slow = False
-            if turn.latest is not None and turn.joined_at < now and now >= turn.latest():
-                # It has waited, and others can still use the slot.
-                turn.is_late = True
-            elif self._may_ask(turn, now):
-                if self.is_shared:
-                    turn.asks = True
-                    return
-                next_one = self._let_go_on(turn, now)
-            elif now + EARLY >= self._closed_until() and self._turns[0] is not turn:
-                next_one = self._turns[0]
-            if not turn.has_news and turn.latest is not None:
-                turn.is_late = self._expected_start(turn, turn.amounts, now) >= turn.latest()
-        if next_one is not None:
-            next_one.rouse()
+    def join(self, spot: _Spot) -> None:
+        self._spots.append(spot)
 
-    def seize(self, turn: Turn) -> bool:
-        """Take the slot that ``turn`` has reached, unless it has gone meanwhile."""
-        with self._lock:
-            now = clock.now()
-            turn.reached, turn.latest = False, None
-            if turn.joined_at is None or self._ledger.opens_at(now, turn.amounts) > now + EARLY:
-                return False
-            self._ledger.take(now, self._waited(turn, now), turn.amounts)
-            self._start(turn, now)
-            next_one = self._turns[0] if self._turns else None
-        if next_one is not None:
-            next_one.rouse()
-        return True
-
-    def _answered(self, turn: Turn, wait: float | None, changes: int) -> None:
-        """The gate gave a slot, or said how long to wait; None: it failed, and this process goes on alone."""
-        next_one: Turn | None = None
-        with self._lock:
-            now = clock.now()
-            waited = self._waited(turn, now)
-            if wait is None:
-                wait = self._ledger.ask(now, waited, turn.amounts)
-            elif not wait:
-                self._ledger.take(now, waited, turn.amounts)
-            if not wait:
-                self._start(turn, now)
-                next_one = self._turns[0] if self._turns else None
-            elif changes == self._changes:
-                # Else it was told by rates that hold no more.
-                self._opens_at, self._noticed_at = now + wait, -math.inf
-                if turn.latest is not None:
-                    turn.is_late = self._expected_start(turn, turn.amounts, now) >= turn.latest()
-        if next_one is not None:
-            next_one.rouse()
-
-    def due_in(self, turn: Turn) -> float:
-        """Seconds until another look is worth it."""
-        with self._lock:
-            now = clock.now()
-            due = self._closed_until()
-            before = self._before(turn)
-            if before and due <= now:
-                due = now if self._noticed_at == -math.inf else self._noticed_at
-            # Of what opens at no known time, the first are told; the others look now and then.
-            due = now + _LONGEST_NAP if due == math.inf else due + before * _GRACE
-            if turn.latest is not None:
-                due = min(due, turn.latest())
-        return max(0.0, due - now)
-
-    def leave(self, turn: Turn) -> None:
-        """It has its slot, or wants none any more.
-
-        The garbage collector may say so, in a thread that holds the lock: then those who wait find out by themselves.
-        """
-        if turn.joined_at is None or turn.taken:
-            return
-        turn.has_left = True
-        if not self._lock.acquire(timeout=_GRACE):
-            return
-        try:
-            was_first = bool(self._turns) and self._turns[0] is turn
-            if turn in self._turns:  # not so in a forked child, for a caller of the parent
-                self._turns.remove(turn)
-            if was_first:
-                self._opens_at = self._noticed_at = -math.inf
-            next_one = self._turns[0] if was_first and self._turns else None
-        finally:
-            self._lock.release()
-        if next_one is not None:
-            next_one.rouse()
-
-    # Under the lock
-
-    def _let_go_on(self, turn: Turn, now: float) -> Turn | None:
-        """Give ``turn`` its slot, if it has come; gives who is next, if so."""
-        if turn.stays:
-            wait = max(0.0, self._ledger.opens_at(now, turn.amounts) - now)
-        else:
-            wait = self._ledger.ask(now, self._waited(turn, now), turn.amounts)
-        if wait > EARLY:
-            self._opens_at, self._noticed_at = now + wait, -math.inf
-        elif turn.stays:
-            turn.reached, turn.is_slow = True, turn.lets_pass
-        else:
-            self._start(turn, now)
-            return self._turns[0] if self._turns else None
-        return None
-
-    def _waited(self, turn: Turn, now: float) -> float:
-        if now <= self._made_up_until:
-            return math.inf
-        return 0.0 if turn.joined_at is None else now - turn.joined_at
-
-    def _start(self, turn: Turn, now: float) -> None:
-        turn.taken = True
-        if turn.joined_at is not None and now > turn.joined_at:
-            self._made_up_until = now + max([pace.tolerance for pace in self._rates.paces], default=0.0)
-        if turn in self._turns:
-            self._turns.remove(turn)
-        self._opens_at = self._noticed_at = -math.inf
-
-    def _closed_until(self) -> float:
-        # Of a long pause the gate knows a part only.
-        return max(self._opens_at, self._ledger.paused_until)
-
-    def _may_ask(self, turn: Turn, now: float) -> bool:
-        while self._turns and self._turns[0].has_left:
-            self._turns.popleft()
+    def due(self, spot: _Spot, now: float) -> float:
+        """When to look again; not after ``now``: it may take its slot, or ask the gate of a shared limit for it."""
+        while self._spots and self._spots[0].turn.has_left:
+            self._spots.popleft()
+        before = self._before(spot)
         if now + EARLY < self._closed_until():
-            return False
-        before = self._before(turn)
+            return self._closed_until() + before * _GRACE
         if before:
             self._notice(now)
-            if now < self._noticed_at + before * _GRACE:
-                return False
+            due = self._noticed_at + before * _GRACE
+            if now < due:
+                return due
             # Those before it have not looked in time.
-            for other in self._turns:
-                if other is turn:
-                    break
-                other.is_slow = True
-        return True
+            for other in itertools.takewhile(lambda other: other is not spot, self._spots):
+                other.is_passed = True
+        if self.is_shared:
+            return now
+        return now + self.wait_alone(spot, now)
 
-    def _notice(self, now: float) -> Turn | None:
-        """Somebody finds that the first in line could go on."""
-        if now + EARLY < self._closed_until():
-            return None
-        if self._noticed_at == -math.inf:
-            self._noticed_at = now
-        return self._turns[0]
+    def next_look(self, spot: _Spot, now: float) -> float:
+        """When to look again, if nothing is heard before."""
+        due, before = self._closed_until(), self._before(spot)
+        if before and due <= now:
+            due = now if self._noticed_at == -math.inf else self._noticed_at
+        # Of what opens at no known time, the first are told; the others look now and then.
+        return now + _LONGEST_NAP if due == math.inf else due + before * _GRACE
 
-    def _before(self, turn: Turn) -> int:
-        """How many it has to let go first, as far as that matters."""
-        before = 0
-        for other in self._turns:
-            if other is turn or before == _MOST_GRACES:
-                break
-            before += not (other.is_slow or other.has_left)
-        return before
+    def wait_alone(self, spot: _Spot, now: float) -> float:
+        """Seconds until this process alone would give it a slot."""
+        if self._ledger.is_open(now, spot.amounts):
+            return 0.0
+        wait = self._ledger.wait(now, spot.amounts)
+        self._opens_at, self._noticed_at = now + wait, -math.inf
+        return wait
 
-    def _expected_start(self, turn: Turn | None, amounts: Sequence[float], now: float) -> float:
+    def refused(self, wait: float, changes: int) -> None:
+        """The gate said how long to wait, after so many changes of the rates."""
+        if changes == self._changes:
+            self._opens_at, self._noticed_at = clock.now() + wait, -math.inf
+
+    def start(self, spot: _Spot, now: float) -> None:
+        """It takes its slot, and leaves."""
+        self._ledger.take(now, self.waited(spot, now), spot.amounts)
+        joined_at = spot.turn.joined_at
+        if joined_at is not None:
+            if now > joined_at:
+                self._made_up_until = now + max([pace.tolerance for pace in self._rates.paces], default=0.0)
+            if spot in self._spots:
+                self._spots.remove(spot)
+        self._opens_at = self._noticed_at = -math.inf
+
+    def leave(self, spot: _Spot) -> None:
+        """It wants its slot no more."""
+        was_first = bool(self._spots) and self._spots[0] is spot
+        if spot in self._spots:  # not so in a forked child, for a caller of the parent
+            self._spots.remove(spot)
+        if was_first:
+            self._opens_at = self._noticed_at = -math.inf
+
+    def first(self) -> _Spot | None:
+        """Who may go on next."""
+        return next((spot for spot in self._spots if not (spot.is_passed or spot.turn.has_left)), None)
+
+    def waited(self, spot: _Spot, now: float) -> float:
+        """For how long it has missed slots."""
+        if now <= self._made_up_until:
+            return math.inf
+        return 0.0 if spot.turn.joined_at is None else now - spot.turn.joined_at
+
+    @property
+    def opens_at(self) -> float:
+        """When the first may ask again, as far as is known."""
+        return self._opens_at
+
+    def may_open(self, now: float) -> bool:
+        return now + EARLY >= self._closed_until()
+
+    def expected_start(self, spot: _Spot | None, amounts: Sequence[float], now: float) -> float:
+        """When a call that costs so much will start, after those that wait before it."""
         ahead = [0.0] * len(self._rates.names)
-        for other in self._turns:
-            if other is turn:
-                break
-            if not other.has_left:
+        for other in itertools.takewhile(lambda other: other is not spot, self._spots):
+            if not other.turn.has_left:
                 ahead = [total + amount for total, amount in zip(ahead, other.amounts, strict=True)]
         moment = max(now, self._ledger.opens_at(now, amounts, ahead))
         if self.is_shared and self._opens_at > now:
@@ -376,27 +266,60 @@ class Line:
             moment = max(moment, self._opens_at + max(behind, default=0.0))
         return moment
 
-    # Without it
+    def seconds_of(self, amounts: Sequence[float]) -> float:
+        """How long the rates take to give so much."""
+        paces = [amounts[pace.name] * pace.interval for pace in self._rates.paces]
+        return max(paces + [amounts[q.name] * q.seconds / q.units for q in self._rates.quotas], default=0.0)
+
+    def _closed_until(self) -> float:
+        # Of a long pause the gate knows a part only.
+        return max(self._opens_at, self._ledger.paused_until)
+
+    def _notice(self, now: float) -> bool:
+        """Whether somebody finds that the first in line could go on."""
+        if not self.may_open(now):
+            return False
+        if self._noticed_at == -math.inf:
+            self._noticed_at = now
+        return True
+
+    def _before(self, spot: _Spot) -> int:
+        """How many it has to let go first, as far as that matters."""
+        before = 0
+        for other in self._spots:
+            if other is spot or before == _MOST_GRACES:
+                break
+            before += not (other.is_passed or other.turn.has_left)
+        return before
+
+    # Without the lock
 
     def _rouse_all(self) -> None:
         """Let all look again, at once: some may not want to wait for so long."""
-        with self._lock:
-            turns = list(self._turns)
+        with self.lock:
+            spots = list(self._spots)
             self._opens_at = self._noticed_at = -math.inf
-            if turns and not self.is_shared:
-                self._opens_at = self._ledger.opens_at(clock.now(), turns[0].amounts)
-        for turn in turns:
-            turn.rouse()
+            if spots and not self.is_shared:
+                self._opens_at = self._ledger.opens_at(clock.now(), spots[0].amounts)
+        for spot in spots:
+            _rouse(spot)
 
     def rouse_first(self) -> None:
-        """Let the first look again, at once, and those who may look in its place."""
-        with self._lock:
-            self._opens_at = self._noticed_at = -math.inf
-            turns = list(itertools.islice(self._turns, _MOST_GRACES + 1))
-        for turn in turns:
-            turn.rouse()
+        """Let the first look again, at once, and those who may look in its place.
 
-    def _ask(self, request: Request) -> Generator[Any, Any, float | None]:
+        Nobody else may be told by the garbage collector, in a thread that holds the lock: then they find out later.
+        """
+        if not self.lock.acquire(timeout=_GRACE):
+            return
+        try:
+            self._opens_at = self._noticed_at = -math.inf
+            spots = list(itertools.islice(self._spots, _MOST_GRACES + 1))
+        finally:
+            self.lock.release()
+        for spot in spots:
+            _rouse(spot)
+
+    def ask(self, request: Request) -> Generator[Any, Any, float | None]:
         """The gate's answer; None if it failed."""
         if self._gate is None:
             assert self._open_gate is not None  # noqa: S101 - for the type checkers
@@ -409,79 +332,188 @@ class Line:
         seconds: float = answer
         return seconds
 
+    def ask_for(self, spot: _Spot) -> Generator[Any, Any, float | None]:
+        """Ask the gate for a slot."""
+        now, changes = clock.now(), self._changes
+        if spot.refused_at is None:
+            spot.refused_at = now
+        claims = spot.refusals >= _REFUSALS and now - spot.refused_at >= _REFUSED_SECONDS
+        request = Request(spot.amounts, waited=self.waited(spot, now), who=self._name, claims=claims)
+        wait = yield from self.ask(request)
+        if wait:
+            spot.refusals += 1
+            with self.lock:
+                self.refused(wait, changes)
+        return wait
 
-class Turn:
-    """One caller's place; an `opero.core.steps.Arrival` of its slot, or of the news that it would come too late.
+
+def try_to_take(wants: Sequence[tuple[Line, Sequence[float]]]) -> Generator[Any, Any, bool]:
+    """Take a slot of each line if all are free and nobody waits."""
+    shared = [line for line, _ in wants if line.is_shared]
+    if not shared and len(wants) == 1:
+        line, amounts = wants[0]
+        return line.take_now(amounts)
+    turn, now = Turn(wants), clock.now()
+    if any(line.first() is not None or not line.may_open(now) for line, _ in wants):
+        return False
+    yield from turn.ask()
+    return turn.taken
+
+
+def take(wants: Sequence[tuple[Line, Sequence[float]]], latest: Latest | None = None) -> Generator[Any, Any, bool]:
+    """Wait for a slot of each line; False, at once, if they would not come before what ``latest`` says."""
+    if len(wants) == 1 and not wants[0][0].is_shared and wants[0][0].take_now(wants[0][1]):
+        return True
+    turn = Turn(wants, latest)
+    try:
+        while True:
+            if not turn.poll():
+                yield Await(turn, is_turn=True)
+            if turn.asks:
+                # The gate has to be asked, which a look must not do.
+                turn.asks = False
+                yield from turn.ask()
+            if turn.taken or turn.is_late:
+                return turn.taken
+    finally:
+        turn.leave()
+
+
+class _Spot:
+    """Where a turn stands in one line.
 
     Attributes:
-        taken: It has its slot.
-        is_late: Its slot would come too late.
-        asks: It may ask the gate of a shared limit.
-        joined_at: Since when it is in line; None before.
-        is_slow: It did not look when it could have gone on.
-        has_left: It waits no more.
-        stays: It takes no slot when it could, but stays there until others have come, too, that it needs.
-        reached: It does so now.
-        lets_pass: Others may go on meanwhile.
+        is_passed: Others need not wait for it: it did not look when it could have gone on, or waits for another limit.
+        refused_at: Since when it asks the gate of a shared limit; None before.
+        refusals: How often that had no slot for it.
     """
 
-    __slots__ = (
-        "_line",
-        "_wake",
-        "amounts",
-        "asks",
-        "has_left",
-        "is_late",
-        "is_slow",
-        "joined_at",
-        "latest",
-        "lets_pass",
-        "reached",
-        "stays",
-        "taken",
-    )
+    __slots__ = ("amounts", "is_passed", "line", "refusals", "refused_at", "turn")
 
-    def __init__(
-        self,
-        line: Line,
-        amounts: Sequence[float] = ONE,
-        latest: Latest | None = None,
-        *,
-        stays: bool = False,
-        lets_pass: bool = False,
-    ) -> None:
-        self._line = line
-        self._wake: Callable[[], None] | None = None
+    def __init__(self, turn: Turn, line: Line, amounts: Sequence[float]) -> None:
+        self.turn = turn
+        self.line = line
         self.amounts = amounts
-        self.latest = latest
+        self.is_passed = False
+        self.refused_at: float | None = None
+        self.refusals = 0
+
+
+class Turn:
+    """A caller who waits for a slot of each of some lines.
+
+    An `opero.core.steps.Arrival` of these slots, or of the news that they would come too late.
+
+    Attributes:
+        taken: It has its slots.
+        is_late: They would come too late.
+        asks: It may ask the gates of shared limits.
+        joined_at: Since when it is in line; None before.
+        has_left: It waits no more.
+    """
+
+    __slots__ = ("_latest", "_locks", "_spots", "_wake", "asks", "has_left", "is_late", "joined_at", "taken")
+
+    def __init__(self, wants: Sequence[tuple[Line, Sequence[float]]], latest: Latest | None = None) -> None:
+        self._spots = [_Spot(self, line, amounts) for line, amounts in wants]
+        # All take several locks in one order.
+        self._locks = sorted([line for line, _ in wants], key=id)
+        self._latest = latest
+        self._wake: Callable[[], None] | None = None
         self.joined_at: float | None = None
-        self.taken = self.is_late = self.asks = self.is_slow = self.has_left = self.reached = False
-        self.stays = stays
-        self.lets_pass = lets_pass
+        self.taken = self.is_late = self.asks = self.has_left = False
 
     @property
     def has_news(self) -> bool:
-        return self.taken or self.is_late or self.asks or self.reached
-
-    def reach(self) -> Generator[Any, Any, bool]:
-        """Wait until its slot has come, and leave it there; of a limit that processes share, take it."""
-        if self._line.is_shared:
-            self.taken = yield from self._line.take(self.amounts, self.latest)
-        elif not self.poll():
-            yield Await(self, is_turn=True)
-        return self.taken or self.reached
-
-    def seize(self) -> bool:
-        """Take the slot that it has reached, unless it has gone meanwhile."""
-        return self.taken or self._line.seize(self)
+        return self.taken or self.is_late or self.asks
 
     def poll(self) -> bool:
         if not (self.has_news or self.has_left):
-            self._line.look(self)
+            with self._locked():
+                next_ones = self._look(clock.now())
+            for spot in next_ones:
+                _rouse(spot)
         return self.has_news
 
+    def _locked(self) -> ExitStack | threading.Lock:
+        if len(self._locks) == 1:
+            return self._locks[0].lock
+        with ExitStack() as stack:
+            for line in self._locks:
+                stack.enter_context(line.lock)
+            return stack.pop_all()
+
+    def _look(self, now: float) -> Iterable[_Spot | None]:
+        """Go on, if it may; gives who may look after that."""
+        if self.joined_at is None:
+            self.joined_at = now
+            for spot in self._spots:
+                spot.line.join(spot)
+        for spot in self._spots:
+            spot.is_passed = False
+        if self._latest is not None and self.joined_at < now and now >= self._latest():
+            # It has waited, and others can still use the slot.
+            self.is_late = True
+            return ()
+        due = [spot.line.due(spot, now) for spot in self._spots]
+        if max(due) <= now + EARLY:
+            if any(spot.line.is_shared for spot in self._spots):
+                self.asks = True
+                return ()
+            return self._start(now)
+        for spot, moment in zip(self._spots, due, strict=True):
+            # Others use what would pass unused, while it waits for another limit.
+            spot.is_passed = moment <= now + EARLY and max(due) - now > spot.line.seconds_of(spot.amounts)
+        self._find_out_whether_late(now)
+        firsts = [spot.line.first() for spot in self._spots if spot.line.may_open(now)]
+        return [first for first in firsts if first is not None and first.turn is not self]
+
+    def _start(self, now: float) -> Iterable[_Spot | None]:
+        self.taken = True
+        for spot in self._spots:
+            spot.line.start(spot, now)
+        return [spot.line.first() for spot in self._spots]
+
+    def _find_out_whether_late(self, now: float) -> None:
+        if self._latest is not None:
+            starts = [spot.line.expected_start(spot, spot.amounts, now) for spot in self._spots]
+            self.is_late = max(starts) >= self._latest()
+
+    def ask(self) -> Generator[Any, Any, None]:
+        """Ask the gates of shared limits; what one of them gives goes back if another one has nothing to give."""
+        given: list[_Spot] = []
+        alone = [spot for spot in self._spots if not spot.line.is_shared]
+        is_refused = False
+        for spot in sorted(self._spots, key=lambda spot: spot.line.opens_at, reverse=True):
+            if spot in alone:
+                continue
+            wait = yield from spot.line.ask_for(spot)
+            if wait:
+                is_refused = True
+                break
+            # A gate that failed leaves it to this process.
+            (alone if wait is None else given).append(spot)
+        next_ones: Iterable[_Spot | None] = ()
+        with self._locked():
+            now = clock.now()
+            if not is_refused and not max([spot.line.wait_alone(spot, now) for spot in alone], default=0.0):
+                next_ones = self._start(now)
+            else:
+                self._find_out_whether_late(now)
+        for first in next_ones:
+            _rouse(first)
+        for spot in () if self.taken else given:
+            yield from spot.line.ask(Request([-amount for amount in spot.amounts], takes=False))
+
     def due_in(self) -> float | None:
-        return 0.0 if self.has_news else self._line.due_in(self)
+        if self.has_news:
+            return 0.0
+        with self._locked():
+            now = clock.now()
+            due = max([spot.line.next_look(spot, now) for spot in self._spots])
+            if self._latest is not None:
+                due = min(due, self._latest())
+        return max(0.0, due - now)
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self._wake = wake
@@ -495,4 +527,24 @@ class Turn:
         """It may have to go on asking; `leave` comes after that."""
 
     def leave(self) -> None:
-        self._line.leave(self)
+        """It has its slots, or wants none any more.
+
+        The garbage collector may say so, in a thread that holds a lock: then those who wait find out by themselves.
+        """
+        if self.joined_at is None or self.taken:
+            return
+        self.has_left = True
+        for spot in self._spots:
+            if not spot.line.lock.acquire(timeout=_GRACE):
+                continue
+            try:
+                spot.line.leave(spot)
+                first = spot.line.first()
+            finally:
+                spot.line.lock.release()
+            _rouse(first)
+
+
+def _rouse(spot: _Spot | None) -> None:
+    if spot is not None:
+        spot.turn.rouse()

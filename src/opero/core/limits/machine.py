@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
-from opero.core.limits.ledger import LONGEST_PAUSE, Ledger
+from opero.core.limits.ledger import Ledger
 from opero.core.private_folder import folder_of_user, private_folder
 from opero.exceptions import UnsafeCacheError
 
@@ -30,7 +30,7 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from opero.core.limits.line import Request
+    from opero.core.limits.ledger import Request
     from opero.core.limits.rates import Rates
 
 IS_SUPPORTED = fcntl is not None
@@ -112,14 +112,8 @@ class FileGate:
                 return self._is_locked(now)
             self._locked_since = None
             ledger = Ledger.unpack(_read(file)[_IDLE_FROM.size :], self._rates, now)
-            wait = 0.0
-            if request.pause:
-                ledger.pause(now + min(request.pause, LONGEST_PAUSE))
-            elif not request.takes:
-                ledger.correct(now, request.amounts)
-            else:
-                wait = ledger.ask(now, request.waited, request.amounts)
-            if not wait:
+            wait = ledger.perform(request, now)
+            if ledger.is_changed:
                 data = _IDLE_FROM.pack(ledger.idle_from(now)) + ledger.pack(now)
                 os.pwrite(file, data, 0)
                 os.ftruncate(file, len(data))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ class _FreePlaces(Ledger):
     """A limit that opens when somebody goes, and not with time.
 
     Attributes:
-        free: Places that were left again: to take one of a list is one step, and needs no lock.
+        free: Places that were left again: to add one to a list is one step, and needs no lock.
         made: How many there are, at most ``count``.
     """
 
@@ -43,15 +42,17 @@ class _FreePlaces(Ledger):
         # Nobody knows; those who have little time wait until that is over.
         return now
 
-    def ask(self, now: float, waited: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
+    def is_open(self, now: float, amounts: Sequence[float]) -> bool:  # noqa: ARG002
+        return bool(self.free) or self.made < self.count
+
+    def take(self, now: float, waited: float, amounts: Sequence[float]) -> None:  # noqa: ARG002
         if self.free:
-            with contextlib.suppress(IndexError):
-                self.free.pop()
-                return 0.0
-        if self.made == self.count:
-            return math.inf
-        self.made += 1
-        return 0.0
+            self.free.pop()
+        else:
+            self.made += 1
+
+    def wait(self, now: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
+        return math.inf
 
     def idle_from(self, now: float) -> float:
         return now if len(self.free) == self.made else math.inf
@@ -71,19 +72,17 @@ class Places(Line):
 
     def take_now(self, amounts: Sequence[float] = ONE) -> bool:
         """Take a place if one is free and nobody waits."""
-        if not self._turns:
-            try:
+        with self.lock:
+            if self._places.free and not self._spots:
                 self._places.free.pop()
-            except IndexError:
-                return super().take_now(amounts)
-            return True
+                return True
         return super().take_now(amounts)
 
     def give_back(self) -> None:
         """Somebody leaves: the next one may come."""
         if len(self._places.free) < self._places.made:
             self._places.free.append(None)
-        if self._turns:
+        if self._spots:
             self.rouse_first()
 
 

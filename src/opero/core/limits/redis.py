@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opero.core.limits.ledger import EXACT_ENTRIES, FINEST_PART, LONGEST_PAUSE
+from opero.core.limits.ledger import CLAIM_GRACE, EXACT_ENTRIES, FINEST_PART, LONGEST_CLAIM, LONGEST_PAUSE
 from opero.core.redis_server import Server, server_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from opero.core.limits.line import Request
+    from opero.core.limits.ledger import Request
     from opero.core.limits.rates import Rates
 
-# What `opero.core.limits.ledger` does. KEYS: the state, then what was taken of each quota, as "first last amount",
-# the newest first. ARGV: what is asked ("take", "correct", "pause"), for how long to pause, how long was waited, the
-# number of paces; of each its interval, tolerance, most units and cost; of each quota its count, time and cost. All
-# times in microseconds, from a recent year on, so that a double holds their fractions. What cannot be true, as of a
-# server whose clock was set back, is forgotten.
+# What `opero.core.limits.ledger` does: there, not here, since a process that reads and writes by itself needs two ways
+# to the server and back for each start, in which others are faster. KEYS: the state, then what was taken of each quota,
+# as "first last amount", the newest first. ARGV: what is asked ("take", "correct", "pause"), for how long to pause, how
+# long was waited, the number of paces; of each its interval, tolerance, most units and cost; of each quota its count,
+# time and cost; at the end who asks, and whether the next slot is claimed. All times in microseconds, from a recent
+# year on, so that a double holds their fractions. What cannot be true, as of a server whose clock was set back, is
+# forgotten.
 _SCRIPT = (
     f"local EXACT, PART, LONGEST_PAUSE = {EXACT_ENTRIES}, {FINEST_PART}, {LONGEST_PAUSE * 1e6:.0f}\n"
+    f"local LONGEST_CLAIM, CLAIM_GRACE = {LONGEST_CLAIM * 1e6:.0f}, {CLAIM_GRACE * 1e6:.0f}"
     """
 local time = redis.call('TIME')
 local now = (time[1] - 1700000000) * 1000000 + time[2]
@@ -98,10 +101,20 @@ for i = 2, #KEYS do
   end
 end
 opens = math.max(opens, full)
+local who, claims = ARGV[#ARGV - 1], ARGV[#ARGV] == '1'
+local claimed = number(redis.call('HGET', KEYS[1], 'claimed'), 0, now + LONGEST_CLAIM + CLAIM_GRACE) or 0
+local is_mine = redis.call('HGET', KEYS[1], 'claimant') == who
+if asked == 'take' and claimed > now and not is_mine then return math.ceil(math.max(opens, claimed) - now) end
 if asked == 'take' and opens > now then
   if full > 0 then redis.call('HSET', KEYS[1], 'opened', string.format('%.0f', full)) end
-  return math.ceil(opens - now)
+  local wait = math.ceil(opens - now)
+  if claims then
+    wait = math.min(wait, LONGEST_CLAIM)
+    redis.call('HSET', KEYS[1], 'claimant', who, 'claimed', string.format('%.0f', now + wait + CLAIM_GRACE))
+  end
+  return wait
 end
+if asked == 'take' and is_mine then redis.call('HDEL', KEYS[1], 'claimed') end
 if asked == 'pause' then paused = math.max(paused, now + math.min(pause, LONGEST_PAUSE)) end
 if paused > 0 then keep('paused', paused) end
 local since = math.min(now, math.max(now - waited, paused, opened))
@@ -183,6 +196,7 @@ class RedisGate:
             arguments += [pace.interval * 1e6, pace.tolerance * 1e6, units, amounts[pace.name]]
         for quota in quotas:
             arguments += [quota.units, quota.seconds * 1e6, amounts[quota.name]]
+        arguments += [request.who, int(request.claims)]
         microseconds: int = server.script(_SCRIPT)(self._keys, arguments)
         server.rest.end()
         return min(microseconds / 1e6, LONGEST_PAUSE + max([quota.seconds * 2 for quota in quotas], default=0.0))
