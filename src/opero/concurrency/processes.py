@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from opero.concurrency.worker import Work
 
 LARGEST_BATCH = 10_000
+# By which a worker ends that has called a map while it imported the main module.
+UNGUARDED_CODE = 113
 # So many workers in a row that end before they are ready are not an accident: it may be the main module, or the
 # initializer. Once one has been ready it is more likely somebody who kills them.
 MOST_STILLBIRTHS = 3
@@ -295,6 +297,10 @@ class ProcessPool:
         return min(self.most_in_batch, self._most_items, *rooms)
 
     def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:
+        # A worker that imports an unguarded main module: by this mark multiprocessing itself would refuse to start
+        # another process, with a traceback from each worker. The map that has started this one tells.
+        if self._method != "fork" and getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise SystemExit(UNGUARDED_CODE)
         self._inbox = inbox
         self._size = self._most_workers if most_batches is None else max(1, min(self._most_workers, most_batches))
         self._is_paced = is_paced
@@ -452,7 +458,7 @@ class ProcessPool:
             self._close_pipe(worker)
         if not worker.is_ready:
             self._stillbirths += 1
-            if self._stillbirths >= self._most_stillbirths:
+            if self._stillbirths >= self._most_stillbirths or worker.process.exitcode == UNGUARDED_CODE:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_workers()
         return Lost(batches, reason, at_once=self.runs_together, innocent=unread, begun=begun)
@@ -550,7 +556,7 @@ def _preload(module: str) -> None:
 
 
 _MAIN_HINT = (
-    "the main module must be importable without side effects (guard it with `if __name__ == '__main__':`), "
+    "each imports the main module, so put what shall run only once below `if __name__ == '__main__':`, "
     "or give pool_options={'start_method': 'fork'}"
 )
 
