@@ -371,13 +371,22 @@ class _AwaitableMap(_Map[T, P, R, L]):
 
     __wrapped__: Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
 
-    async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
+    def __call__(
+        self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, L]:
         """Call the function with each item, and these arguments, and return all results.
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
         """
+        call: Any = self._call(items, args, kwargs)
+        # Python names it when it warns that nobody has awaited it.
+        call.__qualname__ = self.plan.name
+        made: Coroutine[Any, Any, L] = call
+        return made
+
+    async def _call(self, items: Iterable[T] | AsyncIterable[T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> L:
         if self._is_classmethod_of(items):
-            return await self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
+            return await self._bound_to(items)(*args, **kwargs)
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():
             async for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
@@ -494,6 +503,9 @@ def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:
     for name in ("__module__", "__name__", "__qualname__", "__doc__", "__wrapped__", "__opero__"):
         made.__dict__[name] = getattr(made.single, name)
     made.__dict__["recipe"] = recipe
+    if plan.is_async:
+        # As `unittest.mock.AsyncMock` marks itself: calling it gives a coroutine.
+        made.__dict__["_is_coroutine"] = True
     # What others have attached to the function, such as `abc.abstractmethod`.
     if inspect.isfunction(plan.function):
         made.__dict__.update({k: v for k, v in vars(plan.function).items() if not hasattr(made, k)})

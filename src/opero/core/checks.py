@@ -112,17 +112,49 @@ def check_callable(name: str, value: Any, what: str) -> Callable[..., Any]:
     return checked
 
 
-_RENAMED = {"rate_limit_per": "per"}
+# What to write for names that tenacity, backoff, joblib, concurrent.futures, tqdm and cachetools have for what is here,
+# and for options of maps where there is no map.
+_NEIGHBOURS = {
+    "retries=…, the attempts after the first": (
+        "retry attempts tries times max_attempts max_tries max_retries num_retries retry_count"
+    ),
+    "attempt_timeout=… for one execution, or total_timeout=… for all": "timeout deadline max_time time_limit",
+    "retry_on=…, a class of exceptions, several, or a function of one": "on exception exceptions retry_exceptions",
+    "min_delay=…, the seconds before the first retry": "delay wait wait_initial initial_delay wait_fixed",
+    "max_delay=…, the longest wait between two attempts": "wait_max max_wait",
+    "backoff_factor=…, by which each delay is longer": "backoff factor multiplier wait_exp_base",
+    "retry_options={…}, for tenacity": "stop before_sleep before after reraise retry_error_callback",
+    "cache_ttl=…, or cache=Cache(ttl=…)": "ttl expire expires expiry max_age",
+    "cache_key=…, or cache=Cache(key=…)": "key key_builder",
+    "cache_options={'maxsize': …}": "maxsize max_size",
+    "rate_limit=…, as 5 (a second) or '100/minute'": "rate rps calls calls_per_second period throttle",
+    "max_concurrent=… for all callers, or workers=… of a map": "concurrency max_concurrency parallelism semaphore",
+    "arg_fallback='parameter', whose values are tried, or default=…": "fallback fallbacks fallback_value",
+    "breaker=…, failures in a row": "circuit_breaker fail_max failure_threshold",
+    "on_event=…": "callback on_retry on_backoff on_giveup hooks logger",
+    "per=…": "rate_limit_per",
+    "workers=…": "workers n_jobs max_workers num_workers n_workers processes threads nodes",
+    "mode=…, 'thread', 'process', 'async' or an executor": "mode backend executor pool prefer",
+    "return_exceptions=…": "return_exceptions raise_on_error ignore_errors on_error errors",
+    "progress='label', or a mapping of options": "progress desc progress_bar tqdm show_progress verbose",
+    "ordered=False": "ordered unordered",
+    "batch_size=… if the function takes lists; opero sizes batches by itself": "batch_size chunksize chunk_size",
+    "pool_options={…}": "pool_options initializer initargs start_method maxtasksperchild mp_context",
+    "total=…": "total length",
+}
+_BY_NEIGHBOUR = {name: ours for ours, names in _NEIGHBOURS.items() for name in names.split()}
 
 
 def check_known(where: str, names: Collection[str], known: Collection[str]) -> None:
-    """Refuse names that are not known, with the nearest one that is."""
+    """Refuse names that are not known, with what may have been meant."""
     for name in names:
-        if name in _RENAMED and _RENAMED[name] in known:
-            msg = f"{where} got {name!r}, which is gone; write {_RENAMED[name]}=…"
-            raise TypeError(msg)
         if name not in known:
-            near = nearest(name, known)
-            hint = f"write any of {listed(known)}" if near is None else f"did you mean {near!r}?"
+            ours, near = _BY_NEIGHBOUR.get(name, ""), nearest(name, known)
+            if any(f"{option}=" in ours for option in known):
+                hint = f"write {ours}"
+            elif ours and where == "@opero":
+                hint = f"maps have it: write @opmap({ours.partition(',')[0].partition(' ')[0]})"
+            else:
+                hint = f"write any of {listed(known)}" if near is None else f"did you mean {near!r}?"
             msg = f"{where} got the unknown option {name!r}; {hint}"
             raise TypeError(msg)

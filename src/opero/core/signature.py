@@ -102,9 +102,12 @@ def check_decoratable(function: Any, decorator: str) -> None:
         kind = type(function).__name__
         msg = f"@{decorator} got a {kind} object; put @{decorator} below @{kind}"
         raise TypeError(msg)
-    if isinstance(function, type) or not callable(function):
-        what = f"the class {function.__qualname__}" if isinstance(function, type) else type(function).__qualname__
-        msg = f"@{decorator} got {what}; it decorates functions and other callables that are not classes"
+    if isinstance(function, type):
+        msg = f"@{decorator} got the class {function.__qualname__}; it decorates functions and other callables"
+        raise TypeError(msg)
+    if not callable(function):
+        kind = type(function).__qualname__
+        msg = f"@{decorator} got {kind}; it decorates functions, and its options are keywords: @{decorator}(retries=3)"
         raise TypeError(msg)
 
 

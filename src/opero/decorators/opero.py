@@ -147,6 +147,9 @@ def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache |
                 msg = f"{name}={shown(given[name])} stands beside cache=Cache(…), which says all of it; write it there"
                 raise ValueError(msg)
         return cache_policy(function, given["cache"].settings)
+    if isinstance(given["cache"], str):
+        msg = "cache=… is str; write True or False, and beside it cache_backend='disk', or cache=Cache(backend='disk')"
+        raise TypeError(msg)
     if not check_flag("cache", given["cache"]):
         return None
     return cache_policy(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in _OF_CACHE}))

@@ -1,0 +1,125 @@
+"""The mistakes that are made most, and what is said to whoever makes one."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from opero import opero, opmap
+
+
+def fetch(url, key="k"):
+    return url
+
+
+async def fetch_later(url):
+    return url
+
+
+def add(a, b):
+    return a + b
+
+
+def returns_a_coroutine(url):
+    return fetch_later(url)
+
+
+def forget_to_await():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opmap(mode="async")(fetch_later)(["url"])
+        gc.collect()
+    raise caught[0].category(str(caught[0].message))
+
+
+async def run_in_a_loop():
+    return opmap(mode="async")(fetch_later).run(["url"])
+
+
+class Client:
+    @staticmethod
+    def get(url):
+        return url
+
+
+THREADS = {"mode": "thread", "progress": False}
+
+MISTAKES = {
+    "a name of tenacity's": (lambda: opero(attempts=5), "write retries=…, the attempts after the first"),
+    "a name of joblib's": (lambda: opmap(n_jobs=4), "write workers=…"),
+    "which time limit": (lambda: opero(timeout=5), "write attempt_timeout=… for one execution, or total_timeout=…"),
+    "a function that cannot be stopped": (
+        lambda: opero(attempt_timeout=5)(fetch),
+        "write `async def`, use the function's own timeout, or map it with @opmap(mode='process')",
+    ),
+    "a map without await": (forget_to_await, "coroutine 'fetch_later' was never awaited"),
+    "a coroutine that is returned": (lambda: opero(returns_a_coroutine)("url"), "write `async def` and await inside"),
+    "run in a notebook": (lambda: asyncio.run(run_in_a_loop()), "write await in place of .run"),
+    "one item": (lambda: opmap(**THREADS)(fetch)("https://a.test"), "fetch.one("),
+    "a number of items": (
+        lambda: opmap(**THREADS)(fetch)(5),
+        "write fetch.one(item) for one item, fetch([item, …]) for several",
+    ),
+    "a mapping of items": (lambda: opmap(**THREADS)(add)({"a": 1}, b=2), "add.starmap(mapping.items())"),
+    "tuples of arguments": (lambda: opmap(**THREADS)(add)([(1, 2)]), "add.starmap(tuples) if each item is a tuple"),
+    "the wrong order of decorators": (lambda: opero(vars(Client)["get"]), "put @opero below @staticmethod"),
+    "a cache that is off": (lambda: opero(cache_ttl=60)(fetch), "add cache=True"),
+    "a backend as the cache": (lambda: opero(cache="disk")(fetch), "beside it cache_backend='disk'"),
+    "an option that is no keyword": (lambda: opmap("thread"), "its options are keywords"),
+    "a list of classes": (lambda: opero(retry_on=[OSError])(fetch), "write an Exception class, a tuple of them"),
+    "a typo": (lambda: opero(retires=3), "did you mean 'retries'?"),
+    "options of a map": (lambda: opero(workers=8), "maps have it: write @opmap(workers=…)"),
+}
+
+
+@pytest.mark.parametrize(("make", "answer"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_answered_with_what_to_write(make, answer):
+    with pytest.raises(Exception, match=re.escape(answer)):
+        make()
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_main_module_that_is_not_guarded_is_told_once(tmp_path, method):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from opero import opmap\n"
+        f"@opmap(mode='process', workers=3, pool_options={{'start_method': {method!r}}})\n"
+        "def double(x):\n    return 2 * x\n"
+        "print(double([1, 2, 3]))\n"
+    )
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    assert "put what shall run only once below `if __name__ == '__main__':`" in run.stderr
+    assert len(run.stderr.splitlines()) <= 10
+
+
+NEIGHBOURS = {
+    "retry_on=": "on exception exceptions",
+    "retries=": "retry attempts tries max_tries",
+    "attempt_timeout=": "timeout",
+    "cache_ttl=": "ttl",
+    "workers=": "n_jobs max_workers concurrency",
+    "max_concurrent=": "concurrency",
+    "rate_limit=": "rate calls period",
+    "min_delay=": "delay wait",
+    "retry_options=": "stop before_sleep",
+    "progress=": "desc",
+    "batch_size=": "chunksize",
+    "pool_options=": "initializer",
+}
+
+
+@pytest.mark.parametrize(
+    ("ours", "name"), [(ours, name) for ours, names in NEIGHBOURS.items() for name in names.split()]
+)
+def test_a_name_of_a_neighbour_is_answered_with_operos(ours, name):
+    with pytest.raises(TypeError) as caught:
+        opmap(**{name: 1})
+    assert repr(name) in str(caught.value)
+    assert f"write {ours}" in str(caught.value) or f" {ours}" in str(caught.value)
