@@ -672,6 +672,7 @@ class TestForks:
         f = cached(lambda x: forked(lambda: [f(1), f(2)]) if os.getpid() == parent else "child")
         assert f(1) == "['child', 'child']"
 
+    @pytest.mark.soak
     def test_threads_can_fork_at_once_while_others_call_the_function(self, world, cached):
         f = cached(world.define(lambda x: x))
         g = cached(world.define(lambda x: x), cache_namespace="another")
@@ -1278,6 +1279,7 @@ for first in range(0, 500_000, 10_000):
 """
 
 
+@pytest.mark.soak
 def test_what_was_finished_before_kills_at_random_moments_is_there_and_the_cache_works(cached, options, start):
     announced = start(WRITERS, options).end()
     assert len(announced) > 50
@@ -1379,6 +1381,7 @@ def test_ctrl_c_while_the_system_locks_a_key_on_disk_leaves_it_to_other_processe
 # Many at once
 
 
+@pytest.mark.soak
 def test_threads_that_write_and_read_at_random_get_what_is_theirs(world, cached):
     f = cached(world.define(lambda x: [x]))
 

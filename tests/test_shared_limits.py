@@ -650,6 +650,7 @@ def test_processes_share_one_limit_and_all_get_slots(scope, name, start, journal
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.soak
 def test_holders_and_waiters_that_are_killed_stop_nobody_and_the_limit_holds(scope, name, journal):
     limiter = RateLimiter(1_000, name=name, **scope)
     limiter.acquire()
