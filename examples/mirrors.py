@@ -27,6 +27,7 @@ from opero.http import retry_after
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 NOT_STDLIB = {"site-packages", "dist-packages"}
+COUNTS = ("attempts", "retries", "fallbacks", "hits", "failures")
 
 
 def coping(options: argparse.Namespace) -> dict[str, Any]:
@@ -103,13 +104,14 @@ def main() -> int:
         else:
             passes = fetch_in_threads(paths, urls, options)
     (first, after_first), (second, after_both) = passes
-    print(f"first pass:  {after_first}\nboth passes: {after_both}\n{time.perf_counter() - began:.2f} s")
+    for name, stats in (("first pass ", after_first), ("both passes", after_both)):
+        print(name, *(f"{count}: {getattr(stats, count)}" for count in COUNTS))
+    print(f"{time.perf_counter() - began:.1f} s")
     report(mirrors, options.rate)
     found = problems(paths, first) + problems(paths, second) + complaints(mirrors, options.rate, options.workers)
     if after_both.attempts > after_first.attempts:
         found.append("the second pass asked a mirror; the cache should have answered")
-    good = "ok: every body matches its file, the second pass asked no mirror, and no mirror was pressed"
-    print(*found[:10] or [good], sep="\n")
+    print(*found[:10] or ["ok: every body matches its file, and no mirror was pressed"], sep="\n")
     return int(bool(found))
 
 
