@@ -6,6 +6,7 @@ rate limit and attempt_timeout. This order is part of opero's contract.
 
 from __future__ import annotations
 
+import enum
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -38,13 +39,14 @@ from opero.utils.logging import log, standard
 from opero.utils.notes import add_note, class_counts, describe, duration, folded
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from tenacity import RetryCallState
 
     from opero.core.breaker import Passage
     from opero.core.fallback import FallbackOverParameter
     from opero.core.limits.places import Place
+    from opero.core.rate_limit import FunctionLimit
     from opero.core.steps import Await
 
 # Less than this is no wait, but the time it takes to ask.
@@ -53,21 +55,15 @@ _TOLD_WAIT = 0.001
 FINAL_ERRORS = (MisuseError, NotTransferableError, TypeError)
 
 
-class _NoAttempt:
+class _NoAttempt(enum.Enum):
     """In place of an outcome: there was none, and why."""
 
-    __slots__ = ("_reason",)
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def __repr__(self) -> str:
-        return self._reason
+    OUT_OF_TIME = "total_timeout leaves no time for another attempt"
+    CIRCUIT_OPEN = "this candidate's circuit is open"
+    GAVE_WAY = "this candidate was put to rest while its slot was waited for"
 
 
-OUT_OF_TIME = _NoAttempt("total_timeout leaves no time for another attempt")
-CIRCUIT_OPEN = _NoAttempt("this candidate's circuit is open")
-GAVE_WAY = _NoAttempt("this candidate was put to rest while its slot was waited for")
+OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = _NoAttempt
 
 
 @dataclass(slots=True, eq=False)
@@ -94,12 +90,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         if call.tell is None and (plan.on_event is not None or switches.listeners):
             begin_telling(plan, call)
         try:
-            if plan.cache is not None:
-                outcome = yield from plan.cache.through(call, layers.retry, plan.stats)
-            else:
-                if call.failure is None:
-                    plan.stats.flown.tick()
-                outcome = yield from layers.retry()
+            outcome = yield from _through_cache(plan, call, layers.retry)
         except Exception as error:  # noqa: BLE001 - raised by a policy or a driver: a call that failed like others
             outcome = Failed(_in_context_of(Failed(layers.errors[-1]), error) if layers.errors else error)
         if outcome.__class__ is Final:
@@ -115,24 +106,47 @@ def call_flow(plan: Plan, call: Call) -> Flow:
 
 def item_flow(plan: Plan, call: Call) -> Flow:
     """One item of a function that takes lists: the layers that are by item, around what is by call."""
-    if plan.cache is not None:
-        outcome = yield from plan.cache.through(call, _share, plan.stats)
-    else:
-        plan.stats.flown.tick()
-        outcome = yield from _share()
-    if outcome.__class__ is Failed:
-        plan.stats.failures.tick()
-        if plan.default is not MISSING and not isinstance(outcome.error, MisuseError):
-            outcome = Failed(outcome.error, instead=plan.default)
-    return outcome
+    outcome = yield from _through_cache(plan, call, _share)
+    return _replaced_by_default(plan, call, outcome) if outcome.__class__ is Failed else outcome
 
 
 def _share() -> Any:
     return (yield Share())
 
 
+def _through_cache(plan: Plan, call: Call, compute: Callable[[], Flow]) -> Flow:
+    if plan.cache is not None:
+        return plan.cache.through(call, compute, plan.stats)
+    if call.failure is None:
+        # Otherwise it was counted with its first attempt.
+        plan.stats.flown.tick()
+    return compute()
+
+
 class _Layers:
-    """The layers around the function of one call."""
+    """The layers around the function of one call.
+
+    Attributes:
+        is_new_round: Whether nothing of this round has been tried.
+        has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
+        has_slot: Whether the next attempt has its slot of the rate limit.
+        place: Its place of ``max_concurrent``, while it has one.
+        was_cut_short: Whether the last attempt was ended because others had used up its time.
+        patient_until: How long it waits for the trial of an open circuit.
+        failed: The last attempt that failed.
+        ended_by: What else than that ended the call.
+        earlier_failure: What a time limit at the end should not hide.
+    """
+
+    is_new_round = True
+    has_own_limit = True
+    has_slot = False
+    place: Place | None = None
+    was_cut_short = False
+    patient_until: float | None = None
+    failed: Verdict | None = None
+    ended_by = ""
+    earlier_failure = ""
 
     def __init__(self, plan: Plan, call: Call) -> None:
         self.plan = plan
@@ -140,22 +154,8 @@ class _Layers:
         self.candidates: list[Candidate] = []
         # Those of this round that have not been tried.
         self.left: list[Candidate] = []
-        self.is_new_round = True
-        # Whether a limit holds for one candidate only, so that it can be held up while others are tried.
-        self.has_own_limit = True
-        self.has_slot = False
-        # Whether the last attempt was ended because others had used up its time.
-        self.was_cut_short = False
-        # Of ``max_concurrent``, while it has one.
-        self.place: Place | None = None
-        # How long it waits for the trial of an open circuit.
-        self.patient_until: float | None = None
         # All of them with fallback; else the last one, until the next attempt begins.
         self.errors: list[Exception] = []
-        self.earlier_failure = ""
-        # The last attempt that failed, and what else than that ended the call.
-        self.failed: Verdict | None = None
-        self.ended_by = ""
 
     def retry(self) -> Flow:
         """One round after another until one succeeds or no other may follow."""
@@ -171,7 +171,7 @@ class _Layers:
             while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN:
                 trial = self._wait_for_trial()
                 if trial is None:
-                    return self._circuit_open()
+                    return self._stop(_CIRCUIT_IS_OPEN, self._circuit_open)
                 yield trial
             if outcome.__class__ is not Verdict:
                 return outcome
@@ -205,7 +205,7 @@ class _Layers:
             if outcome is GAVE_WAY:
                 continue
             if outcome is OUT_OF_TIME:
-                return self._out_of_time()
+                return self._stop(self._time_is_over(), self._not_started)
             self.left.remove(candidate)
             if outcome is CIRCUIT_OPEN:
                 self.has_slot = False
@@ -260,7 +260,7 @@ class _Layers:
             if self.place is None or (passage is not None and not passage.may_start()):
                 return self._why_not()
         if plan.limit is not None and not self.has_slot:
-            missed = yield from self._take_slot(candidate, passage)
+            missed = yield from self._take_slot(plan.limit, candidate, passage)
             if missed is not None:
                 return missed
         self.has_slot = False
@@ -280,7 +280,8 @@ class _Layers:
             return OUT_OF_TIME
         outcome = yield attempt
         call.is_last = attempt.is_last
-        self.was_cut_short = attempt.limit == "total_timeout" and self._is_little(attempt.timeout)
+        had = attempt.timeout if attempt.limit == "total_timeout" else None
+        self.was_cut_short = had is not None and self._is_little(had)
         if outcome is NOT_RUN:
             return self._why_not()
         if plan.limit is not None:
@@ -298,12 +299,12 @@ class _Layers:
         stats.attempts.tick()
         candidate.tries += 1
         begins_round = candidate.tries > call.rounds
-        if begins_round:
-            call.rounds = candidate.tries
-        if call.rounds > 1 and begins_round:
-            stats.retries.tick()
         if not begins_round:
             stats.fallbacks.tick()
+        else:
+            call.rounds = candidate.tries
+            if call.rounds > 1:
+                stats.retries.tick()
         if call.tell is not None:
             if not begins_round:
                 call.tell(CandidateSwitched, place=candidate.place)
@@ -351,21 +352,17 @@ class _Layers:
         return is_own or (self.call.attempts == 1 and _is_wrong_call(self.plan, self.call))
 
     def _tell_circuit(self, passage: Passage, verdict: Verdict | None, candidate: Candidate) -> None:
-        changed = passage.tell(failed=self._speaks_against_the_service(verdict))
+        """Whether it speaks against the service; None: it says nothing of it."""
+        failed: bool | None = verdict is not None and verdict.counts
+        if verdict is not None and isinstance(verdict.error, CallTimeoutError):
+            failed = None if self.was_cut_short else True
+        elif verdict is not None and not failed and isinstance(verdict.error, WorkerCrashedError):
+            # A worker that ended gave no answer.
+            failed = None
+        changed = passage.tell(failed=failed)
         if changed is not None and self.call.tell is not None:
             place = None if self.plan.fallback is None else candidate.place
             self.call.tell(CircuitChanged, state=changed, place=place)
-
-    def _speaks_against_the_service(self, judged: Verdict | None) -> bool | None:
-        """None: it says nothing of the service."""
-        if judged is None:
-            return False
-        if isinstance(judged.error, CallTimeoutError):
-            return None if self.was_cut_short else True
-        if judged.counts:
-            return True
-        # A worker that ended gave no answer.
-        return None if isinstance(judged.error, WorkerCrashedError) else False
 
     def _candidate_failed(self, candidate: Candidate, verdict: Verdict) -> None:
         if not verdict.again:
@@ -384,15 +381,16 @@ class _Layers:
         candidate, self.has_slot = yield from limit.choose(awake, takes=self.plan.places is None)
         return candidate
 
-    def _take_slot(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, _NoAttempt | None]:
+    def _take_slot(
+        self, limit: FunctionLimit, candidate: Candidate, passage: Passage | None
+    ) -> Generator[Any, Any, _NoAttempt | None]:
         """Wait for a slot; gives why there is none, if so."""
         plan, call = self.plan, self.call
-        assert plan.limit is not None  # noqa: S101 - for the type checkers
         if call.presence is not None:
             # A slot that is taken while a worker starts would be used when it is over, together with the next one.
             yield Prepare()
         asked = clock.now()
-        wait = plan.limit.take(candidate, call.deadline)
+        wait = limit.take(candidate, call.deadline)
         if self.has_own_limit and plan.fallback is not None:
             # Whoever stands in the line of a candidate that is put to rest meanwhile turns to another one. A call that
             # has failed needs no worker before a candidate that rests wakes.
@@ -482,12 +480,15 @@ class _Layers:
             self.ended_by = _CIRCUIT_IS_OPEN
         return bool(self.ended_by)
 
-    def _circuit_open(self) -> Failed | Final:
-        if self.failed is not None:
-            self.ended_by = _CIRCUIT_IS_OPEN
-            return self._finish(self.plan.retry.after(self.plan, self.call, self.failed, None))
-        breaker = self.plan.breaker
-        assert breaker is not None  # noqa: S101 - for the type checkers
+    def _stop(self, ended_by: str, nothing_tried: Callable[[], Exception]) -> Failed | Final:
+        """No attempt can follow: the call ends as the last one did, or tells why there was none."""
+        self.ended_by = ended_by
+        if self.failed is None:
+            return Failed(nothing_tried())
+        return self._finish(self.plan.retry.after(self.plan, self.call, self.failed, None))
+
+    def _circuit_open(self) -> Exception:
+        breaker: Any = self.plan.breaker
         whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
         waits = [breaker.shared.trial_in([breaker.value_of(candidate)]) for candidate in self.candidates]
         # One whose trial is under way may be next.
@@ -497,25 +498,20 @@ class _Layers:
         failures = _counted(breaker.shared.failures, "failure")
         message = f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}"
         place = None if self.plan.fallback is None else self.candidates[soonest].place
-        return Failed(CircuitOpenError(message, wait, place))
+        return CircuitOpenError(message, wait, place)
 
-    def _out_of_time(self) -> Failed | Final:
-        self.ended_by = self._time_is_over()
-        if self.failed is not None:
-            return self._finish(self.plan.retry.after(self.plan, self.call, self.failed, None))
+    def _not_started(self) -> Exception:
         turn = "a worker" if self.plan.limit is None else "a rate slot"
-        message = f"{self.plan.name} was not started: {self.ended_by} during the wait for {turn}"
-        return Failed(CallTimeoutError(message))
+        return CallTimeoutError(f"{self.plan.name} was not started: {self.ended_by} during the wait for {turn}")
 
     def _time_is_over(self) -> str:
         return f"total_timeout={self.plan.total_timeout:g} s ended it"
 
-    def _is_little(self, seconds: float | None) -> bool:
+    def _is_little(self, seconds: float) -> bool:
         """Whether an execution that had so long, of what was left of total_timeout, was cut short for lack of time."""
-        assert seconds is not None  # noqa: S101 - for the type checkers
-        assert self.plan.total_timeout is not None  # noqa: S101 - as above
+        total = self.plan.total_timeout or 0.0
         usual = 0.0 if self.plan.limit is None else self.plan.limit.usual.seconds
-        return seconds < min(self.plan.total_timeout / 2, 2 * usual or self.plan.total_timeout)
+        return seconds < min(total / 2, 2 * usual or total)
 
     def _finish(self, final: Final | float, *, gave_up: bool = False) -> Failed | Final:
         """The end after some attempts: what the user is told of them."""

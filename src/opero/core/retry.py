@@ -274,7 +274,8 @@ class RetryPolicy:
             retrying.stop, retrying.after = tenacity.stop_after_attempt(0), tenacity.after_nothing
         else:
             # So tenacity calls `before_sleep` only before a sleep, and `retry_error_callback` at every end.
-            retrying.stop = lambda state: settings.stop(state) or must_end(state)
+            ours: Any = must_end
+            retrying.stop = tenacity.stop_any(settings.stop, ours)
         traceback = error.__traceback__
         _set_outcome(state, verdict.outcome)
         try:
