@@ -57,29 +57,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 _OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "total", "batch_size", "pool_options"}
 
 
-class LiveStats:
+# What type checkers take a `LiveStats` for: it has the same attributes.
+if TYPE_CHECKING:
+    _AsCallStats = CallStats
+else:
+    _AsCallStats = object
+
+
+class LiveStats(_AsCallStats):
     """What a decorated function has done so far: the attributes of `opero.CallStats`, each as it is when it is read."""
 
     __slots__ = ("_decoration",)
-
-    if TYPE_CHECKING:
-
-        @property
-        def calls(self) -> int: ...
-        @property
-        def hits(self) -> int: ...
-        @property
-        def attempts(self) -> int: ...
-        @property
-        def retries(self) -> int: ...
-        @property
-        def fallbacks(self) -> int: ...
-        @property
-        def failures(self) -> int: ...
-        @property
-        def cache_errors(self) -> int: ...
-        @property
-        def waited(self) -> float: ...
 
     def __init__(self, decoration: Decoration) -> None:
         self._decoration = decoration
@@ -116,12 +104,26 @@ class Control(Generic[P, R]):
         stats: A live, read-only view of what the function has done; ``stats.snapshot()`` is an `opero.CallStats`.
     """
 
-    __slots__ = ("_decoration", "_head", "stats")
+    __slots__ = ("_decoration", "_head", "_missing", "stats")
 
-    def __init__(self, decoration: Decoration, head: tuple[Any, ...] = ()) -> None:
+    def __init__(self, decoration: Decoration, head: tuple[Any, ...] = (), missing: str | None = None) -> None:
         self._decoration = decoration
         self._head = head
+        # The first parameter of a method, where the control hangs on the function: Python does not pass that on there.
+        self._missing = missing
         self.stats = LiveStats(decoration)
+
+    def _instance(self, asked_by: str) -> tuple[Any, ...]:
+        if self._missing is None:
+            return self._head
+        name = self._decoration.plan.name
+        owner, _, method = name.rpartition(".")
+        what, whose = ("class", owner.rpartition(".")[2]) if self._missing == "cls" else ("instance", "instance")
+        msg = (
+            f"{name}.{asked_by}(…) does not know the {what} of the method; "
+            f"write opero.control({whose}.{method}).{asked_by}(…)"
+        )
+        raise MisuseError(msg)
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses, largest and current number of entries; zeros without a cache."""
@@ -143,8 +145,8 @@ class Control(Generic[P, R]):
         Raises:
             OperoError: If the cache's backend failed.
         """
-        cache = self._decoration.plan.cache
-        return cache is not None and cache.delete(cache.keys.key_of(*self._head, *args, **kwargs))
+        cache, head = self._decoration.plan.cache, self._instance("cache_delete")
+        return cache is not None and cache.delete(cache.keys.key_of(*head, *args, **kwargs))
 
     def cache_refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function for these arguments, under all its policies, and keep the new result in place of the old.
@@ -152,7 +154,7 @@ class Control(Generic[P, R]):
         Others get the old one meanwhile; two refreshes at once are one run. One that fails raises as a call does, and
         keeps the old result. Of an ``async def`` function it has to be awaited.
         """
-        result: R = self._decoration.refresh((*self._head, *args), kwargs)
+        result: R = self._decoration.refresh((*self._instance("cache_refresh"), *args), kwargs)
         return result
 
     @property
@@ -184,12 +186,13 @@ class Control(Generic[P, R]):
             TypeError: If an option is not known or has the wrong type.
             ValueError: If a value is out of range, or an option cannot apply.
         """
+        head = self._instance("with_options")
         made: Any = self._decoration.under(options)
-        under: Callable[P, R] = made.__get__(self._head[0]) if self._head else made
+        under: Callable[P, R] = made.__get__(head[0]) if head else made
         return under
 
     def __reduce__(self) -> Any:
-        return Control, (self._decoration, self._head)
+        return Control, (self._decoration, self._head, self._missing)
 
     def __repr__(self) -> str:
         return f"<control of {self._decoration.plan.name}>"

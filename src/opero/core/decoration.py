@@ -22,7 +22,6 @@ from opero.core.steps import (
 )
 from opero.core.wrapper import wrap
 from opero.events import AttemptStarted, begin_telling, is_listened_to, switches, tell_of_the_end
-from opero.exceptions import MisuseError
 from opero.utils.notes import shorten
 
 if TYPE_CHECKING:
@@ -53,29 +52,6 @@ class Decoration:
         is_quick: Whether no more has to be done before a first attempt than `_first` does.
         is_direct: Whether nothing has to be done.
     """
-
-    __slots__ = (
-        "_follows",
-        "_has_looked",
-        "_key_of",
-        "_learn",
-        "_limit",
-        "_look_up",
-        "_may_expire",
-        "_seconds",
-        "_take_slot",
-        "clock",
-        "count",
-        "fetch",
-        "find",
-        "function",
-        "is_direct",
-        "is_quick",
-        "new_call",
-        "plan",
-        "recipe",
-        "switches",
-    )
 
     def __init__(self, plan: Plan, recipe: Recipe) -> None:
         cache, limit = plan.cache, plan.limit
@@ -399,35 +375,13 @@ def decorated(plan: Plan, recipe: Recipe) -> Callable[..., Any]:
 
 def _attach(made: Any, decoration: Decoration) -> None:
     """What is known from `functools`, on the function itself."""
-    its: Control[..., Any] = Control(decoration)
     first = first_parameter(decoration.function)
-    offered: dict[str, Any] = {"with_options": its.with_options}
+    its: Control[..., Any] = Control(decoration, missing=first if first in {"self", "cls"} else None)
+    made.stats, made.with_options = its.stats, its.with_options
     if decoration.plan.cache is not None:
         # On others they would hide those of `functools.lru_cache` above.
         made.cache_info, made.cache_clear = its.cache_info, its.cache_clear
-        offered |= {"cache_delete": its.cache_delete, "cache_refresh": its.cache_refresh}
-    made.stats = its.stats
-    for name, method in offered.items():
-        setattr(made, name, _NeedsInstance(name, decoration, first) if first in {"self", "cls"} else method)
-
-
-class _NeedsInstance:
-    """In place of what has to know the instance of a method, which Python does not pass on here."""
-
-    def __init__(self, name: str, decoration: Decoration, first: str) -> None:
-        self._name = name
-        self._decoration = decoration
-        self._first = first
-
-    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
-        name = self._decoration.plan.name
-        owner, _, method = name.rpartition(".")
-        what, whose = ("class", owner.rpartition(".")[2]) if self._first == "cls" else ("instance", "instance")
-        msg = (
-            f"{name}.{self._name}(…) does not know the {what} of the method; "
-            f"write opero.control({whose}.{method}).{self._name}(…)"
-        )
-        raise MisuseError(msg)
+        made.cache_delete, made.cache_refresh = its.cache_delete, its.cache_refresh
 
 
 def decorator(name: str, make_plan: Callable[[Callable[..., Any]], Plan], recipe: Recipe) -> Callable[[F], F]:
