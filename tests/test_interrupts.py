@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 from leftovers import surroundings
 from side_by_side import started, until
 
-from opero import opmap
+from opero import Cache, opmap
 from opero.concurrency.processes import Worker
 from opero.concurrency.threads import ThreadPool
 
@@ -290,3 +291,82 @@ def test_ctrl_c_while_the_bar_is_drawn_leaves_bars_to_maps_in_other_threads(monk
 
 def echo(item):
     return item
+
+
+# What is said
+
+
+def pressing(after):
+    """A function that presses Ctrl-C when so many items are done."""
+    done = []
+
+    def work(item):
+        if len(done) == after:
+            press()
+            time.sleep(PATIENCE)
+        done.append(item)
+
+    return work
+
+
+STREAM = ".stream(items) hands out each that is done, "
+KEEP = "cache=True with cache_backend='disk' keeps their results for the next run"
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_ctrl_c_tells_how_much_was_done_and_how_to_keep_it(is_async):
+    async def work_async(item):
+        work(item)
+
+    work = pressing(after=3)
+    mapped = opmap(mode="serial", progress=False)(work_async if is_async else work)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        mapped.run(range(8))
+    (note,) = raised.value.__notes__
+    assert note.startswith("opero: 3 of 8 items of ")
+    assert note.endswith(f"were done; {STREAM}{KEEP}")
+
+
+def test_a_stream_that_is_interrupted_names_the_cache_only():
+    with pytest.raises(KeyboardInterrupt) as raised:
+        list(opmap(mode="serial", progress=False)(pressing(after=0)).stream(iter("ab")))
+    (note,) = raised.value.__notes__
+    assert note.startswith("opero: 0")
+    assert note.endswith(f"were done; {KEEP}")
+
+
+def test_a_map_with_a_cache_that_lasts_says_that_the_next_run_has_it(tmp_path):
+    cache = Cache(backend="disk", cache_dir=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt) as raised:
+        opmap(mode="serial", progress=False, cache=cache)(pressing(after=1))([1, 2])
+    (note,) = raised.value.__notes__
+    assert note.endswith("were done; the next run finds their results in the cache")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "file"])
+def test_a_terminal_is_told_what_is_waited_for(monkeypatch, stream, is_async):
+    monkeypatch.setattr("sys.stderr", stream())
+    waited = threading.Event()
+
+    def work(item):
+        press()
+        for _ in range(150 if stream is Terminal else 15):
+            if "waiting" in sys.stderr.getvalue():
+                waited.set()
+                break
+            time.sleep(0.1)
+
+    async def work_async(item):
+        work(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        opmap(mode="thread", workers=1, progress=False)(work_async if is_async else work).run([1])
+    assert waited.is_set() is (stream is Terminal)
+    told = "opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n"
+    assert sys.stderr.getvalue() == (told if stream is Terminal else "")

@@ -8,14 +8,19 @@ import math
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from opero.concurrency.progress import is_terminal
 from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
+
+# As long as this nobody asks what a program waits for.
+_LONG_SECONDS = 0.5
 
 
 @contextlib.contextmanager
@@ -59,6 +64,21 @@ def join_unless_left(threads: list[threading.Thread], is_left: Callable[[], bool
             thread.join(0.05)
 
 
+def telling(is_left: Callable[[], bool]) -> Callable[[], bool]:
+    """The same; a terminal is told what is waited for, and how not to, where it is asked for half a second."""
+    begun, has_told = time.monotonic(), False
+
+    def asked() -> bool:
+        nonlocal has_told
+        if not has_told and time.monotonic() - begun > _LONG_SECONDS:
+            has_told = True
+            if is_terminal(sys.stderr):
+                sys.stderr.write("opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n")
+        return is_left()
+
+    return asked
+
+
 async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
     """Run ``stop`` in a thread that ends with it; not interrupted by cancellation, which is passed on afterwards.
 
@@ -73,7 +93,7 @@ async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
     def run() -> None:
         error: BaseException | None = None
         try:
-            stop(lambda: is_left)
+            stop(telling(lambda: is_left))
         except BaseException as raised:  # noqa: BLE001 - raised again in the awaiting task
             error = raised
         # The loop of a map that was left may be closed by now.

@@ -28,7 +28,7 @@ from opero.core.interrupts import Hold, forget_earlier_interrupts
 from opero.core.showing import kind_of
 from opero.core.signature import find_by_name, own_signature
 from opero.exceptions import FailedItemsWarning
-from opero.utils.notes import Shortened, class_counts
+from opero.utils.notes import Shortened, add_note, class_counts
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -407,6 +407,9 @@ class _AwaitableMap(_Map[T, P, R, L]):
         try:
             return asyncio.run(self(items, *args, **kwargs))
         except KeyboardInterrupt as interrupt:
+            # It was a cancellation in the loop, which has been told what was done.
+            for note in getattr(interrupt.__context__, "__notes__", ()):
+                add_note(interrupt, note)
             forget_earlier_interrupts(interrupt)
             raise
 

@@ -153,7 +153,7 @@ def make_progress(progress: ProgressOption, name: str, total: int | None) -> Pro
     options: dict[str, Any] = {"desc": progress if isinstance(progress, str) else name, "total": total, "unit": "item"}
     if isinstance(progress, Mapping):
         options.update(progress)
-    if not (_is_in_notebook() or _is_terminal(sys.stderr) or options.get("disable", True) is False):
+    if not (_is_in_notebook() or is_terminal(sys.stderr) or options.get("disable", True) is False):
         return LoggedProgress(options["desc"])
     kind: Any = _bar_of_tqdm() if isinstance(progress, (bool, str, Mapping)) else progress
     while isinstance(kind, functools.partial):
@@ -186,7 +186,8 @@ def _is_in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-def _is_terminal(stream: Any) -> bool:
+def is_terminal(stream: Any) -> bool:
+    """Whether somebody sees at once what is written there."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError, OSError):  # something like a file, or a file that is closed

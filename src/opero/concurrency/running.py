@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.ctrl_c import telling
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
 from opero.concurrency.scheduler import Scheduler, Wake
 from opero.concurrency.sources import AsyncSource, IteratorSource
 from opero.core.interrupts import Hold
 from opero.core.steps import consult, consult_async
-from opero.utils.notes import shorten
+from opero.utils.notes import add_note, shorten
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -62,11 +63,13 @@ def _drive_blocking(run: Scheduler, inbox: BlockingInbox) -> Iterator[Outcome[An
 
 
 def _note_end(run: Scheduler | None, error: BaseException) -> None:
-    if isinstance(error, Exception):
+    if isinstance(error, (Exception, KeyboardInterrupt)):
         shorten(error)
-    elif run is not None and not isinstance(error, GeneratorExit):
+    if run is not None and not isinstance(error, (Exception, GeneratorExit)):
         # Something may be half done, and an event lost.
         run.is_sound = False
+        if type(error).__name__ in {"KeyboardInterrupt", "CancelledError"}:
+            add_note(error, run.story())
 
 
 def _tidy_up(run: Scheduler | None, inbox: BlockingInbox, hold: Hold) -> None:
@@ -78,7 +81,7 @@ def _tidy_up(run: Scheduler | None, inbox: BlockingInbox, hold: Hold) -> None:
         try:
             if not run.keeps_pool():
                 # Ctrl-C that comes again meanwhile leaves what cannot be ended.
-                run.pool.stop(lambda: bool(hold.pressed))
+                run.pool.stop(telling(lambda: bool(hold.pressed)))
         finally:
             inbox.close()
 

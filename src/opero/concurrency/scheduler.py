@@ -458,6 +458,15 @@ class Scheduler:
         """Whether it runs in the process that this one was forked from; then all of it belongs to that one."""
         return os.getpid() != self._process
 
+    def story(self) -> str:
+        """How much was done when the map was interrupted, and what keeps it next time."""
+        plan, whole = self._plan, "" if self._total is None else f" of {self._total}"
+        done = f"opero: {self.tally.finished}{whole} items of {plan.name} were done"
+        if plan.cache is not None and plan.cache.is_lasting:
+            return f"{done}; the next run finds their results in the cache"
+        stream = "" if isinstance(self._sink, StreamSink) else ".stream(items) hands out each that is done, "
+        return f"{done}; {stream}cache=True with cache_backend='disk' keeps their results for the next run"
+
     def steps(self) -> Generator[Wait | list[Consult] | deque[Outcome[Any, Any]], Any, None]:
         """Yields outcomes to hand out, what to ask the cache's store, and waits."""
         self.pool.start(self._inbox, most_batches=self._total, is_paced=self._plan.limit is not None)

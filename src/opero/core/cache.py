@@ -126,6 +126,11 @@ class ResultCache:
         with _lock:
             _caches.add(self)
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether entries outlast the process."""
+        return self._settings.backend != "memory"
+
     @cached_property
     def store(self) -> Store:
         """Where the entries live; of what outlives the process, opened at the first call."""
