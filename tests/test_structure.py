@@ -52,3 +52,17 @@ def test_a_call_that_succeeds_passes_the_wrapper_only():
 
     work()
     assert len(passed(work)) == 1
+
+
+def test_an_item_of_a_map_passes_few_functions_in_few_files():
+    """Those of the calling process; the first map of a program imports and prepares more than the second."""
+
+    @opero.opmap(progress=False)
+    def double(item):
+        return 2 * item
+
+    double([1])
+    functions = passed(lambda: double([2]))
+    assert double.stats.calls == 2
+    assert len(functions) <= 150
+    assert len({file for file, _ in functions}) <= 27

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.core.clock import clock, wait_really_async
 from opero.core.interrupts import Hold
@@ -18,22 +18,6 @@ if TYPE_CHECKING:
 
 # Whoever has to wait longer is woken and waits again.
 _LONGEST = 86_400.0
-
-
-class Inbox(Protocol):
-    """Where a running map finds events."""
-
-    def put(self, event: Any) -> None:
-        """Leave an event there, from any thread."""
-        ...
-
-    def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
-        """Call ``heard`` as long as there is something to read in ``pipe``, while the map waits."""
-        ...
-
-    def forget(self, pipe: Connection) -> None:
-        """Listen to it no longer; it is still open."""
-        ...
 
 
 class BlockingInbox:
@@ -47,13 +31,14 @@ class BlockingInbox:
         self._waits = False
 
     def put(self, event: Any) -> None:
-        """From any thread, and from a signal handler."""
+        """Leave an event there, from any thread, and from a signal handler."""
         self._events.put(event)
         if self._waits:
             self._waits = False
             self._ends[1].send_bytes(b"")
 
     def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
+        """Call ``heard`` as long as there is something to read in ``pipe``, while the map waits."""
         if not self._ends:
             # Half made, they would not be closed.
             with Hold():
@@ -62,6 +47,7 @@ class BlockingInbox:
         self._heard[pipe] = heard
 
     def forget(self, pipe: Connection) -> None:
+        """Listen to it no longer; it is still open."""
         self._heard.pop(pipe, None)
 
     def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
@@ -116,7 +102,7 @@ class AsyncInbox:
         self._ears: _ListeningThread | None = None
 
     def put(self, event: Any) -> None:
-        """From any thread."""
+        """Leave an event there, from any thread."""
         self._events.append(event)
         if threading.get_ident() == self._thread:
             self._arrived.set()
@@ -152,6 +138,9 @@ class AsyncInbox:
     def close(self) -> None:
         if self._ears is not None:
             self._ears.close()
+
+
+Inbox: TypeAlias = BlockingInbox | AsyncInbox
 
 
 class _ListeningThread:

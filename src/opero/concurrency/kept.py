@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from opero.core.forks import watch_forks
 from opero.core.interrupts import Hold
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from opero.concurrency.progress import ProgressOption
     from opero.concurrency.scheduler import Pool
     from opero.concurrency.worker import Work
-
-# The arguments before the item, those after it, those by keyword, and whether items are tuples of arguments.
-Arguments = tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any], bool]
 
 
 @dataclass(frozen=True)

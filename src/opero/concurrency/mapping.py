@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol
 
 from opero.concurrency.kept import KeptWorkers
 from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
+from opero.concurrency.worker import Shape
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
 from opero.core.interrupts import Hold, forget_earlier_interrupts
@@ -33,7 +34,7 @@ from opero.utils.notes import Shortened, add_note, class_counts
 if TYPE_CHECKING:
     from types import FrameType
 
-    from opero.concurrency.kept import Arguments, MapSettings
+    from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Sink
     from opero.core.control import LiveStats
     from opero.core.plan import CacheInfo, Plan
@@ -160,7 +161,7 @@ class _Map(Generic[T, P, R, L]):
             f"write opero.control(Class.{self.plan.name.rpartition('.')[2]}).stream(items), and so with run and one"
         )
 
-    def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Shape:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
         name = self.plan.name
         if self._is_starred and self.settings.batch_size is not None:
@@ -172,7 +173,7 @@ class _Map(Generic[T, P, R, L]):
         try:
             signature = own_signature(self.plan.function)
         except (ValueError, TypeError):  # of some builtins it is not known: they will complain themselves
-            return self._head, rest, kwargs, self._is_starred
+            return Shape(self._head, rest, kwargs, self._is_starred)
         try:
             if self._is_starred:
                 signature.bind_partial(*self._head, **kwargs)
@@ -182,7 +183,7 @@ class _Map(Generic[T, P, R, L]):
             hint = self._classmethod_hint() or self._starmap_hint(signature, rest, kwargs)
             msg = f"{name}() {error}{hint}"
             raise TypeError(msg) from None
-        return self._head, rest, kwargs, self._is_starred
+        return Shape(self._head, rest, kwargs, self._is_starred)
 
     def _starmap_hint(self, signature: inspect.Signature, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """What to write, if positional arguments are missing and no other thing is wrong."""
@@ -338,7 +339,7 @@ class _BlockingMap(_Map[T, P, R, L]):
         starred: _BlockingMap[tuple[Any, ...], ..., R, L] = self._with(_BlockingMap, _is_starred=True, unstarred=self)
         return starred
 
-    def _outcomes(self, items: Iterable[T], arguments: Arguments, sink: Sink) -> Iterator[Outcome[T, R]]:
+    def _outcomes(self, items: Iterable[T], shape: Shape, sink: Sink) -> Iterator[Outcome[T, R]]:
         self._check_items(items)
         if isinstance(items, AsyncIterable) and not isinstance(items, Iterable):
             got = f"{type(items).__qualname__}, an async iterable"
@@ -349,7 +350,7 @@ class _BlockingMap(_Map[T, P, R, L]):
             from opero.concurrency.running import run_blocking
 
         source: Iterator[Any] = map(self._row, items) if self._is_starred else iter(items)
-        return run_blocking(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
+        return run_blocking(self.plan, self.settings, shape, sink, items=source, total=self._total(items))
 
     def __opero_control__(self, head: tuple[Any, ...], /) -> BlockingMapControl[T, P, R, L]:
         return BlockingMapControl(self._bound_to(*head) if head else self)
@@ -449,7 +450,7 @@ class _AwaitableMap(_Map[T, P, R, L]):
         return starred
 
     def _outcomes(
-        self, items: Iterable[T] | AsyncIterable[T], arguments: Arguments, sink: Sink
+        self, items: Iterable[T] | AsyncIterable[T], shape: Shape, sink: Sink
     ) -> AsyncIterator[Outcome[T, R]]:
         self._check_items(items)
         from opero.concurrency.running import run_awaiting
@@ -459,7 +460,7 @@ class _AwaitableMap(_Map[T, P, R, L]):
             source = _mapped(self._row, items) if self._is_starred else aiter(items)
         else:
             source = map(self._row, items) if self._is_starred else iter(items)
-        return run_awaiting(self.plan, self.settings, arguments, sink, items=source, total=self._total(items))
+        return run_awaiting(self.plan, self.settings, shape, sink, items=source, total=self._total(items))
 
     def __opero_control__(self, head: tuple[Any, ...], /) -> AwaitableMapControl[T, P, R, L]:
         return AwaitableMapControl(self._bound_to(*head) if head else self)

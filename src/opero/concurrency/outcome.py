@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from opero.core.showing import brief, html_table
 from opero.core.signature import MISSING
@@ -145,26 +145,6 @@ class Results(list[R | D]):
         return html_table(f"{title}: {class_counts(errors)}", shown, rows)
 
 
-class Sink(Protocol):
-    """Takes the outcomes of a map in the order in which they happen."""
-
-    def put(self, outcome: Outcome[Any, Any]) -> None:
-        """One item has ended."""
-        ...
-
-    def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float, /) -> None:
-        """Consecutive items from ``start`` on have all succeeded at the first attempt."""
-        ...
-
-    def take(self) -> deque[Outcome[Any, Any]]:
-        """What can be handed to a consumer now."""
-        ...
-
-    def backlog(self) -> int:
-        """How many outcomes wait for an earlier one."""
-        ...
-
-
 class ListSink:
     """Gathers plain results for a call that returns a list."""
 
@@ -175,18 +155,22 @@ class ListSink:
         self._ordered = ordered
 
     def put(self, outcome: Outcome[Any, Any]) -> None:
+        """One item has ended; of all items that end, in any order."""
         if outcome.error is not None:
             self.failed[outcome.index if self._ordered else len(self.results)] = outcome
         value = outcome._value  # noqa: SLF001 - `result` would raise
         self._place(outcome.index, [outcome.error if value is MISSING else value])
 
     def put_results(self, start: int, _items: Sequence[Any], values: list[Any], _seconds: float, /) -> None:
+        """Consecutive items from ``start`` on have all succeeded at the first attempt."""
         self._place(start, values)
 
     def take(self) -> deque[Outcome[Any, Any]]:
+        """What can be handed to a consumer now."""
         return deque()
 
     def backlog(self) -> int:
+        """How many outcomes wait for an earlier one."""
         return 0
 
     def _place(self, start: int, values: list[Any]) -> None:
@@ -228,3 +212,6 @@ class StreamSink:
 
     def backlog(self) -> int:
         return len(self._early)
+
+
+Sink: TypeAlias = ListSink | StreamSink

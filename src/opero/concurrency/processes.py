@@ -241,12 +241,13 @@ class ProcessPool:
         self._work = work
         self._hooks = initializer, initargs, finalizer
         self._most_items = max_tasks_per_worker
-        self._threads = threads_per_worker or _default_threads(workers)
+        if threads_per_worker is None and not any(map(os.environ.get, THREAD_SETTINGS)):
+            threads_per_worker = max(1, (os.cpu_count() or 1) // workers)
+        self._threads = threads_per_worker
         self._name = name_of(work.function)
         self._size = self._most_workers = workers
-        start_method = start_method or _start_method_of_the_program()
-        self._method_is_given = start_method is not None
-        self._use(start_method or _default_start_method())
+        method, self._method_is_given = (start_method, True) if start_method else _start_method()
+        self._use(method)
         watch_forks(self)
         self._multi_pool: Any = None
         self._processes = Processes()
@@ -391,10 +392,12 @@ class ProcessPool:
         """As many as there are batches for that no other will take."""
         coming = sum(not worker.is_ready for worker in self._workers)
         wanted = self._size if self._is_paced else -(-len(self._pending) // self.at_once) - coming + len(self._workers)
-        wanted = min(wanted, self._size)
-        if len(self._workers) < wanted:
-            self._stay_safe()
-        while len(self._workers) < wanted:
+        missing = min(wanted, self._size) - len(self._workers)
+        if missing > 0 and self._method == "fork" and not self._method_is_given and _has_other_threads():
+            # Threads have come that may hold locks. What cannot be pickled can only be forked.
+            with contextlib.suppress(NotTransferableError):
+                self._use("forkserver")
+        for _ in range(missing):
             self._start_worker()
 
     def _start_worker(self) -> None:
@@ -429,22 +432,15 @@ class ProcessPool:
         # No array in memory that the program's own shared values have, too: a pipe to it can be passed on only once.
         self._marks = Arena(16 * self._most_workers)
         self._free_marks = list(range(2 * self._most_workers))
-        factory: Any = lambda nodes: self._processes  # noqa: ARG005, E731 - MultiPool calls it with nodes=
+        processes = self._processes
+        # Without this pool in it, which would have to wait for the garbage collector.
+        factory: Any = lambda nodes: processes  # noqa: ARG005, E731 - MultiPool calls it with nodes=
         self._multi_pool = MultiPool(pool_class=factory, nodes=self._size)
         self._multi_pool.__enter__()
 
     def _launch(self, pipe: Any, place: int) -> Any:
         args = pipe, self._marks, place, self._start
         return self._processes.start(self._context.Process(target=serve, args=args, daemon=True))
-
-    def _stay_safe(self) -> None:
-        """Fork no more once threads have come that may hold locks."""
-        if self._method != "fork" or self._method_is_given:
-            return
-        if foreign_threads() or has_native_threads():
-            # What cannot be pickled can only be forked.
-            with contextlib.suppress(NotTransferableError):
-                self._use("forkserver")
 
     def _worker_ended(self, worker: Worker) -> Any:
         # Before another worker has the memory in which they are marked.
@@ -469,18 +465,15 @@ class ProcessPool:
         while self._pending:
             free = [worker for worker in self._workers if worker.accepts(self._pending[0], self.at_once)]
             if not free:
-                break
-            self._send(min(free, key=lambda worker: len(worker.batches)), self._pending.popleft())
-        if self._pending:
-            self._start_workers()
-
-    def _send(self, worker: Worker, batch: Batch) -> None:
-        try:
-            data = self._packer.batch(batch)
-        except NotTransferableError as error:
-            self._inbox.put(not_run(batch, error))
-        else:
-            worker.send(batch, data)
+                self._start_workers()
+                return
+            worker, batch = min(free, key=lambda worker: len(worker.batches)), self._pending.popleft()
+            try:
+                data = self._packer.batch(batch)
+            except NotTransferableError as error:
+                self._inbox.put(not_run(batch, error))
+            else:
+                worker.send(batch, data)
 
     def _worker_reports(self, worker: Worker, payload: memoryview, *, is_last: bool) -> Any:
         report = unpack_report(payload[NUMBER.size :])
@@ -527,23 +520,22 @@ class ProcessPool:
         worker.pipe.close()
 
 
-def _start_method_of_the_program() -> str | None:
-    """What it has set by `multiprocessing.set_start_method`, if anything."""
+def _start_method() -> tuple[str, bool]:
+    """What the program has set by `multiprocessing.set_start_method`, and whether it has set anything.
+
+    Else ``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process.
+    """
     method = multiprocessing.get_start_method(allow_none=True)
     # The system's own need not have been set: it is noted, too, when a program makes a lock of multiprocessing.
-    return None if method == multiprocessing.get_all_start_methods()[0] else method
+    if method is not None and method != multiprocessing.get_all_start_methods()[0]:
+        return method, True
+    if sys.platform == "linux" and not _has_other_threads():
+        return "fork", False
+    return "spawn" if sys.platform == "win32" else "forkserver", False
 
 
-def _default_start_method() -> str:
-    """``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process."""
-    if sys.platform == "linux" and not foreign_threads() and not has_native_threads():
-        return "fork"
-    return "spawn" if sys.platform == "win32" else "forkserver"
-
-
-def _default_threads(workers: int) -> int | None:
-    """How many threads numeric libraries have in each worker, unless the program has set that for them."""
-    return None if any(map(os.environ.get, THREAD_SETTINGS)) else max(1, (os.cpu_count() or 1) // workers)
+def _has_other_threads() -> bool:
+    return bool(foreign_threads()) or has_native_threads()
 
 
 def _preload(module: str) -> None:

@@ -16,14 +16,15 @@ from opero.utils.notes import add_note, shorten
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from opero.concurrency.kept import Arguments, MapSettings
+    from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Outcome, Sink
     from opero.concurrency.sources import Source
+    from opero.concurrency.worker import Shape
     from opero.core.plan import Plan
 
 
 def run_blocking(
-    plan: Plan, settings: MapSettings, arguments: Arguments, sink: Sink, *, items: Iterator[Any], total: int | None
+    plan: Plan, settings: MapSettings, shape: Shape, sink: Sink, *, items: Iterator[Any], total: int | None
 ) -> Iterator[Outcome[Any, Any]]:
     """Run a map by blocking; yields what the sink hands out."""
     inbox = BlockingInbox()
@@ -32,7 +33,7 @@ def run_blocking(
     try:
         # The first one imports packages; and an idle pool that is taken must be given back.
         with Hold():
-            run = Scheduler(plan, settings, arguments=arguments, source=source, sink=sink, inbox=inbox, total=total)
+            run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
         yield from _drive_blocking(run, inbox)
     except BaseException as error:
         _note_end(run, error)
@@ -100,7 +101,7 @@ def has_running_loop() -> bool:
 async def run_awaiting(
     plan: Plan,
     settings: MapSettings,
-    arguments: Arguments,
+    shape: Shape,
     sink: Sink,
     *,
     items: Any,
@@ -114,7 +115,7 @@ async def run_awaiting(
     run: Scheduler | None = None
     try:
         with Hold():
-            run = Scheduler(plan, settings, arguments=arguments, source=source, sink=sink, inbox=inbox, total=total)
+            run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
         steps, events = run.steps(), None
         while True:
             try:

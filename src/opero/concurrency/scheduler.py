@@ -16,8 +16,8 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import Tally, make_progress
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from opero.concurrency.inbox import Inbox
-    from opero.concurrency.kept import Arguments, MapSettings
+    from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Sink
     from opero.concurrency.sources import Source
-    from opero.core.signature import ParameterSlot
+    from opero.concurrency.worker import Shape
     from opero.core.steps import Arrival
 
 # Items that wait for a retry; above this no new input is taken up.
@@ -63,70 +63,33 @@ STREAM_WINDOW = 10_000
 MOST_LOOKED_UP = 500
 
 
-class Shape:
-    """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``.
-
-    ``is_starred``: items are tuples of arguments, ``function(*head, *item, **kwargs)``.
-    """
-
-    __slots__ = ("head", "is_starred", "kwargs", "rest")
-
-    def __init__(
-        self,
-        head: tuple[Any, ...],
-        rest: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        is_starred: bool,  # noqa: FBT001 - the four of `opero.concurrency.kept.Arguments`
-    ) -> None:
-        self.head = head
-        self.rest = rest
-        self.kwargs = kwargs
-        self.is_starred = is_starred
-
-    def arguments(self, item: Any) -> tuple[Any, ...]:
-        return (*self.head, *item) if self.is_starred else (*self.head, item, *self.rest)
-
-    def without(self, slot: ParameterSlot) -> Shape:
-        """The same with None for one parameter, unless that is the item."""
-        place = -1 if slot.position is None else slot.position - len(self.head) - 1
-        if 0 <= place < len(self.rest):
-            return Shape(self.head, (*self.rest[:place], None, *self.rest[place + 1 :]), self.kwargs, self.is_starred)
-        if slot.keyword and slot.name in self.kwargs:
-            return Shape(self.head, self.rest, {**self.kwargs, slot.name: None}, self.is_starred)
-        return self
-
-
+@dataclass(slots=True, eq=False)
 class _Entry:
     """One item that is more than a place in a first batch."""
 
-    __slots__ = ("alone", "arrival", "attempt", "call", "flow", "index", "is_turn", "item", "losses", "retried")
-
-    def __init__(self, index: int, item: Any, call: Call) -> None:
-        self.index = index
-        self.item = item
-        self.call = call
-        self.flow: Flow | None = None
-        self.attempt: Attempt | None = None
-        self.arrival: Arrival | None = None
-        self.is_turn = False
-        self.alone = False
-        self.losses = 0
-        self.retried = False
+    index: int
+    item: Any
+    call: Call
+    flow: Flow | None = None
+    attempt: Attempt | None = None
+    arrival: Arrival | None = None
+    is_turn: bool = False
+    alone: bool = False
+    losses: int = 0
+    retried: bool = False
 
 
+@dataclass(slots=True, eq=False)
 class _ListEntry(_Entry):
     """One call for several items, of a function that takes lists.
 
     ``members`` are those that have no result yet, with the error that the last attempt gave for each, if any.
     """
 
-    __slots__ = ("members",)
-
-    def __init__(self, members: list[_Entry], call: Call) -> None:
-        super().__init__(members[0].index, None, call)
-        self.members: dict[_Entry, Exception | None] = dict.fromkeys(members)
+    members: dict[_Entry, Exception | None] = field(default_factory=dict)
 
 
+@dataclass(slots=True, eq=False)
 class Batch:
     """What is sent to a worker in one go.
 
@@ -137,32 +100,17 @@ class Batch:
     ``mark``: for workers of this process, see `worker.run_items`; it counts the ``reported`` ones, too.
     """
 
-    __slots__ = (
-        "alone",
-        "candidate",
-        "entries",
-        "is_last",
-        "items",
-        "losses",
-        "mark",
-        "reported",
-        "sent_at",
-        "start",
-        "time_limit",
-    )
-
-    def __init__(self, items: list[Any], start: int, entries: list[_Entry] | None = None, losses: int = 0) -> None:
-        self.items = items
-        self.start = start
-        self.entries = entries
-        self.candidate: Any = MISSING
-        self.time_limit: tuple[float, str] | None = None
-        self.alone = False
-        self.is_last = False
-        self.losses = losses
-        self.mark = [0]
-        self.reported = 0
-        self.sent_at = 0.0
+    items: list[Any]
+    start: int
+    entries: list[_Entry] | None = None
+    losses: int = 0
+    candidate: Any = MISSING
+    time_limit: tuple[float, str] | None = None
+    alone: bool = False
+    is_last: bool = False
+    mark: list[int] = field(default_factory=lambda: [0])
+    reported: int = 0
+    sent_at: float = 0.0
 
     def take_from(self, place: int) -> Batch:
         """Take the items from there on out of it, for another one."""
@@ -313,15 +261,11 @@ class Pool(Protocol):
         ...
 
 
-class Wait:
+class Wait(NamedTuple):
     """Step of a map: wait for events, at most so many seconds of opero's clock, or real ones; sent back: the events."""
 
-    __slots__ = ("is_real", "seconds")
-
-    def __init__(self, seconds: float | None, real_seconds: float | None, *, is_idle: bool) -> None:
-        # What a worker or another process does takes real time, in which no time is skipped.
-        self.is_real = real_seconds is not None or not is_idle
-        self.seconds = min((s for s in (seconds, real_seconds) if s is not None), default=None)
+    seconds: float | None
+    is_real: bool
 
 
 class _BatchSize:
@@ -369,7 +313,7 @@ class Scheduler:
     Args:
         plan: The policies.
         settings: The options of the map.
-        arguments: What all calls have in common.
+        shape: What all calls have in common.
         source: The input.
         sink: Where outcomes go.
         inbox: Where the driver of this scheduler finds events, from any thread.
@@ -381,14 +325,13 @@ class Scheduler:
         plan: Plan,
         settings: MapSettings,
         *,
-        arguments: Arguments,
+        shape: Shape,
         source: Source,
         sink: Sink,
         inbox: Inbox,
         total: int | None,
     ) -> None:
         plan = plan.bare if switches.is_disabled else plan
-        shape = Shape(*arguments)
         fallback = plan.fallback
         slot = None if fallback is None else parameter_slot(plan.function, fallback.parameter, "arg_fallback")
         # A worker is sent each candidate when it is its turn, and never all of them, which are often secrets.
@@ -526,12 +469,11 @@ class Scheduler:
 
     def _wait(self) -> Wait:
         """Until something comes back, or this wants to be asked again."""
-        is_idle = not self._sent
-        now = 0.0 if self._more_at_once or self._source.is_late else None
-        known = [seconds for seconds in (now, self._timers.due_in(), self._late_in()) if seconds is not None]
-        real = [self._real_timers.due_in(), None if is_idle else self._watches.due_in()]
-        real_seconds = min((seconds for seconds in real if seconds is not None), default=None)
-        return Wait(min(known, default=None), real_seconds, is_idle=is_idle)
+        due = [0.0 if self._more_at_once or self._source.is_late else None, self._timers.due_in(), self._late_in()]
+        really_due = [self._real_timers.due_in(), self._watches.due_in() if self._sent else None]
+        # What a worker or another process does takes real time, in which no time is skipped.
+        is_real = bool(self._sent) or really_due[0] is not None
+        return Wait(min((seconds for seconds in due + really_due if seconds is not None), default=None), is_real)
 
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
@@ -727,7 +669,8 @@ class Scheduler:
     def _call_for_many(self) -> None:
         members, self._gathered = self._gathered, []
         arguments = self._shape.arguments([member.item for member in members])
-        entry = _ListEntry(members, Call(arguments, self._shape.kwargs))
+        entry = _ListEntry(members[0].index, None, Call(arguments, self._shape.kwargs))
+        entry.members = dict.fromkeys(members)
         entry.call.index, entry.call.presence = entry.index, self.presence
         self._start_flow(entry, call_flow(self._call_plan, entry.call))
 

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.concurrency.worker import BATCH_SECONDS
 
@@ -18,33 +18,12 @@ if TYPE_CHECKING:
 _AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, bytes, lambda: range(0)))
 
 
-class Source(Protocol):
-    """Where the items come from."""
-
-    # What it has raised; there will be no more items then.
-    error: BaseException | None
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether there will be no more items."""
-        ...
-
-    @property
-    def is_late(self) -> bool:
-        """Whether what was taken since `start_turn` has taken so long that nothing more shall be taken."""
-        ...
-
-    def start_turn(self) -> None:
-        """The map has looked at its results."""
-        ...
-
-    def take(self, count: int) -> list[Any]:
-        """Up to ``count`` items; fewer, or none, if there are no more now."""
-        ...
-
-
 class IteratorSource:
-    """A plain iterator, pulled in the thread of whoever calls the map."""
+    """A plain iterator, pulled in the thread of whoever calls the map.
+
+    ``is_late``: what was taken since `start_turn` has taken so long that nothing more shall be taken. ``exhausted``:
+    there will be no more items. ``error``: what the iterator has raised; there will be no more items then.
+    """
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
@@ -55,11 +34,13 @@ class IteratorSource:
         self.error: BaseException | None = None
 
     def start_turn(self) -> None:
+        """The map has looked at its results."""
         self.is_late = False
         if not self._is_at_hand:
             self._turn_ends = time.monotonic() + BATCH_SECONDS
 
     def take(self, count: int) -> list[Any]:
+        """Up to ``count`` items; fewer, or none, if there are no more now."""
         taken: list[Any] = []
         try:
             if self._is_at_hand:
@@ -158,3 +139,6 @@ class AsyncSource:
     async def _close_iterator(self) -> None:
         if isinstance(self._iterator, AsyncGenerator):
             await self._iterator.aclose()
+
+
+Source: TypeAlias = IteratorSource | AsyncSource

@@ -13,7 +13,6 @@ from opero.core.steps import Attempt, raise_or_return, run_attempt_async
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.concurrency.scheduler import Shape
 
 # How long a batch should keep a worker busy. What takes longer than the second is reported before the next item begins;
 # what takes longer than the third is the last item of its batch.
@@ -23,6 +22,31 @@ LONG_SECONDS = 0.004
 
 # Results of these types are surely no awaitables.
 _PLAIN_RESULTS = frozenset({int, float, str, bytes, bool, list, tuple, dict, set, type(None)})
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What all calls of one map have in common: ``function(*head, item, *rest, **kwargs)``.
+
+    ``is_starred``: items are tuples of arguments, ``function(*head, *item, **kwargs)``.
+    """
+
+    head: tuple[Any, ...]
+    rest: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    is_starred: bool
+
+    def arguments(self, item: Any) -> tuple[Any, ...]:
+        return (*self.head, *item) if self.is_starred else (*self.head, item, *self.rest)
+
+    def without(self, slot: ParameterSlot) -> Shape:
+        """The same with None for one parameter, unless that is the item."""
+        place = -1 if slot.position is None else slot.position - len(self.head) - 1
+        if 0 <= place < len(self.rest):
+            return replace(self, rest=(*self.rest[:place], None, *self.rest[place + 1 :]))
+        if slot.keyword and slot.name in self.kwargs:
+            return replace(self, kwargs={**self.kwargs, slot.name: None})
+        return self
 
 
 TimeLimit = tuple[float, str]  # seconds, and the option that set them
