@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     Duration = float | timedelta
 
 
+def wrong_type(name: str, value: Any, instead: str) -> TypeError:
+    return TypeError(f"{name}={shown(value)} is {kind_of(value)}; write {instead}")
+
+
 def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        msg = f"{name}={shown(value)} is {kind_of(value)}; write True or False"
-        raise TypeError(msg)
+        raise wrong_type(name, value, "True or False")
     return value
 
 
@@ -39,8 +42,7 @@ def seconds_of(value: Any) -> Any:
 
 def check_number(name: str, value: Any, what: str, *, smallest: float, exclusive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        msg = f"{name}={shown(value)} is {kind_of(value)}; write a number of {what}"
-        raise TypeError(msg)
+        raise wrong_type(name, value, f"a number of {what}")
     if not _is_finite(value) or value < smallest or (exclusive and value == smallest):
         bound = "above" if exclusive else "of at least"
         msg = f"{name}={shown(value)} is out of range; write a finite number of {what} {bound} {smallest:g}"
@@ -57,8 +59,7 @@ def _is_finite(value: float) -> bool:
 
 def check_count(name: str, value: Any, what: str, *, smallest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"{name}={shown(value)} is {kind_of(value)}; write a whole number of {what}"
-        raise TypeError(msg)
+        raise wrong_type(name, value, f"a whole number of {what}")
     if value < smallest:
         msg = f"{name}={shown(value)} is out of range; write a whole number of {what}, {smallest} or more"
         raise ValueError(msg)
@@ -67,8 +68,7 @@ def check_count(name: str, value: Any, what: str, *, smallest: int) -> int:
 
 def check_text(name: str, value: Any, what: str) -> str:
     if not isinstance(value, str):
-        msg = f"{name}={shown(value)} is {kind_of(value)}; write {what} as text"
-        raise TypeError(msg)
+        raise wrong_type(name, value, f"{what} as text")
     if not value:
         msg = f"{name}='' is empty; write {what}"
         raise ValueError(msg)
@@ -77,8 +77,7 @@ def check_text(name: str, value: Any, what: str) -> str:
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str):
-        msg = f"{name}={shown(value)} is {kind_of(value)}; write one of {listed(choices)}"
-        raise TypeError(msg)
+        raise wrong_type(name, value, f"one of {listed(choices)}")
     if value not in choices:
         near = nearest(value, choices)
         hint = "" if near is None else f"did you mean {near!r}? "
@@ -92,8 +91,7 @@ def check_mapping(name: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        msg = f"{name}={shown(value)} is {kind_of(value)}; write a mapping of option names to values"
-        raise TypeError(msg)
+        raise wrong_type(name, value, "a mapping of option names to values")
     for key in value:
         if not isinstance(key, str):
             msg = f"{name} has a key {shown(key)}, which is {kind_of(key)}; write option names as text"

@@ -398,7 +398,7 @@ class _Layers:
             wait = waiting_until(lambda: self._gives_way(candidate), wait, is_turn=is_turn)
         taken = yield from (wait if passage is None else passage.waiting(wait))
         waited = clock.now() - asked
-        plan.stats.add_waited(waited)
+        plan.stats.waited.add(waited)
         if passage is not None and not passage.may_start():
             return CIRCUIT_OPEN
         if not taken:

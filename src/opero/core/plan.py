@@ -33,9 +33,9 @@ class CacheInfo(NamedTuple):
     currsize: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(repr=False, eq=False)
 class Plan:
-    """Frozen settings of one decorated function: one policy per layer, None where it is off."""
+    """The settings of one decorated function, which never change: one policy per layer, None where it is off."""
 
     function: Callable[..., Any]
     retry: RetryPolicy
@@ -55,10 +55,10 @@ class Plan:
     is_async: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", name_of(self.function))
-        object.__setattr__(self, "module", module_of(self.function))
-        object.__setattr__(self, "kind", kind_of(self.function))
-        object.__setattr__(self, "is_async", self.kind in {"async def", "async generator"})
+        self.name = name_of(self.function)
+        self.module = module_of(self.function)
+        self.kind = kind_of(self.function)
+        self.is_async = self.kind in {"async def", "async generator"}
 
     def __repr__(self) -> str:
         layers = ("cache", "total_timeout", "fallback", "breaker", "places", "limit", "attempt_timeout", "on_event")

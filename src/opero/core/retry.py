@@ -127,27 +127,13 @@ def _import_tenacity() -> None:
 
 
 class RetryPolicy:
-    """How many rounds, which errors, how long between.
+    """How many rounds, which errors, how long between: the options of `get_retry_decorator`, which are checked here.
 
     A failing call has a state of tenacity's of its own, ``call.retry_state``, which is made when it is first needed.
-
-    Args:
-        retries: Extra rounds after the first.
-        backoff_factor: By how much each delay is longer than the one before.
-        min_delay: Before the first retry.
-        max_delay: Which no delay exceeds.
-        jitter: Whether each delay is drawn from its upper half at random.
-        retry_on: What an error means.
-        retry_if_result: Whether to reject a result.
-        options: For `tenacity.Retrying`; these win.
 
     Attributes:
         watches_every_attempt: Whether results may be rejected, or tenacity's ``before`` is told of every attempt.
         tells_before: Whether it is.
-
-    Raises:
-        TypeError: If an option has the wrong type or is not known.
-        ValueError: If one is out of range, or cannot apply.
     """
 
     def __init__(

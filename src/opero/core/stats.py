@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass, fields
+from typing import Any
 
-from opero.core.forks import watch_forks
+from opero.core.forks import ForkSafeLock
 from opero.core.showing import html_table
 
 
@@ -39,35 +40,29 @@ class CallStats:
         return html_table("", list(counted), [counted.values()])
 
 
+# Held while counters are read; a thread can have it more than once: a signal handler may read them at any moment.
+_reading = ForkSafeLock(threading.RLock)
+
+
 class Counter:
-    """A counter whose `tick` is one C call: cheap, and exact under any number of threads.
+    """A counter whose `tick` is one C call: cheap, and exact under any number of threads."""
 
-    It is read under a lock that a thread can have more than once: a signal handler may read it at any moment.
-    """
-
-    __slots__ = ("_extra", "_lock", "_reads", "tick")
+    __slots__ = ("_extra", "_reads", "tick")
 
     def __init__(self) -> None:
         self.tick = itertools.count().__next__
-        self._lock = threading.RLock()
         self._reads = 0
-        self._extra = 0
+        self._extra: float = 0
 
-    def after_fork(self) -> None:
-        self._lock = threading.RLock()
-
-    def add(self, amount: int) -> None:
-        with self._lock:
+    def add(self, amount: float) -> None:
+        with _reading.lock:
             self._extra += amount
 
-    def value(self) -> int:
-        with self._lock:
+    def value(self) -> Any:
+        with _reading.lock:
             seen = self.tick() - self._reads + self._extra
             self._reads += 1
             return seen
-
-
-_COUNTED = ("attempts", "cache_errors", "direct", "failures", "fallbacks", "flown", "hits", "retries")
 
 
 class Stats:
@@ -76,8 +71,6 @@ class Stats:
     A call that goes straight to the function costs one tick (`direct`), a hit one (`hits`); `calls` and `attempts` are
     sums.
     """
-
-    __slots__ = (*_COUNTED, "__weakref__", "_lock", "_waited")
 
     def __init__(self) -> None:
         self.attempts = Counter()
@@ -88,23 +81,13 @@ class Stats:
         self.flown = Counter()
         self.hits = Counter()
         self.retries = Counter()
-        self._waited = 0.0
-        self._lock = threading.RLock()
-        watch_forks(self)
-
-    def after_fork(self) -> None:
-        self._lock = threading.RLock()
-        for name in _COUNTED:
-            getattr(self, name).after_fork()
-
-    def add_waited(self, seconds: float) -> None:
-        with self._lock:
-            self._waited += seconds
+        self.waited = Counter()
 
     def of_calls_for_many(self) -> Stats:
         """Counters of calls that are made for many items each: these attempts are counted here, and the calls not."""
-        made = _OfCallsForMany()
-        made.attempts, made.retries, made.fallbacks, made.items = self.attempts, self.retries, self.fallbacks, self
+        made = Stats()
+        made.attempts, made.retries, made.fallbacks = self.attempts, self.retries, self.fallbacks
+        made.waited = self.waited
         return made
 
     def snapshot(self) -> CallStats:
@@ -117,14 +100,5 @@ class Stats:
             fallbacks=self.fallbacks.value(),
             failures=self.failures.value(),
             cache_errors=self.cache_errors.value(),
-            waited=self._waited,
+            waited=float(self.waited.value()),
         )
-
-
-class _OfCallsForMany(Stats):
-    __slots__ = ("items",)
-
-    items: Stats
-
-    def add_waited(self, seconds: float) -> None:
-        self.items.add_waited(seconds)
