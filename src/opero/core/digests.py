@@ -68,7 +68,13 @@ def digest_of_spelled(spelled: Iterable[bytes]) -> bytes:
 
 def digest_of_plain(values: tuple[Any, ...]) -> bytes:
     """The digest of values that are all of exactly the `PLAIN_TYPES`, quickly."""
-    return blake2b(marshal.dumps(values, _MARSHAL_VERSION), digest_size=SIZE, person=b"plain").digest()
+    # Half of the time that a new one takes.
+    made = _PLAIN.copy()
+    made.update(marshal.dumps(values, _MARSHAL_VERSION))
+    return made.digest()
+
+
+_PLAIN = blake2b(digest_size=SIZE, person=b"plain")
 
 
 class _Bag:

@@ -11,22 +11,26 @@ REST_SECONDS = 5.0
 
 
 class Rest:
-    """Leaves a backend alone for a while after it failed, so that it costs time only once."""
+    """Leaves a backend alone for a while after it failed, so that it costs time only once.
+
+    Attributes:
+        error: Why; None while the backend is well.
+    """
 
     def __init__(self) -> None:
         self._until = 0.0
-        self._error: Exception | None = None
+        self.error: Exception | None = None
 
     def begin(self, error: Exception) -> None:
-        self._error = error
+        self.error = error
         self._until = clock.now() + REST_SECONDS
 
     def end(self) -> None:
-        self._error = None
+        self.error = None
 
     def reason(self) -> Exception | None:
         """Why the backend is left alone now; at the end of a rest one caller is let through to try."""
-        error = self._error
+        error = self.error
         if error is None:
             return None
         if clock.now() < self._until:

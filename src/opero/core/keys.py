@@ -1,9 +1,9 @@
 """Cache keys: the same for calls whose arguments a function could not tell apart, different for all others.
 
-A key of plain arguments (exactly int, bool, None, or text and bytes that are not long) is these with their classes, so
-that ``1`` and ``True`` are two; other arguments are in it by their digest, see `opero.core.digests`. In memory the
-instance that a method is called on is in it by its identity. No key runs code of the user's when it is looked up, and
-none keeps an object of the user's alive.
+Of arguments that are exactly int, or text that is not long, a key is these, or the only one of them; with a bool, None
+or bytes among them it is these with their classes, so that ``1`` and ``True`` are two; other arguments are in it by
+their digest, see `opero.core.digests`. In memory the instance that a method is called on is in it by its identity. No
+key runs code of the user's when it is looked up, and none keeps an object of the user's alive.
 """
 
 from __future__ import annotations
@@ -139,6 +139,8 @@ class KeyMaker:
         mark = object()
         # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
         self._namespace: dict[str, Any] = {
+            "_opero_int": int,
+            "_opero_str": str,
             "_opero_small": PLAIN_TYPES if digest else _SMALL,
             "_opero_texts": _TEXTS,
             "_opero_digest": digest_of_plain,
@@ -203,7 +205,10 @@ class KeyMaker:
 
 def _lines_for_plain_arguments(shape: Forwarding, names: tuple[str, ...]) -> list[str]:
     """Give the key if all arguments are plain, or all but the instance that a method is called on."""
-    lines = [f"if {_are_plain(names)}:", f"    return {_plain_key(names)}"]
+    lines = [
+        f"if {_all_are(_IS_BARE, names)}: return {names[0] if len(names) == 1 else _tuple(names)}",
+        f"elif {_all_are(_IS_PLAIN, names)}: return {_tuple(_with_classes(names))}",
+    ]
     if not names or names[0] != shape.names[0]:
         return lines
     owner, *others = names
@@ -212,23 +217,26 @@ def _lines_for_plain_arguments(shape: Forwarding, names: tuple[str, ...]) -> lis
         *lines,
         f"elif not ({owner}.__class__ in _opero_small):",
         f"    _opero_known = _opero_instances.get(_opero_id({owner}))",
-        f"    if {is_known} and {_are_plain(others)}:",
-        f"        return {_plain_key(others, '_opero_known, ')}",
+        f"    if {is_known}:",
+        f"        if {_all_are(_IS_BARE, others)}: return {_tuple(['_opero_known', *others])}",
+        f"        elif {_all_are(_IS_PLAIN, others)}: return {_tuple(['_opero_known', *_with_classes(others)])}",
     ]
 
 
-def _are_plain(names: Collection[str]) -> str:
-    return (
-        " and ".join(
-            f"({name}.__class__ in _opero_small or {name}.__class__ in _opero_texts and _opero_len({name}) < {_LONG})"
-            for name in names
-        )
-        or "True"
-    )
+_IS_BARE = f"({{0}}.__class__ is _opero_int or {{0}}.__class__ is _opero_str and _opero_len({{0}}) < {_LONG})"
+_IS_PLAIN = f"({{0}}.__class__ in _opero_small or {{0}}.__class__ in _opero_texts and _opero_len({{0}}) < {_LONG})"
 
 
-def _plain_key(names: Collection[str], head: str = "") -> str:
-    return f"({head}{''.join(f'{name}, ' for name in names)}{''.join(f'{name}.__class__, ' for name in names)})"
+def _all_are(test: str, names: Collection[str]) -> str:
+    return " and ".join(test.format(name) for name in names) or "True"
+
+
+def _with_classes(names: Collection[str]) -> list[str]:
+    return [*names, *(f"{name}.__class__" for name in names)]
+
+
+def _tuple(names: Collection[str]) -> str:
+    return f"({''.join(f'{name}, ' for name in names)})"
 
 
 def _other_key(function: Callable[..., Any], names: tuple[str, ...], mark: object | None) -> Callable[..., Any]:
@@ -259,7 +267,8 @@ def _other_key(function: Callable[..., Any], names: tuple[str, ...], mark: objec
             return digest_of_spelled(spelled)
         rest = values[1:]
         if all(_is_plain(value) for value in rest):
-            return (instance, *rest, *map(type, rest))
+            is_bare = all(type(value) in {int, str} for value in rest)
+            return (instance, *rest) if is_bare else (instance, *rest, *map(type, rest))
         return (instance, digest_of_spelled(spelled))
 
     return other_key

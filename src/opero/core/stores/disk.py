@@ -194,6 +194,7 @@ class DiskStore(LastingStore):
         self._size_limit = size_limit
         self._database: _Database | None = None
         self._reading: sqlite3.Connection | None = None
+        self._cursor: sqlite3.Cursor | None = None
         self._fetch: Any = None
         self._locks: KeyLocks | None = None
         # For writing, which may wait for other processes; readers have a lock of their own and wait for nobody.
@@ -241,31 +242,36 @@ class DiskStore(LastingStore):
         return self._policy == "fifo"
 
     def read(self, key: bytes) -> bytes | None:
-        row = self._select(key)
+        row = self._row(key)
         if row is None:
             return None
         mode, filename, value = row
-        try:
-            entry: bytes = (
-                value if mode == _MODE_RAW and filename is None and value.__class__ is bytes else self._fetch(*row)
-            )
-        except FileNotFoundError:
-            # Replaced or evicted by another process since.
-            return None
+        if mode == _MODE_RAW and filename is None and value.__class__ is bytes:
+            entry: bytes = value
+        else:
+            try:
+                entry = self._fetch(*row)
+            except FileNotFoundError:
+                # Replaced or evicted by another process since.
+                return None
         if not self.reads_only and self._database is not None:
             self._touch(key)
         return entry
 
-    def _select(self, key: bytes) -> Any:
-        reading = self._reading or self._open()
-        with self._reading_lock:
-            try:
-                return reading.execute(_SELECT, (key, clock.wall())).fetchone()
-            except sqlite3.ProgrammingError:
-                if reading is self._reading:
-                    raise
-        # Somebody has closed it since.
-        return self._select(key)
+    def _row(self, key: bytes) -> Any:
+        while True:
+            cursor = self._cursor
+            if cursor is None:
+                self._open()
+                continue
+            with self._reading_lock:
+                try:
+                    # One cursor for all: the row is the only one, after which SQLite lets go of the database.
+                    return cursor.execute(_SELECT, (key, clock.wall())).fetchone()
+                except sqlite3.ProgrammingError:
+                    if cursor is self._cursor:
+                        raise
+                    # Somebody has closed it since.
 
     def answer(self, requests: Sequence[Request]) -> list[Any]:
         self._open()
@@ -318,7 +324,7 @@ class DiskStore(LastingStore):
                 self._database = None
 
     def _disconnect(self) -> None:
-        reading, self._reading = self._reading, None
+        reading, self._reading, self._cursor = self._reading, None, None
         try:
             if self._database is not None:
                 self._database.close()
@@ -443,6 +449,7 @@ class DiskStore(LastingStore):
                 try:
                     with held_private_folder(self._root(), self._name, "cache_options={'cache_dir': …}") as folder:
                         self._reading = self._connected(folder)
+                        self._cursor = self._reading.cursor()
                 except UnsafeCacheError:
                     # It may have been exchanged while it was opened.
                     self._disconnect()

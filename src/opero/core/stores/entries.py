@@ -20,9 +20,11 @@ from typing import Any
 from opero.core.digests import UncacheableError, spelling_of
 from opero.core.steps import Failed
 
-_VERSION = b"o1"
-_CHECKSUM_AT, _ENDS_AT, _PAYLOAD_AT = 4, 8, 16
-_ENDS = struct.Struct("<d")
+_VERSION = b"o2"
+# Version and kind, checksum, end.
+_HEAD = struct.Struct(">4sId")
+_ENDS = struct.Struct(">d")
+_ENDS_AT, _PAYLOAD_AT = 8, 16
 _PICKLE_PROTOCOL = 5
 # What a few kilobytes could grow to when they are decompressed.
 MOST_BYTES = 2**28
@@ -40,6 +42,7 @@ class EntryFormat:
 
     def __init__(self, serializer: str = "pickle", *, compress: bool = False) -> None:
         self._serializer = serializer
+        self._reads_pickles = serializer != "json"
         self._compress = compress
 
     def dumps(self, value: Any, ends: float) -> bytes:
@@ -64,28 +67,30 @@ class EntryFormat:
         Raises:
             DamagedEntryError: If these are not bytes that `dumps` made, or a pickle where the serializer is JSON.
         """
-        checksum = zlib.crc32(memoryview(entry)[_ENDS_AT:]).to_bytes(4, "big")
-        if entry[:2] != _VERSION or entry[2:4] not in _KINDS or entry[_CHECKSUM_AT:_ENDS_AT] != checksum:
+        kind, checksum, ends = _HEAD.unpack_from(entry) if len(entry) >= _PAYLOAD_AT else (b"", 0, 0.0)
+        if kind not in _KINDS or zlib.crc32(memoryview(entry)[_ENDS_AT:]) != checksum:
             msg = "the entry is damaged, or was not written by this version of opero"
             raise DamagedEntryError(msg)
-        is_json = entry[2:3] == b"J"
-        if not is_json and self._serializer == "json":
+        payload: memoryview | bytes = memoryview(entry)[_PAYLOAD_AT:]
+        if kind == _PLAIN_PICKLE and self._reads_pickles:
+            return pickle.loads(payload), ends  # noqa: S301 - the folder is the user's alone; a redis server is trusted by whoever names it
+        is_json = kind[2:3] == b"J"
+        if not is_json and not self._reads_pickles:
             msg = "the entry is a pickle, which is never read with the serializer 'json'"
             raise DamagedEntryError(msg)
-        (ends,) = _ENDS.unpack_from(entry, _ENDS_AT)
-        payload = entry[_PAYLOAD_AT:]
-        if entry[3:4] == b"Z":
+        if kind[3:] == b"Z":
             payload = _decompressed(payload)
         if is_json:
-            return _of_json(payload.decode()), ends
-        value = pickle.loads(payload)  # noqa: S301 - the folder is the user's alone; a redis server is trusted by whoever names it
-        return (Failed(value) if entry[2:3] == b"E" else value), ends
+            return _of_json(str(payload, "utf-8")), ends
+        value = pickle.loads(payload)  # noqa: S301 - as above
+        return (Failed(value) if kind[2:3] == b"E" else value), ends
 
 
-_KINDS = frozenset({b"P-", b"PZ", b"J-", b"JZ", b"E-", b"EZ"})
+_KINDS = frozenset(_VERSION + kind for kind in (b"P-", b"PZ", b"J-", b"JZ", b"E-", b"EZ"))
+_PLAIN_PICKLE = _VERSION + b"P-"
 
 
-def _decompressed(payload: bytes) -> bytes:
+def _decompressed(payload: memoryview | bytes) -> bytes:
     decompressor = zlib.decompressobj()
     value = decompressor.decompress(payload, MOST_BYTES)
     if not decompressor.eof:

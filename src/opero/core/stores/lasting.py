@@ -48,11 +48,13 @@ class LastingStore(ABC):
         self._complaints.tell(error)
 
     def look_up(self, key: bytes) -> tuple[Any, float] | None:
-        if self.rest.reason() is not None:
+        rest = self.rest
+        if rest.error is not None and rest.reason() is not None:
             return None
         try:
             entry = self.read(key)
-            self.rest.end()
+            if rest.error is not None:
+                rest.end()
             return None if entry is None else self.fresh(entry)
         except UnsafeCacheError:
             return None
@@ -63,8 +65,9 @@ class LastingStore(ABC):
     def fresh(self, entry: bytes) -> tuple[Any, float] | None:
         """The value of an entry, as `look_up` gives it."""
         value, ends = self._format.loads(entry)
-        has_ended = ends != FOREVER and ends <= clock.wall()
-        return None if has_ended or value.__class__ is Failed else (value, FOREVER)
+        if value.__class__ is Failed or (ends != FOREVER and ends <= clock.wall()):
+            return None
+        return (value, FOREVER)
 
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         resting = self.rest.reason()

@@ -133,8 +133,9 @@ class MemoryStore:
         self._entries[key] = entry
         if entry[3] != FOREVER:
             heapq.heappush(self._ends, (entry[3], next(self._numbers), key))
-        if key and key[0].__class__ is Instance:
-            self._note_instance(key[0], key)
+        instance = _instance_in(key)
+        if instance is not None:
+            self._note_instance(instance, key)
         evicted = []
         while len(self._entries) > self._most:
             evicted.append(self._evict(key))
@@ -146,8 +147,9 @@ class MemoryStore:
     def _remove(self, key: Any) -> Entry | None:
         entry = self._entries.pop(key, None)
         self._uses.pop(key, None)
-        if key and key[0].__class__ is Instance:
-            _, keys = self._instances.get(key[0], (None, {}))
+        instance = _instance_in(key)
+        if instance is not None:
+            _, keys = self._instances.get(instance, (None, {}))
             keys.pop(key, None)
         return entry
 
@@ -211,6 +213,10 @@ class MemoryStore:
         _, keys = self._instances.pop(instance, (None, {}))
         removed = [self._remove(key) for key in list(keys)]
         del removed
+
+
+def _instance_in(key: Any) -> Instance | None:
+    return key[0] if key.__class__ is tuple and key and key[0].__class__ is Instance else None
 
 
 def _look(entries: OrderedDict[Any, Entry], _uses: dict[Any, int]) -> Callable[[Any], Entry | None]:
