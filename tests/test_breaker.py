@@ -1175,6 +1175,31 @@ def test_items_of_a_map_wait_for_no_longer_than_one_recovery(mode):
     assert CircuitOpenError in {type(outcome) for outcome in mode.run(mapped, range(3_000))}
 
 
+def left_by_its_caller(passages):
+    passages.pop().end()
+
+
+def left_to_the_garbage_collector(passages):
+    passages.clear()
+    gc.collect()
+
+
+@pytest.mark.parametrize("leave", [left_by_its_caller, left_to_the_garbage_collector])
+def test_those_who_wait_for_a_trial_hear_at_once_that_it_came_to_no_end(fake_clock, leave):
+    breaker = opero.Breaker(1, recovery=10)
+    breaker.open("value")
+    fake_clock.tick(10)
+    passages = [breaker.enter("value")]
+    arrival = breaker.trial_of(["value"], fake_clock.now() + 100, None).arrival
+    heard = threading.Event()
+    arrival.notify(heard.set)
+    assert not arrival.poll()
+    assert arrival.due_in() is None
+    leave(passages)
+    assert heard.is_set()
+    assert arrival.poll()
+
+
 # Too little time
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from opero.core.flow import Candidate
     from opero.core.per import Per
 
-# How often those who wait for a trial look whether one that is under way was lost.
-_LOOK_SECONDS = 1.0
 _FEWEST_TIDIED = 64
 _MOST_KEPT = 1_000
 
@@ -49,15 +47,18 @@ class _Circuit:
         passage = None if self._trial is None else self._trial()
         return None if passage is None or passage.is_over else passage
 
-    @trial.setter
-    def trial(self, passage: Passage | None) -> None:
-        self._trial = None if passage is None else weakref.ref(passage)
+    def put_on_trial(self, passage: Passage, when_lost: Callable[[], None]) -> None:
+        passage.is_trial = True
+        self._trial = weakref.ref(passage, lambda _: when_lost())
+
+    def forget_trial(self) -> None:
+        self._trial = None
 
     def admits(self, moment: float) -> bool:
         return self.trial_at is None or (moment >= self.trial_at and self.trial is None)
 
     def open(self, trial_at: float) -> None:
-        self.trial = None
+        self.forget_trial()
         self.trial_at = trial_at
 
     def tells_nothing(self, now: float, window: float | None) -> bool:
@@ -77,12 +78,12 @@ class Passage:
     To leave takes no lock: the garbage collector may do so, in a thread that holds it.
     """
 
-    __slots__ = ("__weakref__", "_breaker", "_value", "is_over", "is_shut", "wake", "watchers")
+    __slots__ = ("__weakref__", "_breaker", "_value", "is_over", "is_shut", "is_trial", "wake", "watchers")
 
     def __init__(self, breaker: Breaker, value: Any) -> None:
         self._breaker = breaker
         self._value = value
-        self.is_over = False
+        self.is_over = self.is_trial = False
         # The circuit opened before the attempt began.
         self.is_shut = False
         self.wake: Callable[[], None] | None = None
@@ -117,8 +118,14 @@ class Passage:
     def tell(self, *, failed: bool | None) -> str | None:
         """How the attempt ended; None if that says nothing of the service. Gives the circuit's state if it changed."""
         changed = None if failed is None else self._breaker.passed(self, failed=failed)
-        self.is_over = True
+        self.end()
         return changed
+
+    def end(self) -> None:
+        """The attempt is over, or will not be; others may make the trial that it was."""
+        self.is_over = True
+        if self.is_trial:
+            self._breaker.rouse_waiting()
 
 
 class Breaker:
@@ -171,7 +178,7 @@ class Breaker:
         self._watchers.clear()
         self._waiting.clear()
         for circuit in self._circuits.values():
-            circuit.trial = None
+            circuit.forget_trial()
 
     def admits(self, value: Any, *, after: float = 0.0) -> bool:
         """Whether an attempt with this candidate could go through, so many seconds from now."""
@@ -193,7 +200,7 @@ class Breaker:
             if circuit is not None and circuit.trial_at is not None:
                 if not circuit.admits(clock.now()):
                     return None
-                circuit.trial = passage
+                circuit.put_on_trial(passage, self.rouse_waiting)
             return passage
 
     def trial_in(self, values: Iterable[Any]) -> float | None:
@@ -286,6 +293,10 @@ class Breaker:
             log("WARNING", "a circuit is open, the next trial is in {}", duration(self.recovery))
         for passage in shut:
             passage.shut()
+        self.rouse_waiting()
+
+    def rouse_waiting(self) -> None:
+        """Let those who wait for a trial look again; the garbage collector may say so, in any thread."""
         for trial in list(self._waiting):
             trial.rouse()
 
@@ -344,9 +355,10 @@ class _Trial:
         return any(self._breaker.admits(value) for value in self._values) or self.is_late()
 
     def due_in(self) -> float | None:
-        # One that is under way may be lost without a word.
-        trial_in = self._breaker.trial_in(self._values) or _LOOK_SECONDS
-        return max(0.0, min(trial_in, self._deadline - clock.now()))
+        # How one ends that is under way is told.
+        trial_in = self._breaker.trial_in(self._values)
+        seconds = min(math.inf if trial_in is None else trial_in, self._deadline - clock.now())
+        return None if seconds == math.inf else max(0.0, seconds)
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self._wake = wake

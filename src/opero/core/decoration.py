@@ -184,7 +184,7 @@ class Decoration:
             self.count()
             return args, kwargs, passage, places, self._told(call_args, call_kwargs) if is_told else None
         if passage is not None:
-            passage.is_over = True
+            passage.end()
         if places is not None:
             places.give_back()
         return None
@@ -206,8 +206,11 @@ class Decoration:
         if places is not None:
             places.give_back()
         if passage is not None:
-            if outcome.__class__ is Failed or outcome is NOT_RUN:
+            if outcome.__class__ is Failed:
+                # The flow goes on with it, and tells.
                 passage.is_over = True
+            elif outcome is NOT_RUN:
+                passage.end()
             else:
                 passage.tell(failed=False)
         if self._learn is not None and outcome is not NOT_RUN:

@@ -241,7 +241,7 @@ class _Layers:
             return outcome if outcome.__class__ is _NoAttempt else self._judge(outcome, candidate, passage)
         finally:
             if passage is not None:
-                passage.is_over = True
+                passage.end()
             if self.place is not None:
                 self.place.leave()
                 self.place = None
