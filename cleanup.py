@@ -82,6 +82,8 @@ class Environment:
 DEVELOPMENT = Environment(".venv", extras=("redis", "aiomultiprocess"), groups=("test", "lint", "bench"))
 # Of its own, because what it holds is heavy, and nobody who only runs the tests needs it.
 WILD = Environment(".venv-wild", extras=("redis",), groups=("wild",))
+# Of its own, because both engines are large; named apart from the versions that the tests of executors need.
+CLUSTERS = Environment(".venv-clusters", extras=("dask", "ray"), groups=("clusters",))
 # The reference is made by importing what it is about, telemetry included.
 DOCS = Environment(".venv-docs", extras=("opentelemetry", "prometheus"), groups=("docs",))
 SITE = "docs/_build/html"
@@ -133,6 +135,18 @@ def wild(*arguments: str) -> int:
     return _pytest(WILD, "--override-ini", "testpaths=tests/wild", *arguments)
 
 
+def clusters(*arguments: str) -> int:
+    """Run the tests on clusters, in a network of their own; further arguments go to pytest."""
+    python = _python_of(CLUSTERS)
+    # Both engines listen on all interfaces that there are.
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        raise CleanupError("`unshare` is missing: it is of util-linux; the tests of clusters run on Linux only.")
+    alone = [unshare, "--net", *(["--map-root-user"] if os.geteuid() else [])]
+    own = ["--override-ini", "testpaths=tests/clusters", "--override-ini", "norecursedirs=.*"]
+    return _run(*alone, python, "-m", "pytest", *own, *arguments)
+
+
 def lint() -> int:
     """Run ruff, mypy and pyright, all of them even when one fails."""
     python = _python_of(DEVELOPMENT)
@@ -173,6 +187,9 @@ def status() -> int:
         "python": f"{sys.version.split()[0]} ({sys.executable})",
         ".venv": "fresh" if _is_fresh(DEVELOPMENT) else "missing or out of date: run `python cleanup.py venv`",
         ".venv-wild": "fresh" if _is_fresh(WILD) else "missing or out of date: `python cleanup.py wild` makes it",
+        ".venv-clusters": "fresh"
+        if _is_fresh(CLUSTERS)
+        else "missing or out of date: `python cleanup.py clusters` makes it",
         ".venv-docs": "fresh" if _is_fresh(DOCS) else "missing or out of date: `python cleanup.py docs` makes it",
         **{name: installed.get(name, "missing") for name in ("opero", *TOOLS)},
         "redis-server": shutil.which("redis-server") or "missing",
@@ -209,6 +226,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "soak": soak,
     "pythons": pythons,
     "wild": wild,
+    "clusters": clusters,
     "lint": lint,
     "docs": docs,
     "build": build,
@@ -217,7 +235,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "venv": venv,
     "install": install,
 }
-PASS_ARGUMENTS_ON = {"demo", "test", "soak", "wild", "bench"}
+PASS_ARGUMENTS_ON = {"demo", "test", "soak", "wild", "clusters", "bench"}
 
 
 def _try_wheel(extras: str) -> int:

@@ -1,7 +1,8 @@
 """Measure opero beside its peers, in one run, and print ratios.
 
-``python benchmarks/run.py [group …] [--repeat N]``; a group is ``calls``, ``caches``, ``limits``, ``maps`` or
-``imports``. Machines differ and are shared: trust the ratio to the peer in the same group, not a single time.
+``python benchmarks/run.py [group …] [--repeat N]``; a group is ``calls``, ``caches``, ``limits``, ``maps``, ``imports``
+or, only when it is asked for, ``clusters``, which needs both engines. Machines differ and are shared: trust the ratio
+to the peer in the same group, not a single time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 GROUPS = ("calls", "caches", "limits", "maps", "imports")
+# Those that need more than the others: they run when they are named.
+MORE_GROUPS = ("clusters",)
 
 # A benchmark measures once and gives seconds; the first of its table is what the others are compared with. A third part
 # of a table is the unit of what is measured, if that is not seconds.
@@ -27,12 +30,13 @@ Table = tuple[str, "Sequence[Row]"] | tuple[str, "Sequence[Row]", str]
 def main() -> None:
     """Run the chosen groups."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", default=GROUPS, help=f"any of {', '.join(GROUPS)} (default: all)")
+    more = f"(default: all but {', '.join(MORE_GROUPS)})"
+    parser.add_argument("groups", nargs="*", default=GROUPS, help=f"any of {', '.join(GROUPS + MORE_GROUPS)} {more}")
     parser.add_argument("--repeat", type=int, default=5, help="measurements of each row (default: 5)")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.groups) - set(GROUPS))
+    unknown = sorted(set(arguments.groups) - set(GROUPS + MORE_GROUPS))
     if unknown:
-        parser.error(f"unknown group {unknown[0]!r}; write any of {', '.join(GROUPS)}")
+        parser.error(f"unknown group {unknown[0]!r}; write any of {', '.join(GROUPS + MORE_GROUPS)}")
     sys.path.insert(0, str(Path(__file__).parent))
     for group in arguments.groups:
         for title, rows, *unit in importlib.import_module(f"bench_{group}").tables():

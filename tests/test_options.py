@@ -384,7 +384,7 @@ ONLY_OPERO_REFUSES = [
 ]
 
 PROCESS, ASYNC, ASYNC_PROCESS = {"mode": "process"}, {"mode": "async"}, {"mode": "async_process"}
-KNOWN_MODES = ("'process'", "'thread'", "'async'", "'async_process'", "'serial'")
+KNOWN_MODES = ("'process'", "'thread'", "'async'", "'async_process'", "'serial'", "'dask'", "'ray'")
 
 ONLY_OPMAP_REFUSES = [
     *(

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.concurrency.kept import MapSettings, PoolSource
 from opero.concurrency.mapping import make_map
 from opero.concurrency.progress import ProgressOption, check_progress
-from opero.core.checks import check_callable, check_choice, check_count, check_flag, check_known, check_mapping
+from opero.core.checks import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_flag,
+    check_known,
+    check_mapping,
+    check_number,
+    check_text,
+)
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import kind_of, listed, shown
@@ -64,13 +74,29 @@ def _serial_pool() -> _PoolClass:
     return lambda work, _workers: serial_pool(work)
 
 
+def _dask_pool() -> _PoolClass:
+    from opero.concurrency.dask import DaskPool
+
+    return DaskPool
+
+
+def _ray_pool() -> _PoolClass:
+    from opero.concurrency.ray import RayPool
+
+    return RayPool
+
+
 _POOLS: Mapping[str, Callable[[], _PoolClass]] = {
     "process": _process_pool,
     "thread": _thread_pool,
     "async": _task_pool,
     "async_process": _async_process_pool,
     "serial": _serial_pool,
+    "dask": _dask_pool,
+    "ray": _ray_pool,
 }
+# Modes whose cluster says how many workers there are, and what they need.
+_CLUSTERS: Mapping[str, str] = {"dask": "distributed", "ray": "ray"}
 _ASYNC_ONLY = ("async", "async_process")
 _HOOKS = ("initializer", "initargs", "finalizer")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
@@ -79,6 +105,8 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "async": (),
     "serial": (),
     "async_process": ("start_method", *_HOOKS, "max_tasks_per_worker", "threads_per_worker", "concurrency"),
+    "dask": ("client", "address", "resources", "priority", "restart_workers"),
+    "ray": ("address", "init", "num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy"),
 }
 
 
@@ -171,7 +199,7 @@ def check_mode(mode: Any) -> None:
 
 def _pool_maker(mode: Mode, workers: int | None, options: dict[str, Any]) -> Callable[[Work], Pool]:
     if isinstance(mode, str):
-        count = default_workers(mode) if workers is None else workers
+        count = default_workers(mode) if workers is None and mode not in _CLUSTERS else workers
         return lambda work: _POOLS[mode]()(work, count, **options)
 
     def make_executor_pool(work: Work) -> Pool:
@@ -201,12 +229,40 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
     for option, counted in _COUNTS.items():
         if option in options:
             check_count(f"pool_options[{option!r}]", options[option], counted, smallest=1)
-    if mode == "async_process":
+    if isinstance(mode, str):
+        _check_needed(mode, options)
+
+
+def _check_needed(mode: str, options: dict[str, Any]) -> None:
+    """The options of clusters, and whether the library is installed."""
+    if mode in _CLUSTERS:
+        _check_cluster_options(mode, options)
+    needed = {"async_process": "aiomultiprocess", **_CLUSTERS}.get(mode)
+    if needed is not None:
         import importlib.util
 
-        if importlib.util.find_spec("aiomultiprocess") is None:
-            msg = "mode='async_process' needs aiomultiprocess; install it with: pip install 'opero[aiomultiprocess]'"
+        if importlib.util.find_spec(needed) is None:
+            extra = mode if mode in _CLUSTERS else needed
+            msg = f"mode={mode!r} needs {needed}; install it with: pip install 'opero[{extra}]'"
             raise ImportError(msg)
+
+
+def _check_cluster_options(mode: str, options: dict[str, Any]) -> None:
+    for option in ("resources", "init", "runtime_env"):
+        if option in options:
+            check_mapping(f"pool_options[{option!r}]", options[option])
+    for option in ("num_cpus", "num_gpus", "memory"):
+        if option in options:
+            check_number(f"pool_options[{option!r}]", options[option], "what each call needs", smallest=0)
+    if "priority" in options:
+        check_number("pool_options['priority']", options["priority"], "the priority", smallest=-math.inf)
+    if "address" in options:
+        check_text("pool_options['address']", options["address"], "an address such as 'host:port'")
+    if "restart_workers" in options:
+        check_flag("pool_options['restart_workers']", options["restart_workers"])
+    if mode == "dask" and {"client", "address"} <= options.keys():
+        msg = "pool_options has 'client' and 'address', which say the same; leave one of them out"
+        raise ValueError(msg)
 
 
 def _check_initargs(options: dict[str, Any]) -> None:

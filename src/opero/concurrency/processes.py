@@ -297,7 +297,7 @@ class ProcessPool:
         rooms = [worker.room for worker in self._workers if len(worker.batches) < self.at_once and worker.room]
         return min(self.most_in_batch, self._most_items, *rooms)
 
-    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False) -> None:
+    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False, **_more: object) -> None:
         # A worker that imports an unguarded main module: by this mark multiprocessing itself would refuse to start
         # another process, with a traceback from each worker. The map that has started this one tells.
         if self._method != "fork" and getattr(multiprocessing.current_process(), "_inheriting", False):

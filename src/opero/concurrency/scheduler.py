@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import Tally, make_progress
-from opero.concurrency.worker import BATCH_SECONDS, LONG_SECONDS, Work
+from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, FAR_LONG_SECONDS, LONG_SECONDS, Work
 from opero.core.clock import clock
 from opero.core.flights import Presence
 from opero.core.flow import call_flow, item_flow
@@ -186,7 +186,10 @@ class Wake:
 
 
 class Pool(Protocol):
-    """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file."""
+    """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file.
+
+    One whose workers are on a cluster has ``is_far = True``: longer batches, and a second one for each of its slots.
+    """
 
     @property
     def largest_batch(self) -> int:
@@ -233,11 +236,11 @@ class Pool(Protocol):
         """
         ...
 
-    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool) -> None:
+    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool, patience: float | None) -> None:
         """Begin, or go on with the next map; events go to the ``inbox``.
 
         There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once,
-        and ``slots`` are those of workers that can.
+        and ``slots`` are those of workers that can. ``patience``: seconds that a call has in all.
         """
         ...
 
@@ -271,15 +274,17 @@ class Wait(NamedTuple):
 class _BatchSize:
     """How many items to send at once, learnt from how long they take and how large they are."""
 
-    __slots__ = ("now",)
+    __slots__ = ("_longest", "_seconds", "now")
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_far: bool) -> None:
         self.now = 1
+        self._seconds = FAR_BATCH_SECONDS if is_far else BATCH_SECONDS
+        self._longest = FAR_LONG_SECONDS if is_far else LONG_SECONDS
 
     def learn(self, done: Done) -> None:
         seconds = max(done.seconds / (done.batch.reported + len(done.values)), 1e-9)
         # What takes longer is run one by one.
-        fitting = BATCH_SECONDS / seconds if seconds < LONG_SECONDS else 1.0
+        fitting = self._seconds / seconds if seconds < self._longest else 1.0
         if done.size:
             fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
         self.now = max(1, min(int(fitting), self.now * 4))
@@ -366,7 +371,7 @@ class Scheduler:
             or plan.attempt_timeout is not None
             or plan.total_timeout is not None
         )
-        self._size = _BatchSize()
+        self._size = _BatchSize(is_far=self._is_far())
         # What is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
         without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
@@ -396,6 +401,9 @@ class Scheduler:
         self.failure: Exception | None = None
         self.tally = Tally(total=total)
 
+    def _is_far(self) -> bool:
+        return getattr(self.pool, "is_far", False)
+
     @property
     def is_inherited(self) -> bool:
         """Whether it runs in the process that this one was forked from; then all of it belongs to that one."""
@@ -412,7 +420,10 @@ class Scheduler:
 
     def steps(self) -> Generator[Wait | list[Consult] | deque[Outcome[Any, Any]], Any, None]:
         """Yields outcomes to hand out, what to ask the cache's store, and waits."""
-        self.pool.start(self._inbox, most_batches=self._total, is_paced=self._plan.limit is not None)
+        plan = self._plan
+        self.pool.start(
+            self._inbox, most_batches=self._total, is_paced=plan.limit is not None, patience=plan.total_timeout
+        )
         while True:
             if self._source.is_late:
                 # The input may take long again.
@@ -482,7 +493,8 @@ class Scheduler:
         while self._ready and not _may_start(self._ready[0]):
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
-        slots = self.pool.slots
+        # Where the way is far a second batch waits at each worker, unless calls have their times.
+        slots = self.pool.slots * (2 if self._is_far() and not self._one_at_a_time else 1)
         while slots and self._preparing:
             self._advance(self._preparing.popleft(), None)
         # While no worker is ready, the first item has to tell whether one is needed.

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BATCH_SECONDS = 0.02
 SLOW_SECONDS = 0.001
 LONG_SECONDS = 0.004
+# The first and the third for workers that are far away, on a cluster.
+FAR_BATCH_SECONDS = 0.1
+FAR_LONG_SECONDS = 0.02
 
 # Results of these types are surely no awaitables.
 _PLAIN_RESULTS = frozenset({int, float, str, bytes, bool, list, tuple, dict, set, type(None)})
@@ -90,12 +93,14 @@ class How:
     ``mark``: its first element is set to the number of items that have begun.
     ``tell``: is told of what has been done so far after each slow item, so that no crash can make it run twice.
     ``longest``: an item that takes longer is the last one; without ``tell``, one that is slow has to be.
+    ``seconds``: of a whole batch.
     """
 
     context: contextvars.Context | None = None
     mark: list[int] | memoryview = field(default_factory=lambda: [0])
     tell: Callable[[Report], None] | None = None
     longest: float = LONG_SECONDS
+    seconds: float = BATCH_SECONDS
 
 
 @dataclass(slots=True)
@@ -134,7 +139,7 @@ def run_items(
     errors: dict[int, Exception] = {}
     now = time.perf_counter
     started = latest = now()
-    ends = started + BATCH_SECONDS
+    ends = started + how.seconds
     try:
         for place, item in enumerate(items, 1):
             mark[0] = place

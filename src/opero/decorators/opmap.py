@@ -164,11 +164,13 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop),
               ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``)
               or ``"serial"`` (one item after the other in the calling thread, for debuggers and profilers; of
-              ``async def`` functions in this event loop). Or a `concurrent.futures.Executor`, which is used and left as
-              it is; or a function that makes one, which is made for each map, shut down at its end, and made anew when
-              it breaks.
-            - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100); of an executor, the
-              batches that are in it at the same time (default: as many as it has workers, if it tells; else CPUs).
+              ``async def`` functions in this event loop); on clusters ``"dask"`` (needs ``opero[dask]``) or ``"ray"``
+              (needs ``opero[ray]``), the one that is connected or one that is started. Or a
+              `concurrent.futures.Executor`, which is used and left as it is; or a function that makes one, which is
+              made for each map, shut down at its end, and made anew when it breaks.
+            - ``workers``: processes (default: CPUs), threads (CPUs + 4, at most 32) or tasks (100); of a cluster, the
+              most that are used at the same time (default: all); of an executor, the batches that are in it at the same
+              time (default: as many as it has workers, if it tells; else CPUs).
             - ``ordered`` (True): results in input order; else in order of completion.
             - ``progress`` (True): a tqdm bar on a terminal or in a notebook, red when items have failed; elsewhere a
               line in the log now and then; nothing in child processes. Text is its label; a mapping has options for
@@ -191,10 +193,13 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
               that is ended has a second for it. For processes also ``start_method``, ``max_tasks_per_worker`` (None:
               any number), the items after which one is replaced, and ``threads_per_worker`` (CPUs / workers), the
               threads of numeric libraries in each; with ``"async_process"`` also ``concurrency`` (16), the coroutines
-              in each process.
+              in each process. ``"dask"``: ``client`` or ``address``, ``resources``, ``priority``, ``restart_workers``;
+              ``"ray"``: ``address``, ``init`` (for `ray.init`) and, for each call, ``num_cpus``, ``num_gpus``,
+              ``memory``, ``resources``, ``runtime_env``, ``scheduling_strategy``.
 
-            ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``: the worker that
-            takes longer is killed and replaced.
+            ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``, ``"dask"`` and
+            ``"ray"``: the worker that takes longer is killed and replaced; on dask it is a child of the worker, or with
+            ``"restart_workers": True`` the worker itself.
 
     Raises:
         TypeError: When decorating: an unknown option, a wrong type, or a mode that does not fit the function.
@@ -219,7 +224,7 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         if settings.batch_size is not None:
             _check_takes_lists(decorated, options)
         policies: Any = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}
-        plan = make_plan(decorated, policies, killable=given["mode"] == "process")
+        plan = make_plan(decorated, policies, killable=given["mode"] in {"process", "dask", "ray"})
         return make_map(plan, settings, (opmap, options))
 
     if function is None:

@@ -1,0 +1,382 @@
+"""What the pools on clusters have in common: what goes to a worker, how it runs there, and what a dead one has left.
+
+A worker keeps a journal of each batch: how many of its items have begun, and the reports on those that were slow. That
+is a file on the worker's machine, so it outlives a worker that is killed, and whoever is still there reads it for the
+map: a crash is charged to the item that was running, without a message for each item that begins.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import itertools
+import mmap
+import os
+import shutil
+import stat
+import struct
+import tempfile
+import threading
+import time
+from collections import deque
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from uuid import uuid4
+
+from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
+from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
+from opero.concurrency.worker import (
+    FAR_BATCH_SECONDS,
+    FAR_LONG_SECONDS,
+    AsyncCaller,
+    How,
+    Report,
+    TimeLimit,
+    Work,
+    run_batch,
+)
+from opero.core.forks import ForkSafeLock
+from opero.core.signature import name_of
+from opero.exceptions import CallTimeoutError, OperoError
+from opero.utils.notes import add_note, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LARGEST_BATCH = 10_000
+# What a worker answers: reports, that it cannot load the work, or that something has ended the batch.
+REPORTS, BROKEN, ENDED = range(3)
+Answer: TypeAlias = tuple[int, Any]
+# How an item is run that has a time limit.
+RunLimited: TypeAlias = "Callable[[Work, list[Any], Any, TimeLimit, How], Report]"
+
+# Maps whose work a worker remembers.
+_MOST_REMEMBERED = 8
+# Journals that each thread of a worker keeps: the last reports may not have reached the map yet.
+_MOST_KEPT = 3
+_FOLDERS = "opero-worker-"
+# Those of workers that were killed are removed by others that start later than so.
+_STALE_SECONDS = 600.0
+_MARKS, _LENGTH = 16, struct.Struct("<Q")
+_STUCK = b"Timeout ("
+# A coroutine is cancelled when its time is up, and may need some to tidy up.
+UNHEEDED_SECONDS = 5.0
+
+
+class Found(NamedTuple):
+    """What a journal says: how many items have begun, the reports so far, and where one was whose time was up."""
+
+    begun: int
+    reports: list[bytes]
+    stuck: str
+
+
+# In the map
+
+
+class Parcels:
+    """Packs the batches of one map, and makes events of what became of them."""
+
+    def __init__(self, work: Work) -> None:
+        self._name = name_of(work.function)
+        self._packer = Packer(asks_for_main=True)
+        self._numbers = itertools.count()
+        self._map = uuid4().hex
+        self.packed = self._packer.work(work)
+        self.digest = blake2b(self.packed, digest_size=16).digest()
+
+    def name(self) -> str:
+        """Another one for each batch that is sent."""
+        return f"{self._map}-{next(self._numbers)}"
+
+    def pack(self, batch: Batch) -> bytes:
+        """Pickle a batch.
+
+        Raises:
+            NotTransferableError: If an item cannot be pickled.
+        """
+        return self._packer.batch(batch)
+
+    def opened(self, batch: Batch, answer: Answer, size: int) -> list[Any]:
+        """Events of what a worker has answered."""
+        kind, content = answer
+        if kind == BROKEN:
+            needs = f"it needs opero, and what {self._name} imports"
+            msg = f"a worker of the cluster cannot run {self._name}: {content}; {needs}"
+            return [Fatal(OperoError(msg))]
+        if kind == ENDED:
+            found, reason = content
+            return self.recovered(batch, found, reason)
+        report = merged(content)
+        if not report.values:
+            return [not_run(batch, report.errors[0])]
+        return [Done(batch, report.values, report.errors, report.seconds, max(size, sum(map(len, content))))]
+
+    def recovered(
+        self, batch: Batch, found: Found | None, reason: str, *, is_sure: bool = True, is_innocent: bool = False
+    ) -> list[Any]:
+        """Events of what a worker that is gone has left of a batch; of nothing, it has not begun, or is lost.
+
+        ``is_sure``: no other item can have ended the worker. ``is_innocent``: it was something else.
+        """
+        if found is None or (not found.begun and not found.reports):
+            return [Lost([batch], reason, at_once=True, innocent=[batch])]
+        events: list[Any] = []
+        if found.reports:
+            report = merged(found.reports)
+            events.append(Done(batch, report.values, report.errors, report.seconds, is_part=True))
+        if found.stuck:
+            seconds, option = batch.time_limit or (0.0, "")
+            error = CallTimeoutError(f"{self._name} was stopped: {option} left it {seconds:.3g} s")
+            add_note(error, f"in the worker:\n{found.stuck}")
+            events.append(Done(batch, [None], {0: error}, seconds))
+        elif is_innocent:
+            events.append(Lost([batch], reason, at_once=True, innocent=[batch]))
+        elif is_sure:
+            events.append(Lost([batch], reason, begun=found.begun))
+        else:
+            events.append(Lost([batch], reason, at_once=True, sure=False))
+        return events
+
+
+def merged(reports: list[bytes]) -> Report:
+    """One report of several that follow each other."""
+    whole = Report([], {}, 0.0)
+    for data in reports:
+        report = unpack_report(data)
+        whole.errors.update({len(whole.values) + place: error for place, error in report.errors.items()})
+        whole.values.extend(report.values)
+        whole.seconds = report.seconds
+    return whole
+
+
+# In the workers
+
+
+def run_parcel(
+    name: str, digest: bytes, fetch: Callable[[], bytes], payload: bytes, run_limited: RunLimited | None = None
+) -> Answer:
+    """Run one batch in a worker.
+
+    Args:
+        name: The name of its journal.
+        digest: The name of the map's work.
+        fetch: Gets the work, for a worker that does not have it.
+        payload: The batch.
+        run_limited: Runs an item that has a time limit; without it this process is ended when the time is up.
+    """
+    problem = load(digest, fetch)
+    if problem is not None:
+        return BROKEN, problem
+    work = _works.get(digest, fetch)
+    arrived = unpack_batch(payload)
+    if isinstance(arrived, Report):
+        return REPORTS, [pack_report(arrived)]
+    items, candidate, limit = arrived
+    journal = _latest.begin(name)
+    how = How(mark=journal.mark, tell=journal.add, longest=FAR_LONG_SECONDS, seconds=FAR_BATCH_SECONDS)
+    try:
+        if limit is None:
+            report = run_in_this_thread(work, items, candidate, limit, how)
+        elif run_limited is not None:
+            report = run_limited(work, items, candidate, limit, how)
+        else:
+            with _watchdog.watching(journal, limit[0] + UNHEEDED_SECONDS * work.is_async):
+                report = run_in_this_thread(work, items, candidate, limit, how)
+    except BaseException as error:  # noqa: BLE001 - as in process mode exit ends the item, but not this process
+        return ENDED, (Found(journal.mark[0], journal.reports, ""), describe(error))
+    journal.add(report)
+    return REPORTS, journal.reports
+
+
+def load(digest: bytes, fetch: Callable[[], bytes]) -> str | None:
+    """Load a map's work; tells why that cannot be done."""
+    try:
+        _works.get(digest, fetch)
+    except Exception as error:  # noqa: BLE001 - the map raises it
+        return describe(error)
+    return None
+
+
+def work_of(digest: bytes) -> Work | None:
+    """A map's work, if this worker has it."""
+    return _works.known(digest)
+
+
+def run_in_this_thread(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
+    """Run a batch; coroutines in the event loop that this thread has for all of them."""
+    caller = None
+    if work.is_async:
+        if not hasattr(_thread, "caller"):
+            _thread.caller = AsyncCaller()
+        caller = _thread.caller
+    return run_batch(work, items, candidate, limit, caller, how)
+
+
+_thread = threading.local()
+
+
+class _Works:
+    """The work of the latest maps."""
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        self._works: dict[bytes, Work] = {}
+
+    def known(self, digest: bytes) -> Work | None:
+        return self._works.get(digest)
+
+    def get(self, digest: bytes, fetch: Callable[[], bytes]) -> Work:
+        # Threads of one worker that begin together unpickle it once.
+        with self._lock.lock:
+            work = self._works.get(digest)
+            if work is None:
+                work = self._works[digest] = unpack_start(fetch())[0]
+                if len(self._works) > _MOST_REMEMBERED:
+                    del self._works[next(iter(self._works))]
+            return work
+
+
+_works = _Works()
+
+
+class Journal:
+    """What a batch has come to. Where no file can be written it is known as long as the worker lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.reports: list[bytes] = []
+        self.mark: Any = [0]
+        self.file: Any = None
+        self._path = path
+        with contextlib.suppress(OSError):
+            self.file = path.open("x+b", buffering=0)
+            self.file.write(bytes(_MARKS))
+            self._memory = mmap.mmap(self.file.fileno(), _MARKS)
+            # What is written there is in the file even if the process is killed.
+            self.mark = memoryview(self._memory).cast("Q")
+
+    def add(self, report: Report) -> None:
+        data = pack_report(report)
+        self.reports.append(data)
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.write(_LENGTH.pack(len(data)) + data)
+
+    def remove(self) -> None:
+        if self.file is not None:
+            if isinstance(self.mark, memoryview):
+                self.mark.release()
+                self._memory.close()
+            self.file.close()
+            self._path.unlink(missing_ok=True)
+
+
+class _Journals:
+    """The latest journals of this process, in a folder of its own."""
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        self._folder: Path | None = None
+        self._process = 0
+
+    def begin(self, name: str) -> Journal:
+        """Begin one, and remove the oldest of this thread."""
+        if not hasattr(_thread, "journals"):
+            _thread.journals = deque()
+        kept: deque[Journal] = _thread.journals
+        while len(kept) >= _MOST_KEPT:
+            kept.popleft().remove()
+        kept.append(Journal(self._own_folder() / name))
+        return kept[-1]
+
+    def _own_folder(self) -> Path:
+        with self._lock.lock:
+            if self._folder is None or self._process != os.getpid():
+                _remove_stale()
+                self._process = os.getpid()
+                # Only this user can read or write there.
+                self._folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDERS}{self._process}-"))
+                atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+            return self._folder
+
+
+_latest = _Journals()
+
+
+def recover(name: str) -> Found | None:
+    """Read a journal on this machine; None if there is none."""
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            return _read(memoryview((folder / name).read_bytes()))
+    return None
+
+
+def _read(data: memoryview) -> Found | None:
+    if len(data) < _MARKS:
+        return None
+    (begun,) = _LENGTH.unpack_from(data)
+    reports, place = [], _MARKS
+    while place + _LENGTH.size <= len(data):
+        (length,) = _LENGTH.unpack_from(data, place)
+        if place + _LENGTH.size + length > len(data):
+            break  # it was killed in the midst of writing it, or this is the watchdog's text
+        place += _LENGTH.size
+        reports.append(bytes(data[place : place + length]))
+        place += length
+    rest = bytes(data[place:])
+    return Found(begun, reports, rest.decode(errors="replace") if rest.startswith(_STUCK) else "")
+
+
+def _folders() -> Iterator[Path]:
+    """Folders of workers on this machine that belong to this user, and that nobody else can write to."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
+        with contextlib.suppress(OSError):
+            about = folder.lstat()
+            is_own = not hasattr(os, "geteuid") or about.st_uid == os.geteuid()
+            if stat.S_ISDIR(about.st_mode) and is_own and not about.st_mode & 0o022:
+                yield folder
+
+
+def _remove_stale() -> None:
+    for folder in _folders():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(folder.name.removeprefix(_FOLDERS).partition("-")[0])
+            if time.time() - folder.stat().st_mtime > _STALE_SECONDS and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Watchdog:
+    """Ends this process when the time of an item is up, even if it never lets another thread run.
+
+    That is done by `faulthandler`, whose timer needs no interpreter; it writes into the journal where the item was.
+    """
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        self._due: dict[Journal, float] = {}
+
+    @contextlib.contextmanager
+    def watching(self, journal: Journal, seconds: float) -> Iterator[None]:
+        with self._lock.lock:
+            self._due[journal] = time.monotonic() + seconds
+            self._wind_up()
+        try:
+            yield
+        finally:
+            with self._lock.lock:
+                del self._due[journal]
+                self._wind_up()
+
+    def _wind_up(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if self._due:
+            # Of several threads' the one that is due first.
+            journal = min(self._due, key=lambda each: self._due[each])
+            left = max(0.001, self._due[journal] - time.monotonic())
+            file = {} if journal.file is None else {"file": journal.file}
+            faulthandler.dump_traceback_later(left, exit=True, **file)
+
+
+_watchdog = _Watchdog()

@@ -1,0 +1,435 @@
+"""The pool of a ray cluster: one task for each batch, and a journal that tells what a dead worker was at."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from opero.concurrency.ctrl_c import in_own_thread
+from opero.concurrency.far import BROKEN, LARGEST_BATCH, Answer, Found, Parcels, load, recover, run_parcel
+from opero.concurrency.scheduler import Batch, Fatal, Wake, not_run
+from opero.core.forks import ForkSafeLock
+from opero.core.showing import shown
+from opero.core.signature import name_of
+from opero.exceptions import NotTransferableError, OperoError
+from opero.utils.logging import log
+from opero.utils.notes import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from opero.concurrency.inbox import Inbox
+    from opero.concurrency.worker import Work
+
+# Between two looks at the cluster: whether it is there, and how large it is.
+_LOOKING_SECONDS = 0.5
+# A connection that is not made within so long is not made at all; `ray.init` itself would try for minutes.
+_CONNECTING_SECONDS = 5.0
+# Without a node that has what the items need, a warning is given.
+_WARNING_SECONDS = 30.0
+# What ray kills ends within milliseconds.
+_ENDING_SECONDS = 5.0
+_WARMING_SECONDS = 0.2
+# Those of `ray.remote`, which go with every task.
+_OF_TASKS = ("num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy")
+
+
+class _Came(NamedTuple):
+    """The task of a batch has ended."""
+
+    batch: Batch
+    name: str
+    size: int
+    future: Any
+
+
+class _Searched(NamedTuple):
+    """All nodes were asked for the journal of a batch."""
+
+    batch: Batch
+    found: Found | None
+    reason: str
+
+
+class _Looked(NamedTuple):
+    """What the thread that looks after the cluster has to tell."""
+
+    error: Exception | None = None
+    warning: str | None = None
+
+
+class _Session:
+    """The ray of this process: the program's, or one that was started for maps and ends with the last of them."""
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        self._users = 0
+        self._is_own = False
+
+    def enter(self, address: str | None, init: Mapping[str, Any]) -> None:
+        import ray
+
+        with self._lock.lock:
+            if ray.is_initialized() and not self._is_own:
+                if address is not None or init:
+                    named = "'address'" if address is not None else "'init'"
+                    msg = f"pool_options[{named}] cannot apply: ray is initialised already, and is used; leave it out"
+                    raise OperoError(msg)
+            elif not ray.is_initialized():
+                _start(address, init)
+                self._is_own = True
+            self._users += 1
+
+    def leave(self) -> None:
+        import ray
+
+        with self._lock.lock:
+            self._users -= 1
+            if not self._users and self._is_own:
+                self._is_own = False
+                ray.shutdown()
+
+
+_session = _Session()
+
+
+def _start(address: str | None, init: Mapping[str, Any]) -> None:
+    import ray
+
+    given = address if address is not None else init.get("address")
+    if isinstance(given, str) and ":" in given:
+        host, _, port = given.removeprefix("ray://").rpartition(":")
+        _check_reachable([(host.strip("[]"), int(port))] if port.isdecimal() else [])
+    # Its dashboard would listen on a port that nobody has asked for.
+    defaults = {"include_dashboard": False, "logging_level": "WARNING"}
+    try:
+        context = ray.init(**{**defaults, **({} if address is None else {"address": address}), **init})
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        msg = f"ray cannot be started or reached for a map: {describe(error)}"
+        raise OperoError(msg) from error
+    url = getattr(context, "dashboard_url", None)
+    if url:
+        log("INFO", "the dashboard of ray is at http://{}", url)
+
+
+def _check_reachable(addresses: list[tuple[str, int]]) -> None:
+    for host, port in addresses:
+        try:
+            socket.create_connection((host, port), _CONNECTING_SECONDS).close()
+        except OSError as error:
+            msg = f"ray is away: nothing answers at {host}:{port} ({describe(error)})"
+            raise OperoError(msg) from error
+
+
+class RayPool:
+    """Runs batches as tasks of ray; engine retries are off, and a worker that is stuck ends itself."""
+
+    largest_batch = LARGEST_BATCH
+    is_far = can_rest = True
+    kill = begun = None
+
+    def __init__(
+        self,
+        work: Work,
+        workers: int | None,
+        *,
+        address: str | None = None,
+        init: Mapping[str, Any] | None = None,
+        **of_tasks: Any,
+    ) -> None:
+        self._name = name_of(work.function)
+        self._workers = workers
+        self._address, self._init = address, dict(init or {})
+        self._options = of_tasks
+        # In a list, so that only workers which lack it fetch it.
+        self._work: list[Any] = []
+        self._deliver: Callable[[Any], None] = lambda _event: None
+        self._parcels = Parcels(work)
+        self._in_flight: dict[Batch, Any] = {}
+        self._searching: set[Any] = set()
+        # Nodes that are alive, and how many items of this map they can run at the same time.
+        self._nodes: list[dict[str, Any]] = []
+        self._capacity = 0
+        # Workers that have loaded the work; None where calls have no times, and nobody waits for that.
+        self._warm: int | None = None
+        self._has_begun = self._is_away = False
+        self._over = threading.Event()
+        self._looking = threading.Thread(target=self._look, name="opero-ray", daemon=True)
+
+    @property
+    def slots(self) -> int:
+        if not self._has_begun:
+            return 1 if self._warm is None else 0
+        slots = self._capacity if self._workers is None else min(self._workers, self._capacity)
+        return slots if self._warm is None else min(slots, self._warm)
+
+    def start(
+        self, inbox: Inbox, *, is_paced: bool = False, patience: float | None = None, **_about_the_map: Any
+    ) -> None:
+        self._deliver = inbox.put
+        self._patience = patience
+        if not is_paced:
+            self._warm = None
+        elif self._warm is None:
+            self._warm = 0
+            if self._has_begun:
+                self._warm_up()
+
+    def prepare(self) -> None:
+        """Let workers load the work, for calls that take no slot before one of them has."""
+        if not self._has_begun:
+            self._begin()
+
+    def rest(self) -> None:
+        """Tasks have ended; what is told of the cluster is of no interest."""
+        self._deliver = lambda _event: None
+
+    def submit(self, batch: Batch) -> None:
+        if not self._has_begun:
+            self._begin()
+        try:
+            payload = self._parcels.pack(batch)
+        except NotTransferableError as error:
+            self._deliver(not_run(batch, error))
+            return
+        name = self._parcels.name()
+        reference = self._task.remote(name, self._parcels.digest, self._work, payload)
+        self._in_flight[batch] = reference
+        reference.future().add_done_callback(lambda done: self._deliver(_Came(batch, name, len(payload), done)))
+
+    def receive(self, event: Any) -> Any:
+        if isinstance(event, _Came):
+            return self._first(self._came(event))
+        if isinstance(event, _Searched):
+            return self._first(self._parcels.recovered(*event))
+        if isinstance(event, _Looked):
+            if event.warning is not None:
+                warnings.warn(event.warning, RuntimeWarning, stacklevel=2)
+            return Wake() if event.error is None else Fatal(event.error)
+        return event
+
+    def take_on(self, work: Work) -> None:
+        self._parcels = Parcels(work)
+        self._warm = None
+        if self._has_begun:
+            self._share()
+
+    def stop(self, is_left: Callable[[], bool]) -> None:
+        """Withdraw what waits, kill what runs, and end a ray that was started here."""
+        if not self._has_begun:
+            return
+        self._has_begun = False
+        self._over.set()
+        try:
+            if not self._is_away:
+                self._cancel_all(is_left)
+        finally:
+            self._in_flight.clear()
+            self._searching.clear()
+            self._work = []
+            if self._looking.is_alive():
+                self._looking.join()
+            _session.leave()
+
+    async def stop_async(self) -> None:
+        await in_own_thread(self.stop)
+
+    def _cancel_all(self, is_left: Callable[[], bool]) -> None:
+        import ray
+
+        ended = [reference.future() for reference in self._in_flight.values()]
+        for reference in self._in_flight.values():
+            # A finished one is left alone.
+            with contextlib.suppress(Exception):
+                ray.cancel(reference, force=True)
+        ends = time.monotonic() + _ENDING_SECONDS
+        while not all(future.done() for future in ended) and time.monotonic() < ends and not is_left():
+            time.sleep(0.005)
+
+    # The cluster
+
+    def _begin(self) -> None:
+        import ray
+
+        _session.enter(self._address, self._init)
+        self._has_begun = True
+        context = ray.get_runtime_context()
+        self._own_node = context.get_node_id()
+        host, _, port = context.gcs_address.rpartition(":")
+        self._head = (host, int(port))
+        # A worker that has died is a failed attempt of opero's, not one of ray's; one with a GPU serves many batches.
+        options = {"max_retries": 0, "name": f"opero: {self._name}", **self._options}
+        self._task = ray.remote(max_calls=0)(run_on_ray).options(**options)
+        self._load = ray.remote(max_calls=0)(load_on_ray).options(**options)
+        self._share()
+        self._see()
+        self._looking.start()
+        if self._warm is not None:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        for _ in range(max(1, min(self._workers or self._capacity, self._capacity))):
+            reference = self._load.remote(self._parcels.digest, self._work)
+            reference.future().add_done_callback(self._warmed_up)
+
+    def _share(self) -> None:
+        import ray
+
+        self._work = [ray.put(self._parcels.packed)]
+
+    def _see(self) -> bool:
+        """Look at the nodes; tells whether there is room for more or less than before."""
+        import ray
+
+        before = self._capacity
+        self._nodes = [node for node in ray.nodes() if node["Alive"]]
+        needs = {
+            "CPU": 1 if self._options.get("num_cpus") is None else self._options["num_cpus"],
+            "GPU": self._options.get("num_gpus"),
+            "memory": self._options.get("memory"),
+            **(self._options.get("resources") or {}),
+        }
+        self._capacity = sum(_room(node["Resources"], needs) for node in self._nodes)
+        return self._capacity != before
+
+    def _look(self) -> None:
+        """In a thread: ray itself says late or never that it is away, and then ends this process."""
+        idle_since: float | None = None
+        has_warned = False
+        while not self._over.wait(_LOOKING_SECONDS):
+            try:
+                _check_reachable([self._head, *self._own_raylet()])
+                if self._see():
+                    self._deliver(_Looked())
+            except Exception as error:  # noqa: BLE001 - whatever it is, the map shall know
+                self._is_away = True
+                away = error if isinstance(error, OperoError) else OperoError(f"ray is away: {describe(error)}")
+                self._deliver(_Looked(away))
+                return
+            if self._capacity:
+                idle_since = None
+                continue
+            idle_since = idle_since or time.monotonic()
+            waited = time.monotonic() - idle_since
+            lacking = f"no node of the ray cluster has what {self._name} needs ({_named(self._options)})"
+            if self._patience is not None and waited > self._patience:
+                self._deliver(_Looked(OperoError(f"{lacking}, for {self._patience:g} s")))
+                return
+            if waited > _WARNING_SECONDS and not has_warned:
+                has_warned = True
+                self._deliver(_Looked(warning=f"{lacking}; the map waits for one"))
+
+    def _own_raylet(self) -> list[tuple[str, int]]:
+        return [
+            (node["NodeManagerAddress"], node["NodeManagerPort"])
+            for node in self._nodes
+            if node["NodeID"] == self._own_node
+        ]
+
+    def _warmed_up(self, future: Any) -> None:
+        error = future.exception()
+        answer = None if error is not None else future.result()
+        if answer is not None:
+            self._deliver(self._parcels.opened(Batch([], 0), (BROKEN, answer), 0)[0])
+        else:
+            # If it was killed, the next one will do.
+            self._warm = (self._warm or 0) + 1
+            self._deliver(Wake())
+
+    # Batches
+
+    def _first(self, events: list[Any]) -> Any:
+        for event in events[1:]:
+            self._deliver(event)
+        return events[0] if events else None
+
+    def _came(self, came: _Came) -> list[Any]:
+        from ray import exceptions
+
+        if self._in_flight.pop(came.batch, None) is None:
+            return []
+        gone = (
+            exceptions.WorkerCrashedError,
+            exceptions.OutOfMemoryError,
+            exceptions.NodeDiedError,
+            exceptions.LocalRayletDiedError,
+            exceptions.ObjectLostError,
+            exceptions.TaskCancelledError,
+            exceptions.TaskUnschedulableError,
+        )
+        try:
+            answer = came.future.result()
+        except gone as error:
+            self._search(came.batch, came.name, describe(error))
+            return []
+        except Exception as error:  # noqa: BLE001 - not the function's, which are in the reports
+            msg = (
+                f"ray cannot run {self._name}: {describe(error)}; its workers need opero, and what {self._name} imports"
+            )
+            refused = OperoError(msg)
+            refused.__cause__ = error
+            return [Fatal(refused)]
+        return self._parcels.opened(came.batch, answer, came.size)
+
+    def _search(self, batch: Batch, name: str, reason: str) -> None:
+        """Ask all nodes for the journal: ray does not tell on which of them a task was."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        left = len(self._nodes)
+        found: list[Found] = []
+        lock = threading.Lock()
+
+        def heard(future: Any) -> None:
+            nonlocal left
+            answer = None if future.exception() is not None else future.result()
+            with lock:
+                left -= 1
+                found.extend([] if answer is None else [answer])
+                is_last = not left
+            if is_last:
+                self._deliver(_Searched(batch, found[0] if found else None, reason))
+
+        reader = ray.remote(recover)
+        if not left:
+            self._deliver(_Searched(batch, None, reason))
+        environment = {k: v for k, v in self._options.items() if k == "runtime_env"}
+        for node in list(self._nodes):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            reference = reader.options(num_cpus=0, scheduling_strategy=there, **environment).remote(name)
+            self._searching.add(reference)
+            reference.future().add_done_callback(heard)
+
+
+def _room(has: Mapping[str, float], needs: Mapping[str, float | None]) -> int:
+    """How many tasks a node can run at the same time."""
+    rooms = [int(has.get(kind, 0) // need) for kind, need in needs.items() if need]
+    return min(rooms) if rooms else int(has.get("CPU", 0))
+
+
+def _named(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={shown(options[name])}" for name in _OF_TASKS[:4] if options.get(name)) or "one CPU"
+
+
+# In the workers
+
+
+def run_on_ray(name: str, digest: bytes, work: list[Any], payload: bytes) -> Answer:
+    """One batch, in a task."""
+    import ray
+
+    return run_parcel(name, digest, lambda: ray.get(work[0]), payload)
+
+
+def load_on_ray(digest: bytes, work: list[Any]) -> str | None:
+    """Load the work before there is something to do; tells why that cannot be done."""
+    import ray
+
+    problem = load(digest, lambda: ray.get(work[0]))
+    # Others shall not be loaded by the same worker.
+    time.sleep(_WARMING_SECONDS)
+    return problem
