@@ -81,6 +81,8 @@ def family_of(*pids: int) -> Family:
 
 def end_family(family: Family) -> None:
     """End those of them that are left, by force if they have not ended a second later."""
+    if not family:  # always on Windows, which has no SIGKILL either
+        return
     for order in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + GRACE_SECONDS
         left = _left_of(family)

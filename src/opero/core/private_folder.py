@@ -26,7 +26,8 @@ def folder_of_user(find: Callable[[], Path]) -> Path:
         found = find()
     except RuntimeError:
         found = Path()
-    return found if found.is_absolute() else Path(tempfile.gettempdir()) / f"opero-{os.geteuid()}" / found.name
+    user = f"-{os.geteuid()}" if hasattr(os, "geteuid") else ""  # on Windows each has temporary folders of their own
+    return found if found.is_absolute() else Path(tempfile.gettempdir()) / f"opero{user}" / found.name
 
 
 def private_folder(root: Path, name: str, option: str, *, with_files: bool = True) -> Path:

@@ -76,7 +76,8 @@ class _Bytes(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
             return 0, _MODE_RAW, None, sqlite3.Binary(value)
         name, path = self._new_file()
         try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            # On Windows a descriptor is of a text file, unless one asks.
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
             with open(file, "wb") as opened:  # noqa: PTH123 - it is a descriptor
                 opened.write(value)
         except BaseException:
@@ -332,9 +333,9 @@ class DiskStore(LastingStore):
             if reading is not None:
                 reading.close()
 
-    def __del__(self) -> None:
-        # Left open, SQLite's connections warn when they are collected.
-        with contextlib.suppress(Exception):
+    def __del__(self, suppress: Any = contextlib.suppress) -> None:
+        # Left open, SQLite's connections warn when they are collected; at the end of a program, when globals are gone.
+        with suppress(Exception):
             self.close()
 
     def _answer_one(self, request: Request, kept: dict[int, Any]) -> Any:
