@@ -374,8 +374,8 @@ class Scheduler:
         self._size = _BatchSize(is_far=self._is_far())
         # What is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
-        without_flow = plan.cache is None and plan.limit is None and plan.first_attempt_is_direct
-        self._direct = without_flow and self._list_size is None and not is_listened_to(plan)
+        is_asked = plan.asks_first or plan.cache is not None or is_listened_to(plan)
+        self._direct = not (is_asked or self._one_at_a_time or self._list_size is not None)
         self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
         self._ready: deque[_Entry] = deque()
         # Parts of first batches that their workers did not begin.

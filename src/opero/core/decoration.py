@@ -309,15 +309,11 @@ class Decoration:
 
     def _looked(self) -> None:
         """From now on, let first attempts be made without a flow where no policy needs one."""
-        plan = self.plan
         self._has_looked = True
-        if plan.retry.watches_every_attempt:
-            return
         # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
-        is_timed = plan.is_async and self._seconds is not None
-        asked = (plan.fallback, plan.breaker, plan.places, plan.limit, plan.on_event)
-        self.is_quick = True
-        self.is_direct = not is_timed and all(policy is None for policy in asked)
+        is_timed = self.plan.is_async and self._seconds is not None
+        self.is_quick = not self.plan.needs_flow
+        self.is_direct = not is_timed and not self.plan.asks_first
 
     def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """A generator that has begun, and its first item; None and its result if it has ended without one."""

@@ -66,12 +66,15 @@ class Plan:
         return f"<plan of {self.name}: {', '.join([f'{self.retry.retries} retries', *policies])}>"
 
     @property
-    def first_attempt_is_direct(self) -> bool:
-        """Whether, apart from cache and rate limit, nothing has to be decided before the function runs first."""
-        is_timed = self.attempt_timeout is not None or self.total_timeout is not None
-        is_asked = self.fallback is not None or self.breaker is not None or self.places is not None
-        is_asked = is_asked or self.retry.watches_every_attempt
-        return not (is_timed or is_asked or self.on_event is not None)
+    def needs_flow(self) -> bool:
+        """Whether a layer decides about first attempts that only the flow asks (`Decoration._first` asks the others)."""
+        return self.retry.watches_every_attempt
+
+    @property
+    def asks_first(self) -> bool:
+        """Whether any layer decides about first attempts, apart from the cache and time limits."""
+        asked = (self.fallback, self.breaker, self.places, self.limit, self.on_event)
+        return self.needs_flow or any(layer is not None for layer in asked)
 
     @property
     def bare(self) -> Plan:
