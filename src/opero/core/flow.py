@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from opero.core.breaker import Passage
-    from opero.core.fallback import FallbackOverParameter
     from opero.core.limits.places import Place
     from opero.core.rate_limit import FunctionLimit
     from opero.core.steps import Await
@@ -160,10 +159,7 @@ class _Layers:
     def retry(self) -> Flow:
         """One round after another until one succeeds or no other may follow."""
         plan, call = self.plan, self.call
-        if plan.fallback is None:
-            self.candidates = [Candidate(call.args, call.kwargs)]
-        else:
-            self._find_candidates(plan.fallback)
+        self._find_candidates()
         while True:
             if plan.retry.tells_before:
                 plan.retry.tell_before(plan, call)
@@ -185,8 +181,11 @@ class _Layers:
             del outcome
             yield Pause(wait)
 
-    def _find_candidates(self, fallback: FallbackOverParameter) -> None:
-        call, limit = self.call, self.plan.limit
+    def _find_candidates(self) -> None:
+        call, fallback, limit = self.call, self.plan.fallback, self.plan.limit
+        if fallback is None:
+            self.candidates = [Candidate(call.args, call.kwargs)]
+            return
         values = enumerate(fallback.values(call))
         self.candidates = [Candidate(*fallback.arguments(call, v), v, place) for place, v in values]
         if limit is not None and len(self.candidates) > 1:

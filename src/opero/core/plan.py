@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def needs_flow(self) -> bool:
-        """Whether a layer decides about first attempts that only the flow asks (`Decoration._first` asks the others)."""
+        """Whether a layer decides about first attempts that only the flow asks; `Decoration._first` asks the others."""
         return self.retry.watches_every_attempt
 
     @property

@@ -366,14 +366,7 @@ async def await_arrival_async(arrival: Arrival) -> None:
         arrival.withdraw()
 
 
-def _pause(step: Pause) -> None:
-    if clock.sleep is not None and not step.is_real:
-        clock.sleep(step.seconds)
-    elif step.seconds:
-        time.sleep(step.seconds)
-
-
-def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - a frame more would shorten recursions
+def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR0912 - more frames shorten recursions
     """Carry out a flow by blocking."""
     sent: Any = None
     try:
@@ -393,7 +386,10 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - a
                     if token is not None:
                         leading.reset(token)
             elif isinstance(step, Pause):
-                _pause(step)
+                if clock.sleep is not None and not step.is_real:
+                    clock.sleep(step.seconds)
+                elif step.seconds:
+                    time.sleep(step.seconds)
             elif isinstance(step, Consult):
                 try:
                     (sent,) = consult([step])
