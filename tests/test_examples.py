@@ -16,8 +16,7 @@ def test_an_example_is_short_enough_to_be_read_and_listed(example):
     readme = (EXAMPLES / "README.md").read_text()
 
     assert f"]({example.name})" in readme
-    if example.stem not in {"llm_batch", "web_service"}:  # of which half is the service that they ask
-        assert len(example.read_text().splitlines()) < 120
+    assert len(example.read_text().splitlines()) < 120
 
 
 @pytest.mark.parametrize("world", [[], ["--async"]], ids=["threads", "tasks"])
