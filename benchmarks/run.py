@@ -1,8 +1,8 @@
 """Measure opero beside its peers, in one run, and print ratios.
 
-``python benchmarks/run.py [group …] [--repeat N]``; a group is ``calls``, ``caches``, ``limits``, ``maps``, ``imports``
-or, only when it is asked for, ``clusters``, which needs both engines. Machines differ and are shared: trust the ratio
-to the peer in the same group, not a single time.
+``python benchmarks/run.py [group …] [--repeat N] [--plot FOLDER]``; a group is ``calls``, ``caches``, ``limits``,
+``maps``, ``imports`` or, only when it is asked for, ``clusters``, which needs both engines. Machines differ and are
+shared: trust the ratio to the peer in the same group, not a single time.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> None:
     more = f"(default: all but {', '.join(MORE_GROUPS)})"
     parser.add_argument("groups", nargs="*", default=GROUPS, help=f"any of {', '.join(GROUPS + MORE_GROUPS)} {more}")
     parser.add_argument("--repeat", type=int, default=5, help="measurements of each row (default: 5)")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw an SVG of each table into this folder")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.groups) - set(GROUPS + MORE_GROUPS))
     if unknown:
@@ -40,11 +41,16 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     for group in arguments.groups:
         for title, rows, *unit in importlib.import_module(f"bench_{group}").tables():
-            show(title, rows, arguments.repeat, *unit)
+            times = show(title, rows, arguments.repeat, *unit)
+            if arguments.plot is not None:
+                from plots import draw
+
+                command = f"python benchmarks/run.py {group} --repeat {arguments.repeat} --plot …"
+                draw(title, times, lambda amount, unit=unit: _shown(amount, *unit), command, arguments.plot)
 
 
-def show(title: str, rows: Sequence[Row], repeat: int, unit: str = "s") -> None:
-    """Measure a table, the rows in turn so that all share the machine's moods, and print it."""
+def show(title: str, rows: Sequence[Row], repeat: int, unit: str = "s") -> dict[str, list[float]]:
+    """Measure a table, the rows in turn so that all share the machine's moods, print it, and return the times."""
     times: dict[str, list[float]] = {name: [] for name, _ in rows}
     for _ in range(repeat):
         for name, measure in rows:
@@ -54,9 +60,10 @@ def show(title: str, rows: Sequence[Row], repeat: int, unit: str = "s") -> None:
     for name, seconds in times.items():
         middle = median(seconds)
         print(f"  {name:42} {_shown(middle, unit):>12} {_shown(min(seconds), unit):>12} {middle / base:8.2f}")
+    return times
 
 
-def _shown(amount: float, unit: str) -> str:
+def _shown(amount: float, unit: str = "s") -> str:
     return _time(amount) if unit == "s" else f"{amount:.3g} {unit}"
 
 
