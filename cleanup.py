@@ -35,11 +35,19 @@ LINTERS = (("ruff", "check"), ("ruff", "format", "--check"), ("mypy",), ("pyrigh
 OLDEST_PYTHON = (3, 11)
 # What differs between versions of Python would show in these.
 SMOKE_TESTS = (
+    "tests/test_cache.py",
     "tests/test_control.py",
     "tests/test_detection.py",
+    "tests/test_function_identity.py",
+    "tests/test_generators.py",
+    "tests/test_interrupts.py",
+    "tests/test_kept_pools.py",
     "tests/test_layers.py",
     "tests/test_overload.py",
+    "tests/test_serial.py",
+    "tests/test_signals.py",
     "tests/test_starmap.py",
+    "tests/test_timeouts.py",
 )
 SOAK_SECONDS = 600
 NO_TESTS = 5  # pytest's exit code where none was selected

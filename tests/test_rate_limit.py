@@ -1052,6 +1052,7 @@ class TestForks:
         fake_clock.tick(3600)
         assert [ticket.poll() for ticket in tickets] == [True, False, False, False, False]
 
+    @pytest.mark.soak
     def test_a_child_forked_at_any_moment_does_not_hang(self):
         limiter = RateLimiter(10_000)
         stop = threading.Event()
@@ -1233,6 +1234,7 @@ def test_waiters_that_cannot_look_hold_the_others_up_only_for_a_moment():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["plain", "waiting", "per value"])
 @pytest.mark.usefixtures("no_garbage_of_others")
+@pytest.mark.soak
 def test_ctrl_c_at_any_moment_stops_nobody_else(how):
     limiter = RateLimiter(20_000 if how == "waiting" else 1e9, max_burst=1)
     call = (lambda: limiter.per_value.of("key").take_now()) if how == "per value" else limiter.acquire

@@ -932,6 +932,7 @@ def test_what_a_resting_stream_has_under_way_is_not_waited_for(mode):
 # Python cannot raise what interrupts a destructor or a hook of the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("no_garbage_of_others")
+@pytest.mark.soak
 def test_ctrl_c_at_any_moment_leaves_no_run_that_others_would_wait_for():
     @cached
     def f(x):

@@ -229,7 +229,7 @@ def test_the_files_of_workers_that_have_ended_are_closed_at_once(mode, options):
 
 # Who is charged
 
-IDLE_KILLS = 20
+IDLE_KILLS = 5
 
 
 def living_workers(before):
