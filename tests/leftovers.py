@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
+# Threads that serve all caches of a program, and end by themselves or with it.
+CACHE_THREADS = ("opero-cache", "opero-leases")
 HELPERS = ("forkserver import main", "resource_tracker")
 
 
@@ -52,7 +54,12 @@ def descendants(ancestor: int | None = None) -> dict[int, str]:
 
 def surroundings() -> tuple[dict[int, str], list[str]]:
     """What a map may not leave behind: processes and threads."""
-    return descendants(), sorted(thread.name for thread in threading.enumerate())
+    return descendants(), threads()
+
+
+def threads() -> list[str]:
+    """The names of the threads that a map may not leave behind."""
+    return sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith(CACHE_THREADS))
 
 
 @contextlib.contextmanager

@@ -49,6 +49,12 @@ def until(condition):
         time.sleep(0.001)
 
 
+def assert_limited(starts, rate, *, since):
+    """None came before its slot was due; later, where the machine was busy, several may come at once."""
+    for number, start in enumerate(sorted(starts)):
+        assert start - since >= 0.9 * number / rate
+
+
 async def note_turns(turns):
     """Add to the list, until cancelled, at each turn of the event loop: 200 in a second in which nothing blocks it."""
     while True:

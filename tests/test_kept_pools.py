@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from leftovers import threads
 
 from conftest import World
 from opero import WorkerCrashedError, opmap
@@ -47,10 +48,10 @@ def children() -> set[int]:
 @pytest.fixture(autouse=True)
 def clean_surroundings():
     """Every test here is also a test that no process and no thread is left."""
-    before = children(), {thread.name for thread in threading.enumerate()}
+    before = children(), threads()
     yield
     # The system takes a moment to end a process that was told to.
-    wait_until(lambda: (children(), {thread.name for thread in threading.enumerate()}) == before)
+    wait_until(lambda: (children(), threads()) == before)
 
 
 class Keeping:

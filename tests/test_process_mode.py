@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from leftovers import threads
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
 from opero.concurrency import process_worker, scheduler
@@ -122,7 +123,7 @@ def children() -> dict[int, str]:
 
 
 def surroundings() -> tuple[dict[int, str], list[str]]:
-    return children(), sorted(thread.name for thread in threading.enumerate())
+    return children(), threads()
 
 
 @pytest.fixture(autouse=True)
