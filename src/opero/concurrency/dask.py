@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.far import (
     BROKEN,
+    ENDED,
     LARGEST_BATCH,
     UNHEEDED_SECONDS,
     Answer,
@@ -366,7 +367,10 @@ class DaskPool:
     def _gone(self, gone: _Gone) -> None:
         worker = self._workers.pop(gone.address, None)
         if worker is not None and worker.batches:
-            self._spawn(self._search(self._client, worker, gone.is_expected))
+            host = _host_of(worker.address)
+            beside = [other.address for other in self._workers.values() if _host_of(other.address) == host]
+            reader = worker.nanny or next(iter(beside), None)
+            self._spawn(self._search(self._client, worker, reader, is_expected=gone.is_expected))
 
     def _searched(self, searched: _Searched) -> list[Any]:
         """Charge the item that was running, if it was the only one; what was stuck explains all the others."""
@@ -420,13 +424,12 @@ class DaskPool:
             if len(packed) > _MOST_BYTES_ALONG:
                 worker.work = await client.scatter(packed, workers=[worker.address], hash=False)
             await self._nanny_is_ready(client, worker)
-            future = self._submit(client, worker, f"{self._parcels.name()}", load_on_dask, self._parcels.digest)
+            name = self._parcels.name()
+            future = self._submit(client, worker, name, load_on_dask, self._parcels.digest)
             process, problem = await client.gather(future)
+            del self._futures[name]
         except Exception as error:  # noqa: BLE001 - it may have left again; else the map shall know
-            if (
-                client.status == "running"
-                and worker.address in (await client.scheduler.identity(n_workers=-1))["workers"]
-            ):
+            if await _has_worker(client, worker.address):
                 self._deliver(_Joined(worker, "", describe(error)))
         else:
             self._deliver(_Joined(worker, process, problem))
@@ -461,7 +464,8 @@ class DaskPool:
         return future
 
     async def _run(self, client: Any, batch: Batch, worker: _Worker, name: str, payload: bytes) -> None:
-        answer = error = None
+        answer: Answer | None = None
+        error: Exception | None = None
         try:
             sent: Any = payload
             if len(payload) > _MOST_BYTES_ALONG:
@@ -474,15 +478,20 @@ class DaskPool:
             if self._is_over:
                 raise
         except Exception as raised:  # noqa: BLE001 - told apart below
-            error = None if _tells_of_a_death(raised) or client.status != "running" else raised
+            error = raised
         finally:
             self._futures.pop(name, None)
         if client.status != "running":
             self._away()
+        elif answer is None and not await _has_worker(client, worker.address):
+            # That is told, too.
+            error = None
+        elif answer is None and (error is None or _is_withdrawn(error)):
+            answer, error = (ENDED, (None, "somebody has cancelled its task")), None
         self._deliver(_Came(batch, answer, len(payload), error))
 
-    async def _search(self, client: Any, worker: _Worker, is_expected: bool) -> None:  # noqa: FBT001 - a plain fact
-        """Let the nanny of a worker that is gone read the journals of its batches."""
+    async def _search(self, client: Any, worker: _Worker, reader: str | None, *, is_expected: bool) -> None:
+        """Let the nanny of a worker that is gone, or a worker beside it, read the journals of its batches."""
         for name in worker.batches.values():
             if name in self._futures:
                 # Else dask would run it if a worker came to the same address.
@@ -490,9 +499,9 @@ class DaskPool:
                     await client.cancel([self._futures[name]], force=True)
         found: dict[Batch, Found | None] = dict.fromkeys(worker.batches)
         with contextlib.suppress(Exception):
-            if worker.nanny is not None:
+            if reader is not None:
                 names = list(worker.batches.values())
-                asked = client.run(recover_all, names, workers=[worker.nanny], on_error="return")
+                asked = client.run(recover_all, names, workers=[reader], on_error="return")
                 (answer,) = (await asyncio.wait_for(asked, _ENDING_SECONDS)).values()
                 found = dict(zip(worker.batches, answer, strict=True))
         self._deliver(_Searched(found, is_expected))
@@ -518,12 +527,40 @@ def _distributed() -> Any:
     return distributed
 
 
-def _tells_of_a_death(error: Exception) -> bool:
-    """Whether dask says that the task's worker, or what it had, is gone; the scheduler tells that by itself, too."""
-    from distributed import KilledWorker
+def threads_of(client: Any) -> int:
+    """How many items the cluster of a client can run at the same time."""
+    counts = client.nthreads()
+    return sum(counts.values()) if isinstance(counts, dict) else 0
+
+
+def watch(client: Any, name: str, tell: Callable[[OperoError], None]) -> Callable[[], None]:
+    """Look whether the scheduler of somebody's client is there; gives what ends that."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LOOKING_SECONDS):
+            if client.status != "running":
+                tell(OperoError(f"the scheduler of dask that runs {name} is away"))
+                return
+
+    threading.Thread(target=look, name="opero-dask", daemon=True).start()
+    return over.set
+
+
+def _is_withdrawn(error: Exception) -> bool:
     from distributed.client import FutureCancelledError
 
-    return isinstance(error, (KilledWorker, FutureCancelledError, OSError, asyncio.TimeoutError))
+    return isinstance(error, FutureCancelledError)
+
+
+async def _has_worker(client: Any, address: str) -> bool:
+    with contextlib.suppress(OSError):
+        return client.status == "running" and address in (await client.scheduler.identity(n_workers=-1))["workers"]
+    return False
+
+
+def _host_of(address: str) -> str:
+    return address.rpartition(":")[0]
 
 
 def _check_reachable(address: str) -> None:

@@ -93,6 +93,7 @@ class ExecutorPool:
         self._lost: list[Batch] = []
         self._stillbirths = 0
         self._uses_it = self._has_begun = False
+        self._unwatch: Callable[[], None] = lambda: None
 
     @property
     def slots(self) -> int:
@@ -117,6 +118,9 @@ class ExecutorPool:
             self._begin()
 
     def receive(self, event: Any) -> Any:
+        if isinstance(event, Fatal):
+            # They would never end.
+            self._in_flight.clear()
         if not isinstance(event, Future):
             return event
         if event not in self._in_flight:
@@ -140,6 +144,7 @@ class ExecutorPool:
 
         After Ctrl-C the processes of such an executor are ended; what runs in threads can be left to itself.
         """
+        self._unwatch()
         running = [future for future in self._in_flight if not future.cancel()]
         # The garbage collector ends an abandoned stream in any thread, also in one that runs an item of it.
         runs_here = isinstance(self._carrier, _ByReference) and threading.get_ident() in self._carrier.threads
@@ -192,9 +197,21 @@ class ExecutorPool:
         if self._make is not None:
             _users.enter(self._executor)
             self._uses_it = True
-        self._size = self._workers or getattr(self._executor, "_max_workers", None) or self._default_workers
+        threads = getattr(self._executor, "_max_workers", None) or self._threads_of_dask()
+        self._size = self._workers or threads or self._default_workers
         self._probe = object()
         self._launch(None, _echo, self._probe)
+
+    def _threads_of_dask(self) -> int | None:
+        """Those of the cluster behind dask's executor, which is watched from now on: its futures never tell its end."""
+        client = getattr(self._executor, "_client", None)
+        if client is None or not type(client).__module__.startswith("distributed."):
+            return None
+        from opero.concurrency.dask import threads_of, watch
+
+        self._unwatch()
+        self._unwatch = watch(client, self._name, lambda error: self._deliver(Fatal(error)))
+        return threads_of(client)
 
     def _learn_where(self, future: Future[Any]) -> Fatal | None:
         try:

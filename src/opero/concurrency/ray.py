@@ -172,6 +172,8 @@ class RayPool:
     ) -> None:
         self._deliver = inbox.put
         self._patience = patience
+        if self._is_away:
+            inbox.put(Fatal(OperoError("ray is away")))
         if not is_paced:
             self._warm = None
         elif self._warm is None:
