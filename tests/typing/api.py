@@ -838,6 +838,14 @@ def check_options_of_maps(*, flag: bool) -> None:
 
     opmap(worker=5)  # type: ignore[call-overload]
     opmap(workers="5")  # type: ignore[call-overload]
+    opmap(mode="thread", progress=functools.partial(print, "done"))
+    opmap(mode="thread", progress={"desc": "pages"})
+    opmap(mode="threads")  # type: ignore[call-overload]
+    opmap(progress=5)  # type: ignore[call-overload]
+    opero(cache=True, cache_backend="file")  # type: ignore[call-overload]
+    Cache(policy="lru", maxsize=10)
+    Cache(policy="newest")  # type: ignore[arg-type]
+    RateLimiter(5, when_full="fail")  # type: ignore[arg-type]
     opmap(mode=5)  # type: ignore[call-overload]
     opmap(mode=Session)  # type: ignore[arg-type]
     opmap(mode=lambda: 5)  # type: ignore[arg-type, return-value]

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import os
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from opero.concurrency.kept import MapSettings, PoolSource
 from opero.concurrency.mapping import make_map
@@ -41,7 +41,8 @@ DEFAULT_TASKS = 100
 MOST_DEFAULT_THREADS = 32
 
 
-Mode: TypeAlias = "str | Executor | Callable[[], Executor]"
+ModeName: TypeAlias = Literal["process", "thread", "async", "async_process", "serial", "dask", "ray"]
+Mode: TypeAlias = "ModeName | Executor | Callable[[], Executor]"
 
 
 def _thread_pool() -> _PoolClass:

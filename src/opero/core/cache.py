@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakSet
 
 from opero.core.decoration import F, decorator
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from opero.core.stats import Stats
     from opero.core.stores.contract import Request, Store
     from opero.core.stores.engines import CacheEngine
-    from opero.core.stores.settings import CacheSettings
+    from opero.core.stores.settings import Backend, BackendSettings, CacheSettings
 
 __all__ = ["Cache", "clear_cache", "get_cache_context", "get_cache_decorator"]
 
@@ -76,14 +76,14 @@ class Cache:
         self,
         ttl: Duration | str | Callable[[Any], Duration | str | None] | None = None,
         *,
-        backend: str = "memory",
+        backend: Backend = "memory",
         key: Callable[..., Any] | None = None,
         namespace: str | None = None,
         ignore: str | Iterable[str] = (),
         keep_if: Callable[[Any], object] | None = None,
         exceptions: type[Exception] | tuple[type[Exception], ...] = (),
         stale: Duration | str | None = None,
-        **settings: Any,
+        **settings: Unpack[BackendSettings],
     ) -> None:
         policy = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
         given: dict[str, Any] = {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace, **policy}
@@ -446,7 +446,7 @@ def cache_policy(function: Callable[..., Any], settings: CacheSettings) -> Resul
 def get_cache_decorator(
     *,
     cache_ttl: Duration | None = None,
-    cache_backend: str = "memory",
+    cache_backend: Backend = "memory",
     cache_key: Callable[..., Any] | None = None,
     cache_namespace: str | None = None,
     **options: Any,
@@ -483,7 +483,7 @@ def get_cache_decorator(
 
 @contextlib.contextmanager
 def get_cache_context(
-    cache_namespace: str, *, cache_backend: str = "memory", cache_ttl: Duration | None = None, **options: Any
+    cache_namespace: str, *, cache_backend: Backend = "memory", cache_ttl: Duration | None = None, **options: Any
 ) -> Iterator[CacheEngine]:
     """Give the cache engine of a namespace for a ``with`` block, and close its files and connections at the end.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from opero.core.checks import (
     check_callable,
@@ -91,11 +91,11 @@ class RateLimiter:
         self,
         rate: Rate,
         *,
-        when_full: str = "wait",
+        when_full: Literal["wait", "next", "raise"] = "wait",
         max_wait: Duration | None = None,
         spread: bool = True,
         max_burst: int | None = None,
-        scope: str = "process",
+        scope: Literal["process", "machine", "redis"] = "process",
         name: str | None = None,
         url: str | None = None,
         folder: str | os.PathLike[str] | None = None,

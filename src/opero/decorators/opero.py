@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from opero.core.cache import ResultCache
     from opero.core.checks import Duration
     from opero.core.rate_limit import Limits, PerOption
+    from opero.core.stores.settings import Backend
 
 
 P = ParamSpec("P")
@@ -41,7 +42,7 @@ class CommonOptions(TypedDict, total=False):
 
     cache: bool | Cache
     cache_ttl: Duration | None
-    cache_backend: str
+    cache_backend: Backend
     cache_key: Callable[..., Any] | None
     cache_namespace: str | None
     cache_options: Mapping[str, Any] | None

@@ -13,9 +13,9 @@ from opero.decorators.opero import OPERO_DEFAULTS, CommonOptions, keyword_signat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping
-    from concurrent.futures import Executor
 
     from opero.concurrency.outcome import Results
+    from opero.concurrency.pool import Mode
     from opero.concurrency.progress import ProgressOption
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ P = ParamSpec("P")
 class OpmapOptions(CommonOptions, total=False):
     """Types of the options of `opmap`, for type checkers; those that decide about its type stand in its overloads."""
 
-    mode: str | Executor | Callable[[], Executor]
+    mode: Mode
     workers: int | None
     ordered: bool
     progress: ProgressOption

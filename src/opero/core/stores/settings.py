@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 from weakref import WeakValueDictionary
 
 from opero.core.checks import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from opero.core.stores.contract import Store
 
 BACKENDS = ("memory", "disk", "redis")
+Backend: TypeAlias = Literal["memory", "disk", "redis"]
 FOLDER_NAME = "opero"
 DISK_SIZE_LIMIT = 16 * 2**30
 # opero's names for what diskcache evicts first.
@@ -45,6 +46,24 @@ _OPTIONS = {
     "redis": ("client", "redis_db", "redis_host", "redis_password", "redis_port", "url", *_WRITTEN),
 }
 _HIGHEST_PORT = 65_535
+
+
+class BackendSettings(TypedDict, total=False):
+    """Types of the settings of backends, for type checkers."""
+
+    maxsize: int | None
+    policy: Literal["lru", "lfu", "fifo"]
+    cache_dir: str | os.PathLike[str]
+    folder_name: str
+    size_limit: int
+    serializer: Literal["pickle", "json"]
+    compress: bool
+    url: str
+    client: Any
+    redis_host: str
+    redis_port: int
+    redis_db: int
+    redis_password: str | None
 
 
 def _name(option: str, value: Any) -> str:
