@@ -160,6 +160,14 @@ def test_a_wrong_call_shows_where_it_was_made():
     assert len(frames_of(caught.value)) <= 3
 
 
+@pytest.mark.parametrize("decorator", [opero, opmap])
+def test_a_refused_option_shows_where_the_decorator_stands(decorator):
+    with pytest.raises(ValueError, match="cache=True") as caught:
+        decorator(cache_ttl=5)(divide)
+    assert frames_of(caught.value)[0] == "user"
+    assert len(frames_of(caught.value)) <= 3
+
+
 def stopping(mode, **options):
     return opmap(**{**mode.options, "retries": 0, "return_exceptions": False, **options})(mode.define(divide))
 

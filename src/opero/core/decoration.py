@@ -22,7 +22,7 @@ from opero.core.steps import (
 )
 from opero.core.wrapper import wrap
 from opero.events import AttemptStarted, begin_telling, is_listened_to, switches, tell_of_the_end
-from opero.utils.notes import shorten
+from opero.utils.notes import Shortened, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -387,7 +387,8 @@ def decorator(name: str, make_plan: Callable[[Callable[..., Any]], Plan], recipe
     """A decorator, called ``name`` in its errors, that plans each function by ``make_plan``."""
 
     def decorate(function: F) -> F:
-        check_decoratable(function, name)
-        return cast("F", decorated(make_plan(function), recipe))
+        with Shortened():
+            check_decoratable(function, name)
+            return cast("F", decorated(make_plan(function), recipe))
 
     return decorate

@@ -10,6 +10,7 @@ from opero.core.checks import check_known
 from opero.core.showing import shown
 from opero.core.signature import MISSING, check_decoratable, own_signature
 from opero.decorators.opero import OPERO_DEFAULTS, CommonOptions, keyword_signature, make_plan
+from opero.utils.notes import Shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -208,6 +209,10 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     check_known("@opmap", options, OPMAP_DEFAULTS)
 
     def decorate(decorated: Callable[..., Any]) -> Any:
+        with Shortened():
+            return make(decorated)
+
+    def make(decorated: Callable[..., Any]) -> Any:
         check_decoratable(decorated, "opmap")
         if options.get("default", MISSING) is not MISSING and "return_exceptions" in options:
             msg = (
