@@ -809,6 +809,25 @@ def test_each_of_many_values_costs_as_much_as_one_of_few(tmp_path, name):
     assert events_of(range(600, 620)) < 1.5 * few
 
 
+def test_of_many_values_few_are_kept_where_the_file_knows_them_all(world, tmp_path, name):
+    options = {"scope": "machine", "name": name, "folder": tmp_path / "shared"}
+    f = limited(world.define(lambda key: key), rate_limit=[1_000, "5/day"], per="key", rate_limit_options=options)
+    for key in range(200):
+        world.run(f, key)
+    assert len(f.__opero__.plan.limit.limiter.per_value) < 10
+
+
+def test_values_are_kept_where_the_file_cannot_be_written(world, tmp_path, name):
+    (tmp_path / "file").write_text("in the way")
+    options = {"scope": "machine", "name": name, "folder": tmp_path / "file" / "folder", "when_full": "raise"}
+    f = limited(world.define(lambda key: key), rate_limit="5/day", per="key", rate_limit_options=options)
+    for key in range(50):
+        world.run(f, key)
+    for key in range(50):
+        with pytest.raises(opero.RateLimitedError):
+            world.run(f, key)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
 def test_a_file_of_another_user_is_refused(tmp_path, name):
     options = {"scope": "machine", "name": name, "folder": tmp_path / "shared"}

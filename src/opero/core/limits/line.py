@@ -76,6 +76,7 @@ class Line:
         self._open_gate = open_gate
         self._gate: Gate | None = None
         self._complaints = Complaints(what, "going on with a limit of this process alone")
+        self._is_known_elsewhere = False
         self._changes = 0
         self._ledger = LocalLedger(rates) if ledger is None else ledger
         # When the first may ask (again), as far as is known; when one who is not the first found that it could have.
@@ -168,9 +169,9 @@ class Line:
         self._rouse_all()
 
     def is_idle(self) -> bool:
-        """Whether a new line would not behave any differently."""
+        """Whether a new line would not behave any differently; of what processes share, the gate knows more."""
         now = clock.now()
-        return not self._spots and self._ledger.idle_from(now) <= now
+        return not self._spots and (self._is_known_elsewhere or self._ledger.idle_from(now) <= now)
 
     # Asked by a turn that holds the lock
 
@@ -326,6 +327,7 @@ class Line:
             self._gate = self._open_gate(self._rates)
         gate = self._gate
         (answer,) = gate.perform([request]) if gate.is_instant else [(yield Consult(gate, request))]
+        self._is_known_elsewhere = not isinstance(answer, Exception)
         if isinstance(answer, Exception):
             self._complaints.tell(answer)
             return None
