@@ -600,6 +600,7 @@ def test_a_new_rate_holds_for_those_who_wait_and_wakes_them(fake_clock):
     first.notify(woken.set)
     limiter.rate = "10/s"
     assert woken.is_set()
+    assert not first.poll()
     assert first.due_in() == pytest.approx(0.1)
     fake_clock.tick(0.1)
     assert [second.poll(), first.poll()] == [False, True]

@@ -197,14 +197,6 @@ class Line:
             return now
         return now + self.wait_alone(spot, now)
 
-    def next_look(self, spot: _Spot, now: float) -> float:
-        """When to look again, if nothing is heard before."""
-        due, before = self._closed_until(), self._before(spot)
-        if before and due <= now:
-            due = now if self._noticed_at == -math.inf else self._noticed_at
-        # Of what opens at no known time, the first are told; the others look now and then.
-        return now + _LONGEST_NAP if due == math.inf else due + before * _GRACE
-
     def wait_alone(self, spot: _Spot, now: float) -> float:
         """Seconds until this process alone would give it a slot."""
         if self._ledger.is_open(now, spot.amounts):
@@ -414,13 +406,15 @@ class Turn:
         has_left: It waits no more.
     """
 
-    __slots__ = ("_latest", "_locks", "_spots", "_wake", "asks", "has_left", "is_late", "joined_at", "taken")
+    __slots__ = ("_due", "_latest", "_locks", "_spots", "_wake", "asks", "has_left", "is_late", "joined_at", "taken")
 
     def __init__(self, wants: Sequence[tuple[Line, Sequence[float]]], latest: Latest | None = None) -> None:
         self._spots = [_Spot(self, line, amounts) for line, amounts in wants]
         # All take several locks in one order.
         self._locks = sorted([line for line, _ in wants], key=id)
         self._latest = latest
+        # When to look again, if nothing is heard before.
+        self._due = math.inf
         self._wake: Callable[[], None] | None = None
         self.joined_at: float | None = None
         self.taken = self.is_late = self.asks = self.has_left = False
@@ -458,14 +452,15 @@ class Turn:
             self.is_late = True
             return ()
         due = [spot.line.due(spot, now) for spot in self._spots]
-        if max(due) <= now + EARLY:
+        self._due = max(due)
+        if self._due <= now + EARLY:
             if any(spot.line.is_shared for spot in self._spots):
                 self.asks = True
                 return ()
             return self._start(now)
         for spot, moment in zip(self._spots, due, strict=True):
             # Others use what would pass unused, while it waits for another limit.
-            spot.is_passed = moment <= now + EARLY and max(due) - now > spot.line.seconds_of(spot.amounts)
+            spot.is_passed = moment <= now + EARLY and self._due - now > spot.line.seconds_of(spot.amounts)
         self._find_out_whether_late(now)
         firsts = [spot.line.first() for spot in self._spots if spot.line.may_open(now)]
         return [first for first in firsts if first is not None and first.turn is not self]
@@ -510,12 +505,9 @@ class Turn:
     def due_in(self) -> float | None:
         if self.has_news:
             return 0.0
-        with self._locked():
-            now = clock.now()
-            due = max([spot.line.next_look(spot, now) for spot in self._spots])
-            if self._latest is not None:
-                due = min(due, self._latest())
-        return max(0.0, due - now)
+        # Of what opens at no known time, the first are told; the others look now and then.
+        wait = min(self._due - clock.now(), _LONGEST_NAP if self._due == math.inf else math.inf)
+        return max(0.0, wait if self._latest is None else min(wait, self._latest() - clock.now()))
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self._wake = wake
