@@ -101,7 +101,10 @@ class Decoration:
         first_args, first_kwargs, passage, places, told = first
         started = clock.now()
         outcome: Any = NOT_RUN
-        token = None if places is None else leading.set(leading.get() | places.badges)
+        token = None
+        if places is not None:
+            others = leading.get()
+            token = leading.set(others | places.badges if others else places.badges)
         try:
             outcome = self.function(*first_args, **first_kwargs)
         except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
