@@ -132,6 +132,7 @@ def tables() -> list[Any]:
                     "opero(breaker=5)": opero(breaker=5)(same),
                     "opero(arg_fallback=…), the first of two": _first_of_two(opero(arg_fallback="number")(same)),
                     "opero(rate_limit=1e9)": opero(rate_limit=1e9)(same),
+                    "opero(max_concurrent=5)": opero(max_concurrent=5)(same),
                     "all four": _first_of_two(
                         opero(total_timeout=60, breaker=5, arg_fallback="number", rate_limit=1e9)(same)
                     ),
