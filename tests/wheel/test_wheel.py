@@ -57,11 +57,30 @@ def counted():
     prometheus.instrument().close()
 
 
+def mapped_on(engine: str):
+    @opmap(mode=engine)
+    def double(number: int) -> int:
+        return 2 * number
+
+    if engine not in INSTALLED:  # a cluster is more than a test of the wheel should start
+        double([1, 2])
+
+
+def limited_on_redis():
+    @resilient(rate_limit=5, rate_limit_options={"scope": "redis", "url": "redis://127.0.0.1:1/0"}, retries=0)
+    def double(number: int) -> int:
+        return 2 * number
+
+    assert double(2) == 4  # nobody listens at that port: it costs the share in the limit
+
+
 USES = {
-    "redis": cached_on_redis,
-    "aiomultiprocess": mapped_in_event_loops_of_processes,
-    "opentelemetry": traced,
-    "prometheus": counted,
+    "redis": [cached_on_redis, limited_on_redis],
+    "aiomultiprocess": [mapped_in_event_loops_of_processes],
+    "dask": [lambda: mapped_on("dask")],
+    "ray": [lambda: mapped_on("ray")],
+    "opentelemetry": [traced],
+    "prometheus": [counted],
 }
 
 
@@ -75,13 +94,13 @@ def test_the_environment_has_no_extra_or_all_of_them():
     assert set(named) == {*MODULES_OF_EXTRAS, "all"}
 
 
-@pytest.mark.parametrize("extra", USES)
-def test_what_needs_an_extra_works_with_it_and_without_it_names_it(extra):
+@pytest.mark.parametrize(("extra", "use"), [(extra, use) for extra, uses in USES.items() for use in uses])
+def test_what_needs_an_extra_works_with_it_and_without_it_names_it(extra, use):
     if extra in INSTALLED:
-        USES[extra]()
+        use()
         return
     with pytest.raises(ImportError, match=rf"pip install 'opero\[{extra}\]'"):
-        USES[extra]()
+        use()
 
 
 def test_lambdas_are_mapped_in_processes():

@@ -43,6 +43,8 @@ class Scope:
         self._url = _url(spelled.format("url"), options.get("url")) if self.kind == "redis" else ""
         if self.kind == "machine":
             _refuse_without_locks()
+        elif self.kind == "redis":
+            _refuse_without_redis()
 
     @cached_property
     def name(self) -> str:
@@ -109,3 +111,11 @@ def _refuse_without_locks() -> None:
     if not IS_SUPPORTED:
         msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
         raise ValueError(msg)
+
+
+def _refuse_without_redis() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("redis") is None:
+        msg = "scope='redis' needs the package redis; install it with: pip install 'opero[redis]'"
+        raise ModuleNotFoundError(msg, name="redis")
