@@ -342,6 +342,35 @@ def test_an_exception_in_the_block_ends_the_workers(processes, journal):
     assert not pids & children()
 
 
+def test_a_worker_that_becomes_ready_when_the_map_has_ended_runs_items_of_the_next(journal, tmp_path):
+    go = tmp_path / "go"
+
+    def prepare():
+        journal.add("prepares")
+        # The second one.
+        if journal.lines().count("prepares") == 2:
+            wait_until(go.exists)
+            journal.add("ready")
+
+    async def work(item, *, meeting):
+        journal.add(meeting)
+        wait_until(lambda: not meeting or journal.lines().count(meeting) == 2)
+        return item
+
+    mapped = opmap(workers=2, progress=False, pool_options={"start_method": "fork", "initializer": prepare})(work)
+
+    async def twice():
+        async with mapped.pool():
+            async for outcome in mapped.stream([1, 2], meeting=""):
+                if outcome.result == 2:
+                    go.touch()
+                    wait_until(lambda: "ready" in journal.lines())
+                    await asyncio.sleep(0.2)
+            return await mapped([3, 4], meeting="both")
+
+    assert asyncio.run(twice()) == [3, 4]
+
+
 def test_exit_in_a_thread_costs_the_pool_and_not_the_block():
     def work(item):
         if item == "exit":

@@ -62,9 +62,7 @@ class BlockingInbox:
             else:
                 with suppress(queue.Empty):
                     events.append(self._events.get(timeout=timeout))
-            with suppress(queue.Empty):
-                while True:
-                    events.append(self._events.get_nowait())
+            events.extend(self.drain())
             return bool(events)
 
         if is_real:
@@ -72,6 +70,10 @@ class BlockingInbox:
         else:
             clock.wait(get, seconds)
         return events
+
+    def drain(self) -> list[Any]:
+        """The events that are there already."""
+        return [self._events.get_nowait() for _ in range(self._events.qsize())]
 
     def _hear(self, timeout: float | None) -> None:
         self._waits = True
@@ -133,6 +135,10 @@ class AsyncInbox:
             wait = wait_really_async if is_real else clock.wait_async
             await wait(self._arrived, seconds, self._arrived.set)
         self._arrived.clear()
+        return self.drain()
+
+    def drain(self) -> list[Any]:
+        """The events that are there already."""
         return [self._events.popleft() for _ in range(len(self._events))]
 
     def close(self) -> None:

@@ -528,7 +528,11 @@ class Scheduler:
 
     def keeps_pool(self) -> bool:
         """Let another map have the pool, if somebody wants to keep it and nothing runs in it."""
-        return self.is_sound and not self._sent and self._pools.keep(self.pool)
+        if not self.is_sound or self._sent:
+            return False
+        # What an event loop has heard since the map ended: a worker may have become ready.
+        late = [self.pool.receive(event) for event in self._inbox.drain()]
+        return not any(isinstance(event, Fatal) for event in late) and self._pools.keep(self.pool)
 
     def close(self) -> None:
         """Give up all flows, so that what they hold (places in a line, computations others wait for) is free.
