@@ -14,28 +14,21 @@ def has_native_threads() -> bool:
     OpenBLAS, which NumPy brings, ends its threads before each fork by itself and makes them anew when it needs them.
     So a fork for nothing shows whether others are left.
     """
-    if _go_within(0.005):
+    if not _stay(0.005):
         return False
     _fork_for_nothing()
-    return not _go_within(0.05)
+    return _stay(0.05)
 
 
-def _go_within(seconds: float) -> bool:
-    """Those of Python that have just ended are listed for a moment."""
+def _stay(seconds: float) -> bool:
+    """Whether there are any for so long: those of Python that have just ended are listed for a moment."""
     deadline = time.monotonic() + seconds
-    while _native_threads():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.001)
-    return True
-
-
-def _native_threads() -> set[int]:
-    try:
-        running = {int(thread) for thread in os.listdir("/proc/self/task")}  # noqa: PTH208 - no paths are needed
-    except FileNotFoundError:
-        return set()
-    return running - {thread.native_id for thread in threading.enumerate()}
+    with contextlib.suppress(FileNotFoundError):
+        while set(map(int, os.listdir("/proc/self/task"))) - {thread.native_id for thread in threading.enumerate()}:  # noqa: PTH208 - no paths are needed
+            if time.monotonic() >= deadline:
+                return True
+            time.sleep(0.001)
+    return False
 
 
 def _fork_for_nothing() -> None:

@@ -57,6 +57,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         super().__init__(file, PROTOCOL, buffer_callback=buffer_callback)
         self._has = has
 
+    def dump_with_locks(self, thing: Any) -> None:
+        """Pickle a function of the program's, which may hold locks."""
+        self.copies_locks = True
+        self.dump(thing)
+        self.copies_locks = False
+
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
         if issubclass(kind, type):

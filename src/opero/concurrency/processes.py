@@ -106,7 +106,7 @@ class Processes:
         self.running.remove(process)
         # Not by its own `close`, which fails where another thread or the system was told how it ended.
         process._popen.close()  # noqa: SLF001 - see above
-        disown(process)
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # noqa: SLF001 - as above
 
     def close(self) -> None:
         """Those that are to end in peace have been told so."""
@@ -137,11 +137,6 @@ def _allowed_to_start() -> Iterator[None]:
             yield
     finally:
         config["daemon"] = before
-
-
-def disown(process: Any) -> None:
-    """Do not end it with this process: in a forked child it is the parent's."""
-    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # noqa: SLF001 - there is no function
 
 
 class Worker:
@@ -276,7 +271,8 @@ class ProcessPool:
         self._stopped = True
         workers, self._workers = self._workers, []
         for worker in workers:
-            disown(worker.process)
+            # It ends those that are noted there with this process.
+            multiprocessing.process._children.discard(worker.process)  # type: ignore[attr-defined]  # noqa: SLF001 - see above
 
     @property
     def slots(self) -> int:
@@ -284,10 +280,12 @@ class ProcessPool:
 
         Where calls shall start at a rate, only in those that are ready: else they would start when their worker does.
         """
-        ready = [worker for worker in self._workers if worker.is_ready or not self._is_paced]
-        # A worker that may run no further items only ends what it has.
-        count = sum(self.at_once if worker.room else min(self.at_once, len(worker.batches)) for worker in ready)
-        return count if self._is_paced else count + self.at_once * max(0, self._size - len(self._workers))
+        count = 0 if self._is_paced else self.at_once * max(0, self._size - len(self._workers))
+        for worker in self._workers:
+            if worker.is_ready or not self._is_paced:
+                # One that may run no further items only ends what it has.
+                count += self.at_once if worker.room else min(self.at_once, len(worker.batches))
+        return count
 
     @property
     def largest_batch(self) -> int:
@@ -423,11 +421,16 @@ class ProcessPool:
             self._listen_to(worker)
 
     def _open(self) -> None:
+        from multiprocessing import forkserver
         from multiprocessing.heap import Arena
 
         from twat_mp.mp import MultiPool
 
-        _preload(module_of(self._work.function))
+        server: Any = forkserver._forkserver  # noqa: SLF001 - there is no function that tells
+        if server._forkserver_pid is None and server._preload_modules == ["__main__"]:  # noqa: SLF001 - as above
+            # It imports what each worker needs, unless the program has said what it shall import.
+            modules = {serve.__module__, module_of(self._work.function)} & sys.modules.keys()
+            forkserver.set_forkserver_preload(["__main__", *modules])
         # A worker that has ended makes room for the next one before this has been seen.
         # No array in memory that the program's own shared values have, too: a pipe to it can be passed on only once.
         self._marks = Arena(16 * self._most_workers)
@@ -536,15 +539,6 @@ def _start_method() -> tuple[str, bool]:
 
 def _has_other_threads() -> bool:
     return bool(foreign_threads()) or has_native_threads()
-
-
-def _preload(module: str) -> None:
-    """Let the fork server import what each worker needs, unless the program has said what it shall import."""
-    from multiprocessing import forkserver
-
-    server: Any = forkserver._forkserver  # noqa: SLF001 - there is no function that tells
-    if server._forkserver_pid is None and server._preload_modules == ["__main__"]:  # noqa: SLF001 - as above
-        forkserver.set_forkserver_preload(["__main__", serve.__module__, *([module] if module in sys.modules else [])])
 
 
 _MAIN_HINT = (

@@ -36,24 +36,11 @@ _NOTHING = pickle.dumps(None, PROTOCOL)
 _MENTIONS_MAIN = b"_main__"
 
 
-class refusing:  # noqa: N801 - used as a function
-    """Where something is pickled for a worker: say what cannot be sent if that fails.
-
-    No generator, which every batch would have to make and to end.
-    """
-
-    def __init__(self, what: str | Callable[[], str]) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        """Nothing to do."""
-
-    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
-        if isinstance(error, Exception):
-            what = self._what if isinstance(self._what, str) else self._what()
-            why = text_of(error)
-            msg = f"{what} cannot be sent to a worker process: {why}; give what can be pickled, or use threads"
-            raise NotTransferableError(msg) from error
+def _refused(what: str, error: Exception) -> NotTransferableError:
+    why = text_of(error)
+    return NotTransferableError(
+        f"{what} cannot be sent to a worker process: {why}; give what can be pickled, or use threads"
+    )
 
 
 class Packer:
@@ -95,19 +82,18 @@ class Packer:
         pickler = Pickler(file, self._has, reducers=reducers, buffer_callback=shared and shared.take)
         pickler.asks_for_main = self._asks_for_main
 
-        def dump(function: Any, others: Any) -> None:
-            pickler.copies_locks = True
-            pickler.dump(function)
-            pickler.copies_locks = False
-            pickler.dump(others)
-
-        with refusing(f"{name_of(work.function)} or its keyword arguments"):
+        what = f"{name_of(work.function)} or its keyword arguments"
+        try:
             function = either(work.function, self._has) if self._asks_for_main else work.function
-            dump(function, (work.is_async, work.shape, work.slot))
-        with refusing(lambda: f"the initializer {initializer and name_of(initializer)} or its initargs"):
-            dump(initializer, initargs)
-        with refusing("the finalizer"):
-            dump(finalizer, None)
+            pickler.dump_with_locks(function)
+            pickler.dump((work.is_async, work.shape, work.slot))
+            what = f"the initializer {initializer and name_of(initializer)} or its initargs"
+            pickler.dump_with_locks(initializer)
+            pickler.dump(initargs)
+            what = "the finalizer"
+            pickler.dump_with_locks(finalizer)
+        except Exception as error:
+            raise _refused(what, error) from error
         if shared is not None:
             shared.share()
         return file.getvalue()
@@ -118,8 +104,10 @@ class Packer:
         Raises:
             NotTransferableError: If it cannot be pickled.
         """
-        with refusing(f"the keyword arguments of {name_of(work.function)}"):
+        try:
             return self.dumps(work.shape)
+        except Exception as error:
+            raise _refused(f"the keyword arguments of {name_of(work.function)}", error) from error
 
     def batch(self, batch: Batch) -> bytes:
         """Pickle what a batch sends.
@@ -130,8 +118,10 @@ class Packer:
         # MISSING is one object in one process; it does not travel.
         has_candidate = batch.candidate is not MISSING
         candidate = batch.candidate if has_candidate else None
-        with refusing(lambda: self._culprit(batch)):
+        try:
             return self.dumps((batch.items, has_candidate, candidate, batch.time_limit))
+        except Exception as error:
+            raise _refused(self._culprit(batch), error) from error
 
     def _culprit(self, batch: Batch) -> str:
         for what, thing in [("candidate", batch.candidate), *(("item", item) for item in batch.items)]:
@@ -157,7 +147,7 @@ class Packer:
 
 def unpack_start(data: bytes, buffers: Iterable[memoryview] = ()) -> WorkerLife:
     unpickler = pickle.Unpickler(io.BytesIO(data), buffers=buffers)  # noqa: S301 - made by `Packer.start`
-    function, (is_async, shape, slot), initializer, initargs, finalizer, _ = (unpickler.load() for _ in range(6))
+    function, (is_async, shape, slot), initializer, initargs, finalizer = (unpickler.load() for _ in range(5))
     return Work(function, is_async, shape, slot), initializer, initargs, finalizer
 
 
