@@ -26,6 +26,7 @@ from opero.events import (
     CallDone,
     CallStarted,
     CandidateSwitched,
+    CircuitChanged,
     RetryPlanned,
     SlotWaited,
     on_event,
@@ -187,6 +188,68 @@ def test_the_end_is_told_to_the_last_listener_first(world):
         world.run(f)
     order = {kind: [who for other, who in told if other is kind] for kind in (CallStarted, CallDone)}
     assert order == {CallStarted: ["own", "first", "last"], CallDone: ["last", "first", "own"]}
+
+
+def told_of(event):
+    """An event without what differs from call to call."""
+    error = getattr(event, "error", None)
+    facts = dataclasses.replace(event, call=0, time=0, **({"seconds": 0} if hasattr(event, "seconds") else {}))
+    return repr(facts if error is None else dataclasses.replace(facts, error=type(error)))
+
+
+@pytest.mark.parametrize("ends", ["returns", "fails once", "fails", "is cancelled"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"total_timeout": 60},
+        {"arg_fallback": "key"},
+        {"breaker": 9},
+        {"max_concurrent": 1, "rate_limit": 1e9},
+        {"total_timeout": 60, "arg_fallback": "key", "breaker": 9, "max_concurrent": 1, "rate_limit": 1e9},
+    ],
+    ids=", ".join,
+)
+def test_a_later_call_tells_what_the_first_one_told(world, heard, options, ends):
+    failures = []
+
+    def function(key=("a", "b")):
+        if failures:
+            raise failures.pop()
+        return "result"
+
+    def told():
+        failures[:] = {
+            "returns": [],
+            "fails once": [ValueError()],
+            "fails": [ValueError() for _ in range(4)],
+            "is cancelled": [asyncio.CancelledError()],
+        }[ends]
+        heard.clear()
+        with contextlib.suppress(ValueError, ExceptionGroup, asyncio.CancelledError):
+            world.run(f)
+        return [told_of(event) for event in heard]
+
+    def make():
+        return opero.opero(retries=1, min_delay=0, **options)(world.define(function))
+
+    f = make()
+    first = told()
+    failures.clear()
+    f = make()
+    world.run(f)
+    assert told() == first
+
+
+def test_a_trial_that_closes_a_circuit_is_told_of_as_by_the_flow(world, heard, fake_clock):
+    f = opero.opero(breaker=opero.Breaker(1, recovery=5), retries=0)(world.define(failing(0)))
+    world.run(f)
+    opero.control(f).circuit.open()
+    fake_clock.tick(5)
+    heard.clear()
+    world.run(f)
+    assert kinds(heard) == [CallStarted, AttemptStarted, CircuitChanged, CallDone]
+    assert (heard[2].state, heard[2].place) == ("closed", None)
 
 
 def test_after_the_end_nobody_is_told(world):

@@ -21,7 +21,7 @@ from opero.core.steps import (
     run_attempt_async,
 )
 from opero.core.wrapper import wrap
-from opero.events import AttemptStarted, begin_telling, is_listened_to, switches, tell_of_the_end
+from opero.events import AttemptStarted, CircuitChanged, begin_telling, is_listened_to, switches, tell_of_the_end
 from opero.utils.notes import Shortened, shorten
 
 if TYPE_CHECKING:
@@ -163,9 +163,6 @@ class Decoration:
         """
         plan, passage, places = self.plan, None, None
         is_told = switches.are_on or plan.on_event is not None
-        if is_told and plan.breaker is not None:
-            # Listeners are told what an attempt makes of a circuit.
-            return None
         call_args, call_kwargs = args, kwargs
         try:
             first = (args, kwargs, MISSING) if plan.fallback is None else plan.fallback.first(args, kwargs)
@@ -215,7 +212,9 @@ class Decoration:
             elif outcome is NOT_RUN:
                 passage.end()
             else:
-                passage.tell(failed=False)
+                changed = passage.tell(failed=False)
+                if changed is not None and told is not None and told.tell is not None:
+                    told.tell(CircuitChanged, state=changed, place=None if self.plan.fallback is None else 0)
         if self._learn is not None and outcome is not NOT_RUN:
             self._learn(clock.now() - started)
         if told is not None and outcome.__class__ is not Failed:
