@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from program_server import ProgramServer
-from redis_server import RedisServer, Sentinel, make_cluster
+from redis_server import RedisServer, Sentinel, free_port, make_cluster
 
 from opero.core.clock import clock
 from opero.core.signature import compile_function, forwarding
@@ -279,7 +279,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 @pytest.fixture(scope="session")
 def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A cluster of one node."""
-    with RedisServer(tmp_path_factory.mktemp("cluster"), cluster_enabled="yes") as server:
+    with RedisServer(tmp_path_factory.mktemp("cluster"), cluster_enabled="yes", cluster_port=free_port()) as server:
         make_cluster(server)
         yield server
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import redis
 import redis.asyncio
-from redis_server import RedisServer, make_cluster
+from redis_server import RedisServer, free_port, make_cluster
 
 from opero import Cache, opero, opmap
 
@@ -139,7 +139,7 @@ class TestAClientOfAClusterOrOfASentinel:
 
 
 def test_a_cluster_that_is_away_costs_the_cache_and_not_the_call(world, call, loop, tmp_path):
-    with RedisServer(tmp_path / "away", cluster_enabled="yes") as node:
+    with RedisServer(tmp_path / "away", cluster_enabled="yes", cluster_port=free_port()) as node:
         make_cluster(node)
         client = redis.asyncio.RedisCluster(node.host, node.port)
     f = opero(cache=Cache(backend="redis", client=client, namespace="away"), retries=0)(world.define(lambda x: x))

@@ -149,7 +149,7 @@ class ResultCache:
         return lasting_identity(self._function)
 
     @property
-    def look_up(self) -> Callable[[Any], tuple[Any, float] | None] | None:
+    def look_up(self) -> Callable[[Any], tuple[Any, ...] | None] | None:
         """Gives the entry ``(result, expires_at)`` of a key, expired or not, or None; None if that could block."""
         if self._settings.backend == "memory":
             return self.store.look_up
@@ -157,14 +157,13 @@ class ResultCache:
             return self._look_up
         return self._look_up_if_open if self._settings.reads_at_once else None
 
-    def _look_up(self, key: Any) -> tuple[Any, float] | None:
+    def _look_up(self, key: Any) -> tuple[Any, ...] | None:
         # Not the store's own: it is made at the first call.
         try:
-            entry: tuple[Any, float] | None = self.store.look_up(key)
+            return self.store.look_up(key)
         except MisuseError:
             # It has no name to keep anything under; `through` meets the same, and counts a call that failed.
             return None
-        return entry
 
     def _look_up_if_open(self, key: Any) -> tuple[Any, float] | None:
         # An event loop is not to wait for the opening; `through` asks in a thread.
@@ -176,8 +175,7 @@ class ResultCache:
         if self._settings.backend != "memory":
             return None
         store: Any = self.store
-        get, touch = store.steps
-        return self.keys.finder(get, touch, tick, clock)
+        return self.keys.finder(store.get, store.touch, tick, clock)
 
     @property
     def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:

@@ -7,91 +7,64 @@ the backend: it answers with a `Fault`, and the call goes on without the cache.
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator
+    from typing import TypeAlias
 
-    from opero.core.flights import Flight, Flights
+    from opero.core.flights import Flight
+    from opero.core.stores.lasting import LastingStore
+    from opero.core.stores.memory import MemoryStore
+
+    Store: TypeAlias = MemoryStore | LastingStore
 
 FOREVER = float("inf")
 
 
-class Found:
-    """Answer: the entry's value, or the error that is remembered in place of one (`Failed`).
-
-    Where results are kept as bytes, ``written`` is them: of which all others get a copy of their own.
-    """
-
-    __slots__ = ("value", "written")
-
-    def __init__(self, value: Any, written: bytes | None = None) -> None:
-        self.value = value
-        self.written = written
+# Requests
 
 
-class Fault:
-    """Answer: the backend could not do it."""
-
-    __slots__ = ("error",)
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-
-class _Answer:
-    """An answer that says all by its identity."""
-
-    __slots__ = ("_name",)
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __repr__(self) -> str:
-        return self._name
-
-
-CLAIMED = _Answer("CLAIMED")
-BUSY = _Answer("BUSY")
-DONE = _Answer("DONE")
-
-
+@dataclass(slots=True, eq=False)
 class Lease:
     """The right to compute the result for one key, against all processes that share the store.
 
-    ``dropped`` may be set while a thread is still on its way to claim it, which then gives it back at once. ``old`` is
-    an entry that has ended, not more than ``stale`` seconds ago, for the case that the call fails. ``seen`` is what the
-    store has noted of the key's past: whether somebody has forgotten the entry since the claim.
+    Attributes:
+        key: What it is for.
+        stale: For how many seconds after its end an entry is of use if the call fails.
+        token: Tells this lease from others of the key.
+        held: Whether it was claimed and not given back.
+        dropped: Whether it is wanted no more; a thread that is still on its way to claim it then gives it back at once.
+        old: An entry that has ended, not more than ``stale`` seconds ago.
+        seen: What the store has noted of the key's past: whether somebody has forgotten the entry since the claim.
     """
 
-    __slots__ = ("dropped", "held", "key", "old", "seen", "stale", "token")
-
-    def __init__(self, key: Any, stale: float = 0.0) -> None:
-        self.key = key
-        self.stale = stale
-        self.token = b""
-        self.held = False
-        self.dropped = False
-        self.old: Found | None = None
-        self.seen: Any = None
+    key: Any
+    stale: float = 0.0
+    token: bytes = b""
+    held: bool = False
+    dropped: bool = False
+    old: Found | None = None
+    seen: Any = None
 
     def renew_token(self) -> None:
         self.token = os.urandom(12).hex().encode()
 
 
+@dataclass(slots=True, eq=False)
 class Claim:
     """Request: the entry, or else the right to compute it; answered by `Found`, `CLAIMED` or `BUSY`."""
 
-    __slots__ = ("lease",)
-
-    def __init__(self, lease: Lease) -> None:
-        self.lease = lease
+    lease: Lease
 
 
+@dataclass(slots=True, eq=False)
 class Keep:
     """Request: store a result unless it is stale by now, and give the lease back; answered by `DONE`.
 
@@ -99,17 +72,12 @@ class Keep:
     claimed it is stored in any case. ``written`` is filled in by stores of bytes.
     """
 
-    __slots__ = ("flight", "lease", "stale", "ttl", "value", "written")
-
-    def __init__(
-        self, lease: Lease, value: Any, ttl: float | None, *, flight: Flight | None = None, stale: float = 0.0
-    ) -> None:
-        self.lease = lease
-        self.value = value
-        self.ttl = ttl
-        self.stale = stale
-        self.flight = flight
-        self.written: bytes | None = None
+    lease: Lease
+    value: Any
+    ttl: float | None
+    flight: Flight | None = None
+    stale: float = 0.0
+    written: bytes | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -121,61 +89,46 @@ class Keep:
         return self.flight is not None and self.flight.stale
 
 
+@dataclass(slots=True, eq=False)
 class Release:
     """Request: give a lease back without a result; answered by `DONE`."""
 
-    __slots__ = ("lease",)
-
-    def __init__(self, lease: Lease) -> None:
-        self.lease = lease
+    lease: Lease
 
 
 Request = Claim | Keep | Release
 
 
-class Store(Protocol):
-    """Entries under keys. ``is_instant``: no request ever blocks."""
+# Answers
 
-    is_instant: ClassVar[bool]
-    flights: Flights
-    maxsize: int | None
 
-    @property
-    def look_up(self) -> Callable[[Any], Any]:
-        """The entry of a key, ``(result, expires_at, …)``, or None; faults are None, and come to light in `perform`."""
-        ...
+@dataclass(slots=True, eq=False)
+class Found:
+    """The entry's value, or the error that is remembered in place of one (`Failed`).
 
-    def perform(self, requests: Sequence[Request]) -> list[Any]:
-        """Answer requests in order."""
-        ...
+    Where results are kept as bytes, ``written`` is them: of which all others get a copy of their own.
+    """
 
-    def let_go(self, lease: Lease) -> None:
-        """Give a lease back soon, from any thread or event loop, whether it has been claimed yet or not."""
-        ...
+    value: Any
+    written: bytes | None = None
 
-    def delete(self, key: Any) -> bool:
-        """Forget one entry; tells whether there was one. Raises what the backend raises, as do the following."""
-        ...
 
-    def clear(self) -> None:
-        """Forget all entries, and refuse what is being computed now."""
-        ...
+@dataclass(slots=True, eq=False)
+class Fault:
+    """The backend could not do it."""
 
-    def __len__(self) -> int:
-        """Number of entries."""
-        ...
+    error: Exception
 
-    def close(self) -> None:
-        """Give back files and connections; they are opened again when needed."""
-        ...
 
-    def copy_of(self, written: bytes) -> Any:
-        """The value of an entry once more, where entries are bytes."""
-        ...
+class Answer(enum.Enum):
+    """One that says all by its name."""
 
-    def complain(self, error: Exception) -> None:
-        """Tell the log, the first time loudly."""
-        ...
+    CLAIMED = enum.auto()
+    BUSY = enum.auto()
+    DONE = enum.auto()
+
+
+CLAIMED, BUSY, DONE = Answer
 
 
 @contextlib.contextmanager

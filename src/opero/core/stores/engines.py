@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from opero.core.keys import key_of_value
 from opero.core.stores.contract import Claim, Fault, Found, Keep, Lease, managing
@@ -24,44 +24,6 @@ if TYPE_CHECKING:
     from opero.core.stores.settings import CacheSettings
 
 
-class CacheEngine(Protocol):
-    """What `opero.core.get_cache_context` gives."""
-
-    @property
-    def name(self) -> str:
-        """What kind of engine it is."""
-        ...
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """Hits, misses and size, and twat-cache's other facts."""
-        ...
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        """The value of a key; ``default`` if there is none."""
-        ...
-
-    def set(self, key: Any, value: Any) -> None:
-        """Store a value under a key."""
-        ...
-
-    def delete(self, key: Any) -> bool:
-        """Forget the value of a key; tells whether there was one."""
-        ...
-
-    def clear(self) -> None:
-        """Forget all values of the namespace."""
-        ...
-
-    def cache(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate a function to keep its results in the namespace."""
-        ...
-
-    def cleanup(self) -> None:
-        """Close files and connections."""
-        ...
-
-
 def make_engine(settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> CacheEngine:
     """The engine over a store; ``decorate`` makes a function use it."""
     base = {
@@ -73,11 +35,13 @@ def make_engine(settings: CacheSettings, store: Store, decorate: Callable[..., A
     return engine
 
 
-class _Completed:
-    """What twat-cache's engines lack or get wrong; stands before them among the bases."""
+class CacheEngine:
+    """What `opero.core.get_cache_context` gives: stands before one of twat-cache's engines among the bases.
+
+    It has what that lacks or gets wrong, and opens no files and connections with twat-cache's settings.
+    """
 
     def __init__(self, settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> None:
-        # Not twat-cache's own: it opens files and connections with its own settings.
         self._config = settings.config()
         self._ttl = None if callable(settings.ttl) else settings.ttl
         self._store = store
@@ -95,16 +59,19 @@ class _Completed:
 
     @property
     def name(self) -> str:
+        """What kind of engine it is."""
         return type(self).__name__
 
     @property
     def stats(self) -> dict[str, Any]:
+        """Hits, misses and size, and twat-cache's other facts."""
         facts: dict[str, Any] = import_twat_cache("engines.base").BaseCacheEngine.stats.fget(self)
         self._check_open()
         with managing(self._store, "count the entries of"):
             return {**facts, "size": len(self._store)}
 
     def get(self, key: Any, default: Any = None) -> Any:
+        """The value of a key; ``default`` if there is none."""
         lease = Lease(self._key(key))
         answer = self._ask(Claim(lease))
         self._store.let_go(lease)
@@ -116,24 +83,29 @@ class _Completed:
         return answer.value
 
     def set(self, key: Any, value: Any) -> None:
+        """Store a value under a key."""
         self._ask(Keep(Lease(self._key(key)), value, self._ttl))
         self._last_update = time.time()
 
     def delete(self, key: Any) -> bool:
+        """Forget the value of a key; tells whether there was one."""
         self._check_open()
         with managing(self._store, "delete from"):
             return self._store.delete(self._key(key))
 
     def clear(self) -> None:
+        """Forget all values of the namespace."""
         self._check_open()
         with managing(self._store, "clear"):
             self._store.clear()
 
     def cache(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorate a function to keep its results in the namespace."""
         decorated: Callable[..., Any] = self._decorate(func)
         return decorated
 
     def cleanup(self) -> None:
+        """Close files and connections."""
         self._is_closed = True
         self._store.close()
 
@@ -164,4 +136,4 @@ class _Completed:
 
 @functools.cache
 def _engine_class(module: str, name: str) -> Any:
-    return type(name, (_Completed, getattr(import_twat_cache(module), name)), {})
+    return type(name, (CacheEngine, getattr(import_twat_cache(module), name)), {})

@@ -45,9 +45,11 @@ class LastingStore(ABC):
         return self._what
 
     def complain(self, error: Exception) -> None:
+        """Tell the log, the first time loudly."""
         self._complaints.tell(error)
 
     def look_up(self, key: bytes) -> tuple[Any, float] | None:
+        """The entry of a key, ``(result, expires_at)``; faults are None, and come to light in `perform`."""
         rest = self.rest
         if rest.error is not None and rest.reason() is not None:
             return None
@@ -70,6 +72,7 @@ class LastingStore(ABC):
         return (value, FOREVER)
 
     def perform(self, requests: Sequence[Request]) -> list[Any]:
+        """Answer requests in order."""
         resting = self.rest.reason()
         if resting is not None:
             return [Fault(resting)] * len(requests)
@@ -127,8 +130,24 @@ class LastingStore(ABC):
 
     @abstractmethod
     def let_go(self, lease: Lease) -> None:
-        """See `Store.let_go`."""
+        """Give a lease back soon, from any thread or event loop, whether it has been claimed yet or not."""
 
     @abstractmethod
     def failed(self, error: Exception) -> None:
         """Decide whether the backend needs a rest."""
+
+    @abstractmethod
+    def delete(self, key: bytes) -> bool:
+        """Forget one entry; tells whether there was one. Raises what the backend raises, as do the following."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget all entries, and refuse what is being computed now."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of entries."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back files and connections; they are opened again when needed."""

@@ -7,6 +7,7 @@ may come between any two steps and use the same cache.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import threading
@@ -54,15 +55,19 @@ class MemoryStore:
         self._numbers = itertools.count()
         # What is known of each instance that keys hold: the reference that tells of its end, and the keys.
         self._instances: dict[Instance, tuple[Any, dict[Any, None]]] = {}
-        looks = {"lru": _look_recently, "lfu": _look_frequently, "fifo": _look}
-        self.look_up: Callable[[Any], Entry | None] = looks[policy](self._entries, self._uses)
+        # What `look_up` does: get the entry, and note that it was used, where something has to be noted.
+        touches = {"lru": self._entries.move_to_end, "lfu": _counter(self._uses), "fifo": None}
+        self.get: Callable[[Any], Entry | None] = self._entries.get
+        self.touch: Callable[[Any], object] | None = touches[policy]
 
-    @property
-    def steps(self) -> tuple[Callable[[Any], Entry | None], Callable[[Any], object] | None]:
-        """What `look_up` does: get the entry, and then note that it was used, where something has to be noted."""
-        if self.policy == "lru":
-            return self._entries.get, self._entries.move_to_end
-        return self.look_up, None
+    def look_up(self, key: Any) -> Entry | None:
+        """The entry of a key, ended or not."""
+        entry = self.get(key)
+        if entry is not None and self.touch is not None:
+            # Removed since, if it is not there.
+            with contextlib.suppress(KeyError):
+                self.touch(key)
+        return entry
 
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -219,35 +224,12 @@ def _instance_in(key: Any) -> Instance | None:
     return key[0] if key.__class__ is tuple and key and key[0].__class__ is Instance else None
 
 
-def _look(entries: OrderedDict[Any, Entry], _uses: dict[Any, int]) -> Callable[[Any], Entry | None]:
-    return entries.get
+def _counter(uses: dict[Any, int]) -> Callable[[Any], object]:
+    # No method, which would keep the store until the garbage collector comes.
+    def count(key: Any) -> None:
+        uses[key] = uses[key] + 1
 
-
-def _look_recently(entries: OrderedDict[Any, Entry], _uses: dict[Any, int]) -> Callable[[Any], Entry | None]:
-    get, touch = entries.get, entries.move_to_end
-
-    def look_up(key: Any) -> Entry | None:
-        entry = get(key)
-        if entry is None:
-            return None
-        try:
-            touch(key)
-        except KeyError:
-            # Removed since.
-            return entry
-        return entry
-
-    return look_up
-
-
-def _look_frequently(entries: OrderedDict[Any, Entry], uses: dict[Any, int]) -> Callable[[Any], Entry | None]:
-    def look_up(key: Any) -> Entry | None:
-        entry = entries.get(key)
-        if entry is not None:
-            uses[key] = uses.get(key, 0) + 1
-        return entry
-
-    return look_up
+    return count
 
 
 # A lock that a thread can have more than once: a finalizer, which may come at any moment, can decorate functions.
