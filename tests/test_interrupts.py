@@ -20,6 +20,7 @@ from side_by_side import started, until
 from opero import Cache, opmap
 from opero.concurrency.processes import Worker
 from opero.concurrency.threads import ThreadPool
+from opero.core.interrupts import Hold
 
 PATIENCE = 10.0
 
@@ -341,6 +342,29 @@ def test_a_map_with_a_cache_that_lasts_says_that_the_next_run_has_it(tmp_path):
         opmap(mode="serial", progress=False, cache=cache)(pressing(after=1))([1, 2])
     (note,) = raised.value.__notes__
     assert note.endswith("were done; the next run finds their results in the cache")
+
+
+def test_ctrl_c_that_leaves_what_runs_keeps_the_note():
+    ending = threading.Event()
+    waiting = threading.Event()
+
+    def work(item):
+        press()
+        waiting.set()
+        ending.wait(PATIENCE)
+
+    def press_again():
+        waiting.wait(PATIENCE)
+        until(lambda: isinstance(signal.getsignal(signal.SIGINT), Hold))
+        press()
+
+    pressing_again = started(press_again)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        opmap(mode="thread", workers=1, progress=False)(work)([1])
+    ending.set()
+    pressing_again.result()
+    (note,) = raised.value.__notes__
+    assert "0 of 1 items" in note
 
 
 class Terminal(io.StringIO):

@@ -29,7 +29,7 @@ from opero.core.interrupts import Hold, forget_earlier_interrupts
 from opero.core.showing import kind_of
 from opero.core.signature import find_by_name, own_signature
 from opero.exceptions import FailedItemsWarning
-from opero.utils.notes import Shortened, add_note, class_counts
+from opero.utils.notes import Shortened, class_counts
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -299,7 +299,7 @@ class _BlockingMap(_Map[T, P, R, L]):
         with Shortened():
             for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
                 pass  # a ListSink hands nothing out
-        results: L = self._list_of(sink)
+            results: L = self._list_of(sink)
         return results
 
     def run(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
@@ -392,7 +392,7 @@ class _AwaitableMap(_Map[T, P, R, L]):
         with Shortened():
             async for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
                 pass  # a ListSink hands nothing out
-        results: L = self._list_of(sink)
+            results: L = self._list_of(sink)
         return results
 
     def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
@@ -408,9 +408,6 @@ class _AwaitableMap(_Map[T, P, R, L]):
         try:
             return asyncio.run(self(items, *args, **kwargs))
         except KeyboardInterrupt as interrupt:
-            # It was a cancellation in the loop, which has been told what was done.
-            for note in getattr(interrupt.__context__, "__notes__", ()):
-                add_note(interrupt, note)
             forget_earlier_interrupts(interrupt)
             raise
 

@@ -8,6 +8,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
+from opero.utils.notes import add_note
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -21,11 +23,16 @@ _PASSING_ELSEWHERE = (("queue", "Empty"), ("asyncio", "CancelledError"))
 
 
 def forget_earlier_interrupts(interrupt: KeyboardInterrupt) -> None:
-    """Let one traceback be shown for Ctrl-C, however often it was pressed; asyncio passes it on as a cancellation."""
+    """Let one traceback be shown for Ctrl-C, however often it was pressed; asyncio passes it on as a cancellation.
+
+    It has the notes of those that are forgotten.
+    """
     known = [(sys.modules[module], name) for module, name in _PASSING_ELSEWHERE if module in sys.modules]
     passing = (*_PASSING, *(getattr(module, name) for module, name in known))
     earlier = interrupt.__context__
     while earlier is not None and isinstance(earlier, passing):
+        for note in getattr(earlier, "__notes__", ()):
+            add_note(interrupt, note)
         earlier = earlier.__context__
     interrupt.__context__ = earlier
 
