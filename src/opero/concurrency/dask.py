@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, Wake, not_run
 from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.far import (
     BROKEN,
@@ -32,7 +33,6 @@ from opero.concurrency.far import (
     work_of,
 )
 from opero.concurrency.inbox import BlockingInbox
-from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, Wake, not_run
 from opero.concurrency.worker import How, Report, TimeLimit, Work
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import kind_of

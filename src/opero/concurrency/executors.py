@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, in_own_thread
-from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
 from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
@@ -74,6 +74,7 @@ class ExecutorPool:
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
     largest_batch = LARGEST_BATCH
+    is_far = False
     can_rest = True
     kill = prepare = None
 

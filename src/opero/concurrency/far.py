@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from uuid import uuid4
 
-from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
 from opero.concurrency.worker import (
     FAR_BATCH_SECONDS,

@@ -17,8 +17,8 @@ from opero.exceptions import NotTransferableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.concurrency.batches import Pool
     from opero.concurrency.progress import ProgressOption
-    from opero.concurrency.scheduler import Pool
     from opero.concurrency.worker import Work
 
 

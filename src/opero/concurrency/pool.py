@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from concurrent.futures import Executor
 
-    from opero.concurrency.scheduler import Pool
+    from opero.concurrency.batches import Pool
     from opero.concurrency.worker import Work
 
     _PoolClass: TypeAlias = Callable[..., Pool]

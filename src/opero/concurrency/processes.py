@@ -20,6 +20,7 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
 from opero.concurrency.ending import ENDED_CODE, GRACE_SECONDS, end_by_force, end_family, family_of, wait_until_ended
 from opero.concurrency.log_records import hand_on
@@ -40,7 +41,6 @@ from opero.concurrency.process_worker import (
     marks_at,
     serve,
 )
-from opero.concurrency.scheduler import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.transport import Packer, unpack_report
 from opero.core.forks import ForkSafeLock, foreign_threads, watch_forks
 from opero.core.interrupts import Hold
@@ -218,6 +218,7 @@ class ProcessPool:
 
     most_in_batch = LARGEST_BATCH
     runs_together = False
+    is_far = False
     can_rest = True
     at_once = 1
 

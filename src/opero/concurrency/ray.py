@@ -9,9 +9,9 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from opero.concurrency.batches import Batch, Fatal, Wake, not_run
 from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.far import BROKEN, LARGEST_BATCH, Answer, Found, Parcels, load, recover, run_parcel
-from opero.concurrency.scheduler import Batch, Fatal, Wake, not_run
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import shown
 from opero.core.signature import name_of

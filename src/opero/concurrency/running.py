@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.batches import Wake
 from opero.concurrency.ctrl_c import telling
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
-from opero.concurrency.scheduler import Scheduler, Wake
+from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.sources import AsyncSource, IteratorSource
 from opero.core.interrupts import Hold
 from opero.core.steps import consult, consult_async

@@ -17,8 +17,9 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, Wake
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import Tally, make_progress
 from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, FAR_LONG_SECONDS, LONG_SECONDS, Work
@@ -35,6 +36,7 @@ from opero.utils.notes import add_note, users_part
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from opero.concurrency.batches import Pool
     from opero.concurrency.inbox import Inbox
     from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Sink
@@ -64,7 +66,7 @@ MOST_LOOKED_UP = 500
 
 
 @dataclass(slots=True, eq=False)
-class _Entry:
+class Entry:
     """One item that is more than a place in a first batch."""
 
     index: int
@@ -80,188 +82,13 @@ class _Entry:
 
 
 @dataclass(slots=True, eq=False)
-class _ListEntry(_Entry):
+class _ListEntry(Entry):
     """One call for several items, of a function that takes lists.
 
     ``members`` are those that have no result yet, with the error that the last attempt gave for each, if any.
     """
 
-    members: dict[_Entry, Exception | None] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """What is sent to a worker in one go.
-
-    ``items`` are the varying first arguments; ``candidate``, unless `MISSING`, goes to the fallback parameter of each;
-    ``time_limit`` is the seconds one execution has, and the option that says so.
-    ``alone``: nothing else may run in the worker's process meanwhile.
-    ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
-    ``mark``: for workers of this process, see `worker.run_items`; it counts the ``reported`` ones, too.
-    """
-
-    items: list[Any]
-    start: int
-    entries: list[_Entry] | None = None
-    losses: int = 0
-    candidate: Any = MISSING
-    time_limit: tuple[float, str] | None = None
-    alone: bool = False
-    is_last: bool = False
-    mark: list[int] = field(default_factory=lambda: [0])
-    reported: int = 0
-    sent_at: float = 0.0
-
-    def take_from(self, place: int) -> Batch:
-        """Take the items from there on out of it, for another one."""
-        entries = None if self.entries is None else self.entries[place:]
-        taken = Batch(self.items[place:], self.start + place, entries, self.losses)
-        taken.sent_at = self.sent_at
-        # A worker of this process may be iterating over the list.
-        self.items = self.items[:place]
-        self.entries = None if self.entries is None else self.entries[:place]
-        return taken
-
-    def drop(self, count: int) -> None:
-        """Forget the first ones, which have been reported."""
-        self.items, self.start, self.reported = self.items[count:], self.start + count, self.reported + count
-        self.entries = None if self.entries is None else self.entries[count:]
-
-
-@dataclass(slots=True)
-class Done:
-    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes.
-
-    Unless it is a part, after which the worker has gone on, items for which there is no value have not begun.
-    """
-
-    batch: Batch
-    values: list[Any]
-    errors: dict[int, Exception]
-    seconds: float
-    size: int = 0
-    is_part: bool = False
-
-
-@dataclass(slots=True)
-class Lost:
-    """A worker ended; ``batches`` were with it, the first one sent first.
-
-    ``begun``: how many items of the only batch have begun, if it is known; the last of them was running.
-    ``at_once``: all of the batches were running, but for the ``innocent`` ones, which it had not begun.
-    ``sure``: nothing else can have ended it.
-    """
-
-    batches: list[Batch]
-    reason: str
-    at_once: bool = False
-    innocent: Collection[Batch] = ()
-    sure: bool = True
-    begun: int | None = None
-
-
-def not_run(batch: Batch, error: Exception) -> Done | Lost:
-    """An item of the batch cannot travel; alone, it is known which."""
-    if len(batch.items) == 1:
-        return Done(batch, [None], {0: error}, 0.0)
-    return Lost([batch], str(error), at_once=True)
-
-
-class Fatal:
-    """Something that ends the whole map: Ctrl-C or exit in a worker thread, a pool that cannot work."""
-
-    __slots__ = ("error",)
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-class Wake:
-    """Somebody may have something: an item its rate slot, the input its next item."""
-
-    __slots__ = ("entry",)
-
-    def __init__(self, entry: Any = None) -> None:
-        self.entry = entry
-
-
-class Pool(Protocol):
-    """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file.
-
-    One whose workers are on a cluster has ``is_far = True``: longer batches, and a second one for each of its slots.
-    """
-
-    @property
-    def largest_batch(self) -> int:
-        """Items that may be sent in one go now."""
-        ...
-
-    @property
-    def slots(self) -> int:
-        """Batches that can run at the same time."""
-        ...
-
-    @property
-    def begun(self) -> Callable[[Batch], int] | None:
-        """How many items of a batch have begun, see `worker.run_items`; None if that cannot be known."""
-        ...
-
-    @property
-    def kill(self) -> Callable[[Batch], bool] | None:
-        """Ends the worker that runs a batch, by force if it is asked again; None where a worker cannot be stopped.
-
-        Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
-        """
-        ...
-
-    @property
-    def prepare(self) -> Callable[[], None] | None:
-        """Starts workers, if there are none; None where a batch can always begin at once."""
-        ...
-
-    @property
-    def can_rest(self) -> bool:
-        """Whether its workers can run one map after the other."""
-        ...
-
-    def rest(self) -> None:
-        """The map has ended and nothing runs; listen to nobody until the next one starts."""
-        ...
-
-    def take_on(self, work: Work) -> None:
-        """Be ready for another map of the same function, after a `rest`.
-
-        Raises:
-            NotTransferableError: If its arguments cannot be sent to the workers.
-        """
-        ...
-
-    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool, patience: float | None) -> None:
-        """Begin, or go on with the next map; events go to the ``inbox``.
-
-        There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once,
-        and ``slots`` are those of workers that can. ``patience``: seconds that a call has in all.
-        """
-        ...
-
-    def submit(self, batch: Batch) -> None:
-        """Run a batch as soon as a worker is free."""
-        ...
-
-    def receive(self, event: Any) -> Any:
-        """Make a scheduler's event of what was delivered; None if it is of no interest."""
-        ...
-
-    def stop(self, is_left: Callable[[], bool]) -> None:
-        """End the workers; blocks until they have ended, unless it is called in one of them.
-
-        What cannot be ended is waited for as long as ``is_left`` does not tell that nobody wants to any more.
-        """
-        ...
-
-    async def stop_async(self) -> None:
-        """End the workers without blocking the event loop."""
-        ...
+    members: dict[Entry, Exception | None] = field(default_factory=dict)
 
 
 class Wait(NamedTuple):
@@ -353,7 +180,7 @@ class Scheduler:
         self._plan = plan
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
         self._list_size = settings.batch_size
-        self._gathered: list[_Entry] = []
+        self._gathered: list[Entry] = []
         if self._list_size is not None:
             self._call_plan = replace(plan, cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
         self._shape = shape
@@ -371,13 +198,13 @@ class Scheduler:
             or plan.attempt_timeout is not None
             or plan.total_timeout is not None
         )
-        self._size = _BatchSize(is_far=self._is_far())
+        self._size = _BatchSize(is_far=self.pool.is_far)
         # What is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
         is_asked = plan.asks_first or plan.cache is not None or is_listened_to(plan)
         self._direct = not (is_asked or self._one_at_a_time or self._list_size is not None)
         self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
-        self._ready: deque[_Entry] = deque()
+        self._ready: deque[Entry] = deque()
         # Parts of first batches that their workers did not begin.
         self._given_back: deque[Batch] = deque()
         self._timers = _Timers(lambda: clock.now())  # noqa: PLW0108 - the clock may be replaced meanwhile
@@ -387,22 +214,19 @@ class Scheduler:
         self._next_index = 0
         self._pausing = 0
         # Those that take no slot before a worker is ready.
-        self._preparing: deque[_Entry] = deque()
+        self._preparing: deque[Entry] = deque()
         self._awaiting = 0
         self._awaiting_turns = 0
-        self._consulting: list[tuple[_Entry, Consult]] = []
+        self._consulting: list[tuple[Entry, Consult]] = []
         self._look_ahead = 1
         self.presence = Presence()
         self._more_at_once = False
         # Batches that are with workers.
         self._sent: set[Batch] = set()
         self._overdue: set[Batch] = set()
-        self._flying: set[_Entry] = set()
+        self._flying: set[Entry] = set()
         self.failure: Exception | None = None
         self.tally = Tally(total=total)
-
-    def _is_far(self) -> bool:
-        return getattr(self.pool, "is_far", False)
 
     @property
     def is_inherited(self) -> bool:
@@ -494,7 +318,7 @@ class Scheduler:
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
         # Where the way is far a second batch waits at each worker, unless calls have their times.
-        slots = self.pool.slots * (2 if self._is_far() and not self._one_at_a_time else 1)
+        slots = self.pool.slots * (2 if self.pool.is_far and not self._one_at_a_time else 1)
         while slots and self._preparing:
             self._advance(self._preparing.popleft(), None)
         # While no worker is ready, the first item has to tell whether one is needed.
@@ -582,18 +406,18 @@ class Scheduler:
 
     # Flows
 
-    def _open(self, index: int, item: Any, *, started: float | None = None, failure: Exception | None = None) -> _Entry:
+    def _open(self, index: int, item: Any, *, started: float | None = None, failure: Exception | None = None) -> Entry:
         arguments, kwargs = self._shape.arguments(item), self._shape.kwargs
         call = Call(arguments, kwargs, started=started)
         call.index, call.presence, call.failure = index, self.presence, failure
-        return _Entry(index, item, call)
+        return Entry(index, item, call)
 
-    def _start_flow(self, entry: _Entry, flow: Flow) -> None:
+    def _start_flow(self, entry: Entry, flow: Flow) -> None:
         entry.flow = flow
         self._flying.add(entry)
         self._advance(entry, None)
 
-    def _advance(self, entry: _Entry, sent: Any) -> None:
+    def _advance(self, entry: Entry, sent: Any) -> None:
         """Give a flow what it asked for, and see what it asks for next."""
         assert entry.flow is not None  # noqa: S101 - for the type checkers
         try:
@@ -605,7 +429,7 @@ class Scheduler:
         else:
             self._obey(entry, step)
 
-    def _obey(self, entry: _Entry, step: Step | Share | Prepare) -> None:
+    def _obey(self, entry: Entry, step: Step | Share | Prepare) -> None:
         if isinstance(step, Attempt):
             entry.attempt = step
             self._ready.append(entry)
@@ -628,18 +452,18 @@ class Scheduler:
             step.arrival.notify(lambda: self._inbox.put(Wake(entry)))
             self._look_for_arrival(entry)
 
-    def _prepare(self, entry: _Entry) -> None:
+    def _prepare(self, entry: Entry) -> None:
         if self.pool.slots or self.pool.prepare is None:
             self._advance(entry, None)
         else:
             self._preparing.append(entry)
             self.pool.prepare()
 
-    def _resume(self, entry: _Entry) -> None:
+    def _resume(self, entry: Entry) -> None:
         self._pausing -= 1
         self._advance(entry, None)
 
-    def _look_for_arrival(self, entry: _Entry) -> None:
+    def _look_for_arrival(self, entry: Entry) -> None:
         arrival = entry.arrival
         if arrival is None:
             return
@@ -655,7 +479,7 @@ class Scheduler:
         self._awaiting_turns -= entry.is_turn
         self._advance(entry, None)
 
-    def _end(self, entry: _Entry, outcome: Any) -> None:
+    def _end(self, entry: Entry, outcome: Any) -> None:
         self._flying.discard(entry)
         entry.flow = None
         if isinstance(entry, _ListEntry):
@@ -737,7 +561,7 @@ class Scheduler:
             text = f"opero: this was item {entry.index} of the map, and {len(members) - 1} more in one list"
             add_note(outcome.error, text, instead_of="opero: this was item ")
 
-    def _give(self, entry: _ListEntry, member: _Entry, outcome: Any) -> None:
+    def _give(self, entry: _ListEntry, member: Entry, outcome: Any) -> None:
         member.call.attempts = entry.call.attempts
         self._advance(member, outcome)
 
@@ -777,7 +601,7 @@ class Scheduler:
         batch.losses = max(entry.losses for entry in entries)
         return batch
 
-    def _varying(self, entry: _Entry) -> Any:
+    def _varying(self, entry: Entry) -> Any:
         """What is sent for an item: the item, or where that holds the candidates, the candidate."""
         if entry.attempt is None:
             return entry.item
@@ -941,17 +765,17 @@ def _values(name: str, result: Any, count: int) -> Any:
     )
 
 
-def _candidate(entry: _Entry) -> Any:
+def _candidate(entry: Entry) -> Any:
     return MISSING if entry.attempt is None else entry.attempt.candidate
 
 
-def _fits(entry: _Entry, candidate: Any) -> bool:
+def _fits(entry: Entry, candidate: Any) -> bool:
     return _candidate(entry) is candidate and not _travels_alone(entry) and _may_start(entry)
 
 
-def _may_start(entry: _Entry) -> bool:
+def _may_start(entry: Entry) -> bool:
     return entry.attempt is None or entry.attempt.may_start()
 
 
-def _travels_alone(entry: _Entry) -> bool:
+def _travels_alone(entry: Entry) -> bool:
     return entry.alone or (entry.attempt is not None and entry.attempt.timeout is not None)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextvars
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.batches import Batch, Done
 from opero.concurrency.kept import PoolSource
-from opero.concurrency.scheduler import Batch, Done
 from opero.concurrency.tasks import TaskPool
 from opero.concurrency.worker import How, Work, run_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.concurrency.batches import Pool
     from opero.concurrency.inbox import Inbox
-    from opero.concurrency.scheduler import Pool
 
 
 class SerialPool:
@@ -24,7 +24,7 @@ class SerialPool:
     """
 
     largest_batch = 1
-    can_rest = False
+    can_rest = is_far = False
     kill = prepare = begun = None
     slots = 1
 

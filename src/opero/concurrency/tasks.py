@@ -9,7 +9,7 @@ import types
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.scheduler import Batch, Done, Fatal
+from opero.concurrency.batches import Batch, Done, Fatal
 from opero.concurrency.worker import Work, in_time
 from opero.core.signature import MISSING
 from opero.core.steps import Failed, was_cancelled
@@ -24,7 +24,7 @@ class TaskPool:
     """Runs single items in tasks, one after the other; each item has a copy of the caller's context variables."""
 
     largest_batch = 1
-    can_rest = False
+    can_rest = is_far = False
     kill = prepare = begun = None
 
     def __init__(self, work: Work, workers: int) -> None:

@@ -7,8 +7,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from opero.concurrency.batches import Batch, Done, Fatal
 from opero.concurrency.ctrl_c import in_own_thread, join_unless_left
-from opero.concurrency.scheduler import Batch, Done, Fatal
 from opero.concurrency.worker import AsyncCaller, How, Work, run_batch
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
@@ -54,6 +54,7 @@ class ThreadPool:
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
     largest_batch = LARGEST_BATCH
+    is_far = False
     can_rest = True
     kill = prepare = None
 

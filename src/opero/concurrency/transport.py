@@ -23,7 +23,7 @@ from opero.exceptions import NotTransferableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from opero.concurrency.scheduler import Batch
+    from opero.concurrency.batches import Batch
     from opero.concurrency.worker import TimeLimit
 
 # What a worker runs: the work of its maps, the initializer and its arguments, the finalizer.

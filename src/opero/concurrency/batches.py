@@ -1,0 +1,192 @@
+"""What a map and its pool say to each other: batches, what became of them, and what is asked of a pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from opero.core.signature import MISSING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from opero.concurrency.inbox import Inbox
+    from opero.concurrency.scheduler import Entry
+    from opero.concurrency.worker import Work
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """What is sent to a worker in one go.
+
+    ``items`` are the varying first arguments; ``candidate``, unless `MISSING`, goes to the fallback parameter of each;
+    ``time_limit`` is the seconds one execution has, and the option that says so.
+    ``alone``: nothing else may run in the worker's process meanwhile.
+    ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
+    ``mark``: for workers of this process, see `worker.run_items`; it counts the ``reported`` ones, too.
+    """
+
+    items: list[Any]
+    start: int
+    entries: list[Entry] | None = None
+    losses: int = 0
+    candidate: Any = MISSING
+    time_limit: tuple[float, str] | None = None
+    alone: bool = False
+    is_last: bool = False
+    mark: list[int] = field(default_factory=lambda: [0])
+    reported: int = 0
+    sent_at: float = 0.0
+
+    def take_from(self, place: int) -> Batch:
+        """Take the items from there on out of it, for another one."""
+        entries = None if self.entries is None else self.entries[place:]
+        taken = Batch(self.items[place:], self.start + place, entries, self.losses)
+        taken.sent_at = self.sent_at
+        # A worker of this process may be iterating over the list.
+        self.items = self.items[:place]
+        self.entries = None if self.entries is None else self.entries[:place]
+        return taken
+
+    def drop(self, count: int) -> None:
+        """Forget the first ones, which have been reported."""
+        self.items, self.start, self.reported = self.items[count:], self.start + count, self.reported + count
+        self.entries = None if self.entries is None else self.entries[count:]
+
+
+@dataclass(slots=True)
+class Done:
+    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes.
+
+    Unless it is a part, after which the worker has gone on, items for which there is no value have not begun.
+    """
+
+    batch: Batch
+    values: list[Any]
+    errors: dict[int, Exception]
+    seconds: float
+    size: int = 0
+    is_part: bool = False
+
+
+@dataclass(slots=True)
+class Lost:
+    """A worker ended; ``batches`` were with it, the first one sent first.
+
+    ``begun``: how many items of the only batch have begun, if it is known; the last of them was running.
+    ``at_once``: all of the batches were running, but for the ``innocent`` ones, which it had not begun.
+    ``sure``: nothing else can have ended it.
+    """
+
+    batches: list[Batch]
+    reason: str
+    at_once: bool = False
+    innocent: Collection[Batch] = ()
+    sure: bool = True
+    begun: int | None = None
+
+
+def not_run(batch: Batch, error: Exception) -> Done | Lost:
+    """An item of the batch cannot travel; alone, it is known which."""
+    if len(batch.items) == 1:
+        return Done(batch, [None], {0: error}, 0.0)
+    return Lost([batch], str(error), at_once=True)
+
+
+class Fatal:
+    """Something that ends the whole map: Ctrl-C or exit in a worker thread, a pool that cannot work."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class Wake:
+    """Somebody may have something: an item its rate slot, the input its next item."""
+
+    __slots__ = ("entry",)
+
+    def __init__(self, entry: Any = None) -> None:
+        self.entry = entry
+
+
+class Pool(Protocol):
+    """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file."""
+
+    @property
+    def is_far(self) -> bool:
+        """Whether its workers are on a cluster: longer batches, and a second one for each of its slots."""
+        ...
+
+    @property
+    def largest_batch(self) -> int:
+        """Items that may be sent in one go now."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Batches that can run at the same time."""
+        ...
+
+    @property
+    def begun(self) -> Callable[[Batch], int] | None:
+        """How many items of a batch have begun, see `worker.run_items`; None if that cannot be known."""
+        ...
+
+    @property
+    def kill(self) -> Callable[[Batch], bool] | None:
+        """Ends the worker that runs a batch, by force if it is asked again; None where a worker cannot be stopped.
+
+        Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
+        """
+        ...
+
+    @property
+    def prepare(self) -> Callable[[], None] | None:
+        """Starts workers, if there are none; None where a batch can always begin at once."""
+        ...
+
+    @property
+    def can_rest(self) -> bool:
+        """Whether its workers can run one map after the other."""
+        ...
+
+    def rest(self) -> None:
+        """The map has ended and nothing runs; listen to nobody until the next one starts."""
+        ...
+
+    def take_on(self, work: Work) -> None:
+        """Be ready for another map of the same function, after a `rest`.
+
+        Raises:
+            NotTransferableError: If its arguments cannot be sent to the workers.
+        """
+        ...
+
+    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool, patience: float | None) -> None:
+        """Begin, or go on with the next map; events go to the ``inbox``.
+
+        There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once,
+        and ``slots`` are those of workers that can. ``patience``: seconds that a call has in all.
+        """
+        ...
+
+    def submit(self, batch: Batch) -> None:
+        """Run a batch as soon as a worker is free."""
+        ...
+
+    def receive(self, event: Any) -> Any:
+        """Make a scheduler's event of what was delivered; None if it is of no interest."""
+        ...
+
+    def stop(self, is_left: Callable[[], bool]) -> None:
+        """End the workers; blocks until they have ended, unless it is called in one of them.
+
+        What cannot be ended is waited for as long as ``is_left`` does not tell that nobody wants to any more.
+        """
+        ...
+
+    async def stop_async(self) -> None:
+        """End the workers without blocking the event loop."""
+        ...
