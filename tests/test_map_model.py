@@ -230,7 +230,7 @@ def test_a_map_does_what_a_plain_loop_does(mode):
 @pytest.mark.soak
 @pytest.mark.parametrize("mode", MODES)
 def test_many_maps_that_are_others_each_time_do_what_a_plain_loop_does(mode):
-    check_maps(mode, settings(max_examples=5 * MODES[mode], **SETTINGS))
+    check_maps(mode, settings(max_examples=3 * MODES[mode], **SETTINGS))
 
 
 def check_maps(mode, how):
