@@ -93,7 +93,7 @@ async def check() -> int:
     is_well = (
         {answer.json()["price"] for answer in answers.same} == {26.0}
         and answers.quote.json() == {"quote": 13.0}
-        and {answer.status_code for answer in answers.many} == {HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE}
+        and {answer.status_code for answer in answers.many} <= {HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE}
         and answers.metrics["hits"] >= 30  # those who asked for the same
         and answers.last.status_code == HTTPStatus.OK
     )

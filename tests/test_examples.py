@@ -75,5 +75,5 @@ def test_the_web_service_answers_refuses_and_ends_well():
         [sys.executable, EXAMPLES / "web_service.py", "--check"], check=False, capture_output=True, text=True
     )
 
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout
     assert "ok" in ended.stdout.splitlines()
