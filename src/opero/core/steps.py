@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from opero.core.breaker import Passage
+    from opero.core.limits.line import Gate
+    from opero.core.stores.contract import Store
 
 
 @dataclass(slots=True, eq=False)
@@ -192,20 +194,12 @@ def waiting_until(
         wait.close()
 
 
-class Asked(Protocol):
-    """Something that answers requests, and may block while it does so."""
-
-    def perform(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer requests in order."""
-        ...
-
-
 class Consult:
-    """Step: put one request to ``store``; sent back: its answer. Many may be put at once."""
+    """Step: put one request to ``store``, which may block; sent back: its answer. Many may be put at once."""
 
     __slots__ = ("request", "store")
 
-    def __init__(self, store: Asked, request: Any) -> None:
+    def __init__(self, store: Store | Gate, request: Any) -> None:
         self.store = store
         self.request = request
 
