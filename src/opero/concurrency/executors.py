@@ -21,7 +21,8 @@ from weakref import WeakKeyDictionary
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, in_own_thread
-from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
+from opero.concurrency.far import works
+from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
 from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import kind_of, shown
@@ -42,8 +43,6 @@ MOST_STILLBIRTHS = 3
 MOST_BYTES_ALONG = 4_096
 # What a worker answers: a report, that it cannot load the work, has to get it, or that something has ended a batch.
 REPORT, BROKEN, AGAIN, STOP = range(4)
-# Maps whose work a worker remembers.
-MOST_REMEMBERED = 8
 
 
 class _Users:
@@ -420,12 +419,12 @@ def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str
         payload: The batch.
         _number: Different for every batch: by default dask runs no call twice that has the same arguments.
     """
+    if packed is None and works.known(digest) is None:
+        return AGAIN, None, 0
     try:
-        work = _remembered.get(digest, packed)
+        work = works.get(digest, lambda: packed or b"")
     except Exception as error:  # noqa: BLE001 - the map raises it
         return BROKEN, describe(error), 0
-    if work is None:
-        return AGAIN, None, 0
     arrived = unpack_batch(payload)
     try:
         with hearing_interrupts():
@@ -433,24 +432,3 @@ def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str
     except BaseException as error:  # noqa: BLE001 - as in process mode; the executor might hand it to the caller
         return STOP, describe(error), 0
     return REPORT, pack_report(report), len(payload)
-
-
-class _Memory:
-    """The work of the latest maps."""
-
-    def __init__(self) -> None:
-        self._lock = ForkSafeLock()
-        self._works: dict[bytes, Work] = {}
-
-    def get(self, digest: bytes, packed: bytes | None) -> Work | None:
-        work = self._works.get(digest)
-        if work is None and packed is not None:
-            work = unpack_start(packed)[0]
-            with self._lock.lock:
-                self._works[digest] = work
-                if len(self._works) > MOST_REMEMBERED:
-                    del self._works[next(iter(self._works))]
-        return work
-
-
-_remembered = _Memory()

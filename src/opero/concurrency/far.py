@@ -170,7 +170,7 @@ def run_parcel(
     problem = load(digest, fetch)
     if problem is not None:
         return BROKEN, problem
-    work = _works.get(digest, fetch)
+    work = works.get(digest, fetch)
     arrived = unpack_batch(payload)
     if isinstance(arrived, Report):
         return REPORTS, [pack_report(arrived)]
@@ -194,7 +194,7 @@ def run_parcel(
 def load(digest: bytes, fetch: Callable[[], bytes]) -> str | None:
     """Load a map's work; tells why that cannot be done."""
     try:
-        _works.get(digest, fetch)
+        works.get(digest, fetch)
     except Exception as error:  # noqa: BLE001 - the map raises it
         return describe(error)
     return None
@@ -202,7 +202,7 @@ def load(digest: bytes, fetch: Callable[[], bytes]) -> str | None:
 
 def work_of(digest: bytes) -> Work | None:
     """A map's work, if this worker has it."""
-    return _works.known(digest)
+    return works.known(digest)
 
 
 def run_in_this_thread(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
@@ -239,7 +239,7 @@ class _Works:
             return work
 
 
-_works = _Works()
+works = _Works()
 
 
 class Journal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import math
 import os
@@ -33,69 +34,26 @@ if TYPE_CHECKING:
     from opero.concurrency.batches import Pool
     from opero.concurrency.worker import Work
 
-    _PoolClass: TypeAlias = Callable[..., Pool]
-
 __all__ = ["get_parallel_executor", "get_parallel_map_decorator"]
 
 DEFAULT_TASKS = 100
 MOST_DEFAULT_THREADS = 32
 
 
+# The file and the class of each mode's pool. Those that need an extra are imported only when a map has them.
+_POOLS: Mapping[str, tuple[str, str]] = {
+    "process": ("processes", "ProcessPool"),
+    "thread": ("threads", "ThreadPool"),
+    "async": ("tasks", "TaskPool"),
+    "async_process": ("async_processes", "AsyncProcessPool"),
+    "serial": ("serial", "serial_pool"),
+    "dask": ("dask", "DaskPool"),
+    "ray": ("ray", "RayPool"),
+}
 ModeName: TypeAlias = Literal["process", "thread", "async", "async_process", "serial", "dask", "ray"]
 Mode: TypeAlias = "ModeName | Executor | Callable[[], Executor]"
 
 
-def _thread_pool() -> _PoolClass:
-    from opero.concurrency.threads import ThreadPool
-
-    return ThreadPool
-
-
-def _process_pool() -> _PoolClass:
-    from opero.concurrency.processes import ProcessPool
-
-    return ProcessPool
-
-
-def _task_pool() -> _PoolClass:
-    from opero.concurrency.tasks import TaskPool
-
-    return TaskPool
-
-
-def _async_process_pool() -> _PoolClass:
-    from opero.concurrency.async_processes import AsyncProcessPool
-
-    return AsyncProcessPool
-
-
-def _serial_pool() -> _PoolClass:
-    from opero.concurrency.serial import serial_pool
-
-    return lambda work, _workers: serial_pool(work)
-
-
-def _dask_pool() -> _PoolClass:
-    from opero.concurrency.dask import DaskPool
-
-    return DaskPool
-
-
-def _ray_pool() -> _PoolClass:
-    from opero.concurrency.ray import RayPool
-
-    return RayPool
-
-
-_POOLS: Mapping[str, Callable[[], _PoolClass]] = {
-    "process": _process_pool,
-    "thread": _thread_pool,
-    "async": _task_pool,
-    "async_process": _async_process_pool,
-    "serial": _serial_pool,
-    "dask": _dask_pool,
-    "ray": _ray_pool,
-}
 # Modes whose cluster says how many workers there are, and what they need.
 _CLUSTERS: Mapping[str, str] = {"dask": "distributed", "ray": "ray"}
 _ASYNC_ONLY = ("async", "async_process")
@@ -201,7 +159,13 @@ def check_mode(mode: Any) -> None:
 def _pool_maker(mode: Mode, workers: int | None, options: dict[str, Any]) -> Callable[[Work], Pool]:
     if isinstance(mode, str):
         count = default_workers(mode) if workers is None and mode not in _CLUSTERS else workers
-        return lambda work: _POOLS[mode]()(work, count, **options)
+
+        def make_pool(work: Work) -> Pool:
+            file, name = _POOLS[mode]
+            pool: Pool = getattr(importlib.import_module(f"opero.concurrency.{file}"), name)(work, count, **options)
+            return pool
+
+        return make_pool
 
     def make_executor_pool(work: Work) -> Pool:
         from opero.concurrency.executors import ExecutorPool

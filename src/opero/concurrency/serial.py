@@ -61,7 +61,7 @@ class SerialPool:
         """As `stop`."""
 
 
-def serial_pool(work: Work) -> Pool:
+def serial_pool(work: Work, _workers: int = 1) -> Pool:
     """What runs a map in the calling thread; coroutines in the event loop there."""
     return TaskPool(work, 1) if work.is_async else SerialPool(work)
 
