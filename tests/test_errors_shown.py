@@ -176,8 +176,7 @@ def test_the_failure_that_stops_a_map_has_one_frame_of_operos(mode):
     with pytest.raises(ZeroDivisionError) as caught:
         mode.run(stopping(mode), [1, 0])
     shown = frames_of(caught.value)
-    # `run` of an `async def` function is one more.
-    assert shown.count("opero") == 1 + mode.is_async
+    assert shown.count("opero") == 1
     text = "".join(traceback.format_exception(caught.value))
     assert "return 1 // item" in text
     assert f"opero{os.sep}concurrency{os.sep}worker.py" not in text

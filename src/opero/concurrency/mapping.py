@@ -406,7 +406,8 @@ class _AwaitableMap(_Map[T, P, R, L]):
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
         try:
-            return asyncio.run(self(items, *args, **kwargs))
+            with Shortened():
+                return asyncio.run(self(items, *args, **kwargs))
         except KeyboardInterrupt as interrupt:
             forget_earlier_interrupts(interrupt)
             raise
