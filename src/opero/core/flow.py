@@ -72,7 +72,7 @@ class Candidate:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     value: Any = MISSING
-    place: int = 0
+    number: int = 0
     tries: int = 0
     ready_at: float | None = None
 
@@ -187,7 +187,7 @@ class _Layers:
             self.candidates = [Candidate(call.args, call.kwargs)]
             return
         values = enumerate(fallback.values(call))
-        self.candidates = [Candidate(*fallback.arguments(call, v), v, place) for place, v in values]
+        self.candidates = [Candidate(*fallback.arguments(call, v), v, number) for number, v in values]
         if limit is not None and len(self.candidates) > 1:
             self.has_own_limit = limit.per is not None and limit.per.depends_on(fallback.parameter)
 
@@ -306,7 +306,7 @@ class _Layers:
                 stats.retries.tick()
         if call.tell is not None:
             if not begins_round:
-                call.tell(CandidateSwitched, place=candidate.place)
+                call.tell(CandidateSwitched, place=candidate.number)
             call.tell(AttemptStarted, attempt=call.attempts, round=call.rounds)
 
     def _why_not(self) -> _NoAttempt:
@@ -360,7 +360,7 @@ class _Layers:
             failed = None
         changed = passage.tell(failed=failed)
         if changed is not None and self.call.tell is not None:
-            place = None if self.plan.fallback is None else candidate.place
+            place = None if self.plan.fallback is None else candidate.number
             self.call.tell(CircuitChanged, state=changed, place=place)
 
     def _candidate_failed(self, candidate: Candidate, verdict: Verdict) -> None:
@@ -496,7 +496,7 @@ class _Layers:
         trial = "a trial call is under way" if wait is None else f"the next trial is in {duration(wait)}"
         failures = _counted(breaker.shared.failures, "failure")
         message = f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}"
-        place = None if self.plan.fallback is None else self.candidates[soonest].place
+        place = None if self.plan.fallback is None else self.candidates[soonest].number
         return CircuitOpenError(message, wait, place)
 
     def _not_started(self) -> Exception:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.core.clock import clock
-from opero.core.signature import MISSING, Kind, kind_of, module_of, name_of
+from opero.core.signature import MISSING, Kind, calling_kind, module_of, name_of
 from opero.core.stats import Stats
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Plan:
     def __post_init__(self) -> None:
         self.name = name_of(self.function)
         self.module = module_of(self.function)
-        self.kind = kind_of(self.function)
+        self.kind = calling_kind(self.function)
         self.is_async = self.kind in {"async def", "async generator"}
 
     def __repr__(self) -> str:

@@ -77,7 +77,7 @@ _KINDS: tuple[tuple[Kind, Callable[[Any], bool]], ...] = (
 )
 
 
-def kind_of(function: Callable[..., Any]) -> Kind:
+def calling_kind(function: Callable[..., Any]) -> Kind:
     """Tell what calling gives, also for partials, bound methods and objects with such a ``__call__``."""
     function = through_partials(function)
     if isinstance(function, type):
@@ -93,7 +93,7 @@ def kind_of(function: Callable[..., Any]) -> Kind:
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Tell whether what calling gives has to be awaited."""
-    return kind_of(function) in {"async def", "async generator"}
+    return calling_kind(function) in {"async def", "async generator"}
 
 
 def check_decoratable(function: Any, decorator: str) -> None:
@@ -113,7 +113,7 @@ def check_decoratable(function: Any, decorator: str) -> None:
 
 def refuse_generator(function: Callable[..., Any], what: str) -> None:
     """Refuse a generator function for ``what``, which needs a result."""
-    if kind_of(function) in {"generator", "async generator"}:
+    if calling_kind(function) in {"generator", "async generator"}:
         msg = f"{what} cannot apply to the generator function {name_of(function)}; return a list in place of it"
         raise TypeError(msg)
 
