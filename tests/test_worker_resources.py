@@ -19,6 +19,7 @@ from leftovers import surroundings
 
 from opero import WorkerCrashedError, opmap
 from opero.concurrency import processes
+from opero.core import CallTimeoutError
 
 PATIENCE = 20.0
 
@@ -350,6 +351,13 @@ def test_no_call_uses_its_slot_late_because_its_worker_was_starting(cache):
     mapped = opmap(workers=2, progress=False, retries=0, cache=cache, rate_limit=2, pool_options=options)(tell_the_time)
     first, second = mapped([1, 2])
     assert second - first > 0.25
+
+
+def test_total_timeout_bounds_the_wait_for_the_first_worker():
+    options = {"start_method": "fork", "initializer": time.sleep, "initargs": (PATIENCE,)}
+    limits = {"rate_limit": 1000, "total_timeout": 0.3, "retries": 0}
+    mapped = opmap(workers=1, progress=False, return_exceptions=True, pool_options=options, **limits)(tell_the_time)
+    assert [type(error) for error in mapped([1, 2])] == [CallTimeoutError] * 2
 
 
 def tell_the_time(_item):

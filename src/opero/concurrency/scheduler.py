@@ -307,7 +307,7 @@ class Scheduler:
         due = [0.0 if self._more_at_once or self._source.is_late else None, self._timers.due_in(), self._late_in()]
         really_due = [self._real_timers.due_in(), self._watches.due_in() if self._sent else None]
         # What a worker or another process does takes real time, in which no time is skipped.
-        is_real = bool(self._sent) or really_due[0] is not None
+        is_real = bool(self._sent or self._preparing) or really_due[0] is not None
         return Wait(min((seconds for seconds in due + really_due if seconds is not None), default=None), is_real)
 
     def _next_batch(self) -> Batch | None:
@@ -320,7 +320,7 @@ class Scheduler:
         # Where the way is far a second batch waits at each worker, unless calls have their times.
         slots = self.pool.slots * (2 if self.pool.is_far and not self._one_at_a_time else 1)
         while slots and self._preparing:
-            self._advance(self._preparing.popleft(), None)
+            self._prepared(self._preparing[0])
         # While no worker is ready, the first item has to tell whether one is needed.
         if self.failure is not None or len(self._sent) >= max(slots, 1):
             return None
@@ -457,7 +457,14 @@ class Scheduler:
             self._advance(entry, None)
         else:
             self._preparing.append(entry)
+            if entry.call.deadline is not None:
+                self._timers.after(entry.call.deadline - clock.now(), lambda: self._prepared(entry))
             self.pool.prepare()
+
+    def _prepared(self, entry: Entry) -> None:
+        if entry in self._preparing:
+            self._preparing.remove(entry)
+            self._advance(entry, None)
 
     def _resume(self, entry: Entry) -> None:
         self._pausing -= 1
