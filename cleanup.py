@@ -44,6 +44,7 @@ SMOKE_TESTS = (
     "tests/test_kept_pools.py",
     "tests/test_layers.py",
     "tests/test_overload.py",
+    "tests/test_process_mode.py",
     "tests/test_serial.py",
     "tests/test_signals.py",
     "tests/test_starmap.py",

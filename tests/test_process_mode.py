@@ -597,6 +597,9 @@ def test_an_http_error_with_its_open_response_is_retried_when_the_server_wants_i
     (error,) = processes.map(work, retries=1, retry_on=retry_after).run([1])
     assert isinstance(error, urllib.error.HTTPError)
     assert (error.code, error.headers["Retry-After"]) == (503, "0")
+    # Its body stays in the worker.
+    assert error.read() == b""
+    error.close()
     assert journal.lines() == ["asked", "asked"]
 
 

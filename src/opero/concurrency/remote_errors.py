@@ -141,6 +141,9 @@ class _LossyPickler(_RemakingPickler):
         try:
             obj.__reduce_ex__(4)
         except Exception:  # noqa: BLE001 - as in _copy_of
+            if isinstance(obj, io.IOBase):
+                # An empty one: Python 3.12 closes that of an `HTTPError`, which cannot be None, and handlers read it.
+                return (io.StringIO if isinstance(obj, io.TextIOBase) else io.BytesIO), ()
             # Headers are often read-only mappings, which cannot be pickled.
             return (dict, (dict(obj),)) if isinstance(obj, Mapping) else (_left_out, ())
         # Something in it cannot, and comes here by itself.
