@@ -148,6 +148,39 @@ def test_a_cluster_that_is_away_costs_the_cache_and_not_the_call(world, call, lo
     loop.run(client.aclose())
 
 
+@pytest.mark.parametrize("make", [redis.Redis, redis.RedisCluster], ids=["server", "cluster"])
+def test_a_frozen_server_does_not_hold_up_a_call_although_the_programs_own_client_would_wait(make, tmp_path):
+    settings = {} if make is redis.Redis else {"cluster_enabled": "yes", "cluster_port": free_port()}
+    with RedisServer(tmp_path / "frozen", **settings) as server:
+        if settings:
+            make_cluster(server)
+        with make(host=server.host, port=server.port, socket_timeout=60) as client:
+            f = opero(cache=Cache(backend="redis", client=client, namespace="frozen"), retries=0)(lambda x: x)
+            f(1)
+            server.freeze()
+            began = time.monotonic()
+            assert [f(2), f(3)] == [2, 3]
+            assert time.monotonic() - began < 10
+            assert f.stats.cache_errors == 2
+            server.thaw()
+
+
+class CountedConnection(redis.Connection):
+    made = 0
+
+    def __init__(self, *args, **kwargs):
+        CountedConnection.made += 1
+        super().__init__(*args, **kwargs)
+
+
+def test_a_client_with_connections_of_a_class_of_its_own_is_used_itself(redis_backend):
+    with redis.ConnectionPool(connection_class=CountedConnection, **address(redis_backend)) as pool:
+        cache = Cache(backend="redis", client=redis.Redis(connection_pool=pool), namespace=redis_backend.namespace())
+        f = opero(cache=cache, retries=0)(lambda x: x)
+
+        assert [f(1), f(1), f.stats.hits, CountedConnection.made] == [1, 1, 1, 1]
+
+
 def test_a_client_of_the_programs_own_is_not_closed(redis_backend):
     with redis.Redis(**address(redis_backend)) as client:
         f = opero(cache=Cache(backend="redis", namespace=redis_backend.namespace(), client=client), retries=0)(

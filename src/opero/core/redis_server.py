@@ -103,7 +103,8 @@ class Server:
         """What is there under a key: what redis-py does around a command takes longer than the command."""
         client = self.client
         entry: bytes | None
-        if not self._is_ours or not hasattr(client, "connection_pool"):
+        # What finds its server by itself has other pools.
+        if not isinstance(getattr(client, "connection_pool", None), _pool_class()):
             entry = client.get(key)
             return entry
         try:
@@ -174,8 +175,9 @@ class Server:
     def failed(self, error: Exception) -> None:
         """Leave the server alone for a while if it was its fault, or its network's."""
         import redis
+        from redis.exceptions import ClusterError, RedisClusterException
 
-        if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
+        if isinstance(error, (redis.ConnectionError, redis.TimeoutError, RedisClusterException, ClusterError, OSError)):
             self.rest.begin(error)
 
     def leave(self, user: Any) -> None:
@@ -236,9 +238,9 @@ def server_with(client: Any) -> Server:
     """The server that a client of the program's own is connected to."""
 
     def make() -> Server:
-        if not is_async_client(client):
-            return Server(lambda: client, is_ours=False)
-        return Server(_maker_of_twin(client), lambda: client, is_async_ours=False)
+        make_own = _maker_of_own(client)
+        make_async = (lambda: client) if is_async_client(client) else None
+        return Server(make_own or (lambda: client), make_async, is_ours=make_own is not None, is_async_ours=False)
 
     return _known(f"client {id(client)}", make)
 
@@ -255,8 +257,10 @@ def check_client(option: str, client: Any) -> Any:
     if not hasattr(type(client), "execute_command"):
         msg = f"{option} is {type(client).__name__}; give a client of redis-py (redis.Redis, redis.asyncio.Redis)"
         raise TypeError(msg)
-    if is_async_client(client):
-        _maker_of_twin(client)
+    if is_async_client(client) and _maker_of_own(client) is None:
+        what = f"a {type(client).__name__} of redis.asyncio"
+        msg = f"{option} is {what}, and opero cannot tell how it is connected; give one for threads"
+        raise TypeError(msg)
     # A cluster has no pool.
     encoder = getattr(client, "encoder", None) or getattr(client, "connection_pool", client)
     given = getattr(encoder, "connection_kwargs", {})
@@ -288,44 +292,45 @@ def check_url(option: str, value: Any) -> str:
     return value
 
 
-def _maker_of_twin(client: Any) -> Callable[[], Any]:
-    """Makes a client for threads that is connected as one of `redis.asyncio` is."""
+def _maker_of_own(client: Any) -> Callable[[], Any] | None:
+    """Makes a client for threads that is connected as one of the program's own is; None if nothing tells how.
+
+    The program's may wait for a frozen server for ever, and asyncio's belongs to its event loop.
+    """
     import redis.asyncio.sentinel
-    from redis import connection
+    from redis import connection, sentinel
     from redis.cluster import ClusterNode
-    from redis.sentinel import Sentinel
 
     bounds = {name: value for name, value in _settings().items() if name not in {"max_connections", "timeout"}}
-    if isinstance(client, redis.asyncio.RedisCluster):
+    if isinstance(client, (redis.RedisCluster, redis.asyncio.RedisCluster)):
+        # A cluster is asked again at another node, twice at each.
+        bounds |= {"socket_timeout": ANSWER_SECONDS / 2, "socket_connect_timeout": CONNECT_SECONDS / 2}
         nodes = [ClusterNode(node.host, node.port) for node in client.startup_nodes]  # type: ignore[no-untyped-call]  # redis-py's
-        given = _connected_as(client.connection_kwargs)
+        held: Any = client if hasattr(client, "connection_kwargs") else client.nodes_manager
+        given = _connected_as(held.connection_kwargs)
         return lambda: redis.RedisCluster(startup_nodes=nodes, **given, **bounds)
     pool: Any = getattr(client, "connection_pool", None)
-    if isinstance(pool, redis.asyncio.sentinel.SentinelConnectionPool):
-        told = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
-        given = {**_connected_as(pool.connection_kwargs), **bounds}
-        twin: Any = Sentinel(
-            [(one["host"], one["port"]) for one in told],
-            sentinel_kwargs={**_connected_as(told[0]), **bounds},
-            **given,
-        )  # type: ignore[no-untyped-call]  # redis-py's
+    if isinstance(pool, (sentinel.SentinelConnectionPool, redis.asyncio.sentinel.SentinelConnectionPool)):
+        told = [watcher.connection_pool.connection_kwargs for watcher in pool.sentinel_manager.sentinels]
+        given = {**_connected_as(pool.connection_kwargs, pool.connection_class), **bounds}
+        of_sentinels = {**_connected_as(told[0]), **bounds}
+        places = [(one["host"], one["port"]) for one in told]
+        twin: Any = sentinel.Sentinel(places, sentinel_kwargs=of_sentinels, **given)  # type: ignore[no-untyped-call]  # as above
         return functools.partial(twin.master_for if pool.is_master else twin.slave_for, pool.service_name)
-    kind = getattr(connection, getattr(pool, "connection_class", type).__name__, None)
-    if kind is None or not issubclass(kind, connection.AbstractConnection):
-        msg = f"client=… is a {type(client).__name__} of redis.asyncio that opero has no twin for; give one for threads"
-        raise TypeError(msg)
-    place = {name: value for name, value in pool.connection_kwargs.items() if name in {"host", "port", "path"}}
-    given = _connected_as(pool.connection_kwargs)
-    return lambda: _client(_pool_class()(connection_class=kind, **place, **given, **_settings()))
+    kind: type = getattr(pool, "connection_class", object)
+    if kind.__module__ not in {"redis.connection", "redis.asyncio.connection"}:
+        return None
+    given = {name: value for name, value in pool.connection_kwargs.items() if name in {"host", "port", "path"}}
+    given |= {"connection_class": getattr(connection, kind.__name__), **_connected_as(pool.connection_kwargs)}
+    return lambda: _client(_pool_class()(**given, **_settings()))
 
 
-def _connected_as(given: Mapping[str, Any]) -> dict[str, Any]:
+def _connected_as(given: Mapping[str, Any], kind: type | None = None) -> dict[str, Any]:
     """How to sign in, to which database, and how the connection is secured."""
-    return {
-        name: value
-        for name, value in given.items()
-        if name in {"db", "username", "password", "credential_provider"} or name.startswith("ssl")
-    }
+    names = {"db", "username", "password", "credential_provider"}
+    told = {name: value for name, value in given.items() if name in names or name.startswith("ssl")}
+    kind = kind or given.get("connection_class")
+    return {**told, "ssl": True} if kind is not None and "SSL" in kind.__name__ else told
 
 
 def _known(place: str, make: Callable[[], Server]) -> Server:
