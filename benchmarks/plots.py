@@ -46,7 +46,7 @@ def draw(
         axes.set(xlim=(0, 1.25 * max(medians.values())), ylim=(rows - 0.5, -0.5))
         axes.axis("off")
         for place, (name, amount) in enumerate(medians.items()):
-            is_ours = name.startswith(("op", "all four", "RateLimiter"))
+            is_ours = name.startswith(("opero", "opmap", "all four", "RateLimiter"))
             color = OPERO if is_ours else OTHERS
             axes.barh(place + 0.18, amount, height=0.34, color=color)
             axes.text(0, place - 0.16, name, va="center", weight="bold" if is_ours else "normal")
