@@ -20,7 +20,6 @@ from side_by_side import started, until
 from opero import Cache, opmap
 from opero.concurrency.processes import Worker
 from opero.concurrency.threads import ThreadPool
-from opero.core.interrupts import Hold
 
 PATIENCE = 10.0
 
@@ -344,27 +343,32 @@ def test_a_map_with_a_cache_that_lasts_says_that_the_next_run_has_it(tmp_path):
     assert note.endswith("were done; the next run finds their results in the cache")
 
 
-def test_ctrl_c_that_leaves_what_runs_keeps_the_note():
-    ending = threading.Event()
-    waiting = threading.Event()
+def pressed_once_it_runs(begun):
+    """The items of a map; Ctrl-C is pressed in its own thread when the first of them runs."""
+    yield 1
+    assert begun.wait(PATIENCE)
+    press()
+    yield 2
+
+
+def test_ctrl_c_that_leaves_what_runs_keeps_the_note(monkeypatch):
+    begun, ending = threading.Event(), threading.Event()
+    stop = ThreadPool.stop
+
+    def press_and_stop(pool, is_left):
+        press()
+        stop(pool, is_left)
 
     def work(item):
-        press()
-        waiting.set()
+        begun.set()
         ending.wait(PATIENCE)
 
-    def press_again():
-        waiting.wait(PATIENCE)
-        until(lambda: isinstance(signal.getsignal(signal.SIGINT), Hold))
-        press()
-
-    pressing_again = started(press_again)
+    monkeypatch.setattr(ThreadPool, "stop", press_and_stop)
     with pytest.raises(KeyboardInterrupt) as raised:
-        opmap(mode="thread", workers=1, progress=False)(work)([1])
+        opmap(mode="thread", workers=2, progress=False)(work)(pressed_once_it_runs(begun))
     ending.set()
-    pressing_again.result()
     (note,) = raised.value.__notes__
-    assert "0 of 1 items" in note
+    assert note.startswith("opero: 0 items of ")
 
 
 class Terminal(io.StringIO):
@@ -376,10 +380,10 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "file"])
 def test_a_terminal_is_told_what_is_waited_for(monkeypatch, stream, is_async):
     monkeypatch.setattr("sys.stderr", stream())
-    waited = threading.Event()
+    begun, waited = threading.Event(), threading.Event()
 
     def work(item):
-        press()
+        begun.set()
         for _ in range(150 if stream is Terminal else 15):
             if "waiting" in sys.stderr.getvalue():
                 waited.set()
@@ -390,7 +394,9 @@ def test_a_terminal_is_told_what_is_waited_for(monkeypatch, stream, is_async):
         work(item)
 
     with pytest.raises(KeyboardInterrupt):
-        opmap(mode="thread", workers=1, progress=False)(work_async if is_async else work).run([1])
+        opmap(mode="thread", workers=2, progress=False)(work_async if is_async else work).run(
+            pressed_once_it_runs(begun)
+        )
     assert waited.is_set() is (stream is Terminal)
     told = "opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n"
     assert sys.stderr.getvalue() == (told if stream is Terminal else "")
