@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opero.core.checks import check_callable, check_text
+from opero.core.checks import check_callable
+from opero.core.showing import kind_of, shown
 from opero.core.signature import parameter_slot
 
 if TYPE_CHECKING:
@@ -29,8 +30,12 @@ class Per:
             self.get = lambda args, kwargs: made(*args, **kwargs)
             return
         names: Any = per if isinstance(per, tuple) and per else (per,)
-        for name in names:
-            check_text("per", name, "a parameter's name, a tuple of names, or a function of the call's arguments")
+        if not all(isinstance(name, str) for name in names) or not all(names):
+            msg = (
+                f"per={shown(per)} is {kind_of(per)}; write a parameter's name, a tuple of names, or a function of the "
+                "call's arguments"
+            )
+            raise TypeError(msg)
         self.parameters = names
         slots = [parameter_slot(function, name, "per") for name in names]
         self.get = slots[0].get

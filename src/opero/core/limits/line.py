@@ -182,9 +182,9 @@ class Line:
         """When to look again; not after ``now``: it may take its slot, or ask the gate of a shared limit for it."""
         while self._spots and self._spots[0].turn.has_left:
             self._spots.popleft()
-        before = self._before(spot)
-        if now + EARLY < self._closed_until():
-            return self._closed_until() + before * _GRACE
+        before, closed_until = self._before(spot), self._closed_until()
+        if now + EARLY < closed_until:
+            return closed_until + before * _GRACE
         if before:
             self._notice(now)
             due = self._noticed_at + before * _GRACE
@@ -231,7 +231,10 @@ class Line:
 
     def first(self) -> _Spot | None:
         """Who may go on next."""
-        return next((spot for spot in self._spots if not (spot.is_passed or spot.turn.has_left)), None)
+        for spot in self._spots:
+            if not (spot.is_passed or spot.turn.has_left):
+                return spot
+        return None
 
     def waited(self, spot: _Spot, now: float) -> float:
         """For how long it has missed slots."""
@@ -424,11 +427,14 @@ class Turn:
         return self.taken or self.is_late or self.asks
 
     def poll(self) -> bool:
-        if not (self.has_news or self.has_left):
-            with self._locked():
-                next_ones = self._look(clock.now())
-            for spot in next_ones:
-                _rouse(spot)
+        if self.taken or self.is_late or self.asks:
+            return True
+        if self.has_left:
+            return False
+        with self._locks[0].lock if len(self._locks) == 1 else self._locked():
+            next_ones = self._look(clock.now())
+        for spot in next_ones:
+            _rouse(spot)
         return self.has_news
 
     def _locked(self) -> ExitStack | threading.Lock:
@@ -445,25 +451,36 @@ class Turn:
             self.joined_at = now
             for spot in self._spots:
                 spot.line.join(spot)
-        for spot in self._spots:
-            spot.is_passed = False
         if self._latest is not None and self.joined_at < now and now >= self._latest():
             # It has waited, and others can still use the slot.
             self.is_late = True
             return ()
-        due = [spot.line.due(spot, now) for spot in self._spots]
-        self._due = max(due)
+        self._due = self._find_due(now)
         if self._due <= now + EARLY:
             if any(spot.line.is_shared for spot in self._spots):
                 self.asks = True
                 return ()
             return self._start(now)
-        for spot, moment in zip(self._spots, due, strict=True):
-            # Others use what would pass unused, while it waits for another limit.
-            spot.is_passed = moment <= now + EARLY and self._due - now > spot.line.seconds_of(spot.amounts)
-        self._find_out_whether_late(now)
+        if self._latest is not None:
+            self._find_out_whether_late(now)
+        # Whoever looks, and finds that the first could go on, tells it.
         firsts = [spot.line.first() for spot in self._spots if spot.line.may_open(now)]
-        return [first for first in firsts if first is not None and first.turn is not self]
+        return [first for first in firsts if first is not None and first.turn is not self] if firsts else ()
+
+    def _find_due(self, now: float) -> float:
+        """When to look again, if nothing is heard before; not after ``now``: all its slots have come."""
+        if len(self._spots) == 1:
+            (spot,) = self._spots
+            spot.is_passed = False
+            return spot.line.due(spot, now)
+        for spot in self._spots:
+            spot.is_passed = False
+        moments = [spot.line.due(spot, now) for spot in self._spots]
+        due = max(moments)
+        for spot, moment in zip(self._spots, moments, strict=True):
+            # Others use what would pass unused, while it waits for another limit.
+            spot.is_passed = moment <= now + EARLY and due - now > spot.line.seconds_of(spot.amounts)
+        return due
 
     def _start(self, now: float) -> Iterable[_Spot | None]:
         self.taken = True
@@ -472,9 +489,9 @@ class Turn:
         return [spot.line.first() for spot in self._spots]
 
     def _find_out_whether_late(self, now: float) -> None:
-        if self._latest is not None:
-            starts = [spot.line.expected_start(spot, spot.amounts, now) for spot in self._spots]
-            self.is_late = max(starts) >= self._latest()
+        assert self._latest is not None  # noqa: S101 - for the type checkers
+        starts = [spot.line.expected_start(spot, spot.amounts, now) for spot in self._spots]
+        self.is_late = max(starts) >= self._latest()
 
     def ask(self) -> Generator[Any, Any, None]:
         """Ask the gates of shared limits; what one of them gives goes back if another one has nothing to give."""
@@ -495,7 +512,7 @@ class Turn:
             now = clock.now()
             if not is_refused and not max([spot.line.wait_alone(spot, now) for spot in alone], default=0.0):
                 next_ones = self._start(now)
-            else:
+            elif self._latest is not None:
                 self._find_out_whether_late(now)
         for first in next_ones:
             _rouse(first)
