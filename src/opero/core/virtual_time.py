@@ -27,11 +27,15 @@ _TO_GO_ON = 0.05
 
 
 class VirtualTime:
-    """Lets time jump in place of every wait; between the jumps it passes as ever."""
+    """Lets time jump in place of every wait; between the jumps it passes as ever.
+
+    Attributes:
+        skipped: Seconds that were jumped over.
+    """
 
     def __init__(self) -> None:
-        self._jumped = 0.0
-        self._jumped_before = 0.0
+        self.skipped = 0.0
+        self._skipped_before = 0.0
         self._numbers = itertools.count()
         self.after_fork()
         watch_forks(self)
@@ -47,23 +51,18 @@ class VirtualTime:
 
     def begin(self) -> None:
         """From here on the time of day jumps, too; what was jumped over before is over."""
-        self._jumped_before = self._jumped
-
-    @property
-    def skipped(self) -> float:
-        """Seconds that were jumped over."""
-        return self._jumped
+        self._skipped_before = self.skipped
 
     def now(self) -> float:
-        return time.monotonic() + self._jumped
+        return time.monotonic() + self.skipped
 
     def wall(self) -> float:
-        return time.time() + self._jumped - self._jumped_before
+        return time.time() + self.skipped - self._skipped_before
 
     def advance(self, seconds: float) -> None:
         """Let so many seconds pass, at once and for everybody."""
         with self._lock:
-            self._jumped += max(0.0, seconds)
+            self.skipped += max(0.0, seconds)
         self._look(float("inf"))
 
     def sleep(self, seconds: float) -> None:
@@ -139,7 +138,7 @@ class VirtualTime:
                 if number in self._waiting and moment > self.now():
                     if time.monotonic() - self._changed_at < (max(patience, _TO_GO_ON) if self._woken else patience):
                         break
-                    self._jumped += max(0.0, moment - self.now())
+                    self.skipped += max(0.0, moment - self.now())
                     self._woken.clear()
                 heapq.heappop(self._moments)
                 if number in self._waiting:
