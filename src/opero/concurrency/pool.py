@@ -271,26 +271,17 @@ def get_parallel_map_decorator(
 
     def decorate(function: Callable[..., Any]) -> Any:
         check_decoratable(function, "get_parallel_map_decorator")
-        settings = map_settings(
-            function,
-            mode=mode,
-            workers=workers,
-            ordered=ordered,
-            progress=progress,
-            return_exceptions=return_exceptions,
-            total=total,
-            pool_options=pool_options,
-        )
-        recipe = {
+        options: dict[str, Any] = {
             "mode": mode,
             "workers": workers,
             "ordered": ordered,
             "progress": progress,
             "return_exceptions": return_exceptions,
             "total": total,
-            **pool_options,
         }
-        return make_map(Plan(function, RetryPolicy()), settings, (get_parallel_map_decorator, recipe))
+        settings = map_settings(function, **options, pool_options=pool_options)
+        recipe = get_parallel_map_decorator, {**options, **pool_options}
+        return make_map(Plan(function, RetryPolicy()), settings, recipe)
 
     return decorate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal
 from opero.concurrency.ctrl_c import in_own_thread, join_unless_left
@@ -93,7 +93,8 @@ class ThreadPool:
         """Its threads wait for batches."""
 
     def take_on(self, work: Work) -> None:
-        self._map = _Map(work, contextvars.copy_context())
+        # What the threads run, and the context variables of whoever called it.
+        self._map = work, contextvars.copy_context()
 
     def receive(self, event: Any) -> Any:
         if isinstance(event, Done):
@@ -129,11 +130,11 @@ class ThreadPool:
             if self._initializer is not None:
                 self._initializer(*self._initargs)
         except Exception as error:  # noqa: BLE001 - the user's code
-            refused = OperoError(f"a worker thread cannot run {name_of(self._map.work.function)}: {describe(error)}")
+            refused = OperoError(f"a worker thread cannot run {name_of(self._map[0].function)}: {describe(error)}")
             refused.__cause__ = error
             self._deliver(Fatal(refused))
             return
-        caller = AsyncCaller() if self._map.work.is_async else None
+        caller = AsyncCaller() if self._map[0].is_async else None
         try:
             while (batch := self._batches.get()) is not None and not self._stopped:
                 work, context = self._map
@@ -156,10 +157,3 @@ def _run(batch: Batch, work: Work, caller: AsyncCaller | None, context: contextv
     finally:
         # This frame is in the traceback of an error: without this they would keep each other alive.
         del report
-
-
-class _Map(NamedTuple):
-    """What the threads run, and the context variables of whoever called it."""
-
-    work: Work
-    context: contextvars.Context
