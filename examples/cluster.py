@@ -66,7 +66,7 @@ def run(engine: str, pool_options: dict[str, Any], cache: Path) -> int:
         pool_options=pool_options,
         progress=f"asking on {engine}",
         return_exceptions=True,
-        retries=2,
+        retries=1,
         arg_fallback="mirror",
         rate_limit=RATE,
         cache=True,

@@ -325,10 +325,8 @@ def test_a_progress_bar_counts_the_items(engine, capsys, monkeypatch):
     assert "doubling" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["given", "own"])
-def test_the_example_ends_well(engine, how, tmp_path):
-    own = [] if how == "own" else ["--address", engine.address]
-    command = [sys.executable, str(EXAMPLE), engine.name, *own]
+def test_the_example_ends_well(engine, tmp_path):
+    command = [sys.executable, str(EXAMPLE), engine.name, "--address", engine.address]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "workers ended with it" in ended.stdout

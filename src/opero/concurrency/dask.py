@@ -8,56 +8,50 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
-import warnings
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, Wake, not_run
+from opero.concurrency.batches import Batch, Fatal, Wake, not_run
 from opero.concurrency.ctrl_c import in_own_thread
+from opero.concurrency.dask_worker import STALE, end_children, is_starting, load_on_dask, recover_all, run_on_dask
 from opero.concurrency.far import (
     BROKEN,
     ENDED,
     LARGEST_BATCH,
-    UNHEEDED_SECONDS,
     Answer,
+    Events,
     Found,
     Parcels,
-    load,
+    check_reachable,
     merged,
-    recover,
-    run_parcel,
-    work_of,
+    tell_of_dashboard,
+    warn,
 )
-from opero.concurrency.inbox import BlockingInbox
-from opero.concurrency.worker import How, Report, TimeLimit, Work
-from opero.core.forks import ForkSafeLock
 from opero.core.showing import kind_of
 from opero.core.signature import name_of
-from opero.exceptions import CallTimeoutError, NotTransferableError, OperoError, WorkerCrashedError
-from opero.utils.logging import log
+from opero.exceptions import NotTransferableError, OperoError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
     from opero.concurrency.inbox import Inbox
+    from opero.concurrency.worker import Work
 
 # Between two looks at the scheduler: whether it is there; and at what workers it has.
 _LOOKING_SECONDS = 0.1
 _COUNTING_SECONDS = 1.0
 _CONNECTING_SECONDS = 5.0
 _ENDING_SECONDS = 5.0
+_POLLING_SECONDS = 0.02
 _WARNING_SECONDS = 30.0
 # Batches at a worker for each of its threads.
 _PER_THREAD = 2
 # Larger work goes to each worker once, larger batches past the scheduler's graph, which warns of them.
 _MOST_BYTES_ALONG = 65_536
-# The worker's process is not the one that the batch was sent to.
-_STALE = -1
 _POLLING_SECONDS = 0.02
 
 
@@ -75,44 +69,7 @@ class _Worker:
     batches: dict[Batch, str] = field(default_factory=dict)
 
 
-class _Counted(NamedTuple):
-    """The workers that the scheduler has, by their addresses."""
-
-    workers: Mapping[str, Mapping[str, Any]]
-
-
-class _Joined(NamedTuple):
-    """A worker has loaded the work, or says why it cannot."""
-
-    worker: _Worker
-    process: str
-    problem: str | None
-
-
-class _Gone(NamedTuple):
-    """A worker has left, expectedly or not."""
-
-    address: str
-    is_expected: bool
-
-
-class _Came(NamedTuple):
-    """A batch has its answer."""
-
-    batch: Batch
-    answer: Answer | None
-    size: int
-    error: Exception | None
-
-
-class _Searched(NamedTuple):
-    """What a worker that is gone has left of its batches."""
-
-    found: dict[Batch, Found | None]
-    is_expected: bool
-
-
-class DaskPool:
+class DaskPool(Events):
     """Runs batches on the workers of a dask cluster."""
 
     largest_batch = LARGEST_BATCH
@@ -130,6 +87,7 @@ class DaskPool:
         priority: float = 0,
         restart_workers: bool = False,
     ) -> None:
+        super().__init__()
         self._name = name_of(work.function)
         self._most = workers
         self._given, self._address = client, address
@@ -143,8 +101,8 @@ class DaskPool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._futures: dict[str, Any] = {}
         self._has_limits = self._is_over = self._is_paced = False
+        # What was told between two maps.
         self._resting: list[Any] = []
-        self._deliver: Callable[[Any], None] = self._resting.append
         self._roomless_since: float | None = None
         self._has_warned = False
 
@@ -158,7 +116,7 @@ class DaskPool:
     def start(
         self, inbox: Inbox, *, is_paced: bool = False, patience: float | None = None, **_about_the_map: Any
     ) -> None:
-        self._deliver = inbox.put
+        self.deliver = inbox.put
         self._is_paced, self._patience = is_paced, patience
         if self._client is not None and self._client.status != "running":
             self._away()
@@ -173,12 +131,12 @@ class DaskPool:
 
     def rest(self) -> None:
         """Workers may come and go meanwhile."""
-        self._deliver = lambda event: self._resting.append(event) if not isinstance(event, _Counted) else None
+        self._resting = []
+        self.deliver = self._resting.append
 
     def take_on(self, work: Work) -> None:
         self._parcels = Parcels(work)
-        resting, self._resting = self._resting, []
-        for event in resting:
+        for event in self._resting.copy():
             self.receive(event)
 
     def submit(self, batch: Batch) -> None:
@@ -187,26 +145,19 @@ class DaskPool:
         self._pending.append(batch)
         self._hand_out()
 
-    def receive(self, event: Any) -> Any:
-        if isinstance(event, _Came):
-            return self._first(self._came(event))
-        if isinstance(event, _Joined):
-            return self._joined(event)
-        if isinstance(event, _Counted):
-            return self._counted(event)
-        if isinstance(event, _Gone):
-            self._gone(event)
-            return None
-        if isinstance(event, _Searched):
-            return self._first(self._searched(event))
-        return event
-
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Withdraw what has not begun; an item that runs is left to its end, one with a time limit is ended."""
-        if self._client is None:
-            return
-        client, self._client = self._client, None
         self._is_over = True
+        client, self._client = self._client, None
+        try:
+            if client is not None:
+                self._end(client, is_left)
+        finally:
+            cluster, self._cluster = self._cluster, None
+            if cluster is not None:
+                cluster.close(timeout=_ENDING_SECONDS)
+
+    def _end(self, client: Any, is_left: Callable[[], bool]) -> None:
         try:
             done = asyncio.run_coroutine_threadsafe(self._withdraw(client), client.loop.asyncio_loop)
             ends = time.monotonic() + _ENDING_SECONDS
@@ -215,8 +166,6 @@ class DaskPool:
         finally:
             self._workers.clear()
             client.close(timeout=_ENDING_SECONDS)
-            if self._cluster is not None:
-                self._cluster.close(timeout=_ENDING_SECONDS)
 
     async def stop_async(self) -> None:
         await in_own_thread(self.stop)
@@ -226,7 +175,10 @@ class DaskPool:
     def _begin(self) -> None:
         distributed = _distributed()
         address, security = self._where()
-        _check_reachable(address)
+        scheme, _, rest = address.rpartition("://")
+        host, _, port = rest.rpartition(":")
+        if scheme in {"", "tcp", "tls"} and port.isdecimal():
+            check_reachable("the scheduler of dask", host, int(port))
         try:
             # One of the map's own: what others subscribe to, cancel or restart is theirs.
             self._client = distributed.Client(
@@ -235,8 +187,7 @@ class DaskPool:
         except OSError as error:
             msg = f"the scheduler of dask at {address} cannot be reached: {describe(error)}"
             raise OperoError(msg) from error
-        if self._cluster is not None:
-            log("INFO", "the dashboard of dask is at {}", self._client.dashboard_link)
+        tell_of_dashboard("dask", self._client.dashboard_link)
         self._spawn(self._look_after(self._client))
 
     def _where(self) -> tuple[str, Any]:
@@ -276,43 +227,41 @@ class DaskPool:
 
         self._client.loop.add_callback(create)
 
-    def _counted(self, counted: _Counted) -> Any:
+    def _counted(self, there: Mapping[str, Mapping[str, Any]]) -> list[Any]:
         """Take in workers that are new, and see whether there is any."""
-        for address, about in counted.workers.items():
-            known = self._workers.get(address)
+        for address, about in there.items():
             room = self._room(about)
-            if known is None and room and about["status"] == "running":
+            if address not in self._workers and room and about["status"] == "running":
                 self._workers[address] = _Worker(address, about.get("nanny"), room)
                 self._spawn(self._greet(self._client, self._workers[address]))
-        for address in list(self._workers):
-            if address not in counted.workers:
-                # Its end may not have been told.
-                self._gone(_Gone(address, is_expected=False))
+        for address in self._workers.keys() - there.keys():
+            # Its end may not have been told.
+            self._gone(address, is_expected=False)
         if self._workers:
             self._roomless_since = None
-            return None
+            return []
         self._roomless_since = self._roomless_since or time.monotonic()
         waited = time.monotonic() - self._roomless_since
-        lacking = f"dask has no worker for {self._name}" + (
-            f", which needs {', '.join(sorted(self._resources))}" if self._resources else ""
-        )
+        needs = f", which needs {', '.join(sorted(self._resources))}" if self._resources else ""
+        lacking = f"dask has no worker for {self._name}{needs}"
         if self._patience is not None and waited > self._patience:
-            return Fatal(OperoError(f"{lacking}, for {self._patience:g} s"))
+            return [Fatal(OperoError(f"{lacking}, for {self._patience:g} s"))]
         if waited > _WARNING_SECONDS and not self._has_warned:
             self._has_warned = True
-            warnings.warn(f"{lacking}; the map waits for one", RuntimeWarning, stacklevel=2)
-        return None
+            warn(f"{lacking}; the map waits for one")
+        return []
 
     def _room(self, about: Mapping[str, Any]) -> int:
         rooms = [about["resources"].get(kind, 0) // need for kind, need in self._resources.items() if need]
         return int(min([about["nthreads"], *rooms]))
 
-    def _joined(self, joined: _Joined) -> Any:
-        if joined.problem is not None:
-            return self._parcels.opened(Batch([], 0), (BROKEN, joined.problem), 0)[0]
-        joined.worker.process = joined.process
+    def _joined(self, worker: _Worker, process: str, problem: str | None) -> list[Any]:
+        """A worker has loaded the work, or says why it cannot."""
+        if problem is not None:
+            return self._parcels.opened(Batch([], 0), (BROKEN, problem), 0)
+        worker.process = process
         self._hand_out()
-        return Wake()
+        return [Wake()]
 
     def _hand_out(self) -> None:
         while self._pending:
@@ -338,59 +287,54 @@ class DaskPool:
         try:
             payload = self._parcels.pack(batch)
         except NotTransferableError as error:
-            self._deliver(not_run(batch, error))
+            self.deliver(not_run(batch, error))
             return
         self._has_limits = self._has_limits or batch.time_limit is not None
         name = self._parcels.name()
         worker.batches[batch] = name
         self._spawn(self._run(self._client, batch, worker, name, payload))
 
-    def _came(self, came: _Came) -> list[Any]:
-        worker = next((worker for worker in self._workers.values() if came.batch in worker.batches), None)
+    def _came(self, batch: Batch, answer: Answer | None, size: int, error: Exception | None) -> list[Any]:
+        """A batch has its answer; without one its worker is gone, which is told as well."""
+        worker = next((worker for worker in self._workers.values() if batch in worker.batches), None)
         if worker is None:
-            return []  # it was gone before
-        if came.error is not None:
+            return []
+        if error is not None:
             refused = OperoError(
-                f"dask cannot run {self._name}: {describe(came.error)}; its scheduler and workers need opero, and its "
+                f"dask cannot run {self._name}: {describe(error)}; its scheduler and workers need opero, and its "
                 f"workers what {self._name} imports"
             )
-            refused.__cause__ = came.error
+            refused.__cause__ = error
             return [Fatal(refused)]
-        if came.answer is None or came.answer[0] == _STALE:
-            # Its worker is gone, which will be told.
+        if answer is None or answer[0] == STALE:
             return []
-        del worker.batches[came.batch]
+        del worker.batches[batch]
         worker.is_reserved = worker.is_reserved and bool(worker.batches)
         self._hand_out()
-        return self._parcels.opened(came.batch, came.answer, came.size)
+        return self._parcels.opened(batch, answer, size)
 
-    def _gone(self, gone: _Gone) -> None:
-        worker = self._workers.pop(gone.address, None)
+    def _gone(self, address: str, *, is_expected: bool) -> list[Any]:
+        """A worker has left; its nanny, or a worker beside it, can read what it has left of its batches."""
+        worker = self._workers.pop(address, None)
         if worker is not None and worker.batches:
-            host = _host_of(worker.address)
-            beside = [other.address for other in self._workers.values() if _host_of(other.address) == host]
-            reader = worker.nanny or next(iter(beside), None)
-            self._spawn(self._search(self._client, worker, reader, is_expected=gone.is_expected))
+            host = _host_of(address)
+            beside = (other for other in self._workers if _host_of(other) == host)
+            reader = worker.nanny or next(beside, None)
+            self._spawn(self._search(self._client, worker, reader, is_expected=is_expected))
+        return []
 
-    def _searched(self, searched: _Searched) -> list[Any]:
+    def _searched(self, found: dict[Batch, Found | None], is_expected: bool) -> list[Any]:  # noqa: FBT001 - a plain fact
         """Charge the item that was running, if it was the only one; what was stuck explains all the others."""
-        found = searched.found
         running = [batch for batch, left in found.items() if left and left.begun > len(merged(left.reports).values)]
-        is_explained = searched.is_expected or any(left and left.stuck for left in found.values())
-        reason = "its worker has left the cluster" if searched.is_expected else "its dask worker ended"
+        is_explained = is_expected or any(left and left.stuck for left in found.values())
+        reason = "its worker has left the cluster" if is_expected else "its dask worker ended"
         events: list[Any] = []
         for batch, left in found.items():
             is_innocent = is_explained and not (left and left.stuck)
-            events += self._parcels.recovered(
-                batch, left, reason, is_innocent=is_innocent, is_sure=len(running) == 1 or batch not in running
-            )
+            is_sure = len(running) == 1 or batch not in running
+            events += self._parcels.recovered(batch, left, reason, is_innocent=is_innocent, is_sure=is_sure)
         self._hand_out()
         return events
-
-    def _first(self, events: list[Any]) -> Any:
-        for event in events[1:]:
-            self._deliver(event)
-        return events[0] if events else None
 
     # In the loop of the client
 
@@ -407,13 +351,15 @@ class DaskPool:
                     counted = await client.scheduler.identity(n_workers=-1)
                 except OSError:
                     continue  # its status will say so
-                self._deliver(_Counted(counted["workers"]))
+                # Between two maps that is of no interest.
+                if self.deliver != self._resting.append:
+                    self.later(self._counted, counted["workers"])
             await asyncio.sleep(_LOOKING_SECONDS)
             seconds -= _LOOKING_SECONDS
 
     def _away(self) -> None:
         if not self._is_over:
-            self._deliver(Fatal(OperoError(f"the scheduler of dask that runs {self._name} is away")))
+            self.deliver(Fatal(OperoError(f"the scheduler of dask that runs {self._name} is away")))
 
     async def _greet(self, client: Any, worker: _Worker) -> None:
         """Let a worker load the work, and tell which process it is."""
@@ -430,9 +376,9 @@ class DaskPool:
             del self._futures[name]
         except Exception as error:  # noqa: BLE001 - it may have left again; else the map shall know
             if await _has_worker(client, worker.address):
-                self._deliver(_Joined(worker, "", describe(error)))
+                self.later(self._joined, worker, "", describe(error))
         else:
-            self._deliver(_Joined(worker, process, problem))
+            self.later(self._joined, worker, process, problem)
 
     async def _nanny_is_ready(self, client: Any, worker: _Worker) -> None:
         """Wait until it looks after its worker: one that dies before that is never replaced."""
@@ -446,7 +392,8 @@ class DaskPool:
     def _heard(self, address: str, event: Any) -> None:
         _, about = event
         if isinstance(about, dict) and about.get("action") == "remove-worker":
-            self._deliver(_Gone(address, is_expected=bool(about.get("expected"))))
+            is_expected = bool(about.get("expected"))
+            self.later(lambda: self._gone(address, is_expected=is_expected))
 
     def _submit(self, client: Any, worker: _Worker, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         future = client.submit(
@@ -488,7 +435,7 @@ class DaskPool:
             error = None
         elif answer is None and (error is None or _is_withdrawn(error)):
             answer, error = (ENDED, (None, "somebody has cancelled its task")), None
-        self._deliver(_Came(batch, answer, len(payload), error))
+        self.later(self._came, batch, answer, len(payload), error)
 
     async def _search(self, client: Any, worker: _Worker, reader: str | None, *, is_expected: bool) -> None:
         """Let the nanny of a worker that is gone, or a worker beside it, read the journals of its batches."""
@@ -504,7 +451,7 @@ class DaskPool:
                 asked = client.run(recover_all, names, workers=[reader], on_error="return")
                 (answer,) = (await asyncio.wait_for(asked, _ENDING_SECONDS)).values()
                 found = dict(zip(worker.batches, answer, strict=True))
-        self._deliver(_Searched(found, is_expected))
+        self.later(self._searched, found, is_expected)
 
     async def _withdraw(self, client: Any) -> None:
         with contextlib.suppress(Exception):
@@ -561,134 +508,3 @@ async def _has_worker(client: Any, address: str) -> bool:
 
 def _host_of(address: str) -> str:
     return address.rpartition(":")[0]
-
-
-def _check_reachable(address: str) -> None:
-    scheme, _, rest = address.rpartition("://")
-    host, _, port = rest.rpartition(":")
-    if scheme not in {"", "tcp", "tls"} or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECTING_SECONDS).close()
-    except OSError as error:
-        msg = f"the scheduler of dask is away: nothing answers at {address} ({describe(error)})"
-        raise OperoError(msg) from error
-
-
-# In the workers
-
-
-def load_on_dask(digest: bytes, packed: bytes) -> tuple[str, str | None]:
-    """Load the work; tells which process this is, and why that cannot be done."""
-    from distributed import get_worker
-
-    return get_worker().id, load(digest, lambda: packed)
-
-
-def run_on_dask(  # noqa: PLR0917 - as `submit` takes them
-    name: str,
-    process: str,
-    digest: bytes,
-    restarts: bool,  # noqa: FBT001 - as above
-    payload: bytes,
-    packed: bytes,
-) -> Answer:
-    """One batch, in a task; not in a worker that has come to the same address."""
-    from distributed import get_worker
-
-    if get_worker().id != process:
-        return _STALE, None
-    return run_parcel(name, digest, lambda: packed, payload, None if restarts else run_in_child)
-
-
-def is_starting(dask_worker: Any) -> bool:
-    """Whether a nanny, which dask gives by this name, has not yet heard of its worker that it is there."""
-    status = getattr(getattr(dask_worker, "process", None), "status", None)
-    return getattr(status, "name", "") == "starting"
-
-
-def recover_all(names: list[str]) -> list[Found | None]:
-    """The journals of batches, read by their worker's nanny."""
-    return [recover(name) for name in names]
-
-
-class _Child:
-    """A process below a thread of a worker, for items that have a time limit: it can be ended."""
-
-    def __init__(self, work: Work) -> None:
-        from opero.concurrency.processes import ProcessPool
-
-        self.work = work
-        self.is_over = False
-        self.using = threading.Lock()
-        self._inbox = BlockingInbox()
-        self._pool = ProcessPool(work, 1)
-        self._pool.start(self._inbox)
-
-    def run(self, items: list[Any], candidate: Any, limit: TimeLimit, how: How) -> Report:
-        batch = Batch(items, 0)
-        batch.candidate, batch.time_limit = candidate, limit
-        how.mark[0] = 1
-        self._pool.submit(batch)
-        # The time begins with the item, not with its process.
-        ends: float | None = None
-        is_late = False
-        while not self.is_over:
-            for event in self._inbox.collect(_POLLING_SECONDS, is_real=True):
-                known = self._pool.receive(event)
-                if isinstance(known, Fatal):
-                    raise known.error
-                if isinstance(known, Done) and known.batch is batch:
-                    return Report(known.values, known.errors, known.seconds)
-                if isinstance(known, Lost):
-                    if is_late:
-                        msg = f"{name_of(self.work.function)} was stopped: {limit[1]} left it {limit[0]:.3g} s"
-                        return Report([None], {0: CallTimeoutError(msg)}, limit[0])
-                    raise WorkerCrashedError(known.reason)
-            if ends is None and self._pool.begun(batch):
-                ends = time.monotonic() + limit[0] + UNHEEDED_SECONDS * self.work.is_async
-            if ends is not None and time.monotonic() > ends:
-                is_late = self._pool.kill(batch) or is_late
-                ends = time.monotonic() + 1.0
-        msg = "the map has ended"
-        raise WorkerCrashedError(msg)
-
-    def stop(self) -> None:
-        self._pool.stop()
-        self._inbox.close()
-
-
-_children: dict[int, _Child] = {}
-_children_lock = ForkSafeLock()
-
-
-def run_in_child(work: Work, items: list[Any], candidate: Any, limit: TimeLimit, how: How) -> Report:
-    """Run an item that has a time limit in a process below this thread, which stays for the next one."""
-    thread = threading.get_ident()
-    with _children_lock.lock:
-        child = _children.get(thread)
-    if child is None or child.work is not work:
-        if child is not None:
-            child.stop()
-        child = _Child(work)
-        with _children_lock.lock:
-            _children[thread] = child
-    with child.using:
-        try:
-            return child.run(items, candidate, limit, how)
-        finally:
-            if child.is_over:
-                child.stop()
-
-
-def end_children(digest: bytes) -> None:
-    """End the processes of a map that is over."""
-    with _children_lock.lock:
-        ended = {thread: child for thread, child in _children.items() if child.work is work_of(digest)}
-        for thread in ended:
-            del _children[thread]
-    for child in ended.values():
-        child.is_over = True
-        # One that runs an item is ended by its own thread.
-        if child.using.acquire(blocking=False):
-            child.stop()

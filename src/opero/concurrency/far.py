@@ -14,11 +14,13 @@ import itertools
 import mmap
 import os
 import shutil
+import socket
 import stat
 import struct
 import tempfile
 import threading
 import time
+import warnings
 from collections import deque
 from hashlib import blake2b
 from pathlib import Path
@@ -40,6 +42,7 @@ from opero.concurrency.worker import (
 from opero.core.forks import ForkSafeLock
 from opero.core.signature import name_of
 from opero.exceptions import CallTimeoutError, OperoError
+from opero.utils.logging import log
 from opero.utils.notes import add_note, describe
 
 if TYPE_CHECKING:
@@ -52,6 +55,8 @@ Answer: TypeAlias = tuple[int, Any]
 # How an item is run that has a time limit.
 RunLimited: TypeAlias = "Callable[[Work, list[Any], Any, TimeLimit, How], Report]"
 
+# A connection that is not made within so long is not made at all.
+_CONNECTING_SECONDS = 5.0
 # Maps whose work a worker remembers.
 _MOST_REMEMBERED = 8
 # Journals that each thread of a worker keeps: the last reports may not have reached the map yet.
@@ -139,6 +144,56 @@ class Parcels:
         else:
             events.append(Lost([batch], reason, at_once=True, sure=False))
         return events
+
+
+def check_reachable(engine: str, host: str, port: int) -> None:
+    """Say at once if nothing answers there: the engines themselves try for minutes."""
+    try:
+        socket.create_connection((host.strip("[]"), port), _CONNECTING_SECONDS).close()
+    except OSError as error:
+        msg = f"{engine} is away: nothing answers at {host}:{port} ({describe(error)})"
+        raise OperoError(msg) from error
+
+
+def tell_of_dashboard(engine: str, url: str | None) -> None:
+    """Log where it is, once."""
+    if url and url not in _told:
+        _told.add(url)
+        log("INFO", "the dashboard of {} is at {}", engine, url)
+
+
+_told: set[str] = set()
+
+
+class Events:
+    """What the pools on clusters have in common: an inbox in which others leave what the map's thread shall do."""
+
+    def __init__(self) -> None:
+        self.deliver: Callable[[Any], None] = ignore
+
+    def later(self, handle: Callable[..., list[Any]], *about: Any) -> None:
+        """Let the thread of the map call ``handle``, which gives events for its scheduler."""
+        self.deliver((handle, about))
+
+    def receive(self, event: Any) -> Any:
+        """Make a scheduler's event of what was delivered; None if it is of no interest."""
+        if not isinstance(event, tuple):
+            return event
+        handle, about = event
+        first, *others = handle(*about) or [None]
+        for other in others:
+            self.deliver(other)
+        return first
+
+
+def ignore(_event: Any) -> None:
+    """Nobody listens between two maps."""
+
+
+def warn(message: str) -> list[Any]:
+    """In the thread of the map."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return []
 
 
 def merged(reports: list[bytes]) -> Report:

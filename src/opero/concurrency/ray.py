@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
-import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Fatal, Wake, not_run
 from opero.concurrency.ctrl_c import in_own_thread
-from opero.concurrency.far import BROKEN, LARGEST_BATCH, Answer, Found, Parcels, load, recover, run_parcel
+from opero.concurrency.far import (
+    BROKEN,
+    LARGEST_BATCH,
+    Answer,
+    Events,
+    Found,
+    Parcels,
+    check_reachable,
+    ignore,
+    load,
+    recover,
+    run_parcel,
+    tell_of_dashboard,
+    warn,
+)
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import shown
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
-from opero.utils.logging import log
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
@@ -27,8 +38,6 @@ if TYPE_CHECKING:
 
 # Between two looks at the cluster: whether it is there, and how large it is.
 _LOOKING_SECONDS = 0.5
-# A connection that is not made within so long is not made at all; `ray.init` itself would try for minutes.
-_CONNECTING_SECONDS = 5.0
 # Without a node that has what the items need, a warning is given.
 _WARNING_SECONDS = 30.0
 # What ray kills ends within milliseconds.
@@ -36,30 +45,6 @@ _ENDING_SECONDS = 5.0
 _WARMING_SECONDS = 0.2
 # Those of `ray.remote`, which go with every task.
 _OF_TASKS = ("num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy")
-
-
-class _Came(NamedTuple):
-    """The task of a batch has ended."""
-
-    batch: Batch
-    name: str
-    size: int
-    future: Any
-
-
-class _Searched(NamedTuple):
-    """All nodes were asked for the journal of a batch."""
-
-    batch: Batch
-    found: Found | None
-    reason: str
-
-
-class _Looked(NamedTuple):
-    """What the thread that looks after the cluster has to tell."""
-
-    error: Exception | None = None
-    warning: str | None = None
 
 
 class _Session:
@@ -84,6 +69,13 @@ class _Session:
                 self._is_own = True
             self._users += 1
 
+    def dashboard(self) -> str | None:
+        """Where it is, if there is one."""
+        import ray
+
+        url = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - the public way is the result of `ray.init`
+        return f"http://{url}" if url else None
+
     def leave(self) -> None:
         import ray
 
@@ -101,31 +93,19 @@ def _start(address: str | None, init: Mapping[str, Any]) -> None:
     import ray
 
     given = address if address is not None else init.get("address")
-    if isinstance(given, str) and ":" in given:
-        host, _, port = given.removeprefix("ray://").rpartition(":")
-        _check_reachable([(host.strip("[]"), int(port))] if port.isdecimal() else [])
+    host, _, port = str(given).rpartition(":")
+    if port.isdecimal():
+        check_reachable("ray", host.removeprefix("ray://"), int(port))
     # Its dashboard would listen on a port that nobody has asked for.
     defaults = {"include_dashboard": False, "logging_level": "WARNING"}
     try:
-        context = ray.init(**{**defaults, **({} if address is None else {"address": address}), **init})
+        ray.init(**{**defaults, **({} if address is None else {"address": address}), **init})
     except (ConnectionError, RuntimeError, ValueError) as error:
         msg = f"ray cannot be started or reached for a map: {describe(error)}"
         raise OperoError(msg) from error
-    url = getattr(context, "dashboard_url", None)
-    if url:
-        log("INFO", "the dashboard of ray is at http://{}", url)
 
 
-def _check_reachable(addresses: list[tuple[str, int]]) -> None:
-    for host, port in addresses:
-        try:
-            socket.create_connection((host, port), _CONNECTING_SECONDS).close()
-        except OSError as error:
-            msg = f"ray is away: nothing answers at {host}:{port} ({describe(error)})"
-            raise OperoError(msg) from error
-
-
-class RayPool:
+class RayPool(Events):
     """Runs batches as tasks of ray; engine retries are off, and a worker that is stuck ends itself."""
 
     largest_batch = LARGEST_BATCH
@@ -141,13 +121,13 @@ class RayPool:
         init: Mapping[str, Any] | None = None,
         **of_tasks: Any,
     ) -> None:
+        super().__init__()
         self._name = name_of(work.function)
         self._workers = workers
         self._address, self._init = address, dict(init or {})
         self._options = of_tasks
         # In a list, so that only workers which lack it fetch it.
         self._work: list[Any] = []
-        self._deliver: Callable[[Any], None] = lambda _event: None
         self._parcels = Parcels(work)
         self._in_flight: dict[Batch, Any] = {}
         self._searching: set[Any] = set()
@@ -170,7 +150,7 @@ class RayPool:
     def start(
         self, inbox: Inbox, *, is_paced: bool = False, patience: float | None = None, **_about_the_map: Any
     ) -> None:
-        self._deliver = inbox.put
+        self.deliver = inbox.put
         self._patience = patience
         if self._is_away:
             inbox.put(Fatal(OperoError("ray is away")))
@@ -188,7 +168,7 @@ class RayPool:
 
     def rest(self) -> None:
         """Tasks have ended; what is told of the cluster is of no interest."""
-        self._deliver = lambda _event: None
+        self.deliver = ignore
 
     def submit(self, batch: Batch) -> None:
         if not self._has_begun:
@@ -196,23 +176,12 @@ class RayPool:
         try:
             payload = self._parcels.pack(batch)
         except NotTransferableError as error:
-            self._deliver(not_run(batch, error))
+            self.deliver(not_run(batch, error))
             return
         name = self._parcels.name()
         reference = self._task.remote(name, self._parcels.digest, self._work, payload)
         self._in_flight[batch] = reference
-        reference.future().add_done_callback(lambda done: self._deliver(_Came(batch, name, len(payload), done)))
-
-    def receive(self, event: Any) -> Any:
-        if isinstance(event, _Came):
-            return self._first(self._came(event))
-        if isinstance(event, _Searched):
-            return self._first(self._parcels.recovered(*event))
-        if isinstance(event, _Looked):
-            if event.warning is not None:
-                warnings.warn(event.warning, RuntimeWarning, stacklevel=2)
-            return Wake() if event.error is None else Fatal(event.error)
-        return event
+        reference.future().add_done_callback(lambda done: self.later(self._came, batch, name, len(payload), done))
 
     def take_on(self, work: Work) -> None:
         self._parcels = Parcels(work)
@@ -260,6 +229,7 @@ class RayPool:
         _session.enter(self._address, self._init)
         self._has_begun = True
         context = ray.get_runtime_context()
+        tell_of_dashboard("ray", _session.dashboard())
         self._own_node = context.get_node_id()
         host, _, port = context.gcs_address.rpartition(":")
         self._head = (host, int(port))
@@ -304,13 +274,14 @@ class RayPool:
         has_warned = False
         while not self._over.wait(_LOOKING_SECONDS):
             try:
-                _check_reachable([self._head, *self._own_raylet()])
+                for host, port in [self._head, *self._own_raylet()]:
+                    check_reachable("ray", host, port)
                 if self._see():
-                    self._deliver(_Looked())
+                    self.deliver(Wake())
             except Exception as error:  # noqa: BLE001 - whatever it is, the map shall know
                 self._is_away = True
                 away = error if isinstance(error, OperoError) else OperoError(f"ray is away: {describe(error)}")
-                self._deliver(_Looked(away))
+                self.deliver(Fatal(away))
                 return
             if self._capacity:
                 idle_since = None
@@ -319,11 +290,11 @@ class RayPool:
             waited = time.monotonic() - idle_since
             lacking = f"no node of the ray cluster has what {self._name} needs ({_named(self._options)})"
             if self._patience is not None and waited > self._patience:
-                self._deliver(_Looked(OperoError(f"{lacking}, for {self._patience:g} s")))
+                self.deliver(Fatal(OperoError(f"{lacking}, for {self._patience:g} s")))
                 return
             if waited > _WARNING_SECONDS and not has_warned:
                 has_warned = True
-                self._deliver(_Looked(warning=f"{lacking}; the map waits for one"))
+                self.later(warn, f"{lacking}; the map waits for one")
 
     def _own_raylet(self) -> list[tuple[str, int]]:
         return [
@@ -336,23 +307,19 @@ class RayPool:
         error = future.exception()
         answer = None if error is not None else future.result()
         if answer is not None:
-            self._deliver(self._parcels.opened(Batch([], 0), (BROKEN, answer), 0)[0])
+            self.later(self._parcels.opened, Batch([], 0), (BROKEN, answer), 0)
         else:
             # If it was killed, the next one will do.
             self._warm = (self._warm or 0) + 1
-            self._deliver(Wake())
+            self.deliver(Wake())
 
     # Batches
 
-    def _first(self, events: list[Any]) -> Any:
-        for event in events[1:]:
-            self._deliver(event)
-        return events[0] if events else None
-
-    def _came(self, came: _Came) -> list[Any]:
+    def _came(self, batch: Batch, name: str, size: int, future: Any) -> list[Any]:
+        """The task of a batch has ended."""
         from ray import exceptions
 
-        if self._in_flight.pop(came.batch, None) is None:
+        if self._in_flight.pop(batch, None) is None:
             return []
         gone = (
             exceptions.WorkerCrashedError,
@@ -364,9 +331,9 @@ class RayPool:
             exceptions.TaskUnschedulableError,
         )
         try:
-            answer = came.future.result()
+            answer = future.result()
         except gone as error:
-            self._search(came.batch, came.name, describe(error))
+            self._search(batch, name, describe(error))
             return []
         except Exception as error:  # noqa: BLE001 - not the function's, which are in the reports
             msg = (
@@ -375,7 +342,7 @@ class RayPool:
             refused = OperoError(msg)
             refused.__cause__ = error
             return [Fatal(refused)]
-        return self._parcels.opened(came.batch, answer, came.size)
+        return self._parcels.opened(batch, answer, size)
 
     def _search(self, batch: Batch, name: str, reason: str) -> None:
         """Ask all nodes for the journal: ray does not tell on which of them a task was."""
@@ -394,11 +361,11 @@ class RayPool:
                 found.extend([] if answer is None else [answer])
                 is_last = not left
             if is_last:
-                self._deliver(_Searched(batch, found[0] if found else None, reason))
+                self.later(self._parcels.recovered, batch, found[0] if found else None, reason)
 
         reader = ray.remote(recover)
         if not left:
-            self._deliver(_Searched(batch, None, reason))
+            self.later(self._parcels.recovered, batch, None, reason)
         environment = {k: v for k, v in self._options.items() if k == "runtime_env"}
         for node in list(self._nodes):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
