@@ -162,10 +162,11 @@ def test_a_class_takes_the_place_of_tqdms(monkeypatch, progress):
 
 
 @pytest.mark.filterwarnings("ignore:rich is experimental")
-def test_the_bar_of_rich_can_be_used(monkeypatch):
+def test_the_bar_of_rich_can_be_used(capsys):
     bar = pytest.importorskip("tqdm.rich", reason="needs rich").tqdm
-
     opmap(mode="serial", progress=functools.partial(bar, disable=False), **QUIET)(fail_on_odd)(range(8))
+    shown = capsys.readouterr()
+    assert "8/8" in shown.out + shown.err
 
 
 def test_a_function_is_told_how_far_the_map_has_come(mode):

@@ -151,15 +151,17 @@ def make_progress(progress: ProgressOption, name: str, total: int | None) -> Pro
     if progress is False or _is_child_process():
         return NoProgress()
     options: dict[str, Any] = {"desc": progress if isinstance(progress, str) else name, "total": total, "unit": "item"}
+    kind: Any = None
     if isinstance(progress, Mapping):
         options.update(progress)
+    elif callable(progress):
+        kind = progress
+        while isinstance(kind, functools.partial):
+            options = {**options, **kind.keywords}
+            kind = kind.func
     if not (_is_in_notebook() or is_terminal(sys.stderr) or options.get("disable", True) is False):
         return LoggedProgress(options["desc"])
-    kind: Any = _bar_of_tqdm() if isinstance(progress, (bool, str, Mapping)) else progress
-    while isinstance(kind, functools.partial):
-        options = {**options, **kind.keywords}
-        kind = kind.func
-    return TqdmProgress(kind, options)
+    return TqdmProgress(kind or _bar_of_tqdm(), options)
 
 
 def _is_bar(progress: Any) -> bool:

@@ -113,12 +113,15 @@ def _raised_in(error: BaseException) -> Any:
     return trace and (trace.tb_frame.f_code, trace.tb_lineno)
 
 
-_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"))
+_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
 def duration(seconds: float) -> str:
     """Seconds as a person would say it: ``86 µs``, ``1.2 s``, ``3 min``."""
+    if not seconds:
+        return "0 s"
     # What would be rounded up to the next unit is told in that one.
-    size, unit = next(((s, u) for s, u in _UNITS if seconds >= 0.9995 * s), (1e-6, "µs")) if seconds else (1.0, "s")
+    size, unit = next((known for known in _UNITS if seconds >= 0.9995 * known[0]), _UNITS[-1])
     number = seconds / size
-    return f"{number:.1f}".removesuffix(".0") + f" {unit}" if number < 9.95 else f"{number:.0f} {unit}"  # noqa: PLR2004
+    digits = f"{number:.1f}" if number < 9.95 else f"{number:.0f}"  # noqa: PLR2004
+    return f"{digits.removesuffix('.0')} {unit}"
