@@ -1036,3 +1036,45 @@ def test_limits_are_told_apart_by_names_or_a_function(world, fake_clock, per):
         world.run(f, "eu", "a")
     if per != "key":
         assert world.run(f, "us", "a") == "a"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_calls_of_several_limits_keep_them_use_them_and_all_get_their_turn(fake_clock, seed):
+    generator = random.Random(seed)
+    limiters = [
+        RateLimiter(generator.choice([5, 10, 50]), max_burst=generator.choice([1, 3, 5])),
+        RateLimiter(generator.choice([4, 20]), max_burst=generator.choice([1, 5])),
+        RateLimiter("10/2 s", spread=False),
+    ]
+    needs = [(0,), *generator.sample([(1,), (2,), (0, 1), (1, 0), (0, 2), (2, 1), (0, 1, 2)], 3)]
+    waiting, starts = [], []
+
+    def ask(need):
+        due = [0.0]
+        turn = Turn([(limiters[place].limit, (1.0,)) for place in need])
+        turn.notify(lambda: due.__setitem__(0, 0.0))
+        waiting.append((turn, need, due))
+
+    for need in needs * 3:
+        ask(need)
+    began = fake_clock.now()
+    while fake_clock.now() < began + 12:
+        for caller in list(waiting):
+            turn, need, due = caller
+            if fake_clock.now() < due[0]:
+                continue
+            if turn.poll():
+                waiting.remove(caller)
+                starts.append((fake_clock.now(), need))
+                ask(need)
+            else:
+                due[0] = fake_clock.now() + turn.due_in()
+        fake_clock.tick(0.005)
+    for place, limiter in enumerate(limiters[:2]):
+        moments = [moment for moment, need in starts if place in need]
+        pace = limiter._rates.paces[0]
+        assert worst_excess(moments, 1 / pace.interval, pace.burst) <= 1e-6 if moments else True
+    moments = [moment for moment, need in starts if 2 in need]
+    assert all(later - first >= 2 - 1e-6 for first, later in zip(moments, moments[10:], strict=False))
+    assert sum(0 in need for _, need in starts) >= 0.85 * 12 * limiters[0].rate
+    assert {need for _, need in starts} == set(needs)

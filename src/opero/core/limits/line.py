@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _GRACE = 0.05
 _MOST_GRACES = 5
 _LONGEST_NAP = 1.0
+# Who waits for another limit lets so many others pass for each slot for which it holds them up, up to a few slots.
+_PASSES, _MOST_HELD = 20, 5
 # Others were faster so often, for so long: then the first of this process claims the next slot.
 _REFUSALS, _REFUSED_SECONDS = 2, 0.1
 ONE = (1.0,)
@@ -77,6 +79,8 @@ class Line:
         self._gate: Gate | None = None
         self._complaints = Complaints(what, "going on with a limit of this process alone")
         self._is_known_elsewhere = False
+        # How many have started.
+        self.starts = 0
         self._changes = 0
         self._ledger = LocalLedger(rates) if ledger is None else ledger
         # When the first may ask (again), as far as is known; when one who is not the first found that it could have.
@@ -205,6 +209,10 @@ class Line:
         self._opens_at, self._noticed_at = now + wait, -math.inf
         return wait
 
+    def hold(self, until: float) -> None:
+        """The first in line lets nobody else go on before that, while it waits for another limit."""
+        self._opens_at, self._noticed_at = max(self._opens_at, until), -math.inf
+
     def refused(self, wait: float, changes: int) -> None:
         """The gate said how long to wait, after so many changes of the rates."""
         if changes == self._changes:
@@ -212,6 +220,7 @@ class Line:
 
     def start(self, spot: _Spot, now: float) -> None:
         """It takes its slot, and leaves."""
+        self.starts += 1
         self._ledger.take(now, self.waited(spot, now), spot.amounts)
         joined_at = spot.turn.joined_at
         if joined_at is not None:
@@ -381,17 +390,19 @@ class _Spot:
 
     Attributes:
         is_passed: Others need not wait for it: it did not look when it could have gone on, or waits for another limit.
+        starts_before: How many had started when it came.
         refused_at: Since when it asks the gate of a shared limit; None before.
         refusals: How often that had no slot for it.
     """
 
-    __slots__ = ("amounts", "is_passed", "line", "refusals", "refused_at", "turn")
+    __slots__ = ("amounts", "is_passed", "line", "refusals", "refused_at", "starts_before", "turn")
 
     def __init__(self, turn: Turn, line: Line, amounts: Sequence[float]) -> None:
         self.turn = turn
         self.line = line
         self.amounts = amounts
         self.is_passed = False
+        self.starts_before = line.starts
         self.refused_at: float | None = None
         self.refusals = 0
 
@@ -478,8 +489,12 @@ class Turn:
         moments = [spot.line.due(spot, now) for spot in self._spots]
         due = max(moments)
         for spot, moment in zip(self._spots, moments, strict=True):
-            # Others use what would pass unused, while it waits for another limit.
-            spot.is_passed = moment <= now + EARLY and due - now > spot.line.seconds_of(spot.amounts)
+            # Others use what would pass unused while it waits for another limit. So many may pass it for each slot that
+            # it then lets pass unused.
+            slots = min((spot.line.starts - spot.starts_before) // _PASSES, _MOST_HELD)
+            spot.is_passed = due - max(moment, now) > EARLY + slots * spot.line.seconds_of(spot.amounts)
+            if due > max(moment, now) and spot.line.first() is spot:
+                spot.line.hold(due)
         return due
 
     def _start(self, now: float) -> Iterable[_Spot | None]:
