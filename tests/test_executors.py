@@ -873,7 +873,9 @@ ON_DASK = """
             try:
                 opmap(mode=client)(double)
             except TypeError as error:
-                print(("client", str(error)))
+                print(("client", str(error)), flush=True)
+            # To close a cluster takes seconds, and for ever where it is about to replace a worker.
+            os.killpg(0, signal.SIGKILL)
 """
 
 
@@ -883,19 +885,26 @@ def on_dask(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("dask")
     path = folder / "program.py"
     path.write_text(textwrap.dedent(ON_DASK))
-    done = subprocess.run(
-        [sys.executable, path],
-        env={**os.environ, "JOURNAL": str(folder / "journal")},
-        capture_output=True,
+    with subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", path],
+        env={**os.environ, "JOURNAL": str(folder / "journal"), "DASK_TEMPORARY_DIRECTORY": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=100,
-        check=False,
-    )
+        start_new_session=True,
+    ) as program:
+        try:
+            out, errors = program.communicate(timeout=80)
+        except subprocess.TimeoutExpired:
+            program.send_signal(signal.SIGABRT)  # tells where it stands
+            time.sleep(1)
+            os.killpg(program.pid, signal.SIGKILL)
+            out, errors = program.communicate()
     said: dict[str, list[Any]] = {}
-    for line in done.stdout.splitlines():
+    for line in out.splitlines():
         name, value = ast.literal_eval(line)
         said.setdefault(name, []).append(value)
-    assert "client" in said, done.stderr
+    assert "client" in said, (said, errors)
     return said
 
 
