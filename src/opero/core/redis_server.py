@@ -102,30 +102,31 @@ class Server:
     def get(self, key: bytes) -> bytes | None:
         """What is there under a key: what redis-py does around a command takes longer than the command."""
         client = self.client
-        entry: bytes | None
+        entry: bytes | None = None
         # What finds its server by itself has other pools.
         if not isinstance(getattr(client, "connection_pool", None), _pool_class()):
             entry = client.get(key)
             return entry
         try:
             connection = self._readers.pop()
+            _command.begin()
         except IndexError:
             connection = client.connection_pool.get_connection()
-        _command.ends = time.monotonic() + CONNECT_SECONDS + ANSWER_SECONDS
-        try:
-            connection.send_command("GET", key)
-            entry = connection.read_response()
-        except BaseException as error:
-            connection.disconnect()
-            client.connection_pool.release(connection)
-            if not _was_closed(error):
-                raise
-            entry = client.get(key)
+        for is_last in (False, True):
+            try:
+                connection.send_command("GET", key)
+                entry = connection.read_response()
+                break
+            except BaseException as error:
+                connection.disconnect()
+                # The server may have closed it meanwhile: it is connected anew.
+                if is_last or not _was_closed(error):
+                    client.connection_pool.release(connection)
+                    raise
+        if len(self._readers) < _READERS:
+            self._readers.append(connection)
         else:
-            if len(self._readers) < _READERS:
-                self._readers.append(connection)
-            else:
-                client.connection_pool.release(connection)
+            client.connection_pool.release(connection)
         return entry
 
     async def get_async(self, key: bytes) -> bytes | None:
@@ -353,7 +354,7 @@ def _pool_class() -> Any:
             self.connection_class = _bounded(self.connection_class)
 
         def get_connection(self, *args: Any, **kwargs: Any) -> Any:
-            _command.ends = time.monotonic() + CONNECT_SECONDS + ANSWER_SECONDS
+            _command.begin()
             return super().get_connection(*args, **kwargs)  # type: ignore[no-untyped-call]  # as above
 
         def release(self, connection: Any) -> None:
@@ -369,6 +370,9 @@ class _Command(threading.local):
     """When the command ends at the latest that this thread waits for."""
 
     ends: float = 0.0
+
+    def begin(self) -> None:
+        self.ends = time.monotonic() + CONNECT_SECONDS + ANSWER_SECONDS
 
 
 _command = _Command()
