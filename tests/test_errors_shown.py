@@ -182,6 +182,13 @@ def test_the_failure_that_stops_a_map_has_one_frame_of_operos(mode):
     assert f"opero{os.sep}concurrency{os.sep}worker.py" not in text
 
 
+@pytest.mark.parametrize("options", [{}, {"attempt_timeout": 30}], ids=["here", "in a worker"])
+def test_a_single_call_of_a_map_has_one_frame_of_operos(options):
+    with pytest.raises(ZeroDivisionError) as caught:
+        opmap(mode="process", retries=0, **options)(divide).one(0)
+    assert frames_of(caught.value).count("opero") == 1
+
+
 def test_the_error_of_an_item_has_no_frame_of_operos(mode):
     (failed,) = mode.run(stopping(mode, return_exceptions=True), [1, 0]).failed
     assert "opero" not in frames_of(failed.error)

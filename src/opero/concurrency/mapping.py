@@ -325,7 +325,8 @@ class _BlockingMap(_Map[T, P, R, L]):
         # Else in a process of its own: only there can a running function be stopped.
         quiet = self._with(type(self), settings=settings)
         (outcome,) = quiet.stream([item], *args, **kwargs)
-        returned: R = outcome.returned
+        with Shortened():
+            returned: R = outcome.returned
         return returned
 
     @property
@@ -433,7 +434,8 @@ class _AwaitableMap(_Map[T, P, R, L]):
         settings = replace(self.settings, progress=False, pools=serial_pools())
         stream = self._with(type(self), settings=settings).stream([item], *args, **kwargs)
         (outcome,) = [outcome async for outcome in stream]
-        returned: R = outcome.returned
+        with Shortened():
+            returned: R = outcome.returned
         return returned
 
     @property
