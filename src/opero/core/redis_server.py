@@ -105,8 +105,8 @@ class Server:
         entry: bytes | None = None
         # What finds its server by itself has other pools.
         if not isinstance(getattr(client, "connection_pool", None), _pool_class()):
-            entry = client.get(key)
-            return entry
+            found: bytes | None = client.get(key)
+            return found
         try:
             connection = self._readers.pop()
             _command.begin()
