@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -345,10 +346,14 @@ def test_an_idle_worker_that_does_not_end_is_killed(mode, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_no_call_uses_its_slot_late_because_its_worker_was_starting(cache):
+@pytest.mark.parametrize("mode", ["process", "executor"])
+def test_no_call_uses_its_slot_late_because_its_worker_was_starting(cache, mode):
     """Two calls would start together when the worker is ready."""
-    options = {"start_method": "fork", "initializer": time.sleep, "initargs": (1.0,)}
-    mapped = opmap(workers=2, progress=False, retries=0, cache=cache, rate_limit=2, pool_options=options)(tell_the_time)
+    hooks = {"initializer": time.sleep, "initargs": (1.0,)}
+    options = {"mode": "process", "pool_options": {"start_method": "fork", **hooks}}
+    if mode == "executor":
+        options = {"mode": lambda: ProcessPoolExecutor(2, **hooks)}
+    mapped = opmap(**options, workers=2, progress=False, retries=0, cache=cache, rate_limit=2)(tell_the_time)
     first, second = mapped([1, 2])
     assert second - first > 0.25
 

@@ -75,7 +75,7 @@ class ExecutorPool:
     largest_batch = LARGEST_BATCH
     is_far = False
     can_rest = True
-    kill = prepare = None
+    kill = None
 
     def __init__(
         self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor], default_workers: int
@@ -92,14 +92,14 @@ class ExecutorPool:
         self._broken: Exception | None = None
         self._lost: list[Batch] = []
         self._stillbirths = 0
-        self._uses_it = self._has_begun = False
+        self._uses_it = self._has_begun = self._is_paced = False
         self._unwatch: Callable[[], None] = lambda: None
 
     @property
     def slots(self) -> int:
         """Batches that may be in flight; only the first one before it is known how to send them."""
         if not self._has_begun:
-            return 1
+            return 0 if self._is_paced else 1
         return 0 if self._carrier is None or self._broken is not None else self._size
 
     @property
@@ -107,8 +107,14 @@ class ExecutorPool:
         """Known of workers that share memory with this process."""
         return (lambda batch: batch.mark[0]) if isinstance(self._carrier, _ByReference) else None
 
-    def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
+    def start(self, inbox: Inbox, *, is_paced: bool, **_about_the_map: Any) -> None:
         self._deliver = inbox.put
+        self._is_paced = is_paced
+
+    def prepare(self) -> None:
+        """Take the executor: the first answer tells that a worker is there."""
+        if not self._has_begun:
+            self._begin()
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)

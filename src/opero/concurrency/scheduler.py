@@ -322,7 +322,8 @@ class Scheduler:
         while slots and self._preparing:
             self._prepared(self._preparing[0])
         # While no worker is ready, the first item has to tell whether one is needed.
-        if self.failure is not None or len(self._sent) >= max(slots, 1):
+        takes_up = slots or self.pool.prepare is not None
+        if self.failure is not None or not takes_up or len(self._sent) >= max(slots, 1):
             return None
         size = min(1 if self._one_at_a_time else self._size.now, self.pool.largest_batch, self._largest_batch)
         if self._given_back:
