@@ -116,7 +116,7 @@ class Pool(Protocol):
 
     @property
     def is_far(self) -> bool:
-        """Whether its workers are on a cluster: longer batches, and a second one for each of its slots."""
+        """Whether its workers are on a cluster: longer batches, of which some wait there for each of its slots."""
         ...
 
     @property

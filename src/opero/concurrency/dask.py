@@ -30,6 +30,7 @@ from opero.concurrency.far import (
     tell_of_dashboard,
     warn,
 )
+from opero.concurrency.scheduler import MOST_AHEAD
 from opero.core.showing import kind_of
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -49,7 +50,7 @@ _ENDING_SECONDS = 5.0
 _POLLING_SECONDS = 0.02
 _WARNING_SECONDS = 30.0
 # Batches at a worker for each of its threads.
-_PER_THREAD = 2
+_PER_THREAD = 1 + MOST_AHEAD
 # Larger work goes to each worker once, larger batches past the scheduler's graph, which warns of them.
 _MOST_BYTES_ALONG = 65_536
 _POLLING_SECONDS = 0.02

@@ -51,6 +51,9 @@ MOST_TAKEN_UP = 1_000
 # A batch before which so many workers have ended, each without having begun it, may be what ends them.
 MOST_INNOCENT_LOSSES = 5
 MOST_BATCH_BYTES = 2_000_000
+# Batches that wait at a worker that is far away; behind one that takes so long, none does.
+MOST_AHEAD = 3
+LONG_BATCH_SECONDS = 1.0
 # A look at the time that is so late says nothing of what came in meanwhile.
 _LATE_SECONDS = 0.05
 # Until a worker is asked to end again that is reporting, has not ended, or could not be heard before.
@@ -99,12 +102,18 @@ class Wait(NamedTuple):
 
 
 class _BatchSize:
-    """How many items to send at once, learnt from how long they take and how large they are."""
+    """How many items to send at once, learnt from how long they take and how large they are.
 
-    __slots__ = ("_longest", "_seconds", "now")
+    ``ahead``: how many further batches wait at a worker that is far away, so that it has something to do while word of
+    the last one is on its way; none behind one that takes long, which another worker could begin meanwhile.
+    """
+
+    __slots__ = ("_is_far", "_longest", "_seconds", "ahead", "now")
 
     def __init__(self, *, is_far: bool) -> None:
         self.now = 1
+        self.ahead = 0
+        self._is_far = is_far
         self._seconds = FAR_BATCH_SECONDS if is_far else BATCH_SECONDS
         self._longest = FAR_LONG_SECONDS if is_far else LONG_SECONDS
 
@@ -115,6 +124,9 @@ class _BatchSize:
         if done.size:
             fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
         self.now = max(1, min(int(fitting), self.now * 4))
+        if self._is_far:
+            of_a_batch = seconds * self.now
+            self.ahead = 0 if of_a_batch >= LONG_BATCH_SECONDS else min(MOST_AHEAD, 1 + int(0.1 / of_a_batch))
 
 
 class _Timers:
@@ -317,8 +329,8 @@ class Scheduler:
         while self._ready and not _may_start(self._ready[0]):
             self._advance(self._ready.popleft(), NOT_RUN)
         self._more_at_once = False
-        # Where the way is far a second batch waits at each worker, unless calls have their times.
-        slots = self.pool.slots * (2 if self.pool.is_far and not self._one_at_a_time else 1)
+        # No call waits at a worker that has its time.
+        slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._size.ahead)
         while slots and self._preparing:
             self._prepared(self._preparing[0])
         # While no worker is ready, the first item has to tell whether one is needed.
