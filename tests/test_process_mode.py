@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import email.message
+import faulthandler
 import gc
 import itertools
 import logging
@@ -183,6 +184,7 @@ def die_by_sys_exit():
 
 
 def die_by_segfault():
+    faulthandler.disable()  # pytest has it on, and the death is wanted
     ctypes.string_at(0)
 
 
