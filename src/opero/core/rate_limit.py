@@ -207,11 +207,15 @@ class RateLimiter:
             TypeError: If a cost is missing, not known or no number.
             ValueError: If a cost is negative, or more than the whole rate.
         """
+        if timeout is None and not costs and self._take_one_now():
+            return True
         taken: bool = drive(self._acquire(timeout, costs), _no_function)
         return taken
 
     async def acquire_async(self, *, timeout: Duration | None = None, **costs: float) -> bool:  # noqa: ASYNC109 - as of `acquire`
         """Wait for a slot without blocking the event loop, and take it; otherwise like `acquire`."""
+        if timeout is None and not costs and self._take_one_now():
+            return True
         taken: bool = await drive_async(self._acquire(timeout, costs), _no_function, "acquire_async")
         return taken
 
@@ -228,6 +232,9 @@ class RateLimiter:
 
     async def __aexit__(self, *_exc: object) -> None:
         """A slot is used up by the start."""
+
+    def _take_one_now(self) -> bool:
+        return self._rates.names == (CALLS,) and not self.limit.is_shared and self.take_now()
 
     def _acquire(self, timeout: Duration | None, costs: Mapping[str, float]) -> Generator[Any, Any, bool]:
         check_known("acquire", costs, self.names)
