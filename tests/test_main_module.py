@@ -860,3 +860,26 @@ def test_what_other_threads_print_and_warn_of_is_not_lost_while_a_function_is_pi
     for thread in threads:
         thread.join()
     assert stdout.getvalue() == ""
+
+
+@pytest.mark.parametrize("imported", ["import slow", "from slow import Slow", "from slow import slow"])
+def test_the_fork_server_imports_what_the_main_module_does_once_for_all_workers(tmp_path, imported):
+    (tmp_path / "slow.py").write_text(
+        "import os\n"
+        "with open('imports', 'a') as file: print(os.getpid(), file=file)\n"
+        "class Slow: pass\n"
+        "def slow(): pass\n"
+    )
+    source = f"""
+        from opero import opmap
+        {imported}
+
+        @opmap(workers=2, progress=False, pool_options={{"start_method": "forkserver"}})
+        def work(item):
+            return item
+
+        if __name__ == "__main__":
+            print(work([1, 2, 3]))
+    """
+    assert run_main(tmp_path, textwrap.dedent(source), way="file") == "[1, 2, 3]\n"
+    assert len((tmp_path / "imports").read_text().splitlines()) == 2

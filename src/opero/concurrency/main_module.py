@@ -7,6 +7,7 @@ import contextlib
 import sys
 from functools import lru_cache
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from opero.core.signature import find_by_name
@@ -44,6 +45,18 @@ def find_in_main(qualname: str) -> Any:
 def path_of_main() -> Path | None:
     path = getattr(sys.modules["__main__"], "__file__", None)
     return None if path is None else Path(path)
+
+
+def imported_by_main() -> set[str]:
+    """Modules of what the main module has imported, which each process that is started afresh would import with it.
+
+    Not the main module itself: before Python 3.14 a fork server does not find it (CPython's issue 126631).
+    """
+    if not _is_imported_again():
+        return set()
+    named = list(vars(sys.modules["__main__"]).values())
+    modules = {value.__name__ for value in named if isinstance(value, ModuleType)}
+    return modules | {value.__module__ for value in named if isinstance(value, (type, FunctionType))} - {*MAINS}
 
 
 def _is_imported_again() -> bool:

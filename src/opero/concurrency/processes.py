@@ -24,7 +24,13 @@ from opero.concurrency.batches import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
 from opero.concurrency.ending import ENDED_CODE, GRACE_SECONDS, end_by_force, end_family, family_of, wait_until_ended
 from opero.concurrency.log_records import hand_on
-from opero.concurrency.main_module import everything, fresh_workers_have, only_if_it_can_be_imported
+from opero.concurrency.main_module import (
+    MAINS,
+    everything,
+    fresh_workers_have,
+    imported_by_main,
+    only_if_it_can_be_imported,
+)
 from opero.concurrency.native_threads import has_native_threads
 from opero.concurrency.process_worker import (
     ARGUMENTS,
@@ -430,8 +436,9 @@ class ProcessPool:
         server: Any = forkserver._forkserver  # noqa: SLF001 - there is no function that tells
         if server._forkserver_pid is None and server._preload_modules == ["__main__"]:  # noqa: SLF001 - as above
             # It imports what each worker needs, unless the program has said what it shall import.
-            modules = {serve.__module__, module_of(self._work.function)} & sys.modules.keys()
-            forkserver.set_forkserver_preload(["__main__", *modules])
+            module = module_of(self._work.function)
+            modules = {serve.__module__, *(imported_by_main() if module in MAINS else {module})}
+            forkserver.set_forkserver_preload(["__main__", *(modules & sys.modules.keys())])
         # A worker that has ended makes room for the next one before this has been seen.
         # No array in memory that the program's own shared values have, too: a pipe to it can be passed on only once.
         self._marks = Arena(16 * self._most_workers)
