@@ -43,6 +43,16 @@ class FrozenStruct(msgspec.Struct, frozen=True, cache_hash=True):
     value: Any
 
 
+class Measured(pl.DataFrame):
+    """Has a unit."""
+
+
+def measured(unit):
+    made = Measured({"a": [1, 2]})
+    made.unit = unit
+    return made
+
+
 def private(number):
     made = Model(value=1)
     made._private = number
@@ -66,6 +76,8 @@ MAKERS = {
     "polars, other type": lambda: pl.DataFrame({"a": [1, 2], "b": ["x", None]}, schema_overrides={"a": pl.Int8}),
     "polars, other value": lambda: pl.DataFrame({"a": [1, 3], "b": ["x", None]}),
     "polars, other name": lambda: pl.DataFrame({"a": [1, 2], "c": ["x", None]}),
+    "polars, in meters": lambda: measured("m"),
+    "polars, in feet": lambda: measured("ft"),
     "polars, column": lambda: pl.Series("a", [1, 2]),
     "polars, names": lambda: pl.Series("a", ["x"], dtype=pl.Enum(["x", "y"])),
     "polars, names in another order": lambda: pl.Series("a", ["x"], dtype=pl.Enum(["y", "x"])),

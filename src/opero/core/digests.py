@@ -398,7 +398,10 @@ def _parts_by_base_of(*loaded: str) -> tuple[tuple[type, Callable[[Any], Iterabl
         ]
     if "polars" in loaded:
         polars = sys.modules["polars"]
-        found += [(polars.DataFrame, lambda value: value.get_columns()), (polars.Series, _parts_of_polars)]
+        found += [
+            (polars.DataFrame, lambda value: (value.get_columns(), _public(value))),
+            (polars.Series, lambda value: (_contents_of_polars(value), _public(value))),
+        ]
     return tuple(found)
 
 
@@ -432,11 +435,11 @@ def _parts_of_column(column: Any) -> tuple[Any, ...]:
 
 def _parts_of_index(index: Any) -> tuple[Any, ...]:
     """Without what it has found out of itself meanwhile, and without levels that no label has."""
-    names = list(index.names)
+    besides = (list(index.names), _public(index))
     if isinstance(index, sys.modules["pandas"].RangeIndex):
-        return (names, range(index.start, index.stop, index.step))
+        return (besides, range(index.start, index.stop, index.step))
     levels = [index.get_level_values(level) for level in range(index.nlevels)] if index.nlevels > 1 else [index]
-    return (names, [(_values_of_pandas(level), getattr(level, "freq", None)) for level in levels])
+    return (besides, [(_values_of_pandas(level), getattr(level, "freq", None)) for level in levels])
 
 
 def _values_of_pandas(column: Any) -> tuple[Any, ...]:
@@ -454,15 +457,19 @@ def _values_of_pandas(column: Any) -> tuple[Any, ...]:
     return (dtype, is_missing, values[~is_missing].tolist())
 
 
-def _parts_of_polars(series: Any) -> tuple[Any, ...]:
+def _contents_of_polars(series: Any) -> Any:
     # In which chunks the values lie does not matter, nor whether polars knows of an order: all say the same of both.
-    return (_reduction(series.rechunk().set_sorted())[2],)
+    return _reduction(series.rechunk().set_sorted())[2]
+
+
+def _public(value: Any) -> dict[str, Any]:
+    """What a program has put on a frame; the library's own has an underscore."""
+    return {name: held for name, held in vars(value).items() if name[0] != "_"}
 
 
 def _parts_beside_pandas(value: Any) -> tuple[Any, ...]:
     besides = {name: getattr(value, name, None) for name in value._metadata if name != "name"}  # noqa: SLF001 - where subclasses list what they carry
-    besides |= {name: held for name, held in vars(value).items() if name[0] != "_"}
-    return (value.attrs, value.flags.allows_duplicate_labels, besides)
+    return (value.attrs, value.flags.allows_duplicate_labels, besides | _public(value))
 
 
 def _parts_by_pickle(value: Any) -> Iterator[Any]:
