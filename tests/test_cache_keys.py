@@ -943,6 +943,19 @@ def test_what_a_cached_property_keeps_is_no_part_of_the_key():
     assert not share_an_entry(used, Client("b"))
 
 
+def raised(cause=None):
+    with pytest.raises(ValueError, match="1") as caught:
+        raise ValueError(1) from cause
+    return caught.value
+
+
+def test_an_exception_is_told_by_where_it_came_from_too():
+    assert share_an_entry(ValueError(1), ValueError(1))
+    assert share_an_entry(raised(KeyError(2)), raised(KeyError(2)))
+    assert not share_an_entry(raised(KeyError(2)), raised(KeyError(3)))
+    assert not share_an_entry(raised(), ValueError(1))
+
+
 class Unhashable:
     __hash__ = None
 
