@@ -341,6 +341,13 @@ def test_a_resource_that_nobody_has_ends_the_map_after_total_timeout(engine):
         function([1, 2])
 
 
+def test_a_resource_that_nobody_has_is_warned_of(engine, monkeypatch):
+    monkeypatch.setattr(f"opero.concurrency.{engine.name}._WARNING_SECONDS", 0.3)
+    function = engine.map(jobs.double, total_timeout=3, pool_options={"resources": {"unobtainium": 1}})
+    with pytest.warns(RuntimeWarning, match="waits for one"), pytest.raises(OperoError):
+        function([1, 2])
+
+
 def test_what_a_worker_cannot_load_ends_the_map(engine, tmp_path, monkeypatch):
     (tmp_path / "only_here.py").write_text("def work(item):\n    return item\n")
     monkeypatch.syspath_prepend(tmp_path)
