@@ -1058,7 +1058,13 @@ def place(request, tmp_path, world):
     (of_namespace,) = [path for path in folder.iterdir() if path.is_dir()]
     path = folder if request.param == "folder" else of_namespace
     path.rename(tmp_path / "away")
-    gc.collect()
+
+    def is_closed():
+        # The thread that asked for an event loop may hold the cache for a moment longer.
+        gc.collect()
+        return not open_files(tmp_path)
+
+    until(is_closed)
     return path
 
 
