@@ -342,7 +342,7 @@ def test_a_resource_that_nobody_has_ends_the_map_after_total_timeout(engine):
 
 
 def test_a_resource_that_nobody_has_is_warned_of(engine, monkeypatch):
-    monkeypatch.setattr(f"opero.concurrency.{engine.name}._WARNING_SECONDS", 0.3)
+    monkeypatch.setattr("opero.concurrency.far._WARNING_SECONDS", 0.3)
     function = engine.map(jobs.double, total_timeout=3, pool_options={"resources": {"unobtainium": 1}})
     with pytest.warns(RuntimeWarning, match="waits for one"), pytest.raises(OperoError):
         function([1, 2])

@@ -19,20 +19,20 @@ from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.dask_worker import STALE, end_children, is_starting, load_on_dask, recover_all, run_on_dask
 from opero.concurrency.far import (
     BROKEN,
+    CONNECTING_SECONDS,
     ENDED,
-    LARGEST_BATCH,
+    ENDING_SECONDS,
     Answer,
-    Events,
+    FarPool,
     Found,
     Parcels,
     check_reachable,
     merged,
     tell_of_dashboard,
-    warn,
+    wait_for_the_end,
 )
 from opero.concurrency.scheduler import MOST_AHEAD
 from opero.core.showing import kind_of
-from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
 from opero.utils.notes import describe
 
@@ -45,10 +45,6 @@ if TYPE_CHECKING:
 # Between two looks at the scheduler: whether it is there; and at what workers it has.
 _LOOKING_SECONDS = 0.1
 _COUNTING_SECONDS = 1.0
-_CONNECTING_SECONDS = 5.0
-_ENDING_SECONDS = 5.0
-_POLLING_SECONDS = 0.02
-_WARNING_SECONDS = 30.0
 # Batches at a worker for each of its threads.
 _PER_THREAD = 1 + MOST_AHEAD
 # Larger work goes to each worker once, larger batches past the scheduler's graph, which warns of them.
@@ -70,12 +66,10 @@ class _Worker:
     batches: dict[Batch, str] = field(default_factory=dict)
 
 
-class DaskPool(Events):
+class DaskPool(FarPool):
     """Runs batches on the workers of a dask cluster."""
 
-    largest_batch = LARGEST_BATCH
-    is_far = can_rest = True
-    kill = begun = None
+    who_needs_opero = "its scheduler and workers"
 
     def __init__(
         self,
@@ -88,13 +82,11 @@ class DaskPool(Events):
         priority: float = 0,
         restart_workers: bool = False,
     ) -> None:
-        super().__init__()
-        self._name = name_of(work.function)
+        super().__init__(work, "dask")
         self._most = workers
         self._given, self._address = client, address
         self._resources, self._priority = dict(resources or {}), priority
         self._restarts = restart_workers
-        self._parcels = Parcels(work)
         self._workers: dict[str, _Worker] = {}
         self._pending: deque[Batch] = deque()
         self._client: Any = None
@@ -104,8 +96,6 @@ class DaskPool(Events):
         self._has_limits = self._is_over = self._is_paced = False
         # What was told between two maps.
         self._resting: list[Any] = []
-        self._roomless_since: float | None = None
-        self._has_warned = False
 
     @property
     def slots(self) -> int:
@@ -156,17 +146,15 @@ class DaskPool(Events):
         finally:
             cluster, self._cluster = self._cluster, None
             if cluster is not None:
-                cluster.close(timeout=_ENDING_SECONDS)
+                cluster.close(timeout=ENDING_SECONDS)
 
     def _end(self, client: Any, is_left: Callable[[], bool]) -> None:
         try:
             done = asyncio.run_coroutine_threadsafe(self._withdraw(client), client.loop.asyncio_loop)
-            ends = time.monotonic() + _ENDING_SECONDS
-            while not done.done() and time.monotonic() < ends and not is_left():
-                time.sleep(0.005)
+            wait_for_the_end(done.done, is_left)
         finally:
             self._workers.clear()
-            client.close(timeout=_ENDING_SECONDS)
+            client.close(timeout=ENDING_SECONDS)
 
     async def stop_async(self) -> None:
         await in_own_thread(self.stop)
@@ -183,7 +171,7 @@ class DaskPool(Events):
         try:
             # One of the map's own: what others subscribe to, cancel or restart is theirs.
             self._client = distributed.Client(
-                address, security=security, set_as_default=False, timeout=_CONNECTING_SECONDS, name="opero"
+                address, security=security, set_as_default=False, timeout=CONNECTING_SECONDS, name="opero"
             )
         except OSError as error:
             msg = f"the scheduler of dask at {address} cannot be reached: {describe(error)}"
@@ -238,19 +226,9 @@ class DaskPool(Events):
         for address in self._workers.keys() - there.keys():
             # Its end may not have been told.
             self._gone(address, is_expected=False)
-        if self._workers:
-            self._roomless_since = None
-            return []
-        self._roomless_since = self._roomless_since or time.monotonic()
-        waited = time.monotonic() - self._roomless_since
         needs = f", which needs {', '.join(sorted(self._resources))}" if self._resources else ""
-        lacking = f"dask has no worker for {self._name}{needs}"
-        if self._patience is not None and waited > self._patience:
-            return [Fatal(OperoError(f"{lacking}, for {self._patience:g} s"))]
-        if waited > _WARNING_SECONDS and not self._has_warned:
-            self._has_warned = True
-            warn(f"{lacking}; the map waits for one")
-        return []
+        end = self.see_room(self._workers, needs)
+        return [] if end is None else [end]
 
     def _room(self, about: Mapping[str, Any]) -> int:
         rooms = [about["resources"].get(kind, 0) // need for kind, need in self._resources.items() if need]
@@ -301,12 +279,7 @@ class DaskPool(Events):
         if worker is None:
             return []
         if error is not None:
-            refused = OperoError(
-                f"dask cannot run {self._name}: {describe(error)}; its scheduler and workers need opero, and its "
-                f"workers what {self._name} imports"
-            )
-            refused.__cause__ = error
-            return [Fatal(refused)]
+            return [self.refused(error)]
         if answer is None or answer[0] == STALE:
             return []
         del worker.batches[batch]
@@ -383,7 +356,7 @@ class DaskPool(Events):
 
     async def _nanny_is_ready(self, client: Any, worker: _Worker) -> None:
         """Wait until it looks after its worker: one that dies before that is never replaced."""
-        ends = time.monotonic() + _ENDING_SECONDS
+        ends = time.monotonic() + ENDING_SECONDS
         while worker.nanny is not None and time.monotonic() < ends:
             answers = await client.run(is_starting, workers=[worker.nanny], on_error="return")
             if answers.get(worker.nanny) is not True:
@@ -450,7 +423,7 @@ class DaskPool(Events):
             if reader is not None:
                 names = list(worker.batches.values())
                 asked = client.run(recover_all, names, workers=[reader], on_error="return")
-                (answer,) = (await asyncio.wait_for(asked, _ENDING_SECONDS)).values()
+                (answer,) = (await asyncio.wait_for(asked, ENDING_SECONDS)).values()
                 found = dict(zip(worker.batches, answer, strict=True))
         self.later(self._searched, found, is_expected)
 

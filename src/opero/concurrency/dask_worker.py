@@ -7,12 +7,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost
-from opero.concurrency.far import UNHEEDED_SECONDS, Answer, Found, load, recover, run_parcel, work_of
+from opero.concurrency.far import UNHEEDED_SECONDS, Answer, Found, load, recover, run_parcel, works
 from opero.concurrency.inbox import BlockingInbox
 from opero.concurrency.worker import Report
 from opero.core.forks import ForkSafeLock
 from opero.core.signature import name_of
-from opero.exceptions import CallTimeoutError, WorkerCrashedError
+from opero.core.steps import stopped
+from opero.exceptions import WorkerCrashedError
 
 if TYPE_CHECKING:
     from opero.concurrency.worker import How, TimeLimit, Work
@@ -86,8 +87,7 @@ class _Child:
                     return Report(known.values, known.errors, known.seconds)
                 if isinstance(known, Lost):
                     if is_late:
-                        msg = f"{name_of(self.work.function)} was stopped: {limit[1]} left it {limit[0]:.3g} s"
-                        return Report([None], {0: CallTimeoutError(msg)}, limit[0])
+                        return Report([None], {0: stopped(name_of(self.work.function), *limit)}, limit[0])
                     raise WorkerCrashedError(known.reason)
             if ends is None and self._pool.begun(batch):
                 ends = time.monotonic() + limit[0] + UNHEEDED_SECONDS * self.work.is_async
@@ -128,7 +128,7 @@ def run_in_child(work: Work, items: list[Any], candidate: Any, limit: TimeLimit,
 def end_children(digest: bytes) -> None:
     """End the processes of a map that is over."""
     with _children_lock.lock:
-        ended = {thread: child for thread, child in _children.items() if child.work is work_of(digest)}
+        ended = {thread: child for thread, child in _children.items() if child.work is works.known(digest)}
         for thread in ended:
             del _children[thread]
     for child in ended.values():

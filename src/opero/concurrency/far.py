@@ -41,14 +41,14 @@ from opero.concurrency.worker import (
 )
 from opero.core.forks import ForkSafeLock
 from opero.core.signature import name_of
-from opero.exceptions import CallTimeoutError, OperoError
+from opero.core.steps import stopped
+from opero.exceptions import OperoError
 from opero.utils.logging import log
-from opero.utils.notes import add_note, describe
+from opero.utils.notes import IN_THE_WORKER, add_note, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-LARGEST_BATCH = 10_000
 # What a worker answers: reports, that it cannot load the work, or that something has ended the batch.
 REPORTS, BROKEN, ENDED = range(3)
 Answer: TypeAlias = tuple[int, Any]
@@ -56,7 +56,11 @@ Answer: TypeAlias = tuple[int, Any]
 RunLimited: TypeAlias = "Callable[[Work, list[Any], Any, TimeLimit, How], Report]"
 
 # A connection that is not made within so long is not made at all.
-_CONNECTING_SECONDS = 5.0
+CONNECTING_SECONDS = 5.0
+# What is told to end does so within milliseconds.
+ENDING_SECONDS = 5.0
+# Without a worker that has what the items need, a warning is given.
+_WARNING_SECONDS = 30.0
 # Maps whose work a worker remembers.
 _MOST_REMEMBERED = 8
 # Journals that each thread of a worker keeps: the last reports may not have reached the map yet.
@@ -134,8 +138,8 @@ class Parcels:
             events.append(Done(batch, report.values, report.errors, report.seconds, is_part=True))
         if found.stuck:
             seconds, option = batch.time_limit or (0.0, "")
-            error = CallTimeoutError(f"{self._name} was stopped: {option} left it {seconds:.3g} s")
-            add_note(error, f"in the worker:\n{found.stuck}")
+            error = stopped(self._name, seconds, option)
+            add_note(error, f"{IN_THE_WORKER}{found.stuck}")
             events.append(Done(batch, [None], {0: error}, seconds))
         elif is_innocent:
             events.append(Lost([batch], reason, at_once=True, innocent=[batch]))
@@ -149,7 +153,7 @@ class Parcels:
 def check_reachable(engine: str, host: str, port: int) -> None:
     """Say at once if nothing answers there: the engines themselves try for minutes."""
     try:
-        socket.create_connection((host.strip("[]"), port), _CONNECTING_SECONDS).close()
+        socket.create_connection((host.strip("[]"), port), CONNECTING_SECONDS).close()
     except OSError as error:
         msg = f"{engine} is away: nothing answers at {host}:{port} ({describe(error)})"
         raise OperoError(msg) from error
@@ -165,10 +169,28 @@ def tell_of_dashboard(engine: str, url: str | None) -> None:
 _told: set[str] = set()
 
 
-class Events:
-    """What the pools on clusters have in common: an inbox in which others leave what the map's thread shall do."""
+class FarPool:
+    """What the pools on clusters have in common.
 
-    def __init__(self) -> None:
+    Args:
+        work: What their workers run.
+        engine: What runs them.
+    """
+
+    largest_batch = 10_000
+    is_far = can_rest = True
+    kill = begun = None
+    who_needs_opero = "its workers"
+
+    def __init__(self, work: Work, engine: str) -> None:
+        self._name = name_of(work.function)
+        self._engine = engine
+        self._parcels = Parcels(work)
+        self._patience: float | None = None
+        # Since when no worker has what the items need.
+        self._roomless_since: float | None = None
+        self._has_warned = False
+        # An inbox, in which others leave what the thread of the map shall do.
         self.deliver: Callable[[Any], None] = ignore
 
     def later(self, handle: Callable[..., list[Any]], *about: Any) -> None:
@@ -185,12 +207,48 @@ class Events:
             self.deliver(other)
         return first
 
+    def see_room(self, has_room: object, needs: str) -> Fatal | None:
+        """Take note of whether any worker has what the items need, as far as is known now.
+
+        Returns:
+            The end of the map, if its calls have waited for one as long as they may.
+        """
+        if has_room:
+            self._roomless_since = None
+            return None
+        self._roomless_since = self._roomless_since or time.monotonic()
+        waited = time.monotonic() - self._roomless_since
+        lacking = f"{self._engine} has no worker for {self._name}{needs}"
+        if self._patience is not None and waited > self._patience:
+            return Fatal(OperoError(f"{lacking}, for {self._patience:g} s"))
+        if waited > _WARNING_SECONDS and not self._has_warned:
+            self._has_warned = True
+            self.later(_warn, f"{lacking}; the map waits for one")
+        return None
+
+    def refused(self, error: Exception) -> Fatal:
+        """The end of a map whose batches cannot be run; no error of the function's, which are in the reports."""
+        msg = (
+            f"{self._engine} cannot run {self._name}: {describe(error)}; {self.who_needs_opero} need opero, and its "
+            f"workers what {self._name} imports"
+        )
+        made = OperoError(msg)
+        made.__cause__ = error
+        return Fatal(made)
+
+
+def wait_for_the_end(has_ended: Callable[[], bool], is_left: Callable[[], bool]) -> None:
+    """Wait until what was told to end has ended, for some seconds, or until nobody wants to wait any more."""
+    ends = time.monotonic() + ENDING_SECONDS
+    while not has_ended() and time.monotonic() < ends and not is_left():
+        time.sleep(0.005)
+
 
 def ignore(_event: Any) -> None:
     """Nobody listens between two maps."""
 
 
-def warn(message: str) -> list[Any]:
+def _warn(message: str) -> list[Any]:
     """In the thread of the map."""
     warnings.warn(message, RuntimeWarning, stacklevel=2)
     return []
@@ -255,11 +313,6 @@ def load(digest: bytes, fetch: Callable[[], bytes]) -> str | None:
     return None
 
 
-def work_of(digest: bytes) -> Work | None:
-    """A map's work, if this worker has it."""
-    return works.known(digest)
-
-
 def run_in_this_thread(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
     """Run a batch; coroutines in the event loop that this thread has for all of them."""
     caller = None
@@ -281,6 +334,7 @@ class _Works:
         self._works: dict[bytes, Work] = {}
 
     def known(self, digest: bytes) -> Work | None:
+        """A map's work, if this worker has it."""
         return self._works.get(digest)
 
     def get(self, digest: bytes, fetch: Callable[[], bytes]) -> Work:

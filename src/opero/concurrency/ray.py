@@ -11,9 +11,8 @@ from opero.concurrency.batches import Batch, Fatal, Wake, not_run
 from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.far import (
     BROKEN,
-    LARGEST_BATCH,
     Answer,
-    Events,
+    FarPool,
     Found,
     Parcels,
     check_reachable,
@@ -22,11 +21,10 @@ from opero.concurrency.far import (
     recover,
     run_parcel,
     tell_of_dashboard,
-    warn,
+    wait_for_the_end,
 )
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import shown
-from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
 from opero.utils.notes import describe
 
@@ -38,10 +36,6 @@ if TYPE_CHECKING:
 
 # Between two looks at the cluster: whether it is there, and how large it is.
 _LOOKING_SECONDS = 0.5
-# Without a node that has what the items need, a warning is given.
-_WARNING_SECONDS = 30.0
-# What ray kills ends within milliseconds.
-_ENDING_SECONDS = 5.0
 _WARMING_SECONDS = 0.2
 # Those of `ray.remote`, which go with every task.
 _OF_TASKS = ("num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy")
@@ -105,12 +99,8 @@ def _start(address: str | None, init: Mapping[str, Any]) -> None:
         raise OperoError(msg) from error
 
 
-class RayPool(Events):
+class RayPool(FarPool):
     """Runs batches as tasks of ray; engine retries are off, and a worker that is stuck ends itself."""
-
-    largest_batch = LARGEST_BATCH
-    is_far = can_rest = True
-    kill = begun = None
 
     def __init__(
         self,
@@ -121,14 +111,12 @@ class RayPool(Events):
         init: Mapping[str, Any] | None = None,
         **of_tasks: Any,
     ) -> None:
-        super().__init__()
-        self._name = name_of(work.function)
+        super().__init__(work, "ray")
         self._workers = workers
         self._address, self._init = address, dict(init or {})
         self._options = of_tasks
         # In a list, so that only workers which lack it fetch it.
         self._work: list[Any] = []
-        self._parcels = Parcels(work)
         self._in_flight: dict[Batch, Any] = {}
         self._searching: set[Any] = set()
         # Nodes that are alive, and how many items of this map they can run at the same time.
@@ -217,9 +205,7 @@ class RayPool(Events):
             # A finished one is left alone.
             with contextlib.suppress(Exception):
                 ray.cancel(reference, force=True)
-        ends = time.monotonic() + _ENDING_SECONDS
-        while not all(future.done() for future in ended) and time.monotonic() < ends and not is_left():
-            time.sleep(0.005)
+        wait_for_the_end(lambda: all(future.done() for future in ended), is_left)
 
     # The cluster
 
@@ -270,8 +256,6 @@ class RayPool(Events):
 
     def _look(self) -> None:
         """In a thread: ray itself says late or never that it is away, and then ends this process."""
-        idle_since: float | None = None
-        has_warned = False
         while not self._over.wait(_LOOKING_SECONDS):
             try:
                 for host, port in [self._head, *self._own_raylet()]:
@@ -283,18 +267,10 @@ class RayPool(Events):
                 away = error if isinstance(error, OperoError) else OperoError(f"ray is away: {describe(error)}")
                 self.deliver(Fatal(away))
                 return
-            if self._capacity:
-                idle_since = None
-                continue
-            idle_since = idle_since or time.monotonic()
-            waited = time.monotonic() - idle_since
-            lacking = f"no node of the ray cluster has what {self._name} needs ({_named(self._options)})"
-            if self._patience is not None and waited > self._patience:
-                self.deliver(Fatal(OperoError(f"{lacking}, for {self._patience:g} s")))
+            end = self.see_room(self._capacity, f", which needs {_named(self._options)}")
+            if end is not None:
+                self.deliver(end)
                 return
-            if waited > _WARNING_SECONDS and not has_warned:
-                has_warned = True
-                self.later(warn, f"{lacking}; the map waits for one")
 
     def _own_raylet(self) -> list[tuple[str, int]]:
         return [
@@ -336,12 +312,7 @@ class RayPool(Events):
             self._search(batch, name, describe(error))
             return []
         except Exception as error:  # noqa: BLE001 - not the function's, which are in the reports
-            msg = (
-                f"ray cannot run {self._name}: {describe(error)}; its workers need opero, and what {self._name} imports"
-            )
-            refused = OperoError(msg)
-            refused.__cause__ = error
-            return [Fatal(refused)]
+            return [self.refused(error)]
         return self._parcels.opened(batch, answer, size)
 
     def _search(self, batch: Batch, name: str, reason: str) -> None:

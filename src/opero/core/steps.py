@@ -98,7 +98,12 @@ class Attempt:
         return None if self.timeout is None else (self.timeout, self.limit)
 
     def timed_out(self, name: str) -> Failed:
-        return Failed(CallTimeoutError(f"{name} was stopped: {self.limit} left it {duration(self.timeout or 0.0)}"))
+        return Failed(stopped(name, self.timeout or 0.0, self.limit))
+
+
+def stopped(name: str, seconds: float, limit: str) -> CallTimeoutError:
+    """The error of an execution that was ended after so many seconds, by the option ``limit``."""
+    return CallTimeoutError(f"{name} was stopped: {limit} left it {duration(seconds)}")
 
 
 @dataclass(slots=True, eq=False)
