@@ -100,20 +100,31 @@ class FallbackOverParameter:
             before, _ = self._rests.get(key, (0.0, False))
             self._rests[key] = max(now + seconds, before), not again
 
-    def rests_until(self, value: Any) -> float | None:
+    def _rest_of(self, value: Any) -> tuple[float, bool] | None:
         rest = self._rests.get(identity_of(value)) if self._rests else None
-        return None if rest is None or rest[0] <= clock.now() else rest[0]
+        return None if rest is None or rest[0] <= clock.now() else rest
+
+    def rests_until(self, value: Any) -> float | None:
+        rest = self._rest_of(value)
+        return None if rest is None else rest[0]
 
     def is_given_up(self, value: Any) -> bool:
         """Whether it rests after an error that is not retried, such as that of a key that was revoked."""
-        return self.rests_until(value) is not None and self._rests.get(identity_of(value), (0.0, False))[1]
+        rest = self._rest_of(value)
+        return rest is not None and rest[1]
 
     def awake(self, values: Sequence[Any]) -> list[int]:
         """The places of those that do not rest; if all do, of the one to be tried first."""
-        ends = [self.rests_until(value) for value in values]
-        awake = [place for place, end in enumerate(ends) if end is None]
-        by_rest = sorted(range(len(values)), key=lambda place: (self.is_given_up(values[place]), ends[place] or 0.0))
-        return awake or by_rest[:1]
+        awake: list[int] = []
+        resting: list[tuple[bool, float, int]] = []
+        for place, value in enumerate(values):
+            rest = self._rest_of(value)
+            if rest is None:
+                awake.append(place)
+            else:
+                until, is_given_up = rest
+                resting.append((is_given_up, until, place))
+        return awake or [place for *_, place in sorted(resting)[:1]]
 
 
 def fallback_policy(

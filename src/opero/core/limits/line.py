@@ -438,11 +438,9 @@ class Turn:
         return self.taken or self.is_late or self.asks
 
     def poll(self) -> bool:
-        if self.taken or self.is_late or self.asks:
-            return True
-        if self.has_left:
-            return False
-        with self._locks[0].lock if len(self._locks) == 1 else self._locked():
+        if self.has_news or self.has_left:
+            return self.has_news
+        with self._locked():
             next_ones = self._look(clock.now())
         for spot in next_ones:
             _rouse(spot)
@@ -480,20 +478,19 @@ class Turn:
 
     def _find_due(self, now: float) -> float:
         """When to look again, if nothing is heard before; not after ``now``: all its slots have come."""
-        if len(self._spots) == 1:
-            (spot,) = self._spots
-            spot.is_passed = False
-            return spot.line.due(spot, now)
         for spot in self._spots:
             spot.is_passed = False
         moments = [spot.line.due(spot, now) for spot in self._spots]
         due = max(moments)
         for spot, moment in zip(self._spots, moments, strict=True):
+            unused = due - max(moment, now)
+            if unused <= 0:
+                continue
             # Others use what would pass unused while it waits for another limit. So many may pass it for each slot that
             # it then lets pass unused.
             slots = min((spot.line.starts - spot.starts_before) // _PASSES, _MOST_HELD)
-            spot.is_passed = due - max(moment, now) > EARLY + slots * spot.line.seconds_of(spot.amounts)
-            if due > max(moment, now) and spot.line.first() is spot:
+            spot.is_passed = unused > EARLY + slots * spot.line.seconds_of(spot.amounts)
+            if spot.line.first() is spot:
                 spot.line.hold(due)
         return due
 
