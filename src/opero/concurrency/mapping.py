@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol
 
 from opero.concurrency.kept import KeptWorkers
 from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
-from opero.concurrency.worker import Shape
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
 from opero.core.interrupts import Hold, forget_earlier_interrupts
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Sink
+    from opero.concurrency.worker import Shape
     from opero.core.control import LiveStats
     from opero.core.plan import CacheInfo, Plan
 
@@ -170,10 +170,13 @@ class _Map(Generic[T, P, R, L]):
         if self._is_starred and rest:
             msg = f"{name}.starmap takes all positional arguments from the tuples; give the same for all by keyword"
             raise TypeError(msg)
+        from opero.concurrency.worker import Shape
+
+        shape = Shape(self._head, rest, kwargs, self._is_starred)
         try:
             signature = own_signature(self.plan.function)
         except (ValueError, TypeError):  # of some builtins it is not known: they will complain themselves
-            return Shape(self._head, rest, kwargs, self._is_starred)
+            return shape
         try:
             if self._is_starred:
                 signature.bind_partial(*self._head, **kwargs)
@@ -183,7 +186,7 @@ class _Map(Generic[T, P, R, L]):
             hint = self._classmethod_hint() or self._starmap_hint(signature, rest, kwargs)
             msg = f"{name}() {error}{hint}"
             raise TypeError(msg) from None
-        return Shape(self._head, rest, kwargs, self._is_starred)
+        return shape
 
     def _starmap_hint(self, signature: inspect.Signature, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """What to write, if positional arguments are missing and no other thing is wrong."""

@@ -18,7 +18,6 @@ import os
 import pickle
 import re
 import sys
-import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -496,6 +495,8 @@ def _parts_by_pickle(value: Any) -> Iterator[Any]:
     owner = next(base for base in kind.__mro__ if not _REDUCERS.isdisjoint(vars(base)))
     yield None if owner is object or kind in copyreg.dispatch_table else _beside(value, owner)
     if isinstance(value, BaseException):
+        import traceback
+
         # pickle leaves out where it came from.
         lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(value.__traceback__)]
         yield (value.__cause__, value.__context__, value.__suppress_context__, lines)
