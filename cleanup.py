@@ -100,6 +100,8 @@ CLUSTERS = Environment(".venv-clusters", extras=("dask", "ray"), groups=("cluste
 DOCS = Environment(".venv-docs", extras=("opentelemetry", "prometheus"), groups=("docs",))
 SITE = "docs/_build/html"
 RELEASE = Environment(".venv-release", extras=(), groups=("release",))
+# Each with the command that makes it.
+ENVIRONMENTS = {DEVELOPMENT: "venv", WILD: "wild", CLUSTERS: "clusters", DOCS: "docs", RELEASE: "build"}
 DIST = ROOT / "dist"
 # What the wheel is tried by in an environment without anything else: examples, and tests of its own.
 TESTS_OF_WHEEL = ("tests/wheel", "README.md", "docs/tutorial.md", "docs/topics", "--ignore=docs/topics/events.md")
@@ -197,16 +199,14 @@ def status() -> int:
     installed = _installed_versions(DEVELOPMENT)
     report = {
         "python": f"{sys.version.split()[0]} ({sys.executable})",
-        ".venv": "fresh" if _is_fresh(DEVELOPMENT) else "missing or out of date: run `python cleanup.py venv`",
-        ".venv-wild": "fresh" if _is_fresh(WILD) else "missing or out of date: `python cleanup.py wild` makes it",
-        ".venv-clusters": "fresh"
-        if _is_fresh(CLUSTERS)
-        else "missing or out of date: `python cleanup.py clusters` makes it",
-        ".venv-docs": "fresh" if _is_fresh(DOCS) else "missing or out of date: `python cleanup.py docs` makes it",
+        **{
+            made.name: "fresh" if _is_fresh(made) else f"missing or out of date: `python cleanup.py {by}` makes it"
+            for made, by in ENVIRONMENTS.items()
+        },
         **{name: installed.get(name, "missing") for name in ("opero", *TOOLS)},
         "redis-server": shutil.which("redis-server") or "missing",
     }
-    _say("\n".join(f"{name:<13} {state}" for name, state in report.items()))
+    _say("\n".join(f"{name:<14} {state}" for name, state in report.items()))
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
         _say("git           missing, or this folder is no git checkout")
