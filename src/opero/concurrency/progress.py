@@ -103,7 +103,9 @@ class TqdmProgress:
             # tqdm's monitor is a thread that would outlive the map.
             monitor_interval = 0
 
-        self._bar: Any = Bar(**options)
+        # Bars of other maps, when they close, draw all that are known: from the first moment on, before they are whole.
+        with Bar.get_lock():
+            self._bar: Any = Bar(**options)
         self._turns_red = "colour" not in options and not os.environ.get("NO_COLOR")
         self._notes: dict[str, int] = {}
 
