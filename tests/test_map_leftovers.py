@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -213,7 +214,7 @@ KINDS = [
 class Interrupted:
     """A program that maps, and what it has while it runs."""
 
-    def __init__(self, folder, mode, function, seconds, method=None):
+    def __init__(self, folder, mode, function, seconds, method=None, *, on_a_terminal=False):
         self._mark = uuid.uuid4().hex
         self._folder = folder / "temporary"
         self._folder.mkdir()
@@ -221,15 +222,28 @@ class Interrupted:
         source = textwrap.dedent(INTERRUPTED).replace("SECONDS", str(seconds)).replace("OPTIONS", repr(options))
         path = folder / "script.py"
         path.write_text(source.replace("MODE", EXECUTORS.get(mode, repr(mode))).replace("FUNCTION", function))
+        self._terminal, stderr = os.openpty() if on_a_terminal else (None, subprocess.PIPE)
+        self._shown = ""
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", str(path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             env={**os.environ, "OPERO_TEST_MARK": self._mark, "TMPDIR": str(self._folder)},
             start_new_session=True,
         )
+        if on_a_terminal:
+            os.close(stderr)
+
+    def read_terminal(self, wanted=None):
+        """Until it shows that, or its program has ended."""
+        # At the end Linux has no more to read, but an error.
+        with contextlib.suppress(OSError):
+            while wanted is None or wanted not in self._shown:
+                readable, _, _ = select.select([self._terminal], [], [], PATIENCE)
+                assert readable, self._shown
+                self._shown += os.read(self._terminal, 4096).decode()
 
     def wait_for(self, running):
         for _ in range(running):
@@ -242,7 +256,10 @@ class Interrupted:
 
     def end(self):
         """Wait for its end; what it has written to stdout."""
+        if self._terminal is not None:
+            self.read_terminal()
         out, err = self._process.communicate(timeout=PATIENCE)
+        err = err or self._shown
         assert self._process.returncode == -signal.SIGINT, err
         assert (err.count("Traceback"), err.splitlines().count("KeyboardInterrupt")) == (1, 1), err
         # The servers of multiprocessing end a moment later, and remove what is left of semaphores.
@@ -256,6 +273,8 @@ class Interrupted:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.communicate()
+        if self._terminal is not None:
+            os.close(self._terminal)
 
 
 @pytest.fixture
@@ -263,8 +282,8 @@ def start(tmp_path):
     """Start a map of items that take so many seconds, in a program of its own."""
     started = []
 
-    def start(mode, function, seconds, method=None):
-        started.append(Interrupted(tmp_path, mode, function, seconds, method))
+    def start(mode, function, seconds, method=None, **options):
+        started.append(Interrupted(tmp_path, mode, function, seconds, method, **options))
         started[-1].wait_for(2)
         return started[-1]
 
@@ -286,9 +305,9 @@ def test_ctrl_c_ends_a_map_with_one_traceback_and_leaves_nothing(start, mode, fu
     [("thread", "work", 60), ("thread", "work_async", 60), ("threads of an executor", "work", 1)],
 )
 def test_ctrl_c_again_while_a_map_waits_for_its_threads_ends_it_with_one_traceback(start, mode, function, seconds):
-    program = start(mode, function, seconds)
+    program = start(mode, function, seconds, on_a_terminal=True)
     program.press()
-    time.sleep(0.3)  # it waits for its running items now, and nothing tells so
+    program.read_terminal("waiting for running items to end; Ctrl-C, pressed now, leaves them")
     program.press()
     program.end()
 
