@@ -758,32 +758,7 @@ UNSENDABLE = """
 
 def test_why_a_function_of_the_main_module_cannot_be_sent_to_an_executor_is_told(tmp_path):
     told = run_main(tmp_path, textwrap.dedent(UNSENDABLE), way="file")
-    assert "has no attribute 'work'" in told
     assert "cannot pickle 'weakref" in told
-
-
-SEEDED = """
-    import concurrent.futures, multiprocessing
-    from opero import opmap
-
-    STATE = None
-
-    def prepare():
-        global STATE
-        STATE = "prepared"
-
-    def read(item):
-        return STATE if item in {"alpha", "beta", "gamma", "delta"} else None
-
-    if __name__ == "__main__":
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=prepare) as executor:
-            print(opmap(mode=executor, retries=0, progress=False)(read)(["alpha"]))
-"""
-
-
-def test_a_function_with_a_set_is_known_in_a_process_with_another_hash_seed(tmp_path):
-    assert run_main(tmp_path, textwrap.dedent(SEEDED), way="file") == "['prepared']\n"
 
 
 REDEFINED = """

@@ -12,7 +12,7 @@ import contextvars
 import itertools
 import threading
 from collections import deque
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
 from hashlib import blake2b
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, not_run
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, in_own_thread
 from opero.concurrency.far import works
+from opero.concurrency.main_module import fresh_workers_have, nothing
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
 from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
 from opero.core.forks import ForkSafeLock
@@ -142,8 +143,9 @@ class ExecutorPool:
         """What is in the executor has come back."""
 
     def take_on(self, work: Work) -> None:
-        self._carrier = None if self._carrier is None else type(self._carrier)(work)
         self._work = work
+        if self._carrier is not None:
+            self._carry(near=isinstance(self._carrier, _ByReference))
 
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Withdraw what has not begun, wait for what has, and shut down an executor that was made here.
@@ -226,8 +228,13 @@ class ExecutorPool:
             return self._breaks(error)
         except Exception as error:  # noqa: BLE001 - whatever the executor says when it cannot work
             return Fatal(_refused(self._name, error))
-        self._carrier = _ByReference(self._work) if near else _ByValue(self._work)
+        self._carry(near=near)
         return None
+
+    def _carry(self, *, near: bool) -> None:
+        # The workers of the standard library's executor have the main module; those of others may not.
+        has = fresh_workers_have() if isinstance(self._executor, ProcessPoolExecutor) else nothing
+        self._carrier = _ByReference(self._work) if near else _ByValue(self._work, has)
 
     def _breaks(self, error: Exception) -> Fatal | None:
         """Note that nothing runs any more; what is in flight will come back with the same error."""
@@ -372,9 +379,9 @@ class _ByReference:
 class _ByValue:
     """For workers in other processes, or on other machines."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, has: Callable[[str], bool]) -> None:
         self._name = name_of(work.function)
-        self._packer = Packer(asks_for_main=True)
+        self._packer = Packer(has)
         self._packed = self._packer.work(work)
         self._digest = blake2b(self._packed, digest_size=16).digest()
         self._pool = uuid4().hex

@@ -90,7 +90,7 @@ class Parcels:
 
     def __init__(self, work: Work) -> None:
         self._name = name_of(work.function)
-        self._packer = Packer(asks_for_main=True)
+        self._packer = Packer()
         self._numbers = itertools.count()
         self._map = uuid4().hex
         self.packed = self._packer.work(work)

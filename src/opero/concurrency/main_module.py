@@ -8,9 +8,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
-
-from opero.core.signature import find_by_name
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ def fresh_workers_have() -> Callable[[str], bool]:
     """Tells of a qualified name of the main module whether a process that is started afresh has it, too."""
     if not _is_imported_again():
         return nothing
-    bound = _names_bound(path_of_main())
+    bound = _names_bound(_path_of_main())
     return lambda name: name.partition(".")[0] in bound
 
 
@@ -37,12 +35,7 @@ def everything(_name: str) -> bool:
     return True
 
 
-def find_in_main(qualname: str) -> Any:
-    """What the main module has by that name; None if it has nothing."""
-    return find_by_name("__main__", qualname)
-
-
-def path_of_main() -> Path | None:
+def _path_of_main() -> Path | None:
     path = getattr(sys.modules["__main__"], "__file__", None)
     return None if path is None else Path(path)
 
@@ -64,14 +57,14 @@ def _is_imported_again() -> bool:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:
         return spec.name != "__main__" and not spec.name.endswith(".__main__")
-    path = path_of_main()
+    path = _path_of_main()
     return path is not None and path.stem != "ipython" and path.exists()
 
 
 @contextlib.contextmanager
 def only_if_it_can_be_imported() -> Iterator[None]:
     """Let new processes import the main module only if its file is there; that of one that is read as input is not."""
-    path, main = path_of_main(), sys.modules["__main__"]
+    path, main = _path_of_main(), sys.modules["__main__"]
     if path is None or path.exists():
         yield
         return
@@ -95,18 +88,7 @@ def _bound_in(node: ast.AST) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield child.name
-        elif isinstance(child, ast.alias):
-            yield (child.asname or child.name).partition(".")[0]
         elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
             yield child.id
-        elif isinstance(child, ast.If) and _asks_for_main(child.test):
-            is_guard = isinstance(child.test.ops[0], ast.Eq)  # type: ignore[attr-defined]  # it is a comparison
-            yield from _bound_in(ast.Module(child.orelse if is_guard else child.body, []))
-        elif not isinstance(child, ast.Lambda):
+        elif not (isinstance(child, ast.If) and "__name__" in ast.unparse(child.test)):
             yield from _bound_in(child)
-
-
-def _asks_for_main(test: ast.expr) -> bool:
-    if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], (ast.Eq, ast.NotEq)):
-        return False
-    return {ast.unparse(test.left), ast.unparse(test.comparators[0])} == {"__name__", "'__main__'"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from opero.concurrency.main_module import everything, nothing
-from opero.concurrency.pickling import PROTOCOL, Pickler, either, loads, report_dumps
+from opero.concurrency.pickling import PROTOCOL, Pickler, loads, report_dumps
 from opero.concurrency.remote_errors import pack_error, text_of, unpack_error
 from opero.concurrency.shared_buffers import SharedBuffers
 from opero.concurrency.worker import Report, Work
@@ -48,12 +48,10 @@ class Packer:
 
     Args:
         has: Tells of a qualified name of the main module whether the workers have it.
-        asks_for_main: Whether the workers are somebody else's, and may or may not have that module.
     """
 
-    def __init__(self, has: Callable[[str], bool] = nothing, *, asks_for_main: bool = False) -> None:
+    def __init__(self, has: Callable[[str], bool] = nothing) -> None:
         self._has = has
-        self._asks_for_main = asks_for_main
 
     def work(self, work: Work) -> bytes:
         """Pickle a map's work.
@@ -80,12 +78,10 @@ class Packer:
         file = io.BytesIO()
         reducers = _reducers(inherits=shared is None)
         pickler = Pickler(file, self._has, reducers=reducers, buffer_callback=shared and shared.take)
-        pickler.asks_for_main = self._asks_for_main
 
         what = f"{name_of(work.function)} or its keyword arguments"
         try:
-            function = either(work.function, self._has) if self._asks_for_main else work.function
-            pickler.dump_with_locks(function)
+            pickler.dump_with_locks(work.function)
             pickler.dump((work.is_async, work.shape, work.slot))
             what = f"the initializer {initializer and name_of(initializer)} or its initargs"
             pickler.dump_with_locks(initializer)
@@ -139,9 +135,7 @@ class Packer:
                 if self._has is everything or _MENTIONS_MAIN not in data:
                     return data
         file = io.BytesIO()
-        pickler = Pickler(file, self._has)
-        pickler.asks_for_main = self._asks_for_main
-        pickler.dump(thing)
+        Pickler(file, self._has).dump(thing)
         return file.getvalue()
 
 
