@@ -116,3 +116,11 @@ def test_the_chunks_of_a_polars_frame_do_not_matter():
     parts = [pl.DataFrame({"a": [number]}) for number in (2, 1)]
 
     assert key_of_value(pl.concat(parts, rechunk=False)) == key_of_value(pl.DataFrame({"a": [2, 1]}))
+
+
+def test_what_lies_under_the_missing_values_of_a_polars_column_does_not_matter():
+    frame = pl.DataFrame({"a": [5, None, 3]})
+    hidden = frame.select(pl.when(pl.col("a") == 5).then(None).otherwise(pl.col("a")).alias("a"))["a"]
+
+    assert key_of_value(hidden) == key_of_value(pl.Series("a", [None, None, 3]))
+    assert key_of_value(hidden.drop_nulls()) == key_of_value(pl.Series("a", [3]))
