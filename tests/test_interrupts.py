@@ -89,6 +89,20 @@ def test_ctrl_c_twice_breaks_into_a_function_that_blocks_the_loop():
     assert raised.value.__context__ is None
 
 
+def test_no_item_begins_when_ctrl_c_has_broken_into_the_loop():
+    begun = []
+
+    async def work(item):
+        begun.append(item)
+        press()
+        time.sleep(0.15)  # noqa: ASYNC251 - longer than a turn of the loop may take
+        press()
+
+    with pytest.raises(KeyboardInterrupt):
+        opmap(mode="async", workers=2, retries=0, progress=False)(work).run([1, 2])
+    assert begun == [1]
+
+
 class Blocked:
     """Something that blocks a thread, while Ctrl-C is pressed until it is left."""
 

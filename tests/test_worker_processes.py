@@ -20,6 +20,7 @@ import weakref
 from pathlib import Path
 
 import cloudpickle
+import joblib
 import numpy as np
 import pytest
 from side_by_side import until
@@ -380,7 +381,19 @@ def inside_executor():
         return list(executor.map(map_inside, [1, 2]))
 
 
-@pytest.mark.parametrize("inside", [inside_pool, inside_pathos, inside_executor])
+def map_as_usual(item):
+    return opmap(workers=2, retries=0, progress=False, return_exceptions=True)(abs)([-item, item])
+
+
+def inside_joblib():
+    """Its workers have a start method of loky's, which only that knows."""
+    try:
+        return joblib.Parallel(2, backend="loky")(joblib.delayed(map_as_usual)(item) for item in [1, 2])
+    finally:
+        joblib.externals.loky.get_reusable_executor().shutdown()
+
+
+@pytest.mark.parametrize("inside", [inside_pool, inside_pathos, inside_executor, inside_joblib])
 def test_a_map_works_inside_of_a_worker_of_another_pool(inside):
     assert inside() == [[1, 1], [2, 2]]
 
@@ -452,6 +465,25 @@ class ClientError(Exception):
 
     def __reduce__(self):
         return ClientError, self.its
+
+
+@every_method
+def test_a_class_made_in_a_function_is_one_class_in_all_processes(method):
+    class Shape:
+        pass
+
+    class ShapeError(Exception):
+        pass
+
+    def look(shape):
+        if isinstance(shape, Shape):
+            return Shape()
+        raise ShapeError
+
+    work = mapped(look, method, retries=1, min_delay=0, retry_on=ShapeError)
+    shape, error = work([Shape(), None])
+    assert (type(shape), type(error)) == (Shape, ShapeError)
+    assert work.stats.attempts == 3
 
 
 def raise_modelled(_item):

@@ -88,7 +88,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         if self.is_answer and its_id in _arrived:
             return _known_class, (its_id,)
         _classes[its_id] = cls
-        return _class_by_value, (its_id, make, its), (set_state, state, cls.__qualname__), None, None, _fill_class
+        where = (cls.__base__, id(cls), cls.__qualname__)
+        state = (set_state, state, cls.__qualname__)
+        return _class_by_value, (its_id, where, make, its), state, None, None, _fill_class
 
     def _reduce_function(self, function: FunctionType) -> Any:
         if self._goes_by_name(function):
@@ -170,12 +172,21 @@ def _known_class(its_id: str) -> type:
     return _classes[its_id]
 
 
-def _class_by_value(its_id: str, make: Callable[..., type], its: tuple[Any, ...]) -> type:
+def _class_by_value(its_id: str, where: tuple[type, int, str], make: Callable[..., type], its: tuple[Any, ...]) -> type:
     known = _classes.get(its_id)
     if known is None:
-        known = _classes[its_id] = _arrived[its_id] = make(*its)
+        known = _found_in_place(*where)
+    if known is None:
+        known = _arrived[its_id] = make(*its)
         _unfilled.append(known)
+    _classes[its_id] = known
     return known
+
+
+def _found_in_place(base: type, address: int, qualname: str) -> type | None:
+    """The same class in a process that was forked from the other, or the reverse: it is where it was."""
+    classes: list[type] = type.__subclasses__(base)
+    return next((cls for cls in classes if id(cls) == address and cls.__qualname__ == qualname), None)
 
 
 def _fill_class(cls: Any, state: tuple[Callable[..., None], Any, str]) -> None:

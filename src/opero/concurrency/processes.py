@@ -537,8 +537,9 @@ def _start_method() -> tuple[str, bool]:
     Else ``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process.
     """
     method = multiprocessing.get_start_method(allow_none=True)
-    # The system's own need not have been set: it is noted, too, when a program makes a lock of multiprocessing.
-    if method is not None and method != multiprocessing.get_all_start_methods()[0]:
+    # The first one, the system's own, need not have been set: it is noted, too, when a program makes a lock of
+    # multiprocessing. One that is not its own is of a worker of loky's.
+    if method in multiprocessing.get_all_start_methods()[1:]:
         return method, True
     if sys.platform == "linux" and not _has_other_threads():
         return "fork", False

@@ -83,6 +83,8 @@ class TaskPool:
         except BaseException as error:
             # Exit, and a cancellation that came from the user's function, not from `stop_async`, belong to the caller.
             if not self._stopping:
+                # Before the map hears of it other tasks may have their turn: none shall begin an item.
+                self._stopping = True
                 self._deliver(Fatal(error))
             if isinstance(error, asyncio.CancelledError):
                 raise
