@@ -27,7 +27,7 @@ from program_server import ProgramServer
 from redis_server import RedisServer, Sentinel, free_port, make_cluster
 
 from opero.core.clock import clock
-from opero.core.signature import compile_function, forwarding
+from opero.core.parameters import compile_function, forwarding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

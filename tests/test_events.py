@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import dataclasses
 import functools
 import gc
 import inspect
@@ -45,6 +44,11 @@ def kinds(heard):
     return [type(event) for event in heard]
 
 
+def changed(value, **changes):
+    """A value like this one, apart from these attributes."""
+    return type(value)(**{**vars(value), **changes})
+
+
 def failing(times, result="result"):
     """A function that raises so many times before it returns."""
     left = [times]
@@ -62,7 +66,7 @@ def test_a_call_that_succeeds_starts_tries_and_ends(world, heard):
     f = opero.opero(world.define(lambda: "result"))
     assert world.run(f) == "result"
     assert kinds(heard) == [CallStarted, AttemptStarted, CallDone]
-    assert heard[-1] == dataclasses.replace(heard[-1], error=None, attempts=1, cached=False, cancelled=False)
+    assert heard[-1] == changed(heard[-1], error=None, attempts=1, cached=False, cancelled=False)
 
 
 def test_a_retried_call_tells_each_attempt_and_what_is_planned(world, heard, fake_clock):
@@ -132,7 +136,7 @@ def test_an_event_names_the_function_and_the_time_and_cannot_be_changed(world, h
     assert event.function.endswith("function")
     assert event.module == __name__
     assert event.time > 1_700_000_000
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError, match="frozen"):
         event.time = 0
 
 
@@ -193,8 +197,8 @@ def test_the_end_is_told_to_the_last_listener_first(world):
 def told_of(event):
     """An event without what differs from call to call."""
     error = getattr(event, "error", None)
-    facts = dataclasses.replace(event, call=0, time=0, **({"seconds": 0} if hasattr(event, "seconds") else {}))
-    return repr(facts if error is None else dataclasses.replace(facts, error=type(error)))
+    facts = changed(event, call=0, time=0, **({"seconds": 0} if hasattr(event, "seconds") else {}))
+    return repr(facts if error is None else changed(facts, error=type(error)))
 
 
 @pytest.mark.parametrize("ends", ["returns", "fails once", "fails", "is cancelled"])
@@ -330,7 +334,7 @@ def test_stats_are_the_same_with_and_without_a_listener(world, fake_clock):
 
     without = numbers()
     with on_event(lambda event: None):
-        assert dataclasses.replace(numbers(), waited=0.0) == dataclasses.replace(without, waited=0.0)
+        assert changed(numbers(), waited=0.0) == changed(without, waited=0.0)
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_importing_opero_imports_none_of_the_heavy_libraries():
         *("asyncio", "loguru", "tenacity", "cachebox", "twat_cache", "twat_mp", "asynciolimiter", "tqdm", "pydantic"),
         *("multiprocessing", "multiprocess", "pathos", "dill", "diskcache", "redis", "numpy"),
     }
-    imported, _ = program("import sys, opero; print(*sys.modules)")
+    imported, _ = program("import sys; from opero import *; from opero.core import *; print(*sys.modules)")
     assert "opero.decorators.opmap" in imported
     assert heavy.isdisjoint(imported.split())
 

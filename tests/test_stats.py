@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import gc
 import os
@@ -48,7 +47,7 @@ def test_a_snapshot_is_frozen(world):
     before = function.stats.snapshot()
     world.run(function)
     assert before == CallStats()
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError, match="frozen"):
         before.calls = 5
 
 

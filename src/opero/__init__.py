@@ -1,15 +1,11 @@
 """Make functions resilient, and map them over any number of items."""
 
-from opero.concurrency.outcome import Outcome, Results
-from opero.core.breaker import Breaker
-from opero.core.cache import Cache, clear_cache
-from opero.core.candidates import candidates, candidates_from
+from typing import TYPE_CHECKING
+
 from opero.core.control import control
-from opero.core.rate_limit import RateLimiter
 from opero.core.retry import GIVE_UP, NEXT
 from opero.core.stats import CallStats
 from opero.decorators.opero import opero
-from opero.decorators.opmap import opmap
 from opero.events import on_event
 from opero.exceptions import (
     AllFailedError,
@@ -22,7 +18,31 @@ from opero.exceptions import (
     RejectedResultError,
     WorkerCrashedError,
 )
+from opero.utils.lazily import importing_lazily
 from opero.utils.logging import configure_logging
+
+if TYPE_CHECKING:
+    from opero.concurrency.outcome import Outcome, Results
+    from opero.core.breaker import Breaker
+    from opero.core.cache import Cache, clear_cache
+    from opero.core.candidates import candidates, candidates_from
+    from opero.core.rate_limit import RateLimiter
+    from opero.decorators.opmap import opmap
+else:
+    __getattr__ = importing_lazily(
+        __name__,
+        {
+            "Breaker": "opero.core.breaker",
+            "Cache": "opero.core.cache",
+            "Outcome": "opero.concurrency.outcome",
+            "RateLimiter": "opero.core.rate_limit",
+            "Results": "opero.concurrency.outcome",
+            "candidates": "opero.core.candidates",
+            "candidates_from": "opero.core.candidates",
+            "clear_cache": "opero.core.cache",
+            "opmap": "opero.decorators.opmap",
+        },
+    )
 
 try:
     from opero.__version__ import __version__

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import os
+from contextlib import ExitStack
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from opero.core.checks import check_callable
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
+from opero.core.frozen import Frozen
 from opero.core.signature import name_of
 from opero.utils.logging import is_logged
 
@@ -39,8 +40,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(Frozen):
     """Something that happened during a call; arguments and results are never in it, they may be secrets.
 
     Attributes:
@@ -58,17 +58,14 @@ class Event:
     time: float
 
 
-@dataclass(frozen=True, kw_only=True)
 class CallStarted(Event):
     """A call begins."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class CacheHit(Event):
     """The result came from the cache, or from an identical call under way."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SlotWaited(Event):
     """The rate limit made the call wait.
 
@@ -79,7 +76,6 @@ class SlotWaited(Event):
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Event):
     """The function begins; in a map, its item is sent to a worker.
 
@@ -92,7 +88,6 @@ class AttemptStarted(Event):
     round: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class AttemptFailed(Event):
     """The function raised, was stopped by a time limit, or lost its worker.
 
@@ -107,7 +102,6 @@ class AttemptFailed(Event):
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
 class CandidateSwitched(Event):
     """The next candidate of the fallback is tried; its value is not told, it may be a secret.
 
@@ -118,7 +112,6 @@ class CandidateSwitched(Event):
     place: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class CircuitChanged(Event):
     """How an attempt ended has opened a circuit, or closed it again.
 
@@ -132,7 +125,6 @@ class CircuitChanged(Event):
     place: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class RetryPlanned(Event):
     """A round has failed, another one will follow.
 
@@ -147,7 +139,6 @@ class RetryPlanned(Event):
     error: Exception
 
 
-@dataclass(frozen=True, kw_only=True)
 class CallDone(Event):
     """A call has ended.
 
@@ -175,16 +166,12 @@ _telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_te
 class Listener:
     """A callback, and whether its errors have been complained of."""
 
-    __slots__ = ("_alone", "_is_complained_of", "callback")
-
     def __init__(self, callback: Callable[[Any], object]) -> None:
         self.callback = check_callable("on_event", callback, "a function of one event")
-        self._alone = (self.callback,)
         self._is_complained_of = False
 
     def tell(self, event: Event) -> None:
-        telling = _telling.get()
-        token = _telling.set((*telling, self.callback) if telling else self._alone)
+        token = _telling.set((*_telling.get(), self.callback))
         try:
             self.callback(event)
         except Exception as error:  # noqa: BLE001 - who listens must not change what happens
@@ -194,6 +181,24 @@ class Listener:
                 self._is_complained_of = is_logged("WARNING", text, name_of(self.callback), type(error).__name__)
         finally:
             _telling.reset(token)
+
+
+class Subscription(Listener):
+    """A callback that is told of all functions' events until this is closed; also a context for a ``with`` block."""
+
+    def __init__(self, callback: Callable[[Any], object]) -> None:
+        super().__init__(callback)
+        switches.change(begins=self)
+
+    def close(self) -> None:
+        """Tell the callback of nothing any more; calls under way still tell it of their ends."""
+        switches.change(ends=self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
 
 
 class Switches:
@@ -209,48 +214,21 @@ class Switches:
 
     def __init__(self) -> None:
         self._lock = ForkSafeLock()
-        is_off = os.environ.get("OPERO_DISABLED", "").strip().lower() in {"", "0", "false", "no", "off"}
-        self._disablers = 0 if is_off else 1
+        self._disablers = 0
         self.listeners: tuple[Listener, ...] = ()
-        self._set()
+        is_off = os.environ.get("OPERO_DISABLED", "").strip().lower() in {"", "0", "false", "no", "off"}
+        self.change(disablers=0 if is_off else 1)
 
-    def listening(self, listener: Listener, *, begins: bool) -> None:
-        """Somebody begins or ends to listen to all functions."""
+    def change(self, *, begins: Listener | None = None, ends: Listener | None = None, disablers: int = 0) -> None:
+        """Somebody begins or ends to listen to all functions, or so many more, or fewer, turn all decorators off."""
         with self._lock.lock:
-            others = tuple(other for other in self.listeners if other is not listener)
-            self.listeners = (*others, listener) if begins else others
-            self._set()
-
-    def disabling(self, *, begins: bool) -> None:
-        """Somebody turns all decorators off, or on again."""
-        with self._lock.lock:
-            self._disablers += 1 if begins else -1
-            self._set()
-
-    def _set(self) -> None:
-        self.is_disabled = self._disablers > 0
-        self.are_on = self.is_disabled or bool(self.listeners)
+            self._disablers += disablers
+            self.listeners = tuple(each for each in (*self.listeners, begins) if each is not None and each is not ends)
+            self.is_disabled = self._disablers > 0
+            self.are_on = self.is_disabled or bool(self.listeners)
 
 
 switches = Switches()
-
-
-class Subscription:
-    """A callback that is told of all functions' events until this is closed; also a context for a ``with`` block."""
-
-    def __init__(self, callback: Callable[[Any], object]) -> None:
-        self._listener = Listener(callback)
-        switches.listening(self._listener, begins=True)
-
-    def close(self) -> None:
-        """Tell the callback of nothing any more; calls under way still tell it of their ends."""
-        switches.listening(self._listener, begins=False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
 
 def on_event(callback: Callable[[Any], object]) -> Subscription:
@@ -285,33 +263,22 @@ def begin_telling(plan: Plan, call: Call) -> None:
         listeners = tuple(each for each in listeners if not any(each.callback is callback for callback in telling))
     if not listeners:
         return
-    same = {"function": plan.name, "module": plan.module, "call": next(_numbers), "index": call.index}
+    same: dict[str, Any] = {"function": plan.name, "module": plan.module, "call": next(_numbers), "index": call.index}
 
     def tell(kind: type[Event], **facts: Any) -> None:
-        # Not by the `__init__` of a frozen dataclass, which takes three times as long.
-        event = object.__new__(kind)
-        attributes = event.__dict__
-        attributes.update(same)
-        attributes.update(facts)
-        attributes["time"] = clock.wall()
+        event = kind(**same, time=clock.wall(), **facts)
         if kind is CallDone and len(listeners) > 1:
-            _tell_last_first(listeners, event)
+            # The last one first, as contexts are left: who begins something around the call ends it inside of what
+            # others began before. Ctrl-C in one of them does not leave open what the others began.
+            with ExitStack() as others:
+                for listener in listeners:
+                    others.callback(listener.tell, event)
             return
         for listener in listeners:
             listener.tell(event)
 
     call.tell = tell
     tell(CallStarted)
-
-
-def _tell_last_first(listeners: tuple[Listener, ...], event: Event) -> None:
-    """As contexts are left: who begins something around the call ends it inside of what others began before."""
-    try:
-        listeners[-1].tell(event)
-    finally:
-        # Ctrl-C in one of them must not leave open what the others began.
-        if len(listeners) > 1:
-            _tell_last_first(listeners[:-1], event)
 
 
 def tell_of_the_end(call: Call, *, error: Exception | None = None, cancelled: bool = False) -> None:
@@ -325,8 +292,3 @@ def tell_of_the_end(call: Call, *, error: Exception | None = None, cancelled: bo
             cached=call.cached,
             cancelled=cancelled,
         )
-
-
-def is_listened_to(plan: Plan) -> bool:
-    """Whether the calls of a function have to be told of."""
-    return plan.on_event is not None or bool(switches.listeners)

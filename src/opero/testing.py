@@ -100,11 +100,11 @@ def disabled() -> Iterator[None]:
     A function with ``arg_fallback`` gets the first candidate. Maps go on to use their workers. The environment variable
     ``OPERO_DISABLED=1`` does the same for a whole program.
     """
-    switches.disabling(begins=True)
+    switches.change(disablers=1)
     try:
         yield
     finally:
-        switches.disabling(begins=False)
+        switches.change(disablers=-1)
 
 
 @contextlib.contextmanager

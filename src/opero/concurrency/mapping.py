@@ -25,8 +25,9 @@ from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
 from opero.core.interrupts import Hold, forget_earlier_interrupts
+from opero.core.parameters import own_signature
 from opero.core.showing import kind_of
-from opero.core.signature import find_by_name, own_signature
+from opero.core.signature import find_by_name
 from opero.exceptions import FailedItemsWarning
 from opero.utils.notes import Shortened, class_counts
 

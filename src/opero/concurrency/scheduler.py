@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Wake
@@ -26,10 +26,11 @@ from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, FAR_LONG_
 from opero.core.clock import clock
 from opero.core.flights import Presence
 from opero.core.flow import call_flow, item_flow
+from opero.core.parameters import ParameterSlot
 from opero.core.plan import Call, Plan
-from opero.core.signature import MISSING, parameter_slot
+from opero.core.signature import MISSING
 from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step
-from opero.events import is_listened_to, switches
+from opero.events import switches
 from opero.exceptions import MisuseError, OperoError, WorkerCrashedError
 from opero.utils.notes import add_note, users_part
 
@@ -177,7 +178,7 @@ class Scheduler:
     ) -> None:
         plan = plan.bare if switches.is_disabled else plan
         fallback = plan.fallback
-        slot = None if fallback is None else parameter_slot(plan.function, fallback.parameter, "arg_fallback")
+        slot = None if fallback is None else ParameterSlot(plan.function, fallback.parameter, "arg_fallback")
         # A worker is sent each candidate when it is its turn, and never all of them, which are often secrets.
         sent = shape if slot is None else shape.without(slot)
         self._pools = settings.pools
@@ -194,7 +195,7 @@ class Scheduler:
         self._list_size = settings.batch_size
         self._gathered: list[Entry] = []
         if self._list_size is not None:
-            self._call_plan = replace(plan, cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
+            self._call_plan = plan.changed(cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
         self._shape = shape
         self._source = source
         self._sink = sink
@@ -213,7 +214,7 @@ class Scheduler:
         self._size = _BatchSize(is_far=self.pool.is_far)
         # What is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
-        is_asked = plan.asks_first or plan.cache is not None or is_listened_to(plan)
+        is_asked = plan.asks_first or plan.cache is not None or plan.is_listened_to
         self._direct = not (is_asked or self._one_at_a_time or self._list_size is not None)
         self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
         self._ready: deque[Entry] = deque()

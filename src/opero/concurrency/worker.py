@@ -7,11 +7,13 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from opero.core.signature import MISSING, ParameterSlot, name_of, refuse_unfinished
+from opero.core.signature import MISSING, name_of, refuse_unfinished
 from opero.core.steps import Attempt, raise_or_return, run_attempt_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from opero.core.parameters import ParameterSlot
 
 
 # How long a batch should keep a worker busy. What takes longer than the second is reported before the next item begins;

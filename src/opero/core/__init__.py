@@ -1,9 +1,8 @@
 """The policies one by one, as decorators of their own, and what they share."""
 
-from opero.core.cache import clear_cache, get_cache_context, get_cache_decorator
+from typing import TYPE_CHECKING
+
 from opero.core.control import Control, control
-from opero.core.fallback import get_fallback_decorator
-from opero.core.rate_limit import RateLimiter, get_rate_limit_decorator
 from opero.core.retry import get_retry_decorator
 from opero.exceptions import (
     AllFailedError,
@@ -19,6 +18,24 @@ from opero.exceptions import (
     UnsafeCacheError,
     WorkerCrashedError,
 )
+from opero.utils.lazily import importing_lazily
+
+if TYPE_CHECKING:
+    from opero.core.cache import clear_cache, get_cache_context, get_cache_decorator
+    from opero.core.fallback import get_fallback_decorator
+    from opero.core.rate_limit import RateLimiter, get_rate_limit_decorator
+else:
+    __getattr__ = importing_lazily(
+        __name__,
+        {
+            "RateLimiter": "opero.core.rate_limit",
+            "clear_cache": "opero.core.cache",
+            "get_cache_context": "opero.core.cache",
+            "get_cache_decorator": "opero.core.cache",
+            "get_fallback_decorator": "opero.core.fallback",
+            "get_rate_limit_decorator": "opero.core.rate_limit",
+        },
+    )
 
 __all__ = [
     "AllFailedError",

@@ -12,10 +12,11 @@ from weakref import WeakSet
 from opero.core.decoration import F, decorator
 from opero.core.flights import Badge, Flight, Seat
 from opero.core.keys import KeyMaker
+from opero.core.parameters import forwarding
 from opero.core.plan import CacheInfo, Final, Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import listed, shown
-from opero.core.signature import MISSING, forwarding, is_async, name_of, refuse_generator, refuse_unfinished
+from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats
 from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease, Release, managing

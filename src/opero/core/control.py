@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from opero.core.plan import CacheInfo, Plan
@@ -68,9 +67,10 @@ class LiveStats(_AsCallStats):
     """What a decorated function has done so far: the attributes of `opero.CallStats`, each as it is when it is read."""
 
     __slots__ = ("_decoration",)
+    _decoration: Decoration
 
     def __init__(self, decoration: Decoration) -> None:
-        self._decoration = decoration
+        object.__setattr__(self, "_decoration", decoration)
 
     def snapshot(self) -> CallStats:
         """All of them, as they are now."""
@@ -79,8 +79,8 @@ class LiveStats(_AsCallStats):
     if not TYPE_CHECKING:  # which knows the names above, and no others
 
         def __getattr__(self, name: str) -> Any:
-            if name not in _COUNTED:
-                msg = f"stats have no {name!r}; they have {', '.join(_COUNTED)}, and snapshot()"
+            if name not in CallStats.names:
+                msg = f"stats have no {name!r}; they have {', '.join(CallStats.names)}, and snapshot()"
                 raise AttributeError(msg)
             return getattr(self.snapshot(), name)
 
@@ -92,9 +92,6 @@ class LiveStats(_AsCallStats):
 
     def _repr_html_(self) -> str:
         return self.snapshot()._repr_html_()
-
-
-_COUNTED = tuple(field.name for field in fields(CallStats))
 
 
 class Control(Generic[P, R]):

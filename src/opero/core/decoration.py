@@ -9,7 +9,7 @@ from opero.core.clock import clock
 from opero.core.control import Control, changed_options, with_shared_policies
 from opero.core.flow import call_flow
 from opero.core.plan import Call, Plan
-from opero.core.signature import MISSING, check_decoratable, first_parameter, innermost, refuse_unfinished
+from opero.core.signature import MISSING, check_decoratable, innermost, refuse_unfinished
 from opero.core.steps import (
     NOT_RUN,
     Attempt,
@@ -21,7 +21,7 @@ from opero.core.steps import (
     run_attempt_async,
 )
 from opero.core.wrapper import wrap
-from opero.events import AttemptStarted, CircuitChanged, begin_telling, is_listened_to, switches, tell_of_the_end
+from opero.events import AttemptStarted, CircuitChanged, begin_telling, switches, tell_of_the_end
 from opero.utils.notes import Shortened, shorten
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class Decoration:
         """The cache's entry, a tuple that begins with the result, or the flow of the call."""
         key = MISSING
         try:
-            if self._look_up is not None and not is_listened_to(self.plan):
+            if self._look_up is not None and not self.plan.is_listened_to:
                 key = self._key(args, kwargs)
                 entry = None if key.__class__ is Failed else self._look_up(key)
                 if entry is not None and not (self._may_expire and entry[1] <= clock.now()):
@@ -247,7 +247,7 @@ class Decoration:
 
     async def begin_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `begin`, where the cache can be asked in the event loop."""
-        if self.fetch is None or is_listened_to(self.plan):
+        if self.fetch is None or self.plan.is_listened_to:
             return self.begin(args, kwargs)
         key = self._key(args, kwargs)
         try:
@@ -376,6 +376,9 @@ def decorated(plan: Plan, recipe: Recipe) -> Callable[..., Any]:
 
 def _attach(made: Any, decoration: Decoration) -> None:
     """What is known from `functools`, on the function itself."""
+    # Here, since `import opero` does not need it.
+    from opero.core.parameters import first_parameter
+
     first = first_parameter(decoration.function)
     its: Control[..., Any] = Control(decoration, missing=first if first in {"self", "cls"} else None)
     made.stats, made.with_options = its.stats, its.with_options

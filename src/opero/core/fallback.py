@@ -12,9 +12,10 @@ from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.forks import watch_forks
 from opero.core.keys import identity_of
+from opero.core.parameters import ParameterSlot
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.signature import MISSING, ParameterSlot, name_of, parameter_slot
+from opero.core.signature import MISSING, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ def fallback_policy(
     check_text("arg_fallback", arg_fallback, "the name of the parameter that holds the candidates")
     if cooldown is not None:
         cooldown = check_seconds("fallback_cooldown", cooldown, zero=False)
-    return FallbackOverParameter(parameter_slot(function, arg_fallback, "arg_fallback"), name_of(function), cooldown)
+    return FallbackOverParameter(ParameterSlot(function, arg_fallback, "arg_fallback"), name_of(function), cooldown)
 
 
 def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | None = None) -> Callable[[F], F]:

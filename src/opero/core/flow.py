@@ -6,15 +6,13 @@ rate limit and attempt_timeout. This order is part of opero's contract.
 
 from __future__ import annotations
 
-import enum
 import sys
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.plan import Call, Final, Plan, Verdict
-from opero.core.signature import MISSING, own_signature
+from opero.core.signature import MISSING
 from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Prepare, Share, waiting_until
 from opero.events import (
     AttemptFailed,
@@ -24,7 +22,6 @@ from opero.events import (
     RetryPlanned,
     SlotWaited,
     begin_telling,
-    switches,
     tell_of_the_end,
 )
 from opero.exceptions import (
@@ -54,27 +51,32 @@ _TOLD_WAIT = 0.001
 FINAL_ERRORS = (MisuseError, NotTransferableError, TypeError)
 
 
-class _NoAttempt(enum.Enum):
+class NoAttempt:
     """In place of an outcome: there was none, and why."""
 
-    OUT_OF_TIME = "total_timeout leaves no time for another attempt"
-    CIRCUIT_OPEN = "this candidate's circuit is open"
-    GAVE_WAY = "this candidate was put to rest while its slot was waited for"
+    __slots__ = ("why",)
+
+    def __init__(self, why: str) -> None:
+        self.why = why
 
 
-OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = _NoAttempt
+OUT_OF_TIME = NoAttempt("total_timeout leaves no time for another attempt")
+CIRCUIT_OPEN = NoAttempt("this candidate's circuit is open")
+GAVE_WAY = NoAttempt("this candidate was put to rest while its slot was waited for")
 
 
-@dataclass(slots=True, eq=False)
 class Candidate:
     """One value to try, and how it has fared in this call."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    value: Any = MISSING
-    number: int = 0
-    tries: int = 0
-    ready_at: float | None = None
+    __slots__ = ("args", "kwargs", "number", "ready_at", "tries", "value")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = MISSING, number: int = 0) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.value = value
+        self.number = number
+        self.tries = 0
+        self.ready_at: float | None = None
 
 
 def call_flow(plan: Plan, call: Call) -> Flow:
@@ -86,7 +88,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
     outcome: Any = None
     is_over = False
     try:
-        if call.tell is None and (plan.on_event is not None or switches.listeners):
+        if call.tell is None and plan.is_listened_to:
             begin_telling(plan, call)
         try:
             outcome = yield from _through_cache(plan, call, layers.retry)
@@ -237,7 +239,7 @@ class _Layers:
             return CIRCUIT_OPEN
         try:
             outcome = yield from self.attempt(candidate, passage)
-            return outcome if outcome.__class__ is _NoAttempt else self._judge(outcome, candidate, passage)
+            return outcome if outcome.__class__ is NoAttempt else self._judge(outcome, candidate, passage)
         finally:
             if passage is not None:
                 passage.end()
@@ -309,7 +311,7 @@ class _Layers:
                 call.tell(CandidateSwitched, place=candidate.number)
             call.tell(AttemptStarted, attempt=call.attempts, round=call.rounds)
 
-    def _why_not(self) -> _NoAttempt:
+    def _why_not(self) -> NoAttempt:
         """Why an attempt that waited for something has not begun."""
         is_late = self.call.deadline is not None and clock.now() >= self.call.deadline
         return OUT_OF_TIME if is_late else CIRCUIT_OPEN
@@ -382,7 +384,7 @@ class _Layers:
 
     def _take_slot(
         self, limit: FunctionLimit, candidate: Candidate, passage: Passage | None
-    ) -> Generator[Any, Any, _NoAttempt | None]:
+    ) -> Generator[Any, Any, NoAttempt | None]:
         """Wait for a slot; gives why there is none, if so."""
         plan, call = self.plan, self.call
         if call.presence is not None:
@@ -554,6 +556,9 @@ def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
 
 def _is_wrong_call(plan: Plan, call: Call) -> bool:
     """Whether the call's arguments do not fit the function, so that the function never began."""
+    # The decorator has imported it.
+    from opero.core.parameters import own_signature
+
     try:
         signature = own_signature(plan.function)
     except (ValueError, TypeError):  # not known, as of some builtins

@@ -21,14 +21,15 @@ from opero.core.digests import (
     digest_of_spelled,
     spelling_of,
 )
-from opero.core.signature import compile_function, forwarding, name_of
+from opero.core.parameters import compile_function, forwarding
+from opero.core.signature import name_of
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from opero.core.clock import Clock
-    from opero.core.signature import Forwarding
+    from opero.core.parameters import Forwarding
 
 _SMALL = frozenset({int, bool, type(None)})
 _TEXTS = frozenset({str, bytes})

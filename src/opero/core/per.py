@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opero.core.checks import check_callable
+from opero.core.parameters import ParameterSlot
 from opero.core.showing import kind_of, shown
-from opero.core.signature import parameter_slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ class Per:
             )
             raise TypeError(msg)
         self.parameters = names
-        slots = [parameter_slot(function, name, "per") for name in names]
+        slots = [ParameterSlot(function, name, "per") for name in names]
         self.get = slots[0].get
         if len(slots) > 1:
             self.get = lambda args, kwargs: tuple([slot.get(args, kwargs) for slot in slots])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.core.clock import clock
-from opero.core.signature import MISSING, Kind, calling_kind, module_of, name_of
+from opero.core.signature import MISSING, calling_kind, module_of, name_of
 from opero.core.stats import Stats
+from opero.events import switches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,31 +34,40 @@ class CacheInfo(NamedTuple):
     currsize: int
 
 
-@dataclass(repr=False, eq=False)
 class Plan:
     """The settings of one decorated function, which never change: one policy per layer, None where it is off."""
 
-    function: Callable[..., Any]
-    retry: RetryPolicy
-    cache: ResultCache | None = None
-    total_timeout: float | None = None
-    fallback: FallbackOverParameter | None = None
-    breaker: FunctionBreaker | None = None
-    places: PlacesForFunction | None = None
-    limit: FunctionLimit | None = None
-    attempt_timeout: float | None = None
-    on_event: Listener | None = None
-    default: Any = MISSING
-    stats: Stats = field(default_factory=Stats)
-    name: str = field(init=False)
-    module: str = field(init=False)
-    kind: Kind = field(init=False)
-    is_async: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.name = name_of(self.function)
-        self.module = module_of(self.function)
-        self.kind = calling_kind(self.function)
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        retry: RetryPolicy,
+        *,
+        cache: ResultCache | None = None,
+        total_timeout: float | None = None,
+        fallback: FallbackOverParameter | None = None,
+        breaker: FunctionBreaker | None = None,
+        places: PlacesForFunction | None = None,
+        limit: FunctionLimit | None = None,
+        attempt_timeout: float | None = None,
+        on_event: Listener | None = None,
+        default: Any = MISSING,
+        stats: Stats | None = None,
+    ) -> None:
+        self.function = function
+        self.retry = retry
+        self.cache = cache
+        self.total_timeout = total_timeout
+        self.fallback = fallback
+        self.breaker = breaker
+        self.places = places
+        self.limit = limit
+        self.attempt_timeout = attempt_timeout
+        self.on_event = on_event
+        self.default = default
+        self.stats = Stats() if stats is None else stats
+        self.name = name_of(function)
+        self.module = module_of(function)
+        self.kind = calling_kind(function)
         self.is_async = self.kind in {"async def", "async generator"}
 
     def __repr__(self) -> str:
@@ -77,6 +87,11 @@ class Plan:
         return self.needs_flow or any(layer is not None for layer in asked)
 
     @property
+    def is_listened_to(self) -> bool:
+        """Whether somebody is told of its calls."""
+        return self.on_event is not None or bool(switches.listeners)
+
+    @property
     def bare(self) -> Plan:
         """The same function without any policy, for the time in which opero is disabled."""
         fallback = None if self.fallback is None else self.fallback.first_only()
@@ -84,7 +99,13 @@ class Plan:
 
     def sharing(self, other: Plan, policies: list[str]) -> Plan:
         """The same, with the stats and these policies of another plan."""
-        return replace(self, stats=other.stats, **{name: getattr(other, name) for name in policies})
+        return self.changed(stats=other.stats, **{name: getattr(other, name) for name in policies})
+
+    def changed(self, **changes: Any) -> Plan:
+        """The same with other values of these attributes."""
+        new = copy.copy(self)
+        new.__dict__.update(changes)
+        return new
 
 
 class Call:
@@ -136,7 +157,6 @@ class Call:
         return None if self.deadline is None else self.deadline - clock.now()
 
 
-@dataclass(slots=True)
 class Verdict:
     """What a failed attempt means for its candidate, for the call and for the circuit.
 
@@ -150,17 +170,32 @@ class Verdict:
         counts: It speaks against the service, and so counts for its circuit; otherwise it was an answer.
     """
 
-    error: Exception
-    outcome: Any
-    again: bool = False
-    delay: float | None = None
-    rests: bool = True
-    ends: bool = False
-    counts: bool = True
+    __slots__ = ("again", "counts", "delay", "ends", "error", "outcome", "rests")
+
+    def __init__(
+        self,
+        error: Exception,
+        outcome: Any,
+        *,
+        again: bool = False,
+        delay: float | None = None,
+        rests: bool = True,
+        ends: bool = False,
+        counts: bool = True,
+    ) -> None:
+        self.error = error
+        self.outcome = outcome
+        self.again = again
+        self.delay = delay
+        self.rests = rests
+        self.ends = ends
+        self.counts = counts
 
 
-@dataclass(slots=True)
 class Final:
     """The end of a call: `opero.core.steps.Failed`, or a result that a user's hook supplied in its place."""
 
-    outcome: Any
+    __slots__ = ("outcome",)
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome

@@ -9,10 +9,7 @@ its issue 701).
 
 from __future__ import annotations
 
-import enum
-import inspect
 import math
-import random
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,18 +42,23 @@ if TYPE_CHECKING:
 __all__ = ["get_retry_decorator"]
 
 
-class Answer(enum.Enum):
-    """What ``retry_on`` can answer beside a bool and a delay."""
+class Answer:
+    """What ``retry_on`` can answer beside a bool and a delay; each is one object in every process."""
 
-    NEXT = "next"
-    GIVE_UP = "give up"
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __repr__(self) -> str:
-        return f"opero.{self.name}"
+        return f"opero.{self._name}"
+
+    def __reduce__(self) -> str:
+        return self._name
 
 
 # This candidate cannot help, another one may; the call is none that any candidate could answer.
-NEXT, GIVE_UP = Answer.NEXT, Answer.GIVE_UP
+NEXT, GIVE_UP = Answer("NEXT"), Answer("GIVE_UP")
 
 RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | Duration | Answer | None"]
 
@@ -180,6 +182,8 @@ class RetryPolicy:
             "reraise": True,
         }
         if self.options:
+            import inspect
+
             check_known("retry_options", self.options, inspect.signature(tenacity.Retrying).parameters)
         return tenacity.Retrying(**{**ours, **self.options})
 
@@ -187,6 +191,9 @@ class RetryPolicy:
         delay = backoff_delay(
             state.attempt_number, factor=self.backoff_factor, smallest=self.min_delay, largest=self.max_delay
         )
+        # tenacity has imported it.
+        import random
+
         return jittered(delay, random.random()) if self.jitter and delay else delay  # noqa: S311 - spreads load, guards nothing
 
     def tell_before(self, plan: Plan, call: Call) -> None:

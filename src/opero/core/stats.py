@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import dataclass, fields
 from typing import Any
 
 from opero.core.forks import ForkSafeLock
+from opero.core.frozen import Frozen
 from opero.core.showing import html_table
 
 
-@dataclass(frozen=True, slots=True)
-class CallStats:
+class CallStats(Frozen):
     """What a decorated function has done so far, frozen at the moment of asking.
 
     Attributes:
@@ -36,8 +35,7 @@ class CallStats:
     waited: float = 0.0
 
     def _repr_html_(self) -> str:
-        counted = {field.name: getattr(self, field.name) for field in fields(self)}
-        return html_table("", list(counted), [counted.values()])
+        return html_table("", self.names, [self._values()])
 
 
 # Held while counters are read; a thread can have it more than once: a signal handler may read them at any moment.

@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.clock import asyncio_sleep, clock
@@ -30,15 +29,17 @@ if TYPE_CHECKING:
     from opero.core.stores.contract import Store
 
 
-@dataclass(slots=True, eq=False)
 class Failed:
     """An exception as a value, so that flows can pass it on without raising it.
 
     ``instead`` is what the call returns in place of raising it, if anything.
     """
 
-    error: Exception
-    instead: Any = MISSING
+    __slots__ = ("error", "instead")
+
+    def __init__(self, error: Exception, instead: Any = MISSING) -> None:
+        self.error = error
+        self.instead = instead
 
 
 class _NotRun:
@@ -50,7 +51,6 @@ class _NotRun:
 NOT_RUN = _NotRun()
 
 
-@dataclass(slots=True, eq=False)
 class Attempt:
     """Step: run the user's function once; sent back: its result, or `Failed`.
 
@@ -72,16 +72,42 @@ class Attempt:
             tried again.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    candidate: Any = MISSING
-    badges: AbstractSet[object] = frozenset()
-    timeout: float | None = None
-    limit: str = ""
-    deadline: float | None = None
-    passage: Passage | None = None
-    begins: Callable[[], None] | None = None
-    is_last: bool = False
+    __slots__ = (
+        "args",
+        "badges",
+        "begins",
+        "candidate",
+        "deadline",
+        "is_last",
+        "kwargs",
+        "limit",
+        "passage",
+        "timeout",
+    )
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        candidate: Any = MISSING,
+        badges: AbstractSet[object] = frozenset(),
+        *,
+        timeout: float | None = None,
+        limit: str = "",
+        deadline: float | None = None,
+        passage: Passage | None = None,
+        begins: Callable[[], None] | None = None,
+    ) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.candidate = candidate
+        self.badges = badges
+        self.timeout = timeout
+        self.limit = limit
+        self.deadline = deadline
+        self.passage = passage
+        self.begins = begins
+        self.is_last = False
 
     def may_start(self) -> bool:
         return not self.is_late() and (self.passage is None or self.passage.may_start())
@@ -106,15 +132,17 @@ def stopped(name: str, seconds: float, limit: str) -> CallTimeoutError:
     return CallTimeoutError(f"{name} was stopped: {limit} left it {duration(seconds)}")
 
 
-@dataclass(slots=True, eq=False)
 class Pause:
     """Step: let ``seconds`` pass; sent back: None.
 
     ``is_real``: it is somebody else who is waited for, and not time.
     """
 
-    seconds: float
-    is_real: bool = False
+    __slots__ = ("is_real", "seconds")
+
+    def __init__(self, seconds: float, *, is_real: bool = False) -> None:
+        self.seconds = seconds
+        self.is_real = is_real
 
 
 class Arrival(Protocol):

@@ -1,6 +1,1 @@
-"""The two decorators."""
-
-from opero.decorators.opero import opero
-from opero.decorators.opmap import opmap
-
-__all__ = ["opero", "opmap"]
+"""The two decorators, a module for each."""

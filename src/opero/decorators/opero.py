@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
-from opero.core.breaker import breaker_policy
-from opero.core.cache import Cache, cache_policy
 from opero.core.checks import check_count, check_flag, check_known, check_seconds
 from opero.core.control import OPTIONS
 from opero.core.decoration import F, decorator
-from opero.core.fallback import fallback_policy
-from opero.core.limits.places import PlacesForFunction
-from opero.core.per import Per
 from opero.core.plan import Plan
-from opero.core.rate_limit import limit_policy
-from opero.core.retry import RetryOn, RetryPolicy
+from opero.core.retry import RetryPolicy
 from opero.core.showing import shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator
-from opero.core.stores.settings import cache_settings
 from opero.events import Listener
 
 if TYPE_CHECKING:
+    import inspect
     from collections.abc import Callable, Coroutine, Mapping
 
-    from opero.core.breaker import Breaker
-    from opero.core.cache import ResultCache
+    from opero.core.breaker import Breaker, FunctionBreaker
+    from opero.core.cache import Cache, ResultCache
     from opero.core.checks import Duration
-    from opero.core.rate_limit import Limits, PerOption
+    from opero.core.fallback import FallbackOverParameter
+    from opero.core.limits.places import PlacesForFunction
+    from opero.core.per import Per
+    from opero.core.rate_limit import FunctionLimit, Limits, PerOption
+    from opero.core.retry import RetryOn
     from opero.core.stores.settings import Backend
 
 
@@ -78,6 +76,8 @@ OPERO_DEFAULTS: dict[str, Any] = {name: default for policy in OPTIONS.values() f
 
 def keyword_signature(defaults: Mapping[str, Any]) -> inspect.Signature:
     """The signature to show for a decorator whose options come as ``**options``."""
+    import inspect
+
     first = inspect.Parameter("function", inspect.Parameter.POSITIONAL_ONLY, default=None)
     keywords = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in defaults.items()]
     return inspect.Signature([first, *keywords])
@@ -103,7 +103,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             "be stopped; write `async def`, use the function's own timeout, or map it with @opmap(mode='process')"
         )
         raise ValueError(msg)
-    per = None if given["per"] is None else Per(function, given["per"])
+    per = _per(function, given["per"])
     return Plan(
         function,
         cache=_cache(function, given),
@@ -114,34 +114,73 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             retry_on=options.get("retry_on", MISSING),
             options=given["retry_options"],
         ),
-        fallback=None
-        if given["arg_fallback"] is None
-        else fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"]),
-        breaker=None
-        if given["breaker"] is None
-        else breaker_policy(given["breaker"], per, has_candidates=given["arg_fallback"] is not None),
-        places=None
-        if given["max_concurrent"] is None
-        else PlacesForFunction(
-            check_count("max_concurrent", given["max_concurrent"], "executions", smallest=1), per, name_of(function)
-        ),
-        limit=None
-        if given["rate_limit"] is None
-        else limit_policy(
-            function,
-            given["rate_limit"],
-            per=per,
-            cost=given["rate_limit_cost"],
-            options=given["rate_limit_options"],
-            fallback=given["arg_fallback"],
-        ),
+        fallback=_fallback(function, given),
+        breaker=_breaker(per, given),
+        places=_places(function, per, given),
+        limit=_limit(function, per, given),
         attempt_timeout=attempt_timeout,
         on_event=None if given["on_event"] is None else Listener(given["on_event"]),
         default=given["default"],
     )
 
 
+# Each policy is imported where it is first wanted, so that `import opero` is quick.
+
+
+def _per(function: Callable[..., Any], per: Any) -> Per | None:
+    if per is None:
+        return None
+    from opero.core.per import Per
+
+    return Per(function, per)
+
+
+def _fallback(function: Callable[..., Any], given: dict[str, Any]) -> FallbackOverParameter | None:
+    if given["arg_fallback"] is None:
+        return None
+    from opero.core.fallback import fallback_policy
+
+    return fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"])
+
+
+def _breaker(per: Per | None, given: dict[str, Any]) -> FunctionBreaker | None:
+    if given["breaker"] is None:
+        return None
+    from opero.core.breaker import breaker_policy
+
+    return breaker_policy(given["breaker"], per, has_candidates=given["arg_fallback"] is not None)
+
+
+def _places(function: Callable[..., Any], per: Per | None, given: dict[str, Any]) -> PlacesForFunction | None:
+    if given["max_concurrent"] is None:
+        return None
+    from opero.core.limits.places import PlacesForFunction
+
+    count = check_count("max_concurrent", given["max_concurrent"], "executions", smallest=1)
+    return PlacesForFunction(count, per, name_of(function))
+
+
+def _limit(function: Callable[..., Any], per: Per | None, given: dict[str, Any]) -> FunctionLimit | None:
+    if given["rate_limit"] is None:
+        return None
+    from opero.core.rate_limit import limit_policy
+
+    return limit_policy(
+        function,
+        given["rate_limit"],
+        per=per,
+        cost=given["rate_limit_cost"],
+        options=given["rate_limit_options"],
+        fallback=given["arg_fallback"],
+    )
+
+
 def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache | None:
+    if given["cache"] is False:
+        return None
+    from opero.core.cache import Cache, cache_policy
+    from opero.core.stores.settings import cache_settings
+
     if isinstance(given["cache"], Cache):
         for name in _OF_CACHE:
             if given[name] != OPERO_DEFAULTS[name]:
@@ -151,8 +190,7 @@ def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache |
     if isinstance(given["cache"], str):
         msg = "cache=… is str; write True or False, and beside it cache_backend='disk', or cache=Cache(backend='disk')"
         raise TypeError(msg)
-    if not check_flag("cache", given["cache"]):
-        return None
+    check_flag("cache", given["cache"])
     return cache_policy(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in _OF_CACHE}))
 
 
@@ -300,4 +338,6 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[Opero
     return decorate if function is None else decorate(function)
 
 
-opero.__signature__ = keyword_signature(OPERO_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help
+# Those who look at signatures (notebooks, `help`, Sphinx) have imported inspect, which takes longer than opero.
+if "inspect" in sys.modules:
+    opero.__signature__ = keyword_signature(OPERO_DEFAULTS)  # type: ignore[attr-defined]
