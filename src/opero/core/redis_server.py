@@ -10,7 +10,7 @@ import threading
 import time
 from types import NoneType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from opero.core.faults import Rest
 from opero.core.forks import ForkSafeLock
@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 # A server that is away or frozen costs no more than the two of them, once.
 CONNECT_SECONDS = 0.9
 ANSWER_SECONDS = 0.9
-CONNECTIONS = 32
-
-
-# Connections that are kept apart for what is only read, of those that the server has.
-_READERS = 8
+# Of one event loop; threads have as many as there are threads.
+_CONNECTIONS = 32
 
 
 class Server:
@@ -35,7 +32,6 @@ class Server:
         make_client: Makes the client for threads, when it is first asked for something.
         make_async_client: Makes one for an event loop; None if there can be none.
         is_ours: Whether the client for threads is opero's own, to be closed at the end.
-        is_async_ours: The same of those for event loops.
     """
 
     def __init__(
@@ -44,19 +40,15 @@ class Server:
         make_async_client: Callable[[], Any] | None = None,
         *,
         is_ours: bool = True,
-        is_async_ours: bool = True,
     ) -> None:
         self._make_client = make_client
         self._make_async_client = make_async_client
         self._client: Any = None
         self._async_clients: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._is_ours = is_ours
-        self._is_async_ours = is_async_ours
         self._process = os.getpid()
-        self._readers: list[Any] = []
-        self.rest = Rest()
-        self.users: WeakSet[Any] = WeakSet()
         self._scripts: dict[str, Any] = {}
+        self.rest = Rest()
 
     @property
     def client(self) -> Any:
@@ -99,38 +91,8 @@ class Server:
         except Exception as error:  # noqa: BLE001 - of one node; the others may be well
             return error
 
-    def get(self, key: bytes) -> bytes | None:
-        """What is there under a key: what redis-py does around a command takes longer than the command."""
-        client = self.client
-        entry: bytes | None = None
-        # What finds its server by itself has other pools.
-        if not isinstance(getattr(client, "connection_pool", None), _pool_class()):
-            found: bytes | None = client.get(key)
-            return found
-        try:
-            connection = self._readers.pop()
-            _command.begin()
-        except IndexError:
-            connection = client.connection_pool.get_connection()
-        for is_last in (False, True):
-            try:
-                connection.send_command("GET", key)
-                entry = connection.read_response()
-                break
-            except BaseException as error:
-                connection.disconnect()
-                # The server may have closed it meanwhile: it is connected anew.
-                if is_last or not _was_closed(error):
-                    client.connection_pool.release(connection)
-                    raise
-        if len(self._readers) < _READERS:
-            self._readers.append(connection)
-        else:
-            client.connection_pool.release(connection)
-        return entry
-
     async def get_async(self, key: bytes) -> bytes | None:
-        """The same in the running event loop."""
+        """What is there under a key, asked in the running event loop."""
         assert self._make_async_client is not None  # noqa: S101 - for the type checkers
         import asyncio
 
@@ -140,27 +102,12 @@ class Server:
             client = self._make_async_client()
             # An event loop closes its generators when it ends, while it can still close connections.
             closing = self._closing_at_the_end(client)
-            self._async_clients[loop] = known = client, asyncio.Semaphore(CONNECTIONS), [], closing
+            self._async_clients[loop] = known = client, asyncio.Semaphore(_CONNECTIONS), closing
             await anext(closing)
-        client, places, readers, _ = known
-        entry: bytes | None
+        client, places, _ = known
         # Not by a pool that lets tasks wait by itself, which takes a third of the time of a command.
         async with places, asyncio.timeout(CONNECT_SECONDS + ANSWER_SECONDS):
-            if not self._is_async_ours:
-                entry = await client.get(key)
-                return entry
-            connection = readers.pop() if readers else await client.connection_pool.get_connection()
-            try:
-                await connection.send_command("GET", key)
-                entry = await connection.read_response()
-            except BaseException as error:
-                await connection.disconnect(nowait=True)
-                await client.connection_pool.release(connection)
-                if not _was_closed(error):
-                    raise
-                entry = await client.get(key)
-            else:
-                readers.append(connection)
+            entry: bytes | None = await client.get(key)
             return entry
 
     async def _closing_at_the_end(self, client: Any) -> AsyncGenerator[None, None]:
@@ -170,8 +117,7 @@ class Server:
             yield
         finally:
             self._async_clients.pop(asyncio.get_running_loop(), None)
-            if self._is_async_ours:
-                await client.aclose(close_connection_pool=True)
+            await client.aclose(close_connection_pool=True)
 
     def failed(self, error: Exception) -> None:
         """Leave the server alone for a while if it was its fault, or its network's."""
@@ -181,76 +127,225 @@ class Server:
         if isinstance(error, (redis.ConnectionError, redis.TimeoutError, RedisClusterException, ClusterError, OSError)):
             self.rest.begin(error)
 
-    def leave(self, user: Any) -> None:
-        """Close the connections when nobody uses them any more."""
-        self.users.discard(user)
-        if not self.users:
-            self.close()
-
-    def close(self) -> None:
-        """Close the connections; they are made anew when needed."""
-        if not self._is_ours or self._client is None or os.getpid() != self._process:
-            # redis-py would wait for a lock that a thread of the parent may have held.
-            return
-        self._client.close()
-        if hasattr(self._client, "connection_pool"):
-            self._client.connection_pool.disconnect()
-
     def __del__(self) -> None:
-        # What redis-py leaves open warns when it is collected.
-        with contextlib.suppress(Exception):
-            self.close()
+        # What redis-py leaves open warns when it is collected. In a forked child it would wait for a lock that a thread
+        # of the parent may have held.
+        if self._is_ours and self._client is not None and os.getpid() == self._process:
+            with contextlib.suppress(Exception):
+                self._client.close()
 
 
-def _was_closed(error: BaseException) -> bool:
-    """Whether the server had closed the connection meanwhile, and another one may be made."""
-    import redis
-
-    return isinstance(error, redis.ConnectionError) and not isinstance(error, redis.AuthenticationError)
+# The servers that are in use
 
 
 _lock = ForkSafeLock(threading.RLock)
 _servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
 
 
-def server_of(**place: Any) -> Server:
-    """The server at a host, port, db and password, as far as this process is concerned."""
-    return _known(
-        repr(sorted(place.items())),
-        lambda: Server(
-            lambda: _client(_pool_class()(**place, **_settings())),
-            lambda: _async_client(_async_pool_class()(**place, **_async_settings())),
-        ),
-    )
-
-
 def server_at(url: str) -> Server:
     """The server that a URL names, as far as this process is concerned."""
-    return _known(
-        url,
-        lambda: Server(
-            lambda: _client(_pool_class().from_url(url, **_settings())),
-            lambda: _async_client(_async_pool_class().from_url(url, **_async_settings())),
-        ),
-    )
+    from redis.connection import parse_url
+
+    return server_of(**parse_url(url))  # type: ignore[no-untyped-call]  # redis-py's
+
+
+def server_of(**place: Any) -> Server:
+    """The server at a place, which is told by the keywords of a connection of redis-py and by its class."""
+
+    def make() -> Server:
+        return Server(lambda: _client(**place), lambda: _async_client(**place))
+
+    return _known(repr(sorted(place.items(), key=str)), make)
 
 
 def server_with(client: Any) -> Server:
     """The server that a client of the program's own is connected to."""
+    place = _place_of(client)
+    if place is not None:
+        return server_of(**place)
+    make = _maker_of_own(client)
+    name = f"client {id(client)}"
+    return _known(name, lambda: Server(make) if make else Server(lambda: client, is_ours=False))
 
-    def make() -> Server:
-        make_own = _maker_of_own(client)
-        make_async = (lambda: client) if is_async_client(client) else None
-        return Server(make_own or (lambda: client), make_async, is_ours=make_own is not None, is_async_ours=False)
 
-    return _known(f"client {id(client)}", make)
+def _known(place: str, make: Callable[[], Server]) -> Server:
+    # A forked child has connections of its own.
+    name = f"{os.getpid()} {place}"
+    with _lock.lock:
+        server = _servers.get(name)
+        if server is None:
+            _servers[name] = server = make()
+        return server
 
 
-def is_async_client(client: Any) -> bool:
-    """Whether it is one of `redis.asyncio`."""
-    return type(client).__module__.startswith("redis.asyncio") or any(
-        base.__module__.startswith("redis.asyncio") for base in type(client).__mro__
-    )
+# Clients of a program's own: they may wait for a frozen server for ever, and those of asyncio belong to an event loop.
+# They tell how to connect.
+
+
+def _place_of(client: Any) -> dict[str, Any] | None:
+    """Where a client's server is, and how to sign in; None if it finds servers by itself, or in a way of its own."""
+    pool: Any = getattr(client, "connection_pool", None)
+    kind: type = getattr(pool, "connection_class", object)
+    if kind.__module__ not in {"redis.connection", "redis.asyncio.connection"}:
+        return None
+    where = {name: pool.connection_kwargs[name] for name in ("host", "port", "path") if name in pool.connection_kwargs}
+    return {"connection_class": kind, **where, **_signed_in_as(pool.connection_kwargs)}
+
+
+def _maker_of_own(client: Any) -> Callable[[], Any] | None:
+    """Makes a client for threads for the same cluster or the same sentinels; None if it is for neither."""
+    import redis.asyncio.sentinel
+    from redis import sentinel
+    from redis.cluster import ClusterNode
+
+    if isinstance(client, (redis.RedisCluster, redis.asyncio.RedisCluster)):
+        nodes = [ClusterNode(node.host, node.port) for node in client.startup_nodes]  # type: ignore[no-untyped-call]  # redis-py's
+        held: Any = client if hasattr(client, "connection_kwargs") else client.nodes_manager
+        # A cluster is asked again at another node, twice at each.
+        given = {**_signed_in_as(held.connection_kwargs), **_settings(share=0.5)}
+        return lambda: redis.RedisCluster(startup_nodes=nodes, **given)
+    pool: Any = getattr(client, "connection_pool", None)
+    if isinstance(pool, (sentinel.SentinelConnectionPool, redis.asyncio.sentinel.SentinelConnectionPool)):
+        told = [watcher.connection_pool.connection_kwargs for watcher in pool.sentinel_manager.sentinels]
+        given = {**_signed_in_as(pool.connection_kwargs, pool.connection_class), **_settings()}
+        of_sentinels = {**_signed_in_as(told[0]), **_settings()}
+        places = [(one["host"], one["port"]) for one in told]
+        twin: Any = sentinel.Sentinel(places, sentinel_kwargs=of_sentinels, **given)  # type: ignore[no-untyped-call]  # as above
+        return functools.partial(twin.master_for if pool.is_master else twin.slave_for, pool.service_name)
+    return None
+
+
+def _signed_in_as(given: Mapping[str, Any], kind: type | None = None) -> dict[str, Any]:
+    """How to sign in, to which database, and how the connection is secured."""
+    names = {"db", "username", "password", "credential_provider"}
+    told = {name: value for name, value in given.items() if name in names or name.startswith("ssl")}
+    kind = kind or given.get("connection_class")
+    return {**told, "ssl": True} if kind is not None and "SSL" in kind.__name__ else told
+
+
+# opero's own clients
+
+
+def _client(*, connection_class: type | None = None, **place: Any) -> Any:
+    """A client for threads that has not connected yet."""
+    import redis.connection
+
+    name = "Connection" if connection_class is None else connection_class.__name__
+    kind = _bounded(getattr(redis.connection, name))
+    return redis.Redis.from_pool(_pool_class()(connection_class=kind, **{**place, **_settings()}))
+
+
+def _async_client(*, connection_class: type | None = None, **place: Any) -> Any:
+    """The same for an event loop."""
+    import redis.asyncio.connection
+    from redis.asyncio.retry import Retry
+
+    name = "Connection" if connection_class is None else connection_class.__name__
+    settings = _settings()
+    # What is read is bounded as a whole.
+    settings |= {"retry": Retry(*_once()), "socket_timeout": None}
+    kind = getattr(redis.asyncio.connection, name)
+    return redis.asyncio.Redis(connection_pool=redis.asyncio.ConnectionPool(kind, **{**place, **settings}))
+
+
+def _settings(share: float = 1.0) -> dict[str, Any]:
+    from redis.retry import Retry
+
+    return {
+        "socket_connect_timeout": CONNECT_SECONDS * share,
+        "socket_timeout": ANSWER_SECONDS * share,
+        "retry": Retry(*_once()),
+        "decode_responses": False,
+    }
+
+
+@functools.cache
+def _once() -> tuple[Any, ...]:
+    """A connection that the server has closed meanwhile is made anew; redis-py's default retries take seconds."""
+    import redis
+    from redis.backoff import NoBackoff
+
+    return NoBackoff(), 1, (redis.ConnectionError,)
+
+
+@functools.cache
+def _pool_class() -> Any:
+    import redis
+
+    class Pool(redis.ConnectionPool):
+        """As many connections as there are threads; what redis-py's own does takes as long as a command."""
+
+        def reset(self) -> None:
+            self._free: list[Any] = []
+            super().reset()
+
+        def make_connection(self) -> Any:
+            connection: Any = super().make_connection()
+            connection.ends = time.monotonic() + CONNECT_SECONDS + ANSWER_SECONDS
+            return connection
+
+        def get_connection(self, *_args: Any, **_options: Any) -> Any:
+            try:
+                connection = self._free.pop() if self.pid == os.getpid() else None
+            except IndexError:
+                connection = None
+            if connection is None:
+                return super().get_connection()
+            connection.ends = time.monotonic() + CONNECT_SECONDS + ANSWER_SECONDS
+            return connection
+
+        def release(self, connection: Any) -> None:
+            if not isinstance(sys.exc_info()[1], (Exception, NoneType)):
+                # Ctrl-C came in the middle of a command, whose answer the next one would read.
+                connection.disconnect()
+            self._free.append(connection)
+
+    return Pool
+
+
+@functools.cache
+def _bounded(connection: type[Any]) -> type[Any]:
+    """A class of connections on which no command takes longer in all than it may: redis-py bounds each read."""
+
+    class Bounded(connection):  # type: ignore[misc]  # any of redis-py's
+        ends: float
+
+        def _connect(self) -> Any:
+            return _BoundedSocket(super()._connect(), self)
+
+    return Bounded
+
+
+class _BoundedSocket:
+    """A socket whose reads end when the command does that they are part of."""
+
+    def __init__(self, socket: Any, connection: Any) -> None:
+        self._socket = socket
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def recv(self, *args: Any) -> Any:
+        return self._in_time(self._socket.recv, args)
+
+    def recv_into(self, *args: Any) -> Any:
+        return self._in_time(self._socket.recv_into, args)
+
+    def _in_time(self, read: Callable[..., Any], args: Any) -> Any:
+        timeout, left = self._socket.gettimeout(), self._connection.ends - time.monotonic()
+        if timeout is not None and (timeout <= left or timeout == 0):
+            return read(*args)
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        try:
+            return read(*args)
+        finally:
+            self._socket.settimeout(timeout)
+
+
+# Options
 
 
 def check_client(option: str, client: Any) -> Any:
@@ -258,7 +353,8 @@ def check_client(option: str, client: Any) -> Any:
     if not hasattr(type(client), "execute_command"):
         msg = f"{option} is {type(client).__name__}; give a client of redis-py (redis.Redis, redis.asyncio.Redis)"
         raise TypeError(msg)
-    if is_async_client(client) and _maker_of_own(client) is None:
+    is_async = any(base.__module__.startswith("redis.asyncio") for base in type(client).__mro__)
+    if is_async and _place_of(client) is None and _maker_of_own(client) is None:
         what = f"a {type(client).__name__} of redis.asyncio"
         msg = f"{option} is {what}, and opero cannot tell how it is connected; give one for threads"
         raise TypeError(msg)
@@ -291,181 +387,3 @@ def check_url(option: str, value: Any) -> str:
         msg = f"{option} is no URL of a redis server; {example}, {encoded}"
         raise ValueError(msg)
     return value
-
-
-def _maker_of_own(client: Any) -> Callable[[], Any] | None:
-    """Makes a client for threads that is connected as one of the program's own is; None if nothing tells how.
-
-    The program's may wait for a frozen server for ever, and asyncio's belongs to its event loop.
-    """
-    import redis.asyncio.sentinel
-    from redis import connection, sentinel
-    from redis.cluster import ClusterNode
-
-    bounds = {name: value for name, value in _settings().items() if name not in {"max_connections", "timeout"}}
-    if isinstance(client, (redis.RedisCluster, redis.asyncio.RedisCluster)):
-        # A cluster is asked again at another node, twice at each.
-        bounds |= {"socket_timeout": ANSWER_SECONDS / 2, "socket_connect_timeout": CONNECT_SECONDS / 2}
-        nodes = [ClusterNode(node.host, node.port) for node in client.startup_nodes]  # type: ignore[no-untyped-call]  # redis-py's
-        held: Any = client if hasattr(client, "connection_kwargs") else client.nodes_manager
-        given = _connected_as(held.connection_kwargs)
-        return lambda: redis.RedisCluster(startup_nodes=nodes, **given, **bounds)
-    pool: Any = getattr(client, "connection_pool", None)
-    if isinstance(pool, (sentinel.SentinelConnectionPool, redis.asyncio.sentinel.SentinelConnectionPool)):
-        told = [watcher.connection_pool.connection_kwargs for watcher in pool.sentinel_manager.sentinels]
-        given = {**_connected_as(pool.connection_kwargs, pool.connection_class), **bounds}
-        of_sentinels = {**_connected_as(told[0]), **bounds}
-        places = [(one["host"], one["port"]) for one in told]
-        twin: Any = sentinel.Sentinel(places, sentinel_kwargs=of_sentinels, **given)  # type: ignore[no-untyped-call]  # as above
-        return functools.partial(twin.master_for if pool.is_master else twin.slave_for, pool.service_name)
-    kind: type = getattr(pool, "connection_class", object)
-    if kind.__module__ not in {"redis.connection", "redis.asyncio.connection"}:
-        return None
-    given = {name: value for name, value in pool.connection_kwargs.items() if name in {"host", "port", "path"}}
-    given |= {"connection_class": getattr(connection, kind.__name__), **_connected_as(pool.connection_kwargs)}
-    return lambda: _client(_pool_class()(**given, **_settings()))
-
-
-def _connected_as(given: Mapping[str, Any], kind: type | None = None) -> dict[str, Any]:
-    """How to sign in, to which database, and how the connection is secured."""
-    names = {"db", "username", "password", "credential_provider"}
-    told = {name: value for name, value in given.items() if name in names or name.startswith("ssl")}
-    kind = kind or given.get("connection_class")
-    return {**told, "ssl": True} if kind is not None and "SSL" in kind.__name__ else told
-
-
-def _known(place: str, make: Callable[[], Server]) -> Server:
-    # A forked child has connections of its own.
-    name = f"{os.getpid()} {place}"
-    with _lock.lock:
-        server = _servers.get(name)
-        if server is None:
-            _servers[name] = server = make()
-        return server
-
-
-@functools.cache
-def _pool_class() -> Any:
-    import redis
-
-    class Pool(redis.BlockingConnectionPool):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]  # redis-py's
-            self.connection_class = _bounded(self.connection_class)
-
-        def get_connection(self, *args: Any, **kwargs: Any) -> Any:
-            _command.begin()
-            return super().get_connection(*args, **kwargs)  # type: ignore[no-untyped-call]  # as above
-
-        def release(self, connection: Any) -> None:
-            if not isinstance(sys.exc_info()[1], (Exception, NoneType)):
-                # Ctrl-C came in the middle of a command, whose answer the next one would read.
-                connection.disconnect()
-            super().release(connection)  # type: ignore[no-untyped-call]  # as above
-
-    return Pool
-
-
-class _Command(threading.local):
-    """When the command ends at the latest that this thread waits for."""
-
-    ends: float = 0.0
-
-    def begin(self) -> None:
-        self.ends = time.monotonic() + CONNECT_SECONDS + ANSWER_SECONDS
-
-
-_command = _Command()
-
-
-@functools.cache
-def _bounded(connection: type[Any]) -> type[Any]:
-    """A class of connections on which no command takes longer in all than it may: redis-py bounds each read."""
-
-    class Bounded(connection):  # type: ignore[misc]  # any of redis-py's
-        def _connect(self) -> Any:
-            return _BoundedSocket(super()._connect())
-
-    return Bounded
-
-
-class _BoundedSocket:
-    """A socket whose reads and writes end when the command does that they are part of."""
-
-    def __init__(self, socket: Any) -> None:
-        self._socket = socket
-        self.recv = _in_time(socket, socket.recv)
-        self.recv_into = _in_time(socket, socket.recv_into)
-        self.sendall = _in_time(socket, socket.sendall)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._socket, name)
-
-
-def _in_time(socket: Any, act: Callable[..., Any]) -> Callable[..., Any]:
-    get_timeout, now = socket.gettimeout, time.monotonic
-
-    def act_in_time(*args: Any) -> Any:
-        timeout, left = get_timeout(), _command.ends - now()
-        if timeout is not None and (timeout <= left or timeout == 0):
-            return act(*args)
-        if left <= 0:
-            raise TimeoutError
-        socket.settimeout(left)
-        try:
-            return act(*args)
-        finally:
-            socket.settimeout(timeout)
-
-    return act_in_time
-
-
-def _client(pool: Any) -> Any:
-    """A client that has not connected yet."""
-    import redis
-
-    return redis.Redis(connection_pool=pool)
-
-
-def _async_pool_class() -> Any:
-    import redis.asyncio
-
-    return redis.asyncio.ConnectionPool
-
-
-def _async_client(pool: Any) -> Any:
-    import redis.asyncio
-
-    return redis.asyncio.Redis(connection_pool=pool)
-
-
-def _async_settings() -> dict[str, Any]:
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-    from redis.exceptions import ConnectionError as NoConnectionError
-
-    retry = Retry(NoBackoff(), 1, supported_errors=(NoConnectionError,))
-    # What is read is bounded as a whole.
-    given = {name: value for name, value in _settings().items() if name not in {"max_connections", "timeout"}}
-    return {**given, "retry": retry, "socket_timeout": None}
-
-
-def _settings() -> dict[str, Any]:
-    return {
-        "max_connections": CONNECTIONS,
-        "timeout": ANSWER_SECONDS,
-        "socket_connect_timeout": CONNECT_SECONDS,
-        "socket_timeout": ANSWER_SECONDS,
-        "retry": _retry(),
-        "decode_responses": False,
-    }
-
-
-@functools.cache
-def _retry() -> Any:
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    # A connection that the server has closed meanwhile is made anew, once; redis-py's default retries take seconds.
-    return Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))

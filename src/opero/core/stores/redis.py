@@ -6,9 +6,10 @@ when its owner is gone, and is renewed while its owner computes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import queue
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -73,7 +74,6 @@ class RedisStore(LastingStore):
 
     def after_fork(self) -> None:
         """Hold none of the parent's leases, and use none of its connections."""
-        self._lock = threading.RLock()
         self._server = None
         self._keeper = LeaseKeeper(self)
 
@@ -82,9 +82,7 @@ class RedisStore(LastingStore):
         """The server, which is connected to when it is asked for something."""
         server = self._server
         if server is None:
-            with self._lock:
-                self._server = server = self._find_server()
-                server.users.add(self)
+            self._server = server = self._find_server()
         return server
 
     @property
@@ -98,7 +96,8 @@ class RedisStore(LastingStore):
         return self.server.rest
 
     def read(self, key: bytes) -> bytes | None:
-        return (self._server or self.server).get(self._entry(key))
+        entry: bytes | None = self.client.get(self._entry(key))
+        return entry
 
     def answer(self, requests: Sequence[Request]) -> list[Any]:
         try:
@@ -148,11 +147,8 @@ class RedisStore(LastingStore):
         return len({key for key in self._keys() if not key.endswith(b":lease")})
 
     def close(self) -> None:
-        with self._lock:
-            server, self._server = self._server, None
         self._keeper.stop()
-        if server is not None:
-            server.leave(self)
+        self._server = None
 
     def renew(self, leases: Sequence[Lease]) -> None:
         """Put the end of leases off."""
@@ -225,74 +221,65 @@ class LeaseKeeper:
     def __init__(self, store: RedisStore) -> None:
         # Not to keep a store, and its connections, that nobody uses any more.
         self._store = ref(store)
-        # Apart from the condition: an interrupt between Python's `__enter__` and the block would leave that one locked.
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
         self._held: set[Lease] = set()
-        self._dropped: list[Lease] = []
+        self._dropped: queue.SimpleQueue[Lease | None] = queue.SimpleQueue()
+        # For the thread's beginning and end. A finalizer may come in its block, and drop leases.
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
 
     def hold(self, lease: Lease) -> None:
         """The lease was claimed."""
-        with self._lock:
-            lease.held = True
-            if lease.dropped:
-                self._give_back(lease)
-            else:
-                self._held.add(lease)
-                self._run()
+        lease.held = True
+        self._held.add(lease)
+        if lease.dropped:
+            self.drop(lease)
+        else:
+            self._run()
 
     def forget(self, lease: Lease) -> None:
         """The lease is given back already."""
-        with self._lock:
-            lease.held = False
-            self._held.discard(lease)
+        lease.held = False
+        self._held.discard(lease)
 
     def drop(self, lease: Lease) -> None:
         """Give a lease back in the background; one that is still being claimed, as soon as it is."""
-        with self._lock:
-            lease.dropped = True
-            if lease.held:
-                self._give_back(lease)
+        lease.dropped = True
+        if lease.held:
+            self.forget(lease)
+            self._dropped.put(lease)
+            self._run()
 
     def stop(self) -> None:
         """End the thread, once it has given back what was dropped."""
         with self._lock:
             thread, self._thread = self._thread, None
-            self._held.clear()
-            self._changed.notify()
+        self._held.clear()
+        self._dropped.put(None)
         if thread is not None and thread is not threading.current_thread():
             thread.join(CONNECT_SECONDS + ANSWER_SECONDS)
 
-    def _give_back(self, lease: Lease) -> None:
-        lease.held = False
-        self._held.discard(lease)
-        self._dropped.append(lease)
-        self._run()
-        self._changed.notify()
-
     def _run(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._keep, name="opero-leases", daemon=True)
-            allow_forks(self._thread)
-            self._thread.start()
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._keep, name="opero-leases", daemon=True)
+                allow_forks(self._thread)
+                self._thread.start()
 
     def _keep(self) -> None:
-        idle_since = time.monotonic()
         while True:
+            dropped: list[Lease] = []
+            with contextlib.suppress(queue.Empty):
+                patience = LEASE_SECONDS / 3 if self._held else _IDLE_SECONDS
+                dropped += filter(None, [self._dropped.get(timeout=patience)])
+                while True:
+                    dropped += filter(None, [self._dropped.get_nowait()])
+            self._tell(dropped, [*self._held])
             with self._lock:
-                if not self._dropped and self._thread is threading.current_thread():
-                    self._changed.wait(LEASE_SECONDS / 3 if self._held else _IDLE_SECONDS)
-                dropped, self._dropped = self._dropped, []
-                held = list(self._held)
-                if held or dropped:
-                    idle_since = time.monotonic()
-                ended = self._thread is not threading.current_thread()
-                if not dropped and (ended or time.monotonic() - idle_since >= _IDLE_SECONDS):
-                    if not ended:
-                        self._thread = None
+                if self._thread is not threading.current_thread():
                     return
-            self._tell(dropped, held)
+                if not dropped and not self._held and self._dropped.empty():
+                    self._thread = None
+                    return
 
     def _tell(self, dropped: Sequence[Lease], held: Sequence[Lease]) -> None:
         store = self._store()
@@ -314,9 +301,5 @@ def server_for(options: Mapping[str, Any], config: Callable[[], Any]) -> Server:
     if "url" in options:
         return server_at(options["url"])
     found = config()
-    return server_of(
-        host=found.get_redis_host(),
-        port=found.get_redis_port(),
-        db=found.get_redis_db(),
-        password=found.get_redis_password(),
-    )
+    place = {"host": found.get_redis_host(), "port": found.get_redis_port(), "db": found.get_redis_db()}
+    return server_of(**place, password=found.get_redis_password())
