@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from side_by_side import SECONDS, results, started, until
-from test_rate_limit import Timed, limited, polled, settle, worst_excess
+from test_rate_limit import Timed, limited, polled, settle, ticket_of, worst_excess
 
 import opero
 from opero.core import CallTimeoutError, MisuseError, RateLimitedError, RateLimiter, get_rate_limit_decorator
@@ -70,7 +70,7 @@ def test_a_quota_is_used_at_the_pace_and_then_waited_for(fake_clock):
 def test_those_who_wait_for_a_quota_start_in_order_when_it_comes(fake_clock):
     limiter = RateLimiter([10, "3/minute"])
     starts_of(limiter, fake_clock, 1)
-    tickets = [limiter.ticket() for _ in range(3)]
+    tickets = [ticket_of(limiter) for _ in range(3)]
     assert polled(tickets) == 0
     fake_clock.tick(59.05)
     assert [ticket.poll() for ticket in reversed(tickets)] == [False, False, True]
@@ -121,7 +121,7 @@ class Queue:
 
     def join(self, count):
         for _ in range(count):
-            self.waiting[self.joined] = self.limiter.ticket()
+            self.waiting[self.joined] = ticket_of(self.limiter)
             self.waiting[self.joined].poll()
             self.joined += 1
 
@@ -465,7 +465,7 @@ def test_a_true_from_retry_on_pauses_nobody(world, fake_clock):
 def test_those_in_line_wait_for_the_pause_and_keep_their_order(fake_clock):
     limiter = RateLimiter(10)
     limiter.take_now()
-    tickets = [limiter.ticket() for _ in range(3)]
+    tickets = [ticket_of(limiter) for _ in range(3)]
     assert polled(tickets) == 0
     exhaust(limiter.limit.pause(5))
     assert limiter.expected_wait() >= 5
@@ -480,7 +480,7 @@ def test_those_in_line_wait_for_the_pause_and_keep_their_order(fake_clock):
 def test_a_pause_saves_no_slots_up(fake_clock):
     limiter = RateLimiter(10, max_burst=3)
     limiter.take_now()
-    tickets = [limiter.ticket() for _ in range(20)]
+    tickets = [ticket_of(limiter) for _ in range(20)]
     for ticket in tickets:
         ticket.poll()
     exhaust(limiter.limit.pause(100))
@@ -594,7 +594,7 @@ def test_a_new_rate_holds_for_those_who_come(fake_clock):
 def test_a_new_rate_holds_for_those_who_wait_and_wakes_them(fake_clock):
     limiter = RateLimiter("1/hour")
     limiter.take_now()
-    first, second = tickets = [limiter.ticket(), limiter.ticket()]
+    first, second = tickets = [ticket_of(limiter), ticket_of(limiter)]
     assert polled(tickets) == 0
     woken = threading.Event()
     first.notify(woken.set)
@@ -611,7 +611,7 @@ def test_a_new_rate_holds_for_those_who_wait_and_wakes_them(fake_clock):
 def test_a_lower_rate_makes_those_who_wait_wait_longer(fake_clock):
     limiter = RateLimiter(10)
     limiter.take_now()
-    ticket = limiter.ticket()
+    ticket = ticket_of(limiter)
     ticket.poll()
     limiter.rate = 0.1
     fake_clock.tick(9.9)
@@ -668,7 +668,7 @@ def test_a_new_rate_that_limits_nothing_is_refused_and_changes_nothing(rate):
 def test_a_small_quota_that_is_set_while_callers_wait_breaks_nothing(fake_clock):
     limiter = RateLimiter(10)
     limiter.take_now()
-    tickets = [limiter.ticket() for _ in range(4)]
+    tickets = [ticket_of(limiter) for _ in range(4)]
     assert polled(tickets) == 0
     limiter.rate = [10, "1/minute"]
     fake_clock.tick(1)

@@ -20,6 +20,7 @@ from side_by_side import SECONDS, forked, results, started, until
 
 import opero
 from opero.core import CallTimeoutError, RateLimiter, get_rate_limit_decorator
+from opero.core.limits.line import ONE, Turn
 from opero.core.steps import Consult, consult
 
 
@@ -39,7 +40,7 @@ def joined():
     made = []
 
     def join(limiter, count):
-        tickets = [limiter.ticket() for _ in range(count)]
+        tickets = [ticket_of(limiter) for _ in range(count)]
         assert polled(tickets) == 0
         made.extend(tickets)
         return tickets
@@ -47,6 +48,11 @@ def joined():
     yield join
     for ticket in made:
         ticket.leave()
+
+
+def ticket_of(limiter):
+    """One who waits for a slot of a limiter, and looks when it is told to."""
+    return Turn([(limiter.limit, ONE)])
 
 
 def polled(tickets) -> int:
@@ -98,12 +104,12 @@ def test_idle_time_is_not_saved_up(fake_clock):
 
 
 def test_a_ticket_takes_a_free_slot_at_once(fake_clock):
-    assert RateLimiter(4).ticket().poll()
+    assert ticket_of(RateLimiter(4)).poll()
 
 
 def test_a_ticket_that_has_its_slot_keeps_it(fake_clock):
     limiter = RateLimiter(4)
-    ticket = limiter.ticket()
+    ticket = ticket_of(limiter)
     assert [ticket.poll(), ticket.poll()] == [True, True]
     fake_clock.tick(0.25)
     assert limiter.take_now()
@@ -246,7 +252,7 @@ def test_who_comes_again_and_again_and_looks_late_loses_no_slot(fake_clock):
         if not limiter.take_now():
             # The slot comes before it has joined the line.
             fake_clock.tick(12e-6)
-            ticket = limiter.ticket()
+            ticket = ticket_of(limiter)
             while not ticket.poll():
                 fake_clock.tick(ticket.due_in() + 80e-6)
         starts += 1
@@ -447,7 +453,7 @@ class Story:
 
     def arrive(self, count):
         for _ in range(count):
-            self.waiting[self.arrived] = self.limiter.ticket()
+            self.waiting[self.arrived] = ticket_of(self.limiter)
             self._look(self.arrived)
             self.arrived += 1
 
@@ -541,7 +547,7 @@ def test_the_wait_of_the_next_is_foretold_within_one_interval(fake_clock, rate_a
     with Story(fake_clock, *rate_and_burst, all_look=True) as story:
         story.play(events)
         foretold, now = story.limiter.expected_wait(), fake_clock.now()
-        ticket = story.limiter.ticket()
+        ticket = ticket_of(story.limiter)
         while not ticket.poll():
             story.pass_time(1)
         assert fake_clock.now() - now == pytest.approx(foretold, abs=1.05 / story.rate)

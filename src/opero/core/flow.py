@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from opero.core.breaker import Passage
+    from opero.core.limits.line import Wants
     from opero.core.limits.places import Place
     from opero.core.rate_limit import FunctionLimit
     from opero.core.steps import Await
@@ -68,7 +69,7 @@ GAVE_WAY = NoAttempt("this candidate was put to rest while its slot was waited f
 class Candidate:
     """One value to try, and how it has fared in this call."""
 
-    __slots__ = ("args", "kwargs", "number", "ready_at", "tries", "value")
+    __slots__ = ("args", "kwargs", "number", "ready_at", "tries", "value", "wants")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = MISSING, number: int = 0) -> None:
         self.args = args
@@ -77,6 +78,8 @@ class Candidate:
         self.number = number
         self.tries = 0
         self.ready_at: float | None = None
+        # What it asks of the rate limit, once that is known.
+        self.wants: Wants | None = None
 
 
 def call_flow(plan: Plan, call: Call) -> Flow:

@@ -17,7 +17,7 @@ from opero.core.checks import (
 )
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
-from opero.core.limits.line import ONE, Line, Turn, take, try_to_take
+from opero.core.limits.line import ONE, Line, Wants, take
 from opero.core.limits.per_value import PerValue
 from opero.core.limits.rates import CALLS, Rate, Rates, parse_rates
 from opero.core.limits.scope import Scope
@@ -87,6 +87,10 @@ class RateLimiter:
             option does not apply to the scope.
     """
 
+    # As what the user knows the rate and the other options; what names the limit if nobody else does.
+    _option, _spelled = "rate", "{}"
+    _default_name: Callable[[], str] | None = None
+
     def __init__(
         self,
         rate: Rate,
@@ -100,44 +104,41 @@ class RateLimiter:
         url: str | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        options = {
+        spelled = self._spelled.format
+        self.when_full = check_choice(spelled("when_full"), when_full, WHEN_FULL)
+        self.max_wait = math.inf if max_wait is None else check_seconds(spelled("max_wait"), max_wait, zero=True)
+        self._spread = check_flag(spelled("spread"), spread)
+        self._max_burst = max_burst
+        self._asked = rate
+        self._rates = self._parsed(rate, self._option)
+        self._scope = Scope(
+            scope,
+            name,
+            url,
+            folder,
+            default_name=self._default_name,
+            rates=self._rates,
+            spelled=self._spelled,
+        )
+        self._options = {
             "when_full": when_full,
             "max_wait": max_wait,
             "spread": spread,
             "max_burst": max_burst,
             "scope": scope,
-            "name": name,
             "url": url,
             "folder": folder,
         }
-        self._set_up(rate, options, "rate", None)
-
-    @classmethod
-    def _for_function(cls, rate: Rate, options: Mapping[str, Any], name: Callable[[], str]) -> RateLimiter:
-        self = cls.__new__(cls)
-        self._set_up(rate, options, "rate_limit", name)
-        return self
-
-    def _set_up(self, rate: Rate, options: Mapping[str, Any], option: str, name: Callable[[], str] | None) -> None:
-        is_own = option == "rate_limit"
-        spelled = "rate_limit_options[{!r}]" if is_own else "{}"
-        self.when_full = check_choice(spelled.format("when_full"), options.get("when_full", "wait"), WHEN_FULL)
-        max_wait = options.get("max_wait")
-        self.max_wait = math.inf if max_wait is None else check_seconds(spelled.format("max_wait"), max_wait, zero=True)
-        self._spread = check_flag(spelled.format("spread"), options.get("spread", True))
-        self._asked = rate
-        self._options = {**options}
-        self._rates = self._parsed(rate, option, "rate_limit_options" if is_own else "")
-        self._scope = Scope(options, name, spelled, self._rates)
         self.limit = self._scope.line()
         # Of the values of ``per``, at this rate.
         self.per_value: PerValue[Line] = PerValue(self._scope.line_of_value)
         self.take_now = self.limit.take_now
         self.expected_wait = self.limit.expected_wait
 
-    def _parsed(self, rate: Rate, option: str, options: str = "") -> Rates:
-        max_burst = self._options.get("max_burst")
-        return parse_rates(rate, max_burst, spread=self._spread, option=option, options=options)
+    def _parsed(self, rate: Rate, option: str) -> Rates:
+        return parse_rates(
+            rate, self._max_burst, spread=self._spread, option=option, burst_option=self._spelled.format("max_burst")
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -177,10 +178,6 @@ class RateLimiter:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
-
-    def ticket(self) -> Turn:
-        """Ask for a slot without waiting for it here; only for a limit of the process."""
-        return Turn([(self.limit, ONE)])
 
     def pause(self, seconds: Duration) -> None:
         """Let nothing start for so many seconds, or a `datetime.timedelta`; with ``per``, no value's calls either.
@@ -243,19 +240,15 @@ class RateLimiter:
             msg = f"acquire has to be told the cost of {', '.join(missing)}; write acquire({missing[0]}=1)"
             raise TypeError(msg)
         amounts = self.checked({CALLS: 1, **costs}, "acquire")
-        if timeout is None:
-            patience = 0.0 if self.when_full == "raise" else self.max_wait
-            if (yield from self._take(amounts, patience)):
-                return True
-            raise full(self.limit.expected_wait(amounts), repr(self))
-        seconds = check_seconds("timeout", timeout, zero=True)
-        return (yield from self._take(amounts, seconds))
-
-    def _take(self, amounts: Sequence[float], patience: float) -> Generator[Any, Any, bool]:
-        if not patience:
-            return (yield from try_to_take([(self.limit, amounts)]))
-        latest = clock.now() + patience
-        return (yield from self.limit.take(amounts, None if latest == math.inf else lambda: latest))
+        if timeout is not None:
+            seconds = check_seconds("timeout", timeout, zero=True)
+        else:
+            seconds = 0.0 if self.when_full == "raise" else self.max_wait
+        latest = clock.now() + seconds
+        taken = yield from self.limit.take(amounts, lambda: latest)
+        if taken or timeout is not None:
+            return taken
+        raise full(self.limit.expected_wait(amounts), repr(self))
 
     # For functions
 
@@ -274,6 +267,16 @@ class RateLimiter:
                     raise ValueError(msg)
             amounts.append(cost)
         return ONE if amounts == [1] else tuple(amounts)
+
+
+class _OwnLimiter(RateLimiter):
+    """The limiter of one function, made of the function's options."""
+
+    _option, _spelled = "rate_limit", "rate_limit_options[{!r}]"
+
+    def __init__(self, rate: Rate, options: Mapping[str, Any], default_name: Callable[[], str]) -> None:
+        self._default_name = default_name
+        super().__init__(rate, **options)
 
 
 Limits = Rate | RateLimiter | Sequence[Rate | RateLimiter]
@@ -382,7 +385,11 @@ def _costs_by_name(option: Any, names: set[str]) -> dict[str, Any]:
 
 
 class FunctionLimit:
-    """One function's view of its limiters: which of their lines apply to a call, and what it takes of each."""
+    """One function's view of its limiters: which of their lines apply to a call, and what it takes of each.
+
+    Attributes:
+        take_now: Takes a free slot for a call's arguments, if there is one; None if more has to be done.
+    """
 
     def __init__(
         self,
@@ -405,7 +412,6 @@ class FunctionLimit:
 
     @property
     def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
-        """Takes a free slot for a call's arguments, if there is one; None if more has to be done."""
         limiter, costs, per = self.limiter, self._costs, self.per
         if len(self.limiters) > 1 or limiter.limit.is_shared or costs.are_corrected:
             return None
@@ -423,31 +429,28 @@ class FunctionLimit:
         """The candidate to try next, and whether its slot has been taken already."""
         if self._when_full != "next" or len(candidates) == 1:
             return candidates[0], False
+        now = clock.now()
         for candidate in candidates if takes else ():
-            if (yield from try_to_take(self._wants(candidate))):
+            if (yield from take(self._wants(candidate), lambda: now)):
                 return candidate, True
         return min(candidates, key=lambda candidate: _expected_wait(self._wants(candidate))), False
 
     def take(self, candidate: Candidate, deadline: float | None) -> Generator[Any, Any, bool]:
         """Wait for a slot; False, at once, if it would come too late to be of use before the ``deadline``.
 
+        A slot that is free is never refused, so that what is usual can change.
+
         Raises:
             RateLimitedError: If it would come later than the limiter lets a call wait.
             ValueError: If the call costs more than the whole rate.
         """
         wants, usual = self._wants(candidate), self.usual
-        if (yield from try_to_take(wants)):
-            # A slot that is free is never refused, so that what is usual can change.
-            return True
-        until = math.inf if self._max_wait == math.inf else clock.now() + self._max_wait
+        until = clock.now() + (0.0 if self._when_full == "raise" else self._max_wait)
 
         def useful() -> float:
             return math.inf if deadline is None else deadline - usual.seconds
 
-        taken = False
-        if self._when_full != "raise":
-            latest = None if deadline is None and until == math.inf else lambda: min(until, useful())
-            taken = yield from take(wants, latest)
+        taken = yield from take(wants, lambda: min(until, useful()))
         if not taken and (self._when_full == "raise" or until < useful()):
             raise full(_expected_wait(wants), self._name)
         return taken
@@ -468,18 +471,20 @@ class FunctionLimit:
         for line, _ in self._wants(candidate):
             yield from line.pause(seconds)
 
-    def _wants(self, candidate: Candidate) -> list[tuple[Line, tuple[float, ...]]]:
+    def _wants(self, candidate: Candidate) -> Wants:
         """The lines that a call stands in, and what it takes of each."""
-        args, kwargs = candidate.args, candidate.kwargs
-        if self.per is None:
-            lines = [limiter.limit for limiter in self.limiters]
-        else:
-            value = self.per.get(args, kwargs)
-            lines = [limiter.per_value.of(value) for limiter in self.limiters]
-        return list(zip(lines, self._costs.of(args, kwargs), strict=True))
+        if candidate.wants is None:
+            args, kwargs = candidate.args, candidate.kwargs
+            if self.per is None:
+                lines = [limiter.limit for limiter in self.limiters]
+            else:
+                value = self.per.get(args, kwargs)
+                lines = [limiter.per_value.of(value) for limiter in self.limiters]
+            candidate.wants = list(zip(lines, self._costs.of(args, kwargs), strict=True))
+        return candidate.wants
 
 
-def _expected_wait(wants: Sequence[tuple[Line, Sequence[float]]]) -> float:
+def _expected_wait(wants: Wants) -> float:
     return max([line.expected_wait(amounts) for line, amounts in wants])
 
 
@@ -536,7 +541,7 @@ def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], st
     several: list[Any] = list(rate_limit) if are_several else [rate_limit]
     shared = [each for each in several if isinstance(each, RateLimiter)]
     if not shared:
-        return [RateLimiter._for_function(rate_limit, options, name)]  # noqa: SLF001 - of this module
+        return [_OwnLimiter(rate_limit, options, name)]
     if len({id(limiter) for limiter in shared}) < len(shared):
         msg = "rate_limit has one RateLimiter twice; leave out one of the two"
         raise ValueError(msg)
@@ -548,7 +553,7 @@ def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], st
     if not own:
         return shared
     rate: Any = own[0] if len(own) == 1 else own
-    return [RateLimiter._for_function(rate, options, name), *shared]  # noqa: SLF001 - of this module
+    return [_OwnLimiter(rate, options, name), *shared]
 
 
 def _lasting_name(function: Callable[..., Any]) -> str:

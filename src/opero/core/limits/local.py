@@ -8,7 +8,8 @@ asynciolimiter can be shared.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from typing import TYPE_CHECKING
 
 from opero.core.limits.ledger import Ledger
 
@@ -28,6 +29,9 @@ class LocalLedger(Ledger):
         import asynciolimiter  # noqa: F401
 
         super().__init__(rates)
+
+    def forget(self) -> None:
+        super().forget()
         self._limiters: dict[Pace, _SteppedLimiter] = {}
 
     def _take_late(self, now: float, waited: float, amounts: Sequence[float]) -> None:
@@ -38,15 +42,11 @@ class LocalLedger(Ledger):
                     self._limiters[pace] = _SteppedLimiter(pace)
                 self.free_at[place] = self._limiters[pace].slot_after(self.free_at[place] - pace.interval)
 
-    def change(self, now: float, rates: Rates) -> None:
-        super().change(now, rates)
-        self._limiters.clear()
-
 
 class _SteppedLimiter:
-    """asynciolimiter's `Limiter`, and all that it asks of a running event loop: a time, one timer, and futures."""
+    """asynciolimiter's `Limiter`, and all that it asks of a running event loop: a time, and one timer."""
 
-    __slots__ = ("_callback", "_get_loop", "_limiter", "_now", "_set_loop", "_when")
+    __slots__ = ("_get_loop", "_limiter", "_now", "_set_loop", "_when")
 
     def __init__(self, pace: Pace) -> None:
         # Kept: while the interpreter ends, nothing can be imported. The public way raises where there is no loop.
@@ -57,42 +57,28 @@ class _SteppedLimiter:
         self._get_loop, self._set_loop = _get_running_loop, _set_running_loop
         self._limiter = Limiter(1 / pace.interval, max_burst=pace.burst)
         self._now = self._when = 0.0
-        self._callback: Callable[[], None] | None = None
 
     def slot_after(self, slot: float) -> float:
         """Let one pass at the time of its slot; gives the time of the next one."""
         self._now = slot
+        # Nobody waits in it: it is free again.
+        self._limiter.reset()
         outer, waiting = self._get_loop(), self._limiter.wait()
         try:
             self._set_loop(self)  # type: ignore[arg-type]  # it is all of a loop that asynciolimiter uses
-            if self._callback is not None:
-                # Nobody waits in it: it is free again.
-                self._callback()
-            waiting.send(None)
-        except StopIteration:
-            return self._when
+            with contextlib.suppress(StopIteration):
+                waiting.send(None)
         finally:
             self._set_loop(outer)
             waiting.close()
-        # Ctrl-C had kept it from being free.
-        self._limiter.reset()
-        return slot + 1 / self._limiter.rate
+        return self._when
 
     def time(self) -> float:
         return self._now
 
-    def call_at(self, when: float, callback: Callable[[], None]) -> _SteppedLimiter:
-        self._when, self._callback = when, callback
+    def call_at(self, when: float, _callback: Callable[[], None]) -> _SteppedLimiter:
+        self._when = when
         return self
-
-    def create_future(self) -> _SteppedLimiter:
-        return self
-
-    def done(self) -> bool:
-        return False
 
     def cancel(self) -> None:
-        self._callback = None
-
-    def __await__(self) -> Any:
-        yield self
+        """Of the timer that `call_at` gave: it never rings."""

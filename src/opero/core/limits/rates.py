@@ -88,21 +88,24 @@ class _Parsed(NamedTuple):
 
 
 def parse_rates(
-    rate: Any, max_burst: Any = None, *, spread: bool = True, option: str = "rate_limit", options: str = ""
+    rate: Any,
+    max_burst: Any = None,
+    *,
+    spread: bool = True,
+    option: str = "rate_limit",
+    burst_option: str = "max_burst",
 ) -> Rates:
     """Read a number of calls per second, text such as ``"100/minute"``, several of them that all hold, or a mapping.
 
     Of several, the lowest per second is the pace; those for longer times are quotas, but for the fastest of them if
-    there is nothing else. Without ``spread`` all are quotas. ``option`` and ``options`` are what the user knows the two
-    as.
+    there is nothing else. Without ``spread`` all are quotas. ``option`` and ``burst_option`` are what the user
+    knows the two as.
 
     Raises:
         TypeError: If it is none of these, or ``max_burst`` is not an int.
         ValueError: If a rate cannot be read, or is not finite and above 0, or ``max_burst`` is below 1.
     """
-    burst = (
-        None if max_burst is None else _check_burst(max_burst, f"{options}['max_burst']" if options else "max_burst")
-    )
+    burst = None if max_burst is None else _check_burst(max_burst, burst_option)
     if not isinstance(rate, Mapping):
         rate = {CALLS: rate}
         named = [option]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,40 +12,51 @@ from opero.core.checks import check_choice, check_text
 from opero.core.limits.line import Line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from opero.core.limits.line import Gate
     from opero.core.limits.rates import Rates
 
-SCOPES = ("machine", "process", "redis")
 _SCOPE_OPTIONS = {"process": (), "machine": ("folder", "name"), "redis": ("name", "url")}
 
 
 class Scope:
-    """Who shares a limit, and where it is kept."""
+    """Who shares a limit, and where it is kept.
 
-    def __init__(self, options: Mapping[str, Any], name: Callable[[], str] | None, spelled: str, rates: Rates) -> None:
-        """``spelled`` is how the user writes an option, with its name as ``{}``."""
-        # Of lines that are made from now on.
+    Args:
+        kind, name, url, folder: As the options of a limiter.
+        default_name: Gives the name where the user gave none.
+        rates: Of lines that are made from now on.
+        spelled: How the user writes an option, with its name as ``{}``.
+    """
+
+    def __init__(
+        self,
+        kind: Any,
+        name: Any,
+        url: Any,
+        folder: Any,
+        *,
+        default_name: Callable[[], str] | None,
+        rates: Rates,
+        spelled: str,
+    ) -> None:
         self.rates = rates
-        self.kind = check_choice(spelled.format("scope"), options.get("scope", "process"), SCOPES)
-        for option in ("folder", "name", "url"):
-            if options.get(option) is not None and option not in _SCOPE_OPTIONS[self.kind]:
+        self.kind = check_choice(spelled.format("scope"), kind, sorted(_SCOPE_OPTIONS))
+        for option, value in (("folder", folder), ("name", name), ("url", url)):
+            if value is not None and option not in _SCOPE_OPTIONS[self.kind]:
                 msg = f"{spelled.format(option)} has no effect with scope={self.kind!r}; leave it out"
                 raise ValueError(msg)
-        given = options.get("name")
-        if given is not None:
-            check_text(spelled.format("name"), given, "a name that no other limit has")
-        self._name = name if given is None else lambda: given
+        if name is not None:
+            check_text(spelled.format("name"), name, "a name that no other limit has")
+        self._name = default_name if name is None else lambda: name
         if self.kind != "process" and self._name is None:
             msg = f"scope={self.kind!r} needs name=, a name by which processes know the limit"
             raise ValueError(msg)
-        self._folder = None if options.get("folder") is None else _path(spelled.format("folder"), options["folder"])
-        self._url = _url(spelled.format("url"), options.get("url")) if self.kind == "redis" else ""
+        self._folder = None if folder is None else _path(spelled.format("folder"), folder)
+        self._url = _url(spelled.format("url"), url) if self.kind == "redis" else ""
         if self.kind == "machine":
             _refuse_without_locks()
-        elif self.kind == "redis":
-            _refuse_without_redis()
 
     @cached_property
     def name(self) -> str:
@@ -65,44 +77,22 @@ class Scope:
     def _line(self, name: Callable[[], str]) -> Line:
         if self.kind == "process":
             return Line(self.rates)
-        return Line(self.rates, lambda rates: self._open_gate(name(), rates), f"the {self.kind}'s rate limit")
+        return Line(self.rates, lambda: self._open_gate(name()), f"the {self.kind}'s rate limit")
 
-    def _open_gate(self, name: str, rates: Rates) -> Gate:
+    def _open_gate(self, name: str) -> Gate:
         if self.kind == "machine":
             from opero.core.limits.machine import FileGate
 
-            return FileGate(name, rates, self._folder)
+            return FileGate(name, self._folder)
         from opero.core.limits.redis import RedisGate
 
-        return RedisGate(name, rates, self._url)
+        return RedisGate(name, self._url)
 
 
 def _path(option: str, value: Any) -> Path:
     text = check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
     # Known by one name, whatever the working directory will be.
     return Path(os.path.realpath(text))
-
-
-def _url(option: str, value: Any) -> str:
-    """Check a URL without showing it: it may hold a password."""
-    if value is None:
-        msg = f"scope='redis' needs {option}, such as 'redis://localhost:6379/0'"
-        raise ValueError(msg)
-    if not isinstance(value, str):
-        msg = f"{option} is {type(value).__name__}; write text such as 'redis://localhost:6379/0'"
-        raise TypeError(msg)
-    from urllib.parse import urlsplit
-
-    try:
-        parts = urlsplit(value)
-        is_good = parts.scheme == "unix" or (parts.scheme in {"redis", "rediss"} and parts.hostname is not None)
-        _ = parts.port
-    except ValueError:
-        is_good = False
-    if not is_good:
-        msg = f"{option} is no URL of a redis server; write one such as 'redis://localhost:6379/0'"
-        raise ValueError(msg)
-    return value
 
 
 def _refuse_without_locks() -> None:
@@ -113,9 +103,13 @@ def _refuse_without_locks() -> None:
         raise ValueError(msg)
 
 
-def _refuse_without_redis() -> None:
-    from importlib.util import find_spec
+def _url(option: str, value: Any) -> str:
+    if value is None:
+        msg = f"scope='redis' needs {option}, such as 'redis://localhost:6379/0'"
+        raise ValueError(msg)
+    from opero.core.redis_server import check_url
 
     if find_spec("redis") is None:
         msg = "scope='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")
+    return check_url(option, value)
