@@ -1049,7 +1049,7 @@ def nested_so_deeply(levels):
     return functools.reduce(lambda inner, _n: [inner], range(levels), [])
 
 
-def test_an_argument_may_be_nested_however_deeply(world):
+def test_an_argument_may_be_nested_as_deeply_as_the_stack_allows(world):
     f = cached(world.define(lambda x: object()))
     deep = [nested_so_deeply(levels) for levels in (30_000, 30_000, 30_001)]
     limit = sys.getrecursionlimit()

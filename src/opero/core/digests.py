@@ -3,7 +3,7 @@
 The bytes are the same in every process and for all values that a function could not tell apart; the order of a dict's
 items and of a set's elements makes no difference. What makes an object equal to others in its own opinion is not asked.
 A plain value is spelled by `marshal`, everything else is the digest of its parts: so large values have short keys from
-which nothing can be read. Values are taken apart on a list and not by recursion, however deep they are.
+which nothing can be read.
 """
 
 from __future__ import annotations
@@ -87,34 +87,6 @@ class _Bag:
         self.in_pairs = in_pairs
 
 
-class _Node:
-    """A value that is being taken apart.
-
-    Attributes:
-        left: The parts that are still to be spelled.
-        done: The others, spelled.
-        top: The depth of the outermost value that a part refers back to.
-        is_flat: Whether no part had to be taken apart itself.
-    """
-
-    __slots__ = ("done", "is_flat", "label", "left", "number", "top", "value")
-
-    def __init__(self, value: Any, label: str, parts: Iterable[Any]) -> None:
-        self.value = value
-        self.label = label
-        self.left = iter(parts)
-        self.done: list[bytes] = []
-        self.number = 0
-        self.top = sys.maxsize
-        self.is_flat = True
-
-    def digest(self) -> bytes:
-        done = self.done
-        if self.label in _IN_PAIRS:
-            done = [key + value for key, value in zip(done[::2], done[1::2], strict=True)]
-        return _digest(self.label, b"".join(sorted(done) if self.label in _IN_ANY_ORDER else done))
-
-
 _IN_PAIRS = frozenset({"dict", "pairs"})
 _IN_ANY_ORDER = _IN_PAIRS | {"set", "frozenset", "elements"}
 
@@ -130,9 +102,7 @@ def spelling_of(value: Any) -> bytes:
     Raises:
         UncacheableError: If it has a state that pickle cannot take.
     """
-    found = _at_once(value)
-    if found is None:
-        found = _class_spelling(value) if is_class(value) else _taken_apart(value)
+    found, _ = _Walk().spell(value)
     return found
 
 
@@ -140,84 +110,77 @@ def _class_spelling(kind: type) -> bytes:
     # By itself: so it is the same wherever the class is met.
     found = _classes.get(kind)
     if found is None:
-        _classes[kind] = found = _taken_apart(kind)
+        found, _ = _Walk(into_classes=True).spell(kind)
+        _classes[kind] = found
     return found
 
 
 _classes: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
 
 
-def _taken_apart(value: Any) -> bytes:
-    # By their ids: how deep those lie that are being taken apart, and what is known of those that have been.
-    depths: dict[int, int] = {}
-    known: dict[int, tuple[Any, bytes]] = {}
-    stack: list[_Node] = []
-    count = 0
-    are_parts = is_class(value)
-    part = value
-    while True:
+class _Walk:
+    """Takes a value apart, and the parts that it has.
+
+    Args:
+        into_classes: Whether classes that cannot be imported are taken apart on the way, too.
+    """
+
+    def __init__(self, *, into_classes: bool = False) -> None:
+        self._into_classes = into_classes
+        # By their ids: how deep those lie that are being taken apart, and what is known of those that have been.
+        self._depths: dict[int, int] = {}
+        self._known: dict[int, tuple[Any, bytes]] = {}
+
+    def spell(self, value: Any) -> tuple[bytes, int]:
+        """The spelling of a value, and the depth of the outermost one that it refers back to."""
+        found = _at_once(value)
+        if found is None and is_class(value) and not self._into_classes:
+            found = _class_spelling(value)
+        if found is None and id(value) in self._known:
+            found = self._known[id(value)][1]
+        if found is not None:
+            return found, _NONE
+        depth = self._depths.get(id(value))
+        if depth is not None:
+            return _digest("inside", marshal.dumps(len(self._depths) - depth, _MARSHAL_VERSION)), depth
+        label, parts = _opened(value)
+        depth = self._depths[id(value)] = len(self._depths)
+        number = len(self._known) + depth
+        done, top = [], _NONE
         try:
-            node = _opened(part)
-        except UncacheableError:
-            # A class is told from others by all that can be told of it.
-            while stack and stack[-1].label != "class":
-                del depths[id(stack.pop().value)]
-            if not stack:
-                raise
-            stack[-1].done.append(_UNKNOWN)
-        else:
-            node.number = count = count + 1
-            depths[id(part)] = len(stack)
-            stack.append(node)
-        while (part := _next_part(stack[-1], depths, known, are_parts=are_parts)) is _NO_MORE:
-            node = stack.pop()
-            depth = depths.pop(id(node.value))
-            digest = node.digest()
-            if not stack:
-                return digest
-            stack[-1].done.append(digest)
-            if node.top < depth:
-                # Met again, it cannot be taken for the same: what it refers back to may be elsewhere then.
-                stack[-1].top = min(stack[-1].top, node.top)
-                digest = _digest("again", marshal.dumps(node.number, _MARSHAL_VERSION))
-            if not node.is_flat:
-                known[id(node.value)] = (node.value, digest)
+            for part in parts:
+                try:
+                    spelled, back = self.spell(part)
+                except UncacheableError:
+                    # A class is told from others by all that can be told of it.
+                    if label != "class":
+                        raise
+                    spelled, back = _UNKNOWN, _NONE
+                done.append(spelled)
+                top = min(top, back)
+        finally:
+            del self._depths[id(value)]
+        if label in _IN_PAIRS:
+            done = [key + held for key, held in zip(done[::2], done[1::2], strict=True)]
+        found = _digest(label, b"".join(sorted(done) if label in _IN_ANY_ORDER else done))
+        if top >= depth:
+            self._known[id(value)] = (value, found)
+            return found, _NONE
+        # Met again, it cannot be taken for the same: what it refers back to may be elsewhere then.
+        self._known[id(value)] = (value, _digest("again", marshal.dumps(number, _MARSHAL_VERSION)))
+        return found, top
 
 
-_NO_MORE = object()
+# Deeper than anything: nothing is referred back to.
+_NONE = sys.maxsize
 _UNKNOWN = _digest("unknown", b"")
 
 
-def _next_part(node: _Node, depths: dict[int, int], known: dict[int, tuple[Any, bytes]], *, are_parts: bool) -> Any:
-    """The next part that has to be taken apart itself; those before it are spelled.
-
-    With ``are_parts``, classes are taken apart, too.
-    """
-    for part in node.left:
-        found = _at_once(part)
-        if found is None:
-            if id(part) in depths:
-                node.top = min(node.top, depths[id(part)])
-                found = _digest("inside", marshal.dumps(len(depths) - depths[id(part)], _MARSHAL_VERSION))
-            elif id(part) in known:
-                found = known[id(part)][1]
-            elif not are_parts and is_class(part):
-                found = _class_spelling(part)
-            else:
-                node.is_flat = False
-                return part
-        node.done.append(found)
-    return _NO_MORE
-
-
-def _at_once(value: Any) -> bytes | None:  # noqa: PLR0911 - one for each kind
+def _at_once(value: Any) -> bytes | None:
     """The spelling of what need not be taken apart."""
     kind = type(value)
     if kind in _LEAVES:
         return marshal.dumps(value, _MARSHAL_VERSION)
-    if kind is _Spelled:
-        spelling: bytes = value.spelling
-        return spelling
     if kind is object:
         # It has no state, and can have no weak reference: kept for ever, it is told from all others, in any process.
         return _bare_objects.setdefault(id(value), (value, _digest("object", os.urandom(SIZE))))[1]
@@ -246,28 +209,28 @@ def _is_importable(value: Any) -> bool:
     return module != "__main__" and is_made_by_file and find_by_name(value.__module__, value.__qualname__) is value
 
 
-def _opened(value: Any) -> _Node:  # noqa: PLR0911 - one for each kind
-    """A node with the parts of a value: the one place that knows kinds of values."""
+def _opened(value: Any) -> tuple[str, Iterable[Any]]:  # noqa: PLR0911 - one for each kind
+    """A label and the parts of a value: the one place that knows kinds of values."""
     kind = type(value)
     if kind is dict:
-        return _Node(value, "dict", itertools.chain.from_iterable(value.items()))
+        return "dict", itertools.chain.from_iterable(value.items())
     if kind in {list, tuple, set, frozenset}:
-        return _Node(value, kind.__name__, value)
+        return kind.__name__, value
     if kind is _Bag:
-        return _Node(value, "pairs" if value.in_pairs else "elements", value.values)
+        return "pairs" if value.in_pairs else "elements", value.values
     if is_class(value):
-        return _Node(value, "class", [*_parts_of_class(value)])
+        return "class", [*_parts_of_class(value)]
     if kind in _PARTS:
-        return _Node(value, kind.__name__, [*_PARTS[kind](value)])
+        return kind.__name__, [*_PARTS[kind](value)]
     if hasattr(kind, "__cache_key__"):
-        return _Node(value, "keyed", (kind, value.__cache_key__()))
+        return "keyed", (kind, value.__cache_key__())
     if isinstance(value, enum.Enum):
         # A combination of flags may have no name.
-        return _Node(value, "member", (kind, value.value if value.name is None else value.name))
+        return "member", (kind, value.value if value.name is None else value.name)
     for base, parts in _parts_by_base():
         if isinstance(value, base):
-            return _Node(value, base.__name__, (kind, *parts(value), _beside(value, base)))
-    return _Node(value, "object", [*_parts_by_pickle(value)])
+            return base.__name__, (kind, *parts(value), _beside(value, base))
+    return "object", [*_parts_by_pickle(value)]
 
 
 def _pairs(mapping: Mapping[Any, Any]) -> _Bag:
@@ -366,7 +329,6 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     types.ModuleType: lambda value: (value.__name__,),
     types.MemberDescriptorType: lambda value: (value.__name__,),
     types.GetSetDescriptorType: lambda value: (value.__name__,),
-    types.MappingProxyType: lambda value: (_pairs(value),),
     classmethod: lambda value: (undecorated(value.__func__),),
     staticmethod: lambda value: (undecorated(value.__func__),),
     property: lambda value: (value.fget, value.fset, value.fdel),
@@ -528,20 +490,10 @@ def _reason(error: Exception) -> str:
     return text if _OF_NAMES.fullmatch(text) else type(error).__name__
 
 
-class _Spelled:
-    """A part that has been spelled already."""
-
-    __slots__ = ("spelling",)
-
-    def __init__(self, spelling: bytes) -> None:
-        self.spelling = spelling
-
-
-@functools.lru_cache
-def _maker(maker: Any) -> _Spelled:
+def _maker(maker: Any) -> Any:
     """What makes an object anew, by its name, as pickle knows it."""
     name = getattr(maker, "__qualname__", None)
-    return _Spelled(spelling_of(maker) if name is None else _digest("maker", spelling_of((_module_of(maker), name))))
+    return maker if name is None else (_module_of(maker), name)
 
 
 def _beside(value: Any, base: type) -> dict[str, Any] | None:
