@@ -237,7 +237,7 @@ def telemetry():
             measured=measured,
             tracer=tracers.get_tracer("test"),
             subscription=subscription,
-            live=subscription._listener.callback._live,
+            live=subscription.callback._live,
         )
     assert trace.get_current_span() is trace.INVALID_SPAN
     tracers.shutdown()
@@ -576,7 +576,7 @@ def test_a_cancelled_call_is_counted_as_cancelled(registry):
     f = opero.opero(sleep_long)
     with prometheus.instrument(registry) as subscription:
         cancel_a_call_of(f)
-        assert subscription._listener.callback._metrics.counted_by == {}
+        assert subscription.callback._metrics.counted_by == {}
     assert value(registry, "calls_total", f, outcome="cancelled") == 1
 
 
@@ -628,9 +628,9 @@ def test_without_a_registry_the_usual_one_is_used(world):
 
 def test_a_registry_that_fails_changes_no_call(world, registry):
     with prometheus.instrument(registry) as subscription:
-        subscription._listener.callback._metrics.calls = None
+        subscription.callback._metrics.calls = None
         assert world.run(opero.opero(world.define(lambda: "result"))) == "result"
-        assert subscription._listener.callback._metrics.counted_by == {}
+        assert subscription.callback._metrics.counted_by == {}
 
 
 # Names
@@ -706,7 +706,7 @@ def test_threads_are_counted_exactly_and_leave_nothing_open(telemetry, registry)
     with prometheus.instrument(registry) as subscription, ThreadPoolExecutor(8) as threads:
         for future in [threads.submit(f, x) for x in range(500)]:
             future.exception()
-        counted_by = subscription._listener.callback._metrics.counted_by
+        counted_by = subscription.callback._metrics.counted_by
     assert (telemetry.live, counted_by) == ({}, {})
     assert value(registry, "calls_total", f, outcome="failure") == 100
     assert value(registry, "calls_total", f, outcome="success") == 400

@@ -353,7 +353,7 @@ class _Layers:
     def _is_final(self, error: Exception) -> bool:
         # Arguments that fit at the first attempt fit at all.
         is_own = isinstance(error, MisuseError | NotTransferableError)
-        return is_own or (self.call.attempts == 1 and _is_wrong_call(self.plan, self.call))
+        return is_own or (self.call.attempts == 1 and self.plan.is_wrong(self.call))
 
     def _tell_circuit(self, passage: Passage, verdict: Verdict | None, candidate: Candidate) -> None:
         """Whether it speaks against the service; None: it says nothing of it."""
@@ -553,24 +553,8 @@ def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
     """Count the call that failed; its default, if there is one, hides no error of the program."""
     plan.stats.failures.tick()
     error = failed.error
-    is_misuse = isinstance(error, MisuseError) or (isinstance(error, TypeError) and _is_wrong_call(plan, call))
+    is_misuse = isinstance(error, MisuseError) or (isinstance(error, TypeError) and plan.is_wrong(call))
     return failed if plan.default is MISSING or is_misuse else Failed(error, instead=plan.default)
-
-
-def _is_wrong_call(plan: Plan, call: Call) -> bool:
-    """Whether the call's arguments do not fit the function, so that the function never began."""
-    # The decorator has imported it.
-    from opero.core.parameters import own_signature
-
-    try:
-        signature = own_signature(plan.function)
-    except (ValueError, TypeError):  # not known, as of some builtins
-        return False
-    try:
-        signature.bind(*call.args, **call.kwargs)
-    except TypeError:
-        return True
-    return False
 
 
 def _in_context_of(outcome: Any, raised: Exception) -> Exception:

@@ -69,6 +69,10 @@ class Plan:
         self.module = module_of(function)
         self.kind = calling_kind(function)
         self.is_async = self.kind in {"async def", "async generator"}
+        # Not at the top, so that `import opero` stays quick; here, because ``import`` fails when the program ends.
+        from opero.core.parameters import own_signature
+
+        self._own_signature = own_signature
 
     def __repr__(self) -> str:
         layers = ("cache", "total_timeout", "fallback", "breaker", "places", "limit", "attempt_timeout", "on_event")
@@ -90,6 +94,18 @@ class Plan:
     def is_listened_to(self) -> bool:
         """Whether somebody is told of its calls."""
         return self.on_event is not None or bool(switches.listeners)
+
+    def is_wrong(self, call: Call) -> bool:
+        """Whether the call's arguments do not fit the function, so that the function never began."""
+        try:
+            signature = self._own_signature(self.function)
+        except (ValueError, TypeError):  # not known, as of some builtins
+            return False
+        try:
+            signature.bind(*call.args, **call.kwargs)
+        except TypeError:
+            return True
+        return False
 
     @property
     def bare(self) -> Plan:

@@ -34,6 +34,8 @@ from opero.utils.logging import log
 from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
+    import random  # noqa: TC004 - imported by `_import_tenacity`
+
     import tenacity  # noqa: TC004 - imported by `_import_tenacity`
 
     from opero.core.checks import Duration
@@ -122,7 +124,9 @@ def jittered(delay: float, random_unit: float) -> float:
 
 def _import_tenacity() -> None:
     """Not at the top, so that `import opero` stays quick; for good, because ``import`` fails when the program ends."""
-    global tenacity, RetryError  # noqa: PLW0603 - as above
+    global random, tenacity, RetryError  # noqa: PLW0603 - as above
+    import random
+
     import tenacity
 
     from opero.core.retry_error import RetryError
@@ -191,9 +195,6 @@ class RetryPolicy:
         delay = backoff_delay(
             state.attempt_number, factor=self.backoff_factor, smallest=self.min_delay, largest=self.max_delay
         )
-        # tenacity has imported it.
-        import random
-
         return jittered(delay, random.random()) if self.jitter and delay else delay  # noqa: S311 - spreads load, guards nothing
 
     def tell_before(self, plan: Plan, call: Call) -> None:

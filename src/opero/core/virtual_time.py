@@ -1,16 +1,17 @@
 """Time that jumps in place of every wait, for `opero.testing.instant`.
 
-All who wait have their moments in one heap. Whoever waits looks every millisecond whether anybody has begun or ended a
-wait since the last look; if nobody has, time jumps to the earliest moment.
+Whoever waits looks every millisecond whether anybody has begun or ended a wait since the last look; if nobody has, time
+jumps to the earliest moment that somebody waits for.
 """
 
 from __future__ import annotations
 
-import contextlib
-import heapq
 import itertools
 import threading
 import time
+from bisect import bisect_right, insort
+from contextlib import contextmanager, suppress
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -18,11 +19,11 @@ from opero.core.forks import watch_forks
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 # Real seconds without a change after which everybody is taken to wait.
 _PATIENCE = 0.001
-# Real seconds for which those whose moment has come may take to go on. Some never will: their event loop was closed.
+# Real seconds for which those whose moment has come may take to go on. Some never will: their event loop has stopped.
 _TO_GO_ON = 0.05
 
 
@@ -43,9 +44,8 @@ class VirtualTime:
     def after_fork(self) -> None:
         """Forget the waits of threads that do not exist in this child."""
         self._lock = threading.Lock()
-        self._moments: list[tuple[float, int]] = []
-        self._waiting: dict[int, Callable[[], object]] = {}
-        self._woken: set[int] = set()
+        # Of each wait the moment at which it ends, a number, and what wakes it then; in this order.
+        self._waits: list[tuple[float, int, Callable[[], object]]] = []
         self._changed_at = time.monotonic()
         self._watched: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
 
@@ -79,14 +79,11 @@ class VirtualTime:
         if not seconds:
             wait_for(seconds)
             return
-        end = self.now() + seconds
-        number = self._join(end, lambda: None)
-        try:
+        with self._waiting(seconds, lambda: None) as moment:
             # Without other threads there is nobody to be patient with.
-            while not wait_for(patience := 0.0 if threading.active_count() == 1 else _PATIENCE) and self.now() < end:
-                self._look(patience)
-        finally:
-            self._leave(number)
+            while not wait_for(patience := 0.0 if threading.active_count() == 1 else _PATIENCE):
+                if self._look(patience) >= moment:
+                    return
 
     async def wait_async(self, event: asyncio.Event, seconds: float | None, on_time: Callable[[], None]) -> None:
         """See `opero.core.clock.Clock`."""
@@ -96,55 +93,46 @@ class VirtualTime:
             await event.wait()
             return
         loop = asyncio.get_running_loop()
-        number = self._join(self.now() + seconds, lambda: loop.call_soon_threadsafe(on_time))
-        try:
+        with self._waiting(seconds, lambda: loop.call_soon_threadsafe(on_time)):
             if loop not in self._watched:
-                self._watched.add(loop)
                 self._watch(loop)
             await event.wait()
-        finally:
-            self._leave(number)
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look again and again, in between the other work of the loop, while anybody waits."""
         self._look(_PATIENCE)
-        if self._waiting:
+        if self._waits:
+            self._watched.add(loop)
             loop.call_later(_PATIENCE, self._watch, loop)
         else:
             self._watched.discard(loop)
 
-    def _join(self, moment: float, wake: Callable[[], object]) -> int:
+    @contextmanager
+    def _waiting(self, seconds: float, wake: Callable[[], object]) -> Iterator[float]:
+        wait = (self.now() + seconds, next(self._numbers), wake)
         with self._lock:
-            number = next(self._numbers)
-            self._waiting[number] = wake
-            heapq.heappush(self._moments, (moment, number))
+            insort(self._waits, wait)
             self._changed_at = time.monotonic()
-            return number
+        try:
+            yield wait[0]
+        finally:
+            # In a forked child it has been forgotten.
+            with self._lock, suppress(ValueError):
+                self._waits.remove(wait)
+                self._changed_at = time.monotonic()
 
-    def _leave(self, number: int) -> None:
+    def _look(self, patience: float) -> float:
+        """Jump if all have waited for so many real seconds, wake those whose moment has come, and tell the time."""
         with self._lock:
-            self._waiting.pop(number, None)
-            self._woken.discard(number)
-            self._changed_at = time.monotonic()
-            if not self._waiting:
-                self._moments.clear()
-
-    def _look(self, patience: float) -> None:
-        """Wake those whose moment has come; if all have waited for so many real seconds, let the next one come."""
-        wakes = []
-        with self._lock:
-            while self._moments:
-                moment, number = self._moments[0]
-                if number in self._waiting and moment > self.now():
-                    if time.monotonic() - self._changed_at < (max(patience, _TO_GO_ON) if self._woken else patience):
-                        break
-                    self.skipped += max(0.0, moment - self.now())
-                    self._woken.clear()
-                heapq.heappop(self._moments)
-                if number in self._waiting:
-                    wakes.append(self._waiting.pop(number))
-                    self._woken.add(number)
-                    self._changed_at = time.monotonic()
+            has_come = bisect_right(self._waits, self.now(), key=itemgetter(0))
+            unchanged = time.monotonic() - self._changed_at
+            if has_come < len(self._waits) and unchanged >= (max(patience, _TO_GO_ON) if has_come else patience):
+                self.skipped += max(0.0, self._waits[has_come][0] - self.now())
+                self._changed_at = time.monotonic()
+                has_come += 1
+            now = self.now()
+            wakes = [wake for _, _, wake in self._waits[:has_come]]
         for wake in wakes:
-            with contextlib.suppress(RuntimeError):  # its event loop was closed, with it in it
+            with suppress(RuntimeError):  # its event loop was closed, with it in it
                 wake()
+        return now
