@@ -372,35 +372,6 @@ def test_an_item_that_runs_beside_a_crash_is_run_again_alone_and_not_charged(bre
     assert again.index("good ends") - again.index("good begins") == 1
 
 
-class CannotStartAThread(ThreadPoolExecutor):
-    """Takes a batch, and says then that it has no thread for it, as an executor in a system that has no more does."""
-
-    submitted = 0
-    is_refused = threading.Event()
-
-    def submit(self, fn, /, *args, **kwargs):
-        future = super().submit(fn, *args, **kwargs)
-        CannotStartAThread.submitted += 1
-        if CannotStartAThread.submitted == 3:
-            threading.Timer(0.05, self.is_refused.set).start()
-            raise RuntimeError("can't start new thread")
-        return future
-
-
-def test_a_batch_that_an_executor_takes_and_refuses_runs_once():
-    runs: list[int] = []
-
-    def work(item):
-        if item == 0:
-            CannotStartAThread.is_refused.wait(PATIENCE)
-        runs.append(item)
-        return item
-
-    mapped = opmap(mode=lambda: CannotStartAThread(1), workers=2, retries=0, progress=False)(work)
-    assert mapped(range(20)) == list(range(20))
-    assert sorted(runs) == list(range(20))
-
-
 class LosesABatch(ThreadPoolExecutor):
     """Loses a batch and nothing else, as dask does with a worker that died, while item 1 runs."""
 
@@ -411,7 +382,7 @@ class LosesABatch(ThreadPoolExecutor):
         self.running: Future[Any] | None = None
 
     def submit(self, fn, /, *args, **kwargs):
-        items = args[0].items if len(args) > 1 else []
+        items = getattr(args[0], "items", [])
         if self.running and not self.lost and len(items) > 1:
             self.lost = items
             future: Future[Any] = Future()

@@ -12,9 +12,8 @@ import contextvars
 import itertools
 import threading
 from collections import deque
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from hashlib import blake2b
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -81,13 +80,13 @@ class ExecutorPool:
     def __init__(
         self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor], default_workers: int
     ) -> None:
-        self._work = work
         self._name = name_of(work.function)
         self._workers = workers
         self._default_workers = default_workers
         self._make = None if isinstance(mode, Executor) else mode
         self._executor: Any = None if self._make is not None else mode
-        self._carrier: _ByReference | _ByValue | None = None
+        # Whether its workers share memory with this process; None as long as that is not known.
+        self._is_near: bool | None = None
         self._in_flight: dict[Future[Any], Batch | None] = {}
         self._pending: deque[Batch] = deque()
         self._broken: Exception | None = None
@@ -95,18 +94,22 @@ class ExecutorPool:
         self._stillbirths = 0
         self._uses_it = self._has_begun = self._is_paced = False
         self._unwatch: Callable[[], None] = lambda: None
+        # Those that run an item at the moment, if they are of this process.
+        self._threads: set[int] = set()
+        self._id, self._numbers = uuid4().hex, itertools.count()
+        self.take_on(work)
 
     @property
     def slots(self) -> int:
         """Batches that may be in flight; only the first one before it is known how to send them."""
         if not self._has_begun:
             return 0 if self._is_paced else 1
-        return 0 if self._carrier is None or self._broken is not None else self._size
+        return 0 if self._is_near is None or self._broken is not None else self._size
 
     @property
     def begun(self) -> Callable[[Batch], int] | None:
         """Known of workers that share memory with this process."""
-        return (lambda batch: batch.mark[0]) if isinstance(self._carrier, _ByReference) else None
+        return (lambda batch: batch.mark[0]) if self._is_near else None
 
     def start(self, inbox: Inbox, *, is_paced: bool, **_about_the_map: Any) -> None:
         self._deliver = inbox.put
@@ -144,8 +147,9 @@ class ExecutorPool:
 
     def take_on(self, work: Work) -> None:
         self._work = work
-        if self._carrier is not None:
-            self._carry(near=isinstance(self._carrier, _ByReference))
+        self._context = contextvars.copy_context()
+        if self._is_near is False:
+            self._pack_work()
 
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Withdraw what has not begun, wait for what has, and shut down an executor that was made here.
@@ -155,24 +159,15 @@ class ExecutorPool:
         self._unwatch()
         running = [future for future in self._in_flight if not future.cancel()]
         # The garbage collector ends an abandoned stream in any thread, also in one that runs an item of it.
-        runs_here = isinstance(self._carrier, _ByReference) and threading.get_ident() in self._carrier.threads
-        is_over = not runs_here and self._wait_for(running, is_left)
+        is_over = threading.get_ident() not in self._threads and self._wait_for(running, is_left)
         if self._is_last_user():
             self._executor.shutdown(wait=is_over)
 
     def _wait_for(self, running: list[Future[Any]], is_left: Callable[[], bool]) -> bool:
         """Tells whether what runs has ended, or will soon."""
-        # Not by `concurrent.futures.wait`: Ctrl-C in it leaves futures locked, for which their workers wait.
-        ended: SimpleQueue[Future[Any]] = SimpleQueue()
-        for future in running:
-            future.add_done_callback(ended.put)
-        left = len(running)
-        while left:
+        while wait(running, timeout=0.05).not_done:
             if is_left():
                 return self._end_processes()
-            with contextlib.suppress(Empty):
-                ended.get(timeout=0.05)
-                left -= 1
         return True
 
     def _is_last_user(self) -> bool:
@@ -195,7 +190,7 @@ class ExecutorPool:
     def _begin(self) -> None:
         """Take an executor, and send it what tells where its workers are."""
         self._has_begun = True
-        self._carrier = None
+        self._is_near = None
         if self._make is not None:
             self._executor = self._make()
         if not isinstance(self._executor, Executor):
@@ -223,18 +218,21 @@ class ExecutorPool:
 
     def _learn_where(self, future: Future[Any]) -> Fatal | None:
         try:
-            near = future.result() is self._probe
+            self._is_near = future.result() is self._probe
         except BrokenExecutor as error:
             return self._breaks(error)
         except Exception as error:  # noqa: BLE001 - whatever the executor says when it cannot work
             return Fatal(_refused(self._name, error))
-        self._carry(near=near)
+        if not self._is_near:
+            self._pack_work()
         return None
 
-    def _carry(self, *, near: bool) -> None:
+    def _pack_work(self) -> None:
         # The workers of the standard library's executor have the main module; those of others may not.
         has = fresh_workers_have() if isinstance(self._executor, ProcessPoolExecutor) else nothing
-        self._carrier = _ByReference(self._work) if near else _ByValue(self._work, has)
+        self._packer = Packer(has)
+        self._packed = self._packer.work(self._work)
+        self._digest = blake2b(self._packed, digest_size=16).digest()
 
     def _breaks(self, error: Exception) -> Fatal | None:
         """Note that nothing runs any more; what is in flight will come back with the same error."""
@@ -271,13 +269,25 @@ class ExecutorPool:
             self._send(self._pending.popleft())
 
     def _send(self, batch: Batch, *, completely: bool = False) -> None:
-        assert self._carrier is not None  # noqa: S101 - for the type checkers
+        if self._is_near:
+            self._launch(batch, self._run_here, batch)
+            return
         try:
-            function, *arguments = self._carrier.pack(batch, completely=completely)
+            payload = self._packer.batch(batch)
         except NotTransferableError as error:
             self._deliver(not_run(batch, error))
             return
-        self._launch(batch, function, *arguments)
+        along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
+        self._launch(batch, run_parcel, self._digest, along, payload, f"{self._id}-{next(self._numbers)}")
+
+    def _run_here(self, batch: Batch) -> Report:
+        thread = threading.get_ident()
+        self._threads.add(thread)
+        try:
+            how = How(self._context, batch.mark)
+            return _run(self._work, batch.items, batch.candidate, batch.time_limit, how)
+        finally:
+            self._threads.discard(thread)
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
         try:
@@ -285,13 +295,11 @@ class ExecutorPool:
                 future = self._executor.submit(function, *arguments)
                 self._in_flight[future] = batch
                 future.add_done_callback(self._deliver)
-        except BrokenExecutor as error:
-            self._finds_it_broken(batch, arguments, error)
         except Exception as error:
             # Somebody may have shut it down.
-            if self._make is None or not isinstance(error, RuntimeError):
+            if not isinstance(error, BrokenExecutor) and (self._make is None or not isinstance(error, RuntimeError)):
                 raise _refused(self._name, error) from error
-            self._finds_it_broken(batch, arguments, error)
+            self._finds_it_broken(batch, error)
 
     def _while_workers_start(self) -> contextlib.AbstractContextManager[None]:
         """Processes that are started for this map are deaf to Ctrl-C until they run an item."""
@@ -300,11 +308,9 @@ class ExecutorPool:
             return contextlib.nullcontext()
         return held_back_in_children(context.get_start_method())
 
-    def _finds_it_broken(self, batch: Batch | None, arguments: tuple[Any, ...], error: Exception) -> None:
+    def _finds_it_broken(self, batch: Batch | None, error: Exception) -> None:
         """It has broken already; this batch, which was not there, is none of the suspects."""
-        if batch is not None and self._carrier is not None:
-            # An executor of threads that cannot start another one says so when it has the batch already.
-            self._carrier.forget(arguments[-1])
+        if batch is not None:
             self._pending.appendleft(batch)
         fatal = self._breaks(error)
         if fatal is not None:
@@ -313,7 +319,6 @@ class ExecutorPool:
             self._replace(error)
 
     def _came_back(self, batch: Batch, future: Future[Any]) -> Any:
-        assert self._carrier is not None  # noqa: S101 - for the type checkers
         try:
             answer = future.result()
         except BrokenExecutor as error:
@@ -325,89 +330,29 @@ class ExecutorPool:
             return Lost([batch], describe(error), at_once=True, sure=batch.alone)
         except BaseException as error:  # noqa: BLE001 - exit belongs to the caller's thread
             return Fatal(error)
-        known = self._carrier.open(batch, answer)
-        if known is AGAIN:
+        return self._answered(batch, *((REPORT, answer, 0) if self._is_near else answer))
+
+    def _answered(self, batch: Batch, kind: int, content: Any, size: int) -> Any:
+        if kind == AGAIN:
             self._send(batch, completely=True)
             return None
         self._stillbirths = 0
-        return known
+        if kind == BROKEN:
+            return Fatal(OperoError(f"a worker cannot run {self._name}: {content}"))
+        if kind == STOP:
+            return Lost([batch], content)
+        if self._is_near:
+            return Done(batch, content.values, content.errors, content.seconds)
+        report = unpack_report(content)
+        if not report.values:
+            return not_run(batch, report.errors[0])
+        return Done(batch, report.values, report.errors, report.seconds, max(size, len(content)))
 
 
 def _refused(name: str, error: Exception) -> OperoError:
     refused = OperoError(f"the executor that is to run {name} takes no work: {describe(error)}")
     refused.__cause__ = error
     return refused
-
-
-# How batches get to the workers
-
-
-class _ByReference:
-    """For workers that share memory with this process."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._context = contextvars.copy_context()
-        self.threads: set[int] = set()
-        self._sendings = itertools.count()
-        self._waiting: set[int] = set()
-
-    def pack(self, batch: Batch, *, completely: bool) -> tuple[Any, ...]:  # noqa: ARG002 - it always is
-        sending = next(self._sendings)
-        self._waiting.add(sending)
-        return self._run_here, batch, sending
-
-    def forget(self, sending: int) -> None:
-        self._waiting.discard(sending)
-
-    def _run_here(self, batch: Batch, sending: int) -> Report | None:
-        if sending not in self._waiting:
-            return None
-        self._waiting.discard(sending)
-        thread = threading.get_ident()
-        self.threads.add(thread)
-        try:
-            how = How(self._context, batch.mark)
-            return _run(self._work, batch.items, batch.candidate, batch.time_limit, how)
-        finally:
-            self.threads.discard(thread)
-
-    def open(self, batch: Batch, answer: Report) -> Done:
-        return Done(batch, answer.values, answer.errors, answer.seconds)
-
-
-class _ByValue:
-    """For workers in other processes, or on other machines."""
-
-    def __init__(self, work: Work, has: Callable[[str], bool]) -> None:
-        self._name = name_of(work.function)
-        self._packer = Packer(has)
-        self._packed = self._packer.work(work)
-        self._digest = blake2b(self._packed, digest_size=16).digest()
-        self._pool = uuid4().hex
-        self._numbers = 0
-
-    def pack(self, batch: Batch, *, completely: bool) -> tuple[Any, ...]:
-        along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
-        payload = self._packer.batch(batch)
-        self._numbers += 1
-        return run_parcel, self._digest, along, payload, f"{self._pool}-{self._numbers}"
-
-    def forget(self, sending: str) -> None:
-        """An executor of processes that takes no batch does not run it."""
-
-    def open(self, batch: Batch, answer: tuple[int, Any, int]) -> Any:
-        kind, content, size = answer
-        if kind == AGAIN:
-            return AGAIN
-        if kind == BROKEN:
-            return Fatal(OperoError(f"a worker cannot run {self._name}: {content}"))
-        if kind == STOP:
-            return Lost([batch], content)
-        report = unpack_report(content)
-        if not report.values:
-            return not_run(batch, report.errors[0])
-        return Done(batch, report.values, report.errors, report.seconds, max(size, len(content)))
 
 
 # In the workers
