@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,8 @@ class Batch:
     ``items`` are the varying first arguments; ``candidate``, unless `MISSING`, goes to the fallback parameter of each;
     ``time_limit`` is the seconds one execution has, and the option that says so.
     ``alone``: nothing else may run in the worker's process meanwhile.
+    ``look_at``, ``ends_at``: by `time.monotonic`, when its worker is looked at again, how many had ``begun`` then, and
+    when the worker is ended; ``is_overdue``: that has been done.
     ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
     ``mark``: for workers of this process, see `worker.run_items`; it counts the ``reported`` ones, too.
     """
@@ -37,6 +40,10 @@ class Batch:
     mark: list[int] = field(default_factory=lambda: [0])
     reported: int = 0
     sent_at: float = 0.0
+    look_at: float = math.inf
+    begun: int = 0
+    ends_at: float = math.inf
+    is_overdue: bool = False
 
     def take_from(self, place: int) -> Batch:
         """Take the items from there on out of it, for another one."""
@@ -71,16 +78,14 @@ class Done:
 
 @dataclass(slots=True)
 class Lost:
-    """A worker ended; ``batches`` were with it, the first one sent first.
+    """A worker ended; ``batches`` were with it, of which it had not begun the ``innocent`` ones.
 
     ``begun``: how many items of the only batch have begun, if it is known; the last of them was running.
-    ``at_once``: all of the batches were running, but for the ``innocent`` ones, which it had not begun.
     ``sure``: nothing else can have ended it.
     """
 
     batches: list[Batch]
     reason: str
-    at_once: bool = False
     innocent: Collection[Batch] = ()
     sure: bool = True
     begun: int | None = None
@@ -90,7 +95,7 @@ def not_run(batch: Batch, error: Exception) -> Done | Lost:
     """An item of the batch cannot travel; alone, it is known which."""
     if len(batch.items) == 1:
         return Done(batch, [None], {0: error}, 0.0)
-    return Lost([batch], str(error), at_once=True)
+    return Lost([batch], str(error))
 
 
 class Fatal:

@@ -258,7 +258,7 @@ class ExecutorPool:
         if self._is_last_user():
             self._executor.shutdown(wait=True)
         self._begin()
-        self._deliver(Lost(lost, describe(error), at_once=True))
+        self._deliver(Lost(lost, describe(error)))
 
     # Batches
 
@@ -327,7 +327,7 @@ class ExecutorPool:
         except CancelledError as error:
             return Lost([batch], describe(error), innocent=[batch])
         except Exception as error:  # noqa: BLE001 - not the function's, which are in the report; dask's KilledWorker
-            return Lost([batch], describe(error), at_once=True, sure=batch.alone)
+            return Lost([batch], describe(error), sure=batch.alone)
         except BaseException as error:  # noqa: BLE001 - exit belongs to the caller's thread
             return Fatal(error)
         return self._answered(batch, *((REPORT, answer, 0) if self._is_near else answer))

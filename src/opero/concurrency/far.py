@@ -131,7 +131,7 @@ class Parcels:
         ``is_sure``: no other item can have ended the worker. ``is_innocent``: it was something else.
         """
         if found is None or (not found.begun and not found.reports):
-            return [Lost([batch], reason, at_once=True, innocent=[batch])]
+            return [Lost([batch], reason, innocent=[batch])]
         events: list[Any] = []
         if found.reports:
             report = merged(found.reports)
@@ -142,11 +142,11 @@ class Parcels:
             add_note(error, f"{IN_THE_WORKER}{found.stuck}")
             events.append(Done(batch, [None], {0: error}, seconds))
         elif is_innocent:
-            events.append(Lost([batch], reason, at_once=True, innocent=[batch]))
+            events.append(Lost([batch], reason, innocent=[batch]))
         elif is_sure:
             events.append(Lost([batch], reason, begun=found.begun))
         else:
-            events.append(Lost([batch], reason, at_once=True, sure=False))
+            events.append(Lost([batch], reason, sure=False))
         return events
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ else:
 
 
 _COLUMNS = ("index", "item", "result", "error", "attempts", "seconds", "cached")
+# Outcomes that a stream in input order keeps back for an earlier one.
+STREAM_WINDOW = 10_000
 # Failed items that a notebook shows of one map.
 _MOST_SHOWN = 20
 
@@ -169,9 +172,9 @@ class ListSink:
         """What can be handed to a consumer now."""
         return deque()
 
-    def backlog(self) -> int:
-        """How many outcomes wait for an earlier one."""
-        return 0
+    def room(self) -> int:
+        """How many more items may be begun."""
+        return sys.maxsize
 
     def _place(self, start: int, values: list[Any]) -> None:
         results = self.results
@@ -210,8 +213,8 @@ class StreamSink:
         taken, self._ready = self._ready, deque()
         return taken
 
-    def backlog(self) -> int:
-        return len(self._early)
+    def room(self) -> int:
+        return STREAM_WINDOW - len(self._early)
 
 
 Sink: TypeAlias = ListSink | StreamSink

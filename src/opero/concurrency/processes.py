@@ -468,7 +468,7 @@ class ProcessPool:
             if self._stillbirths >= self._most_stillbirths or worker.process.exitcode == UNGUARDED_CODE:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_workers()
-        return Lost(batches, reason, at_once=self.runs_together, innocent=unread, begun=begun)
+        return Lost(batches, reason, innocent=unread, begun=begun)
 
     # Batches
 

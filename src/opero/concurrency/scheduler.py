@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import os
 import sys
 import time
@@ -63,8 +64,6 @@ _ENDING_SECONDS = 1.0
 _LOOKING_SECONDS = 2.5 * LONG_SECONDS
 # A coroutine is cancelled when its time is up, and may need some to tidy up; one that ends no more is ended by force.
 _UNHEEDED_SECONDS = 5.0
-# Outcomes that a stream in input order keeps back for an earlier one.
-STREAM_WINDOW = 10_000
 # Items whose entries are asked for at once; so many only while all of them are found.
 MOST_LOOKED_UP = 500
 
@@ -100,34 +99,6 @@ class Wait(NamedTuple):
 
     seconds: float | None
     is_real: bool
-
-
-class _BatchSize:
-    """How many items to send at once, learnt from how long they take and how large they are.
-
-    ``ahead``: how many further batches wait at a worker that is far away, so that it has something to do while word of
-    the last one is on its way; none behind one that takes long, which another worker could begin meanwhile.
-    """
-
-    __slots__ = ("_is_far", "_longest", "_seconds", "ahead", "now")
-
-    def __init__(self, *, is_far: bool) -> None:
-        self.now = 1
-        self.ahead = 0
-        self._is_far = is_far
-        self._seconds = FAR_BATCH_SECONDS if is_far else BATCH_SECONDS
-        self._longest = FAR_LONG_SECONDS if is_far else LONG_SECONDS
-
-    def learn(self, done: Done) -> None:
-        seconds = max(done.seconds / (done.batch.reported + len(done.values)), 1e-9)
-        # What takes longer is run one by one.
-        fitting = self._seconds / seconds if seconds < self._longest else 1.0
-        if done.size:
-            fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
-        self.now = max(1, min(int(fitting), self.now * 4))
-        if self._is_far:
-            of_a_batch = seconds * self.now
-            self.ahead = 0 if of_a_batch >= LONG_BATCH_SECONDS else min(MOST_AHEAD, 1 + int(0.1 / of_a_batch))
 
 
 class _Timers:
@@ -176,70 +147,57 @@ class Scheduler:
         inbox: Inbox,
         total: int | None,
     ) -> None:
-        plan = plan.bare if switches.is_disabled else plan
-        fallback = plan.fallback
-        slot = None if fallback is None else ParameterSlot(plan.function, fallback.parameter, "arg_fallback")
-        # A worker is sent each candidate when it is its turn, and never all of them, which are often secrets.
-        sent = shape if slot is None else shape.without(slot)
-        self._pools = settings.pools
-        self.pool: Pool = settings.pools.pool_for(Work(plan.function, plan.is_async, sent, slot))
-        self._inbox = inbox
-        self._total = total
-        self._progress = make_progress(settings.progress, plan.name, total)
+        self._plan = plan = plan.bare if switches.is_disabled else plan
+        self._shape, self._source, self._sink, self._inbox, self._total = shape, source, sink, inbox, total
+        self._stop_at_failure = not settings.return_exceptions
+        self._progress = None if settings.progress is False else make_progress(settings.progress, plan.name, total)
+        self.tally = Tally(total=total)
         self._process = os.getpid()
+        self._pools = settings.pools
+        self.pool: Pool = settings.pools.pool_for(self._work())
         # Whether the pool can be used by another map, if nothing runs in it.
         self.is_sound = True
         self.is_closed = False
-        self._plan = plan
+        self.failure: Exception | None = None
+        # How many items are sent at once; of what they are with when the circuit opens all are run to the end.
+        self._size, self._ahead = 1, 0
+        self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
+        timeouts = plan.attempt_timeout, plan.total_timeout
+        self._one_at_a_time = any(policy is not None for policy in (plan.limit, plan.places, *timeouts))
+        is_asked = plan.asks_first or plan.cache is not None or plan.is_listened_to
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
         self._list_size = settings.batch_size
         self._gathered: list[Entry] = []
         if self._list_size is not None:
             self._call_plan = plan.changed(cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
-        self._shape = shape
-        self._source = source
-        self._sink = sink
-        self._stop_at_failure = not settings.return_exceptions
-        # Most outcomes that may wait for an earlier one.
-        self._window = STREAM_WINDOW if isinstance(sink, StreamSink) and settings.ordered else None
-        # A worker that cannot stop a function by itself is killed.
-        self._kill = self.pool.kill
-        self._grace = _UNHEEDED_SECONDS if plan.is_async else 0.0
-        self._one_at_a_time = (
-            plan.limit is not None
-            or plan.places is not None
-            or plan.attempt_timeout is not None
-            or plan.total_timeout is not None
-        )
-        self._size = _BatchSize(is_far=self.pool.is_far)
-        # What is with a worker when the circuit opens is run to its end.
-        self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
-        is_asked = plan.asks_first or plan.cache is not None or plan.is_listened_to
-        self._direct = not (is_asked or self._one_at_a_time or self._list_size is not None)
-        self._candidate_is_item = fallback is not None and fallback.position == len(shape.head) and not shape.is_starred
-        self._ready: deque[Entry] = deque()
-        # Parts of first batches that their workers did not begin.
-        self._given_back: deque[Batch] = deque()
-        self._timers = _Timers(lambda: clock.now())  # noqa: PLW0108 - the clock may be replaced meanwhile
-        # Looks for what other processes do, and how long the batches that are with workers may run.
-        self._real_timers = _Timers(time.monotonic)
-        self._watches = _Timers(time.monotonic)
+        self._is_direct = not (is_asked or self._one_at_a_time or self._list_size is not None)
         self._next_index = 0
-        self._pausing = 0
-        # Those that take no slot before a worker is ready.
-        self._preparing: deque[Entry] = deque()
-        self._awaiting = 0
-        self._awaiting_turns = 0
-        self._consulting: list[tuple[Entry, Consult]] = []
         self._look_ahead = 1
-        self.presence = Presence()
         self._more_at_once = False
-        # Batches that are with workers.
-        self._sent: set[Batch] = set()
-        self._overdue: set[Batch] = set()
+        # All items that have a flow, and which of them wait for what: for time, and others, for a turn among these, for
+        # a worker to be ready, for the cache's store, for a worker.
+        self.presence = Presence()
         self._flying: set[Entry] = set()
-        self.failure: Exception | None = None
-        self.tally = Tally(total=total)
+        self._waiting = self._awaiting_turns = 0
+        self._timers = _Timers(lambda: clock.now())  # noqa: PLW0108 - the clock may be replaced meanwhile
+        self._real_timers = _Timers(time.monotonic)
+        self._preparing: deque[Entry] = deque()
+        self._consulting: list[tuple[Entry, Consult]] = []
+        self._ready: deque[Entry] = deque()
+        # Batches that are with workers, those of them to be looked after, and what others have not begun of theirs.
+        self._sent: set[Batch] = set()
+        self._watched: set[Batch] = set()
+        self._given_back: deque[Batch] = deque()
+
+    def _work(self) -> Work:
+        """What workers get once: they are sent each candidate when it is its turn, and never all, often secrets."""
+        plan, fallback, shape = self._plan, self._plan.fallback, self._shape
+        if fallback is None:
+            self._candidate_is_item = False
+            return Work(plan.function, plan.is_async, shape, None)
+        slot = ParameterSlot(plan.function, fallback.parameter, "arg_fallback")
+        self._candidate_is_item = fallback.position == len(shape.head) and not shape.is_starred
+        return Work(plan.function, plan.is_async, shape.without(slot), slot)
 
     @property
     def is_inherited(self) -> bool:
@@ -265,36 +223,21 @@ class Scheduler:
             if self._source.is_late:
                 # The input may take long again.
                 yield self._sink.take()
-            yield from self._give_out()
-            self._progress.show(self.tally)
+            self._source.start_turn()
+            while (batch := self._next_batch()) is not None or self._consulting:
+                if batch is not None:
+                    self.pool.submit(batch)
+                while self._consulting:
+                    self._answered((yield [step for _, step in self._consulting]))
+            if self._progress is not None:
+                self._progress.show(self.tally)
             yield self._sink.take()
-            if self.is_inherited:
-                name = self._plan.name
-                msg = f"this stream of {name} was begun by the process that forked this one; begin another here"
-                raise OperoError(msg)
-            if self.failure is not None:
-                raise self.failure
-            is_done, error = self._is_done(), self._source.error
-            if error is not None and (is_done or not isinstance(self._sink, StreamSink)):
-                raise error
-            if is_done:
+            if self._is_done():
                 return
             self._take_note((yield self._wait()))
             # After all that has come in was seen: a report in time is no reason to kill.
             self._real_timers.run()
-            self._watches.run()
-
-    def _give_out(self) -> Generator[list[Consult], Any, None]:
-        """Send what can be sent, and ask the cache's store on the way."""
-        self._source.start_turn()
-        while True:
-            while self._consulting:
-                self._answered((yield [step for _, step in self._consulting]))
-            batch = self._next_batch()
-            if batch is not None:
-                self.pool.submit(batch)
-            elif not self._consulting:
-                return
+            self._watch()
 
     def _take_note(self, events: list[Any]) -> None:
         for heard in events:
@@ -312,48 +255,72 @@ class Scheduler:
         events.clear()
 
     def _is_done(self) -> bool:
-        waiting = self._pausing or self._awaiting or self._consulting or self._gathered or self._preparing
-        return self._source.exhausted and not (self._sent or waiting or self._ready or self._given_back)
+        """Raises what ends the map before that."""
+        if self.is_inherited:
+            name = self._plan.name
+            msg = f"this stream of {name} was begun by the process that forked this one; begin another here"
+            raise OperoError(msg)
+        if self.failure is not None:
+            raise self.failure
+        is_done = self._source.exhausted and not (self._sent or self._flying or self._ready or self._given_back)
+        if self._source.error is not None and (is_done or not isinstance(self._sink, StreamSink)):
+            raise self._source.error
+        return is_done
 
     def _wait(self) -> Wait:
         """Until something comes back, or this wants to be asked again."""
-        due = [0.0 if self._more_at_once or self._source.is_late else None, self._timers.due_in(), self._late_in()]
-        really_due = [self._real_timers.due_in(), self._watches.due_in() if self._sent else None]
+        due = [self._timers.due_in(), really_due := self._real_timers.due_in()]
+        if self._more_at_once or self._source.is_late:
+            due.append(0.0)
+        if self._watched:
+            soonest = min(min(batch.look_at, batch.ends_at) for batch in self._watched)
+            due.append(max(0.0, soonest - time.monotonic()))
+        if self._plan.total_timeout is not None:
+            deadlines = (entry.call.deadline for entry in (*self._ready, *self._preparing))
+            due += [max(0.0, deadline - clock.now()) for deadline in deadlines if deadline is not None]
         # What a worker or another process does takes real time, in which no time is skipped.
-        is_real = bool(self._sent or self._preparing) or really_due[0] is not None
-        return Wait(min((seconds for seconds in due + really_due if seconds is not None), default=None), is_real)
+        is_real = bool(self._sent or self._preparing) or really_due is not None
+        return Wait(min((seconds for seconds in due if seconds is not None), default=None), is_real)
 
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
         self._timers.run()
-        self._drop_late()
-        while self._ready and not _may_start(self._ready[0]):
-            self._advance(self._ready.popleft(), NOT_RUN)
+        self._call_off()
         self._more_at_once = False
         # No call waits at a worker that has its time.
-        slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._size.ahead)
+        slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._ahead)
         while slots and self._preparing:
-            self._prepared(self._preparing[0])
+            self._advance(self._preparing.popleft(), None)
         # While no worker is ready, the first item has to tell whether one is needed.
         takes_up = slots or self.pool.prepare is not None
         if self.failure is not None or not takes_up or len(self._sent) >= max(slots, 1):
             return None
-        size = min(1 if self._one_at_a_time else self._size.now, self.pool.largest_batch, self._largest_batch)
+        size = min(1 if self._one_at_a_time else self._size, self.pool.largest_batch, self._largest_batch)
         if self._given_back:
             return self._send(self._part_given_back(size))
-        if not self._ready and not self._direct:
+        if self._is_direct and not self._ready:
+            items = self._pull(size)
+            if not items:
+                return None
+            self._plan.stats.direct.add(len(items))
+            return self._send(Batch(items, self._next_index - len(items)))
+        if not self._ready:
             self._take_up_input(size, max(slots, 1))
         if self._gathered and not self._consulting:
             nothing_runs = not (self._sent or self._ready or self._awaiting_turns)
             if self._source.exhausted or nothing_runs:
                 self._call_for_many()
-        if self._ready and slots:
-            return self._send(self._batch_of_entries(size))
-        items = self._pull(size) if self._direct else []
-        if not items:
-            return None
-        self._plan.stats.direct.add(len(items))
-        return self._send(Batch(items, self._next_index - len(items)))
+        return self._send(self._batch_of_entries(size)) if self._ready and slots else None
+
+    def _call_off(self) -> None:
+        """Tell those that wait for a worker that it is too late, and the next one if its circuit is open."""
+        if self._plan.total_timeout is not None:
+            for waiting in (self._ready, self._preparing):
+                for entry in [entry for entry in waiting if _is_late(entry)]:
+                    waiting.remove(entry)
+                    self._advance(entry, NOT_RUN)
+        while self._ready and not _may_start(self._ready[0]):
+            self._advance(self._ready.popleft(), NOT_RUN)
 
     def _answered(self, answers: list[Any]) -> None:
         """Take note of what the store said."""
@@ -369,8 +336,10 @@ class Scheduler:
         if not self.is_sound or self._sent:
             return False
         # What an event loop has heard since the map ended: a worker may have become ready.
-        late = [self.pool.receive(event) for event in self._inbox.drain()]
-        return not any(isinstance(event, Fatal) for event in late) and self._pools.keep(self.pool)
+        for heard in self._inbox.drain():
+            if isinstance(self.pool.receive(heard), Fatal):
+                return False
+        return self._pools.keep(self.pool)
 
     def close(self) -> None:
         """Give up all flows, so that what they hold (places in a line, computations others wait for) is free.
@@ -380,7 +349,6 @@ class Scheduler:
         self.is_closed = True
         self._timers.clear()
         self._real_timers.clear()
-        self._watches.clear()
         for entry in self._flying:
             if entry.arrival is not None:
                 entry.arrival.notify(None)
@@ -388,14 +356,13 @@ class Scheduler:
             if entry.flow is not None:
                 entry.flow.close()
         self._flying.clear()
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
 
     # Input
 
     def _pull(self, count: int) -> list[Any]:
-        count = min(count, MOST_WAITING - self._pausing - self._awaiting)
-        if self._window is not None:
-            count = min(count, self._window - self._sink.backlog())
+        count = min(count, MOST_WAITING - self._waiting, self._sink.room())
         if count <= 0 or self._source.exhausted or self._source.is_late:
             return []
         items = self._source.take(count)
@@ -450,38 +417,28 @@ class Scheduler:
         elif isinstance(step, Consult):
             self._consulting.append((entry, step))
         elif isinstance(step, Prepare):
-            self._prepare(entry)
+            if self.pool.slots or self.pool.prepare is None:
+                self._advance(entry, None)
+            else:
+                self._preparing.append(entry)
+                self.pool.prepare()
         elif isinstance(step, Share):
             self._gathered.append(entry)
             if len(self._gathered) == self._list_size:
                 self._call_for_many()
         elif isinstance(step, Pause):
-            self._pausing += 1
+            self._waiting += 1
             timers = self._real_timers if step.is_real else self._timers
             timers.after(step.seconds, lambda: self._resume(entry))
         else:
-            self._awaiting += 1
+            self._waiting += 1
             self._awaiting_turns += step.is_turn
             entry.arrival, entry.is_turn = step.arrival, step.is_turn
             step.arrival.notify(lambda: self._inbox.put(Wake(entry)))
             self._look_for_arrival(entry)
 
-    def _prepare(self, entry: Entry) -> None:
-        if self.pool.slots or self.pool.prepare is None:
-            self._advance(entry, None)
-        else:
-            self._preparing.append(entry)
-            if entry.call.deadline is not None:
-                self._timers.after(entry.call.deadline - clock.now(), lambda: self._prepared(entry))
-            self.pool.prepare()
-
-    def _prepared(self, entry: Entry) -> None:
-        if entry in self._preparing:
-            self._preparing.remove(entry)
-            self._advance(entry, None)
-
     def _resume(self, entry: Entry) -> None:
-        self._pausing -= 1
+        self._waiting -= 1
         self._advance(entry, None)
 
     def _look_for_arrival(self, entry: Entry) -> None:
@@ -496,9 +453,8 @@ class Scheduler:
         entry.arrival = None
         arrival.notify(None)
         arrival.withdraw()
-        self._awaiting -= 1
         self._awaiting_turns -= entry.is_turn
-        self._advance(entry, None)
+        self._resume(entry)
 
     def _end(self, entry: Entry, outcome: Any) -> None:
         self._flying.discard(entry)
@@ -586,25 +542,6 @@ class Scheduler:
         member.call.attempts = entry.call.attempts
         self._advance(member, outcome)
 
-    # Those that wait for a worker until it is too late
-
-    def _late_in(self) -> float | None:
-        """Seconds until the time of the next of them is over."""
-        if self._plan.total_timeout is None or not self._ready:
-            return None
-        attempts = [entry.attempt for entry in self._ready if entry.attempt is not None]
-        deadlines = [attempt.deadline for attempt in attempts if attempt.deadline is not None]
-        return max(0.0, min(deadlines) - clock.now()) if deadlines else None
-
-    def _drop_late(self) -> None:
-        if self._plan.total_timeout is None or self._late_in() != 0.0:
-            return
-        late = {entry for entry in self._ready if entry.attempt is not None and entry.attempt.is_late()}
-        waiting, self._ready = self._ready, deque(entry for entry in self._ready if entry not in late)
-        for entry in waiting:
-            if entry in late:
-                self._advance(entry, NOT_RUN)
-
     # Batches
 
     def _batch_of_entries(self, size: int) -> Batch:
@@ -640,11 +577,15 @@ class Scheduler:
                 entry.retried = True
                 self.tally.retried += 1
         batch.sent_at = clock.now()
-        if batch.time_limit is not None and self._kill is not None:
-            self._watch(batch, batch.time_limit[0] + self._grace)
         self._sent.add(batch)
+        if batch.time_limit is not None and self.pool.kill is not None:
+            # A coroutine is cancelled in the worker, which may take some time.
+            grace = _UNHEEDED_SECONDS if self._plan.is_async else 0.0
+            batch.ends_at = time.monotonic() + batch.time_limit[0] + grace
+            self._watched.add(batch)
         if len(batch.items) > 1 and self.pool.begun is not None:
-            self._watches.after(_LOOKING_SECONDS, lambda: self._look_at(batch, 0))
+            batch.look_at = time.monotonic() + _LOOKING_SECONDS
+            self._watched.add(batch)
         return batch
 
     def _part_given_back(self, size: int) -> Batch:
@@ -660,67 +601,82 @@ class Scheduler:
         elif batch.items:
             self._given_back.appendleft(batch)
 
-    def _look_at(self, batch: Batch, begun_before: int) -> None:
+    def _watch(self) -> None:
+        """Look after workers that may be busy with one item, or longer than they have."""
+        now = time.monotonic()
+        for batch in self._watched:
+            if batch.look_at <= now:
+                self._look_at(batch, now)
+            if batch.ends_at <= now:
+                self._time_is_up(batch, now)
+
+    def _look_at(self, batch: Batch, now: float) -> None:
         """Take back what a worker holds that is busy with one item; see `worker.run_items`."""
-        if batch not in self._sent or self.pool.begun is None:
-            return
-        begun = self.pool.begun(batch)
-        if begun >= batch.reported + len(batch.items):
-            return
-        if batch.reported < begun == begun_before:
-            self._size.now = 1
+        begun = self.pool.begun(batch) if self.pool.begun is not None else 0
+        batch.look_at = now + _LOOKING_SECONDS if begun < batch.reported + len(batch.items) else math.inf
+        if batch.reported < begun == batch.begun:
+            self._size = 1
             self._give_back(batch.take_from(begun - batch.reported))
-        else:
-            self._watches.after(_LOOKING_SECONDS, lambda: self._look_at(batch, begun))
+            batch.look_at = math.inf
+        batch.begun = begun
 
-    def _watch(self, batch: Batch, seconds: float) -> None:
-        due = time.monotonic() + seconds
-        self._watches.after(seconds, lambda: self._time_is_up(batch, due))
-
-    def _time_is_up(self, batch: Batch, due: float) -> None:
-        if time.monotonic() - due > _LATE_SECONDS:
-            # The map was away, with its input or its consumer: a report may be on its way, or its
-            # worker has been ready only now.
-            self._watch(batch, _ENDING_SECONDS)
-        elif batch in self._sent and self._kill is not None:
-            if self._kill(batch):
-                self._overdue.add(batch)
-            self._watch(batch, _ENDING_SECONDS)
+    def _time_is_up(self, batch: Batch, now: float) -> None:
+        # Much later than that, the map was away, with its input or its consumer: a report may be on its way, or its
+        # worker has been ready only now.
+        if now - batch.ends_at <= _LATE_SECONDS and self.pool.kill is not None and self.pool.kill(batch):
+            batch.is_overdue = True
+        batch.ends_at = now + _ENDING_SECONDS
 
     def _returned(self, batch: Batch) -> bool:
         is_out = batch in self._sent
         self._sent.discard(batch)
+        self._watched.discard(batch)
         return is_out
 
     def _batch_done(self, done: Done) -> None:
-        batch = done.batch
-        if batch not in self._sent or not (done.is_part or self._returned(batch)):
+        batch, count = done.batch, len(done.values)
+        if batch not in self._sent:
             return
+        seconds = done.seconds / max(1, batch.reported + count)
         if not done.is_part:
-            self._overdue.discard(batch)
-            self._size.learn(done)
-            self._give_back(batch.take_from(len(done.values)))
-        seconds = done.seconds / max(1, batch.reported + len(done.values))
+            self._returned(batch)
+            self._learn(done, seconds)
+            if count < len(batch.items):
+                self._give_back(batch.take_from(count))
         if batch.entries is None and not done.errors:
-            self.tally.finished += len(done.values)
+            self.tally.finished += count
             self._sink.put_results(batch.start, batch.items, done.values, seconds)
         else:
             for place, value in enumerate(done.values):
                 error = done.errors.get(place)
                 self._item_done(batch, place, value if error is None else Failed(error), seconds)
         if done.is_part:
-            batch.drop(len(done.values))
+            batch.drop(count)
+
+    def _learn(self, done: Done, seconds: float) -> None:
+        """How many items to send at once: as many as fill a batch's time, one by one those that take longer.
+
+        To a worker that is far away some more batches, so that it has something to do while word of the last one is on
+        its way; none behind one that takes long, which another worker could begin meanwhile.
+        """
+        is_far, seconds = self.pool.is_far, max(seconds, 1e-9)
+        whole, longest = (FAR_BATCH_SECONDS, FAR_LONG_SECONDS) if is_far else (BATCH_SECONDS, LONG_SECONDS)
+        fitting = whole / seconds if seconds < longest else 1.0
+        if done.size:
+            fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
+        self._size = max(1, min(int(fitting), self._size * 4))
+        if is_far:
+            of_a_batch = seconds * self._size
+            self._ahead = 0 if of_a_batch >= LONG_BATCH_SECONDS else min(MOST_AHEAD, 1 + int(0.1 / of_a_batch))
 
     def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:
-        if batch.entries is not None and batch.entries[place].flow is not None:
-            entry = batch.entries[place]
+        entry = None if batch.entries is None else batch.entries[place]
+        if entry is not None and entry.flow is not None:
             if entry.attempt is not None:
                 entry.attempt.is_last = batch.is_last
             self._advance(entry, self._taken_apart(entry, outcome) if isinstance(entry, _ListEntry) else outcome)
             return
-        index, item = batch.start + place, batch.items[place]
-        if batch.entries is not None:
-            index, item = batch.entries[place].index, batch.entries[place].item
+        index, item = (batch.start + place, batch.items[place]) if entry is None else (entry.index, entry.item)
         if outcome.__class__ is Failed:
             entry = self._open(index, item, started=clock.now() - seconds, failure=outcome.error)
             entry.call.is_last = batch.is_last
@@ -737,7 +693,6 @@ class Scheduler:
             self._ended_by_the_last(batches[0], lost.begun - batches[0].reported, lost.reason)
             return
         suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
-        suspects = suspects if lost.at_once else suspects[:1]
         if lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1:
             self._charge(suspects[0], lost.reason)
         else:
@@ -760,13 +715,11 @@ class Scheduler:
     def _charge(self, batch: Batch, reason: str) -> None:
         seconds = clock.now() - batch.sent_at
         error: Any = Failed(WorkerCrashedError(f"the worker that ran {self._plan.name} ended: {reason}"))
-        if batch in self._overdue and batch.entries is not None and batch.entries[0].attempt is not None:
-            self._overdue.discard(batch)
+        if batch.is_overdue and batch.entries is not None and batch.entries[0].attempt is not None:
             error = batch.entries[0].attempt.timed_out(self._plan.name)
         self._item_done(batch, 0, error, seconds)
 
     def _run_again(self, batch: Batch, *, alone: bool) -> None:
-        self._overdue.discard(batch)
         entries = batch.entries or [self._open(batch.start + n, item) for n, item in enumerate(batch.items)]
         for entry in entries:
             entry.alone = alone
@@ -792,6 +745,10 @@ def _candidate(entry: Entry) -> Any:
 
 def _fits(entry: Entry, candidate: Any) -> bool:
     return _candidate(entry) is candidate and not _travels_alone(entry) and _may_start(entry)
+
+
+def _is_late(entry: Entry) -> bool:
+    return entry.call.deadline is not None and clock.now() >= entry.call.deadline
 
 
 def _may_start(entry: Entry) -> bool:
