@@ -22,7 +22,6 @@ class AsyncProcessPool(ProcessPool):
 
     most_in_batch = 1
     runs_together = True
-    begun = None  # type: ignore[assignment]  # many run at once
 
     def __init__(self, work: Work, workers: int, *, concurrency: int = DEFAULT_CONCURRENCY, **options: Any) -> None:
         super().__init__(work, workers, **options)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from opero.concurrency.ctrl_c import in_own_thread
 from opero.core.signature import MISSING
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Batch:
     time_limit: tuple[float, str] | None = None
     alone: bool = False
     is_last: bool = False
-    mark: list[int] = field(default_factory=lambda: [0])
+    mark: list[int] = field(default_factory=[0].copy)
     reported: int = 0
     sent_at: float = 0.0
     look_at: float = math.inf
@@ -116,50 +117,61 @@ class Wake:
         self.entry = entry
 
 
-class Pool(Protocol):
-    """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file."""
+class Pool:
+    """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file.
 
-    @property
-    def is_far(self) -> bool:
-        """Whether its workers are on a cluster: longer batches, of which some wait there for each of its slots."""
-        ...
+    Attributes:
+        is_far: Whether its workers are on a cluster: longer batches, of which some wait there for each of its slots.
+        can_rest: Whether its workers can run one map after the other.
+        can_kill: Whether a worker can be stopped while it runs a batch.
+        deliver: Leaves an event where the map finds it, from any thread.
+    """
 
-    @property
-    def largest_batch(self) -> int:
-        """Items that may be sent in one go now."""
-        ...
+    is_far = can_rest = can_kill = False
+    deliver: Callable[[Any], None]
 
     @property
     def slots(self) -> int:
         """Batches that can run at the same time."""
-        ...
+        return 1
 
     @property
-    def begun(self) -> Callable[[Batch], int] | None:
+    def largest_batch(self) -> int:
+        """Items that may be sent in one go now."""
+        return 1
+
+    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool, patience: float | None) -> None:  # noqa: ARG002 - not all need them
+        """Begin, or go on with the next map; events go to the ``inbox``.
+
+        There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once,
+        and ``slots`` are those of workers that can. ``patience``: seconds that a call has in all.
+        """
+        self.deliver = inbox.put
+
+    def prepare(self) -> None:
+        """Start workers, if there are none that a batch could begin in."""
+
+    def submit(self, batch: Batch) -> None:
+        """Run a batch as soon as a worker is free."""
+        raise NotImplementedError
+
+    def begun(self, batch: Batch) -> int | None:  # noqa: ARG002 - as above
         """How many items of a batch have begun, see `worker.run_items`; None if that cannot be known."""
-        ...
+        return None
 
-    @property
-    def kill(self) -> Callable[[Batch], bool] | None:
-        """Ends the worker that runs a batch, by force if it is asked again; None where a worker cannot be stopped.
+    def kill(self, batch: Batch) -> bool:
+        """End the worker that runs a batch, by force if it is asked again.
 
         Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
         """
-        ...
+        raise NotImplementedError
 
-    @property
-    def prepare(self) -> Callable[[], None] | None:
-        """Starts workers, if there are none; None where a batch can always begin at once."""
-        ...
-
-    @property
-    def can_rest(self) -> bool:
-        """Whether its workers can run one map after the other."""
-        ...
+    def receive(self, event: Any) -> Any:
+        """Make a scheduler's event of what was delivered; None if it is of no interest."""
+        return event
 
     def rest(self) -> None:
         """The map has ended and nothing runs; listen to nobody until the next one starts."""
-        ...
 
     def take_on(self, work: Work) -> None:
         """Be ready for another map of the same function, after a `rest`.
@@ -167,31 +179,13 @@ class Pool(Protocol):
         Raises:
             NotTransferableError: If its arguments cannot be sent to the workers.
         """
-        ...
-
-    def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool, patience: float | None) -> None:
-        """Begin, or go on with the next map; events go to the ``inbox``.
-
-        There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once,
-        and ``slots`` are those of workers that can. ``patience``: seconds that a call has in all.
-        """
-        ...
-
-    def submit(self, batch: Batch) -> None:
-        """Run a batch as soon as a worker is free."""
-        ...
-
-    def receive(self, event: Any) -> Any:
-        """Make a scheduler's event of what was delivered; None if it is of no interest."""
-        ...
 
     def stop(self, is_left: Callable[[], bool]) -> None:
         """End the workers; blocks until they have ended, unless it is called in one of them.
 
         What cannot be ended is waited for as long as ``is_left`` does not tell that nobody wants to any more.
         """
-        ...
 
     async def stop_async(self) -> None:
         """End the workers without blocking the event loop."""
-        ...
+        await in_own_thread(self.stop)

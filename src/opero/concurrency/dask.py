@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Fatal, Wake, not_run
-from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.dask_worker import STALE, end_children, is_starting, load_on_dask, recover_all, run_on_dask
 from opero.concurrency.far import (
     BROKEN,
@@ -155,9 +154,6 @@ class DaskPool(FarPool):
         finally:
             self._workers.clear()
             client.close(timeout=ENDING_SECONDS)
-
-    async def stop_async(self) -> None:
-        await in_own_thread(self.stop)
 
     # In the thread of the map
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, not_run
-from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, in_own_thread
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
+from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children
 from opero.concurrency.far import works
+from opero.concurrency.kept import default_workers
 from opero.concurrency.main_module import fresh_workers_have, nothing
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
 from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
@@ -69,20 +70,14 @@ class _Users:
 _users = _Users()
 
 
-class ExecutorPool:
+class ExecutorPool(Pool):
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
-    largest_batch = LARGEST_BATCH
-    is_far = False
     can_rest = True
-    kill = None
 
-    def __init__(
-        self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor], default_workers: int
-    ) -> None:
+    def __init__(self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor]) -> None:
         self._name = name_of(work.function)
         self._workers = workers
-        self._default_workers = default_workers
         self._make = None if isinstance(mode, Executor) else mode
         self._executor: Any = None if self._make is not None else mode
         # Whether its workers share memory with this process; None as long as that is not known.
@@ -107,12 +102,15 @@ class ExecutorPool:
         return 0 if self._is_near is None or self._broken is not None else self._size
 
     @property
-    def begun(self) -> Callable[[Batch], int] | None:
-        """Known of workers that share memory with this process."""
-        return (lambda batch: batch.mark[0]) if self._is_near else None
+    def largest_batch(self) -> int:
+        return LARGEST_BATCH
 
-    def start(self, inbox: Inbox, *, is_paced: bool, **_about_the_map: Any) -> None:
-        self._deliver = inbox.put
+    def begun(self, batch: Batch) -> int | None:
+        """Known of workers that share memory with this process."""
+        return batch.mark[0] if self._is_near else None
+
+    def start(self, inbox: Inbox, *, is_paced: bool, **about_the_map: Any) -> None:
+        super().start(inbox, is_paced=is_paced, **about_the_map)
         self._is_paced = is_paced
 
     def prepare(self) -> None:
@@ -141,9 +139,6 @@ class ExecutorPool:
             self._replace(self._broken)
         self._hand_out()
         return known
-
-    def rest(self) -> None:
-        """What is in the executor has come back."""
 
     def take_on(self, work: Work) -> None:
         self._work = work
@@ -175,9 +170,6 @@ class ExecutorPool:
         is_user, self._uses_it = self._uses_it, False
         return is_user and _users.leave(self._executor)
 
-    async def stop_async(self) -> None:
-        await in_own_thread(self.stop)
-
     def _end_processes(self) -> bool:
         """End the processes of an executor that was made here; tells whether it has any."""
         processes = list(((self._make and getattr(self._executor, "_processes", None)) or {}).values())
@@ -201,7 +193,7 @@ class ExecutorPool:
             _users.enter(self._executor)
             self._uses_it = True
         threads = getattr(self._executor, "_max_workers", None) or self._threads_of_dask()
-        self._size = self._workers or threads or self._default_workers
+        self._size = self._workers or threads or default_workers("process")
         self._probe = object()
         self._launch(None, _echo, self._probe)
 
@@ -213,7 +205,7 @@ class ExecutorPool:
         from opero.concurrency.dask import threads_of, watch
 
         self._unwatch()
-        self._unwatch = watch(client, self._name, lambda error: self._deliver(Fatal(error)))
+        self._unwatch = watch(client, self._name, lambda error: self.deliver(Fatal(error)))
         return threads_of(client)
 
     def _learn_where(self, future: Future[Any]) -> Fatal | None:
@@ -253,12 +245,12 @@ class ExecutorPool:
         self._stillbirths = 0 if lost else self._stillbirths + 1
         if self._stillbirths >= MOST_STILLBIRTHS:
             msg = f"the executors for {self._name} break before they run anything: {describe(error)}"
-            self._deliver(Fatal(OperoError(msg)))
+            self.deliver(Fatal(OperoError(msg)))
             return
         if self._is_last_user():
             self._executor.shutdown(wait=True)
         self._begin()
-        self._deliver(Lost(lost, describe(error)))
+        self.deliver(Lost(lost, describe(error)))
 
     # Batches
 
@@ -275,7 +267,7 @@ class ExecutorPool:
         try:
             payload = self._packer.batch(batch)
         except NotTransferableError as error:
-            self._deliver(not_run(batch, error))
+            self.deliver(not_run(batch, error))
             return
         along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
         self._launch(batch, run_parcel, self._digest, along, payload, f"{self._id}-{next(self._numbers)}")
@@ -294,7 +286,7 @@ class ExecutorPool:
             with self._while_workers_start():
                 future = self._executor.submit(function, *arguments)
                 self._in_flight[future] = batch
-                future.add_done_callback(self._deliver)
+                future.add_done_callback(self.deliver)
         except Exception as error:
             # Somebody may have shut it down.
             if not isinstance(error, BrokenExecutor) and (self._make is None or not isinstance(error, RuntimeError)):
@@ -314,7 +306,7 @@ class ExecutorPool:
             self._pending.appendleft(batch)
         fatal = self._breaks(error)
         if fatal is not None:
-            self._deliver(fatal)
+            self.deliver(fatal)
         elif not self._in_flight:
             self._replace(error)
 

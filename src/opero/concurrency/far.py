@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, not_run
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
 from opero.concurrency.worker import (
     FAR_BATCH_SECONDS,
@@ -66,6 +66,7 @@ _MOST_REMEMBERED = 8
 # Journals that each thread of a worker keeps: the last reports may not have reached the map yet.
 _MOST_KEPT = 3
 _FOLDERS = "opero-worker-"
+LARGEST_BATCH = 10_000
 # Those of workers that were killed are removed by others that start later than so.
 _STALE_SECONDS = 600.0
 _MARKS, _LENGTH = 16, struct.Struct("<Q")
@@ -169,7 +170,7 @@ def tell_of_dashboard(engine: str, url: str | None) -> None:
 _told: set[str] = set()
 
 
-class FarPool:
+class FarPool(Pool):
     """What the pools on clusters have in common.
 
     Args:
@@ -177,9 +178,7 @@ class FarPool:
         engine: What runs them.
     """
 
-    largest_batch = 10_000
     is_far = can_rest = True
-    kill = begun = None
     who_needs_opero = "its workers"
 
     def __init__(self, work: Work, engine: str) -> None:
@@ -191,7 +190,11 @@ class FarPool:
         self._roomless_since: float | None = None
         self._has_warned = False
         # An inbox, in which others leave what the thread of the map shall do.
-        self.deliver: Callable[[Any], None] = ignore
+        self.deliver = ignore
+
+    @property
+    def largest_batch(self) -> int:
+        return LARGEST_BATCH
 
     def later(self, handle: Callable[..., list[Any]], *about: Any) -> None:
         """Let the thread of the map call ``handle``, which gives events for its scheduler."""

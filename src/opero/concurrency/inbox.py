@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing.connection
-import queue
 import threading
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.core.clock import clock, wait_really_async
-from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,26 +22,23 @@ class BlockingInbox:
     """Events for a thread that blocks until there are some, and reads the pipes of its workers meanwhile."""
 
     def __init__(self) -> None:
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._heard: dict[Any, Callable[[], object]] = {}
-        # A pipe to this thread itself, for those who put an event there while it waits for others.
-        self._ends: tuple[Connection, ...] = ()
+        self._events: deque[Any] = deque()
+        # A pipe to this thread itself, for those who put an event there while it waits.
+        self._own, self._door = multiprocessing.connection.Pipe(duplex=False)
+        self._heard: dict[Connection, Callable[[], object]] = {self._own: self._own.recv_bytes}
         self._waits = False
 
     def put(self, event: Any) -> None:
         """Leave an event there, from any thread, and from a signal handler."""
-        self._events.put(event)
+        self._events.append(event)
+        # Whoever puts it there may go on later than the map, and shall not keep the results alive meanwhile.
+        del event
         if self._waits:
             self._waits = False
-            self._ends[1].send_bytes(b"")
+            self._door.send_bytes(b"")
 
     def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
         """Call ``heard`` as long as there is something to read in ``pipe``, while the map waits."""
-        if not self._ends:
-            # Half made, they would not be closed.
-            with Hold():
-                self._ends = multiprocessing.connection.Pipe(duplex=False)
-                self._heard[self._ends[0]] = self._ends[0].recv_bytes
         self._heard[pipe] = heard
 
     def forget(self, pipe: Connection) -> None:
@@ -52,43 +47,40 @@ class BlockingInbox:
 
     def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
         """Wait for events, at most so many seconds of opero's clock, or real ones."""
-        events: list[Any] = []
-
-        def get(timeout: float | None) -> bool:
-            # The system counts in milliseconds, and not for ever.
-            timeout = None if timeout is None else min(timeout, _LONGEST)
-            if self._heard:
-                self._hear(timeout)
-            else:
-                with suppress(queue.Empty):
-                    events.append(self._events.get(timeout=timeout))
-            events.extend(self.drain())
-            return bool(events)
-
         if is_real:
-            get(seconds)
+            self._wait(seconds)
         else:
-            clock.wait(get, seconds)
-        return events
+            clock.wait(self._wait, seconds)
+        return self.drain()
 
     def drain(self) -> list[Any]:
         """The events that are there already."""
-        return [self._events.get_nowait() for _ in range(self._events.qsize())]
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
 
-    def _hear(self, timeout: float | None) -> None:
+    def _wait(self, seconds: float | None) -> bool:
+        """Tells whether there are events."""
+        if self._events and len(self._heard) == 1:
+            return True
         self._waits = True
         try:
-            ready = multiprocessing.connection.wait(self._heard, timeout if self._events.empty() else 0)
+            # The system counts in milliseconds, and not for ever.
+            timeout = None if seconds is None else min(seconds, _LONGEST)
+            ready: Any = multiprocessing.connection.wait(list(self._heard), 0 if self._events else timeout)
         finally:
             self._waits = False
         for pipe in ready:
             # One of them may be forgotten by another.
-            if pipe in self._heard:
-                self._heard[pipe]()
+            heard = self._heard.get(pipe)
+            if heard is not None:
+                heard()
+        return bool(self._events)
 
     def close(self) -> None:
-        for end in self._ends:
-            end.close()
+        self._own.close()
+        self._door.close()
 
 
 class AsyncInbox:
@@ -101,7 +93,7 @@ class AsyncInbox:
         self._thread = threading.get_ident()
         self._events: deque[Any] = deque()
         self._arrived = asyncio.Event()
-        self._ears: _ListeningThread | None = None
+        self._ears: _Ears | None = None
 
     def put(self, event: Any) -> None:
         """Leave an event there, from any thread."""
@@ -118,7 +110,7 @@ class AsyncInbox:
             try:
                 self._loop.add_reader(pipe.fileno(), heard)
             except NotImplementedError:  # not every loop can, as Windows' default one
-                self._ears = _ListeningThread()
+                self._ears = _Ears()
             else:
                 return
         self._ears.listen(pipe, heard)
@@ -146,47 +138,30 @@ class AsyncInbox:
             self._ears.close()
 
 
-Inbox: TypeAlias = BlockingInbox | AsyncInbox
-
-
-class _ListeningThread:
-    """Hears pipes in a thread, for those who cannot wait for pipes themselves."""
+class _Ears(BlockingInbox):
+    """Hears pipes in a thread, for an event loop that cannot; an event makes it look which ones, None ends it."""
 
     def __init__(self) -> None:
-        self._heard: dict[Any, Callable[[], None]] = {}
-        self._lock = threading.Lock()
-        self._own, self._door = multiprocessing.connection.Pipe(duplex=False)
-        self._thread = threading.Thread(target=self._listen, name="opero-pipes", daemon=True)
+        super().__init__()
+        self._thread = threading.Thread(target=self._hear, name="opero-pipes", daemon=True)
         self._thread.start()
 
     def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
-        with self._lock:
-            self._heard[pipe] = heard
-        self._door.send_bytes(b"")
+        super().listen(pipe, heard)
+        self.put(pipe)
 
     def forget(self, pipe: Connection) -> None:
-        with self._lock:
-            self._heard.pop(pipe, None)
-        if threading.current_thread() is not self._thread:
-            self._door.send_bytes(b"")
+        super().forget(pipe)
+        self.put(pipe)
+
+    def _hear(self) -> None:
+        while None not in self.collect(None, is_real=True):
+            pass
 
     def close(self) -> None:
-        self._door.close()
+        self.put(None)
         self._thread.join()
-        self._own.close()
+        super().close()
 
-    def _listen(self) -> None:
-        while True:
-            with self._lock:
-                pipes = list(self._heard)
-            for pipe in multiprocessing.connection.wait([self._own, *pipes]):
-                if pipe is self._own:
-                    try:
-                        self._own.recv_bytes()
-                    except EOFError:
-                        return
-                    continue
-                with self._lock:
-                    heard = self._heard.get(pipe)
-                if heard is not None:
-                    heard()
+
+Inbox: TypeAlias = BlockingInbox | AsyncInbox

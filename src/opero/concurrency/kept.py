@@ -5,17 +5,19 @@ A map has the pool that it uses to itself. One that runs at the same time has an
 
 from __future__ import annotations
 
+import importlib
+import os
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opero.core.forks import watch_forks
 from opero.core.interrupts import Hold
 from opero.exceptions import NotTransferableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from opero.concurrency.batches import Pool
     from opero.concurrency.progress import ProgressOption
@@ -38,11 +40,44 @@ class MapSettings:
     batch_size: int | None = None
 
 
-class PoolSource:
-    """Where the maps of one function get their pools."""
+# The file and the class of each mode's pool. Those that need an extra are imported only when a map has them.
+POOLS: Mapping[str, tuple[str, str]] = {
+    "process": ("processes", "ProcessPool"),
+    "thread": ("threads", "ThreadPool"),
+    "async": ("tasks", "TaskPool"),
+    "async_process": ("async_processes", "AsyncProcessPool"),
+    "serial": ("serial", "serial_pool"),
+    "dask": ("dask", "DaskPool"),
+    "ray": ("ray", "RayPool"),
+}
+DEFAULT_TASKS = 100
+MOST_DEFAULT_THREADS = 32
 
-    def __init__(self, make: Callable[[Work], Pool]) -> None:
-        self._make = make
+
+# Whoever makes their workers says how many there are.
+_ELSEWHERE = ("dask", "ray", "executor")
+
+
+def default_workers(mode: str) -> int:
+    """How many workers a mode has when nobody says."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS, "serial": 1}.get(mode, cpus)
+
+
+class PoolSource:
+    """Where the maps of one function get their pools.
+
+    Args:
+        mode: One of `POOLS`, an executor, or a function that makes one.
+        workers: By default as many as `default_workers` says.
+        options: For the pool.
+    """
+
+    def __init__(self, mode: Any, workers: int | None = None, options: Mapping[str, Any] | None = None) -> None:
+        kind = mode if isinstance(mode, str) else "executor"
+        self._file, self._class = POOLS.get(kind, ("executors", "ExecutorPool"))
+        self._options = {"mode": mode} if kind == "executor" else options or {}
+        self._workers = default_workers(kind) if workers is None and kind not in _ELSEWHERE else workers
         self.after_fork()
         watch_forks(self)
 
@@ -65,7 +100,9 @@ class PoolSource:
                 pool.stop(lambda: False)
             else:
                 return pool
-        return self._make(work)
+        module = importlib.import_module(f"opero.concurrency.{self._file}")
+        made: Pool = getattr(module, self._class)(work, self._workers, **self._options)
+        return made
 
     def keep(self, pool: Pool) -> bool:
         """Keep a pool in which nothing runs, if a block is open; tells whether it is kept."""

@@ -20,7 +20,7 @@ from collections.abc import (
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from opero.concurrency.kept import KeptWorkers
+from opero.concurrency.kept import KeptWorkers, PoolSource
 from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
@@ -145,9 +145,9 @@ class _Map(Generic[T, P, R, L]):
     def _unbound(self) -> Any:
         return self.__dict__["unbound"]
 
-    def _is_classmethod_of(self, first: Any) -> bool:
+    def _is_classmethod_of(self, first: type) -> bool:
         """Whether a call with this first argument is one through ``@classmethod``, which binds no maps since 3.13."""
-        if not isinstance(first, type) or self._head:
+        if self._head:
             return False
         this: Any = self
         held = (value for owner in first.__mro__ for value in vars(owner).values())
@@ -225,8 +225,10 @@ class _Map(Generic[T, P, R, L]):
         if not self.settings.return_exceptions:
             return sink.results
         results: Results[Any, Any] = Results(sink.results, sink.failed)
+        if not (sink.failed and self.settings.warns):
+            return results
         # With a default, few errors are in the list themselves.
-        told = [o for o in results.failed if not o.is_excused] if self.settings.warns else []
+        told = [outcome for outcome in results.failed if not outcome.is_excused]
         if told:
             warning = FailedItemsWarning(
                 f"{self.plan.name}: {len(told)} of {len(results)} items failed: "
@@ -297,7 +299,7 @@ class _BlockingMap(_Map[T, P, R, L]):
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
         """
-        if self._is_classmethod_of(items):
+        if isinstance(items, type) and self._is_classmethod_of(items):
             return self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():
@@ -323,9 +325,7 @@ class _BlockingMap(_Map[T, P, R, L]):
             return result
         settings = replace(self.settings, progress=False)
         if self.plan.attempt_timeout is None:
-            from opero.concurrency.serial import serial_pools
-
-            settings = replace(settings, pools=serial_pools())
+            settings = replace(settings, pools=PoolSource("serial"))
         # Else in a process of its own: only there can a running function be stopped.
         quiet = self._with(type(self), settings=settings)
         (outcome,) = quiet.stream([item], *args, **kwargs)
@@ -391,7 +391,7 @@ class _AwaitableMap(_Map[T, P, R, L]):
         return made
 
     async def _call(self, items: Iterable[T] | AsyncIterable[T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> L:
-        if self._is_classmethod_of(items):
+        if isinstance(items, type) and self._is_classmethod_of(items):
             return await self._bound_to(items)(*args, **kwargs)
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():
@@ -433,9 +433,7 @@ class _AwaitableMap(_Map[T, P, R, L]):
         return call
 
     async def _one_of_a_list(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        from opero.concurrency.serial import serial_pools
-
-        settings = replace(self.settings, progress=False, pools=serial_pools())
+        settings = replace(self.settings, progress=False, pools=PoolSource("serial"))
         stream = self._with(type(self), settings=settings).stream([item], *args, **kwargs)
         (outcome,) = [outcome async for outcome in stream]
         with Shortened():

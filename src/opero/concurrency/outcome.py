@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -162,21 +161,10 @@ class ListSink:
         if outcome.error is not None:
             self.failed[outcome.index if self._ordered else len(self.results)] = outcome
         value = outcome._value  # noqa: SLF001 - `result` would raise
-        self._place(outcome.index, [outcome.error if value is MISSING else value])
+        self.put_results(outcome.index, (), [outcome.error if value is MISSING else value], 0.0)
 
     def put_results(self, start: int, _items: Sequence[Any], values: list[Any], _seconds: float, /) -> None:
         """Consecutive items from ``start`` on have all succeeded at the first attempt."""
-        self._place(start, values)
-
-    def take(self) -> deque[Outcome[Any, Any]]:
-        """What can be handed to a consumer now."""
-        return deque()
-
-    def room(self) -> int:
-        """How many more items may be begun."""
-        return sys.maxsize
-
-    def _place(self, start: int, values: list[Any]) -> None:
         results = self.results
         if not self._ordered:
             results.extend(values)
@@ -210,10 +198,12 @@ class StreamSink:
             self.put(Outcome(place, item, value, None, 1, seconds, False))  # noqa: FBT003 - a dataclass of plain facts
 
     def take(self) -> deque[Outcome[Any, Any]]:
+        """What can be handed to a consumer now."""
         taken, self._ready = self._ready, deque()
         return taken
 
     def room(self) -> int:
+        """How many more items may be begun."""
         return STREAM_WINDOW - len(self._early)
 
 

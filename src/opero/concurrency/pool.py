@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
-import os
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from opero.concurrency.kept import MapSettings, PoolSource
+from opero.concurrency.kept import POOLS, MapSettings, PoolSource
 from opero.concurrency.mapping import make_map
 from opero.concurrency.progress import ProgressOption, check_progress
 from opero.core.checks import (
@@ -31,25 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from concurrent.futures import Executor
 
-    from opero.concurrency.batches import Pool
-    from opero.concurrency.worker import Work
 
 __all__ = ["get_parallel_executor", "get_parallel_map_decorator"]
 
-DEFAULT_TASKS = 100
-MOST_DEFAULT_THREADS = 32
-
-
-# The file and the class of each mode's pool. Those that need an extra are imported only when a map has them.
-_POOLS: Mapping[str, tuple[str, str]] = {
-    "process": ("processes", "ProcessPool"),
-    "thread": ("threads", "ThreadPool"),
-    "async": ("tasks", "TaskPool"),
-    "async_process": ("async_processes", "AsyncProcessPool"),
-    "serial": ("serial", "serial_pool"),
-    "dask": ("dask", "DaskPool"),
-    "ray": ("ray", "RayPool"),
-}
 ModeName: TypeAlias = Literal["process", "thread", "async", "async_process", "serial", "dask", "ray"]
 Mode: TypeAlias = "ModeName | Executor | Callable[[], Executor]"
 
@@ -74,12 +56,6 @@ _COUNTS: Mapping[str, str] = {
     "max_tasks_per_worker": "items that a worker runs before it is replaced",
     "threads_per_worker": "threads of numeric libraries in each worker",
 }
-
-
-def default_workers(mode: str) -> int:
-    """How many workers a mode has when nobody says."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS, "serial": 1}.get(mode, cpus)
 
 
 def map_settings(
@@ -119,7 +95,7 @@ def map_settings(
     options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, options)
     return MapSettings(
-        pools=PoolSource(_pool_maker(mode, workers, options)),
+        pools=PoolSource(mode, workers, options),
         ordered=ordered,
         progress=progress,
         return_exceptions=True if return_exceptions is MISSING else return_exceptions,
@@ -132,13 +108,13 @@ def map_settings(
 def check_mode(mode: Any) -> None:
     """Refuse what is no mode, with what to write instead."""
     if isinstance(mode, str):
-        check_choice("mode", mode, _POOLS)
+        check_choice("mode", mode, POOLS)
         return
     from concurrent.futures import Executor
 
     if isinstance(mode, Executor):
         return
-    ways = f"write one of {', '.join(map(repr, sorted(_POOLS)))}, an executor, or a function that makes one"
+    ways = f"write one of {', '.join(map(repr, sorted(POOLS)))}, an executor, or a function that makes one"
     if hasattr(mode, "get_executor"):
         ways = f"write its executor, {type(mode).__name__.lower()}.get_executor()"
     if not callable(mode) or (isinstance(mode, type) and not issubclass(mode, Executor)):
@@ -154,25 +130,6 @@ def check_mode(mode: Any) -> None:
         raise TypeError(msg) from None
     except ValueError:  # a builtin whose signature is not known
         pass
-
-
-def _pool_maker(mode: Mode, workers: int | None, options: dict[str, Any]) -> Callable[[Work], Pool]:
-    if isinstance(mode, str):
-        count = default_workers(mode) if workers is None and mode not in _CLUSTERS else workers
-
-        def make_pool(work: Work) -> Pool:
-            file, name = _POOLS[mode]
-            pool: Pool = getattr(importlib.import_module(f"opero.concurrency.{file}"), name)(work, count, **options)
-            return pool
-
-        return make_pool
-
-    def make_executor_pool(work: Work) -> Pool:
-        from opero.concurrency.executors import ExecutorPool
-
-        return ExecutorPool(work, workers, mode=mode, default_workers=default_workers("process"))
-
-    return make_executor_pool
 
 
 def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, not_run
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
 from opero.concurrency.ending import ENDED_CODE, GRACE_SECONDS, end_by_force, end_family, family_of, wait_until_ended
 from opero.concurrency.log_records import hand_on
@@ -219,13 +219,12 @@ class Worker:
         end_family(self._family)
 
 
-class ProcessPool:
+class ProcessPool(Pool):
     """Runs batches in processes, which are started when there is something to run, and replaced when they end."""
 
     most_in_batch = LARGEST_BATCH
     runs_together = False
-    is_far = False
-    can_rest = True
+    can_rest = can_kill = True
     at_once = 1
 
     def __init__(
@@ -324,8 +323,7 @@ class ProcessPool:
         self._pending.append(batch)
         self._hand_out()
 
-    def begun(self, batch: Batch) -> int:
-        """How many items of the batch have begun."""
+    def begun(self, batch: Batch) -> int | None:
         return next((worker.begun() for worker in self._workers if batch in worker.batches.values()), 0)
 
     def kill(self, batch: Batch) -> bool:

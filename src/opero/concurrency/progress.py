@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.core.checks import check_callable, check_flag, check_mapping
 from opero.core.clock import clock
@@ -40,29 +40,17 @@ class Tally:
     total: int | None = None
 
 
-class Progress(Protocol):
+class Progress:
     """Shows how far a map has come."""
 
     def show(self, tally: Tally) -> None:
         """The map has come so far."""
-        ...
 
     def close(self) -> None:
         """The map has ended."""
-        ...
 
 
-class NoProgress:
-    """For maps that show nothing."""
-
-    def show(self, tally: Tally) -> None:
-        """Nothing to show."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class LoggedProgress(NoProgress):
+class LoggedProgress(Progress):
     """Where nobody would see a bar: a line in the log now and then, at longer and longer intervals."""
 
     def __init__(self, name: str) -> None:
@@ -82,7 +70,7 @@ class LoggedProgress(NoProgress):
         log("INFO", "{}: {}{} items done in {}, {} failed", self._name, tally.finished, whole, took, tally.failed)
 
 
-class ToldProgress(NoProgress):
+class ToldProgress(Progress):
     """A function of the program's that is called with each new `Tally`."""
 
     def __init__(self, tell: Callable[[Tally], object]) -> None:
@@ -95,7 +83,7 @@ class ToldProgress(NoProgress):
             self._tell(replace(tally))
 
 
-class TqdmProgress:
+class TqdmProgress(Progress):
     """A bar of tqdm's."""
 
     def __init__(self, kind: type[Any], options: Mapping[str, Any]) -> None:
@@ -146,12 +134,12 @@ def check_progress(progress: Any) -> None:
         check_flag("progress", progress)
 
 
-def make_progress(progress: ProgressOption, name: str, total: int | None) -> Progress:
-    """What the ``progress`` option asks for, labelled by it or by the function's name."""
+def make_progress(progress: ProgressOption, name: str, total: int | None) -> Progress | None:
+    """What the ``progress`` option asks for, labelled by it or by the function's name, if anybody would see that."""
     if callable(progress) and not _is_bar(progress):
         return ToldProgress(progress)
     if progress is False or _is_child_process():
-        return NoProgress()
+        return None
     options: dict[str, Any] = {"desc": progress if isinstance(progress, str) else name, "total": total, "unit": "item"}
     kind: Any = None
     if isinstance(progress, Mapping):

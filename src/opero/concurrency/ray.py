@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Fatal, Wake, not_run
-from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.far import (
     BROKEN,
     Answer,
@@ -193,9 +192,6 @@ class RayPool(FarPool):
             if self._looking.is_alive():
                 self._looking.join()
             _session.leave()
-
-    async def stop_async(self) -> None:
-        await in_own_thread(self.stop)
 
     def _cancel_all(self, is_left: Callable[[], bool]) -> None:
         import ray

@@ -28,40 +28,35 @@ def run_blocking(
     plan: Plan, settings: MapSettings, shape: Shape, sink: Sink, *, items: Iterator[Any], total: int | None
 ) -> Iterator[Outcome[Any, Any]]:
     """Run a map by blocking; yields what the sink hands out."""
-    inbox = BlockingInbox()
-    source = IteratorSource(items)
-    run: Scheduler | None = None
+    run = inbox = None
     try:
         # The first one imports packages; and an idle pool that is taken must be given back.
         with Hold():
+            inbox, source = BlockingInbox(), IteratorSource(items)
             run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
-        yield from _drive_blocking(run, inbox)
+        steps, events = run.steps(), None
+        while True:
+            try:
+                step = steps.send(events)
+            except StopIteration:
+                return
+            events = None
+            if isinstance(step, deque):
+                run.presence.is_away = True
+                while step:
+                    # Nothing here keeps what has been given out.
+                    yield step.popleft()
+                run.presence.is_away = False
+            elif isinstance(step, list):
+                events = consult(step)
+            else:
+                events = inbox.collect(step.seconds, is_real=step.is_real)
     except BaseException as error:
         _note_end(run, error)
         raise
     finally:
         with Hold() as hold:
             _tidy_up(run, inbox, hold)
-
-
-def _drive_blocking(run: Scheduler, inbox: BlockingInbox) -> Iterator[Outcome[Any, Any]]:
-    steps, events = run.steps(), None
-    while True:
-        try:
-            step = steps.send(events)
-        except StopIteration:
-            return
-        events = None
-        if isinstance(step, deque):
-            run.presence.is_away = True
-            while step:
-                # Nothing here keeps what has been given out.
-                yield step.popleft()
-            run.presence.is_away = False
-        elif isinstance(step, list):
-            events = consult(step)
-        else:
-            events = inbox.collect(step.seconds, is_real=step.is_real)
 
 
 def _note_end(run: Scheduler | None, error: BaseException) -> None:
@@ -74,17 +69,17 @@ def _note_end(run: Scheduler | None, error: BaseException) -> None:
             add_note(error, run.story())
 
 
-def _tidy_up(run: Scheduler | None, inbox: BlockingInbox, hold: Hold) -> None:
-    if run is None or run.is_closed or run.is_inherited:
-        return
+def _tidy_up(run: Scheduler | None, inbox: BlockingInbox | None, hold: Hold) -> None:
     try:
-        run.close()
+        if run is not None and not run.is_inherited:
+            try:
+                run.close()
+            finally:
+                if not run.keeps_pool():
+                    # Ctrl-C that comes again meanwhile leaves what cannot be ended.
+                    run.pool.stop(telling(lambda: bool(hold.pressed)))
     finally:
-        try:
-            if not run.keeps_pool():
-                # Ctrl-C that comes again meanwhile leaves what cannot be ended.
-                run.pool.stop(telling(lambda: bool(hold.pressed)))
-        finally:
+        if inbox is not None:
             inbox.close()
 
 

@@ -94,33 +94,15 @@ class _ListEntry(Entry):
     members: dict[Entry, Exception | None] = field(default_factory=dict)
 
 
+# When, for the order of those that are due together, what.
+_Timer = tuple[float, int, "Callable[[], None]"]
+
+
 class Wait(NamedTuple):
     """Step of a map: wait for events, at most so many seconds of opero's clock, or real ones; sent back: the events."""
 
     seconds: float | None
     is_real: bool
-
-
-class _Timers:
-    """What is to be done later, by one clock."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._ticks = itertools.count()
-
-    def after(self, seconds: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (self._now() + seconds, next(self._ticks), action))
-
-    def due_in(self) -> float | None:
-        return max(0.0, self._timers[0][0] - self._now()) if self._timers else None
-
-    def run(self) -> None:
-        while self._timers and self._timers[0][0] <= self._now():
-            heapq.heappop(self._timers)[2]()
-
-    def clear(self) -> None:
-        self._timers.clear()
 
 
 class Scheduler:
@@ -149,6 +131,7 @@ class Scheduler:
     ) -> None:
         self._plan = plan = plan.bare if switches.is_disabled else plan
         self._shape, self._source, self._sink, self._inbox, self._total = shape, source, sink, inbox, total
+        self._stream = sink if isinstance(sink, StreamSink) else None
         self._stop_at_failure = not settings.return_exceptions
         self._progress = None if settings.progress is False else make_progress(settings.progress, plan.name, total)
         self.tally = Tally(total=total)
@@ -157,13 +140,16 @@ class Scheduler:
         self.pool: Pool = settings.pools.pool_for(self._work())
         # Whether the pool can be used by another map, if nothing runs in it.
         self.is_sound = True
-        self.is_closed = False
         self.failure: Exception | None = None
         # How many items are sent at once; of what they are with when the circuit opens all are run to the end.
         self._size, self._ahead = 1, 0
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
-        timeouts = plan.attempt_timeout, plan.total_timeout
-        self._one_at_a_time = any(policy is not None for policy in (plan.limit, plan.places, *timeouts))
+        self._one_at_a_time = (
+            plan.limit is not None
+            or plan.places is not None
+            or plan.attempt_timeout is not None
+            or plan.total_timeout is not None
+        )
         is_asked = plan.asks_first or plan.cache is not None or plan.is_listened_to
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
         self._list_size = settings.batch_size
@@ -179,8 +165,10 @@ class Scheduler:
         self.presence = Presence()
         self._flying: set[Entry] = set()
         self._waiting = self._awaiting_turns = 0
-        self._timers = _Timers(lambda: clock.now())  # noqa: PLW0108 - the clock may be replaced meanwhile
-        self._real_timers = _Timers(time.monotonic)
+        # By opero's clock, and by real time.
+        self._timers: list[_Timer] = []
+        self._real_timers: list[_Timer] = []
+        self._ticks = itertools.count()
         self._preparing: deque[Entry] = deque()
         self._consulting: list[tuple[Entry, Consult]] = []
         self._ready: deque[Entry] = deque()
@@ -210,7 +198,7 @@ class Scheduler:
         done = f"opero: {self.tally.finished}{whole} items of {plan.name} were done"
         if plan.cache is not None and plan.cache.is_lasting:
             return f"{done}; the next run finds their results in the cache"
-        stream = "" if isinstance(self._sink, StreamSink) else ".stream(items) hands out each that is done, "
+        stream = "" if self._stream is not None else ".stream(items) hands out each that is done, "
         return f"{done}; {stream}cache=True with cache_backend='disk' keeps their results for the next run"
 
     def steps(self) -> Generator[Wait | list[Consult] | deque[Outcome[Any, Any]], Any, None]:
@@ -220,9 +208,9 @@ class Scheduler:
             self._inbox, most_batches=self._total, is_paced=plan.limit is not None, patience=plan.total_timeout
         )
         while True:
-            if self._source.is_late:
+            if self._source.is_late and self._stream is not None:
                 # The input may take long again.
-                yield self._sink.take()
+                yield self._stream.take()
             self._source.start_turn()
             while (batch := self._next_batch()) is not None or self._consulting:
                 if batch is not None:
@@ -231,13 +219,14 @@ class Scheduler:
                     self._answered((yield [step for _, step in self._consulting]))
             if self._progress is not None:
                 self._progress.show(self.tally)
-            yield self._sink.take()
+            if self._stream is not None:
+                yield self._stream.take()
             if self._is_done():
                 return
             self._take_note((yield self._wait()))
             # After all that has come in was seen: a report in time is no reason to kill.
-            self._real_timers.run()
-            self._watch()
+            if self._watched:
+                self._watch()
 
     def _take_note(self, events: list[Any]) -> None:
         for heard in events:
@@ -263,37 +252,37 @@ class Scheduler:
         if self.failure is not None:
             raise self.failure
         is_done = self._source.exhausted and not (self._sent or self._flying or self._ready or self._given_back)
-        if self._source.error is not None and (is_done or not isinstance(self._sink, StreamSink)):
+        if self._source.error is not None and (is_done or self._stream is None):
             raise self._source.error
         return is_done
 
     def _wait(self) -> Wait:
         """Until something comes back, or this wants to be asked again."""
-        due = [self._timers.due_in(), really_due := self._real_timers.due_in()]
-        if self._more_at_once or self._source.is_late:
-            due.append(0.0)
+        due = [0.0] if self._more_at_once or self._source.is_late else []
+        if self._timers:
+            due.append(self._timers[0][0] - clock.now())
+        if self._real_timers:
+            due.append(self._real_timers[0][0] - time.monotonic())
         if self._watched:
-            soonest = min(min(batch.look_at, batch.ends_at) for batch in self._watched)
-            due.append(max(0.0, soonest - time.monotonic()))
+            due.append(min(min(batch.look_at, batch.ends_at) for batch in self._watched) - time.monotonic())
         if self._plan.total_timeout is not None:
             deadlines = (entry.call.deadline for entry in (*self._ready, *self._preparing))
-            due += [max(0.0, deadline - clock.now()) for deadline in deadlines if deadline is not None]
+            due += [deadline - clock.now() for deadline in deadlines if deadline is not None]
         # What a worker or another process does takes real time, in which no time is skipped.
-        is_real = bool(self._sent or self._preparing) or really_due is not None
-        return Wait(min((seconds for seconds in due if seconds is not None), default=None), is_real)
+        is_real = bool(self._sent or self._preparing or self._real_timers)
+        seconds = min(due, default=math.inf)
+        return Wait(None if seconds == math.inf else max(0.0, seconds), is_real)
 
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
-        self._timers.run()
-        self._call_off()
+        self._keep_time()
         self._more_at_once = False
         # No call waits at a worker that has its time.
         slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._ahead)
         while slots and self._preparing:
             self._advance(self._preparing.popleft(), None)
         # While no worker is ready, the first item has to tell whether one is needed.
-        takes_up = slots or self.pool.prepare is not None
-        if self.failure is not None or not takes_up or len(self._sent) >= max(slots, 1):
+        if self.failure is not None or len(self._sent) >= max(slots, 1):
             return None
         size = min(1 if self._one_at_a_time else self._size, self.pool.largest_batch, self._largest_batch)
         if self._given_back:
@@ -312,8 +301,11 @@ class Scheduler:
                 self._call_for_many()
         return self._send(self._batch_of_entries(size)) if self._ready and slots else None
 
-    def _call_off(self) -> None:
-        """Tell those that wait for a worker that it is too late, and the next one if its circuit is open."""
+    def _keep_time(self) -> None:
+        """Do what is due; call off what is too late for a worker, and the next one if its circuit is open."""
+        for timers, now in ((self._timers, clock.now()), (self._real_timers, time.monotonic())):
+            while timers and timers[0][0] <= now:
+                heapq.heappop(timers)[2]()
         if self._plan.total_timeout is not None:
             for waiting in (self._ready, self._preparing):
                 for entry in [entry for entry in waiting if _is_late(entry)]:
@@ -346,7 +338,6 @@ class Scheduler:
 
         The pool is stopped by the driver.
         """
-        self.is_closed = True
         self._timers.clear()
         self._real_timers.clear()
         for entry in self._flying:
@@ -362,7 +353,9 @@ class Scheduler:
     # Input
 
     def _pull(self, count: int) -> list[Any]:
-        count = min(count, MOST_WAITING - self._waiting, self._sink.room())
+        count = min(count, MOST_WAITING - self._waiting)
+        if self._stream is not None:
+            count = min(count, self._stream.room())
         if count <= 0 or self._source.exhausted or self._source.is_late:
             return []
         items = self._source.take(count)
@@ -417,7 +410,7 @@ class Scheduler:
         elif isinstance(step, Consult):
             self._consulting.append((entry, step))
         elif isinstance(step, Prepare):
-            if self.pool.slots or self.pool.prepare is None:
+            if self.pool.slots:
                 self._advance(entry, None)
             else:
                 self._preparing.append(entry)
@@ -428,8 +421,8 @@ class Scheduler:
                 self._call_for_many()
         elif isinstance(step, Pause):
             self._waiting += 1
-            timers = self._real_timers if step.is_real else self._timers
-            timers.after(step.seconds, lambda: self._resume(entry))
+            timers, now = (self._real_timers, time.monotonic()) if step.is_real else (self._timers, clock.now())
+            heapq.heappush(timers, (now + step.seconds, next(self._ticks), lambda: self._resume(entry)))
         else:
             self._waiting += 1
             self._awaiting_turns += step.is_turn
@@ -448,7 +441,8 @@ class Scheduler:
         if not arrival.poll():
             due = arrival.due_in()
             if due is not None:
-                self._timers.after(due, lambda: self._look_for_arrival(entry))
+                timer = clock.now() + due, next(self._ticks), lambda: self._look_for_arrival(entry)
+                heapq.heappush(self._timers, timer)
             return
         entry.arrival = None
         arrival.notify(None)
@@ -578,12 +572,12 @@ class Scheduler:
                 self.tally.retried += 1
         batch.sent_at = clock.now()
         self._sent.add(batch)
-        if batch.time_limit is not None and self.pool.kill is not None:
+        if batch.time_limit is not None and self.pool.can_kill:
             # A coroutine is cancelled in the worker, which may take some time.
             grace = _UNHEEDED_SECONDS if self._plan.is_async else 0.0
             batch.ends_at = time.monotonic() + batch.time_limit[0] + grace
             self._watched.add(batch)
-        if len(batch.items) > 1 and self.pool.begun is not None:
+        if len(batch.items) > 1 and self.pool.begun(batch) is not None:
             batch.look_at = time.monotonic() + _LOOKING_SECONDS
             self._watched.add(batch)
         return batch
@@ -612,7 +606,7 @@ class Scheduler:
 
     def _look_at(self, batch: Batch, now: float) -> None:
         """Take back what a worker holds that is busy with one item; see `worker.run_items`."""
-        begun = self.pool.begun(batch) if self.pool.begun is not None else 0
+        begun = self.pool.begun(batch) or 0
         batch.look_at = now + _LOOKING_SECONDS if begun < batch.reported + len(batch.items) else math.inf
         if batch.reported < begun == batch.begun:
             self._size = 1
@@ -623,15 +617,9 @@ class Scheduler:
     def _time_is_up(self, batch: Batch, now: float) -> None:
         # Much later than that, the map was away, with its input or its consumer: a report may be on its way, or its
         # worker has been ready only now.
-        if now - batch.ends_at <= _LATE_SECONDS and self.pool.kill is not None and self.pool.kill(batch):
+        if now - batch.ends_at <= _LATE_SECONDS and self.pool.kill(batch):
             batch.is_overdue = True
         batch.ends_at = now + _ENDING_SECONDS
-
-    def _returned(self, batch: Batch) -> bool:
-        is_out = batch in self._sent
-        self._sent.discard(batch)
-        self._watched.discard(batch)
-        return is_out
 
     def _batch_done(self, done: Done) -> None:
         batch, count = done.batch, len(done.values)
@@ -639,7 +627,8 @@ class Scheduler:
             return
         seconds = done.seconds / max(1, batch.reported + count)
         if not done.is_part:
-            self._returned(batch)
+            self._sent.discard(batch)
+            self._watched.discard(batch)
             self._learn(done, seconds)
             if count < len(batch.items):
                 self._give_back(batch.take_from(count))
@@ -686,7 +675,9 @@ class Scheduler:
 
     def _batches_lost(self, lost: Lost) -> None:
         """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""
-        batches = [batch for batch in lost.batches if self._returned(batch)]
+        batches = [batch for batch in lost.batches if batch in self._sent]
+        self._sent.difference_update(batches)
+        self._watched.difference_update(batches)
         for batch in batches:
             batch.losses += 1
         if batches and lost.begun is not None:

@@ -7,8 +7,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.batches import Batch, Done, Fatal
-from opero.concurrency.ctrl_c import in_own_thread, join_unless_left
+from opero.concurrency.batches import Batch, Done, Fatal, Pool
+from opero.concurrency.ctrl_c import join_unless_left
 from opero.concurrency.worker import AsyncCaller, How, Work, run_batch
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
@@ -50,13 +50,10 @@ class Threads:
     terminate = clear = close
 
 
-class ThreadPool:
+class ThreadPool(Pool):
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
-    largest_batch = LARGEST_BATCH
-    is_far = False
     can_rest = True
-    kill = prepare = None
 
     def __init__(
         self,
@@ -70,7 +67,7 @@ class ThreadPool:
         self._initializer = initializer
         self._initargs = initargs
         self._finalizer = finalizer
-        self.slots = workers
+        self._workers = workers
         self.take_on(work)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._in_flight = 0
@@ -78,19 +75,24 @@ class ThreadPool:
         self._threads: Any = None
         self._stopped = False
 
-    def start(self, inbox: Inbox, **_about_the_map: Any) -> None:
-        self._deliver = inbox.put
+    @property
+    def slots(self) -> int:
+        return self._workers
+
+    @property
+    def largest_batch(self) -> int:
+        return LARGEST_BATCH
+
+    def start(self, inbox: Inbox, **about_the_map: Any) -> None:
+        super().start(inbox, **about_the_map)
         if self._threads is not None:
             return
         from twat_mp.mp import MultiPool
 
         # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
         factory: Any = lambda nodes: Threads()  # noqa: ARG005, E731 - MultiPool calls it with nodes=
-        self._multi_pool = MultiPool(pool_class=factory, nodes=self.slots)
+        self._multi_pool = MultiPool(pool_class=factory, nodes=self._workers)
         self._threads = self._multi_pool.__enter__()
-
-    def rest(self) -> None:
-        """Its threads wait for batches."""
 
     def take_on(self, work: Work) -> None:
         # What the threads run, and the context variables of whoever called it.
@@ -120,9 +122,6 @@ class ThreadPool:
             self._threads.is_left = is_left
             self._multi_pool.__exit__(None, None, None)
 
-    async def stop_async(self) -> None:
-        await in_own_thread(self.stop)
-
     def _serve(self) -> None:
         if self._stopped:
             return
@@ -132,16 +131,16 @@ class ThreadPool:
         except Exception as error:  # noqa: BLE001 - the user's code
             refused = OperoError(f"a worker thread cannot run {name_of(self._map[0].function)}: {describe(error)}")
             refused.__cause__ = error
-            self._deliver(Fatal(refused))
+            self.deliver(Fatal(refused))
             return
         caller = AsyncCaller() if self._map[0].is_async else None
         try:
             while (batch := self._batches.get()) is not None and not self._stopped:
                 work, context = self._map
-                self._deliver(_run(batch, work, caller, context))
+                self.deliver(_run(batch, work, caller, context))
                 del batch
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
-            self._deliver(Fatal(error))
+            self.deliver(Fatal(error))
         finally:
             if caller is not None:
                 caller.close()

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 class Presence:
     """Whether somebody attends to the flights of a map: while its stream has handed out, nobody does."""
 
-    __slots__ = ("is_away",)
-
-    def __init__(self) -> None:
-        self.is_away = False
+    is_away = False
 
 
 class Badge:
