@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.ctrl_c import in_own_thread
+from opero.concurrency.worker import Report
 from opero.core.signature import MISSING
 
 if TYPE_CHECKING:
@@ -64,15 +65,13 @@ class Batch:
 
 @dataclass(slots=True)
 class Done:
-    """A worker's report: ``values`` in order, ``errors`` by place, ``seconds`` of running, ``size`` in bytes.
+    """A worker has reported; ``size`` is that of the batch or its report in bytes.
 
     Unless it is a part, after which the worker has gone on, items for which there is no value have not begun.
     """
 
     batch: Batch
-    values: list[Any]
-    errors: dict[int, Exception]
-    seconds: float
+    report: Report
     size: int = 0
     is_part: bool = False
 
@@ -95,7 +94,7 @@ class Lost:
 def not_run(batch: Batch, error: Exception) -> Done | Lost:
     """An item of the batch cannot travel; alone, it is known which."""
     if len(batch.items) == 1:
-        return Done(batch, [None], {0: error}, 0.0)
+        return Done(batch, Report([None], {0: error}, 0.0))
     return Lost([batch], str(error))
 
 

@@ -84,7 +84,7 @@ class _Child:
                 if isinstance(known, Fatal):
                     raise known.error
                 if isinstance(known, Done) and known.batch is batch:
-                    return Report(known.values, known.errors, known.seconds)
+                    return known.report
                 if isinstance(known, Lost):
                     if is_late:
                         return Report([None], {0: stopped(name_of(self.work.function), *limit)}, limit[0])

@@ -334,11 +334,11 @@ class ExecutorPool(Pool):
         if kind == STOP:
             return Lost([batch], content)
         if self._is_near:
-            return Done(batch, content.values, content.errors, content.seconds)
+            return Done(batch, content)
         report = unpack_report(content)
         if not report.values:
             return not_run(batch, report.errors[0])
-        return Done(batch, report.values, report.errors, report.seconds, max(size, len(content)))
+        return Done(batch, report, max(size, len(content)))
 
 
 def _refused(name: str, error: Exception) -> OperoError:

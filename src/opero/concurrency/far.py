@@ -122,7 +122,7 @@ class Parcels:
         report = merged(content)
         if not report.values:
             return [not_run(batch, report.errors[0])]
-        return [Done(batch, report.values, report.errors, report.seconds, max(size, sum(map(len, content))))]
+        return [Done(batch, report, max(size, sum(map(len, content))))]
 
     def recovered(
         self, batch: Batch, found: Found | None, reason: str, *, is_sure: bool = True, is_innocent: bool = False
@@ -135,13 +135,12 @@ class Parcels:
             return [Lost([batch], reason, innocent=[batch])]
         events: list[Any] = []
         if found.reports:
-            report = merged(found.reports)
-            events.append(Done(batch, report.values, report.errors, report.seconds, is_part=True))
+            events.append(Done(batch, merged(found.reports), is_part=True))
         if found.stuck:
             seconds, option = batch.time_limit or (0.0, "")
             error = stopped(self._name, seconds, option)
             add_note(error, f"{IN_THE_WORKER}{found.stuck}")
-            events.append(Done(batch, [None], {0: error}, seconds))
+            events.append(Done(batch, Report([None], {0: error}, seconds)))
         elif is_innocent:
             events.append(Lost([batch], reason, innocent=[batch]))
         elif is_sure:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import inspect
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from opero.concurrency.kept import POOLS, MapSettings, PoolSource
@@ -36,8 +37,6 @@ ModeName: TypeAlias = Literal["process", "thread", "async", "async_process", "se
 Mode: TypeAlias = "ModeName | Executor | Callable[[], Executor]"
 
 
-# Modes whose cluster says how many workers there are, and what they need.
-_CLUSTERS: Mapping[str, str] = {"dask": "distributed", "ray": "ray"}
 _ASYNC_ONLY = ("async", "async_process")
 _HOOKS = ("initializer", "initargs", "finalizer")
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
@@ -49,12 +48,46 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "dask": ("client", "address", "resources", "priority", "restart_workers"),
     "ray": ("address", "init", "num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy"),
 }
+# The library that a mode needs, and the extra that brings it.
+_NEEDED: Mapping[str, tuple[str, str]] = {
+    "async_process": ("aiomultiprocess", "aiomultiprocess"),
+    "dask": ("distributed", "dask"),
+    "ray": ("ray", "ray"),
+}
 
 
-_COUNTS: Mapping[str, str] = {
-    "concurrency": "coroutines in each process",
-    "max_tasks_per_worker": "items that a worker runs before it is replaced",
-    "threads_per_worker": "threads of numeric libraries in each worker",
+def _check_start_method(name: str, method: Any) -> None:
+    import multiprocessing
+
+    check_choice(name, method, multiprocessing.get_all_start_methods())
+
+
+def _check_initargs(name: str, initargs: Any) -> None:
+    if not isinstance(initargs, tuple):
+        msg = f"{name}={shown(initargs)} is {kind_of(initargs)}; write a tuple"
+        raise TypeError(msg)
+
+
+_needs = partial(check_number, what="what each call needs", smallest=0)
+_count = partial(check_count, smallest=1)
+# Those that are not here are the cluster's business.
+_CHECKS: Mapping[str, Callable[[str, Any], object]] = {
+    "start_method": _check_start_method,
+    "initializer": partial(check_callable, what="a function that prepares each worker"),
+    "finalizer": partial(check_callable, what="a function that takes no arguments, for its end"),
+    "initargs": _check_initargs,
+    "concurrency": partial(_count, what="coroutines in each process"),
+    "max_tasks_per_worker": partial(_count, what="items that a worker runs before it is replaced"),
+    "threads_per_worker": partial(_count, what="threads of numeric libraries in each worker"),
+    "resources": check_mapping,
+    "init": check_mapping,
+    "runtime_env": check_mapping,
+    "num_cpus": _needs,
+    "num_gpus": _needs,
+    "memory": _needs,
+    "priority": partial(check_number, what="the priority", smallest=-math.inf),
+    "address": partial(check_text, what="an address such as 'host:port'"),
+    "restart_workers": check_flag,
 }
 
 
@@ -139,62 +172,19 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
         msg = f"pool_options with {listed(options)} cannot apply with {named}, which takes none; leave it out"
         raise TypeError(msg)
     check_known(f"pool_options with {named}", options, known)
-    if "start_method" in options:
-        import multiprocessing
-
-        check_choice("pool_options['start_method']", options["start_method"], multiprocessing.get_all_start_methods())
-    for hook, does in (("initializer", "prepares each worker"), ("finalizer", "takes no arguments, for its end")):
-        if hook in options:
-            check_callable(f"pool_options[{hook!r}]", options[hook], f"a function that {does}")
-    if "initargs" in options:
-        _check_initargs(options)
-    for option, counted in _COUNTS.items():
-        if option in options:
-            check_count(f"pool_options[{option!r}]", options[option], counted, smallest=1)
-    if isinstance(mode, str):
-        _check_needed(mode, options)
-
-
-def _check_needed(mode: str, options: dict[str, Any]) -> None:
-    """The options of clusters, and whether the library is installed."""
-    if mode in _CLUSTERS:
-        _check_cluster_options(mode, options)
-    needed = {"async_process": "aiomultiprocess", **_CLUSTERS}.get(mode)
-    if needed is not None:
-        import importlib.util
-
-        if importlib.util.find_spec(needed) is None:
-            extra = mode if mode in _CLUSTERS else needed
-            msg = f"mode={mode!r} needs {needed}; install it with: pip install 'opero[{extra}]'"
-            raise ImportError(msg)
-
-
-def _check_cluster_options(mode: str, options: dict[str, Any]) -> None:
-    for option in ("resources", "init", "runtime_env"):
-        if option in options:
-            check_mapping(f"pool_options[{option!r}]", options[option])
-    for option in ("num_cpus", "num_gpus", "memory"):
-        if option in options:
-            check_number(f"pool_options[{option!r}]", options[option], "what each call needs", smallest=0)
-    if "priority" in options:
-        check_number("pool_options['priority']", options["priority"], "the priority", smallest=-math.inf)
-    if "address" in options:
-        check_text("pool_options['address']", options["address"], "an address such as 'host:port'")
-    if "restart_workers" in options:
-        check_flag("pool_options['restart_workers']", options["restart_workers"])
-    if mode == "dask" and {"client", "address"} <= options.keys():
-        msg = "pool_options has 'client' and 'address', which say the same; leave one of them out"
-        raise ValueError(msg)
-
-
-def _check_initargs(options: dict[str, Any]) -> None:
-    if "initializer" not in options:
+    if "initargs" in options and "initializer" not in options:
         msg = "pool_options['initargs'] has no effect without an initializer; add one"
         raise ValueError(msg)
-    initargs = options["initargs"]
-    if not isinstance(initargs, tuple):
-        msg = f"pool_options['initargs']={shown(initargs)} is {kind_of(initargs)}; write a tuple"
-        raise TypeError(msg)
+    for option, value in options.items():
+        if option in _CHECKS:
+            _CHECKS[option](f"pool_options[{option!r}]", value)
+    if {"client", "address"} <= options.keys():
+        msg = "pool_options has 'client' and 'address', which say the same; leave one of them out"
+        raise ValueError(msg)
+    library, extra = _NEEDED.get(mode, ("", "")) if isinstance(mode, str) else ("", "")
+    if library and importlib.util.find_spec(library) is None:
+        msg = f"mode={mode!r} needs {library}; install it with: pip install 'opero[{extra}]'"
+        raise ImportError(msg)
 
 
 def get_parallel_map_decorator(
@@ -270,7 +260,7 @@ def get_parallel_executor(
 
     def executor(function: Callable[..., Any], items: Any, /, **kwargs: Any) -> Any:
         # A class among functions, as in `map(int, texts)`, is meant; below a decorator it would be a mistake.
-        mapped = functools.partial(function) if isinstance(function, type) else function
+        mapped = partial(function) if isinstance(function, type) else function
         return decorate(mapped)(items, **kwargs)
 
     return executor

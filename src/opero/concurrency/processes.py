@@ -494,7 +494,7 @@ class ProcessPool(Pool):
             self._hand_out()
         if is_last and 0 in report.errors and not ran:
             return not_run(batch, report.errors[0])
-        return Done(batch, report.values, report.errors, report.seconds, max(len(payload), size), not is_last)
+        return Done(batch, report, max(len(payload), size), not is_last)
 
     # Messages
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from opero.concurrency.inbox import Inbox
     from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Sink
-    from opero.concurrency.sources import Source
+    from opero.concurrency.running import Source
     from opero.concurrency.worker import Shape
     from opero.core.steps import Arrival
 
@@ -622,22 +622,22 @@ class Scheduler:
         batch.ends_at = now + _ENDING_SECONDS
 
     def _batch_done(self, done: Done) -> None:
-        batch, count = done.batch, len(done.values)
+        batch, report, count = done.batch, done.report, len(done.report.values)
         if batch not in self._sent:
             return
-        seconds = done.seconds / max(1, batch.reported + count)
+        seconds = report.seconds / max(1, batch.reported + count)
         if not done.is_part:
             self._sent.discard(batch)
             self._watched.discard(batch)
             self._learn(done, seconds)
             if count < len(batch.items):
                 self._give_back(batch.take_from(count))
-        if batch.entries is None and not done.errors:
+        if batch.entries is None and not report.errors:
             self.tally.finished += count
-            self._sink.put_results(batch.start, batch.items, done.values, seconds)
+            self._sink.put_results(batch.start, batch.items, report.values, seconds)
         else:
-            for place, value in enumerate(done.values):
-                error = done.errors.get(place)
+            for place, value in enumerate(report.values):
+                error = report.errors.get(place)
                 self._item_done(batch, place, value if error is None else Failed(error), seconds)
         if done.is_part:
             batch.drop(count)

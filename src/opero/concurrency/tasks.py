@@ -7,7 +7,7 @@ import contextvars
 import time
 
 from opero.concurrency.batches import Batch, Done, Fatal, Pool
-from opero.concurrency.worker import Work, in_time
+from opero.concurrency.worker import Report, Work, in_time
 from opero.core.steps import Failed, was_cancelled
 
 
@@ -58,6 +58,6 @@ class TaskPool(Pool):
             return
         del self._tasks[batch]
         batch.is_last = was_cancelled(Failed(errors[0]) if errors else value, 0)
-        self.deliver(Done(batch, [value], errors, time.perf_counter() - started))
+        self.deliver(Done(batch, Report([value], errors, time.perf_counter() - started)))
         # This frame is in the error's traceback: without this they would keep each other alive.
         del errors
