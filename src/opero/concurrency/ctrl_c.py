@@ -9,14 +9,12 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from opero.concurrency.progress import is_terminal
 from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Iterator
 
 # As long as this nobody asks what a program waits for.
@@ -85,21 +83,19 @@ async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
     ``stop`` is given what tells whether the task was cancelled again meanwhile, as by Ctrl-C pressed twice.
     """
     import asyncio
+    from concurrent.futures import Future
 
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
+    over: Future[None] = Future()
     is_left = False
 
     def run() -> None:
-        error: BaseException | None = None
         try:
             stop(telling(lambda: is_left))
-        except BaseException as raised:  # noqa: BLE001 - raised again in the awaiting task
-            error = raised
-        # The loop of a map that was left may be closed by now.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(_settle, ended, error)
+            over.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - raised again in the awaiting task
+            over.set_exception(error)
 
+    ended = asyncio.wrap_future(over)
     thread = threading.Thread(target=run, name="opero-stop", daemon=True)
     with Hold():
         thread.start()
@@ -125,10 +121,3 @@ def _is_cancelled_twice() -> bool:
     # A scope of anyio's cancels again and again until it is left, and means once.
     anyio = sys.modules.get("anyio")
     return anyio is None or anyio.current_effective_deadline() != -math.inf
-
-
-def _settle(ended: asyncio.Future[None], error: BaseException | None) -> None:
-    if error is None:
-        ended.set_result(None)
-    else:
-        ended.set_exception(error)
