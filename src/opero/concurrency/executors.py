@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import itertools
 import threading
 from collections import deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, wait
@@ -91,7 +90,6 @@ class ExecutorPool(Pool):
         self._unwatch: Callable[[], None] = lambda: None
         # Those that run an item at the moment, if they are of this process.
         self._threads: set[int] = set()
-        self._id, self._numbers = uuid4().hex, itertools.count()
         self.take_on(work)
 
     @property
@@ -120,10 +118,8 @@ class ExecutorPool(Pool):
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)
-        if self._has_begun:
-            self._hand_out()
-        else:
-            self._begin()
+        self.prepare()
+        self._hand_out()
 
     def receive(self, event: Any) -> Any:
         if isinstance(event, Fatal):
@@ -270,7 +266,7 @@ class ExecutorPool(Pool):
             self.deliver(not_run(batch, error))
             return
         along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
-        self._launch(batch, run_parcel, self._digest, along, payload, f"{self._id}-{next(self._numbers)}")
+        self._launch(batch, run_parcel, self._digest, along, payload, uuid4().hex)
 
     def _run_here(self, batch: Batch) -> Report:
         thread = threading.get_ident()

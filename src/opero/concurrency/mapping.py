@@ -117,7 +117,7 @@ class _Map(Generic[T, P, R, L]):
         if self._is_starred:
             return getattr, (self.__dict__["unstarred"], "starmap")
         if self._head:
-            return _bind, (self._unbound(), *self._head)
+            return _bind, (self.__dict__["unbound"], *self._head)
         return _reduce(self)
 
     def __copy__(self) -> Self:
@@ -141,9 +141,6 @@ class _Map(Generic[T, P, R, L]):
     def _bound_to(self, instance: Any) -> Self:
         bound: Self = self._with(type(self), single=self.single.__get__(instance), _head=(instance,), unbound=self)
         return bound
-
-    def _unbound(self) -> Any:
-        return self.__dict__["unbound"]
 
     def _is_classmethod_of(self, first: type) -> bool:
         """Whether a call with this first argument is one through ``@classmethod``, which binds no maps since 3.13."""
