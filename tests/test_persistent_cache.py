@@ -1167,20 +1167,6 @@ def test_a_pickled_value_of_a_foreign_hand_is_not_unpickled(world, disk_backend,
     assert f.stats.cache_errors > 0
 
 
-def test_a_pickled_file_of_a_foreign_hand_is_not_unpickled(world, disk_backend, tmp_path):
-    options = own(disk_backend)
-    world.run(opero.opero(**options)(world.define(lambda x: "first")), 1)
-    exploit = pickle.dumps(Exploit(tmp_path / "exploited"))
-    count = 0
-    for database in disk_backend.databases():
-        (database.parent / "foreign.val").write_bytes(exploit)
-        count += change(database, "UPDATE Cache SET mode = ?, value = NULL, filename = 'foreign.val'", PICKLED)
-    assert count > 0
-    f = opero.opero(**options)(world.define(lambda x: "second"))
-    assert world.run(f, 1) == "second"
-    assert not (tmp_path / "exploited").exists()
-
-
 def test_a_pickled_key_of_a_foreign_hand_is_not_unpickled(world, disk_backend, tmp_path):
     options = own(disk_backend, cache_options={**disk_backend.cache_options, "maxsize": 3})
     f = opero.opero(**options)(world.define(lambda x: x))

@@ -118,12 +118,9 @@ def _show_cache(folder: Path) -> int:
 
 
 def _line(namespace: Namespace) -> str:
-    if namespace.problem is not None:
+    text = namespace.name
+    if text is None:
         text = f"{namespace.folder.name}: {namespace.problem}"
-    elif namespace.name is None:
-        text = f"{namespace.folder.name} (a folder; the next use of the cache will tell its namespace)"
-    else:
-        text = namespace.name
     entries = "?" if namespace.entries is None else namespace.entries
     return f"{entries:>10}  {namespace.size:>14}  {_printable(text)}"
 

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from opero.core.keys import key_of_value
 
-thoroughly = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+thoroughly = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
 
 # Kinds of values

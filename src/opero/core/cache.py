@@ -19,7 +19,7 @@ from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats
 from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Found, Keep, Lease, Release, managing
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Found, Keep, Lease, managing
 from opero.core.stores.memory import is_shared
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
@@ -297,8 +297,6 @@ class ResultCache:
             outcome, life = self._judged(call, outcome)
             old = lease.old
             if outcome.__class__ is Failed and old is not None and old.value.__class__ is not Failed:
-                if lease.held:
-                    self._note_fault((yield from self._ask(Release(lease))), stats)
                 flights.land(flight, old.value, old.written)
                 return self._hit(call, old.value)
             keep = None
@@ -307,8 +305,6 @@ class ResultCache:
                 value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
                 keep = Keep(lease, value, life, flight=flight, stale=stale)
                 self._note_fault((yield from self._ask(keep)), stats)
-            elif lease.held:
-                self._note_fault((yield from self._ask(Release(lease))), stats)
             flights.land(flight, outcome, None if keep is None else keep.written)
             return outcome
         finally:
@@ -363,9 +359,9 @@ class ResultCache:
         return (yield Consult(self.store, request))
 
     def _note_fault(self, answer: Any, stats: Stats) -> None:
-        if answer.__class__ is Fault:
+        if isinstance(answer, Exception):
             stats.cache_errors.tick()
-            self.store.complain(answer.error)
+            self.store.complain(answer)
 
     def _count(self) -> int:
         with managing(self.store, "count the entries of"):

@@ -133,6 +133,7 @@ class Server:
         if self._is_ours and self._client is not None and os.getpid() == self._process:
             with contextlib.suppress(Exception):
                 self._client.close()
+                self._client.connection_pool.disconnect()
 
 
 # The servers that are in use
@@ -232,7 +233,8 @@ def _client(*, connection_class: type | None = None, **place: Any) -> Any:
 
     name = "Connection" if connection_class is None else connection_class.__name__
     kind = _bounded(getattr(redis.connection, name))
-    return redis.Redis.from_pool(_pool_class()(connection_class=kind, **{**place, **_settings()}))
+    # Not by `from_pool`: such a client closes its pool by itself, in a forked child, too.
+    return redis.Redis(connection_pool=_pool_class()(connection_class=kind, **{**place, **_settings()}))
 
 
 def _async_client(*, connection_class: type | None = None, **place: Any) -> Any:

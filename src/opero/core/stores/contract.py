@@ -1,7 +1,7 @@
 """What the cache asks of a store, and what it may answer.
 
 A store is asked in lists, so that a map can ask for many keys at once. `perform` never raises for what is wrong with
-the backend: it answers with a `Fault`, and the call goes on without the cache.
+the backend: it answers with an exception, and the call goes on without the cache.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """Request: the entry, or else the right to compute it; answered by `Found`, `CLAIMED` or `BUSY`."""
+    """Request: the entry, or else the right to compute it; answered by `Found`, `CLAIMED` or `BUSY`.
+
+    Whoever has asked gives the lease back in the end, by ``let_go`` of the store.
+    """
 
     lease: Lease
 
@@ -89,14 +92,7 @@ class Keep:
         return self.flight is not None and self.flight.stale
 
 
-@dataclass(slots=True, eq=False)
-class Release:
-    """Request: give a lease back without a result; answered by `DONE`."""
-
-    lease: Lease
-
-
-Request = Claim | Keep | Release
+Request = Claim | Keep
 
 
 # Answers
@@ -111,13 +107,6 @@ class Found:
 
     value: Any
     written: bytes | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Fault:
-    """The backend could not do it."""
-
-    error: Exception
 
 
 class Answer(enum.Enum):

@@ -23,7 +23,7 @@ from opero.core.faults import Rest
 from opero.core.forks import hold_forks
 from opero.core.interrupts import Hold
 from opero.core.private_folder import held_private_folder
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Keep, Lease
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Keep, Lease
 from opero.core.stores.lasting import LastingStore, slug
 from opero.core.stores.locks import KeyLocks, key_locks
 from opero.core.stores.settings import DISK_POLICIES
@@ -37,74 +37,35 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# Larger results become files of their own beside the database.
-_IN_DATABASE = 2**20
 # How long to wait for another process that writes; in steps, between which this process may fork.
 _LOCK_SECONDS = 5.0
 _LOCK_STEP = 0.1
 _GRAVE_SECONDS = 86_400.0
-_MODE_RAW, _MODE_BINARY = 1, 2
 NAMESPACE_SETTING = "opero_namespace"
 # An open namespace has some file handles; beyond so many, those that were opened first are closed until they are used.
 _MOST_OPEN = 32
 
-_SELECT = (
-    "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1 AND (expire_time IS NULL OR expire_time > ?)"
-)
+# When an entry has ended it says itself.
+_SELECT = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _GRAVE = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _TOUCH = "UPDATE Cache SET access_time = ?, access_count = access_count + 1 WHERE key = ? AND raw = 1"
 # The entry that makes one too many has not been used yet, and is not the one to go.
-_CULL = "FROM Cache WHERE rowid != last_insert_rowid() ORDER BY {order} LIMIT ?"
+_CULL = (
+    "DELETE FROM Cache WHERE rowid IN "
+    "(SELECT rowid FROM Cache WHERE rowid != last_insert_rowid() ORDER BY {order} LIMIT ?)"
+)
 _ORDER = {"fifo": "store_time", "lru": "access_time", "lfu": "access_count"}
 
 
 class _Bytes(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
-    """Keys and values as bytes, and nothing else: diskcache's own would unpickle the rows of a stranger."""
+    """Keys and values as bytes in the database; diskcache's own are pickled, or large ones files of their own."""
 
     def put(self, key: Any) -> Any:
         return sqlite3.Binary(key), True
 
-    def get(self, key: Any, raw: Any) -> bytes:
-        if not raw:
-            msg = "a pickled key in the cache's database; opero writes none"
-            raise ValueError(msg)
-        return bytes(key)
-
     def store(self, value: Any, *_read_and_key: Any, **_key: Any) -> Any:
-        if len(value) < _IN_DATABASE:
-            # The size is for what lies outside of the database, whose own is known.
-            return 0, _MODE_RAW, None, sqlite3.Binary(value)
-        name, path = self._new_file()
-        try:
-            # On Windows a descriptor is of a text file, unless one asks.
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-            with open(file, "wb") as opened:  # noqa: PTH123 - it is a descriptor
-                opened.write(value)
-        except BaseException:
-            # diskcache leaves what it has written of it when the disk is full.
-            self.remove(name)
-            raise
-        return len(value), _MODE_BINARY, name, None
-
-    def _new_file(self) -> tuple[str, str]:
-        """A name below two folders, as diskcache has it; those that it makes are open to all under some umasks."""
-        name = os.urandom(16).hex()
-        folder = Path(self._directory)
-        for part in (name[:2], name[2:4]):
-            folder /= part
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(mode=0o700)
-                folder.chmod(0o700)
-        file = folder / f"{name[4:]}.val"
-        return str(file.relative_to(self._directory)), str(file)
-
-    def fetch(self, mode: int, filename: str | None, value: Any, read: Any = False) -> Any:  # noqa: ARG002, FBT002 - diskcache's signature
-        if mode == _MODE_RAW and isinstance(value, bytes):
-            return value
-        if mode == _MODE_BINARY and filename is not None:
-            return (Path(self._directory) / filename).read_bytes()
-        msg = "a row in the cache's database that opero did not write"
-        raise ValueError(msg)
+        # The size is for what lies outside of the database, whose own is known.
+        return 0, diskcache.core.MODE_RAW, None, sqlite3.Binary(value)
 
 
 class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
@@ -113,7 +74,7 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
     def __init__(self, folder: Path, namespace: str, *, maxsize: int | None, policy: str, size_limit: int) -> None:
         self._connection: sqlite3.Connection | None = None
         self._maxsize = maxsize
-        self._cull_rows = _CULL.format(order=_ORDER[policy])
+        self._cull_surplus = _CULL.format(order=_ORDER[policy])
         super().__init__(
             str(folder),
             timeout=1,
@@ -122,7 +83,6 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
             size_limit=size_limit,
             statistics=0,
             tag_index=0,
-            disk_min_file_size=_IN_DATABASE,
             # No setting of diskcache's, which keeps it beside its own: the folder's name does not always tell.
             **{NAMESPACE_SETTING: namespace.encode("utf-8", "surrogatepass")},
         )
@@ -146,11 +106,8 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
         if self._maxsize is None:
             return
         ((count,),) = sql("SELECT value FROM Settings WHERE key = 'count'").fetchall()
-        surplus = count - self._maxsize
-        if surplus > 0:
-            for (filename,) in sql(f"SELECT filename {self._cull_rows}", (surplus,)).fetchall():
-                cleanup(filename)
-            sql(f"DELETE FROM Cache WHERE rowid IN (SELECT rowid {self._cull_rows})", (surplus,))  # noqa: S608 - constants
+        if count > self._maxsize:
+            sql(self._cull_surplus, (count - self._maxsize,))
 
 
 def connect(folder: str, timeout: float) -> sqlite3.Connection:
@@ -196,7 +153,6 @@ class DiskStore(LastingStore):
         self._database: _Database | None = None
         self._reading: sqlite3.Connection | None = None
         self._cursor: sqlite3.Cursor | None = None
-        self._fetch: Any = None
         self._locks: KeyLocks | None = None
         # For writing, which may wait for other processes; readers have a lock of their own and wait for nobody.
         self._lock = threading.RLock()
@@ -243,23 +199,6 @@ class DiskStore(LastingStore):
         return self._policy == "fifo"
 
     def read(self, key: bytes) -> bytes | None:
-        row = self._row(key)
-        if row is None:
-            return None
-        mode, filename, value = row
-        if mode == _MODE_RAW and filename is None and value.__class__ is bytes:
-            entry: bytes = value
-        else:
-            try:
-                entry = self._fetch(*row)
-            except FileNotFoundError:
-                # Replaced or evicted by another process since.
-                return None
-        if not self.reads_only and self._database is not None:
-            self._touch(key)
-        return entry
-
-    def _row(self, key: bytes) -> Any:
         while True:
             cursor = self._cursor
             if cursor is None:
@@ -268,16 +207,23 @@ class DiskStore(LastingStore):
             with self._reading_lock:
                 try:
                     # One cursor for all: the row is the only one, after which SQLite lets go of the database.
-                    return cursor.execute(_SELECT, (key, clock.wall())).fetchone()
+                    row = cursor.execute(_SELECT, (key,)).fetchone()
+                    break
                 except sqlite3.ProgrammingError:
                     if cursor is self._cursor:
                         raise
                     # Somebody has closed it since.
+        if row is None:
+            return None
+        if not self.reads_only and self._database is not None:
+            self._touch(key)
+        entry: bytes | None = row[0]
+        return entry
 
     def answer(self, requests: Sequence[Request]) -> list[Any]:
         self._open()
-        kept = self._keep([request for request in requests if isinstance(request, Keep)])
-        return [self._answer_one(request, kept) for request in requests]
+        faults = self._keep([request for request in requests if isinstance(request, Keep) and request.written])
+        return [self._answer_one(request, faults) for request in requests]
 
     def let_go(self, lease: Lease) -> None:
         with Hold(), self._lock:
@@ -338,24 +284,21 @@ class DiskStore(LastingStore):
         with suppress(Exception):
             self.close()
 
-    def _answer_one(self, request: Request, kept: dict[int, Any]) -> Any:
+    def _answer_one(self, request: Request, faults: dict[int, Exception]) -> Any:
         if isinstance(request, Claim):
             try:
                 return self._claim(request.lease)
             except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
-                return Fault(error)
+                return error
         self.let_go(request.lease)
-        return kept.get(id(request), DONE)
+        return faults.get(id(request), DONE)
 
     def hibernate(self) -> None:
-        """Close what is open, unless it is in use at this moment."""
+        """Close what is open, unless somebody writes at this moment."""
         if self._lock.acquire(blocking=False):
             try:
-                if self._reading_lock.acquire(blocking=False):
-                    try:
-                        self._disconnect()
-                    finally:
-                        self._reading_lock.release()
+                with self._reading_lock:
+                    self._disconnect()
             finally:
                 self._lock.release()
 
@@ -381,9 +324,9 @@ class DiskStore(LastingStore):
     def _claim_to_read(self, lease: Lease) -> Any:
         entry = self.read(lease.key)
         found = None if entry is None else self.found(lease, entry)
-        return found or Fault(PermissionError(f"{self.folder} cannot be written to"))
+        return found or PermissionError(f"{self.folder} cannot be written to")
 
-    def _keep(self, keeps: Sequence[Keep]) -> dict[int, Any]:
+    def _keep(self, keeps: Sequence[Keep]) -> dict[int, Exception]:
         """Store many in one transaction; if that fails, each in its own, so that one does not cost the others."""
         if not keeps:
             return {}
@@ -392,7 +335,7 @@ class DiskStore(LastingStore):
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
             if len(keeps) == 1:
                 self.failed(error)
-                return {id(keeps[0]): Fault(error)}
+                return {id(keeps[0]): error}
             return {name: answer for keep in keeps for name, answer in self._keep([keep]).items()}
         return {}
 
@@ -464,7 +407,7 @@ class DiskStore(LastingStore):
         """A connection for reading; one for writing is made where that is possible."""
         exists = _path(str(folder)).exists()
         if exists and not os.access(folder, os.W_OK):
-            self._database, self._fetch = None, _Bytes(str(folder)).fetch
+            self._database = None
             return connect_to_read(folder, _LOCK_SECONDS)
         if self._database is None or not exists:
             self._database = _Database(
@@ -475,7 +418,6 @@ class DiskStore(LastingStore):
                 size_limit=self._size_limit,
             )
         self._locks = self._locks or key_locks(folder)
-        self._fetch = self._database.disk.fetch
         return connect(str(folder), _LOCK_SECONDS)
 
 

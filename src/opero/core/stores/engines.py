@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from opero.core.keys import key_of_value
-from opero.core.stores.contract import Claim, Fault, Found, Keep, Lease, managing
+from opero.core.stores.contract import Claim, Found, Keep, Lease, managing
 from opero.core.stores.twat import import_twat_cache
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
@@ -128,9 +128,9 @@ class CacheEngine:
     def _ask(self, request: Claim | Keep) -> Any:
         self._check_open()
         (answer,) = self._store.perform([request])
-        if isinstance(answer, Fault):
-            msg = f"the cache failed: {describe(answer.error)}"
-            raise OperoError(msg) from answer.error
+        if isinstance(answer, Exception):
+            msg = f"the cache failed: {describe(answer)}"
+            raise OperoError(msg) from answer
         return answer
 
 

@@ -11,7 +11,7 @@ from opero.core.clock import clock
 from opero.core.faults import Complaints, Rest
 from opero.core.flights import Flights
 from opero.core.steps import Failed
-from opero.core.stores.contract import FOREVER, Fault, Found, Keep, Lease
+from opero.core.stores.contract import FOREVER, Found, Keep, Lease
 from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
@@ -75,32 +75,27 @@ class LastingStore(ABC):
         """Answer requests in order."""
         resting = self.rest.reason()
         if resting is not None:
-            return [Fault(resting)] * len(requests)
-        faults = {id(r): fault for r in requests if isinstance(r, Keep) and (fault := self._write_down(r))}
-        fine = [r for r in requests if id(r) not in faults]
+            return [resting] * len(requests)
+        faults = [self._write_down(request) if isinstance(request, Keep) else None for request in requests]
         try:
-            answers = self.answer(fine)
+            answers = self.answer(requests)
         except UnsafeCacheError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
             self.failed(error)
-            answers = [Fault(error)] * len(fine)
-        told = dict(zip(map(id, fine), answers, strict=True))
-        for request in requests:
-            if id(request) in faults:
-                self.let_go(request.lease)
-        return [told.get(id(r)) or faults[id(r)] for r in requests]
+            answers = [error] * len(requests)
+        return [fault or answer for fault, answer in zip(faults, answers, strict=True)]
 
     def copy_of(self, written: bytes) -> Any:
         """The value of an entry once more."""
         return self._format.loads(written)[0]
 
-    def _write_down(self, request: Keep) -> Fault | None:
+    def _write_down(self, request: Keep) -> Exception | None:
         ends = FOREVER if request.ttl is None else clock.wall() + request.ttl
         try:
             request.written = self._format.dumps(request.value, ends)
         except Exception as error:  # noqa: BLE001 - as above
-            return Fault(error)
+            return error
         return None
 
     def found(self, lease: Lease, entry: bytes) -> Found | None:
@@ -126,7 +121,7 @@ class LastingStore(ABC):
 
     @abstractmethod
     def answer(self, requests: Sequence[Request]) -> list[Any]:
-        """Answer in order; the entries to keep are written down already."""
+        """Answer in order; what is to be kept is written down, or cannot be: then its lease is given back."""
 
     @abstractmethod
     def let_go(self, lease: Lease) -> None:

@@ -32,11 +32,7 @@ _COUNT = "SELECT COUNT(*) FROM Cache WHERE raw = 1 AND (expire_time IS NULL OR e
 
 @dataclass(frozen=True)
 class Namespace:
-    """One folder of a disk cache.
-
-    ``name`` is None where nothing tells it: in a folder that no version has opened that keeps the name. With a
-    ``problem``, ``entries`` are not known.
-    """
+    """One folder of a disk cache; with a ``problem``, ``name`` and ``entries`` are not known."""
 
     folder: Path
     size: int
@@ -81,22 +77,16 @@ def _namespace(folder: Path) -> Namespace:
         refuse_unsafe(folder, _OPTION)
         size = _size_of(folder)
         with _reading(folder / DBNAME) as connection:
-            name = _name_of(folder.name, connection.execute(_NAME, (NAMESPACE_SETTING,)).fetchone())
+            (name,) = connection.execute(_NAME, (NAMESPACE_SETTING,)).fetchone() or (b"",)
             ((entries,),) = connection.execute(_COUNT, (clock.wall(), SIZE)).fetchall()
-            return Namespace(folder, size, name, entries)
+        told = name.decode("utf-8", "surrogatepass")
+        if slug(told) == folder.name:
+            return Namespace(folder, size, told, entries)
+        return Namespace(folder, size, problem="is not the folder of the namespace that it tells")
     except UnsafeCacheError as error:
         return Namespace(folder, 0, problem=str(error))
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, AttributeError, UnicodeDecodeError) as error:
         return Namespace(folder, _size_of(folder), problem=f"cannot be read ({describe(error)})")
-
-
-def _name_of(folder: str, row: tuple[object] | None) -> str | None:
-    # Where no name is kept, the folder's own may hold the whole of it; either is believed only if it leads here.
-    names = [folder.rpartition("-")[0]]
-    if row is not None and isinstance(row[0], bytes):
-        with contextlib.suppress(UnicodeDecodeError):
-            names.append(row[0].decode("utf-8", "surrogatepass"))
-    return next((name for name in names if slug(name) == folder), None)
 
 
 @contextlib.contextmanager
@@ -114,10 +104,9 @@ def _reading(database: Path) -> Iterator[sqlite3.Connection]:
 def _size_of(folder: Path) -> int:
     """Bytes of the files, and of nothing that a link leads to."""
     size = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            # Another process may take a file away meanwhile.
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                found = os.lstat(os.path.join(parent, name))  # noqa: PTH118 - what walk gives is text
-                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    # Another process may take a file away meanwhile.
+    with contextlib.suppress(OSError):
+        for entry in [*os.scandir(folder)]:
+            found = entry.stat(follow_symlinks=False)
+            size += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return size

@@ -22,7 +22,7 @@ from opero.core.redis_server import (
     server_of,
     server_with,
 )
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Fault, Keep, Lease
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Keep, Lease
 from opero.core.stores.lasting import LastingStore
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class RedisStore(LastingStore):
         if isinstance(request, Claim):
             lease.renew_token()
             return self._claim(lease, 0)
-        if isinstance(request, Keep) and not request.is_stale:
+        if isinstance(request, Keep) and request.written is not None and not request.is_stale:
             milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
             if lease.token:
                 return ("EVAL", _KEEP, 2, entry, entry + b":lease", lease.token, request.written, milliseconds)
@@ -187,7 +187,7 @@ class RedisStore(LastingStore):
     def _understand(self, request: Request, answer: Any) -> Any:
         if not isinstance(request, Claim):
             self._keeper.forget(request.lease)
-            return Fault(answer) if isinstance(answer, Exception) else DONE
+            return answer if isinstance(answer, Exception) else DONE
         if isinstance(answer, bytes):
             found = self._found(request.lease, answer)
             if found is not None:
@@ -195,7 +195,7 @@ class RedisStore(LastingStore):
             # It has ended: the right to compute it anew is asked for by itself.
             (answer,) = self.server.perform([self._claim(request.lease, 1)])
         if isinstance(answer, Exception):
-            return Fault(answer)
+            return answer
         if answer:
             self._keeper.hold(request.lease)
         return CLAIMED if answer else BUSY
@@ -205,7 +205,7 @@ class RedisStore(LastingStore):
             return self.found(lease, entry)
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
             self.client.delete(self._entry(lease.key))
-            return Fault(error)
+            return error
 
     def _keys(self) -> Iterator[bytes]:
         keys: Iterator[bytes] = self.client.scan_iter(match=self._prefix + b":*", count=_SCAN_COUNT)
