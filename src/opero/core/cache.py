@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakSet
 
@@ -97,15 +97,11 @@ class Cache:
         raise AttributeError(msg)
 
     def __reduce__(self) -> Any:
-        return _cache_with, (self._given,)
+        return partial(Cache, **self._given), ()
 
     def __repr__(self) -> str:
         shown_ones = [f"{name}={shown(value)}" for name, value in self._given.items() if value not in (None, ())]
         return f"Cache({', '.join(shown_ones)})"
-
-
-def _cache_with(given: dict[str, Any]) -> Cache:
-    return Cache(**given)
 
 
 class ResultCache:
@@ -368,11 +364,8 @@ class ResultCache:
             return len(self.store)
 
 
-class _Refresh:
-    """Stands in the key of a flight that refreshes an entry."""
-
-
-_REFRESH = _Refresh()
+# Stands in the key of a flight that refreshes an entry.
+_REFRESH = object()
 _NOT_KEPT = object()
 # What opero raises of its own, but for these, says nothing of the function.
 _OF_THE_FUNCTION = (AllFailedError, RejectedResultError)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # A server that is away or frozen costs no more than the two of them, once.
 CONNECT_SECONDS = 0.9
 ANSWER_SECONDS = 0.9
-# Of one event loop; threads have as many as there are threads.
+# Of one event loop at once, and of threads between commands; in the middle of commands there are as many as threads.
 _CONNECTIONS = 32
 
 
@@ -130,8 +130,8 @@ class Server:
     def __del__(self) -> None:
         # What redis-py leaves open warns when it is collected. In a forked child it would wait for a lock that a thread
         # of the parent may have held.
-        if self._is_ours and self._client is not None and os.getpid() == self._process:
-            with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):
+            if self._is_ours and self._client is not None and os.getpid() == self._process:
                 self._client.close()
                 self._client.connection_pool.disconnect()
 
@@ -234,7 +234,7 @@ def _client(*, connection_class: type | None = None, **place: Any) -> Any:
     name = "Connection" if connection_class is None else connection_class.__name__
     kind = _bounded(getattr(redis.connection, name))
     # Not by `from_pool`: such a client closes its pool by itself, in a forked child, too.
-    return redis.Redis(connection_pool=_pool_class()(connection_class=kind, **{**place, **_settings()}))
+    return redis.Redis(connection_pool=_pool_class()(connection_class=kind, **{**place, **_pool_settings()}))
 
 
 def _async_client(*, connection_class: type | None = None, **place: Any) -> Any:
@@ -243,9 +243,8 @@ def _async_client(*, connection_class: type | None = None, **place: Any) -> Any:
     from redis.asyncio.retry import Retry
 
     name = "Connection" if connection_class is None else connection_class.__name__
-    settings = _settings()
     # What is read is bounded as a whole.
-    settings |= {"retry": Retry(*_once()), "socket_timeout": None}
+    settings = {**_pool_settings(), "retry": Retry(*_once()), "socket_timeout": None}
     kind = getattr(redis.asyncio.connection, name)
     return redis.asyncio.Redis(connection_pool=redis.asyncio.ConnectionPool(kind, **{**place, **settings}))
 
@@ -259,6 +258,11 @@ def _settings(share: float = 1.0) -> dict[str, Any]:
         "retry": Retry(*_once()),
         "decode_responses": False,
     }
+
+
+def _pool_settings() -> dict[str, Any]:
+    # redis-py's pools raise beyond a hundred connections; a URL may say fewer.
+    return {**_settings(), "max_connections": 2**31}
 
 
 @functools.cache
@@ -275,7 +279,7 @@ def _pool_class() -> Any:
     import redis
 
     class Pool(redis.ConnectionPool):
-        """As many connections as there are threads; what redis-py's own does takes as long as a command."""
+        """Has no lock and no counters, which take as long as a command; all connections are in use for redis-py."""
 
         def reset(self) -> None:
             self._free: list[Any] = []
@@ -300,7 +304,11 @@ def _pool_class() -> Any:
             if not isinstance(sys.exc_info()[1], (Exception, NoneType)):
                 # Ctrl-C came in the middle of a command, whose answer the next one would read.
                 connection.disconnect()
-            self._free.append(connection)
+            if len(self._free) < _CONNECTIONS:
+                self._free.append(connection)
+            else:
+                connection.disconnect()
+                self._in_use_connections.discard(connection)
 
     return Pool
 

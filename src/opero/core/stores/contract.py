@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +51,6 @@ class Lease:
     dropped: bool = False
     old: Found | None = None
     seen: Any = None
-
-    def renew_token(self) -> None:
-        self.token = os.urandom(12).hex().encode()
 
 
 @dataclass(slots=True, eq=False)

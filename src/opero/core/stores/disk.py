@@ -303,28 +303,21 @@ class DiskStore(LastingStore):
                 self._lock.release()
 
     def _claim(self, lease: Lease) -> Any:
-        if self._database is None:
-            return self._claim_to_read(lease)
         # A key that is locked and not noted could not be given back.
         with Hold(), self._lock:
-            claimed = not lease.dropped and self._locks is not None and self._locks.take(lease.key)
-            lease.held = claimed
-            if claimed:
+            if self._database is not None and self._locks is not None and not lease.dropped:
+                lease.held = self._locks.take(lease.key)
+            if lease.held:
                 lease.seen = _past_of(lease.key, self._open().execute)
         # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
         entry = self.read(lease.key)
-        if entry is None:
-            return CLAIMED if claimed or lease.dropped else BUSY
-        found = self.found(lease, entry)
-        if found is None:
-            return CLAIMED if claimed or lease.dropped else BUSY
-        self.let_go(lease)
-        return found
-
-    def _claim_to_read(self, lease: Lease) -> Any:
-        entry = self.read(lease.key)
         found = None if entry is None else self.found(lease, entry)
-        return found or PermissionError(f"{self.folder} cannot be written to")
+        if found is not None:
+            self.let_go(lease)
+            return found
+        if self._database is None:
+            return PermissionError(f"{self.folder} cannot be written to")
+        return CLAIMED if lease.held or lease.dropped else BUSY
 
     def _keep(self, keeps: Sequence[Keep]) -> dict[int, Exception]:
         """Store many in one transaction; if that fails, each in its own, so that one does not cost the others."""

@@ -72,7 +72,7 @@ class CacheEngine:
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value of a key; ``default`` if there is none."""
-        lease = Lease(self._key(key))
+        lease = Lease(key_of_value(key))
         answer = self._ask(Claim(lease))
         self._store.let_go(lease)
         self._last_access = time.time()
@@ -84,14 +84,14 @@ class CacheEngine:
 
     def set(self, key: Any, value: Any) -> None:
         """Store a value under a key."""
-        self._ask(Keep(Lease(self._key(key)), value, self._ttl))
+        self._ask(Keep(Lease(key_of_value(key)), value, self._ttl))
         self._last_update = time.time()
 
     def delete(self, key: Any) -> bool:
         """Forget the value of a key; tells whether there was one."""
         self._check_open()
         with managing(self._store, "delete from"):
-            return self._store.delete(self._key(key))
+            return self._store.delete(key_of_value(key))
 
     def clear(self) -> None:
         """Forget all values of the namespace."""
@@ -116,9 +116,6 @@ class CacheEngine:
 
     def _set_cached_value(self, key: Any, value: Any) -> None:
         self.set(key, value)
-
-    def _key(self, key: Any) -> Any:
-        return key_of_value(key)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -84,7 +84,7 @@ class LastingStore(ABC):
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
             self.failed(error)
             answers = [error] * len(requests)
-        return [fault or answer for fault, answer in zip(faults, answers, strict=True)]
+        return [answer if fault is None else fault for fault, answer in zip(faults, answers, strict=True)]
 
     def copy_of(self, written: bytes) -> Any:
         """The value of an entry once more."""

@@ -8,7 +8,6 @@ import sqlite3
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diskcache.core import DBNAME
 
@@ -19,9 +18,6 @@ from opero.core.stores.disk import NAMESPACE_SETTING, connect_to_read
 from opero.core.stores.lasting import slug
 from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _PATIENCE = 5.0
 _OPTION = "--cache-dir"
@@ -76,7 +72,7 @@ def _namespace(folder: Path) -> Namespace:
     try:
         refuse_unsafe(folder, _OPTION)
         size = _size_of(folder)
-        with _reading(folder / DBNAME) as connection:
+        with contextlib.closing(_opened(folder / DBNAME)) as connection:
             (name,) = connection.execute(_NAME, (NAMESPACE_SETTING,)).fetchone() or (b"",)
             ((entries,),) = connection.execute(_COUNT, (clock.wall(), SIZE)).fetchall()
         told = name.decode("utf-8", "surrogatepass")
@@ -89,16 +85,11 @@ def _namespace(folder: Path) -> Namespace:
         return Namespace(folder, _size_of(folder), problem=f"cannot be read ({describe(error)})")
 
 
-@contextlib.contextmanager
-def _reading(database: Path) -> Iterator[sqlite3.Connection]:
+def _opened(database: Path) -> sqlite3.Connection:
     if not stat.S_ISREG(database.lstat().st_mode):
         msg = f"{database.name} is not a file"
         raise OSError(msg)
-    connection = connect_to_read(database.parent, _PATIENCE)
-    try:
-        yield connection
-    finally:
-        connection.close()
+    return connect_to_read(database.parent, _PATIENCE)
 
 
 def _size_of(folder: Path) -> int:

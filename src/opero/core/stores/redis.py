@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,7 @@ class RedisStore(LastingStore):
         lease = request.lease
         entry = self._entry(lease.key)
         if isinstance(request, Claim):
-            lease.renew_token()
+            lease.token = os.urandom(12).hex().encode()
             return self._claim(lease, 0)
         if isinstance(request, Keep) and request.written is not None and not request.is_stale:
             milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
