@@ -906,7 +906,7 @@ def fail_with(f, keys):
 def test_of_many_candidates_that_fail_only_some_are_remembered():
     f = opero.opero(arg_fallback="key", retries=0, breaker=2)(Failing())
     fail_with(f, (f"key {n}" for n in range(5_000)))
-    assert len(f.__opero__.plan.breaker.shared._circuits) <= 2_000
+    assert len(f.__opero__.plan.breaker.shared._circuits) <= 1_000
 
 
 def test_candidates_that_are_shut_off_are_remembered_longest():
@@ -914,14 +914,6 @@ def test_candidates_that_are_shut_off_are_remembered_longest():
     fail_with(f, ["shut off", "shut off", *range(5_000)])
     with pytest.raises(CircuitOpenError):
         f("shut off")
-
-
-def test_failures_that_count_no_more_are_forgotten(fake_clock):
-    f = opero.opero(arg_fallback="key", retries=0, breaker=opero.Breaker(2, window=60))(Failing())
-    fail_with(f, range(500))
-    fake_clock.tick(61)
-    fail_with(f, range(500, 600))
-    assert len(f.__opero__.plan.breaker.shared._circuits) < 200
 
 
 @pytest.mark.parametrize("secret", ["a secret", b"a secret"], ids=["str", "bytes"])
@@ -1190,7 +1182,7 @@ def test_those_who_wait_for_a_trial_hear_at_once_that_it_came_to_no_end(fake_clo
     breaker.open("value")
     fake_clock.tick(10)
     passages = [breaker.enter("value")]
-    arrival = breaker.trial_of(["value"], fake_clock.now() + 100, None).arrival
+    arrival = breaker.trial_of(["value"], fake_clock.now() + 100, None)
     heard = threading.Event()
     arrival.notify(heard.set)
     assert not arrival.poll()

@@ -637,13 +637,12 @@ def test_who_waits_for_the_slot_of_a_candidate_turns_to_another_one_when_it_is_p
     first, _ = begun(plan, "a")
     second, wait = begun(plan, "a", "b")
     woken = []
-    wait.arrival.notify(lambda: woken.append("second"))
-    assert not wait.arrival.poll()
+    wait.notify(lambda: woken.append("second"))
+    assert not wait.poll()
     with pytest.raises(StopIteration):
         first.send(Failed(LookupError("a")))
     assert woken
-    assert wait.arrival.poll()
-    wait.arrival.withdraw()
+    assert wait.poll()
     assert second.send(None).args == ("b",)
 
 
@@ -651,10 +650,10 @@ def test_who_has_waited_for_a_slot_of_all_candidates_gives_it_to_one_that_does_n
     plan = plan_of_limited(retry_after(a=30))
     first, _ = begun(plan, "a", "c")
     second, wait = begun(plan, "a", "b")
-    assert not wait.arrival.poll()
+    assert not wait.poll()
     first.send(Failed(LookupError("a")))
     fake_clock.tick(1)
-    assert wait.arrival.poll()
+    assert wait.poll()
     assert second.send(None).args == ("b",)
 
 
@@ -672,9 +671,9 @@ def test_of_candidates_that_all_rest_the_one_that_is_not_shut_off_is_waited_for(
         fake_clock.tick(1)
         plan.limit.limiter.per_value.of("a").change(parse_rates(1_000))
     _, wait = begun(plan, "a", "b")
-    assert not wait.arrival.poll()
+    assert not wait.poll()
     fake_clock.tick(3_600)
-    assert wait.arrival.poll()
+    assert wait.poll()
 
 
 def test_items_that_failed_and_wait_for_a_resting_candidate_hold_no_worker(mode):

@@ -1014,7 +1014,7 @@ def test_who_waits_for_its_own_limit_holds_up_nobody_else_in_the_shared_one(fake
     fake_clock.tick(1)
     flow = call_flow(f.__opero__.plan, Call((), {}))
     wait = flow.send(None)
-    assert not wait.arrival.poll()
+    assert not wait.poll()
     assert shared.take_now()
     flow.close()
 

@@ -9,7 +9,7 @@ import pytest
 import opero
 from opero.core.flow import call_flow
 from opero.core.plan import Call
-from opero.core.steps import Attempt
+from opero.core.steps import Attempt, Failed, stopped
 
 RATE, SECONDS, STEP = 50, 6.0, 0.004
 
@@ -61,17 +61,18 @@ class Simulation:
             return
         if not isinstance(step, Attempt):
             due = [0.0]
-            step.arrival.notify(lambda: due.__setitem__(0, 0.0))
-            self.waiting.append((flow, step.arrival, due))
+            step.notify(lambda: due.__setitem__(0, 0.0))
+            self.waiting.append((flow, step, due))
             return
         self.begun += 1
         takes = self.usual * self.generator.uniform(0.8, 1.2)
-        if takes <= step.timeout:
+        seconds, option = step.time_limit()
+        if takes <= seconds:
             self.ended += 1
             self.running.append((self.clock.now() + takes, flow, "result"))
         else:
             self.cut += 1
-            self.running.append((self.clock.now() + step.timeout, flow, step.timed_out("f")))
+            self.running.append((self.clock.now() + seconds, flow, Failed(stopped("f", seconds, option))))
 
 
 @pytest.mark.parametrize("breaker", [{}, {"breaker": 5}], ids=["alone", "with breaker"])

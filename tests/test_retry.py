@@ -169,18 +169,24 @@ POLICIES = {
 }
 
 
+@pytest.mark.parametrize("has_succeeded", [False, True])
 @pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES)
-def test_handled_errors_are_freed_without_the_garbage_collector(world, options):
+def test_handled_errors_are_freed_without_the_garbage_collector(world, options, has_succeeded):
     alive = weakref.WeakSet()
+    successes = ["one"] if has_succeeded else []
 
     class TrackedError(ValueError):
         def __init__(self):
             alive.add(self)
 
     def fail(key=("a", "b")):
+        if successes:
+            return successes.pop()
         raise TrackedError
 
     function = opero(**options)(world.define(fail))
+    if has_succeeded:
+        world.run(function, key="a")
 
     def count():
         with contextlib.suppress(TrackedError, ExceptionGroup):

@@ -406,7 +406,7 @@ def test_of_two_shared_limits_no_slot_is_taken_before_both_have_one(tmp_path, fa
     )
     slow.acquire()
     waiting = take([(fast.limit, (1.0,)), (slow.limit, (1.0,))])
-    arrival = waiting.send(None).arrival
+    arrival = waiting.send(None)
     for _ in range(5):
         assert elsewhere.acquire(timeout=0)
         fake_clock.tick(1)
@@ -414,7 +414,7 @@ def test_of_two_shared_limits_no_slot_is_taken_before_both_have_one(tmp_path, fa
     fake_clock.tick(55)
     assert arrival.poll()
     assert elsewhere.acquire(timeout=0)
-    arrival = waiting.send(None).arrival
+    arrival = waiting.send(None)
     fake_clock.tick(0.1)
     assert arrival.poll()
     with pytest.raises(StopIteration) as end:

@@ -16,7 +16,8 @@ from opero.core.steps import stopped
 from opero.exceptions import WorkerCrashedError
 
 if TYPE_CHECKING:
-    from opero.concurrency.worker import How, TimeLimit, Work
+    from opero.concurrency.worker import How, Work
+    from opero.core.steps import TimeLimit
 
 # The worker's process is not the one that the batch was sent to.
 STALE = -1

@@ -23,7 +23,7 @@ from opero.concurrency.far import works
 from opero.concurrency.kept import default_workers
 from opero.concurrency.main_module import fresh_workers_have, nothing
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
-from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, TimeLimit, Work, run_batch
+from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, Work, run_batch
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opero.concurrency.inbox import Inbox
+    from opero.core.steps import TimeLimit
 
 # After a crash the items of a batch run one by one, with nothing beside them.
 LARGEST_BATCH = 1_000

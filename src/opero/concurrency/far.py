@@ -35,7 +35,6 @@ from opero.concurrency.worker import (
     AsyncCaller,
     How,
     Report,
-    TimeLimit,
     Work,
     run_batch,
 )
@@ -48,6 +47,8 @@ from opero.utils.notes import IN_THE_WORKER, add_note, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from opero.core.steps import TimeLimit
 
 # What a worker answers: reports, that it cannot load the work, or that something has ended the batch.
 REPORTS, BROKEN, ENDED = range(3)

@@ -30,7 +30,7 @@ from opero.core.flow import call_flow, item_flow
 from opero.core.parameters import ParameterSlot
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
-from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step
+from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step, stopped
 from opero.events import switches
 from opero.exceptions import MisuseError, OperoError, WorkerCrashedError
 from opero.utils.notes import add_note, users_part
@@ -78,7 +78,6 @@ class Entry:
     flow: Flow | None = None
     attempt: Attempt | None = None
     arrival: Arrival | None = None
-    is_turn: bool = False
     alone: bool = False
     losses: int = 0
     retried: bool = False
@@ -343,7 +342,6 @@ class Scheduler:
         for entry in self._flying:
             if entry.arrival is not None:
                 entry.arrival.notify(None)
-                entry.arrival.withdraw()
             if entry.flow is not None:
                 entry.flow.close()
         self._flying.clear()
@@ -426,8 +424,8 @@ class Scheduler:
         else:
             self._waiting += 1
             self._awaiting_turns += step.is_turn
-            entry.arrival, entry.is_turn = step.arrival, step.is_turn
-            step.arrival.notify(lambda: self._inbox.put(Wake(entry)))
+            entry.arrival = step
+            step.notify(lambda: self._inbox.put(Wake(entry)))
             self._look_for_arrival(entry)
 
     def _resume(self, entry: Entry) -> None:
@@ -446,8 +444,7 @@ class Scheduler:
             return
         entry.arrival = None
         arrival.notify(None)
-        arrival.withdraw()
-        self._awaiting_turns -= entry.is_turn
+        self._awaiting_turns -= arrival.is_turn
         self._resume(entry)
 
     def _end(self, entry: Entry, outcome: Any) -> None:
@@ -564,9 +561,8 @@ class Scheduler:
 
     def _send(self, batch: Batch) -> Batch:
         for entry in batch.entries or ():
-            if entry.attempt is not None and entry.attempt.begins is not None:
-                entry.attempt.begins()
-                entry.attempt.begins = None
+            if entry.attempt is not None:
+                entry.attempt.begin()
             if entry.call.rounds > 1 and not entry.retried:
                 entry.retried = True
                 self.tally.retried += 1
@@ -706,8 +702,8 @@ class Scheduler:
     def _charge(self, batch: Batch, reason: str) -> None:
         seconds = clock.now() - batch.sent_at
         error: Any = Failed(WorkerCrashedError(f"the worker that ran {self._plan.name} ended: {reason}"))
-        if batch.is_overdue and batch.entries is not None and batch.entries[0].attempt is not None:
-            error = batch.entries[0].attempt.timed_out(self._plan.name)
+        if batch.is_overdue and batch.time_limit is not None:
+            error = Failed(stopped(self._plan.name, *batch.time_limit))
         self._item_done(batch, 0, error, seconds)
 
     def _run_again(self, batch: Batch, *, alone: bool) -> None:
@@ -747,4 +743,4 @@ def _may_start(entry: Entry) -> bool:
 
 
 def _travels_alone(entry: Entry) -> bool:
-    return entry.alone or (entry.attempt is not None and entry.attempt.timeout is not None)
+    return entry.alone or (entry.attempt is not None and entry.attempt.limit is not None)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from opero.concurrency.batches import Batch
-    from opero.concurrency.worker import TimeLimit
+    from opero.core.steps import TimeLimit
 
 # What a worker runs: the work of its maps, the initializer and its arguments, the finalizer.
 WorkerLife = tuple[Work, "Callable[..., Any] | None", tuple[Any, ...], "Callable[[], Any] | None"]

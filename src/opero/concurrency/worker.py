@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from opero.core.signature import MISSING, name_of, refuse_unfinished
-from opero.core.steps import Attempt, raise_or_return, run_attempt_async
+from opero.core.steps import TimeLimit, raise_or_return, run_in_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,9 +52,6 @@ class Shape:
         if slot.keyword and slot.name in self.kwargs:
             return replace(self, kwargs={**self.kwargs, slot.name: None})
         return self
-
-
-TimeLimit = tuple[float, str]  # seconds, and the option that set them
 
 
 @dataclass(frozen=True)
@@ -213,7 +210,4 @@ def run_batch(  # noqa: PLR0917 - what a batch brings, and how it is run
 
 async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:
     """Await one call, for at most the limit's seconds."""
-    attempt = Attempt((item,), {}, MISSING)
-    if limit is not None:
-        attempt.timeout, attempt.limit = limit
-    return raise_or_return(await run_attempt_async(call, attempt, name_of(work.function)))
+    return raise_or_return(await run_in_time(call, (item,), {}, limit, name_of(work.function)))

@@ -13,20 +13,18 @@ from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.keys import identity_of
 from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING
-from opero.core.steps import Await, waiting_until
 from opero.utils.logging import log
 from opero.utils.notes import duration
 
 __all__ = ["Breaker", "Circuit"]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from opero.core.checks import Duration
-    from opero.core.flow import Candidate
+    from opero.core.parameters import ParameterSlot
     from opero.core.per import Per
 
-_FEWEST_TIDIED = 64
 _MOST_KEPT = 1_000
 
 
@@ -37,7 +35,7 @@ class _Circuit:
 
     def __init__(self, most: int) -> None:
         self.failures: deque[float] = deque(maxlen=most)
-        # When the next trial may go out; None while the circuit is closed.
+        # When the next trial may begin; None while the circuit is closed.
         self.trial_at: float | None = None
         self._trial: weakref.ref[Passage] | None = None
 
@@ -61,16 +59,6 @@ class _Circuit:
         self.forget_trial()
         self.trial_at = trial_at
 
-    def tells_nothing(self, now: float, window: float | None) -> bool:
-        """Whether a new circuit would not behave any differently."""
-        return self.trial_at is None and window is not None and now - self.failures[-1] > window
-
-    def worth(self, now: float) -> int:
-        """Which of two to forget, if one has to be: the one that is worth less."""
-        if self.trial_at is None:
-            return 0
-        return 1 if self.admits(now) else 2
-
 
 class Passage:
     """One attempt through a circuit; left without a word, it tells nothing of the service.
@@ -78,42 +66,20 @@ class Passage:
     To leave takes no lock: the garbage collector may do so, in a thread that holds it.
     """
 
-    __slots__ = ("__weakref__", "_breaker", "_value", "is_over", "is_shut", "is_trial", "wake", "watchers")
+    __slots__ = ("__weakref__", "_breaker", "is_over", "is_trial", "value")
 
     def __init__(self, breaker: Breaker, value: Any) -> None:
         self._breaker = breaker
-        self._value = value
+        self.value = value
         self.is_over = self.is_trial = False
-        # The circuit opened before the attempt began.
-        self.is_shut = False
-        self.wake: Callable[[], None] | None = None
-        # Among which it waits; a list would be slow to leave.
-        self.watchers: dict[Passage, None] = {}
 
-    @property
-    def key(self) -> Any:
-        return _key_of(self._value)
+    def is_shut(self) -> bool:
+        """Whether the circuit has opened since; then the attempt must not begin, after it waited for something else."""
+        return not self._breaker.lets_start(self)
 
-    def waiting(self, wait: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """Go through a wait, which gives None as soon as the circuit opens."""
-        self._breaker.watch(self)
-        try:
-            return (yield from waiting_until(lambda: self.is_shut, wait, hear=self._hear))
-        finally:
-            self.watchers.pop(self, None)
-
-    def _hear(self, wake: Callable[[], None] | None) -> None:
-        self.wake = wake
-
-    def may_start(self) -> bool:
-        """Whether the attempt may still begin, after it waited for something else."""
-        return not self.is_shut and self._breaker.lets_start(self)
-
-    def shut(self) -> None:
-        self.is_shut = True
-        wake = self.wake
-        if wake is not None:
-            wake()
+    def listen(self, waiter: object, wake: Callable[[], None] | None) -> None:
+        """See `Breaker.listen`."""
+        self._breaker.listen(waiter, wake)
 
     def tell(self, *, failed: bool | None) -> str | None:
         """How the attempt ended; None if that says nothing of the service. Gives the circuit's state if it changed."""
@@ -125,7 +91,7 @@ class Passage:
         """The attempt is over, or will not be; others may make the trial that it was."""
         self.is_over = True
         if self.is_trial:
-            self._breaker.rouse_waiting()
+            self._breaker.rouse()
 
 
 class Breaker:
@@ -151,12 +117,8 @@ class Breaker:
         self._lock = ForkSafeLock()
         # Those that failed since they last succeeded, in the order of their last failures.
         self._circuits: dict[Any, _Circuit] = {}
-        self._tidy_at = _FEWEST_TIDIED
-        # Attempts that wait for something else, if any are left.
-        self._watchers: dict[Any, dict[Passage, None]] = {}
-        self._tidy_watchers_at = _FEWEST_TIDIED
-        # Items of maps that wait for a trial.
-        self._waiting: dict[_Trial, None] = {}
+        # Of those who wait for a circuit to change, or for something else, which is of no use if it opens.
+        self._wakers: dict[object, Callable[[], None]] = {}
         watch_forks(self)
 
     def __repr__(self) -> str:
@@ -175,10 +137,14 @@ class Breaker:
 
     def after_fork(self) -> None:
         """Who waits and who is on trial is in the parent."""
-        self._watchers.clear()
-        self._waiting.clear()
+        self._wakers.clear()
         for circuit in self._circuits.values():
             circuit.forget_trial()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether all that it knows of have succeeded last."""
+        return not self._circuits
 
     def admits(self, value: Any, *, after: float = 0.0) -> bool:
         """Whether an attempt with this candidate could go through, so many seconds from now."""
@@ -194,13 +160,13 @@ class Breaker:
         passage = Passage(self, value)
         if not self._circuits:
             return passage
-        key = passage.key
+        key = _key_of(value)
         with self._lock.lock:
             circuit = self._circuits.get(key)
             if circuit is not None and circuit.trial_at is not None:
                 if not circuit.admits(clock.now()):
                     return None
-                circuit.put_on_trial(passage, self.rouse_waiting)
+                circuit.put_on_trial(passage, self.rouse)
             return passage
 
     def trial_in(self, values: Iterable[Any]) -> float | None:
@@ -214,54 +180,48 @@ class Breaker:
             times = [circuit.trial_at for circuit in circuits if circuit.trial_at is not None]
             return max(0.0, min(times, default=now) - now)
 
-    def trial_of(self, values: Sequence[Any], until: float, deadline: float | None) -> Await | None:
-        """A wait until one of these may be tried; None if nobody knows that it can be in time.
+    def trial_of(self, values: Sequence[Any], until: float, deadline: float | None) -> Trial | None:
+        """A wait until one of these may be tried; None if nobody knows that it can be in time."""
+        trial = Trial(self, values, until, math.inf if deadline is None else deadline)
+        return None if trial.is_late() else trial
 
-        By ``until`` a trial has to begin; how it ends is waited for, up to ``deadline``.
-        """
-        trial = _Trial(self, values, until, math.inf if deadline is None else deadline)
-        return None if trial.is_late() else Await(trial)
+    def listen(self, waiter: object, wake: Callable[[], None] | None) -> None:
+        """Call ``wake``, from any thread, when a circuit opens or closes or a trial ends; None: no more."""
+        if wake is None:
+            self._wakers.pop(waiter, None)
+        else:
+            self._wakers[waiter] = wake
 
-    def watch(self, passage: Passage) -> None:
-        """Shut this passage when its circuit opens."""
-        key = passage.key
-        with self._lock.lock:
-            circuit = self._circuits.get(key)
-            if circuit is None or circuit.trial_at is None:
-                if len(self._watchers) >= self._tidy_watchers_at:
-                    self._watchers = {key: watchers for key, watchers in self._watchers.items() if watchers}
-                    self._tidy_watchers_at = max(_FEWEST_TIDIED, 2 * len(self._watchers))
-                passage.watchers = self._watchers.setdefault(key, {})
-                passage.watchers[passage] = None
-            elif circuit.trial is not passage:
-                passage.is_shut = True
+    def rouse(self) -> None:
+        """Let those who wait look again; the garbage collector may say so, in any thread."""
+        for wake in list(self._wakers.values()):
+            wake()
 
     def lets_start(self, passage: Passage) -> bool:
         """Whether the circuit is as it was when this attempt entered it."""
         if not self._circuits:
             return True
-        circuit = self._circuits.get(passage.key)
+        circuit = self._circuits.get(_key_of(passage.value))
         return circuit is None or circuit.trial_at is None or circuit.trial is passage
 
     def passed(self, passage: Passage, *, failed: bool) -> str | None:
         """Take note of how an attempt ended; gives the state into which that has brought the circuit, if it has."""
         if not failed and not self._circuits:
             return None
-        key = passage.key
+        key = _key_of(passage.value)
         with self._lock.lock:
             circuit = self._circuits.get(key)
             is_trial = circuit is not None and circuit.trial is passage
             if circuit is not None and circuit.trial_at is not None and not is_trial:
                 # It began before the circuit opened; only a trial decides now.
                 return None
-            if not failed:
-                self._circuits.pop(key, None)
-                shut, changed = None, "closed" if is_trial else None
+            if failed:
+                changed = "open" if self._failed(key, is_trial=is_trial) else None
             else:
-                shut = self._failed(key, is_trial=is_trial)
-                changed = None if shut is None else "open"
+                self._circuits.pop(key, None)
+                changed = "closed" if is_trial else None
         if changed is not None:
-            self._tell(changed, shut or ())
+            self._has_changed(changed)
         return changed
 
     def state_of(self, value: Any) -> str:
@@ -279,51 +239,35 @@ class Breaker:
             circuit = self._circuits.setdefault(key, _Circuit(self.failures))
             circuit.failures.append(clock.now())
             circuit.open(clock.now() + self.recovery)
-            shut = list(self._watchers.pop(key, ()))
-        self._tell("open", shut)
+        self._has_changed("open")
 
     def reset(self, value: Any) -> None:
         """Forget all failures."""
         with self._lock.lock:
             self._circuits.pop(_key_of(value), None)
-        self._tell("closed", ())
+        self._has_changed("closed")
 
-    def _tell(self, state: str, shut: Iterable[Passage]) -> None:
+    def _has_changed(self, state: str) -> None:
         if state == "open":
             log("WARNING", "a circuit is open, the next trial is in {}", duration(self.recovery))
-        for passage in shut:
-            passage.shut()
-        self.rouse_waiting()
+        self.rouse()
 
-    def rouse_waiting(self) -> None:
-        """Let those who wait for a trial look again; the garbage collector may say so, in any thread."""
-        for trial in list(self._waiting):
-            trial.rouse()
-
-    def _failed(self, key: Any, *, is_trial: bool) -> Iterable[Passage] | None:
-        """Give those for whom this shut the circuit, or None if it is still closed."""
+    def _failed(self, key: Any, *, is_trial: bool) -> bool:
+        """Count a failure; tells whether that has opened the circuit."""
         now = clock.now()
         circuit = self._circuits.pop(key, None)
         if circuit is None:
-            if len(self._circuits) >= self._tidy_at:
-                self._tidy(now)
+            if len(self._circuits) >= _MOST_KEPT:
+                closed = (key for key, other in self._circuits.items() if other.trial_at is None)
+                del self._circuits[next(closed, next(iter(self._circuits)))]
             circuit = _Circuit(self.failures)
         self._circuits[key] = circuit
         circuit.failures.append(now)
         in_time = self._window is None or now - circuit.failures[0] <= self._window
         if not is_trial and not (len(circuit.failures) == self.failures and in_time):
-            return None
+            return False
         circuit.open(now + self.recovery)
-        return list(self._watchers.pop(key, ()))
-
-    def _tidy(self, now: float) -> None:
-        """Forget what tells nothing any more, and then what is worth least; of equal ones, what failed long ago."""
-        kept = {key: c for key, c in self._circuits.items() if not c.tells_nothing(now, self._window)}
-        for key in sorted(kept, key=lambda key: kept[key].worth(now))[: max(0, len(kept) - _MOST_KEPT)]:
-            if kept[key].trial is None:
-                del kept[key]
-        self._circuits = kept
-        self._tidy_at = max(_FEWEST_TIDIED, 2 * len(kept))
+        return True
 
 
 def _key_of(value: Any) -> Any:
@@ -335,17 +279,19 @@ def _key_of(value: Any) -> Any:
     return digest_of_plain((value,))
 
 
-class _Trial:
-    """An `opero.core.steps.Arrival` of a chance for one of these values, or of the news that it will be late."""
+class Trial:
+    """An `opero.core.steps.Arrival` of a chance for one of these values, or of the news that none comes in time.
 
-    __slots__ = ("_breaker", "_deadline", "_until", "_values", "_wake")
+    By ``until`` a trial has to begin; how it ends is waited for, up to ``deadline``.
+    """
+
+    is_turn = False
 
     def __init__(self, breaker: Breaker, values: Sequence[Any], until: float, deadline: float) -> None:
         self._breaker = breaker
         self._values = values
         self._until = until
         self._deadline = deadline
-        self._wake: Callable[[], None] | None = None
 
     def is_late(self) -> bool:
         trial_in, now = self._breaker.trial_in(self._values), clock.now()
@@ -361,33 +307,39 @@ class _Trial:
         return None if seconds == math.inf else max(0.0, seconds)
 
     def notify(self, wake: Callable[[], None] | None) -> None:
-        self._wake = wake
-        if wake is None:
-            self._breaker._waiting.pop(self, None)  # noqa: SLF001 - of this module
-        else:
-            self._breaker._waiting[self] = None  # noqa: SLF001 - as above
-
-    def rouse(self) -> None:
-        wake = self._wake
-        if wake is not None:
-            wake()
-
-    def withdraw(self) -> None:
-        """It is forgotten with its `notify`."""
+        self._breaker.listen(self, wake)
 
 
 class FunctionBreaker:
-    """One function's view of a breaker: which of its circuits a call goes through."""
+    """One function's view of a breaker: which of its circuits a call goes through.
 
-    def __init__(self, breaker: Breaker, per: Per | None, *, has_candidates: bool) -> None:
-        self.shared = breaker
-        self.per = per
-        self.has_candidates = has_candidates
+    Attributes:
+        shared: The breaker.
+        by: Gives the value that a call's circuit is known by; None where there is one circuit.
+    """
 
-    def value_of(self, candidate: Candidate) -> Any:
-        if self.per is not None:
-            return self.per.get(candidate.args, candidate.kwargs)
-        return candidate.value
+    def __init__(self, shared: Breaker, by: Per | ParameterSlot | None) -> None:
+        self.shared = shared
+        self.by = by
+
+    def value_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return MISSING if self.by is None else self.by.get(args, kwargs)
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Passage | None:
+        """See `Breaker.enter`."""
+        return self.shared.enter(self.value_of(args, kwargs))
+
+    def is_quiet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether nothing is known that speaks against any call."""
+        if self.by is not None:
+            # A function that refuses a value refuses it always.
+            self.by.get(args, kwargs)
+        return self.shared.is_quiet
+
+    def succeeded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An attempt that found all quiet has succeeded; others may have failed meanwhile."""
+        if not self.shared.is_quiet:
+            self.shared.passed(Passage(self.shared, self.value_of(args, kwargs)), failed=False)
 
 
 class Circuit:
@@ -400,7 +352,7 @@ class Circuit:
         self._value = value
 
     def __getitem__(self, value: Any) -> Circuit:
-        if self._policy.per is None and not self._policy.has_candidates:
+        if self._policy.by is None:
             msg = "the function has one circuit for all calls; write control(f).circuit.state, or add per='parameter'"
             raise TypeError(msg)
         return Circuit(self._policy, value)
@@ -423,7 +375,7 @@ class Circuit:
         return "<circuits by value>" if self._is_of_many() else f"<{self.state} circuit>"
 
     def _is_of_many(self) -> bool:
-        return self._value is MISSING and (self._policy.per is not None or self._policy.has_candidates)
+        return self._value is MISSING and self._policy.by is not None
 
     def _one(self) -> Any:
         if self._is_of_many():
@@ -432,7 +384,7 @@ class Circuit:
         return self._value
 
 
-def breaker_policy(breaker: Any, per: Per | None = None, *, has_candidates: bool = False) -> FunctionBreaker:
+def breaker_policy(breaker: Any, by: Per | ParameterSlot | None = None) -> FunctionBreaker:
     """Check the option ``breaker`` and make the policy."""
     if isinstance(breaker, int) and not isinstance(breaker, bool):
         breaker = Breaker(check_count("breaker", breaker, "failures in a row", smallest=1))
@@ -442,4 +394,4 @@ def breaker_policy(breaker: Any, per: Per | None = None, *, has_candidates: bool
             "opero.Breaker(5, window=60, recovery=30)"
         )
         raise TypeError(msg)
-    return FunctionBreaker(breaker, per, has_candidates=has_candidates)
+    return FunctionBreaker(breaker, by)

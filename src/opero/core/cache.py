@@ -18,7 +18,7 @@ from opero.core.retry import RetryPolicy
 from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats
-from opero.core.steps import Await, Consult, Failed, Flow, Pause, leading
+from opero.core.steps import Consult, Failed, Flow, Pause, leading
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Found, Keep, Lease, managing
 from opero.core.stores.memory import is_shared
 from opero.core.stores.settings import cache_settings, check_lifetime
@@ -199,10 +199,15 @@ class ResultCache:
 
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
         """The call's result from the cache, from an identical call under way, or from ``compute()``."""
-        key = call.key = self._key_of(call)
+        key = self._key_of(call)
         if key.__class__ is Failed:
             stats.flown.tick()
-            return key
+            try:
+                return key
+            finally:
+                # Its error's traceback may lead to this frame.
+                del key
+        call.key = key
         flights = self.store.flights
         # Others get the old entry while it is refreshed, and do not wait for that.
         own = Flight((_REFRESH, key) if call.refreshes else key, call.presence)
@@ -214,7 +219,7 @@ class ResultCache:
                 with _waiting_for(flight):
                     is_knot = _would_wait_for_ever(call, flight)
                     if not is_knot:
-                        yield Await(Seat(flight, call.time_left))
+                        yield Seat(flight, call.time_left)
                 if is_knot:
                     stats.flown.tick()
                     return (yield from compute())

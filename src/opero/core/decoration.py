@@ -12,24 +12,21 @@ from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING, check_decoratable, innermost, refuse_unfinished
 from opero.core.steps import (
     NOT_RUN,
-    Attempt,
     Failed,
     drive,
     drive_async,
-    leading,
+    is_in_asyncio,
     made_an_error_of_its_cancellation,
-    run_attempt_async,
+    run_in_time,
 )
 from opero.core.wrapper import wrap
-from opero.events import AttemptStarted, CircuitChanged, begin_telling, switches, tell_of_the_end
+from opero.events import AttemptStarted, begin_telling, switches, tell_of_the_end
 from opero.utils.notes import Shortened, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from opero.core.breaker import Passage
-    from opero.core.limits.places import Places
-    from opero.core.steps import Flow
+    from opero.core.steps import Flow, TimeLimit
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -39,18 +36,19 @@ Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a 
 class Decoration:
     """What a wrapper holds: the plan, and the ways from the wrapper to the function.
 
-    The first call goes through the flow, which looks at the function's result: that may not be there yet (an awaitable,
-    a generator). From then on the first attempt of a call is made without a flow where that is possible.
+    The first attempt of a call is made without a flow where all that has a say can be asked at once (`_first`), and the
+    flow begins when that has failed. Else the flow makes all attempts. So it does for the first call of a ``def``
+    function, whose result is looked at: that may not be there yet (an awaitable, a generator).
 
     Attributes:
         plan: The policies.
         recipe: What makes the decorated function anew, in another process or under changed options.
         function: What is called at once where ``is_direct``.
-        count: Counts such a call.
+        run: What an attempt calls: until its first result was looked at, that is not the function itself.
+        count: Counts a call that is made at once.
         fetch: Gives the cache's entry of a key, by awaiting; None where that is no use.
         find: Gives the cache's entry, a tuple that begins with the result, if that is quick; else None.
-        is_quick: Whether no more has to be done before a first attempt than `_first` does.
-        is_direct: Whether nothing has to be done.
+        is_direct: Whether nothing has to be done before a first attempt.
     """
 
     def __init__(self, plan: Plan, recipe: Recipe) -> None:
@@ -62,28 +60,30 @@ class Decoration:
         self.switches = switches
         self.count = plan.stats.direct.tick
         self.new_call = Call
-        self.is_direct = self.is_quick = False
-        # The cache looks at all results.
-        self._has_looked = cache is not None
+        self.is_direct = self._is_quick = False
         limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
-        self._seconds: float | None
-        self._seconds, self._limit = min(((s, name) for s, name in limits if s is not None), default=(None, ""))
+        self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
         self._take_slot = None if limit is None else limit.take_now
         # Whether a slot would come too late to be of use is told by how long the function takes.
         self._learn = None if limit is None or plan.total_timeout is None else limit.usual.learn
         # Whether anybody else than listeners hears how a first attempt ended.
-        self._follows = any(each is not None for each in (plan.breaker, plan.places, self._learn))
-        self._key_of: Callable[..., Any] = _nothing
+        self._follows = plan.breaker is not None or self._learn is not None
         self._look_up: Callable[[Any], tuple[Any, float] | None] | None = None
-        self._may_expire = False
         self.fetch: Callable[[Any], Awaitable[tuple[Any, float] | None]] | None = None
         self.find: Callable[..., tuple[Any, float] | None] = _nothing
+        self.run: Callable[..., Any] = self.function
         if cache is not None:
-            self._key_of, self._look_up, self.fetch = cache.keys.key_of, cache.look_up, cache.fetch
-            self._may_expire = cache.entries_may_expire
             cache.stats = plan.stats
-            if self._look_up is not None and plan.on_event is None:
+            self._may_expire = cache.entries_may_expire
+            if plan.on_event is None:
+                self._look_up, self.fetch = cache.look_up, cache.fetch
+            if self._look_up is not None:
                 self.find = cache.finder(plan.stats.hits.tick, clock if self._may_expire else None) or _nothing
+        elif plan.kind == "async def":
+            self._looked()
+        else:
+            firsts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}
+            self.run = firsts[plan.kind]
 
     drive = staticmethod(drive)
     shorten = staticmethod(shorten)
@@ -93,27 +93,22 @@ class Decoration:
         """One call of a ``def`` function, or the beginning of a generator."""
         if switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
-            return self.attempted(*args, **kwargs)
-        first = self._first(args, kwargs) if self.is_quick else None
+            return self.run(*args, **kwargs)
+        first = self._first(args, kwargs) if self._is_quick else None
         if first is None:
-            begun = self.begin(args, kwargs)
-            return begun[0] if begun.__class__ is tuple else drive(begun, self.attempted)
-        first_args, first_kwargs, passage, places, told = first
+            return drive(self._flow(args, kwargs), self.run)
+        first_args, first_kwargs, place, told = first
         started = clock.now()
         outcome: Any = NOT_RUN
-        token = None
-        if places is not None:
-            others = leading.get()
-            token = leading.set(others | places.badges if others else places.badges)
         try:
             outcome = self.function(*first_args, **first_kwargs)
         except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
             outcome = Failed(error)
         finally:
-            if token is not None:
-                leading.reset(token)
+            if place is not None:
+                place[0].give_back(place[1])
             if self._follows or told is not None:
-                self._first_is_over(passage, places, told, outcome, started)
+                self._first_is_over(first, outcome, started)
         if outcome.__class__ is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
@@ -125,29 +120,22 @@ class Decoration:
         """The same for ``async def``."""
         if switches.is_disabled:
             args, kwargs = self._with_first_candidate(args, kwargs)
-            return await self.attempted(*args, **kwargs)
-        first = self._first(args, kwargs) if self.is_quick else None
+            return await self.run(*args, **kwargs)
+        # Under another library than asyncio the flow refuses what has a time limit.
+        is_quick = self._is_quick and (self._limit is None or is_in_asyncio())
+        first = self._first(args, kwargs) if is_quick else None
         if first is None:
-            begun = self.begin(args, kwargs)
-            if begun.__class__ is tuple:
-                return begun[0]
-            return await drive_async(begun, self.attempted, self.plan.name)
-        first_args, first_kwargs, passage, places, told = first
+            return await drive_async(self._flow(args, kwargs), self.run, self.plan.name)
+        first_args, first_kwargs, place, told = first
         started = clock.now()
         outcome: Any = NOT_RUN
         try:
-            if self._seconds is None and places is None:
-                try:
-                    outcome = await self.function(*first_args, **first_kwargs)
-                except Exception as error:  # noqa: BLE001 - as above
-                    outcome = Failed(error)
-            else:
-                badges = frozenset() if places is None else places.badges
-                attempt = Attempt(first_args, first_kwargs, MISSING, badges, timeout=self._seconds, limit=self._limit)
-                outcome = await run_attempt_async(self.function, attempt, self.plan.name)
+            outcome = await run_in_time(self.function, first_args, first_kwargs, self._limit, self.plan.name)
         finally:
+            if place is not None:
+                place[0].give_back(place[1])
             if self._follows or told is not None:
-                self._first_is_over(passage, places, told, outcome, started)
+                self._first_is_over(first, outcome, started)
         if outcome.__class__ is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
@@ -158,66 +146,58 @@ class Decoration:
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a first attempt that may be made now is made with; None where the flow has to decide.
 
-        That is its arguments, its passage through the circuit, the places of which it has one, and the call if somebody
-        is told of it.
+        That is its arguments, the place that it has, and the call if somebody is told of it.
         """
-        plan, passage, places = self.plan, None, None
-        is_told = switches.are_on or plan.on_event is not None
-        call_args, call_kwargs = args, kwargs
+        plan, place, is_ready = self.plan, None, True
+        first_args, first_kwargs = args, kwargs
         try:
-            first = (args, kwargs, MISSING) if plan.fallback is None else plan.fallback.first(args, kwargs)
-            is_ready = first is not None
-            if first is not None:
-                args, kwargs, value = first
-                if plan.breaker is not None:
-                    per = plan.breaker.per
-                    passage = plan.breaker.shared.enter(value if per is None else per.get(args, kwargs))
-                    is_ready = passage is not None
-                if is_ready and plan.places is not None:
-                    places = plan.places.take_now(args, kwargs)
-                    is_ready = places is not None
-                if is_ready and plan.limit is not None:
-                    is_ready = self._take_slot is not None and self._take_slot(args, kwargs)
+            if plan.fallback is not None:
+                first = plan.fallback.first(args, kwargs)
+                if first is None:
+                    return None
+                first_args, first_kwargs = first
+            if plan.breaker is not None and not plan.breaker.is_quiet(first_args, first_kwargs):
+                return None
+            if plan.places is not None:
+                place = plan.places.enter(first_args, first_kwargs)
+                is_ready = place is not None
+            if is_ready and plan.limit is not None:
+                is_ready = self._take_slot is not None and self._take_slot(first_args, first_kwargs)
         except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that is refused as a call that failed
             is_ready = False
         if is_ready:
             self.count()
-            return args, kwargs, passage, places, self._told(call_args, call_kwargs) if is_told else None
-        if passage is not None:
-            passage.end()
-        if places is not None:
-            places.give_back()
+            is_told = switches.are_on or plan.on_event is not None
+            return first_args, first_kwargs, place, self._told(args, kwargs) if is_told else None
+        if place is not None:
+            place[0].give_back(place[1])
         return None
 
     def _told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """A call of which listeners are told, up to the beginning of its first attempt."""
         call = Call(args, kwargs)
-        begin_telling(self.plan, call)
-        call.attempts = call.rounds = 1
-        call.began = clock.now()
-        if call.tell is not None:
-            call.tell(AttemptStarted, attempt=1, round=1)
+        try:
+            begin_telling(self.plan, call)
+            call.attempts = call.rounds = 1
+            call.began = clock.now()
+            if call.tell is not None:
+                call.tell(AttemptStarted, attempt=1, round=1)
+        except BaseException:
+            # A listener was interrupted, and the others are told of the end.
+            tell_of_the_end(call, cancelled=True)
+            raise
         return call
 
-    def _first_is_over(
-        self, passage: Passage | None, places: Places | None, told: Call | None, outcome: Any, started: float
-    ) -> None:
-        """How a first attempt has ended: ``NOT_RUN`` if Ctrl-C or the like ended it."""
-        if places is not None:
-            places.give_back()
-        if passage is not None:
-            if outcome.__class__ is Failed:
-                # The flow goes on with it, and tells.
-                passage.is_over = True
-            elif outcome is NOT_RUN:
-                passage.end()
-            else:
-                changed = passage.tell(failed=False)
-                if changed is not None and told is not None and told.tell is not None:
-                    told.tell(CircuitChanged, state=changed, place=None if self.plan.fallback is None else 0)
+    def _first_is_over(self, first: Any, outcome: Any, started: float) -> None:
+        """How a first attempt has ended: ``NOT_RUN`` if Ctrl-C or the like ended it; with `Failed` the flow goes on."""
+        args, kwargs, _, told = first
         if self._learn is not None and outcome is not NOT_RUN:
             self._learn(clock.now() - started)
-        if told is not None and outcome.__class__ is not Failed:
+        if outcome.__class__ is Failed:
+            return
+        if self.plan.breaker is not None and outcome is not NOT_RUN:
+            self.plan.breaker.succeeded(args, kwargs)
+        if told is not None:
             tell_of_the_end(told, cancelled=outcome is NOT_RUN)
 
     def go_on(self, call: Call) -> Any:
@@ -233,39 +213,30 @@ class Decoration:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache's entry, a tuple that begins with the result, or the flow of the call."""
         key = MISSING
-        try:
-            if self._look_up is not None and not self.plan.is_listened_to:
-                key = self._key(args, kwargs)
-                entry = None if key.__class__ is Failed else self._look_up(key)
-                if entry is not None and not (self._may_expire and entry[1] <= clock.now()):
-                    self.plan.stats.hits.tick()
-                    return entry
-            return self._flow(args, kwargs, key)
-        finally:
-            # It may hold an error, whose traceback leads to this frame.
-            del key
+        if self._look_up is not None and (key := self._key(args, kwargs)) is not MISSING:
+            entry = self._look_up(key)
+            if entry is not None and not (self._may_expire and entry[1] <= clock.now()):
+                self.plan.stats.hits.tick()
+                return entry
+        return self._flow(args, kwargs, key)
 
     async def begin_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `begin`, where the cache can be asked in the event loop."""
-        if self.fetch is None or self.plan.is_listened_to:
-            return self.begin(args, kwargs)
         key = self._key(args, kwargs)
-        try:
-            entry = None if key.__class__ is Failed else await self.fetch(key)
-            if entry is not None:
-                self.plan.stats.hits.tick()
-                return entry
-            return self._flow(args, kwargs, key)
-        finally:
-            del key
+        entry = None if self.fetch is None or key is MISSING else await self.fetch(key)
+        if entry is not None:
+            self.plan.stats.hits.tick()
+            return entry
+        return self._flow(args, kwargs, key)
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache: Any = self.plan.cache
         try:
-            return self._key_of(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the call fails with it, and is counted
-            return Failed(error)
+            return cache.keys.key_of(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - the flow makes it again, and counts a call that failed
+            return MISSING
 
-    def _flow(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Flow:
+    def _flow(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Flow:
         call = Call(args, kwargs)
         call.key, call.blocks = key, not self.plan.is_async
         return call_flow(self.plan, call)
@@ -281,22 +252,9 @@ class Decoration:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         fallback = self.plan.fallback
-        if fallback is None:
-            return args, kwargs
-        call = Call(args, kwargs)
-        return fallback.arguments(call, fallback.values(call)[0])
-
-    @property
-    def attempted(self) -> Callable[..., Any]:
-        """What an attempt calls: of a generator function its beginning; else, once it was looked at, the function."""
-        if self._has_looked:
-            return self.function
-        kinds = {
-            "generator": self._first_item,
-            "async generator": self._first_item_async,
-            "async def": self._await,
-        }
-        return kinds.get(self.plan.kind, self._look)
+        return (
+            (args, kwargs) if fallback is None else fallback.arguments(args, kwargs, fallback.values(args, kwargs)[0])
+        )
 
     def _look(self, /, *args: Any, **kwargs: Any) -> Any:
         result = self.function(*args, **kwargs)
@@ -304,28 +262,23 @@ class Decoration:
         self._looked()
         return result
 
-    async def _await(self, /, *args: Any, **kwargs: Any) -> Any:
-        result = await self.function(*args, **kwargs)
-        self._looked()
-        return result
-
     def _looked(self) -> None:
         """From now on, let first attempts be made without a flow where no policy needs one."""
-        self._has_looked = True
+        self.run = self.function
+        self._is_quick = not self.plan.needs_flow
         # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
-        is_timed = self.plan.is_async and self._seconds is not None
-        self.is_quick = not self.plan.needs_flow
+        is_timed = self.plan.is_async and self._limit is not None
         self.is_direct = not is_timed and not self.plan.asks_first
 
-    def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """A generator that has begun, and its first item; None and its result if it has ended without one."""
+    def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, None]:
+        """A generator that has begun, its first item, and no place; None and its result if it has ended."""
         generator = self.function(*args, **kwargs)
         try:
-            return generator, next(generator)
+            return generator, next(generator), None
         except StopIteration as end:
-            return None, end.value
+            return None, end.value, None
 
-    async def _first_item_async(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    async def _first_item_async(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, None]:
         generator = self.function(*args, **kwargs)
         # The event loop closes all generators that it knows: it is to know the wrapper's only, which closes this one.
         hooks = sys.get_asyncgen_hooks()
@@ -335,9 +288,9 @@ class Decoration:
         finally:
             sys.set_asyncgen_hooks(*hooks)
         try:
-            return generator, await first
+            return generator, await first, None
         except StopAsyncIteration:
-            return None, None
+            return None, None, None
 
     def under(self, options: dict[str, Any]) -> Any:
         """The function under changed options."""

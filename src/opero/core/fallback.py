@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import TYPE_CHECKING, Any
 
 from opero.core.candidates import Candidates, CandidatesFrom
 from opero.core.checks import check_seconds, check_text
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
-from opero.core.forks import watch_forks
+from opero.core.forks import ForkSafeLock
 from opero.core.keys import identity_of
 from opero.core.parameters import ParameterSlot
 from opero.core.plan import Plan
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from opero.core.checks import Duration
-    from opero.core.plan import Call
+    from opero.core.flow import Candidate
 
 __all__ = ["get_fallback_decorator"]
 
@@ -38,17 +37,13 @@ class FallbackOverParameter:
     def __init__(self, slot: ParameterSlot, function_name: str, cooldown: float | None) -> None:
         self.parameter = slot.name
         self.position = slot.position
-        self._slot = slot
+        self.slot = slot
         self._function_name = function_name
         self._cooldown = cooldown or 0.0
-        # Until when, and whether it was given up.
-        self._rests: dict[Any, tuple[float, bool]] = {}
+        # Whether it was given up, and until when.
+        self._rests: dict[Any, tuple[bool, float]] = {}
         self._most: int | None = None
-        self.after_fork()
-        watch_forks(self)
-
-    def after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def first_only(self) -> FallbackOverParameter:
         """The same without a second candidate: the function still gets one value."""
@@ -56,8 +51,8 @@ class FallbackOverParameter:
         first._most = 1  # noqa: SLF001 - of this class
         return first
 
-    def values(self, call: Call) -> list[Any]:
-        given = self._slot.get(call.args, call.kwargs)
+    def values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        given = self.slot.get(args, kwargs)
         if isinstance(given, (Candidates, CandidatesFrom)):
             given = given.values()
         if not isinstance(given, (list, tuple)):
@@ -70,25 +65,22 @@ class FallbackOverParameter:
             raise ValueError(msg)
         return list(given[: self._most])
 
-    def first(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], Any] | None:
-        """The arguments with the first candidate, and which it is; None if that cannot be told at once."""
-        given = self._slot.get(args, kwargs)
+    def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments with the first candidate; None if that cannot be told at once."""
+        given = self.slot.get(args, kwargs)
         if given.__class__ is Candidates:
             given = given.values()
         if given.__class__ is not list and given.__class__ is not tuple:
-            return (
-                None if isinstance(given, (CandidatesFrom, list, tuple)) or given is MISSING else (args, kwargs, given)
-            )
+            return None if isinstance(given, (CandidatesFrom, list, tuple)) else (args, kwargs)
         if not given or (self._rests and len(given) > 1):
             return None
-        return (*self._slot.put(args, kwargs, given[0]), given[0])
+        return self.slot.put(args, kwargs, given[0])
 
-    def arguments(self, call: Call, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if value is MISSING:
-            return call.args, call.kwargs
-        return self._slot.put(call.args, call.kwargs, value)
+    def arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with this value."""
+        return (args, kwargs) if value is MISSING else self.slot.put(args, kwargs, value)
 
     def failed(self, value: Any, asked_for: float | None, *, again: bool = True) -> None:
         """Put a candidate to rest; ``again``: it may be tried again by the call in which it failed."""
@@ -96,36 +88,26 @@ class FallbackOverParameter:
         if not seconds:
             return
         key, now = identity_of(value), clock.now()
-        with self._lock:
-            self._rests = {other: rest for other, rest in self._rests.items() if rest[0] > now}
-            before, _ = self._rests.get(key, (0.0, False))
-            self._rests[key] = max(now + seconds, before), not again
+        with self._lock.lock:
+            self._rests = {other: rest for other, rest in self._rests.items() if rest[1] > now}
+            _, before = self._rests.get(key, (False, 0.0))
+            self._rests[key] = not again, max(now + seconds, before)
 
-    def _rest_of(self, value: Any) -> tuple[float, bool] | None:
+    def rest_of(self, value: Any) -> tuple[bool, float] | None:
+        """Whether it was given up, and until when it rests, if it does."""
         rest = self._rests.get(identity_of(value)) if self._rests else None
-        return None if rest is None or rest[0] <= clock.now() else rest
-
-    def rests_until(self, value: Any) -> float | None:
-        rest = self._rest_of(value)
-        return None if rest is None else rest[0]
+        return None if rest is None or rest[1] <= clock.now() else rest
 
     def is_given_up(self, value: Any) -> bool:
         """Whether it rests after an error that is not retried, such as that of a key that was revoked."""
-        rest = self._rest_of(value)
-        return rest is not None and rest[1]
+        rest = self.rest_of(value)
+        return rest is not None and rest[0]
 
-    def awake(self, values: Sequence[Any]) -> list[int]:
-        """The places of those that do not rest; if all do, of the one to be tried first."""
-        awake: list[int] = []
-        resting: list[tuple[bool, float, int]] = []
-        for place, value in enumerate(values):
-            rest = self._rest_of(value)
-            if rest is None:
-                awake.append(place)
-            else:
-                until, is_given_up = rest
-                resting.append((is_given_up, until, place))
-        return awake or [place for *_, place in sorted(resting)[:1]]
+    def awake(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that do not rest, in their order; if all do, the one to be tried first."""
+        rests = [(self.rest_of(candidate.value), candidate) for candidate in candidates]
+        awake = [candidate for rest, candidate in rests if rest is None]
+        return awake or [min(rests, key=lambda each: each[0] or (False, 0.0))[1]]
 
 
 def fallback_policy(

@@ -129,6 +129,8 @@ class Flights:
 class Seat:
     """One waiter's view of a flight; an `Arrival`."""
 
+    is_turn = False
+
     __slots__ = ("_flight", "_time_left", "_wake")
 
     def __init__(self, flight: Flight, time_left: Callable[[], float | None]) -> None:
@@ -151,6 +153,3 @@ class Seat:
             self._flight.wakers.append(wake)
             if self._flight.landed:
                 wake()
-
-    def withdraw(self) -> None:
-        """The flight does not know its passengers; nothing to give back."""

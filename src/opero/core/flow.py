@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
     from tenacity import RetryCallState
 
-    from opero.core.breaker import Passage
+    from opero.core.breaker import Passage, Trial
+    from opero.core.fallback import FallbackOverParameter
     from opero.core.limits.line import Wants
-    from opero.core.limits.places import Place
+    from opero.core.limits.places import Places
     from opero.core.rate_limit import FunctionLimit
-    from opero.core.steps import Await
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
@@ -104,6 +104,8 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         is_over = True
         return outcome
     finally:
+        # It holds the last error, whose traceback may lead to a frame that holds the call.
+        call.retry_state = None
         if call.tell is not None:
             tell_of_the_end(call, error=outcome.error if outcome.__class__ is Failed else None, cancelled=not is_over)
 
@@ -134,8 +136,8 @@ class _Layers:
         is_new_round: Whether nothing of this round has been tried.
         has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
         has_slot: Whether the next attempt has its slot of the rate limit.
-        place: Its place of ``max_concurrent``, while it has one.
-        was_cut_short: Whether the last attempt was ended because others had used up its time.
+        places: To which its place of ``max_concurrent`` has to be given back, while it has one.
+        had: The seconds that the last attempt had, if others had used up some of its time.
         patient_until: How long it waits for the trial of an open circuit.
         failed: The last attempt that failed.
         ended_by: What else than that ended the call.
@@ -145,8 +147,8 @@ class _Layers:
     is_new_round = True
     has_own_limit = True
     has_slot = False
-    place: Place | None = None
-    was_cut_short = False
+    places: Places | None = None
+    had: float | None = None
     patient_until: float | None = None
     failed: Verdict | None = None
     ended_by = ""
@@ -170,14 +172,14 @@ class _Layers:
                 plan.retry.tell_before(plan, call)
             self.is_new_round = True
             while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN:
-                trial = self._wait_for_trial()
+                trial = self._trial()
                 if trial is None:
-                    return self._stop(_CIRCUIT_IS_OPEN, self._circuit_open)
+                    return self._stop(_CIRCUIT_IS_OPEN)
                 yield trial
             if outcome.__class__ is not Verdict:
                 return outcome
             wait = plan.retry.after(plan, call, outcome, self._must_end)
-            if isinstance(wait, Final):
+            if not isinstance(wait, float):
                 return self._finish(wait, gave_up=outcome.ends)
             if standard or "loguru" in sys.modules:
                 log("DEBUG", "{} failed, next round in {}", plan.name, duration(wait))
@@ -187,12 +189,12 @@ class _Layers:
             yield Pause(wait)
 
     def _find_candidates(self) -> None:
-        call, fallback, limit = self.call, self.plan.fallback, self.plan.limit
+        args, kwargs, fallback, limit = self.call.args, self.call.kwargs, self.plan.fallback, self.plan.limit
         if fallback is None:
-            self.candidates = [Candidate(call.args, call.kwargs)]
+            self.candidates = [Candidate(args, kwargs)]
             return
-        values = enumerate(fallback.values(call))
-        self.candidates = [Candidate(*fallback.arguments(call, v), v, number) for number, v in values]
+        values = enumerate(fallback.values(args, kwargs))
+        self.candidates = [Candidate(*fallback.arguments(args, kwargs, v), v, number) for number, v in values]
         if limit is not None and len(self.candidates) > 1:
             self.has_own_limit = limit.per is not None and limit.per.depends_on(fallback.parameter)
 
@@ -209,7 +211,7 @@ class _Layers:
             if outcome is GAVE_WAY:
                 continue
             if outcome is OUT_OF_TIME:
-                return self._stop(self._time_is_over(), self._not_started)
+                return self._stop(self._time_is_over())
             self.left.remove(candidate)
             if outcome is CIRCUIT_OPEN:
                 self.has_slot = False
@@ -224,31 +226,32 @@ class _Layers:
             return CIRCUIT_OPEN
         return speaks if plan.fallback is None else self._for_the_round(speaks)
 
-    def _wait_for_trial(self) -> Await | None:
+    def _trial(self) -> Trial | None:
         """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
         breaker, call = self.plan.breaker, self.call
         if call.presence is None or breaker is None:
             return None
         if self.patient_until is None:
             self.patient_until = clock.now() + breaker.shared.recovery if call.deadline is None else call.deadline
-        values = [breaker.value_of(candidate) for candidate in self.candidates]
+        values = [breaker.value_of(candidate.args, candidate.kwargs) for candidate in self.candidates]
         return breaker.shared.trial_of(values, self.patient_until, call.deadline)
 
     def breaker(self, candidate: Candidate) -> Generator[Any, Any, Any]:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
-        breaker = self.plan.breaker
-        passage = None if breaker is None else breaker.shared.enter(breaker.value_of(candidate))
-        if passage is None and breaker is not None and self.call.failure is None:
-            return CIRCUIT_OPEN
+        passage = None
+        if self.plan.breaker is not None:
+            passage = self.plan.breaker.enter(candidate.args, candidate.kwargs)
+            if passage is None and self.call.failure is None:
+                return CIRCUIT_OPEN
         try:
             outcome = yield from self.attempt(candidate, passage)
             return outcome if outcome.__class__ is NoAttempt else self._judge(outcome, candidate, passage)
         finally:
             if passage is not None:
                 passage.end()
-            if self.place is not None:
-                self.place.leave()
-                self.place = None
+            if self.places is not None:
+                self.places.give_back()
+                self.places = None
 
     def attempt(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
         """max_concurrent, the rate limit, attempt_timeout, and one execution."""
@@ -260,8 +263,8 @@ class _Layers:
             return outcome
         if plan.places is not None:
             wait = plan.places.take(candidate.args, candidate.kwargs, call.deadline)
-            self.place = yield from (wait if passage is None else passage.waiting(wait))
-            if self.place is None or (passage is not None and not passage.may_start()):
+            self.places = yield from (wait if passage is None else waiting_until(passage.is_shut, wait, passage))
+            if self.places is None or (passage is not None and passage.is_shut()):
                 return self._why_not()
         if plan.limit is not None and not self.has_slot:
             missed = yield from self._take_slot(plan.limit, candidate, passage)
@@ -272,9 +275,8 @@ class _Layers:
             candidate.args,
             candidate.kwargs,
             candidate.value,
-            badges=frozenset({call.flight, self.place and self.place.badge} - {None}),
+            badges=frozenset({call.flight, self.places} - {None}),
             timeout=plan.attempt_timeout,
-            limit="attempt_timeout",
             deadline=call.deadline,
             passage=passage,
             begins=partial(self._begin, candidate),
@@ -284,8 +286,8 @@ class _Layers:
             return OUT_OF_TIME
         outcome = yield attempt
         call.is_last = attempt.is_last
-        had = attempt.timeout if attempt.limit == "total_timeout" else None
-        self.was_cut_short = had is not None and self._is_little(had)
+        limit = attempt.limit
+        self.had = limit[0] if limit is not None and limit[1] == "total_timeout" else None
         if outcome is NOT_RUN:
             return self._why_not()
         if plan.limit is not None:
@@ -296,7 +298,12 @@ class _Layers:
         """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
         plan, call, stats = self.plan, self.call, self.plan.stats
         if plan.fallback is None and self.errors:
-            self._forget_failure()
+            # Free what the attempt before this one held: its frames, and all that is in them.
+            failure, self.failed = self.errors.pop(), None
+            is_timed = plan.attempt_timeout is not None or plan.total_timeout is not None
+            if is_timed and not isinstance(failure, CallTimeoutError):
+                self.earlier_failure = describe(failure)
+            del failure
         self.is_new_round = False
         call.began = clock.now()
         call.attempts += 1
@@ -322,10 +329,11 @@ class _Layers:
     def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
         plan, call = self.plan, self.call
-        if call.tell is not None and outcome.__class__ is Failed:
-            call.tell(AttemptFailed, attempt=call.attempts, error=outcome.error, seconds=clock.now() - call.began)
-        if outcome.__class__ is Failed and isinstance(outcome.error, FINAL_ERRORS) and self._is_final(outcome.error):
-            return outcome
+        if outcome.__class__ is Failed:
+            if call.tell is not None:
+                self._tell_of_failure(call.tell, outcome.error)
+            if isinstance(outcome.error, FINAL_ERRORS) and self._is_final(outcome.error):
+                return outcome
         try:
             verdict = plan.retry.judge(plan, call, outcome)
         except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
@@ -335,20 +343,36 @@ class _Layers:
         if passage is not None and not call.is_last:
             self._tell_circuit(passage, verdict, candidate)
         if verdict is None:
-            if self.place is not None and plan.kind.endswith("generator") and outcome[0] is not None:
-                # It is under way until it ends or is closed.
-                outcome, self.place = (self.place.kept_by(outcome[0]), outcome[1]), None
-            return outcome
+            return self._under_way(outcome) if plan.kind.endswith("generator") else outcome
         if call.is_last:
             add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
             return Failed(verdict.error)
         if call.tell is not None and outcome.__class__ is not Failed:
-            call.tell(AttemptFailed, attempt=call.attempts, error=verdict.error, seconds=clock.now() - call.began)
+            self._tell_of_failure(call.tell, verdict.error)
         self.errors.append(verdict.error)
         self.failed = verdict
         if plan.fallback is not None:
-            self._candidate_failed(candidate, verdict)
+            self._candidate_failed(plan.fallback, candidate, verdict)
         return verdict
+
+    def _candidate_failed(self, fallback: FallbackOverParameter, candidate: Candidate, verdict: Verdict) -> None:
+        if not verdict.again:
+            self.candidates.remove(candidate)
+        candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
+        if verdict.rests:
+            fallback.failed(candidate.value, verdict.delay, again=verdict.again)
+
+    def _under_way(self, begun: Any) -> Any:
+        """A generator that has begun keeps its place until it ends or is closed."""
+        generator, item, _ = begun
+        if generator is None:
+            return begun
+        places, self.places = self.places, None
+        return generator, item, places
+
+    def _tell_of_failure(self, tell: Callable[..., None], error: Exception) -> None:
+        seconds = clock.now() - self.call.began
+        tell(AttemptFailed, attempt=self.call.attempts, error=error, seconds=seconds)
 
     def _is_final(self, error: Exception) -> bool:
         # Arguments that fit at the first attempt fit at all.
@@ -359,7 +383,7 @@ class _Layers:
         """Whether it speaks against the service; None: it says nothing of it."""
         failed: bool | None = verdict is not None and verdict.counts
         if verdict is not None and isinstance(verdict.error, CallTimeoutError):
-            failed = None if self.was_cut_short else True
+            failed = None if self._was_cut_short() else True
         elif verdict is not None and not failed and isinstance(verdict.error, WorkerCrashedError):
             # A worker that ended gave no answer.
             failed = None
@@ -368,12 +392,11 @@ class _Layers:
             place = None if self.plan.fallback is None else candidate.number
             self.call.tell(CircuitChanged, state=changed, place=place)
 
-    def _candidate_failed(self, candidate: Candidate, verdict: Verdict) -> None:
-        if not verdict.again:
-            self.candidates.remove(candidate)
-        candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
-        if verdict.rests and self.plan.fallback is not None:
-            self.plan.fallback.failed(candidate.value, verdict.delay, again=verdict.again)
+    def _was_cut_short(self) -> bool:
+        """Whether the last attempt had so little, of what was left of total_timeout, that it could not succeed."""
+        total = self.plan.total_timeout or 0.0
+        usual = 0.0 if self.plan.limit is None else self.plan.limit.usual.seconds
+        return self.had is not None and self.had < min(total / 2, 2 * usual or total)
 
     def _choose(self) -> Generator[Any, Any, Candidate]:
         """Of several candidates the first that does not rest, or, if asked, one that has a slot free now."""
@@ -398,12 +421,12 @@ class _Layers:
         if self.has_own_limit and plan.fallback is not None:
             # Whoever stands in the line of a candidate that is put to rest meanwhile turns to another one. A call that
             # has failed needs no worker before a candidate that rests wakes.
-            is_turn = self.is_new_round or plan.fallback.rests_until(candidate.value) is None
+            is_turn = self.is_new_round or plan.fallback.rest_of(candidate.value) is None
             wait = waiting_until(lambda: self._gives_way(candidate), wait, is_turn=is_turn)
-        taken = yield from (wait if passage is None else passage.waiting(wait))
+        taken = yield from (wait if passage is None else waiting_until(passage.is_shut, wait, passage))
         waited = clock.now() - asked
         plan.stats.waited.add(waited)
-        if passage is not None and not passage.may_start():
+        if passage is not None and passage.is_shut():
             return CIRCUIT_OPEN
         if not taken:
             return GAVE_WAY if taken is None else OUT_OF_TIME
@@ -414,13 +437,7 @@ class _Layers:
             return GAVE_WAY
         return None
 
-    def _forget_failure(self) -> None:
-        """Free what the attempt before this one held: its frames, and all that is in them."""
-        failure = self.errors.pop()
-        self.failed = None
-        is_timed = self.plan.attempt_timeout is not None or self.plan.total_timeout is not None
-        if is_timed and not isinstance(failure, CallTimeoutError):
-            self.earlier_failure = describe(failure)
+    # Which candidates may be tried, and when
 
     def _ready_candidates(self) -> list[Candidate]:
         if not self.errors:
@@ -449,9 +466,7 @@ class _Layers:
     def _awake(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those that do not rest, in their order; if all do, the one that wakes first."""
         fallback = self.plan.fallback
-        if fallback is None or len(candidates) == 1:
-            return candidates
-        return [candidates[place] for place in fallback.awake([candidate.value for candidate in candidates])]
+        return candidates if fallback is None or len(candidates) == 1 else fallback.awake(candidates)
 
     def _leaves_for_later(self, speaks: Verdict) -> bool:
         """Whether those that are left were given up by other calls: they have time until the last round."""
@@ -471,7 +486,9 @@ class _Layers:
         breaker = self.plan.breaker
         if breaker is None:
             return candidates
-        return [c for c in candidates if breaker.shared.admits(breaker.value_of(c), after=after)]
+        return [c for c in candidates if breaker.shared.admits(breaker.value_of(c.args, c.kwargs), after=after)]
+
+    # How a call ends that has not succeeded
 
     def _must_end(self, state: RetryCallState) -> bool:
         """For tenacity: whether no other round can begin after the sleep that is coming."""
@@ -484,17 +501,20 @@ class _Layers:
             self.ended_by = _CIRCUIT_IS_OPEN
         return bool(self.ended_by)
 
-    def _stop(self, ended_by: str, nothing_tried: Callable[[], Exception]) -> Failed | Final:
+    def _stop(self, ended_by: str) -> Failed | Final:
         """No attempt can follow: the call ends as the last one did, or tells why there was none."""
         self.ended_by = ended_by
-        if self.failed is None:
-            return Failed(nothing_tried())
-        return self._finish(self.plan.retry.after(self.plan, self.call, self.failed, None))
+        if self.failed is not None:
+            return self._finish(self.plan.retry.after(self.plan, self.call, self.failed, None))
+        if ended_by is _CIRCUIT_IS_OPEN:
+            return Failed(self._circuit_open())
+        turn = "a worker" if self.plan.limit is None else "a rate slot"
+        return Failed(CallTimeoutError(f"{self.plan.name} was not started: {ended_by} during the wait for {turn}"))
 
     def _circuit_open(self) -> Exception:
         breaker: Any = self.plan.breaker
         whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
-        waits = [breaker.shared.trial_in([breaker.value_of(candidate)]) for candidate in self.candidates]
+        waits = [breaker.shared.trial_in([breaker.value_of(each.args, each.kwargs)]) for each in self.candidates]
         # One whose trial is under way may be next.
         soonest = min(range(len(waits)), key=lambda place: waits[place] or 0.0)
         wait = waits[soonest]
@@ -504,26 +524,15 @@ class _Layers:
         place = None if self.plan.fallback is None else self.candidates[soonest].number
         return CircuitOpenError(message, wait, place)
 
-    def _not_started(self) -> Exception:
-        turn = "a worker" if self.plan.limit is None else "a rate slot"
-        return CallTimeoutError(f"{self.plan.name} was not started: {self.ended_by} during the wait for {turn}")
-
     def _time_is_over(self) -> str:
         return f"total_timeout={self.plan.total_timeout:g} s ended it"
 
-    def _is_little(self, seconds: float) -> bool:
-        """Whether an execution that had so long, of what was left of total_timeout, was cut short for lack of time."""
-        total = self.plan.total_timeout or 0.0
-        usual = 0.0 if self.plan.limit is None else self.plan.limit.usual.seconds
-        return seconds < min(total / 2, 2 * usual or total)
-
-    def _finish(self, final: Final | float, *, gave_up: bool = False) -> Failed | Final:
+    def _finish(self, end: Failed | Final | float, *, gave_up: bool = False) -> Failed | Final:
         """The end after some attempts: what the user is told of them."""
-        assert isinstance(final, Final)  # noqa: S101 - for the type checkers
-        failed = final.outcome
-        if not isinstance(failed, Failed):
-            return final
-        call, plan = self.call, self.plan
+        if not isinstance(end, Failed):
+            assert isinstance(end, Final)  # noqa: S101 - for the type checkers
+            return end
+        call, plan, error = self.call, self.plan, end.error
         took = duration(clock.now() - call.started)
         reason = self.ended_by and f"; {self.ended_by}"
         if plan.fallback is not None:
@@ -534,16 +543,16 @@ class _Layers:
                 f"{class_counts(self.errors)}"
             )
             log("WARNING", "{}", message)
-            error = AllFailedError(message, folded(self.errors))
-            error.errors = self.errors
-            return Failed(error)
-        if isinstance(failed.error, CallTimeoutError) and self.earlier_failure:
+            failed = AllFailedError(message, folded(self.errors))
+            failed.errors = self.errors
+            return Failed(failed)
+        if isinstance(error, CallTimeoutError) and self.earlier_failure:
             # The library's own error must not hide the function's.
-            add_note(failed.error, f"opero: an attempt before that failed with {self.earlier_failure}")
+            add_note(error, f"opero: an attempt before that failed with {self.earlier_failure}")
         summary = f"{plan.name} failed after {_counted(call.attempts, 'attempt')} in {took}{reason}"
         log("WARNING", "{}", summary)
-        add_note(failed.error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
-        return failed
+        add_note(error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
+        return end
 
 
 _CIRCUIT_IS_OPEN = "its circuit is open"

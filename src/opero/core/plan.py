@@ -209,7 +209,7 @@ class Verdict:
 
 
 class Final:
-    """The end of a call: `opero.core.steps.Failed`, or a result that a user's hook supplied in its place."""
+    """The end of a call by a result that a user's hook supplied."""
 
     __slots__ = ("outcome",)
 

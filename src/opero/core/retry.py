@@ -36,7 +36,7 @@ from opero.utils.notes import add_note
 if TYPE_CHECKING:
     import random  # noqa: TC004 - imported by `_import_tenacity`
 
-    import tenacity  # noqa: TC004 - imported by `_import_tenacity`
+    import tenacity  # noqa: TC004 - as above
 
     from opero.core.checks import Duration
     from opero.core.retry_error import RetryError  # noqa: TC004 - as above
@@ -246,7 +246,7 @@ class RetryPolicy:
 
     def after(
         self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[tenacity.RetryCallState], bool] | None
-    ) -> float | Final:
+    ) -> float | Failed | Final:
         """Seconds until the next round, or the end of the call.
 
         Args:
@@ -257,7 +257,7 @@ class RetryPolicy:
         """
         error, settings = verdict.error, self._retrying
         if not verdict.again or self._is_one_round or not settings.enabled:
-            return Final(Failed(error))
+            return Failed(error)
         state = self._state(plan, call)
         retrying = state.retry_object
         retrying.retry = tenacity.retry_always
@@ -277,14 +277,14 @@ class RetryPolicy:
         except Exception as raised:  # noqa: BLE001 - tenacity raises to give up: the call's own error, or its own
             is_tenacitys = isinstance(raised, retrying.retry_error_cls)
             if (is_tenacitys and not retrying.reraise) or (not is_tenacitys and isinstance(error, tenacity.TryAgain)):
-                return Final(Failed(raised))
+                return Failed(raised)
             if state.next_action is None and settings.retry_error_callback is not None and raised is not error:
                 # In place of a result it may raise what the program makes of the end.
                 raised.__context__ = raised.__context__ or error
-                return Final(Failed(raised))
+                return Failed(raised)
             if not is_tenacitys and raised is not error:
                 _complain(plan, "retry_options", raised, error)
-            return Final(Failed(error.with_traceback(traceback)))
+            return Failed(error.with_traceback(traceback))
         finally:
             # tenacity's objects are in a cycle, which would keep the call and its errors for the garbage collector.
             retrying.stop = settings.stop
@@ -294,7 +294,7 @@ class RetryPolicy:
         if not step >= 0:
             msg = f"a wait of {step} seconds was asked for; let it be 0 or more"
             raise ValueError(msg)
-        return min(step, LONGEST_WAIT)
+        return min(float(step), LONGEST_WAIT)
 
     def _state(self, plan: Plan, call: Call) -> tenacity.RetryCallState:
         """The call's, on a private copy of the settings: tenacity's `statistics` are one dict for all threads."""

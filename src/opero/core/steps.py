@@ -7,16 +7,18 @@ blocks, `drive_async` awaits; the scheduler of a map is the third driver. None o
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opero.core.clock import asyncio_sleep, clock
-from opero.core.forks import allow_forks, watch_forks
+from opero.core.forks import allow_forks
 from opero.core.signature import MISSING
 from opero.exceptions import CallTimeoutError, MisuseError
 from opero.utils.notes import duration
@@ -42,20 +44,17 @@ class Failed:
         self.instead = instead
 
 
-class _NotRun:
-    """In place of an outcome: the attempt was called off before it began."""
+# In place of an outcome: the attempt was called off before it began.
+NOT_RUN: Any = object()
 
-    __slots__ = ()
-
-
-NOT_RUN = _NotRun()
+TimeLimit = tuple[float, str]  # seconds, and the option that set them
 
 
 class Attempt:
     """Step: run the user's function once; sent back: its result, or `Failed`.
 
-    A driver that does not run it at once asks `may_start`, sends back `NOT_RUN` if the answer is no, and takes what
-    `time_limit` says then.
+    A driver calls `begin` when it runs it, and ends it when it has taken as long as `time_limit` says then; one that
+    blocks cannot do that. One that does not run it at once asks `may_start`, and sends back `NOT_RUN` if it may not.
 
     Attributes:
         args: Of the function.
@@ -63,11 +62,11 @@ class Attempt:
         candidate: The fallback value that is among them, for drivers that send only what differs.
         badges: What a call that the function makes must not wait for: the computation that others may be waiting for
             (`opero.core.flights`), and the place that it takes.
-        timeout: Seconds that it has; a driver that blocks cannot stop a function, and lets it run.
-        limit: The option that says so.
+        timeout: Seconds that it may take.
         deadline: When the whole call ends.
         passage: Its way through a circuit.
-        begins: Called by the driver, once, when it runs it.
+        begins: Hears when it begins.
+        limit: What `time_limit` has said last.
         is_last: Set by the driver if its task was cancelled meanwhile: whatever the function made of that, nothing is
             tried again.
     """
@@ -89,47 +88,49 @@ class Attempt:
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        candidate: Any = MISSING,
-        badges: AbstractSet[object] = frozenset(),
+        candidate: Any,
         *,
-        timeout: float | None = None,
-        limit: str = "",
-        deadline: float | None = None,
-        passage: Passage | None = None,
-        begins: Callable[[], None] | None = None,
+        badges: AbstractSet[object],
+        timeout: float | None,
+        deadline: float | None,
+        passage: Passage | None,
+        begins: Callable[[], None] | None,
     ) -> None:
         self.args = args
         self.kwargs = kwargs
         self.candidate = candidate
         self.badges = badges
         self.timeout = timeout
-        self.limit = limit
         self.deadline = deadline
         self.passage = passage
         self.begins = begins
+        self.limit: TimeLimit | None = None
         self.is_last = False
 
     def may_start(self) -> bool:
-        return not self.is_late() and (self.passage is None or self.passage.may_start())
+        return not self.is_late() and (self.passage is None or not self.passage.is_shut())
 
     def is_late(self) -> bool:
         return self.deadline is not None and clock.now() >= self.deadline
 
-    def time_limit(self) -> tuple[float, str] | None:
+    def begin(self) -> None:
+        if self.begins is not None:
+            self.begins()
+            self.begins = None
+
+    def time_limit(self) -> TimeLimit | None:
         """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
+        self.limit = None if self.timeout is None else (self.timeout, "attempt_timeout")
         if self.deadline is not None:
             left = max(0.0, self.deadline - clock.now())
             if self.timeout is None or left < self.timeout:
-                self.timeout, self.limit = left, "total_timeout"
-        return None if self.timeout is None else (self.timeout, self.limit)
-
-    def timed_out(self, name: str) -> Failed:
-        return Failed(stopped(name, self.timeout or 0.0, self.limit))
+                self.limit = (left, "total_timeout")
+        return self.limit
 
 
-def stopped(name: str, seconds: float, limit: str) -> CallTimeoutError:
-    """The error of an execution that was ended after so many seconds, by the option ``limit``."""
-    return CallTimeoutError(f"{name} was stopped: {limit} left it {duration(seconds)}")
+def stopped(name: str, seconds: float, option: str) -> CallTimeoutError:
+    """The error of an execution that was ended after so many seconds, by an option."""
+    return CallTimeoutError(f"{name} was stopped: {option} left it {duration(seconds)}")
 
 
 class Pause:
@@ -146,7 +147,13 @@ class Pause:
 
 
 class Arrival(Protocol):
-    """Something that comes by itself, or is fetched by whoever looks at the right time."""
+    """Step: wait for something that comes by itself, or is fetched by whoever looks at the right time.
+
+    Sent back: None. ``is_turn``: an attempt begins when it comes, so that somebody should be free for it.
+    """
+
+    @property
+    def is_turn(self) -> bool: ...
 
     def poll(self) -> bool:
         """Whether it is here; looking may bring it about."""
@@ -157,37 +164,22 @@ class Arrival(Protocol):
         ...
 
     def notify(self, wake: Callable[[], None] | None) -> None:
-        """Call ``wake``, from any thread, when it may be here."""
+        """Call ``wake``, from any thread, when it may be here; None: nobody waits any more."""
         ...
-
-    def withdraw(self) -> None:
-        """Nobody waits for it any more."""
-        ...
-
-
-class Await:
-    """Step: wait for an `Arrival`; sent back: None.
-
-    ``is_turn``: an attempt begins when it comes, so that somebody should be free for it.
-    """
-
-    __slots__ = ("arrival", "is_turn")
-
-    def __init__(self, arrival: Arrival, *, is_turn: bool = False) -> None:
-        self.arrival = arrival
-        self.is_turn = is_turn
 
 
 class _Unless:
     """An `Arrival` of another one, or of the moment in which there is no use in waiting for it."""
 
-    __slots__ = ("_arrival", "_hear", "_is_over", "withdraw")
+    __slots__ = ("_arrival", "_is_over", "_passage", "is_turn")
 
-    def __init__(self, arrival: Arrival, is_over: Callable[[], bool], hear: Callable[[Any], None] | None) -> None:
+    def __init__(
+        self, arrival: Arrival, is_over: Callable[[], bool], passage: Passage | None, *, is_turn: bool
+    ) -> None:
         self._arrival = arrival
         self._is_over = is_over
-        self._hear = hear
-        self.withdraw = arrival.withdraw
+        self._passage = passage
+        self.is_turn = is_turn
 
     def poll(self) -> bool:
         return self._is_over() or self._arrival.poll()
@@ -196,27 +188,27 @@ class _Unless:
         return 0.0 if self._is_over() else self._arrival.due_in()
 
     def notify(self, wake: Callable[[], None] | None) -> None:
-        if self._hear is not None:
-            self._hear(wake)
+        if self._passage is not None:
+            self._passage.listen(self, wake)
         self._arrival.notify(wake)
 
 
 def waiting_until(
     is_over: Callable[[], bool],
     wait: Generator[Any, Any, Any],
+    passage: Passage | None = None,
     *,
     is_turn: bool = True,
-    hear: Callable[[Any], None] | None = None,
 ) -> Generator[Any, Any, Any]:
     """Go through a wait, which gives None once ``is_over`` says so at one of its looks.
 
-    ``hear`` is told whom to wake for that; ``is_turn`` is of `Await`.
+    That the circuit of a passage has changed is a reason to look. ``is_turn`` is of `Arrival`.
     """
     try:
         step = next(wait)
         while True:
-            if step.__class__ is Await:
-                step = Await(_Unless(step.arrival, is_over, hear), is_turn=step.is_turn and is_turn)
+            if hasattr(step, "poll"):
+                step = _Unless(step, is_over, passage, is_turn=step.is_turn and is_turn)
             sent = yield step
             if is_over():
                 return None
@@ -254,30 +246,18 @@ async def consult_async(steps: Sequence[Consult]) -> list[Any]:
     """The same in a thread, so that the event loop goes on; a request goes on to its end even if this is cancelled."""
     import asyncio
 
-    return await asyncio.get_running_loop().run_in_executor(_threads.executor(), consult, steps)
+    return await asyncio.get_running_loop().run_in_executor(_threads(os.getpid()), consult, steps)
 
 
-class _Threads:
-    """Threads for what event loops must not wait for; not the loop's own, which may all be waiting for one of these."""
+@lru_cache(maxsize=1)
+def _threads(_process: int) -> ThreadPoolExecutor:
+    """Threads for what event loops must not wait for; not the loop's own, which may all be waiting for one of these.
 
-    def __init__(self) -> None:
-        self.after_fork()
-        watch_forks(self)
+    A process that was forked has none of its parent's.
+    """
+    from concurrent.futures import ThreadPoolExecutor
 
-    def after_fork(self) -> None:
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-
-    def executor(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._executor is None:
-                from concurrent.futures import ThreadPoolExecutor
-
-                self._executor = ThreadPoolExecutor(16, "opero-cache", lambda: allow_forks(threading.current_thread()))
-            return self._executor
-
-
-_threads = _Threads()
+    return ThreadPoolExecutor(16, "opero-cache", lambda: allow_forks(threading.current_thread()))
 
 
 class Share:
@@ -292,7 +272,7 @@ class Prepare:
     __slots__ = ()
 
 
-Step = Attempt | Pause | Await | Consult
+Step = Attempt | Pause | Consult | Arrival
 Flow = Generator[Step, Any, Any]
 
 
@@ -313,51 +293,41 @@ def raise_or_return(outcome: Any) -> Any:
 leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozenset())
 
 
-async def run_attempt_async(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
-    if attempt.begins is not None:
-        attempt.begins()
-        attempt.begins = None
-    token = leading.set(leading.get() | attempt.badges) if attempt.badges else None
-    try:
-        return await _run_in_time(function, attempt, name)
-    finally:
-        if token is not None:
-            # A task of a loop that was closed ends where it is collected, in another context.
-            with contextlib.suppress(ValueError):
-                leading.reset(token)
-
-
-async def _run_in_time(function: Callable[..., Awaitable[Any]], attempt: Attempt, name: str) -> Any:
-    if attempt.timeout is None:
+async def run_in_time(
+    function: Callable[..., Awaitable[Any]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    limit: TimeLimit | None,
+    name: str,
+) -> Any:
+    """One execution of the function ``name``: its result, or `Failed`."""
+    if limit is None:
         try:
-            return await function(*attempt.args, **attempt.kwargs)
+            return await function(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
             return Failed(error)
     import asyncio
 
     try:
-        async with asyncio.timeout(attempt.timeout):
+        async with asyncio.timeout(limit[0]):
             # Inside the timeout, so that a TimeoutError of the function's own is not taken for the library's.
             try:
-                return await function(*attempt.args, **attempt.kwargs)
+                return await function(*args, **kwargs)
             except Exception as error:  # noqa: BLE001 - as above
                 return Failed(error)
     except TimeoutError:
-        return attempt.timed_out(name)
+        return Failed(stopped(name, *limit))
 
 
 def await_arrival(arrival: Arrival) -> None:
     event = threading.Event()
     try:
-        if arrival.poll():
-            return
         arrival.notify(event.set)
         while not arrival.poll():
             clock.wait(event.wait, arrival.due_in())
             event.clear()
     finally:
         arrival.notify(None)
-        arrival.withdraw()
 
 
 async def await_arrival_async(arrival: Arrival) -> None:
@@ -366,31 +336,21 @@ async def await_arrival_async(arrival: Arrival) -> None:
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
 
-    def look() -> None:
-        # Others that wait in this loop may be woken by this, and go on together with this one.
-        arrival.due_in()
-        event.set()
-
     def wake() -> None:
         if asyncio._get_running_loop() is loop:  # noqa: SLF001 - the public way raises where there is none
             event.set()
             return
-        try:
+        # The loop may have been closed with this waiter still in it, which ends when its task is destroyed.
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(event.set)
-        except RuntimeError:
-            # The loop was closed with this waiter still in it; `withdraw` follows when its task is destroyed.
-            return
 
     try:
-        if arrival.poll():
-            return
         arrival.notify(wake)
         while not arrival.poll():
-            await clock.wait_async(event, arrival.due_in(), look)
+            await clock.wait_async(event, arrival.due_in(), event.set)
             event.clear()
     finally:
         arrival.notify(None)
-        arrival.withdraw()
 
 
 def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR0912 - more frames shorten recursions
@@ -401,9 +361,7 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR09
         while True:
             if isinstance(step, Attempt):
                 # Here and not in a function of its own, whose frame each level of a recursion would have.
-                if step.begins is not None:
-                    step.begins()
-                    step.begins = None
+                step.begin()
                 token = leading.set(leading.get() | step.badges) if step.badges else None
                 try:
                     sent = function(*step.args, **step.kwargs)
@@ -424,7 +382,7 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR09
                     step = flow.throw(error)
                     continue
             else:
-                await_arrival(step.arrival)
+                await_arrival(step)
             step = flow.send(sent)
             # It may hold an error, and with it the frames of an attempt.
             sent = None
@@ -439,7 +397,7 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR09
         del outcome
 
 
-def _is_in_asyncio() -> bool:
+def is_in_asyncio() -> bool:
     asyncio = sys.modules.get("asyncio")
     # The public way raises where there is no loop.
     return asyncio is not None and asyncio._get_running_loop() is not None  # noqa: SLF001
@@ -447,7 +405,7 @@ def _is_in_asyncio() -> bool:
 
 def cancellations() -> int:
     """How many cancellations of the running asyncio task are under way; 0 where none runs."""
-    task = sys.modules["asyncio"].current_task() if _is_in_asyncio() else None
+    task = sys.modules["asyncio"].current_task() if is_in_asyncio() else None
     return 0 if task is None else task.cancelling()
 
 
@@ -493,12 +451,20 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
     try:
         step = flow.send(None)
         while True:
-            if (not isinstance(step, Attempt) or step.timeout is not None) and not _is_in_asyncio():
+            if (not isinstance(step, Attempt) or step.limit is not None) and not is_in_asyncio():
                 # Under another library only what needs no wait can be done.
                 step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
                 continue
             if isinstance(step, Attempt):
-                sent = await run_attempt_async(function, step, name)
+                step.begin()
+                token = leading.set(leading.get() | step.badges) if step.badges else None
+                try:
+                    sent = await run_in_time(function, step.args, step.kwargs, step.time_limit(), name)
+                finally:
+                    if token is not None:
+                        # A task of a loop that was closed ends where it is collected, in another context.
+                        with contextlib.suppress(ValueError):
+                            leading.reset(token)
                 step.is_last = was_cancelled(sent, before)
             elif isinstance(step, Pause):
                 await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
@@ -509,7 +475,7 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
                     step = flow.throw(error)
                     continue
             else:
-                await await_arrival_async(step.arrival)
+                await await_arrival_async(step)
             step = flow.send(sent)
             # It may hold an error, and with it the frames of an attempt.
             sent = None

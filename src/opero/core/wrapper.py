@@ -117,7 +117,7 @@ def _async_function(this: Decoration) -> Callable[..., Any]:
 def _generator(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         try:
-            source, item = this.call(args, kwargs)
+            source, item, place = this.call(args, kwargs)
         except Exception as error:
             this.shorten(error)
             raise
@@ -136,6 +136,9 @@ def _generator(this: Decoration) -> Callable[..., Any]:
                     item = source.send(sent)
         except StopIteration as end:
             return end.value
+        finally:
+            if place is not None:
+                place.give_back()
 
     return decorated
 
@@ -143,7 +146,7 @@ def _generator(this: Decoration) -> Callable[..., Any]:
 def _async_generator(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         try:
-            source, item = await this.call_async(args, kwargs)
+            source, item, place = await this.call_async(args, kwargs)
         except Exception as error:
             this.shorten(error)
             raise
@@ -162,5 +165,8 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
                     item = await source.asend(sent)
         except StopAsyncIteration:
             return
+        finally:
+            if place is not None:
+                place.give_back()
 
     return decorated

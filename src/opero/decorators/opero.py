@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from opero.core.checks import Duration
     from opero.core.fallback import FallbackOverParameter
     from opero.core.limits.places import PlacesForFunction
+    from opero.core.parameters import ParameterSlot
     from opero.core.per import Per
     from opero.core.rate_limit import FunctionLimit, Limits, PerOption
     from opero.core.retry import RetryOn
@@ -103,7 +104,7 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             "be stopped; write `async def`, use the function's own timeout, or map it with @opmap(mode='process')"
         )
         raise ValueError(msg)
-    per = _per(function, given["per"])
+    per, fallback = _per(function, given["per"]), _fallback(function, given)
     return Plan(
         function,
         cache=_cache(function, given),
@@ -114,8 +115,8 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             retry_on=options.get("retry_on", MISSING),
             options=given["retry_options"],
         ),
-        fallback=_fallback(function, given),
-        breaker=_breaker(per, given),
+        fallback=fallback,
+        breaker=_breaker(per or (None if fallback is None else fallback.slot), given),
         places=_places(function, per, given),
         limit=_limit(function, per, given),
         attempt_timeout=attempt_timeout,
@@ -143,12 +144,12 @@ def _fallback(function: Callable[..., Any], given: dict[str, Any]) -> FallbackOv
     return fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"])
 
 
-def _breaker(per: Per | None, given: dict[str, Any]) -> FunctionBreaker | None:
+def _breaker(by: Per | ParameterSlot | None, given: dict[str, Any]) -> FunctionBreaker | None:
     if given["breaker"] is None:
         return None
     from opero.core.breaker import breaker_policy
 
-    return breaker_policy(given["breaker"], per, has_candidates=given["arg_fallback"] is not None)
+    return breaker_policy(given["breaker"], by)
 
 
 def _places(function: Callable[..., Any], per: Per | None, given: dict[str, Any]) -> PlacesForFunction | None:

@@ -18,7 +18,7 @@ from opero.core.faults import Complaints
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.limits.ledger import EARLY, LONGEST_PAUSE, Ledger
 from opero.core.limits.local import LocalLedger
-from opero.core.steps import Await, Consult
+from opero.core.steps import Consult
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -343,7 +343,7 @@ def take(wants: Wants, latest: Latest = never) -> Generator[Any, Any, bool]:
     try:
         while True:
             if not turn.poll():
-                yield Await(turn, is_turn=True)
+                yield turn
             if not turn.asks:
                 return turn.taken
             # The gate has to be asked, which a look must not do.
@@ -388,6 +388,8 @@ class Turn:
         joined_at: Since when it is in line; None before.
         has_left: It waits no more.
     """
+
+    is_turn = True
 
     __slots__ = ("_due", "_latest", "_spots", "_wake", "asks", "has_left", "is_late", "joined_at", "taken")
 
@@ -507,9 +509,6 @@ class Turn:
         wake = self._wake
         if wake is not None:
             wake()
-
-    def withdraw(self) -> None:
-        """It may have to go on asking; `leave` comes after that."""
 
     def leave(self) -> None:
         """It has its slots, or wants none any more; the garbage collector may say so, too."""
