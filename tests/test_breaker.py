@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import gc
+import math
 import pickle
 import threading
 import weakref
@@ -1182,7 +1183,7 @@ def test_those_who_wait_for_a_trial_hear_at_once_that_it_came_to_no_end(fake_clo
     breaker.open("value")
     fake_clock.tick(10)
     passages = [breaker.enter("value")]
-    arrival = breaker.trial_of(["value"], fake_clock.now() + 100, None)
+    arrival = breaker.trial_of(["value"], fake_clock.now() + 100, math.inf)
     heard = threading.Event()
     arrival.notify(heard.set)
     assert not arrival.poll()

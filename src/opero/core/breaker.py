@@ -180,9 +180,9 @@ class Breaker:
             times = [circuit.trial_at for circuit in circuits if circuit.trial_at is not None]
             return max(0.0, min(times, default=now) - now)
 
-    def trial_of(self, values: Sequence[Any], until: float, deadline: float | None) -> Trial | None:
+    def trial_of(self, values: Sequence[Any], until: float, deadline: float) -> Trial | None:
         """A wait until one of these may be tried; None if nobody knows that it can be in time."""
-        trial = Trial(self, values, until, math.inf if deadline is None else deadline)
+        trial = Trial(self, values, until, deadline)
         return None if trial.is_late() else trial
 
     def listen(self, waiter: object, wake: Callable[[], None] | None) -> None:

@@ -13,7 +13,7 @@ from opero.core.decoration import F, decorator
 from opero.core.flights import Badge, Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.parameters import forwarding
-from opero.core.plan import CacheInfo, Final, Plan
+from opero.core.plan import CacheInfo, Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
@@ -117,6 +117,8 @@ class ResultCache:
         self.keys = KeyMaker(function, settings.key, digest=not in_memory, ignore=settings.ignore)
         self.stats: Stats | None = None
         self._function = function
+        # The thread of such a call waits with it, if it is not an item of a map.
+        self._blocks = not is_async(function)
         self._settings = settings
         # What had been counted when it was cleared.
         self._counted = CallStats()
@@ -217,7 +219,7 @@ class ResultCache:
                 if flight is own:
                     return (yield from self._lead(flight, call, compute, stats))
                 with _waiting_for(flight):
-                    is_knot = _would_wait_for_ever(call, flight)
+                    is_knot = _would_wait_for_ever(flight, blocks=self._blocks and call.presence is None)
                     if not is_knot:
                         yield Seat(flight, call.time_left)
                 if is_knot:
@@ -291,9 +293,8 @@ class ResultCache:
             stats.flown.tick()
             call.flight = flight.badge
             outcome = yield from compute()
-            if outcome.__class__ is Final:
-                # A hook made this result up; it is the call's, but not the function's to be remembered.
-                flights.land(flight, outcome.outcome)
+            if call.is_made_up:
+                flights.land(flight, outcome)
                 return outcome
             outcome, life = self._judged(call, outcome)
             old = lease.old
@@ -410,9 +411,9 @@ def _waiting_for(flight: Flight) -> Iterator[None]:
             badge.waits_for.remove(flight.badge)
 
 
-def _would_wait_for_ever(call: Call, flight: Flight) -> bool:
-    """Whether that call waits for this one, or for its thread to go on, or a stream that nobody pulls leads it."""
-    if flight.badge.needs(leading.get()) or (call.blocks and flight.thread == threading.get_ident()):
+def _would_wait_for_ever(flight: Flight, *, blocks: bool) -> bool:
+    """Whether it waits for this call or for the thread that this one blocks, or a stream that nobody pulls leads it."""
+    if flight.badge.needs(leading.get()) or (blocks and flight.thread == threading.get_ident()):
         return True
     return flight.presence is not None and flight.presence.is_away
 

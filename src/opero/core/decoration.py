@@ -202,7 +202,6 @@ class Decoration:
 
     def go_on(self, call: Call) -> Any:
         """The rest of a call whose first attempt was made without a flow, and failed."""
-        call.blocks = True
         return drive(call_flow(self.plan, call), self.function)
 
     async def go_on_async(self, call: Call) -> Any:
@@ -238,13 +237,13 @@ class Decoration:
 
     def _flow(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Flow:
         call = Call(args, kwargs)
-        call.key, call.blocks = key, not self.plan.is_async
+        call.key = key
         return call_flow(self.plan, call)
 
     def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function whatever the cache has; of an ``async def`` one, a coroutine that does."""
         call = Call(args, kwargs)
-        call.blocks, call.refreshes = not self.plan.is_async, True
+        call.refreshes = True
         flow = call_flow(self.plan, call)
         return drive_async(flow, self.function, self.plan.name) if self.plan.is_async else drive(flow, self.function)
 

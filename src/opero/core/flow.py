@@ -6,14 +6,15 @@ rate limit and attempt_timeout. This order is part of opero's contract.
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import LONGEST_WAIT, clock
-from opero.core.plan import Call, Final, Plan, Verdict
+from opero.core.plan import Call, Plan, Verdict
 from opero.core.signature import MISSING
-from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Prepare, Share, waiting_until
+from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Prepare, Share
 from opero.events import (
     AttemptFailed,
     AttemptStarted,
@@ -84,10 +85,10 @@ class Candidate:
 
 def call_flow(plan: Plan, call: Call) -> Flow:
     """One call from cache to function."""
-    layers = _Layers(plan, call)
     if plan.total_timeout is not None:
         # It bounds the wait for somebody else's computation, too.
         call.deadline = call.started + plan.total_timeout
+    layers = _Layers(plan, call)
     outcome: Any = None
     is_over = False
     try:
@@ -97,8 +98,6 @@ def call_flow(plan: Plan, call: Call) -> Flow:
             outcome = yield from _through_cache(plan, call, layers.retry)
         except Exception as error:  # noqa: BLE001 - raised by a policy or a driver: a call that failed like others
             outcome = Failed(_in_context_of(Failed(layers.errors[-1]), error) if layers.errors else error)
-        if outcome.__class__ is Final:
-            outcome = outcome.outcome
         if outcome.__class__ is Failed:
             outcome = _replaced_by_default(plan, call, outcome)
         is_over = True
@@ -157,6 +156,7 @@ class _Layers:
     def __init__(self, plan: Plan, call: Call) -> None:
         self.plan = plan
         self.call = call
+        self.deadline = math.inf if call.deadline is None else call.deadline
         self.candidates: list[Candidate] = []
         # Those of this round that have not been tried.
         self.left: list[Candidate] = []
@@ -178,15 +178,15 @@ class _Layers:
                 yield trial
             if outcome.__class__ is not Verdict:
                 return outcome
-            wait = plan.retry.after(plan, call, outcome, self._must_end)
-            if not isinstance(wait, float):
-                return self._finish(wait, gave_up=outcome.ends)
+            step = plan.retry.after(plan, call, outcome, self._must_end)
+            if step.__class__ is not Pause:
+                return self._finish(step, gave_up=outcome.ends)
             if standard or "loguru" in sys.modules:
-                log("DEBUG", "{} failed, next round in {}", plan.name, duration(wait))
+                log("DEBUG", "{} failed, next round in {}", plan.name, duration(step.seconds))
             if call.tell is not None:
-                call.tell(RetryPlanned, round=call.rounds, delay=wait, error=outcome.error)
+                call.tell(RetryPlanned, round=call.rounds, delay=step.seconds, error=outcome.error)
             del outcome
-            yield Pause(wait)
+            yield step
 
     def _find_candidates(self) -> None:
         args, kwargs, fallback, limit = self.call.args, self.call.kwargs, self.plan.fallback, self.plan.limit
@@ -234,7 +234,7 @@ class _Layers:
         if self.patient_until is None:
             self.patient_until = clock.now() + breaker.shared.recovery if call.deadline is None else call.deadline
         values = [breaker.value_of(candidate.args, candidate.kwargs) for candidate in self.candidates]
-        return breaker.shared.trial_of(values, self.patient_until, call.deadline)
+        return breaker.shared.trial_of(values, self.patient_until, self.deadline)
 
     def breaker(self, candidate: Candidate) -> Generator[Any, Any, Any]:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
@@ -262,9 +262,8 @@ class _Layers:
             self.is_new_round = False
             return outcome
         if plan.places is not None:
-            wait = plan.places.take(candidate.args, candidate.kwargs, call.deadline)
-            self.places = yield from (wait if passage is None else waiting_until(passage.is_shut, wait, passage))
-            if self.places is None or (passage is not None and passage.is_shut()):
+            self.places = yield from plan.places.take(candidate.args, candidate.kwargs, self.deadline, passage)
+            if self.places is None or _is_shut(passage):
                 return self._why_not()
         if plan.limit is not None and not self.has_slot:
             missed = yield from self._take_slot(plan.limit, candidate, passage)
@@ -323,8 +322,7 @@ class _Layers:
 
     def _why_not(self) -> NoAttempt:
         """Why an attempt that waited for something has not begun."""
-        is_late = self.call.deadline is not None and clock.now() >= self.call.deadline
-        return OUT_OF_TIME if is_late else CIRCUIT_OPEN
+        return OUT_OF_TIME if clock.now() >= self.deadline else CIRCUIT_OPEN
 
     def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
@@ -417,19 +415,22 @@ class _Layers:
             # A slot that is taken while a worker starts would be used when it is over, together with the next one.
             yield Prepare()
         asked = clock.now()
-        wait = limit.take(candidate, call.deadline)
-        if self.has_own_limit and plan.fallback is not None:
-            # Whoever stands in the line of a candidate that is put to rest meanwhile turns to another one. A call that
-            # has failed needs no worker before a candidate that rests wakes.
-            is_turn = self.is_new_round or plan.fallback.rest_of(candidate.value) is None
-            wait = waiting_until(lambda: self._gives_way(candidate), wait, is_turn=is_turn)
-        taken = yield from (wait if passage is None else waiting_until(passage.is_shut, wait, passage))
+        # Whoever stands in the line of a candidate that is put to rest meanwhile turns to another one. A call that has
+        # failed needs no worker before a candidate that rests wakes.
+        own = plan.fallback if self.has_own_limit else None
+        taken = yield from limit.take(
+            candidate,
+            self.deadline,
+            is_over=lambda: _is_shut(passage) or (own is not None and self._gives_way(candidate)),
+            listen=None if passage is None else passage.listen,
+            is_turn=own is None or self.is_new_round or own.rest_of(candidate.value) is None,
+        )
         waited = clock.now() - asked
         plan.stats.waited.add(waited)
-        if passage is not None and passage.is_shut():
+        if _is_shut(passage):
             return CIRCUIT_OPEN
         if not taken:
-            return GAVE_WAY if taken is None else OUT_OF_TIME
+            return GAVE_WAY if own is not None and self._gives_way(candidate) else OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
             call.tell(SlotWaited, seconds=waited)
         if not self.has_own_limit and self._gives_way(candidate):
@@ -493,7 +494,7 @@ class _Layers:
     def _must_end(self, state: RetryCallState) -> bool:
         """For tenacity: whether no other round can begin after the sleep that is coming."""
         seconds = state.upcoming_sleep
-        if self.call.deadline is not None and seconds >= self.call.deadline - clock.now():
+        if seconds >= self.deadline - clock.now():
             self.ended_by = self._time_is_over()
         elif self.plan.breaker is None or self.call.presence is not None:
             return False
@@ -501,7 +502,7 @@ class _Layers:
             self.ended_by = _CIRCUIT_IS_OPEN
         return bool(self.ended_by)
 
-    def _stop(self, ended_by: str) -> Failed | Final:
+    def _stop(self, ended_by: str) -> Any:
         """No attempt can follow: the call ends as the last one did, or tells why there was none."""
         self.ended_by = ended_by
         if self.failed is not None:
@@ -527,10 +528,9 @@ class _Layers:
     def _time_is_over(self) -> str:
         return f"total_timeout={self.plan.total_timeout:g} s ended it"
 
-    def _finish(self, end: Failed | Final | float, *, gave_up: bool = False) -> Failed | Final:
+    def _finish(self, end: Any, *, gave_up: bool = False) -> Any:
         """The end after some attempts: what the user is told of them."""
-        if not isinstance(end, Failed):
-            assert isinstance(end, Final)  # noqa: S101 - for the type checkers
+        if end.__class__ is not Failed:
             return end
         call, plan, error = self.call, self.plan, end.error
         took = duration(clock.now() - call.started)
@@ -571,6 +571,10 @@ def _in_context_of(outcome: Any, raised: Exception) -> Exception:
     if outcome.__class__ is Failed and outcome.error is not raised and raised.__context__ is None:
         raised.__context__ = outcome.error
     return raised
+
+
+def _is_shut(passage: Passage | None) -> bool:
+    return passage is not None and passage.is_shut()
 
 
 def _counted(number: int, noun: str) -> str:

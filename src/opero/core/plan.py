@@ -140,9 +140,9 @@ class Call:
         retry_state: tenacity's, made by the policy when it is first needed.
         key: Of the cache, if it has been made.
         cached: Whether the result came from the cache.
+        is_made_up: Whether a user's hook supplied the result, which is not the function's, to be remembered.
         refreshes: Whether the function runs, whatever the cache has.
         flight: Stands for its computation, where others may wait for that.
-        blocks: Whether its thread waits for it.
         presence: Of the map that it is part of, which goes on by itself.
         index: Its place in a map.
         tell: Tells those who listen.
@@ -156,9 +156,9 @@ class Call:
     retry_state: RetryCallState | None = None
     key: Any = MISSING
     cached = False
+    is_made_up = False
     refreshes = False
     flight: object = None
-    blocks = False
     presence: Presence | None = None
     index: int | None = None
     tell: Callable[..., None] | None = None
@@ -206,12 +206,3 @@ class Verdict:
         self.rests = rests
         self.ends = ends
         self.counts = counts
-
-
-class Final:
-    """The end of a call by a result that a user's hook supplied."""
-
-    __slots__ = ("outcome",)
-
-    def __init__(self, outcome: Any) -> None:
-        self.outcome = outcome

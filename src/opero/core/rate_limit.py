@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from opero.core.checks import Duration
     from opero.core.flow import Candidate
+    from opero.core.limits.line import Listen
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
@@ -435,10 +436,19 @@ class FunctionLimit:
                 return candidate, True
         return min(candidates, key=lambda candidate: _expected_wait(self._wants(candidate))), False
 
-    def take(self, candidate: Candidate, deadline: float | None) -> Generator[Any, Any, bool]:
+    def take(
+        self,
+        candidate: Candidate,
+        deadline: float,
+        *,
+        is_over: Callable[[], bool],
+        listen: Listen | None,
+        is_turn: bool,
+    ) -> Generator[Any, Any, bool]:
         """Wait for a slot; False, at once, if it would come too late to be of use before the ``deadline``.
 
-        A slot that is free is never refused, so that what is usual can change.
+        A slot that is free is never refused, so that what is usual can change. It is no use either once ``is_over``
+        says so; ``listen`` is told whom to wake for that, and ``is_turn`` is of `opero.core.steps.Arrival`.
 
         Raises:
             RateLimitedError: If it would come later than the limiter lets a call wait.
@@ -448,10 +458,10 @@ class FunctionLimit:
         until = clock.now() + (0.0 if self._when_full == "raise" else self._max_wait)
 
         def useful() -> float:
-            return math.inf if deadline is None else deadline - usual.seconds
+            return -math.inf if is_over() else deadline - usual.seconds
 
-        taken = yield from take(wants, lambda: min(until, useful()))
-        if not taken and (self._when_full == "raise" or until < useful()):
+        taken = yield from take(wants, lambda: min(until, useful()), listen, is_turn=is_turn)
+        if not taken and not is_over() and (self._when_full == "raise" or until < useful()):
             raise full(_expected_wait(wants), self._name)
         return taken
 

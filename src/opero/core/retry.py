@@ -25,10 +25,10 @@ from opero.core.checks import (
 )
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.decoration import F, decorator
-from opero.core.plan import Call, Final, Plan, Verdict
+from opero.core.plan import Call, Plan, Verdict
 from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING
-from opero.core.steps import Failed
+from opero.core.steps import Failed, Pause
 from opero.exceptions import MisuseError, RejectedResultError, RemoteError
 from opero.utils.logging import log
 from opero.utils.notes import add_note
@@ -106,14 +106,6 @@ def retry_unless_of_the_program(error: Exception) -> bool | Answer:
     return True
 
 
-def backoff_delay(failures: int, *, factor: float, smallest: float, largest: float) -> float:
-    """Seconds to wait after the ``failures``-th failed round: ``min(largest, smallest * factor**(failures - 1))``."""
-    try:
-        return min(largest, smallest * factor ** (failures - 1))
-    except OverflowError:
-        return largest if smallest else 0.0
-
-
 def jittered(delay: float, random_unit: float) -> float:
     """Spread a delay over its upper half, so that callers that failed together do not come back together.
 
@@ -179,6 +171,9 @@ class RetryPolicy:
 
     def _make_retrying(self) -> tenacity.Retrying:
         _import_tenacity()
+        # Where the first delay is none, the exponential one would be the largest after a thousand rounds.
+        exponential = tenacity.wait_exponential(self.min_delay, self.max_delay, self.backoff_factor)
+        self._backoff = exponential if self.min_delay else tenacity.wait_none()
         ours: dict[str, Any] = {
             "retry_error_cls": RetryError,
             "stop": tenacity.stop_after_attempt(self.retries + 1),
@@ -192,9 +187,7 @@ class RetryPolicy:
         return tenacity.Retrying(**{**ours, **self.options})
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        delay = backoff_delay(
-            state.attempt_number, factor=self.backoff_factor, smallest=self.min_delay, largest=self.max_delay
-        )
+        delay = self._backoff(state)
         return jittered(delay, random.random()) if self.jitter and delay else delay  # noqa: S311 - spreads load, guards nothing
 
     def tell_before(self, plan: Plan, call: Call) -> None:
@@ -246,8 +239,8 @@ class RetryPolicy:
 
     def after(
         self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[tenacity.RetryCallState], bool] | None
-    ) -> float | Failed | Final:
-        """Seconds until the next round, or the end of the call.
+    ) -> Any:
+        """A `Pause` until the next round, or the end of the call: `Failed`, or a result that a hook supplies.
 
         Args:
             plan: Of the function.
@@ -289,12 +282,13 @@ class RetryPolicy:
             # tenacity's objects are in a cycle, which would keep the call and its errors for the garbage collector.
             retrying.stop = settings.stop
         if not isinstance(step, tenacity.DoSleep):
-            return Final(step)
+            call.is_made_up = True
+            return step
         state.prepare_for_next_attempt()
         if not step >= 0:
             msg = f"a wait of {step} seconds was asked for; let it be 0 or more"
             raise ValueError(msg)
-        return min(float(step), LONGEST_WAIT)
+        return Pause(min(step, LONGEST_WAIT))
 
     def _state(self, plan: Plan, call: Call) -> tenacity.RetryCallState:
         """The call's, on a private copy of the settings: tenacity's `statistics` are one dict for all threads."""

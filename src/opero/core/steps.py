@@ -168,57 +168,6 @@ class Arrival(Protocol):
         ...
 
 
-class _Unless:
-    """An `Arrival` of another one, or of the moment in which there is no use in waiting for it."""
-
-    __slots__ = ("_arrival", "_is_over", "_passage", "is_turn")
-
-    def __init__(
-        self, arrival: Arrival, is_over: Callable[[], bool], passage: Passage | None, *, is_turn: bool
-    ) -> None:
-        self._arrival = arrival
-        self._is_over = is_over
-        self._passage = passage
-        self.is_turn = is_turn
-
-    def poll(self) -> bool:
-        return self._is_over() or self._arrival.poll()
-
-    def due_in(self) -> float | None:
-        return 0.0 if self._is_over() else self._arrival.due_in()
-
-    def notify(self, wake: Callable[[], None] | None) -> None:
-        if self._passage is not None:
-            self._passage.listen(self, wake)
-        self._arrival.notify(wake)
-
-
-def waiting_until(
-    is_over: Callable[[], bool],
-    wait: Generator[Any, Any, Any],
-    passage: Passage | None = None,
-    *,
-    is_turn: bool = True,
-) -> Generator[Any, Any, Any]:
-    """Go through a wait, which gives None once ``is_over`` says so at one of its looks.
-
-    That the circuit of a passage has changed is a reason to look. ``is_turn`` is of `Arrival`.
-    """
-    try:
-        step = next(wait)
-        while True:
-            if hasattr(step, "poll"):
-                step = _Unless(step, is_over, passage, is_turn=step.is_turn and is_turn)
-            sent = yield step
-            if is_over():
-                return None
-            step = wait.send(sent)
-    except StopIteration as end:
-        return end.value
-    finally:
-        wait.close()
-
-
 class Consult:
     """Step: put one request to ``store``, which may block; sent back: its answer. Many may be put at once."""
 

@@ -38,6 +38,8 @@ ONE = (1.0,)
 
 # When a slot would be too late to be of use, as far as is known now.
 Latest = Callable[[], float]
+# Told, by whom, what to call when that may have changed; None: nothing any more.
+Listen = Callable[[object, Callable[[], None] | None], None]
 
 
 def never() -> float:
@@ -334,12 +336,15 @@ class Line:
         return wait
 
 
-def take(wants: Wants, latest: Latest = never) -> Generator[Any, Any, bool]:
+def take(
+    wants: Wants, latest: Latest = never, listen: Listen | None = None, *, is_turn: bool = True
+) -> Generator[Any, Any, bool]:
     """Wait for a slot of each line; False, at once, if they would not come before what ``latest`` says.
 
-    Slots that are free are taken however late it is.
+    Slots that are free are taken however late it is. ``listen`` is told whom to wake when ``latest`` may say something
+    else; ``is_turn`` is of `opero.core.steps.Arrival`.
     """
-    turn = Turn(wants, latest)
+    turn = Turn(wants, latest, listen, is_turn=is_turn)
     try:
         while True:
             if not turn.poll():
@@ -389,13 +394,27 @@ class Turn:
         has_left: It waits no more.
     """
 
-    is_turn = True
+    __slots__ = (
+        "_due",
+        "_latest",
+        "_listen",
+        "_spots",
+        "_wake",
+        "asks",
+        "has_left",
+        "is_late",
+        "is_turn",
+        "joined_at",
+        "taken",
+    )
 
-    __slots__ = ("_due", "_latest", "_spots", "_wake", "asks", "has_left", "is_late", "joined_at", "taken")
-
-    def __init__(self, wants: Wants, latest: Latest = never) -> None:
+    def __init__(
+        self, wants: Wants, latest: Latest = never, listen: Listen | None = None, *, is_turn: bool = True
+    ) -> None:
         self._spots = [_Spot(self, line, amounts) for line, amounts in wants]
         self._latest = latest
+        self._listen = listen
+        self.is_turn = is_turn
         # When to look again, if nothing is heard before.
         self._due = math.inf
         self._wake: Callable[[], None] | None = None
@@ -504,6 +523,8 @@ class Turn:
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self._wake = wake
+        if self._listen is not None:
+            self._listen(self, wake)
 
     def rouse(self) -> None:
         wake = self._wake
@@ -512,6 +533,8 @@ class Turn:
 
     def leave(self) -> None:
         """It has its slots, or wants none any more; the garbage collector may say so, too."""
+        # What these hold, a call and its errors, is not to wait for the garbage collector with the turn and its spots.
+        self._latest, self._listen = never, None
         if self.joined_at is None or self.taken or self.has_left:
             return
         self.has_left = True

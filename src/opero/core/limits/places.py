@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
 from opero.core.limits.ledger import Ledger
-from opero.core.limits.line import Line
+from opero.core.limits.line import ONE, Line, take
 from opero.core.limits.per_value import PerValue
 from opero.core.limits.rates import CALLS, Rates
 from opero.core.steps import leading
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
     from contextvars import Token
 
+    from opero.core.breaker import Passage
     from opero.core.per import Per
 
 # No process could have more executions under way than that.
@@ -27,10 +28,11 @@ class _FreePlaces(Ledger):
     """A limit that opens when somebody leaves, and not with time.
 
     Attributes:
-        free: One element for each free place: to add one to a list is one step, and needs no lock.
+        free: One element for each free place: to add one to a list, or to take one off, is one step, and needs no lock.
+        is_kept: Whether one that was found free is kept for whoever takes it next by this ledger.
     """
 
-    __slots__ = ("count", "free")
+    __slots__ = ("count", "free", "is_kept")
 
     def __init__(self, count: int) -> None:
         self.count = min(count, _MOST)
@@ -39,22 +41,33 @@ class _FreePlaces(Ledger):
     def forget(self) -> None:
         super().forget()
         self.free: list[None] = [None] * self.count
+        self.is_kept = False
 
     def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] = ()) -> float:  # noqa: ARG002
         # Nobody knows; those who have little time wait until that is over.
         return now
 
     def is_open(self, now: float, amounts: Sequence[float]) -> bool:  # noqa: ARG002
-        return bool(self.free)
+        if not self.is_kept and self.pop():
+            self.is_kept = True
+        return self.is_kept
 
     def take(self, now: float, waited: float, amounts: Sequence[float]) -> None:  # noqa: ARG002
-        self.free.pop()
+        self.is_kept = False
+
+    def pop(self) -> bool:
+        """Take a place, if one is free."""
+        try:
+            self.free.pop()
+        except IndexError:
+            return False
+        return True
 
     def wait(self, now: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
         return math.inf
 
     def idle_from(self, now: float) -> float:
-        return now if len(self.free) == self.count else math.inf
+        return now if len(self.free) + self.is_kept == self.count else math.inf
 
 
 class Places(Line):
@@ -71,12 +84,8 @@ class Places(Line):
     def enter(self, *_call: Any) -> tuple[Places, Token[Any]] | None:
         """Take a place for the running code; gives what to give it back with, None if that has to wait, or must not."""
         others = leading.get()
-        if others and self in others:
+        if (others and self in others) or self._spots or not self._places.pop():
             return None
-        with self.lock:
-            if self._spots or not self._places.free:
-                return None
-            self._places.free.pop()
         return self, leading.set(others | self._badges if others else self._badges)
 
     def give_back(self, token: Token[Any] | None = None) -> None:
@@ -113,9 +122,9 @@ class PlacesForFunction:
         return self._of(args, kwargs).enter()
 
     def take(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float, passage: Passage | None
     ) -> Generator[Any, Any, Places | None]:
-        """Wait for a place; gives whom to give it back to, or None once the clock shows ``deadline``.
+        """Wait for a place; gives whom to give it back to, or None at the ``deadline`` or when the circuit opens.
 
         Raises:
             MisuseError: If the caller has one, and would wait for itself.
@@ -127,7 +136,11 @@ class PlacesForFunction:
                 "max_concurrent; call the undecorated function there"
             )
             raise MisuseError(msg)
-        if deadline is not None and clock.now() >= deadline:
+        if clock.now() >= deadline:
             return None
-        latest = None if deadline is None else lambda: deadline
-        return places if (yield from places.take(latest=latest)) else None
+        taken = yield from take(
+            [(places, ONE)],
+            lambda: -math.inf if passage is not None and passage.is_shut() else deadline,
+            None if passage is None else passage.listen,
+        )
+        return places if taken else None
