@@ -75,7 +75,7 @@ class Passage:
 
     def is_shut(self) -> bool:
         """Whether the circuit has opened since; then the attempt must not begin, after it waited for something else."""
-        return not self._breaker.lets_start(self)
+        return self._breaker.has_shut_out(self)
 
     def listen(self, waiter: object, wake: Callable[[], None] | None) -> None:
         """See `Breaker.listen`."""
@@ -197,12 +197,10 @@ class Breaker:
         for wake in list(self._wakers.values()):
             wake()
 
-    def lets_start(self, passage: Passage) -> bool:
-        """Whether the circuit is as it was when this attempt entered it."""
-        if not self._circuits:
-            return True
-        circuit = self._circuits.get(_key_of(passage.value))
-        return circuit is None or circuit.trial_at is None or circuit.trial is passage
+    def has_shut_out(self, passage: Passage) -> bool:
+        """Whether the circuit is open, and this is not its trial."""
+        circuit = self._circuits.get(_key_of(passage.value)) if self._circuits else None
+        return circuit is not None and circuit.trial_at is not None and circuit.trial is not passage
 
     def passed(self, passage: Passage, *, failed: bool) -> str | None:
         """Take note of how an attempt ended; gives the state into which that has brought the circuit, if it has."""

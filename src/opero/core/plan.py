@@ -34,49 +34,39 @@ class CacheInfo(NamedTuple):
     currsize: int
 
 
+_LAYERS = ("cache", "total_timeout", "fallback", "breaker", "places", "limit", "attempt_timeout", "on_event")
+
+
 class Plan:
     """The settings of one decorated function, which never change: one policy per layer, None where it is off."""
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        retry: RetryPolicy,
-        *,
-        cache: ResultCache | None = None,
-        total_timeout: float | None = None,
-        fallback: FallbackOverParameter | None = None,
-        breaker: FunctionBreaker | None = None,
-        places: PlacesForFunction | None = None,
-        limit: FunctionLimit | None = None,
-        attempt_timeout: float | None = None,
-        on_event: Listener | None = None,
-        default: Any = MISSING,
-        stats: Stats | None = None,
-    ) -> None:
+    cache: ResultCache | None
+    total_timeout: float | None
+    fallback: FallbackOverParameter | None
+    breaker: FunctionBreaker | None
+    places: PlacesForFunction | None
+    limit: FunctionLimit | None
+    attempt_timeout: float | None
+    on_event: Listener | None
+    default: Any
+
+    def __init__(self, function: Callable[..., Any], retry: RetryPolicy, **layers: Any) -> None:
         self.function = function
         self.retry = retry
-        self.cache = cache
-        self.total_timeout = total_timeout
-        self.fallback = fallback
-        self.breaker = breaker
-        self.places = places
-        self.limit = limit
-        self.attempt_timeout = attempt_timeout
-        self.on_event = on_event
-        self.default = default
-        self.stats = Stats() if stats is None else stats
+        self.stats = Stats()
         self.name = name_of(function)
         self.module = module_of(function)
         self.kind = calling_kind(function)
         self.is_async = self.kind in {"async def", "async generator"}
+        vars(self).update(dict.fromkeys(_LAYERS), default=MISSING)
+        vars(self).update(layers)
         # Not at the top, so that `import opero` stays quick; here, because ``import`` fails when the program ends.
         from opero.core.parameters import own_signature
 
         self._own_signature = own_signature
 
     def __repr__(self) -> str:
-        layers = ("cache", "total_timeout", "fallback", "breaker", "places", "limit", "attempt_timeout", "on_event")
-        policies = [name for name in layers if getattr(self, name) is not None]
+        policies = [name for name in _LAYERS if getattr(self, name) is not None]
         return f"<plan of {self.name}: {', '.join([f'{self.retry.retries} retries', *policies])}>"
 
     @property

@@ -71,19 +71,6 @@ class Attempt:
             tried again.
     """
 
-    __slots__ = (
-        "args",
-        "badges",
-        "begins",
-        "candidate",
-        "deadline",
-        "is_last",
-        "kwargs",
-        "limit",
-        "passage",
-        "timeout",
-    )
-
     def __init__(
         self,
         args: tuple[Any, ...],
