@@ -907,7 +907,7 @@ def fail_with(f, keys):
 def test_of_many_candidates_that_fail_only_some_are_remembered():
     f = opero.opero(arg_fallback="key", retries=0, breaker=2)(Failing())
     fail_with(f, (f"key {n}" for n in range(5_000)))
-    assert len(f.__opero__.plan.breaker.shared._circuits) <= 1_000
+    assert len(f.__opero__.plan.breaker.shared.circuits) <= 1_000
 
 
 def test_candidates_that_are_shut_off_are_remembered_longest():
@@ -921,7 +921,7 @@ def test_candidates_that_are_shut_off_are_remembered_longest():
 def test_a_text_is_not_kept(secret):
     f = opero.opero(arg_fallback="key", retries=0, breaker=opero.Breaker(1, recovery=600))(Failing())
     fail_with(f, [secret])
-    assert "a secret" not in repr(f.__opero__.plan.breaker.shared._circuits)
+    assert "a secret" not in repr(f.__opero__.plan.breaker.shared.circuits)
     with pytest.raises(CircuitOpenError):
         f(secret)
 

@@ -66,24 +66,20 @@ class Passage:
     To leave takes no lock: the garbage collector may do so, in a thread that holds it.
     """
 
-    __slots__ = ("__weakref__", "_breaker", "is_over", "is_trial", "value")
+    __slots__ = ("__weakref__", "breaker", "is_over", "is_trial", "value")
 
     def __init__(self, breaker: Breaker, value: Any) -> None:
-        self._breaker = breaker
+        self.breaker = breaker
         self.value = value
         self.is_over = self.is_trial = False
 
     def is_shut(self) -> bool:
         """Whether the circuit has opened since; then the attempt must not begin, after it waited for something else."""
-        return self._breaker.has_shut_out(self)
-
-    def listen(self, waiter: object, wake: Callable[[], None] | None) -> None:
-        """See `Breaker.listen`."""
-        self._breaker.listen(waiter, wake)
+        return self.breaker.has_shut_out(self)
 
     def tell(self, *, failed: bool | None) -> str | None:
         """How the attempt ended; None if that says nothing of the service. Gives the circuit's state if it changed."""
-        changed = None if failed is None else self._breaker.passed(self, failed=failed)
+        changed = None if failed is None else self.breaker.passed(self, failed=failed)
         self.end()
         return changed
 
@@ -91,7 +87,7 @@ class Passage:
         """The attempt is over, or will not be; others may make the trial that it was."""
         self.is_over = True
         if self.is_trial:
-            self._breaker.rouse()
+            self.breaker.rouse()
 
 
 class Breaker:
@@ -116,7 +112,7 @@ class Breaker:
         self.recovery = check_seconds("recovery", recovery, zero=False)
         self._lock = ForkSafeLock()
         # Those that failed since they last succeeded, in the order of their last failures.
-        self._circuits: dict[Any, _Circuit] = {}
+        self.circuits: dict[Any, _Circuit] = {}
         # Of those who wait for a circuit to change, or for something else, which is of no use if it opens.
         self._wakers: dict[object, Callable[[], None]] = {}
         watch_forks(self)
@@ -138,31 +134,26 @@ class Breaker:
     def after_fork(self) -> None:
         """Who waits and who is on trial is in the parent."""
         self._wakers.clear()
-        for circuit in self._circuits.values():
+        for circuit in self.circuits.values():
             circuit.forget_trial()
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether all that it knows of have succeeded last."""
-        return not self._circuits
 
     def admits(self, value: Any, *, after: float = 0.0) -> bool:
         """Whether an attempt with this candidate could go through, so many seconds from now."""
-        if not self._circuits:
+        if not self.circuits:
             return True
         key = _key_of(value)
         with self._lock.lock:
-            circuit = self._circuits.get(key)
+            circuit = self.circuits.get(key)
             return circuit is None or circuit.admits(clock.now() + after)
 
     def enter(self, value: Any) -> Passage | None:
         """Let an attempt through, to be left again; None if the circuit is open."""
         passage = Passage(self, value)
-        if not self._circuits:
+        if not self.circuits:
             return passage
         key = _key_of(value)
         with self._lock.lock:
-            circuit = self._circuits.get(key)
+            circuit = self.circuits.get(key)
             if circuit is not None and circuit.trial_at is not None:
                 if not circuit.admits(clock.now()):
                     return None
@@ -173,7 +164,7 @@ class Breaker:
         """Seconds until one of these candidates may be tried again; None while one of them is being tried."""
         keys = [_key_of(value) for value in values]
         with self._lock.lock:
-            circuits = [self._circuits[key] for key in keys if key in self._circuits]
+            circuits = [self.circuits[key] for key in keys if key in self.circuits]
             if any(circuit.trial is not None for circuit in circuits):
                 return None
             now = clock.now()
@@ -199,16 +190,16 @@ class Breaker:
 
     def has_shut_out(self, passage: Passage) -> bool:
         """Whether the circuit is open, and this is not its trial."""
-        circuit = self._circuits.get(_key_of(passage.value)) if self._circuits else None
+        circuit = self.circuits.get(_key_of(passage.value)) if self.circuits else None
         return circuit is not None and circuit.trial_at is not None and circuit.trial is not passage
 
     def passed(self, passage: Passage, *, failed: bool) -> str | None:
         """Take note of how an attempt ended; gives the state into which that has brought the circuit, if it has."""
-        if not failed and not self._circuits:
+        if not failed and not self.circuits:
             return None
         key = _key_of(passage.value)
         with self._lock.lock:
-            circuit = self._circuits.get(key)
+            circuit = self.circuits.get(key)
             is_trial = circuit is not None and circuit.trial is passage
             if circuit is not None and circuit.trial_at is not None and not is_trial:
                 # It began before the circuit opened; only a trial decides now.
@@ -216,7 +207,7 @@ class Breaker:
             if failed:
                 changed = "open" if self._failed(key, is_trial=is_trial) else None
             else:
-                self._circuits.pop(key, None)
+                self.circuits.pop(key, None)
                 changed = "closed" if is_trial else None
         if changed is not None:
             self._has_changed(changed)
@@ -225,7 +216,7 @@ class Breaker:
     def state_of(self, value: Any) -> str:
         """``"closed"``, ``"open"``, or ``"half-open"``: a trial is under way, or may begin."""
         with self._lock.lock:
-            circuit = self._circuits.get(_key_of(value))
+            circuit = self.circuits.get(_key_of(value))
             if circuit is None or circuit.trial_at is None:
                 return "closed"
             return "open" if circuit.trial is None and clock.now() < circuit.trial_at else "half-open"
@@ -234,7 +225,7 @@ class Breaker:
         """Let nobody through for one recovery."""
         key = _key_of(value)
         with self._lock.lock:
-            circuit = self._circuits.setdefault(key, _Circuit(self.failures))
+            circuit = self.circuits.setdefault(key, _Circuit(self.failures))
             circuit.failures.append(clock.now())
             circuit.open(clock.now() + self.recovery)
         self._has_changed("open")
@@ -242,7 +233,7 @@ class Breaker:
     def reset(self, value: Any) -> None:
         """Forget all failures."""
         with self._lock.lock:
-            self._circuits.pop(_key_of(value), None)
+            self.circuits.pop(_key_of(value), None)
         self._has_changed("closed")
 
     def _has_changed(self, state: str) -> None:
@@ -253,13 +244,13 @@ class Breaker:
     def _failed(self, key: Any, *, is_trial: bool) -> bool:
         """Count a failure; tells whether that has opened the circuit."""
         now = clock.now()
-        circuit = self._circuits.pop(key, None)
+        circuit = self.circuits.pop(key, None)
         if circuit is None:
-            if len(self._circuits) >= _MOST_KEPT:
-                closed = (key for key, other in self._circuits.items() if other.trial_at is None)
-                del self._circuits[next(closed, next(iter(self._circuits)))]
+            if len(self.circuits) >= _MOST_KEPT:
+                closed = (key for key, other in self.circuits.items() if other.trial_at is None)
+                del self.circuits[next(closed, next(iter(self.circuits)))]
             circuit = _Circuit(self.failures)
-        self._circuits[key] = circuit
+        self.circuits[key] = circuit
         circuit.failures.append(now)
         in_time = self._window is None or now - circuit.failures[0] <= self._window
         if not is_trial and not (len(circuit.failures) == self.failures and in_time):
@@ -332,11 +323,11 @@ class FunctionBreaker:
         if self.by is not None:
             # A function that refuses a value refuses it always.
             self.by.get(args, kwargs)
-        return self.shared.is_quiet
+        return not self.shared.circuits
 
     def succeeded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An attempt that found all quiet has succeeded; others may have failed meanwhile."""
-        if not self.shared.is_quiet:
+        if self.shared.circuits:
             self.shared.passed(Passage(self.shared, self.value_of(args, kwargs)), failed=False)
 
 

@@ -235,16 +235,16 @@ class Decoration:
         except Exception:  # noqa: BLE001 - the flow makes it again, and counts a call that failed
             return MISSING
 
-    def _flow(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING) -> Flow:
+    def _flow(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING, *, refreshes: bool = False
+    ) -> Flow:
         call = Call(args, kwargs)
-        call.key = key
+        call.key, call.refreshes = key, refreshes
         return call_flow(self.plan, call)
 
     def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function whatever the cache has; of an ``async def`` one, a coroutine that does."""
-        call = Call(args, kwargs)
-        call.refreshes = True
-        flow = call_flow(self.plan, call)
+        flow = self._flow(args, kwargs, refreshes=True)
         return drive_async(flow, self.function, self.plan.name) if self.plan.is_async else drive(flow, self.function)
 
     def _with_first_candidate(

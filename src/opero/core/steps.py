@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
 from functools import lru_cache
@@ -351,8 +351,7 @@ def was_cancelled(outcome: Any, before: int) -> bool:
         return False
     # Before Python 3.13 a task group that has failed leaves a cancellation of its own behind: there it counts only if
     # the error was made of it.
-    has_made_error = outcome.__class__ is Failed and _has_cancellation(_chain(outcome.error))
-    return sys.version_info >= (3, 13) or has_made_error
+    return sys.version_info >= (3, 13) or (outcome.__class__ is Failed and _comes_of_cancellation(outcome.error))
 
 
 def made_an_error_of_its_cancellation(error: Exception) -> bool:
@@ -360,18 +359,15 @@ def made_an_error_of_its_cancellation(error: Exception) -> bool:
 
     A call in a ``finally`` block of a task that was cancelled before is retried as ever.
     """
-    return bool(cancellations()) and _has_cancellation(_chain(error)) and not _has_cancellation(_chain(sys.exception()))
+    return bool(cancellations()) and _comes_of_cancellation(error) and not _comes_of_cancellation(sys.exception())
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__context__
-
-
-def _has_cancellation(errors: Iterable[BaseException]) -> bool:
+def _comes_of_cancellation(error: BaseException | None) -> bool:
+    """Whether it is a cancellation, or was raised while one was handled."""
     cancelled = sys.modules["asyncio"].CancelledError
-    return any(isinstance(error, cancelled) for error in errors)
+    while error is not None and not isinstance(error, cancelled):
+        error = error.__context__
+    return error is not None
 
 
 _NO_LOOP = (

@@ -141,6 +141,6 @@ class PlacesForFunction:
         taken = yield from take(
             [(places, ONE)],
             lambda: -math.inf if passage is not None and passage.is_shut() else deadline,
-            None if passage is None else passage.listen,
+            None if passage is None else passage.breaker.listen,
         )
         return places if taken else None
