@@ -17,7 +17,7 @@ from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
 from opero.core.frozen import Frozen
 from opero.core.signature import name_of
-from opero.utils.logging import is_logged
+from opero.utils.logging import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,7 +178,7 @@ class Listener:
             if not self._is_complained_of:
                 # Not its text, which may hold what the callback was made with.
                 text = "on_event={} raised {}, and goes on being told"
-                self._is_complained_of = is_logged("WARNING", text, name_of(self.callback), type(error).__name__)
+                self._is_complained_of = log("WARNING", text, name_of(self.callback), type(error).__name__)
         finally:
             _telling.reset(token)
 

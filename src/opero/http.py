@@ -27,56 +27,30 @@ _ABOUT_THE_REQUEST = frozenset(
 )
 
 _STATUSES = range(100, 600)
-_FORBIDDEN = 403
-_TOO_MANY_REQUESTS = 429
-_FIRST_ERROR = 400
 
-# What a service calls the error says more than its status: AWS throttles with 400, too. The names are botocore's, which
-# retries them.
-_PASSING_CODES = frozenset(
-    {
-        "api_error",  # anthropic's and openai's, which come within a stream that has begun with 200, too
-        "overloaded_error",
-        "rate_limit_error",
-        "rate_limit_exceeded",
-        "server_error",
-        "server_is_overloaded",
-        "timeout_error",
-        "BandwidthLimitExceeded",
-        "EC2ThrottledException",
-        "LimitExceededException",
-        "PriorRequestNotComplete",
+# What a service calls the error says more than its status: AWS throttles with 400, too. Those of AWS are botocore's,
+# which retries them; those of anthropic and openai come within a stream that has begun with 200, too.
+_PASSING_CODES = {
+    *("api_error", "overloaded_error", "rate_limit_error", "timeout_error"),  # anthropic
+    *("rate_limit_exceeded", "server_error", "server_is_overloaded"),  # openai
+    *("BandwidthLimitExceeded", "EC2ThrottledException", "LimitExceededException", "PriorRequestNotComplete"),
+    *(
         "ProvisionedThroughputExceededException",
         "RequestLimitExceeded",
         "RequestThrottled",
         "RequestThrottledException",
-        "RequestTimeout",
-        "RequestTimeoutException",
-        "SlowDown",
-        "ThrottledException",
-        "Throttling",
-        "ThrottlingException",
-        "TooManyRequestsException",
-        "TransactionInProgressException",
-    }
-)
+    ),
+    *("RequestTimeout", "RequestTimeoutException", "SlowDown", "ThrottledException", "Throttling"),
+    *("ThrottlingException", "TooManyRequestsException", "TransactionInProgressException"),
+}
 
 # These speak of the key, whether they come with 400 or with 429.
-_KEY_CODES = frozenset(
-    {
-        "API_KEY_INVALID",  # google
-        "AccessDeniedException",  # AWS
-        "ExpiredToken",
-        "ExpiredTokenException",
-        "InvalidToken",
-        "MissingAuthenticationTokenException",
-        "UnrecognizedClientException",
-        "billing_error",  # anthropic
-        "billing_hard_limit_reached",  # openai
-        "billing_not_active",
-        "insufficient_quota",
-    }
-)
+_KEY_CODES = {
+    "API_KEY_INVALID",  # google
+    *("AccessDeniedException", "ExpiredToken", "ExpiredTokenException", "InvalidToken"),  # AWS
+    *("MissingAuthenticationTokenException", "UnrecognizedClientException"),
+    *("billing_error", "billing_hard_limit_reached", "billing_not_active", "insufficient_quota"),  # anthropic, openai
+}
 
 # What clients call the number, on their responses or on the errors that stand for one.
 _STATUS = ("status_code", "status")
@@ -86,37 +60,21 @@ _STATUS_IS_CODE = ("google", "urllib")
 
 _STREAMING = ("anthropic", "openai")
 
-# Not here: what no second try can mend, such as a wrong URL or too many redirects.
-_NO_ANSWER = frozenset(
-    {
-        ("aiohttp", "ClientConnectionError"),
-        ("aiohttp", "ClientPayloadError"),
-        # SDKs raise these from errors of their clients; from a worker process they come back without their causes.
-        ("anthropic", "APIConnectionError"),
-        ("botocore", "ConnectionError"),
-        ("botocore", "HTTPClientError"),
-        ("botocore", "IncompleteReadError"),
-        ("google", "TransportError"),
-        ("http", "IncompleteRead"),  # urllib leaves it to http.client to say that the body broke off
-        ("httpx", "NetworkError"),
-        ("httpx", "ProxyError"),
-        ("httpx", "RemoteProtocolError"),
-        ("httpx", "TimeoutException"),
-        ("httpx2", "NetworkError"),
-        ("httpx2", "ProxyError"),
-        ("httpx2", "RemoteProtocolError"),
-        ("httpx2", "TimeoutException"),
-        ("openai", "APIConnectionError"),
-        ("requests", "ChunkedEncodingError"),
-        ("requests", "ConnectionError"),
-        ("requests", "Timeout"),
-        ("urllib", "URLError"),
-        ("urllib3", "NewConnectionError"),
-        ("urllib3", "ProtocolError"),
-        ("urllib3", "ProxyError"),
-        ("urllib3", "TimeoutError"),
-    }
-)
+# By library. Not here: what no second try can mend, such as a wrong URL or too many redirects.
+_NO_ANSWER = {
+    "aiohttp": {"ClientConnectionError", "ClientPayloadError"},
+    # SDKs raise these from errors of their clients; from a worker process they come back without their causes.
+    "anthropic": {"APIConnectionError"},
+    "botocore": {"ConnectionError", "HTTPClientError", "IncompleteReadError"},
+    "google": {"TransportError"},
+    "http": {"IncompleteRead"},  # urllib leaves it to http.client to say that the body broke off
+    "httpx": {"NetworkError", "ProxyError", "RemoteProtocolError", "TimeoutException"},
+    "httpx2": {"NetworkError", "ProxyError", "RemoteProtocolError", "TimeoutException"},
+    "openai": {"APIConnectionError"},
+    "requests": {"ChunkedEncodingError", "ConnectionError", "Timeout"},
+    "urllib": {"URLError"},
+    "urllib3": {"NewConnectionError", "ProtocolError", "ProxyError", "TimeoutError"},
+}
 
 # Causes may go in circles; nobody wraps an error that often.
 _MOST_CAUSES = 20
@@ -185,22 +143,22 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _judged(error: BaseException) -> bool | float | Answer | None:
     """None where the error says nothing of a request."""
     status, headers = _answer(error)
-    if status is None and (
-        isinstance(error, (ConnectionError, TimeoutError)) or not _NO_ANSWER.isdisjoint(_names(error))
-    ):
+    is_no_answer = any(name in _NO_ANSWER.get(library, ()) for library, name in _names(error))
+    if status is None and (is_no_answer or isinstance(error, (ConnectionError, TimeoutError))):
         return True
-    is_of_sdk = any(library in _STREAMING for library, _ in _names(error))
     codes = _codes(error)
-    if status is None or status < _FIRST_ERROR:
-        # Only there an error can come after the answer has begun.
-        return True if is_of_sdk and not _PASSING_CODES.isdisjoint(codes) else None
+    is_passing = not _PASSING_CODES.isdisjoint(codes)
+    if status is None or status < HTTPStatus.BAD_REQUEST:
+        # Only in their streams an error can come after the answer has begun.
+        return True if is_passing and any(library in _STREAMING for library, _ in _names(error)) else None
     if not _KEY_CODES.isdisjoint(codes):
         return False
     delay = _asked_delay(error, status, headers)
-    if status in _PASSING or status // 100 == 5 or not _PASSING_CODES.isdisjoint(codes):  # noqa: PLR2004 - 5xx
-        return True if delay is None else delay
-    if status == _FORBIDDEN and delay is not None:
+    is_passing = is_passing or status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    if delay is not None and (is_passing or status == HTTPStatus.FORBIDDEN):
         return delay
+    if is_passing:
+        return True
     return GIVE_UP if status in _ABOUT_THE_REQUEST else False
 
 
@@ -249,7 +207,7 @@ def _asked_delay(error: BaseException, status: int, headers: Any) -> float | Non
 def _asked_delays(error: BaseException, status: int, headers: Any) -> Iterator[float | None]:
     yield _number(_header(headers, "retry-after-ms"), unit=0.001)
     yield _seconds(_header(headers, "Retry-After"))
-    if status in {_FORBIDDEN, _TOO_MANY_REQUESTS}:
+    if status in {HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS}:
         for limit in ("X-RateLimit-", "RateLimit-", "X-Rate-Limit-"):
             # Many servers tell of their limit in every answer: it is the reason only if nothing is left of it.
             if not _number(_header(headers, limit + "Remaining")):

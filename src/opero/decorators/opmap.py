@@ -50,29 +50,18 @@ MAP_DEFAULTS: dict[str, Any] = {
 OPMAP_DEFAULTS: dict[str, Any] = {**MAP_DEFAULTS, **OPERO_DEFAULTS}
 
 
-class _ToMapWithErrors(Protocol):
-    """A decorator whose maps return results and exceptions."""
+class _ToMap(Protocol[D]):
+    """A decorator whose maps return results and, of items that failed, defaults or exceptions."""
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a coroutine is an R too: the first that fits is meant
-        self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, Results[R]]: ...
-    @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R]]: ...
-
-
-class _ToMapWithDefault(Protocol[D]):
-    """A decorator whose maps return results and defaults."""
-
-    @overload
-    def __call__(  # type: ignore[overload-overlap]  # as above
         self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
     ) -> AsyncMap[T, P, R, Results[R, D]]: ...
     @overload
     def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R, D]]: ...
 
 
-class _ToMap(Protocol):
+class _ToRaisingMap(Protocol):
     """A decorator whose maps return results, or raise."""
 
     @overload
@@ -83,21 +72,8 @@ class _ToMap(Protocol):
     def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, list[R]]: ...
 
 
-class _ToMapOfListsWithErrors(Protocol):
-    """A decorator of functions of lists whose maps return results and exceptions."""
-
-    @overload
-    def __call__(
-        self, function: Callable[Concatenate[list[T], P], Coroutine[Any, Any, Iterable[R | Exception]]], /
-    ) -> AsyncMap[T, P, R, Results[R]]: ...
-    @overload
-    def __call__(
-        self, function: Callable[Concatenate[list[T], P], Iterable[R | Exception]], /
-    ) -> SyncMap[T, P, R, Results[R]]: ...
-
-
-class _ToMapOfListsWithDefault(Protocol[D]):
-    """A decorator of functions of lists whose maps return results and defaults."""
+class _ToMapOfLists(Protocol[D]):
+    """The same of functions of lists."""
 
     @overload
     def __call__(
@@ -109,8 +85,8 @@ class _ToMapOfListsWithDefault(Protocol[D]):
     ) -> SyncMap[T, P, R, Results[R, D]]: ...
 
 
-class _ToMapOfLists(Protocol):
-    """A decorator of functions of lists whose maps return results, or raise."""
+class _ToRaisingMapOfLists(Protocol):
+    """The same of functions of lists."""
 
     @overload
     def __call__(
@@ -131,21 +107,21 @@ def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Resul
 @overload
 def opmap(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # False is a bool too
     *, batch_size: int, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]
-) -> _ToMapOfLists: ...
+) -> _ToRaisingMapOfLists: ...
 @overload
-def opmap(*, batch_size: int, default: D, **options: Unpack[OpmapOptions]) -> _ToMapOfListsWithDefault[D]: ...
+def opmap(*, batch_size: int, default: D, **options: Unpack[OpmapOptions]) -> _ToMapOfLists[D]: ...
 @overload
 def opmap(
     *, batch_size: int, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]
-) -> _ToMapOfListsWithErrors: ...
+) -> _ToMapOfLists[Exception]: ...
 @overload
 def opmap(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # False is a bool too
     *, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]
-) -> _ToMap: ...
+) -> _ToRaisingMap: ...
 @overload
-def opmap(*, default: D, **options: Unpack[OpmapOptions]) -> _ToMapWithDefault[D]: ...
+def opmap(*, default: D, **options: Unpack[OpmapOptions]) -> _ToMap[D]: ...
 @overload
-def opmap(*, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]) -> _ToMapWithErrors: ...
+def opmap(*, return_exceptions: bool = ..., **options: Unpack[OpmapOptions]) -> _ToMap[Exception]: ...
 def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a function of one item a resilient map over any number of items.
 

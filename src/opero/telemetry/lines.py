@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from opero.events import AttemptFailed, CallDone, CandidateSwitched, RetryPlanned, SlotWaited, on_event
 from opero.telemetry.naming import function_name, type_name
-from opero.utils.logging import let_through, number_of
+from opero.utils.logging import LEVELS, let_through, number_of
 from opero.utils.notes import duration
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ __all__ = ["log_events"]
 
 # Below this a wait is how a rate limit works, and not worth a line.
 _TOLD_WAIT = 0.1
-# The same in loguru and in the standard library.
-_NUMBERS = {"DEBUG": 10, "INFO": 20, "WARNING": 30}
 
 
 def log_events(level: str | StandardLogger = "INFO", *, to: StandardLogger | None = None) -> Subscription:
@@ -57,7 +55,7 @@ def log_events(level: str | StandardLogger = "INFO", *, to: StandardLogger | Non
 
     def write(event: Event) -> None:
         name, text = _line(event)
-        number = _NUMBERS[name]
+        number = LEVELS[name]
         if text and number >= threshold:
             item = "" if event.index is None else f", item {event.index}"
             line = f"{function_name(event)} (call {event.call}{item}) {text}"

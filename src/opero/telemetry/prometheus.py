@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from opero.core.forks import ForkSafeLock
-from opero.events import AttemptStarted, CacheHit, CallDone, CallStarted, RetryPlanned, SlotWaited, on_event
+from opero.events import AttemptStarted, CacheHit, CallDone, RetryPlanned, SlotWaited, on_event
 from opero.telemetry.naming import function_name, outcome_of
 
 try:
@@ -29,8 +29,8 @@ def instrument(registry: CollectorRegistry | None = None) -> Subscription:
     ``opero_rate_limit_wait_seconds_total``, with the label ``function``. Histogram: ``opero_call_duration_seconds``,
     with the label ``function``; waits, cache hits and failed calls included. A function is named with its module.
 
-    May be called several times for one registry: the metrics are there once, and every call is counted once as long as
-    one of the subscriptions is open. They stay in the registry, with their numbers, when all are closed.
+    May be called several times for one registry: the metrics are there once, every call is counted once, and the last
+    subscription takes the place of those before. When it is closed, the metrics stay there with their numbers.
 
     Args:
         registry: Where the metrics are registered; default: ``prometheus_client.REGISTRY``.
@@ -43,7 +43,16 @@ def instrument(registry: CollectorRegistry | None = None) -> Subscription:
         ValueError: If somebody else has metrics of these names in the registry.
         ImportError: By the import of this module, if prometheus-client is not installed.
     """
-    return on_event(_Listener(_metrics_in(REGISTRY if registry is None else registry)))
+    registry = REGISTRY if registry is None else registry
+    with _lock.lock:
+        if registry in _counting:
+            metrics, earlier = _counting[registry]
+            earlier.close()
+        else:
+            metrics = _Metrics(registry)
+        subscription = on_event(metrics)
+        _counting[registry] = metrics, subscription
+    return subscription
 
 
 class _Metrics:
@@ -69,43 +78,23 @@ class _Metrics:
             for metric in made:
                 registry.unregister(metric)
             raise
-        # The listener that counts each call under way: the others of this registry leave it alone.
-        self.counted_by: dict[int, _Listener] = {}
+
+    def __call__(self, event: Event) -> None:
+        function = function_name(event)
+        match event:
+            case AttemptStarted():
+                self.attempts.labels(function).inc()
+            case RetryPlanned():
+                self.retries.labels(function).inc()
+            case CacheHit():
+                self.hits.labels(function).inc()
+            case SlotWaited():
+                self.waited.labels(function).inc(event.seconds)
+            case CallDone():
+                self.calls.labels(function, outcome_of(event)).inc()
+                self.durations.labels(function).observe(event.seconds)
 
 
 _lock = ForkSafeLock()
-_metrics: WeakKeyDictionary[CollectorRegistry, _Metrics] = WeakKeyDictionary()
-
-
-def _metrics_in(registry: CollectorRegistry) -> _Metrics:
-    with _lock.lock:
-        metrics = _metrics.get(registry)
-        if metrics is None:
-            metrics = _metrics[registry] = _Metrics(registry)
-        return metrics
-
-
-class _Listener:
-    def __init__(self, metrics: _Metrics) -> None:
-        self._metrics = metrics
-
-    def __call__(self, event: Event) -> None:
-        metrics = self._metrics
-        if isinstance(event, CallStarted):
-            metrics.counted_by.setdefault(event.call, self)
-            return
-        if metrics.counted_by.get(event.call) is not self:
-            return
-        match event:
-            case AttemptStarted():
-                metrics.attempts.labels(function_name(event)).inc()
-            case RetryPlanned():
-                metrics.retries.labels(function_name(event)).inc()
-            case CacheHit():
-                metrics.hits.labels(function_name(event)).inc()
-            case SlotWaited():
-                metrics.waited.labels(function_name(event)).inc(event.seconds)
-            case CallDone():
-                del metrics.counted_by[event.call]
-                metrics.calls.labels(function_name(event), outcome_of(event)).inc()
-                metrics.durations.labels(function_name(event)).observe(event.seconds)
+# Of each registry its metrics, and who was told of calls last.
+_counting: WeakKeyDictionary[CollectorRegistry, tuple[_Metrics, Subscription]] = WeakKeyDictionary()

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["configure_logging"]
 
 _NAME = "opero"
-_threshold = "DEBUG"
+# Those of opero's lines, which have the same numbers in loguru and in the standard library.
+LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30}
+_threshold = LEVELS["DEBUG"]
 _decided = False
 # The logger that gets messages in place of loguru, if there is one.
 standard: list[StandardLogger] = []
@@ -38,8 +40,7 @@ def configure_logging(level: str = "INFO", *, to: StandardLogger | None = None) 
         ValueError: If there is no such level.
     """
     global _threshold, _decided  # noqa: PLW0603 - one setting of one process, like loguru's own
-    number_of(level, to, "configure_logging")
-    _threshold = level
+    _threshold = number_of(level, to, "configure_logging")
     standard[:] = [] if to is None else [to]
     if to is None:
         from loguru import logger
@@ -68,20 +69,8 @@ def number_of(level: Any, to: Any, where: str) -> int:
         raise ValueError(msg) from error
 
 
-def log(level: str, message: str, *values: object) -> None:
-    """Log one line of opero's; never raises, and costs next to nothing while nobody listens."""
-    # A sink of the host's that raises (loguru's `catch=False`) must not end the call that is told of.
-    with contextlib.suppress(Exception):
-        if standard:
-            _log_to(standard[0], level, message, *values)
-            return
-        logger = _listening_logger()
-        if logger is not None and logger.level(level).no >= logger.level(_threshold).no:
-            logger.log(level, message, *values)
-
-
-def is_logged(level: str, message: str, *values: object) -> bool:
-    """The same, and tells whether anybody listens."""
+def log(level: str, message: str, *values: object) -> bool:
+    """Log one line of opero's, and tell whether anybody listens; never raises."""
     is_heard = False
 
     def text() -> str:
@@ -89,23 +78,17 @@ def is_logged(level: str, message: str, *values: object) -> bool:
         is_heard = True
         return message.format(*values)
 
+    number = LEVELS[level]
+    # A sink of the host's that raises (loguru's `catch=False`) must not end the call that is told of.
     with contextlib.suppress(Exception):
+        if number < _threshold:
+            return False
         if standard:
-            return _log_to(standard[0], level, message, *values)
-        logger = _listening_logger()
-        if logger is not None and logger.level(level).no >= logger.level(_threshold).no:
+            if standard[0].isEnabledFor(number):
+                standard[0].log(number, "%s", text(), stacklevel=2)
+        elif (logger := _listening_logger()) is not None:
             # loguru asks for the text where opero is enabled and a sink takes the level.
             logger.opt(lazy=True).log(level, "{}", text)
-    return is_heard
-
-
-def _log_to(logger: StandardLogger, level: str, message: str, *values: object) -> bool:
-    import logging
-
-    levels = logging.getLevelNamesMapping()
-    is_heard = levels[level] >= levels[_threshold] and logger.isEnabledFor(levels[level])
-    if is_heard:
-        logger.log(levels[level], "%s", message.format(*values), stacklevel=3)
     return is_heard
 
 
