@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Sink
     from opero.concurrency.worker import Shape
+    from opero.core.cache import CacheInfo
     from opero.core.control import LiveStats
-    from opero.core.plan import CacheInfo, Plan
+    from opero.core.plan import Plan
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -6,14 +6,14 @@ import contextlib
 import copy
 import threading
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from weakref import WeakSet
 
 from opero.core.decoration import F, decorator
 from opero.core.flights import Badge, Flight, Seat
 from opero.core.keys import KeyMaker
 from opero.core.parameters import forwarding
-from opero.core.plan import CacheInfo, Plan
+from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
@@ -41,6 +41,15 @@ __all__ = ["Cache", "clear_cache", "get_cache_context", "get_cache_decorator"]
 
 # How often to look whether another process has finished.
 _FIRST_LOOK, _LAST_LOOK = 0.002, 0.1
+
+
+class CacheInfo(NamedTuple):
+    """What `functools.lru_cache` tells of itself, told by an opero cache."""
+
+    hits: int
+    misses: int
+    maxsize: int | None
+    currsize: int
 
 
 class Cache:

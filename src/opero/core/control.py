@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
-from opero.core.plan import CacheInfo, Plan
 from opero.core.signature import MISSING
 from opero.core.stats import CallStats
 from opero.exceptions import MisuseError
@@ -14,7 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opero.core.breaker import Circuit
+    from opero.core.cache import CacheInfo
     from opero.core.decoration import Decoration
+    from opero.core.plan import Plan
 
 __all__ = ["Control", "control"]
 
@@ -125,7 +126,11 @@ class Control(Generic[P, R]):
     def cache_info(self) -> CacheInfo:
         """Hits, misses, largest and current number of entries; zeros without a cache."""
         cache = self._decoration.plan.cache
-        return CacheInfo(0, 0, 0, 0) if cache is None else cache.info(self.stats.snapshot())
+        if cache is not None:
+            return cache.info(self.stats.snapshot())
+        from opero.core.cache import CacheInfo
+
+        return CacheInfo(0, 0, 0, 0)
 
     def cache_clear(self) -> None:
         """Forget all results; one that is being computed now is returned to its callers but not kept.

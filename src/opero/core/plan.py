@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
 from opero.core.signature import MISSING, calling_kind, module_of, name_of
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from opero.core.rate_limit import FunctionLimit
     from opero.core.retry import RetryPolicy
     from opero.events import Listener
-
-
-class CacheInfo(NamedTuple):
-    """What `functools.lru_cache` tells of itself, told by an opero cache."""
-
-    hits: int
-    misses: int
-    maxsize: int | None
-    currsize: int
 
 
 _LAYERS = ("cache", "total_timeout", "fallback", "breaker", "places", "limit", "attempt_timeout", "on_event")
