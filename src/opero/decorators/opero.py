@@ -18,14 +18,11 @@ if TYPE_CHECKING:
     import inspect
     from collections.abc import Callable, Coroutine, Mapping
 
-    from opero.core.breaker import Breaker, FunctionBreaker
+    from opero.core.breaker import Breaker
     from opero.core.cache import Cache, ResultCache
     from opero.core.checks import Duration
-    from opero.core.fallback import FallbackOverParameter
-    from opero.core.limits.places import PlacesForFunction
-    from opero.core.parameters import ParameterSlot
     from opero.core.per import Per
-    from opero.core.rate_limit import FunctionLimit, Limits, PerOption
+    from opero.core.rate_limit import Limits, PerOption
     from opero.core.retry import RetryOn
     from opero.core.stores.settings import Backend
 
@@ -104,10 +101,8 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             "be stopped; write `async def`, use the function's own timeout, or map it with @opmap(mode='process')"
         )
         raise ValueError(msg)
-    per, fallback = _per(function, given["per"]), _fallback(function, given)
     return Plan(
         function,
-        cache=_cache(function, given),
         total_timeout=_seconds("total_timeout", given["total_timeout"]),
         # Given by hand, `Exception` is meant as it is written.
         retry=RetryPolicy(
@@ -115,70 +110,52 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             retry_on=options.get("retry_on", MISSING),
             options=given["retry_options"],
         ),
-        fallback=fallback,
-        breaker=_breaker(per or (None if fallback is None else fallback.slot), given),
-        places=_places(function, per, given),
-        limit=_limit(function, per, given),
         attempt_timeout=attempt_timeout,
         on_event=None if given["on_event"] is None else Listener(given["on_event"]),
         default=given["default"],
+        **_policies(function, given),
     )
 
 
-# Each policy is imported where it is first wanted, so that `import opero` is quick.
+def _policies(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Those of a plan that not every function has; each is imported here, so that `import opero` is quick."""
+    policies: dict[str, Any] = {}
+    per: Per | None = None
+    if given["per"] is not None:
+        from opero.core.per import Per
+
+        per = Per(function, given["per"])
+    if given["cache"] is not False:
+        policies["cache"] = _cache(function, given)
+    if given["arg_fallback"] is not None:
+        from opero.core.fallback import fallback_policy
+
+        policies["fallback"] = fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"])
+    if given["breaker"] is not None:
+        from opero.core.breaker import breaker_policy
+
+        candidates = policies["fallback"].slot if "fallback" in policies else None
+        policies["breaker"] = breaker_policy(given["breaker"], per or candidates)
+    if given["max_concurrent"] is not None:
+        from opero.core.limits.places import PlacesForFunction
+
+        count = check_count("max_concurrent", given["max_concurrent"], "executions", smallest=1)
+        policies["places"] = PlacesForFunction(count, per, name_of(function))
+    if given["rate_limit"] is not None:
+        from opero.core.rate_limit import limit_policy
+
+        policies["limit"] = limit_policy(
+            function,
+            given["rate_limit"],
+            per=per,
+            cost=given["rate_limit_cost"],
+            options=given["rate_limit_options"],
+            fallback=given["arg_fallback"],
+        )
+    return policies
 
 
-def _per(function: Callable[..., Any], per: Any) -> Per | None:
-    if per is None:
-        return None
-    from opero.core.per import Per
-
-    return Per(function, per)
-
-
-def _fallback(function: Callable[..., Any], given: dict[str, Any]) -> FallbackOverParameter | None:
-    if given["arg_fallback"] is None:
-        return None
-    from opero.core.fallback import fallback_policy
-
-    return fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"])
-
-
-def _breaker(by: Per | ParameterSlot | None, given: dict[str, Any]) -> FunctionBreaker | None:
-    if given["breaker"] is None:
-        return None
-    from opero.core.breaker import breaker_policy
-
-    return breaker_policy(given["breaker"], by)
-
-
-def _places(function: Callable[..., Any], per: Per | None, given: dict[str, Any]) -> PlacesForFunction | None:
-    if given["max_concurrent"] is None:
-        return None
-    from opero.core.limits.places import PlacesForFunction
-
-    count = check_count("max_concurrent", given["max_concurrent"], "executions", smallest=1)
-    return PlacesForFunction(count, per, name_of(function))
-
-
-def _limit(function: Callable[..., Any], per: Per | None, given: dict[str, Any]) -> FunctionLimit | None:
-    if given["rate_limit"] is None:
-        return None
-    from opero.core.rate_limit import limit_policy
-
-    return limit_policy(
-        function,
-        given["rate_limit"],
-        per=per,
-        cost=given["rate_limit_cost"],
-        options=given["rate_limit_options"],
-        fallback=given["arg_fallback"],
-    )
-
-
-def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache | None:
-    if given["cache"] is False:
-        return None
+def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache:
     from opero.core.cache import Cache, cache_policy
     from opero.core.stores.settings import cache_settings
 
