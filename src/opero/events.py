@@ -168,10 +168,12 @@ class Listener:
 
     def __init__(self, callback: Callable[[Any], object]) -> None:
         self.callback = check_callable("on_event", callback, "a function of one event")
+        self._alone = (self.callback,)
         self._is_complained_of = False
 
     def tell(self, event: Event) -> None:
-        token = _telling.set((*_telling.get(), self.callback))
+        telling = _telling.get()
+        token = _telling.set((*telling, self.callback) if telling else self._alone)
         try:
             self.callback(event)
         except Exception as error:  # noqa: BLE001 - who listens must not change what happens
@@ -268,7 +270,10 @@ def begin_telling(plan: Plan, call: Call) -> None:
     def tell(kind: type[Event], **facts: Any) -> None:
         # Not by the constructor, which takes twice as long.
         event = object.__new__(kind)
-        vars(event).update(same, time=clock.wall(), **facts)
+        attributes = vars(event)
+        attributes.update(same)
+        attributes.update(facts)
+        attributes["time"] = clock.wall()
         if kind is CallDone and len(listeners) > 1:
             # The last one first, as contexts are left: who begins something around the call ends it inside of what
             # others began before. Ctrl-C in one of them does not leave open what the others began.
