@@ -232,7 +232,8 @@ def test_a_later_call_tells_what_the_first_one_told(world, heard, options, ends)
         heard.clear()
         with contextlib.suppress(ValueError, ExceptionGroup, asyncio.CancelledError):
             world.run(f)
-        return [told_of(event) for event in heard]
+        # A slow machine may take a free slot late.
+        return [told_of(event) for event in heard if not isinstance(event, SlotWaited)]
 
     def make():
         return opero.opero(retries=1, min_delay=0, **options)(world.define(function))
