@@ -858,6 +858,29 @@ def test_a_result_that_cost_more_is_taken_afterwards(world, fake_clock):
     assert f.__opero__.plan.limit.limiter.limit.expected_wait() == pytest.approx(1)
 
 
+def test_a_cost_is_asked_for_once_for_each_attempt_and_corrected_by_it(world, fake_clock):
+    asked = []
+    options = {"rate_limit": {"tokens": 10}, "rate_limit_cost": (lambda text: asked.append(text) or 3, len)}
+    f = limited(world.define(lambda text: text), **options)
+    for text in ("x" * 10, "", "x" * 5):
+        world.run(f, text)
+        assert asked.pop() == text
+        assert not asked
+        assert f.__opero__.plan.limit.limiter.expected_wait() == pytest.approx(len(text) / 10)
+        fake_clock.tick(1)
+
+
+def test_a_cost_afterwards_that_is_none_ends_the_call(world, fake_clock):
+    f = opero.opero(retries=5, rate_limit={"tokens": 10}, rate_limit_cost=(1, lambda _: "much"))(
+        world.define(lambda: "result")
+    )
+    for _ in range(2):
+        with pytest.raises(TypeError, match="number of units"):
+            world.run(f)
+        fake_clock.tick(1)
+    assert f.stats.attempts == 2
+
+
 def test_each_value_pays_its_own_costs(world, fake_clock):
     f = limited(world.define(lambda text, key: key), per="key", **{**TOKENS, "rate_limit_cost": {"tokens": 60}})
     assert [world.run(f, "x", key) for key in "ab"] == ["a", "b"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from opero.core.checks import (
@@ -121,7 +123,7 @@ class RateLimiter:
             rates=self._rates,
             spelled=self._spelled,
         )
-        self._options = {
+        self._options: dict[str, Any] = {
             "when_full": when_full,
             "max_wait": max_wait,
             "spread": spread,
@@ -172,7 +174,7 @@ class RateLimiter:
                 "scope='redis' and a name to share it"
             )
             raise TypeError(msg)
-        return _make_limiter, (self._asked, {**self._options, "name": self._scope.name})
+        return partial(RateLimiter, self._asked, **self._options, name=self._scope.name), ()
 
     def __copy__(self) -> Self:
         return self
@@ -283,10 +285,6 @@ class _OwnLimiter(RateLimiter):
 Limits = Rate | RateLimiter | Sequence[Rate | RateLimiter]
 
 
-def _make_limiter(rate: Rate, options: dict[str, Any]) -> RateLimiter:
-    return RateLimiter(rate, **options)
-
-
 def _no_function(*_args: Any, **_kwargs: Any) -> Any:
     msg = "taking a slot calls no function"
     raise AssertionError(msg)
@@ -343,9 +341,9 @@ class Costs:
                 before = check_callable(where, before, "a number, or a function of the call's arguments")
             self._before[name] = before
         self.are_corrected = bool(self._after)
-        self._functions = [name for name, cost in self._before.items() if callable(cost)]
         # Known once for all, they are refused when decorating.
-        self.fixed = None if self._functions else [limiter.checked(self._before) for limiter in limiters]
+        is_fixed = not any(callable(cost) for cost in self._before.values())
+        self.fixed = [limiter.checked(self._before) for limiter in limiters] if is_fixed else None
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[float, ...]]:
         """For each limiter, what this call takes."""
@@ -354,15 +352,15 @@ class Costs:
         asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
         return [limiter.checked(asked) for limiter in self._limiters]
 
-    def corrections(self, taken: Sequence[Sequence[float]], result: Any) -> list[tuple[float, ...]]:
+    def corrections(self, wants: Wants, result: Any) -> list[list[float]]:
         """For each limiter, what this result has cost more, or less."""
         truly = {
             name: check_number(f"the cost in {name!r} afterwards", after(result), "units", smallest=0)
             for name, after in self._after.items()
         }
         return [
-            tuple([truly.get(name, amount) - amount for name, amount in zip(limiter.names, amounts, strict=True)])
-            for limiter, amounts in zip(self._limiters, taken, strict=True)
+            [truly.get(name, amount) - amount for name, amount in zip(limiter.names, amounts, strict=True)]
+            for limiter, (_, amounts) in zip(self._limiters, wants, strict=True)
         ]
 
 
@@ -385,50 +383,47 @@ def _costs_by_name(option: Any, names: set[str]) -> dict[str, Any]:
     return costs
 
 
+@dataclass(eq=False)
 class FunctionLimit:
-    """One function's view of its limiters: which of their lines apply to a call, and what it takes of each.
+    """One function's view of its limiters: which of their lines apply to a call, and what it takes of each."""
 
-    Attributes:
-        take_now: Takes a free slot for a call's arguments, if there is one; None if more has to be done.
-    """
-
-    def __init__(
-        self,
-        limiters: Sequence[RateLimiter],
-        costs: Costs,
-        per: Per | None,
-        *,
-        when_full: str,
-        max_wait: float,
-        name: str,
-    ) -> None:
-        self.limiters = limiters
-        self.limiter = limiters[0]
-        self.usual = Usual()
-        self.per = per
-        self._costs = costs
-        self._when_full = when_full
-        self._max_wait = max_wait
-        self._name = name
+    limiters: Sequence[RateLimiter]
+    costs: Costs
+    per: Per | None
+    when_full: str
+    max_wait: float
+    name: str
+    usual: Usual = field(default_factory=Usual)
 
     @property
-    def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
-        limiter, costs, per = self.limiter, self._costs, self.per
-        if len(self.limiters) > 1 or limiter.limit.is_shared or costs.are_corrected:
+    def limiter(self) -> RateLimiter:
+        """That of the function itself, or the first."""
+        return self.limiters[0]
+
+    @property
+    def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
+        """Takes a free slot for a call's arguments, and gives what `ended` has to know of it, or something false.
+
+        None if more has to be done.
+        """
+        limiter, per = self.limiter, self.per
+        if len(self.limiters) > 1 or limiter.limit.is_shared:
             return None
-        take_now, of, amounts_of = limiter.take_now, limiter.per_value.of, costs.of
-        if costs.fixed is not None:
-            (amounts,) = costs.fixed
-            if per is None:
-                return lambda _args, _kwargs: take_now(amounts)
-            return lambda args, kwargs: of(per.get(args, kwargs)).take_now(amounts)
+        if self.costs.fixed is None or self.costs.are_corrected:
+            return self._take_now
+        (amounts,), take_now, of = self.costs.fixed, limiter.take_now, limiter.per_value.of
         if per is None:
-            return lambda args, kwargs: take_now(amounts_of(args, kwargs)[0])
-        return lambda args, kwargs: of(per.get(args, kwargs)).take_now(amounts_of(args, kwargs)[0])
+            return lambda _args, _kwargs: take_now(amounts)
+        return lambda args, kwargs: of(per.get(args, kwargs)).take_now(amounts)
+
+    def _take_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Wants:
+        wants = self._wants_of(args, kwargs)
+        ((line, amounts),) = wants
+        return wants if line.take_now(amounts) else ()
 
     def choose(self, candidates: Sequence[C], *, takes: bool = True) -> Generator[Any, Any, tuple[C, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""
-        if self._when_full != "next" or len(candidates) == 1:
+        if self.when_full != "next" or len(candidates) == 1:
             return candidates[0], False
         now = clock.now()
         for candidate in candidates if takes else ():
@@ -455,26 +450,28 @@ class FunctionLimit:
             ValueError: If the call costs more than the whole rate.
         """
         wants, usual = self._wants(candidate), self.usual
-        until = clock.now() + (0.0 if self._when_full == "raise" else self._max_wait)
+        until = clock.now() + (0.0 if self.when_full == "raise" else self.max_wait)
 
         def useful() -> float:
             return -math.inf if is_over() else deadline - usual.seconds
 
         taken = yield from take(wants, lambda: min(until, useful()), listen, is_turn=is_turn)
-        if not taken and not is_over() and (self._when_full == "raise" or until < useful()):
-            raise full(_expected_wait(wants), self._name)
+        if not taken and not is_over() and (self.when_full == "raise" or until < useful()):
+            raise full(_expected_wait(wants), self.name)
         return taken
 
-    def ended(self, candidate: Candidate, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
+    def ended(self, wants: Wants, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
         """An execution has ended after so long: what its result has really cost is taken."""
         self.usual.learn(seconds)
-        if outcome.__class__ is Failed or not self._costs.are_corrected:
+        if outcome.__class__ is Failed or not self.costs.are_corrected:
             return
-        wants = self._wants(candidate)
-        corrections = self._costs.corrections([amounts for _, amounts in wants], outcome)
-        for (line, _), correction in zip(wants, corrections, strict=True):
+        for (line, _), correction in zip(wants, self.costs.corrections(wants, outcome), strict=True):
             if any(correction):
                 yield from line.correct(correction)
+
+    def ended_here(self, wants: Wants, outcome: Any, seconds: float) -> None:
+        """The same of one that has its slot by `take_now`: nobody else has to be asked."""
+        drive(self.ended(wants, outcome, seconds), _no_function)
 
     def pause(self, candidate: Candidate, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing of this candidate's limit start for so long."""
@@ -484,14 +481,16 @@ class FunctionLimit:
     def _wants(self, candidate: Candidate) -> Wants:
         """The lines that a call stands in, and what it takes of each."""
         if candidate.wants is None:
-            args, kwargs = candidate.args, candidate.kwargs
-            if self.per is None:
-                lines = [limiter.limit for limiter in self.limiters]
-            else:
-                value = self.per.get(args, kwargs)
-                lines = [limiter.per_value.of(value) for limiter in self.limiters]
-            candidate.wants = list(zip(lines, self._costs.of(args, kwargs), strict=True))
+            candidate.wants = self._wants_of(candidate.args, candidate.kwargs)
         return candidate.wants
+
+    def _wants_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Wants:
+        if self.per is None:
+            lines = [limiter.limit for limiter in self.limiters]
+        else:
+            value = self.per.get(args, kwargs)
+            lines = [limiter.per_value.of(value) for limiter in self.limiters]
+        return list(zip(lines, self.costs.of(args, kwargs), strict=True))
 
 
 def _expected_wait(wants: Wants) -> float:
@@ -534,11 +533,11 @@ def limit_policy(
         limiters,
         Costs(limiters, cost),
         per,
-        when_full=check_choice("rate_limit_options['when_full']", when_full, WHEN_FULL),
-        max_wait=min(limiter.max_wait for limiter in limiters)
+        check_choice("rate_limit_options['when_full']", when_full, WHEN_FULL),
+        min(limiter.max_wait for limiter in limiters)
         if max_wait is None
         else check_seconds("rate_limit_options['max_wait']", max_wait, zero=True),
-        name=name_of(function),
+        name_of(function),
     )
 
 
