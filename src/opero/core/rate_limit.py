@@ -114,24 +114,17 @@ class RateLimiter:
         self._max_burst = max_burst
         self._asked = rate
         self._rates = self._parsed(rate, self._option)
-        self._scope = Scope(
-            scope,
-            name,
-            url,
-            folder,
-            default_name=self._default_name,
-            rates=self._rates,
-            spelled=self._spelled,
-        )
         self._options: dict[str, Any] = {
             "when_full": when_full,
             "max_wait": max_wait,
             "spread": spread,
             "max_burst": max_burst,
             "scope": scope,
+            "name": name,
             "url": url,
             "folder": folder,
         }
+        self._scope = Scope(self._options, self._default_name, self._spelled, self._rates)
         self.limit = self._scope.line()
         # Of the values of ``per``, at this rate.
         self.per_value: PerValue[Line] = PerValue(self._scope.line_of_value)
@@ -174,7 +167,7 @@ class RateLimiter:
                 "scope='redis' and a name to share it"
             )
             raise TypeError(msg)
-        return partial(RateLimiter, self._asked, **self._options, name=self._scope.name), ()
+        return partial(RateLimiter, self._asked, **{**self._options, "name": self._scope.name}), ()
 
     def __copy__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from opero.core.clock import clock
@@ -167,7 +168,8 @@ class Line:
         """A call has cost so much more than it took, or less."""
         with _lines.lock:
             self._ledger.correct(clock.now(), amounts)
-        yield from self._tell(lambda ledger, now: ledger.correct(now, amounts))
+        if self.is_shared:
+            yield from self.ask(lambda ledger, now: ledger.correct(now, amounts))
         self.rouse_first()
 
     def pause(self, seconds: float) -> Generator[Any, Any, None]:
@@ -175,15 +177,8 @@ class Line:
         with _lines.lock:
             self._ledger.pause(clock.now() + seconds)
         self._rouse_all()
-        yield from self._tell(lambda ledger, now: ledger.pause(now + min(seconds, LONGEST_PAUSE)))
-
-    def return_slot(self, amounts: Sequence[float]) -> Generator[Any, Any, None]:
-        """What the gate has given is not used."""
-        yield from self._tell(lambda ledger, now: ledger.correct(now, [-amount for amount in amounts]))
-
-    def _tell(self, act: Callable[[Ledger, float], None]) -> Generator[Any, Any, None]:
         if self.is_shared:
-            yield from self.ask(act)
+            yield from self.ask(lambda ledger, now: ledger.pause(now + min(seconds, LONGEST_PAUSE)))
 
     def expected_wait(self, amounts: Sequence[float] = ONE) -> float:
         """Seconds until a slot that is asked for now would come, as far as this process knows."""
@@ -357,6 +352,10 @@ def take(
         turn.leave()
 
 
+def _give_back(amounts: Sequence[float], ledger: Ledger, now: float) -> None:
+    ledger.correct(now, [-amount for amount in amounts])
+
+
 class _Spot:
     """Where a turn stands in one line.
 
@@ -428,11 +427,8 @@ class Turn:
     def poll(self) -> bool:
         if not (self.has_news or self.has_left):
             with _lines.lock:
-                now = clock.now()
-                self._look(now)
-                next_ones = self._next_ones(now)
-            for turn in next_ones:
-                turn.rouse()
+                self._look(clock.now())
+            self._rouse_others()
         return self.has_news
 
     def _look(self, now: float) -> None:
@@ -483,18 +479,22 @@ class Turn:
             starts = [spot.line.expected_start(spot, spot.amounts, now) for spot in self._spots]
             self.is_late = max(starts) >= latest
 
-    def _next_ones(self, now: float) -> list[Turn]:
-        """The first ones that may go on, after this look or as it has found out."""
-        firsts = [spot.line.first() for spot in self._spots if spot.line.may_open(now)]
-        return [first.turn for first in firsts if first is not None and first.turn is not self]
+    def _rouse_others(self) -> None:
+        """Let the first ones look that may go on, after this one or as it has found out."""
+        with _lines.lock:
+            now = clock.now()
+            firsts = [spot.line.first() for spot in self._spots if spot.line.may_open(now)]
+        for first in firsts:
+            if first is not None and first.turn is not self:
+                first.turn.rouse()
 
     def ask(self) -> Generator[Any, Any, None]:
         """Ask the gates of shared limits; what one of them gives goes back if another one has nothing to give."""
         self.asks = False
         alone = [spot for spot in self._spots if not spot.line.is_shared]
+        shared = [spot for spot in self._spots if spot not in alone]
         given: list[_Spot] = []
         wait: float | None = None
-        shared = [spot for spot in self._spots if spot not in alone]
         for spot in sorted(shared, key=lambda spot: spot.line.opens_at, reverse=True):
             wait = yield from spot.line.ask_for(spot)
             if wait:
@@ -507,11 +507,9 @@ class Turn:
                 self._find_out_whether_late(now)
             else:
                 self._start(now)
-            next_ones = self._next_ones(now)
-        for turn in next_ones:
-            turn.rouse()
+        self._rouse_others()
         for spot in () if self.taken else given:
-            yield from spot.line.return_slot(spot.amounts)
+            yield from spot.line.ask(partial(_give_back, spot.amounts))
 
     def due_in(self) -> float | None:
         if self.has_news:

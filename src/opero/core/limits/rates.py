@@ -106,25 +106,25 @@ def parse_rates(
         ValueError: If a rate cannot be read, or is not finite and above 0, or ``max_burst`` is below 1.
     """
     burst = None if max_burst is None else _check_burst(max_burst, burst_option)
-    if not isinstance(rate, Mapping):
+    is_named = isinstance(rate, Mapping)
+    if not is_named:
         rate = {CALLS: rate}
-        named = [option]
-    else:
-        named = [f"{option}[{shown(name)}]" for name in rate]
     if not rate or not all(isinstance(name, str) and name for name in rate):
         msg = f"{option} has to name what it limits; write {{'calls': '500/minute', 'tokens': '90000/minute'}}"
         raise ValueError(msg)
     paces, quotas, most = [], [], []
-    for place, (rates, name) in enumerate(zip(rate.values(), named, strict=True)):
-        parsed = _parse_list(rates, name)
+    for place, (name, rates) in enumerate(rate.items()):
+        spelled = f"{option}[{shown(name)}]" if is_named else option
+        parsed = _parse_list(rates, spelled)
         most.append(min(each.units for each in parsed))
-        pace = _pace(parsed) if spread else None
-        if pace is not None:
-            most_missed = max(_LEAST_BURST, math.ceil(pace.per_second * _BURST_SECONDS)) if burst is None else burst
-            paces.append(Pace(place, pace.seconds / pace.units, most_missed))
-        quotas += [
-            _quota(each, place, name) for each in parsed if each is not pace and not (pace and each.seconds == 1)
-        ]
+        longer = parsed
+        if spread:
+            fast = [each for each in parsed if each.seconds == 1]
+            pace = min(fast) if fast else max(parsed, key=lambda each: each.per_second)
+            longer = [each for each in parsed if each is not pace and each.seconds != 1]
+            missed = max(_LEAST_BURST, math.ceil(pace.per_second * _BURST_SECONDS)) if burst is None else burst
+            paces.append(Pace(place, pace.seconds / pace.units, missed))
+        quotas += [_quota(each, place, spelled) for each in longer]
     return Rates(tuple(rate), tuple(paces), tuple(quotas), tuple(most))
 
 
@@ -149,11 +149,6 @@ def _parse_list(rates: Any, option: str) -> list[_Parsed]:
         msg = f"{option} is empty and limits nothing; write a rate such as '100/minute', or None for no limit"
         raise ValueError(msg)
     return [_parse(rate, option) for rate in rates]
-
-
-def _pace(parsed: list[_Parsed]) -> _Parsed:
-    fast = [each for each in parsed if each.seconds == 1]
-    return min(fast, key=lambda each: each.per_second) if fast else max(parsed, key=lambda each: each.per_second)
 
 
 def _parse(rate: Any, option: str) -> _Parsed:

@@ -12,7 +12,7 @@ from opero.core.checks import check_choice, check_text
 from opero.core.limits.line import Line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from opero.core.limits.line import Gate
     from opero.core.limits.rates import Rates
@@ -21,32 +21,20 @@ _SCOPE_OPTIONS = {"process": (), "machine": ("folder", "name"), "redis": ("name"
 
 
 class Scope:
-    """Who shares a limit, and where it is kept.
-
-    Args:
-        kind, name, url, folder: As the options of a limiter.
-        default_name: Gives the name where the user gave none.
-        rates: Of lines that are made from now on.
-        spelled: How the user writes an option, with its name as ``{}``.
-    """
+    """Who shares a limit, and where it is kept."""
 
     def __init__(
-        self,
-        kind: Any,
-        name: Any,
-        url: Any,
-        folder: Any,
-        *,
-        default_name: Callable[[], str] | None,
-        rates: Rates,
-        spelled: str,
+        self, options: Mapping[str, Any], default_name: Callable[[], str] | None, spelled: str, rates: Rates
     ) -> None:
+        """``spelled`` is how the user writes an option, with its name as ``{}``."""
+        # Of lines that are made from now on.
         self.rates = rates
-        self.kind = check_choice(spelled.format("scope"), kind, sorted(_SCOPE_OPTIONS))
-        for option, value in (("folder", folder), ("name", name), ("url", url)):
-            if value is not None and option not in _SCOPE_OPTIONS[self.kind]:
+        self.kind = check_choice(spelled.format("scope"), options["scope"], sorted(_SCOPE_OPTIONS))
+        for option in ("folder", "name", "url"):
+            if options[option] is not None and option not in _SCOPE_OPTIONS[self.kind]:
                 msg = f"{spelled.format(option)} has no effect with scope={self.kind!r}; leave it out"
                 raise ValueError(msg)
+        name, folder = options["name"], options["folder"]
         if name is not None:
             check_text(spelled.format("name"), name, "a name that no other limit has")
         self._name = default_name if name is None else lambda: name
@@ -54,7 +42,7 @@ class Scope:
             msg = f"scope={self.kind!r} needs name=, a name by which processes know the limit"
             raise ValueError(msg)
         self._folder = None if folder is None else _path(spelled.format("folder"), folder)
-        self._url = _url(spelled.format("url"), url) if self.kind == "redis" else ""
+        self._url = _url(spelled.format("url"), options["url"]) if self.kind == "redis" else ""
         if self.kind == "machine":
             _refuse_without_locks()
 
