@@ -139,19 +139,24 @@ def in_workers(rate: float, seconds: float) -> list[float]:
 
 def in_processes(rate: float, seconds: float, options: dict[str, Any]) -> list[float]:
     """Share a limiter between processes that know nothing of each other."""
-    # They import what they need until then.
-    begin = time.monotonic() + 4.0
-    given = json.dumps({"rate": rate, "begin": begin, "end": begin + seconds, **options})
-    command = [sys.executable, __file__, "--share", given]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(PROCESSES)]
+    command = [sys.executable, __file__, "--share", json.dumps({"rate": rate, "seconds": seconds, **options})]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(command, **pipes) for _ in range(PROCESSES)]
+    for child in children:
+        child.stdout.readline()  # it has imported what it needs
+    for child in children:
+        child.stdin.write("\n")
+        child.stdin.flush()
     return [moment for child in children for moment in json.loads(child.communicate()[0])]
 
 
-def share(rate: float, begin: float, end: float, **options: Any) -> None:
+def share(rate: float, seconds: float, **options: Any) -> None:
     """What each of these processes does."""
     limiter = RateLimiter(rate, name="soak", **options)
     limiter.acquire(timeout=0)  # imports what is needed
-    time.sleep(max(0.0, begin - time.monotonic()))
+    print(flush=True)
+    sys.stdin.readline()
+    end = time.monotonic() + seconds
     starts = []
     while time.monotonic() < end:
         limiter.acquire()

@@ -286,7 +286,7 @@ def test_a_candidate_that_was_passed_over_is_still_tried_when_the_others_fail(wo
     f = limited(
         world.define(function),
         arg_fallback="key",
-        rate_limit=20,
+        rate_limit=2,
         per="key",
         rate_limit_options={"when_full": "next", "max_burst": 1},
     )

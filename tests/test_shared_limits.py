@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -75,7 +75,7 @@ class Asker:
     def __init__(self, gate, rates):
         self.gate, self.rates = gate, rates
 
-    def ask(self, *amounts, who="", claims=False):
+    def ask(self, *amounts, who=0.0, claims=False):
         """Seconds to wait for a slot; 0 if it was taken."""
         return self.act(lambda ledger, now: ledger.ask(now, math.inf, amounts or (1.0,), who, claims=claims))
 
@@ -200,24 +200,28 @@ def test_a_pause_that_never_ends_is_no_pause_for_others(open_gate, fake_clock):
     assert takes(open_gate(4)) == pytest.approx(3_600)
 
 
-STATE = ["idle from", "written at", "paused until", "claimed until", "claimed by", "paces", "logs"]
-PLANTED = ["Infinity", "1e300", "NaN", '"text"', "null", "[[1e300, 1]]", "[[0, 60, [[1e300, 1]]]]", "[" * 99_999]
+# From when on it is idle, when it was written, until when it is paused and claimed, by whom; how many paces and quotas;
+# a slot and an interval; a quota's name, time and number of entries, and the entry.
+NUMBERS = 14
 
 
-@pytest.mark.parametrize("written", PLANTED, ids=range(len(PLANTED)))
-@pytest.mark.parametrize("field", STATE)
-def test_what_cannot_be_true_stops_nobody(open_gate, fake_clock, tmp_path, field, written):
+@pytest.mark.parametrize("planted", [math.inf, -math.inf, math.nan, 1e300, 1e9, -1.0, 0.0])
+@pytest.mark.parametrize("place", range(NUMBERS))
+def test_what_cannot_be_true_stops_nobody(open_gate, fake_clock, tmp_path, place, planted):
     gate = open_gate([100, "1000/minute"])
     takes(gate)
     (path,) = (tmp_path / "shared" / "limits").iterdir()
-    parts = [json.dumps(part) for part in json.loads(path.read_text())]
-    parts[STATE.index(field)] = written
-    path.write_text(f"[{', '.join(parts)}]")
+    numbers = array("d", path.read_bytes())
+    assert len(numbers) == NUMBERS
+    numbers[place] = planted
+    path.write_bytes(numbers)
     fake_clock.tick(1)
-    assert takes(gate) <= 1
+    assert takes(gate) <= 3_600
+    fake_clock.tick(3_600)
+    assert takes(gate) == 0
 
 
-@pytest.mark.parametrize("written", ["text", "[0, 1e300, 1e300, 0, 0, [], []]", ["a", "list"]], ids=str)
+@pytest.mark.parametrize("written", ["text", bytes(64), b"\xff" * 64, ["a", "list"]], ids=str)
 def test_what_cannot_be_true_on_a_server_stops_nobody(redis_backend, name, written):
     limiter = RateLimiter([100, "1000/hour"], scope="redis", name=name, url=url_of(redis_backend))
     limiter.acquire()
@@ -335,19 +339,19 @@ class Process:
 
 
 def test_a_process_that_others_forestall_gets_its_turn(open_gate, fake_clock):
-    quick, slow = (Process(open_gate(10), name) for name in ("quick", "slow"))
+    quick, slow = (Process(open_gate(10), name) for name in (1.0, 2.0))
     got = []
     for _ in range(200):
         fake_clock.tick(0.01)
         got += [process.name for process in (quick, slow) if process.asks(fake_clock.now())]
     assert 15 <= len(got) <= 21
-    assert 4 <= got.count("slow") <= 16
+    assert 4 <= got.count(2.0) <= 16
 
 
 def test_a_dear_call_is_not_passed_for_ever_by_cheap_ones_of_another_process(open_gate, fake_clock):
     cheap, dear = (
         Process(open_gate({"tokens": "100/minute"}, spread=False), name, amount)
-        for name, amount in [("cheap", 1.0), ("dear", 60.0)]
+        for name, amount in [(1.0, 1.0), (2.0, 60.0)]
     )
     for _ in range(600):
         fake_clock.tick(1)
@@ -361,10 +365,10 @@ def test_a_dear_call_is_not_passed_for_ever_by_cheap_ones_of_another_process(ope
 def test_a_process_that_ends_with_the_next_slot_claimed_holds_up_the_others_for_a_second(open_gate, fake_clock):
     gate = open_gate("1/hour")
     takes(gate)
-    assert gate.ask(who="x", claims=True) == 1
+    assert gate.ask(who=1.0, claims=True) == 1
     fake_clock.tick(3_600 - 0.5)
-    assert gate.ask(who="x", claims=True) == pytest.approx(0.5)
-    assert gate.ask(who="y") == pytest.approx(0.52)
+    assert gate.ask(who=1.0, claims=True) == pytest.approx(0.5)
+    assert gate.ask(who=2.0) == pytest.approx(0.52)
     fake_clock.tick(0.52)
     assert takes(gate) == 0
 
@@ -392,8 +396,8 @@ def test_lines_claim_slots_that_others_were_faster_to_take(open_gate, fake_clock
 
 def test_a_server_keeps_what_was_taken_claimed_and_paused(redis_backend, name):
     asker, other = (Asker(RedisGate(name, url_of(redis_backend)), parse_rates("1/hour", 1)) for _ in range(2))
-    assert [asker.ask(), asker.ask(who="x", claims=True)] == [0, 1]
-    assert other.ask(who="y") == pytest.approx(3_600, abs=5)
+    assert [asker.ask(), asker.ask(who=1.0, claims=True)] == [0, 1]
+    assert other.ask(who=2.0) == pytest.approx(3_600, abs=5)
     takes(other, pause=3_600)
     assert asker.act(lambda ledger, now: ledger.claimed_until - now) == pytest.approx(1, abs=0.9)
     assert asker.act(lambda ledger, now: ledger.paused_until - now) == pytest.approx(3_600, abs=5)
@@ -406,6 +410,7 @@ def test_of_two_shared_limits_no_slot_is_taken_before_both_have_one(tmp_path, fa
     )
     slow.acquire()
     waiting = take([(fast.limit, (1.0,)), (slow.limit, (1.0,))])
+    fake_clock.tick(0.1)
     arrival = waiting.send(None)
     for _ in range(5):
         assert elsewhere.acquire(timeout=0)

@@ -7,10 +7,11 @@ up for.
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
+import struct
 from collections import deque
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,10 +97,9 @@ class Ledger:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.free_at = [-math.inf] * len(self.rates.paces)
+        self.free_at = [0.0] * len(self.rates.paces)
         self.logs = [_Log(quota) for quota in self.rates.quotas]
-        self.paused_until = self.claimed_until = -math.inf
-        self.claimed_by = ""
+        self.paused_until = self.claimed_until = self.claimed_by = 0.0
 
     def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] = ()) -> float:
         """When a call that costs so much may start, after others that cost ``ahead`` together."""
@@ -172,7 +172,7 @@ class Ledger:
     def change(self, now: float, rates: Rates) -> None:
         """Go on at other rates."""
         paces = [(free_at, pace.interval) for free_at, pace in zip(self.free_at, self.rates.paces, strict=True)]
-        entries = {(log.name, log.seconds): log.entries for log in self.logs}
+        entries = {(float(log.name), log.seconds): log.entries for log in self.logs}
         paused_until, self.rates = self.paused_until, rates
         self.forget()
         self.paused_until = paused_until
@@ -182,19 +182,19 @@ class Ledger:
         self,
         now: float,
         paces: Iterable[tuple[float, float]],
-        entries: Mapping[tuple[int, float], Iterable[list[float]]],
+        entries: Mapping[tuple[float, float], Iterable[Iterable[float]]],
     ) -> None:
         """Take over what was taken at rates of these intervals, and of quotas of these names and times."""
         for place, ((free_at, interval), pace) in enumerate(zip(paces, self.rates.paces, strict=False)):
             # As much as was taken ahead, at this rate.
             self.free_at[place] = free_at if free_at <= now else now + (free_at - now) * pace.interval / interval
         for log in self.logs:
-            log.entries = deque(entries.get((log.name, log.seconds), ()))
-            log.used = math.fsum(amount for _, amount in log.entries)
+            log.entries = deque(map(list, entries.get((log.name, log.seconds), ())))
+            log.used = sum([amount for _, amount in log.entries])
 
     # Of processes that share it
 
-    def ask(self, now: float, waited: float, amounts: Sequence[float], who: str, *, claims: bool) -> float:
+    def ask(self, now: float, waited: float, amounts: Sequence[float], who: float, *, claims: bool) -> float:
         """Take a slot, and give 0; or give the seconds until ``who`` may ask again.
 
         ``claims``: whether the next slot has to be its own, since others were faster again and again.
@@ -203,7 +203,7 @@ class Ledger:
         if not is_kept and self.is_open(now, amounts):
             self.take(now, waited, amounts)
             if who == self.claimed_by:
-                self.claimed_until = -math.inf
+                self.claimed_until = 0.0
             return 0.0
         wait = self.wait(now, amounts)
         if is_kept:
@@ -214,43 +214,52 @@ class Ledger:
         return wait
 
     def pack(self, now: float) -> bytes:
-        paces = [(free_at, pace.interval) for free_at, pace in zip(self.free_at, self.rates.paces, strict=True)]
-        logs = [(log.name, log.seconds, list(log.entries)) for log in self.logs]
-        # From when on it tells nothing any more, and when it was written, are what `is_over` reads.
-        state = [self.idle_from(now), now, self.paused_until, self.claimed_until, self.claimed_by, paces, logs]
-        return json.dumps(state).encode()
+        """All of it as numbers: from when on it tells nothing any more, when it was written, and the rest."""
+        paces = zip(self.free_at, [pace.interval for pace in self.rates.paces], strict=True)
+        times = [self.idle_from(now), now, self.paused_until, self.claimed_until, self.claimed_by]
+        numbers = [*times, len(self.free_at), len(self.logs), *itertools.chain.from_iterable(paces)]
+        for log in self.logs:
+            numbers += [log.name, log.seconds, len(log.entries), *itertools.chain.from_iterable(log.entries)]
+        return struct.pack(f"<{len(numbers)}d", *numbers)
 
     @classmethod
     def unpack(cls, data: bytes, rates: Rates, now: float) -> Self:
         """What others have written, as far as it can be true; of another start of the machine nothing is."""
         ledger = cls(rates)
         try:
-            ledger._read(json.loads(data), now)
-        except _DAMAGE:
+            ledger._read(struct.unpack(f"<{len(data) // 8}d", data), now)
+        except (struct.error, ValueError, OverflowError):
             return cls(rates)
         return ledger
 
-    def _read(self, state: Any, now: float) -> None:
-        _, written_at, paused_until, claimed_until, claimed_by, paces, logs = state
-        if not 0 <= written_at <= now + _SKEW:
+    def _read(self, numbers: tuple[float, ...], now: float) -> None:
+        _, written_at, paused_until, claimed_until, claimed_by, paces, logs = numbers[:_HEAD]
+        if not (0 <= written_at <= now + _SKEW and math.isfinite(sum(numbers))):
             raise ValueError
         if paused_until <= written_at + LONGEST_PAUSE:
             self.paused_until = paused_until
         if claimed_until <= written_at + _LONGEST_CLAIM + _CLAIM_GRACE:
             self.claimed_by, self.claimed_until = claimed_by, claimed_until
-        entries = {(name, seconds): found for name, seconds, found in logs}
-        for found in entries.values():
-            if not all(0 <= moment <= written_at and 0 < amount <= _MOST for moment, amount in found):
+        end = _HEAD + 2 * int(paces)
+        intervals = numbers[_HEAD + 1 : end : 2]
+        entries = {}
+        for _ in range(int(logs)):
+            name, seconds, count = numbers[end : end + 3]
+            begin, end = end + 3, end + 3 + 2 * int(count)
+            moments, amounts = numbers[begin:end:2], numbers[begin + 1 : end : 2]
+            if count < 0 or max(moments, default=0) > written_at or not 0 <= min(amounts, default=0) <= _MOST:
                 raise ValueError
-        if not all(free_at <= math.inf and interval > 0 for free_at, interval in paces):
+            entries[name, seconds] = list(zip(moments, amounts, strict=True))
+        if min(intervals, default=1) <= 0:
             raise ValueError
-        self._go_on_from(written_at, paces, entries)
+        self._go_on_from(written_at, zip(numbers[_HEAD:end:2], intervals, strict=False), entries)
         for place, pace in enumerate(self.rates.paces):
             most = max(1.0, self.rates.most[pace.name]) * pace.interval + pace.tolerance
             self.free_at[place] = min(self.free_at[place], written_at + most)
 
 
-_DAMAGE = (ValueError, TypeError, OverflowError, RecursionError)
+# How many numbers stand before those of the paces, and the first two of them.
+_HEAD, _STAMPS = 7, struct.Struct("<2d")
 
 
 def changed(
@@ -265,8 +274,7 @@ def changed(
 
 def is_over(data: bytes, now: float) -> bool:
     """Whether a state tells nothing any more."""
-    try:
-        idle_from, written_at, *_ = json.loads(data)
-        return bool(idle_from <= now or not written_at <= now)
-    except _DAMAGE:
+    if len(data) < _STAMPS.size:
         return True
+    idle_from, written_at = _STAMPS.unpack_from(data)
+    return not written_at <= now < idle_from

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
+import random
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,6 +33,8 @@ _MOST_GRACES = 5
 _LONGEST_NAP = 1.0
 # Who waits for another limit lets so many others pass for each slot for which it holds them up, up to a few slots.
 _PASSES, _MOST_HELD = 20, 5
+# So long is believed what a gate has told with a slot of when the next one comes.
+_LONGEST_TRUST = 0.05
 # Others were faster for so long: then the first of this process claims the next slot.
 _REFUSED_SECONDS = 0.1
 ONE = (1.0,)
@@ -107,6 +109,8 @@ class Line:
         self.opens_at, self._noticed_at = -math.inf, math.inf
         # Who comes before that, just after others that had waited, has missed slots, too, while it could not look.
         self._made_up_until = -math.inf
+        # How long after a slot of a gate the next one comes.
+        self._next_wait = -math.inf
         self.after_fork()
         watch_forks(self)
 
@@ -121,7 +125,7 @@ class Line:
         self.close_until(-math.inf)
         self._made_up_until = -math.inf
         # By this the processes that share a limit tell each other apart.
-        self._name = os.urandom(8).hex()
+        self._name = random.SystemRandom().random()
 
     def __len__(self) -> int:
         return sum([not spot.turn.has_left for spot in self._spots])
@@ -252,7 +256,7 @@ class Line:
                 self._made_up_until = now + max([pace.tolerance for pace in self._rates.paces], default=0.0)
             if spot in self._spots:  # not so in a forked child, for a caller of the parent
                 self._spots.remove(spot)
-        self.close_until(-math.inf)
+        self.close_until(now + self._next_wait)
 
     def first(self) -> _Spot | None:
         """Who may go on next."""
@@ -324,8 +328,17 @@ class Line:
         waited, who = self.waited(spot, now), self._name
         claims = now - spot.asked_since >= _REFUSED_SECONDS
         spot.asked_since = min(spot.asked_since, now)
-        wait = yield from self.ask(lambda ledger, now: ledger.ask(now, waited, amounts, who, claims=claims))
+        next_wait = 0.0
+
+        def act(ledger: Ledger, now: float) -> float:
+            nonlocal next_wait
+            wait = ledger.ask(now, waited, amounts, who, claims=claims)
+            next_wait = min(ledger.opens_at(now, amounts) - now, _LONGEST_TRUST)
+            return wait
+
+        wait = yield from self.ask(act)
         with _lines.lock:
+            self._next_wait = 0.0 if wait is None else next_wait
             if wait and rates is self._rates:
                 self.close_until(clock.now() + wait)
         return wait

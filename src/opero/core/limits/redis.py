@@ -29,6 +29,8 @@ if ARGV[2] ~= '' then redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end
 _TRIES, _BUSY_SECONDS = 20, 0.005
 # For so long what a process knows of the server's time is good enough.
 _FRESH_SECONDS = 1.0
+# So long is not asked again whether a slot comes earlier.
+_LONGEST_TRUST = 0.05
 _LASTING_SECONDS = 1.0
 
 
@@ -67,13 +69,14 @@ class RedisGate:
             # No later than the server's own.
             now = found_at + clock.machine() - heard_at
             wait, ledger = changed(data, request.rates, now, request.act)
-            if is_new and ledger is None:
+            is_known = is_new or clock.machine() - heard_at < _FRESH_SECONDS
+            # Others only close it for longer.
+            if ledger is None and is_known and (is_new or wait < _LONGEST_TRUST):
                 return wait
             made, lasts = b"", 0.0
             if ledger is not None:
                 made, lasts = ledger.pack(now), ledger.idle_from(now) - now + _LASTING_SECONDS
             digest = sha1(data, usedforsecurity=False).hexdigest()
-            is_known = is_new or clock.machine() - heard_at < _FRESH_SECONDS
             other = swap([self._key], [digest if is_known else "", made, round(lasts * 1000)])
             server.rest.end()
             if other is None:
