@@ -410,9 +410,10 @@ class FunctionLimit:
         return lambda args, kwargs: of(per.get(args, kwargs)).take_now(amounts)
 
     def _take_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Wants:
-        wants = self._wants_of(args, kwargs)
-        ((line, amounts),) = wants
-        return wants if line.take_now(amounts) else ()
+        limiter, per = self.limiter, self.per
+        line = limiter.limit if per is None else limiter.per_value.of(per.get(args, kwargs))
+        (amounts,) = self.costs.of(args, kwargs)
+        return ((line, amounts),) if line.take_now(amounts) else ()
 
     def choose(self, candidates: Sequence[C], *, takes: bool = True) -> Generator[Any, Any, tuple[C, bool]]:
         """The candidate to try next, and whether its slot has been taken already."""
@@ -464,7 +465,10 @@ class FunctionLimit:
 
     def ended_here(self, wants: Wants, outcome: Any, seconds: float) -> None:
         """The same of one that has its slot by `take_now`: nobody else has to be asked."""
-        drive(self.ended(wants, outcome, seconds), _no_function)
+        if self.costs.are_corrected:
+            drive(self.ended(wants, outcome, seconds), _no_function)
+        else:
+            self.usual.learn(seconds)
 
     def pause(self, candidate: Candidate, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing of this candidate's limit start for so long."""

@@ -54,7 +54,7 @@ Wants = Sequence[tuple["Line", Sequence[float]]]
 
 # One for all lines, since a turn may stand in several. The garbage collector, or a signal handler, may use a line in a
 # thread that has it.
-_lines = ForkSafeLock(threading.RLock)
+lines = ForkSafeLock(threading.RLock)
 
 
 class Request(NamedTuple):
@@ -131,10 +131,6 @@ class Line:
         return sum([not spot.turn.has_left for spot in self._spots])
 
     @property
-    def lock(self) -> Any:
-        return _lines.lock
-
-    @property
     def is_shared(self) -> bool:
         """Whether somebody outside of this process has to be asked."""
         return self._open_gate is not None and not clock.is_virtual
@@ -143,7 +139,7 @@ class Line:
 
     def take_now(self, amounts: Sequence[float] = ONE) -> bool:
         """Take a slot if one is free and nobody waits; only where nobody outside has to be asked."""
-        with _lines.lock:
+        with lines.lock:
             now = clock.now()
             first = self.first() if self._spots else None
             if first is None:
@@ -170,7 +166,7 @@ class Line:
 
     def correct(self, amounts: Sequence[float]) -> Generator[Any, Any, None]:
         """A call has cost so much more than it took, or less."""
-        with _lines.lock:
+        with lines.lock:
             self._ledger.correct(clock.now(), amounts)
         if self.is_shared:
             yield from self.ask(lambda ledger, now: ledger.correct(now, amounts))
@@ -178,7 +174,7 @@ class Line:
 
     def pause(self, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing start for so long."""
-        with _lines.lock:
+        with lines.lock:
             self._ledger.pause(clock.now() + seconds)
         self._rouse_all()
         if self.is_shared:
@@ -186,13 +182,13 @@ class Line:
 
     def expected_wait(self, amounts: Sequence[float] = ONE) -> float:
         """Seconds until a slot that is asked for now would come, as far as this process knows."""
-        with _lines.lock:
+        with lines.lock:
             now = clock.now()
             return max(0.0, self.expected_start(None, amounts, now) - now)
 
     def change(self, rates: Rates) -> None:
         """Go on at other rates; those who wait keep their places."""
-        with _lines.lock:
+        with lines.lock:
             self._set(rates)
             self._ledger.change(clock.now(), rates)
             self._made_up_until = -math.inf
@@ -293,7 +289,7 @@ class Line:
 
     def _rouse_all(self) -> None:
         """Let all look again, at once: some may not want to wait for so long."""
-        with _lines.lock:
+        with lines.lock:
             spots = list(self._spots)
             is_known = bool(spots) and not self.is_shared
             self.close_until(self._ledger.opens_at(clock.now(), spots[0].amounts) if is_known else -math.inf)
@@ -302,7 +298,7 @@ class Line:
 
     def rouse_first(self) -> None:
         """Let the first look again, at once."""
-        with _lines.lock:
+        with lines.lock:
             self.close_until(-math.inf)
             first = self.first()
         if first is not None:
@@ -337,7 +333,7 @@ class Line:
             return wait
 
         wait = yield from self.ask(act)
-        with _lines.lock:
+        with lines.lock:
             self._next_wait = 0.0 if wait is None else next_wait
             if wait and rates is self._rates:
                 self.close_until(clock.now() + wait)
@@ -439,7 +435,7 @@ class Turn:
 
     def poll(self) -> bool:
         if not (self.has_news or self.has_left):
-            with _lines.lock:
+            with lines.lock:
                 self._look(clock.now())
             self._rouse_others()
         return self.has_news
@@ -494,7 +490,7 @@ class Turn:
 
     def _rouse_others(self) -> None:
         """Let the first ones look that may go on, after this one or as it has found out."""
-        with _lines.lock:
+        with lines.lock:
             now = clock.now()
             firsts = [spot.line.first() for spot in self._spots if spot.line.may_open(now)]
         for first in firsts:
@@ -514,7 +510,7 @@ class Turn:
                 break
             # A gate that failed leaves it to this process.
             (alone if wait is None else given).append(spot)
-        with _lines.lock:
+        with lines.lock:
             now = clock.now()
             if wait or any(spot.line.wait_alone(spot, now) for spot in alone):
                 self._find_out_whether_late(now)
