@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from opero.core.limits.line import Request
 
-IS_SUPPORTED = fcntl is not None
 _FOLDER = "limits"
 # Who holds a file holds it for microseconds, unless it was stopped: then others come again, and do not block.
 _LOCK_TRIES, _LOCK_SECONDS = 10, 0.00005

@@ -1,9 +1,9 @@
-"""Something for each value, such as a limit for each API key; what is idle is forgotten."""
+"""A line for each value, such as one for each API key; what is idle is forgotten."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from opero.core.forks import ForkSafeLock
@@ -13,14 +13,12 @@ from opero.exceptions import MisuseError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from opero.core.limits.line import Line
+
 _LOOKED_AT = 2
 
 
-class _CanBeIdle(Protocol):
-    def is_idle(self) -> bool: ...
-
-
-T = TypeVar("T", bound=_CanBeIdle)
+T = TypeVar("T", bound="Line")
 
 
 class PerValue(Generic[T]):

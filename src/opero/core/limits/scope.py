@@ -43,8 +43,9 @@ class Scope:
             raise ValueError(msg)
         self._folder = None if folder is None else _path(spelled.format("folder"), folder)
         self._url = _url(spelled.format("url"), options["url"]) if self.kind == "redis" else ""
-        if self.kind == "machine":
-            _refuse_without_locks()
+        if self.kind == "machine" and find_spec("fcntl") is None:
+            msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
+            raise ValueError(msg)
 
     @cached_property
     def name(self) -> str:
@@ -81,14 +82,6 @@ def _path(option: str, value: Any) -> Path:
     text = check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
     # Known by one name, whatever the working directory will be.
     return Path(os.path.realpath(text))
-
-
-def _refuse_without_locks() -> None:
-    from opero.core.limits.machine import IS_SUPPORTED
-
-    if not IS_SUPPORTED:
-        msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
-        raise ValueError(msg)
 
 
 def _url(option: str, value: Any) -> str:
