@@ -144,7 +144,7 @@ class RateLimiter:
     @property
     def rate(self) -> float:
         """Calls per second, of a mapping the first name's; may be set, as in ``RateLimiter``, while callers wait."""
-        return next(iter(self._rates.per_second.values()))
+        return self._rates.per_second
 
     @rate.setter
     def rate(self, rate: Rate) -> None:

@@ -105,12 +105,6 @@ class Line:
         self.starts = 0
         self._ledger = LocalLedger(rates) if ledger is None else ledger
         self._spots: deque[_Spot] = deque()
-        # When the first may ask (again), as far as is known; when one who is not the first found that it could have.
-        self.opens_at, self._noticed_at = -math.inf, math.inf
-        # Who comes before that, just after others that had waited, has missed slots, too, while it could not look.
-        self._made_up_until = -math.inf
-        # How long after a slot of a gate the next one comes.
-        self._next_wait = -math.inf
         self.after_fork()
         watch_forks(self)
 
@@ -122,8 +116,12 @@ class Line:
         """Forget the parent's callers, and what they took."""
         self._spots.clear()
         self._ledger.forget()
-        self.close_until(-math.inf)
+        # When the first may ask (again), as far as is known; when one who is not the first found that it could have.
+        self.opens_at, self._noticed_at = -math.inf, math.inf
+        # Who comes before that, just after others that had waited, has missed slots, too, while it could not look.
         self._made_up_until = -math.inf
+        # How long after a slot of a gate the next one comes.
+        self._next_wait = -math.inf
         # By this the processes that share a limit tell each other apart.
         self._name = random.SystemRandom().random()
 

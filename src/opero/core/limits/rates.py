@@ -71,11 +71,10 @@ class Rates:
     most: tuple[float, ...]
 
     @property
-    def per_second(self) -> dict[str, float]:
-        """The lowest rate of each name."""
-        found = [(pace.name, 1 / pace.interval) for pace in self.paces]
-        found += [(quota.name, quota.units / quota.seconds) for quota in self.quotas]
-        return {name: min(rate for of, rate in found if of == place) for place, name in enumerate(self.names)}
+    def per_second(self) -> float:
+        """The lowest rate of the first name."""
+        paces = [1 / pace.interval for pace in self.paces if not pace.name]
+        return min(paces + [quota.units / quota.seconds for quota in self.quotas if not quota.name])
 
 
 class _Parsed(NamedTuple):
