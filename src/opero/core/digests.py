@@ -376,13 +376,13 @@ _BASES = (("numpy", "ndarray"), ("pandas", "DataFrame"), ("polars", "DataFrame")
 
 
 def _parts_of_array(array: Any) -> tuple[Any, ...]:
-    """The contents in one order, however they lie in memory."""
+    """The contents in one order, and whether they lie in memory by columns: sums and flat views depend on that."""
     plain = array.view(sys.modules["numpy"].ndarray)
     contents = plain.ravel().tolist() if plain.dtype.hasobject else plain.tobytes()
     dtype = plain.dtype
     # Of a number, a date or text, not of what other libraries have made or what has fields.
     is_named = dtype.kind in "biufcmMSUO" and type(dtype).__module__ == "numpy.dtypes" and dtype.metadata is None
-    return (dtype.str if is_named else dtype, plain.shape, contents)
+    return (dtype.str if is_named else dtype, plain.shape, plain.flags.fnc, contents)
 
 
 def _parts_of_frame(frame: Any) -> tuple[Any, ...]:
