@@ -63,6 +63,22 @@ def count_by_click(context: click.Context, name: str, count: int) -> None:
     click.echo(second_time(f"{context.info_name} {name} {count + 1}"))
 
 
+ENDS = {
+    "abort": typer.Abort(),
+    "exit": typer.Exit(7),
+    "bad": typer.BadParameter("no"),
+    "click-abort": click.Abort(),
+    "click-bad": click.BadParameter("no"),
+}
+
+
+@program.command()
+@opero(min_delay=0)
+def end(how: str) -> None:
+    tries.append(how)
+    raise ENDS[how]
+
+
 @pytest.fixture(autouse=True)
 def tried_anew():
     tries.clear()
@@ -93,6 +109,12 @@ def test_typer_refuses_a_value_of_a_wrong_type():
     result = typer.testing.CliRunner().invoke(program, ["paint", "wall", "--count", "many"])
     assert result.exit_code == 2
     assert tries == []
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_what_ends_a_command_is_not_retried(how):
+    typer.testing.CliRunner().invoke(program, ["end", how])
+    assert tries == [how]
 
 
 def test_commands_of_typer_have_the_names_of_their_functions():

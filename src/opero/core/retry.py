@@ -74,11 +74,16 @@ PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, Recu
 # What is raised to steer a framework: an answer, an end, a message to its queue, and not a failure.
 _STEERING = frozenset(
     {
+        ("aiohttp.web_exceptions", "HTTPException"),
         ("celery.exceptions", "TaskPredicate"),
         ("click.exceptions", "Abort"),
+        ("click.exceptions", "ClickException"),
         ("click.exceptions", "Exit"),
         ("django.http.response", "Http404"),
         ("starlette.exceptions", "HTTPException"),
+        ("typer.exceptions", "Abort"),
+        ("typer.exceptions", "Exit"),
+        ("typer.exceptions", "TyperException"),
         ("unittest.case", "SkipTest"),
         ("werkzeug.exceptions", "HTTPException"),
     }
