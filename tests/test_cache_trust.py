@@ -117,6 +117,14 @@ def test_a_file_that_others_can_write_to_is_refused(tmp_path):
 
 
 @posix
+def test_a_link_in_the_folder_is_refused(tmp_path):
+    folder = private_folder(tmp_path / "opero", "ns", "cache_dir")
+    (folder / "cache.db").symlink_to(tmp_path / "elsewhere.db")
+    with pytest.raises(UnsafeCacheError, match="has links in it"):
+        private_folder(tmp_path / "opero", "ns", "cache_dir")
+
+
+@posix
 def test_a_folder_that_was_exchanged_is_not_read_after_a_fork(tmp_path):
     f = cached(lambda x: x, tmp_path)
     f(1)

@@ -153,6 +153,8 @@ def _refuse_foreign_files(held: int, folder: Path, option: str) -> None:
                 found = os.stat(name, dir_fd=listed, follow_symlinks=False)
                 if found.st_uid not in {os.geteuid(), 0}:
                     raise _unsafe(folder, "has files of another user", option)
+                if stat.S_ISLNK(found.st_mode):
+                    raise _unsafe(folder, "has links in it", option)
                 if stat.S_ISREG(found.st_mode) and found.st_mode & _OTHERS_WRITE:
                     raise _unsafe(folder, "has files that others can write to", option)
     finally:
