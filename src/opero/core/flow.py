@@ -509,8 +509,10 @@ class _Layers:
             return self._finish(self.plan.retry.after(self.plan, self.call, self.failed, None))
         if ended_by is _CIRCUIT_IS_OPEN:
             return Failed(self._circuit_open())
-        turn = "a worker" if self.plan.limit is None else "a rate slot"
-        return Failed(CallTimeoutError(f"{self.plan.name} was not started: {ended_by} during the wait for {turn}"))
+        turns = {"a place": self.plan.places, "a rate slot": self.plan.limit, "a worker": self.call.presence}
+        waited_for = " or ".join(turn for turn, has in turns.items() if has is not None)
+        when = f"during the wait for {waited_for}" if waited_for else "before it began"
+        return Failed(CallTimeoutError(f"{self.plan.name} was not started: {ended_by} {when}"))
 
     def _circuit_open(self) -> Exception:
         breaker: Any = self.plan.breaker
