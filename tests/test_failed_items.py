@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import pickle
 import warnings
 
 import pytest
 
-from opero import AllFailedError, FailedItemsWarning, Results, opmap
+from opero import AllFailedError, Cache, FailedItemsWarning, Results, opmap
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
 
 OPTIONS = {"mode": "serial", "progress": False, "retries": 0}
@@ -191,6 +192,22 @@ def test_one_error_of_many_items_tells_of_the_last_one():
 
     opmap(**OPTIONS, return_exceptions=True)(work)([1, 2, 3])
     assert notes(error) == ["opero: this was item 2 of the map"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """Its attributes cannot be set, those of every exception included."""
+
+
+@pytest.mark.parametrize("mode", ["thread", "serial"])
+@pytest.mark.parametrize("options", [{}, {"cache": Cache(exceptions=FrozenError)}], ids=["", "cache"])
+def test_a_frozen_exception_is_the_error_of_its_item(mode, options):
+    def fail(item):
+        raise FrozenError
+
+    mapped = opmap(mode=mode, progress=False, retries=0, return_exceptions=True, **options)(fail)
+    for _ in range(2):
+        assert [type(error) for error in mapped([1, 1, 2])] == [FrozenError] * 3
 
 
 def test_a_call_outside_of_a_map_has_no_index():

@@ -176,7 +176,7 @@ def test_a_call_that_is_out_of_time_waits_no_more(world, busy):
     f = limited(total_timeout=0.1)(busy if not world.is_async else busy.in_task)
     running = started(world.run, opero.control(f).with_options(total_timeout=None), "first")
     until(lambda: busy.running == 1)
-    with pytest.raises(CallTimeoutError, match="total_timeout=0.1 s ended it during the wait for a place"):
+    with pytest.raises(CallTimeoutError, match=r"total_timeout=0\.1 s ended it during the wait for a place"):
         world.run(f, "second")
     busy.go_on.set()
     assert running.result(SECONDS) == "first"

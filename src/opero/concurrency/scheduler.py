@@ -457,7 +457,7 @@ class Scheduler:
         value = outcome
         if outcome.__class__ is Failed:
             error, value = outcome.error, outcome.instead
-            error.__traceback__ = users_part(error.__traceback__)
+            error.with_traceback(users_part(error.__traceback__))
             add_note(error, f"opero: this was item {entry.index} of the map", instead_of="opero: this was item ")
         call = entry.call
         seconds = clock.now() - call.started

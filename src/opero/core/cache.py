@@ -24,6 +24,7 @@ from opero.core.stores.memory import is_shared
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
+from opero.utils.notes import link
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
@@ -277,7 +278,7 @@ class ResultCache:
         if outcome.__class__ is Failed:
             stats.flown.tick()
             # Without the frames of the others who wait for the same.
-            outcome.error.__traceback__ = flight.traceback
+            outcome.error.with_traceback(flight.traceback)
             return outcome
         stats.hits.tick()
         return self._hit(call, outcome if flight.written is None else self.store.copy_of(flight.written))
@@ -401,7 +402,7 @@ def _fresh(error: Exception) -> Exception:
         made = error
     if made is error:
         return error.with_traceback(None)
-    made.__cause__, made.__suppress_context__ = error.__cause__, error.__suppress_context__
+    link(made, cause=error.__cause__, context=None, hides_context=error.__suppress_context__)
     if hasattr(error, "__notes__"):
         made.__notes__ = [*error.__notes__]
     return made

@@ -34,6 +34,15 @@ def drop_notes(error: BaseException, beginning: str) -> None:
             error.__notes__ = [note for note in error.__notes__ if not str(note).startswith(beginning)]
 
 
+def link(
+    error: BaseException, *, cause: BaseException | None, context: BaseException | None, hides_context: bool
+) -> None:
+    """Say what an exception was raised from, also of one that is frozen."""
+    BaseException.__setattr__(error, "__cause__", cause)
+    BaseException.__setattr__(error, "__context__", context)
+    BaseException.__setattr__(error, "__suppress_context__", hides_context)
+
+
 def describe(error: BaseException) -> str:
     """Class and text of an exception, whatever its ``__str__`` does."""
     try:
@@ -52,7 +61,7 @@ def folded(errors: Sequence[Exception]) -> list[Exception]:
     """One of those that have the same class and text and were raised in the same line, with a note of how many."""
     alike: dict[Any, list[Exception]] = {}
     for error in errors:
-        error.__traceback__ = users_part(error.__traceback__)
+        error.with_traceback(users_part(error.__traceback__))
         alike.setdefault((type(error), describe(error), _raised_in(error)), []).append(error)
     for first, *others in alike.values():
         if others:
