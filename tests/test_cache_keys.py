@@ -23,6 +23,7 @@ import sys
 import threading
 import types
 import uuid
+import weakref
 import zoneinfo
 from typing import Any, NamedTuple
 
@@ -798,6 +799,39 @@ def test_a_sets_order_does_not_matter():
 def test_a_view_of_an_array_is_the_same_as_its_copy():
     rows = np.arange(6).reshape(2, 3)
     assert share_an_entry(rows[:, ::2], rows[:, ::2].copy())
+
+
+def test_an_array_in_a_mapped_file_is_an_argument(tmp_path):
+    for name, value in [("one.npy", 1), ("two.npy", 2)]:
+        np.save(tmp_path / name, np.full(3, value))
+    one, again, two = (np.load(tmp_path / name, mmap_mode="r") for name in ("one.npy", "one.npy", "two.npy"))
+    assert share_an_entry(one, again)
+    assert not share_an_entry(one, two)
+
+
+class Column(np.ndarray):
+    """Knows its table, as astropy's does, which pickle leaves out."""
+
+    def __reduce__(self):
+        return np.ndarray.__reduce__(self)
+
+
+def test_an_array_that_knows_its_owner_by_a_weak_reference_is_an_argument():
+    class Table:
+        pass
+
+    def column(name):
+        made = np.arange(3).view(Column)
+        table = Table()
+        table.name, table.column = name, made
+        made.table = weakref.ref(table)
+        return table, made
+
+    (one, first), (two, second), (three, third) = column("a"), column("a"), column("b")
+    assert share_an_entry(first, second)
+    assert not share_an_entry(first, third)
+    assert share_an_entry(one, two)
+    assert not share_an_entry(one, three)
 
 
 def test_an_array_by_columns_is_another_argument():

@@ -329,6 +329,7 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     types.ModuleType: lambda value: (value.__name__,),
     types.MemberDescriptorType: lambda value: (value.__name__,),
     types.GetSetDescriptorType: lambda value: (value.__name__,),
+    weakref.ReferenceType: lambda value: (value(),),
     classmethod: lambda value: (undecorated(value.__func__),),
     staticmethod: lambda value: (undecorated(value.__func__),),
     property: lambda value: (value.fget, value.fset, value.fdel),
@@ -350,7 +351,8 @@ def _parts_by_base_of(*loaded: str) -> tuple[tuple[type, Callable[[Any], Iterabl
         (pathlib.PurePath, lambda value: (str(value),)),
     ]
     if "numpy" in loaded:
-        found.append((sys.modules["numpy"].ndarray, _parts_of_array))
+        numpy = sys.modules["numpy"]
+        found += [(numpy.memmap, _parts_of_mapped_array), (numpy.ndarray, _parts_of_array)]
     if "pandas" in loaded:
         pandas = sys.modules["pandas"]
         found += [
@@ -383,6 +385,11 @@ def _parts_of_array(array: Any) -> tuple[Any, ...]:
     # Of a number, a date or text, not of what other libraries have made or what has fields.
     is_named = dtype.kind in "biufcmMSUO" and type(dtype).__module__ == "numpy.dtypes" and dtype.metadata is None
     return (dtype.str if is_named else dtype, plain.shape, plain.flags.fnc, contents)
+
+
+def _parts_of_mapped_array(array: Any) -> tuple[Any, ...]:
+    """With where it lies, but without the mapping itself, which pickle leaves out."""
+    return (*_parts_of_array(array), {name: held for name, held in vars(array).items() if name != "_mmap"})
 
 
 def _parts_of_frame(frame: Any) -> tuple[Any, ...]:
