@@ -293,6 +293,32 @@ def test_a_blocked_event_loop_does_not_start_all_its_tasks_at_once(fake_clock):
     assert len(starts) <= 1 + 5
 
 
+@pytest.mark.parametrize("latest", [math.inf, 1e9], ids=["patient", "in time"])
+def test_who_comes_does_not_look_at_all_who_wait_before(fake_clock, latest):
+    """Thousands of tasks begin in one pass of their event loop, in which those that wait cannot look."""
+
+    def steps(count):
+        limiter = RateLimiter(50)
+        tickets = [Turn([(limiter.limit, ONE)], lambda: latest) for _ in range(count)]
+        seen = [0]
+
+        def count_step(_frame, _kind, _argument):
+            seen[0] += 1
+
+        sys.setprofile(count_step)
+        try:
+            for ticket in tickets:
+                fake_clock.tick(0.01)
+                ticket.poll()
+        finally:
+            sys.setprofile(None)
+        for ticket in tickets:
+            ticket.leave()
+        return seen[0]
+
+    assert steps(1000) < 3 * steps(500)
+
+
 # Waiters give up
 
 

@@ -9,9 +9,11 @@ import itertools
 import math
 import random
 import threading
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from opero.core.clock import clock
@@ -104,7 +106,11 @@ class Line:
         # How many have started.
         self.starts = 0
         self._ledger = LocalLedger(rates) if ledger is None else ledger
-        self._spots: deque[_Spot] = deque()
+        self._spots: dict[_Spot, None] = {}
+        # Of these, in the order in which they came, those that others do not pass; and those that are to be forgotten.
+        self._ready: list[_Spot] = []
+        self._left: deque[_Spot] = deque()
+        self._joined = 0
         self.after_fork()
         watch_forks(self)
 
@@ -115,6 +121,9 @@ class Line:
     def after_fork(self) -> None:
         """Forget the parent's callers, and what they took."""
         self._spots.clear()
+        self._ready.clear()
+        self._left.clear()
+        self._wanted = [0.0] * len(self._rates.names)
         self._ledger.forget()
         # When the first may ask (again), as far as is known; when one who is not the first found that it could have.
         self.opens_at, self._noticed_at = -math.inf, math.inf
@@ -126,7 +135,9 @@ class Line:
         self._name = random.SystemRandom().random()
 
     def __len__(self) -> int:
-        return sum([not spot.turn.has_left for spot in self._spots])
+        with _lines.lock:
+            self._forget_those_who_left()
+            return len(self._spots)
 
     @property
     def is_shared(self) -> bool:
@@ -200,14 +211,39 @@ class Line:
     # Asked by a turn that holds the lock
 
     def join(self, spot: _Spot) -> None:
-        self._spots.append(spot)
+        self._joined += 1
+        spot.number = self._joined
+        self._spots[spot] = None
+        self._ready.append(spot)
+        self._want(spot.amounts)
+
+    def _want(self, amounts: Sequence[float], sign: int = 1) -> None:
+        # One by one: the garbage collector may let others leave meanwhile.
+        for place, amount in enumerate(amounts):
+            self._wanted[place] += sign * amount
+
+    def keep_place(self, spot: _Spot) -> None:
+        """Nobody passes it any more."""
+        if spot.is_passed and spot in self._spots:
+            insort(self._ready, spot, key=_number)
+        spot.is_passed = False
+
+    def let_pass(self, spot: _Spot) -> None:
+        """Others need not wait for it."""
+        spot.is_passed = True
+        place = self._place(spot)
+        if place < len(self._ready) and self._ready[place] is spot:
+            del self._ready[place]
+
+    def _place(self, spot: _Spot) -> int:
+        """How many may go on before it."""
+        return bisect_left(self._ready, spot.number, key=_number)
 
     def due(self, spot: _Spot, now: float) -> float:
         """When to look again; not after ``now``: it may take its slot, or ask the gate of a shared limit for it."""
         self._forget_those_who_left()
-        ahead = itertools.takewhile(lambda other: other is not spot, self._spots)
-        before = list(itertools.islice((other for other in ahead if other.may_go_on), _MOST_GRACES))
-        later = len(before) * _GRACE
+        before = self._place(spot)
+        later = min(before, _MOST_GRACES) * _GRACE
         if not self.may_open(now):
             return self._closed_until + later
         if before:
@@ -215,8 +251,9 @@ class Line:
             if now < self._noticed_at + later:
                 return self._noticed_at + later
             # Those before it have not looked in time.
-            for other in itertools.takewhile(lambda other: other is not spot, self._spots):
+            for other in self._ready[:before]:
                 other.is_passed = True
+            del self._ready[: self._place(spot)]
         return now if self.is_shared else now + self.wait_alone(spot, now)
 
     def wait_alone(self, spot: _Spot, now: float) -> float:
@@ -248,17 +285,23 @@ class Line:
         if joined_at is not None:
             if now > joined_at:
                 self._made_up_until = now + max([pace.tolerance for pace in self._rates.paces], default=0.0)
-            if spot in self._spots:  # not so in a forked child, for a caller of the parent
-                self._spots.remove(spot)
+            self._forget(spot)
         self.close_until(now + self._next_wait)
 
     def first(self) -> _Spot | None:
         """Who may go on next."""
-        return next((spot for spot in self._spots if spot.may_go_on), None)
+        self._forget_those_who_left()
+        return self._ready[0] if self._ready else None
 
     def _forget_those_who_left(self) -> None:
-        while self._spots and self._spots[0].turn.has_left:
-            self._spots.popleft()
+        while self._left:
+            self._forget(self._left.popleft())
+
+    def _forget(self, spot: _Spot) -> None:
+        if spot in self._spots:  # not so in a forked child, for a caller of the parent
+            del self._spots[spot]
+            self._want(spot.amounts, -1)
+            self.let_pass(spot)
 
     def waited(self, spot: _Spot, now: float) -> float:
         """For how long it has missed slots."""
@@ -268,9 +311,13 @@ class Line:
 
     def expected_start(self, spot: _Spot | None, amounts: Sequence[float], now: float) -> float:
         """When a call that costs so much will start, after those that wait before it."""
-        ahead = [0.0] * len(self._rates.names)
-        for other in itertools.takewhile(lambda other: other is not spot, self._spots):
-            if not other.turn.has_left:
+        self._forget_those_who_left()
+        if spot is None or spot.number == self._joined:
+            own = itertools.repeat(0.0) if spot is None else amounts
+            ahead = [wanted - amount for wanted, amount in zip(self._wanted, own, strict=False)]
+        else:
+            ahead = [0.0] * len(self._rates.names)
+            for other in itertools.takewhile(lambda other: other is not spot, self._spots):
                 ahead = [total + amount for total, amount in zip(ahead, other.amounts, strict=True)]
         moment = max(now, self._ledger.opens_at(now, amounts, ahead))
         if self.is_shared and self.opens_at > now:
@@ -293,6 +340,11 @@ class Line:
             self.close_until(self._ledger.opens_at(clock.now(), spots[0].amounts) if is_known else -math.inf)
         for spot in spots:
             spot.turn.rouse()
+
+    def leave(self, spot: _Spot) -> None:
+        """It is forgotten later: the garbage collector may say so while the line is being changed."""
+        self._left.append(spot)
+        self.rouse_first()
 
     def rouse_first(self) -> None:
         """Let the first look again, at once."""
@@ -368,23 +420,24 @@ class _Spot:
 
     Attributes:
         is_passed: Others need not wait for it: it did not look when it could have gone on, or waits for another limit.
+        number: Its place among all that came.
         starts_before: How many had started when it came.
         asked_since: When it has first asked the gate of a shared limit.
     """
 
-    __slots__ = ("amounts", "asked_since", "is_passed", "line", "starts_before", "turn")
+    __slots__ = ("amounts", "asked_since", "is_passed", "line", "number", "starts_before", "turn")
 
     def __init__(self, turn: Turn, line: Line, amounts: Sequence[float]) -> None:
         self.turn = turn
         self.line = line
         self.amounts = amounts
         self.is_passed = False
+        self.number = 0
         self.starts_before = line.starts
         self.asked_since = math.inf
 
-    @property
-    def may_go_on(self) -> bool:
-        return not (self.is_passed or self.turn.has_left)
+
+_number = attrgetter("number")
 
 
 class Turn:
@@ -459,7 +512,7 @@ class Turn:
     def _find_due(self, now: float) -> float:
         """When to look again, if nothing is heard before; not after ``now``: all its slots have come."""
         for spot in self._spots:
-            spot.is_passed = False
+            spot.line.keep_place(spot)
         moments = [spot.line.due(spot, now) for spot in self._spots]
         due = max(moments)
         for spot, moment in zip(self._spots, moments, strict=True):
@@ -469,7 +522,8 @@ class Turn:
             # Others use what would pass unused while it waits for another limit. So many may pass it for each slot that
             # it then lets pass unused.
             slots = min((spot.line.starts - spot.starts_before) // _PASSES, _MOST_HELD)
-            spot.is_passed = unused > EARLY + slots * spot.line.seconds_of(spot.amounts)
+            if unused > EARLY + slots * spot.line.seconds_of(spot.amounts):
+                spot.line.let_pass(spot)
             if spot.line.first() is spot:
                 # It lets nobody else go on meanwhile.
                 spot.line.close_until(max(due, spot.line.opens_at))
@@ -544,4 +598,4 @@ class Turn:
             return
         self.has_left = True
         for spot in self._spots:
-            spot.line.rouse_first()
+            spot.line.leave(spot)
