@@ -251,7 +251,7 @@ def test_an_evicted_result_of_an_instance_leaves_nothing_behind():
     model = Model()
     for n in range(1_000):
         model.double(n)
-    ((_, keys),) = Model.double.__opero__.plan.cache.store._instances.values()
+    (keys,) = Model.double.__opero__.plan.cache.store._instances.values()
     assert len(keys) == 5
 
 

@@ -42,15 +42,17 @@ class Instance(weakref.ref[Any]):
 
     Attributes:
         users: Marks of those `KeyMaker`s whose keys hold it.
+        stores: The stores that have such keys, which are told of the object's end.
     """
 
-    __slots__ = ("name", "users")
+    __slots__ = ("name", "stores", "users")
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
     name: int
     users: set[object]
+    stores: set[weakref.ref[Any]]
 
 
 _instances: dict[int, Instance] = {}
@@ -59,12 +61,16 @@ _instances: dict[int, Instance] = {}
 def _forget(gone: Instance, instances: dict[int, Instance] = _instances) -> None:
     if instances.get(gone.name) is gone:
         del instances[gone.name]
+    for known in gone.stores:
+        store = known()
+        if store is not None:
+            store.forget_instance(gone)
 
 
 def instance_of(value: Any) -> Instance:
     """The identity of an object; raises a TypeError if it can have no weak reference."""
     made = Instance(value, _forget)
-    made.name, made.users = id(value), set()
+    made.name, made.users, made.stores = id(value), set(), set()
     while (known := _instances.setdefault(id(value), made))() is not value:
         # Of one that was at its address before, and whose end is just being told.
         _forget(known)

@@ -53,8 +53,8 @@ class MemoryStore:
         # When which entry ends; those that never do are not in it.
         self._ends: list[tuple[float, int, Any]] = []
         self._numbers = itertools.count()
-        # What is known of each instance that keys hold: the reference that tells of its end, and the keys.
-        self._instances: dict[Instance, tuple[Any, dict[Any, None]]] = {}
+        # The keys that hold each instance.
+        self._instances: dict[Instance, dict[Any, None]] = {}
         # What `look_up` does: get the entry, and note that it was used, where something has to be noted.
         touches = {"lru": self._entries.move_to_end, "lfu": _counter(self._uses), "fifo": None}
         self.get: Callable[[Any], Entry | None] = self._entries.get
@@ -140,7 +140,8 @@ class MemoryStore:
             heapq.heappush(self._ends, (entry[3], next(self._numbers), key))
         instance = _instance_in(key)
         if instance is not None:
-            self._note_instance(instance, key)
+            instance.stores.add(weakref.ref(self))
+            self._instances.setdefault(instance, {})[key] = None
         evicted = []
         while len(self._entries) > self._most:
             evicted.append(self._evict(key))
@@ -154,8 +155,7 @@ class MemoryStore:
         self._uses.pop(key, None)
         instance = _instance_in(key)
         if instance is not None:
-            _, keys = self._instances.get(instance, (None, {}))
-            keys.pop(key, None)
+            self._instances.get(instance, {}).pop(key, None)
         return entry
 
     def _evict(self, new: Any) -> Entry | None:
@@ -199,24 +199,9 @@ class MemoryStore:
             self._ranks = [(uses, next(self._numbers), key) for key, uses in self._uses.copy().items()]
             heapq.heapify(self._ranks)
 
-    def _note_instance(self, instance: Instance, key: Any) -> None:
-        known = self._instances.get(instance)
-        if known is None:
-            value = instance()
-            this = weakref.ref(self)
-
-            def gone(_reference: Any) -> None:
-                store = this()
-                if store is not None:
-                    store.forget_instance(instance)
-
-            known = self._instances.setdefault(instance, (weakref.ref(value, gone), {}))
-        known[1][key] = None
-
     def forget_instance(self, instance: Instance) -> None:
         """Remove what nobody can ask for any more."""
-        _, keys = self._instances.pop(instance, (None, {}))
-        removed = [self._remove(key) for key in list(keys)]
+        removed = [self._remove(key) for key in list(self._instances.pop(instance, {}))]
         del removed
 
 
