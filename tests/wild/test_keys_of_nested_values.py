@@ -171,7 +171,8 @@ def model_with_private(value: Any, private: Any) -> Model:
 
 def objects(*values: Any) -> np.ndarray:
     made = np.empty(len(values), dtype=object)
-    made[:] = [*values]
+    for place, value in enumerate(values):
+        made[place] = value
     return made
 
 
