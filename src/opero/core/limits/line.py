@@ -135,7 +135,7 @@ class Line:
         self._name = random.SystemRandom().random()
 
     def __len__(self) -> int:
-        with _lines.lock:
+        with lines.lock:
             self._forget_those_who_left()
             return len(self._spots)
 
