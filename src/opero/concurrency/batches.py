@@ -98,22 +98,18 @@ def not_run(batch: Batch, error: Exception) -> Done | Lost:
     return Lost([batch], str(error))
 
 
+@dataclass(slots=True)
 class Fatal:
     """Something that ends the whole map: Ctrl-C or exit in a worker thread, a pool that cannot work."""
 
-    __slots__ = ("error",)
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+    error: BaseException
 
 
+@dataclass(slots=True)
 class Wake:
     """Somebody may have something: an item its rate slot, the input its next item."""
 
-    __slots__ = ("entry",)
-
-    def __init__(self, entry: Any = None) -> None:
-        self.entry = entry
+    entry: Entry | None = None
 
 
 class Pool:

@@ -76,12 +76,9 @@ class Work:
                 return function(*args, **kwargs)
 
             return call_with_candidate
-        if shape.is_starred:
-            return lambda item: function(*shape.arguments(item), **shape.kwargs)
-        if not (shape.head or shape.rest or shape.kwargs):
+        if not (shape.head or shape.rest or shape.kwargs or shape.is_starred):
             return function
-        head, rest, kwargs = shape.head, shape.rest, shape.kwargs
-        return lambda item: function(*head, item, *rest, **kwargs)
+        return lambda item: function(*shape.arguments(item), **shape.kwargs)
 
 
 @dataclass(slots=True)
@@ -96,7 +93,7 @@ class How:
     """
 
     context: contextvars.Context | None = None
-    mark: list[int] | memoryview = field(default_factory=lambda: [0])
+    mark: list[int] | memoryview = field(default_factory=[0].copy)
     tell: Callable[[Report], None] | None = None
     longest: float = LONG_SECONDS
     seconds: float = BATCH_SECONDS
