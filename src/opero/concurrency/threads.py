@@ -18,8 +18,6 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.concurrency.inbox import Inbox
-
 # Items are held by reference, so a batch of large ones costs memory only for as long as they live.
 LARGEST_BATCH = 128
 
@@ -72,7 +70,7 @@ class ThreadPool(Pool):
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._in_flight = 0
         self._multi_pool: Any = None
-        self._threads: Any = None
+        self._threads = Threads()
         self._stopped = False
 
     @property
@@ -82,17 +80,6 @@ class ThreadPool(Pool):
     @property
     def largest_batch(self) -> int:
         return LARGEST_BATCH
-
-    def start(self, inbox: Inbox, **about_the_map: Any) -> None:
-        super().start(inbox, **about_the_map)
-        if self._threads is not None:
-            return
-        from twat_mp.mp import MultiPool
-
-        # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
-        factory: Any = lambda nodes: Threads()  # noqa: ARG005, E731 - MultiPool calls it with nodes=
-        self._multi_pool = MultiPool(pool_class=factory, nodes=self._workers)
-        self._threads = self._multi_pool.__enter__()
 
     def take_on(self, work: Work) -> None:
         # What the threads run, and the context variables of whoever called it.
@@ -107,8 +94,19 @@ class ThreadPool(Pool):
         self._in_flight += 1
         if self._in_flight > len(self._threads.running):
             with Hold():
-                self._threads.start(self._serve)
+                self._start_thread()
         self._batches.put(batch)
+
+    def _start_thread(self) -> None:
+        if self._multi_pool is None:
+            from twat_mp.mp import MultiPool
+
+            # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
+            threads = self._threads
+            factory: Any = lambda nodes: threads  # noqa: ARG005, E731 - MultiPool calls it with nodes=
+            self._multi_pool = MultiPool(pool_class=factory, nodes=self._workers)
+            self._multi_pool.__enter__()
+        self._threads.start(self._serve)
 
     def begun(self, batch: Batch) -> int:
         return batch.mark[0]
@@ -116,7 +114,7 @@ class ThreadPool(Pool):
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Let running items end, start no other, and join the threads, unless they are left to themselves."""
         self._stopped = True
-        if self._threads is not None:
+        if self._multi_pool is not None:
             for _ in self._threads.running:
                 self._batches.put(None)
             self._threads.is_left = is_left
