@@ -140,8 +140,9 @@ class Scheduler:
         # Whether the pool can be used by another map, if nothing runs in it.
         self.is_sound = True
         self.failure: Exception | None = None
-        # How many items are sent at once; of what they are with when the circuit opens all are run to the end.
+        # Items in a batch, and batches that wait at a worker besides, as learnt from how long they take.
         self._size, self._ahead = 1, 0
+        # A batch that is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
         self._one_at_a_time = (
             plan.limit is not None
@@ -159,19 +160,19 @@ class Scheduler:
         self._next_index = 0
         self._look_ahead = 1
         self._more_at_once = False
-        # All items that have a flow, and which of them wait for what: for time, and others, for a turn among these, for
-        # a worker to be ready, for the cache's store, for a worker.
         self.presence = Presence()
+        # All items that have a flow; how many of them wait for time or others, and how many of these for a turn.
         self._flying: set[Entry] = set()
         self._waiting = self._awaiting_turns = 0
-        # By opero's clock, and by real time.
+        # What is to be done later, by opero's clock and by real time.
         self._timers: list[_Timer] = []
         self._real_timers: list[_Timer] = []
         self._ticks = itertools.count()
+        # Items that wait for a worker to be ready before they take a slot, for the cache's store, for a free worker.
         self._preparing: deque[Entry] = deque()
         self._consulting: list[tuple[Entry, Consult]] = []
         self._ready: deque[Entry] = deque()
-        # Batches that are with workers, those of them to be looked after, and what others have not begun of theirs.
+        # Batches that are with workers, those of them that are watched, and parts that their workers have not begun.
         self._sent: set[Batch] = set()
         self._watched: set[Batch] = set()
         self._given_back: deque[Batch] = deque()
