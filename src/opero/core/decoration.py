@@ -164,7 +164,8 @@ class Decoration:
                 is_ready = place is not None
             if is_ready and plan.limit is not None:
                 slot = self._take_slot and self._take_slot(first_args, first_kwargs)
-                is_ready = bool(slot)
+                if not slot:
+                    is_ready = False
         except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that is refused as a call that failed
             is_ready = False
         if is_ready:

@@ -64,6 +64,9 @@ class _Log:
         return now + self.seconds * math.ceil(excess / self.units)
 
     def add(self, now: float, amount: float) -> None:
+        if amount <= 0:
+            self._give_back(-amount)
+            return
         self.used += amount
         entries = self.entries
         if len(entries) >= _EXACT_ENTRIES:
@@ -74,7 +77,7 @@ class _Log:
                 return
         entries.append([now, amount])
 
-    def give_back(self, amount: float) -> None:
+    def _give_back(self, amount: float) -> None:
         """From the oldest, so that no window looks emptier than it is."""
         while amount > 0 and self.entries:
             oldest = self.entries[0]
@@ -143,11 +146,7 @@ class Ledger:
             for place, (name, interval, _) in enumerate(self.rates.paces):
                 free_at[place] = max(free_at[place], now) + amounts[name] * interval
         for log in self.logs:
-            amount = amounts[log.name]
-            if amount > 0:
-                log.add(now, amount)
-            elif amount:
-                log.give_back(-amount)
+            log.add(now, amounts[log.name])
 
     def _take_late(self, now: float, waited: float, amounts: Sequence[float]) -> None:
         since = max(now - waited, min(now, self.paused_until))

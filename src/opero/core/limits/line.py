@@ -116,7 +116,8 @@ class Line:
 
     def _set(self, rates: Rates) -> None:
         self._rates = rates
-        self._only_pace = rates.paces[0] if len(rates.paces) == 1 and not rates.quotas else None
+        # Of the only pace; 0 where there is more to look at.
+        self._interval = rates.paces[0].interval if len(rates.paces) == 1 and not rates.quotas else 0.0
 
     def after_fork(self) -> None:
         """Forget the parent's callers, and what they took."""
@@ -152,16 +153,16 @@ class Line:
             now = clock.now()
             first = self.first() if self._spots else None
             if first is None:
-                ledger, is_late = self._ledger, now <= self._made_up_until
-                if self._only_pace is not None and amounts is ONE and not is_late:
+                ledger, late, made_up_until = self._ledger, now + EARLY, self._made_up_until
+                if amounts is ONE and self._interval and now > made_up_until:
                     # As below, in half the time.
-                    if now + EARLY < ledger.free_at[0] or now + EARLY < ledger.paused_until:
+                    if late < ledger.free_at[0] or late < ledger.paused_until:
                         return False
-                    ledger.free_at[0] = now + self._only_pace.interval
+                    ledger.free_at[0] = now + self._interval
                     return True
                 if not ledger.is_open(now, amounts):
                     return False
-                ledger.take(now, math.inf if is_late else 0.0, amounts)
+                ledger.take(now, 0.0 if now > made_up_until else math.inf, amounts)
                 return True
             if not self.may_open(now):
                 return False
