@@ -166,6 +166,8 @@ _telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_te
 class Listener:
     """A callback, and whether its errors have been complained of."""
 
+    __slots__ = ("_alone", "_is_complained_of", "callback")
+
     def __init__(self, callback: Callable[[Any], object]) -> None:
         self.callback = check_callable("on_event", callback, "a function of one event")
         self._alone = (self.callback,)
@@ -270,7 +272,7 @@ def begin_telling(plan: Plan, call: Call) -> None:
     def tell(kind: type[Event], **facts: Any) -> None:
         # Not by the constructor, which takes twice as long.
         event = object.__new__(kind)
-        attributes = vars(event)
+        attributes = event.__dict__
         attributes.update(same)
         attributes.update(facts)
         attributes["time"] = clock.wall()
