@@ -398,6 +398,40 @@ def test_a_map_works_inside_of_a_worker_of_another_pool(inside):
     assert inside() == [[1, 1], [2, 2]]
 
 
+WITH_A_THREAD = """
+    import threading, time
+
+    lock = threading.Lock()
+
+    def hold():
+        with lock:
+            time.sleep(60)
+
+    holder = threading.Thread(target=hold, daemon=True)
+    holder.start()
+
+    def work(item):
+        return item, holder.is_alive()
+"""
+
+
+def test_workers_are_not_forked_beside_threads_that_begin_when_a_module_is_imported(tmp_path):
+    """The fork server imports the function's module, once for all workers."""
+    (tmp_path / "with_a_thread.py").write_text(textwrap.dedent(WITH_A_THREAD))
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import with_a_thread\n"
+        "from opero import opmap\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in range(2):\n"
+        "        print(opmap(workers=1, retries=0, progress=False)(with_a_thread.work)([1, 2]))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
+    assert (run.stdout, run.stderr) == ("[(1, True), (2, True)]\n" * 2, "")
+
+
 # What goes by value, and errors
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from typing import Any
 
 
 def has_native_threads() -> bool:
@@ -20,11 +21,26 @@ def has_native_threads() -> bool:
     return _stay(0.05)
 
 
-def _stay(seconds: float) -> bool:
+def fork_server_has_threads() -> bool:
+    """Whether the fork server of multiprocessing, if there is one, has begun threads with what it has imported.
+
+    To be asked when it has just forked: OpenBLAS has ended its own for that.
+    """
+    from multiprocessing import forkserver
+
+    server: Any = forkserver._forkserver  # noqa: SLF001 - there is no function that tells
+    pid: int | None = server._forkserver_pid  # noqa: SLF001 - as above
+    return pid is not None and _stay(0.05, pid)
+
+
+def _stay(seconds: float, pid: int | None = None) -> bool:
     """Whether there are any for so long: those of Python that have just ended are listed for a moment."""
-    deadline = time.monotonic() + seconds
+    deadline, tasks = time.monotonic() + seconds, f"/proc/{pid or 'self'}/task"
     with contextlib.suppress(FileNotFoundError):
-        while set(map(int, os.listdir("/proc/self/task"))) - {thread.native_id for thread in threading.enumerate()}:  # noqa: PTH208 - no paths are needed
+        while True:
+            known = {pid} if pid else {thread.native_id for thread in threading.enumerate()}
+            if not set(map(int, os.listdir(tasks))) - known:  # noqa: PTH208 - no paths are needed
+                return False
             if time.monotonic() >= deadline:
                 return True
             time.sleep(0.001)

@@ -31,7 +31,7 @@ from opero.concurrency.main_module import (
     imported_by_main,
     only_if_it_can_be_imported,
 )
-from opero.concurrency.native_threads import has_native_threads
+from opero.concurrency.native_threads import fork_server_has_threads, has_native_threads
 from opero.concurrency.process_worker import (
     ARGUMENTS,
     BATCH,
@@ -413,6 +413,13 @@ class ProcessPool(Pool):
             _open_ends.given = theirs, threading.get_ident()
             try:
                 process = self._launch(theirs, place)
+                if self._method == "forkserver" and fork_server_has_threads():
+                    # The worker may find a lock of theirs held for ever.
+                    process.kill()
+                    wait_until_ended([process], GRACE_SECONDS)
+                    self._processes.remove(process)
+                    self._use("spawn")
+                    process = self._launch(theirs, place)
             except BaseException:
                 _open_ends.all.discard(ours)
                 ours.close()
