@@ -111,7 +111,7 @@ NEIGHBOURS = {
     "retry_options=": "stop before_sleep",
     "progress=": "desc",
     "batch_size=": "chunksize",
-    "pool_options=": "initializer",
+    "pool_options=": "initializer worker_init",
 }
 
 

@@ -76,6 +76,14 @@ def test_opero_has_each_public_name(name):
     assert hasattr(opero, name)
 
 
+@pytest.mark.parametrize("name", ["concurrency.get_parallel_executor", "http.retry_after", "testing.instant"])
+def test_what_a_module_has_needs_no_import_but_that_of_opero(name):
+    """As the README writes it."""
+    program = f"import opero; print(opero.{name}.__name__)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.stdout == f"{name.partition('.')[2]}\n", run.stderr
+
+
 def test_a_star_import_gives_the_public_names():
     namespace: dict[str, object] = {}
     exec("from opero import *", namespace)

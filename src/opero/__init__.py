@@ -22,6 +22,9 @@ from opero.utils.lazily import importing_lazily
 from opero.utils.logging import configure_logging
 
 if TYPE_CHECKING:
+    from opero import concurrency as concurrency
+    from opero import http as http
+    from opero import testing as testing
     from opero.concurrency.outcome import Outcome, Results
     from opero.core.breaker import Breaker
     from opero.core.cache import Cache, clear_cache
@@ -40,7 +43,10 @@ else:
             "candidates": "opero.core.candidates",
             "candidates_from": "opero.core.candidates",
             "clear_cache": "opero.core.cache",
+            "concurrency": "opero.concurrency",
+            "http": "opero.http",
             "opmap": "opero.decorators.opmap",
+            "testing": "opero.testing",
         },
     )
 

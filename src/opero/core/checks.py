@@ -137,7 +137,10 @@ _NEIGHBOURS = {
     "progress='label', or a mapping of options": "progress desc progress_bar tqdm show_progress verbose",
     "ordered=False": "ordered unordered",
     "batch_size=… if the function takes lists; opero sizes batches by itself": "batch_size chunksize chunk_size",
-    "pool_options={…}": "pool_options initializer initargs start_method maxtasksperchild mp_context",
+    "pool_options={…}": (
+        "pool_options initializer initargs start_method mp_context maxtasksperchild max_tasks_per_child worker_init "
+        "worker_exit"
+    ),
     "total=…": "total length",
 }
 _BY_NEIGHBOUR = {name: ours for ours, names in _NEIGHBOURS.items() for name in names.split()}

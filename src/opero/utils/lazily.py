@@ -11,13 +11,17 @@ if TYPE_CHECKING:
 
 
 def importing_lazily(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package, by the names that it does not import itself and the modules that have them."""
+    """The ``__getattr__`` of a package, by the names that it does not import itself and the modules that have them.
+
+    The name of a module of the package is that module itself.
+    """
 
     def get(name: str) -> Any:
         if name not in modules:
             msg = f"module {package!r} has no attribute {name!r}"
             raise AttributeError(msg, name=name, obj=sys.modules[package])
-        value = getattr(importlib.import_module(modules[name]), name)
+        module = importlib.import_module(modules[name])
+        value = module if module.__name__ == f"{package}.{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value
 
