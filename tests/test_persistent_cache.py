@@ -33,7 +33,7 @@ from test_single_flight import Held, waiters
 import opero
 from opero.core import faults
 from opero.core.keys import KeyMaker
-from opero.core.stores import locks
+from opero.core.stores import disk, locks
 from opero.core.stores.disk import _Database, connect
 from opero.core.stores.redis import RedisStore
 
@@ -1007,6 +1007,41 @@ def test_the_event_loop_goes_on_while_another_process_writes_to_the_disk(disk_ba
 
     asyncio.run(main())
     assert f.stats.attempts == 2
+
+
+@pytest.fixture
+def busy_database(disk_backend):
+    """Another process has begun to write to the entries of a function, and does not end."""
+
+    @contextlib.contextmanager
+    def busy(function):
+        database = function.__opero__.plan.cache.store.folder / "cache.db"
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as writer:
+            writer.execute("BEGIN IMMEDIATE")
+            yield
+
+    return busy
+
+
+def test_a_call_waits_no_longer_than_its_total_timeout_for_another_process_that_writes(disk_backend, busy_database):
+    f = opero.opero(**own(disk_backend), total_timeout=0.1)(lambda x: x)
+    f(0)
+    with busy_database(f):
+        begin = time.monotonic()
+        assert f(1) == 1
+        assert time.monotonic() - begin < disk._LOCK_SECONDS / 2
+    assert f.stats.cache_errors == 1
+
+
+def test_results_of_a_map_wait_together_for_another_process_that_writes(disk_backend, busy_database, monkeypatch):
+    monkeypatch.setattr(disk, "_LOCK_SECONDS", 0.2)
+    f = opero.opmap(**own(disk_backend), mode="thread", workers=1, progress=False)(lambda x: x)
+    f([0])
+    with busy_database(f.single):
+        begin = time.monotonic()
+        assert f(range(200)) == [*range(200)]
+        assert time.monotonic() - begin < 200 * 0.2 / 2
+    assert f.stats.cache_errors == 199
 
 
 def test_the_event_loop_goes_on_while_another_process_computes(cached, options, start):

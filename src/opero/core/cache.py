@@ -315,7 +315,7 @@ class ResultCache:
             if life is not _NOT_KEPT and (claim is CLAIMED or lease.held or call.refreshes):
                 is_error = outcome.__class__ is Failed
                 value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
-                keep = Keep(lease, value, life, flight=flight, stale=stale)
+                keep = Keep(lease, value, life, flight=flight, stale=stale, patience=call.time_left())
                 self._note_fault((yield from self._ask(keep)), stats)
             flights.land(flight, outcome, None if keep is None else keep.written)
             return outcome

@@ -68,7 +68,8 @@ class Keep:
     """Request: store a result unless it is stale by now, and give the lease back; answered by `DONE`.
 
     It lives for ``ttl`` seconds, and for ``stale`` more it may be given if the call fails. With a lease that was never
-    claimed it is stored in any case. ``written`` is filled in by stores of bytes.
+    claimed it is stored in any case. ``written`` is filled in by stores of bytes. ``patience``: seconds that may be
+    waited for others who write; None for as long as the store thinks right.
     """
 
     lease: Lease
@@ -76,6 +77,7 @@ class Keep:
     ttl: float | None
     flight: Flight | None = None
     stale: float = 0.0
+    patience: float | None = None
     written: bytes | None = None
 
     @property

@@ -110,6 +110,13 @@ class _Database(diskcache.Cache):  # type: ignore[misc]  # as above
             sql(self._cull_surplus, (count - self._maxsize,))
 
 
+def _is_busy(error: Exception) -> bool:
+    """Whether another process writes, for longer than it was waited for."""
+    return isinstance(error, diskcache.Timeout) or (
+        isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+    )
+
+
 def connect(folder: str, timeout: float) -> sqlite3.Connection:
     """A connection that any thread may use; it waits so many seconds for other processes."""
     return sqlite3.connect(_path(folder), timeout=timeout, isolation_level=None, check_same_thread=False)
@@ -326,9 +333,9 @@ class DiskStore(LastingStore):
         try:
             self._write(keeps)
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
-            if len(keeps) == 1:
+            if len(keeps) == 1 or _is_busy(error):
                 self.failed(error)
-                return {id(keeps[0]): error}
+                return {id(keep): error for keep in keeps}
             return {name: answer for keep in keeps for name, answer in self._keep([keep]).items()}
         return {}
 
@@ -341,11 +348,11 @@ class DiskStore(LastingStore):
                     if not keep.is_stale and (seen is None or seen == _past_of(keep.lease.key, sql)):
                         database.set(keep.lease.key, keep.written, expire=keep.seconds)
 
-        self._patiently(write)
+        self._patiently(write, min([_LOCK_SECONDS, *(keep.patience for keep in keeps if keep.patience is not None)]))
 
-    def _patiently(self, write: Callable[[_Database], R]) -> R:
+    def _patiently(self, write: Callable[[_Database], R], seconds: float = _LOCK_SECONDS) -> R:
         """Write, as soon as no other process does."""
-        deadline = time.monotonic() + _LOCK_SECONDS
+        deadline = time.monotonic() + seconds
         while True:
             try:
                 with self._lock:
@@ -359,8 +366,7 @@ class DiskStore(LastingStore):
                         database.close()
                         raise
             except (diskcache.Timeout, sqlite3.OperationalError) as error:
-                busy = isinstance(error, diskcache.Timeout) or "locked" in str(error)
-                if not busy or time.monotonic() >= deadline:
+                if not _is_busy(error) or time.monotonic() >= deadline:
                     raise
 
     def _touch(self, key: bytes) -> None:
