@@ -283,6 +283,8 @@ def _pool_class() -> Any:
 
         def reset(self) -> None:
             self._free: list[Any] = []
+            # In a child that was forked another thread of the parent's may have held the lock.
+            self._lock = threading.RLock()
             super().reset()
 
         def make_connection(self) -> Any:
