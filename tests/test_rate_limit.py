@@ -189,6 +189,13 @@ def test_who_is_further_back_looks_later_than_the_first_but_does_look(fake_clock
     assert 0.25 <= looks[2] < 1
 
 
+def test_thousands_look_seldom(fake_clock, joined):
+    limiter = RateLimiter(50)
+    limiter.take_now()
+    looks = sum(1 / ticket.due_in() for ticket in joined(limiter, 5000))
+    assert looks < 2500  # in a second
+
+
 def test_after_the_last_in_line_the_next_slot_still_has_to_come(fake_clock, joined):
     limiter = RateLimiter(4)
     limiter.take_now()

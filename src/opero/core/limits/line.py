@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _GRACE = 0.05
 _MOST_GRACES = 5
 _LONGEST_NAP = 1.0
+# And it looks so much more seldom for each that is before those.
+_NAP_FOR_EACH, _LONGEST_FAR_BACK = 0.005, 5.0
 # Who waits for another limit lets so many others pass for each slot for which it holds them up, up to a few slots.
 _PASSES, _MOST_HELD = 20, 5
 # So long is believed what a gate has told with a slot of when the next one comes.
@@ -246,7 +248,9 @@ class Line:
         before = self._place(spot)
         later = min(before, _MOST_GRACES) * _GRACE
         if not self.may_open(now):
-            return self._closed_until + later
+            # Far back it looks seldom: thousands that look again and again would keep their event loop from all else.
+            far = max(0, before - _MOST_GRACES) * _NAP_FOR_EACH
+            return self._closed_until + later + min(far, _LONGEST_FAR_BACK)
         if before:
             self._noticed_at = min(self._noticed_at, now)
             if now < self._noticed_at + later:
