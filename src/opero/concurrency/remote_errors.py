@@ -7,126 +7,103 @@ import copyreg
 import io
 import traceback
 from collections.abc import Mapping
-from types import MemberDescriptorType
+from pickle import PicklingError
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType
 from typing import Any
 
 from opero.concurrency.pickling import ReportPickler, loads, report_dumps
-from opero.core.signature import MISSING, find_by_name
+from opero.core.signature import MISSING
 from opero.exceptions import RemoteError
 from opero.utils.notes import IN_THE_WORKER, add_note, describe, drop_notes, users_part
 
-# Causes of causes.
-_MOST_LINKS = 10
 
-# An exception pickled, what it says, and what hangs on it: cause, context, whether that is hidden, those in a group.
-Packed = tuple[bytes, str, "Links"]
-Links = tuple[Packed | None, Packed | None, bool, list["Links"]]
-_NO_LINKS: Links = (None, None, False, [])
-
-
-def pack_error(error: Exception) -> Packed:
-    """Pickle an exception; what cannot be pickled arrives as a `RemoteError` that says the same."""
+def pack_error(error: Exception) -> bytes:
+    """Pickle an exception, for `loads`; what cannot be pickled arrives as a `RemoteError` that says the same."""
     if error.__traceback__ is not None:
         # The function may raise one object again and again, with what it got here before.
         drop_notes(error, IN_THE_WORKER)
         error.__traceback__ = users_part(error.__traceback__)
         add_note(error, f"{IN_THE_WORKER}{_trace(error)}")
         error.__traceback__ = None
-    return _pack(error, ())
-
-
-def unpack_error(packed: Packed) -> Exception:
-    data, story, links = packed
     try:
-        error: Exception = loads(data)
-    except Exception:  # noqa: BLE001 - anything may happen in a user's __setstate__
-        error = RemoteError(story)
-    _link(error, links)
-    return error
-
-
-def _pack(error: BaseException, above: tuple[int, ...]) -> Packed:
-    return _dumps(error), story_of(error), _links_of(error, above)
-
-
-def _links_of(error: BaseException, above: tuple[int, ...]) -> Links:
-    if id(error) in above or len(above) >= _MOST_LINKS:
-        return _NO_LINKS
-    above = (*above, id(error))
-    cause, context = error.__cause__, error.__context__
-    return (
-        None if cause is None else _pack(cause, above),
-        # Mostly what it was raised from is what was being handled.
-        None if context is None or context is cause else _pack(context, above),
-        error.__suppress_context__,
-        [_links_of(member, above) for member in getattr(error, "exceptions", ())],
-    )
-
-
-def _link(error: BaseException, links: Links) -> None:
-    cause, context, is_hidden, members = links
-    error.__cause__ = None if cause is None else unpack_error(cause)
-    error.__context__ = error.__cause__ if context is None else unpack_error(context)
-    error.__suppress_context__ = is_hidden
-    for member, its in zip(getattr(error, "exceptions", ()), members, strict=False):
-        _link(member, its)
+        return _dumps(error)
+    except PicklingError:
+        # It comes from hundreds of others.
+        error.__cause__ = error.__context__ = None
+        return _dumps(error)
 
 
 def _dumps(error: BaseException) -> bytes:
-    plain = _copy_of(error)
-    if _is_like(plain, error):
-        return report_dumps(error)
-    if find_by_name(type(error).__module__, type(error).__qualname__) is not type(error) and _is_a_base(plain, error):
-        # Its class was made at run time, and it says by itself what it is elsewhere.
-        return report_dumps(error)
-    for pickler in (_RemakingPickler, _LossyPickler):
+    file = io.BytesIO()
+    _ErrorPickler(file).dump(error)
+    return file.getvalue()
+
+
+class _ErrorPickler(ReportPickler):
+    """Pickles each exception by itself, so that one that cannot travel does not take with it what hangs on it."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is FunctionType and obj.__module__ == __name__:
+            return NotImplemented
+        if not isinstance(obj, BaseException):
+            return super().reducer_override(obj)
+        links = obj.__cause__, obj.__context__, obj.__suppress_context__
+        return _alone, (_dumps_alone(obj), _story_of(obj)), links, None, None, _link
+
+
+def _alone(data: bytes, story: str) -> BaseException:
+    try:
+        error: BaseException = loads(data)
+    except Exception:  # noqa: BLE001 - anything may happen in a user's __setstate__
+        return RemoteError(story)
+    return error
+
+
+def _link(error: BaseException, links: tuple[Any, ...]) -> None:
+    error.__cause__, error.__context__, error.__suppress_context__ = links
+
+
+def _dumps_alone(error: BaseException) -> bytes:
+    """The first pickle of it that can be read, and whose text can be shown; see `_LossyPickler` for the last one."""
+    ways = [_OwnPickler, _RemakingPickler, _LossyPickler][0 if _says_how(type(error)) else 1 :]
+    for way in ways:
         with contextlib.suppress(Exception):
-            written = io.BytesIO()
-            pickler(written).dump(error)
-            copy = loads(written.getvalue())
-            # Whoever prints one whose text raises would raise, too.
-            if _is_like(copy, error) and str(copy) == str(error):
-                return written.getvalue()
-    if type(plain) is type(error):
-        # Its text may be another each time.
-        return report_dumps(error)
-    remote = RemoteError(story_of(error))
-    if _copy_of(type(error)) is type(error):
-        remote.error_class = type(error)
+            file = io.BytesIO()
+            way(file, error).dump(error)
+            copy = loads(file.getvalue())
+            text = str(copy)
+            if isinstance(copy, BaseException) and (way is not _LossyPickler or text == str(error)):
+                return file.getvalue()
+    remote = RemoteError(_story_of(error))
+    with contextlib.suppress(Exception):
+        remote.error_class = loads(report_dumps(type(error)))
     for note in getattr(error, "__notes__", ()):
         add_note(remote, note)
     return report_dumps(remote)
 
 
-def _copy_of(thing: Any) -> Any:
-    """What arrives of it; None if nothing does."""
-    try:
-        return loads(report_dumps(thing))
-    except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
-        return None
+def _says_how(kind: type) -> bool:
+    """Whether its program says by itself how it is pickled."""
+    defining = [cls for cls in kind.__mro__ if vars(cls).keys() & {"__reduce__", "__reduce_ex__"}]
+    return defining[0].__module__ != "builtins"
 
 
-def _is_a_base(copy: Any, error: BaseException) -> bool:
-    """Whether it says the same as an exception of a class from which the error's own one is derived."""
-    return isinstance(copy, Exception) and isinstance(error, type(copy)) and str(copy) == str(error)
+class _OwnPickler(_ErrorPickler):
+    """Pickles one exception as it says by itself."""
 
-
-def _is_like(copy: Any, error: BaseException) -> bool:
-    """Whether it says the same, and has its slots: plain pickle runs `__init__` again, with ``args``, and no slots."""
-    if type(copy) is not type(error) or describe(copy) != describe(error):
-        return False
-    if _fields(copy).keys() != _fields(error).keys():
-        return False
-    if isinstance(error, BaseExceptionGroup) and isinstance(copy, BaseExceptionGroup):
-        return all(map(_is_like, copy.exceptions, error.exceptions))
-    return True
-
-
-class _RemakingPickler(ReportPickler):
-    """Makes exceptions again without their `__init__`, which takes what ``args`` does not hold; in a group, too."""
+    def __init__(self, file: io.BytesIO, error: BaseException) -> None:
+        super().__init__(file)
+        self._error = error
 
     def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, BaseException) or _is_like(_copy_of(obj), obj):
+        return super().reducer_override(obj) if obj is not self._error else NotImplemented
+
+
+class _RemakingPickler(_OwnPickler):
+    """Makes one exception again without its `__init__`, which may take what ``args`` does not hold."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if obj is not self._error:
             return super().reducer_override(obj)
         state = obj.args, _fields(obj), vars(obj)
         return copyreg.__newobj__, (type(obj), *obj.args), state, None, None, _set_error  # type: ignore[attr-defined]
@@ -136,18 +113,18 @@ class _LossyPickler(_RemakingPickler):
     """Leaves out what cannot be sent, such as the open response in an `HTTPError`, and keeps what can: the status."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, BaseException) or _copy_of(obj) is not None:
-            return super().reducer_override(obj)
+        reduced = super().reducer_override(obj)
+        if reduced is not NotImplemented or isinstance(obj, (type, FunctionType, BuiltinFunctionType)):
+            return reduced
         try:
             obj.__reduce_ex__(4)
-        except Exception:  # noqa: BLE001 - as in _copy_of
+        except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
             if isinstance(obj, io.IOBase):
                 # An empty one: Python 3.12 closes that of an `HTTPError`, which cannot be None, and handlers read it.
                 return (io.StringIO if isinstance(obj, io.TextIOBase) else io.BytesIO), ()
             # Headers are often read-only mappings, which cannot be pickled.
             return (dict, (dict(obj),)) if isinstance(obj, Mapping) else (_left_out, ())
-        # Something in it cannot, and comes here by itself.
-        return super().reducer_override(obj)
+        return reduced
 
 
 def _left_out() -> None:
@@ -157,38 +134,24 @@ def _left_out() -> None:
 def _set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
     error.args, fields, attributes = state
     vars(error).update(attributes)
-    descriptors = _descriptors(type(error))
     for name, value in fields.items():
         # What `__new__` has set cannot always be set again, and a None of an OSError's would be shown.
         if getattr(error, name, MISSING) is not value:
             with contextlib.suppress(AttributeError, TypeError):
-                descriptors[name].__set__(error, value)
+                object.__setattr__(error, name, value)
 
 
 def _fields(error: BaseException) -> dict[str, Any]:
     """What is neither in ``args`` nor in its `__dict__`: slots, and what built-in exceptions have, as ``errno``."""
-    return {name: getattr(error, name) for name in _descriptors(type(error)) if hasattr(error, name)}
-
-
-def _descriptors(kind: type) -> dict[str, MemberDescriptorType]:
-    found = {name: member for cls in reversed(kind.__mro__) for name, member in vars(cls).items()}
+    members = [member for cls in type(error).__mro__ for member in vars(cls).values()]
+    names = {member.__name__ for member in members if isinstance(member, MemberDescriptorType)}
     # The object that lacked an attribute may be anything.
-    return {
-        name: member
-        for name, member in found.items()
-        if isinstance(member, MemberDescriptorType) and not name.endswith("__") and name != "obj"
-    }
+    names -= {"obj", "__suppress_context__"}
+    return {name: getattr(error, name) for name in names if hasattr(error, name)}
 
 
-def story_of(error: BaseException) -> str:
-    return f"{type(error).__module__}.{text_of(error)}"
-
-
-def text_of(error: BaseException) -> str:
-    try:
-        return f"{type(error).__qualname__}: {error}"
-    except Exception:  # noqa: BLE001 - anything may happen in a user's __str__
-        return f"{type(error).__qualname__} (it has no text)"
+def _story_of(error: BaseException) -> str:
+    return f"{type(error).__module__}.{describe(error)}"
 
 
 def _trace(error: Exception) -> str:

@@ -14,11 +14,12 @@ import cloudpickle
 
 from opero.concurrency.main_module import everything, nothing
 from opero.concurrency.pickling import PROTOCOL, Pickler, loads, report_dumps
-from opero.concurrency.remote_errors import pack_error, text_of, unpack_error
+from opero.concurrency.remote_errors import pack_error
 from opero.concurrency.shared_buffers import SharedBuffers
 from opero.concurrency.worker import Report, Work
 from opero.core.signature import MISSING, name_of
 from opero.exceptions import NotTransferableError
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +38,7 @@ _MENTIONS_MAIN = b"_main__"
 
 
 def _refused(what: str, error: Exception) -> NotTransferableError:
-    why = text_of(error)
+    why = describe(error)
     return NotTransferableError(
         f"{what} cannot be sent to a worker process: {why}; give what can be pickled, or use threads"
     )
@@ -150,7 +151,7 @@ def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], Any, TimeLimit
     try:
         items, has_candidate, candidate, limit = loads(payload)
     except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
-        return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {text_of(error)}")}, 0.0)
+        return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {describe(error)}")}, 0.0)
     return items, candidate if has_candidate else MISSING, limit
 
 
@@ -165,7 +166,7 @@ def pack_report(report: Report) -> bytes:
             try:
                 values[place] = report_dumps(value)
             except Exception as error:  # noqa: BLE001 - anything may happen in a user's __getstate__
-                text = f"the result {type(value).__qualname__} cannot be pickled: {text_of(error)}"
+                text = f"the result {type(value).__qualname__} cannot be pickled: {describe(error)}"
                 errors[place] = pack_error(NotTransferableError(text))
     return pickle.dumps((values, is_plain, errors, report.seconds), PROTOCOL)
 
@@ -173,14 +174,14 @@ def pack_report(report: Report) -> bytes:
 def unpack_report(payload: bytes | memoryview) -> Report:
     """What `pack_report` has packed; what cannot be unpickled here becomes the error of its item."""
     values, is_plain, packed, seconds = loads(payload)
-    errors = {place: unpack_error(error) for place, error in packed.items()}
+    errors = {place: loads(error) for place, error in packed.items()}
     if not is_plain:
         for place, data in enumerate(values):
             try:
                 values[place] = loads(data)
             except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
                 values[place] = None
-                errors[place] = NotTransferableError(f"the result cannot be unpickled: {text_of(error)}")
+                errors[place] = NotTransferableError(f"the result cannot be unpickled: {describe(error)}")
     return Report(values, errors, seconds)
 
 
