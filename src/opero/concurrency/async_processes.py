@@ -27,14 +27,11 @@ class AsyncProcessPool(ProcessPool):
         super().__init__(work, workers, **options)
         self.at_once = concurrency
 
-    def _launch(self, pipe: Any, place: int) -> Any:
+    def _make_process(self, *args: Any) -> Any:
         import aiomultiprocess.core
 
         with _settings_of_aiomultiprocess(self._context, _NoManager):
-            process = aiomultiprocess.core.Process(
-                target=serve_async, args=(pipe, self._marks, place, self._start), daemon=True
-            )
-        return self._processes.start(process.aio_process)
+            return aiomultiprocess.core.Process(target=serve_async, args=args, daemon=True).aio_process
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# How long an ended process may tidy up, and how long the system may take to say that it is gone.
+# How long an ended process may tidy up, and how long others may take to say how it ended.
 GRACE_SECONDS = 1.0
 _SAYING_SECONDS = 0.05
 # What a worker exits with that was asked to end, as a shell's command would.
@@ -28,24 +28,26 @@ def wait_until_ended(processes: Iterable[Any], seconds: float) -> list[Any]:
     `Process.join` waits for a pipe's end, which a child of the program's own may have open.
     """
     deadline, pause = time.monotonic() + seconds, 0.001
-    running, gone_since = list(processes), dict[Any, float]()
+    running = list(processes)
     while True:
-        now = time.monotonic()
-        running = [each for each in running if each.exitcode is None and not _is_gone(each, gone_since, now)]
-        if not running or now >= deadline:
+        running = [process for process in running if _runs(process)]
+        if not running or time.monotonic() >= deadline:
             return running
         time.sleep(pause)
-        pause = min(2 * pause, 0.05)
+        pause = min(2 * pause, 0.005)
 
 
-def _is_gone(process: Any, gone_since: dict[Any, float], now: float) -> bool:
-    """Another thread has been told its exit code and may say so in a moment; or the system keeps none."""
-    if os.name != "posix":
+def _runs(process: Any) -> bool:
+    if process.exitcode is not None:
         return False
-    with contextlib.suppress(OSError):
-        os.kill(process.pid, 0)
-        return False
-    return now - gone_since.setdefault(process, now) > _SAYING_SECONDS
+    if os.name == "posix":
+        try:
+            os.kill(process.pid, 0)
+        except OSError:
+            # The system keeps no exit codes, or whoever was told of it may say so in a moment.
+            process.join(_SAYING_SECONDS)
+            return False
+    return True
 
 
 def end_by_force(processes: Iterable[Any]) -> None:

@@ -220,7 +220,7 @@ class ExecutorPool(Pool):
         # The workers of the standard library's executor have the main module; those of others may not.
         has = fresh_workers_have() if isinstance(self._executor, ProcessPoolExecutor) else nothing
         self._packer = Packer(has)
-        self._packed = self._packer.work(self._work)
+        self._packed = self._packer.start((self._work, None, (), None))
         self._digest = blake2b(self._packed, digest_size=16).digest()
 
     def _breaks(self, error: Exception) -> Fatal | None:

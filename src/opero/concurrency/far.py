@@ -95,7 +95,7 @@ class Parcels:
         self._packer = Packer()
         self._numbers = itertools.count()
         self._map = uuid4().hex
-        self.packed = self._packer.work(work)
+        self.packed = self._packer.start((work, None, (), None))
         self.digest = blake2b(self.packed, digest_size=16).digest()
 
     def name(self) -> str:

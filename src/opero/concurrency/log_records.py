@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import pickle
 import sys
 from typing import TYPE_CHECKING, Any
@@ -44,20 +43,14 @@ def taken_from_handlers(settings: Settings, send: Callable[[bytes], None]) -> It
     yield
     if any(logger.handlers for _, logger in _loggers()):
         return
-    text_of = logging.Formatter().format
+    from logging.handlers import QueueHandler
 
-    class ToParent(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
+    class ToParent(QueueHandler):
+        def enqueue(self, record: logging.LogRecord) -> None:
             # What it says now is all that is sent: its arguments may not be picklable.
-            record = copy.copy(record)
-            record.msg = record.message = text_of(record)
-            record.args = record.exc_info = record.exc_text = record.stack_info = None
-            try:
-                send(pickle.dumps(vars(record)))
-            except Exception:  # noqa: BLE001 - as every handler does
-                self.handleError(record)
+            send(pickle.dumps(record))
 
-    handler = ToParent()
+    handler = ToParent(None)  # type: ignore[arg-type]  # a queue is needed for its own `enqueue` only
     logging.getLogger().addHandler(handler)
     for name, (_, propagate) in settings.items():
         if not propagate:
@@ -69,7 +62,7 @@ def hand_on(data: Any) -> None:
     import logging
 
     try:
-        record = logging.makeLogRecord(pickle.loads(data))  # noqa: S301 - from a worker
+        record = pickle.loads(data)  # noqa: S301 - from a worker
     except Exception as error:  # noqa: BLE001 - what the program has added to a record may not be known here
         log("WARNING", "a log record of a worker cannot be unpickled: {}", describe(error))
         return

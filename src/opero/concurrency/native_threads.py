@@ -1,4 +1,4 @@
-"""Threads that Python does not know (of OpenMP, rayon), which may hold a lock when this process forks."""
+"""Threads, also those that Python does not know (of OpenMP, rayon), which may hold a lock when this process forks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import threading
 import time
 from typing import Any
 
+from opero.core.forks import foreign_threads
 
-def has_native_threads() -> bool:
-    """Whether there are any but those of OpenBLAS; where the system does not list threads there seem to be none.
 
-    OpenBLAS, which NumPy brings, ends its threads before each fork by itself and makes them anew when it needs them.
-    So a fork for nothing shows whether others are left.
+def has_other_threads() -> bool:
+    """Whether there are any of Python's or of the system's; where it does not list them, only of Python's.
+
+    Those of OpenBLAS, which NumPy brings, do not count: it ends them before each fork by itself, and makes them anew
+    when it needs them. So a fork for nothing shows whether others are left.
     """
+    if foreign_threads():
+        return True
     if not _stay(0.005):
         return False
     _fork_for_nothing()

@@ -93,17 +93,23 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         return _class_by_value, (its_id, where, make, its), state, None, None, _fill_class
 
     def _reduce_function(self, function: FunctionType) -> Any:
-        if self._goes_by_name(function):
-            return NotImplemented
-        named = by_name(function)
-        if named is not None and self._may_name(*named):
-            return undecorated, named
+        """By name, if workers have it, also where what has that name now is wrapped around it; else as cloudpickle."""
+        module, name = function.__module__, function.__qualname__
+        found, depth = find_by_name(module, name), 0
+        while found is not None and found is not function:
+            found, depth = getattr(found, "__wrapped__", None), depth + 1
+        if found is function:
+            if module in MAINS:
+                is_there = self._has(name)
+            else:
+                # Unless the program has told cloudpickle to send what the module, or its package, has by value.
+                is_there = depth > 0 and not any(
+                    f"{module}.".startswith(f"{registered}.")
+                    for registered in cloudpickle.list_registry_pickle_by_value()
+                )
+            if is_there:
+                return undecorated, (module, name, depth)
         return super().reducer_override(function)
-
-    def _may_name(self, module: str, qualname: str, depth: int) -> bool:
-        if module in MAINS:
-            return self._has(qualname)
-        return depth > 0 and not is_registered_by_value(module)
 
 
 # What cloudpickle gives for a class by value: with a state, and a function that sets it.
@@ -127,23 +133,6 @@ def report_dumps(thing: Any) -> bytes:
         file = io.BytesIO()
         ReportPickler(file).dump(thing)
         return file.getvalue()
-
-
-def is_registered_by_value(module: str) -> bool:
-    """Whether the program has told cloudpickle to send what a module, or the package that it is in, has by value."""
-    registered: set[str] = cloudpickle.list_registry_pickle_by_value()
-    return any(module == name or module.startswith(f"{name}.") for name in registered)
-
-
-def by_name(function: Any) -> tuple[str, str, int] | None:
-    """A function's module, its name, and how often what has that name now is wrapped around it."""
-    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(qualname, str):
-        return None
-    found, depth = find_by_name(module, qualname), 0
-    while found is not None and found is not function:
-        found, depth = getattr(found, "__wrapped__", None), depth + 1
-    return None if found is None else (module, qualname, depth)
 
 
 def undecorated(module: str, qualname: str, depth: int) -> Any:

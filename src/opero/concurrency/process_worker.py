@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import multiprocessing.context
 import os
 import pickle
 import random
@@ -15,16 +16,14 @@ import threading
 import time
 import weakref
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import log_records
 from opero.concurrency.ending import ENDED_CODE, GRACE_SECONDS
 from opero.concurrency.shared_buffers import SharedBuffers
-from opero.concurrency.transport import as_if_starting, pack_report, unpack_batch, unpack_start
+from opero.concurrency.transport import pack_report, unpack_batch, unpack_start
 from opero.concurrency.worker import AsyncCaller, How, Report, Work, in_time, run_batch
 from opero.core.forks import watch_forks
-from opero.exceptions import NotTransferableError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(8))
 # What a batch and its report begin with.
 NUMBER = struct.Struct("<I")
+# The mark of a worker that reads a batch or makes a report, and runs none of its items; see `Parent`.
+BETWEEN = 2**32 - 1
 # A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's threads and exit
 # handlers run.
 PEACE_SECONDS = 30.0
@@ -55,47 +56,43 @@ THREAD_SETTINGS = (
 class Start:
     """What a worker process begins with; pickled only while one is started afresh, with what it can only inherit."""
 
-    def __init__(self, packer: Packer, its: WorkerLife, threads: int | None) -> None:
+    def __init__(self, packer: Packer, life: WorkerLife, threads: int | None) -> None:
         self._packer = packer
-        self._its: WorkerLife | None = its
-        self._packed: bytes | None = None
-        self._shared = SharedBuffers()
+        self._life: WorkerLife | None = life
+        self._packed: tuple[bytes, SharedBuffers] | None = None
         self.threads = threads
         self.logging = log_records.settings_here()
 
     def __getstate__(self) -> Any:
-        assert self._its is not None  # noqa: S101 - for the type checkers
-        return self._packed or self._packer.start(*self._its), self._shared, self.threads, self.logging
+        assert self._life is not None  # noqa: S101 - for the type checkers
+        packed = self._packed
+        if packed is None:
+            # Files that the process inherits are listed there; without any, others can be sent the same.
+            inherited: Any = getattr(multiprocessing.context.get_spawning_popen(), "_fds", [])
+            count, shared = len(inherited), SharedBuffers()
+            packed = self._packer.start(self._life, shared), shared
+            if len(inherited) == count:
+                self._packed = packed
+        return packed, self.threads, self.logging
 
     def __setstate__(self, state: Any) -> None:
-        self._packed, self._shared, self.threads, self.logging = state
-        self._its = None
-
-    def pack(self) -> None:
-        """Pickle what goes to all workers, once if it need not be inherited.
-
-        Raises:
-            NotTransferableError: If it cannot be pickled.
-        """
-        assert self._its is not None  # noqa: S101 - for the type checkers
-        try:
-            self._packed = self._packer.start(*self._its, shared=self._shared)
-        except NotTransferableError:
-            with as_if_starting():
-                self._packer.start(*self._its)
+        self._packed, self.threads, self.logging = state
+        self._life = None
 
     def load(self) -> WorkerLife:
         """What it was made of, in a worker; one that was forked has it already."""
-        if self._its is None:
+        if self._life is None:
             assert self._packed is not None  # noqa: S101 - for the type checkers
-            self._its = unpack_start(self._packed, self._shared.views())
-        return self._its
+            data, shared = self._packed
+            self._life = unpack_start(data, shared.views())
+        return self._life
 
 
 class Parent:
     """The parent process as its worker sees it: a pipe, and ``mark``, the memory that both share.
 
-    The elements of that are the number of items of the batch that have begun, and of batches that were received.
+    Its element is the number of items of the batch that have begun, or `BETWEEN`; where batches of one item run
+    together, the number of those that have been received since the worker began.
     """
 
     def __init__(self, pipe: Connection, marks: Any, place: int) -> None:
@@ -128,18 +125,14 @@ class Parent:
         self._is_ending = self._is_ending or kind == STOP
         return kind, data[1:]
 
-    def report(self, number: bytes, report: Report, *, is_last: bool = True) -> None:
+    def report(self, number: bytes, report: Report, *, is_last: bool) -> None:
         """Report, unless Ctrl-C has come meanwhile: what it has interrupted may look like a success.
 
         Then the parent has a second to say what becomes of the map.
         """
         if self._interrupts > self._interrupts_before:
             self.pipe.poll(GRACE_SECONDS)
-        begun, self.mark[0] = self.mark[0], 0
-        # Whoever dies here was not ended by the item that has begun last.
         self.tell(REPORT if is_last else PART, number + pack_report(report))
-        if not is_last:
-            self.mark[0] = begun
 
     def hear_signals(self) -> None:
         """Let Ctrl-C be the parent's business, but not ignored by programs that are started here; let SIGTERM end."""
@@ -163,7 +156,7 @@ class Parent:
 
 def marks_at(marks: Any, place: int) -> memoryview:
     """The memory that a worker shares with its parent, of an arena of multiprocessing's that has that of all."""
-    return memoryview(marks.buffer).cast("I")[2 * place : 2 * place + 2]
+    return memoryview(marks.buffer).cast("I")[place : place + 1]
 
 
 def serve(pipe: Connection, marks: Any, place: int, start: Start) -> None:
@@ -184,9 +177,8 @@ async def serve_async(pipe: Connection, marks: Any, place: int, start: Start) ->
     parent = Parent(pipe, marks, place)
     with _ending() as ending:
         work = _get_ready(parent, start, ending)
-        with contextlib.suppress(EOFError, OSError):
-            if work is not None:
-                await _AsyncServer(parent, work).serve()
+        if work is not None:
+            await _AsyncServer(parent, work).ended
 
 
 @contextlib.contextmanager
@@ -200,7 +192,10 @@ def _ending() -> Iterator[contextlib.ExitStack]:
         try:
             yield ending
         finally:
-            _end_within(PEACE_SECONDS)
+            # Threads that do not end are not waited for any longer; all reports have been sent.
+            end = threading.Timer(PEACE_SECONDS, os._exit, (0,))
+            end.daemon = True
+            end.start()
 
 
 def _get_ready(parent: Parent, start: Start, ending: contextlib.ExitStack) -> Work | None:
@@ -264,16 +259,6 @@ def _limit_threads(count: int) -> None:
             threadpoolctl.threadpool_limits(count)
 
 
-def _end_within(seconds: float) -> None:
-    """Wait no longer for threads that do not end; all reports have been sent."""
-
-    def end() -> None:
-        time.sleep(seconds)
-        os._exit(0)
-
-    threading.Thread(target=end, daemon=True).start()
-
-
 def _serve_batches(parent: Parent, work: Work) -> None:
     with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
         while True:
@@ -286,13 +271,17 @@ def _serve_batches(parent: Parent, work: Work) -> None:
                     return
                 work = changed
                 continue
-            parent.mark[1] += 1
+            parent.mark[0] = BETWEEN
             arrived = unpack_batch(payload[NUMBER.size :])
             number = bytes(payload[: NUMBER.size])
+
+            def report(made: Report, *, is_last: bool = False, number: bytes = number) -> None:
+                parent.mark[0] = BETWEEN
+                parent.report(number, made, is_last=is_last)
+
             if not isinstance(arrived, Report):
-                how = How(mark=parent.mark, tell=partial(parent.report, number, is_last=False))
-                arrived = run_batch(work, *arrived, caller, how)
-            parent.report(number, arrived)
+                arrived = run_batch(work, *arrived, caller, How(mark=parent.mark, tell=report))
+            report(arrived, is_last=True)
             del arrived, payload
 
 
@@ -308,66 +297,59 @@ def _with_arguments(work: Work, payload: memoryview) -> Work | None:
 
 
 class _AsyncServer:
-    """Runs every batch in a task of its own; messages have its number before their payload."""
+    """Runs every batch, of one item, in a task of its own; messages have its number before their payload."""
 
     def __init__(self, parent: Parent, work: Work) -> None:
+        import asyncio
+
         self._parent = parent
         self._work = work
         self._tasks: set[Any] = set()
-        self._end: BaseException | None = None
+        self._loop = asyncio.get_running_loop()
+        self.ended = self._loop.create_future()
+        threading.Thread(target=self._hear, daemon=True).start()
 
-    async def serve(self) -> None:
-        import asyncio
-
-        self._messages = messages = asyncio.Queue[tuple[bytes, memoryview]]()
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._read, args=(loop, messages), daemon=True).start()
-        while True:
-            kind, payload = await messages.get()
-            if kind == STOP:
-                break
-            if kind == ARGUMENTS:
-                changed = _with_arguments(self._work, payload)
-                if changed is None:
-                    return
-                self._work = changed
-            else:
-                self._parent.mark[1] += 1
-                task = loop.create_task(self._run(payload))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-        if self._end is not None:
-            raise self._end
-
-    def _read(self, loop: Any, messages: Any) -> None:
+    def _hear(self) -> None:
         kind = b""
         while kind != STOP:
             try:
                 kind, payload = self._parent.hear()
             except (EOFError, OSError):
                 kind, payload = STOP, memoryview(b"")
-            loop.call_soon_threadsafe(messages.put_nowait, (kind, payload))
+            self._loop.call_soon_threadsafe(self._heard, kind, payload)
+
+    def _heard(self, kind: bytes, payload: memoryview) -> None:
+        if self.ended.done():
+            return
+        if kind == BATCH:
+            self._parent.mark[0] += 1
+            task = self._loop.create_task(self._run(payload))
+            self._tasks.add(task)
+            task.add_done_callback(self._run_ended)
+            return
+        changed = _with_arguments(self._work, payload) if kind == ARGUMENTS else None
+        if changed is not None:
+            self._work = changed
+        else:
+            self.ended.set_result(None)
+
+    def _run_ended(self, task: Any) -> None:
+        self._tasks.discard(task)
+        # As in a worker that runs plain functions, what is no `Exception` ends the worker.
+        if task.cancelled():
+            self.ended.cancel()
+        elif task.exception() is not None and not self.ended.done():
+            self.ended.set_exception(task.exception())
 
     async def _run(self, payload: memoryview) -> None:
-        try:
-            report = await self._report_on(payload[NUMBER.size :])
-            self._parent.report(bytes(payload[: NUMBER.size]), report)
-        except BaseException as error:  # noqa: BLE001 - as in a worker that runs plain functions, it ends the worker
-            self._end = error
-            self._messages.put_nowait((STOP, payload))
-
-    async def _report_on(self, payload: memoryview) -> Report:
-        arrived = unpack_batch(payload)
-        if isinstance(arrived, Report):
-            return arrived
-        (item,), candidate, limit = arrived
-        started = time.perf_counter()
-        value, errors = None, {}
-        try:
-            value = await in_time(self._work.caller(candidate), item, limit, self._work)
-        except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
-            errors[0] = error
-        try:
-            return Report([value], errors, time.perf_counter() - started)
-        finally:
-            del errors
+        report = unpack_batch(payload[NUMBER.size :])
+        if not isinstance(report, Report):
+            (item,), candidate, limit = report
+            started = time.perf_counter()
+            value, errors = None, {}
+            try:
+                value = await in_time(self._work.caller(candidate), item, limit, self._work)
+            except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
+                errors[0] = error
+            report = Report([value], errors, time.perf_counter() - started)
+        self._parent.report(bytes(payload[: NUMBER.size]), report, is_last=True)

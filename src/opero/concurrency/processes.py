@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections import deque
@@ -31,14 +30,16 @@ from opero.concurrency.main_module import (
     imported_by_main,
     only_if_it_can_be_imported,
 )
-from opero.concurrency.native_threads import fork_server_has_threads, has_native_threads
+from opero.concurrency.native_threads import fork_server_has_threads, has_other_threads
 from opero.concurrency.process_worker import (
     ARGUMENTS,
     BATCH,
+    BETWEEN,
     BROKEN,
     HELLO,
     LOG,
     NUMBER,
+    PART,
     PEACE_SECONDS,
     REPORT,
     STOP,
@@ -48,7 +49,7 @@ from opero.concurrency.process_worker import (
     serve,
 )
 from opero.concurrency.transport import Packer, unpack_report
-from opero.core.forks import ForkSafeLock, foreign_threads, watch_forks
+from opero.core.forks import only_this_thread_forks, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import module_of, name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -67,83 +68,6 @@ UNGUARDED_CODE = 113
 MOST_STILLBIRTHS = 3
 MOST_LATE_STILLBIRTHS = 100
 
-# Held while a worker is started: what must not be open in any other process is open then.
-starting = ForkSafeLock()
-
-
-class _OpenEnds:
-    """The ends of pipes to workers that are open in this process; a child has none but that of the worker it is.
-
-    As long as a copy of a worker's end is open somewhere else, its death is not noticed.
-    """
-
-    def __init__(self) -> None:
-        self.all: set[Any] = set()
-        # The one that is being given to a worker, and the thread that starts it.
-        self.given: tuple[Any, int] = None, 0
-        watch_forks(self)
-
-    def after_fork(self) -> None:
-        end, thread = self.given
-        for other in self.all - ({end} if thread == threading.get_ident() else set()):
-            other.close()
-        self.all.clear()
-
-
-_open_ends = _OpenEnds()
-
-
-class Processes:
-    """Bare processes, in the form of a pool that twat-mp's `MultiPool` can enter and leave."""
-
-    map = None
-
-    def __init__(self) -> None:
-        self.running: list[Any] = []
-
-    def start(self, process: Any) -> Any:
-        with _allowed_to_start():
-            process.start()
-        self.running.append(process)
-        return process
-
-    def remove(self, process: Any) -> None:
-        """Forget a process that has ended, or that is another's; what is open for it is closed."""
-        self.running.remove(process)
-        # Not by its own `close`, which fails where another thread or the system was told how it ended.
-        process._popen.close()  # noqa: SLF001 - see above
-        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # noqa: SLF001 - as above
-
-    def close(self) -> None:
-        """Those that are to end in peace have been told so."""
-
-    def join(self) -> None:
-        end_by_force(wait_until_ended(self.running, PEACE_SECONDS))
-
-    def terminate(self) -> None:
-        end_by_force(self.running)
-
-    def clear(self) -> None:
-        for process in self.running.copy():
-            self.remove(process)
-
-
-@contextlib.contextmanager
-def _allowed_to_start() -> Iterator[None]:
-    """Let a map start workers inside of a worker of `multiprocessing.Pool`, too; they end with their pipes.
-
-    Python 3.12 warns of forks beside threads; those are counted before, and may be the program's wish.
-    """
-    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001 - it asks this
-    before = config.get("daemon")
-    config["daemon"] = False
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-            yield
-    finally:
-        config["daemon"] = before
-
 
 class Worker:
     """One worker process as the parent sees it."""
@@ -152,24 +76,26 @@ class Worker:
         self.process = process
         self.pipe = pipe
         self.place = place
-        self.is_deaf = False
+        # Memory that the worker shares, see `process_worker.Parent`.
+        self.mark = marks_at(marks, place)
+        # Items that it may still run, those that are with it included.
         self.room = sys.maxsize if most_items is None else most_items
         self.is_ready = False
-        self.is_reserved = False
-        # By their numbers, which count from 1; and how many items, of how many bytes, each had when it was sent.
+        # By their numbers, which count from 1, what is with it, and the bytes of the latest one.
         self.batches: dict[int, Batch] = {}
-        self._sent: dict[int, tuple[int, int]] = {}
+        self.size = 0
         self._count = 0
-        # Memory that the worker shares, see `process_worker.Parent`.
-        self._mark = marks_at(marks, place)
-        self._mark[0] = self._mark[1] = 0
         self._ends_since: float | None = None
         self._family: dict[int, str] = {}
 
     def accepts(self, batch: Batch, at_once: int) -> bool:
-        if not self.is_ready or self.is_reserved or len(self.batches) >= at_once:
+        if not self.is_ready or len(self.batches) >= at_once or len(self.batches) + len(batch.items) > self.room:
             return False
-        return len(batch.items) <= self.room and not (batch.alone and self.batches)
+        return not self.batches or not (batch.alone or any(other.alone for other in self.batches.values()))
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_ready and not self.batches
 
     def tell(self, kind: bytes, payload: bytes = b"") -> None:
         # If it has just died, its pipe will say so.
@@ -178,30 +104,9 @@ class Worker:
 
     def send(self, batch: Batch, data: bytes) -> None:
         self._count += 1
-        self._mark[0] = 0
-        self.room -= len(batch.items)
-        self.is_reserved = batch.alone
         self.batches[self._count] = batch
-        self._sent[self._count] = len(batch.items), len(data)
+        self.size = len(data)
         self.tell(BATCH, NUMBER.pack(self._count) + data)
-
-    def reported(self, number: int, ran: int, *, is_last: bool) -> tuple[Batch, int]:
-        """The batch that has been reported on, and its size in bytes."""
-        left, size = self._sent.pop(number)
-        if not is_last:
-            self._sent[number] = left - ran, size
-            return self.batches[number], size
-        self.room += left - ran
-        self.is_reserved = False
-        return self.batches.pop(number), size
-
-    def begun(self) -> int:
-        """How many items of its only batch have begun."""
-        return self._mark[0]
-
-    def unread(self) -> list[Batch]:
-        """Batches that the worker has not received to their end."""
-        return [batch for number, batch in self.batches.items() if number > self._mark[1]]
 
     def end_soon(self) -> None:
         """Let it raise `SystemExit`; if it was asked for that a second ago, kill it."""
@@ -217,6 +122,55 @@ class Worker:
         """The end of its pipe has come."""
         end_by_force(wait_until_ended([self.process], GRACE_SECONDS))
         end_family(self._family)
+
+
+class Workers:
+    """The workers of a pool, in the form of a pool that twat-mp's `MultiPool` can enter and leave."""
+
+    map = None
+
+    def __init__(self) -> None:
+        self.all: list[Worker] = []
+
+    def close(self) -> None:
+        """Let idle workers end in peace, and end the others by force."""
+        for worker in self.all:
+            if worker.is_idle:
+                worker.tell(STOP)
+        end_by_force(worker.process for worker in self.all if not worker.is_idle)
+
+    terminate = close
+
+    def join(self) -> None:
+        end_by_force(wait_until_ended([worker.process for worker in self.all], PEACE_SECONDS))
+
+    def clear(self) -> None:
+        for worker in self.all.copy():
+            self.remove(worker)
+
+    def remove(self, worker: Worker) -> None:
+        """Forget a worker that has ended; what is open for it is closed."""
+        self.all.remove(worker)
+        worker.pipe.close()
+        _forget(worker.process)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: as long as it has a pipe open, too, a worker does not notice that the parent has died."""
+        for worker in self.all:
+            worker.pipe.close()
+            _disown(worker.process)
+        self.all.clear()
+
+
+def _forget(process: Any) -> None:
+    # Not by its own `close`, which fails where another thread or the system was told how it ended.
+    process._popen.close()  # noqa: SLF001 - see above
+    _disown(process)
+
+
+def _disown(process: Any) -> None:
+    """Let multiprocessing not end it with this process."""
+    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # noqa: SLF001 - no function does it
 
 
 class ProcessPool(Pool):
@@ -251,34 +205,26 @@ class ProcessPool(Pool):
         self._use(method)
         watch_forks(self)
         self._multi_pool: Any = None
-        self._processes = Processes()
-        self._marks: Any = None
-        self._free_marks: list[int] = []
-        self._workers: list[Worker] = []
+        self._pool = Workers()
+        self._workers = self._pool.all
+        # The pipe of the one that is being started.
+        self._coming: Any = None
         self._pending: deque[Batch] = deque()
         self._is_paced = False
-        self._stopped = False
         self._stillbirths = 0
         self._most_stillbirths = MOST_STILLBIRTHS
-        self._hearing = threading.Lock()
 
     def _use(self, method: str) -> None:
-        self._packer = Packer(everything if method == "fork" else fresh_workers_have())
-        self._start = Start(self._packer, (self._work, *self._hooks), self._threads)
-        if method != "fork":
-            # A forked worker has everything already, even what cannot be pickled.
-            self._start.pack()
         self._method = method
         self._context: Any = multiprocessing.get_context(method)
+        self._packer = Packer(everything if method == "fork" else fresh_workers_have())
+        self._start = Start(self._packer, (self._work, *self._hooks), self._threads)
 
     def after_fork(self) -> None:
         """Leave the workers to the parent."""
-        atexit.unregister(self.stop)
-        self._stopped = True
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            # It ends those that are noted there with this process.
-            multiprocessing.process._children.discard(worker.process)  # type: ignore[attr-defined]  # noqa: SLF001 - see above
+        if self._coming is not None:
+            self._coming.close()
+        self._pool.leave_to_parent()
 
     @property
     def slots(self) -> int:
@@ -286,12 +232,9 @@ class ProcessPool(Pool):
 
         Where calls shall start at a rate, only in those that are ready: else they would start when their worker does.
         """
-        count = 0 if self._is_paced else self.at_once * max(0, self._size - len(self._workers))
-        for worker in self._workers:
-            if worker.is_ready or not self._is_paced:
-                # One that may run no further items only ends what it has.
-                count += self.at_once if worker.room else min(self.at_once, len(worker.batches))
-        return count
+        coming = 0 if self._is_paced else self.at_once * max(0, self._size - len(self._workers))
+        there = [worker for worker in self._workers if worker.is_ready or not self._is_paced]
+        return coming + sum(min(self.at_once, worker.room) for worker in there)
 
     @property
     def largest_batch(self) -> int:
@@ -324,7 +267,8 @@ class ProcessPool(Pool):
         self._hand_out()
 
     def begun(self, batch: Batch) -> int | None:
-        return next((worker.begun() for worker in self._workers if batch in worker.batches.values()), 0)
+        begun = next((worker.mark[0] for worker in self._workers if batch in worker.batches.values()), 0)
+        return 0 if begun == BETWEEN else begun
 
     def kill(self, batch: Batch) -> bool:
         """End the worker that runs the batch, by force if that was asked before, unless it is reporting."""
@@ -336,7 +280,8 @@ class ProcessPool(Pool):
         return True
 
     def rest(self) -> None:
-        self._turn_away_from(*self._workers)
+        for worker in self._workers:
+            self._inbox.forget(worker.pipe)
 
     def take_on(self, work: Work) -> None:
         arguments = self._packer.arguments(work)
@@ -355,6 +300,8 @@ class ProcessPool(Pool):
         if data is None:
             return self._worker_ended(worker)
         kind, payload = bytes(data[:1]), data[1:]
+        if kind in {REPORT, PART}:
+            return self._worker_reports(worker, payload, is_last=kind == REPORT)
         if kind == HELLO:
             worker.is_ready = True
             self._stillbirths, self._most_stillbirths = 0, MOST_LATE_STILLBIRTHS
@@ -363,31 +310,19 @@ class ProcessPool(Pool):
             hand_on(payload)
         elif kind == BROKEN:
             return Fatal(OperoError(f"a worker process cannot run {self._name}: {bytes(payload).decode()}"))
-        else:
-            return self._worker_reports(worker, payload, is_last=kind == REPORT)
         return None
 
     async def stop_async(self) -> None:
         # Here: an event loop is told by its own thread.
-        self._turn_away_from(*self._workers)
+        self.rest()
         await in_own_thread(self.stop)
 
     def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:  # noqa: ARG002 - it does not take long
         """End idle workers in peace and the others by force; nothing of the pool is left."""
-        if self._stopped:
-            return
-        self._stopped = True
         atexit.unregister(self.stop)
-        workers, self._workers = self._workers, []
-        self._turn_away_from(*workers)
-        for worker in workers:
-            if worker.is_ready and not worker.batches:
-                worker.tell(STOP)
-        end_by_force(worker.process for worker in workers if not worker.is_ready or worker.batches)
+        self.rest()
         if self._multi_pool is not None:
             self._multi_pool.__exit__(None, None, None)
-        for worker in workers:
-            self._close_pipe(worker)
 
     # Workers
 
@@ -395,38 +330,41 @@ class ProcessPool(Pool):
         """As many as there are batches for that no other will take."""
         coming = sum(not worker.is_ready for worker in self._workers)
         wanted = self._size if self._is_paced else -(-len(self._pending) // self.at_once) - coming + len(self._workers)
-        missing = min(wanted, self._size) - len(self._workers)
-        if missing > 0 and self._method == "fork" and not self._method_is_given and _has_other_threads():
-            # Threads have come that may hold locks. What cannot be pickled can only be forked.
-            with contextlib.suppress(NotTransferableError):
+        while len(self._workers) < min(wanted, self._size):
+            if self._method == "fork" and not self._method_is_given and has_other_threads():
+                # Threads have come that may hold locks. What cannot be pickled can only be forked.
                 self._use("forkserver")
-        for _ in range(missing):
-            self._start_worker()
+                try:
+                    self._start_worker()
+                except NotTransferableError:
+                    self._method_is_given = True
+                    self._use("fork")
+            else:
+                self._start_worker()
 
     def _start_worker(self) -> None:
-        with starting.lock, Hold(), held_back_in_children(self._method), only_if_it_can_be_imported():
-            if self._marks is None:
+        with Hold(), only_this_thread_forks(), held_back_in_children(self._method), _allowed_to_start():
+            if self._multi_pool is None:
                 self._open()
-            place = self._free_marks.pop()
+            place = min(set(range(self._most_workers)) - {worker.place for worker in self._workers})
             ours, theirs = self._context.Pipe()
-            _open_ends.all |= {ours, theirs}
-            _open_ends.given = theirs, threading.get_ident()
+            self._coming = ours
             try:
-                process = self._launch(theirs, place)
+                process = self._make_process(theirs, self._marks, place, self._start)
+                process.start()
                 if self._method == "forkserver" and fork_server_has_threads():
                     # The worker may find a lock of theirs held for ever.
                     process.kill()
                     wait_until_ended([process], GRACE_SECONDS)
-                    self._processes.remove(process)
+                    _forget(process)
                     self._use("spawn")
-                    process = self._launch(theirs, place)
+                    process = self._make_process(theirs, self._marks, place, self._start)
+                    process.start()
             except BaseException:
-                _open_ends.all.discard(ours)
                 ours.close()
                 raise
             finally:
-                _open_ends.given = None, 0
-                _open_ends.all.discard(theirs)
+                self._coming = None
                 theirs.close()
             worker = Worker(process, ours, self._marks, place, self._most_items)
             self._workers.append(worker)
@@ -444,36 +382,32 @@ class ProcessPool(Pool):
             module = module_of(self._work.function)
             modules = {serve.__module__, *(imported_by_main() if module in MAINS else {module})}
             forkserver.set_forkserver_preload(["__main__", *(modules & sys.modules.keys())])
-        # A worker that has ended makes room for the next one before this has been seen.
         # No array in memory that the program's own shared values have, too: a pipe to it can be passed on only once.
-        self._marks = Arena(16 * self._most_workers)
-        self._free_marks = list(range(2 * self._most_workers))
-        processes = self._processes
+        self._marks = Arena(4 * self._most_workers)
+        workers = self._pool
         # Without this pool in it, which would have to wait for the garbage collector.
-        factory: Any = lambda nodes: processes  # noqa: ARG005, E731 - MultiPool calls it with nodes=
+        factory: Any = lambda nodes: workers  # noqa: ARG005, E731 - MultiPool calls it with nodes=
         self._multi_pool = MultiPool(pool_class=factory, nodes=self._size)
         self._multi_pool.__enter__()
 
-    def _launch(self, pipe: Any, place: int) -> Any:
-        args = pipe, self._marks, place, self._start
-        return self._processes.start(self._context.Process(target=serve, args=args, daemon=True))
+    def _make_process(self, *args: Any) -> Any:
+        return self._context.Process(target=serve, args=args, daemon=True)
 
     def _worker_ended(self, worker: Worker) -> Any:
-        # Before another worker has the memory in which they are marked.
-        batches, unread = list(worker.batches.values()), worker.unread()
-        begun = None if self.runs_together or not batches or unread else worker.begun() or None
+        batches, mark = list(worker.batches.values()), worker.mark[0]
         with Hold():
-            self._workers.remove(worker)
             worker.has_ended()
             reason = _how_it_ended(worker.process) if batches else ""
-            self._processes.remove(worker.process)
-            self._close_pipe(worker)
+            self._pool.remove(worker)
         if not worker.is_ready:
             self._stillbirths += 1
             if self._stillbirths >= self._most_stillbirths or worker.process.exitcode == UNGUARDED_CODE:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
         self._start_workers()
-        return Lost(batches, reason, innocent=unread, begun=begun)
+        if self.runs_together:
+            not_begun = [batch for number, batch in worker.batches.items() if number > mark]
+            return Lost(batches, reason, innocent=not_begun)
+        return Lost(batches, reason, innocent=[] if mark else batches, begun=None if mark in {0, BETWEEN} else mark)
 
     # Batches
 
@@ -488,52 +422,53 @@ class ProcessPool(Pool):
                 data = self._packer.batch(batch)
             except NotTransferableError as error:
                 self._inbox.put(not_run(batch, error))
-            else:
-                worker.send(batch, data)
+                continue
+            if not self.runs_together:
+                worker.mark[0] = 0
+            worker.send(batch, data)
 
     def _worker_reports(self, worker: Worker, payload: memoryview, *, is_last: bool) -> Any:
         report = unpack_report(payload[NUMBER.size :])
         number, ran = NUMBER.unpack_from(payload)[0], len(report.values)
-        batch, size = worker.reported(number, ran, is_last=is_last)
+        batch = worker.batches[number]
+        worker.room = max(0, worker.room - ran)
         if is_last:
+            del worker.batches[number]
             if not worker.room and not worker.batches:
                 worker.tell(STOP)
             self._hand_out()
-        if is_last and 0 in report.errors and not ran:
-            return not_run(batch, report.errors[0])
-        return Done(batch, report, max(len(payload), size), not is_last)
+            if 0 in report.errors and not ran:
+                return not_run(batch, report.errors[0])
+        return Done(batch, report, max(len(payload), worker.size), not is_last)
 
-    # Messages
+    def _listen_to(self, worker: Worker) -> None:
+        self._inbox.listen(worker.pipe, lambda: self._hear(worker))
 
     def _hear(self, worker: Worker) -> None:
         """Put what the worker has said into the inbox, with None for the end of its pipe."""
-        with self._hearing:
-            has_more = not worker.is_deaf
-            while has_more:
-                try:
-                    message: memoryview | None = memoryview(worker.pipe.recv_bytes())
-                    has_more = self.runs_together and worker.pipe.poll()
-                except (EOFError, OSError):
-                    message, has_more = None, False
-                    worker.is_deaf = True
-                    self._inbox.forget(worker.pipe)
-                self._inbox.put((worker, message))
+        try:
+            message: memoryview | None = memoryview(worker.pipe.recv_bytes())
+        except (EOFError, OSError):
+            message = None
+            self._inbox.forget(worker.pipe)
+        self._inbox.put((worker, message))
 
-    def _listen_to(self, worker: Worker) -> None:
-        worker.is_deaf = False
-        self._inbox.listen(worker.pipe, lambda: self._hear(worker))
 
-    def _turn_away_from(self, *workers: Worker) -> None:
-        with self._hearing:
-            for worker in workers:
-                if not worker.is_deaf:
-                    worker.is_deaf = True
-                    self._inbox.forget(worker.pipe)
+@contextlib.contextmanager
+def _allowed_to_start() -> Iterator[None]:
+    """Let a map start workers inside of a worker of `multiprocessing.Pool`, too; they end with their pipes.
 
-    def _close_pipe(self, worker: Worker) -> None:
-        self._free_marks.append(worker.place)
-        _open_ends.all.discard(worker.pipe)
-        worker.pipe.close()
+    Python 3.12 warns of forks beside threads; those are counted before, and may be the program's wish.
+    """
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001 - it asks this
+    before = config.get("daemon")
+    config["daemon"] = False
+    try:
+        with warnings.catch_warnings(), only_if_it_can_be_imported():
+            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+            yield
+    finally:
+        config["daemon"] = before
 
 
 def _start_method() -> tuple[str, bool]:
@@ -546,13 +481,9 @@ def _start_method() -> tuple[str, bool]:
     # multiprocessing. One that is not its own is of a worker of loky's.
     if method in multiprocessing.get_all_start_methods()[1:]:
         return method, True
-    if sys.platform == "linux" and not _has_other_threads():
+    if sys.platform == "linux" and not has_other_threads():
         return "fork", False
     return "spawn" if sys.platform == "win32" else "forkserver", False
-
-
-def _has_other_threads() -> bool:
-    return bool(foreign_threads()) or has_native_threads()
 
 
 _MAIN_HINT = (
@@ -567,6 +498,5 @@ def _how_it_ended(process: Any) -> str:
         return "its exit code is not known"
     if code >= 0:
         return f"exit code {code}"
-    with contextlib.suppress(ValueError):
-        return f"killed by signal {-code} ({signal.Signals(-code).name})"
-    return f"killed by signal {-code}"
+    names = {each.value: each.name for each in signal.Signals}
+    return f"killed by signal {-code} ({names.get(-code, 'a real-time one')})"

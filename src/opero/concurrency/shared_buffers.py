@@ -21,15 +21,14 @@ class SharedBuffers:
     Their pages are shared by all workers until one writes to them, which the others do not see.
     """
 
-    def __init__(self, *, is_used: bool = os.name == "posix") -> None:
-        self._is_used = is_used
+    def __init__(self) -> None:
         self._taken: list[memoryview] = []
         self._spans: list[tuple[int, int]] = []
         self._arena: Any = None
 
     def take(self, buffer: pickle.PickleBuffer) -> bool:
         """As a pickler's ``buffer_callback``; true leaves it in the pickle."""
-        if not self._is_used or memoryview(buffer).nbytes < _LEAST_BYTES:
+        if os.name != "posix" or memoryview(buffer).nbytes < _LEAST_BYTES:
             return True
         self._taken.append(buffer.raw())
         return False
@@ -45,8 +44,11 @@ class SharedBuffers:
             self._spans.append((end, end + view.nbytes))
             end += view.nbytes + -view.nbytes % _ALIGNMENT
         self._arena = Arena(end)
-        for view, (start, stop) in zip(self._taken, self._spans, strict=True):
-            self._arena.buffer[start:stop] = view
+        # Twice as fast as to write to the memory into which it is mapped.
+        with open(self._arena.fd, "wb", closefd=False) as file:
+            for view, (start, _) in zip(self._taken, self._spans, strict=True):
+                file.seek(start)
+                file.write(view)
         self._taken.clear()
 
     def views(self) -> Iterator[memoryview]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing.context
 import pickle
-from copyreg import dispatch_table
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +13,16 @@ import cloudpickle
 from opero.concurrency.main_module import everything, nothing
 from opero.concurrency.pickling import PROTOCOL, Pickler, loads, report_dumps
 from opero.concurrency.remote_errors import pack_error
-from opero.concurrency.shared_buffers import SharedBuffers
 from opero.concurrency.worker import Report, Work
 from opero.core.signature import MISSING, name_of
 from opero.exceptions import NotTransferableError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from opero.concurrency.batches import Batch
+    from opero.concurrency.shared_buffers import SharedBuffers
     from opero.core.steps import TimeLimit
 
 # What a worker runs: the work of its maps, the initializer and its arguments, the finalizer.
@@ -38,10 +36,8 @@ _MENTIONS_MAIN = b"_main__"
 
 
 def _refused(what: str, error: Exception) -> NotTransferableError:
-    why = describe(error)
-    return NotTransferableError(
-        f"{what} cannot be sent to a worker process: {why}; give what can be pickled, or use threads"
-    )
+    ways = "give what can be pickled, or use threads"
+    return NotTransferableError(f"{what} cannot be sent to a worker process: {describe(error)}; {ways}")
 
 
 class Packer:
@@ -54,32 +50,19 @@ class Packer:
     def __init__(self, has: Callable[[str], bool] = nothing) -> None:
         self._has = has
 
-    def work(self, work: Work) -> bytes:
-        """Pickle a map's work.
+    def start(self, life: WorkerLife, shared: SharedBuffers | None = None) -> bytes:
+        """Pickle a map's work and what a worker does before and after it.
+
+        All goes in one pickle, so that functions share their globals there, as they do here. While a process is being
+        started, large arrays go to ``shared``, and pipes and locks can be inherited.
 
         Raises:
-            NotTransferableError: If the function or the arguments that all items have in common cannot be pickled.
+            NotTransferableError: If something cannot be pickled.
         """
-        return self.start(work, None, (), shared=SharedBuffers(is_used=False))
-
-    def start(
-        self,
-        work: Work,
-        initializer: Callable[..., Any] | None,
-        initargs: tuple[Any, ...],
-        finalizer: Callable[[], Any] | None = None,
-        *,
-        shared: SharedBuffers | None = None,
-    ) -> bytes:
-        """Pickle a map's work and what a worker does before that; see `work`.
-
-        All goes in one pickle, so that functions share their globals there, as they do here. Large arrays go to
-        ``shared``; without that what can only be inherited goes along, for the one process that is being started.
-        """
+        work, initializer, initargs, finalizer = life
         file = io.BytesIO()
-        reducers = _reducers(inherits=shared is None)
+        reducers = ForkingPickler(file).dispatch_table if shared is not None else None
         pickler = Pickler(file, self._has, reducers=reducers, buffer_callback=shared and shared.take)
-
         what = f"{name_of(work.function)} or its keyword arguments"
         try:
             pickler.dump_with_locks(work.function)
@@ -142,8 +125,8 @@ class Packer:
 
 def unpack_start(data: bytes, buffers: Iterable[memoryview] = ()) -> WorkerLife:
     unpickler = pickle.Unpickler(io.BytesIO(data), buffers=buffers)  # noqa: S301 - made by `Packer.start`
-    function, (is_async, shape, slot), initializer, initargs, finalizer = (unpickler.load() for _ in range(5))
-    return Work(function, is_async, shape, slot), initializer, initargs, finalizer
+    function, its, initializer, initargs, finalizer = (unpickler.load() for _ in range(5))
+    return Work(function, *its), initializer, initargs, finalizer
 
 
 def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], Any, TimeLimit | None] | Report:
@@ -183,45 +166,3 @@ def unpack_report(payload: bytes | memoryview) -> Report:
                 values[place] = None
                 errors[place] = NotTransferableError(f"the result cannot be unpickled: {describe(error)}")
     return Report(values, errors, seconds)
-
-
-# What can only be inherited
-
-
-@contextlib.contextmanager
-def as_if_starting() -> Iterator[None]:
-    """Let locks, queues and pipes be pickled to see whether that can be done, when no process is being started."""
-    context: Any = multiprocessing.context
-    before: Any = context.get_spawning_popen()
-    context.set_spawning_popen(before or _NotStarted())
-    try:
-        yield
-    finally:
-        context.set_spawning_popen(before)
-
-
-class _NotStarted:
-    """In place of the process that is being started."""
-
-    DupFd = int
-
-    def duplicate_for_child(self, file: int) -> int:
-        return file
-
-
-def _reducers(*, inherits: bool) -> dict[type, Any]:
-    """multiprocessing's, or in their place one that refuses what a process can only inherit, as a pipe."""
-    every = ForkingPickler(io.BytesIO()).dispatch_table
-    known = {kind: reduce for kind, reduce in every.items() if kind not in dispatch_table}
-    if inherits:
-        return known
-    return {kind: reduce if kind.__module__ in _ANYWHERE else _refuse for kind, reduce in known.items()}
-
-
-# Where those are defined that can go anywhere: methods and partial functions.
-_ANYWHERE = ("builtins", "functools")
-
-
-def _refuse(thing: Any) -> Any:
-    msg = f"cannot pickle a {type(thing).__qualname__} outside of the start of a process"
-    raise pickle.PicklingError(msg)
