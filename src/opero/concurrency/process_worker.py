@@ -32,8 +32,13 @@ if TYPE_CHECKING:
 
     from opero.concurrency.transport import Packer, WorkerLife
 
-# Kinds of messages: the first byte; what follows is a payload.
-HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(8))
+
+class Kind:
+    """Kinds of messages: the first byte; what follows is a payload."""
+
+    HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(8))
+
+
 # What a batch and its report begin with.
 NUMBER = struct.Struct("<I")
 # The mark of a worker that reads a batch or makes a report, and runs none of its items; see `Parent`.
@@ -114,7 +119,7 @@ class Parent:
     def log(self, record: bytes) -> None:
         """Send a log record; those of exit handlers are lost."""
         if not self._is_ending:
-            self.tell(LOG, record)
+            self.tell(Kind.LOG, record)
 
     def hear(self) -> tuple[bytes, memoryview]:
         """The next message, its kind and payload."""
@@ -122,7 +127,7 @@ class Parent:
         self._interrupts_before = self._interrupts
         kind = bytes(data[:1])
         # From then on the parent hears nothing any more.
-        self._is_ending = self._is_ending or kind == STOP
+        self._is_ending = self._is_ending or kind == Kind.STOP
         return kind, data[1:]
 
     def report(self, number: bytes, report: Report, *, is_last: bool) -> None:
@@ -132,7 +137,7 @@ class Parent:
         """
         if self._interrupts > self._interrupts_before:
             self.pipe.poll(GRACE_SECONDS)
-        self.tell(REPORT if is_last else PART, number + pack_report(report))
+        self.tell(Kind.REPORT if is_last else Kind.PART, number + pack_report(report))
 
     def hear_signals(self) -> None:
         """Let Ctrl-C be the parent's business, but not ignored by programs that are started here; let SIGTERM end."""
@@ -213,10 +218,10 @@ def _get_ready(parent: Parent, start: Start, ending: contextlib.ExitStack) -> Wo
         if finalizer is not None:
             ending.callback(finalizer)
     except Exception as error:  # noqa: BLE001 - the parent raises it
-        parent.tell(BROKEN, describe(error).encode(errors="backslashreplace"))
+        parent.tell(Kind.BROKEN, describe(error).encode(errors="backslashreplace"))
         return None
     with contextlib.suppress(OSError):
-        parent.tell(HELLO)
+        parent.tell(Kind.HELLO)
     return work
 
 
@@ -263,9 +268,9 @@ def _serve_batches(parent: Parent, work: Work) -> None:
     with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
         while True:
             kind, payload = parent.hear()
-            if kind == STOP:
+            if kind == Kind.STOP:
                 return
-            if kind == ARGUMENTS:
+            if kind == Kind.ARGUMENTS:
                 changed = _with_arguments(work, payload)
                 if changed is None:
                     return
@@ -311,23 +316,23 @@ class _AsyncServer:
 
     def _hear(self) -> None:
         kind = b""
-        while kind != STOP:
+        while kind != Kind.STOP:
             try:
                 kind, payload = self._parent.hear()
             except (EOFError, OSError):
-                kind, payload = STOP, memoryview(b"")
+                kind, payload = Kind.STOP, memoryview(b"")
             self._loop.call_soon_threadsafe(self._heard, kind, payload)
 
     def _heard(self, kind: bytes, payload: memoryview) -> None:
         if self.ended.done():
             return
-        if kind == BATCH:
+        if kind == Kind.BATCH:
             self._parent.mark[0] += 1
             task = self._loop.create_task(self._run(payload))
             self._tasks.add(task)
             task.add_done_callback(self._run_ended)
             return
-        changed = _with_arguments(self._work, payload) if kind == ARGUMENTS else None
+        changed = _with_arguments(self._work, payload) if kind == Kind.ARGUMENTS else None
         if changed is not None:
             self._work = changed
         else:

@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
@@ -32,18 +33,11 @@ from opero.concurrency.main_module import (
 )
 from opero.concurrency.native_threads import fork_server_has_threads, has_other_threads
 from opero.concurrency.process_worker import (
-    ARGUMENTS,
-    BATCH,
     BETWEEN,
-    BROKEN,
-    HELLO,
-    LOG,
     NUMBER,
-    PART,
     PEACE_SECONDS,
-    REPORT,
-    STOP,
     THREAD_SETTINGS,
+    Kind,
     Start,
     marks_at,
     serve,
@@ -81,10 +75,9 @@ class Worker:
         # Items that it may still run, those that are with it included.
         self.room = sys.maxsize if most_items is None else most_items
         self.is_ready = False
-        # By their numbers, which count from 1, what is with it, and the bytes of the latest one.
+        # What is with it, by numbers that count from 1; how many it has been sent, and the bytes of the latest one.
         self.batches: dict[int, Batch] = {}
-        self.size = 0
-        self._count = 0
+        self.count = self.size = 0
         self._ends_since: float | None = None
         self._family: dict[int, str] = {}
 
@@ -101,12 +94,6 @@ class Worker:
         # If it has just died, its pipe will say so.
         with contextlib.suppress(OSError):
             self.pipe.send_bytes(kind + payload)
-
-    def send(self, batch: Batch, data: bytes) -> None:
-        self._count += 1
-        self.batches[self._count] = batch
-        self.size = len(data)
-        self.tell(BATCH, NUMBER.pack(self._count) + data)
 
     def end_soon(self) -> None:
         """Let it raise `SystemExit`; if it was asked for that a second ago, kill it."""
@@ -136,7 +123,7 @@ class Workers:
         """Let idle workers end in peace, and end the others by force."""
         for worker in self.all:
             if worker.is_idle:
-                worker.tell(STOP)
+                worker.tell(Kind.STOP)
         end_by_force(worker.process for worker in self.all if not worker.is_idle)
 
     terminate = close
@@ -232,9 +219,11 @@ class ProcessPool(Pool):
 
         Where calls shall start at a rate, only in those that are ready: else they would start when their worker does.
         """
-        coming = 0 if self._is_paced else self.at_once * max(0, self._size - len(self._workers))
-        there = [worker for worker in self._workers if worker.is_ready or not self._is_paced]
-        return coming + sum(min(self.at_once, worker.room) for worker in there)
+        count = 0 if self._is_paced else self.at_once * max(0, self._size - len(self._workers))
+        for worker in self._workers:
+            if worker.is_ready or not self._is_paced:
+                count += min(self.at_once, worker.room)
+        return count
 
     @property
     def largest_batch(self) -> int:
@@ -256,7 +245,7 @@ class ProcessPool(Pool):
         atexit.unregister(self.stop)
         atexit.register(self.stop)
         for worker in self._workers:
-            self._listen_to(worker)
+            inbox.listen(worker.pipe, partial(self._hear, worker))
 
     def prepare(self) -> None:
         """Start workers for calls that take no slot before one of them is ready."""
@@ -288,7 +277,7 @@ class ProcessPool(Pool):
         self._work = work
         self._use(self._method)
         for worker in self._workers:
-            worker.tell(ARGUMENTS, arguments)
+            worker.tell(Kind.ARGUMENTS, arguments)
 
     def receive(self, event: Any) -> Any:
         """Make sense of what was heard; None if it is of no interest to the scheduler."""
@@ -300,15 +289,15 @@ class ProcessPool(Pool):
         if data is None:
             return self._worker_ended(worker)
         kind, payload = bytes(data[:1]), data[1:]
-        if kind in {REPORT, PART}:
-            return self._worker_reports(worker, payload, is_last=kind == REPORT)
-        if kind == HELLO:
+        if kind in {Kind.REPORT, Kind.PART}:
+            return self._worker_reports(worker, payload, is_last=kind == Kind.REPORT)
+        if kind == Kind.HELLO:
             worker.is_ready = True
             self._stillbirths, self._most_stillbirths = 0, MOST_LATE_STILLBIRTHS
             self._hand_out()
-        elif kind == LOG:
+        elif kind == Kind.LOG:
             hand_on(payload)
-        elif kind == BROKEN:
+        elif kind == Kind.BROKEN:
             return Fatal(OperoError(f"a worker process cannot run {self._name}: {bytes(payload).decode()}"))
         return None
 
@@ -368,7 +357,7 @@ class ProcessPool(Pool):
                 theirs.close()
             worker = Worker(process, ours, self._marks, place, self._most_items)
             self._workers.append(worker)
-            self._listen_to(worker)
+            self._inbox.listen(ours, partial(self._hear, worker))
 
     def _open(self) -> None:
         from multiprocessing import forkserver
@@ -425,7 +414,10 @@ class ProcessPool(Pool):
                 continue
             if not self.runs_together:
                 worker.mark[0] = 0
-            worker.send(batch, data)
+            worker.count += 1
+            worker.batches[worker.count] = batch
+            worker.size = len(data)
+            worker.tell(Kind.BATCH, NUMBER.pack(worker.count) + data)
 
     def _worker_reports(self, worker: Worker, payload: memoryview, *, is_last: bool) -> Any:
         report = unpack_report(payload[NUMBER.size :])
@@ -435,23 +427,23 @@ class ProcessPool(Pool):
         if is_last:
             del worker.batches[number]
             if not worker.room and not worker.batches:
-                worker.tell(STOP)
+                worker.tell(Kind.STOP)
             self._hand_out()
             if 0 in report.errors and not ran:
                 return not_run(batch, report.errors[0])
         return Done(batch, report, max(len(payload), worker.size), not is_last)
 
-    def _listen_to(self, worker: Worker) -> None:
-        self._inbox.listen(worker.pipe, lambda: self._hear(worker))
-
     def _hear(self, worker: Worker) -> None:
-        """Put what the worker has said into the inbox, with None for the end of its pipe."""
-        try:
-            message: memoryview | None = memoryview(worker.pipe.recv_bytes())
-        except (EOFError, OSError):
-            message = None
-            self._inbox.forget(worker.pipe)
-        self._inbox.put((worker, message))
+        """Put all that the worker has said into the inbox, with None for the end of its pipe."""
+        has_more = True
+        while has_more:
+            try:
+                message: memoryview | None = memoryview(worker.pipe.recv_bytes())
+                has_more = self.runs_together and worker.pipe.poll()
+            except (EOFError, OSError):
+                message, has_more = None, False
+                self._inbox.forget(worker.pipe)
+            self._inbox.put((worker, message))
 
 
 @contextlib.contextmanager

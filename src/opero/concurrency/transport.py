@@ -101,15 +101,11 @@ class Packer:
         try:
             return self.dumps((batch.items, has_candidate, candidate, batch.time_limit))
         except Exception as error:
-            raise _refused(self._culprit(batch), error) from error
-
-    def _culprit(self, batch: Batch) -> str:
-        for what, thing in [("candidate", batch.candidate), *(("item", item) for item in batch.items)]:
-            try:
-                self.dumps(thing)
-            except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
-                return f"the {what} {type(thing).__qualname__}"
-        return f"an item of {len(batch.items)}"
+            # Of several, each is tried alone.
+            what = f"the item {type(batch.items[0]).__qualname__}"
+            if has_candidate:
+                what = f"{what} or the candidate {type(candidate).__qualname__}"
+            raise _refused(what, error) from error
 
     def dumps(self, thing: Any) -> bytes:
         """Pickle it; in C alone if nothing in it has to go by value."""
