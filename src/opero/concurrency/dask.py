@@ -13,8 +13,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Fatal, Wake, not_run
+from opero.concurrency.batches import Batch, Fatal, Wake
 from opero.concurrency.dask_worker import STALE, end_children, is_starting, load_on_dask, recover_all, run_on_dask
 from opero.concurrency.far import (
     BROKEN,
@@ -24,7 +25,6 @@ from opero.concurrency.far import (
     Answer,
     FarPool,
     Found,
-    Parcels,
     check_reachable,
     merged,
     tell_of_dashboard,
@@ -32,7 +32,7 @@ from opero.concurrency.far import (
 )
 from opero.concurrency.scheduler import MOST_AHEAD
 from opero.core.showing import kind_of
-from opero.exceptions import NotTransferableError, OperoError
+from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ class _Worker:
     # Which process it is; known when it has loaded the work.
     process: str | None = None
     work: Any = None
-    is_reserved: bool = False
     batches: dict[Batch, str] = field(default_factory=dict)
 
 
@@ -93,8 +92,6 @@ class DaskPool(FarPool):
         self._tasks: set[asyncio.Task[None]] = set()
         self._futures: dict[str, Any] = {}
         self._has_limits = self._is_over = self._is_paced = False
-        # What was told between two maps.
-        self._resting: list[Any] = []
 
     @property
     def slots(self) -> int:
@@ -118,16 +115,6 @@ class DaskPool(FarPool):
         """Look for workers, for calls that take no slot before there is one."""
         if self._client is None:
             self._begin()
-
-    def rest(self) -> None:
-        """Workers may come and go meanwhile."""
-        self._resting = []
-        self.deliver = self._resting.append
-
-    def take_on(self, work: Work) -> None:
-        self._parcels = Parcels(work)
-        for event in self._resting.copy():
-            self.receive(event)
 
     def submit(self, batch: Batch) -> None:
         if self._client is None:
@@ -233,39 +220,35 @@ class DaskPool(FarPool):
     def _joined(self, worker: _Worker, process: str, problem: str | None) -> list[Any]:
         """A worker has loaded the work, or says why it cannot."""
         if problem is not None:
-            return self._parcels.opened(Batch([], 0), (BROKEN, problem), 0)
+            return self.opened(Batch([], 0), (BROKEN, problem), 0)
         worker.process = process
         self._hand_out()
         return [Wake()]
 
     def _hand_out(self) -> None:
         while self._pending:
-            batch = self._pending[0]
-            ready = [worker for worker in self._workers.values() if worker.process is not None]
-            free = [w for w in ready if not w.is_reserved and len(w.batches) < w.room * _PER_THREAD]
-            if batch.alone:
-                # Nothing else may run in its process meanwhile.
-                empty = [worker for worker in ready if not worker.batches]
-                if not empty:
-                    if free and not any(worker.is_reserved for worker in ready):
-                        min(free, key=lambda worker: len(worker.batches)).is_reserved = True
-                    return
-                worker = empty[0]
-                worker.is_reserved = True
-            elif free:
-                worker = min(free, key=lambda worker: len(worker.batches) / worker.room)
-            else:
+            worker = self._free_for(self._pending[0])
+            if worker is None:
                 return
             self._send(self._pending.popleft(), worker)
 
+    def _free_for(self, batch: Batch) -> _Worker | None:
+        """The worker with the least to do for its room; nothing else may run beside a batch that is to be alone."""
+        free = [
+            worker
+            for worker in self._workers.values()
+            if worker.process is not None
+            and len(worker.batches) < (1 if batch.alone else worker.room * _PER_THREAD)
+            and not any(other.alone for other in worker.batches)
+        ]
+        return min(free, key=lambda worker: len(worker.batches) / worker.room, default=None)
+
     def _send(self, batch: Batch, worker: _Worker) -> None:
-        try:
-            payload = self._parcels.pack(batch)
-        except NotTransferableError as error:
-            self.deliver(not_run(batch, error))
+        payload = self.pack(batch)
+        if payload is None:
             return
         self._has_limits = self._has_limits or batch.time_limit is not None
-        name = self._parcels.name()
+        name = uuid4().hex
         worker.batches[batch] = name
         self._spawn(self._run(self._client, batch, worker, name, payload))
 
@@ -279,9 +262,8 @@ class DaskPool(FarPool):
         if answer is None or answer[0] == STALE:
             return []
         del worker.batches[batch]
-        worker.is_reserved = worker.is_reserved and bool(worker.batches)
         self._hand_out()
-        return self._parcels.opened(batch, answer, size)
+        return self.opened(batch, answer, size)
 
     def _gone(self, address: str, *, is_expected: bool) -> list[Any]:
         """A worker has left; its nanny, or a worker beside it, can read what it has left of its batches."""
@@ -302,7 +284,7 @@ class DaskPool(FarPool):
         for batch, left in found.items():
             is_innocent = is_explained and not (left and left.stuck)
             is_sure = len(running) == 1 or batch not in running
-            events += self._parcels.recovered(batch, left, reason, is_innocent=is_innocent, is_sure=is_sure)
+            events += self.recovered(batch, left, reason, is_innocent=is_innocent, is_sure=is_sure)
         self._hand_out()
         return events
 
@@ -321,9 +303,7 @@ class DaskPool(FarPool):
                     counted = await client.scheduler.identity(n_workers=-1)
                 except OSError:
                     continue  # its status will say so
-                # Between two maps that is of no interest.
-                if self.deliver != self._resting.append:
-                    self.later(self._counted, counted["workers"])
+                self.later(self._counted, counted["workers"])
             await asyncio.sleep(_LOOKING_SECONDS)
             seconds -= _LOOKING_SECONDS
 
@@ -334,14 +314,14 @@ class DaskPool(FarPool):
     async def _greet(self, client: Any, worker: _Worker) -> None:
         """Let a worker load the work, and tell which process it is."""
         client.subscribe_topic(worker.address, lambda event: self._heard(worker.address, event))
-        packed = self._parcels.packed
+        packed = self._packed
         try:
             worker.work = packed
             if len(packed) > _MOST_BYTES_ALONG:
                 worker.work = await client.scatter(packed, workers=[worker.address], hash=False)
             await self._nanny_is_ready(client, worker)
-            name = self._parcels.name()
-            future = self._submit(client, worker, name, load_on_dask, self._parcels.digest)
+            name = uuid4().hex
+            future = self._submit(client, worker, name, load_on_dask, self._digest)
             process, problem = await client.gather(future)
             del self._futures[name]
         except Exception as error:  # noqa: BLE001 - it may have left again; else the map shall know
@@ -388,7 +368,7 @@ class DaskPool(FarPool):
             if len(payload) > _MOST_BYTES_ALONG:
                 sent = await client.scatter(payload, workers=[worker.address], hash=False)
             future = self._submit(
-                client, worker, name, run_on_dask, name, worker.process, self._parcels.digest, self._restarts, sent
+                client, worker, name, run_on_dask, name, worker.process, self._digest, self._restarts, sent
             )
             answer = await client.gather(future)
         except asyncio.CancelledError:
@@ -428,7 +408,7 @@ class DaskPool(FarPool):
             if self._futures and client.status == "running":
                 await client.cancel(list(self._futures.values()), force=True)
             if self._has_limits and client.status == "running":
-                await client.run(end_children, self._parcels.digest, on_error="ignore")
+                await client.run(end_children, self._digest, on_error="ignore")
         # They end by themselves now; dask complains of waits for its futures that are cancelled.
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=1.0)

@@ -10,12 +10,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import itertools
 import mmap
-import os
+import pickle
 import shutil
 import socket
-import stat
 import struct
 import tempfile
 import threading
@@ -25,7 +23,6 @@ from collections import deque
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-from uuid import uuid4
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
@@ -39,9 +36,10 @@ from opero.concurrency.worker import (
     run_batch,
 )
 from opero.core.forks import ForkSafeLock
+from opero.core.private_folder import refuse_unsafe
 from opero.core.signature import name_of
 from opero.core.steps import stopped
-from opero.exceptions import OperoError
+from opero.exceptions import NotTransferableError, OperoError
 from opero.utils.logging import log
 from opero.utils.notes import IN_THE_WORKER, add_note, describe
 
@@ -69,8 +67,8 @@ _MOST_KEPT = 3
 _FOLDERS = "opero-worker-"
 LARGEST_BATCH = 10_000
 # Those of workers that were killed are removed by others that start later than so.
-_STALE_SECONDS = 600.0
-_MARKS, _LENGTH = 16, struct.Struct("<Q")
+_STALE_SECONDS = 7 * 86_400.0
+_MARK = struct.Struct("=Q")
 _STUCK = b"Timeout ("
 # A coroutine is cancelled when its time is up, and may need some to tidy up.
 UNHEEDED_SECONDS = 5.0
@@ -85,70 +83,6 @@ class Found(NamedTuple):
 
 
 # In the map
-
-
-class Parcels:
-    """Packs the batches of one map, and makes events of what became of them."""
-
-    def __init__(self, work: Work) -> None:
-        self._name = name_of(work.function)
-        self._packer = Packer()
-        self._numbers = itertools.count()
-        self._map = uuid4().hex
-        self.packed = self._packer.start((work, None, (), None))
-        self.digest = blake2b(self.packed, digest_size=16).digest()
-
-    def name(self) -> str:
-        """Another one for each batch that is sent."""
-        return f"{self._map}-{next(self._numbers)}"
-
-    def pack(self, batch: Batch) -> bytes:
-        """Pickle a batch.
-
-        Raises:
-            NotTransferableError: If an item cannot be pickled.
-        """
-        return self._packer.batch(batch)
-
-    def opened(self, batch: Batch, answer: Answer, size: int) -> list[Any]:
-        """Events of what a worker has answered."""
-        kind, content = answer
-        if kind == BROKEN:
-            needs = f"it needs opero, and what {self._name} imports"
-            msg = f"a worker of the cluster cannot run {self._name}: {content}; {needs}"
-            return [Fatal(OperoError(msg))]
-        if kind == ENDED:
-            found, reason = content
-            return self.recovered(batch, found, reason)
-        report = merged(content)
-        if not report.values:
-            return [not_run(batch, report.errors[0])]
-        return [Done(batch, report, max(size, sum(map(len, content))))]
-
-    def recovered(
-        self, batch: Batch, found: Found | None, reason: str, *, is_sure: bool = True, is_innocent: bool = False
-    ) -> list[Any]:
-        """Events of what a worker that is gone has left of a batch; of nothing, it has not begun, or is lost.
-
-        ``is_sure``: no other item can have ended the worker. ``is_innocent``: it was something else.
-        """
-        if found is None or (not found.begun and not found.reports):
-            return [Lost([batch], reason, innocent=[batch])]
-        events: list[Any] = []
-        if found.reports:
-            events.append(Done(batch, merged(found.reports), is_part=True))
-        if found.stuck:
-            seconds, option = batch.time_limit or (0.0, "")
-            error = stopped(self._name, seconds, option)
-            add_note(error, f"{IN_THE_WORKER}{found.stuck}")
-            events.append(Done(batch, Report([None], {0: error}, seconds)))
-        elif is_innocent:
-            events.append(Lost([batch], reason, innocent=[batch]))
-        elif is_sure:
-            events.append(Lost([batch], reason, begun=found.begun))
-        else:
-            events.append(Lost([batch], reason, sure=False))
-        return events
 
 
 def check_reachable(engine: str, host: str, port: int) -> None:
@@ -184,17 +118,75 @@ class FarPool(Pool):
     def __init__(self, work: Work, engine: str) -> None:
         self._name = name_of(work.function)
         self._engine = engine
-        self._parcels = Parcels(work)
         self._patience: float | None = None
         # Since when no worker has what the items need.
         self._roomless_since: float | None = None
         self._has_warned = False
-        # An inbox, in which others leave what the thread of the map shall do.
-        self.deliver = ignore
+        # An inbox, in which others leave what the thread of the map shall do; between two maps nobody listens.
+        self.deliver = _ignore
+        self.take_on(work)
+
+    def take_on(self, work: Work) -> None:
+        self._packer = Packer()
+        self._packed = self._packer.start((work, None, (), None))
+        self._digest = blake2b(self._packed, digest_size=16).digest()
+
+    def rest(self) -> None:
+        """What is told of the cluster is of no interest."""
+        self.deliver = _ignore
 
     @property
     def largest_batch(self) -> int:
         return LARGEST_BATCH
+
+    def pack(self, batch: Batch) -> bytes | None:
+        """Pickle a batch; None if one of its items cannot be, which the map is told."""
+        try:
+            return self._packer.batch(batch)
+        except NotTransferableError as error:
+            self.deliver(not_run(batch, error))
+            return None
+
+    def opened(self, batch: Batch, answer: Answer, size: int) -> list[Any]:
+        """Events of what a worker has answered."""
+        kind, content = answer
+        if kind == BROKEN:
+            needs = f"it needs opero, and what {self._name} imports"
+            msg = f"a worker of the cluster cannot run {self._name}: {content}; {needs}"
+            return [Fatal(OperoError(msg))]
+        if kind == ENDED:
+            found, reason = content
+            return self.recovered(batch, found, reason)
+        report = merged(content)
+        if not report.values:
+            return [not_run(batch, report.errors[0])]
+        return [Done(batch, report, max(size, sum(map(len, content))))]
+
+    def recovered(
+        self, batch: Batch, found: Found | None, reason: str, *, is_sure: bool = True, is_innocent: bool = False
+    ) -> list[Any]:
+        """Events of what a worker that is gone has left of a batch; of nothing, it has not begun, or is lost.
+
+        ``is_sure``: no other item can have ended the worker. ``is_innocent``: it was something else.
+        """
+        innocent = Lost([batch], reason, innocent=[batch])
+        if found is None or (not found.begun and not found.reports):
+            return [innocent]
+        events: list[Any] = []
+        if found.reports:
+            events.append(Done(batch, merged(found.reports), is_part=True))
+        if found.stuck:
+            seconds, option = batch.time_limit or (0.0, "")
+            error = stopped(self._name, seconds, option)
+            add_note(error, f"{IN_THE_WORKER}{found.stuck}")
+            events.append(Done(batch, Report([None], {0: error}, seconds)))
+        elif is_innocent:
+            events.append(innocent)
+        elif is_sure:
+            events.append(Lost([batch], reason, begun=found.begun))
+        else:
+            events.append(Lost([batch], reason, sure=False))
+        return events
 
     def later(self, handle: Callable[..., list[Any]], *about: Any) -> None:
         """Let the thread of the map call ``handle``, which gives events for its scheduler."""
@@ -247,7 +239,7 @@ def wait_for_the_end(has_ended: Callable[[], bool], is_left: Callable[[], bool])
         time.sleep(0.005)
 
 
-def ignore(_event: Any) -> None:
+def _ignore(_event: Any) -> None:
     """Nobody listens between two maps."""
 
 
@@ -283,15 +275,15 @@ def run_parcel(
         payload: The batch.
         run_limited: Runs an item that has a time limit; without it this process is ended when the time is up.
     """
-    problem = load(digest, fetch)
-    if problem is not None:
-        return BROKEN, problem
-    work = works.get(digest, fetch)
+    try:
+        work = works.get(digest, fetch)
+    except Exception as error:  # noqa: BLE001 - the map raises it
+        return BROKEN, describe(error)
     arrived = unpack_batch(payload)
     if isinstance(arrived, Report):
         return REPORTS, [pack_report(arrived)]
     items, candidate, limit = arrived
-    journal = _latest.begin(name)
+    journal = _begin_journal(name)
     how = How(mark=journal.mark, tell=journal.add, longest=FAR_LONG_SECONDS, seconds=FAR_BATCH_SECONDS)
     try:
         if limit is None:
@@ -355,7 +347,10 @@ works = _Works()
 
 
 class Journal:
-    """What a batch has come to. Where no file can be written it is known as long as the worker lives."""
+    """What a batch has come to: how many items have begun, and after that the reports.
+
+    Where no file can be written it is known as long as the worker lives.
+    """
 
     def __init__(self, path: Path) -> None:
         self.reports: list[bytes] = []
@@ -364,98 +359,81 @@ class Journal:
         self._path = path
         with contextlib.suppress(OSError):
             self.file = path.open("x+b", buffering=0)
-            self.file.write(bytes(_MARKS))
-            self._memory = mmap.mmap(self.file.fileno(), _MARKS)
+            self.file.write(bytes(_MARK.size))
             # What is written there is in the file even if the process is killed.
-            self.mark = memoryview(self._memory).cast("Q")
+            self.mark = memoryview(mmap.mmap(self.file.fileno(), _MARK.size)).cast("Q")
 
     def add(self, report: Report) -> None:
         data = pack_report(report)
         self.reports.append(data)
         if self.file is not None:
             with contextlib.suppress(OSError):
-                self.file.write(_LENGTH.pack(len(data)) + data)
+                self.file.write(pickle.dumps(data))
 
     def remove(self) -> None:
         if self.file is not None:
-            if isinstance(self.mark, memoryview):
-                self.mark.release()
-                self._memory.close()
             self.file.close()
             self._path.unlink(missing_ok=True)
 
 
-class _Journals:
-    """The latest journals of this process, in a folder of its own."""
-
-    def __init__(self) -> None:
-        self._lock = ForkSafeLock()
-        self._folder: Path | None = None
-        self._process = 0
-
-    def begin(self, name: str) -> Journal:
-        """Begin one, and remove the oldest of this thread."""
-        if not hasattr(_thread, "journals"):
-            _thread.journals = deque()
-        kept: deque[Journal] = _thread.journals
-        while len(kept) >= _MOST_KEPT:
-            kept.popleft().remove()
-        kept.append(Journal(self._own_folder() / name))
-        return kept[-1]
-
-    def _own_folder(self) -> Path:
-        with self._lock.lock:
-            if self._folder is None or self._process != os.getpid():
-                _remove_stale()
-                self._process = os.getpid()
-                # Only this user can read or write there.
-                self._folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDERS}{self._process}-"))
-                atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
-            return self._folder
+def _begin_journal(name: str) -> Journal:
+    """Begin one in the folder of this process, and remove the oldest of this thread."""
+    global _folder  # noqa: PLW0603 - each process has one, which is made with its first journal
+    with _lock.lock:
+        if _folder is None:
+            _remove_stale()
+            # Only this user can read or write there.
+            _folder = Path(tempfile.mkdtemp(prefix=_FOLDERS))
+            atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+    kept: deque[Journal] = _thread.__dict__.setdefault("journals", deque())
+    while len(kept) >= _MOST_KEPT:
+        kept.popleft().remove()
+    kept.append(Journal(_folder / name))
+    return kept[-1]
 
 
-_latest = _Journals()
+_folder: Path | None = None
+_lock = ForkSafeLock()
 
 
 def recover(name: str) -> Found | None:
     """Read a journal on this machine; None if there is none."""
     for folder in _folders():
-        with contextlib.suppress(OSError):
-            return _read(memoryview((folder / name).read_bytes()))
+        with contextlib.suppress(OSError), (folder / name).open("rb") as file:
+            return _read(file)
     return None
 
 
-def _read(data: memoryview) -> Found | None:
-    if len(data) < _MARKS:
+def _read(file: Any) -> Found | None:
+    mark = file.read(_MARK.size)
+    if len(mark) < _MARK.size:
         return None
-    (begun,) = _LENGTH.unpack_from(data)
-    reports, place = [], _MARKS
-    while place + _LENGTH.size <= len(data):
-        (length,) = _LENGTH.unpack_from(data, place)
-        if place + _LENGTH.size + length > len(data):
-            break  # it was killed in the midst of writing it, or this is the watchdog's text
-        place += _LENGTH.size
-        reports.append(bytes(data[place : place + length]))
-        place += length
-    rest = bytes(data[place:])
+    (begun,) = _MARK.unpack(mark)
+    reports: list[bytes] = []
+    # Behind them may be what the watchdog has written, or one that is half written.
+    while file.peek(1)[:1] == pickle.PROTO:
+        try:
+            reports.append(pickle.load(file))  # noqa: S301 - of this user's, see `_folders`
+        except (EOFError, pickle.UnpicklingError):
+            break
+    rest = file.read()
     return Found(begun, reports, rest.decode(errors="replace") if rest.startswith(_STUCK) else "")
 
 
 def _folders() -> Iterator[Path]:
-    """Folders of workers on this machine that belong to this user, and that nobody else can write to."""
+    """Folders of workers on this machine that nobody else can write to."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
-        with contextlib.suppress(OSError):
-            about = folder.lstat()
-            is_own = not hasattr(os, "geteuid") or about.st_uid == os.geteuid()
-            if stat.S_ISDIR(about.st_mode) and is_own and not about.st_mode & 0o022:
-                yield folder
+        try:
+            refuse_unsafe(folder, "")
+        except OSError:
+            continue
+        yield folder
 
 
 def _remove_stale() -> None:
     for folder in _folders():
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(folder.name.removeprefix(_FOLDERS).partition("-")[0])
-            if time.time() - folder.stat().st_mtime > _STALE_SECONDS and not Path(f"/proc/{pid}").exists():
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

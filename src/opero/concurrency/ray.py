@@ -6,16 +6,15 @@ import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Fatal, Wake, not_run
+from opero.concurrency.batches import Batch, Fatal, Wake
 from opero.concurrency.far import (
     BROKEN,
     Answer,
     FarPool,
     Found,
-    Parcels,
     check_reachable,
-    ignore,
     load,
     recover,
     run_parcel,
@@ -24,7 +23,7 @@ from opero.concurrency.far import (
 )
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import shown
-from opero.exceptions import NotTransferableError, OperoError
+from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
 # Between two looks at the cluster: whether it is there, and how large it is.
 _LOOKING_SECONDS = 0.5
 _WARMING_SECONDS = 0.2
+# A node may have to start a process to read a journal.
+_SEARCHING_SECONDS = 60.0
 # Those of `ray.remote`, which go with every task.
 _OF_TASKS = ("num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy")
 
@@ -110,20 +111,19 @@ class RayPool(FarPool):
         init: Mapping[str, Any] | None = None,
         **of_tasks: Any,
     ) -> None:
-        super().__init__(work, "ray")
         self._workers = workers
         self._address, self._init = address, dict(init or {})
         self._options = of_tasks
         # In a list, so that only workers which lack it fetch it.
         self._work: list[Any] = []
         self._in_flight: dict[Batch, Any] = {}
-        self._searching: set[Any] = set()
         # Nodes that are alive, and how many items of this map they can run at the same time.
         self._nodes: list[dict[str, Any]] = []
         self._capacity = 0
         # Workers that have loaded the work; None where calls have no times, and nobody waits for that.
         self._warm: int | None = None
         self._has_begun = self._is_away = False
+        super().__init__(work, "ray")
         self._over = threading.Event()
         self._looking = threading.Thread(target=self._look, name="opero-ray", daemon=True)
 
@@ -153,25 +153,19 @@ class RayPool(FarPool):
         if not self._has_begun:
             self._begin()
 
-    def rest(self) -> None:
-        """Tasks have ended; what is told of the cluster is of no interest."""
-        self.deliver = ignore
-
     def submit(self, batch: Batch) -> None:
         if not self._has_begun:
             self._begin()
-        try:
-            payload = self._parcels.pack(batch)
-        except NotTransferableError as error:
-            self.deliver(not_run(batch, error))
+        payload = self.pack(batch)
+        if payload is None:
             return
-        name = self._parcels.name()
-        reference = self._task.remote(name, self._parcels.digest, self._work, payload)
+        name = uuid4().hex
+        reference = self._task.remote(name, self._digest, self._work, payload)
         self._in_flight[batch] = reference
         reference.future().add_done_callback(lambda done: self.later(self._came, batch, name, len(payload), done))
 
     def take_on(self, work: Work) -> None:
-        self._parcels = Parcels(work)
+        super().take_on(work)
         self._warm = None
         if self._has_begun:
             self._share()
@@ -187,7 +181,6 @@ class RayPool(FarPool):
                 self._cancel_all(is_left)
         finally:
             self._in_flight.clear()
-            self._searching.clear()
             self._work = []
             if self._looking.is_alive():
                 self._looking.join()
@@ -227,13 +220,13 @@ class RayPool(FarPool):
 
     def _warm_up(self) -> None:
         for _ in range(max(1, min(self._workers or self._capacity, self._capacity))):
-            reference = self._load.remote(self._parcels.digest, self._work)
+            reference = self._load.remote(self._digest, self._work)
             reference.future().add_done_callback(self._warmed_up)
 
     def _share(self) -> None:
         import ray
 
-        self._work = [ray.put(self._parcels.packed)]
+        self._work = [ray.put(self._packed)]
 
     def _see(self) -> bool:
         """Look at the nodes; tells whether there is room for more or less than before."""
@@ -279,7 +272,7 @@ class RayPool(FarPool):
         error = future.exception()
         answer = None if error is not None else future.result()
         if answer is not None:
-            self.later(self._parcels.opened, Batch([], 0), (BROKEN, answer), 0)
+            self.later(self.opened, Batch([], 0), (BROKEN, answer), 0)
         else:
             # If it was killed, the next one will do.
             self._warm = (self._warm or 0) + 1
@@ -305,40 +298,30 @@ class RayPool(FarPool):
         try:
             answer = future.result()
         except gone as error:
-            self._search(batch, name, describe(error))
+            threading.Thread(target=self._search, args=(batch, name, describe(error)), daemon=True).start()
             return []
         except Exception as error:  # noqa: BLE001 - not the function's, which are in the reports
             return [self.refused(error)]
-        return self._parcels.opened(batch, answer, size)
+        return self.opened(batch, answer, size)
 
     def _search(self, batch: Batch, name: str, reason: str) -> None:
-        """Ask all nodes for the journal: ray does not tell on which of them a task was."""
+        """In a thread, ask all nodes for the journal: ray does not tell on which of them a task was."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        left = len(self._nodes)
-        found: list[Found] = []
-        lock = threading.Lock()
-
-        def heard(future: Any) -> None:
-            nonlocal left
-            answer = None if future.exception() is not None else future.result()
-            with lock:
-                left -= 1
-                found.extend([] if answer is None else [answer])
-                is_last = not left
-            if is_last:
-                self.later(self._parcels.recovered, batch, found[0] if found else None, reason)
-
-        reader = ray.remote(recover)
-        if not left:
-            self.later(self._parcels.recovered, batch, None, reason)
-        environment = {k: v for k, v in self._options.items() if k == "runtime_env"}
-        for node in list(self._nodes):
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            reference = reader.options(num_cpus=0, scheduling_strategy=there, **environment).remote(name)
-            self._searching.add(reference)
-            reference.future().add_done_callback(heard)
+        found: Found | None = None
+        with contextlib.suppress(Exception):
+            reader = ray.remote(recover)
+            environment = {k: v for k, v in self._options.items() if k == "runtime_env"}
+            asked = []
+            for node in list(self._nodes):
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                asked.append(reader.options(num_cpus=0, scheduling_strategy=there, **environment).remote(name))
+            for reference in asked:
+                # A node may be gone, too.
+                with contextlib.suppress(Exception):
+                    found = ray.get(reference, timeout=_SEARCHING_SECONDS) or found
+        self.later(self.recovered, batch, found, reason)
 
 
 def _room(has: Mapping[str, float], needs: Mapping[str, float | None]) -> int:
