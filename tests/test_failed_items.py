@@ -199,7 +199,7 @@ class FrozenError(Exception):
     """Its attributes cannot be set, those of every exception included."""
 
 
-@pytest.mark.parametrize("mode", ["thread", "serial"])
+@pytest.mark.parametrize("mode", ["thread", "serial", "process"])
 @pytest.mark.parametrize("options", [{}, {"cache": Cache(exceptions=FrozenError)}], ids=["", "cache"])
 def test_a_frozen_exception_is_the_error_of_its_item(mode, options):
     def fail(item):

@@ -14,7 +14,7 @@ from typing import Any
 from opero.concurrency.pickling import ReportPickler, loads, report_dumps
 from opero.core.signature import MISSING
 from opero.exceptions import RemoteError
-from opero.utils.notes import IN_THE_WORKER, add_note, describe, drop_notes, users_part
+from opero.utils.notes import IN_THE_WORKER, add_note, describe, drop_notes, link, users_part
 
 
 def pack_error(error: Exception) -> bytes:
@@ -22,14 +22,14 @@ def pack_error(error: Exception) -> bytes:
     if error.__traceback__ is not None:
         # The function may raise one object again and again, with what it got here before.
         drop_notes(error, IN_THE_WORKER)
-        error.__traceback__ = users_part(error.__traceback__)
+        error.with_traceback(users_part(error.__traceback__))
         add_note(error, f"{IN_THE_WORKER}{_trace(error)}")
-        error.__traceback__ = None
+        error.with_traceback(None)
     try:
         return _dumps(error)
     except PicklingError:
         # It comes from hundreds of others.
-        error.__cause__ = error.__context__ = None
+        link(error, cause=None, context=None, hides_context=error.__suppress_context__)
         return _dumps(error)
 
 
@@ -60,7 +60,8 @@ def _alone(data: bytes, story: str) -> BaseException:
 
 
 def _link(error: BaseException, links: tuple[Any, ...]) -> None:
-    error.__cause__, error.__context__, error.__suppress_context__ = links
+    cause, context, hides_context = links
+    link(error, cause=cause, context=context, hides_context=hides_context)
 
 
 def _dumps_alone(error: BaseException) -> bytes:
@@ -132,7 +133,8 @@ def _left_out() -> None:
 
 
 def _set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
-    error.args, fields, attributes = state
+    args, fields, attributes = state
+    BaseException.__setattr__(error, "args", args)  # also of one that is frozen
     vars(error).update(attributes)
     for name, value in fields.items():
         # What `__new__` has set cannot always be set again, and a None of an OSError's would be shown.
