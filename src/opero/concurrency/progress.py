@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opero.core.checks import check_callable, check_flag, check_mapping
+from opero.core.checks import check_callable, check_mapping, wrong_type
 from opero.core.clock import clock
 from opero.core.interrupts import Hold
 from opero.core.signature import through_partials
@@ -130,8 +130,10 @@ def check_progress(progress: Any) -> None:
     elif callable(progress):
         if not _is_bar(progress):
             check_callable("progress", progress, "a function of one tally, or a class such as tqdm.rich.tqdm")
-    elif not isinstance(progress, str):
-        check_flag("progress", progress)
+    elif not isinstance(progress, (bool, str)):
+        raise wrong_type(
+            "progress", progress, "True, False, a label, a mapping of tqdm's options, a function or a class like tqdm"
+        )
 
 
 def make_progress(progress: ProgressOption, name: str, total: int | None) -> Progress | None:

@@ -246,11 +246,11 @@ class Line:
         """When to look again; not after ``now``: it may take its slot, or ask the gate of a shared limit for it."""
         self._forget_those_who_left()
         before = self._place(spot)
-        later = min(before, _MOST_GRACES) * _GRACE
+        # Far back it looks seldom: thousands that look again and again would keep their event loop from all else.
+        far = min(max(0, before - _MOST_GRACES) * _NAP_FOR_EACH, _LONGEST_FAR_BACK)
+        later = min(before, _MOST_GRACES) * _GRACE + far
         if not self.may_open(now):
-            # Far back it looks seldom: thousands that look again and again would keep their event loop from all else.
-            far = max(0, before - _MOST_GRACES) * _NAP_FOR_EACH
-            return self._closed_until + later + min(far, _LONGEST_FAR_BACK)
+            return self._closed_until + later
         if before:
             self._noticed_at = min(self._noticed_at, now)
             if now < self._noticed_at + later:
