@@ -562,8 +562,11 @@ class Scheduler:
 
     def _send(self, batch: Batch) -> Batch:
         for entry in batch.entries or ():
-            if entry.attempt is not None:
-                entry.attempt.begin()
+            attempt = entry.attempt
+            # A worker may have ended, or had no time, before it began.
+            if attempt is not None and not attempt.has_begun:
+                attempt.has_begun = True
+                attempt.begins()
             if entry.call.rounds > 1 and not entry.retried:
                 entry.retried = True
                 self.tally.retried += 1

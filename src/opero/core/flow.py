@@ -166,7 +166,9 @@ class _Layers:
     def retry(self) -> Flow:
         """One round after another until one succeeds or no other may follow."""
         plan, call = self.plan, self.call
-        self._find_candidates()
+        self.candidates = (
+            [Candidate(call.args, call.kwargs)] if plan.fallback is None else self._candidates(plan.fallback)
+        )
         while True:
             if plan.retry.tells_before:
                 plan.retry.tell_before(plan, call)
@@ -188,15 +190,12 @@ class _Layers:
             del outcome
             yield step
 
-    def _find_candidates(self) -> None:
-        args, kwargs, fallback, limit = self.call.args, self.call.kwargs, self.plan.fallback, self.plan.limit
-        if fallback is None:
-            self.candidates = [Candidate(args, kwargs)]
-            return
-        values = enumerate(fallback.values(args, kwargs))
-        self.candidates = [Candidate(*fallback.arguments(args, kwargs, v), v, number) for number, v in values]
-        if limit is not None and len(self.candidates) > 1:
+    def _candidates(self, fallback: FallbackOverParameter) -> list[Candidate]:
+        args, kwargs, limit = self.call.args, self.call.kwargs, self.plan.limit
+        values = fallback.values(args, kwargs)
+        if limit is not None and len(values) > 1:
             self.has_own_limit = limit.per is not None and limit.per.depends_on(fallback.parameter)
+        return [Candidate(*fallback.arguments(args, kwargs, v), v, number) for number, v in enumerate(values)]
 
     def fallback(self) -> Generator[Any, Any, Any]:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""

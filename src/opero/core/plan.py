@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.core.clock import clock
 from opero.core.signature import MISSING, calling_kind, module_of, name_of
@@ -154,7 +154,7 @@ class Call:
         return None if self.deadline is None else self.deadline - clock.now()
 
 
-class Verdict:
+class Verdict(NamedTuple):
     """What a failed attempt means for its candidate, for the call and for the circuit.
 
     Attributes:
@@ -167,23 +167,10 @@ class Verdict:
         counts: It speaks against the service, and so counts for its circuit; otherwise it was an answer.
     """
 
-    __slots__ = ("again", "counts", "delay", "ends", "error", "outcome", "rests")
-
-    def __init__(
-        self,
-        error: Exception,
-        outcome: Any,
-        *,
-        again: bool = False,
-        delay: float | None = None,
-        rests: bool = True,
-        ends: bool = False,
-        counts: bool = True,
-    ) -> None:
-        self.error = error
-        self.outcome = outcome
-        self.again = again
-        self.delay = delay
-        self.rests = rests
-        self.ends = ends
-        self.counts = counts
+    error: Exception
+    outcome: Any
+    again: bool = False
+    delay: float | None = None
+    rests: bool = True
+    ends: bool = False
+    counts: bool = True

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from opero.core.clock import asyncio_sleep, clock
 from opero.core.forks import allow_forks
@@ -31,17 +31,14 @@ if TYPE_CHECKING:
     from opero.core.stores.contract import Store
 
 
-class Failed:
+class Failed(NamedTuple):
     """An exception as a value, so that flows can pass it on without raising it.
 
     ``instead`` is what the call returns in place of raising it, if anything.
     """
 
-    __slots__ = ("error", "instead")
-
-    def __init__(self, error: Exception, instead: Any = MISSING) -> None:
-        self.error = error
-        self.instead = instead
+    error: Exception
+    instead: Any = MISSING
 
 
 # In place of an outcome: the attempt was called off before it began.
@@ -53,7 +50,7 @@ TimeLimit = tuple[float, str]  # seconds, and the option that set them
 class Attempt:
     """Step: run the user's function once; sent back: its result, or `Failed`.
 
-    A driver calls `begin` when it runs it, and ends it when it has taken as long as `time_limit` says then; one that
+    A driver calls ``begins`` when it runs it, and ends it when it has taken as long as `time_limit` says then; one that
     blocks cannot do that. One that does not run it at once asks `may_start`, and sends back `NOT_RUN` if it may not.
 
     Attributes:
@@ -65,7 +62,8 @@ class Attempt:
         timeout: Seconds that it may take.
         deadline: When the whole call ends.
         passage: Its way through a circuit.
-        begins: Hears when it begins.
+        begins: Is told once that it begins.
+        has_begun: Whether that was told, by a driver that may have to hand it out twice.
         limit: What `time_limit` has said last.
         is_last: Set by the driver if its task was cancelled meanwhile: whatever the function made of that, nothing is
             tried again.
@@ -81,7 +79,7 @@ class Attempt:
         timeout: float | None,
         deadline: float | None,
         passage: Passage | None,
-        begins: Callable[[], None] | None,
+        begins: Callable[[], None],
     ) -> None:
         self.args = args
         self.kwargs = kwargs
@@ -91,6 +89,7 @@ class Attempt:
         self.deadline = deadline
         self.passage = passage
         self.begins = begins
+        self.has_begun = False
         self.limit: TimeLimit | None = None
         self.is_last = False
 
@@ -99,11 +98,6 @@ class Attempt:
 
     def is_late(self) -> bool:
         return self.deadline is not None and clock.now() >= self.deadline
-
-    def begin(self) -> None:
-        if self.begins is not None:
-            self.begins()
-            self.begins = None
 
     def time_limit(self) -> TimeLimit | None:
         """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
@@ -120,17 +114,14 @@ def stopped(name: str, seconds: float, option: str) -> CallTimeoutError:
     return CallTimeoutError(f"{name} was stopped: {option} left it {duration(seconds)}")
 
 
-class Pause:
+class Pause(NamedTuple):
     """Step: let ``seconds`` pass; sent back: None.
 
     ``is_real``: it is somebody else who is waited for, and not time.
     """
 
-    __slots__ = ("is_real", "seconds")
-
-    def __init__(self, seconds: float, *, is_real: bool = False) -> None:
-        self.seconds = seconds
-        self.is_real = is_real
+    seconds: float
+    is_real: bool = False
 
 
 class Arrival(Protocol):
@@ -155,14 +146,11 @@ class Arrival(Protocol):
         ...
 
 
-class Consult:
+class Consult(NamedTuple):
     """Step: put one request to ``store``, which may block; sent back: its answer. Many may be put at once."""
 
-    __slots__ = ("request", "store")
-
-    def __init__(self, store: Store | Gate, request: Any) -> None:
-        self.store = store
-        self.request = request
+    store: Store | Gate
+    request: Any
 
 
 def consult(steps: Sequence[Consult]) -> list[Any]:
@@ -291,13 +279,14 @@ async def await_arrival_async(arrival: Arrival) -> None:
 
 def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR0912 - more frames shorten recursions
     """Carry out a flow by blocking."""
+    step: Any = None
     sent: Any = None
     try:
         step = flow.send(None)
         while True:
             if isinstance(step, Attempt):
                 # Here and not in a function of its own, whose frame each level of a recursion would have.
-                step.begin()
+                step.begins()
                 token = leading.set(leading.get() | step.badges) if step.badges else None
                 try:
                     sent = function(*step.args, **step.kwargs)
@@ -325,7 +314,7 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR09
     except StopIteration as end:
         outcome = end.value
     finally:
-        del sent
+        del step, sent
         flow.close()
     try:
         return raise_or_return(outcome)
@@ -379,6 +368,7 @@ _NO_LOOP = (
 async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
     """Carry out a flow by awaiting."""
     before = cancellations()
+    step: Any = None
     sent: Any = None
     try:
         step = flow.send(None)
@@ -388,7 +378,7 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
                 step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
                 continue
             if isinstance(step, Attempt):
-                step.begin()
+                step.begins()
                 token = leading.set(leading.get() | step.badges) if step.badges else None
                 try:
                     sent = await run_in_time(function, step.args, step.kwargs, step.time_limit(), name)
@@ -414,7 +404,7 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
     except StopIteration as end:
         outcome = end.value
     finally:
-        del sent
+        del step, sent
         flow.close()
     try:
         return raise_or_return(outcome)
