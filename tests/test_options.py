@@ -404,7 +404,7 @@ ONLY_OPMAP_REFUSES = [
     *no_count("workers", smallest=1),
     *(r for r in no_count("workers", smallest=1, on=fetch_async, **ASYNC)),
     *no_flag("ordered"),
-    *(wrong(TypeError, "True or False", progress=value) for value in (0, 1, None, 0.5, b"label", ["label"])),
+    *(wrong(TypeError, "True, False, a label", progress=value) for value in (0, 1, None, 0.5, b"label", ["label"])),
     *no_flag("return_exceptions"),
     *no_count("total", smallest=0),
     *no_count("batch_size", smallest=1),
@@ -790,7 +790,11 @@ MAKERS = (
         (lambda: get_parallel_map_decorator("async"), TypeError, ("mode", "'async'", "'thread'")),
         (lambda: get_parallel_map_decorator("thread", workers=0), ValueError, ("workers", "0", "1 or more")),
         (lambda: get_parallel_map_decorator("thread", ordered=1), TypeError, ("ordered", "1", "True or False")),
-        (lambda: get_parallel_map_decorator("thread", progress=1), TypeError, ("progress", "1", "True or False")),
+        (
+            lambda: get_parallel_map_decorator("thread", progress=1),
+            TypeError,
+            ("progress", "1", "True, False, a label"),
+        ),
         (
             lambda: get_parallel_map_decorator(start_methodd="fork"),
             TypeError,
