@@ -76,12 +76,26 @@ def test_opero_has_each_public_name(name):
     assert hasattr(opero, name)
 
 
-@pytest.mark.parametrize("name", ["concurrency.get_parallel_executor", "http.retry_after", "testing.instant"])
+@pytest.mark.parametrize(
+    "name", ["concurrency.get_parallel_executor", "http.retry_after", "telemetry.lines.log_events", "testing.instant"]
+)
 def test_what_a_module_has_needs_no_import_but_that_of_opero(name):
     """As the README writes it."""
     program = f"import opero; print(opero.{name}.__name__)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert run.stdout == f"{name.partition('.')[2]}\n", run.stderr
+    assert run.stdout == f"{name.rpartition('.')[2]}\n", run.stderr
+
+
+@pytest.mark.parametrize("package", ["opero", "opero.core", "opero.telemetry"])
+def test_a_shell_completes_also_names_that_nobody_has_asked_for(package):
+    program = f"import {package} as it; print(*dir(it))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    names = {
+        "opero": opero.__all__,
+        "opero.core": opero.core.__all__,
+        "opero.telemetry": ["lines", "otel", "prometheus"],
+    }
+    assert set(names[package]) <= set(run.stdout.split())
 
 
 def test_a_star_import_gives_the_public_names():

@@ -24,6 +24,7 @@ from opero.utils.logging import configure_logging
 if TYPE_CHECKING:
     from opero import concurrency as concurrency
     from opero import http as http
+    from opero import telemetry as telemetry
     from opero import testing as testing
     from opero.concurrency.outcome import Outcome, Results
     from opero.core.breaker import Breaker
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from opero.core.rate_limit import RateLimiter
     from opero.decorators.opmap import opmap
 else:
-    __getattr__ = importing_lazily(
+    __getattr__, __dir__ = importing_lazily(
         __name__,
         {
             "Breaker": "opero.core.breaker",
@@ -46,6 +47,7 @@ else:
             "concurrency": "opero.concurrency",
             "http": "opero.http",
             "opmap": "opero.decorators.opmap",
+            "telemetry": "opero.telemetry",
             "testing": "opero.testing",
         },
     )

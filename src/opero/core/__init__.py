@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from opero.core.fallback import get_fallback_decorator
     from opero.core.rate_limit import RateLimiter, get_rate_limit_decorator
 else:
-    __getattr__ = importing_lazily(
+    __getattr__, __dir__ = importing_lazily(
         __name__,
         {
             "RateLimiter": "opero.core.rate_limit",

@@ -1,4 +1,17 @@
 """opero's events as log lines, OpenTelemetry spans and metrics, or Prometheus metrics: one module for each.
 
-Nothing of opero imports these modules, and each imports the library that it speaks to and no other.
+Each is imported where it is first asked for, and imports the library that it speaks to and no other.
 """
+
+from typing import TYPE_CHECKING
+
+from opero.utils.lazily import importing_lazily
+
+if TYPE_CHECKING:
+    from opero.telemetry import lines as lines
+    from opero.telemetry import otel as otel
+    from opero.telemetry import prometheus as prometheus
+else:
+    __getattr__, __dir__ = importing_lazily(
+        __name__, {name: f"{__name__}.{name}" for name in ("lines", "otel", "prometheus")}
+    )

@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def importing_lazily(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package, by the names that it does not import itself and the modules that have them.
+def importing_lazily(package: str, modules: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The ``__getattr__`` and the ``__dir__`` of a package.
 
-    The name of a module of the package is that module itself.
+    Args:
+        package: The package's name.
+        modules: The names that it does not import itself, each with the module that has it. The name of a module of the
+            package is that module itself.
     """
 
     def get(name: str) -> Any:
@@ -25,4 +28,7 @@ def importing_lazily(package: str, modules: dict[str, str]) -> Callable[[str], A
         setattr(sys.modules[package], name, value)
         return value
 
-    return get
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *modules})
+
+    return get, names
