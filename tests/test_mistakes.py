@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 
-from opero import opero, opmap
+from opero import Cache, opero, opmap
 
 
 def fetch(url, key="k"):
@@ -70,6 +70,8 @@ MISTAKES = {
     "tuples of arguments": (lambda: opmap(**THREADS)(add)([(1, 2)]), "add.starmap(tuples) if each item is a tuple"),
     "the wrong order of decorators": (lambda: opero(vars(Client)["get"]), "put @opero below @staticmethod"),
     "a cache that is off": (lambda: opero(cache_ttl=60)(fetch), "add cache=True"),
+    "a lifetime as the cache": (lambda: opero(cache=60)(fetch), "or a Cache, such as cache=Cache(ttl='15 minutes')"),
+    "a typo in a Cache": (lambda: Cache(bakend="disk"), "did you mean 'backend'?"),
     "a backend as the cache": (lambda: opero(cache="disk")(fetch), "beside it cache_backend='disk'"),
     "an option that is no keyword": (lambda: opmap("thread"), "its options are keywords"),
     "a list of classes": (lambda: opero(retry_on=[OSError])(fetch), "write an Exception class, a tuple of them"),

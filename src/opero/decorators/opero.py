@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
-from opero.core.checks import check_count, check_flag, check_known, check_seconds
+from opero.core.checks import check_count, check_known, check_seconds, wrong_type
 from opero.core.control import OPTIONS
 from opero.core.decoration import F, decorator
 from opero.core.plan import Plan
@@ -168,7 +168,8 @@ def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache:
     if isinstance(given["cache"], str):
         msg = "cache=… is str; write True or False, and beside it cache_backend='disk', or cache=Cache(backend='disk')"
         raise TypeError(msg)
-    check_flag("cache", given["cache"])
+    if not isinstance(given["cache"], bool):
+        raise wrong_type("cache", given["cache"], "True or False, or a Cache, such as cache=Cache(ttl='15 minutes')")
     return cache_policy(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in _OF_CACHE}))
 
 

@@ -45,6 +45,7 @@ _OPTIONS = {
     "disk": ("cache_dir", "maxsize", "policy", "size_limit", *_WRITTEN),
     "redis": ("client", "redis_db", "redis_host", "redis_password", "redis_port", "url", *_WRITTEN),
 }
+_OF_ANY_CACHE = ("backend", "exceptions", "ignore", "keep_if", "key", "namespace", "stale", "ttl")
 _HIGHEST_PORT = 65_535
 
 
@@ -254,8 +255,10 @@ def cache_settings(
     if key is not None:
         check_callable(f"{prefix}key", key, "a function of the same arguments that returns the key")
     given = check_mapping("cache_options", options)
-    where = f"cache_options of cache_backend={backend!r}" if prefix else f"Cache(backend={backend!r})"
-    check_known(where, given, _OPTIONS[backend])
+    if prefix:
+        check_known(f"cache_options of cache_backend={backend!r}", given, _OPTIONS[backend])
+    else:
+        check_known(f"Cache(backend={backend!r})", given, (*_OPTIONS[backend], *_OF_ANY_CACHE))
     policies = MEMORY_POLICIES if backend == "memory" else DISK_POLICIES
     checks: dict[str, Any] = {**_CHECKS, "policy": functools.partial(check_choice, choices=policies)}
     checked = {name: checks[name](option.format(name), value) for name, value in given.items()}
