@@ -148,6 +148,38 @@ def test_the_death_of_a_worker_is_noticed_while_other_threads_fork(method):
     assert ended == []
 
 
+FORKING = """
+    import os, threading
+    from opero import opmap
+    import concurrent.futures.thread  # later than opero: its lock is taken before a fork, too
+
+    def fork():
+        while not is_over.is_set():
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+
+    def echo(item):
+        return item
+
+    mapped = opmap(mode="process", workers=2, progress=False, pool_options={"start_method": "fork"})(echo)
+    is_over = threading.Event()
+    threads = [threading.Thread(target=fork) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    done = [mapped(range(5)) for _ in range(10)]
+    is_over.set()
+    print(done == 10 * [[0, 1, 2, 3, 4]])
+"""
+
+
+def test_a_map_that_starts_workers_and_threads_that_fork_do_not_wait_for_each_other():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(FORKING)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert run.stdout == "True\n"
+
+
 # Who is told how a worker ended
 
 CHILDREN = """

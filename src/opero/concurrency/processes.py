@@ -9,11 +9,14 @@ that was in it. A worker gets its next batch when it has reported on the one bef
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401 - registers what it does before a fork, see `_starting`
 import contextlib
+import logging  # noqa: F401 - as above
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -43,7 +46,7 @@ from opero.concurrency.process_worker import (
     serve,
 )
 from opero.concurrency.transport import Packer, unpack_report
-from opero.core.forks import only_this_thread_forks, watch_forks
+from opero.core.forks import watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import module_of, name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -61,6 +64,17 @@ UNGUARDED_CODE = 113
 # initializer. Once one has been ready it is more likely somebody who kills them.
 MOST_STILLBIRTHS = 3
 MOST_LATE_STILLBIRTHS = 100
+
+# As long as a thread has it, no other forks: a child must not have the ends of a pipe that is being given to a worker.
+_starting = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # What is registered last comes first before a fork: whoever forks takes this lock before those of logging and
+    # concurrent.futures, as a thread does that starts a worker. In another order two of them would wait for each other.
+    os.register_at_fork(
+        before=_starting.acquire,
+        after_in_parent=_starting.release,
+        after_in_child=_starting._at_fork_reinit,  # type: ignore[attr-defined]  # noqa: SLF001 - as threading does
+    )
 
 
 class Worker:
@@ -332,7 +346,7 @@ class ProcessPool(Pool):
                 self._start_worker()
 
     def _start_worker(self) -> None:
-        with Hold(), only_this_thread_forks(), held_back_in_children(self._method), _allowed_to_start():
+        with Hold(), _starting, held_back_in_children(self._method), _allowed_to_start():
             if self._multi_pool is None:
                 self._open()
             place = min(set(range(self._most_workers)) - {worker.place for worker in self._workers})

@@ -57,11 +57,6 @@ def allow_forks(thread: threading.Thread) -> None:
     _fork_safe.add(thread)
 
 
-def only_this_thread_forks() -> Any:
-    """A lock; as long as a thread has it, the others fork not."""
-    return _forking
-
-
 def foreign_threads() -> set[threading.Thread]:
     """The other threads, which may hold a lock when this one forks."""
     return set(threading.enumerate()) - set(_fork_safe) - {threading.current_thread()}
