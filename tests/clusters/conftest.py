@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(
         HOME=folder,
         TMPDIR=folder,
-        PYTHONPATH=str(HERE),
+        PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
         RAY_USAGE_STATS_ENABLED="0",
         PYTHONWARNINGS="ignore",

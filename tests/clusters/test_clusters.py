@@ -216,6 +216,25 @@ def test_ctrl_c_ends_the_map(engine, path, script, lines, eventually):
 # Much
 
 
+@pytest.mark.parametrize("mode", ["dask", "ray"])
+def test_a_stream_that_is_forgotten_ends_with_the_program(mode, script):
+    program = script(
+        f"""
+        from opero import opmap
+
+        @opmap(mode={mode!r}, workers=1, progress=False)
+        def double(item):
+            return item * 2
+
+        if __name__ == "__main__":
+            stream = double.stream(range(10**9))
+            print("said", next(stream).result, flush=True)
+        """
+    )
+    assert program.wait_for("said") == "0"
+    assert "Exception ignored" not in program.end()
+
+
 def test_a_long_generator_takes_no_memory(engine):
     pulled = 0
 

@@ -253,3 +253,39 @@ def test_workers_stay_between_the_maps_of_a_block(engine):
     with function.pool(), warnings.catch_warnings():
         for number in range(3):
             assert function([number]) == [number * 2]
+
+
+def test_a_cluster_that_adapts_starts_its_first_worker_for_a_map(engine):
+    options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "silence_logs": 50}
+    with LocalCluster(n_workers=0, threads_per_worker=1, **options) as cluster:
+        cluster.adapt(minimum=0, maximum=1, interval="100 ms")
+        address = {"address": cluster.scheduler_address}
+        assert engine.map(jobs.double, pool_options=address, total_timeout=50)([1, 2]) == [2, 4]
+
+
+def test_a_map_inside_the_items_of_a_map_runs_on_the_same_cluster(engine):
+    def outer(item):
+        return sum(opmap(mode="dask", progress=False)(jobs.pid)(range(item))) > 0, os.getpid()
+
+    results = engine.map(outer)([1, 2, 3, 4])
+    assert {pid for _, pid in results} <= set(engine.client.run(os.getpid).values())
+    assert all(has_run for has_run, _ in results)
+
+
+def test_clusters_are_made_for_maps_of_several_threads_at_once(engine, script):
+    program = script(
+        """
+        from concurrent.futures import ThreadPoolExecutor
+        from opero import opmap
+
+        @opmap(mode="dask", workers=1, progress=False)
+        def double(item):
+            return item * 2
+
+        if __name__ == "__main__":
+            with ThreadPoolExecutor(2) as threads:
+                print("said", list(threads.map(double, [[1], [2]])), flush=True)
+        """
+    )
+    assert program.wait_for("said") == "[[2], [4]]"
+    program.end()

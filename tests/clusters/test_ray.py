@@ -107,3 +107,26 @@ def test_a_ray_that_is_started_for_a_map_ends_with_it(engine, script):
     assert program.wait_for("result") == "[1, 2]"
     assert program.wait_for("initialised") == "False False"
     program.end()
+
+
+def test_a_ray_that_one_thread_has_started_outlives_it(engine, script):
+    program = script(
+        """
+        import threading
+        from opero import opmap
+
+        @opmap(mode="ray", progress=False, retries=0)
+        def double(item):
+            return item * 2
+
+        if __name__ == "__main__":
+            first = double.stream([1])
+            starting = threading.Thread(target=lambda: print("first", next(first).result, flush=True))
+            starting.start()
+            starting.join()
+            print("second", double(range(3)), flush=True)
+            first.close()
+        """
+    )
+    assert program.wait_for("second") == "[0, 2, 4]"
+    program.end()

@@ -31,6 +31,7 @@ from opero.concurrency.far import (
     wait_for_the_end,
 )
 from opero.concurrency.scheduler import MOST_AHEAD
+from opero.core.forks import ForkSafeLock
 from opero.core.showing import kind_of
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
@@ -49,6 +50,9 @@ _PER_THREAD = 1 + MOST_AHEAD
 # Larger work goes to each worker once, larger batches past the scheduler's graph, which warns of them.
 _MOST_BYTES_ALONG = 65_536
 _POLLING_SECONDS = 0.02
+# The first use of some parts of the library imports them, which it does not survive in two threads at once.
+_making = ForkSafeLock()
+_KNOCK = "knock"
 
 
 @dataclass(eq=False)
@@ -91,7 +95,7 @@ class DaskPool(FarPool):
         self._cluster: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._futures: dict[str, Any] = {}
-        self._has_limits = self._is_over = self._is_paced = False
+        self._has_limits = self._is_over = self._is_paced = self._has_seceded = False
 
     @property
     def slots(self) -> int:
@@ -125,6 +129,7 @@ class DaskPool(FarPool):
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Withdraw what has not begun; an item that runs is left to its end, one with a time limit is ended."""
         self._is_over = True
+        self.not_at_exit()
         client, self._client = self._client, None
         try:
             if client is not None:
@@ -133,6 +138,9 @@ class DaskPool(FarPool):
             cluster, self._cluster = self._cluster, None
             if cluster is not None:
                 cluster.close(timeout=ENDING_SECONDS)
+            if self._has_seceded:
+                self._has_seceded = False
+                _distributed().rejoin()
 
     def _end(self, client: Any, is_left: Callable[[], bool]) -> None:
         try:
@@ -159,6 +167,7 @@ class DaskPool(FarPool):
         except OSError as error:
             msg = f"the scheduler of dask at {address} cannot be reached: {describe(error)}"
             raise OperoError(msg) from error
+        self.end_at_exit()
         tell_of_dashboard("dask", self._client.dashboard_link)
         self._spawn(self._look_after(self._client))
 
@@ -170,6 +179,12 @@ class DaskPool(FarPool):
         client = self._given
         if client is None:
             with contextlib.suppress(ValueError):
+                worker = distributed.get_worker()
+                # In a task, whose thread would be missing to those that it waits for.
+                distributed.secede()
+                self._has_seceded = True
+                return worker.scheduler.address, worker.security
+            with contextlib.suppress(ValueError):
                 client = distributed.Client.current()
         if client is not None:
             if not isinstance(client, distributed.Client):
@@ -180,13 +195,14 @@ class DaskPool(FarPool):
                 raise OperoError(msg)
             return client.scheduler.address, client.security
         # dask's web servers would listen on all interfaces.
-        self._cluster = distributed.LocalCluster(
-            n_workers=self._most,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            worker_dashboard_address="127.0.0.1:0",
-        )
+        with _making.lock:
+            self._cluster = distributed.LocalCluster(
+                n_workers=self._most,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                worker_dashboard_address="127.0.0.1:0",
+            )
         return self._cluster.scheduler_address, self._cluster.security
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -303,9 +319,19 @@ class DaskPool(FarPool):
                     counted = await client.scheduler.identity(n_workers=-1)
                 except OSError:
                     continue  # its status will say so
+                self._ask_for(client, any(map(self._room, counted["workers"].values())))
                 self.later(self._counted, counted["workers"])
             await asyncio.sleep(_LOOKING_SECONDS)
             seconds -= _LOOKING_SECONDS
+
+    def _ask_for(self, client: Any, has_room: bool) -> None:  # noqa: FBT001 - a plain fact
+        """Without a worker, wait for one in the scheduler, too: a cluster that adapts starts one for that."""
+        if has_room:
+            self._futures.pop(_KNOCK, None)
+        elif _KNOCK not in self._futures:
+            self._futures[_KNOCK] = client.submit(
+                bool, key=f"opero {self._name}-{uuid4().hex}", resources=self._resources or None
+            )
 
     def _away(self) -> None:
         if not self._is_over:

@@ -135,6 +135,14 @@ class FarPool(Pool):
         """What is told of the cluster is of no interest."""
         self.deliver = _ignore
 
+    def end_at_exit(self) -> None:
+        """End what a forgotten stream has left, while its engine can still do that."""
+        atexit.register(self.stop, _never)
+
+    def not_at_exit(self) -> None:
+        """It has ended before."""
+        atexit.unregister(self.stop)
+
     @property
     def largest_batch(self) -> int:
         return LARGEST_BATCH
@@ -237,6 +245,11 @@ def wait_for_the_end(has_ended: Callable[[], bool], is_left: Callable[[], bool])
     ends = time.monotonic() + ENDING_SECONDS
     while not has_ended() and time.monotonic() < ends and not is_left():
         time.sleep(0.005)
+
+
+def _never() -> bool:
+    """Nobody leaves a pool that ends with the program."""
+    return False
 
 
 def _ignore(_event: Any) -> None:

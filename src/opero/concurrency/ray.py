@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -48,6 +49,7 @@ class _Session:
         self._lock = ForkSafeLock()
         self._users = 0
         self._is_own = False
+        self._may_end = threading.Event()
 
     def enter(self, address: str | None, init: Mapping[str, Any]) -> None:
         import ray
@@ -59,7 +61,7 @@ class _Session:
                     msg = f"pool_options[{named}] cannot apply: ray is initialised already, and is used; leave it out"
                     raise OperoError(msg)
             elif not ray.is_initialized():
-                _start(address, init)
+                self._start(address, init)
                 self._is_own = True
             self._users += 1
 
@@ -78,6 +80,27 @@ class _Session:
             if not self._users and self._is_own:
                 self._is_own = False
                 ray.shutdown()
+                self._may_end.set()
+
+    def _start(self, address: str | None, init: Mapping[str, Any]) -> None:
+        """Start it where it lasts: Linux ends ray's processes with the thread that has started them."""
+        if threading.current_thread() is threading.main_thread():
+            _start(address, init)
+            return
+        started: Future[None] = Future()
+        self._may_end = may_end = threading.Event()
+
+        def keep() -> None:
+            try:
+                _start(address, init)
+            except BaseException as error:  # noqa: BLE001 - raised where it was asked for
+                started.set_exception(error)
+            else:
+                started.set_result(None)
+                may_end.wait()
+
+        threading.Thread(target=keep, name="opero-ray-start", daemon=True).start()
+        started.result()
 
 
 _session = _Session()
@@ -175,6 +198,7 @@ class RayPool(FarPool):
         if not self._has_begun:
             return
         self._has_begun = False
+        self.not_at_exit()
         self._over.set()
         try:
             if not self._is_away:
@@ -203,6 +227,7 @@ class RayPool(FarPool):
 
         _session.enter(self._address, self._init)
         self._has_begun = True
+        self.end_at_exit()
         context = ray.get_runtime_context()
         tell_of_dashboard("ray", _session.dashboard())
         self._own_node = context.get_node_id()
