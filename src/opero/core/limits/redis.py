@@ -16,14 +16,23 @@ if TYPE_CHECKING:
 
 # A process reckons with what it knows, and its answer holds if that is still so: of a state with this digest it makes
 # the given one, if there is one; of any other state it gives the server's time and what is there.
+# In a field of a hash: what somebody writes beside it, or in its place, does no harm.
 _SWAP = """
-local data = redis.pcall('GETRANGE', KEYS[1], 0, 999999)
-if type(data) ~= 'string' then data = '' end
+local size = redis.pcall('HSTRLEN', KEYS[1], 'state')
+local data = ''
+if type(size) ~= 'number' then
+  redis.call('DEL', KEYS[1])
+elseif size > 0 and size < 1000000 then
+  data = redis.call('HGET', KEYS[1], 'state')
+end
 if redis.sha1hex(data) ~= ARGV[1] then
   local time = redis.call('TIME')
   return {time[1], time[2], data}
 end
-if ARGV[2] ~= '' then redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end
+if ARGV[2] ~= '' then
+  redis.call('HSET', KEYS[1], 'state', ARGV[2])
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
+end
 """
 # Others may be faster so often; then they are let go on for so long.
 _TRIES, _BUSY_SECONDS = 20, 0.005
