@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import gc
-import math
 import pickle
 import threading
 import weakref
@@ -20,7 +18,6 @@ from opero.core import RateLimiter
 from opero.core.clock import clock
 from opero.core.flow import call_flow
 from opero.core.plan import Call
-from opero.core.signature import MISSING
 from opero.core.steps import drive_async
 from opero.events import AttemptFailed, AttemptStarted, CandidateSwitched, CircuitChanged
 from opero.testing import instant
@@ -258,9 +255,9 @@ def test_a_forked_child_can_make_the_trial_that_its_parent_makes(fake_clock):
     with pytest.raises(ZeroDivisionError):
         f(0)
     fake_clock.tick(10)
-    trial = f.__opero__.plan.breaker.shared.enter(MISSING)
+    trial = f.__opero__.plan.breaker.enter((), {})
     assert trial is not None
-    assert f.__opero__.plan.breaker.shared.enter(MISSING) is None
+    assert f.__opero__.plan.breaker.enter((), {}) is None
     assert forked(lambda: f(2)) == "0.5"
 
 
@@ -608,15 +605,6 @@ def test_a_trial_that_nobody_awaits_any_more_is_left_to_the_next(fake_clock):
     assert asyncio.run(main()) == "next"
 
 
-def test_a_trial_that_was_lost_before_it_began_is_left_to_the_next(fake_clock):
-    f = opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0)(lambda x: 1 / x)
-    with pytest.raises(ZeroDivisionError):
-        f(0)
-    fake_clock.tick(10)
-    f.__opero__.plan.breaker.shared.enter(MISSING)  # an interrupt may drop what this returned
-    assert f(2) == 0.5
-
-
 def test_a_map_of_tasks_that_is_cancelled_during_a_trial_leaves_it_to_the_next(fake_clock):
     service = Service()
 
@@ -729,8 +717,8 @@ def test_a_trial_may_be_dropped_in_the_middle_of_another_call_as_the_garbage_col
     def next_call():
         asyncio.run(begin_trial())
         clock.now = now
-        with contextlib.suppress(CircuitOpenError):
-            asyncio.run(f("other"))
+        opero.control(f).circuit.open()
+        fake_clock.tick(10)
         return asyncio.run(f("next"))
 
     assert started(next_call).result(SECONDS) == "next"
@@ -809,12 +797,12 @@ def test_a_failure_is_counted_before_others_are_told_to_pause(fake_clock):
 
     pause = f.__opero__.plan.limit.pause
     f.__opero__.plan.limit.pause = lambda *args: (
-        paused.append(f.__opero__.plan.breaker.shared.admits(MISSING)),
+        paused.append(opero.control(f).circuit.state),
         pause(*args),
     )[1]
     with pytest.raises(ConnectionError):
         f()
-    assert paused == [False]
+    assert paused == ["open"]
 
 
 # Retries and candidates
@@ -1166,31 +1154,6 @@ def test_items_of_a_map_wait_for_no_longer_than_one_recovery(mode):
     breaker = opero.Breaker(1, recovery=0.2)
     mapped = opero.opmap(breaker=breaker, retries=0, **mode.options, return_exceptions=True)(mode.define(function))
     assert CircuitOpenError in {type(outcome) for outcome in mode.run(mapped, range(3_000))}
-
-
-def left_by_its_caller(passages):
-    passages.pop().end()
-
-
-def left_to_the_garbage_collector(passages):
-    passages.clear()
-    gc.collect()
-
-
-@pytest.mark.parametrize("leave", [left_by_its_caller, left_to_the_garbage_collector])
-def test_those_who_wait_for_a_trial_hear_at_once_that_it_came_to_no_end(fake_clock, leave):
-    breaker = opero.Breaker(1, recovery=10)
-    breaker.open("value")
-    fake_clock.tick(10)
-    passages = [breaker.enter("value")]
-    arrival = breaker.trial_of(["value"], fake_clock.now() + 100, math.inf)
-    heard = threading.Event()
-    arrival.notify(heard.set)
-    assert not arrival.poll()
-    assert arrival.due_in() is None
-    leave(passages)
-    assert heard.is_set()
-    assert arrival.poll()
 
 
 # Too little time

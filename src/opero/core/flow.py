@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from tenacity import RetryCallState
 
-    from opero.core.breaker import Passage, Trial
+    from opero.core.breaker import Passage
     from opero.core.fallback import FallbackOverParameter
     from opero.core.limits.line import Wants
     from opero.core.limits.places import Places
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
+# How often an item of a map looks whether a circuit has been tried, in parts of the circuit's recovery.
+_TRIAL_LOOKS = 0.1
 # No attempt could end otherwise, unless a TypeError is the function's own.
 FINAL_ERRORS = (MisuseError, NotTransferableError, TypeError)
 
@@ -137,7 +139,7 @@ class _Layers:
         has_slot: Whether the next attempt has its slot of the rate limit.
         places: To which its place of ``max_concurrent`` has to be given back, while it has one.
         had: The seconds that the last attempt had, if others had used up some of its time.
-        patient_until: How long it waits for the trial of an open circuit.
+        patient_until: How long it waits until a trial of an open circuit begins.
         failed: The last attempt that failed.
         ended_by: What else than that ended the call.
         earlier_failure: What a time limit at the end should not hide.
@@ -174,10 +176,10 @@ class _Layers:
                 plan.retry.tell_before(plan, call)
             self.is_new_round = True
             while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN:
-                trial = self._trial()
-                if trial is None:
+                pause = self._pause_for_trial()
+                if pause is None:
                     return self._stop(_CIRCUIT_IS_OPEN)
-                yield trial
+                yield pause
             if outcome.__class__ is not Verdict:
                 return outcome
             step = plan.retry.after(plan, call, outcome, self._must_end)
@@ -225,15 +227,18 @@ class _Layers:
             return CIRCUIT_OPEN
         return speaks if plan.fallback is None else self._for_the_round(speaks)
 
-    def _trial(self) -> Trial | None:
+    def _pause_for_trial(self) -> Pause | None:
         """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
-        breaker, call = self.plan.breaker, self.call
-        if call.presence is None or breaker is None:
+        breaker, now = self.plan.breaker, clock.now()
+        if self.call.presence is None or breaker is None or now >= self.deadline:
             return None
         if self.patient_until is None:
-            self.patient_until = clock.now() + breaker.shared.recovery if call.deadline is None else call.deadline
-        values = [breaker.value_of(candidate.args, candidate.kwargs) for candidate in self.candidates]
-        return breaker.shared.trial_of(values, self.patient_until, self.deadline)
+            self.patient_until = now + breaker.shared.recovery if self.call.deadline is None else self.deadline
+        waits = [breaker.wait_of(c.args, c.kwargs) or 0.0 for c in self.candidates]
+        if math.inf in waits:
+            # Nobody knows when a trial that is under way will end.
+            return Pause(min(_TRIAL_LOOKS * breaker.shared.recovery, self.deadline - now))
+        return None if now + min(waits) > self.patient_until else Pause(min(waits))
 
     def breaker(self, candidate: Candidate) -> Generator[Any, Any, Any]:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
@@ -384,7 +389,7 @@ class _Layers:
         elif verdict is not None and not failed and isinstance(verdict.error, WorkerCrashedError):
             # A worker that ended gave no answer.
             failed = None
-        changed = passage.tell(failed=failed)
+        changed = None if failed is None else passage.tell(failed=failed)
         if changed is not None and self.call.tell is not None:
             place = None if self.plan.fallback is None else candidate.number
             self.call.tell(CircuitChanged, state=changed, place=place)
@@ -486,7 +491,7 @@ class _Layers:
         breaker = self.plan.breaker
         if breaker is None:
             return candidates
-        return [c for c in candidates if breaker.shared.admits(breaker.value_of(c.args, c.kwargs), after=after)]
+        return [c for c in candidates if (breaker.wait_of(c.args, c.kwargs) or 0.0) <= after]
 
     # How a call ends that has not succeeded
 
@@ -516,10 +521,10 @@ class _Layers:
     def _circuit_open(self) -> Exception:
         breaker: Any = self.plan.breaker
         whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
-        waits = [breaker.shared.trial_in([breaker.value_of(each.args, each.kwargs)]) for each in self.candidates]
+        waits = [breaker.wait_of(each.args, each.kwargs) or 0.0 for each in self.candidates]
         # One whose trial is under way may be next.
-        soonest = min(range(len(waits)), key=lambda place: waits[place] or 0.0)
-        wait = waits[soonest]
+        soonest = min(range(len(waits)), key=lambda place: 0.0 if waits[place] == math.inf else waits[place])
+        wait = None if waits[soonest] == math.inf else waits[soonest]
         trial = "a trial call is under way" if wait is None else f"the next trial is in {duration(wait)}"
         failures = _counted(breaker.shared.failures, "failure")
         message = f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}"
