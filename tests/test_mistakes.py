@@ -62,6 +62,7 @@ MISTAKES = {
     "a coroutine that is returned": (lambda: opero(returns_a_coroutine)("url"), "write `async def` and await inside"),
     "run in a notebook": (lambda: asyncio.run(run_in_a_loop()), "write await in place of .run"),
     "one item": (lambda: opmap(**THREADS)(fetch)("https://a.test"), "fetch.one("),
+    "no items": (opmap(**THREADS)(fetch), "fetch() is a map and got no items; write fetch([item, …])"),
     "a number of items": (
         lambda: opmap(**THREADS)(fetch)(5),
         "write fetch.one(item) for one item, fetch([item, …]) for several",

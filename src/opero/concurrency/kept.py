@@ -1,7 +1,4 @@
-"""Where the maps of a function get their pools, and the block in which these are kept between the maps.
-
-A map has the pool that it uses to itself. One that runs at the same time has another, which is kept as well.
-"""
+"""Where the maps of a function get their pools, and the block in which these are kept between the maps."""
 
 from __future__ import annotations
 
@@ -65,7 +62,11 @@ def default_workers(mode: str) -> int:
 
 
 class PoolSource:
-    """Where the maps of one function get their pools.
+    """Where the maps of one function get their pools, and a block in which these are kept, ``with fn.pool():``.
+
+    The workers are started by the first map and have ended when the block is left. A map has the pool that it uses to
+    itself: maps that run at the same time do not share workers, but leave theirs to later ones. A map that ends before
+    all that it has begun leaves none.
 
     Args:
         mode: One of `POOLS`, an executor, or a function that makes one.
@@ -113,11 +114,11 @@ class PoolSource:
                 return True
             return False
 
-    def open_block(self) -> None:
+    def __enter__(self) -> None:
         with self._lock:
             self._blocks += 1
 
-    def close_block(self) -> None:
+    def __exit__(self, *_exc: object) -> None:
         """Stop what is idle, unless there is another block; what is in use is stopped by the map that uses it."""
         with Hold(), ExitStack() as stack:
             with self._lock:
@@ -129,27 +130,10 @@ class PoolSource:
             for pool in idle:
                 stack.callback(pool.stop, lambda: False)
 
-
-class KeptWorkers:
-    """A block in which the maps of a function use the same workers: ``with fn.pool():`` or ``async with fn.pool():``.
-
-    The workers are started by the first map and have ended when the block is left. Maps that run at the same time do
-    not share workers, but leave theirs to later ones. A map that ends before all that it has begun does not.
-    """
-
-    def __init__(self, source: PoolSource) -> None:
-        self._source = source
-
-    def __enter__(self) -> None:
-        self._source.open_block()
-
-    def __exit__(self, *_exc: object) -> None:
-        self._source.close_block()
-
     async def __aenter__(self) -> None:
-        self._source.open_block()
+        self.__enter__()
 
     async def __aexit__(self, *_exc: object) -> None:
         from opero.concurrency.ctrl_c import in_own_thread
 
-        await in_own_thread(lambda _is_left: self._source.close_block())
+        await in_own_thread(lambda _is_left: self.__exit__())

@@ -20,14 +20,14 @@ from collections.abc import (
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from opero.concurrency.kept import KeptWorkers, PoolSource
+from opero.concurrency.kept import PoolSource
 from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
 from opero.core.interrupts import Hold, forget_earlier_interrupts
 from opero.core.parameters import own_signature
 from opero.core.showing import kind_of
-from opero.core.signature import find_by_name
+from opero.core.signature import MISSING, find_by_name
 from opero.exceptions import FailedItemsWarning
 from opero.utils.notes import Shortened, class_counts
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Sink
     from opero.concurrency.worker import Shape
-    from opero.core.cache import CacheInfo
-    from opero.core.control import LiveStats
     from opero.core.plan import Plan
 
 T = TypeVar("T")
@@ -61,8 +59,8 @@ class _Method(Protocol[S_contra, Item_contra, Q, R_co, L_co]):
     def _types(self) -> Callable[Concatenate[S_contra, Item_contra, Q], tuple[R_co, L_co]]: ...
 
 
-class _Map(Generic[T, P, R, L]):
-    """A function that takes many items; what both kinds have in common."""
+class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
+    """A function that takes many items, and what can be done with it besides; what both kinds have in common."""
 
     if TYPE_CHECKING:
 
@@ -70,20 +68,14 @@ class _Map(Generic[T, P, R, L]):
         def _types(self) -> Callable[Concatenate[T, P], tuple[R, L]]: ...
 
     def __init__(self, plan: Plan, settings: MapSettings, single: Any) -> None:
+        super().__init__(single.__opero__)
         self.plan = plan
         self.settings = settings
         self.single = single
-        # The instance of a method.
-        self._head: tuple[Any, ...] = ()
         # Whether items are tuples of arguments.
         self._is_starred = False
 
-    @property
-    def stats(self) -> LiveStats:
-        """A live view of what this function has done so far, in maps and in single calls."""
-        return self._control.stats
-
-    def pool(self) -> KeptWorkers:
+    def pool(self) -> PoolSource:
         """A block in which the workers stay alive between the calls of this map.
 
         ``with fn.pool():`` or ``async with fn.pool():``, for ``def`` and ``async def`` functions alike. The first call
@@ -91,23 +83,11 @@ class _Map(Generic[T, P, R, L]):
         several threads or tasks, have workers of their own. In mode ``"async"`` there is nothing to keep: tasks belong
         to the event loop of their call.
         """
-        return KeptWorkers(self.settings.pools)
+        return self.settings.pools
 
-    def cache_info(self) -> CacheInfo:
-        """Hits, misses, largest and current number of entries; zeros without a cache."""
-        return self._control.cache_info()
-
-    def cache_clear(self) -> None:
-        """Forget all results."""
-        self._control.cache_clear()
-
-    def cache_delete(self, item: T, *args: P.args, **kwargs: P.kwargs) -> bool:
+    def cache_delete(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Forget the result for this item and these arguments; tells whether there was one."""
-        return self._control.cache_delete(*self._single_arguments(item, args), **kwargs)
-
-    def cache_refresh(self, item: T, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Call the function for this item, here and not in a worker, and keep the new result; see `opero.control`."""
-        return self._control.cache_refresh(item, *args, **kwargs)
+        return super().cache_delete(*self._single_arguments(item, args), **kwargs)
 
     def with_plan(self, plan: Plan) -> Self:
         """The same map under other policies."""
@@ -129,10 +109,6 @@ class _Map(Generic[T, P, R, L]):
 
     def __repr__(self) -> str:
         return f"<opmap {self.plan.name}>"
-
-    @property
-    def _control(self) -> Control[..., Any]:
-        return Control(self.__dict__["__opero__"], self._head)
 
     def _with(self, kind: type[_Map[Any, Any, Any, Any]], **changes: Any) -> Any:
         made = object.__new__(kind)
@@ -207,6 +183,9 @@ class _Map(Generic[T, P, R, L]):
     def _check_items(self, items: Any) -> None:
         """Refuse as all items of a map what is meant as one of them."""
         kind, name = type(items), self.plan.name.rpartition(".")[2]
+        if items is MISSING:
+            msg = f"{name}() is a map and got no items; write {name}([item, …])"
+            raise TypeError(msg)
         if isinstance(items, Mapping):
             ways = f"{name}(list(mapping)) for its keys, {name}.starmap(mapping.items()) for keys and values"
         elif isinstance(items, (str, bytes, bytearray)) or not (
@@ -257,34 +236,6 @@ class _Map(Generic[T, P, R, L]):
             msg = f"{self.plan.name}.starmap got {kind_of(item)} as an item; each item is a tuple of arguments"
             raise TypeError(msg)
         return item if isinstance(item, tuple) else tuple(item)
-
-
-class MapControl(Control[Concatenate[T, P], R]):
-    """What can be done with a map besides calling it; see `opero.control`."""
-
-    def __init__(self, of: _BlockingMap[T, P, R, Any] | _AwaitableMap[T, P, R, Any]) -> None:
-        super().__init__(of.__dict__["__opero__"], of._head)  # noqa: SLF001 - of this module
-        self._of = of
-        self.pool = of.pool
-
-    def __reduce__(self) -> Any:
-        return type(self), (self._of,)
-
-
-class BlockingMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
-    """That of a ``def`` function."""
-
-    def __init__(self, of: _BlockingMap[T, P, R, L]) -> None:
-        super().__init__(of)
-        self.stream, self.run, self.one, self.starmap = of.stream, of.run, of.one, of.starmap
-
-
-class AwaitableMapControl(MapControl[T, P, R], Generic[T, P, R, L]):
-    """That of an ``async def`` function."""
-
-    def __init__(self, of: _AwaitableMap[T, P, R, L]) -> None:
-        super().__init__(of)
-        self.stream, self.run, self.one, self.starmap = of.stream, of.run, of.one, of.starmap
 
 
 class _BlockingMap(_Map[T, P, R, L]):
@@ -354,9 +305,6 @@ class _BlockingMap(_Map[T, P, R, L]):
 
         source: Iterator[Any] = map(self._row, items) if self._is_starred else iter(items)
         return run_blocking(self.plan, self.settings, shape, sink, items=source, total=self._total(items))
-
-    def __opero_control__(self, head: tuple[Any, ...], /) -> BlockingMapControl[T, P, R, L]:
-        return BlockingMapControl(self._bound_to(*head) if head else self)
 
 
 class SyncMap(_BlockingMap[T, P, R, L]):
@@ -462,9 +410,6 @@ class _AwaitableMap(_Map[T, P, R, L]):
             source = map(self._row, items) if self._is_starred else iter(items)
         return run_awaiting(self.plan, self.settings, shape, sink, items=source, total=self._total(items))
 
-    def __opero_control__(self, head: tuple[Any, ...], /) -> AwaitableMapControl[T, P, R, L]:
-        return AwaitableMapControl(self._bound_to(*head) if head else self)
-
 
 class AsyncMap(_AwaitableMap[T, P, R, L]):
     """An ``async def`` function as a map, which may be a method; made by `opero.opmap`."""
@@ -475,6 +420,11 @@ class AsyncMap(_AwaitableMap[T, P, R, L]):
     def __get__(self: _Method[S, Item, Q, R, L], instance: S, owner: type | None = None) -> AsyncMap[Item, Q, R, L]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else self._bound_to(instance)
+
+
+# Type checkers see that they have to be given; Python would name these methods, and not the function.
+for _method in (SyncMap.__call__, SyncMap.run, SyncMap.stream, AsyncMap.__call__, AsyncMap.run, AsyncMap.stream):
+    _method.__defaults__ = (MISSING,)
 
 
 def _level_of_the_user() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from opero.core.signature import MISSING
 from opero.core.stats import CallStats
@@ -21,8 +21,7 @@ __all__ = ["Control", "control"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-C = TypeVar("C")
-C_co = TypeVar("C_co", covariant=True)
+C = TypeVar("C", bound="Control[..., Any]")
 
 # The options of `opero` with their defaults, by the policy of a plan that they make, the one that turns it off first.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -98,11 +97,11 @@ class LiveStats(_AsCallStats):
 class Control(Generic[P, R]):
     """What can be done with a decorated function, or with a bound method, besides calling it; see `control`.
 
+    A map is its own.
+
     Attributes:
         stats: A live, read-only view of what the function has done; ``stats.snapshot()`` is an `opero.CallStats`.
     """
-
-    __slots__ = ("_decoration", "_head", "_missing", "stats")
 
     def __init__(self, decoration: Decoration, head: tuple[Any, ...] = (), missing: str | None = None) -> None:
         self._decoration = decoration
@@ -200,14 +199,8 @@ class Control(Generic[P, R]):
         return f"<control of {self._decoration.plan.name}>"
 
 
-class _HasControl(Protocol[C_co]):
-    """A decorated object that is no function: a map."""
-
-    def __opero_control__(self, head: tuple[Any, ...], /) -> C_co: ...
-
-
 @overload
-def control(function: _HasControl[C], /) -> C: ...
+def control(function: C, /) -> C: ...
 @overload
 def control(function: Callable[P, R], /) -> Control[P, R]: ...
 def control(function: Any, /) -> Any:
@@ -215,9 +208,9 @@ def control(function: Any, /) -> Any:
 
     Args:
         function: What `opero.opero` made, or a bound method of it, as in ``control(client.fetch).cache_delete(3)``.
-            Other decorators may stand above opero's if they use `functools.wraps`. Or a map; then there are also
-            ``stream``, ``run``, ``one``, ``starmap`` and ``pool``, which a map below ``@classmethod`` does not have
-            itself from Python 3.13 on: ``control(Client.fetch).stream(urls)``.
+            Other decorators may stand above opero's if they use `functools.wraps`. Or a map, which is its own control;
+            one below ``@classmethod`` knows its class only by this from Python 3.13 on:
+            ``control(Client.fetch).stream(urls)``.
 
     Raises:
         TypeError: If opero has not decorated it.
@@ -231,8 +224,10 @@ def control(function: Any, /) -> Any:
         what = getattr(function, "__qualname__", type(function).__qualname__)
         msg = f"control got {what}, which opero has not decorated; give it what @opero made, or a bound method of it"
         raise TypeError(msg)
-    control_of_map = getattr(type(found), "__opero_control__", None)
-    return Control(decoration, head) if control_of_map is None else control_of_map(found, head)
+    if not isinstance(found, Control):
+        return Control(decoration, head)
+    of_a_map: Any = found
+    return of_a_map.__get__(*head) if head else of_a_map
 
 
 def decoration_of(function: Any) -> Decoration | None:
