@@ -134,7 +134,6 @@ class _Layers:
     """The layers around the function of one call.
 
     Attributes:
-        is_new_round: Whether nothing of this round has been tried.
         has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
         has_slot: Whether the next attempt has its slot of the rate limit.
         places: To which its place of ``max_concurrent`` has to be given back, while it has one.
@@ -145,7 +144,6 @@ class _Layers:
         earlier_failure: What a time limit at the end should not hide.
     """
 
-    is_new_round = True
     has_own_limit = True
     has_slot = False
     places: Places | None = None
@@ -174,7 +172,6 @@ class _Layers:
         while True:
             if plan.retry.tells_before:
                 plan.retry.tell_before(plan, call)
-            self.is_new_round = True
             while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN:
                 pause = self._pause_for_trial()
                 if pause is None:
@@ -204,10 +201,8 @@ class _Layers:
         plan = self.plan
         speaks: Verdict | None = None
         self.left = list(self.candidates) if plan.fallback is None else self._ready_candidates()
-        while self.left and (speaks is None or not self._leaves_for_later(speaks)):
-            candidate = self.left[0]
-            if len(self.left) > 1 and self.call.failure is None:
-                candidate = yield from self._choose()
+        while self.left:
+            candidate = self.left[0] if self.call.failure is not None else self._choose()
             outcome = yield from self.breaker(candidate)
             if outcome is GAVE_WAY:
                 continue
@@ -263,7 +258,6 @@ class _Layers:
         if call.failure is not None:
             outcome, call.failure = Failed(call.failure), None
             candidate.tries = call.attempts = call.rounds = 1
-            self.is_new_round = False
             return outcome
         if plan.places is not None:
             self.places = yield from plan.places.take(candidate.args, candidate.kwargs, self.deadline, passage)
@@ -307,7 +301,6 @@ class _Layers:
             if is_timed and not isinstance(failure, CallTimeoutError):
                 self.earlier_failure = describe(failure)
             del failure
-        self.is_new_round = False
         call.began = clock.now()
         call.attempts += 1
         stats.attempts.tick()
@@ -362,7 +355,7 @@ class _Layers:
             self.candidates.remove(candidate)
         candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
         if verdict.rests:
-            fallback.failed(candidate.value, verdict.delay, again=verdict.again)
+            fallback.failed(candidate.value, verdict.delay)
 
     def _under_way(self, begun: Any) -> Any:
         """A generator that has begun keeps its place until it ends or is closed."""
@@ -400,15 +393,12 @@ class _Layers:
         usual = 0.0 if self.plan.limit is None else self.plan.limit.usual.seconds
         return self.had is not None and self.had < min(total / 2, 2 * usual or total)
 
-    def _choose(self) -> Generator[Any, Any, Candidate]:
-        """Of several candidates the first that does not rest, or, if asked, one that has a slot free now."""
+    def _choose(self) -> Candidate:
+        """Of those that are left the first that does not rest, or, if asked, the one that has a slot soonest."""
+        if len(self.left) == 1:
+            return self.left[0]
         awake, limit = self._awake(self._admitted(self.left) or self.left), self.plan.limit
-        if limit is None or self.has_slot:
-            return awake[0]
-        if self.call.presence is not None:
-            yield Prepare()
-        candidate, self.has_slot = yield from limit.choose(awake, takes=self.plan.places is None)
-        return candidate
+        return awake[0] if limit is None or self.has_slot else limit.choose(awake)
 
     def _take_slot(
         self, limit: FunctionLimit, candidate: Candidate, passage: Passage | None
@@ -427,7 +417,7 @@ class _Layers:
             self.deadline,
             is_over=lambda: _is_shut(passage) or (own is not None and self._gives_way(candidate)),
             listen=None if passage is None else passage.breaker.listen,
-            is_turn=own is None or self.is_new_round or own.rest_of(candidate.value) is None,
+            is_turn=own is None or not self.errors or own.rests_until(candidate.value) is None,
         )
         waited = clock.now() - asked
         plan.stats.waited.add(waited)
@@ -447,24 +437,16 @@ class _Layers:
     def _ready_candidates(self) -> list[Candidate]:
         if not self.errors:
             return list(self.candidates)
-        now = clock.now()
-        # A sleep can end a little early; those that asked for a longer rest are left alone all the same.
-        of_use = self._of_use()
-        admitted = self._admitted(of_use)
+        now, admitted = clock.now(), self._admitted(self.candidates)
+        # Those that asked for a longer rest are left alone. (A sleep can end a little early.)
         ready = [c for c in admitted if c.ready_at is None or c.ready_at <= now]
-        ready = ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
-        return ready + [c for c in self._admitted(self.candidates) if c not in of_use]
-
-    def _of_use(self) -> list[Candidate]:
-        fallback = self.plan.fallback
-        return [c for c in self.candidates if fallback is None or not fallback.is_given_up(c.value)] or self.candidates
+        return ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
 
     def _for_the_round(self, verdict: Verdict) -> Verdict:
         if not self.candidates:
             return verdict
         # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
-        of_use = self._of_use()
-        times = [c.ready_at for c in self._admitted(of_use) or of_use]
+        times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
         return Verdict(verdict.error, verdict.outcome, again=True, delay=soonest)
 
@@ -472,14 +454,6 @@ class _Layers:
         """Those that do not rest, in their order; if all do, the one that wakes first."""
         fallback = self.plan.fallback
         return candidates if fallback is None or len(candidates) == 1 else fallback.awake(candidates)
-
-    def _leaves_for_later(self, speaks: Verdict) -> bool:
-        """Whether those that are left were given up by other calls: they have time until the last round."""
-        fallback, retry = self.plan.fallback, self.plan.retry
-        if fallback is None or not speaks.again:
-            return False
-        is_last = self.call.rounds > retry.retries or "stop" in retry.options
-        return not is_last and all(fallback.is_given_up(candidate.value) for candidate in self.left)
 
     def _gives_way(self, candidate: Candidate) -> bool:
         # Its own trial is under way; of the others, those that are shut off are no choice.

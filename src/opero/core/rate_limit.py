@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from opero.core.checks import (
     check_callable,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
-C = TypeVar("C", bound="Candidate")
 PerOption = str | tuple[str, ...] | Callable[..., Any] | None
 
 _OPTIONS = ("folder", "max_burst", "max_wait", "name", "scope", "spread", "url", "when_full")
@@ -415,15 +414,11 @@ class FunctionLimit:
         (amounts,) = self.costs.of(args, kwargs)
         return ((line, amounts),) if line.take_now(amounts) else ()
 
-    def choose(self, candidates: Sequence[C], *, takes: bool = True) -> Generator[Any, Any, tuple[C, bool]]:
-        """The candidate to try next, and whether its slot has been taken already."""
+    def choose(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The candidate to try next: the first, or with ``when_full="next"`` the one whose slot comes first."""
         if self.when_full != "next" or len(candidates) == 1:
-            return candidates[0], False
-        now = clock.now()
-        for candidate in candidates if takes else ():
-            if (yield from take(self._wants(candidate), lambda: now)):
-                return candidate, True
-        return min(candidates, key=lambda candidate: _expected_wait(self._wants(candidate))), False
+            return candidates[0]
+        return min(candidates, key=lambda candidate: _expected_wait(self._wants(candidate)))
 
     def take(
         self,
