@@ -747,4 +747,4 @@ def _may_start(entry: Entry) -> bool:
 
 
 def _travels_alone(entry: Entry) -> bool:
-    return entry.alone or (entry.attempt is not None and entry.attempt.limit is not None)
+    return entry.alone or (entry.attempt is not None and entry.attempt.is_timed)

@@ -39,13 +39,12 @@ from opero.utils.notes import add_note, class_counts, describe, duration, folded
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from tenacity import RetryCallState
-
     from opero.core.breaker import Passage
     from opero.core.fallback import FallbackOverParameter
     from opero.core.limits.line import Wants
     from opero.core.limits.places import Places
     from opero.core.rate_limit import FunctionLimit
+    from opero.core.steps import TimeLimit
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
@@ -137,7 +136,7 @@ class _Layers:
         has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
         has_slot: Whether the next attempt has its slot of the rate limit.
         places: To which its place of ``max_concurrent`` has to be given back, while it has one.
-        had: The seconds that the last attempt had, if others had used up some of its time.
+        had: The time limit that the last attempt had.
         patient_until: How long it waits until a trial of an open circuit begins.
         failed: The last attempt that failed.
         ended_by: What else than that ended the call.
@@ -147,7 +146,7 @@ class _Layers:
     has_own_limit = True
     has_slot = False
     places: Places | None = None
-    had: float | None = None
+    had: TimeLimit | None = None
     patient_until: float | None = None
     failed: Verdict | None = None
     ended_by = ""
@@ -202,7 +201,9 @@ class _Layers:
         speaks: Verdict | None = None
         self.left = list(self.candidates) if plan.fallback is None else self._ready_candidates()
         while self.left:
-            candidate = self.left[0] if self.call.failure is not None else self._choose()
+            candidate = self.left[0]
+            if len(self.left) > 1 and self.call.failure is None:
+                candidate = self._choose()
             outcome = yield from self.breaker(candidate)
             if outcome is GAVE_WAY:
                 continue
@@ -268,6 +269,8 @@ class _Layers:
             if missed is not None:
                 return missed
         self.has_slot = False
+        if clock.now() >= self.deadline:
+            return OUT_OF_TIME
         attempt = Attempt(
             candidate.args,
             candidate.kwargs,
@@ -278,13 +281,9 @@ class _Layers:
             passage=passage,
             begins=partial(self._begin, candidate),
         )
-        limit = attempt.time_limit()
-        if limit is not None and limit[0] <= 0:
-            return OUT_OF_TIME
         outcome = yield attempt
         call.is_last = attempt.is_last
-        limit = attempt.limit
-        self.had = limit[0] if limit is not None and limit[1] == "total_timeout" else None
+        self.had = attempt.limit
         if outcome is NOT_RUN:
             return self._why_not()
         if plan.limit is not None:
@@ -391,12 +390,12 @@ class _Layers:
         """Whether the last attempt had so little, of what was left of total_timeout, that it could not succeed."""
         total = self.plan.total_timeout or 0.0
         usual = 0.0 if self.plan.limit is None else self.plan.limit.usual.seconds
-        return self.had is not None and self.had < min(total / 2, 2 * usual or total)
+        return (
+            self.had is not None and self.had[1] == "total_timeout" and self.had[0] < min(total / 2, 2 * usual or total)
+        )
 
     def _choose(self) -> Candidate:
         """Of those that are left the first that does not rest, or, if asked, the one that has a slot soonest."""
-        if len(self.left) == 1:
-            return self.left[0]
         awake, limit = self._awake(self._admitted(self.left) or self.left), self.plan.limit
         return awake[0] if limit is None or self.has_slot else limit.choose(awake)
 
@@ -469,9 +468,8 @@ class _Layers:
 
     # How a call ends that has not succeeded
 
-    def _must_end(self, state: RetryCallState) -> bool:
-        """For tenacity: whether no other round can begin after the sleep that is coming."""
-        seconds = state.upcoming_sleep
+    def _must_end(self, seconds: float) -> bool:
+        """Whether no other round can begin after so many seconds."""
         if seconds >= self.deadline - clock.now():
             self.ended_by = self._time_is_over()
         elif self.plan.breaker is None or self.call.presence is not None:

@@ -64,9 +64,6 @@ NEXT, GIVE_UP = Answer("NEXT"), Answer("GIVE_UP")
 
 RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | Duration | Answer | None"]
 
-
-# What is known by something within it.
-_COMPOUND = (ExceptionGroup, RemoteError)
 # No service is at fault, and no second try can mend it.
 PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError, MemoryError)
 
@@ -105,9 +102,7 @@ def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], 
 
 def retry_unless_of_the_program(error: Exception) -> bool | Answer:
     """What stands for ``retry_on`` where it was not given."""
-    if isinstance(error, PROGRAM_ERRORS):
-        return GIVE_UP
-    if isinstance(error, _COMPOUND) and matches(error, PROGRAM_ERRORS):
+    if matches(error, PROGRAM_ERRORS):
         return GIVE_UP
     for cls in type(error).__mro__:
         if (cls.__module__, cls.__name__) in _STEERING:
@@ -246,50 +241,35 @@ class RetryPolicy:
         last: Any = state.outcome
         return Verdict(state.retry_object.retry_error_cls(last), outcome, again=True) if again else None
 
-    def after(
-        self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[tenacity.RetryCallState], bool] | None
-    ) -> Any:
+    def after(self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[float], bool] | None) -> Any:
         """A `Pause` until the next round, or the end of the call: `Failed`, or a result that a hook supplies.
 
         Args:
             plan: Of the function.
             call: Whose round has failed.
             verdict: What the round means.
-            must_end: Whether no other round can begin after the sleep that is coming; None if the call has ended.
+            must_end: Whether no other round can begin after so many seconds; None if the call has ended in a pause.
         """
         error, settings = verdict.error, self._retrying
         if not verdict.again or self._is_one_round or not settings.enabled:
             return Failed(error)
         state = self._state(plan, call)
         retrying = state.retry_object
-        retrying.retry = tenacity.retry_always
-        retrying.wait = settings.wait if verdict.delay is None else tenacity.wait_fixed(verdict.delay)
         # A pass through candidates of which some still rested is no round of its own.
         state.attempt_number = call.rounds
-        if must_end is None:
-            retrying.stop, retrying.after = tenacity.stop_after_attempt(0), tenacity.after_nothing
-        else:
-            # So tenacity calls `before_sleep` only before a sleep, and `retry_error_callback` at every end.
-            ours: Any = must_end
-            retrying.stop = tenacity.stop_any(settings.stop, ours)
         traceback = error.__traceback__
         _set_outcome(state, verdict.outcome)
         try:
+            seconds = settings.wait(state) if verdict.delay is None else verdict.delay
+            # So tenacity calls `before_sleep` only before a sleep, and `retry_error_callback` at every end.
+            ends = must_end is None or must_end(seconds)
+            retrying.wait = tenacity.wait_fixed(seconds)
+            retrying.stop = tenacity.stop_after_attempt(0) if ends else settings.stop
+            # After a pause it has been told of this attempt.
+            retrying.after = tenacity.after_nothing if must_end is None else settings.after
             step = retrying.iter(state)
         except Exception as raised:  # noqa: BLE001 - tenacity raises to give up: the call's own error, or its own
-            is_tenacitys = isinstance(raised, retrying.retry_error_cls)
-            if (is_tenacitys and not retrying.reraise) or (not is_tenacitys and isinstance(error, tenacity.TryAgain)):
-                return Failed(raised)
-            if state.next_action is None and settings.retry_error_callback is not None and raised is not error:
-                # In place of a result it may raise what the program makes of the end.
-                raised.__context__ = raised.__context__ or error
-                return Failed(raised)
-            if not is_tenacitys and raised is not error:
-                _complain(plan, "retry_options", raised, error)
-            return Failed(error.with_traceback(traceback))
-        finally:
-            # tenacity's objects are in a cycle, which would keep the call and its errors for the garbage collector.
-            retrying.stop = settings.stop
+            return _given_up(plan, state, settings, error.with_traceback(traceback), raised)
         if not isinstance(step, tenacity.DoSleep):
             call.is_made_up = True
             return step
@@ -303,13 +283,29 @@ class RetryPolicy:
         """The call's, on a private copy of the settings: tenacity's `statistics` are one dict for all threads."""
         state = call.retry_state
         if state is None:
-            retrying = self._retrying.copy()
+            retrying = self._retrying.copy(retry=tenacity.retry_always)
             retrying.begin()
             state = tenacity.RetryCallState(retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
             # It is made after the first attempt, but its clock shall tell of the whole call.
             state.start_time -= clock.now() - call.started
             call.retry_state = state
         return state
+
+
+def _given_up(
+    plan: Plan, state: tenacity.RetryCallState, settings: tenacity.Retrying, error: Exception, raised: Exception
+) -> Failed:
+    """The error of the call, where tenacity has raised this."""
+    if isinstance(raised, settings.retry_error_cls):
+        return Failed(error if settings.reraise else raised)
+    if raised is error:
+        return Failed(error)
+    if state.next_action is None and settings.retry_error_callback is not None:
+        # In place of a result it may raise what the program makes of the end.
+        raised.__context__ = raised.__context__ or error
+        return Failed(raised)
+    _complain(plan, "retry_options", raised, error)
+    return Failed(error)
 
 
 def _complain(plan: Plan, hook: str, raised: Exception, error: Exception | None) -> None:

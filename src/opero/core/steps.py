@@ -64,6 +64,7 @@ class Attempt:
         passage: Its way through a circuit.
         begins: Is told once that it begins.
         has_begun: Whether that was told, by a driver that may have to hand it out twice.
+        is_timed: Whether it has a time limit.
         limit: What `time_limit` has said last.
         is_last: Set by the driver if its task was cancelled meanwhile: whatever the function made of that, nothing is
             tried again.
@@ -90,6 +91,7 @@ class Attempt:
         self.passage = passage
         self.begins = begins
         self.has_begun = False
+        self.is_timed = timeout is not None or deadline is not None
         self.limit: TimeLimit | None = None
         self.is_last = False
 
@@ -373,7 +375,7 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
     try:
         step = flow.send(None)
         while True:
-            if (not isinstance(step, Attempt) or step.limit is not None) and not is_in_asyncio():
+            if (not isinstance(step, Attempt) or step.is_timed) and not is_in_asyncio():
                 # Under another library only what needs no wait can be done.
                 step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
                 continue
