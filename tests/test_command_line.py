@@ -116,7 +116,7 @@ def test_it_tells_the_versions_and_the_python(command):
 
 def test_it_tells_the_versions_of_what_is_installed(command):
     told = command().stdout
-    for package in ("redis", "tqdm", "numpy", "pandas", "aiomultiprocess", "diskcache"):
+    for package in ("redis", "tqdm", "numpy", "pandas", "aiomultiprocess", "twat-cache"):
         assert re.search(rf"^{package} +{re.escape(version(package))} ", told, re.MULTILINE)
 
 
@@ -185,28 +185,6 @@ def test_expired_and_deleted_entries_do_not_count(fill, listed):
     function.cache_delete(1)
     function.__opero__.plan.cache.store.close()
     assert [entries for entries, _ in listed().values()] == ["1", "0"]
-
-
-COMPUTE = """
-DEF f(x):
-    say("running")
-    told()
-    return x
-function = cached(f)
-run(function, 1)
-say(function.cache_info().currsize)
-"""
-
-
-def test_the_mark_of_a_deletion_does_not_count(start, fill, listed, folder):
-    options = {"cache": True, "cache_backend": "disk", "cache_options": {"cache_dir": str(folder.parent)}}
-    program = start(COMPUTE, {**options, "cache_namespace": "live"})
-    assert program.heard() == "running"
-    function = fill("live")
-    function.cache_delete(1)
-    # The store's own count includes the mark by which the program knows not to keep its result.
-    assert function.cache_info().currsize == 1
-    assert listed()["live"][0] == "0"
 
 
 def test_a_name_that_does_not_belong_to_its_folder_is_not_believed(fill, listed, folder):
@@ -279,8 +257,8 @@ def test_nothing_is_unpickled(fill, listed, folder, tmp_path):
 
     with contextlib.closing(sqlite3.connect(folder / slug("app.price") / "cache.db")) as connection, connection:
         bomb = pickle.dumps(Trap())
-        connection.execute("UPDATE Cache SET key = ?, raw = 0, value = ?, mode = 4", (bomb, bomb))
-        connection.execute("UPDATE Settings SET value = ? WHERE key = 'opero_namespace'", (bomb,))
+        connection.execute("UPDATE Cache SET key = ?, value = ?", (bomb, bomb))
+        connection.execute("UPDATE Settings SET namespace = ?", (bomb,))
     assert [entries for entries, _ in listed(code=1).values()] == ["?"]
     assert not (tmp_path / "sprung").exists()
 
@@ -358,6 +336,17 @@ def test_clear_knows_a_namespace_whose_folder_does_not_tell_its_name(fill, comma
     fill(namespace, 1)
     assert command("--cache-dir", str(folder.parent), "--clear", namespace).returncode == 0
     assert fill(namespace).cache_info().currsize == 0
+
+
+COMPUTE = """
+DEF f(x):
+    say("running")
+    told()
+    return x
+function = cached(f)
+run(function, 1)
+say(function.cache_info().currsize)
+"""
 
 
 def test_clear_is_not_undone_by_what_a_running_program_computes_meanwhile(start, disk_backend, command):

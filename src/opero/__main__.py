@@ -26,7 +26,6 @@ _DONE, _FAILED = 0, 1
 
 # Package and what it is for, in opero's words for it.
 _PACKAGES = (
-    ("diskcache", "cache_backend='disk'"),
     ("twat-cache", "cache_backend='disk', 'redis'"),
     ("redis", "cache_backend='redis', pip install 'opero[redis]'"),
     ("tenacity", "retries"),

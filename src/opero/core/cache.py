@@ -164,7 +164,7 @@ class ResultCache:
             return self.store.look_up
         if not is_async(self._function):
             return self._look_up
-        return self._look_up_if_open if self._settings.reads_at_once else None
+        return self._look_up_if_open if self._settings.backend == "disk" else None
 
     def _look_up(self, key: Any) -> tuple[Any, ...] | None:
         # Not the store's own: it is made at the first call.

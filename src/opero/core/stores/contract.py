@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from opero.core.flights import Flight
-    from opero.core.stores.lasting import LastingStore
+    from opero.core.stores.disk import DiskStore
     from opero.core.stores.memory import MemoryStore
+    from opero.core.stores.redis import RedisStore
 
-    Store: TypeAlias = MemoryStore | LastingStore
+    Store: TypeAlias = MemoryStore | DiskStore | RedisStore
 
 FOREVER = float("inf")
 

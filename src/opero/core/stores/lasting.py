@@ -124,25 +124,5 @@ class LastingStore(ABC):
         """Answer in order; what is to be kept is written down, or cannot be: then its lease is given back."""
 
     @abstractmethod
-    def let_go(self, lease: Lease) -> None:
-        """Give a lease back soon, from any thread or event loop, whether it has been claimed yet or not."""
-
-    @abstractmethod
     def failed(self, error: Exception) -> None:
         """Decide whether the backend needs a rest."""
-
-    @abstractmethod
-    def delete(self, key: bytes) -> bool:
-        """Forget one entry; tells whether there was one. Raises what the backend raises, as do the following."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Forget all entries, and refuse what is being computed now."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of entries."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give back files and connections; they are opened again when needed."""

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from opero.core.stores.contract import Lease, Request
 
 MEMORY_MAXSIZE = 10_000
-MEMORY_POLICIES = ("lru", "lfu", "fifo")
 
 _FEW = 100
 _NOTHING = (None, 0.0, 0.0, 0.0)

@@ -9,21 +9,14 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from diskcache.core import DBNAME
-
 from opero.core.clock import clock
-from opero.core.digests import SIZE
 from opero.core.private_folder import refuse_unsafe
-from opero.core.stores.disk import NAMESPACE_SETTING, connect_to_read
+from opero.core.stores.disk import COUNT, DATABASE, connect_to_read
 from opero.core.stores.lasting import slug
 from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
 
-_PATIENCE = 5.0
 _OPTION = "--cache-dir"
-_NAME = "SELECT value FROM Settings WHERE key = ?"
-# What has expired is gone for every reader; a longer key marks one that was deleted, see `DiskStore.delete`.
-_COUNT = "SELECT COUNT(*) FROM Cache WHERE raw = 1 AND (expire_time IS NULL OR expire_time > ?) AND length(key) = ?"
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ def namespaces_in(root: Path) -> list[Namespace]:
 
 def _has_database(folder: str) -> bool:
     try:
-        os.lstat(os.path.join(folder, DBNAME))  # noqa: PTH118 - what scandir gives is text
+        os.lstat(os.path.join(folder, DATABASE))  # noqa: PTH118 - what scandir gives is text
     except PermissionError:
         # There may be one: better a line that tells why than none.
         return True
@@ -72,9 +65,9 @@ def _namespace(folder: Path) -> Namespace:
     try:
         refuse_unsafe(folder, _OPTION)
         size = _size_of(folder)
-        with contextlib.closing(_opened(folder / DBNAME)) as connection:
-            (name,) = connection.execute(_NAME, (NAMESPACE_SETTING,)).fetchone() or (b"",)
-            ((entries,),) = connection.execute(_COUNT, (clock.wall(), SIZE)).fetchall()
+        with contextlib.closing(_opened(folder / DATABASE)) as connection:
+            ((name,),) = connection.execute("SELECT namespace FROM Settings").fetchall()
+            ((entries,),) = connection.execute(COUNT, (clock.wall(),)).fetchall()
         told = name.decode("utf-8", "surrogatepass")
         if slug(told) == folder.name:
             return Namespace(folder, size, told, entries)
@@ -89,7 +82,7 @@ def _opened(database: Path) -> sqlite3.Connection:
     if not stat.S_ISREG(database.lstat().st_mode):
         msg = f"{database.name} is not a file"
         raise OSError(msg)
-    return connect_to_read(database.parent, _PATIENCE)
+    return connect_to_read(database.parent)
 
 
 def _size_of(folder: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import threading
@@ -24,7 +23,7 @@ from opero.core.checks import (
 from opero.core.forks import ForkSafeLock
 from opero.core.redis_server import check_client, check_url
 from opero.core.showing import shown
-from opero.core.stores.memory import MEMORY_MAXSIZE, MEMORY_POLICIES, memory_store
+from opero.core.stores.memory import MEMORY_MAXSIZE, memory_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,8 +35,6 @@ BACKENDS = ("memory", "disk", "redis")
 Backend: TypeAlias = Literal["memory", "disk", "redis"]
 FOLDER_NAME = "opero"
 DISK_SIZE_LIMIT = 16 * 2**30
-# opero's names for what diskcache evicts first.
-DISK_POLICIES = {"fifo": "least-recently-stored", "lru": "least-recently-used", "lfu": "least-frequently-used"}
 
 _WRITTEN = ("compress", "folder_name", "serializer")
 _OPTIONS = {
@@ -109,6 +106,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "compress": check_flag,
     "folder_name": _name,
     "maxsize": lambda option, value: check_count(option, value, "entries", smallest=1),
+    "policy": lambda option, value: check_choice(option, value, ("lru", "lfu", "fifo")),
     "redis_db": lambda option, value: check_count(option, value, "the database's number", smallest=0),
     "redis_host": _host,
     "redis_password": _password,
@@ -146,11 +144,6 @@ class CacheSettings:
         """Most entries, None for no bound."""
         size: int | None = self.options.get("maxsize", MEMORY_MAXSIZE if self.backend == "memory" else None)
         return size
-
-    @property
-    def reads_at_once(self) -> bool:
-        """Whether a hit is so quick that an event loop need not be spared."""
-        return self.backend == "memory" or (self.backend == "disk" and self.options.get("policy", "fifo") == "fifo")
 
     def store(self, namespace: str | None) -> Store:
         """The store of a namespace; in memory, without one, a store of its own."""
@@ -259,9 +252,7 @@ def cache_settings(
         check_known(f"cache_options of cache_backend={backend!r}", given, _OPTIONS[backend])
     else:
         check_known(f"Cache(backend={backend!r})", given, (*_OPTIONS[backend], *_OF_ANY_CACHE))
-    policies = MEMORY_POLICIES if backend == "memory" else DISK_POLICIES
-    checks: dict[str, Any] = {**_CHECKS, "policy": functools.partial(check_choice, choices=policies)}
-    checked = {name: checks[name](option.format(name), value) for name, value in given.items()}
+    checked = {name: _CHECKS[name](option.format(name), value) for name, value in given.items()}
     _refuse_two_places(checked)
     return CacheSettings(backend, ttl, namespace, checked, key, **_checked_policy(ttl, key, checked, **more))
 
