@@ -212,7 +212,7 @@ def test_what_was_stored_again_and_again_leaves_nothing_behind(fake_clock):
         f.cache_delete(n % 10)
     store = f.__opero__.plan.cache.store
     assert len(store) == 0
-    assert len(store._ends) + len(store._ranks) < 500
+    assert len(store._ends) + len(store._uses) < 500
 
 
 def test_the_results_of_ten_thousand_dropped_instances_are_gone():

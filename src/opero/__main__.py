@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from opero import __version__
-from opero.core.stores.contract import managing
+from opero.core.stores.contract import managing, slug
 from opero.core.stores.settings import cache_settings
 from opero.exceptions import OperoError
 
@@ -125,7 +125,6 @@ def _line(namespace: Namespace) -> str:
 
 
 def _clear(parser: argparse.ArgumentParser, folder: Path, options: dict[str, Any], name: str) -> int:
-    from opero.core.stores.lasting import slug
     from opero.core.stores.overview import namespaces_in
 
     found = {namespace.folder.name: namespace for namespace in namespaces_in(folder)}

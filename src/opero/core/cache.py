@@ -19,7 +19,7 @@ from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats
 from opero.core.steps import Consult, Failed, Flow, Pause, leading
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Found, Keep, Lease, managing
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Found, Keep, Lease, managing
 from opero.core.stores.memory import is_shared
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from opero.core.plan import Call
     from opero.core.stats import Stats
     from opero.core.stores.contract import Request, Store
-    from opero.core.stores.engines import CacheEngine
     from opero.core.stores.settings import Backend, BackendSettings, CacheSettings
+    from opero.core.stores.twat import CacheEngine
 
 __all__ = ["Cache", "clear_cache", "get_cache_context", "get_cache_decorator"]
 
@@ -349,7 +349,7 @@ class ResultCache:
         """The store's answer; `BUSY` if time was over while somebody else was computing."""
         look = _FIRST_LOOK
         while True:
-            answer = yield from self._ask(Claim(lease))
+            answer = yield from self._ask(lease)
             if answer is not BUSY or lease.key in self.store.flights.inherited:
                 # The parent of this process may be waiting for it: it computes, and leaves storing to the other.
                 return DONE if answer is BUSY else answer
@@ -509,7 +509,7 @@ def get_cache_context(
         ValueError: If an option's value is out of range.
         OperoError: By the engine, if the backend failed.
     """
-    from opero.core.stores.engines import make_engine
+    from opero.core.stores.twat import make_engine
 
     settings = cache_settings(ttl=cache_ttl, backend=cache_backend, namespace=cache_namespace, options=options)
     decorate = get_cache_decorator(

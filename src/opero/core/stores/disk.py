@@ -16,8 +16,7 @@ from opero.core.faults import Rest
 from opero.core.forks import hold_forks
 from opero.core.interrupts import Hold
 from opero.core.private_folder import held_private_folder
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, FOREVER, Claim, Keep, Lease
-from opero.core.stores.lasting import LastingStore, slug
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, FOREVER, Keep, LastingStore, Lease, slug
 from opero.core.stores.locks import KeyLocks, key_locks
 
 if TYPE_CHECKING:
@@ -187,8 +186,9 @@ class DiskStore(LastingStore):
     def answer(self, requests: Sequence[Request]) -> list[Any]:
         self._patiently(self._open)
         keeps = [request for request in requests if isinstance(request, Keep) and request.written]
-        fault = self._keep(keeps) if keeps else None
-        return [self._answer_one(request, fault) for request in requests]
+        if keeps:
+            self._keep(keeps)
+        return [self._answer_one(request) for request in requests]
 
     def let_go(self, lease: Lease) -> None:
         with Hold(), self._lock:
@@ -248,14 +248,14 @@ class DiskStore(LastingStore):
         if connection is not None:
             connection.close()
 
-    def _answer_one(self, request: Request, fault: Exception | None) -> Any:
-        if isinstance(request, Claim):
-            try:
-                return self._claim(request.lease)
-            except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
-                return error
-        self.let_go(request.lease)
-        return fault or DONE
+    def _answer_one(self, request: Request) -> Any:
+        if isinstance(request, Keep):
+            self.let_go(request.lease)
+            return request.fault or DONE
+        try:
+            return self._claim(request)
+        except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
+            return error
 
     def _claim(self, lease: Lease) -> Any:
         # A key that is locked and not noted could not be given back.
@@ -275,8 +275,8 @@ class DiskStore(LastingStore):
             return self._not_writable()
         return CLAIMED if lease.held or lease.dropped else BUSY
 
-    def _keep(self, keeps: Sequence[Keep]) -> Exception | None:
-        """Store many in one transaction; gives what went wrong."""
+    def _keep(self, keeps: Sequence[Keep]) -> None:
+        """Store many in one transaction."""
 
         def insert(connection: sqlite3.Connection) -> None:
             generation, now = _number(connection, _GENERATION), clock.wall()
@@ -294,8 +294,8 @@ class DiskStore(LastingStore):
             self._transact(insert, min(patience, default=None))
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
             self.failed(error)
-            return error
-        return None
+            for keep in keeps:
+                keep.fault = error
 
     def _evict(self, connection: sqlite3.Connection) -> None:
         if self.maxsize is not None:

@@ -6,10 +6,10 @@ ends. Nothing is written, and a forked child holds none of its parent's locks. T
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from opero.core.forks import ForkSafeLock, watch_forks
@@ -33,35 +33,37 @@ class KeyLocks:
         self._path = folder / _FILE
         self._file: int | None = None
         self._lock = threading.RLock()
-        self._holders: dict[int, int] = {}
+        # How often each byte was taken.
+        self._takings: Counter[int] = Counter()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """What was locked is the parent's."""
         self._lock = threading.RLock()
-        self._holders = {}
-        self._close()
+        self._takings.clear()
+        self._close_if_unused()
 
     def take(self, key: bytes) -> bool:
         """Lock a key unless another process has it; in one process it can be taken more than once."""
         place = _place(key)
         with self._lock:
-            if place not in self._holders and not self._lock_byte(place):
-                return False
-            self._holders[place] = self._holders.get(place, 0) + 1
-            return True
+            try:
+                if self._takings[place] or self._lock_byte(place):
+                    self._takings[place] += 1
+                return place in self._takings
+            finally:
+                self._close_if_unused()
 
     def release(self, key: bytes) -> None:
         """Give one of the takings back."""
         place = _place(key)
         with self._lock:
-            left = self._holders.get(place, 0) - 1
-            if left > 0:
-                self._holders[place] = left
-            elif self._holders.pop(place, None) is not None and fcntl is not None and self._file is not None:
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
-            if not self._holders:
-                self._close()
+            self._takings[place] -= 1
+            if self._takings[place] <= 0:
+                del self._takings[place]
+                if self._file is not None:
+                    fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+            self._close_if_unused()
 
     def _lock_byte(self, place: int) -> bool:
         if fcntl is None:
@@ -70,21 +72,19 @@ class KeyLocks:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-        except OSError as error:
-            if not self._holders:
-                self._close()
-            if error.errno in {errno.EACCES, errno.EAGAIN}:
-                return False
-            raise
+        except (PermissionError, BlockingIOError):
+            # Another process has it; which of the two it is depends on the system.
+            return False
         return True
 
-    def _close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
+    def _close_if_unused(self) -> None:
+        if not self._takings and self._file is not None:
+            file, self._file = self._file, None
             os.close(file)
 
     def __del__(self) -> None:
-        self._close()
+        self._takings.clear()
+        self._close_if_unused()
 
 
 def _place(key: bytes) -> int:

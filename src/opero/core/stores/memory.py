@@ -19,12 +19,12 @@ from opero.core.clock import clock
 from opero.core.flights import Flights
 from opero.core.keys import Instance
 from opero.core.steps import Failed
-from opero.core.stores.contract import CLAIMED, DONE, FOREVER, Claim, Found, Keep
+from opero.core.stores.contract import CLAIMED, DONE, FOREVER, Found, Lease
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from opero.core.stores.contract import Lease, Request
+    from opero.core.stores.contract import Request
 
 MEMORY_MAXSIZE = 10_000
 
@@ -44,11 +44,9 @@ class MemoryStore:
         self.policy = policy
         self.flights = Flights()
         self._most = maxsize
-        # The one that is to go first stands first; with lfu that is the one that was stored first.
+        # The one that is to go first stands first, but with lfu: there it is the one that was used least.
         self._entries: OrderedDict[Any, Entry] = OrderedDict()
         self._uses: dict[Any, int] = {}
-        # With lfu: keys by how often they were used when they were last looked at.
-        self._ranks: list[tuple[int, int, Any]] = []
         # When which entry ends; those that never do are not in it.
         self._ends: list[tuple[float, int, Any]] = []
         self._numbers = itertools.count()
@@ -79,16 +77,12 @@ class MemoryStore:
         return entry is not None and entry[2] > clock.now()
 
     def clear(self) -> None:
-        removed = []
-        while self._entries:
-            try:
-                removed.append(self._entries.popitem())
-            except KeyError:
-                break
+        removed = self._entries.copy()
+        self._entries.clear()
         self._uses.clear()
-        self._ranks.clear()
         self._ends.clear()
         self._instances.clear()
+        del removed
 
     def __repr__(self) -> str:
         return "the memory cache"
@@ -108,9 +102,9 @@ class MemoryStore:
         """Memory does not fail."""
 
     def _answer(self, request: Request) -> Any:
-        if isinstance(request, Claim):
-            return self._claim(request.lease)
-        if isinstance(request, Keep) and not request.is_stale:
+        if isinstance(request, Lease):
+            return self._claim(request)
+        if not request.is_stale:
             now = clock.now()
             end = FOREVER if request.ttl is None else now + request.ttl
             # An error that is remembered is never found by a quick look, which could only return it.
@@ -141,13 +135,10 @@ class MemoryStore:
         if instance is not None:
             instance.stores.add(weakref.ref(self))
             self._instances.setdefault(instance, {})[key] = None
-        evicted = []
-        while len(self._entries) > self._most:
-            evicted.append(self._evict(key))
+        evicted = [self._remove(other) for other in self._surplus()]
         if self.policy == "lfu":
             self._uses[key] = 0
-            heapq.heappush(self._ranks, (0, next(self._numbers), key))
-        del replaced
+        del replaced, evicted
 
     def _remove(self, key: Any) -> Entry | None:
         entry = self._entries.pop(key, None)
@@ -157,21 +148,20 @@ class MemoryStore:
             self._instances.get(instance, {}).pop(key, None)
         return entry
 
-    def _evict(self, new: Any) -> Entry | None:
-        """Remove the entry that is to go next, but not the one that has just come."""
+    def _surplus(self) -> list[Any]:
+        """The keys that are to go, but not the one that has just come: it has no uses yet, and stands last."""
+        count = len(self._entries) - self._most
+        if count <= 0:
+            return []
         if self.policy == "lfu":
-            while self._ranks:
-                uses, number, key = heapq.heappop(self._ranks)
-                now = self._uses.get(key)
-                if now is not None and now > uses:
-                    heapq.heappush(self._ranks, (now, number, key))
-                elif now is not None and key != new:
-                    return self._remove(key)
+            # To find them takes long: of many entries some more go at once.
+            uses = self._uses.copy()
+            return heapq.nsmallest(count + self._most // 100, uses, key=uses.__getitem__)
         try:
-            return self._remove(next(iter(self._entries)))
-        except (StopIteration, RuntimeError):
-            # Others have removed some meanwhile.
-            return None
+            return list(itertools.islice(self._entries, count))
+        except RuntimeError:
+            # Others have removed some meanwhile; the next to store looks again.
+            return []
 
     def _remove_expired(self) -> None:
         now = clock.now() if self._ends else 0.0
@@ -188,15 +178,11 @@ class MemoryStore:
         self._forget_what_has_gone()
 
     def _forget_what_has_gone(self) -> None:
-        """Of entries that went before their time, ends and ranks stay behind; not more of them than of the others."""
-        most = 2 * len(self._entries) + _FEW
-        if len(self._ends) > most:
+        """Of entries that went before their time the ends stay behind; not more of them than of the others."""
+        if len(self._ends) > 2 * len(self._entries) + _FEW:
             entries = self._entries
             self._ends = [end for end in self._ends.copy() if entries.get(end[2], _NOTHING)[3] == end[0]]
             heapq.heapify(self._ends)
-        if len(self._ranks) > most:
-            self._ranks = [(uses, next(self._numbers), key) for key, uses in self._uses.copy().items()]
-            heapq.heapify(self._ranks)
 
     def forget_instance(self, instance: Instance) -> None:
         """Remove what nobody can ask for any more."""

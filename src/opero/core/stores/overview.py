@@ -11,8 +11,8 @@ from pathlib import Path
 
 from opero.core.clock import clock
 from opero.core.private_folder import refuse_unsafe
+from opero.core.stores.contract import slug
 from opero.core.stores.disk import COUNT, DATABASE, connect_to_read
-from opero.core.stores.lasting import slug
 from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
 

@@ -23,8 +23,7 @@ from opero.core.redis_server import (
     server_of,
     server_with,
 )
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Claim, Keep, Lease
-from opero.core.stores.lasting import LastingStore
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Keep, LastingStore, Lease
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,7 +109,8 @@ class RedisStore(LastingStore):
         except BaseException:
             # Ctrl-C: what was asked for may have been granted, and is given back when whoever asked lets it go.
             for request in requests:
-                request.lease.held = isinstance(request, Claim)
+                if isinstance(request, Lease):
+                    request.held = True
             raise
 
     async def fetch(self, key: bytes) -> tuple[Any, float] | None:
@@ -169,36 +169,36 @@ class RedisStore(LastingStore):
         return b"%b:{%b}" % (self._prefix, key.hex().encode())
 
     def _command(self, request: Request) -> tuple[Any, ...]:
-        lease = request.lease
+        if isinstance(request, Lease):
+            request.token = os.urandom(12).hex().encode()
+            return self._claim(request, 0)
+        lease, written = request.lease, request.written
         entry = self._entry(lease.key)
-        if isinstance(request, Claim):
-            lease.token = os.urandom(12).hex().encode()
-            return self._claim(lease, 0)
-        if isinstance(request, Keep) and request.written is not None and not request.is_stale:
-            milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
-            if lease.token:
-                return ("EVAL", _KEEP, 2, entry, entry + b":lease", lease.token, request.written, milliseconds)
-            return ("SET", entry, request.written, *(("PX", milliseconds) if milliseconds else ()))
-        return ("EVAL", _RELEASE, 1, entry + b":lease", lease.token)
+        if written is None or request.is_stale:
+            return ("EVAL", _RELEASE, 1, entry + b":lease", lease.token)
+        milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
+        if lease.token:
+            return ("EVAL", _KEEP, 2, entry, entry + b":lease", lease.token, written, milliseconds)
+        return ("SET", entry, written, *(("PX", milliseconds) if milliseconds else ()))
 
     def _claim(self, lease: Lease, has_ended: int) -> tuple[Any, ...]:
         entry = self._entry(lease.key)
         return ("EVAL", _CLAIM, 2, entry, entry + b":lease", lease.token, int(LEASE_SECONDS * 1000), has_ended)
 
     def _understand(self, request: Request, answer: Any) -> Any:
-        if not isinstance(request, Claim):
+        if isinstance(request, Keep):
             self._keeper.forget(request.lease)
-            return answer if isinstance(answer, Exception) else DONE
+            return answer if isinstance(answer, Exception) else request.fault or DONE
         if isinstance(answer, bytes):
-            found = self._found(request.lease, answer)
+            found = self._found(request, answer)
             if found is not None:
                 return found
             # It has ended: the right to compute it anew is asked for by itself.
-            (answer,) = self.server.perform([self._claim(request.lease, 1)])
+            (answer,) = self.server.perform([self._claim(request, 1)])
         if isinstance(answer, Exception):
             return answer
         if answer:
-            self._keeper.hold(request.lease)
+            self._keeper.hold(request)
         return CLAIMED if answer else BUSY
 
     def _found(self, lease: Lease, entry: bytes) -> Any:

@@ -180,7 +180,7 @@ class CacheSettings:
         return cache_folder(self.config())
 
     def _redis_store(self, namespace: str) -> Any:
-        from opero.core.stores.lasting import slug
+        from opero.core.stores.contract import slug
         from opero.core.stores.redis import RedisStore, server_for
 
         def find_server() -> Any:
