@@ -37,11 +37,7 @@ def forget_earlier_interrupts(interrupt: KeyboardInterrupt) -> None:
     interrupt.__context__ = earlier
 
 
-class OwnHandler:
-    """A handler of Ctrl-C that opero has set for a while; nothing for a process that was forked meanwhile."""
-
-
-class Hold(OwnHandler):
+class Hold:
     """Lets Ctrl-C wait until the block has ended.
 
     No generator: what Ctrl-C may hit before it is held back shall be as little as possible.

@@ -1,4 +1,4 @@
-"""What spans, metrics and lines call the things that they tell of."""
+"""What spans and metrics call the things that they tell of."""
 
 from __future__ import annotations
 
