@@ -16,7 +16,6 @@ import itertools
 import marshal
 import os
 import pickle
-import re
 import sys
 import types
 import weakref
@@ -28,7 +27,6 @@ from typing import Any
 from opero.core.control import decoration_of
 from opero.core.signature import find_by_name, innermost, name_of
 from opero.exceptions import MisuseError
-from opero.utils.notes import describe
 
 PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
 _LEAVES = PLAIN_TYPES | {float, complex, type(...)}
@@ -40,7 +38,6 @@ _PROTOCOL = 4
 _MARSHAL_VERSION = 2
 # One module under two names: in worker processes, and in Python 3.13.
 _SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}
-_OF_NAMES = re.compile(r"\w+: (cannot pickle '[^']*' object|Can't (pickle|get) local object '[^']*')")
 
 
 def is_class(value: Any) -> bool:
@@ -227,8 +224,9 @@ def _opened(value: Any) -> tuple[str, Iterable[Any]]:  # noqa: PLR0911 - one for
     if isinstance(value, enum.Enum):
         # A combination of flags may have no name.
         return "member", (kind, value.value if value.name is None else value.name)
-    for base, parts in _parts_by_base():
-        if isinstance(value, base):
+    for base in kind.__mro__:
+        parts = _PARTS_BY_BASE.get(f"{_module_of(base).partition('.')[0]}.{base.__name__}")
+        if parts is not None:
             return base.__name__, (kind, *parts(value), _beside(value, base))
     return "object", [*_parts_by_pickle(value)]
 
@@ -340,43 +338,6 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
 # Objects
 
 
-@functools.cache
-def _parts_by_base_of(*loaded: str) -> tuple[tuple[type, Callable[[Any], Iterable[Any]]], ...]:
-    import pathlib
-
-    found: list[tuple[type, Callable[[Any], Iterable[Any]]]] = [
-        # Pickle lists a set in the order of its hashes, and a path by how it was put together.
-        (set, lambda value: (_Bag(value),)),
-        (frozenset, lambda value: (_Bag(value),)),
-        (pathlib.PurePath, lambda value: (str(value),)),
-    ]
-    if "numpy" in loaded:
-        numpy = sys.modules["numpy"]
-        found += [(numpy.memmap, _parts_of_mapped_array), (numpy.ndarray, _parts_of_array)]
-    if "pandas" in loaded:
-        pandas = sys.modules["pandas"]
-        found += [
-            (pandas.DataFrame, _parts_of_frame),
-            (pandas.Series, _parts_of_column),
-            (pandas.Index, _parts_of_index),
-        ]
-    if "polars" in loaded:
-        polars = sys.modules["polars"]
-        found += [
-            (polars.DataFrame, lambda value: (value.get_columns(), _public(value))),
-            (polars.Series, lambda value: (value.name, value.dtype, _contents_of_polars(value), _public(value))),
-        ]
-    return tuple(found)
-
-
-def _parts_by_base() -> tuple[tuple[type, Callable[[Any], Iterable[Any]]], ...]:
-    # A module that is being imported may have no classes yet.
-    return _parts_by_base_of(*(module for module, name in _BASES if hasattr(sys.modules.get(module), name)))
-
-
-_BASES = (("numpy", "ndarray"), ("pandas", "DataFrame"), ("polars", "DataFrame"))
-
-
 def _parts_of_array(array: Any) -> tuple[Any, ...]:
     """The contents in one order, and whether they lie in memory by columns: sums and flat views depend on that."""
     plain = array.view(sys.modules["numpy"].ndarray)
@@ -385,11 +346,6 @@ def _parts_of_array(array: Any) -> tuple[Any, ...]:
     # Of a number, a date or text, not of what other libraries have made or what has fields.
     is_named = dtype.kind in "biufcmMSUO" and type(dtype).__module__ == "numpy.dtypes" and dtype.metadata is None
     return (dtype.str if is_named else dtype, plain.shape, plain.flags.fnc, contents)
-
-
-def _parts_of_mapped_array(array: Any) -> tuple[Any, ...]:
-    """With where it lies, but without the mapping itself, which pickle leaves out."""
-    return (*_parts_of_array(array), {name: held for name, held in vars(array).items() if name != "_mmap"})
 
 
 def _parts_of_frame(frame: Any) -> tuple[Any, ...]:
@@ -443,6 +399,21 @@ def _parts_beside_pandas(value: Any) -> tuple[Any, ...]:
     return (value.attrs, value.flags.allows_duplicate_labels, besides | _public(value))
 
 
+# By the package and the name of a class or of one of its bases: nothing has to be imported to know of it. Pickle lists
+# a set in the order of its hashes, and a path by how it was put together.
+_PARTS_BY_BASE: dict[str, Callable[[Any], Iterable[Any]]] = {
+    "builtins.set": lambda value: (_Bag(value),),
+    "builtins.frozenset": lambda value: (_Bag(value),),
+    "pathlib.PurePath": lambda value: (str(value),),
+    "numpy.ndarray": _parts_of_array,
+    "pandas.DataFrame": _parts_of_frame,
+    "pandas.Series": _parts_of_column,
+    "pandas.Index": _parts_of_index,
+    "polars.DataFrame": lambda value: (value.get_columns(), _public(value)),
+    "polars.Series": lambda value: (value.name, value.dtype, _contents_of_polars(value), _public(value)),
+}
+
+
 def _parts_by_pickle(value: Any) -> Iterator[Any]:
     kind = type(value)
     reduction = _reduction(value)
@@ -487,14 +458,8 @@ def _reduction(value: Any) -> Any:
             return (type(value), (), _pairs(value))
         if isinstance(value, AbstractSet):
             return (type(value), (), _Bag(value))
-        msg = f"a {type(value).__qualname__} cannot be pickled ({_reason(error)})"
+        msg = f"a {type(value).__qualname__} cannot be pickled ({type(error).__name__})"
         raise UncacheableError(msg) from error
-
-
-def _reason(error: Exception) -> str:
-    """Why something cannot be pickled; the text only where it has no more than names, others may show the value."""
-    text = describe(error)
-    return text if _OF_NAMES.fullmatch(text) else type(error).__name__
 
 
 def _maker(maker: Any) -> Any:
@@ -512,15 +477,15 @@ def _beside(value: Any, base: type) -> dict[str, Any] | None:
         for name in [declared] if isinstance(declared, str) else declared:
             is_private = name[:2] == "__" and name[-2:] != "__"
             slots.append(f"_{owner.__name__.lstrip('_')}{name}" if is_private else name)
-    added = {name: getattr(value, name) for name in slots if name not in _NO_SLOTS and hasattr(value, name)}
+    added = {name: getattr(value, name) for name in slots if name not in _NO_STATE and hasattr(value, name)}
     # `list[int]` has none, and shows that of `list`.
     if type(value).__dictoffset__ and not base.__dictoffset__:
         added |= _own(vars(value), type(value))
-    return added or None
+    return {name: held for name, held in added.items() if name not in _NO_STATE} or None
 
 
-# msgspec keeps the hash of an instance in the last one.
-_NO_SLOTS = frozenset({"__dict__", "__weakref__", "__msgspec_cached_hash__"})
+# msgspec keeps the hash of an instance, and NumPy the mapping of an array that lies in a file.
+_NO_STATE = frozenset({"__dict__", "__weakref__", "__msgspec_cached_hash__", "_mmap"})
 
 
 def _own(state: Any, kind: type) -> Any:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from opero.core.faults import Rest
     from opero.core.flights import Flight
     from opero.core.stores.disk import DiskStore
-    from opero.core.stores.entries import EntryFormat
     from opero.core.stores.memory import MemoryStore
     from opero.core.stores.redis import RedisStore
+    from opero.core.stores.settings import CacheSettings
 
     Store: TypeAlias = MemoryStore | DiskStore | RedisStore
 
@@ -147,10 +147,12 @@ class LastingStore:
 
     is_instant: ClassVar[bool] = False
 
-    def __init__(self, what: str, entry_format: EntryFormat, maxsize: int | None = None) -> None:
-        self.maxsize = maxsize
+    def __init__(self, what: str, settings: CacheSettings) -> None:
+        from opero.core.stores.entries import EntryFormat
+
+        self.maxsize = settings.maxsize
         self.flights = Flights()
-        self._format = entry_format
+        self._format = EntryFormat(settings.options.get("serializer"), compress=settings.options.get("compress", False))
         self._complaints = Complaints(what)
         self._what = what
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from opero.core.stores.contract import Request
-    from opero.core.stores.entries import EntryFormat
+    from opero.core.stores.settings import CacheSettings
 
 R = TypeVar("R")
 
@@ -58,6 +58,7 @@ _EVICT = (
     "(SELECT rowid FROM Cache WHERE rowid != last_insert_rowid() ORDER BY rank, rowid LIMIT ?)"
 )
 _EVICTED_AT_ONCE = 10
+_SIZE_LIMIT = 16 * 2**30
 # What a hit does to the rank.
 _TOUCH = {
     "fifo": None,
@@ -114,23 +115,14 @@ def _is_busy(error: sqlite3.Error) -> bool:
 class DiskStore(LastingStore):
     """The entries of one namespace in a folder of their own."""
 
-    def __init__(
-        self,
-        root: Callable[[], Path],
-        namespace: str,
-        entry_format: EntryFormat,
-        *,
-        maxsize: int | None,
-        policy: str,
-        size_limit: int,
-    ) -> None:
+    def __init__(self, settings: CacheSettings, namespace: str) -> None:
         self._name = slug(namespace)
-        super().__init__(f"the disk cache {self._name}", entry_format, maxsize)
+        super().__init__(f"the disk cache {self._name}", settings)
         self._rest = Rest()
-        self._root = root
+        self._root = settings.disk_folder
         self._namespace = namespace
-        self._policy = policy
-        self._size_limit = size_limit
+        self._policy = settings.options.get("policy", "fifo")
+        self._size_limit = settings.options.get("size_limit", _SIZE_LIMIT)
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
         self._locks: KeyLocks | None = None

@@ -40,16 +40,15 @@ class DamagedEntryError(ValueError):
 class EntryFormat:
     """How one function's results are written, and which entries it reads: those of JSON, and pickles if it pickles."""
 
-    def __init__(self, serializer: str = "pickle", *, compress: bool = False) -> None:
-        self._serializer = serializer
-        self._reads_pickles = serializer != "json"
+    def __init__(self, serializer: str | None = None, *, compress: bool = False) -> None:
+        self._is_json = serializer == "json"
         self._compress = compress
 
     def dumps(self, value: Any, ends: float) -> bytes:
         """The entry for a result, or for the error in a `Failed`; raises whatever the serializer raises."""
         if value.__class__ is Failed:
             kind, payload = b"E", pickle.dumps(value.error, _PICKLE_PROTOCOL)
-        elif self._serializer == "json":
+        elif self._is_json:
             kind, payload = b"J", _json(value)
         else:
             kind, payload = b"P", pickle.dumps(value, _PICKLE_PROTOCOL)
@@ -72,10 +71,10 @@ class EntryFormat:
             msg = "the entry is damaged, or was not written by this version of opero"
             raise DamagedEntryError(msg)
         payload: memoryview | bytes = memoryview(entry)[_PAYLOAD_AT:]
-        if kind == _PLAIN_PICKLE and self._reads_pickles:
+        if kind == _PLAIN_PICKLE and not self._is_json:
             return pickle.loads(payload), ends  # noqa: S301 - the folder is the user's alone; a redis server is trusted by whoever names it
         is_json = kind[2:3] == b"J"
-        if not is_json and not self._reads_pickles:
+        if self._is_json and not is_json:
             msg = "the entry is a pickle, which is never read with the serializer 'json'"
             raise DamagedEntryError(msg)
         if kind[3:] == b"Z":

@@ -23,14 +23,14 @@ from opero.core.redis_server import (
     server_of,
     server_with,
 )
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Keep, LastingStore, Lease
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Keep, LastingStore, Lease, slug
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from opero.core.faults import Rest
     from opero.core.stores.contract import Request
-    from opero.core.stores.entries import EntryFormat
+    from opero.core.stores.settings import CacheSettings
 
 LEASE_SECONDS = 10.0
 _IDLE_SECONDS = 1.0
@@ -64,9 +64,10 @@ _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPI
 class RedisStore(LastingStore):
     """The entries of one namespace on one server."""
 
-    def __init__(self, find_server: Callable[[], Server], prefix: str, entry_format: EntryFormat) -> None:
-        super().__init__(f"the redis cache {prefix}", entry_format)
-        self._find_server = find_server
+    def __init__(self, settings: CacheSettings, namespace: str) -> None:
+        prefix = f"{slug(settings.folder_name)}:{slug(namespace)}"
+        super().__init__(f"the redis cache {prefix}", settings)
+        self._settings = settings
         self._prefix = prefix.encode()
         self._server: Server | None
         self.after_fork()
@@ -84,6 +85,17 @@ class RedisStore(LastingStore):
         if server is None:
             self._server = server = self._find_server()
         return server
+
+    def _find_server(self) -> Server:
+        options = self._settings.options
+        if "client" in options:
+            return server_with(options["client"])
+        if "url" in options:
+            return server_at(options["url"])
+        # twat-cache's settings know of the environment, too.
+        known = self._settings.config()
+        place = {"host": known.get_redis_host(), "port": known.get_redis_port(), "db": known.get_redis_db()}
+        return server_of(**place, password=known.get_redis_password())
 
     @property
     def client(self) -> Any:
@@ -293,14 +305,3 @@ class LeaseKeeper:
                 store.renew(held)
         except Exception as error:  # noqa: BLE001 - the leases end by themselves
             store.complain(error)
-
-
-def server_for(options: Mapping[str, Any], config: Callable[[], Any]) -> Server:
-    """The server that the options name; twat-cache's settings know of the environment, too."""
-    if "client" in options:
-        return server_with(options["client"])
-    if "url" in options:
-        return server_at(options["url"])
-    found = config()
-    place = {"host": found.get_redis_host(), "port": found.get_redis_port(), "db": found.get_redis_db()}
-    return server_of(**place, password=found.get_redis_password())

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 BACKENDS = ("memory", "disk", "redis")
 Backend: TypeAlias = Literal["memory", "disk", "redis"]
 FOLDER_NAME = "opero"
-DISK_SIZE_LIMIT = 16 * 2**30
 
 _WRITTEN = ("compress", "folder_name", "serializer")
 _OPTIONS = {
@@ -145,6 +144,12 @@ class CacheSettings:
         size: int | None = self.options.get("maxsize", MEMORY_MAXSIZE if self.backend == "memory" else None)
         return size
 
+    @property
+    def folder_name(self) -> str:
+        """Stands before all namespaces."""
+        name: str = self.options.get("folder_name", FOLDER_NAME)
+        return name
+
     def store(self, namespace: str | None) -> Store:
         """The store of a namespace; in memory, without one, a store of its own."""
         if self.backend == "memory":
@@ -154,24 +159,19 @@ class CacheSettings:
         options = {name: id(value) if name == "client" else value for name, value in self.options.items()}
         key = repr((self.backend, namespace, sorted(options.items())))
         with _lock.lock:
-            found: Store | None = _lasting_stores.get(key)
-            if found is not None:
-                return found
-            made: Store = self._disk_store(namespace) if self.backend == "disk" else self._redis_store(namespace)
-            _lasting_stores[key] = made
-            return made
+            store: Store | None = _lasting_stores.get(key)
+            if store is None:
+                _lasting_stores[key] = store = self._lasting_store(namespace)
+            return store
 
-    def _disk_store(self, namespace: str) -> Any:
-        from opero.core.stores.disk import DiskStore
+    def _lasting_store(self, namespace: str) -> Store:
+        if self.backend == "disk":
+            from opero.core.stores.disk import DiskStore
 
-        return DiskStore(
-            self.disk_folder,
-            namespace,
-            self._format(),
-            maxsize=self.maxsize,
-            policy=self.options.get("policy", "fifo"),
-            size_limit=self.options.get("size_limit", DISK_SIZE_LIMIT),
-        )
+            return DiskStore(self, namespace)
+        from opero.core.stores.redis import RedisStore
+
+        return RedisStore(self, namespace)
 
     def disk_folder(self) -> Path:
         """The folder in which the namespaces lie; it is not made."""
@@ -179,27 +179,12 @@ class CacheSettings:
 
         return cache_folder(self.config())
 
-    def _redis_store(self, namespace: str) -> Any:
-        from opero.core.stores.contract import slug
-        from opero.core.stores.redis import RedisStore, server_for
-
-        def find_server() -> Any:
-            return server_for(self.options, self.config)
-
-        folder = self.options.get("folder_name", FOLDER_NAME)
-        return RedisStore(find_server, f"{slug(folder)}:{slug(namespace)}", self._format())
-
     def config(self) -> Any:
         """twat-cache's `CacheConfig` for these settings."""
         from opero.core.stores.twat import cache_config
 
         ttl = None if callable(self.ttl) else self.ttl
-        return cache_config({"folder_name": FOLDER_NAME, **self.options}, ttl=ttl)
-
-    def _format(self) -> Any:
-        from opero.core.stores.entries import EntryFormat
-
-        return EntryFormat(self.options.get("serializer", "pickle"), compress=self.options.get("compress", False))
+        return cache_config({**self.options, "folder_name": self.folder_name}, ttl=ttl)
 
 
 _lock = ForkSafeLock(threading.RLock)
