@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opero.core.keys import key_of_value
+from opero.core.digests import digest_of
 
 
 def frame():
@@ -82,11 +82,11 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_equal_ones_have_one_key(name):
-    assert key_of_value(MAKERS[name]()) == key_of_value(MAKERS[name]())
+    assert digest_of(MAKERS[name]()) == digest_of(MAKERS[name]())
 
 
 def test_unequal_ones_never_have():
-    keys = {name: key_of_value(make()) for name, make in MAKERS.items()}
+    keys = {name: digest_of(make()) for name, make in MAKERS.items()}
 
     assert [pair for pair in itertools.combinations(keys, 2) if keys[pair[0]] == keys[pair[1]]] == []
 
@@ -95,7 +95,7 @@ def test_how_columns_are_grouped_in_memory_does_not_matter():
     one, two = pd.DataFrame({"a": [1, 2], "b": [3, 4]}), pd.DataFrame({"a": [1, 2]})
     two["b"] = [3, 4]
 
-    assert key_of_value(one) == key_of_value(two)
+    assert digest_of(one) == digest_of(two)
 
 
 def test_what_an_index_has_found_out_of_itself_does_not_matter():
@@ -104,10 +104,10 @@ def test_what_an_index_has_found_out_of_itself_does_not_matter():
     assert [*used.index.year] == [2020] * 3
     assert repr(used)
 
-    assert key_of_value(fresh) == key_of_value(used)
+    assert digest_of(fresh) == digest_of(used)
 
 
 def test_levels_of_an_index_that_no_label_has_do_not_matter():
     pairs = pd.Series([1, 2], index=pd.MultiIndex.from_tuples([("a", 1), ("b", 2)]))
 
-    assert key_of_value(pairs.iloc[:1]) == key_of_value(pd.Series([1], index=pd.MultiIndex.from_tuples([("a", 1)])))
+    assert digest_of(pairs.iloc[:1]) == digest_of(pd.Series([1], index=pd.MultiIndex.from_tuples([("a", 1)])))

@@ -12,7 +12,7 @@ import polars as pl
 import pydantic
 import pytest
 
-from opero.core.keys import key_of_value
+from opero.core.digests import digest_of
 
 
 class Model(pydantic.BaseModel):
@@ -87,11 +87,11 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_alike_ones_have_one_key(name):
-    assert key_of_value(MAKERS[name]()) == key_of_value(MAKERS[name]())
+    assert digest_of(MAKERS[name]()) == digest_of(MAKERS[name]())
 
 
 def test_unlike_ones_never_have():
-    keys = {name: key_of_value(make()) for name, make in MAKERS.items()}
+    keys = {name: digest_of(make()) for name, make in MAKERS.items()}
 
     assert [pair for pair in itertools.combinations(keys, 2) if keys[pair[0]] == keys[pair[1]]] == []
 
@@ -109,18 +109,18 @@ def test_what_an_object_keeps_of_its_use_is_no_part_of_its_key(make, use):
     used = make()
     use(used)
 
-    assert key_of_value(used) == key_of_value(make())
+    assert digest_of(used) == digest_of(make())
 
 
 def test_the_chunks_of_a_polars_frame_do_not_matter():
     parts = [pl.DataFrame({"a": [number]}) for number in (2, 1)]
 
-    assert key_of_value(pl.concat(parts, rechunk=False)) == key_of_value(pl.DataFrame({"a": [2, 1]}))
+    assert digest_of(pl.concat(parts, rechunk=False)) == digest_of(pl.DataFrame({"a": [2, 1]}))
 
 
 def test_what_lies_under_the_missing_values_of_a_polars_column_does_not_matter():
     frame = pl.DataFrame({"a": [5, None, 3]})
     hidden = frame.select(pl.when(pl.col("a") == 5).then(None).otherwise(pl.col("a")).alias("a"))["a"]
 
-    assert key_of_value(hidden) == key_of_value(pl.Series("a", [None, None, 3]))
-    assert key_of_value(hidden.drop_nulls()) == key_of_value(pl.Series("a", [3]))
+    assert digest_of(hidden) == digest_of(pl.Series("a", [None, None, 3]))
+    assert digest_of(hidden.drop_nulls()) == digest_of(pl.Series("a", [3]))

@@ -20,7 +20,6 @@ from opero.core.signature import MISSING, is_async, name_of, refuse_generator, r
 from opero.core.stats import CallStats
 from opero.core.steps import Consult, Failed, Flow, Pause, leading
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Found, Keep, Lease, managing
-from opero.core.stores.memory import is_shared
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from opero.core.clock import Clock
     from opero.core.plan import Call
     from opero.core.stats import Stats
-    from opero.core.stores.contract import Request, Store
+    from opero.core.stores.contract import Request
     from opero.core.stores.settings import Backend, BackendSettings, CacheSettings
     from opero.core.stores.twat import CacheEngine
 
@@ -118,40 +117,34 @@ class ResultCache:
     """Key, entry, and who computes: one function's view of a store.
 
     Attributes:
+        is_lasting: Whether entries outlast the process.
         keys: Makes the keys.
         stats: The counters of the function, from its decoration on.
     """
 
     def __init__(self, function: Callable[..., Any], settings: CacheSettings) -> None:
-        in_memory = settings.backend == "memory"
-        self.keys = KeyMaker(function, settings.key, digest=not in_memory, ignore=settings.ignore)
+        self.is_lasting = settings.backend != "memory"
+        self.keys = KeyMaker(function, settings.key, digest=self.is_lasting, ignore=settings.ignore)
         self.stats: Stats | None = None
         self._function = function
-        # The thread of such a call waits with it, if it is not an item of a map.
-        self._blocks = not is_async(function)
+        self._is_async = is_async(function)
         self._settings = settings
         # What had been counted when it was cleared.
         self._counted = CallStats()
         with _lock:
             _caches.add(self)
 
-    @property
-    def is_lasting(self) -> bool:
-        """Whether entries outlast the process."""
-        return self._settings.backend != "memory"
-
     @cached_property
-    def store(self) -> Store:
-        """Where the entries live; of what outlives the process, opened at the first call."""
-        in_memory = self._settings.backend == "memory"
-        return self._settings.store(self._settings.namespace if in_memory else self.namespace)
+    def store(self) -> Any:
+        """The `Store` where the entries live; one that outlives the process is made at the first call."""
+        return self._settings.store(self.namespace if self.is_lasting else self._settings.namespace)
 
     @cached_property
     def namespace(self) -> str:
         """The name under which the entries live."""
         if self._settings.namespace is not None:
             return self._settings.namespace
-        if self._settings.backend == "memory":
+        if not self.is_lasting:
             return f"{getattr(self._function, '__module__', None)}.{name_of(self._function)}"
         from opero.core.digests import lasting_identity
 
@@ -160,40 +153,31 @@ class ResultCache:
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, ...] | None] | None:
         """Gives the entry ``(result, expires_at)`` of a key, expired or not, or None; None if that could block."""
-        if self._settings.backend == "memory":
-            return self.store.look_up
-        if not is_async(self._function):
-            return self._look_up
-        return self._look_up_if_open if self._settings.backend == "disk" else None
+        found: Callable[[Any], tuple[Any, ...] | None] = self._look_up if self.is_lasting else self.store.look_up
+        return found if self.fetch is None else None
 
     def _look_up(self, key: Any) -> tuple[Any, ...] | None:
-        # Not the store's own: it is made at the first call.
+        # An event loop is not to wait until it is open; `through` asks in a thread.
+        if self._is_async and not ("store" in self.__dict__ and self.store.is_open):
+            return None
         try:
-            return self.store.look_up(key)
+            found: tuple[Any, ...] | None = self.store.look_up(key)
         except MisuseError:
             # It has no name to keep anything under; `through` meets the same, and counts a call that failed.
             return None
-
-    def _look_up_if_open(self, key: Any) -> tuple[Any, float] | None:
-        # An event loop is not to wait for the opening; `through` asks in a thread.
-        store: Any = self.__dict__.get("store")
-        return store.look_up(key) if store is not None and store.is_open else None
+        return found
 
     def finder(self, tick: Callable[[], object], clock: Clock | None) -> Callable[..., Any] | None:
         """See `KeyMaker.finder`; None where a look takes longer."""
-        if self._settings.backend != "memory":
-            return None
-        store: Any = self.store
-        return self.keys.finder(store.get, store.touch, tick, clock)
+        return None if self.is_lasting else self.keys.finder(self.store.get, self.store.touch, tick, clock)
 
     @property
     def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:
         """As `look_up`, by awaiting; None where that is no use."""
-        return self._fetch if self._settings.backend == "redis" and is_async(self._function) else None
+        return self._fetch if self._settings.backend == "redis" and self._is_async else None
 
     async def _fetch(self, key: Any) -> tuple[Any, float] | None:
-        store: Any = self.__dict__.get("store")
-        entry: tuple[Any, float] | None = None if store is None else await store.fetch(key)
+        entry: tuple[Any, float] | None = await self.store.fetch(key) if "store" in self.__dict__ else None
         return entry
 
     @property
@@ -201,13 +185,13 @@ class ResultCache:
         """Whether ``expires_at`` has to be looked at."""
         # The other stores hand out no entry that has expired; a remembered error has, for a quick look.
         settings = self._settings
-        may = settings.ttl is not None or bool(settings.exceptions)
-        return settings.backend == "memory" and (may or is_shared(self.store))
+        return not self.is_lasting and (settings.ttl is not None or bool(settings.exceptions) or self.store.is_shared)
 
     def info(self, stats: CallStats) -> CacheInfo:
         """Hits and misses since it was cleared, and sizes."""
         hits, calls = stats.hits - self._counted.hits, stats.calls - self._counted.calls
-        return CacheInfo(hits, calls - hits, self._settings.maxsize, self._count())
+        with managing(self.store, "count the entries of"):
+            return CacheInfo(hits, calls - hits, self._settings.maxsize, len(self.store))
 
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
         """The call's result from the cache, from an identical call under way, or from ``compute()``."""
@@ -229,7 +213,7 @@ class ResultCache:
                 if flight is own:
                     return (yield from self._lead(flight, call, compute, stats))
                 with _waiting_for(flight):
-                    is_knot = _would_wait_for_ever(flight, blocks=self._blocks and call.presence is None)
+                    is_knot = _would_wait_for_ever(flight, blocks=not self._is_async and call.presence is None)
                     if not is_knot:
                         yield Seat(flight, call.time_left)
                 if is_knot:
@@ -256,7 +240,7 @@ class ResultCache:
         self.store.flights.invalidate(key)
         self.store.flights.invalidate((_REFRESH, key))
         with managing(self.store, "delete from"):
-            return self.store.delete(key)
+            return bool(self.store.delete(key))
 
     def clear(self) -> None:
         """Forget all entries, do not store what is being computed now, and start counting anew."""
@@ -327,9 +311,11 @@ class ResultCache:
         settings = self._settings
         try:
             if outcome.__class__ is Failed:
-                # A refresh that fails keeps what was there.
-                is_kept = not call.refreshes and _is_remembered(outcome.error, settings.exceptions)
-                return outcome, self._life(outcome.error) if is_kept else _NOT_KEPT
+                error = outcome.error
+                # What opero raises of its own says nothing of the function. A refresh that fails keeps what was there.
+                is_own = isinstance(error, OperoError) and not isinstance(error, (AllFailedError, RejectedResultError))
+                is_kept = isinstance(error, settings.exceptions) and not (is_own or call.refreshes)
+                return outcome, self._life(error) if is_kept else _NOT_KEPT
             refuse_unfinished(self._function, outcome, is_cached=True)
             is_kept = settings.keep_if is None or bool(settings.keep_if(outcome))
             return outcome, self._life(outcome) if is_kept else _NOT_KEPT
@@ -375,21 +361,10 @@ class ResultCache:
             stats.cache_errors.tick()
             self.store.complain(answer)
 
-    def _count(self) -> int:
-        with managing(self.store, "count the entries of"):
-            return len(self.store)
-
 
 # Stands in the key of a flight that refreshes an entry.
 _REFRESH = object()
 _NOT_KEPT = object()
-# What opero raises of its own, but for these, says nothing of the function.
-_OF_THE_FUNCTION = (AllFailedError, RejectedResultError)
-
-
-def _is_remembered(error: Exception, classes: tuple[type[Exception], ...]) -> bool:
-    is_own = isinstance(error, OperoError) and not isinstance(error, _OF_THE_FUNCTION)
-    return isinstance(error, classes) and not is_own
 
 
 def _fresh(error: Exception) -> Exception:
@@ -442,7 +417,7 @@ def cache_policy(function: Callable[..., Any], settings: CacheSettings) -> Resul
             msg = f"ignore={name!r} names no parameter of {name_of(function)}; write any of {listed(named)}"
             raise ValueError(msg)
     cache = ResultCache(function, settings)
-    if settings.backend == "memory":
+    if not cache.is_lasting:
         _ = cache.store  # a namespace that others use with other options is refused when decorating
     return cache
 

@@ -9,7 +9,6 @@ key runs code of the user's when it is looked up, and none keeps an object of th
 from __future__ import annotations
 
 import contextlib
-import inspect
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -112,11 +111,6 @@ class _Held:
         return isinstance(other, _Held) and self.value is other.value
 
 
-def key_of_value(value: Any) -> bytes:
-    """The key that is made of one value."""
-    return digest_of(value)
-
-
 class KeyMaker:
     """Gives the cache key of a call.
 
@@ -155,7 +149,7 @@ class KeyMaker:
             "_opero_mark": mark,
             "_opero_id": id,
             "_opero_len": len,
-            "_opero_other_key": _other_key(function, names, None if digest else mark),
+            "_opero_other_key": _other_key(function, shape, names, None if digest else mark),
             "_opero_users_key": None if cache_key is None else _users_key(cache_key, name),
             **shape.defaults,
         }
@@ -246,51 +240,41 @@ def _tuple(names: Collection[str]) -> str:
     return f"({''.join(f'{name}, ' for name in names)})"
 
 
-def _other_key(function: Callable[..., Any], names: tuple[str, ...], mark: object | None) -> Callable[..., Any]:
+def _other_key(
+    function: Callable[..., Any], shape: Forwarding, names: tuple[str, ...], mark: object | None
+) -> Callable[..., Any]:
     """What makes the key of arguments that are not all plain; with a ``mark`` instances are known by identity."""
-    owners = _Owners(function)
     name = name_of(function)
-    first = next(iter(forwarding(function).names), None)
-    defaults = _bare_defaults(function)
+    is_owner = _owner_test(function)
+    has_first = names[:1] == shape.names[:1] != ()
+
+    def spelled(parameter: str, value: Any) -> bytes:
+        if type(value) is object and shape.defaults.get(f"_opero_default_{parameter}") is value:
+            # It marks what is missing.
+            return b"default"
+        try:
+            return spelling_of(value)
+        except UncacheableError as error:
+            raise MisuseError(_complaint(parameter, name, error)) from error
 
     def other_key(*values: Any) -> Any:
-        spelled = []
         instance = None
-        for parameter, value in zip(names, values, strict=True):
-            if mark is not None and parameter == first and owners.has(value):
-                instance = _instance(value, name)
-            if instance is not None and parameter == first:
-                instance.users.add(mark)
-                continue
-            if type(value) is object and defaults.get(parameter) is value:
-                # It marks what is missing.
-                spelled.append(b"default")
-                continue
-            try:
-                spelled.append(spelling_of(value))
-            except UncacheableError as error:
-                raise MisuseError(_complaint(parameter, name, error)) from error
+        if mark is not None and has_first and is_owner(values[0]):
+            instance = _instance(values[0], name)
         if instance is None:
-            return digest_of_spelled(spelled)
+            return digest_of_spelled(map(spelled, names, values))
+        instance.users.add(mark)
         rest = values[1:]
         if all(_is_plain(value) for value in rest):
             is_bare = all(type(value) in {int, str} for value in rest)
             return (instance, *rest) if is_bare else (instance, *rest, *map(type, rest))
-        return (instance, digest_of_spelled(spelled))
+        return (instance, digest_of_spelled(map(spelled, names[1:], rest)))
 
     return other_key
 
 
 def _is_plain(value: Any) -> bool:
     return value.__class__ in _SMALL or (value.__class__ in _TEXTS and len(value) < _LONG)
-
-
-def _bare_defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(function, follow_wrapped=False).parameters
-    except (ValueError, TypeError):
-        return {}
-    return {name: parameter.default for name, parameter in parameters.items() if type(parameter.default) is object}
 
 
 def _instance(value: Any, function: str) -> Instance | None:
@@ -310,21 +294,19 @@ def _instance(value: Any, function: str) -> Instance | None:
         raise MisuseError(msg) from error
 
 
-class _Owners:
-    """Knows the classes of which a function is a method."""
+def _owner_test(function: Callable[..., Any]) -> Callable[[Any], bool]:
+    """Tells whether the class of an instance, or one of its bases, holds something that unwraps to the function."""
+    known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self._known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-
-    def has(self, instance: Any) -> bool:
-        """Whether the class of ``instance``, or one of its bases, holds something that unwraps to the function."""
+    def is_owner(instance: Any) -> bool:
         kind = type(instance)
-        known = self._known.get(kind)
-        if known is None:
+        found = known.get(kind)
+        if found is None:
             members = (member for owner in kind.__mro__ for member in list(vars(owner).values()))
-            known = self._known[kind] = any(_unwraps_to(member, self._function) for member in members)
-        return known
+            found = known[kind] = any(_unwraps_to(member, function) for member in members)
+        return found
+
+    return is_owner
 
 
 # What the decorators of the standard library call the function that they hold.

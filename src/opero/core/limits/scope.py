@@ -56,10 +56,10 @@ class Scope:
 
     def line_of_value(self, value: Any) -> Line:
         def name() -> str:
-            from opero.core.keys import key_of_value
+            from opero.core.digests import digest_of
 
             # A digest: the value may be a secret.
-            return f"{self.name}:{key_of_value(value).hex()}"
+            return f"{self.name}:{digest_of(value).hex()}"
 
         return self._line(name)
 

@@ -38,6 +38,7 @@ class MemoryStore:
     """Entries in this process; each has its own end, so that functions with different lifetimes can share it."""
 
     is_instant: ClassVar[bool] = True
+    is_shared = False
 
     def __init__(self, maxsize: int = MEMORY_MAXSIZE, policy: str = "lru") -> None:
         self.maxsize: int | None = maxsize
@@ -215,6 +216,7 @@ def memory_store(namespace: str | None, *, maxsize: int = MEMORY_MAXSIZE, policy
         store = _shared.get(namespace)
         if store is None:
             _shared[namespace] = store = MemoryStore(maxsize, policy)
+            store.is_shared = True
         elif (store.maxsize, store.policy) != (maxsize, policy):
             msg = (
                 f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
@@ -222,8 +224,3 @@ def memory_store(namespace: str | None, *, maxsize: int = MEMORY_MAXSIZE, policy
             )
             raise ValueError(msg)
         return store
-
-
-def is_shared(store: Any) -> bool:
-    """Whether functions with other lifetimes may put entries there."""
-    return any(store is shared for shared in _shared.values())

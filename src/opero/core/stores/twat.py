@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opero.core.keys import key_of_value
+from opero.core.digests import digest_of
 from opero.core.private_folder import folder_of_user
 from opero.core.stores.contract import Found, Keep, Lease, managing
 from opero.exceptions import OperoError
@@ -123,7 +123,7 @@ class CacheEngine:
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value of a key; ``default`` if there is none."""
-        lease = Lease(key_of_value(key))
+        lease = Lease(digest_of(key))
         answer = self._ask("read from", lease)
         self._store.let_go(lease)
         self._last_access = time.time()
@@ -135,7 +135,7 @@ class CacheEngine:
 
     def set(self, key: Any, value: Any) -> None:
         """Store a value under a key."""
-        self._ask("write to", Keep(Lease(key_of_value(key)), value, self._ttl))
+        self._ask("write to", Keep(Lease(digest_of(key)), value, self._ttl))
         self._last_update = time.time()
 
     # twat-cache's contract has these two in place of `get` and `set`.
@@ -149,7 +149,7 @@ class CacheEngine:
     def delete(self, key: Any) -> bool:
         """Forget the value of a key; tells whether there was one."""
         with self._managed("delete from") as store:
-            return store.delete(key_of_value(key))
+            return store.delete(digest_of(key))
 
     def clear(self) -> None:
         """Forget all values of the namespace."""
