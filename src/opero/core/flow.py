@@ -55,17 +55,11 @@ FINAL_ERRORS = (MisuseError, NotTransferableError, TypeError)
 
 
 class NoAttempt:
-    """In place of an outcome: there was none, and why."""
-
-    __slots__ = ("why",)
-
-    def __init__(self, why: str) -> None:
-        self.why = why
+    """In place of an outcome: there was none."""
 
 
-OUT_OF_TIME = NoAttempt("total_timeout leaves no time for another attempt")
-CIRCUIT_OPEN = NoAttempt("this candidate's circuit is open")
-GAVE_WAY = NoAttempt("this candidate was put to rest while its slot was waited for")
+# Because no time is left, the candidate's circuit is open, or it was put to rest while its slot was waited for.
+OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = NoAttempt(), NoAttempt(), NoAttempt()
 
 
 class Candidate:
@@ -98,7 +92,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         try:
             outcome = yield from _through_cache(plan, call, layers.retry)
         except Exception as error:  # noqa: BLE001 - raised by a policy or a driver: a call that failed like others
-            outcome = Failed(_in_context_of(Failed(layers.errors[-1]), error) if layers.errors else error)
+            outcome = Failed(error if layers.failed is None else _in_context_of(layers.failed.error, error))
         if outcome.__class__ is Failed:
             outcome = _replaced_by_default(plan, call, outcome)
         is_over = True
@@ -138,7 +132,8 @@ class _Layers:
         places: To which its place of ``max_concurrent`` has to be given back, while it has one.
         had: The time limit that the last attempt had.
         patient_until: How long it waits until a trial of an open circuit begins.
-        failed: The last attempt that failed.
+        failed: The last attempt that failed; without fallback, until the next one begins.
+        errors: Those of all attempts, with fallback.
         ended_by: What else than that ended the call.
         earlier_failure: What a time limit at the end should not hide.
     """
@@ -159,7 +154,6 @@ class _Layers:
         self.candidates: list[Candidate] = []
         # Those of this round that have not been tried.
         self.left: list[Candidate] = []
-        # All of them with fallback; else the last one, until the next attempt begins.
         self.errors: list[Exception] = []
 
     def retry(self) -> Flow:
@@ -273,9 +267,7 @@ class _Layers:
         if clock.now() >= self.deadline:
             return OUT_OF_TIME
         attempt = Attempt(
-            candidate.args,
-            candidate.kwargs,
-            candidate.value,
+            candidate,
             badges=frozenset({call.flight, self.places} - {None}),
             timeout=plan.attempt_timeout,
             deadline=call.deadline,
@@ -294,27 +286,25 @@ class _Layers:
     def _begin(self, candidate: Candidate) -> None:
         """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
         plan, call, stats = self.plan, self.call, self.plan.stats
-        if plan.fallback is None and self.errors:
-            # Free what the attempt before this one held: its frames, and all that is in them.
-            failure, self.failed = self.errors.pop(), None
+        if plan.fallback is None and self.failed is not None:
             is_timed = plan.attempt_timeout is not None or plan.total_timeout is not None
-            if is_timed and not isinstance(failure, CallTimeoutError):
-                self.earlier_failure = describe(failure)
-            del failure
+            if is_timed and not isinstance(self.failed.error, CallTimeoutError):
+                self.earlier_failure = describe(self.failed.error)
+            # Free what the attempt before this one held: its frames, and all that is in them.
+            self.failed = None
         call.began = clock.now()
         call.attempts += 1
         stats.attempts.tick()
         candidate.tries += 1
-        begins_round = candidate.tries > call.rounds
-        if not begins_round:
+        if candidate.tries <= call.rounds:
             stats.fallbacks.tick()
+            if call.tell is not None:
+                call.tell(CandidateSwitched, place=candidate.number)
         else:
             call.rounds = candidate.tries
             if call.rounds > 1:
                 stats.retries.tick()
         if call.tell is not None:
-            if not begins_round:
-                call.tell(CandidateSwitched, place=candidate.number)
             call.tell(AttemptStarted, attempt=call.attempts, round=call.rounds)
 
     def _why_not(self) -> NoAttempt:
@@ -334,7 +324,7 @@ class _Layers:
         except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
             # Not its text, which may hold arguments.
             log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
-            return Failed(_in_context_of(outcome, raised))
+            return Failed(_in_context_of(outcome.error, raised) if outcome.__class__ is Failed else raised)
         if passage is not None and not call.is_last:
             self._tell_circuit(passage, verdict, candidate)
         if verdict is None:
@@ -344,13 +334,13 @@ class _Layers:
             return Failed(verdict.error)
         if call.tell is not None and outcome.__class__ is not Failed:
             self._tell_of_failure(call.tell, verdict.error)
-        self.errors.append(verdict.error)
         self.failed = verdict
         if plan.fallback is not None:
             self._candidate_failed(plan.fallback, candidate, verdict)
         return verdict
 
     def _candidate_failed(self, fallback: FallbackOverParameter, candidate: Candidate, verdict: Verdict) -> None:
+        self.errors.append(verdict.error)
         if not verdict.again:
             self.candidates.remove(candidate)
         candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
@@ -545,10 +535,10 @@ def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
     return failed if plan.default is MISSING or is_misuse else Failed(error, instead=plan.default)
 
 
-def _in_context_of(outcome: Any, raised: Exception) -> Exception:
-    """The error of a predicate, with the one that it was asked about as its context, as Python would have it."""
-    if outcome.__class__ is Failed and outcome.error is not raised and raised.__context__ is None:
-        raised.__context__ = outcome.error
+def _in_context_of(error: Exception, raised: Exception) -> Exception:
+    """What was raised while an error was handled, with that as its context, as Python would have it."""
+    if error is not raised and raised.__context__ is None:
+        raised.__context__ = error
     return raised
 
 

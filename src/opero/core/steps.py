@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from opero.core.breaker import Passage
+    from opero.core.flow import Candidate
     from opero.core.limits.line import Gate
     from opero.core.stores.contract import Store
 
@@ -72,9 +73,7 @@ class Attempt:
 
     def __init__(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        candidate: Any,
+        candidate: Candidate,
         *,
         badges: AbstractSet[object],
         timeout: float | None,
@@ -82,9 +81,9 @@ class Attempt:
         passage: Passage | None,
         begins: Callable[[], None],
     ) -> None:
-        self.args = args
-        self.kwargs = kwargs
-        self.candidate = candidate
+        self.args = candidate.args
+        self.kwargs = candidate.kwargs
+        self.candidate = candidate.value
         self.badges = badges
         self.timeout = timeout
         self.deadline = deadline
@@ -279,7 +278,7 @@ async def await_arrival_async(arrival: Arrival) -> None:
         arrival.notify(None)
 
 
-def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR0912 - more frames shorten recursions
+def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - more frames shorten recursions
     """Carry out a flow by blocking."""
     step: Any = None
     sent: Any = None
