@@ -278,7 +278,7 @@ async def await_arrival_async(arrival: Arrival) -> None:
         arrival.notify(None)
 
 
-def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - more frames shorten recursions
+def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR0912 - more frames shorten recursions
     """Carry out a flow by blocking."""
     step: Any = None
     sent: Any = None
