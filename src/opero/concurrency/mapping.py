@@ -24,12 +24,12 @@ from opero.concurrency.kept import PoolSource
 from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
-from opero.core.interrupts import Hold, forget_earlier_interrupts
+from opero.core.interrupts import Hold
 from opero.core.parameters import own_signature
 from opero.core.showing import kind_of
 from opero.core.signature import MISSING, find_by_name
 from opero.exceptions import FailedItemsWarning
-from opero.utils.notes import Shortened, class_counts
+from opero.utils.notes import Shortened, add_note, class_counts
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -360,7 +360,10 @@ class _AwaitableMap(_Map[T, P, R, L]):
             with Shortened():
                 return asyncio.run(self(items, *args, **kwargs))
         except KeyboardInterrupt as interrupt:
-            forget_earlier_interrupts(interrupt)
+            # asyncio raises it while it handles the cancellation, which tells in a note how much was done.
+            for note in getattr(interrupt.__context__, "__notes__", ()):
+                add_note(interrupt, note)
+            interrupt.__context__ = None
             raise
 
     def stream(
