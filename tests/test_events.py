@@ -391,19 +391,6 @@ def test_what_is_no_exception_passes_through_a_listener(world):
         world.run(opero.opero(world.define(lambda: None)))
 
 
-@pytest.mark.parametrize("interrupted", [CallStarted, AttemptStarted, CallDone])
-def test_who_was_told_of_a_calls_start_is_told_of_its_end_although_another_is_interrupted(world, interrupted):
-    def stop(event):
-        if isinstance(event, interrupted):
-            raise KeyboardInterrupt
-
-    gathered = []
-    with on_event(gathered.append), on_event(stop), pytest.raises(KeyboardInterrupt):
-        world.run(opero.opero(world.define(lambda: None)))
-    assert kinds(gathered)[0] is CallStarted
-    assert kinds(gathered)[-1] is CallDone
-
-
 def test_a_call_that_is_cancelled_is_told_as_cancelled(heard):
     @opero.opero
     async def f():

@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import threading
 import typing
 import weakref
 from pathlib import Path
@@ -1506,18 +1505,3 @@ def test_a_decorated_function_of_the_main_module_can_be_sent_by_value():
     command = [sys.executable, "-c", textwrap.dedent(BY_VALUE)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (run.stdout, run.stderr) == ("b'8\\n'\n" * 2, "")
-
-
-@pytest.mark.parametrize("backend", ["memory", "disk"])
-def test_what_a_wrapper_below_keeps_in_a_default_is_no_argument(backend, tmp_path):
-    kept = threading.Lock()
-
-    @functools.wraps(fetch)
-    def wrapper(*args, _lock=kept, **kwargs):
-        with _lock:
-            return fetch(*args, **kwargs)
-
-    options = {"cache_options": {"cache_dir": tmp_path}} if backend == "disk" else {}
-    cached = opero(cache=True, cache_backend=backend, **options)(wrapper)
-    assert cached("u") == cached("u")
-    assert cached.stats.hits == 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
@@ -276,14 +275,9 @@ def begin_telling(plan: Plan, call: Call) -> None:
         attributes.update(same)
         attributes.update(facts)
         attributes["time"] = clock.wall()
-        if kind is CallDone and len(listeners) > 1:
-            # The last one first, as contexts are left: who begins something around the call ends it inside of what
-            # others began before. Ctrl-C in one of them does not leave open what the others began.
-            with ExitStack() as others:
-                for listener in listeners:
-                    others.callback(listener.tell, event)
-            return
-        for listener in listeners:
+        # Of the end the last one first, as contexts are left: who begins something around the call ends it inside of
+        # what others began before.
+        for listener in reversed(listeners) if kind is CallDone else listeners:
             listener.tell(event)
 
     call.tell = tell

@@ -63,10 +63,6 @@ class Passage:
         circuit = self.breaker.circuits.get(self.key)
         return circuit is not None and circuit.trial_at is not None and circuit.trial is not self
 
-    def tell(self, *, failed: bool) -> str | None:
-        """How the attempt ended; gives the state into which that has brought the circuit, if it has changed it."""
-        return self.breaker.passed(self, failed=failed)
-
     def end(self) -> None:
         """The attempt is over, or will not be; others may make the trial that it was.
 
@@ -149,7 +145,7 @@ class Breaker:
             self._wakers[waiter] = wake
 
     def passed(self, passage: Passage, *, failed: bool) -> str | None:
-        """See `Passage.tell`."""
+        """Take note of how an attempt ended; gives the state into which that has brought the circuit, if it has."""
         key = passage.key
         with self._lock.lock:
             circuit = self.circuits.get(key)
@@ -246,7 +242,7 @@ class FunctionBreaker:
     def succeeded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An attempt that found all quiet has succeeded; others may have failed meanwhile."""
         if self.shared.circuits:
-            Passage(self.shared, self._key(args, kwargs)).tell(failed=False)
+            self.shared.passed(Passage(self.shared, self._key(args, kwargs)), failed=False)
 
 
 class Circuit:

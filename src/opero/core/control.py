@@ -257,7 +257,7 @@ def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, A
 def with_shared_policies(new: Plan, old: Plan, named: set[str]) -> Plan:
     """The new plan with those policies of the old one of which no option is named."""
     named = named - _OF_THE_MAP
-    if not named <= {name for names in OPTIONS.values() for name in names}:
-        # Made by a decorator of one policy: all that is named belongs to that one.
-        return new.sharing(old, [])
-    return new.sharing(old, [policy for policy, names in OPTIONS.items() if named.isdisjoint(names)])
+    # A decorator of one policy has names of its own, which all belong to that one.
+    are_known = named <= {name for names in OPTIONS.values() for name in names}
+    shared = [policy for policy, names in OPTIONS.items() if are_known and named.isdisjoint(names)]
+    return new.changed(stats=old.stats, **{policy: getattr(old, policy) for policy in shared})

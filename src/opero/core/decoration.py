@@ -179,16 +179,11 @@ class Decoration:
     def _told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """A call of which listeners are told, up to the beginning of its first attempt."""
         call = Call(args, kwargs)
-        try:
-            begin_telling(self.plan, call)
-            call.attempts = call.rounds = 1
-            call.began = clock.now()
-            if call.tell is not None:
-                call.tell(AttemptStarted, attempt=1, round=1)
-        except BaseException:
-            # A listener was interrupted, and the others are told of the end.
-            tell_of_the_end(call, cancelled=True)
-            raise
+        begin_telling(self.plan, call)
+        call.attempts = call.rounds = 1
+        call.began = clock.now()
+        if call.tell is not None:
+            call.tell(AttemptStarted, attempt=1, round=1)
         return call
 
     def _first_is_over(self, first: Any, outcome: Any, started: float) -> None:

@@ -372,7 +372,7 @@ class _Layers:
         elif verdict is not None and not failed and isinstance(verdict.error, WorkerCrashedError):
             # A worker that ended gave no answer.
             failed = None
-        changed = None if failed is None else passage.tell(failed=failed)
+        changed = None if failed is None else passage.breaker.passed(passage, failed=failed)
         if changed is not None and self.call.tell is not None:
             place = None if self.plan.fallback is None else candidate.number
             self.call.tell(CircuitChanged, state=changed, place=place)

@@ -101,19 +101,12 @@ def forwarding(function: Callable[..., Any]) -> Forwarding:
     """Describe how to forward a call to ``function``; ``*args, **kwargs`` where its own signature is not known."""
     anything = inspect.signature(lambda *args, **kwargs: (args, kwargs)).parameters.values()
     try:
-        parameters = [p for p in own_signature(function).parameters.values() if not _is_hidden(p, function)]
+        parameters = list(own_signature(function).parameters.values())
     except (ValueError, TypeError):
         return Forwarding(anything)
     if any(p.name.startswith("_opero_") or keyword.iskeyword(p.name) or not p.name.isidentifier() for p in parameters):
         return Forwarding(anything)
     return Forwarding(parameters)
-
-
-def _is_hidden(parameter: inspect.Parameter, function: Callable[..., Any]) -> bool:
-    """Whether a wrapper keeps something there for itself, by a default that the wrapped function does not know."""
-    if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
-        return False
-    return hasattr(function, "__wrapped__") and parameter.name not in inspect.signature(function).parameters
 
 
 def own_signature(function: Callable[..., Any]) -> inspect.Signature:

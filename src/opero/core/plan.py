@@ -94,10 +94,6 @@ class Plan:
         fallback = None if self.fallback is None else self.fallback.first_only()
         return Plan(self.function, self.retry.one_round(), fallback=fallback, stats=self.stats)
 
-    def sharing(self, other: Plan, policies: list[str]) -> Plan:
-        """The same, with the stats and these policies of another plan."""
-        return self.changed(stats=other.stats, **{name: getattr(other, name) for name in policies})
-
     def changed(self, **changes: Any) -> Plan:
         """The same with other values of these attributes."""
         new = copy.copy(self)

@@ -349,11 +349,9 @@ def _check_hooks(options: Mapping[str, Any], retry_if_result: Any) -> None:
         if name not in options or (options[name] is None and name in _OPTIONAL_HOOKS):
             continue
         hook, what = options[name], f"retry_options[{name!r}]"
-        if isinstance(hook, type) and issubclass(hook, BaseException):
-            msg = f"{what}={shown(hook)} is a class of exceptions; write retry_on={hook.__name__}"
-            raise TypeError(msg)
         if isinstance(hook, type):
-            msg = f"{what}={shown(hook)} is a class; write {wanted}"
+            is_error = issubclass(hook, BaseException)
+            msg = f"{what}={shown(hook)} is a class; write {f'retry_on={hook.__name__}' if is_error else wanted}"
             raise TypeError(msg)
         check_callable(what, hook, wanted)
     if retry_if_result is not None:
