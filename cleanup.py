@@ -91,7 +91,7 @@ class Environment:
         return self.folder / "installed-from"
 
 
-DEVELOPMENT = Environment(".venv", extras=("redis", "aiomultiprocess"), groups=("test", "lint", "bench"))
+DEVELOPMENT = Environment(".venv", extras=("redis",), groups=("test", "lint", "bench"))
 # Of its own, because what it holds is heavy, and nobody who only runs the tests needs it.
 WILD = Environment(".venv-wild", extras=("redis",), groups=("wild",))
 # Of its own, because both engines are large; named apart from the versions that the tests of executors need.

@@ -405,12 +405,6 @@ def test_an_executor_makes_instances_with_keyword_arguments(name):
     assert [point.place for point in get_parallel_executor(name)(Point, [1, 2], y=3)] == [(1, 3), (2, 3)]
 
 
-def test_async_process_mode_without_aiomultiprocess_tells_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "aiomultiprocess", None)
-    with pytest.raises(ImportError, match=r"opero\[aiomultiprocess\]"):
-        get_parallel_map_decorator("async_process")(double_async)
-
-
 # Progress
 
 SCRIPT = """

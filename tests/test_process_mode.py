@@ -1368,7 +1368,7 @@ def test_threads_that_have_just_ended_are_not_taken_for_ones_that_python_does_no
     """The system lists them for a moment after `Thread.join`."""
     process = start("""
         import threading
-        from opero.concurrency.native_threads import has_other_threads
+        from opero.concurrency.system import has_other_threads
 
         seen = 0
         for _ in range(1000):

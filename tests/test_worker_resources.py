@@ -101,53 +101,6 @@ def test_a_child_that_the_program_forks_leaves_an_open_stream_to_its_parent(tmp_
     assert (run.stdout, run.stderr) == (f"True {1 if way == 'raises' else 7}\n", "")
 
 
-def end_at_five(item):
-    if item == 5:
-        os._exit(3)
-    return item
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_the_death_of_a_worker_is_noticed_while_other_threads_fork(method):
-    """A child that has the worker's end of a pipe would keep it open for as long as it lives."""
-    mapped = opmap(
-        mode="process",
-        workers=2,
-        retries=0,
-        progress=False,
-        pool_options={"start_method": method},
-        return_exceptions=True,
-    )
-    children, is_over = [], threading.Event()
-
-    def fork():
-        while not is_over.wait(0.02):
-            child = os.fork()
-            if child == 0:
-                # Until it is killed below.
-                time.sleep(100 * PATIENCE)
-                os._exit(0)
-            children.append(child)
-
-    forking = threading.Thread(target=fork)
-    forking.start()
-    try:
-        for _ in range(3):
-            results = mapped(end_at_five)(range(10))
-            assert [type(result).__name__ for result in results].count("WorkerCrashedError") == 1
-            assert len(results) == 10
-    finally:
-        is_over.set()
-        forking.join()
-        ended = [child for child in children if os.waitpid(child, os.WNOHANG) != (0, 0)]
-        for child in set(children) - set(ended):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-    assert children
-    assert ended == []
-
-
 FORKING = """
     import os, threading
     from opero import opmap

@@ -32,7 +32,6 @@ _PACKAGES = (
     ("asynciolimiter", "rate_limit"),
     ("twat-mp", "mode='process', 'thread'"),
     ("cloudpickle", "mode='process'"),
-    ("aiomultiprocess", "mode='async_process', pip install 'opero[aiomultiprocess]'"),
     ("distributed", "mode='dask', pip install 'opero[dask]'"),
     ("ray", "mode='ray', pip install 'opero[ray]'"),
     ("tqdm", "progress"),

@@ -20,7 +20,6 @@ from opero import opmap
 SOURCE = Path(__file__).parent.parent.parent / "src"
 MODULES_OF_EXTRAS = {
     "redis": "redis",
-    "aiomultiprocess": "aiomultiprocess",
     "dask": "distributed",
     "ray": "ray",
     "opentelemetry": "opentelemetry",
@@ -35,14 +34,6 @@ def cached_on_redis():
         return 2 * number
 
     assert double(2) == 4  # nobody listens at that port: it costs the cache, and not the call
-
-
-def mapped_in_event_loops_of_processes():
-    @opmap(mode="async_process", workers=1)
-    async def double(number: int) -> int:
-        return 2 * number
-
-    assert double.run([1, 2]) == [2, 4]
 
 
 def traced():
@@ -76,7 +67,6 @@ def limited_on_redis():
 
 USES = {
     "redis": [cached_on_redis, limited_on_redis],
-    "aiomultiprocess": [mapped_in_event_loops_of_processes],
     "dask": [lambda: mapped_on("dask")],
     "ray": [lambda: mapped_on("ray")],
     "opentelemetry": [traced],
@@ -101,6 +91,14 @@ def test_what_needs_an_extra_works_with_it_and_without_it_names_it(extra, use):
         return
     with pytest.raises(ImportError, match=rf"pip install 'opero\[{extra}\]'"):
         use()
+
+
+def test_coroutines_are_mapped_in_event_loops_of_processes():
+    @opmap(mode="async_process", workers=1)
+    async def double(number: int) -> int:
+        return 2 * number
+
+    assert double.run([1, 2]) == [2, 4]
 
 
 def test_lambdas_are_mapped_in_processes():

@@ -83,30 +83,20 @@ async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
     ``stop`` is given what tells whether the task was cancelled again meanwhile, as by Ctrl-C pressed twice.
     """
     import asyncio
-    from concurrent.futures import Future
+    from concurrent.futures import ThreadPoolExecutor
 
-    over: Future[None] = Future()
     is_left = False
-
-    def run() -> None:
-        try:
-            stop(telling(lambda: is_left))
-            over.set_result(None)
-        except BaseException as error:  # noqa: BLE001 - raised again in the awaiting task
-            over.set_exception(error)
-
-    ended = asyncio.wrap_future(over)
-    thread = threading.Thread(target=run, name="opero-stop", daemon=True)
+    executor = ThreadPoolExecutor(1, "opero-stop")
     with Hold():
-        thread.start()
+        ended = asyncio.wrap_future(executor.submit(stop, telling(lambda: is_left)))
     interrupted: BaseException | None = None
     while not ended.done():
         try:
-            await asyncio.shield(ended)
+            await asyncio.wait([ended])
         except asyncio.CancelledError as error:
             interrupted = interrupted or error
             is_left = _is_cancelled_twice()
-    thread.join()
+    executor.shutdown()
     if interrupted is not None:
         raise interrupted
     ended.result()

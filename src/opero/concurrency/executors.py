@@ -21,7 +21,7 @@ from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children
 from opero.concurrency.far import works
 from opero.concurrency.kept import default_workers
-from opero.concurrency.main_module import fresh_workers_have, nothing
+from opero.concurrency.main_module import names_in_fresh_workers
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
 from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, Work, run_batch
 from opero.core.forks import ForkSafeLock
@@ -218,8 +218,8 @@ class ExecutorPool(Pool):
 
     def _pack_work(self) -> None:
         # The workers of the standard library's executor have the main module; those of others may not.
-        has = fresh_workers_have() if isinstance(self._executor, ProcessPoolExecutor) else nothing
-        self._packer = Packer(has)
+        is_of_the_library = isinstance(self._executor, ProcessPoolExecutor)
+        self._packer = Packer(names_in_fresh_workers() if is_of_the_library else frozenset())
         self._packed = self._packer.start((self._work, None, (), None))
         self._digest = blake2b(self._packed, digest_size=16).digest()
 

@@ -42,7 +42,7 @@ POOLS: Mapping[str, tuple[str, str]] = {
     "process": ("processes", "ProcessPool"),
     "thread": ("threads", "ThreadPool"),
     "async": ("tasks", "TaskPool"),
-    "async_process": ("async_processes", "AsyncProcessPool"),
+    "async_process": ("processes", "AsyncProcessPool"),
     "serial": ("serial", "serial_pool"),
     "dask": ("dask", "DaskPool"),
     "ray": ("ray", "RayPool"),

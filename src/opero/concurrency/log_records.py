@@ -3,64 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
-import sys
+from logging.handlers import QueueHandler
 from typing import TYPE_CHECKING, Any
 
 from opero.utils.logging import log
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    import logging
     from collections.abc import Callable, Iterator
 
 
-# Of each logger that is configured in the parent: its level, and whether loggers above it see its records, too.
-Settings = dict[str, tuple[int, bool]]
-
-
-def settings_here() -> Settings:
-    if "logging" not in sys.modules:
-        return {}
-    return {name: (its.level, its.propagate) for name, its in _loggers() if its.level or not its.propagate}
+def levels_here() -> dict[str, int]:
+    """The levels of those loggers that have one of their own."""
+    return {logger.name: logger.level for logger in _loggers() if logger.level}
 
 
 @contextlib.contextmanager
-def taken_from_handlers(settings: Settings, send: Callable[[bytes], None]) -> Iterator[None]:
+def taken_from_handlers(levels: dict[str, int], send: Callable[[bytes], None]) -> Iterator[None]:
     """Take the parent's handlers from a worker's loggers, and let ``send`` have what they would have got.
 
     If the initializer, which runs in the block, gives any logger a handler, the program does that by itself.
     """
-    import logging
-
-    for _, logger in _loggers():
+    for logger in _loggers():
         # Not closed: in a forked worker their files are the parent's, too.
         logger.handlers.clear()
-    for name, (level, propagate) in settings.items():
-        logger = logging.getLogger(name)
-        logger.setLevel(level)
-        logger.propagate = propagate
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     yield
-    if any(logger.handlers for _, logger in _loggers()):
+    if any(logger.handlers for logger in _loggers()):
         return
-    from logging.handlers import QueueHandler
+    handler = _ToParent(send)
+    for logger in _loggers():
+        if logger.parent is None or not logger.propagate:
+            logger.addHandler(handler)
 
-    class ToParent(QueueHandler):
-        def enqueue(self, record: logging.LogRecord) -> None:
-            # What it says now is all that is sent: its arguments may not be picklable.
-            send(pickle.dumps(record))
 
-    handler = ToParent(None)  # type: ignore[arg-type]  # a queue is needed for its own `enqueue` only
-    logging.getLogger().addHandler(handler)
-    for name, (_, propagate) in settings.items():
-        if not propagate:
-            logging.getLogger(name).addHandler(handler)
+class _ToParent(QueueHandler):
+    """Of a record it sends what it says now: its arguments may not be picklable."""
+
+    def __init__(self, send: Callable[[bytes], None]) -> None:
+        super().__init__(None)  # type: ignore[arg-type]  # a queue is needed for its own `enqueue` only
+        self._send = send
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._send(pickle.dumps(record))
 
 
 def hand_on(data: Any) -> None:
     """Let the handlers of this process have a record of a worker's."""
-    import logging
-
     try:
         record = pickle.loads(data)  # noqa: S301 - from a worker
     except Exception as error:  # noqa: BLE001 - what the program has added to a record may not be known here
@@ -71,10 +63,6 @@ def hand_on(data: Any) -> None:
         logger.handle(record)
 
 
-def _loggers() -> Iterator[tuple[str, logging.Logger]]:
-    import logging
-
-    yield "root", logging.getLogger()
-    for name, logger in list(logging.Logger.manager.loggerDict.items()):
-        if isinstance(logger, logging.Logger):
-            yield name, logger
+def _loggers() -> list[logging.Logger]:
+    known = list(logging.Logger.manager.loggerDict.values())
+    return [logging.getLogger(), *(logger for logger in known if isinstance(logger, logging.Logger))]

@@ -6,33 +6,21 @@ import ast
 import contextlib
 import sys
 from functools import lru_cache
+from multiprocessing import forkserver
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 # The second is its name in a process that has imported it again.
 MAINS = ("__main__", "__mp_main__")
 
 
-def fresh_workers_have() -> Callable[[str], bool]:
-    """Tells of a qualified name of the main module whether a process that is started afresh has it, too."""
-    if not _is_imported_again():
-        return nothing
-    bound = _names_bound(_path_of_main())
-    return lambda name: name.partition(".")[0] in bound
-
-
-def nothing(_name: str) -> bool:
-    """Of workers that have nothing of the main module."""
-    return False
-
-
-def everything(_name: str) -> bool:
-    """Of workers that were forked."""
-    return True
+def names_in_fresh_workers() -> frozenset[str]:
+    """Names of the main module that a process which is started afresh has, too."""
+    return _names_bound(_path_of_main()) if _is_imported_again() else frozenset()
 
 
 def _path_of_main() -> Path | None:
@@ -40,16 +28,20 @@ def _path_of_main() -> Path | None:
     return None if path is None else Path(path)
 
 
-def imported_by_main() -> set[str]:
-    """Modules of what the main module has imported, which each process that is started afresh would import with it.
+def preloaded_for(module: str, also: str) -> None:
+    """Let the fork server import what each worker needs for a function of that module, unless the program has chosen.
 
     Not the main module itself: before Python 3.14 a fork server does not find it (CPython's issue 126631).
     """
-    if not _is_imported_again():
-        return set()
-    named = list(vars(sys.modules["__main__"]).values())
-    modules = {value.__name__ for value in named if isinstance(value, ModuleType)}
-    return modules | {value.__module__ for value in named if isinstance(value, (type, FunctionType))} - {*MAINS}
+    server: Any = forkserver._forkserver  # noqa: SLF001 - there is no function that tells
+    if server._forkserver_pid is not None or server._preload_modules != ["__main__"]:  # noqa: SLF001 - as above
+        return
+    modules = {also, module}
+    if module in MAINS and _is_imported_again():
+        named = list(vars(sys.modules["__main__"]).values())
+        modules |= {value.__name__ for value in named if isinstance(value, ModuleType)}
+        modules |= {value.__module__ for value in named if isinstance(value, (type, FunctionType))}
+    forkserver.set_forkserver_preload(["__main__", *(modules & sys.modules.keys() - {*MAINS})])
 
 
 def _is_imported_again() -> bool:

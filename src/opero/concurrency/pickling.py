@@ -1,24 +1,31 @@
-"""How objects are pickled for workers and by them: by cloudpickle's rules, with two additions.
+"""How objects are pickled for workers and by them: by cloudpickle's rules, with additions.
 
 What a worker has of the main module goes by its name: there it is the worker's own, with what an initializer has set.
 A class that goes by value is made once in each process and found again by its id: so it is one class in the caller
-and in the worker, for `except` and ``retry_on``, whichever of them names it.
+and in the worker, for `except` and ``retry_on``, whichever of them names it. Exceptions arrive with what they were
+raised from.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import io
 import pickle
 import threading
+import traceback
 import weakref
 from collections import ChainMap
-from types import FunctionType
+from collections.abc import Mapping
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType
 from typing import TYPE_CHECKING, Any, NewType, ParamSpec, TypeVarTuple
 
 import cloudpickle
 
-from opero.concurrency.main_module import MAINS, everything
-from opero.core.signature import find_by_name
+from opero.concurrency.main_module import MAINS
+from opero.core.signature import MISSING, find_by_name
+from opero.exceptions import RemoteError
+from opero.utils.notes import IN_THE_WORKER, add_note, describe, drop_notes, link, users_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,38 +34,40 @@ PROTOCOL = pickle.HIGHEST_PROTOCOL
 loads = pickle.loads
 
 _LOCKS: dict[type, Callable[[], Any]] = {type(make()): make for make in (threading.Lock, threading.RLock)}
+# By value cloudpickle reduces a class to these.
+_BY_VALUE = ("make", "its arguments", "state", "items", "pairs", "set the state")
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
-    """Pickles for processes of which ``has`` tells whether they have a qualified name of the main module.
+    """Pickles for processes that have some names of the main module.
 
     Args:
         file: Where to.
-        has: See above.
+        names: Those; None for processes that have all of it, because they were forked, or are the parent.
         reducers: More of those that a pickler's ``dispatch_table`` has.
         buffer_callback: As in `pickle.Pickler`.
+        is_answer: Whoever unpickles it has sent the classes that have arrived here.
     """
 
     # Each process has locks of its own: what a function or class of the program's holds is made anew.
     copies_locks = False
-    # Whoever unpickles it has sent the classes that have arrived here.
-    is_answer = False
 
     def __init__(
-        self, file: io.BytesIO, has: Callable[[str], bool], *, reducers: Any = None, buffer_callback: Any = None
+        self,
+        file: io.BytesIO,
+        names: frozenset[str] | None,
+        *,
+        reducers: Any = None,
+        buffer_callback: Any = None,
+        is_answer: bool = False,
     ) -> None:
         if reducers is not None:
             # Before the pickler in C looks for it.
             of_cloudpickle: Any = cloudpickle.Pickler.dispatch_table
             self.dispatch_table: Any = ChainMap(reducers, of_cloudpickle)
         super().__init__(file, PROTOCOL, buffer_callback=buffer_callback)
-        self._has = has
-
-    def dump_with_locks(self, thing: Any) -> None:
-        """Pickle a function of the program's, which may hold locks."""
-        self.copies_locks = True
-        self.dump(thing)
-        self.copies_locks = False
+        self._names = names
+        self._is_answer = is_answer
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -77,19 +86,22 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         name = getattr(thing, "__qualname__", thing.__name__)
         return thing.__module__ in MAINS and self._has(name) and find_by_name("__main__", name) is thing
 
+    def _has(self, name: str) -> bool:
+        return self._names is None or name.partition(".")[0] in self._names
+
     def _reduce_class(self, cls: type) -> Any:
         if self._goes_by_name(cls):
             return NotImplemented
         reduced: Any = super().reducer_override(cls)
-        if not isinstance(reduced, tuple) or len(reduced) != len(_STATED):
+        if not isinstance(reduced, tuple) or len(reduced) != len(_BY_VALUE):
             return reduced
         make, its, state, _, _, set_state = reduced
         its_id = its[-2]
-        if self.is_answer and its_id in _arrived:
+        if self._is_answer and its_id in _arrived:
             return _known_class, (its_id,)
         _classes[its_id] = cls
         where = (cls.__base__, id(cls), cls.__qualname__)
-        state = (set_state, state, cls.__qualname__)
+        state = (its_id, cls.__qualname__, set_state, state)
         return _class_by_value, (its_id, where, make, its), state, None, None, _fill_class
 
     def _reduce_function(self, function: FunctionType) -> Any:
@@ -108,21 +120,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
                     for registered in cloudpickle.list_registry_pickle_by_value()
                 )
             if is_there:
-                return undecorated, (module, name, depth)
+                return _undecorated, (module, name, depth)
         return super().reducer_override(function)
-
-
-# What cloudpickle gives for a class by value: with a state, and a function that sets it.
-_STATED = ("make", "arguments", "state", "items", "pairs", "set_state")
-
-
-class ReportPickler(Pickler):
-    """Pickles in a worker for its parent, which knows the classes that it has sent."""
-
-    is_answer = True
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, everything)
 
 
 def report_dumps(thing: Any) -> bytes:
@@ -131,11 +130,11 @@ def report_dumps(thing: Any) -> bytes:
         return pickle.dumps(thing, PROTOCOL)
     except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__; below it is raised again
         file = io.BytesIO()
-        ReportPickler(file).dump(thing)
+        Pickler(file, None, is_answer=True).dump(thing)
         return file.getvalue()
 
 
-def undecorated(module: str, qualname: str, depth: int) -> Any:
+def _undecorated(module: str, qualname: str, depth: int) -> Any:
     found: Any = __import__(module, fromlist=["*"])
     for part in qualname.split("."):
         found = getattr(found, part)
@@ -151,10 +150,9 @@ def _declare(kind: Callable[..., Any], *its: Any) -> Any:
 
 
 # Classes by value, by cloudpickle's ids of them: those that this process has sent or that have arrived, the latter also
-# alone; and those that arrive at the moment.
+# alone.
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
 _arrived: dict[str, type] = {}
-_unfilled: list[type] = []
 
 
 def _known_class(its_id: str) -> type:
@@ -166,8 +164,7 @@ def _class_by_value(its_id: str, where: tuple[type, int, str], make: Callable[..
     if known is None:
         known = _found_in_place(*where)
     if known is None:
-        known = _arrived[its_id] = make(*its)
-        _unfilled.append(known)
+        return make(*its)
     _classes[its_id] = known
     return known
 
@@ -178,9 +175,150 @@ def _found_in_place(base: type, address: int, qualname: str) -> type | None:
     return next((cls for cls in classes if id(cls) == address and cls.__qualname__ == qualname), None)
 
 
-def _fill_class(cls: Any, state: tuple[Callable[..., None], Any, str]) -> None:
+def _fill_class(cls: Any, state: tuple[str, str, Callable[..., None], Any]) -> None:
     """Fill a class that has just been made; one that was here keeps what has been changed here."""
-    if cls in _unfilled:
-        _unfilled.remove(cls)
-        set_state, its, cls.__qualname__ = state
+    its_id, qualname, set_state, its = state
+    if its_id not in _classes:
+        _classes[its_id] = _arrived[its_id] = cls
+        cls.__qualname__ = qualname
         set_state(cls, its)
+
+
+# Exceptions, with what they were raised from
+
+
+def pack_error(error: Exception) -> bytes:
+    """Pickle an exception, for `loads`; what cannot be pickled arrives as a `RemoteError` that says the same."""
+    if error.__traceback__ is not None:
+        # The function may raise one object again and again, with what it got here before.
+        drop_notes(error, IN_THE_WORKER)
+        error.with_traceback(users_part(error.__traceback__))
+        add_note(error, f"{IN_THE_WORKER}{_trace(error)}")
+        error.with_traceback(None)
+    file = io.BytesIO()
+    try:
+        _ErrorPickler(file).dump(error)
+    except pickle.PicklingError:
+        # It comes from hundreds of others.
+        link(error, cause=None, context=None, hides_context=error.__suppress_context__)
+        file = io.BytesIO()
+        _ErrorPickler(file).dump(error)
+    return file.getvalue()
+
+
+class _ErrorPickler(Pickler):
+    """Pickles each exception by itself, so that one that cannot travel does not take with it what hangs on it.
+
+    Args:
+        file: Where to.
+        alone: The one that this pickle is of, if it is of one.
+        remakes: That one is made again without its `__init__`, which may take what ``args`` does not hold; and what
+            cannot be sent is left out, such as the open response in an `HTTPError`. Its status can be.
+    """
+
+    has_left_out = False
+
+    def __init__(self, file: io.BytesIO, alone: Any = None, *, remakes: bool = False) -> None:
+        super().__init__(file, None, is_answer=True)
+        self._alone = alone
+        self._remakes = remakes
+
+    def reducer_override(self, obj: Any) -> Any:
+        if obj is self._alone:
+            if not self._remakes:
+                return NotImplemented
+            state = obj.args, _fields(obj), vars(obj)
+            return copyreg.__newobj__, (type(obj), *obj.args), state, None, None, _set_error  # type: ignore[attr-defined]
+        if isinstance(obj, BaseException):
+            links = obj.__cause__, obj.__context__, obj.__suppress_context__
+            return _loads_alone, (_dumps_alone(obj), _story_of(obj)), links, None, None, _link
+        reduced = super().reducer_override(obj)
+        goes_by_name = isinstance(obj, (type, FunctionType, BuiltinFunctionType))
+        if reduced is not NotImplemented or not self._remakes or goes_by_name or type(obj) in self.dispatch_table:
+            return reduced
+        return self._without_what_cannot_be_sent(obj)
+
+    def _without_what_cannot_be_sent(self, obj: Any) -> Any:
+        try:
+            obj.__reduce_ex__(4)
+        except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
+            self.has_left_out = True
+            if isinstance(obj, io.IOBase):
+                # An empty one: Python 3.12 closes that of an `HTTPError`, which cannot be None, and handlers read it.
+                return (io.StringIO if isinstance(obj, io.TextIOBase) else io.BytesIO), ()
+            # Headers are often read-only mappings, which cannot be pickled.
+            return (dict, (dict(obj),)) if isinstance(obj, Mapping) else (_left_out, ())
+        return NotImplemented
+
+
+def _dumps_alone(error: BaseException) -> bytes:
+    """The first pickle of it that can be read, and whose text can be shown and is the same."""
+    for remakes in (False, True) if _says_how(type(error)) else (True,):
+        with contextlib.suppress(Exception):
+            file = io.BytesIO()
+            pickler = _ErrorPickler(file, error, remakes=remakes)
+            pickler.dump(error)
+            copy = loads(file.getvalue())
+            text = str(copy)
+            if isinstance(copy, BaseException) and (not pickler.has_left_out or text == str(error)):
+                return file.getvalue()
+    remote = RemoteError(_story_of(error))
+    with contextlib.suppress(Exception):
+        remote.error_class = loads(report_dumps(type(error)))
+    for note in getattr(error, "__notes__", ()):
+        add_note(remote, note)
+    return report_dumps(remote)
+
+
+def _says_how(kind: type) -> bool:
+    """Whether its program says by itself how it is pickled."""
+    defining = [cls for cls in kind.__mro__ if vars(cls).keys() & {"__reduce__", "__reduce_ex__"}]
+    return defining[0].__module__ != "builtins"
+
+
+def _loads_alone(data: bytes, story: str) -> BaseException:
+    try:
+        error: BaseException = loads(data)
+    except Exception:  # noqa: BLE001 - anything may happen in a user's __setstate__
+        return RemoteError(story)
+    return error
+
+
+def _link(error: BaseException, links: tuple[Any, ...]) -> None:
+    cause, context, hides_context = links
+    link(error, cause=cause, context=context, hides_context=hides_context)
+
+
+def _left_out() -> None:
+    """In place of what cannot be sent."""
+
+
+def _set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
+    args, fields, attributes = state
+    BaseException.__setattr__(error, "args", args)  # also of one that is frozen
+    vars(error).update(attributes)
+    for name, value in fields.items():
+        # What `__new__` has set cannot always be set again, and a None of an OSError's would be shown.
+        if getattr(error, name, MISSING) is not value:
+            with contextlib.suppress(AttributeError, TypeError):
+                object.__setattr__(error, name, value)
+
+
+def _fields(error: BaseException) -> dict[str, Any]:
+    """What is neither in ``args`` nor in its `__dict__`: slots, and what built-in exceptions have, as ``errno``."""
+    members = [member for cls in type(error).__mro__ for member in vars(cls).values()]
+    names = {member.__name__ for member in members if isinstance(member, MemberDescriptorType)}
+    # The object that lacked an attribute may be anything.
+    names -= {"obj", "__suppress_context__"}
+    return {name: getattr(error, name) for name in names if hasattr(error, name)}
+
+
+def _story_of(error: BaseException) -> str:
+    return f"{type(error).__module__}.{describe(error)}"
+
+
+def _trace(error: Exception) -> str:
+    try:
+        return "".join(traceback.format_exception(error)).rstrip()
+    except Exception:  # noqa: BLE001 - it asks the exception for its text
+        return "".join(traceback.format_tb(error.__traceback__)).rstrip()

@@ -50,7 +50,6 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
 }
 # The library that a mode needs, and the extra that brings it.
 _NEEDED: Mapping[str, tuple[str, str]] = {
-    "async_process": ("aiomultiprocess", "aiomultiprocess"),
     "dask": ("distributed", "dask"),
     "ray": ("ray", "ray"),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import multiprocessing.context
 import os
 import pickle
@@ -16,31 +15,31 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import log_records
-from opero.concurrency.ending import ENDED_CODE, GRACE_SECONDS
-from opero.concurrency.shared_buffers import SharedBuffers
-from opero.concurrency.transport import pack_report, unpack_batch, unpack_start
+from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
+from opero.concurrency.transport import SharedBuffers, pack_report, unpack_batch, unpack_start
 from opero.concurrency.worker import AsyncCaller, How, Report, Work, in_time, run_batch
 from opero.core.forks import watch_forks
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from multiprocessing.connection import Connection
+    from multiprocessing.heap import Arena
 
     from opero.concurrency.transport import Packer, WorkerLife
 
 
-class Kind:
-    """Kinds of messages: the first byte; what follows is a payload."""
+class Kind(IntEnum):
+    """Kinds of messages."""
 
-    HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = (bytes([kind]) for kind in range(8))
+    HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = range(8)
 
 
-# What a batch and its report begin with.
-NUMBER = struct.Struct("<I")
+# What a message begins with: its kind, and the number of the batch that it is about; a payload follows.
+HEADER = struct.Struct("<BI")
 # The mark of a worker that reads a batch or makes a report, and runs none of its items; see `Parent`.
 BETWEEN = 2**32 - 1
 # A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's threads and exit
@@ -63,13 +62,12 @@ class Start:
 
     def __init__(self, packer: Packer, life: WorkerLife, threads: int | None) -> None:
         self._packer = packer
-        self._life: WorkerLife | None = life
-        self._packed: tuple[bytes, SharedBuffers] | None = None
+        self._life: Any = life
+        self._packed: Any = None
         self.threads = threads
-        self.logging = log_records.settings_here()
+        self.logging = log_records.levels_here()
 
     def __getstate__(self) -> Any:
-        assert self._life is not None  # noqa: S101 - for the type checkers
         packed = self._packed
         if packed is None:
             # Files that the process inherits are listed there; without any, others can be sent the same.
@@ -86,11 +84,11 @@ class Start:
 
     def load(self) -> WorkerLife:
         """What it was made of, in a worker; one that was forked has it already."""
-        if self._life is None:
-            assert self._packed is not None  # noqa: S101 - for the type checkers
+        life: WorkerLife | None = self._life
+        if life is None:
             data, shared = self._packed
-            self._life = unpack_start(data, shared.views())
-        return self._life
+            life = unpack_start(data, shared.views())
+        return life
 
 
 class Parent:
@@ -100,9 +98,9 @@ class Parent:
     together, the number of those that have been received since the worker began.
     """
 
-    def __init__(self, pipe: Connection, marks: Any, place: int) -> None:
+    def __init__(self, pipe: Connection, shared: Arena) -> None:
         self.pipe = pipe
-        self.mark = marks_at(marks, place)
+        self.mark = mark_in(shared)
         self._sending = threading.RLock()
         self._interrupts = self._interrupts_before = 0
         self._is_ending = self._is_terminated = False
@@ -112,32 +110,32 @@ class Parent:
         """Leave the pipe to the worker: as long as a child of its has it open, too, a dead worker is not noticed."""
         self.pipe.close()
 
-    def tell(self, kind: bytes, payload: bytes = b"") -> None:
+    def tell(self, kind: Kind, payload: bytes = b"", number: int = 0) -> None:
         with self._sending:
-            self.pipe.send_bytes(kind + payload)
+            self.pipe.send_bytes(HEADER.pack(kind, number) + payload)
 
     def log(self, record: bytes) -> None:
         """Send a log record; those of exit handlers are lost."""
         if not self._is_ending:
             self.tell(Kind.LOG, record)
 
-    def hear(self) -> tuple[bytes, memoryview]:
-        """The next message, its kind and payload."""
+    def hear(self) -> tuple[int, int, memoryview]:
+        """The next message: its kind, the number of its batch, its payload."""
         data = memoryview(self.pipe.recv_bytes())
         self._interrupts_before = self._interrupts
-        kind = bytes(data[:1])
+        kind, number = HEADER.unpack_from(data)
         # From then on the parent hears nothing any more.
         self._is_ending = self._is_ending or kind == Kind.STOP
-        return kind, data[1:]
+        return kind, number, data[HEADER.size :]
 
-    def report(self, number: bytes, report: Report, *, is_last: bool) -> None:
+    def report(self, number: int, report: Report, kind: Kind = Kind.REPORT) -> None:
         """Report, unless Ctrl-C has come meanwhile: what it has interrupted may look like a success.
 
         Then the parent has a second to say what becomes of the map.
         """
         if self._interrupts > self._interrupts_before:
             self.pipe.poll(GRACE_SECONDS)
-        self.tell(Kind.REPORT if is_last else Kind.PART, number + pack_report(report))
+        self.tell(kind, pack_report(report), number)
 
     def hear_signals(self) -> None:
         """Let Ctrl-C be the parent's business, but not ignored by programs that are started here; let SIGTERM end."""
@@ -159,52 +157,37 @@ class Parent:
             sys.exit(ENDED_CODE)
 
 
-def marks_at(marks: Any, place: int) -> memoryview:
-    """The memory that a worker shares with its parent, of an arena of multiprocessing's that has that of all."""
-    return memoryview(marks.buffer).cast("I")[place : place + 1]
+def mark_in(shared: Arena) -> memoryview:
+    """The number in memory that a worker shares with its parent."""
+    return memoryview(shared.buffer).cast("I")
 
 
-def serve(pipe: Connection, marks: Any, place: int, start: Start) -> None:
-    """Run batches, one after the other, until the pipe ends; the whole life of a worker."""
-    parent = Parent(pipe, marks, place)
-    with _ending() as ending:
-        work = _get_ready(parent, start, ending)
-        # Without a parent there is nobody to report to.
-        with contextlib.suppress(EOFError, OSError):
-            if work is not None:
-                _serve_batches(parent, work)
-
-
-async def serve_async(pipe: Connection, marks: Any, place: int, start: Start) -> None:
-    """Run batches, as many as come at the same time, until the pipe ends; the whole life of a worker."""
-    # aiomultiprocess (0.9.1) writes a traceback of `SystemExit`, by which a worker is ended.
-    logging.getLogger("aiomultiprocess.core").disabled = True
-    parent = Parent(pipe, marks, place)
-    with _ending() as ending:
-        work = _get_ready(parent, start, ending)
-        if work is not None:
-            await _AsyncServer(parent, work).ended
-
-
-@contextlib.contextmanager
-def _ending() -> Iterator[contextlib.ExitStack]:
-    """Run the finalizer, which is given to the stack, and the user's exit handlers at the end, however it comes.
-
-    From Python 3.13 on multiprocessing runs the exit handlers by itself.
-    """
-    with contextlib.ExitStack() as ending:
+def serve(pipe: Connection, shared: Arena, start: Start, runs_together: bool) -> None:  # noqa: FBT001 - of a process
+    """Run batches, one after the other or together, until the pipe ends; the whole life of a worker."""
+    parent = Parent(pipe, shared)
+    # At the end, however it comes, the finalizer and the user's exit handlers run; from Python 3.13 on multiprocessing
+    # runs the latter by itself. Without a parent there is nobody to report to.
+    with contextlib.ExitStack() as ending, contextlib.suppress(EOFError, OSError):
         ending.callback(atexit._run_exitfuncs)  # noqa: SLF001 - see above
-        try:
-            yield ending
-        finally:
-            # Threads that do not end are not waited for any longer; all reports have been sent.
-            end = threading.Timer(PEACE_SECONDS, os._exit, (0,))
-            end.daemon = True
-            end.start()
+        ending.callback(_limit_the_end)
+        work = _get_ready(parent, start, ending)
+        if runs_together:
+            import asyncio
+
+            asyncio.run(_serve_together(parent, work))
+        else:
+            _serve_batches(parent, work)
 
 
-def _get_ready(parent: Parent, start: Start, ending: contextlib.ExitStack) -> Work | None:
-    """Load the work and say hello; None if the parent has been told that this cannot be done."""
+def _limit_the_end() -> None:
+    """Wait no longer for threads that do not end; all reports have been sent."""
+    end = threading.Timer(PEACE_SECONDS, os._exit, (0,))
+    end.daemon = True
+    end.start()
+
+
+def _get_ready(parent: Parent, start: Start, ending: contextlib.ExitStack) -> Work:
+    """Load the work and say hello, or tell the parent why this cannot be done."""
     parent.hear_signals()
     _forget_the_parents_own()
     if start.threads is not None:
@@ -215,13 +198,12 @@ def _get_ready(parent: Parent, start: Start, ending: contextlib.ExitStack) -> Wo
             _seed()
             if initializer is not None:
                 initializer(*initargs)
-        if finalizer is not None:
-            ending.callback(finalizer)
-    except Exception as error:  # noqa: BLE001 - the parent raises it
+    except Exception as error:
         parent.tell(Kind.BROKEN, describe(error).encode(errors="backslashreplace"))
-        return None
-    with contextlib.suppress(OSError):
-        parent.tell(Kind.HELLO)
+        raise EOFError from error
+    if finalizer is not None:
+        ending.callback(finalizer)
+    parent.tell(Kind.HELLO)
     return work
 
 
@@ -267,94 +249,85 @@ def _limit_threads(count: int) -> None:
 def _serve_batches(parent: Parent, work: Work) -> None:
     with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
         while True:
-            kind, payload = parent.hear()
+            kind, number, payload = parent.hear()
             if kind == Kind.STOP:
                 return
             if kind == Kind.ARGUMENTS:
-                changed = _with_arguments(work, payload)
-                if changed is None:
-                    return
-                work = changed
+                work = _with_arguments(work, payload)
                 continue
             parent.mark[0] = BETWEEN
-            arrived = unpack_batch(payload[NUMBER.size :])
-            number = bytes(payload[: NUMBER.size])
+            arrived = unpack_batch(payload)
 
-            def report(made: Report, *, is_last: bool = False, number: bytes = number) -> None:
+            def report_part(made: Report, number: int = number) -> None:
                 parent.mark[0] = BETWEEN
-                parent.report(number, made, is_last=is_last)
+                parent.report(number, made, Kind.PART)
 
             if not isinstance(arrived, Report):
-                arrived = run_batch(work, *arrived, caller, How(mark=parent.mark, tell=report))
-            report(arrived, is_last=True)
+                arrived = run_batch(work, *arrived, caller, How(mark=parent.mark, tell=report_part))
+                parent.mark[0] = BETWEEN
+            parent.report(number, arrived)
             del arrived, payload
 
 
-def _with_arguments(work: Work, payload: memoryview) -> Work | None:
-    """The work of the next map; None if its arguments cannot be unpickled.
+def _with_arguments(work: Work, payload: memoryview) -> Work:
+    """The work of the next map.
 
-    This worker ends then, and the one that replaces it has them from the start if it is forked, or says what is wrong.
+    If its arguments cannot be unpickled, this worker ends; the one that replaces it has them from the start if it is
+    forked, or says what is wrong.
     """
     try:
         return replace(work, shape=pickle.loads(payload))  # noqa: S301 - from the parent process
-    except Exception:  # noqa: BLE001 - see above
-        return None
+    except Exception as error:
+        raise EOFError from error
 
 
-class _AsyncServer:
-    """Runs every batch, of one item, in a task of its own; messages have its number before their payload."""
+async def _serve_together(parent: Parent, work: Work) -> None:
+    """Run every batch, of one item, in a task of its own; messages have its number before their payload."""
+    import asyncio
 
-    def __init__(self, parent: Parent, work: Work) -> None:
-        import asyncio
+    loop = asyncio.get_running_loop()
+    heard: asyncio.Queue[Any] = asyncio.Queue()
 
-        self._parent = parent
-        self._work = work
-        self._tasks: set[Any] = set()
-        self._loop = asyncio.get_running_loop()
-        self.ended = self._loop.create_future()
-        threading.Thread(target=self._hear, daemon=True).start()
-
-    def _hear(self) -> None:
-        kind = b""
+    def hear() -> None:
+        kind = None
         while kind != Kind.STOP:
             try:
-                kind, payload = self._parent.hear()
+                message = parent.hear()
             except (EOFError, OSError):
-                kind, payload = Kind.STOP, memoryview(b"")
-            self._loop.call_soon_threadsafe(self._heard, kind, payload)
+                message = Kind.STOP, 0, memoryview(b"")
+            kind = message[0]
+            loop.call_soon_threadsafe(heard.put_nowait, message)
 
-    def _heard(self, kind: bytes, payload: memoryview) -> None:
-        if self.ended.done():
+    threading.Thread(target=hear, daemon=True).start()
+    running: set[asyncio.Task[None]] = set()
+    while True:
+        message = await heard.get()
+        if isinstance(message, asyncio.Task):
+            running.discard(message)
+            # As in a worker that runs plain functions, what is no `Exception` ends the worker.
+            message.result()
+            continue
+        kind, number, payload = message
+        if kind == Kind.STOP:
             return
-        if kind == Kind.BATCH:
-            self._parent.mark[0] += 1
-            task = self._loop.create_task(self._run(payload))
-            self._tasks.add(task)
-            task.add_done_callback(self._run_ended)
-            return
-        changed = _with_arguments(self._work, payload) if kind == Kind.ARGUMENTS else None
-        if changed is not None:
-            self._work = changed
+        if kind == Kind.ARGUMENTS:
+            work = _with_arguments(work, payload)
         else:
-            self.ended.set_result(None)
+            parent.mark[0] += 1
+            task = loop.create_task(_run_one(parent, work, number, payload))
+            running.add(task)
+            task.add_done_callback(heard.put_nowait)
 
-    def _run_ended(self, task: Any) -> None:
-        self._tasks.discard(task)
-        # As in a worker that runs plain functions, what is no `Exception` ends the worker.
-        if task.cancelled():
-            self.ended.cancel()
-        elif task.exception() is not None and not self.ended.done():
-            self.ended.set_exception(task.exception())
 
-    async def _run(self, payload: memoryview) -> None:
-        report = unpack_batch(payload[NUMBER.size :])
-        if not isinstance(report, Report):
-            (item,), candidate, limit = report
-            started = time.perf_counter()
-            value, errors = None, {}
-            try:
-                value = await in_time(self._work.caller(candidate), item, limit, self._work)
-            except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
-                errors[0] = error
-            report = Report([value], errors, time.perf_counter() - started)
-        self._parent.report(bytes(payload[: NUMBER.size]), report, is_last=True)
+async def _run_one(parent: Parent, work: Work, number: int, payload: memoryview) -> None:
+    report = unpack_batch(payload)
+    if not isinstance(report, Report):
+        (item,), candidate, limit = report
+        started = time.perf_counter()
+        value, errors = None, {}
+        try:
+            value = await in_time(work.caller(candidate), item, limit, work)
+        except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
+            errors[0] = error
+        report = Report([value], errors, time.perf_counter() - started)
+    parent.report(number, report)

@@ -9,9 +9,7 @@ that was in it. A worker gets its next batch when it has reported on the one bef
 from __future__ import annotations
 
 import atexit
-import concurrent.futures.thread  # noqa: F401 - registers what it does before a fork, see `_starting`
 import contextlib
-import logging  # noqa: F401 - as above
 import multiprocessing
 import os
 import signal
@@ -21,32 +19,26 @@ import time
 import warnings
 from collections import deque
 from functools import partial
+from multiprocessing.heap import Arena
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency import system
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
-from opero.concurrency.ending import ENDED_CODE, GRACE_SECONDS, end_by_force, end_family, family_of, wait_until_ended
 from opero.concurrency.log_records import hand_on
-from opero.concurrency.main_module import (
-    MAINS,
-    everything,
-    fresh_workers_have,
-    imported_by_main,
-    only_if_it_can_be_imported,
-)
-from opero.concurrency.native_threads import fork_server_has_threads, has_other_threads
+from opero.concurrency.main_module import names_in_fresh_workers, only_if_it_can_be_imported, preloaded_for
 from opero.concurrency.process_worker import (
     BETWEEN,
-    NUMBER,
+    HEADER,
     PEACE_SECONDS,
     THREAD_SETTINGS,
     Kind,
     Start,
-    marks_at,
+    mark_in,
     serve,
 )
 from opero.concurrency.transport import Packer, unpack_report
-from opero.core.forks import watch_forks
+from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import module_of, name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -58,6 +50,7 @@ if TYPE_CHECKING:
     from opero.concurrency.worker import Work
 
 LARGEST_BATCH = 10_000
+DEFAULT_CONCURRENCY = 16
 # By which a worker ends that has called a map while it imported the main module.
 UNGUARDED_CODE = 113
 # So many workers in a row that end before they are ready are not an accident: it may be the main module, or the
@@ -65,27 +58,21 @@ UNGUARDED_CODE = 113
 MOST_STILLBIRTHS = 3
 MOST_LATE_STILLBIRTHS = 100
 
-# As long as a thread has it, no other forks: a child must not have the ends of a pipe that is being given to a worker.
-_starting = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    # What is registered last comes first before a fork: whoever forks takes this lock before those of logging and
-    # concurrent.futures, as a thread does that starts a worker. In another order two of them would wait for each other.
-    os.register_at_fork(
-        before=_starting.acquire,
-        after_in_parent=_starting.release,
-        after_in_child=_starting._at_fork_reinit,  # type: ignore[attr-defined]  # noqa: SLF001 - as threading does
-    )
+# As long as a thread has it, no other starts a worker, which would have the ends of a pipe that is another worker's.
+_starting = ForkSafeLock(threading.RLock)
 
 
 class Worker:
     """One worker process as the parent sees it."""
 
-    def __init__(self, process: Any, pipe: Any, marks: Any, place: int, most_items: int | None) -> None:
-        self.process = process
+    # It is started when its pipe is known, so that a forked one can leave that to its parent.
+    process: Any = None
+
+    def __init__(self, pipe: Any, shared: Arena, most_items: int | None) -> None:
         self.pipe = pipe
-        self.place = place
-        # Memory that the worker shares, see `process_worker.Parent`.
-        self.mark = marks_at(marks, place)
+        self.shared = shared
+        # See `process_worker.Parent`.
+        self.mark = mark_in(shared)
         # Items that it may still run, those that are with it included.
         self.room = sys.maxsize if most_items is None else most_items
         self.is_ready = False
@@ -100,87 +87,36 @@ class Worker:
             return False
         return not self.batches or not (batch.alone or any(other.alone for other in self.batches.values()))
 
-    @property
-    def is_idle(self) -> bool:
-        return self.is_ready and not self.batches
-
-    def tell(self, kind: bytes, payload: bytes = b"") -> None:
+    def tell(self, kind: Kind, payload: bytes = b"", number: int = 0) -> None:
         # If it has just died, its pipe will say so.
         with contextlib.suppress(OSError):
-            self.pipe.send_bytes(kind + payload)
+            self.pipe.send_bytes(HEADER.pack(kind, number) + payload)
 
     def end_soon(self) -> None:
         """Let it raise `SystemExit`; if it was asked for that a second ago, kill it."""
         self.room = 0
-        self._family |= family_of(self.process.pid)
+        self._family |= system.family_of(self.process.pid)
         if self._ends_since is None:
             self._ends_since = time.monotonic()
             self.process.terminate()
-        elif time.monotonic() - self._ends_since >= GRACE_SECONDS:
+        elif time.monotonic() - self._ends_since >= system.GRACE_SECONDS:
             self.process.kill()
 
     def has_ended(self) -> None:
         """The end of its pipe has come."""
-        end_by_force(wait_until_ended([self.process], GRACE_SECONDS))
-        end_family(self._family)
-
-
-class Workers:
-    """The workers of a pool, in the form of a pool that twat-mp's `MultiPool` can enter and leave."""
-
-    map = None
-
-    def __init__(self) -> None:
-        self.all: list[Worker] = []
-
-    def close(self) -> None:
-        """Let idle workers end in peace, and end the others by force."""
-        for worker in self.all:
-            if worker.is_idle:
-                worker.tell(Kind.STOP)
-        end_by_force(worker.process for worker in self.all if not worker.is_idle)
-
-    terminate = close
-
-    def join(self) -> None:
-        end_by_force(wait_until_ended([worker.process for worker in self.all], PEACE_SECONDS))
-
-    def clear(self) -> None:
-        for worker in self.all.copy():
-            self.remove(worker)
-
-    def remove(self, worker: Worker) -> None:
-        """Forget a worker that has ended; what is open for it is closed."""
-        self.all.remove(worker)
-        worker.pipe.close()
-        _forget(worker.process)
-
-    def leave_to_parent(self) -> None:
-        """In a forked child: as long as it has a pipe open, too, a worker does not notice that the parent has died."""
-        for worker in self.all:
-            worker.pipe.close()
-            _disown(worker.process)
-        self.all.clear()
-
-
-def _forget(process: Any) -> None:
-    # Not by its own `close`, which fails where another thread or the system was told how it ended.
-    process._popen.close()  # noqa: SLF001 - see above
-    _disown(process)
-
-
-def _disown(process: Any) -> None:
-    """Let multiprocessing not end it with this process."""
-    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # noqa: SLF001 - no function does it
+        system.end_by_force(system.wait_until_ended([self.process], system.GRACE_SECONDS))
+        system.end_family(self._family)
 
 
 class ProcessPool(Pool):
     """Runs batches in processes, which are started when there is something to run, and replaced when they end."""
 
     most_in_batch = LARGEST_BATCH
-    runs_together = False
     can_rest = can_kill = True
+    # Batches that run together in a worker.
     at_once = 1
+    # twat-mp wraps what is there.
+    map = None
 
     def __init__(
         self,
@@ -202,30 +138,27 @@ class ProcessPool(Pool):
         self._threads = threads_per_worker
         self._name = name_of(work.function)
         self._size = self._most_workers = workers
-        method, self._method_is_given = (start_method, True) if start_method else _start_method()
-        self._use(method)
-        watch_forks(self)
+        self._workers: list[Worker] = []
         self._multi_pool: Any = None
-        self._pool = Workers()
-        self._workers = self._pool.all
-        # The pipe of the one that is being started.
-        self._coming: Any = None
         self._pending: deque[Batch] = deque()
         self._is_paced = False
         self._stillbirths = 0
         self._most_stillbirths = MOST_STILLBIRTHS
+        method, self._method_is_given = (start_method, True) if start_method else _start_method()
+        self._use(method)
+        watch_forks(self)
 
     def _use(self, method: str) -> None:
         self._method = method
         self._context: Any = multiprocessing.get_context(method)
-        self._packer = Packer(everything if method == "fork" else fresh_workers_have())
+        self._packer = Packer(None if method == "fork" else names_in_fresh_workers())
         self._start = Start(self._packer, (self._work, *self._hooks), self._threads)
 
     def after_fork(self) -> None:
-        """Leave the workers to the parent."""
-        if self._coming is not None:
-            self._coming.close()
-        self._pool.leave_to_parent()
+        """Leave the workers to the parent: as long as a child has their pipes open, they do not notice its death."""
+        for worker in self._workers:
+            worker.pipe.close()
+        self._workers.clear()
 
     @property
     def slots(self) -> int:
@@ -260,10 +193,6 @@ class ProcessPool(Pool):
         atexit.register(self.stop)
         for worker in self._workers:
             inbox.listen(worker.pipe, partial(self._hear, worker))
-
-    def prepare(self) -> None:
-        """Start workers for calls that take no slot before one of them is ready."""
-        self._start_workers()
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)
@@ -302,9 +231,10 @@ class ProcessPool(Pool):
             return None
         if data is None:
             return self._worker_ended(worker)
-        kind, payload = bytes(data[:1]), data[1:]
+        kind, number = HEADER.unpack_from(data)
+        payload = data[HEADER.size :]
         if kind in {Kind.REPORT, Kind.PART}:
-            return self._worker_reports(worker, payload, is_last=kind == Kind.REPORT)
+            return self._worker_reports(worker, number, payload, is_last=kind == Kind.REPORT)
         if kind == Kind.HELLO:
             worker.is_ready = True
             self._stillbirths, self._most_stillbirths = 0, MOST_LATE_STILLBIRTHS
@@ -325,16 +255,35 @@ class ProcessPool(Pool):
         atexit.unregister(self.stop)
         self.rest()
         if self._multi_pool is not None:
-            self._multi_pool.__exit__(None, None, None)
+            multi_pool, self._multi_pool = self._multi_pool, None
+            multi_pool.__exit__(None, None, None)
+
+    # What twat-mp's `MultiPool` asks of a pool when it is left
+
+    def close(self) -> None:
+        """Let idle workers end in peace, and end the others by force."""
+        idle = [worker for worker in self._workers if worker.is_ready and not worker.batches]
+        for worker in idle:
+            worker.tell(Kind.STOP)
+        system.end_by_force(worker.process for worker in self._workers if worker not in idle)
+
+    terminate = close
+
+    def join(self) -> None:
+        system.end_by_force(system.wait_until_ended([worker.process for worker in self._workers], PEACE_SECONDS))
+
+    def clear(self) -> None:
+        while self._workers:
+            self._forget(self._workers[0])
 
     # Workers
 
-    def _start_workers(self) -> None:
-        """As many as there are batches for that no other will take."""
+    def prepare(self) -> None:
+        """Start workers, as many as there are batches for that no other will take."""
         coming = sum(not worker.is_ready for worker in self._workers)
         wanted = self._size if self._is_paced else -(-len(self._pending) // self.at_once) - coming + len(self._workers)
         while len(self._workers) < min(wanted, self._size):
-            if self._method == "fork" and not self._method_is_given and has_other_threads():
+            if self._method == "fork" and not self._method_is_given and system.has_other_threads():
                 # Threads have come that may hold locks. What cannot be pickled can only be forked.
                 self._use("forkserver")
                 try:
@@ -346,68 +295,58 @@ class ProcessPool(Pool):
                 self._start_worker()
 
     def _start_worker(self) -> None:
-        with Hold(), _starting, held_back_in_children(self._method), _allowed_to_start():
+        with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
             if self._multi_pool is None:
-                self._open()
-            place = min(set(range(self._most_workers)) - {worker.place for worker in self._workers})
+                from twat_mp.mp import MultiPool
+
+                self._multi_pool = MultiPool(pool_class=lambda nodes: self, nodes=self._size)  # type: ignore[arg-type]  # noqa: ARG005
+                self._multi_pool.__enter__()
+            if self._method == "forkserver":
+                preloaded_for(module_of(self._work.function), serve.__module__)
             ours, theirs = self._context.Pipe()
-            self._coming = ours
+            # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
+            worker = Worker(ours, Arena(4), self._most_items)
+            self._workers.append(worker)
             try:
-                process = self._make_process(theirs, self._marks, place, self._start)
-                process.start()
-                if self._method == "forkserver" and fork_server_has_threads():
+                self._start_process(worker, theirs)
+                if self._method == "forkserver" and system.fork_server_has_threads():
                     # The worker may find a lock of theirs held for ever.
-                    process.kill()
-                    wait_until_ended([process], GRACE_SECONDS)
-                    _forget(process)
+                    worker.process.kill()
+                    system.wait_until_ended([worker.process], system.GRACE_SECONDS)
                     self._use("spawn")
-                    process = self._make_process(theirs, self._marks, place, self._start)
-                    process.start()
+                    self._start_process(worker, theirs)
             except BaseException:
+                self._workers.remove(worker)
                 ours.close()
                 raise
             finally:
-                self._coming = None
                 theirs.close()
-            worker = Worker(process, ours, self._marks, place, self._most_items)
-            self._workers.append(worker)
             self._inbox.listen(ours, partial(self._hear, worker))
 
-    def _open(self) -> None:
-        from multiprocessing import forkserver
-        from multiprocessing.heap import Arena
+    def _start_process(self, worker: Worker, pipe: Any) -> None:
+        args = pipe, worker.shared, self._start, self.at_once > 1
+        worker.process = self._context.Process(target=serve, args=args, daemon=True)
+        worker.process.start()
+        # Multiprocessing shall not end it: not with this process, as the pool does so, nor with a child that is forked.
+        multiprocessing.process._children.discard(worker.process)  # type: ignore[attr-defined]  # noqa: SLF001
 
-        from twat_mp.mp import MultiPool
-
-        server: Any = forkserver._forkserver  # noqa: SLF001 - there is no function that tells
-        if server._forkserver_pid is None and server._preload_modules == ["__main__"]:  # noqa: SLF001 - as above
-            # It imports what each worker needs, unless the program has said what it shall import.
-            module = module_of(self._work.function)
-            modules = {serve.__module__, *(imported_by_main() if module in MAINS else {module})}
-            forkserver.set_forkserver_preload(["__main__", *(modules & sys.modules.keys())])
-        # No array in memory that the program's own shared values have, too: a pipe to it can be passed on only once.
-        self._marks = Arena(4 * self._most_workers)
-        workers = self._pool
-        # Without this pool in it, which would have to wait for the garbage collector.
-        factory: Any = lambda nodes: workers  # noqa: ARG005, E731 - MultiPool calls it with nodes=
-        self._multi_pool = MultiPool(pool_class=factory, nodes=self._size)
-        self._multi_pool.__enter__()
-
-    def _make_process(self, *args: Any) -> Any:
-        return self._context.Process(target=serve, args=args, daemon=True)
+    def _forget(self, worker: Worker) -> None:
+        """Close the pipe of a worker that has ended; what else is open for it is closed with the process object."""
+        self._workers.remove(worker)
+        worker.pipe.close()
 
     def _worker_ended(self, worker: Worker) -> Any:
         batches, mark = list(worker.batches.values()), worker.mark[0]
         with Hold():
             worker.has_ended()
             reason = _how_it_ended(worker.process) if batches else ""
-            self._pool.remove(worker)
+            self._forget(worker)
         if not worker.is_ready:
             self._stillbirths += 1
             if self._stillbirths >= self._most_stillbirths or worker.process.exitcode == UNGUARDED_CODE:
                 return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
-        self._start_workers()
-        if self.runs_together:
+        self.prepare()
+        if self.at_once > 1:
             not_begun = [batch for number, batch in worker.batches.items() if number > mark]
             return Lost(batches, reason, innocent=not_begun)
         return Lost(batches, reason, innocent=[] if mark else batches, begun=None if mark in {0, BETWEEN} else mark)
@@ -418,7 +357,7 @@ class ProcessPool(Pool):
         while self._pending:
             free = [worker for worker in self._workers if worker.accepts(self._pending[0], self.at_once)]
             if not free:
-                self._start_workers()
+                self.prepare()
                 return
             worker, batch = min(free, key=lambda worker: len(worker.batches)), self._pending.popleft()
             try:
@@ -426,17 +365,16 @@ class ProcessPool(Pool):
             except NotTransferableError as error:
                 self._inbox.put(not_run(batch, error))
                 continue
-            if not self.runs_together:
+            if self.at_once == 1:
                 worker.mark[0] = 0
             worker.count += 1
             worker.batches[worker.count] = batch
             worker.size = len(data)
-            worker.tell(Kind.BATCH, NUMBER.pack(worker.count) + data)
+            worker.tell(Kind.BATCH, data, worker.count)
 
-    def _worker_reports(self, worker: Worker, payload: memoryview, *, is_last: bool) -> Any:
-        report = unpack_report(payload[NUMBER.size :])
-        number, ran = NUMBER.unpack_from(payload)[0], len(report.values)
-        batch = worker.batches[number]
+    def _worker_reports(self, worker: Worker, number: int, payload: memoryview, *, is_last: bool) -> Any:
+        report, batch = unpack_report(payload), worker.batches[number]
+        ran = len(report.values)
         worker.room = max(0, worker.room - ran)
         if is_last:
             del worker.batches[number]
@@ -448,20 +386,27 @@ class ProcessPool(Pool):
         return Done(batch, report, max(len(payload), worker.size), not is_last)
 
     def _hear(self, worker: Worker) -> None:
-        """Put all that the worker has said into the inbox, with None for the end of its pipe."""
-        has_more = True
-        while has_more:
-            try:
-                message: memoryview | None = memoryview(worker.pipe.recv_bytes())
-                has_more = self.runs_together and worker.pipe.poll()
-            except (EOFError, OSError):
-                message, has_more = None, False
-                self._inbox.forget(worker.pipe)
-            self._inbox.put((worker, message))
+        """Put what the worker has said into the inbox, or None for the end of its pipe."""
+        message: memoryview | None = None
+        try:
+            message = memoryview(worker.pipe.recv_bytes())
+        except (EOFError, OSError):
+            self._inbox.forget(worker.pipe)
+        self._inbox.put((worker, message))
+
+
+class AsyncProcessPool(ProcessPool):
+    """Runs single items in event loops of several processes, each of which runs many coroutines at a time."""
+
+    most_in_batch = 1
+
+    def __init__(self, work: Work, workers: int, *, concurrency: int = DEFAULT_CONCURRENCY, **options: Any) -> None:
+        super().__init__(work, workers, **options)
+        self.at_once = concurrency
 
 
 @contextlib.contextmanager
-def _allowed_to_start() -> Iterator[None]:
+def _allowed_to_start(method: str) -> Iterator[None]:
     """Let a map start workers inside of a worker of `multiprocessing.Pool`, too; they end with their pipes.
 
     Python 3.12 warns of forks beside threads; those are counted before, and may be the program's wish.
@@ -470,7 +415,7 @@ def _allowed_to_start() -> Iterator[None]:
     before = config.get("daemon")
     config["daemon"] = False
     try:
-        with warnings.catch_warnings(), only_if_it_can_be_imported():
+        with warnings.catch_warnings(), contextlib.nullcontext() if method == "fork" else only_if_it_can_be_imported():
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
             yield
     finally:
@@ -487,7 +432,7 @@ def _start_method() -> tuple[str, bool]:
     # multiprocessing. One that is not its own is of a worker of loky's.
     if method in multiprocessing.get_all_start_methods()[1:]:
         return method, True
-    if sys.platform == "linux" and not has_other_threads():
+    if sys.platform == "linux" and not system.has_other_threads():
         return "fork", False
     return "spawn" if sys.platform == "win32" else "forkserver", False
 
@@ -499,7 +444,7 @@ _MAIN_HINT = (
 
 
 def _how_it_ended(process: Any) -> str:
-    code = -signal.SIGTERM if process.exitcode == ENDED_CODE else process.exitcode
+    code = -signal.SIGTERM if process.exitcode == system.ENDED_CODE else process.exitcode
     if code is None:
         return "its exit code is not known"
     if code >= 0:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
+import os
 import pickle
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
 
-from opero.concurrency.main_module import everything, nothing
-from opero.concurrency.pickling import PROTOCOL, Pickler, loads, report_dumps
-from opero.concurrency.remote_errors import pack_error
+from opero.concurrency.pickling import PROTOCOL, Pickler, loads, pack_error, report_dumps
 from opero.concurrency.worker import Report, Work
 from opero.core.signature import MISSING, name_of
 from opero.exceptions import NotTransferableError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from opero.concurrency.batches import Batch
-    from opero.concurrency.shared_buffers import SharedBuffers
     from opero.core.steps import TimeLimit
+
+T = TypeVar("T")
 
 # What a worker runs: the work of its maps, the initializer and its arguments, the finalizer.
 WorkerLife = tuple[Work, "Callable[..., Any] | None", tuple[Any, ...], "Callable[[], Any] | None"]
@@ -33,22 +34,20 @@ _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 _NOTHING = pickle.dumps(None, PROTOCOL)
 # What a pickle that mentions the main module has in it.
 _MENTIONS_MAIN = b"_main__"
-
-
-def _refused(what: str, error: Exception) -> NotTransferableError:
-    ways = "give what can be pickled, or use threads"
-    return NotTransferableError(f"{what} cannot be sent to a worker process: {describe(error)}; {ways}")
+# Below that a pipe is as fast as a file that is shared.
+_LEAST_SHARED = 1_000_000
+_ALIGNMENT = 64
 
 
 class Packer:
     """Pickles what is sent to the workers of one pool.
 
     Args:
-        has: Tells of a qualified name of the main module whether the workers have it.
+        names: Names of the main module that the workers have; None for all.
     """
 
-    def __init__(self, has: Callable[[str], bool] = nothing) -> None:
-        self._has = has
+    def __init__(self, names: frozenset[str] | None = frozenset()) -> None:
+        self._names = names
 
     def start(self, life: WorkerLife, shared: SharedBuffers | None = None) -> bytes:
         """Pickle a map's work and what a worker does before and after it.
@@ -62,18 +61,18 @@ class Packer:
         work, initializer, initargs, finalizer = life
         file = io.BytesIO()
         reducers = ForkingPickler(file).dispatch_table if shared is not None else None
-        pickler = Pickler(file, self._has, reducers=reducers, buffer_callback=shared and shared.take)
-        what = f"{name_of(work.function)} or its keyword arguments"
-        try:
-            pickler.dump_with_locks(work.function)
-            pickler.dump((work.is_async, work.shape, work.slot))
-            what = f"the initializer {initializer and name_of(initializer)} or its initargs"
-            pickler.dump_with_locks(initializer)
-            pickler.dump(initargs)
-            what = "the finalizer"
-            pickler.dump_with_locks(finalizer)
-        except Exception as error:
-            raise _refused(what, error) from error
+        pickler = Pickler(file, self._names, reducers=reducers, buffer_callback=shared and shared.take)
+        the_work = f"{name_of(work.function)} or its keyword arguments"
+        the_initializer = f"the initializer {initializer and name_of(initializer)} or its initargs"
+        for what, is_function, thing in (
+            (the_work, True, work.function),
+            (the_work, False, (work.is_async, work.shape, work.slot)),
+            (the_initializer, True, initializer),
+            (the_initializer, False, initargs),
+            ("the finalizer", True, finalizer),
+        ):
+            pickler.copies_locks = is_function
+            _or_refuse(what, pickler.dump, thing)
         if shared is not None:
             shared.share()
         return file.getvalue()
@@ -84,10 +83,7 @@ class Packer:
         Raises:
             NotTransferableError: If it cannot be pickled.
         """
-        try:
-            return self.dumps(work.shape)
-        except Exception as error:
-            raise _refused(f"the keyword arguments of {name_of(work.function)}", error) from error
+        return _or_refuse(f"the keyword arguments of {name_of(work.function)}", self.dumps, work.shape)
 
     def batch(self, batch: Batch) -> bytes:
         """Pickle what a batch sends.
@@ -98,25 +94,31 @@ class Packer:
         # MISSING is one object in one process; it does not travel.
         has_candidate = batch.candidate is not MISSING
         candidate = batch.candidate if has_candidate else None
-        try:
-            return self.dumps((batch.items, has_candidate, candidate, batch.time_limit))
-        except Exception as error:
-            # Of several, each is tried alone.
-            what = f"the item {type(batch.items[0]).__qualname__}"
-            if has_candidate:
-                what = f"{what} or the candidate {type(candidate).__qualname__}"
-            raise _refused(what, error) from error
+        # Of several, each is tried alone.
+        what = f"the item {type(batch.items[0]).__qualname__}"
+        if has_candidate:
+            what = f"{what} or the candidate {type(candidate).__qualname__}"
+        return _or_refuse(what, self.dumps, (batch.items, has_candidate, candidate, batch.time_limit))
 
     def dumps(self, thing: Any) -> bytes:
         """Pickle it; in C alone if nothing in it has to go by value."""
-        if self._has is everything or not cloudpickle.list_registry_pickle_by_value():
+        if self._names is None or not cloudpickle.list_registry_pickle_by_value():
             with contextlib.suppress(Exception):
                 data = pickle.dumps(thing, PROTOCOL)
-                if self._has is everything or _MENTIONS_MAIN not in data:
+                if self._names is None or _MENTIONS_MAIN not in data:
                     return data
         file = io.BytesIO()
-        Pickler(file, self._has).dump(thing)
+        Pickler(file, self._names).dump(thing)
         return file.getvalue()
+
+
+def _or_refuse(what: str, pickle_it: Callable[[Any], T], thing: Any) -> T:
+    try:
+        return pickle_it(thing)
+    except Exception as error:
+        ways = "give what can be pickled, or use threads"
+        msg = f"{what} cannot be sent to a worker process: {describe(error)}; {ways}"
+        raise NotTransferableError(msg) from error
 
 
 def unpack_start(data: bytes, buffers: Iterable[memoryview] = ()) -> WorkerLife:
@@ -132,6 +134,50 @@ def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], Any, TimeLimit
     except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
         return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {describe(error)}")}, 0.0)
     return items, candidate if has_candidate else MISSING, limit
+
+
+class SharedBuffers:
+    """Takes buffers out of a pickle (protocol 5) into a file; pickled only for a process that is being started.
+
+    Their pages are shared by all workers until one writes to them, which the others do not see.
+    """
+
+    def __init__(self) -> None:
+        self._taken: list[memoryview] = []
+        self._spans: list[tuple[int, int]] = []
+        self._arena: Any = None
+
+    def take(self, buffer: pickle.PickleBuffer) -> bool:
+        """As a pickler's ``buffer_callback``; true leaves it in the pickle."""
+        if os.name != "posix" or memoryview(buffer).nbytes < _LEAST_SHARED:
+            return True
+        self._taken.append(buffer.raw())
+        return False
+
+    def share(self) -> None:
+        """Write the file; multiprocessing chooses its place, in memory if there is room, and gives it no name."""
+        if not self._taken:
+            return
+        from multiprocessing.heap import Arena
+
+        end = 0
+        for view in self._taken:
+            self._spans.append((end, end + view.nbytes))
+            end += view.nbytes + -view.nbytes % _ALIGNMENT
+        self._arena = Arena(end)
+        # Twice as fast as to write to the memory into which it is mapped.
+        with open(self._arena.fd, "wb", closefd=False) as file:
+            for view, (start, _) in zip(self._taken, self._spans, strict=True):
+                file.seek(start)
+                file.write(view)
+        self._taken.clear()
+
+    def views(self) -> Iterator[memoryview]:
+        """The buffers, in the order in which they were taken; in a worker."""
+        if self._arena is not None:
+            mapped = memoryview(mmap.mmap(self._arena.fd, self._arena.size, flags=mmap.MAP_PRIVATE))
+            for start, stop in self._spans:
+                yield mapped[start:stop]
 
 
 def pack_report(report: Report) -> bytes:

@@ -178,17 +178,14 @@ class AsyncCaller:
         import asyncio
 
         self._runner = asyncio.Runner()
-        self._work: Work | None = None
         self._context = contextvars.copy_context()
 
     def run(self, work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
-        if work is not self._work:
-            self._work, self._context = work, contextvars.copy_context()
-        call, shared = work.caller(candidate), self._context
+        call = work.caller(candidate)
 
         def run(item: Any) -> Any:
-            mine = shared if how.context is None else how.context.copy()
-            return self._runner.run(in_time(call, item, limit, work), context=mine)
+            context = self._context if how.context is None else how.context.copy()
+            return self._runner.run(in_time(call, item, limit, work), context=context)
 
         return run_items(work, items, candidate, replace(how, context=None), call=run)
 

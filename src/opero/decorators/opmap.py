@@ -140,7 +140,7 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         **options: All options of `opero.opero`, and:
 
             - ``mode`` (``"process"``): ``"process"``, ``"thread"``, ``"async"`` (``async def`` in this event loop),
-              ``"async_process"`` (``async def`` in event loops of several processes; needs ``opero[aiomultiprocess]``)
+              ``"async_process"`` (``async def`` in event loops of several processes)
               or ``"serial"`` (one item after the other in the calling thread, for debuggers and profilers; of
               ``async def`` functions in this event loop); on clusters ``"dask"`` (needs ``opero[dask]``) or ``"ray"``
               (needs ``opero[ray]``), the one that is connected or one that is started. Or a
