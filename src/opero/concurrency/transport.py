@@ -91,14 +91,11 @@ class Packer:
         Raises:
             NotTransferableError: If an item cannot be pickled.
         """
-        # MISSING is one object in one process; it does not travel.
-        has_candidate = batch.candidate is not MISSING
-        candidate = batch.candidate if has_candidate else None
         # Of several, each is tried alone.
         what = f"the item {type(batch.items[0]).__qualname__}"
-        if has_candidate:
-            what = f"{what} or the candidate {type(candidate).__qualname__}"
-        return _or_refuse(what, self.dumps, (batch.items, has_candidate, candidate, batch.time_limit))
+        if batch.candidate is not MISSING:
+            what = f"{what} or the candidate {type(batch.candidate).__qualname__}"
+        return _or_refuse(what, self.dumps, (batch.items, batch.candidate, batch.time_limit))
 
     def dumps(self, thing: Any) -> bytes:
         """Pickle it; in C alone if nothing in it has to go by value."""
@@ -130,10 +127,10 @@ def unpack_start(data: bytes, buffers: Iterable[memoryview] = ()) -> WorkerLife:
 def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], Any, TimeLimit | None] | Report:
     """Items, candidate and time limit; if an item cannot be unpickled, a report that says so and has no values."""
     try:
-        items, has_candidate, candidate, limit = loads(payload)
+        items, candidate, limit = loads(payload)
     except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
         return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {describe(error)}")}, 0.0)
-    return items, candidate if has_candidate else MISSING, limit
+    return items, candidate, limit
 
 
 class SharedBuffers:
