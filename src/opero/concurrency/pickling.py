@@ -193,7 +193,7 @@ def pack_error(error: Exception) -> bytes:
         # The function may raise one object again and again, with what it got here before.
         drop_notes(error, IN_THE_WORKER)
         error.with_traceback(users_part(error.__traceback__))
-        add_note(error, f"{IN_THE_WORKER}{_trace(error)}")
+        add_note(error, f"{IN_THE_WORKER}{''.join(traceback.format_exception(error)).rstrip()}")
         error.with_traceback(None)
     file = io.BytesIO()
     try:
@@ -315,10 +315,3 @@ def _fields(error: BaseException) -> dict[str, Any]:
 
 def _story_of(error: BaseException) -> str:
     return f"{type(error).__module__}.{describe(error)}"
-
-
-def _trace(error: Exception) -> str:
-    try:
-        return "".join(traceback.format_exception(error)).rstrip()
-    except Exception:  # noqa: BLE001 - it asks the exception for its text
-        return "".join(traceback.format_tb(error.__traceback__)).rstrip()
