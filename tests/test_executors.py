@@ -901,4 +901,4 @@ def test_a_given_executor_of_dask_stays_open(on_dask):
 
 def test_a_dask_client_as_mode_raises_and_says_what_to_write(on_dask):
     (message,) = on_dask["client"]
-    assert "client.get_executor()" in message
+    assert "mode='dask', pool_options={'client': client}" in message

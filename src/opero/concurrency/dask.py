@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -448,26 +447,6 @@ def _distributed() -> Any:
     import distributed
 
     return distributed
-
-
-def threads_of(client: Any) -> int:
-    """How many items the cluster of a client can run at the same time."""
-    counts = client.nthreads()
-    return sum(counts.values()) if isinstance(counts, dict) else 0
-
-
-def watch(client: Any, name: str, tell: Callable[[OperoError], None]) -> Callable[[], None]:
-    """Look whether the scheduler of somebody's client is there; gives what ends that."""
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.wait(_LOOKING_SECONDS):
-            if client.status != "running":
-                tell(OperoError(f"the scheduler of dask that runs {name} is away"))
-                return
-
-    threading.Thread(target=look, name="opero-dask", daemon=True).start()
-    return over.set
 
 
 def _is_withdrawn(error: Exception) -> bool:

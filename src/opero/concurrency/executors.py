@@ -15,7 +15,6 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
-from weakref import WeakKeyDictionary
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children
@@ -24,7 +23,6 @@ from opero.concurrency.kept import default_workers
 from opero.concurrency.main_module import names_in_fresh_workers
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
 from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, Work, run_batch
-from opero.core.forks import ForkSafeLock
 from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -46,30 +44,6 @@ MOST_BYTES_ALONG = 4_096
 REPORT, BROKEN, AGAIN, STOP = range(4)
 
 
-class _Users:
-    """How many maps use an executor that was made for them: a function may give the same one, as loky's reusable."""
-
-    def __init__(self) -> None:
-        self._lock = ForkSafeLock()
-        self._counts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-
-    def enter(self, executor: Any) -> None:
-        with self._lock.lock:
-            self._counts[executor] = self._counts.get(executor, 0) + 1
-
-    def leave(self, executor: Any) -> bool:
-        """Tells whether nobody is left."""
-        with self._lock.lock:
-            # The garbage collector, which ends an abandoned stream, has removed what it has for the executor already.
-            left = self._counts.pop(executor, 1) - 1
-            if left:
-                self._counts[executor] = left
-            return not left
-
-
-_users = _Users()
-
-
 class ExecutorPool(Pool):
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
@@ -87,8 +61,7 @@ class ExecutorPool(Pool):
         self._broken: Exception | None = None
         self._lost: list[Batch] = []
         self._stillbirths = 0
-        self._uses_it = self._has_begun = self._is_paced = False
-        self._unwatch: Callable[[], None] = lambda: None
+        self._has_begun = self._is_paced = False
         # Those that run an item at the moment, if they are of this process.
         self._threads: set[int] = set()
         self.take_on(work)
@@ -148,11 +121,10 @@ class ExecutorPool(Pool):
 
         After Ctrl-C the processes of such an executor are ended; what runs in threads can be left to itself.
         """
-        self._unwatch()
         running = [future for future in self._in_flight if not future.cancel()]
         # The garbage collector ends an abandoned stream in any thread, also in one that runs an item of it.
         is_over = threading.get_ident() not in self._threads and self._wait_for(running, is_left)
-        if self._is_last_user():
+        if self._make is not None and self._executor is not None:
             self._executor.shutdown(wait=is_over)
 
     def _wait_for(self, running: list[Future[Any]], is_left: Callable[[], bool]) -> bool:
@@ -161,11 +133,6 @@ class ExecutorPool(Pool):
             if is_left():
                 return self._end_processes()
         return True
-
-    def _is_last_user(self) -> bool:
-        """Whether the executor was made here, and no other map uses it; this one does so no longer."""
-        is_user, self._uses_it = self._uses_it, False
-        return is_user and _users.leave(self._executor)
 
     def _end_processes(self) -> bool:
         """End the processes of an executor that was made here; tells whether it has any."""
@@ -186,24 +153,9 @@ class ExecutorPool(Pool):
             made, self._executor = self._executor, None
             msg = f"mode={shown(self._make)} made {kind_of(made)}, which is no concurrent.futures.Executor"
             raise TypeError(msg)
-        if self._make is not None:
-            _users.enter(self._executor)
-            self._uses_it = True
-        threads = getattr(self._executor, "_max_workers", None) or self._threads_of_dask()
-        self._size = self._workers or threads or default_workers("process")
+        self._size = self._workers or getattr(self._executor, "_max_workers", None) or default_workers("process")
         self._probe = object()
         self._launch(None, _echo, self._probe)
-
-    def _threads_of_dask(self) -> int | None:
-        """Those of the cluster behind dask's executor, which is watched from now on: its futures never tell its end."""
-        client = getattr(self._executor, "_client", None)
-        if client is None or not type(client).__module__.startswith("distributed."):
-            return None
-        from opero.concurrency.dask import threads_of, watch
-
-        self._unwatch()
-        self._unwatch = watch(client, self._name, lambda error: self.deliver(Fatal(error)))
-        return threads_of(client)
 
     def _learn_where(self, future: Future[Any]) -> Fatal | None:
         try:
@@ -244,8 +196,7 @@ class ExecutorPool(Pool):
             msg = f"the executors for {self._name} break before they run anything: {describe(error)}"
             self.deliver(Fatal(OperoError(msg)))
             return
-        if self._is_last_user():
-            self._executor.shutdown(wait=True)
+        self._executor.shutdown(wait=True)
         self._begin()
         self.deliver(Lost(lost, describe(error)))
 

@@ -75,6 +75,9 @@ class PoolSource:
     """
 
     def __init__(self, mode: Any, workers: int | None = None, options: Mapping[str, Any] | None = None) -> None:
+        if type(mode).__module__ == "distributed.cfexecutor" and not mode._kwargs:  # noqa: SLF001 - nothing else tells
+            # As dask's executor, opero sends tasks by its client, and hears more of what becomes of them.
+            mode, options = "dask", {"client": mode._client}  # noqa: SLF001 - as above
         kind = mode if isinstance(mode, str) else "executor"
         self._file, self._class = POOLS.get(kind, ("executors", "ExecutorPool"))
         self._options = {"mode": mode} if kind == "executor" else options or {}

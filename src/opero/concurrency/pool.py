@@ -148,7 +148,7 @@ def check_mode(mode: Any) -> None:
         return
     ways = f"write one of {', '.join(map(repr, sorted(POOLS)))}, an executor, or a function that makes one"
     if hasattr(mode, "get_executor"):
-        ways = f"write its executor, {type(mode).__name__.lower()}.get_executor()"
+        ways = "write mode='dask', pool_options={'client': client}"
     if not callable(mode) or (isinstance(mode, type) and not issubclass(mode, Executor)):
         msg = f"mode={shown(mode)} is {kind_of(mode)}, which is no concurrent.futures.Executor; {ways}"
         raise TypeError(msg)
