@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Whoever has to wait longer is woken and waits again.
 _LONGEST = 86_400.0
+# Between two looks at pipes that an event loop cannot hear.
+_POLLING_SECONDS = 0.005
 
 
 def _occupy_standard_descriptors() -> None:
@@ -32,11 +34,23 @@ def _occupy_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
-class BlockingInbox:
+class _Events:
+    def __init__(self) -> None:
+        self._events: deque[Any] = deque()
+
+    def drain(self) -> list[Any]:
+        """The events that are there already."""
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+
+class BlockingInbox(_Events):
     """Events for a thread that blocks until there are some, and reads the pipes of its workers meanwhile."""
 
     def __init__(self) -> None:
-        self._events: deque[Any] = deque()
+        super().__init__()
         _occupy_standard_descriptors()
         # A pipe to this thread itself, for those who put an event there while it waits.
         self._own, self._door = multiprocessing.connection.Pipe(duplex=False)
@@ -68,13 +82,6 @@ class BlockingInbox:
             clock.wait(self._wait, seconds)
         return self.drain()
 
-    def drain(self) -> list[Any]:
-        """The events that are there already."""
-        events = []
-        while self._events:
-            events.append(self._events.popleft())
-        return events
-
     def _wait(self, seconds: float | None) -> bool:
         """Tells whether there are events."""
         if self._events and len(self._heard) == 1:
@@ -88,9 +95,8 @@ class BlockingInbox:
             self._waits = False
         for pipe in ready:
             # One of them may be forgotten by another.
-            heard = self._heard.get(pipe)
-            if heard is not None:
-                heard()
+            if pipe in self._heard:
+                self._heard[pipe]()
         return bool(self._events)
 
     def close(self) -> None:
@@ -98,20 +104,19 @@ class BlockingInbox:
         self._door.close()
 
 
-class AsyncInbox:
+class AsyncInbox(_Events):
     """Events for a coroutine, from its own thread or any other."""
 
     def __init__(self) -> None:
         import asyncio
 
+        super().__init__()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self._events: deque[Any] = deque()
         self._arrived = asyncio.Event()
-        self._ears: _Ears | None = None
+        self._polled: dict[Connection, Callable[[], None]] = {}
 
     def put(self, event: Any) -> None:
-        """Leave an event there, from any thread."""
         self._events.append(event)
         if threading.get_ident() == self._thread:
             self._arrived.set()
@@ -121,19 +126,21 @@ class AsyncInbox:
                 self._loop.call_soon_threadsafe(self._arrived.set)
 
     def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
-        if self._ears is None:
-            try:
-                self._loop.add_reader(pipe.fileno(), heard)
-            except NotImplementedError:  # not every loop can, as Windows' default one
-                self._ears = _Ears()
-            else:
-                return
-        self._ears.listen(pipe, heard)
+        try:
+            self._loop.add_reader(pipe.fileno(), heard)
+        except NotImplementedError:  # Windows' default loop cannot
+            self._polled[pipe] = heard
+            if len(self._polled) == 1:
+                self._poll()
+
+    def _poll(self) -> None:
+        for pipe in multiprocessing.connection.wait(list(self._polled), 0):
+            self._polled[pipe]()  # type: ignore[index]  # it is one of these
+        if self._polled:
+            self._loop.call_later(_POLLING_SECONDS, self._poll)
 
     def forget(self, pipe: Connection) -> None:
-        if self._ears is not None:
-            self._ears.forget(pipe)
-        elif not self._loop.is_closed():
+        if self._polled.pop(pipe, None) is None and not self._loop.is_closed():
             self._loop.remove_reader(pipe.fileno())
 
     async def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
@@ -143,40 +150,6 @@ class AsyncInbox:
             await wait(self._arrived, seconds, self._arrived.set)
         self._arrived.clear()
         return self.drain()
-
-    def drain(self) -> list[Any]:
-        """The events that are there already."""
-        return [self._events.popleft() for _ in range(len(self._events))]
-
-    def close(self) -> None:
-        if self._ears is not None:
-            self._ears.close()
-
-
-class _Ears(BlockingInbox):
-    """Hears pipes in a thread, for an event loop that cannot; an event makes it look which ones, None ends it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.Thread(target=self._hear, name="opero-pipes", daemon=True)
-        self._thread.start()
-
-    def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
-        super().listen(pipe, heard)
-        self.put(pipe)
-
-    def forget(self, pipe: Connection) -> None:
-        super().forget(pipe)
-        self.put(pipe)
-
-    def _hear(self) -> None:
-        while None not in self.collect(None, is_real=True):
-            pass
-
-    def close(self) -> None:
-        self.put(None)
-        self._thread.join()
-        super().close()
 
 
 Inbox: TypeAlias = BlockingInbox | AsyncInbox

@@ -266,17 +266,10 @@ async def run_awaiting(
         raise
     finally:
         if run is not None and not run.is_inherited:
-            await _tidy_up_async(run, inbox, source)
-
-
-async def _tidy_up_async(run: Scheduler, inbox: AsyncInbox, source: Source) -> None:
-    try:
-        run.close()
-        if isinstance(source, AsyncSource):
-            await source.close()
-    finally:
-        try:
-            if not run.keeps_pool():
-                await run.pool.stop_async()
-        finally:
-            inbox.close()
+            try:
+                run.close()
+                if isinstance(source, AsyncSource):
+                    await source.close()
+            finally:
+                if not run.keeps_pool():
+                    await run.pool.stop_async()
