@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.worker import Report
-from opero.core.signature import MISSING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 class Batch:
     """What is sent to a worker in one go.
 
-    ``items`` are the varying first arguments; ``candidate``, unless `MISSING`, goes to the fallback parameter of each;
+    ``items`` are the varying first arguments, if it ``has_candidates`` each in a pair with its candidate;
     ``time_limit`` is the seconds one execution has, and the option that says so.
     ``alone``: nothing else may run in the worker's process meanwhile.
     ``look_at``, ``ends_at``: by `time.monotonic`, when its worker is looked at again, how many had ``begun`` then, and
@@ -35,7 +34,7 @@ class Batch:
     start: int
     entries: list[Entry] | None = None
     losses: int = 0
-    candidate: Any = MISSING
+    has_candidates: bool = False
     time_limit: tuple[float, str] | None = None
     alone: bool = False
     is_last: bool = False

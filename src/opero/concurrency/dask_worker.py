@@ -71,9 +71,9 @@ class _Child:
         self._pool = ProcessPool(work, 1)
         self._pool.start(self._inbox)
 
-    def run(self, items: list[Any], candidate: Any, limit: TimeLimit, how: How) -> Report:
+    def run(self, items: list[Any], limit: TimeLimit, how: How) -> Report:
         batch = Batch(items, 0)
-        batch.candidate, batch.time_limit = candidate, limit
+        batch.time_limit = limit
         how.mark[0] = 1
         self._pool.submit(batch)
         # The time begins with the item, not with its process.
@@ -107,7 +107,7 @@ _children: dict[int, _Child] = {}
 _children_lock = ForkSafeLock()
 
 
-def run_in_child(work: Work, items: list[Any], candidate: Any, limit: TimeLimit, how: How) -> Report:
+def run_in_child(work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
     """Run an item that has a time limit in a process below this thread, which stays for the next one."""
     thread = threading.get_ident()
     with _children_lock.lock:
@@ -120,7 +120,7 @@ def run_in_child(work: Work, items: list[Any], candidate: Any, limit: TimeLimit,
             _children[thread] = child
     with child.using:
         try:
-            return child.run(items, candidate, limit, how)
+            return child.run(items, limit, how)
         finally:
             if child.is_over:
                 child.stop()

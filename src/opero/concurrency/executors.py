@@ -225,7 +225,7 @@ class ExecutorPool(Pool):
         self._threads.add(thread)
         try:
             how = How(self._context, batch.mark)
-            return _run(self._work, batch.items, batch.candidate, batch.time_limit, how)
+            return _run(self._work, batch.items, batch.time_limit, how)
         finally:
             self._threads.discard(thread)
 
@@ -302,10 +302,10 @@ def _echo(probe: Any) -> Any:
     return probe
 
 
-def _run(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
+def _run(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:
     # An executor has no place for a loop that outlives one call.
     with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
-        return run_batch(work, items, candidate, limit, caller, how)
+        return run_batch(work, items, limit, caller, how)
 
 
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 REPORTS, BROKEN, ENDED = range(3)
 Answer: TypeAlias = tuple[int, Any]
 # How an item is run that has a time limit.
-RunLimited: TypeAlias = "Callable[[Work, list[Any], Any, TimeLimit, How], Report]"
+RunLimited: TypeAlias = "Callable[[Work, list[Any], TimeLimit, How], Report]"
 
 # A connection that is not made within so long is not made at all.
 CONNECTING_SECONDS = 5.0
@@ -295,17 +295,17 @@ def run_parcel(
     arrived = unpack_batch(payload)
     if isinstance(arrived, Report):
         return REPORTS, [pack_report(arrived)]
-    items, candidate, limit = arrived
+    items, limit = arrived
     journal = _begin_journal(name)
     how = How(mark=journal.mark, tell=journal.add, longest=FAR_LONG_SECONDS, seconds=FAR_BATCH_SECONDS)
     try:
         if limit is None:
-            report = run_in_this_thread(work, items, candidate, limit, how)
+            report = run_in_this_thread(work, items, limit, how)
         elif run_limited is not None:
-            report = run_limited(work, items, candidate, limit, how)
+            report = run_limited(work, items, limit, how)
         else:
             with _watchdog.watching(journal, limit[0] + UNHEEDED_SECONDS * work.is_async):
-                report = run_in_this_thread(work, items, candidate, limit, how)
+                report = run_in_this_thread(work, items, limit, how)
     except BaseException as error:  # noqa: BLE001 - as in process mode exit ends the item, but not this process
         return ENDED, (Found(journal.mark[0], journal.reports, ""), describe(error))
     journal.add(report)
@@ -321,14 +321,14 @@ def load(digest: bytes, fetch: Callable[[], bytes]) -> str | None:
     return None
 
 
-def run_in_this_thread(work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
+def run_in_this_thread(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:
     """Run a batch; coroutines in the event loop that this thread has for all of them."""
     caller = None
     if work.is_async:
         if not hasattr(_thread, "caller"):
             _thread.caller = AsyncCaller()
         caller = _thread.caller
-    return run_batch(work, items, candidate, limit, caller, how)
+    return run_batch(work, items, limit, caller, how)
 
 
 _thread = threading.local()

@@ -322,11 +322,11 @@ async def _serve_together(parent: Parent, work: Work) -> None:
 async def _run_one(parent: Parent, work: Work, number: int, payload: memoryview) -> None:
     report = unpack_batch(payload)
     if not isinstance(report, Report):
-        (item,), candidate, limit = report
+        (item,), limit = report
         started = time.perf_counter()
         value, errors = None, {}
         try:
-            value = await in_time(work.caller(candidate), item, limit, work)
+            value = await in_time(work.caller(), item, limit, work)
         except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
             errors[0] = error
         report = Report([value], errors, time.perf_counter() - started)

@@ -180,12 +180,12 @@ class Scheduler:
     def _work(self) -> Work:
         """What workers get once: they are sent each candidate when it is its turn, and never all, often secrets."""
         plan, fallback, shape = self._plan, self._plan.fallback, self._shape
-        if fallback is None:
-            self._candidate_is_item = False
-            return Work(plan.function, plan.is_async, shape, None)
-        slot = ParameterSlot(plan.function, fallback.parameter, "arg_fallback")
-        self._candidate_is_item = fallback.position == len(shape.head) and not shape.is_starred
-        return Work(plan.function, plan.is_async, shape.without(slot), slot)
+        slot = None
+        if fallback is not None and (fallback.position != len(shape.head) or shape.is_starred):
+            slot = ParameterSlot(plan.function, fallback.parameter, "arg_fallback")
+            shape = shape.without(slot)
+        self._sends_candidates = slot is not None
+        return Work(plan.function, plan.is_async, shape, slot)
 
     @property
     def is_inherited(self) -> bool:
@@ -286,7 +286,10 @@ class Scheduler:
             return None
         size = min(1 if self._one_at_a_time else self._size, self.pool.largest_batch, self._largest_batch)
         if self._given_back:
-            return self._send(self._part_given_back(size))
+            batch = self._given_back.popleft()
+            if len(batch.items) > size:
+                self._given_back.appendleft(batch.take_from(size))
+            return self._send(batch)
         if self._is_direct and not self._ready:
             items = self._pull(size)
             if not items:
@@ -537,28 +540,29 @@ class Scheduler:
     # Batches
 
     def _batch_of_entries(self, size: int) -> Batch:
-        """As many ready items as fit one batch: same candidate, no timeout, nobody suspected of crashing."""
+        """As many ready items as fit one batch: no timeout, nobody suspected of crashing."""
         first = self._ready.popleft()
         entries = [first]
-        candidate = _candidate(first)
         if not _travels_alone(first):
-            while self._ready and len(entries) < size and _fits(self._ready[0], candidate):
+            while self._ready and len(entries) < size and _fits(self._ready[0]):
                 entries.append(self._ready.popleft())
         batch = Batch([self._varying(entry) for entry in entries], first.index, entries)
-        batch.candidate = MISSING if self._candidate_is_item else candidate
+        batch.has_candidates = self._sends_candidates
         batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
         batch.alone = first.alone
         batch.losses = max(entry.losses for entry in entries)
         return batch
 
     def _varying(self, entry: Entry) -> Any:
-        """What is sent for an item: the item, or where that holds the candidates, the candidate."""
+        """What is sent for an item: the item, or the candidate that it is in this attempt, or a pair of both."""
         if entry.attempt is None:
             return entry.item
-        if isinstance(entry, _ListEntry):
-            return [member.item for member in entry.members]
         place = len(self._shape.head)
-        return entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
+        if isinstance(entry, _ListEntry):
+            item: Any = [member.item for member in entry.members]
+        else:
+            item = entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
+        return (item, entry.attempt.candidate) if self._sends_candidates else item
 
     def _send(self, batch: Batch) -> Batch:
         for entry in batch.entries or ():
@@ -582,18 +586,17 @@ class Scheduler:
             self._watched.add(batch)
         return batch
 
-    def _part_given_back(self, size: int) -> Batch:
-        batch = self._given_back.popleft()
-        if len(batch.items) > size:
-            self._given_back.appendleft(batch.take_from(size))
-        return batch
-
-    def _give_back(self, batch: Batch) -> None:
-        """Let what has not begun be the next to be sent."""
-        if batch.entries is not None:
-            self._ready.extendleft(reversed(batch.entries))
-        elif batch.items:
-            self._given_back.appendleft(batch)
+    def _give_back(self, batch: Batch, *, alone: bool = False) -> None:
+        """Let its items be the next to be sent; each alone, if one of them may have ended a worker."""
+        if batch.entries is None and not alone:
+            if batch.items:
+                self._given_back.appendleft(batch.take_from(0))
+            return
+        entries = batch.entries or [self._open(batch.start + n, item) for n, item in enumerate(batch.items)]
+        for entry in entries:
+            entry.alone = alone
+            entry.losses = batch.losses
+        self._ready.extendleft(reversed(entries))
 
     def _watch(self) -> None:
         """Look after workers that may be busy with one item, or longer than they have."""
@@ -688,10 +691,10 @@ class Scheduler:
             self._charge(suspects[0], lost.reason)
         else:
             for batch in suspects:
-                self._run_again(batch, alone=True)
+                self._give_back(batch, alone=True)
         for batch in batches:
             if batch not in suspects:
-                self._run_again(batch, alone=False)
+                self._give_back(batch)
 
     def _ended_by_the_last(self, batch: Batch, begun: int, reason: str) -> None:
         """Charge the last item that has begun; those before it, which were fast, and those after it run again."""
@@ -710,13 +713,6 @@ class Scheduler:
             error = Failed(stopped(self._plan.name, *batch.time_limit))
         self._item_done(batch, 0, error, seconds)
 
-    def _run_again(self, batch: Batch, *, alone: bool) -> None:
-        entries = batch.entries or [self._open(batch.start + n, item) for n, item in enumerate(batch.items)]
-        for entry in entries:
-            entry.alone = alone
-            entry.losses = batch.losses
-        self._ready.extendleft(reversed(entries))
-
 
 def _values(name: str, result: Any, count: int) -> Any:
     """The results of a function that was given a list of so many items; `Failed` if they are not as many."""
@@ -730,12 +726,8 @@ def _values(name: str, result: Any, count: int) -> Any:
     )
 
 
-def _candidate(entry: Entry) -> Any:
-    return MISSING if entry.attempt is None else entry.attempt.candidate
-
-
-def _fits(entry: Entry, candidate: Any) -> bool:
-    return _candidate(entry) is candidate and not _travels_alone(entry) and _may_start(entry)
+def _fits(entry: Entry) -> bool:
+    return not _travels_alone(entry) and _may_start(entry)
 
 
 def _is_late(entry: Entry) -> bool:

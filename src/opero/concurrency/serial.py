@@ -27,7 +27,7 @@ class SerialPool(Pool):
         if not isinstance(event, Batch):
             return event
         # Held by no variable: this frame is reached from the traceback of an error; they would keep each other alive.
-        return Done(event, run_items(self._work, event.items, event.candidate, How(self._context)))
+        return Done(event, run_items(self._work, event.items, How(self._context)))
 
 
 def serial_pool(work: Work, _workers: int = 1) -> Pool:

@@ -43,7 +43,7 @@ class TaskPool(Pool):
         errors: dict[int, Exception] = {}
         value = None
         try:
-            call, item, limit = self._work.caller(batch.candidate), batch.items[0], batch.time_limit
+            call, item, limit = self._work.caller(), batch.items[0], batch.time_limit
             value = await (call(item) if limit is None else in_time(call, item, limit, self._work))
         except Exception as error:  # noqa: BLE001 - the policies decide about it
             errors[0] = error

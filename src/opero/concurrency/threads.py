@@ -149,4 +149,4 @@ class ThreadPool(Pool):
 def _run(batch: Batch, work: Work, caller: AsyncCaller | None, context: contextvars.Context) -> Done:
     # Held by no variable: this frame is reached from the traceback of an error, and they would keep each other alive.
     how = How(context, batch.mark)
-    return Done(batch, run_batch(work, batch.items, batch.candidate, batch.time_limit, caller, how))
+    return Done(batch, run_batch(work, batch.items, batch.time_limit, caller, how))

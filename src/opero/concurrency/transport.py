@@ -14,7 +14,7 @@ import cloudpickle
 
 from opero.concurrency.pickling import PROTOCOL, Pickler, loads, pack_error, report_dumps
 from opero.concurrency.worker import Report, Work
-from opero.core.signature import MISSING, name_of
+from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError
 from opero.utils.notes import describe
 
@@ -92,10 +92,9 @@ class Packer:
             NotTransferableError: If an item cannot be pickled.
         """
         # Of several, each is tried alone.
-        what = f"the item {type(batch.items[0]).__qualname__}"
-        if batch.candidate is not MISSING:
-            what = f"{what} or the candidate {type(batch.candidate).__qualname__}"
-        return _or_refuse(what, self.dumps, (batch.items, batch.candidate, batch.time_limit))
+        parts = batch.items[0] if batch.has_candidates else batch.items[:1]
+        what = " or the candidate ".join(type(part).__qualname__ for part in parts)
+        return _or_refuse(f"the item {what}", self.dumps, (batch.items, batch.time_limit))
 
     def dumps(self, thing: Any) -> bytes:
         """Pickle it; in C alone if nothing in it has to go by value."""
@@ -124,13 +123,13 @@ def unpack_start(data: bytes, buffers: Iterable[memoryview] = ()) -> WorkerLife:
     return Work(function, *its), initializer, initargs, finalizer
 
 
-def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], Any, TimeLimit | None] | Report:
-    """Items, candidate and time limit; if an item cannot be unpickled, a report that says so and has no values."""
+def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], TimeLimit | None] | Report:
+    """Items and time limit; if an item cannot be unpickled, a report that says so and has no values."""
     try:
-        items, candidate, limit = loads(payload)
+        items, limit = loads(payload)
     except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
         return Report([], {0: NotTransferableError(f"the item cannot be unpickled: {describe(error)}")}, 0.0)
-    return items, candidate, limit
+    return items, limit
 
 
 class SharedBuffers:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from opero.core.signature import MISSING, name_of, refuse_unfinished
+from opero.core.signature import name_of, refuse_unfinished
 from opero.core.steps import TimeLimit, raise_or_return, run_in_time
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Shape:
 class Work:
     """One map's function and all that its calls have in common; sent to a worker once.
 
-    ``slot`` is the fallback parameter that a batch's candidate goes to, None where there is none to put.
+    ``slot`` is the fallback parameter, unless there is none, or it is the item itself.
     """
 
     function: Callable[..., Any]
@@ -66,13 +66,13 @@ class Work:
     shape: Shape
     slot: ParameterSlot | None
 
-    def caller(self, candidate: Any = MISSING) -> Callable[[Any], Any]:
-        """The function, with only the item left to give."""
+    def caller(self) -> Callable[[Any], Any]:
+        """The function, with only the item left to give, or where there is a slot, a pair of item and candidate."""
         function, shape, slot = self.function, self.shape, self.slot
-        if candidate is not MISSING and slot is not None:
+        if slot is not None:
 
-            def call_with_candidate(item: Any) -> Any:
-                args, kwargs = slot.put(shape.arguments(item), shape.kwargs, candidate)
+            def call_with_candidate(pair: tuple[Any, Any]) -> Any:
+                args, kwargs = slot.put(shape.arguments(pair[0]), shape.kwargs, pair[1])
                 return function(*args, **kwargs)
 
             return call_with_candidate
@@ -111,7 +111,6 @@ class Report:
 def run_items(
     work: Work,
     items: list[Any],
-    candidate: Any,
     how: How,
     *,
     call: Callable[[Any], Any] | None = None,
@@ -125,11 +124,10 @@ def run_items(
     Args:
         work: The function.
         items: What it is called with.
-        candidate: See `Work.caller`.
         how: See there.
         call: Takes the place of the bare function, as for async functions.
     """
-    bare, context, mark, tell = work.caller(candidate) if call is None else call, how.context, how.mark, how.tell
+    bare, context, mark, tell = work.caller() if call is None else call, how.context, how.mark, how.tell
     call = bare if context is None else lambda item: context.copy().run(bare, item)
     values: list[Any] = []
     errors: dict[int, Exception] = {}
@@ -180,26 +178,24 @@ class AsyncCaller:
         self._runner = asyncio.Runner()
         self._context = contextvars.copy_context()
 
-    def run(self, work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, how: How) -> Report:
-        call = work.caller(candidate)
+    def run(self, work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:
+        call = work.caller()
 
         def run(item: Any) -> Any:
             context = self._context if how.context is None else how.context.copy()
             return self._runner.run(in_time(call, item, limit, work), context=context)
 
-        return run_items(work, items, candidate, replace(how, context=None), call=run)
+        return run_items(work, items, replace(how, context=None), call=run)
 
     def close(self) -> None:
         self._runner.close()
 
 
-def run_batch(  # noqa: PLR0917 - what a batch brings, and how it is run
-    work: Work, items: list[Any], candidate: Any, limit: TimeLimit | None, caller: AsyncCaller | None, how: How
-) -> Report:
+def run_batch(work: Work, items: list[Any], limit: TimeLimit | None, caller: AsyncCaller | None, how: How) -> Report:
     """Run a batch of a plain function, or with ``caller`` one of an async function; see `run_items`."""
     if caller is None:
-        return run_items(work, items, candidate, how)
-    return caller.run(work, items, candidate, limit, how)
+        return run_items(work, items, how)
+    return caller.run(work, items, limit, how)
 
 
 async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:
