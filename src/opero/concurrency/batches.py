@@ -104,13 +104,6 @@ class Fatal:
     error: BaseException
 
 
-@dataclass(slots=True)
-class Wake:
-    """Somebody may have something: an item its rate slot, the input its next item."""
-
-    entry: Entry | None = None
-
-
 class Pool:
     """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file.
 

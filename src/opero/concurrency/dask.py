@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Fatal, Wake
+from opero.concurrency.batches import Batch, Fatal
 from opero.concurrency.dask_worker import STALE, end_children, is_starting, load_on_dask, recover_all, run_on_dask
 from opero.concurrency.far import (
     BROKEN,
@@ -238,7 +238,7 @@ class DaskPool(FarPool):
             return self.opened(Batch([], 0), (BROKEN, problem), 0)
         worker.process = process
         self._hand_out()
-        return [Wake()]
+        return []
 
     def _hand_out(self) -> None:
         while self._pending:

@@ -24,7 +24,7 @@ from opero.core.checks import (
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import kind_of, listed, shown
-from opero.core.signature import MISSING, check_decoratable, is_async, name_of, refuse_generator
+from opero.core.signature import check_decoratable, is_async, name_of, refuse_generator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -90,19 +90,22 @@ _CHECKS: Mapping[str, Callable[[str, Any], object]] = {
 }
 
 
-def map_settings(
-    function: Callable[..., Any],
-    *,
-    mode: Mode = "process",
-    workers: int | None = None,
-    ordered: bool = True,
-    progress: ProgressOption = True,
-    return_exceptions: bool = MISSING,
-    total: int | None = None,
-    batch_size: int | None = None,
-    pool_options: Mapping[str, Any] | None = None,
-) -> MapSettings:
-    """Check the options of a map of ``function``."""
+MAP_DEFAULTS: dict[str, Any] = {
+    "mode": "process",
+    "workers": None,
+    "ordered": True,
+    "progress": True,
+    "return_exceptions": True,
+    "total": None,
+    "batch_size": None,
+    "pool_options": None,
+}
+
+
+def map_settings(function: Callable[..., Any], options: Mapping[str, Any]) -> MapSettings:
+    """Check those options of a map of ``function`` that are no policies."""
+    given = {**MAP_DEFAULTS, **options}
+    mode, workers, total, batch_size = given["mode"], given["workers"], given["total"], given["batch_size"]
     check_mode(mode)
     refuse_generator(function, "a map")
     if mode in _ASYNC_ONLY and not is_async(function):
@@ -116,22 +119,21 @@ def map_settings(
         if mode == "serial":
             msg = f"workers={workers} cannot apply with mode='serial', in which the calling thread works; leave it out"
             raise ValueError(msg)
-    check_flag("ordered", ordered)
-    check_progress(progress)
-    if return_exceptions is not MISSING:
-        check_flag("return_exceptions", return_exceptions)
+    check_flag("ordered", given["ordered"])
+    check_progress(given["progress"])
+    check_flag("return_exceptions", given["return_exceptions"])
     if total is not None:
         check_count("total", total, "items", smallest=0)
     if batch_size is not None:
         check_count("batch_size", batch_size, "items in one list", smallest=1)
-    options = check_mapping("pool_options", pool_options)
-    _check_pool_options(mode, options)
+    pool_options = check_mapping("pool_options", given["pool_options"])
+    _check_pool_options(mode, pool_options)
     return MapSettings(
-        pools=PoolSource(mode, workers, options),
-        ordered=ordered,
-        progress=progress,
-        return_exceptions=True if return_exceptions is MISSING else return_exceptions,
-        warns=return_exceptions is MISSING,
+        pools=PoolSource(mode, workers, pool_options),
+        ordered=given["ordered"],
+        progress=given["progress"],
+        return_exceptions=given["return_exceptions"],
+        warns="return_exceptions" not in options,
         total=total,
         batch_size=batch_size,
     )
@@ -192,7 +194,7 @@ def get_parallel_map_decorator(
     workers: int | None = None,
     ordered: bool = True,
     progress: ProgressOption = False,
-    return_exceptions: bool = MISSING,
+    return_exceptions: bool | None = None,
     total: int | None = None,
     **pool_options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:
@@ -222,40 +224,24 @@ def get_parallel_map_decorator(
             "workers": workers,
             "ordered": ordered,
             "progress": progress,
-            "return_exceptions": return_exceptions,
             "total": total,
         }
-        settings = map_settings(function, **options, pool_options=pool_options)
+        if return_exceptions is not None:
+            options["return_exceptions"] = return_exceptions
+        settings = map_settings(function, {**options, "pool_options": pool_options})
         recipe = get_parallel_map_decorator, {**options, **pool_options}
         return make_map(Plan(function, RetryPolicy()), settings, recipe)
 
     return decorate
 
 
-def get_parallel_executor(
-    mode: Mode = "process",
-    *,
-    workers: int | None = None,
-    ordered: bool = True,
-    progress: ProgressOption = False,
-    return_exceptions: bool = MISSING,
-    total: int | None = None,
-    **pool_options: Any,
-) -> Callable[..., Any]:
+def get_parallel_executor(mode: Mode = "process", **options: Any) -> Callable[..., Any]:
     """Make ``executor(function, items, **kwargs)``, which maps any function or class without decorating it.
 
     The arguments and errors are those of `get_parallel_map_decorator`. For an ``async def`` function the executor
     returns an awaitable of the list.
     """
-    decorate = get_parallel_map_decorator(
-        mode,
-        workers=workers,
-        ordered=ordered,
-        progress=progress,
-        return_exceptions=return_exceptions,
-        total=total,
-        **pool_options,
-    )
+    decorate = get_parallel_map_decorator(mode, **options)
 
     def executor(function: Callable[..., Any], items: Any, /, **kwargs: Any) -> Any:
         # A class among functions, as in `map(int, texts)`, is meant; below a decorator it would be a mistake.

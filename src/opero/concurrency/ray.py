@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Fatal, Wake
+from opero.concurrency.batches import Batch, Fatal
 from opero.concurrency.far import (
     BROKEN,
     Answer,
@@ -275,7 +275,7 @@ class RayPool(FarPool):
                 for host, port in [self._head, *self._own_raylet()]:
                     check_reachable("ray", host, port)
                 if self._see():
-                    self.deliver(Wake())
+                    self.deliver(None)
             except Exception as error:  # noqa: BLE001 - whatever it is, the map shall know
                 self._is_away = True
                 away = error if isinstance(error, OperoError) else OperoError(f"ray is away: {describe(error)}")
@@ -301,7 +301,7 @@ class RayPool(FarPool):
         else:
             # If it was killed, the next one will do.
             self._warm = (self._warm or 0) + 1
-            self.deliver(Wake())
+            self.deliver(None)
 
     # Batches
 

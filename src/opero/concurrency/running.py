@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opero.concurrency.batches import Wake
 from opero.concurrency.ctrl_c import telling
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
 from opero.concurrency.scheduler import Scheduler
@@ -80,6 +79,8 @@ class IteratorSource:
 class AsyncSource:
     """An async iterable, pulled by a task of its own, one item ahead of what was asked for."""
 
+    is_late = False
+
     def __init__(self, iterator: AsyncIterator[Any], wake: Callable[[], None]) -> None:
         import asyncio
 
@@ -95,10 +96,6 @@ class AsyncSource:
     @property
     def exhausted(self) -> bool:
         return self._at_end and not self._ahead
-
-    @property
-    def is_late(self) -> bool:
-        return False
 
     def start_turn(self) -> None:
         """Nothing here blocks."""
@@ -239,7 +236,7 @@ async def run_awaiting(
     """Run a map over an iterator or an async one by awaiting; yields what the sink hands out."""
     inbox = AsyncInbox()
     source: Source = (
-        AsyncSource(items, lambda: inbox.put(Wake())) if hasattr(items, "__anext__") else IteratorSource(items)
+        AsyncSource(items, lambda: inbox.put(None)) if hasattr(items, "__anext__") else IteratorSource(items)
     )
     run: Scheduler | None = None
     try:

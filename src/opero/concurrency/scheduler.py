@@ -20,7 +20,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, Wake
+from opero.concurrency.batches import Batch, Done, Fatal, Lost
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import Tally, make_progress
 from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, FAR_LONG_SECONDS, LONG_SECONDS, Work
@@ -238,8 +238,9 @@ class Scheduler:
             elif isinstance(event, Fatal):
                 self.is_sound = False
                 raise event.error
-            elif isinstance(event, Wake) and event.entry is not None:
-                self._look_for_arrival(event.entry)
+            elif isinstance(event, Entry):
+                # Its slot may have come.
+                self._look_for_arrival(event)
         # An error among them, and with it the frames of an attempt, shall not outlast this.
         events.clear()
 
@@ -429,7 +430,7 @@ class Scheduler:
             self._waiting += 1
             self._awaiting_turns += step.is_turn
             entry.arrival = step
-            step.notify(lambda: self._inbox.put(Wake(entry)))
+            step.notify(lambda: self._inbox.put(entry))
             self._look_for_arrival(entry)
 
     def _resume(self, entry: Entry) -> None:

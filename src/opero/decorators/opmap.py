@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from opero.concurrency.mapping import AsyncMap, SyncMap, make_map
-from opero.concurrency.pool import map_settings
+from opero.concurrency.pool import MAP_DEFAULTS, map_settings
 from opero.core.checks import check_known
 from opero.core.parameters import own_signature
 from opero.core.showing import shown
@@ -37,16 +37,6 @@ class OpmapOptions(CommonOptions, total=False):
     pool_options: Mapping[str, Any] | None
 
 
-MAP_DEFAULTS: dict[str, Any] = {
-    "mode": "process",
-    "workers": None,
-    "ordered": True,
-    "progress": True,
-    "return_exceptions": True,
-    "total": None,
-    "batch_size": None,
-    "pool_options": None,
-}
 OPMAP_DEFAULTS: dict[str, Any] = {**MAP_DEFAULTS, **OPERO_DEFAULTS}
 
 
@@ -197,16 +187,12 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
                 "for an item that failed in the list; leave one of them out"
             )
             raise ValueError(msg)
-        given = {
-            **MAP_DEFAULTS,
-            "return_exceptions": MISSING,
-            **{name: value for name, value in options.items() if name in MAP_DEFAULTS},
-        }
-        settings = map_settings(decorated, **given)
+        of_the_map = {name: value for name, value in options.items() if name in MAP_DEFAULTS}
+        settings = map_settings(decorated, of_the_map)
         if settings.batch_size is not None:
             _check_takes_lists(decorated, options)
         policies: Any = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}
-        plan = make_plan(decorated, policies, killable=given["mode"] in {"process", "dask", "ray"})
+        plan = make_plan(decorated, policies, killable=options.get("mode", "process") in {"process", "dask", "ray"})
         return make_map(plan, settings, (opmap, options))
 
     if function is None:
