@@ -119,6 +119,13 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         bound: Self = self._with(type(self), single=self.single.__get__(instance), _head=(instance,), unbound=self)
         return bound
 
+    def _for_one_item(self) -> Self:
+        """The same map in the calling thread, or in a process if it is to be stopped: elsewhere it cannot be."""
+        is_to_be_stopped = self.plan.attempt_timeout is not None and not self.plan.is_async
+        pools = self.settings.pools if is_to_be_stopped else PoolSource("serial")
+        made: Self = self._with(type(self), settings=replace(self.settings, progress=False, pools=pools))
+        return made
+
     def _is_classmethod_of(self, first: type) -> bool:
         """Whether a call with this first argument is one through ``@classmethod``, which binds no maps since 3.13."""
         if self._head:
@@ -272,12 +279,7 @@ class _BlockingMap(_Map[T, P, R, L]):
             with Shortened():
                 result: R = self.single(*self._single_arguments(item, args), **kwargs)
             return result
-        settings = replace(self.settings, progress=False)
-        if self.plan.attempt_timeout is None:
-            settings = replace(settings, pools=PoolSource("serial"))
-        # Else in a process of its own: only there can a running function be stopped.
-        quiet = self._with(type(self), settings=settings)
-        (outcome,) = quiet.stream([item], *args, **kwargs)
+        (outcome,) = self._for_one_item().stream([item], *args, **kwargs)
         with Shortened():
             returned: R = outcome.returned
         return returned
@@ -382,9 +384,7 @@ class _AwaitableMap(_Map[T, P, R, L]):
         return call
 
     async def _one_of_a_list(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        settings = replace(self.settings, progress=False, pools=PoolSource("serial"))
-        stream = self._with(type(self), settings=settings).stream([item], *args, **kwargs)
-        (outcome,) = [outcome async for outcome in stream]
+        (outcome,) = [outcome async for outcome in self._for_one_item().stream([item], *args, **kwargs)]
         with Shortened():
             returned: R = outcome.returned
         return returned

@@ -48,14 +48,13 @@ class IteratorSource:
     def start_turn(self) -> None:
         """The map has looked at its results."""
         self.is_late = False
-        if not self._is_at_hand:
-            self._turn_ends = time.monotonic() + BATCH_SECONDS
+        self._turn_ends = time.monotonic() + BATCH_SECONDS
 
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` items; fewer, or none, if there are no more now."""
         taken: list[Any] = []
         try:
-            if self._is_at_hand:
+            if self._is_at_hand and count > 1:
                 taken.extend(itertools.islice(self._iterator, count))
             else:
                 self._take_in_time(count, taken)

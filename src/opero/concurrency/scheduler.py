@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 # Items that wait for a retry; above this no new input is taken up.
 MOST_WAITING = 5_000
-# Input taken up in one go, even if all of it ends at once.
-MOST_TAKEN_UP = 1_000
 # A batch before which so many workers have ended, each without having begun it, may be what ends them.
 MOST_INNOCENT_LOSSES = 5
 MOST_BATCH_BYTES = 2_000_000
@@ -132,7 +130,7 @@ class Scheduler:
         self._shape, self._source, self._sink, self._inbox, self._total = shape, source, sink, inbox, total
         self._stream = sink if isinstance(sink, StreamSink) else None
         self._stop_at_failure = not settings.return_exceptions
-        self._progress = None if settings.progress is False else make_progress(settings.progress, plan.name, total)
+        self._progress = make_progress(settings.progress, plan.name, total)
         self.tally = Tally(total=total)
         self._process = os.getpid()
         self._pools = settings.pools
@@ -159,7 +157,6 @@ class Scheduler:
         self._is_direct = not (is_asked or self._one_at_a_time or self._list_size is not None)
         self._next_index = 0
         self._look_ahead = 1
-        self._more_at_once = False
         self.presence = Presence()
         # All items that have a flow; how many of them wait for time or others, and how many of these for a turn.
         self._flying: set[Entry] = set()
@@ -217,8 +214,7 @@ class Scheduler:
                     self.pool.submit(batch)
                 while self._consulting:
                     self._answered((yield [step for _, step in self._consulting]))
-            if self._progress is not None:
-                self._progress.show(self.tally)
+            self._progress.show(self.tally)
             if self._stream is not None:
                 yield self._stream.take()
             if self._is_done():
@@ -259,7 +255,7 @@ class Scheduler:
 
     def _wait(self) -> Wait:
         """Until something comes back, or this wants to be asked again."""
-        due = [0.0] if self._more_at_once or self._source.is_late else []
+        due = [0.0] if self._source.is_late else []
         if self._timers:
             due.append(self._timers[0][0] - clock.now())
         if self._real_timers:
@@ -277,7 +273,6 @@ class Scheduler:
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
         self._keep_time()
-        self._more_at_once = False
         # No call waits at a worker that has its time.
         slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._ahead)
         while slots and self._preparing:
@@ -350,8 +345,7 @@ class Scheduler:
             if entry.flow is not None:
                 entry.flow.close()
         self._flying.clear()
-        if self._progress is not None:
-            self._progress.close()
+        self._progress.close()
 
     # Input
 
@@ -366,8 +360,8 @@ class Scheduler:
         return items
 
     def _take_up_input(self, size: int, slots: int) -> None:
-        """Start flows until enough of them are ready; those that end at once (cache hits) are bounded too."""
-        for _ in range(MOST_TAKEN_UP):
+        """Start flows until enough of them are ready, or those that end at once (cache hits) have taken their time."""
+        while True:
             coming = len(self._ready) + len(self._consulting) + len(self._preparing)
             busy = coming + self._awaiting_turns + len(self._sent)
             wanted = size if self._one_at_a_time else max(size, self._look_ahead)
@@ -379,7 +373,6 @@ class Scheduler:
             entry = self._open(self._next_index - 1, items[0])
             flow = call_flow if self._list_size is None else item_flow
             self._start_flow(entry, flow(self._plan, entry.call))
-        self._more_at_once = True
 
     # Flows
 

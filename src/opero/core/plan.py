@@ -69,7 +69,7 @@ class Plan:
     def asks_first(self) -> bool:
         """Whether any layer decides about first attempts, apart from the cache and time limits."""
         asked = (self.fallback, self.breaker, self.places, self.limit, self.on_event)
-        return self.needs_flow or any(layer is not None for layer in asked)
+        return self.needs_flow or asked.count(None) < len(asked)
 
     @property
     def is_listened_to(self) -> bool:
