@@ -35,8 +35,7 @@ def _occupy_standard_descriptors() -> None:
 
 
 class _Events:
-    def __init__(self) -> None:
-        self._events: deque[Any] = deque()
+    _events: deque[Any]
 
     def drain(self) -> list[Any]:
         """The events that are there already."""
@@ -50,7 +49,7 @@ class BlockingInbox(_Events):
     """Events for a thread that blocks until there are some, and reads the pipes of its workers meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._events = deque()
         _occupy_standard_descriptors()
         # A pipe to this thread itself, for those who put an event there while it waits.
         self._own, self._door = multiprocessing.connection.Pipe(duplex=False)
@@ -110,7 +109,7 @@ class AsyncInbox(_Events):
     def __init__(self) -> None:
         import asyncio
 
-        super().__init__()
+        self._events = deque()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._arrived = asyncio.Event()

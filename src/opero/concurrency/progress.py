@@ -41,7 +41,7 @@ class Tally:
 
 
 class Progress:
-    """Shows how far a map has come; this one to nobody."""
+    """Shows how far a map has come."""
 
     def show(self, tally: Tally) -> None:
         """The map has come so far."""
@@ -136,12 +136,12 @@ def check_progress(progress: Any) -> None:
         )
 
 
-def make_progress(progress: ProgressOption, name: str, total: int | None) -> Progress:
+def make_progress(progress: ProgressOption, name: str, total: int | None) -> Progress | None:
     """What the ``progress`` option asks for, labelled by it or by the function's name, if anybody would see that."""
     if callable(progress) and not _is_bar(progress):
         return ToldProgress(progress)
     if progress is False or _is_child_process():
-        return Progress()
+        return None
     options: dict[str, Any] = {"desc": progress if isinstance(progress, str) else name, "total": total, "unit": "item"}
     kind: Any = None
     if isinstance(progress, Mapping):

@@ -53,26 +53,23 @@ class IteratorSource:
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` items; fewer, or none, if there are no more now."""
         taken: list[Any] = []
+        coming, now, turn_ends = self._iterator, time.monotonic, self._turn_ends
         try:
             if self._is_at_hand and count > 1:
-                taken.extend(itertools.islice(self._iterator, count))
+                taken.extend(itertools.islice(coming, count))
             else:
-                self._take_in_time(count, taken)
+                # As in a `for` loop, an iterator needs no more than `__next__`.
+                with contextlib.suppress(StopIteration):
+                    for _ in range(count):
+                        taken.append(next(coming))
+                        if now() > turn_ends:
+                            self.is_late = True
+                            break
         except Exception as error:  # noqa: BLE001 - raised when what has been taken has its outcomes
             self.error = error
             self.is_late = False
         self.exhausted = len(taken) < count and not self.is_late
         return taken
-
-    def _take_in_time(self, count: int, taken: list[Any]) -> None:
-        coming, now, turn_ends = self._iterator, time.monotonic, self._turn_ends
-        # As in a `for` loop, an iterator needs no more than `__next__`.
-        with contextlib.suppress(StopIteration):
-            for _ in range(count):
-                taken.append(next(coming))
-                if now() > turn_ends:
-                    self.is_late = True
-                    break
 
 
 class AsyncSource:

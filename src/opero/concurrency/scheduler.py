@@ -130,7 +130,7 @@ class Scheduler:
         self._shape, self._source, self._sink, self._inbox, self._total = shape, source, sink, inbox, total
         self._stream = sink if isinstance(sink, StreamSink) else None
         self._stop_at_failure = not settings.return_exceptions
-        self._progress = make_progress(settings.progress, plan.name, total)
+        self._progress = None if settings.progress is False else make_progress(settings.progress, plan.name, total)
         self.tally = Tally(total=total)
         self._process = os.getpid()
         self._pools = settings.pools
@@ -214,7 +214,8 @@ class Scheduler:
                     self.pool.submit(batch)
                 while self._consulting:
                     self._answered((yield [step for _, step in self._consulting]))
-            self._progress.show(self.tally)
+            if self._progress is not None:
+                self._progress.show(self.tally)
             if self._stream is not None:
                 yield self._stream.take()
             if self._is_done():
@@ -345,7 +346,8 @@ class Scheduler:
             if entry.flow is not None:
                 entry.flow.close()
         self._flying.clear()
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
 
     # Input
 
