@@ -28,6 +28,7 @@ from opero.core.interrupts import Hold
 from opero.core.parameters import own_signature
 from opero.core.showing import kind_of
 from opero.core.signature import MISSING, find_by_name
+from opero.core.steps import is_in_asyncio
 from opero.exceptions import FailedItemsWarning
 from opero.utils.notes import Shortened, add_note, class_counts
 
@@ -350,14 +351,11 @@ class _AwaitableMap(_Map[T, P, R, L]):
 
     def run(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """The blocking form, for scripts; inside a running event loop write ``await`` instead."""
-        with Hold():
-            import asyncio
-
-            from opero.concurrency.running import has_running_loop
-
-        if has_running_loop():
+        if is_in_asyncio():
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
+        with Hold():
+            import asyncio
         try:
             with Shortened():
                 return asyncio.run(self(items, *args, **kwargs))

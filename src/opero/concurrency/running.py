@@ -154,12 +154,11 @@ def run_blocking(
     plan: Plan, settings: MapSettings, shape: Shape, sink: Sink, *, items: Iterator[Any], total: int | None
 ) -> Iterator[Outcome[Any, Any]]:
     """Run a map by blocking; yields what the sink hands out."""
-    run = inbox = None
+    # The first one imports packages; and an idle pool that is taken must be given back.
+    with Hold():
+        inbox, source = BlockingInbox(), IteratorSource(items)
+        run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:
-        # The first one imports packages; and an idle pool that is taken must be given back.
-        with Hold():
-            inbox, source = BlockingInbox(), IteratorSource(items)
-            run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
         steps, events = run.steps(), None
         while True:
             try:
@@ -181,43 +180,28 @@ def run_blocking(
         _note_end(run, error)
         raise
     finally:
-        with Hold() as hold:
-            _tidy_up(run, inbox, hold)
+        with Hold() as hold, contextlib.closing(inbox):
+            if not run.is_inherited:
+                _tidy_up(run, hold)
 
 
-def _note_end(run: Scheduler | None, error: BaseException) -> None:
+def _note_end(run: Scheduler, error: BaseException) -> None:
     if isinstance(error, (Exception, KeyboardInterrupt)):
         shorten(error)
-    if run is not None and not isinstance(error, (Exception, GeneratorExit)):
+    if not isinstance(error, (Exception, GeneratorExit)):
         # Something may be half done, and an event lost.
         run.is_sound = False
         if type(error).__name__ in {"KeyboardInterrupt", "CancelledError"}:
             add_note(error, run.story())
 
 
-def _tidy_up(run: Scheduler | None, inbox: BlockingInbox | None, hold: Hold) -> None:
+def _tidy_up(run: Scheduler, hold: Hold) -> None:
     try:
-        if run is not None and not run.is_inherited:
-            try:
-                run.close()
-            finally:
-                if not run.keeps_pool():
-                    # Ctrl-C that comes again meanwhile leaves what cannot be ended.
-                    run.pool.stop(telling(lambda: bool(hold.pressed)))
+        run.close()
     finally:
-        if inbox is not None:
-            inbox.close()
-
-
-def has_running_loop() -> bool:
-    """Whether this thread is inside an event loop."""
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+        if not run.keeps_pool():
+            # Ctrl-C that comes again meanwhile leaves what cannot be ended.
+            run.pool.stop(telling(lambda: bool(hold.pressed)))
 
 
 async def run_awaiting(
@@ -234,10 +218,9 @@ async def run_awaiting(
     source: Source = (
         AsyncSource(items, lambda: inbox.put(None)) if hasattr(items, "__anext__") else IteratorSource(items)
     )
-    run: Scheduler | None = None
+    with Hold():
+        run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:
-        with Hold():
-            run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
         steps, events = run.steps(), None
         while True:
             try:
@@ -258,7 +241,7 @@ async def run_awaiting(
         _note_end(run, error)
         raise
     finally:
-        if run is not None and not run.is_inherited:
+        if not run.is_inherited:
             try:
                 run.close()
                 if isinstance(source, AsyncSource):
