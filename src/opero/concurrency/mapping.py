@@ -92,7 +92,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
 
     def with_plan(self, plan: Plan) -> Self:
         """The same map under other policies."""
-        made: Self = make_map(plan, self.settings, self.__dict__["recipe"])
+        made: Self = make_map(plan, self.settings, self._decoration.recipe)
         return made
 
     def __reduce__(self) -> Any:
@@ -100,7 +100,12 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
             return getattr, (self.__dict__["unstarred"], "starmap")
         if self._head:
             return _bind, (self.__dict__["unbound"], *self._head)
-        return _reduce(self)
+        module, name = self.__dict__["__module__"], self.__dict__["__qualname__"]
+        # What the main module has is known to other processes if those of multiprocessing are meant, and not if
+        # somebody pickles functions by value.
+        if find_by_name(module, name) is self and not (module == "__main__" and _is_pickled_by_value()):
+            return name
+        return _made_again, (*self._decoration.recipe, self.__dict__["__wrapped__"])
 
     def __copy__(self) -> Self:
         return self
@@ -457,7 +462,6 @@ def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:
     made: Any = kind(plan, settings, decorated(plan, recipe))
     for name in ("__module__", "__name__", "__qualname__", "__doc__", "__wrapped__", "__opero__"):
         made.__dict__[name] = getattr(made.single, name)
-    made.__dict__["recipe"] = recipe
     if plan.is_async:
         # As `unittest.mock.AsyncMock` marks itself: calling it gives a coroutine.
         made.__dict__["_is_coroutine"] = True
@@ -465,18 +469,6 @@ def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:
     if inspect.isfunction(plan.function):
         made.__dict__.update({k: v for k, v in vars(plan.function).items() if not hasattr(made, k)})
     return made
-
-
-def _reduce(made: Any) -> Any:
-    """Pickle by name where the name leads back to the map, else by what it was made of.
-
-    What the main module has is known to other processes if those of multiprocessing are meant, and not if somebody
-    pickles functions by value.
-    """
-    found = find_by_name(made.__module__, made.__qualname__)
-    if found is made and not (made.__module__ == "__main__" and _is_pickled_by_value()):
-        return made.__qualname__
-    return _made_again, (*made.__dict__["recipe"], made.__wrapped__)
 
 
 def _made_again(factory: Callable[..., Any], options: dict[str, Any], function: Callable[..., Any]) -> Any:

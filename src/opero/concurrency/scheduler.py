@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost
@@ -68,7 +68,10 @@ MOST_LOOKED_UP = 500
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One item that is more than a place in a first batch."""
+    """One item that is more than a place in a first batch, or one call for several items, its ``members``.
+
+    These are the items that have no result yet, with the error that the last attempt gave for each, if any.
+    """
 
     index: int
     item: Any
@@ -79,16 +82,7 @@ class Entry:
     alone: bool = False
     losses: int = 0
     retried: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _ListEntry(Entry):
-    """One call for several items, of a function that takes lists.
-
-    ``members`` are those that have no result yet, with the error that the last attempt gave for each, if any.
-    """
-
-    members: dict[Entry, Exception | None] = field(default_factory=dict)
+    members: dict[Entry, Exception | None] | None = None
 
 
 # When, for the order of those that are due together, what.
@@ -450,8 +444,8 @@ class Scheduler:
     def _end(self, entry: Entry, outcome: Any) -> None:
         self._flying.discard(entry)
         entry.flow = None
-        if isinstance(entry, _ListEntry):
-            self._list_ended(entry, outcome)
+        if entry.members is not None:
+            self._list_ended(entry, list(entry.members.items()), outcome)
             return
         error = None
         value = outcome
@@ -477,17 +471,15 @@ class Scheduler:
     def _call_for_many(self) -> None:
         members, self._gathered = self._gathered, []
         arguments = self._shape.arguments([member.item for member in members])
-        entry = _ListEntry(members[0].index, None, Call(arguments, self._shape.kwargs))
-        entry.members = dict.fromkeys(members)
+        entry = Entry(members[0].index, None, Call(arguments, self._shape.kwargs), members=dict.fromkeys(members))
         entry.call.index, entry.call.presence = entry.index, self.presence
         self._start_flow(entry, call_flow(self._call_plan, entry.call))
 
-    def _taken_apart(self, entry: _ListEntry, outcome: Any) -> Any:
+    def _taken_apart(self, entry: Entry, members: list[Entry], outcome: Any) -> Any:
         """Give items what an attempt made of them; returns what that means for the call.
 
         The call goes on for those of which it returned an exception that is to be retried.
         """
-        members = list(entry.members)
         entry.members = dict.fromkeys(members)
         values: Any = outcome if outcome.__class__ is Failed else _values(self._plan.name, outcome, len(members))
         if values.__class__ is Failed:
@@ -503,16 +495,15 @@ class Scheduler:
             return values
         return Failed(next(error for error in (*entry.members.values(), *errors.values()) if error is not None))
 
-    def _is_retried(self, entry: _ListEntry, error: Exception) -> bool:
+    def _is_retried(self, entry: Entry, error: Exception) -> bool:
         try:
             verdict = self._call_plan.retry.judge(self._call_plan, entry.call, Failed(error))
         except Exception:  # noqa: BLE001 - the user's predicate: the flow of the call will meet it, too, and end with it
             return True
         return verdict is not None and verdict.again
 
-    def _list_ended(self, entry: _ListEntry, outcome: Any) -> None:
+    def _list_ended(self, entry: Entry, members: list[tuple[Entry, Exception | None]], outcome: Any) -> None:
         """Give those items what the call has ended with that have no result: each its own error, or all the same."""
-        members = list(entry.members.items())
         if not members:
             return
         if outcome.__class__ is not Failed:
@@ -529,7 +520,7 @@ class Scheduler:
             text = f"opero: this was item {entry.index} of the map, and {len(members) - 1} more in one list"
             add_note(outcome.error, text, instead_of="opero: this was item ")
 
-    def _give(self, entry: _ListEntry, member: Entry, outcome: Any) -> None:
+    def _give(self, entry: Entry, member: Entry, outcome: Any) -> None:
         member.call.attempts = entry.call.attempts
         self._advance(member, outcome)
 
@@ -554,7 +545,7 @@ class Scheduler:
         if entry.attempt is None:
             return entry.item
         place = len(self._shape.head)
-        if isinstance(entry, _ListEntry):
+        if entry.members is not None:
             item: Any = [member.item for member in entry.members]
         else:
             item = entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
@@ -662,7 +653,9 @@ class Scheduler:
         if entry is not None and entry.flow is not None:
             if entry.attempt is not None:
                 entry.attempt.is_last = batch.is_last
-            self._advance(entry, self._taken_apart(entry, outcome) if isinstance(entry, _ListEntry) else outcome)
+            if entry.members is not None:
+                outcome = self._taken_apart(entry, list(entry.members), outcome)
+            self._advance(entry, outcome)
             return
         index, item = (batch.start + place, batch.items[place]) if entry is None else (entry.index, entry.item)
         if outcome.__class__ is Failed:
