@@ -182,9 +182,8 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
             given = signature.bind_partial(*self._head, None, *rest, **kwargs).arguments
         except TypeError:
             return ""
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        missing = [n for n, p in signature.parameters.items() if n not in given and p.default is p.empty]
-        missing = [n for n in missing if signature.parameters[n].kind in positional]
+        positional = [p for p in signature.parameters.values() if p.kind <= p.POSITIONAL_OR_KEYWORD]
+        missing = [p.name for p in positional if p.name not in given and p.default is p.empty]
         if not missing:
             return ""
         name = self.plan.name.rpartition(".")[2]

@@ -85,10 +85,6 @@ class Entry:
     members: dict[Entry, Exception | None] | None = None
 
 
-# When, for the order of those that are due together, what.
-_Timer = tuple[float, int, "Callable[[], None]"]
-
-
 class Wait(NamedTuple):
     """Step of a map: wait for events, at most so many seconds of opero's clock, or real ones; sent back: the events."""
 
@@ -155,10 +151,10 @@ class Scheduler:
         # All items that have a flow; how many of them wait for time or others, and how many of these for a turn.
         self._flying: set[Entry] = set()
         self._waiting = self._awaiting_turns = 0
-        # What is to be done later, by opero's clock and by real time.
-        self._timers: list[_Timer] = []
-        self._real_timers: list[_Timer] = []
+        # What is to be done when (at the same time, in order); how many pauses there are in which no time is skipped.
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._ticks = itertools.count()
+        self._real_pauses = 0
         # Items that wait for a worker to be ready before they take a slot, for the cache's store, for a free worker.
         self._preparing: deque[Entry] = deque()
         self._consulting: list[tuple[Entry, Consult]] = []
@@ -253,15 +249,13 @@ class Scheduler:
         due = [0.0] if self._source.is_late else []
         if self._timers:
             due.append(self._timers[0][0] - clock.now())
-        if self._real_timers:
-            due.append(self._real_timers[0][0] - time.monotonic())
         if self._watched:
             due.append(min(min(batch.look_at, batch.ends_at) for batch in self._watched) - time.monotonic())
         if self._plan.total_timeout is not None:
             deadlines = (entry.call.deadline for entry in (*self._ready, *self._preparing))
             due += [deadline - clock.now() for deadline in deadlines if deadline is not None]
         # What a worker or another process does takes real time, in which no time is skipped.
-        is_real = bool(self._sent or self._preparing or self._real_timers)
+        is_real = bool(self._sent or self._preparing or self._real_pauses)
         seconds = min(due, default=math.inf)
         return Wait(None if seconds == math.inf else max(0.0, seconds), is_real)
 
@@ -297,9 +291,9 @@ class Scheduler:
 
     def _keep_time(self) -> None:
         """Do what is due; call off what is too late for a worker, and the next one if its circuit is open."""
-        for timers, now in ((self._timers, clock.now()), (self._real_timers, time.monotonic())):
-            while timers and timers[0][0] <= now:
-                heapq.heappop(timers)[2]()
+        now = clock.now()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2]()
         if self._plan.total_timeout is not None:
             for waiting in (self._ready, self._preparing):
                 for entry in [entry for entry in waiting if _is_late(entry)]:
@@ -333,7 +327,6 @@ class Scheduler:
         The pool is stopped by the driver.
         """
         self._timers.clear()
-        self._real_timers.clear()
         for entry in self._flying:
             if entry.arrival is not None:
                 entry.arrival.notify(None)
@@ -413,8 +406,8 @@ class Scheduler:
                 self._call_for_many()
         elif isinstance(step, Pause):
             self._waiting += 1
-            timers, now = (self._real_timers, time.monotonic()) if step.is_real else (self._timers, clock.now())
-            heapq.heappush(timers, (now + step.seconds, next(self._ticks), lambda: self._resume(entry)))
+            self._real_pauses += step.is_real
+            self._do_later(step.seconds, lambda: self._resume(entry, is_real=step.is_real))
         else:
             self._waiting += 1
             self._awaiting_turns += step.is_turn
@@ -422,8 +415,12 @@ class Scheduler:
             step.notify(lambda: self._inbox.put(entry))
             self._look_for_arrival(entry)
 
-    def _resume(self, entry: Entry) -> None:
+    def _do_later(self, seconds: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (clock.now() + seconds, next(self._ticks), action))
+
+    def _resume(self, entry: Entry, *, is_real: bool = False) -> None:
         self._waiting -= 1
+        self._real_pauses -= is_real
         self._advance(entry, None)
 
     def _look_for_arrival(self, entry: Entry) -> None:
@@ -433,8 +430,7 @@ class Scheduler:
         if not arrival.poll():
             due = arrival.due_in()
             if due is not None:
-                timer = clock.now() + due, next(self._ticks), lambda: self._look_for_arrival(entry)
-                heapq.heappush(self._timers, timer)
+                self._do_later(due, lambda: self._look_for_arrival(entry))
             return
         entry.arrival = None
         arrival.notify(None)
