@@ -48,11 +48,8 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "dask": ("client", "address", "resources", "priority", "restart_workers"),
     "ray": ("address", "init", "num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy"),
 }
-# The library that a mode needs, and the extra that brings it.
-_NEEDED: Mapping[str, tuple[str, str]] = {
-    "dask": ("distributed", "dask"),
-    "ray": ("ray", "ray"),
-}
+# The library that a mode needs; an extra of the mode's name brings it.
+_NEEDED: Mapping[str, str] = {"dask": "distributed", "ray": "ray"}
 
 
 def _check_start_method(name: str, method: Any) -> None:
@@ -182,9 +179,9 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
     if {"client", "address"} <= options.keys():
         msg = "pool_options has 'client' and 'address', which say the same; leave one of them out"
         raise ValueError(msg)
-    library, extra = _NEEDED.get(mode, ("", "")) if isinstance(mode, str) else ("", "")
-    if library and importlib.util.find_spec(library) is None:
-        msg = f"mode={mode!r} needs {library}; install it with: pip install 'opero[{extra}]'"
+    library = _NEEDED.get(mode) if isinstance(mode, str) else None
+    if library is not None and importlib.util.find_spec(library) is None:
+        msg = f"mode={mode!r} needs {library}; install it with: pip install 'opero[{mode}]'"
         raise ImportError(msg)
 
 

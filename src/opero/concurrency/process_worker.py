@@ -330,4 +330,6 @@ async def _run_one(parent: Parent, work: Work, number: int, payload: memoryview)
         except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
             errors[0] = error
         report = Report([value], errors, time.perf_counter() - started)
-    parent.report(number, report)
+    # Without a parent there is nobody to report to, nor to log to that nobody has asked for this error.
+    with contextlib.suppress(OSError):
+        parent.report(number, report)
