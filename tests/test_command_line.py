@@ -16,7 +16,6 @@ import stat
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
@@ -392,31 +391,6 @@ def test_wrong_arguments_are_an_error(command, arguments):
 
 
 # What cannot be read or written
-
-
-def ended_by(shell, home, *arguments, unbuffered=""):
-    """The exit status of the command, in a pipeline or with its output led elsewhere, and what it wrote to stderr."""
-    environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "caches"), "PYTHON": sys.executable}
-    environment["PYTHONUNBUFFERED"] = unbuffered
-    source = f'set -o pipefail; "$PYTHON" -W error -m opero {" ".join(arguments)} {shell}'
-    ended = subprocess.run(
-        ["bash", "-c", source], env=environment, capture_output=True, check=False, text=True, timeout=60
-    )
-    return ended.returncode, ended.stderr
-
-
-# argparse is silent about its own help: that is never told where it is written at once.
-@pytest.mark.parametrize(("arguments", "unbuffered"), [([], ""), ([], "1"), (["--help"], "")])
-def test_a_reader_that_goes_away_ends_it_quietly(home, arguments, unbuffered):
-    code, told = ended_by("| (exec <&-)", home, *arguments, unbuffered=unbuffered)
-    assert (code, told) == (1, "")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=" ".join)
-def test_output_that_cannot_be_written_is_told_in_one_line(home, arguments):
-    code, told = ended_by("> /dev/full", home, *arguments)
-    assert (code, told) == (1, "python -m opero: the output: No space left on device\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--clear", "app.price"]], ids=" ".join)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import io
-import os
 import platform
 import sys
 from typing import TYPE_CHECKING, Any
@@ -160,24 +158,5 @@ def _say(text: str, stream: Any = None) -> None:
     print(text, file=stream or sys.stdout)
 
 
-def _end_to_end() -> int:
-    """The command, whatever becomes of what it writes."""
-    try:
-        try:
-            return main()
-        finally:
-            # Not when Python ends, where it could only be told with a traceback that this failed.
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except OSError as error:
-        if sys.stdout is not None:
-            # For what is still in the buffer.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            with contextlib.suppress(OSError):
-                _say(f"python -m opero: {error.filename or 'the output'}: {error.strerror}", sys.stderr)
-        return _FAILED
-
-
 if __name__ == "__main__":
-    sys.exit(_end_to_end())
+    sys.exit(main())
