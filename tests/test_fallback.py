@@ -456,6 +456,32 @@ def test_with_a_cooldown_the_one_that_failed_first_is_tried_first(world, fake_cl
     assert service.asked == ["b", "c", "a", "c", "b", "a"]
 
 
+def revoked_and_flaky(world, failures, **options):
+    """A function of a key that is revoked and of others, each of which fails as often as ``failures`` says."""
+    asked = []
+
+    def ask(key):
+        asked.append(key)
+        if key == "revoked":
+            raise PermissionError
+        if failures.get(key, 0):
+            failures[key] -= 1
+            raise LookupError
+        return key
+
+    options = {"retries": 2, "min_delay": 0.1, **options}
+    options |= {"arg_fallback": "key", "fallback_cooldown": 600, "retry_on": LookupError}
+    return opero(**options)(world.define(ask)), asked
+
+
+def test_those_that_failed_for_a_while_come_before_those_that_were_given_up(world, fake_clock):
+    function, asked = revoked_and_flaky(world, {"flaky": 1}, retries=0)
+    world.run(function, ["revoked", "flaky", "good"])
+    fake_clock.tick(1)
+    world.run(function, ["revoked", "flaky"])
+    assert asked == ["revoked", "flaky", "good", "flaky"]
+
+
 def test_a_longer_rest_is_not_cut_short_by_a_later_failure(world, fake_clock):
     service = Service("b")
     rests = [30, 1]

@@ -30,7 +30,8 @@ class FallbackOverParameter:
 
     A list or tuple, or what `opero.core.candidates` makes, holds candidates; any other value, text included, is the
     only one. All calls know which candidates rest: those that asked for it, for as long as they did, and with a
-    ``cooldown`` all that failed, for so many seconds.
+    ``cooldown`` all that failed, for so many seconds. Those that were given up, by an error that is not retried, come
+    after the others: with a key that was revoked nothing is won.
     """
 
     def __init__(self, slot: ParameterSlot, function_name: str, cooldown: float | None) -> None:
@@ -39,8 +40,8 @@ class FallbackOverParameter:
         self.slot = slot
         self._function_name = function_name
         self._cooldown = cooldown or 0.0
-        # Until when a value rests.
-        self._rests: dict[Any, float] = {}
+        # Whether it was given up, and until when it rests.
+        self._rests: dict[Any, tuple[bool, float]] = {}
         self._most: int | None = None
         self._lock = ForkSafeLock()
 
@@ -81,26 +82,27 @@ class FallbackOverParameter:
         """The arguments with this value."""
         return (args, kwargs) if value is MISSING else self.slot.put(args, kwargs, value)
 
-    def failed(self, value: Any, asked_for: float | None) -> None:
-        """Put a candidate to rest, for as long as it asked for or the cooldown lasts."""
+    def failed(self, value: Any, asked_for: float | None, *, again: bool = True) -> None:
+        """Put a candidate to rest, for as long as it asked for or the cooldown lasts; not ``again``: for good."""
         seconds = max(self._cooldown, asked_for or 0.0)
         if not seconds:
             return
         key, now = identity_of(value), clock.now()
         with self._lock.lock:
-            self._rests = {other: until for other, until in self._rests.items() if until > now}
-            self._rests[key] = max(now + seconds, self._rests.get(key, 0.0))
+            self._rests = {other: rest for other, rest in self._rests.items() if rest[1] > now}
+            _, before = self._rests.get(key, (False, 0.0))
+            self._rests[key] = not again, max(now + seconds, before)
 
-    def rests_until(self, value: Any) -> float | None:
-        """When a candidate may be tried again in its turn; None if it does not rest."""
-        until = self._rests.get(identity_of(value)) if self._rests else None
-        return None if until is None or until <= clock.now() else until
+    def rest_of(self, value: Any) -> tuple[bool, float] | None:
+        """Whether a candidate was given up, and until when it rests, if it does."""
+        rest = self._rests.get(identity_of(value)) if self._rests else None
+        return None if rest is None or rest[1] <= clock.now() else rest
 
     def awake(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that do not rest, in their order; if all do, the one that wakes first."""
-        rests = [(self.rests_until(candidate.value), candidate) for candidate in candidates]
-        awake = [candidate for until, candidate in rests if until is None]
-        return awake or [min(rests, key=lambda each: each[0] or 0.0)[1]]
+        """Those that do not rest, in their order; if all do, the one to be tried first."""
+        rests = [(self.rest_of(candidate.value), candidate) for candidate in candidates]
+        awake = [candidate for rest, candidate in rests if rest is None]
+        return awake or [min(rests, key=lambda each: each[0] or (False, 0.0))[1]]
 
 
 def fallback_policy(

@@ -345,7 +345,7 @@ class _Layers:
             self.candidates.remove(candidate)
         candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
         if verdict.rests:
-            fallback.failed(candidate.value, verdict.delay)
+            fallback.failed(candidate.value, verdict.delay, again=verdict.again)
 
     def _under_way(self, begun: Any) -> Any:
         """A generator that has begun keeps its place until it ends or is closed."""
@@ -407,7 +407,7 @@ class _Layers:
             self.deadline,
             is_over=lambda: _is_shut(passage) or (own is not None and self._gives_way(candidate)),
             listen=None if passage is None else passage.breaker.listen,
-            is_turn=own is None or not self.errors or own.rests_until(candidate.value) is None,
+            is_turn=own is None or not self.errors or own.rest_of(candidate.value) is None,
         )
         waited = clock.now() - asked
         plan.stats.waited.add(waited)
