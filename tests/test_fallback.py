@@ -18,7 +18,7 @@ from opero.core.clock import clock
 from opero.core.fallback import fallback_policy
 from opero.core.flow import call_flow
 from opero.core.limits.rates import parse_rates
-from opero.core.per import Per
+from opero.core.parameters import Per
 from opero.core.plan import Call, Plan
 from opero.core.rate_limit import limit_policy
 from opero.core.retry import RetryPolicy

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opero.core.checks import Duration
-    from opero.core.parameters import ParameterSlot
-    from opero.core.per import Per
+    from opero.core.parameters import ParameterSlot, Per
 
 _MOST_KEPT = 1_000
 

@@ -23,7 +23,7 @@ from opero.core.limits.line import ONE, Line, Wants, take
 from opero.core.limits.per_value import PerValue
 from opero.core.limits.rates import CALLS, Rate, Rates, parse_rates
 from opero.core.limits.scope import Scope
-from opero.core.per import Per
+from opero.core.parameters import Per
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import kind_of, shown

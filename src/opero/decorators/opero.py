@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opero.core.breaker import Breaker
     from opero.core.cache import Cache, ResultCache
     from opero.core.checks import Duration
-    from opero.core.per import Per
+    from opero.core.parameters import Per
     from opero.core.rate_limit import Limits, PerOption
     from opero.core.retry import RetryOn
     from opero.core.stores.settings import Backend
@@ -122,7 +122,7 @@ def _policies(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, 
     policies: dict[str, Any] = {}
     per: Per | None = None
     if given["per"] is not None:
-        from opero.core.per import Per
+        from opero.core.parameters import Per
 
         per = Per(function, given["per"])
     if given["cache"] is not False:

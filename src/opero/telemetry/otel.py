@@ -17,7 +17,7 @@ from opero.events import (
     SlotWaited,
     on_event,
 )
-from opero.telemetry.naming import CANCELLED, function_name, outcome_of, type_name
+from opero.telemetry import CANCELLED, function_name, outcome_of, type_name
 
 try:
     from opentelemetry import metrics, trace

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from opero.core.forks import ForkSafeLock
 from opero.events import AttemptStarted, CacheHit, CallDone, RetryPlanned, SlotWaited, on_event
-from opero.telemetry.naming import function_name, outcome_of
+from opero.telemetry import function_name, outcome_of
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram

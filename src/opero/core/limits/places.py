@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from contextvars import Token
 
     from opero.core.breaker import Passage
-    from opero.core.per import Per
+    from opero.core.parameters import Per
 
 # No process could have more executions under way than that.
 _MOST = 1_000_000
