@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 from opero.core.candidates import Candidates, CandidatesFrom
@@ -15,6 +14,7 @@ from opero.core.parameters import ParameterSlot
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, name_of
+from opero.events import switches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,14 +42,7 @@ class FallbackOverParameter:
         self._cooldown = cooldown or 0.0
         # Whether it was given up, and until when it rests.
         self._rests: dict[Any, tuple[bool, float]] = {}
-        self._most: int | None = None
         self._lock = ForkSafeLock()
-
-    def first_only(self) -> FallbackOverParameter:
-        """The same without a second candidate: the function still gets one value."""
-        first = copy.copy(self)
-        first._most = 1  # noqa: SLF001 - of this class
-        return first
 
     def values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         given = self.slot.get(args, kwargs)
@@ -63,7 +56,8 @@ class FallbackOverParameter:
                 "give at least one candidate"
             )
             raise ValueError(msg)
-        return list(given[: self._most])
+        # Disabled, the function still gets one value.
+        return list(given[:1] if switches.is_disabled else given)
 
     def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments with the first candidate; None if that cannot be told at once."""

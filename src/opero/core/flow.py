@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
-# How often an item of a map looks whether a circuit has been tried, in parts of the circuit's recovery.
-_TRIAL_LOOKS = 0.1
+# How often an item of a map looks whether a circuit has been tried: in parts of its recovery, and in seconds.
+_PART_OF_RECOVERY, _SHORTEST_LOOK = 0.1, 0.1
 # No attempt could end otherwise, unless a TypeError is the function's own.
 FINAL_ERRORS = (MisuseError, NotTransferableError, TypeError)
 
@@ -228,7 +228,8 @@ class _Layers:
         waits = [breaker.wait_of(c.args, c.kwargs) or 0.0 for c in self.candidates]
         if math.inf in waits:
             # Nobody knows when a trial that is under way will end.
-            return Pause(min(_TRIAL_LOOKS * breaker.shared.recovery, self.deadline - now))
+            look = max(_PART_OF_RECOVERY * breaker.shared.recovery, _SHORTEST_LOOK)
+            return Pause(min(look, self.deadline - now))
         return None if now + min(waits) > self.patient_until else Pause(min(waits))
 
     def breaker(self, candidate: Candidate) -> Generator[Any, Any, Any]:

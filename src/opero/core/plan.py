@@ -91,8 +91,7 @@ class Plan:
     @property
     def bare(self) -> Plan:
         """The same function without any policy, for the time in which opero is disabled."""
-        fallback = None if self.fallback is None else self.fallback.first_only()
-        return Plan(self.function, self.retry.one_round(), fallback=fallback, stats=self.stats)
+        return Plan(self.function, self.retry.one_round(), fallback=self.fallback, stats=self.stats)
 
     def changed(self, **changes: Any) -> Plan:
         """The same with other values of these attributes."""
