@@ -310,10 +310,10 @@ def _decoration_made_by(factory: Callable[..., Any], options: dict[str, Any], fu
     return factory(**options)(function).__opero__
 
 
-def decorated(plan: Plan, recipe: Recipe) -> Callable[..., Any]:
+def decorated(plan: Plan, recipe: Recipe) -> Any:
     """The function that the user gets; ``recipe`` makes it again from the bare one."""
     decoration = Decoration(plan, recipe)
-    made = wrap(decoration)
+    made: Any = wrap(decoration)
     like: Any = innermost(plan.function)
     if like is not plan.function:
         made.__name__, made.__qualname__ = plan.name.rpartition(".")[2], plan.name
@@ -321,22 +321,17 @@ def decorated(plan: Plan, recipe: Recipe) -> Callable[..., Any]:
     # Copied from what the function wraps, it would hide what is really taken; `inspect` follows `__wrapped__`.
     made.__dict__.pop("__signature__", None)
     made.__dict__["__opero__"] = decoration
-    _attach(made, decoration)
-    return made
-
-
-def _attach(made: Any, decoration: Decoration) -> None:
-    """What is known from `functools`, on the function itself."""
     # Here, since `import opero` does not need it.
     from opero.core.parameters import first_parameter
 
-    first = first_parameter(decoration.function)
+    first = first_parameter(plan.function)
     its: Control[..., Any] = Control(decoration, missing=first if first in {"self", "cls"} else None)
     made.stats, made.with_options = its.stats, its.with_options
-    if decoration.plan.cache is not None:
-        # On others they would hide those of `functools.lru_cache` above.
+    if plan.cache is not None:
+        # What is known from `functools`; on others it would hide that of `functools.lru_cache` above.
         made.cache_info, made.cache_clear = its.cache_info, its.cache_clear
         made.cache_delete, made.cache_refresh = its.cache_delete, its.cache_refresh
+    return made
 
 
 def decorator(name: str, make_plan: Callable[[Callable[..., Any]], Plan], recipe: Recipe) -> Callable[[F], F]:
