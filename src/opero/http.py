@@ -104,7 +104,8 @@ def retry_after(error: Exception) -> bool | float | Answer:
     431, 451
     401, 402, 403 and other 4xx; codes of a key that is       False: not with this candidate, which rests
     invalid, expired or used up (openai's 429
-    ``insufficient_quota``)
+    ``insufficient_quota``); a certificate of the server
+    that is not valid
     Anything else                                             False
     ========================================================  ==========================================================
 
@@ -145,7 +146,7 @@ def _judged(error: BaseException) -> bool | float | Answer | None:
     status, headers = _answer(error)
     is_no_answer = any(name in _NO_ANSWER.get(library, ()) for library, name in _names(error))
     if status is None and (is_no_answer or isinstance(error, (ConnectionError, TimeoutError))):
-        return True
+        return not _is_about_a_certificate(error)
     codes = _codes(error)
     is_passing = not _PASSING_CODES.isdisjoint(codes)
     if status is None or status < HTTPStatus.BAD_REQUEST:
@@ -160,6 +161,15 @@ def _judged(error: BaseException) -> bool | float | Answer | None:
     if is_passing:
         return True
     return GIVE_UP if status in _ABOUT_THE_REQUEST else False
+
+
+def _is_about_a_certificate(error: BaseException) -> bool:
+    """Whether there was no connection since the server's certificate is not valid, which it will not be soon."""
+    try:
+        # What OpenSSL calls it, which all clients pass on; some hide the error itself.
+        return any("CERTIFICATE_VERIFY_FAILED" in str(link) for link in _causes(error))
+    except Exception:  # noqa: BLE001 - an error without a text
+        return False
 
 
 def _answer(error: BaseException) -> tuple[int | None, Any]:
