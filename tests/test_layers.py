@@ -11,6 +11,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import anyio
 import pytest
 import tenacity
 
@@ -622,6 +623,52 @@ def test_what_failed_after_a_task_group_has_failed_is_retried(options):
 
     with pytest.raises((ConnectionError, RejectedResultError)):
         asyncio.run(gather())
+    assert len(tries) == 3
+
+
+async def limited_by_asyncio():
+    async with asyncio.timeout(0.001):
+        await asyncio.Event().wait()
+
+
+async def limited_by_waiting():
+    await asyncio.wait_for(asyncio.Event().wait(), 0.001)
+
+
+async def limited_by_anyio():
+    with anyio.fail_after(0.001):
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("options", [{}, {"total_timeout": 100}], ids=str)
+@pytest.mark.parametrize("limited", [limited_by_asyncio, limited_by_waiting, limited_by_anyio])
+@pytest.mark.parametrize("is_over", [False, True], ids=["during the cancellation", "after it"])
+def test_time_limits_within_a_function_are_no_cancellation_in_a_task_that_was_cancelled_before(
+    options, limited, is_over
+):
+    tries = []
+
+    @opero(retries=2, min_delay=0, **options)
+    async def flush():
+        tries.append(1)
+        await limited()
+
+    async def work():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if not is_over:
+                await flush()
+        await flush()
+
+    async def body():
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(TimeoutError):
+            await task
+
+    asyncio.run(body())
     assert len(tries) == 3
 
 
