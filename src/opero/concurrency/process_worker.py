@@ -111,7 +111,8 @@ class Parent:
         self.pipe.close()
 
     def tell(self, kind: Kind, payload: bytes = b"", number: int = 0) -> None:
-        with self._sending:
+        # If it has just died, its pipe will say so.
+        with self._sending, contextlib.suppress(OSError):
             self.pipe.send_bytes(HEADER.pack(kind, number) + payload)
 
     def log(self, record: bytes) -> None:
@@ -330,6 +331,4 @@ async def _run_one(parent: Parent, work: Work, number: int, payload: memoryview)
         except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
             errors[0] = error
         report = Report([value], errors, time.perf_counter() - started)
-    # Without a parent there is nobody to report to, nor to log to that nobody has asked for this error.
-    with contextlib.suppress(OSError):
-        parent.report(number, report)
+    parent.report(number, report)
