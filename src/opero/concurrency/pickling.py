@@ -42,7 +42,6 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
     """Pickles for processes that have some names of the main module.
 
     Args:
-        file: Where to.
         names: Those; None for processes that have all of it, because they were forked, or are the parent.
         reducers: More of those that a pickler's ``dispatch_table`` has.
         buffer_callback: As in `pickle.Pickler`.
@@ -54,7 +53,6 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
 
     def __init__(
         self,
-        file: io.BytesIO,
         names: frozenset[str] | None,
         *,
         reducers: Any = None,
@@ -65,9 +63,15 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             # Before the pickler in C looks for it.
             of_cloudpickle: Any = cloudpickle.Pickler.dispatch_table
             self.dispatch_table: Any = ChainMap(reducers, of_cloudpickle)
-        super().__init__(file, PROTOCOL, buffer_callback=buffer_callback)
+        self.file = io.BytesIO()
+        super().__init__(self.file, PROTOCOL, buffer_callback=buffer_callback)
         self._names = names
         self._is_answer = is_answer
+
+    def dumps(self, thing: Any) -> bytes:
+        """Pickle one more thing; gives all of them."""
+        self.dump(thing)
+        return self.file.getvalue()
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -126,12 +130,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
 
 def report_dumps(thing: Any) -> bytes:
     """Pickle in a worker; in C if that can do it."""
-    try:
+    with contextlib.suppress(Exception):
         return pickle.dumps(thing, PROTOCOL)
-    except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__; below it is raised again
-        file = io.BytesIO()
-        Pickler(file, None, is_answer=True).dump(thing)
-        return file.getvalue()
+    return Pickler(None, is_answer=True).dumps(thing)
 
 
 def _undecorated(module: str, qualname: str, depth: int) -> Any:
@@ -195,22 +196,18 @@ def pack_error(error: Exception) -> bytes:
         error.with_traceback(users_part(error.__traceback__))
         add_note(error, f"{IN_THE_WORKER}{''.join(traceback.format_exception(error)).rstrip()}")
         error.with_traceback(None)
-    file = io.BytesIO()
     try:
-        _ErrorPickler(file).dump(error)
+        return _ErrorPickler().dumps(error)
     except pickle.PicklingError:
         # It comes from hundreds of others.
         link(error, cause=None, context=None, hides_context=error.__suppress_context__)
-        file = io.BytesIO()
-        _ErrorPickler(file).dump(error)
-    return file.getvalue()
+        return _ErrorPickler().dumps(error)
 
 
 class _ErrorPickler(Pickler):
     """Pickles each exception by itself, so that one that cannot travel does not take with it what hangs on it.
 
     Args:
-        file: Where to.
         alone: The one that this pickle is of, if it is of one.
         remakes: That one is made again without its `__init__`, which may take what ``args`` does not hold; and what
             cannot be sent is left out, such as the open response in an `HTTPError`. Its status can be.
@@ -218,8 +215,8 @@ class _ErrorPickler(Pickler):
 
     has_left_out = False
 
-    def __init__(self, file: io.BytesIO, alone: Any = None, *, remakes: bool = False) -> None:
-        super().__init__(file, None, is_answer=True)
+    def __init__(self, alone: Any = None, *, remakes: bool = False) -> None:
+        super().__init__(None, is_answer=True)
         self._alone = alone
         self._remakes = remakes
 
@@ -255,13 +252,12 @@ def _dumps_alone(error: BaseException) -> bytes:
     """The first pickle of it that can be read, and whose text can be shown and is the same."""
     for remakes in (False, True) if _says_how(type(error)) else (True,):
         with contextlib.suppress(Exception):
-            file = io.BytesIO()
-            pickler = _ErrorPickler(file, error, remakes=remakes)
-            pickler.dump(error)
-            copy = loads(file.getvalue())
+            pickler = _ErrorPickler(error, remakes=remakes)
+            data = pickler.dumps(error)
+            copy = loads(data)
             text = str(copy)
             if isinstance(copy, BaseException) and (not pickler.has_left_out or text == str(error)):
-                return file.getvalue()
+                return data
     remote = RemoteError(_story_of(error))
     with contextlib.suppress(Exception):
         remote.error_class = loads(report_dumps(type(error)))

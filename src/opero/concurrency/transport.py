@@ -59,9 +59,8 @@ class Packer:
             NotTransferableError: If something cannot be pickled.
         """
         work, initializer, initargs, finalizer = life
-        file = io.BytesIO()
-        reducers = ForkingPickler(file).dispatch_table if shared is not None else None
-        pickler = Pickler(file, self._names, reducers=reducers, buffer_callback=shared and shared.take)
+        reducers = ForkingPickler(io.BytesIO()).dispatch_table if shared is not None else None
+        pickler = Pickler(self._names, reducers=reducers, buffer_callback=shared and shared.take)
         the_work = f"{name_of(work.function)} or its keyword arguments"
         the_initializer = f"the initializer {initializer and name_of(initializer)} or its initargs"
         for what, is_function, thing in (
@@ -75,7 +74,7 @@ class Packer:
             _or_refuse(what, pickler.dump, thing)
         if shared is not None:
             shared.share()
-        return file.getvalue()
+        return pickler.file.getvalue()
 
     def arguments(self, work: Work) -> bytes:
         """Pickle what all calls of a map have in common, for workers that have the function.
@@ -103,9 +102,7 @@ class Packer:
                 data = pickle.dumps(thing, PROTOCOL)
                 if self._names is None or _MENTIONS_MAIN not in data:
                     return data
-        file = io.BytesIO()
-        Pickler(file, self._names).dump(thing)
-        return file.getvalue()
+        return Pickler(self._names).dumps(thing)
 
 
 def _or_refuse(what: str, pickle_it: Callable[[Any], T], thing: Any) -> T:
