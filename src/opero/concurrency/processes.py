@@ -255,8 +255,8 @@ class ProcessPool(Pool):
         atexit.unregister(self.stop)
         self.rest()
         if self._multi_pool is not None:
-            multi_pool, self._multi_pool = self._multi_pool, None
-            multi_pool.__exit__(None, None, None)
+            self._multi_pool.__exit__(None, None, None)
+            self._multi_pool = None
 
     # What twat-mp's `MultiPool` asks of a pool when it is left
 
