@@ -419,7 +419,7 @@ def test_workers_that_are_replaced_after_so_many_items_are_in_a_block_too(proces
 
 
 INTERRUPTED = """
-    import multiprocessing, threading
+    import os, threading
     from opero import opmap
 
     @opmap(mode=MODE, workers=2, progress=False, retries=0)
@@ -432,10 +432,11 @@ INTERRUPTED = """
     if __name__ == "__main__":
         try:
             with work.pool():
-                say(len(work.run([0, 0])))
+                workers = work.run([0, 0])
+                say(len(workers))
                 work.run([1, 1])
         except KeyboardInterrupt:
-            left = len(multiprocessing.active_children())
+            left = sum(os.path.exists(f"/proc/{pid}") for pid in workers)
             say(("interrupted", left, threading.active_count()))
 """
 
