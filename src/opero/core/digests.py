@@ -450,7 +450,12 @@ _REDUCERS = frozenset({"__reduce_ex__", "__reduce__", "__getstate__"})
 def _reduction(value: Any) -> Any:
     try:
         registered = copyreg.dispatch_table.get(type(value))
-        return value.__reduce_ex__(_PROTOCOL) if registered is None else registered(value)
+        if registered is not None:
+            return registered(value)
+        if hasattr(type(value), "__getattr__"):
+            # Pickle's look for what is not set changes some the first time, such as the datasets of xarray.
+            value.__reduce_ex__(_PROTOCOL)
+        return value.__reduce_ex__(_PROTOCOL)
     except RecursionError:
         raise
     except Exception as error:
