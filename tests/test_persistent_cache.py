@@ -1177,6 +1177,20 @@ def test_without_cache_dir_the_cache_lies_in_the_users_cache_folder_and_nowhere_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["program0.py", "users"]
 
 
+@pytest.mark.parametrize("folder", ["cache", "~/cache"])
+def test_a_folder_stays_the_same_when_the_working_directory_changes(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    f = opero.opero(cache=opero.Cache(backend="disk", cache_dir=folder))(len)
+    f("a")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    f("a")
+    f("b")
+    assert (f.stats.hits, f.stats.cache_errors) == (1, 0)
+    assert (tmp_path / "cache").is_dir()
+
+
 class Exploit:
     """Leaves a file behind when it is unpickled."""
 

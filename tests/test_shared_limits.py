@@ -161,6 +161,13 @@ def test_two_spellings_of_a_folder_are_one(tmp_path, monkeypatch, name):
     assert [one.acquire(timeout=0), other.acquire(timeout=0)] == [True, False]
 
 
+def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = {"scope": "machine", "name": name, "max_burst": 1}
+    one, other = (RateLimiter("1/hour", folder=folder, **options) for folder in ("~/limits", tmp_path / "limits"))
+    assert [one.acquire(timeout=0), other.acquire(timeout=0)] == [True, False]
+
+
 @contextlib.contextmanager
 def locked_by_another(path):
     """Another process keeps the file locked meanwhile."""

@@ -81,7 +81,7 @@ class Scope:
 def _path(option: str, value: Any) -> Path:
     text = check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
     # Known by one name, whatever the working directory will be.
-    return Path(os.path.realpath(text))
+    return Path(text).expanduser().resolve()
 
 
 def _url(option: str, value: Any) -> str:

@@ -72,7 +72,9 @@ def _name(option: str, value: Any) -> str:
 
 
 def _path(option: str, value: Any) -> str:
-    return check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
+    text = check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
+    # The same one, whatever the working directory will be.
+    return os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111 - pathlib takes long to import
 
 
 def _host(option: str, value: Any) -> str:

@@ -71,7 +71,7 @@ def cache_folder(config: Any) -> Path:
     """The folder in which the namespaces of these settings lie; it is not made."""
     name: str = config.get_folder_name()
     if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser() / name
+        return Path(config.cache_dir) / name
     get_cache_path = _import_twat_cache("paths").get_cache_path
     return folder_of_user(lambda: get_cache_path(name, create=False))
 
