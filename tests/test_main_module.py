@@ -858,3 +858,46 @@ def test_the_fork_server_imports_what_the_main_module_does_once_for_all_workers(
     """
     assert run_main(tmp_path, textwrap.dedent(source), way="file") == "[1, 2, 3]\n"
     assert len((tmp_path / "imports").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_module_may_map_its_own_function_while_it_is_imported(tmp_path, method):
+    (tmp_path / "module.py").write_text(
+        textwrap.dedent(f"""
+            import multiprocessing
+            from opero import opmap
+
+            @opmap(workers=2, retries=0, progress=False, pool_options={{"start_method": {method!r}}})
+            def square(x):
+                return x * x
+
+            if multiprocessing.current_process().name == "MainProcess":
+                print(square([1, 2, 3]))
+        """)
+    )
+    assert run_main(tmp_path, "import module", way="-c").split("\n")[-2] == "[1, 4, 9]"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_exit_handler_may_map(tmp_path, method):
+    source = f"""
+        import atexit
+        from opero import opmap
+
+        @opmap(workers=2, retries=0, progress=False, pool_options={{"start_method": {method!r}}})
+        def square(x):
+            return x * x
+
+        if __name__ == "__main__":
+            atexit.register(lambda: print(square([1, 2, 3])))
+    """
+    assert run_main(tmp_path, textwrap.dedent(source), way="file") == "[1, 4, 9]\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_script_maps_under_the_debugger(tmp_path, method):
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(SCRIPT).replace("MODE", MODES[method]))
+    command = [sys.executable, "-m", "pdb", "-c", "continue", path]
+    run = subprocess.run(command, input="quit\n", capture_output=True, text=True, timeout=60, check=False)
+    assert "True 1\n" in run.stdout

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing.heap
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+import opero
 
 HIDE = """
 import asyncio, multiprocessing.connection, multiprocessing.popen_spawn_posix, multiprocessing.resource_tracker
@@ -94,3 +99,23 @@ def test_opero_works_without_what_a_system_lacks(tmp_path, platform):
         assert "scope='machine'" in run.stdout
     else:
         assert "machine\n" in run.stdout
+
+
+@pytest.mark.parametrize("place", ["missing", "read-only"])
+def test_processes_need_no_shared_memory_of_the_system(monkeypatch, tmp_path, place):
+    """AWS Lambda has no /dev/shm, and some containers have one that cannot be written."""
+    if place == "read-only":
+        monkeypatch.setattr(multiprocessing.heap.tempfile, "mkstemp", refuse)
+        monkeypatch.setattr(multiprocessing.heap.Arena, "_dir_candidates", [str(tmp_path)])
+    else:
+        monkeypatch.setattr(multiprocessing.heap.Arena, "_dir_candidates", [str(tmp_path / "nowhere")])
+    total = opero.opmap(workers=2, retries=0, progress=False, pool_options={"start_method": "spawn"})(sum_from)
+    assert total([1, 2], array=np.ones(200_000)) == [199_999, 199_998]
+
+
+def refuse(*args, **kwargs):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def sum_from(start, array):
+    return array[start:].sum()

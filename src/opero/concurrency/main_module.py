@@ -41,7 +41,13 @@ def preloaded_for(module: str, also: str) -> None:
         named = list(vars(sys.modules["__main__"]).values())
         modules |= {value.__name__ for value in named if isinstance(value, ModuleType)}
         modules |= {value.__module__ for value in named if isinstance(value, (type, FunctionType))}
-    forkserver.set_forkserver_preload(["__main__", *(modules & sys.modules.keys() - {*MAINS})])
+    forkserver.set_forkserver_preload(["__main__", *filter(_is_imported, modules - {*MAINS})])
+
+
+def _is_imported(name: str) -> bool:
+    """A module that maps while it is imported would do so in the server, too."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return name in sys.modules and not getattr(spec, "_initializing", False)
 
 
 def _is_imported_again() -> bool:
@@ -57,6 +63,8 @@ def _is_imported_again() -> bool:
 def only_if_it_can_be_imported() -> Iterator[None]:
     """Let new processes import the main module only if its file is there; that of one that is read as input is not."""
     path, main = _path_of_main(), sys.modules["__main__"]
+    # The debugger pdb forgets it, and multiprocessing looks at it.
+    vars(main).setdefault("__spec__", None)
     if path is None or path.exists():
         yield
         return

@@ -19,7 +19,6 @@ import time
 import warnings
 from collections import deque
 from functools import partial
-from multiprocessing.heap import Arena
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import system
@@ -37,7 +36,7 @@ from opero.concurrency.process_worker import (
     mark_in,
     serve,
 )
-from opero.concurrency.transport import Packer, unpack_report
+from opero.concurrency.transport import Packer, arena, unpack_report
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import module_of, name_of
@@ -45,6 +44,7 @@ from opero.exceptions import NotTransferableError, OperoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from multiprocessing.heap import Arena
 
     from opero.concurrency.inbox import Inbox
     from opero.concurrency.worker import Work
@@ -305,7 +305,7 @@ class ProcessPool(Pool):
                 preloaded_for(module_of(self._work.function), serve.__module__)
             ours, theirs = self._context.Pipe()
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
-            worker = Worker(ours, Arena(4), self._most_items)
+            worker = Worker(ours, arena(4), self._most_items)
             self._workers.append(worker)
             try:
                 self._start_process(worker, theirs)

@@ -7,6 +7,8 @@ import io
 import mmap
 import os
 import pickle
+import tempfile
+from multiprocessing.heap import Arena
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -151,13 +153,11 @@ class SharedBuffers:
         """Write the file; multiprocessing chooses its place, in memory if there is room, and gives it no name."""
         if not self._taken:
             return
-        from multiprocessing.heap import Arena
-
         end = 0
         for view in self._taken:
             self._spans.append((end, end + view.nbytes))
             end += view.nbytes + -view.nbytes % _ALIGNMENT
-        self._arena = Arena(end)
+        self._arena = arena(end)
         # Twice as fast as to write to the memory into which it is mapped.
         with open(self._arena.fd, "wb", closefd=False) as file:
             for view, (start, _) in zip(self._taken, self._spans, strict=True):
@@ -171,6 +171,16 @@ class SharedBuffers:
             mapped = memoryview(mmap.mmap(self._arena.fd, self._arena.size, flags=mmap.MAP_PRIVATE))
             for start, stop in self._spans:
                 yield mapped[start:stop]
+
+
+def arena(size: int) -> Arena:
+    """Memory of multiprocessing for processes that it starts; a file where it finds no place, such as in AWS Lambda."""
+    try:
+        return Arena(size)
+    except OSError:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(size)
+            return Arena(size, os.dup(file.fileno()))
 
 
 def pack_report(report: Report) -> bytes:
