@@ -1353,3 +1353,44 @@ def test_a_thing_and_its_copy_have_one_key(value):
         reject()  # it has something that pickle loses
     assume(pickle.dumps(canonical(copied_by_pickle)) == pickle.dumps(canonical(value)))
     assert spelling_of(value) == spelling_of(copied_by_pickle)
+
+
+PROGRAM = """
+import functools, os, sys
+from opero.core.digests import digest_of
+COUNT = 0
+SHIFT = {shift}
+def double(x): return {factor} * x
+class Square:
+    def of(self, x): return x ** {power}
+@functools.lru_cache
+def kept(x): return x + {kept}
+def shifted(x): return x + SHIFT
+def doubled(x): return [double(y) for y in x]
+def squared(x): return Square().of(x)
+def indirect(x): return kept(x) if x else indirect(shifted(x))
+def counting(x):
+    global COUNT
+    COUNT += 1
+    return x
+for function in (shifted, doubled, squared, kept, indirect, counting):
+    counting(1)
+    print(digest_of(function).hex())
+"""
+SAME = {"shift": 1, "factor": 2, "power": 2, "kept": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "differing"),
+    [({}, []), ({"shift": 2}, [0, 4]), ({"factor": 3}, [1]), ({"power": 3}, [2]), ({"kept": 2}, [3, 4])],
+    ids=str,
+)
+def test_a_function_of_a_script_is_told_by_what_it_uses_there(changed, differing):
+    """Two scripts may each have their own, and nobody finds it by name."""
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(**SAME | change)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for change in ({}, changed)
+    ]
+    assert [place for place, pair in enumerate(zip(*digests, strict=True)) if len({*pair}) > 1] == differing

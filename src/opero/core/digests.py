@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import copyreg
+import dis
 import enum
 import functools
 import itertools
@@ -273,9 +274,41 @@ def _parts_of_function(function: Any) -> Iterator[Any]:
             wrapped = getattr(wrapped, "__wrapped__", None)
         return
     yield from _captured_by(function)
+    yield from _found_in_main(function)
     yield _contents((*(function.__defaults__ or ()),))
     yield dict(zip(function.__kwdefaults__ or (), _contents((function.__kwdefaults__ or {}).values()), strict=True))
     yield {name: value for name, value in vars(function).items() if name != "__wrapped__"}
+
+
+def _found_in_main(function: types.FunctionType) -> Iterator[Any]:
+    """The code and the plain values that a function of the main module uses there: another program has others."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [function]
+    while waiting:
+        user = waiting.pop()
+        if not isinstance(user, types.FunctionType) or user in seen:
+            continue
+        seen.add(user)
+        yield user.__code__
+        waiting.append(getattr(user, "__wrapped__", None))
+        known = user.__globals__
+        for name in _names_in(user.__code__) if known.get("__name__") in {"__main__", "__mp_main__"} else ():
+            value = known.get(name)
+            yield (name, value) if type(value) in _LEAVES else name
+            members = vars(value).values() if is_class(value) else [value]
+            waiting += [member.__wrapped__ if isinstance(member, _WRAPPERS) else member for member in members]
+
+
+_WRAPPERS = (classmethod, staticmethod, type(functools.cache(len)))
+
+
+@functools.lru_cache(maxsize=1000)
+def _names_in(code: types.CodeType) -> list[str]:
+    """The names of a module that it reads, and does not assign itself as one that counts its calls does."""
+    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names_in(const))
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    assigned = {name for operation, name in steps if operation == "STORE_GLOBAL"}
+    return sorted({name for operation, name in steps if operation == "LOAD_GLOBAL"}.union(inner) - assigned)
 
 
 def _captured_by(function: types.FunctionType) -> Iterator[Any]:
@@ -423,7 +456,7 @@ def _parts_by_pickle(value: Any) -> Iterator[Any]:
         if find_by_name(module, reduction) is not value:
             msg = f"a {kind.__qualname__} is known by its name only, and not found by that"
             raise UncacheableError(msg)
-        yield from (module, reduction)
+        yield from (module, reduction, getattr(value, "__wrapped__", None))
         return
     maker: Any
     arguments: Any
