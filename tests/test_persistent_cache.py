@@ -1251,6 +1251,14 @@ def test_size_limit_bounds_the_bytes(world, disk_backend):
     assert f.stats.hits == 1
 
 
+def test_the_room_of_large_results_is_given_back(world, disk_backend):
+    f = limited(world, disk_backend, lambda x: b"x" * x)
+    world.run(f, 20_000_000)
+    f.cache_clear()
+    world.run(f, 1)
+    assert sum(path.stat().st_size for path in disk_backend.files()) < 6_000_000
+
+
 @pytest.mark.parametrize(
     ("name", "choice"),
     [

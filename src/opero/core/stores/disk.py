@@ -59,6 +59,7 @@ _EVICT = (
 )
 _EVICTED_AT_ONCE = 10
 _SIZE_LIMIT = 16 * 2**30
+_LARGEST_LOG = 2**22
 # What a hit does to the rank.
 _TOUCH = {
     "fifo": None,
@@ -74,6 +75,8 @@ def connect(folder: Path, namespace: str) -> sqlite3.Connection:
         if _number(connection, "application_id") != _FORMAT:
             _make_tables(connection, namespace)
         connection.execute("PRAGMA synchronous = NORMAL")
+        # The log keeps the size of the largest results otherwise, also when the cache has been cleared.
+        connection.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
     except BaseException:
         connection.close()
         raise
