@@ -26,6 +26,16 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+# Seconds in the units of durations and rates that are told as text.
+UNITS = {
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1.0),
+    **dict.fromkeys(("m", "min", "mins", "minute", "minutes"), 60.0),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600.0),
+    **dict.fromkeys(("d", "day", "days"), 86_400.0),
+    **dict.fromkeys(("w", "week", "weeks"), 604_800.0),
+}
+
+
 def check_seconds(name: str, value: Any, *, zero: bool) -> float:
     """A duration as a finite number of seconds, above 0 or (with ``zero``) not below it."""
     return check_number(name, seconds_of(value), "seconds or a timedelta", smallest=0, exclusive=not zero)

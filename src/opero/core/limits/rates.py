@@ -8,18 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from opero.core.checks import check_count
+from opero.core.checks import UNITS, check_count
 from opero.core.showing import kind_of, shown
 
 Rate = float | str | Sequence[float | str] | Mapping[str, float | str | Sequence[float | str]]
 
 CALLS = "calls"
-_UNITS = {
-    **dict.fromkeys(("s", "sec", "second", "seconds"), 1.0),
-    **dict.fromkeys(("m", "min", "minute", "minutes"), 60.0),
-    **dict.fromkeys(("h", "hour", "hours"), 3600.0),
-    **dict.fromkeys(("d", "day", "days"), 86_400.0),
-}
 _RATE_TEXT = re.compile(r"\s*(?P<count>\d+(?:\.\d+)?)\s*/\s*(?P<times>\d+(?:\.\d+)?)?\s*(?P<unit>[a-z]+)\s*", re.ASCII)
 _MOST = 10_000_000
 # How long a process may be kept from looking without losing slots. A quarter of it would do while nothing else runs; a
@@ -154,7 +148,7 @@ def _parse(rate: Any, option: str) -> _Parsed:
     asked, seconds = rate, 1.0
     if isinstance(rate, str):
         match = _RATE_TEXT.fullmatch(rate)
-        if match is None or match["unit"] not in _UNITS:
+        if match is None or match["unit"] not in UNITS:
             # What has the form of a rate is no secret.
             asked = shown(asked) if match is None else repr(asked)
             msg = (
@@ -162,7 +156,7 @@ def _parse(rate: Any, option: str) -> _Parsed:
                 "'900/15 minutes'"
             )
             raise ValueError(msg)
-        rate, seconds = float(match["count"]), float(match["times"] or 1) * _UNITS[match["unit"]]
+        rate, seconds = float(match["count"]), float(match["times"] or 1) * UNITS[match["unit"]]
     elif isinstance(rate, bool) or not isinstance(rate, (int, float)):
         msg = (
             f"{option}={shown(asked)} is {kind_of(asked)}; write calls per second, text such as '100/minute', or a "

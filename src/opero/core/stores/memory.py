@@ -92,15 +92,8 @@ class MemoryStore:
         self._remove_expired()
         return len(self._entries)
 
-    def copy_of(self, written: bytes) -> Any:
-        """Nothing is written here."""
-        raise NotImplementedError
-
     def close(self) -> None:
         """There is nothing to give back."""
-
-    def complain(self, error: Exception) -> None:
-        """Memory does not fail."""
 
     def _answer(self, request: Request) -> Any:
         if isinstance(request, Lease):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 from weakref import WeakValueDictionary
 
 from opero.core.checks import (
+    UNITS,
     check_callable,
     check_choice,
     check_count,
@@ -287,20 +288,13 @@ def _checked_policy(
 
 
 _LIFETIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
-_UNITS = {
-    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1.0),
-    **dict.fromkeys(("m", "min", "mins", "minute", "minutes"), 60.0),
-    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600.0),
-    **dict.fromkeys(("d", "day", "days"), 86_400.0),
-    **dict.fromkeys(("w", "week", "weeks"), 604_800.0),
-}
 
 
 def check_lifetime(name: str, value: Any, *, zero: bool) -> float:
     """Seconds, told as a number, as a `datetime.timedelta`, or as text with a unit."""
     if isinstance(value, str):
         found = _LIFETIME.fullmatch(value)
-        unit = None if found is None else _UNITS.get(found[2].lower())
+        unit = None if found is None else UNITS.get(found[2].lower())
         if found is None or unit is None:
             msg = f"{name}={shown(value)} is no duration; write seconds, a timedelta, or text like '15 minutes'"
             raise ValueError(msg)
