@@ -19,7 +19,7 @@ from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats
 from opero.core.steps import Consult, Failed, Flow, Pause, leading
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Found, Keep, Lease, managing
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Found, Keep, managing
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
@@ -206,7 +206,7 @@ class ResultCache:
         call.key = key
         flights = self.store.flights
         # Others get the old entry while it is refreshed, and do not wait for that.
-        own = Flight((_REFRESH, key) if call.refreshes else key, call.presence)
+        own = Flight(key, call.presence, stale=self._settings.stale, refreshes=call.refreshes)
         try:
             while True:
                 flight = flights.board(own)
@@ -238,7 +238,6 @@ class ResultCache:
     def delete(self, key: Any) -> bool:
         """Forget one entry; tells whether there was one."""
         self.store.flights.invalidate(key)
-        self.store.flights.invalidate((_REFRESH, key))
         with managing(self.store, "delete from"):
             return bool(self.store.delete(key))
 
@@ -268,12 +267,11 @@ class ResultCache:
         return self._hit(call, outcome if flight.written is None else self.store.copy_of(flight.written))
 
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
-        flights, lease = self.store.flights, Lease(call.key, self._settings.stale)
         claim: Any
         try:
             # Another leader, here or elsewhere, may have stored between this call's look and its boarding.
             try:
-                claim = DONE if call.refreshes else (yield from self._claim(lease, call))
+                claim = DONE if call.refreshes else (yield from self._claim(flight, call))
             except Exception:
                 stats.flown.tick()
                 raise
@@ -281,30 +279,34 @@ class ResultCache:
                 return self._out_of_time(stats)
             if claim.__class__ is Found:
                 stats.hits.tick()
-                flights.land(flight, claim.value, claim.written)
+                self.store.flights.land(flight, claim.value, claim.written)
                 return self._hit(call, claim.value)
             self._note_fault(claim, stats)
             stats.flown.tick()
             call.flight = flight.badge
             outcome = yield from compute()
             if call.is_made_up:
-                flights.land(flight, outcome)
+                self.store.flights.land(flight, outcome)
                 return outcome
-            outcome, life = self._judged(call, outcome)
-            old = lease.old
-            if outcome.__class__ is Failed and old is not None and old.value.__class__ is not Failed:
-                flights.land(flight, old.value, old.written)
-                return self._hit(call, old.value)
-            keep = None
-            if life is not _NOT_KEPT and (claim is CLAIMED or lease.held or call.refreshes):
-                is_error = outcome.__class__ is Failed
-                value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
-                keep = Keep(lease, value, life, flight=flight, stale=stale, patience=call.time_left())
-                self._note_fault((yield from self._ask(keep)), stats)
-            flights.land(flight, outcome, None if keep is None else keep.written)
-            return outcome
+            may_keep = claim is CLAIMED or flight.held or call.refreshes
+            return (yield from self._settle(flight, call, outcome, stats, may_keep=may_keep))
         finally:
-            self.store.let_go(lease)
+            self.store.let_go(flight)
+
+    def _settle(self, flight: Flight, call: Call, outcome: Any, stats: Stats, *, may_keep: bool) -> Flow:
+        """Keep the outcome, or give the old entry in its place, and hand it to those who wait."""
+        outcome, life = self._judged(call, outcome)
+        is_error, old = outcome.__class__ is Failed, flight.old
+        if is_error and old is not None and old.value.__class__ is not Failed:
+            self.store.flights.land(flight, old.value, old.written)
+            return self._hit(call, old.value)
+        keep = None
+        if life is not _NOT_KEPT and may_keep:
+            value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
+            keep = Keep(flight, value, life, stale=stale, patience=call.time_left())
+            self._note_fault((yield from self._ask(keep)), stats)
+        self.store.flights.land(flight, outcome, None if keep is None else keep.written)
+        return outcome
 
     def _judged(self, call: Call, outcome: Any) -> tuple[Any, Any]:
         """The call's outcome, and how long it is to be kept: seconds, None for ever, or `_NOT_KEPT`."""
@@ -331,12 +333,12 @@ class ResultCache:
             return None
         return check_lifetime("what ttl=… returned", said, zero=True) or _NOT_KEPT
 
-    def _claim(self, lease: Lease, call: Call) -> Generator[Any, Any, Any]:
+    def _claim(self, flight: Flight, call: Call) -> Generator[Any, Any, Any]:
         """The store's answer; `BUSY` if time was over while somebody else was computing."""
         look = _FIRST_LOOK
         while True:
-            answer = yield from self._ask(lease)
-            if answer is not BUSY or lease.key in self.store.flights.inherited:
+            answer = yield from self._ask(flight)
+            if answer is not BUSY or flight.place in self.store.flights.inherited:
                 # The parent of this process may be waiting for it: it computes, and leaves storing to the other.
                 return DONE if answer is BUSY else answer
             left = call.time_left()
@@ -362,8 +364,6 @@ class ResultCache:
             self.store.complain(answer)
 
 
-# Stands in the key of a flight that refreshes an entry.
-_REFRESH = object()
 _NOT_KEPT = object()
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from types import TracebackType
 
+    from opero.core.stores.contract import Found
+
 
 class Presence:
     """Whether somebody attends to the flights of a map: while its stream has handed out, nobody does."""
@@ -41,35 +43,65 @@ class Badge:
 
 
 class Flight:
-    """One computation under way."""
+    """One computation under way, and the right to it against other processes that share the store: a lease.
+
+    Attributes:
+        key: Of the entry.
+        place: What it is found by; while an entry is refreshed others compute it, too.
+        is_void: Whether the entry was deleted meanwhile, so that the outcome is not to be stored.
+        written: The outcome as bytes, where results are kept so.
+        traceback: Where the outcome is an error, the way that it had come then.
+        stale: For how many seconds after its end an entry is of use if the call fails.
+        token: Tells the lease from others of the key.
+        held: Whether the lease was claimed and not given back.
+        dropped: Whether it is wanted no more; a thread that is still on its way to claim it then gives it back at once.
+        old: An entry that has ended, not more than ``stale`` seconds ago.
+        seen: How often the store had been cleared when it was claimed.
+    """
 
     __slots__ = (
         "abandoned",
         "badge",
+        "dropped",
+        "held",
+        "is_void",
         "key",
         "landed",
+        "old",
         "outcome",
+        "place",
         "presence",
+        "seen",
         "stale",
         "thread",
+        "token",
         "traceback",
         "wakers",
         "written",
     )
 
-    def __init__(self, key: Any, presence: Presence | None = None) -> None:
+    def __init__(
+        self, key: Any, presence: Presence | None = None, *, stale: float = 0.0, refreshes: bool = False
+    ) -> None:
         self.key = key
+        self.place = (_REFRESH, key) if refreshes else key
         self.presence = presence
         self.badge = Badge()
         self.thread = threading.get_ident()
-        self.landed = False
-        self.abandoned = False
-        self.stale = False
+        self.landed = self.abandoned = self.is_void = False
         self.outcome: Any = None
-        # As bytes, where results are kept so; and where the outcome is an error, the way that it had come then.
         self.written: bytes | None = None
         self.traceback: TracebackType | None = None
         self.wakers: list[Callable[[], None]] = []
+        self.stale = stale
+        self.token = b""
+        self.held = self.dropped = False
+        self.old: Found | None = None
+        self.seen: int | None = None
+
+
+# Stands in the place of a flight that refreshes an entry.
+_REFRESH = object()
 
 
 class Flights:
@@ -92,7 +124,7 @@ class Flights:
 
     def board(self, flight: Flight) -> Flight:
         """The flight that is under way for the key, or else ``flight``, which the caller then has to fly."""
-        return self._under_way.setdefault(flight.key, flight)
+        return self._under_way.setdefault(flight.place, flight)
 
     def land(self, flight: Flight, outcome: Any, written: bytes | None = None) -> None:
         """Give every waiter the outcome."""
@@ -110,9 +142,10 @@ class Flights:
     def invalidate(self, key: Any = None) -> None:
         """What is being computed, for ``key`` or for all, must not be stored; later callers compute anew."""
         under_way = self._under_way.copy()
-        for flight in under_way.values() if key is None else filter(None, [under_way.get(key)]):
-            flight.stale = True
-            self._leave(flight)
+        for flight in under_way.values():
+            if key is None or flight.key == key:
+                flight.is_void = True
+                self._leave(flight)
 
     def _end(self, flight: Flight) -> None:
         self._leave(flight)
@@ -122,8 +155,8 @@ class Flights:
             wake()
 
     def _leave(self, flight: Flight) -> None:
-        if self._under_way.get(flight.key) is flight:
-            self._under_way.pop(flight.key, None)
+        if self._under_way.get(flight.place) is flight:
+            self._under_way.pop(flight.place, None)
 
 
 class Seat:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from opero.core.clock import clock
 from opero.core.faults import Complaints
-from opero.core.flights import Flights
+from opero.core.flights import Flight, Flights
 from opero.core.steps import Failed
 from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from opero.core.faults import Rest
-    from opero.core.flights import Flight
     from opero.core.stores.disk import DiskStore
     from opero.core.stores.memory import MemoryStore
     from opero.core.stores.redis import RedisStore
@@ -37,36 +36,10 @@ FOREVER = float("inf")
 
 
 @dataclass(slots=True, eq=False)
-class Lease:
-    """Request: the entry of a key, or else the right to compute it, against all processes that share the store.
-
-    It is answered by `Found`, `CLAIMED` or `BUSY`. Whoever has asked gives it back in the end, by ``let_go`` of the
-    store.
-
-    Attributes:
-        key: What it is for.
-        stale: For how many seconds after its end an entry is of use if the call fails.
-        token: Tells this lease from others of the key.
-        held: Whether it was claimed and not given back.
-        dropped: Whether it is wanted no more; a thread that is still on its way to claim it then gives it back at once.
-        old: An entry that has ended, not more than ``stale`` seconds ago.
-        seen: How often the store had been cleared when it was claimed.
-    """
-
-    key: Any
-    stale: float = 0.0
-    token: bytes = b""
-    held: bool = False
-    dropped: bool = False
-    old: Found | None = None
-    seen: int | None = None
-
-
-@dataclass(slots=True, eq=False)
 class Keep:
-    """Request: store a result unless it is stale by now, and give the lease back; answered by `DONE`.
+    """Request: store the outcome of a flight unless it is void by now, and give its lease back; answered by `DONE`.
 
-    With a lease that was never claimed it is stored in any case.
+    Where the lease was never claimed it is stored in any case.
 
     Attributes:
         ttl: Seconds that it lives; for ``stale`` more it may be given if the call fails.
@@ -74,10 +47,9 @@ class Keep:
         written: The entry; filled in by stores of bytes, or else why that failed: ``fault``.
     """
 
-    lease: Lease
+    flight: Flight
     value: Any
     ttl: float | None
-    flight: Flight | None = None
     stale: float = 0.0
     patience: float | None = None
     written: bytes | None = None
@@ -88,12 +60,10 @@ class Keep:
         """How long it is to be kept in all."""
         return None if self.ttl is None else self.ttl + self.stale
 
-    @property
-    def is_stale(self) -> bool:
-        return self.flight is not None and self.flight.stale
 
-
-Request = Lease | Keep
+# A flight asks for the entry, or else the right to compute it: answered by `Found`, `CLAIMED` or `BUSY`. Whoever has
+# asked gives that back in the end, by ``let_go`` of the store.
+Request = Flight | Keep
 
 
 @dataclass(slots=True, eq=False)
@@ -206,14 +176,14 @@ class LastingStore:
         """The value of an entry once more."""
         return self._format.loads(written)[0]
 
-    def found(self, lease: Lease, entry: bytes) -> Found | None:
+    def found(self, flight: Flight, entry: bytes) -> Found | None:
         """What was found for a claim; None if it has ended, and is only of use if the call fails."""
         value, ends = self._format.loads(entry)
         found = Found(value, entry)
         ago = clock.wall() - ends
         if ago < 0:
             return found
-        lease.old = found if ago < lease.stale else None
+        flight.old = found if ago < flight.stale else None
         return None
 
     def _write_down(self, keep: Keep) -> None:

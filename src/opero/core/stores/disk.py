@@ -16,13 +16,14 @@ from opero.core.faults import Rest
 from opero.core.forks import hold_forks
 from opero.core.interrupts import Hold
 from opero.core.private_folder import held_private_folder
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, FOREVER, Keep, LastingStore, Lease, slug
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, FOREVER, Keep, LastingStore, slug
 from opero.core.stores.locks import KeyLocks, key_locks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from opero.core.flights import Flight
     from opero.core.stores.contract import Request
     from opero.core.stores.settings import CacheSettings
 
@@ -185,12 +186,12 @@ class DiskStore(LastingStore):
             self._keep(keeps)
         return [self._answer_one(request) for request in requests]
 
-    def let_go(self, lease: Lease) -> None:
+    def let_go(self, flight: Flight) -> None:
         with Hold(), self._lock:
-            lease.dropped = True
-            held, lease.held = lease.held, False
+            flight.dropped = True
+            held, flight.held = flight.held, False
             if held and self._locks is not None:
-                self._locks.release(lease.key)
+                self._locks.release(flight.key)
 
     def failed(self, error: Exception) -> None:
         # What is wrong with one entry is no reason to leave the others alone; a database that cannot be opened is.
@@ -245,30 +246,30 @@ class DiskStore(LastingStore):
 
     def _answer_one(self, request: Request) -> Any:
         if isinstance(request, Keep):
-            self.let_go(request.lease)
+            self.let_go(request.flight)
             return request.fault or DONE
         try:
             return self._claim(request)
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
             return error
 
-    def _claim(self, lease: Lease) -> Any:
+    def _claim(self, flight: Flight) -> Any:
         # A key that is locked and not noted could not be given back.
         with Hold(), self._lock:
             connection = self._open()
-            if self._locks is not None and self._can_write and not lease.dropped:
-                lease.held = self._locks.take(lease.key)
-            if lease.held:
-                lease.seen = _number(connection, _GENERATION)
+            if self._locks is not None and self._can_write and not flight.dropped:
+                flight.held = self._locks.take(flight.key)
+            if flight.held:
+                flight.seen = _number(connection, _GENERATION)
         # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
-        entry = self.read(lease.key)
-        found = None if entry is None else self.found(lease, entry)
+        entry = self.read(flight.key)
+        found = None if entry is None else self.found(flight, entry)
         if found is not None:
-            self.let_go(lease)
+            self.let_go(flight)
             return found
         if not self._can_write:
             return self._not_writable()
-        return CLAIMED if lease.held or lease.dropped else BUSY
+        return CLAIMED if flight.held or flight.dropped else BUSY
 
     def _keep(self, keeps: Sequence[Keep]) -> None:
         """Store many in one transaction."""
@@ -277,11 +278,11 @@ class DiskStore(LastingStore):
             generation, now = _number(connection, _GENERATION), clock.wall()
             connection.execute(_REMOVE_EXPIRED, (now,))
             for keep in keeps:
-                if not keep.is_stale and keep.lease.seen in {None, generation}:
+                if not keep.flight.is_void and keep.flight.seen in {None, generation}:
                     ends = FOREVER if keep.seconds is None else now + keep.seconds
-                    connection.execute(_REMOVE, (keep.lease.key,))
+                    connection.execute(_REMOVE, (keep.flight.key,))
                     rank = 0.0 if self._policy == "lfu" else now
-                    connection.execute(_INSERT, (keep.lease.key, keep.written, ends, rank))
+                    connection.execute(_INSERT, (keep.flight.key, keep.written, ends, rank))
                     self._evict(connection)
 
         patience = [keep.patience for keep in keeps if keep.patience is not None]

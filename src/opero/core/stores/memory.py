@@ -16,10 +16,10 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opero.core.clock import clock
-from opero.core.flights import Flights
+from opero.core.flights import Flight, Flights
 from opero.core.keys import Instance
 from opero.core.steps import Failed
-from opero.core.stores.contract import CLAIMED, DONE, FOREVER, Found, Lease
+from opero.core.stores.contract import CLAIMED, DONE, FOREVER, Found
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ class MemoryStore:
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
-    def let_go(self, lease: Lease) -> None:
+    def let_go(self, flight: Flight) -> None:
         """Nobody outside this process waits for it."""
 
     def delete(self, key: Any) -> bool:
@@ -96,27 +96,27 @@ class MemoryStore:
         """There is nothing to give back."""
 
     def _answer(self, request: Request) -> Any:
-        if isinstance(request, Lease):
+        if isinstance(request, Flight):
             return self._claim(request)
-        if not request.is_stale:
+        if not request.flight.is_void:
             now = clock.now()
             end = FOREVER if request.ttl is None else now + request.ttl
             # An error that is remembered is never found by a quick look, which could only return it.
             entry = (request.value, -FOREVER if request.value.__class__ is Failed else end, end, end + request.stale)
-            self._store(request.lease.key, entry)
-            if request.is_stale and self._entries.get(request.lease.key) is entry:
+            self._store(request.flight.key, entry)
+            if request.flight.is_void and self._entries.get(request.flight.key) is entry:
                 # Somebody has cleared meanwhile.
-                self._remove(request.lease.key)
+                self._remove(request.flight.key)
         return DONE
 
-    def _claim(self, lease: Lease) -> Any:
-        entry = self.look_up(lease.key)
+    def _claim(self, flight: Flight) -> Any:
+        entry = self.look_up(flight.key)
         if entry is None:
             return CLAIMED
         now = clock.now()
         if entry[2] > now:
             return Found(entry[0])
-        lease.old = Found(entry[0]) if entry[2] + lease.stale > now else None
+        flight.old = Found(entry[0]) if entry[2] + flight.stale > now else None
         return CLAIMED
 
     def _store(self, key: Any, entry: Entry) -> None:

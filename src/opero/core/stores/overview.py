@@ -7,7 +7,7 @@ import os
 import sqlite3
 import stat
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opero.core.clock import clock
 from opero.core.private_folder import refuse_unsafe
@@ -15,6 +15,9 @@ from opero.core.stores.contract import slug
 from opero.core.stores.disk import COUNT, DATABASE, connect_to_read
 from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _OPTION = "--cache-dir"
 
@@ -39,7 +42,7 @@ def namespaces_in(root: Path) -> list[Namespace]:
     """
     try:
         refuse_unsafe(root, _OPTION)
-        folders = [Path(entry.path) for entry in os.scandir(root) if _has_database(entry.path)]
+        folders = [folder for folder in root.iterdir() if os.path.lexists(folder / DATABASE)]
     except UnsafeCacheError:
         raise
     except FileNotFoundError:
@@ -48,17 +51,6 @@ def namespaces_in(root: Path) -> list[Namespace]:
         msg = f"the folder {root} cannot be read: {error.strerror}"
         raise OperoError(msg) from error
     return [_namespace(folder) for folder in sorted(folders)]
-
-
-def _has_database(folder: str) -> bool:
-    try:
-        os.lstat(os.path.join(folder, DATABASE))  # noqa: PTH118 - what scandir gives is text
-    except PermissionError:
-        # There may be one: better a line that tells why than none.
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _namespace(folder: Path) -> Namespace:

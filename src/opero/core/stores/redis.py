@@ -14,6 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+from opero.core.flights import Flight
 from opero.core.forks import allow_forks, watch_forks
 from opero.core.redis_server import (
     ANSWER_SECONDS,
@@ -23,7 +24,7 @@ from opero.core.redis_server import (
     server_of,
     server_with,
 )
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Keep, LastingStore, Lease, slug
+from opero.core.stores.contract import BUSY, CLAIMED, DONE, Keep, LastingStore, slug
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,7 +122,7 @@ class RedisStore(LastingStore):
         except BaseException:
             # Ctrl-C: what was asked for may have been granted, and is given back when whoever asked lets it go.
             for request in requests:
-                if isinstance(request, Lease):
+                if isinstance(request, Flight):
                     request.held = True
             raise
 
@@ -138,8 +139,8 @@ class RedisStore(LastingStore):
             self.failed(error)
             return None
 
-    def let_go(self, lease: Lease) -> None:
-        self._keeper.drop(lease)
+    def let_go(self, flight: Flight) -> None:
+        self._keeper.drop(flight)
 
     def failed(self, error: Exception) -> None:
         self.server.failed(error)
@@ -163,43 +164,36 @@ class RedisStore(LastingStore):
         self._keeper.stop()
         self._server = None
 
-    def renew(self, leases: Sequence[Lease]) -> None:
-        """Put the end of leases off."""
-        self._for_each(leases, _RENEW, int(LEASE_SECONDS * 1000))
-
-    def release(self, leases: Sequence[Lease]) -> None:
-        """Give leases back."""
-        self._for_each(leases, _RELEASE)
-
-    def _for_each(self, leases: Sequence[Lease], script: str, *arguments: int) -> None:
-        self.server.perform(
-            [("EVAL", script, 1, self._entry(lease.key) + b":lease", lease.token, *arguments) for lease in leases]
-        )
+    def for_each(self, flights: Sequence[Flight], script: str, *arguments: int) -> None:
+        """Run a script on the lease of each."""
+        if flights:
+            leases = [(self._entry(flight.key) + b":lease", flight.token) for flight in flights]
+            self.server.perform([("EVAL", script, 1, *lease, *arguments) for lease in leases])
 
     def _entry(self, key: bytes) -> bytes:
         # The braces keep entry and lease on one node of a cluster.
         return b"%b:{%b}" % (self._prefix, key.hex().encode())
 
     def _command(self, request: Request) -> tuple[Any, ...]:
-        if isinstance(request, Lease):
+        if isinstance(request, Flight):
             request.token = os.urandom(12).hex().encode()
             return self._claim(request, 0)
-        lease, written = request.lease, request.written
-        entry = self._entry(lease.key)
-        if written is None or request.is_stale:
-            return ("EVAL", _RELEASE, 1, entry + b":lease", lease.token)
+        flight, written = request.flight, request.written
+        entry = self._entry(flight.key)
+        if written is None or request.flight.is_void:
+            return ("EVAL", _RELEASE, 1, entry + b":lease", flight.token)
         milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
-        if lease.token:
-            return ("EVAL", _KEEP, 2, entry, entry + b":lease", lease.token, written, milliseconds)
+        if flight.token:
+            return ("EVAL", _KEEP, 2, entry, entry + b":lease", flight.token, written, milliseconds)
         return ("SET", entry, written, *(("PX", milliseconds) if milliseconds else ()))
 
-    def _claim(self, lease: Lease, has_ended: int) -> tuple[Any, ...]:
-        entry = self._entry(lease.key)
-        return ("EVAL", _CLAIM, 2, entry, entry + b":lease", lease.token, int(LEASE_SECONDS * 1000), has_ended)
+    def _claim(self, flight: Flight, has_ended: int) -> tuple[Any, ...]:
+        entry = self._entry(flight.key)
+        return ("EVAL", _CLAIM, 2, entry, entry + b":lease", flight.token, int(LEASE_SECONDS * 1000), has_ended)
 
     def _understand(self, request: Request, answer: Any) -> Any:
         if isinstance(request, Keep):
-            self._keeper.forget(request.lease)
+            self._keeper.forget(request.flight)
             return answer if isinstance(answer, Exception) else request.fault or DONE
         if isinstance(answer, bytes):
             found = self._found(request, answer)
@@ -213,11 +207,11 @@ class RedisStore(LastingStore):
             self._keeper.hold(request)
         return CLAIMED if answer else BUSY
 
-    def _found(self, lease: Lease, entry: bytes) -> Any:
+    def _found(self, flight: Flight, entry: bytes) -> Any:
         try:
-            return self.found(lease, entry)
+            return self.found(flight, entry)
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
-            self.client.delete(self._entry(lease.key))
+            self.client.delete(self._entry(flight.key))
             return error
 
     def _keys(self) -> Iterator[bytes]:
@@ -234,32 +228,32 @@ class LeaseKeeper:
     def __init__(self, store: RedisStore) -> None:
         # Not to keep a store, and its connections, that nobody uses any more.
         self._store = ref(store)
-        self._held: set[Lease] = set()
-        self._dropped: queue.SimpleQueue[Lease | None] = queue.SimpleQueue()
+        self._held: set[Flight] = set()
+        self._dropped: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         # For the thread's beginning and end. A finalizer may come in its block, and drop leases.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
 
-    def hold(self, lease: Lease) -> None:
+    def hold(self, flight: Flight) -> None:
         """The lease was claimed."""
-        lease.held = True
-        self._held.add(lease)
-        if lease.dropped:
-            self.drop(lease)
+        flight.held = True
+        self._held.add(flight)
+        if flight.dropped:
+            self.drop(flight)
         else:
             self._run()
 
-    def forget(self, lease: Lease) -> None:
+    def forget(self, flight: Flight) -> None:
         """The lease is given back already."""
-        lease.held = False
-        self._held.discard(lease)
+        flight.held = False
+        self._held.discard(flight)
 
-    def drop(self, lease: Lease) -> None:
+    def drop(self, flight: Flight) -> None:
         """Give a lease back in the background; one that is still being claimed, as soon as it is."""
-        lease.dropped = True
-        if lease.held:
-            self.forget(lease)
-            self._dropped.put(lease)
+        flight.dropped = True
+        if flight.held:
+            self.forget(flight)
+            self._dropped.put(flight)
             self._run()
 
     def stop(self) -> None:
@@ -280,7 +274,7 @@ class LeaseKeeper:
 
     def _keep(self) -> None:
         while True:
-            dropped: list[Lease] = []
+            dropped: list[Flight] = []
             with contextlib.suppress(queue.Empty):
                 patience = LEASE_SECONDS / 3 if self._held else _IDLE_SECONDS
                 dropped += filter(None, [self._dropped.get(timeout=patience)])
@@ -294,14 +288,12 @@ class LeaseKeeper:
                     self._thread = None
                     return
 
-    def _tell(self, dropped: Sequence[Lease], held: Sequence[Lease]) -> None:
+    def _tell(self, dropped: Sequence[Flight], held: Sequence[Flight]) -> None:
         store = self._store()
         if store is None:
             return
         try:
-            if dropped:
-                store.release(dropped)
-            if held:
-                store.renew(held)
+            store.for_each(dropped, _RELEASE)
+            store.for_each(held, _RENEW, int(LEASE_SECONDS * 1000))
         except Exception as error:  # noqa: BLE001 - the leases end by themselves
             store.complain(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import threading
@@ -194,12 +195,6 @@ _lock = ForkSafeLock(threading.RLock)
 _lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
-def _is_missing(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is None
-
-
 def cache_settings(
     *,
     ttl: Any = None,
@@ -222,7 +217,7 @@ def cache_settings(
         ModuleNotFoundError: If the backend needs a package that is not installed.
     """
     check_choice(f"{prefix}backend", backend, BACKENDS)
-    if backend == "redis" and _is_missing("redis"):
+    if backend == "redis" and importlib.util.find_spec("redis") is None:
         msg = "cache_backend='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")
     if prefix and ttl is not None:

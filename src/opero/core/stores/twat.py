@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero.core.digests import digest_of
+from opero.core.flights import Flight
 from opero.core.private_folder import folder_of_user
-from opero.core.stores.contract import Found, Keep, Lease, managing
+from opero.core.stores.contract import Found, Keep, managing
 from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
@@ -123,9 +124,9 @@ class CacheEngine:
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value of a key; ``default`` if there is none."""
-        lease = Lease(digest_of(key))
-        answer = self._ask("read from", lease)
-        self._store.let_go(lease)
+        flight = Flight(digest_of(key))
+        answer = self._ask("read from", flight)
+        self._store.let_go(flight)
         self._last_access = time.time()
         if not isinstance(answer, Found):
             self._misses += 1
@@ -135,7 +136,7 @@ class CacheEngine:
 
     def set(self, key: Any, value: Any) -> None:
         """Store a value under a key."""
-        self._ask("write to", Keep(Lease(digest_of(key)), value, self._ttl))
+        self._ask("write to", Keep(Flight(digest_of(key)), value, self._ttl))
         self._last_update = time.time()
 
     # twat-cache's contract has these two in place of `get` and `set`.
