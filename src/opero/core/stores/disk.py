@@ -17,7 +17,7 @@ from opero.core.forks import hold_forks
 from opero.core.interrupts import Hold
 from opero.core.private_folder import held_private_folder
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, FOREVER, Keep, LastingStore, slug
-from opero.core.stores.locks import KeyLocks, key_locks
+from opero.core.stores.locks import KeyLocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -150,6 +150,8 @@ class DiskStore(LastingStore):
 
     def after_fork(self) -> None:
         self._lock = threading.RLock()
+        # What is locked is the parent's.
+        self._locks = None
 
     @property
     def folder(self) -> Path:
@@ -345,7 +347,7 @@ class DiskStore(LastingStore):
                 with held_private_folder(self._root(), self._name, "cache_options={'cache_dir': …}") as folder:
                     self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
                     self._connection = connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
-                    self._locks = self._locks or key_locks(folder)
+                    self._locks = self._locks or KeyLocks(folder)
             except BaseException:
                 # It may have been exchanged while it was opened.
                 self._disconnect()

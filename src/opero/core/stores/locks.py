@@ -7,12 +7,8 @@ ends. Nothing is written, and a forked child holds none of its parent's locks. T
 from __future__ import annotations
 
 import os
-import threading
-import weakref
 from collections import Counter
 from typing import TYPE_CHECKING
-
-from opero.core.forks import ForkSafeLock, watch_forks
 
 try:
     import fcntl
@@ -27,43 +23,37 @@ _OFFSET_BITS = 62
 
 
 class KeyLocks:
-    """The locks of one namespace, for all threads of this process."""
+    """The locks of one store, which lets one thread at a time use them.
+
+    When a file is closed the system frees all locks that the process has on it: a second store of the same folder, with
+    other options, may cost a key one more run in another process.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _FILE
         self._file: int | None = None
-        self._lock = threading.RLock()
         # How often each byte was taken.
         self._takings: Counter[int] = Counter()
-        watch_forks(self)
-
-    def after_fork(self) -> None:
-        """What was locked is the parent's."""
-        self._lock = threading.RLock()
-        self._takings.clear()
-        self._close_if_unused()
 
     def take(self, key: bytes) -> bool:
         """Lock a key unless another process has it; in one process it can be taken more than once."""
         place = _place(key)
-        with self._lock:
-            try:
-                if self._takings[place] or self._lock_byte(place):
-                    self._takings[place] += 1
-                return place in self._takings
-            finally:
-                self._close_if_unused()
+        try:
+            if self._takings[place] or self._lock_byte(place):
+                self._takings[place] += 1
+            return place in self._takings
+        finally:
+            self._close_if_unused()
 
     def release(self, key: bytes) -> None:
         """Give one of the takings back."""
         place = _place(key)
-        with self._lock:
-            self._takings[place] -= 1
-            if self._takings[place] <= 0:
-                del self._takings[place]
-                if self._file is not None:
-                    fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
-            self._close_if_unused()
+        self._takings[place] -= 1
+        if self._takings[place] <= 0:
+            del self._takings[place]
+            if self._file is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+        self._close_if_unused()
 
     def _lock_byte(self, place: int) -> bool:
         if fcntl is None:
@@ -73,7 +63,7 @@ class KeyLocks:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         except (PermissionError, BlockingIOError):
-            # Another process has it; which of the two it is depends on the system.
+            # Another process has it; which of the two errors it is depends on the system.
             return False
         return True
 
@@ -89,17 +79,3 @@ class KeyLocks:
 
 def _place(key: bytes) -> int:
     return int.from_bytes(key[:8], "big") >> (64 - _OFFSET_BITS)
-
-
-_registry_lock = ForkSafeLock(threading.RLock)
-_in_use: weakref.WeakValueDictionary[str, KeyLocks] = weakref.WeakValueDictionary()
-
-
-def key_locks(folder: Path) -> KeyLocks:
-    """The one object for the locks of a folder: closing any descriptor of the file frees all this process's locks."""
-    name = str(folder.resolve())
-    with _registry_lock.lock:
-        found = _in_use.get(name)
-        if found is None:
-            _in_use[name] = found = KeyLocks(folder)
-        return found
