@@ -157,8 +157,8 @@ class ResultCache:
         return found if self.fetch is None else None
 
     def _look_up(self, key: Any) -> tuple[Any, ...] | None:
-        # An event loop is not to wait until it is open; `through` asks in a thread.
-        if self._is_async and not ("store" in self.__dict__ and self.store.is_open):
+        # An event loop is not to wait until it is open, or free; `through` asks in a thread.
+        if self._is_async and not ("store" in self.__dict__ and self.store.is_ready):
             return None
         try:
             found: tuple[Any, ...] | None = self.store.look_up(key)

@@ -163,9 +163,12 @@ class DiskStore(LastingStore):
         return self._rest
 
     @property
-    def is_open(self) -> bool:
-        """Whether a look needs no opening first, which takes long."""
-        return self._connection is not None
+    def is_ready(self) -> bool:
+        """Whether a look needs no opening first, and has to wait for no transaction."""
+        if self._connection is None or not self._lock.acquire(blocking=False):
+            return False
+        self._lock.release()
+        return True
 
     def read(self, key: bytes) -> bytes | None:
         with self._lock:
