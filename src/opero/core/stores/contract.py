@@ -139,15 +139,20 @@ class LastingStore:
         if rest.error is not None and rest.reason() is not None:
             return None
         try:
-            entry = self.read(key)
-            if rest.error is not None:
-                rest.end()
-            return None if entry is None else self.fresh(entry)
+            found = self.find(key)
         except UnsafeCacheError:
             return None
         except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told
             self.failed(error)
             return None
+        if rest.error is not None:
+            rest.end()
+        return found
+
+    def find(self, key: bytes) -> tuple[Any, float] | None:
+        """As `look_up`, but raises what the backend raises."""
+        entry = self.read(key)
+        return None if entry is None else self.fresh(entry)
 
     def fresh(self, entry: bytes) -> tuple[Any, float] | None:
         """The value of an entry, as `look_up` gives it."""

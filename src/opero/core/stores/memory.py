@@ -67,6 +67,11 @@ class MemoryStore:
                 self.touch(key)
         return entry
 
+    def find(self, key: Any) -> Entry | None:
+        """The entry of a key that has not ended."""
+        entry = self.look_up(key)
+        return entry if entry is not None and entry[1] > clock.now() else None
+
     def perform(self, requests: Sequence[Request]) -> list[Any]:
         return [self._answer(request) for request in requests]
 

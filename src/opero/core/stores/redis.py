@@ -17,8 +17,6 @@ from weakref import ref
 from opero.core.flights import Flight
 from opero.core.forks import allow_forks, watch_forks
 from opero.core.redis_server import (
-    ANSWER_SECONDS,
-    CONNECT_SECONDS,
     Server,
     server_at,
     server_of,
@@ -161,7 +159,6 @@ class RedisStore(LastingStore):
         return len({key for key in self._keys() if not key.endswith(b":lease")})
 
     def close(self) -> None:
-        self._keeper.stop()
         self._server = None
 
     def for_each(self, flights: Sequence[Flight], script: str, *arguments: int) -> None:
@@ -229,7 +226,7 @@ class LeaseKeeper:
         # Not to keep a store, and its connections, that nobody uses any more.
         self._store = ref(store)
         self._held: set[Flight] = set()
-        self._dropped: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
+        self._dropped: queue.SimpleQueue[Flight] = queue.SimpleQueue()
         # For the thread's beginning and end. A finalizer may come in its block, and drop leases.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -256,15 +253,6 @@ class LeaseKeeper:
             self._dropped.put(flight)
             self._run()
 
-    def stop(self) -> None:
-        """End the thread, once it has given back what was dropped."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-        self._held.clear()
-        self._dropped.put(None)
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(CONNECT_SECONDS + ANSWER_SECONDS)
-
     def _run(self) -> None:
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
@@ -276,14 +264,11 @@ class LeaseKeeper:
         while True:
             dropped: list[Flight] = []
             with contextlib.suppress(queue.Empty):
-                patience = LEASE_SECONDS / 3 if self._held else _IDLE_SECONDS
-                dropped += filter(None, [self._dropped.get(timeout=patience)])
+                dropped.append(self._dropped.get(timeout=LEASE_SECONDS / 3 if self._held else _IDLE_SECONDS))
                 while True:
-                    dropped += filter(None, [self._dropped.get_nowait()])
+                    dropped.append(self._dropped.get_nowait())
             self._tell(dropped, [*self._held])
             with self._lock:
-                if self._thread is not threading.current_thread():
-                    return
                 if not dropped and not self._held and self._dropped.empty():
                     self._thread = None
                     return

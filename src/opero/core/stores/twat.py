@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 from opero.core.digests import digest_of
 from opero.core.flights import Flight
 from opero.core.private_folder import folder_of_user
-from opero.core.stores.contract import Found, Keep, managing
+from opero.core.stores.contract import Keep, managing
 from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from opero.core.stores.contract import Request, Store
+    from opero.core.stores.contract import Store
     from opero.core.stores.settings import CacheSettings
 
 # Options of opero's own beside the fields of twat-cache's `CacheConfig`.
@@ -124,19 +124,21 @@ class CacheEngine:
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value of a key; ``default`` if there is none."""
-        flight = Flight(digest_of(key))
-        answer = self._ask("read from", flight)
-        self._store.let_go(flight)
+        with self._managed("read from") as store:
+            found = store.find(digest_of(key))
         self._last_access = time.time()
-        if not isinstance(answer, Found):
+        if found is None:
             self._misses += 1
             return default
         self._hits += 1
-        return answer.value
+        return found[0]
 
     def set(self, key: Any, value: Any) -> None:
         """Store a value under a key."""
-        self._ask("write to", Keep(Flight(digest_of(key)), value, self._ttl))
+        with self._managed("write to") as store:
+            (answer,) = store.perform([Keep(Flight(digest_of(key)), value, self._ttl)])
+            if isinstance(answer, Exception):
+                raise answer
         self._last_update = time.time()
 
     # twat-cache's contract has these two in place of `get` and `set`.
@@ -166,13 +168,6 @@ class CacheEngine:
         """Close files and connections."""
         self._is_closed = True
         self._store.close()
-
-    def _ask(self, what: str, request: Request) -> Any:
-        with self._managed(what) as store:
-            (answer,) = store.perform([request])
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
 
     @contextlib.contextmanager
     def _managed(self, what: str) -> Iterator[Store]:
