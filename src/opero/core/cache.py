@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from weakref import WeakSet
 
+from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.flights import Badge, Flight, Seat
 from opero.core.keys import KeyMaker
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 
     from opero.core.checks import Duration
-    from opero.core.clock import Clock
     from opero.core.plan import Call
     from opero.core.stats import Stats
     from opero.core.stores.contract import Request
@@ -152,8 +152,8 @@ class ResultCache:
 
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, ...] | None] | None:
-        """Gives the entry ``(result, expires_at)`` of a key, expired or not, or None; None if that could block."""
-        found: Callable[[Any], tuple[Any, ...] | None] = self._look_up if self.is_lasting else self.store.look_up
+        """Gives the entry of a key, a tuple that begins with the result, or None; None if that could block."""
+        found: Callable[[Any], tuple[Any, ...] | None] = self._look_up if self.is_lasting else self.store.find
         return found if self.fetch is None else None
 
     def _look_up(self, key: Any) -> tuple[Any, ...] | None:
@@ -167,9 +167,14 @@ class ResultCache:
             return None
         return found
 
-    def finder(self, tick: Callable[[], object], clock: Clock | None) -> Callable[..., Any] | None:
+    def finder(self, tick: Callable[[], object]) -> Callable[..., Any] | None:
         """See `KeyMaker.finder`; None where a look takes longer."""
-        return None if self.is_lasting else self.keys.finder(self.store.get, self.store.touch, tick, clock)
+        if self.is_lasting:
+            return None
+        store, settings = self.store, self._settings
+        # A remembered error has expired for a quick look.
+        may_expire = settings.ttl is not None or settings.exceptions or store.is_shared
+        return self.keys.finder(store.get, store.touch, tick, clock if may_expire else None)
 
     @property
     def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:
@@ -179,13 +184,6 @@ class ResultCache:
     async def _fetch(self, key: Any) -> tuple[Any, float] | None:
         entry: tuple[Any, float] | None = await self.store.fetch(key) if "store" in self.__dict__ else None
         return entry
-
-    @property
-    def entries_may_expire(self) -> bool:
-        """Whether ``expires_at`` has to be looked at."""
-        # The other stores hand out no entry that has expired; a remembered error has, for a quick look.
-        settings = self._settings
-        return not self.is_lasting and (settings.ttl is not None or bool(settings.exceptions) or self.store.is_shared)
 
     def info(self, stats: CallStats) -> CacheInfo:
         """Hits and misses since it was cleared, and sizes."""

@@ -75,11 +75,10 @@ class Decoration:
         self.run: Callable[..., Any] = self.function
         if cache is not None:
             cache.stats = plan.stats
-            self._may_expire = cache.entries_may_expire
             if plan.on_event is None:
                 self._look_up, self.fetch = cache.look_up, cache.fetch
             if self._look_up is not None:
-                self.find = cache.finder(plan.stats.hits.tick, clock if self._may_expire else None) or _nothing
+                self.find = cache.finder(plan.stats.hits.tick) or _nothing
         elif plan.kind == "async def":
             self._looked()
         else:
@@ -213,7 +212,7 @@ class Decoration:
         key = MISSING
         if self._look_up is not None and (key := self._key(args, kwargs)) is not MISSING:
             entry = self._look_up(key)
-            if entry is not None and not (self._may_expire and entry[1] <= clock.now()):
+            if entry is not None:
                 self.plan.stats.hits.tick()
                 return entry
         return self._flow(args, kwargs, key)
