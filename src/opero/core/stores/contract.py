@@ -135,8 +135,7 @@ class LastingStore:
 
     def look_up(self, key: bytes) -> tuple[Any, float] | None:
         """The entry of a key, ``(result, expires_at)``; faults are None, and come to light in `perform`."""
-        rest = self.rest
-        if rest.error is not None and rest.reason() is not None:
+        if self.rest.reason() is not None:
             return None
         try:
             found = self.find(key)
@@ -145,8 +144,7 @@ class LastingStore:
         except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told
             self.failed(error)
             return None
-        if rest.error is not None:
-            rest.end()
+        self.rest.end()
         return found
 
     def find(self, key: bytes) -> tuple[Any, float] | None:

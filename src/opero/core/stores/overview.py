@@ -42,7 +42,7 @@ def namespaces_in(root: Path) -> list[Namespace]:
     """
     try:
         refuse_unsafe(root, _OPTION)
-        folders = [folder for folder in root.iterdir() if os.path.lexists(folder / DATABASE)]
+        folders = [folder for folder in root.iterdir() if _may_have_entries(folder)]
     except UnsafeCacheError:
         raise
     except FileNotFoundError:
@@ -51,6 +51,11 @@ def namespaces_in(root: Path) -> list[Namespace]:
         msg = f"the folder {root} cannot be read: {error.strerror}"
         raise OperoError(msg) from error
     return [_namespace(folder) for folder in sorted(folders)]
+
+
+def _may_have_entries(folder: Path) -> bool:
+    # Of one that cannot be entered a line that tells why is better than none.
+    return os.path.lexists(folder / DATABASE) or (folder.is_dir() and not os.access(folder, os.X_OK))
 
 
 def _namespace(folder: Path) -> Namespace:
