@@ -256,3 +256,41 @@ def test_the_place_of_an_async_generator_comes_back_when_it_ends_or_is_closed():
         return [x async for x in f()]
 
     assert asyncio.run(main()) == [1, 2]
+
+
+def test_a_call_within_the_place_of_its_own_generator_is_refused():
+    @opero.opero(max_concurrent=1, retries=0)
+    def count(number):
+        yield number
+        yield from count(number - 1)
+
+    counting = count(3)
+    assert next(counting) == 3
+    with pytest.raises(MisuseError, match="within one of its own executions"):
+        next(counting)
+
+
+def test_a_call_within_the_place_of_its_own_async_generator_is_refused():
+    @opero.opero(max_concurrent=1, retries=0)
+    async def count(number):
+        yield number
+        async for lower in count(number - 1):
+            yield lower
+
+    async def body():
+        counting = count(3)
+        assert await anext(counting) == 3
+        with pytest.raises(MisuseError, match="within one of its own executions"):
+            await asyncio.wait_for(anext(counting), 10)
+
+    asyncio.run(body())
+
+
+def test_who_reads_a_generator_that_has_a_place_is_not_in_it():
+    @opero.opero(max_concurrent=2, retries=0)
+    def count():
+        yield 1
+        yield 2
+
+    for _ in count():
+        assert list(count()) == [1, 2]

@@ -131,9 +131,9 @@ def _generator(this: Decoration) -> Callable[..., Any]:
                     source.close()
                     raise
                 except BaseException as error:  # noqa: BLE001 - the generator decides what becomes of it
-                    item = source.throw(error)
+                    item = source.throw(error) if place is None else place.resume(source.throw, error)
                 else:
-                    item = source.send(sent)
+                    item = source.send(sent) if place is None else place.resume(source.send, sent)
         except StopIteration as end:
             return end.value
         finally:
@@ -160,9 +160,9 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
                     await source.aclose()
                     raise
                 except BaseException as error:  # noqa: BLE001 - the generator decides what becomes of it
-                    item = await source.athrow(error)
+                    item = await (source.athrow(error) if place is None else place.resume_async(source.athrow, error))
                 else:
-                    item = await source.asend(sent)
+                    item = await (source.asend(sent) if place is None else place.resume_async(source.asend, sent))
         except StopAsyncIteration:
             return
         finally:

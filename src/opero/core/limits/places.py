@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from opero.core.steps import leading
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Sequence
     from contextvars import Token
 
     from opero.core.breaker import Passage
@@ -102,6 +103,24 @@ class Places(Line):
             except ValueError:
                 # A task of a loop that was closed ends where it is collected, in another context.
                 return
+
+    def resume(self, step: Callable[..., Any], *given: Any) -> Any:
+        """Take a step of a generator that has a place."""
+        token = leading.set(leading.get() | self._badges)
+        try:
+            return step(*given)
+        finally:
+            leading.reset(token)
+
+    async def resume_async(self, step: Callable[..., Awaitable[Any]], *given: Any) -> Any:
+        """The same of an async generator."""
+        token = leading.set(leading.get() | self._badges)
+        try:
+            return await step(*given)
+        finally:
+            # A task of a loop that was closed ends where it is collected, in another context.
+            with contextlib.suppress(ValueError):
+                leading.reset(token)
 
 
 class PlacesForFunction:
