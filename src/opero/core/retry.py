@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from opero.core.checks import (
@@ -44,23 +45,17 @@ if TYPE_CHECKING:
 __all__ = ["get_retry_decorator"]
 
 
-class Answer:
-    """What ``retry_on`` can answer beside a bool and a delay; each is one object in every process."""
+class Answer(Enum):
+    """What ``retry_on`` can answer beside a bool and a delay."""
 
-    __slots__ = ("_name",)
-
-    def __init__(self, name: str) -> None:
-        self._name = name
+    NEXT = "this candidate cannot help, another one may"
+    GIVE_UP = "the call is none that any candidate could answer"
 
     def __repr__(self) -> str:
-        return f"opero.{self._name}"
-
-    def __reduce__(self) -> str:
-        return self._name
+        return f"opero.{self.name}"
 
 
-# This candidate cannot help, another one may; the call is none that any candidate could answer.
-NEXT, GIVE_UP = Answer("NEXT"), Answer("GIVE_UP")
+NEXT, GIVE_UP = Answer.NEXT, Answer.GIVE_UP
 
 RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | Duration | Answer | None"]
 
