@@ -81,7 +81,7 @@ class _VirtualTime:
         import asyncio
 
         event = asyncio.Event()
-        await self.wait_async(event, seconds, event.set)
+        await self.wait_async(event, seconds)
 
     def wait(self, wait_for: Callable[[float | None], Any], seconds: float | None) -> None:
         """See `opero.core.clock.Clock`."""
@@ -94,7 +94,7 @@ class _VirtualTime:
                 if self._look(patience) >= moment:
                     return
 
-    async def wait_async(self, event: asyncio.Event, seconds: float | None, on_time: Callable[[], None]) -> None:
+    async def wait_async(self, event: asyncio.Event, seconds: float | None) -> None:
         """See `opero.core.clock.Clock`."""
         import asyncio
 
@@ -102,7 +102,7 @@ class _VirtualTime:
             await event.wait()
             return
         loop = asyncio.get_running_loop()
-        with self._waiting(seconds, lambda: loop.call_soon_threadsafe(on_time)):
+        with self._waiting(seconds, lambda: loop.call_soon_threadsafe(event.set)):
             if loop not in self._watched:
                 self._watch(loop)
             await event.wait()

@@ -146,7 +146,7 @@ class AsyncInbox(_Events):
         """Wait for events, at most so many seconds of opero's clock, or real ones."""
         if not self._events:
             wait = wait_really_async if is_real else clock.wait_async
-            await wait(self._arrived, seconds, self._arrived.set)
+            await wait(self._arrived, seconds)
         self._arrived.clear()
         return self.drain()
 

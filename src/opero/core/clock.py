@@ -24,11 +24,11 @@ def _wait(wait_for: Callable[[float | None], Any], seconds: float | None) -> Non
     wait_for(seconds)
 
 
-async def wait_really_async(event: asyncio.Event, seconds: float | None, on_time: Callable[[], None]) -> None:
+async def wait_really_async(event: asyncio.Event, seconds: float | None) -> None:
     """`Clock.wait_async` in real seconds."""
     import asyncio
 
-    timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, on_time)
+    timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, event.set)
     try:
         await event.wait()
     finally:
@@ -48,34 +48,22 @@ class Clock:
         async_sleep: The same without blocking the event loop.
         wait: ``wait(wait_for, seconds)`` lets ``wait_for(timeout)``, which tells whether what it waits for has come,
             block for so many seconds; None for no bound.
-        wait_async: ``wait_async(event, seconds, on_time)`` waits for an `asyncio.Event`, which ``on_time`` sets; that
-            is called after so many seconds.
+        wait_async: ``wait_async(event, seconds)`` waits for an `asyncio.Event`, and sets it after so many seconds.
         is_virtual: Whether this time jumps, as no other process's does.
     """
 
-    __slots__ = ("async_sleep", "is_virtual", "machine", "now", "sleep", "wait", "wait_async", "wall")
-
-    now: Callable[[], float]
-    wall: Callable[[], float]
-    machine: Callable[[], float]
-    sleep: Callable[[float], None] | None
-    async_sleep: Callable[[float], Awaitable[None]]
-    wait: Callable[[Callable[[float | None], Any], float | None], None]
-    wait_async: Callable[[asyncio.Event, float | None, Callable[[], None]], Awaitable[None]]
-    is_virtual: bool
-
-    def __init__(self) -> None:
-        self.reset()
+    now: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+    machine: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] | None = None
+    async_sleep: Callable[[float], Awaitable[None]] = staticmethod(asyncio_sleep)
+    wait: Callable[[Callable[[float | None], Any], float | None], None] = staticmethod(_wait)
+    wait_async: Callable[[asyncio.Event, float | None], Awaitable[None]] = staticmethod(wait_really_async)
+    is_virtual = False
 
     def reset(self) -> None:
-        self.now = time.monotonic
-        self.wall = time.time
-        self.machine = time.monotonic
-        self.sleep = None
-        self.async_sleep = asyncio_sleep
-        self.wait = _wait
-        self.wait_async = wait_really_async
-        self.is_virtual = False
+        """Take back what others have put in their places."""
+        vars(self).clear()
 
 
 clock = Clock()

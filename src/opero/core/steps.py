@@ -272,7 +272,7 @@ async def await_arrival_async(arrival: Arrival) -> None:
     try:
         arrival.notify(wake)
         while not arrival.poll():
-            await clock.wait_async(event, arrival.due_in(), event.set)
+            await clock.wait_async(event, arrival.due_in())
             event.clear()
     finally:
         arrival.notify(None)
