@@ -271,7 +271,7 @@ class _Layers:
             candidate,
             badges=frozenset({call.flight, self.places} - {None}),
             timeout=plan.attempt_timeout,
-            deadline=call.deadline,
+            deadline=self.deadline,
             passage=passage,
             begins=partial(self._begin, candidate),
         )

@@ -7,6 +7,7 @@ blocks, `drive_async` awaits; the scheduler of a map is the third driver. None o
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -61,7 +62,7 @@ class Attempt:
         badges: What a call that the function makes must not wait for: the computation that others may be waiting for
             (`opero.core.flights`), and the place that it takes.
         timeout: Seconds that it may take.
-        deadline: When the whole call ends.
+        deadline: When the whole call ends; infinite if it has no such time.
         passage: Its way through a circuit.
         begins: Is told once that it begins.
         has_begun: Whether that was told, by a driver that may have to hand it out twice.
@@ -77,7 +78,7 @@ class Attempt:
         *,
         badges: AbstractSet[object],
         timeout: float | None,
-        deadline: float | None,
+        deadline: float,
         passage: Passage | None,
         begins: Callable[[], None],
     ) -> None:
@@ -90,23 +91,20 @@ class Attempt:
         self.passage = passage
         self.begins = begins
         self.has_begun = False
-        self.is_timed = timeout is not None or deadline is not None
+        self.is_timed = timeout is not None or deadline < math.inf
         self.limit: TimeLimit | None = None
         self.is_last = False
 
     def may_start(self) -> bool:
-        return not self.is_late() and (self.passage is None or not self.passage.is_shut())
-
-    def is_late(self) -> bool:
-        return self.deadline is not None and clock.now() >= self.deadline
+        return clock.now() < self.deadline and (self.passage is None or not self.passage.is_shut())
 
     def time_limit(self) -> TimeLimit | None:
         """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
-        self.limit = None if self.timeout is None else (self.timeout, "attempt_timeout")
-        if self.deadline is not None:
-            left = max(0.0, self.deadline - clock.now())
-            if self.timeout is None or left < self.timeout:
-                self.limit = (left, "total_timeout")
+        left = max(0.0, self.deadline - clock.now())
+        if self.timeout is not None and self.timeout <= left:
+            self.limit = self.timeout, "attempt_timeout"
+        elif self.is_timed:
+            self.limit = left, "total_timeout"
         return self.limit
 
 
