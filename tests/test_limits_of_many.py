@@ -810,6 +810,8 @@ LIMITER = RateLimiter({"calls": 5, "tokens": 900})
         ({"rate_limit": [LIMITER, LIMITER], "rate_limit_cost": {"tokens": 1}}, ValueError, "twice"),
         ({"rate_limit": (900, 15)}, ValueError, "'900/15 seconds'"),
         ({"rate_limit": {}}, ValueError, "name what it limits"),
+        ({"rate_limit": RateLimiter}, TypeError, r"RateLimiter\(5\)"),
+        ({"rate_limit": [5, RateLimiter]}, TypeError, r"RateLimiter\(5\)"),
     ],
 )
 def test_costs_and_rates_that_cannot_be_meant_are_refused(options, error, shows):
@@ -868,6 +870,15 @@ def test_a_cost_is_asked_for_once_for_each_attempt_and_corrected_by_it(world, fa
         assert not asked
         assert f.__opero__.plan.limit.limiter.expected_wait() == pytest.approx(len(text) / 10)
         fake_clock.tick(1)
+
+
+def test_a_cost_of_a_call_that_waits_is_asked_for_once(world):
+    asked = []
+    options = {"rate_limit": {"tokens": 100}, "rate_limit_cost": lambda text: asked.append(text) or len(text)}
+    f = limited(world.define(lambda text: text), **options)
+    for text in ("x", "y"):
+        world.run(f, text)
+    assert asked == ["x", "y"]
 
 
 def test_a_cost_afterwards_that_is_none_ends_the_call(world, fake_clock):
@@ -1095,7 +1106,7 @@ def test_calls_of_several_limits_keep_them_use_them_and_all_get_their_turn(fake_
         fake_clock.tick(0.005)
     for place, limiter in enumerate(limiters[:2]):
         moments = [moment for moment, need in starts if place in need]
-        pace = limiter._rates.paces[0]
+        pace = limiter.limit.rates.paces[0]
         assert worst_excess(moments, 1 / pace.interval, pace.burst) <= 1e-6 if moments else True
     moments = [moment for moment, need in starts if 2 in need]
     assert all(later - first >= 2 - 1e-6 for first, later in zip(moments, moments[10:], strict=False))

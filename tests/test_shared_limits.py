@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from array import array
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +25,8 @@ from test_rate_limit import Timed, limited, order_of_tasks, worst_excess
 
 import opero
 from opero.core import CallTimeoutError, MisuseError, RateLimiter, UnsafeCacheError, faults
-from opero.core.limits.line import Request, Turn, take
+from opero.core.limits.ledger import changed
+from opero.core.limits.line import ONE, Turn, take
 from opero.core.limits.machine import FileGate
 from opero.core.limits.rates import parse_rates
 from opero.core.limits.redis import RedisGate
@@ -77,10 +79,10 @@ class Asker:
 
     def ask(self, *amounts, who=0.0, claims=False):
         """Seconds to wait for a slot; 0 if it was taken."""
-        return self.act(lambda ledger, now: ledger.ask(now, math.inf, amounts or (1.0,), who, claims=claims))
+        return self.act(lambda ledger, now: ledger.ask(now, amounts or (1.0,), who, is_late=True, claims=claims))
 
     def act(self, act):
-        (answer,) = self.gate.perform([Request(self.rates, act)])
+        (answer,) = self.gate.perform([partial(changed, self.rates, act)])
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -247,7 +249,7 @@ def test_what_cannot_be_true_on_a_server_stops_nobody(redis_backend, name, how, 
 def test_a_cost_that_turned_out_to_be_more_than_the_whole_limit_is_remembered(open_gate, fake_clock):
     make = lambda: open_gate({"tokens": "100/hour"}, spread=False)  # noqa: E731
     assert make().ask(10.0) == 0
-    make().act(lambda ledger, now: ledger.correct(now, (490.0,)))
+    make().act(lambda ledger, now: ledger.take(now, (490.0,)))
     assert make().ask(1.0) > 0
     fake_clock.tick(3_600)
     assert make().ask(1.0) == 0
@@ -811,9 +813,9 @@ def test_each_of_many_values_costs_as_much_as_one_of_few(tmp_path, name):
     limiter = RateLimiter([1_000, "5/day"], scope="machine", name=name, folder=tmp_path / "shared")
     looked_at = []
 
-    def take(values):
+    def take_slots(values):
         for value in values:
-            drive(limiter.per_value.of(f"value {value}").take(), None)
+            drive(take([(limiter.per_value.of(f"value {value}"), ONE)]), None)
 
     def note(event, _frame, _arg):
         looked_at.append(event)
@@ -822,23 +824,15 @@ def test_each_of_many_values_costs_as_much_as_one_of_few(tmp_path, name):
         looked_at.clear()
         sys.setprofile(lambda frame, event, arg: note(event, frame, arg))
         try:
-            take(values)
+            take_slots(values)
         finally:
             sys.setprofile(None)
         return len(looked_at)
 
-    take(range(10))
+    take_slots(range(10))
     few = events_of(range(10, 30))
-    take(range(30, 600))
+    take_slots(range(30, 600))
     assert events_of(range(600, 620)) < 1.5 * few
-
-
-def test_of_many_values_few_are_kept_where_the_file_knows_them_all(world, tmp_path, name):
-    options = {"scope": "machine", "name": name, "folder": tmp_path / "shared"}
-    f = limited(world.define(lambda key: key), rate_limit=[1_000, "5/day"], per="key", rate_limit_options=options)
-    for key in range(200):
-        world.run(f, key)
-    assert len(f.__opero__.plan.limit.limiter.per_value) < 10
 
 
 def test_values_are_kept_where_the_file_cannot_be_written(world, tmp_path, name):

@@ -65,10 +65,9 @@ class Decoration:
         self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
         self._take_slot = None if limit is None else limit.take_now
         # Whether a slot would come too late to be of use is told by how long the function takes.
-        is_heard = limit is not None and (plan.total_timeout is not None or limit.costs.are_corrected)
-        self._ended = limit.ended_here if limit is not None and is_heard else None
+        self._learn = None if limit is None or plan.total_timeout is None else limit.usual.learn
         # Whether anybody else than listeners hears how a first attempt ended.
-        self._follows = plan.breaker is not None or self._ended is not None
+        self._follows = plan.breaker is not None or self._learn is not None
         self._look_up: Callable[[Any], tuple[Any, float] | None] | None = None
         self.fetch: Callable[[Any], Awaitable[tuple[Any, float] | None]] | None = None
         self.find: Callable[..., tuple[Any, float] | None] = _nothing
@@ -97,7 +96,7 @@ class Decoration:
         first = self._first(args, kwargs) if self._is_quick else None
         if first is None:
             return drive(self._flow(args, kwargs), self.run)
-        first_args, first_kwargs, place, _, told = first
+        first_args, first_kwargs, place, told = first
         started = clock.now()
         outcome: Any = NOT_RUN
         try:
@@ -126,7 +125,7 @@ class Decoration:
         first = self._first(args, kwargs) if is_quick else None
         if first is None:
             return await drive_async(self._flow(args, kwargs), self.run, self.plan.name)
-        first_args, first_kwargs, place, _, told = first
+        first_args, first_kwargs, place, told = first
         started = clock.now()
         outcome: Any = NOT_RUN
         try:
@@ -146,9 +145,9 @@ class Decoration:
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a first attempt that may be made now is made with; None where the flow has to decide.
 
-        That is its arguments, the place that it has, its slot, and the call if somebody is told of it.
+        That is its arguments, the place that it has, and the call if somebody is told of it.
         """
-        plan, place, slot, is_ready = self.plan, None, None, True
+        plan, place, is_ready = self.plan, None, True
         first_args, first_kwargs = args, kwargs
         try:
             if plan.fallback is not None:
@@ -162,15 +161,13 @@ class Decoration:
                 place = plan.places.enter(first_args, first_kwargs)
                 is_ready = place is not None
             if is_ready and plan.limit is not None:
-                slot = self._take_slot and self._take_slot(first_args, first_kwargs)
-                if not slot:
-                    is_ready = False
+                is_ready = self._take_slot is not None and self._take_slot(first_args, first_kwargs)
         except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that is refused as a call that failed
             is_ready = False
         if is_ready:
             self.count()
             is_told = switches.are_on or plan.on_event is not None
-            return first_args, first_kwargs, place, slot, self._told(args, kwargs) if is_told else None
+            return first_args, first_kwargs, place, self._told(args, kwargs) if is_told else None
         if place is not None:
             place[0].give_back(place[1])
         return None
@@ -187,16 +184,14 @@ class Decoration:
 
     def _first_is_over(self, first: Any, outcome: Any, started: float) -> None:
         """How a first attempt has ended: ``NOT_RUN`` if Ctrl-C or the like ended it; with `Failed` the flow goes on."""
-        args, kwargs, _, slot, told = first
-        try:
-            if self._ended is not None and outcome is not NOT_RUN:
-                self._ended(slot, outcome, clock.now() - started)
-        finally:
-            if outcome.__class__ is not Failed:
-                if self.plan.breaker is not None and outcome is not NOT_RUN:
-                    self.plan.breaker.succeeded(args, kwargs)
-                if told is not None:
-                    tell_of_the_end(told, cancelled=outcome is NOT_RUN)
+        args, kwargs, _, told = first
+        if self._learn is not None and outcome is not NOT_RUN:
+            self._learn(clock.now() - started)
+        if outcome.__class__ is not Failed:
+            if self.plan.breaker is not None and outcome is not NOT_RUN:
+                self.plan.breaker.succeeded(args, kwargs)
+            if told is not None:
+                tell_of_the_end(told, cancelled=outcome is NOT_RUN)
 
     def go_on(self, call: Call) -> Any:
         """The rest of a call whose first attempt was made without a flow, and failed."""

@@ -281,7 +281,7 @@ class _Layers:
         if outcome is NOT_RUN:
             return self._why_not()
         if plan.limit is not None:
-            yield from plan.limit.ended(candidate.wants or (), outcome, clock.now() - call.began)
+            yield from plan.limit.ended(candidate, outcome, clock.now() - call.began)
         return outcome
 
     def _begin(self, candidate: Candidate) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -22,7 +21,7 @@ from opero.core.decoration import F, decorator
 from opero.core.limits.line import ONE, Line, Wants, take
 from opero.core.limits.per_value import PerValue
 from opero.core.limits.rates import CALLS, Rate, Rates, parse_rates
-from opero.core.limits.scope import Scope
+from opero.core.limits.shared import Scope
 from opero.core.parameters import Per
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
@@ -45,8 +44,9 @@ __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 PerOption = str | tuple[str, ...] | Callable[..., Any] | None
 
 _OPTIONS = ("folder", "max_burst", "max_wait", "name", "scope", "spread", "url", "when_full")
+_HOW_TO_WAIT = ("max_wait", "when_full")
+_WHEN_FULL = ("next", "raise", "wait")
 _NUMBERS = (float, int)
-WHEN_FULL = ("next", "raise", "wait")
 
 
 class RateLimiter:
@@ -107,66 +107,62 @@ class RateLimiter:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         spelled = self._spelled.format
-        self.when_full = check_choice(spelled("when_full"), when_full, WHEN_FULL)
-        self.max_wait = math.inf if max_wait is None else check_seconds(spelled("max_wait"), max_wait, zero=True)
-        self._spread = check_flag(spelled("spread"), spread)
-        self._max_burst = max_burst
         self._asked = rate
-        self._rates = self._parsed(rate, self._option)
         self._options: dict[str, Any] = {
-            "when_full": when_full,
+            "when_full": check_choice(spelled("when_full"), when_full, _WHEN_FULL),
             "max_wait": max_wait,
-            "spread": spread,
+            "spread": check_flag(spelled("spread"), spread),
             "max_burst": max_burst,
             "scope": scope,
             "name": name,
             "url": url,
             "folder": folder,
         }
-        self._scope = Scope(self._options, self._default_name, self._spelled, self._rates)
-        self.limit = self._scope.line()
+        self.when_full = when_full
+        self.max_wait = math.inf if max_wait is None else check_seconds(spelled("max_wait"), max_wait, zero=True)
+        rates = self._parsed(rate, self._option)
+        self.scope = shared_by = Scope(self._options, self._default_name, spelled)
+        self.limit = limit = Line(rates, shared_by.share())
         # Of the values of ``per``, at this rate.
-        self.per_value: PerValue[Line] = PerValue(self._scope.line_of_value)
+        self.per_value: PerValue[Line] = PerValue(lambda value: Line(limit.rates, shared_by.share(value)))
         self.take_now = self.limit.take_now
         self.expected_wait = self.limit.expected_wait
 
     def _parsed(self, rate: Rate, option: str) -> Rates:
-        return parse_rates(
-            rate, self._max_burst, spread=self._spread, option=option, burst_option=self._spelled.format("max_burst")
-        )
+        burst, spread = self._options["max_burst"], self._options["spread"]
+        return parse_rates(rate, burst, spread=spread, option=option, burst_option=self._spelled.format("max_burst"))
 
     @property
     def names(self) -> tuple[str, ...]:
         """What is counted."""
-        return self._rates.names
+        return self.limit.rates.names
 
     @property
     def rate(self) -> float:
         """Calls per second, of a mapping the first name's; may be set, as in ``RateLimiter``, while callers wait."""
-        return self._rates.per_second
+        return self.limit.rates.per_second
 
     @rate.setter
     def rate(self, rate: Rate) -> None:
         rates = self._parsed(rate, "rate")
-        if rates.names != self._rates.names:
+        if rates.names != self.names:
             msg = f"rate limits {list(rates.names)}, this limiter {list(self.names)}; write a rate of the same names"
             raise ValueError(msg)
-        self._asked, self._rates, self._scope.rates = rate, rates, rates
-        self.limit.change(rates)
-        for line in self.per_value:
+        self._asked = rate
+        for line in (self.limit, *self.per_value):
             line.change(rates)
 
     def __repr__(self) -> str:
         return f"RateLimiter({self._asked!r})"
 
     def __reduce__(self) -> Any:
-        if self._scope.kind == "process":
+        if self.scope.kind == "process":
             msg = (
                 f"{self!r} belongs to its process, a copy would be another limit; give it scope='machine' or "
                 "scope='redis' and a name to share it"
             )
             raise TypeError(msg)
-        return partial(RateLimiter, self._asked, **{**self._options, "name": self._scope.name}), ()
+        return partial(RateLimiter, self._asked, **{**self._options, "name": self.scope.name}), ()
 
     def __copy__(self) -> Self:
         return self
@@ -226,7 +222,7 @@ class RateLimiter:
         """A slot is used up by the start."""
 
     def _take_one_now(self) -> bool:
-        return self._rates.names == (CALLS,) and not self.limit.is_shared and self.take_now()
+        return self.names == (CALLS,) and not self.limit.is_shared and self.take_now()
 
     def _acquire(self, timeout: Duration | None, costs: Mapping[str, float]) -> Generator[Any, Any, bool]:
         check_known("acquire", costs, self.names)
@@ -240,17 +236,15 @@ class RateLimiter:
         else:
             seconds = 0.0 if self.when_full == "raise" else self.max_wait
         latest = clock.now() + seconds
-        taken = yield from self.limit.take(amounts, lambda: latest)
+        taken = yield from take([(self.limit, amounts)], lambda: latest)
         if taken or timeout is not None:
             return taken
-        raise full(self.limit.expected_wait(amounts), repr(self))
-
-    # For functions
+        raise _full(self.limit.expected_wait(amounts), repr(self))
 
     def checked(self, costs: Mapping[str, Any], option: str = "rate_limit_cost") -> tuple[float, ...]:
         """Costs by name, in the order of the names; ``option`` is where they were given."""
         amounts = []
-        for name, most in zip(self.names, self._rates.most, strict=True):
+        for name, most in zip(self.names, self.limit.rates.most, strict=True):
             cost, whole = costs[name], max(1.0, most)
             if cost.__class__ not in _NUMBERS or not 0 <= cost <= whole:
                 cost = check_number(f"{option}[{name!r}]", cost, "units", smallest=0)
@@ -304,119 +298,51 @@ class Usual:
         return self._mean and 1.1 * self._mean + 4 * self._spread
 
 
-class Costs:
-    """What the calls of one function take of its limiters."""
+class FunctionLimit:
+    """One function's view of its limiters: which of their lines apply to a call, and what it takes of each.
 
-    def __init__(self, limiters: Sequence[RateLimiter], option: Any) -> None:
-        names = {name for limiter in limiters for name in limiter.names}
-        by_name = _costs_by_name(option, names)
-        missing = sorted(names - {CALLS} - set(by_name))
-        if missing:
-            msg = (
-                f"rate_limit limits {', '.join(missing)}; add rate_limit_cost={{{missing[0]!r}: …}}, what a call takes"
-            )
-            raise ValueError(msg)
+    Attributes:
+        limiter: That of the function itself, or the first.
+        per: What tells calls apart that have limits of their own.
+        usual: How long an execution takes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        limiters: Sequence[RateLimiter],
+        per: Per | None,
+        costs: tuple[Mapping[str, Any], Mapping[str, Callable[[Any], Any]]],
+        *,
+        when_full: str,
+        max_wait: float,
+    ) -> None:
+        """``costs`` are those before an execution, and what corrects them afterwards, by the names of the rates."""
+        self._name = name
         self._limiters = limiters
-        self._before: dict[str, Any] = {CALLS: 1}
-        self._after: dict[str, Callable[[Any], Any]] = {}
-        for name, cost in by_name.items():
-            where = f"rate_limit_cost[{name!r}]" if isinstance(option, Mapping) else "rate_limit_cost"
-            match cost:
-                case (before, after) if isinstance(cost, tuple):
-                    self._after[name] = check_callable(f"{where}[1]", after, "a function of the result")
-                case tuple():
-                    msg = f"{where} is a tuple of {len(cost)}; write a pair, what a call takes before and after it ran"
-                    raise ValueError(msg)
-                case before:
-                    pass
-            if callable(before):
-                before = check_callable(where, before, "a number, or a function of the call's arguments")
-            self._before[name] = before
-        self.are_corrected = bool(self._after)
+        self.limiter = limiters[0]
+        self.per = per
+        self.usual = Usual()
+        self._when_full, self._max_wait = when_full, max_wait
+        self._before, self._after = costs
         # Known once for all, they are refused when decorating.
         is_fixed = not any(callable(cost) for cost in self._before.values())
-        self.fixed = [limiter.checked(self._before) for limiter in limiters] if is_fixed else None
-
-    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[float, ...]]:
-        """For each limiter, what this call takes."""
-        if self.fixed is not None:
-            return self.fixed
-        asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
-        return [limiter.checked(asked) for limiter in self._limiters]
-
-    def corrections(self, wants: Wants, result: Any) -> list[list[float]]:
-        """For each limiter, what this result has cost more, or less."""
-        truly = {
-            name: check_number(f"the cost in {name!r} afterwards", after(result), "units", smallest=0)
-            for name, after in self._after.items()
-        }
-        return [
-            [truly.get(name, amount) - amount for name, amount in zip(limiter.names, amounts, strict=True)]
-            for limiter, (_, amounts) in zip(self._limiters, wants, strict=True)
-        ]
-
-
-def _costs_by_name(option: Any, names: set[str]) -> dict[str, Any]:
-    if option is None:
-        return {}
-    if not isinstance(option, Mapping):
-        if not callable(option) and not isinstance(option, (int, float, tuple)):
-            msg = (
-                f"rate_limit_cost={shown(option)} is {kind_of(option)}; write a number, a function of the call's "
-                "arguments, a pair of what a call takes before and after it ran, or a mapping by the names of the rates"
-            )
-            raise TypeError(msg)
-        if len(names) > 1:
-            msg = f"rate_limit_cost has to say of which rate; write a mapping with any of {sorted(names)}"
-            raise ValueError(msg)
-        return dict.fromkeys(names, option)
-    costs = check_mapping("rate_limit_cost", option)
-    check_known("rate_limit_cost", costs, tuple(sorted(names)))
-    return costs
-
-
-@dataclass(eq=False)
-class FunctionLimit:
-    """One function's view of its limiters: which of their lines apply to a call, and what it takes of each."""
-
-    limiters: Sequence[RateLimiter]
-    costs: Costs
-    per: Per | None
-    when_full: str
-    max_wait: float
-    name: str
-    usual: Usual = field(default_factory=Usual)
+        self._fixed = [limiter.checked(self._before) for limiter in limiters] if is_fixed else None
 
     @property
-    def limiter(self) -> RateLimiter:
-        """That of the function itself, or the first."""
-        return self.limiters[0]
-
-    @property
-    def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
-        """Takes a free slot for a call's arguments, and gives what `ended` has to know of it, or something false.
-
-        None if more has to be done.
-        """
+    def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
+        """Takes a free slot for a call's arguments, and tells whether there was one; None if more has to be done."""
         limiter, per = self.limiter, self.per
-        if len(self.limiters) > 1 or limiter.limit.is_shared:
+        if len(self._limiters) > 1 or limiter.scope.kind != "process" or self._fixed is None or self._after:
             return None
-        if self.costs.fixed is None or self.costs.are_corrected:
-            return self._take_now
-        (amounts,), take_now, of = self.costs.fixed, limiter.take_now, limiter.per_value.of
+        (amounts,), of = self._fixed, limiter.per_value.of
         if per is None:
-            return lambda _args, _kwargs: take_now(amounts)
+            return partial(limiter.take_now, amounts)
         return lambda args, kwargs: of(per.get(args, kwargs)).take_now(amounts)
-
-    def _take_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Wants:
-        limiter, per = self.limiter, self.per
-        line = limiter.limit if per is None else limiter.per_value.of(per.get(args, kwargs))
-        (amounts,) = self.costs.of(args, kwargs)
-        return ((line, amounts),) if line.take_now(amounts) else ()
 
     def choose(self, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate to try next: the first, or with ``when_full="next"`` the one whose slot comes first."""
-        if self.when_full != "next" or len(candidates) == 1:
+        if self._when_full != "next" or len(candidates) == 1:
             return candidates[0]
         return min(candidates, key=lambda candidate: _expected_wait(self._wants(candidate)))
 
@@ -439,59 +365,69 @@ class FunctionLimit:
             ValueError: If the call costs more than the whole rate.
         """
         wants, usual = self._wants(candidate), self.usual
-        until = clock.now() + (0.0 if self.when_full == "raise" else self.max_wait)
+        until = clock.now() + (0.0 if self._when_full == "raise" else self._max_wait)
 
         def useful() -> float:
             return -math.inf if is_over() else deadline - usual.seconds
 
         taken = yield from take(wants, lambda: min(until, useful()), listen, is_turn=is_turn)
-        if not taken and not is_over() and (self.when_full == "raise" or until < useful()):
-            raise full(_expected_wait(wants), self.name)
+        # Those of a value that was idle until now may have been forgotten meanwhile.
+        self._lines(candidate)
+        if not taken and not is_over() and (self._when_full == "raise" or until < useful()):
+            raise _full(_expected_wait(wants), self._name)
         return taken
 
-    def ended(self, wants: Wants, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
+    def ended(self, candidate: Candidate, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
         """An execution has ended after so long: what its result has really cost is taken."""
         self.usual.learn(seconds)
-        if outcome.__class__ is Failed or not self.costs.are_corrected:
+        if outcome.__class__ is Failed or not self._after:
             return
-        for (line, _), correction in zip(wants, self.costs.corrections(wants, outcome), strict=True):
-            if any(correction):
-                yield from line.correct(correction)
-
-    def ended_here(self, wants: Wants, outcome: Any, seconds: float) -> None:
-        """The same of one that has its slot by `take_now`: nobody else has to be asked."""
-        if self.costs.are_corrected:
-            drive(self.ended(wants, outcome, seconds), _no_function)
-        else:
-            self.usual.learn(seconds)
+        truly = {
+            name: check_number(f"the cost in {name!r} afterwards", after(outcome), "units", smallest=0)
+            for name, after in self._after.items()
+        }
+        for limiter, (line, amounts) in zip(self._limiters, self._wants(candidate), strict=True):
+            more = [truly.get(name, amount) - amount for name, amount in zip(limiter.names, amounts, strict=True)]
+            if any(more):
+                yield from line.correct(more)
 
     def pause(self, candidate: Candidate, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing of this candidate's limit start for so long."""
         for line, _ in self._wants(candidate):
             yield from line.pause(seconds)
+        self._lines(candidate)
 
     def _wants(self, candidate: Candidate) -> Wants:
         """The lines that a call stands in, and what it takes of each."""
         if candidate.wants is None:
-            candidate.wants = self._wants_of(candidate.args, candidate.kwargs)
+            amounts = self._amounts(candidate.args, candidate.kwargs)
+            candidate.wants = list(zip(self._lines(candidate), amounts, strict=True))
         return candidate.wants
 
-    def _wants_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Wants:
+    def _lines(self, candidate: Candidate) -> list[Line]:
         if self.per is None:
-            lines = [limiter.limit for limiter in self.limiters]
-        else:
-            value = self.per.get(args, kwargs)
-            lines = [limiter.per_value.of(value) for limiter in self.limiters]
-        return list(zip(lines, self.costs.of(args, kwargs), strict=True))
+            return [limiter.limit for limiter in self._limiters]
+        value = self.per.get(candidate.args, candidate.kwargs)
+        return [limiter.per_value.of(value) for limiter in self._limiters]
+
+    def _amounts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[float, ...]]:
+        """What a call takes of each limiter."""
+        if self._fixed is not None:
+            return self._fixed
+        asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
+        return [limiter.checked(asked) for limiter in self._limiters]
 
 
 def _expected_wait(wants: Wants) -> float:
     return max([line.expected_wait(amounts) for line, amounts in wants])
 
 
-def full(wait: float, whose: str) -> RateLimitedError:
+def _full(wait: float, whose: str) -> RateLimitedError:
     """The error of a call that must not wait for so long."""
     return RateLimitedError(f"{whose}: the rate limit has no slot free; the next one is in {duration(wait)}", wait)
+
+
+# What a function is decorated with
 
 
 def limit_policy(
@@ -511,9 +447,8 @@ def limit_policy(
     given = check_mapping("rate_limit_options", options)
     check_known("rate_limit_options", given, _OPTIONS)
     limiters = _limiters(rate_limit, given, lambda: _lasting_name(function))
-    first = limiters[0]
     # How a call waits may also be said for each function that shares a limiter.
-    when_full = given.get("when_full", first.when_full)
+    when_full = given.get("when_full", limiters[0].when_full)
     max_wait = given.get("max_wait")
     if when_full == "next" and not (fallback is not None and per is not None and per.depends_on(fallback)):
         msg = (
@@ -522,24 +457,24 @@ def limit_policy(
         )
         raise ValueError(msg)
     return FunctionLimit(
+        name_of(function),
         limiters,
-        Costs(limiters, cost),
         per,
-        check_choice("rate_limit_options['when_full']", when_full, WHEN_FULL),
-        min(limiter.max_wait for limiter in limiters)
+        _costs(cost, {name for limiter in limiters for name in limiter.names}),
+        when_full=check_choice("rate_limit_options['when_full']", when_full, _WHEN_FULL),
+        max_wait=min(limiter.max_wait for limiter in limiters)
         if max_wait is None
         else check_seconds("rate_limit_options['max_wait']", max_wait, zero=True),
-        name_of(function),
     )
-
-
-_HOW_TO_WAIT = ("max_wait", "when_full")
 
 
 def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], str]) -> list[RateLimiter]:
     """Those of the function itself first."""
     are_several = isinstance(rate_limit, Sequence) and not isinstance(rate_limit, (str, bytes))
     several: list[Any] = list(rate_limit) if are_several else [rate_limit]
+    if any(each is RateLimiter for each in several):
+        msg = "rate_limit has the class RateLimiter; write a limiter, such as RateLimiter(5), or rate_limit=5"
+        raise TypeError(msg)
     shared = [each for each in several if isinstance(each, RateLimiter)]
     if not shared:
         return [_OwnLimiter(rate_limit, options, name)]
@@ -547,14 +482,53 @@ def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], st
         msg = "rate_limit has one RateLimiter twice; leave out one of the two"
         raise ValueError(msg)
     own = [each for each in several if not isinstance(each, RateLimiter)]
+    if own:
+        return [_OwnLimiter(own[0] if len(own) == 1 else own, options, name), *shared]
     others = sorted(set(options) - set(_HOW_TO_WAIT))
-    if others and not own:
+    if others:
         msg = f"rate_limit_options has {others}, which belong to the limiter; write RateLimiter(rate, …)"
         raise ValueError(msg)
-    if not own:
-        return shared
-    rate: Any = own[0] if len(own) == 1 else own
-    return [_OwnLimiter(rate, options, name), *shared]
+    return shared
+
+
+def _costs(option: Any, names: set[str]) -> tuple[dict[str, Any], dict[str, Callable[[Any], Any]]]:
+    """What a call takes by the names of the rates, and functions of the result that tell what it has really cost."""
+    before: dict[str, Any] = {CALLS: 1}
+    after: dict[str, Callable[[Any], Any]] = {}
+    for name, cost in _costs_by_name(option, names).items():
+        where = f"rate_limit_cost[{name!r}]" if isinstance(option, Mapping) else "rate_limit_cost"
+        before[name] = cost
+        if isinstance(cost, tuple):
+            if len(cost) != 2:  # noqa: PLR2004 - a pair
+                msg = f"{where} is a tuple of {len(cost)}; write a pair, what a call takes before and after it ran"
+                raise ValueError(msg)
+            before[name], after[name] = cost[0], check_callable(f"{where}[1]", cost[1], "a function of the result")
+        if callable(before[name]):
+            check_callable(where, before[name], "a number, or a function of the call's arguments")
+    missing = sorted(names - set(before))
+    if missing:
+        msg = f"rate_limit limits {', '.join(missing)}; add rate_limit_cost={{{missing[0]!r}: …}}, what a call takes"
+        raise ValueError(msg)
+    return before, after
+
+
+def _costs_by_name(option: Any, names: set[str]) -> dict[str, Any]:
+    if option is None:
+        return {}
+    if isinstance(option, Mapping):
+        costs = check_mapping("rate_limit_cost", option)
+        check_known("rate_limit_cost", costs, tuple(sorted(names)))
+        return costs
+    if not callable(option) and not isinstance(option, (int, float, tuple)):
+        msg = (
+            f"rate_limit_cost={shown(option)} is {kind_of(option)}; write a number, a function of the call's "
+            "arguments, a pair of what a call takes before and after it ran, or a mapping by the names of the rates"
+        )
+        raise TypeError(msg)
+    if len(names) > 1:
+        msg = f"rate_limit_cost has to say of which rate; write a mapping with any of {sorted(names)}"
+        raise ValueError(msg)
+    return dict.fromkeys(names, option)
 
 
 def _lasting_name(function: Callable[..., Any]) -> str:

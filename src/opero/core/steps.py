@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from opero.core.breaker import Passage
     from opero.core.flow import Candidate
-    from opero.core.limits.line import Gate
+    from opero.core.limits.shared import Gate
     from opero.core.stores.contract import Store
 
 

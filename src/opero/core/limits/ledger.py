@@ -11,10 +11,11 @@ import itertools
 import math
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from opero.core.limits.rates import Quota, Rates
 
@@ -64,18 +65,16 @@ class _Log:
         return now + self.seconds * math.ceil(excess / self.units)
 
     def add(self, now: float, amount: float) -> None:
+        entries, part = self.entries, self.part
         if amount <= 0:
             self._give_back(-amount)
-            return
-        self.used += amount
-        entries = self.entries
-        if len(entries) >= _EXACT_ENTRIES:
-            last, part = entries[-1], self.part
-            if last[0] // part == now // part:
-                last[0] = now
-                last[1] += amount
-                return
-        entries.append([now, amount])
+        elif len(entries) >= _EXACT_ENTRIES and entries[-1][0] // part == now // part:
+            entries[-1][0] = now
+            entries[-1][1] += amount
+            self.used += amount
+        else:
+            entries.append([now, amount])
+            self.used += amount
 
     def _give_back(self, amount: float) -> None:
         """From the oldest, so that no window looks emptier than it is."""
@@ -92,7 +91,7 @@ class _Log:
 class Ledger:
     """The state of one limit."""
 
-    __slots__ = ("claimed_by", "claimed_until", "free_at", "logs", "paused_until", "rates")
+    __slots__ = ("claimed_by", "claimed_until", "free_at", "interval", "logs", "paused_until", "rates")
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
@@ -102,6 +101,8 @@ class Ledger:
         """Begin anew."""
         self.free_at = [0.0] * len(self.rates.paces)
         self.logs = [_Log(quota) for quota in self.rates.quotas]
+        # Of the only pace; 0 where there is more to look at.
+        self.interval = self.rates.paces[0].interval if len(self.free_at) == 1 and not self.logs else 0.0
         self.paused_until = self.claimed_until = self.claimed_by = 0.0
 
     def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] = ()) -> float:
@@ -134,29 +135,25 @@ class Ledger:
         # Rounding must not make a refusal look like a slot.
         return max(2 * EARLY, self.opens_at(now, amounts) - now)
 
-    def take(self, now: float, waited: float, amounts: Sequence[float]) -> None:
-        """Take a slot, whether it has come or not.
+    def take(self, now: float, amounts: Sequence[float], *, is_late: bool = False) -> None:
+        """Take a slot, whether it has come or not; or, with amounts below 0, give some back.
 
-        ``waited``: for how long the caller could have taken it. So much of what has passed it may make up for.
+        ``is_late``: the caller could not look when the slot came, and may make up for what has passed.
         """
-        if waited:
-            self._take_late(now, waited, amounts)
+        if is_late:
+            self._take_late(now, amounts)
         else:
             free_at = self.free_at
             for place, (name, interval, _) in enumerate(self.rates.paces):
-                free_at[place] = max(free_at[place], now) + amounts[name] * interval
+                slot = free_at[place]
+                free_at[place] = max(slot, now) + amounts[name] * interval
         for log in self.logs:
             log.add(now, amounts[log.name])
 
-    def _take_late(self, now: float, waited: float, amounts: Sequence[float]) -> None:
-        since = max(now - waited, min(now, self.paused_until))
+    def _take_late(self, now: float, amounts: Sequence[float]) -> None:
         for place, pace in enumerate(self.rates.paces):
-            slot = max(self.free_at[place], since, now - pace.tolerance)
+            slot = max(self.free_at[place], min(now, self.paused_until), now - pace.tolerance)
             self.free_at[place] = slot + amounts[pace.name] * pace.interval
-
-    def correct(self, now: float, amounts: Sequence[float]) -> None:
-        """A call has cost so much more than it had taken, or less."""
-        self.take(now, 0.0, amounts)
 
     def pause(self, until: float) -> None:
         self.paused_until = max(self.paused_until, until)
@@ -193,14 +190,14 @@ class Ledger:
 
     # Of processes that share it
 
-    def ask(self, now: float, waited: float, amounts: Sequence[float], who: float, *, claims: bool) -> float:
+    def ask(self, now: float, amounts: Sequence[float], who: float, *, is_late: bool, claims: bool) -> float:
         """Take a slot, and give 0; or give the seconds until ``who`` may ask again.
 
         ``claims``: whether the next slot has to be its own, since others were faster again and again.
         """
         is_kept = now < self.claimed_until and who != self.claimed_by
         if not is_kept and self.is_open(now, amounts):
-            self.take(now, waited, amounts)
+            self.take(now, amounts, is_late=is_late)
             if who == self.claimed_by:
                 self.claimed_until = 0.0
             return 0.0
@@ -261,14 +258,22 @@ class Ledger:
 _HEAD, _STAMPS = 7, struct.Struct("<2d")
 
 
-def changed(
-    data: bytes, rates: Rates, now: float, act: Callable[[Ledger, float], float | None]
-) -> tuple[float, Ledger | None]:
-    """Do something with the ledger that processes share: what that answers, and the ledger if it is to be kept."""
+# Of the bytes that processes share, and the time, it makes seconds until a slot comes (0: it was done), the bytes to be
+# kept in their place, if any, and the seconds for which they tell something.
+Change = Callable[[bytes, float], tuple[float, bytes, float]]
+
+
+def changed(rates: Rates, act: Callable[[Ledger, float], float | None], data: bytes, now: float) -> Any:
+    """Do something with the ledger that processes share, as a `Change`.
+
+    ``act`` gives 0 or None if it has changed the ledger, or seconds until a slot comes.
+    """
     ledger = Ledger.unpack(data, rates, now)
     claimed_until = ledger.claimed_until
     wait = act(ledger, now) or 0.0
-    return wait, ledger if not wait or ledger.claimed_until != claimed_until else None
+    if wait and ledger.claimed_until == claimed_until:
+        return wait, b"", 0.0
+    return wait, ledger.pack(now), ledger.idle_from(now) - now
 
 
 def is_over(data: bytes, now: float) -> bool:

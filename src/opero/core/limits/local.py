@@ -9,75 +9,60 @@ asynciolimiter can be shared.
 from __future__ import annotations
 
 import contextlib
+
+# The public way to get the running loop raises where there is none.
+from asyncio import _get_running_loop, _set_running_loop
 from typing import TYPE_CHECKING
+
+from asynciolimiter import Limiter
 
 from opero.core.limits.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from opero.core.limits.rates import Pace, Rates
+    from opero.core.limits.rates import Pace
 
 
 class LocalLedger(Ledger):
     """A ledger that asks asynciolimiter for the next slot after one that was waited for."""
 
-    __slots__ = ("_limiters",)
+    __slots__ = ()
 
-    def __init__(self, rates: Rates) -> None:
-        # Not at the first wait: in a recursion that is too deep it would stay half imported.
-        import asynciolimiter  # noqa: F401
-
-        super().__init__(rates)
-
-    def forget(self) -> None:
-        super().forget()
-        self._limiters: dict[Pace, _SteppedLimiter] = {}
-
-    def _take_late(self, now: float, waited: float, amounts: Sequence[float]) -> None:
-        super()._take_late(now, waited, amounts)
+    def _take_late(self, now: float, amounts: Sequence[float]) -> None:
+        super()._take_late(now, amounts)
         for place, pace in enumerate(self.rates.paces):
             if amounts[pace.name] == 1:
-                if pace not in self._limiters:
-                    self._limiters[pace] = _SteppedLimiter(pace)
-                self.free_at[place] = self._limiters[pace].slot_after(self.free_at[place] - pace.interval)
+                self.free_at[place] = _slot_after(self.free_at[place] - pace.interval, pace)
 
 
-class _SteppedLimiter:
-    """asynciolimiter's `Limiter`, and all that it asks of a running event loop: a time, and one timer."""
+def _slot_after(slot: float, pace: Pace) -> float:
+    """Let one pass at the time of its slot; gives the time of the next one."""
+    moment, outer = _Moment(slot), _get_running_loop()
+    waiting = Limiter(1 / pace.interval, max_burst=pace.burst).wait()
+    try:
+        _set_running_loop(moment)  # type: ignore[arg-type]  # it is all of a loop that asynciolimiter uses
+        with contextlib.suppress(StopIteration):
+            waiting.send(None)
+    finally:
+        _set_running_loop(outer)
+        waiting.close()
+    return moment.next_slot
 
-    __slots__ = ("_get_loop", "_limiter", "_now", "_set_loop", "_when")
 
-    def __init__(self, pace: Pace) -> None:
-        # Kept: while the interpreter ends, nothing can be imported. The public way raises where there is no loop.
-        from asyncio import _get_running_loop, _set_running_loop
+class _Moment:
+    """All that asynciolimiter asks of a running event loop: a time, and one timer."""
 
-        from asynciolimiter import Limiter
+    __slots__ = ("_now", "next_slot")
 
-        self._get_loop, self._set_loop = _get_running_loop, _set_running_loop
-        self._limiter = Limiter(1 / pace.interval, max_burst=pace.burst)
-        self._now = self._when = 0.0
-
-    def slot_after(self, slot: float) -> float:
-        """Let one pass at the time of its slot; gives the time of the next one."""
-        self._now = slot
-        # Nobody waits in it: it is free again.
-        self._limiter.reset()
-        outer, waiting = self._get_loop(), self._limiter.wait()
-        try:
-            self._set_loop(self)  # type: ignore[arg-type]  # it is all of a loop that asynciolimiter uses
-            with contextlib.suppress(StopIteration):
-                waiting.send(None)
-        finally:
-            self._set_loop(outer)
-            waiting.close()
-        return self._when
+    def __init__(self, now: float) -> None:
+        self._now = self.next_slot = now
 
     def time(self) -> float:
         return self._now
 
-    def call_at(self, when: float, _callback: Callable[[], None]) -> _SteppedLimiter:
-        self._when = when
+    def call_at(self, when: float, _callback: Callable[[], None]) -> _Moment:
+        self.next_slot = when
         return self
 
     def cancel(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
-from opero.core.limits.ledger import changed, is_over
+from opero.core.limits.ledger import is_over
 from opero.core.private_folder import folder_of_user, private_folder
 from opero.exceptions import UnsafeCacheError
 
@@ -27,7 +27,7 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from opero.core.limits.line import Request
+    from opero.core.limits.ledger import Change
 
 _FOLDER = "limits"
 # Who holds a file holds it for microseconds, unless it was stopped: then others come again, and do not block.
@@ -49,7 +49,7 @@ def default_root() -> Path:
 
 
 class FileGate:
-    """A `opero.core.limits.line.Gate` in a file.
+    """A `opero.core.limits.shared.Gate` in a file.
 
     The times in it are those of the system's monotonic clock, which all processes share until the next start of the
     machine.
@@ -64,12 +64,12 @@ class FileGate:
         # Since when somebody else has been found to keep the file locked.
         self._locked_since: float | None = None
 
-    def perform(self, requests: Sequence[Request]) -> list[Any]:
+    def perform(self, requests: Sequence[Change]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
-    def _answer(self, request: Request, *, is_last: bool = False) -> Any:
+    def _answer(self, change: Change, *, is_last: bool = False) -> Any:
         try:
-            return self._ask(request)
+            return self._ask(change)
         except UnsafeCacheError:
             raise
         except OSError as error:
@@ -77,9 +77,9 @@ class FileGate:
                 return error
         # The folder has gone; it is made anew.
         self._path = None
-        return self._answer(request, is_last=True)
+        return self._answer(change, is_last=True)
 
-    def _ask(self, request: Request) -> float:
+    def _ask(self, change: Change) -> float:
         if self._path is None:
             # Not with its files: with one for each value, each new one would take ever longer.
             folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}", with_files=False)
@@ -90,11 +90,10 @@ class FileGate:
             if file is None:
                 return self._is_locked(now)
             self._locked_since = None
-            wait, ledger = changed(os.pread(file, _MOST_BYTES, 0), request.rates, now, request.act)
-            if ledger is not None:
-                data = ledger.pack(now)
-                os.pwrite(file, data, 0)
-                os.ftruncate(file, len(data))
+            wait, made, _ = change(os.pread(file, _MOST_BYTES, 0), now)
+            if made:
+                os.pwrite(file, made, 0)
+                os.ftruncate(file, len(made))
             return wait
 
     def _is_locked(self, now: float) -> float:

@@ -30,10 +30,9 @@ class _FreePlaces(Ledger):
 
     Attributes:
         free: One element for each free place: to add one to a list, or to take one off, is one step, and needs no lock.
-        is_kept: Whether one that was found free is kept for whoever takes it next by this ledger.
     """
 
-    __slots__ = ("count", "free", "is_kept")
+    __slots__ = ("count", "free")
 
     def __init__(self, count: int) -> None:
         self.count = min(count, _MOST)
@@ -42,33 +41,27 @@ class _FreePlaces(Ledger):
     def forget(self) -> None:
         super().forget()
         self.free: list[None] = [None] * self.count
-        self.is_kept = False
 
     def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] = ()) -> float:  # noqa: ARG002
         # Nobody knows; those who have little time wait until that is over.
         return now
 
-    def is_open(self, now: float, amounts: Sequence[float]) -> bool:  # noqa: ARG002
-        if not self.is_kept and self.pop():
-            self.is_kept = True
-        return self.is_kept
-
-    def take(self, now: float, waited: float, amounts: Sequence[float]) -> None:  # noqa: ARG002
-        self.is_kept = False
-
-    def pop(self) -> bool:
-        """Take a place, if one is free."""
+    def is_open(self, now: float = 0.0, amounts: Sequence[float] = ()) -> bool:  # noqa: ARG002
+        """Take a place, if one is free: who finds it does not ask again."""
         try:
             self.free.pop()
         except IndexError:
             return False
         return True
 
+    def take(self, now: float, amounts: Sequence[float], *, is_late: bool = False) -> None:
+        """It was taken when it was found."""
+
     def wait(self, now: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
         return math.inf
 
     def idle_from(self, now: float) -> float:
-        return now if len(self.free) + self.is_kept == self.count else math.inf
+        return now if len(self.free) == self.count else math.inf
 
 
 class Places(Line):
@@ -85,7 +78,7 @@ class Places(Line):
     def enter(self, *_call: Any) -> tuple[Places, Token[Any]] | None:
         """Take a place for the running code; gives what to give it back with, None if that has to wait, or must not."""
         others = leading.get()
-        if (others and self in others) or self._spots or not self._places.pop():
+        if (others and self in others) or self._waiting or not self._places.is_open():
             return None
         return self, leading.set(others | self._badges if others else self._badges)
 
@@ -95,8 +88,8 @@ class Places(Line):
         # What a forked child does in a place of its parent takes none here.
         if len(places.free) < places.count:
             places.free.append(None)
-        if self._spots:
-            self.rouse_first()
+        if self._waiting:
+            self.rouse_first(anew=True)
         if token is not None:
             try:
                 leading.reset(token)
@@ -132,13 +125,10 @@ class PlacesForFunction:
         self._places = Places(count)
         self._of_values: PerValue[Places] = PerValue(lambda _: Places(count))
         # As `Places.enter`, for a call's arguments.
-        self.enter = self._places.enter if per is None else self._enter
+        self.enter = self._places.enter if per is None else lambda *call: self._of(*call).enter()
 
     def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Places:
         return self._places if self._per is None else self._of_values.of(self._per.get(args, kwargs))
-
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Places, Token[Any]] | None:
-        return self._of(args, kwargs).enter()
 
     def take(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float, passage: Passage | None

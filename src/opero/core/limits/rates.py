@@ -44,8 +44,12 @@ class Quota(NamedTuple):
     """No more than ``units`` in any ``seconds``, however they are spread; ``name`` as in `Pace`."""
 
     name: int
-    units: int
+    units: float
     seconds: float
+
+    @property
+    def per_second(self) -> float:
+        return self.units / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +72,7 @@ class Rates:
     def per_second(self) -> float:
         """The lowest rate of the first name."""
         paces = [1 / pace.interval for pace in self.paces if not pace.name]
-        return min(paces + [quota.units / quota.seconds for quota in self.quotas if not quota.name])
-
-
-class _Parsed(NamedTuple):
-    units: float
-    seconds: float
-
-    @property
-    def per_second(self) -> float:
-        return self.units / self.seconds
+        return min(paces + [quota.per_second for quota in self.quotas if not quota.name])
 
 
 def parse_rates(
@@ -108,16 +103,16 @@ def parse_rates(
     paces, quotas, most = [], [], []
     for place, (name, rates) in enumerate(rate.items()):
         spelled = f"{option}[{shown(name)}]" if is_named else option
-        parsed = _parse_list(rates, spelled)
+        parsed = [Quota(place, *each) for each in _parse_list(rates, spelled)]
         most.append(min(each.units for each in parsed))
         longer = parsed
         if spread:
             fast = [each for each in parsed if each.seconds == 1]
             pace = min(fast) if fast else max(parsed, key=lambda each: each.per_second)
-            longer = [each for each in parsed if each is not pace and each.seconds != 1]
+            longer = [each for each in parsed if each is not pace and each not in fast]
             missed = max(_LEAST_BURST, math.ceil(pace.per_second * _BURST_SECONDS)) if burst is None else burst
             paces.append(Pace(place, pace.seconds / pace.units, missed))
-        quotas += [_quota(each, place, spelled) for each in longer]
+        quotas += [_whole(each, spelled) for each in longer]
     return Rates(tuple(rate), tuple(paces), tuple(quotas), tuple(most))
 
 
@@ -128,7 +123,7 @@ def _check_burst(max_burst: Any, option: str) -> int:
     return check_count(option, max_burst, "calls", smallest=1)
 
 
-def _parse_list(rates: Any, option: str) -> list[_Parsed]:
+def _parse_list(rates: Any, option: str) -> list[tuple[float, float]]:
     if isinstance(rates, (str, bytes)) or not isinstance(rates, Sequence):
         return [_parse(rates, option)]
     match rates:
@@ -144,7 +139,8 @@ def _parse_list(rates: Any, option: str) -> list[_Parsed]:
     return [_parse(rate, option) for rate in rates]
 
 
-def _parse(rate: Any, option: str) -> _Parsed:
+def _parse(rate: Any, option: str) -> tuple[float, float]:
+    """How much in how many seconds."""
     asked, seconds = rate, 1.0
     if isinstance(rate, str):
         match = _RATE_TEXT.fullmatch(rate)
@@ -170,14 +166,13 @@ def _parse(rate: Any, option: str) -> _Parsed:
     if not (math.isfinite(count) and seconds > 0 and count / seconds > 0):
         msg = f"{option}={asked!r} limits nothing; write a number of calls per second above 0, or None for no limit"
         raise ValueError(msg)
-    return _Parsed(count, seconds)
+    return count, seconds
 
 
-def _quota(parsed: _Parsed, place: int, option: str) -> Quota:
-    if parsed.units > _MOST:
-        msg = (
-            f"{option} has a quota of {parsed.units:.3g}, too many to count; write up to {_MOST:,}, for a shorter time"
-        )
+def _whole(quota: Quota, option: str) -> Quota:
+    """The same per second, in units that can be counted."""
+    if quota.units > _MOST:
+        msg = f"{option} has a quota of {quota.units:.3g}, too many to count; write up to {_MOST:,}, for a shorter time"
         raise ValueError(msg)
-    count = max(1, int(parsed.units))
-    return Quota(place, count, count / parsed.per_second)
+    units = max(1, int(quota.units))
+    return Quota(quota.name, units, units / quota.per_second)

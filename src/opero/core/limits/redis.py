@@ -6,13 +6,12 @@ from hashlib import sha1
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
-from opero.core.limits.ledger import changed
 from opero.core.redis_server import Server, server_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from opero.core.limits.line import Request
+    from opero.core.limits.ledger import Change
 
 # A process reckons with what it knows, and its answer holds if that is still so: of a state with this digest it makes
 # the given one, if there is one; of any other state it gives the server's time and what is there.
@@ -44,7 +43,7 @@ _LASTING_SECONDS = 1.0
 
 
 class RedisGate:
-    """A `opero.core.limits.line.Gate` on a server. A server that fails is left alone for a while."""
+    """A `opero.core.limits.shared.Gate` on a server. A server that fails is left alone for a while."""
 
     is_instant = False
 
@@ -56,7 +55,7 @@ class RedisGate:
         # The state that was found last, and the server's time and this machine's at that moment.
         self._found = b"", 0.0, -_FRESH_SECONDS
 
-    def perform(self, requests: Sequence[Request]) -> list[Any]:
+    def perform(self, requests: Sequence[Change]) -> list[Any]:
         try:
             # No cached_property, whose lock a fork would leave locked.
             server = self._server = self._server or server_at(self._url)
@@ -66,27 +65,24 @@ class RedisGate:
         if reason is not None:
             return [reason] * len(requests)
         try:
-            return [self._answer(server, request) for request in requests]
+            return [self._answer(server, change) for change in requests]
         except Exception as error:  # noqa: BLE001 - as above
             server.failed(error)
             return [error] * len(requests)
 
-    def _answer(self, server: Server, request: Request) -> float:
+    def _answer(self, server: Server, change: Change) -> float:
         swap, is_new = server.script(_SWAP), False
         data, found_at, heard_at = self._found
         for _ in range(_TRIES):
             # No later than the server's own.
             now = found_at + clock.machine() - heard_at
-            wait, ledger = changed(data, request.rates, now, request.act)
+            wait, made, lasts = change(data, now)
             is_known = is_new or clock.machine() - heard_at < _FRESH_SECONDS
             # Others only close it for longer.
-            if ledger is None and is_known and (is_new or wait < _LONGEST_TRUST):
+            if not made and is_known and (is_new or wait < _LONGEST_TRUST):
                 return wait
-            made, lasts = b"", 0.0
-            if ledger is not None:
-                made, lasts = ledger.pack(now), ledger.idle_from(now) - now + _LASTING_SECONDS
             digest = sha1(data, usedforsecurity=False).hexdigest()
-            other = swap([self._key], [digest if is_known else "", made, round(lasts * 1000)])
+            other = swap([self._key], [digest if is_known else "", made, round((lasts + _LASTING_SECONDS) * 1000)])
             server.rest.end()
             if other is None:
                 self._found = made or data, found_at, heard_at
