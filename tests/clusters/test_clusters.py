@@ -364,8 +364,9 @@ def test_a_resource_that_nobody_has_ends_the_map_after_total_timeout(engine):
 def test_a_resource_that_nobody_has_is_warned_of(engine, monkeypatch):
     monkeypatch.setattr("opero.concurrency.far._WARNING_SECONDS", 0.3)
     function = engine.map(jobs.double, total_timeout=3, pool_options={"resources": {"unobtainium": 1}})
-    with pytest.warns(RuntimeWarning, match="waits for one"), pytest.raises(OperoError):
+    with pytest.warns(RuntimeWarning, match="waits for one") as told, pytest.raises(OperoError):
         function([1, 2])
+    assert {each.filename for each in told if each.category is RuntimeWarning} == {__file__}
 
 
 def test_what_a_worker_cannot_load_ends_the_map(engine, tmp_path, monkeypatch):

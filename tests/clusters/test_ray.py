@@ -36,11 +36,6 @@ def test_workers_says_how_many_items_run_at_the_same_time(engine, path):
     assert "".join(jobs.noted(path)) == "+-" * 6
 
 
-def test_where_an_item_was_stuck_is_told(engine):
-    (error,) = engine.map(jobs.sleep_if_one, retries=0, attempt_timeout=0.3)([1])
-    assert any("jobs.py" in note for note in error.__notes__)
-
-
 def test_workers_stay_between_the_maps_of_a_block(engine):
     function = engine.map(jobs.double)
     with function.pool():
@@ -106,27 +101,4 @@ def test_a_ray_that_is_started_for_a_map_ends_with_it(engine, script):
     )
     assert program.wait_for("result") == "[1, 2]"
     assert program.wait_for("initialised") == "False False"
-    program.end()
-
-
-def test_a_ray_that_one_thread_has_started_outlives_it(engine, script):
-    program = script(
-        """
-        import threading
-        from opero import opmap
-
-        @opmap(mode="ray", progress=False, retries=0)
-        def double(item):
-            return item * 2
-
-        if __name__ == "__main__":
-            first = double.stream([1])
-            starting = threading.Thread(target=lambda: print("first", next(first).result, flush=True))
-            starting.start()
-            starting.join()
-            print("second", double(range(3)), flush=True)
-            first.close()
-        """
-    )
-    assert program.wait_for("second") == "[0, 2, 4]"
     program.end()

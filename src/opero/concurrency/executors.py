@@ -12,13 +12,12 @@ import contextvars
 import threading
 from collections import deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, wait
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children
-from opero.concurrency.far import works
+from opero.concurrency.far_worker import works
 from opero.concurrency.kept import default_workers
 from opero.concurrency.main_module import names_in_fresh_workers
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
@@ -172,8 +171,7 @@ class ExecutorPool(Pool):
         # The workers of the standard library's executor have the main module; those of others may not.
         is_of_the_library = isinstance(self._executor, ProcessPoolExecutor)
         self._packer = Packer(names_in_fresh_workers() if is_of_the_library else frozenset())
-        self._packed = self._packer.start((self._work, None, (), None))
-        self._digest = blake2b(self._packed, digest_size=16).digest()
+        self._packed, self._digest = self._packer.work(self._work)
 
     def _breaks(self, error: Exception) -> Fatal | None:
         """Note that nothing runs any more; what is in flight will come back with the same error."""

@@ -225,7 +225,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
                 f"the first was item {min(outcome.index for outcome in told)}",
                 results,
             )
-            warnings.warn(warning, stacklevel=_level_of_the_user())
+            warnings.warn(warning, stacklevel=level_of_the_user())
         return results
 
     def _total(self, items: Any) -> int | None:
@@ -432,7 +432,7 @@ for _method in (SyncMap.__call__, SyncMap.run, SyncMap.stream, AsyncMap.__call__
     _method.__defaults__ = (MISSING,)
 
 
-def _level_of_the_user() -> int:
+def level_of_the_user() -> int:
     """How many frames above the caller of this function the program's own code is."""
     level = 1
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as `inspect.currentframe` does

@@ -8,6 +8,7 @@ import mmap
 import os
 import pickle
 import tempfile
+from hashlib import blake2b
 from multiprocessing.heap import Arena
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -77,6 +78,15 @@ class Packer:
         if shared is not None:
             shared.share()
         return pickler.file.getvalue()
+
+    def work(self, work: Work) -> tuple[bytes, bytes]:
+        """Pickle a map's work alone; gives with it the digest by which workers know it.
+
+        Raises:
+            NotTransferableError: If it cannot be pickled.
+        """
+        packed = self.start((work, None, (), None))
+        return packed, blake2b(packed, digest_size=16).digest()
 
     def arguments(self, work: Work) -> bytes:
         """Pickle what all calls of a map have in common, for workers that have the function.

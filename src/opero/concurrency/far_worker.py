@@ -1,0 +1,326 @@
+"""What runs in the workers of clusters, and what one that was killed has left.
+
+A worker keeps a journal of each batch: how many of its items have begun, and the reports on those that were slow. That
+is a file on the worker's machine, so it outlives a worker that is killed, and whoever is still there reads it for the
+map: a crash is charged to the item that was running, without a message for each item that begins.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import functools
+import io
+import math
+import mmap
+import pickle
+import shutil
+import struct
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from opero.concurrency.batches import Batch, Done, Fatal, Lost
+from opero.concurrency.inbox import BlockingInbox
+from opero.concurrency.transport import pack_report, unpack_batch, unpack_start
+from opero.concurrency.worker import (
+    FAR_BATCH_SECONDS,
+    FAR_LONG_SECONDS,
+    AsyncCaller,
+    How,
+    Report,
+    Work,
+    run_batch,
+)
+from opero.core.forks import ForkSafeLock
+from opero.core.private_folder import folder_of_user, private_folder
+from opero.core.signature import name_of
+from opero.core.steps import stopped
+from opero.exceptions import WorkerCrashedError
+from opero.utils.notes import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opero.core.steps import TimeLimit
+
+# Maps whose work a worker remembers.
+_MOST_REMEMBERED = 16
+# Journals that each thread of a worker keeps: the last reports may not have reached the map yet.
+_MOST_KEPT = 3
+# Those of workers that were killed are removed by others that start later than so.
+_STALE_SECONDS = 7 * 86_400.0
+_MARK = struct.Struct("=Q")
+# A coroutine is cancelled when its time is up, and may need some to tidy up.
+_UNHEEDED_SECONDS = 5.0
+_POLLING_SECONDS = 0.02
+
+
+class Found(NamedTuple):
+    """What became of a batch: how many of its items have begun, the reports so far, and why it ended early, if so."""
+
+    begun: int
+    reports: list[bytes]
+    reason: str = ""
+
+
+# How an item is run that has a time limit.
+RunLimited: TypeAlias = "Callable[[Work, list[Any], TimeLimit, How], Report]"
+
+
+def run_parcel(name: str, digest: bytes, fetch: Callable[[], bytes], payload: bytes, run_limited: RunLimited) -> Found:
+    """Run one batch in a worker.
+
+    Args:
+        name: The name of its journal.
+        digest: The name of the map's work.
+        fetch: Gets the work, for a worker that does not have it.
+        payload: The batch.
+        run_limited: Runs an item that has a time limit.
+
+    Raises:
+        Exception: If the work cannot be loaded; what the function raises is in the reports.
+    """
+    work = works.get(digest, fetch)
+    arrived = unpack_batch(payload)
+    if isinstance(arrived, Report):
+        return Found(0, [pack_report(arrived)])
+    items, limit = arrived
+    journal = _begin_journal(name)
+    how = How(mark=journal.mark, tell=journal.add, longest=FAR_LONG_SECONDS, seconds=FAR_BATCH_SECONDS)
+    try:
+        run: Any = _run_here if limit is None else run_limited
+        journal.add(run(work, items, limit, how))
+    except BaseException as error:  # noqa: BLE001 - as in process mode exit ends the item, but not this process
+        return Found(journal.mark[0], journal.reports, describe(error))
+    return Found(journal.mark[0], journal.reports)
+
+
+def _run_here(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:
+    """Run a batch; coroutines in the event loop that this thread has for all of them."""
+    caller = None
+    if work.is_async:
+        caller = _thread.__dict__.get("caller") or AsyncCaller()
+        _thread.caller = caller
+    return run_batch(work, items, limit, caller, how)
+
+
+_thread = threading.local()
+
+
+class _Works:
+    """The work of the latest maps."""
+
+    def __init__(self) -> None:
+        self._lock = ForkSafeLock()
+        self._works: dict[bytes, Work] = {}
+
+    def known(self, digest: bytes) -> Work | None:
+        """A map's work, if this worker has it."""
+        return self._works.get(digest)
+
+    def get(self, digest: bytes, fetch: Callable[[], bytes]) -> Work:
+        # Threads of one worker that begin together unpickle it once.
+        with self._lock.lock:
+            work = self._works.get(digest)
+            if work is None:
+                work = self._works[digest] = unpack_start(fetch())[0]
+                if len(self._works) > _MOST_REMEMBERED:
+                    del self._works[next(iter(self._works))]
+            return work
+
+
+works = _Works()
+
+
+# Journals
+
+
+class _Journal:
+    """What a batch has come to: how many items have begun, and after that the reports.
+
+    Where no file can be written it is known as long as the worker lives.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.reports: list[bytes] = []
+        self.mark: Any = [0]
+        self._path = Path()
+        self._file: io.RawIOBase | io.BytesIO = io.BytesIO()
+        with contextlib.suppress(OSError):
+            self._path = _folder() / name
+            self._file = self._path.open("x+b", buffering=0)
+            self._file.write(bytes(_MARK.size))
+            # What is written there is in the file even if the process is killed.
+            self.mark = memoryview(mmap.mmap(self._file.fileno(), _MARK.size)).cast("Q")
+
+    def add(self, report: Report) -> None:
+        data = pack_report(report)
+        self.reports.append(data)
+        with contextlib.suppress(OSError):
+            self._file.write(pickle.dumps(data))
+
+    def remove(self) -> None:
+        self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+def _begin_journal(name: str) -> _Journal:
+    """Begin one, and remove the oldest of this thread."""
+    kept: deque[_Journal] = _thread.__dict__.setdefault("journals", deque())
+    while len(kept) >= _MOST_KEPT:
+        kept.popleft().remove()
+    kept.append(_Journal(name))
+    return kept[-1]
+
+
+def _folder_of_all() -> Path:
+    """The folder of all workers of this user on this machine, which nobody else can write to."""
+    folder = folder_of_user(lambda: Path("workers"))
+    return private_folder(folder.parent, folder.name, "TMPDIR")
+
+
+@functools.cache
+def _folder() -> Path:
+    """That of this process."""
+    folder_of_all = _folder_of_all()
+    for folder in folder_of_all.iterdir():
+        if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+    own = Path(tempfile.mkdtemp(dir=folder_of_all))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
+
+
+def recover(names: list[str]) -> list[Found | None]:
+    """Read journals that are on this machine; None for those that are not."""
+    return [_read(name) for name in names]
+
+
+def _read(name: str) -> Found | None:
+    with contextlib.suppress(OSError, StopIteration, struct.error):
+        data = next(_folder_of_all().glob(f"*/{name}")).read_bytes()
+        (begun,) = _MARK.unpack_from(data)
+        file = io.BytesIO(data[_MARK.size :])
+        reports: list[bytes] = []
+        # The last one may be half written.
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):
+            while True:
+                reports.append(pickle.load(file))  # noqa: S301 - nobody else can write there
+        return Found(begun, reports)
+    return None
+
+
+# On ray
+
+
+def run_on_ray(name: str, digest: bytes, work: list[Any], payload: bytes) -> Found:
+    """One batch, in a task."""
+    import ray
+
+    return run_parcel(name, digest, lambda: ray.get(work[0]), payload, _run_watched)
+
+
+def load_on_ray(digest: bytes, work: list[Any], seconds: float) -> None:
+    """Load the work before there is something to do, and take so long that no other is loaded by the same worker."""
+    import ray
+
+    works.get(digest, lambda: ray.get(work[0]))
+    time.sleep(seconds)
+
+
+def _run_watched(work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
+    """Run an item in this process, which ends when the time is up, even if no other thread is ever let run."""
+    faulthandler.dump_traceback_later(limit[0] + _UNHEEDED_SECONDS * work.is_async, exit=True)
+    try:
+        return _run_here(work, items, limit, how)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+# On dask
+
+
+def load_on_dask(digest: bytes, packed: bytes) -> str | None:
+    """Load the work; tells why that cannot be done."""
+    try:
+        works.get(digest, lambda: packed)
+    except Exception as error:  # noqa: BLE001 - the map raises it
+        return describe(error)
+    return None
+
+
+def run_on_dask(name: str, digest: bytes, payload: bytes) -> Found | None:
+    """One batch, in a task; None if this worker has loaded the work of many other maps meanwhile."""
+    if works.known(digest) is None:
+        return None
+    return run_parcel(name, digest, bytes, payload, functools.partial(_run_in_child, digest))
+
+
+class _Child:
+    """A process below a worker, for items that have a time limit: it can be ended."""
+
+    def __init__(self, work: Work) -> None:
+        from opero.concurrency.processes import ProcessPool
+
+        self._work = work
+        self._inbox = BlockingInbox()
+        self._pool = ProcessPool(work, 1)
+        self._pool.start(self._inbox)
+
+    def run(self, batch: Batch, limit: TimeLimit) -> Report:
+        self._pool.submit(batch)
+        # The time begins with the item, not with its process.
+        ends, is_late = math.inf, False
+        while True:
+            for event in self._inbox.collect(_POLLING_SECONDS, is_real=True):
+                known = self._pool.receive(event)
+                if isinstance(known, Fatal):
+                    raise known.error
+                if isinstance(known, Done):
+                    return known.report
+                if isinstance(known, Lost):
+                    name = name_of(self._work.function)
+                    crash = WorkerCrashedError(f"the worker that ran {name} ended: {known.reason}")
+                    return Report([None], {0: stopped(name, *limit) if is_late else crash}, limit[0])
+            now = time.monotonic()
+            if ends == math.inf and self._pool.begun(batch):
+                ends = now + limit[0] + _UNHEEDED_SECONDS * self._work.is_async
+            if now > ends:
+                is_late = self._pool.kill(batch) or is_late
+                ends = now + 1.0
+
+    def stop(self) -> None:
+        self._pool.stop()
+        self._inbox.close()
+
+
+# Of each map, those that run nothing.
+_idle_children: dict[bytes, list[_Child]] = {}
+
+
+def _run_in_child(digest: bytes, work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
+    """Run an item in a process below this one, which stays for the next one."""
+    idle = _idle_children.setdefault(digest, [])
+    child = idle.pop() if idle else _Child(work)
+    batch = Batch(items, 0)
+    batch.time_limit = limit
+    how.mark[0] = 1
+    try:
+        return child.run(batch, limit)
+    finally:
+        if _idle_children.get(digest) is idle:
+            idle.append(child)
+        else:
+            child.stop()
+
+
+def end_children(digest: bytes) -> None:
+    """End the processes of a map that is over; one that runs an item when that has ended."""
+    for child in _idle_children.pop(digest, []):
+        child.stop()
