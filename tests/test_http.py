@@ -464,6 +464,17 @@ def test_an_error_is_judged_by_what_it_was_raised_from(server, failure, how, dep
     assert retry_after(raised_from(failure(), how=how, depth=depth)) is GIVE_UP
 
 
+@pytest.mark.parametrize(
+    ("statuses", "answer"),
+    [((503,), True), ((503, 429), 3.0), ((429, 401), False), ((404, 401, 503), GIVE_UP)],
+)
+def test_a_group_is_judged_by_the_worst_in_it(statuses, answer):
+    errors = [ForeignError(httpx.Response(s, headers={"retry-after": "3"} if s == 429 else {})) for s in statuses]
+    assert retry_after(ExceptionGroup("", errors)) == answer
+    group = ExceptionGroup("", [ConnectionError(), ExceptionGroup("", errors)])
+    assert retry_after(raised_from(group)) == answer
+
+
 def test_a_context_that_was_suppressed_does_not_count():
     assert retry_after(raised_from(ConnectionError(), how="none")) is False
 

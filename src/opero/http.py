@@ -13,7 +13,7 @@ from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.retry import GIVE_UP, Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["retry_after"]
 
@@ -121,13 +121,21 @@ def retry_after(error: Exception) -> bool | float | Answer:
 
     Returns:
         What the table says; 0.0 for a time that has passed. It never raises, whatever the error or its response is
-        made of.
+        made of. Of a group of exceptions (as of a ``TaskGroup``) it says the worst that it says of any of them.
     """
     for link in _causes(error):
-        judged = _judged(link)
+        judged = _of_all(link.exceptions) if isinstance(link, ExceptionGroup) else _judged(link)
         if judged is not None:
             return judged
     return False
+
+
+def _of_all(errors: Sequence[Exception]) -> bool | float | Answer:
+    answers = [retry_after(error) for error in errors]
+    for worst in (GIVE_UP, False):
+        if any(answer is worst for answer in answers):
+            return worst
+    return max((answer for answer in answers if isinstance(answer, float)), default=True)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
