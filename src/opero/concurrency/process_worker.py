@@ -299,15 +299,19 @@ async def _serve_together(parent: Parent, work: Work) -> None:
             kind = message[0]
             loop.call_soon_threadsafe(heard.put_nowait, message)
 
-    threading.Thread(target=hear, daemon=True).start()
     running: set[asyncio.Task[None]] = set()
+
+    def ended(task: asyncio.Task[None]) -> None:
+        running.discard(task)
+        if task.cancelled() or task.exception() is not None:
+            heard.put_nowait(task)
+
+    threading.Thread(target=hear, daemon=True).start()
     while True:
         message = await heard.get()
         if isinstance(message, asyncio.Task):
-            running.discard(message)
             # As in a worker that runs plain functions, what is no `Exception` ends the worker.
             message.result()
-            continue
         kind, number, payload = message
         if kind == Kind.STOP:
             return
@@ -317,7 +321,7 @@ async def _serve_together(parent: Parent, work: Work) -> None:
             parent.mark[0] += 1
             task = loop.create_task(_run_one(parent, work, number, payload))
             running.add(task)
-            task.add_done_callback(heard.put_nowait)
+            task.add_done_callback(ended)
 
 
 async def _run_one(parent: Parent, work: Work, number: int, payload: memoryview) -> None:
