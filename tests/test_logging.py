@@ -94,7 +94,7 @@ def test_opero_stays_silent_after_a_recursion_that_was_too_deep():
 def test_opero_speaks_once_it_is_asked_to(source):
     _, said = program(source)
     retrying, failed = said.splitlines()
-    assert "INFO" in retrying
+    assert "DEBUG" in retrying
     assert "parse" in retrying
     assert "WARNING" in failed
     assert "2 attempts" in failed
@@ -119,7 +119,7 @@ def test_configure_logging_is_idempotent_and_leaves_the_sinks_alone():
 
 
 def test_configure_logging_sets_the_lowest_level():
-    assert len(program("import opero; opero.configure_logging('WARNING'); fail()")[1].splitlines()) == 1
+    assert len(program("import opero; opero.configure_logging(); fail()")[1].splitlines()) == 1
     assert program("import opero; opero.configure_logging('ERROR'); fail()")[1] == ""
 
 
@@ -304,7 +304,7 @@ def test_a_logger_of_the_standard_library_gets_the_messages(world, fake_clock, a
         world.run(opero(retries=1, min_delay=2, jitter=False)(world.define(fail)))
     told = [(name, level, text.rpartition("<locals>.")[2]) for name, level, text in app_log.record_tuples]
     assert [entry for entry in told if entry[0] == "app"] == [
-        ("app", logging.INFO, "fail failed in attempt 1: ValueError; next round in 2 s"),
+        ("app", logging.DEBUG, "fail failed, next round in 2 s"),
         ("app", logging.WARNING, "fail failed after 2 attempts in 2 s"),
     ]
 
@@ -343,12 +343,15 @@ def test_what_is_no_logger_is_refused(to):
 def test_with_the_standard_library_loguru_is_not_imported():
     done = """
         import logging, sys, opero
+        from opero.telemetry.lines import log_events
         logging.basicConfig(level="DEBUG", format="%(name)s %(levelname)s %(message)s")
         opero.configure_logging("DEBUG", to=logging.getLogger("app"))
-        fail()
+        with log_events(logging.getLogger("events")):
+            fail()
         assert "loguru" not in sys.modules
     """
     _, said = program(done)
     lines = said.splitlines()
-    assert [line.split()[0] for line in lines] == ["app", "app"]
+    assert [line.split()[0] for line in lines] == ["events", "app", "events", "events", "app", "events"]
     assert "app WARNING fail.<locals>.parse failed after 2 attempts" in said
+    assert "events WARNING __main__.fail.<locals>.parse (call 1) failed after 2 attempts" in said

@@ -76,7 +76,9 @@ def test_opero_has_each_public_name(name):
     assert hasattr(opero, name)
 
 
-@pytest.mark.parametrize("name", ["concurrency.get_parallel_executor", "http.retry_after", "testing.instant"])
+@pytest.mark.parametrize(
+    "name", ["concurrency.get_parallel_executor", "http.retry_after", "telemetry.lines.log_events", "testing.instant"]
+)
 def test_what_a_module_has_needs_no_import_but_that_of_opero(name):
     """As the README writes it."""
     program = f"import opero; print(opero.{name}.__name__)"
@@ -91,7 +93,7 @@ def test_a_shell_completes_also_names_that_nobody_has_asked_for(package):
     names = {
         "opero": opero.__all__,
         "opero.core": opero.core.__all__,
-        "opero.telemetry": ["otel", "prometheus"],
+        "opero.telemetry": ["lines", "otel", "prometheus"],
     }
     assert set(names[package]) <= set(run.stdout.split())
 

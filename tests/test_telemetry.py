@@ -1,4 +1,4 @@
-"""Events as spans and metrics of OpenTelemetry, and as metrics of Prometheus."""
+"""Events as log lines, as spans and metrics of OpenTelemetry, and as metrics of Prometheus."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import functools
 import gc
+import logging
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from loguru import logger
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -25,6 +28,7 @@ from side_by_side import SECONDS
 
 import opero
 from opero.telemetry import otel, prometheus
+from opero.telemetry.lines import log_events
 
 
 def failing(times):
@@ -55,6 +59,126 @@ async def sleep_long():
     await asyncio.sleep(SECONDS)
 
 
+# Lines
+
+
+@pytest.fixture
+def lines():
+    """What arrives at a sink of the program's: (level, text)."""
+    gathered = []
+
+    def sink(message):
+        gathered.append((message.record["level"].name, message.record["message"]))
+
+    number = logger.add(sink, level=0, filter="opero")
+    yield gathered
+    logger.remove(number)
+    logger.disable("opero")
+
+
+def test_a_line_tells_each_failed_attempt_and_the_retry_and_the_failure(world, lines, fake_clock):
+    f = opero.opero(retries=1, min_delay=2, jitter=False)(world.define(failing(5)))
+    with log_events(), contextlib.suppress(ValueError):
+        world.run(f, "secret-argument")
+    told = [(level, text.split(") ", 1)[1]) for level, text in lines]
+    assert told == [
+        ("INFO", "failed in attempt 1 after 0 s: ValueError"),
+        ("INFO", "begins round 2 in 2 s"),
+        ("INFO", "failed in attempt 2 after 0 s: ValueError"),
+        ("WARNING", "failed after 2 attempts in 2 s: ValueError"),
+    ]
+
+
+def test_a_line_names_function_and_call(world, lines):
+    f = opero.opero(retries=0)(world.define(failing(1)))
+    with log_events("WARNING"), contextlib.suppress(ValueError):
+        world.run(f)
+    ((_, text),) = lines
+    assert text.startswith("test_telemetry.failing.<locals>.function (call ")
+
+
+def test_a_line_names_the_place_of_an_item(mode, lines):
+    mapped = opero.opmap(retries=0, return_exceptions=True, **mode.options)(mode.define(lambda x: 1 / x))
+    with log_events("WARNING"):
+        mode.run(mapped, [1, 0])
+    ((_, text),) = lines
+    assert ", item 1) failed" in text
+
+
+def test_a_line_tells_that_a_candidate_takes_over(world, lines):
+    f = opero.opero(arg_fallback="key", retries=0)(world.define(lambda key: 1 / (key != "secret-a")))
+    with log_events():
+        world.run(f, ["secret-a", "secret-b"])
+    assert lines[-1][0] == "INFO"
+    assert lines[-1][1].endswith("goes on with candidate 2")
+
+
+def test_a_line_tells_of_a_long_wait_for_a_slot(world, lines):
+    f = opero.opero(rate_limit=5, rate_limit_options={"max_burst": 1})(world.define(lambda: None))
+    with log_events("DEBUG"):
+        world.run(f)
+        world.run(f)
+    ((level, text),) = lines
+    assert level == "DEBUG"
+    assert re.search(r"\) waited \d+ ms for the rate limit$", text)
+
+
+def test_a_short_wait_for_a_slot_is_not_worth_a_line(world, lines):
+    f = opero.opero(rate_limit=50, rate_limit_options={"max_burst": 1})(world.define(lambda: None))
+    with log_events("DEBUG"):
+        world.run(f)
+        world.run(f)
+    assert lines == []
+
+
+def test_a_line_has_no_argument_no_result_and_no_text_of_an_error(world, lines):
+    f = opero.opero(arg_fallback="key", retries=1, min_delay=0)(world.define(lambda key: failing(9)()))
+    g = opero.opero(min_delay=0)(world.define(failing(1)))
+    with log_events("TRACE"), contextlib.suppress(opero.AllFailedError):
+        world.run(g, "secret-argument")
+        world.run(f, ["secret-a", "secret-b"])
+    assert len(lines) > 5
+    assert "secret" not in str(lines)
+
+
+def test_lines_below_the_level_are_not_logged(world, lines):
+    f = opero.opero(min_delay=0)(world.define(failing(1)))
+    with log_events("WARNING"):
+        world.run(f)
+    assert lines == []
+
+
+def test_after_the_end_there_are_no_lines(world, lines):
+    log_events().close()
+    with contextlib.suppress(ValueError):
+        world.run(opero.opero(retries=0)(world.define(failing(1))))
+    assert lines == []
+
+
+def test_a_level_that_loguru_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="LOUD"):
+        log_events("LOUD")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "levels"),
+    [
+        (lambda logger: {"level": logger}, ["INFO", "INFO", "INFO", "WARNING"]),
+        (lambda logger: {"to": logger}, ["INFO", "INFO", "INFO", "WARNING"]),
+        (lambda logger: {"level": "WARNING", "to": logger}, ["WARNING"]),
+    ],
+    ids=["logger", "to", "level and to"],
+)
+def test_lines_go_to_a_logger_of_the_standard_library(world, caplog, fake_clock, arguments, levels):
+    caplog.set_level(logging.DEBUG, "app")
+    with log_events(**arguments(logging.getLogger("app"))), contextlib.suppress(ValueError):
+        world.run(opero.opero(retries=1)(world.define(failing(2))))
+    assert [record.levelname for record in caplog.records if record.name == "app"] == levels
+
+
+ENABLE = "from loguru import logger; logger.enable('opero')"
+DISABLE = "from loguru import logger; logger.disable('opero')"
+
 FAIL = """
 import opero
 def fail():
@@ -74,6 +198,21 @@ def program(source):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("before", ["", "import loguru", "fail()", "import loguru; fail()", DISABLE])
+def test_a_wish_for_lines_lets_them_through_and_nothing_else_of_opero(before):
+    (line,) = program(f"{before}\nfrom opero.telemetry.lines import log_events\nlog_events('WARNING')\nfail()")
+    assert "opero.telemetry.lines" in line
+
+
+def test_a_host_that_has_opero_say_all_goes_on_hearing_all():
+    told = program(f"{ENABLE}\nfrom opero.telemetry.lines import log_events\nlog_events('WARNING')\nfail()")
+    assert len(told) == 2
+
+
+def test_disabling_opero_afterwards_silences_the_lines():
+    assert program(f"from opero.telemetry.lines import log_events\nlog_events()\n{DISABLE}\nfail()") == []
 
 
 # OpenTelemetry
@@ -502,7 +641,7 @@ def same_named(module):
     return opero.opero(function)
 
 
-def test_same_named_functions_of_two_modules_are_told_apart(telemetry, registry):
+def test_same_named_functions_of_two_modules_are_told_apart(telemetry, registry, lines):
     with prometheus.instrument(registry):
         for module in ("app.one", "app.two"):
             same_named(module)()
@@ -594,7 +733,7 @@ def test_tasks_and_a_map_beside_each_other_have_each_its_own_parents(telemetry):
 # What importing takes
 
 
-LIBRARIES = {"otel": "opentelemetry", "prometheus": "prometheus_client"}
+LIBRARIES = {"lines": "loguru", "otel": "opentelemetry", "prometheus": "prometheus_client"}
 
 
 @pytest.mark.parametrize("module", LIBRARIES)
@@ -608,7 +747,7 @@ def test_opero_imports_no_telemetry():
     assert program("import sys; assert not any('telemetry' in name for name in sys.modules)") == []
 
 
-@pytest.mark.parametrize("module", LIBRARIES)
+@pytest.mark.parametrize("module", ["otel", "prometheus"])
 def test_a_missing_library_is_told_with_the_command_that_installs_it(module):
     source = f"""
     import sys

@@ -46,6 +46,7 @@ from opero.core.retry import Answer
 from opero.events import CallDone, Event, Subscription, on_event
 from opero.http import retry_after
 from opero.telemetry import otel, prometheus
+from opero.telemetry.lines import log_events
 from opero.testing import disabled, instant, recorded
 
 if TYPE_CHECKING:
@@ -946,11 +947,15 @@ def check_the_rest() -> None:
 
 
 def check_telemetry(registry: CollectorRegistry, tracers: TracerProvider, meters: MeterProvider) -> None:
+    assert_type(log_events(), Subscription)
     assert_type(otel.instrument(), Subscription)
     assert_type(prometheus.instrument(), Subscription)
+    log_events("DEBUG").close()
+    log_events(logging.getLogger("app")).close()
     otel.instrument(tracers, meter_provider=meters).close()
     with prometheus.instrument(registry) as subscription:
         assert_type(subscription, Subscription)
 
+    log_events(10)  # type: ignore[arg-type]
     otel.instrument(meters)  # type: ignore[arg-type]
     prometheus.instrument("registry")  # type: ignore[arg-type]

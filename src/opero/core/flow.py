@@ -176,8 +176,7 @@ class _Layers:
             if step.__class__ is not Pause:
                 return self._finish(step, gave_up=outcome.ends)
             if standard or "loguru" in sys.modules:
-                kind, seconds = type(outcome.error).__name__, duration(step.seconds)
-                log("INFO", "{} failed in attempt {}: {}; next round in {}", plan.name, call.attempts, kind, seconds)
+                log("DEBUG", "{} failed, next round in {}", plan.name, duration(step.seconds))
             if call.tell is not None:
                 call.tell(RetryPlanned, round=call.rounds, delay=step.seconds, error=outcome.error)
             del outcome

@@ -1,4 +1,4 @@
-"""opero's events as OpenTelemetry spans and metrics, or as Prometheus metrics: one module for each.
+"""opero's events as log lines, OpenTelemetry spans and metrics, or Prometheus metrics: one module for each.
 
 Each is imported where it is first asked for, and imports the library that it speaks to and no other.
 """
@@ -11,12 +11,15 @@ from opero.utils.lazily import importing_lazily
 
 if TYPE_CHECKING:
     from opero.events import CallDone, Event
+    from opero.telemetry import lines as lines
     from opero.telemetry import otel as otel
     from opero.telemetry import prometheus as prometheus
 else:
-    __getattr__, __dir__ = importing_lazily(__name__, {name: f"{__name__}.{name}" for name in ("otel", "prometheus")})
+    __getattr__, __dir__ = importing_lazily(
+        __name__, {name: f"{__name__}.{name}" for name in ("lines", "otel", "prometheus")}
+    )
 
-# What spans and metrics call the things that they tell of.
+# What spans, metrics and lines call the things that they tell of.
 SUCCESS = "success"
 FAILURE = "failure"
 CANCELLED = "cancelled"

@@ -17,8 +17,8 @@ __all__ = ["configure_logging"]
 
 _NAME = "opero"
 # Those of opero's lines, which have the same numbers in loguru and in the standard library.
-_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30}
-_threshold = _LEVELS["DEBUG"]
+LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30}
+_threshold = LEVELS["DEBUG"]
 _decided = False
 # The logger that gets messages in place of loguru, if there is one.
 standard: list[StandardLogger] = []
@@ -26,9 +26,6 @@ standard: list[StandardLogger] = []
 
 def configure_logging(level: str = "INFO", *, to: StandardLogger | None = None) -> None:
     """Let opero's messages through to the program's loguru sinks, or to a logger of the standard library.
-
-    ``WARNING``: a call failed, a circuit is open, a cache or a limit goes on without its backend. ``INFO``: an attempt
-    failed, and another round follows. Lines have names, numbers and the classes of exceptions; no arguments or results.
 
     No sink and no handler is added, removed or changed, so calling it twice changes nothing but what it was told the
     last time. With loguru the same can be had with ``loguru.logger.enable("opero")``; ``logger.disable("opero")``
@@ -43,7 +40,7 @@ def configure_logging(level: str = "INFO", *, to: StandardLogger | None = None) 
         ValueError: If there is no such level.
     """
     global _threshold, _decided  # noqa: PLW0603 - one setting of one process, like loguru's own
-    _threshold = _number_of(level, to)
+    _threshold = number_of(level, to, "configure_logging")
     standard[:] = [] if to is None else [to]
     if to is None:
         from loguru import logger
@@ -52,13 +49,11 @@ def configure_logging(level: str = "INFO", *, to: StandardLogger | None = None) 
         logger.enable(_NAME)
 
 
-def _number_of(level: Any, to: Any) -> int:
+def number_of(level: Any, to: Any, where: str) -> int:
     """A level as a number: one of loguru's, or of the standard library's, which are the same for what both know."""
     if to is not None and not (hasattr(to, "isEnabledFor") and hasattr(to, "log")):
         kind = type(to).__name__
-        msg = (
-            f"configure_logging got a {kind} as to; write a logger of the standard library, or leave it out for loguru"
-        )
+        msg = f"{where} got a {kind} as to; write a logger of the standard library, or leave it out for loguru"
         raise TypeError(msg)
     try:
         if to is None:
@@ -70,7 +65,7 @@ def _number_of(level: Any, to: Any) -> int:
         return logging.getLevelNamesMapping()[level]
     except (ValueError, TypeError, KeyError) as error:
         whose = "loguru" if to is None else "logging"
-        msg = f"configure_logging got level={level!r}; write a {whose} level such as 'DEBUG', 'INFO' or 'WARNING'"
+        msg = f"{where} got level={level!r}; write a {whose} level such as 'DEBUG', 'INFO' or 'WARNING'"
         raise ValueError(msg) from error
 
 
@@ -83,7 +78,7 @@ def log(level: str, message: str, *values: object) -> bool:
         is_heard = True
         return message.format(*values)
 
-    number = _LEVELS[level]
+    number = LEVELS[level]
     # A sink of the host's that raises (loguru's `catch=False`) must not end the call that is told of.
     with contextlib.suppress(Exception):
         if number < _threshold:
@@ -95,6 +90,15 @@ def log(level: str, message: str, *values: object) -> bool:
             # loguru asks for the text where opero is enabled and a sink takes the level.
             logger.opt(lazy=True).log(level, "{}", text)
     return is_heard
+
+
+def let_through(name: str) -> None:
+    """Let the lines of one module of opero's through; the others stay as they are."""
+    from loguru import logger
+
+    # Once it is decided that opero is silent: deciding later would take this back.
+    _listening_logger()
+    logger.enable(name)
 
 
 def _listening_logger() -> Logger | None:
