@@ -482,6 +482,47 @@ def test_those_that_failed_for_a_while_come_before_those_that_were_given_up(worl
     assert asked == ["revoked", "flaky", "good", "flaky"]
 
 
+def test_a_candidate_that_was_given_up_is_not_asked_while_another_may_be_tried_again(world, fake_clock):
+    function, asked = revoked_and_flaky(world, failures := {})
+    world.run(function, ["revoked", "good"])
+    for _ in range(3):
+        failures["good"] = 2
+        assert world.run(function, ["revoked", "good"]) == "good"
+    assert asked == ["revoked", "good", *["good"] * 9]
+
+
+def test_a_candidate_that_was_given_up_is_asked_in_the_last_round(world, fake_clock):
+    function, asked = revoked_and_flaky(world, failures := {})
+    world.run(function, ["revoked", "good"])
+    failures["good"] = 9
+    all_failed(world, function, ["revoked", "good"])
+    assert asked[2:] == ["good", "good", "good", "revoked"]
+
+
+def test_a_candidate_that_was_given_up_is_asked_at_once_when_no_other_may_be_tried_again(world, fake_clock):
+    function, asked = revoked_and_flaky(world, {})
+    for _ in range(2):
+        all_failed(world, function, ["revoked"])
+    assert asked == ["revoked", "revoked"]
+
+
+def test_a_retry_after_of_another_leaves_the_one_that_was_given_up_alone(world, fake_clock):
+    asked = []
+
+    def ask(key):
+        asked.append(key)
+        if key == "revoked" or asked.count(key) == 2:
+            raise LookupError(key)
+
+    def judge(error):
+        return False if error.args == ("revoked",) else 5
+
+    function = opero(retries=2, arg_fallback="key", fallback_cooldown=600, retry_on=judge)(world.define(ask))
+    for _ in range(2):
+        world.run(function, ["revoked", "good"])
+    assert asked == ["revoked", "good", "good", "good"]
+
+
 def test_a_longer_rest_is_not_cut_short_by_a_later_failure(world, fake_clock):
     service = Service("b")
     rests = [30, 1]

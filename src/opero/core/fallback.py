@@ -92,6 +92,11 @@ class FallbackOverParameter:
         rest = self._rests.get(identity_of(value)) if self._rests else None
         return None if rest is None or rest[1] <= clock.now() else rest
 
+    def is_given_up(self, value: Any) -> bool:
+        """Whether it rests after an error that is not retried, such as that of a key that was revoked."""
+        rest = self.rest_of(value)
+        return rest is not None and rest[0]
+
     def awake(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that do not rest, in their order; if all do, the one to be tried first."""
         rests = [(self.rest_of(candidate.value), candidate) for candidate in candidates]

@@ -194,7 +194,7 @@ class _Layers:
         plan = self.plan
         speaks: Verdict | None = None
         self.left = list(self.candidates) if plan.fallback is None else self._ready_candidates()
-        while self.left:
+        while self.left and (speaks is None or not self._leaves_for_later(speaks)):
             candidate = self.left[0]
             if len(self.left) > 1 and self.call.failure is None:
                 candidate = self._choose()
@@ -427,16 +427,32 @@ class _Layers:
     def _ready_candidates(self) -> list[Candidate]:
         if not self.errors:
             return list(self.candidates)
-        now, admitted = clock.now(), self._admitted(self.candidates)
+        now, of_use = clock.now(), self._of_use()
+        admitted = self._admitted(of_use)
         # Those that asked for a longer rest are left alone. (A sleep can end a little early.)
         ready = [c for c in admitted if c.ready_at is None or c.ready_at <= now]
-        return ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
+        ready = ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
+        return ready + [c for c in self._admitted(self.candidates) if c not in of_use]
+
+    def _of_use(self) -> list[Candidate]:
+        """Those that no call has given up, as a key that was revoked; all of them, if there is no other."""
+        fallback = self.plan.fallback
+        return [c for c in self.candidates if fallback is None or not fallback.is_given_up(c.value)] or self.candidates
+
+    def _leaves_for_later(self, speaks: Verdict) -> bool:
+        """Whether those that are left were given up by other calls: they have time until the last round."""
+        fallback, retry = self.plan.fallback, self.plan.retry
+        if fallback is None or not speaks.again:
+            return False
+        is_last = self.call.rounds > retry.retries or "stop" in retry.options
+        return not is_last and all(fallback.is_given_up(candidate.value) for candidate in self.left)
 
     def _for_the_round(self, verdict: Verdict) -> Verdict:
         if not self.candidates:
             return verdict
         # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
-        times = [c.ready_at for c in self._admitted(self.candidates) or self.candidates]
+        of_use = self._of_use()
+        times = [c.ready_at for c in self._admitted(of_use) or of_use]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
         return Verdict(verdict.error, verdict.outcome, again=True, delay=soonest)
 
