@@ -114,7 +114,7 @@ def demo(*arguments: str) -> int:
 
 
 def test(*arguments: str) -> int:
-    """Run the tests, in as many processes as there are CPUs; with further arguments, pytest gets them in one process.
+    """Run the tests, in two processes for each CPU; with further arguments, pytest gets them in one process.
 
     Those with other people's programs and those that take long on purpose are apart: `wild`, `soak`.
     """
@@ -278,11 +278,13 @@ def _pytest_side_by_side(environment: Environment) -> int:
     _miss_redis()
     began = time.monotonic()
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shares = _shares([*ROOT.glob("tests/test_*.py"), ROOT / "README.md", ROOT / "docs"], cpus)
+    # They wait for nearly half of their time: for processes, servers and moments.
+    jobs = 2 * cpus
+    shares = _shares([*ROOT.glob("tests/test_*.py"), ROOT / "README.md", ROOT / "docs"], jobs)
     counts: Counter[str] = Counter()
     failed = []
     again: list[str] = []
-    with ThreadPoolExecutor(cpus) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             started = {pool.submit(_run_share, python, share): share for share in shares}
             for done, ended in enumerate(as_completed(started), 1):
@@ -308,14 +310,14 @@ def _pytest_side_by_side(environment: Environment) -> int:
     return 1 if failed or again else 0
 
 
-def _shares(files: list[Path], cpus: int) -> list[list[Path]]:
-    """What each pytest process gets: much at first, little at the end, so that all CPUs have work until then."""
+def _shares(files: list[Path], jobs: int) -> list[list[Path]]:
+    """What each pytest process gets: much at first, little at the end, so that all have work until then."""
     sizes = {path: path.stat().st_size for path in files}
     waiting = sorted(files, key=lambda path: sizes[path])
     left = sum(sizes.values())
     shares: list[list[Path]] = []
     while waiting:
-        wanted = left / (2 * cpus)
+        wanted = left / (2 * jobs)
         share = [waiting.pop()]
         while waiting and sum(sizes[path] for path in share) + sizes[waiting[-1]] <= wanted:
             share.append(waiting.pop())

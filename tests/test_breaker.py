@@ -929,7 +929,7 @@ class Plain:
 @pytest.mark.parametrize("kind", [Plain, Unhashable])
 def test_an_object_is_not_kept_nor_taken_for_a_new_one_at_its_address(kind):
     f = opero.opero(arg_fallback="key", retries=0, breaker=opero.Breaker(1, recovery=600))(Failing())
-    for _ in range(20):
+    for _ in range(5):
         key = kind()
         reference = weakref.ref(key)
         fail_with(f, [key])

@@ -316,7 +316,8 @@ def pressing(after):
     def work(item):
         if len(done) == after:
             press()
-            time.sleep(PATIENCE)
+            # It is heard within this, or when the event loop goes on.
+            time.sleep(0.1)
         done.append(item)
 
     return work
