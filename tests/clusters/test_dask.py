@@ -135,6 +135,20 @@ def test_no_more_items_run_than_there_are_resources(engine, threads, path):
     assert most == 2
 
 
+@pytest.mark.parametrize("function", [jobs.sleep_if_one, jobs.compute_if_one])
+def test_a_worker_may_be_restarted_when_an_item_takes_too_long(engine, threads, function):
+    limited = on(threads, function, retries=0, attempt_timeout=0.5, pool_options={"restart_workers": True})
+    outcomes = list(limited.stream(range(4)))
+    assert [type(outcome.error).__name__ for outcome in outcomes] == ["NoneType", "CallTimeoutError", *["NoneType"] * 2]
+    assert any("jobs.py" in note for note in outcomes[1].error.__notes__)
+    assert {outcome.attempts for outcome in outcomes} == {1}
+
+
+def test_restart_workers_is_a_flag(engine):
+    with pytest.raises(TypeError, match="restart_workers"):
+        engine.map(jobs.double, pool_options={"restart_workers": "yes"})
+
+
 def test_an_item_with_a_time_limit_runs_in_a_child_that_ends_with_the_map(engine, path):
     workers = set(engine.client.run(os.getpid).values())
     pids = set(engine.map(jobs.pid, attempt_timeout=30)(range(4)))

@@ -36,6 +36,11 @@ def test_workers_says_how_many_items_run_at_the_same_time(engine, path):
     assert "".join(jobs.noted(path)) == "+-" * 6
 
 
+def test_where_an_item_was_stuck_is_told(engine):
+    (error,) = engine.map(jobs.sleep_if_one, retries=0, attempt_timeout=0.3)([1])
+    assert any("jobs.py" in note for note in error.__notes__)
+
+
 def test_workers_stay_between_the_maps_of_a_block(engine):
     function = engine.map(jobs.double)
     with function.pool():

@@ -65,9 +65,11 @@ class DaskPool(FarPool):
         address: str | None = None,
         resources: Mapping[str, float] | None = None,
         priority: float = 0,
+        restart_workers: bool = False,
     ) -> None:
         self._given, self._address = client, address
         self._resources, self._priority = dict(resources or {}), priority
+        self._restarts = restart_workers
         self._workers: dict[str, _Worker] = {}
         self._pending: deque[Batch] = deque()
         # The library, most of which has no types; the map's own client, and cluster if it had to be made.
@@ -321,6 +323,7 @@ class DaskPool(FarPool):
                 name,
                 self._digest,
                 sent,
+                restarts=self._restarts,
                 key=f"opero {self._name}-{name}",
                 workers=[worker.address],
                 allow_other_workers=False,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.mapping import level_of_the_user
 from opero.concurrency.transport import Packer, unpack_report
-from opero.core.clock import clock
+from opero.concurrency.worker import Report
 from opero.core.signature import name_of
+from opero.core.steps import stopped
 from opero.exceptions import NotTransferableError, OperoError
 from opero.utils.logging import log
-from opero.utils.notes import describe
+from opero.utils.notes import IN_THE_WORKER, add_note, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -112,15 +113,21 @@ class FarPool(Pool):
     def recovered(self, left: Mapping[Batch, Found | None], reason: str, *, is_innocent: bool = False) -> list[Any]:
         """Events of what a worker that is gone has left of its batches; of nothing, it has not begun, or is lost.
 
-        The item that was running is charged, if it was the only one, and its worker has not left as it should.
+        The item that was running is charged, if it was the only one, and its worker has not left as it should. One that
+        was stuck has ended its worker, and explains all others.
         """
+        is_innocent = is_innocent or any(found is not None and found.stuck for found in left.values())
         events: list[Any] = []
         running: dict[Batch, int] = {}
         for batch, found in left.items():
             parts = _parts(batch, [] if found is None else found.reports)
             events += parts
             done = sum(len(part.report.values) for part in parts)
-            if found is not None and found.begun > done and not is_innocent:
+            if found is not None and found.stuck and batch.time_limit is not None:
+                error = stopped(self._name, *batch.time_limit)
+                add_note(error, f"{IN_THE_WORKER}{found.stuck}")
+                events.append(Done(batch, Report([None], {0: error}, batch.time_limit[0])))
+            elif found is not None and found.begun > done and not is_innocent:
                 running[batch] = found.begun
             else:
                 events.append(Lost([batch], reason, innocent=[batch]))
@@ -128,8 +135,6 @@ class FarPool(Pool):
             if len(running) > 1:
                 events.append(Lost([batch], reason, sure=False))
             else:
-                limit = batch.time_limit
-                batch.is_overdue = limit is not None and clock.now() - batch.sent_at >= limit[0]
                 events.append(Lost([batch], reason, begun=begun))
         return events
 

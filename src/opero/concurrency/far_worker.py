@@ -55,17 +55,23 @@ _MOST_KEPT = 3
 # Those of workers that were killed are removed by others that start later than so.
 _STALE_SECONDS = 7 * 86_400.0
 _MARK = struct.Struct("=Q")
+# So begins what `faulthandler` writes into a journal when the time is up.
+_STUCK = b"Timeout ("
 # A coroutine is cancelled when its time is up, and may need some to tidy up.
 _UNHEEDED_SECONDS = 5.0
 _POLLING_SECONDS = 0.02
 
 
 class Found(NamedTuple):
-    """What became of a batch: how many of its items have begun, the reports so far, and why it ended early, if so."""
+    """What became of a batch: how many of its items have begun, and the reports so far.
+
+    ``reason``: why it ended early; ``stuck``: where the item was whose time was up.
+    """
 
     begun: int
     reports: list[bytes]
     reason: str = ""
+    stuck: str = ""
 
 
 # How an item is run that has a time limit.
@@ -149,11 +155,13 @@ class _Journal:
     def __init__(self, name: str) -> None:
         self.reports: list[bytes] = []
         self.mark: Any = [0]
+        self.descriptor = 2
         self._path = Path()
         self._file: io.RawIOBase | io.BytesIO = io.BytesIO()
         with contextlib.suppress(OSError):
             self._path = _folder() / name
             self._file = self._path.open("x+b", buffering=0)
+            self.descriptor = self._file.fileno()
             self._file.write(bytes(_MARK.size))
             # What is written there is in the file even if the process is killed.
             self.mark = memoryview(mmap.mmap(self._file.fileno(), _MARK.size)).cast("Q")
@@ -206,14 +214,41 @@ def _read(name: str) -> Found | None:
     with contextlib.suppress(OSError, StopIteration, struct.error):
         data = next(_folder_of_all().glob(f"*/{name}")).read_bytes()
         (begun,) = _MARK.unpack_from(data)
-        file = io.BytesIO(data[_MARK.size :])
+        file = io.BytesIO(data)
+        file.seek(_MARK.size)
         reports: list[bytes] = []
         # The last one may be half written.
         with contextlib.suppress(EOFError, pickle.UnpicklingError):
-            while True:
+            while not data.startswith(_STUCK, file.tell()):
                 reports.append(pickle.load(file))  # noqa: S301 - nobody else can write there
-        return Found(begun, reports)
+        rest = file.read()
+        return Found(begun, reports, stuck=rest.decode(errors="replace") if rest.startswith(_STUCK) else "")
     return None
+
+
+def _run_watched(work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
+    """Run an item in this process, which ends when the time is up, even if no other thread is ever let run."""
+    _end_at(time.monotonic() + limit[0] + _UNHEEDED_SECONDS * work.is_async)
+    try:
+        return _run_here(work, items, limit, how)
+    finally:
+        _end_at(math.inf)
+
+
+# By thread: when the time of its item is up, and the journal that is then told where that is.
+_due: dict[int, tuple[float, int]] = {}
+_due_lock = ForkSafeLock()
+
+
+def _end_at(ends: float) -> None:
+    """Set the timer, of which a process has only one, to the item of all threads that is due first."""
+    with _due_lock.lock:
+        _due[threading.get_ident()] = ends, _thread.journals[-1].descriptor
+        first, descriptor = min(_due.values())
+        faulthandler.cancel_dump_traceback_later()
+        if first < math.inf:
+            seconds = max(0.001, first - time.monotonic())
+            faulthandler.dump_traceback_later(seconds, exit=True, file=descriptor)
 
 
 # On ray
@@ -234,15 +269,6 @@ def load_on_ray(digest: bytes, work: list[Any], seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _run_watched(work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
-    """Run an item in this process, which ends when the time is up, even if no other thread is ever let run."""
-    faulthandler.dump_traceback_later(limit[0] + _UNHEEDED_SECONDS * work.is_async, exit=True)
-    try:
-        return _run_here(work, items, limit, how)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
 # On dask
 
 
@@ -255,11 +281,12 @@ def load_on_dask(digest: bytes, packed: bytes) -> str | None:
     return None
 
 
-def run_on_dask(name: str, digest: bytes, payload: bytes) -> Found | None:
+def run_on_dask(name: str, digest: bytes, payload: bytes, *, restarts: bool) -> Found | None:
     """One batch, in a task; None if this worker has loaded the work of many other maps meanwhile."""
     if works.known(digest) is None:
         return None
-    return run_parcel(name, digest, bytes, payload, functools.partial(_run_in_child, digest))
+    run_limited = _run_watched if restarts else functools.partial(_run_in_child, digest)
+    return run_parcel(name, digest, bytes, payload, run_limited)
 
 
 class _Child:

@@ -45,7 +45,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "async": (),
     "serial": (),
     "async_process": ("start_method", *_HOOKS, "max_tasks_per_worker", "threads_per_worker", "concurrency"),
-    "dask": ("client", "address", "resources", "priority"),
+    "dask": ("client", "address", "resources", "priority", "restart_workers"),
     "ray": ("address", "init", "num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy"),
 }
 # The library that a mode needs; an extra of the mode's name brings it.
@@ -83,6 +83,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], object]] = {
     "memory": _needs,
     "priority": partial(check_number, what="the priority", smallest=-math.inf),
     "address": partial(check_text, what="an address such as 'host:port'"),
+    "restart_workers": check_flag,
 }
 
 

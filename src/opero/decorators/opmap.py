@@ -161,12 +161,13 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
               that is ended has a second for it. For processes also ``start_method``, ``max_tasks_per_worker`` (None:
               any number), the items after which one is replaced, and ``threads_per_worker`` (CPUs / workers), the
               threads of numeric libraries in each; with ``"async_process"`` also ``concurrency`` (16), the coroutines
-              in each process. ``"dask"``: ``client`` or ``address``, ``resources``, ``priority``;
+              in each process. ``"dask"``: ``client`` or ``address``, ``resources``, ``priority``, ``restart_workers``;
               ``"ray"``: ``address``, ``init`` (for `ray.init`) and, for each call, ``num_cpus``, ``num_gpus``,
               ``memory``, ``resources``, ``runtime_env``, ``scheduling_strategy``.
 
             ``attempt_timeout`` may here be given for ``def`` functions too, with ``mode="process"``, ``"dask"`` and
-            ``"ray"``: the worker that takes longer is killed and replaced; on dask it is a child of the worker.
+            ``"ray"``: the worker that takes longer is killed and replaced; on dask it is a child of the worker, or with
+            ``"restart_workers": True`` the worker itself.
 
     Raises:
         TypeError: When decorating: an unknown option, a wrong type, or a mode that does not fit the function.
