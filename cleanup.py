@@ -315,9 +315,11 @@ def _shares(files: list[Path], jobs: int) -> list[list[Path]]:
     sizes = {path: path.stat().st_size for path in files}
     waiting = sorted(files, key=lambda path: sizes[path])
     left = sum(sizes.values())
+    # Each process takes a second to begin.
+    least = left / (10 * jobs)
     shares: list[list[Path]] = []
     while waiting:
-        wanted = left / (2 * jobs)
+        wanted = max(least, left / (2 * jobs))
         share = [waiting.pop()]
         while waiting and sum(sizes[path] for path in share) + sizes[waiting[-1]] <= wanted:
             share.append(waiting.pop())

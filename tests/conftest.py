@@ -46,6 +46,12 @@ sys.dont_write_bytecode = False
 multiprocessing.set_forkserver_preload(["pytest", "numpy", "loky", "opero.concurrency.processes"])
 
 
+def pytest_collection_finish() -> None:
+    """Let the garbage collector, and forked workers, leave alone what thousands of collected tests are made of."""
+    gc.collect()
+    gc.freeze()
+
+
 def as_async(function: Callable[..., Any]) -> Callable[..., Any]:
     """An ``async def`` function with the same signature that calls ``function``."""
     shape = forwarding(function)
