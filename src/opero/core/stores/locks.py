@@ -51,7 +51,7 @@ class KeyLocks:
         self._takings[place] -= 1
         if self._takings[place] <= 0:
             del self._takings[place]
-            if self._file is not None:
+            if fcntl is not None and self._file is not None:
                 fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
         self._close_if_unused()
 
