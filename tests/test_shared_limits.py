@@ -595,6 +595,14 @@ def test_a_candidate_with_a_free_slot_is_tried_first(world, scope, name):
     assert [world.run(f, x, ["a", "b", "c"]) for x in range(3)] == ["a", "b", "c"]
 
 
+def test_a_candidate_whose_slots_others_have_taken_gives_way_to_one_with_a_free_slot(world, scope, name):
+    options = {"rate_limit_options": {**scope, "name": name, "max_burst": 1, "when_full": "next"}}
+    options |= {"arg_fallback": "key", "per": "key", "rate_limit": "1/hour", "total_timeout": 60}
+    of_another_process, f = (limited(world.define(lambda key: key), **options) for _ in range(2))
+    assert world.run(of_another_process, ["a"]) == "a"
+    assert [world.run(f, ["a", "b", "c"]) for _ in range(2)] == ["b", "c"]
+
+
 def test_seconds_from_retry_on_hold_for_everybody(world, scope, name):
     def function(x):
         if x == 1:

@@ -65,7 +65,7 @@ OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = NoAttempt(), NoAttempt(), NoAttempt()
 class Candidate:
     """One value to try, and how it has fared in this call."""
 
-    __slots__ = ("args", "kwargs", "number", "ready_at", "tries", "value", "wants")
+    __slots__ = ("args", "is_emptied", "kwargs", "number", "ready_at", "tries", "value", "wants")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = MISSING, number: int = 0) -> None:
         self.args = args
@@ -74,6 +74,8 @@ class Candidate:
         self.number = number
         self.tries = 0
         self.ready_at: float | None = None
+        # Whether its limit, shared with other processes, had no slot for this call.
+        self.is_emptied = False
         # What it asks of the rate limit, once that is known.
         self.wants: Wants | None = None
 
@@ -463,8 +465,9 @@ class _Layers:
 
     def _gives_way(self, candidate: Candidate) -> bool:
         # Its own trial is under way; of the others, those that are shut off are no choice.
-        admitted = self._admitted(self.left)
-        return candidate not in self._awake([other for other in self.left if other is candidate or other in admitted])
+        admitted, limit = self._admitted(self.left), self.plan.limit
+        awake = self._awake([other for other in self.left if other is candidate or other in admitted])
+        return candidate not in awake or (limit is not None and limit.gives_way(candidate, awake))
 
     def _admitted(self, candidates: list[Candidate], *, after: float = 0.0) -> list[Candidate]:
         """Those whose circuits let an attempt through, so many seconds from now."""

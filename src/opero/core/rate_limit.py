@@ -344,7 +344,17 @@ class FunctionLimit:
         """The candidate to try next: the first, or with ``when_full="next"`` the one whose slot comes first."""
         if self._when_full != "next" or len(candidates) == 1:
             return candidates[0]
-        return min(candidates, key=lambda candidate: _expected_wait(self._wants(candidate)))
+        return min(candidates, key=lambda each: (each.is_emptied, _expected_wait(self._wants(each))))
+
+    def gives_way(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
+        """Whether, with ``when_full="next"``, other processes have taken its slots and maybe not those of another."""
+        if self._when_full != "next" or self.limiter.scope.kind == "process":
+            return False
+        hopeful = [other for other in others if other is not candidate and not other.is_emptied]
+        if not candidate.is_emptied and _expected_wait(self._wants(candidate)):
+            # Noted, since the line forgets it with the one who has asked.
+            candidate.is_emptied = any(not _expected_wait(self._wants(other)) for other in hopeful)
+        return candidate.is_emptied and bool(hopeful)
 
     def take(
         self,
