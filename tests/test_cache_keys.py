@@ -1324,7 +1324,7 @@ def canonical(value):  # noqa: PLR0911 - one for each kind
         return (kind, str(value.dtype), [canonical(v) for v in value.tolist()], canonical(value.attrs))
     if isinstance(value, functools.partial):
         return (kind, value.func.__qualname__, canonical(value.args))
-    if isinstance(value, (bytearray, range, slice, dt.date, dt.time)):
+    if isinstance(value, (bytearray, range, slice, dt.date, dt.time, dt.timedelta, dt.tzinfo)):
         return (kind, repr(value), getattr(value, "fold", None))
     return (kind, canonical(vars_of(value)))
 
