@@ -114,7 +114,7 @@ def demo(*arguments: str) -> int:
 
 
 def test(*arguments: str) -> int:
-    """Run the tests, in three processes for two CPUs; with further arguments, pytest gets them in one process.
+    """Run the tests, in two processes for each CPU; with further arguments, pytest gets them in one process.
 
     Those with other people's programs and those that take long on purpose are apart: `wild`, `soak`.
     """
@@ -279,7 +279,7 @@ def _pytest_side_by_side(environment: Environment) -> int:
     began = time.monotonic()
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # They wait for nearly half of their time: for processes, servers and moments.
-    jobs = cpus + (cpus + 1) // 2
+    jobs = 2 * cpus
     shares = _shares([*ROOT.glob("tests/test_*.py"), ROOT / "README.md", ROOT / "docs"], jobs)
     counts: Counter[str] = Counter()
     failed = []
