@@ -515,7 +515,7 @@ def _beside(value: Any, base: type) -> dict[str, Any] | None:
         for name in [declared] if isinstance(declared, str) else declared:
             is_private = name[:2] == "__" and name[-2:] != "__"
             slots.append(f"_{owner.__name__.lstrip('_')}{name}" if is_private else name)
-    added = {name: getattr(value, name) for name in slots if name not in _NO_STATE and hasattr(value, name)}
+    added = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     # `list[int]` has none, and shows that of `list`.
     if type(value).__dictoffset__ and not base.__dictoffset__:
         added |= _own(vars(value), type(value))
