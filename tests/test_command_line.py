@@ -295,6 +295,15 @@ def test_a_damaged_database_costs_its_own_line_only(fill, listed, folder):
     assert [numbers[0] for name, numbers in rows.items() if "cannot be read" in name] == ["?"]
 
 
+def test_what_another_version_of_opero_has_left_is_told_and_is_no_fault(fill, listed, folder):
+    fill("app.load", 1, 2)
+    fill("app.store", 1)
+    with contextlib.closing(sqlite3.connect(folder / slug("app.load") / "cache.db")) as database:
+        database.executescript("DROP TABLE Settings; PRAGMA application_id = 1")
+    entries = {name: numbers[0] for name, numbers in listed().items()}
+    assert entries == {f"{slug('app.load')}: made by another version of opero": "0", "app.store": "1"}
+
+
 def test_a_folder_that_others_can_write_to_is_refused(fill, command, folder):
     fill("app.price", 1)
     folder.chmod(0o777)

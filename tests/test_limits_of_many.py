@@ -438,7 +438,7 @@ def test_the_items_of_a_map_all_wait_for_what_one_of_them_was_told(mode, journal
         import time
 
         journal.add(f"{x} {time.monotonic()}")
-        if x == 0 and len(journal.lines()) == 1:
+        if x == 0 and sum(line.startswith("0 ") for line in journal.lines()) == 1:
             raise BusyError(0.3)
         return x
 

@@ -116,7 +116,7 @@ def _show_cache(folder: Path) -> int:
 def _line(namespace: Namespace) -> str:
     text = namespace.name
     if text is None:
-        text = f"{namespace.folder.name}: {namespace.problem}"
+        text = f"{namespace.folder.name}: {namespace.problem or 'made by another version of opero'}"
     entries = "?" if namespace.entries is None else namespace.entries
     return f"{entries:>10}  {namespace.size:>14}  {_printable(text)}"
 

@@ -115,8 +115,9 @@ def test_entries_on_disk_outlive_the_object(tmp_path):
         assert cached.stats.hits == hits
 
 
-def test_the_command_tells_the_versions():
-    told = subprocess.run([sys.executable, "-m", "opero"], check=True, capture_output=True, text=True).stdout
+def test_the_command_tells_the_versions(tmp_path):
+    command = [sys.executable, "-m", "opero", "--cache-dir", str(tmp_path)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert opero.__version__ in told
 
 

@@ -73,7 +73,7 @@ def connect(folder: Path, namespace: str) -> sqlite3.Connection:
     """A connection that any thread may use to read and write; the database is made if need be."""
     connection = sqlite3.connect(folder / DATABASE, _LOCK_STEP, isolation_level=None, check_same_thread=False)
     try:
-        if _number(connection, "application_id") != _FORMAT:
+        if not is_of_this_format(connection):
             _make_tables(connection, namespace)
         connection.execute("PRAGMA synchronous = NORMAL")
         # The log keeps the size of the largest results otherwise, also when the cache has been cleared.
@@ -90,7 +90,7 @@ def _make_tables(connection: sqlite3.Connection, namespace: str) -> None:
     with connection:
         connection.execute("BEGIN IMMEDIATE")
         # Another process may have done it meanwhile.
-        if _number(connection, "application_id") != _FORMAT:
+        if not is_of_this_format(connection):
             for statement in _SCHEMA.strip().splitlines():
                 connection.execute(statement)
             connection.execute("INSERT INTO Settings VALUES (?, 0)", (namespace.encode("utf-8", "surrogatepass"),))
@@ -104,6 +104,11 @@ def connect_to_read(folder: Path) -> sqlite3.Connection:
     manner = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
     uri = f"{(folder / DATABASE).absolute().as_uri()}?{manner}"
     return sqlite3.connect(uri, _LOCK_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
+
+
+def is_of_this_format(connection: sqlite3.Connection) -> bool:
+    """Whether its tables are those that this version makes."""
+    return _number(connection, "application_id") == _FORMAT
 
 
 def _number(connection: sqlite3.Connection, name: str) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from opero.core.clock import clock
 from opero.core.private_folder import refuse_unsafe
 from opero.core.stores.contract import slug
-from opero.core.stores.disk import COUNT, DATABASE, connect_to_read
+from opero.core.stores.disk import COUNT, DATABASE, connect_to_read, is_of_this_format
 from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
 
@@ -24,7 +24,11 @@ _OPTION = "--cache-dir"
 
 @dataclass(frozen=True)
 class Namespace:
-    """One folder of a disk cache; with a ``problem``, ``name`` and ``entries`` are not known."""
+    """One folder of a disk cache.
+
+    With a ``problem``, ``name`` and ``entries`` are not known; of one that another version of opero made, which is
+    emptied when it is used next, the name is not.
+    """
 
     folder: Path
     size: int
@@ -63,6 +67,8 @@ def _namespace(folder: Path) -> Namespace:
         refuse_unsafe(folder, _OPTION)
         size = _size_of(folder)
         with contextlib.closing(_opened(folder / DATABASE)) as connection:
+            if not is_of_this_format(connection):
+                return Namespace(folder, size, entries=0)
             ((name,),) = connection.execute("SELECT namespace FROM Settings").fetchall()
             ((entries,),) = connection.execute(COUNT, (clock.wall(),)).fetchall()
         told = name.decode("utf-8", "surrogatepass")
