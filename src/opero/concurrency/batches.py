@@ -27,7 +27,7 @@ class Batch:
     ``look_at``, ``ends_at``: by `time.monotonic`, when its worker is looked at again, how many had ``begun`` then, and
     when the worker is ended; ``is_overdue``: that has been done.
     ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
-    ``mark``: for workers of this process, see `worker.run_items`; it counts the ``reported`` ones, too.
+    ``mark``: for workers of this process, see `worker.run_batch`; it counts the ``reported`` ones, too.
     """
 
     items: list[Any]
@@ -143,7 +143,7 @@ class Pool:
         raise NotImplementedError
 
     def begun(self, batch: Batch) -> int | None:  # noqa: ARG002 - as above
-        """How many items of a batch have begun, see `worker.run_items`; None if that cannot be known."""
+        """How many items of a batch have begun, see `worker.run_batch`; None if that cannot be known."""
         return None
 
     def kill(self, batch: Batch) -> bool:

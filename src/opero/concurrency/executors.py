@@ -21,7 +21,7 @@ from opero.concurrency.far_worker import works
 from opero.concurrency.kept import default_workers
 from opero.concurrency.main_module import names_in_fresh_workers
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
-from opero.concurrency.worker import SLOW_SECONDS, AsyncCaller, How, Report, Work, run_batch
+from opero.concurrency.worker import SLOW_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
@@ -302,8 +302,8 @@ def _echo(probe: Any) -> Any:
 
 def _run(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:
     # An executor has no place for a loop that outlives one call.
-    with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
-        return run_batch(work, items, limit, caller, how)
+    with runner_for(work) as runner:
+        return run_batch(work, items, limit, runner, how)
 
 
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:

@@ -30,11 +30,11 @@ from opero.concurrency.transport import pack_report, unpack_batch, unpack_start
 from opero.concurrency.worker import (
     FAR_BATCH_SECONDS,
     FAR_LONG_SECONDS,
-    AsyncCaller,
     How,
     Report,
     Work,
     run_batch,
+    runner_for,
 )
 from opero.core.forks import ForkSafeLock
 from opero.core.private_folder import folder_of_user, private_folder
@@ -108,11 +108,11 @@ def run_parcel(name: str, digest: bytes, fetch: Callable[[], bytes], payload: by
 
 def _run_here(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:
     """Run a batch; coroutines in the event loop that this thread has for all of them."""
-    caller = None
-    if work.is_async:
-        caller = _thread.__dict__.get("caller") or AsyncCaller()
-        _thread.caller = caller
-    return run_batch(work, items, limit, caller, how)
+    if not work.is_async:
+        return run_batch(work, items, limit, None, how)
+    runner: Any = _thread.__dict__.get("runner") or runner_for(work)
+    _thread.runner = runner
+    return run_batch(work, items, limit, runner, how)
 
 
 _thread = threading.local()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency import log_records
 from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
 from opero.concurrency.transport import SharedBuffers, pack_report, unpack_batch, unpack_start
-from opero.concurrency.worker import AsyncCaller, How, Report, Work, in_time, run_batch
+from opero.concurrency.worker import How, Report, Work, in_time, run_batch, runner_for
 from opero.core.forks import watch_forks
 from opero.utils.notes import describe
 
@@ -248,7 +248,7 @@ def _limit_threads(count: int) -> None:
 
 
 def _serve_batches(parent: Parent, work: Work) -> None:
-    with contextlib.closing(AsyncCaller()) if work.is_async else contextlib.nullcontext() as caller:
+    with runner_for(work) as runner:
         while True:
             kind, number, payload = parent.hear()
             if kind == Kind.STOP:
@@ -264,7 +264,7 @@ def _serve_batches(parent: Parent, work: Work) -> None:
                 parent.report(number, made, Kind.PART)
 
             if not isinstance(arrived, Report):
-                arrived = run_batch(work, *arrived, caller, How(mark=parent.mark, tell=report_part))
+                arrived = run_batch(work, *arrived, runner, How(mark=parent.mark, tell=report_part))
                 parent.mark[0] = BETWEEN
             parent.report(number, arrived)
             del arrived, payload

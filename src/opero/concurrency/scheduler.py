@@ -591,7 +591,7 @@ class Scheduler:
                 self._time_is_up(batch, now)
 
     def _look_at(self, batch: Batch, now: float) -> None:
-        """Take back what a worker holds that is busy with one item; see `worker.run_items`."""
+        """Take back what a worker holds that is busy with one item; see `worker.run_batch`."""
         begun = self.pool.begun(batch) or 0
         batch.look_at = now + _LOOKING_SECONDS if begun < batch.reported + len(batch.items) else math.inf
         if batch.reported < begun == batch.begun:

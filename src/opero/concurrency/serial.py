@@ -7,7 +7,7 @@ from typing import Any
 
 from opero.concurrency.batches import Batch, Done, Pool
 from opero.concurrency.tasks import TaskPool
-from opero.concurrency.worker import How, Work, run_items
+from opero.concurrency.worker import How, Work, run_batch
 
 
 class SerialPool(Pool):
@@ -27,7 +27,7 @@ class SerialPool(Pool):
         if not isinstance(event, Batch):
             return event
         # Held by no variable: this frame is reached from the traceback of an error; they would keep each other alive.
-        return Done(event, run_items(self._work, event.items, How(self._context)))
+        return Done(event, run_batch(self._work, event.items, None, None, How(self._context)))
 
 
 def serial_pool(work: Work, _workers: int = 1) -> Pool:

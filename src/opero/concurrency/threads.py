@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Pool
 from opero.concurrency.ctrl_c import join_unless_left
-from opero.concurrency.worker import AsyncCaller, How, Work, run_batch
+from opero.concurrency.worker import How, Work, run_batch, runner_for
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
 # Items are held by reference, so a batch of large ones costs memory only for as long as they live.
@@ -131,22 +132,20 @@ class ThreadPool(Pool):
             refused.__cause__ = error
             self.deliver(Fatal(refused))
             return
-        caller = AsyncCaller() if self._map[0].is_async else None
         try:
-            while (batch := self._batches.get()) is not None and not self._stopped:
-                work, context = self._map
-                self.deliver(_run(batch, work, caller, context))
-                del batch
+            with runner_for(self._map[0]) as runner:
+                while (batch := self._batches.get()) is not None and not self._stopped:
+                    work, context = self._map
+                    self.deliver(_run(batch, work, runner, context))
+                    del batch
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
             self.deliver(Fatal(error))
         finally:
-            if caller is not None:
-                caller.close()
             if self._finalizer is not None:
                 self._finalizer()
 
 
-def _run(batch: Batch, work: Work, caller: AsyncCaller | None, context: contextvars.Context) -> Done:
+def _run(batch: Batch, work: Work, runner: asyncio.Runner | None, context: contextvars.Context) -> Done:
     # Held by no variable: this frame is reached from the traceback of an error, and they would keep each other alive.
     how = How(context, batch.mark)
-    return Done(batch, run_batch(work, batch.items, batch.time_limit, caller, how))
+    return Done(batch, run_batch(work, batch.items, batch.time_limit, runner, how))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import contextvars
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from opero.core.signature import name_of, refuse_unfinished
-from opero.core.steps import TimeLimit, raise_or_return, run_in_time
+from opero.core.steps import raise_or_return, run_in_time
 
 if TYPE_CHECKING:
+    import asyncio
+    import contextvars
     from collections.abc import Callable
 
     from opero.core.parameters import ParameterSlot
+    from opero.core.steps import TimeLimit
 
 
 # How long a batch should keep a worker busy. What takes longer than the second is reported before the next item begins;
@@ -108,13 +111,7 @@ class Report:
     seconds: float
 
 
-def run_items(
-    work: Work,
-    items: list[Any],
-    how: How,
-    *,
-    call: Callable[[Any], Any] | None = None,
-) -> Report:
+def run_batch(work: Work, items: list[Any], limit: TimeLimit | None, runner: asyncio.Runner | None, how: How) -> Report:
     """Run a batch, or what can be run of it in its time.
 
     Whoever reads the mark twice, more than twice `LONG_SECONDS` apart, and finds the same number, knows that no further
@@ -124,11 +121,11 @@ def run_items(
     Args:
         work: The function.
         items: What it is called with.
+        limit: The time that one call of an async function has.
+        runner: Of an async function; see `runner_for`.
         how: See there.
-        call: Takes the place of the bare function, as for async functions.
     """
-    bare, context, mark, tell = work.caller() if call is None else call, how.context, how.mark, how.tell
-    call = bare if context is None else lambda item: context.copy().run(bare, item)
+    call, mark, tell = _one_call(work, limit, runner, how.context), how.mark, how.tell
     values: list[Any] = []
     errors: dict[int, Exception] = {}
     now = time.perf_counter
@@ -169,33 +166,23 @@ def run_items(
         del errors, values
 
 
-class AsyncCaller:
-    """Runs an async function to its end in a worker that has no loop of its own."""
-
-    def __init__(self) -> None:
-        import asyncio
-
-        self._runner = asyncio.Runner()
-        self._context = contextvars.copy_context()
-
-    def run(self, work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:
-        call = work.caller()
-
-        def run(item: Any) -> Any:
-            context = self._context if how.context is None else how.context.copy()
-            return self._runner.run(in_time(call, item, limit, work), context=context)
-
-        return run_items(work, items, replace(how, context=None), call=run)
-
-    def close(self) -> None:
-        self._runner.close()
+def _one_call(
+    work: Work, limit: TimeLimit | None, runner: asyncio.Runner | None, context: contextvars.Context | None
+) -> Callable[[Any], Any]:
+    call = work.caller()
+    if runner is not None:
+        copied = (lambda: None) if context is None else context.copy
+        return lambda item: runner.run(in_time(call, item, limit, work), context=copied())
+    return call if context is None else lambda item: context.copy().run(call, item)
 
 
-def run_batch(work: Work, items: list[Any], limit: TimeLimit | None, caller: AsyncCaller | None, how: How) -> Report:
-    """Run a batch of a plain function, or with ``caller`` one of an async function; see `run_items`."""
-    if caller is None:
-        return run_items(work, items, how)
-    return caller.run(work, items, limit, how)
+def runner_for(work: Work) -> AbstractContextManager[asyncio.Runner | None]:
+    """The event loop of a worker that runs one call of an async function after the other; None for a plain function."""
+    if not work.is_async:
+        return nullcontext()
+    import asyncio
+
+    return asyncio.Runner()
 
 
 async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:
