@@ -769,21 +769,6 @@ def test_a_call_that_ran_out_of_time_was_no_answer(option):
         asyncio.run(f())
 
 
-def test_a_worker_that_crashed_in_a_trial_says_nothing_of_the_service(world, fake_clock):
-    ends = [ConnectionError, opero.WorkerCrashedError, ConnectionError]
-
-    def function():
-        raise ends.pop(0)
-
-    f = opero.opero(breaker=opero.Breaker(1, recovery=10), retries=0, retry_on=ConnectionError)(world.define(function))
-    with pytest.raises(ConnectionError):
-        world.run(f)
-    fake_clock.tick(10)
-    for error in (opero.WorkerCrashedError, ConnectionError, CircuitOpenError):
-        with pytest.raises(error):
-            world.run(f)
-
-
 def test_a_failure_is_counted_before_others_are_told_to_pause(fake_clock):
     paused = []
 

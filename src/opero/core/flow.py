@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,6 @@ from opero.exceptions import (
     CircuitOpenError,
     MisuseError,
     NotTransferableError,
-    WorkerCrashedError,
 )
 from opero.utils.logging import log, standard
 from opero.utils.notes import add_note, class_counts, describe, duration, folded
@@ -50,16 +50,17 @@ if TYPE_CHECKING:
 _TOLD_WAIT = 0.001
 # How often an item of a map looks whether a circuit has been tried: in parts of its recovery, and in seconds.
 _PART_OF_RECOVERY, _SHORTEST_LOOK = 0.1, 0.1
+_CIRCUIT_IS_OPEN = "its circuit is open"
 # No attempt could end otherwise, unless a TypeError is the function's own.
-FINAL_ERRORS = (MisuseError, NotTransferableError, TypeError)
+_FINAL_ERRORS = (MisuseError, NotTransferableError, TypeError)
 
 
-class NoAttempt:
-    """In place of an outcome: there was none."""
+class NoAttempt(Enum):
+    """In place of an outcome: why there was no attempt."""
 
-
-# Because no time is left, the candidate's circuit is open, or it was put to rest while its slot was waited for.
-OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = NoAttempt(), NoAttempt(), NoAttempt()
+    OUT_OF_TIME = "no time is left"
+    CIRCUIT_OPEN = "the candidate's circuit is open"
+    GAVE_WAY = "the candidate was put to rest while its slot was waited for"
 
 
 class Candidate:
@@ -153,6 +154,7 @@ class _Layers:
         self.plan = plan
         self.call = call
         self.deadline = math.inf if call.deadline is None else call.deadline
+        self.is_timed = plan.attempt_timeout is not None or call.deadline is not None
         self.candidates: list[Candidate] = []
         # Those of this round that have not been tried.
         self.left: list[Candidate] = []
@@ -167,7 +169,7 @@ class _Layers:
         while True:
             if plan.retry.tells_before:
                 plan.retry.tell_before(plan, call)
-            while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN:
+            while (outcome := (yield from self.fallback())) is NoAttempt.CIRCUIT_OPEN:
                 pause = self._pause_for_trial()
                 if pause is None:
                     return self._stop(_CIRCUIT_IS_OPEN)
@@ -193,20 +195,21 @@ class _Layers:
 
     def fallback(self) -> Generator[Any, Any, Any]:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
-        plan = self.plan
+        plan, call = self.plan, self.call
         speaks: Verdict | None = None
-        self.left = list(self.candidates) if plan.fallback is None else self._ready_candidates()
-        while self.left and (speaks is None or not self._leaves_for_later(speaks)):
-            candidate = self.left[0]
-            if len(self.left) > 1 and self.call.failure is None:
-                candidate = self._choose()
+        self.left = self._for_this_round() if self.errors else list(self.candidates)
+        while self.left:
+            is_chosen = len(self.left) == 1 or call.failure is not None
+            candidate = self.left[0] if is_chosen else self._choose()
+            if speaks is not None and speaks.again and self._is_for_later(candidate):
+                break
             outcome = yield from self.breaker(candidate)
-            if outcome is GAVE_WAY:
+            if outcome is NoAttempt.GAVE_WAY:
                 continue
-            if outcome is OUT_OF_TIME:
+            if outcome is NoAttempt.OUT_OF_TIME:
                 return self._stop(self._time_is_over())
             self.left.remove(candidate)
-            if outcome is CIRCUIT_OPEN:
+            if outcome is NoAttempt.CIRCUIT_OPEN:
                 self.has_slot = False
                 continue
             if outcome.__class__ is not Verdict or outcome.ends:
@@ -216,8 +219,8 @@ class _Layers:
             if speaks is None or outcome.again or not speaks.again:
                 speaks = outcome
         if speaks is None:
-            return CIRCUIT_OPEN
-        return speaks if plan.fallback is None else self._for_the_round(speaks)
+            return NoAttempt.CIRCUIT_OPEN
+        return speaks if plan.fallback is None or not self.candidates else self._for_the_round(speaks)
 
     def _pause_for_trial(self) -> Pause | None:
         """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
@@ -239,7 +242,7 @@ class _Layers:
         if self.plan.breaker is not None:
             passage = self.plan.breaker.enter(candidate.args, candidate.kwargs)
             if passage is None and self.call.failure is None:
-                return CIRCUIT_OPEN
+                return NoAttempt.CIRCUIT_OPEN
         try:
             outcome = yield from self.attempt(candidate, passage)
             return outcome if outcome.__class__ is NoAttempt else self._judge(outcome, candidate, passage)
@@ -267,7 +270,7 @@ class _Layers:
                 return missed
         self.has_slot = False
         if clock.now() >= self.deadline:
-            return OUT_OF_TIME
+            return NoAttempt.OUT_OF_TIME
         attempt = Attempt(
             candidate,
             badges=frozenset({call.flight, self.places} - {None}),
@@ -285,112 +288,9 @@ class _Layers:
             yield from plan.limit.ended(candidate, outcome, clock.now() - call.began)
         return outcome
 
-    def _begin(self, candidate: Candidate) -> None:
-        """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
-        plan, call, stats = self.plan, self.call, self.plan.stats
-        if plan.fallback is None and self.failed is not None:
-            is_timed = plan.attempt_timeout is not None or plan.total_timeout is not None
-            if is_timed and not isinstance(self.failed.error, CallTimeoutError):
-                self.earlier_failure = describe(self.failed.error)
-            # Free what the attempt before this one held: its frames, and all that is in them.
-            self.failed = None
-        call.began = clock.now()
-        call.attempts += 1
-        stats.attempts.tick()
-        candidate.tries += 1
-        if candidate.tries <= call.rounds:
-            stats.fallbacks.tick()
-            if call.tell is not None:
-                call.tell(CandidateSwitched, place=candidate.number)
-        else:
-            call.rounds = candidate.tries
-            if call.rounds > 1:
-                stats.retries.tick()
-        if call.tell is not None:
-            call.tell(AttemptStarted, attempt=call.attempts, round=call.rounds)
-
     def _why_not(self) -> NoAttempt:
         """Why an attempt that waited for something has not begun."""
-        return OUT_OF_TIME if clock.now() >= self.deadline else CIRCUIT_OPEN
-
-    def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None) -> Any:
-        """The call's outcome, or the `Verdict` on an attempt that failed."""
-        plan, call = self.plan, self.call
-        if outcome.__class__ is Failed:
-            if call.tell is not None:
-                self._tell_of_failure(call.tell, outcome.error)
-            if isinstance(outcome.error, FINAL_ERRORS) and self._is_final(outcome.error):
-                return outcome
-        try:
-            verdict = plan.retry.judge(plan, call, outcome)
-        except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
-            # Not its text, which may hold arguments.
-            log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
-            return Failed(_in_context_of(outcome.error, raised) if outcome.__class__ is Failed else raised)
-        if passage is not None and not call.is_last:
-            self._tell_circuit(passage, verdict, candidate)
-        if verdict is None:
-            return self._under_way(outcome) if plan.kind.endswith("generator") else outcome
-        if call.is_last:
-            add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
-            return Failed(verdict.error)
-        if call.tell is not None and outcome.__class__ is not Failed:
-            self._tell_of_failure(call.tell, verdict.error)
-        self.failed = verdict
-        if plan.fallback is not None:
-            self._candidate_failed(plan.fallback, candidate, verdict)
-        return verdict
-
-    def _candidate_failed(self, fallback: FallbackOverParameter, candidate: Candidate, verdict: Verdict) -> None:
-        self.errors.append(verdict.error)
-        if not verdict.again:
-            self.candidates.remove(candidate)
-        candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
-        if verdict.rests:
-            fallback.failed(candidate.value, verdict.delay, again=verdict.again)
-
-    def _under_way(self, begun: Any) -> Any:
-        """A generator that has begun keeps its place until it ends or is closed."""
-        generator, item, _ = begun
-        if generator is None:
-            return begun
-        places, self.places = self.places, None
-        return generator, item, places
-
-    def _tell_of_failure(self, tell: Callable[..., None], error: Exception) -> None:
-        seconds = clock.now() - self.call.began
-        tell(AttemptFailed, attempt=self.call.attempts, error=error, seconds=seconds)
-
-    def _is_final(self, error: Exception) -> bool:
-        # Arguments that fit at the first attempt fit at all.
-        is_own = isinstance(error, MisuseError | NotTransferableError)
-        return is_own or (self.call.attempts == 1 and self.plan.is_wrong(self.call))
-
-    def _tell_circuit(self, passage: Passage, verdict: Verdict | None, candidate: Candidate) -> None:
-        """Whether it speaks against the service; None: it says nothing of it."""
-        failed: bool | None = verdict is not None and verdict.counts
-        if verdict is not None and isinstance(verdict.error, CallTimeoutError):
-            failed = None if self._was_cut_short() else True
-        elif verdict is not None and not failed and isinstance(verdict.error, WorkerCrashedError):
-            # A worker that ended gave no answer.
-            failed = None
-        changed = None if failed is None else passage.breaker.passed(passage, failed=failed)
-        if changed is not None and self.call.tell is not None:
-            place = None if self.plan.fallback is None else candidate.number
-            self.call.tell(CircuitChanged, state=changed, place=place)
-
-    def _was_cut_short(self) -> bool:
-        """Whether the last attempt had so little, of what was left of total_timeout, that it could not succeed."""
-        total = self.plan.total_timeout or 0.0
-        usual = 0.0 if self.plan.limit is None else self.plan.limit.usual.seconds
-        return (
-            self.had is not None and self.had[1] == "total_timeout" and self.had[0] < min(total / 2, 2 * usual or total)
-        )
-
-    def _choose(self) -> Candidate:
-        """Of those that are left the first that does not rest, or, if asked, the one that has a slot soonest."""
-        awake, limit = self._awake(self._admitted(self.left) or self.left), self.plan.limit
-        return awake[0] if limit is None or self.has_slot else limit.choose(awake)
+        return NoAttempt.OUT_OF_TIME if clock.now() >= self.deadline else NoAttempt.CIRCUIT_OPEN
 
     def _take_slot(
         self, limit: FunctionLimit, candidate: Candidate, passage: Passage | None
@@ -414,60 +314,149 @@ class _Layers:
         waited = clock.now() - asked
         plan.stats.waited.add(waited)
         if _is_shut(passage):
-            return CIRCUIT_OPEN
+            return NoAttempt.CIRCUIT_OPEN
         if not taken:
-            return GAVE_WAY if own is not None and self._gives_way(candidate) else OUT_OF_TIME
+            return NoAttempt.GAVE_WAY if own is not None and self._gives_way(candidate) else NoAttempt.OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
             call.tell(SlotWaited, seconds=waited)
         if not self.has_own_limit and self._gives_way(candidate):
             self.has_slot = True
-            return GAVE_WAY
+            return NoAttempt.GAVE_WAY
         return None
+
+    def _begin(self, candidate: Candidate) -> None:
+        """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
+        call, stats, failed = self.call, self.plan.stats, self.failed
+        if failed is not None and self.is_timed and not isinstance(failed.error, CallTimeoutError):
+            self.earlier_failure = describe(failed.error)
+        # Free what the attempt before this one held: its frames, and all that is in them.
+        self.failed = failed = None
+        call.began = clock.now()
+        call.attempts += 1
+        stats.attempts.tick()
+        candidate.tries += 1
+        if candidate.tries <= call.rounds:
+            stats.fallbacks.tick()
+            if call.tell is not None:
+                call.tell(CandidateSwitched, place=candidate.number)
+        else:
+            call.rounds = candidate.tries
+            if call.rounds > 1:
+                stats.retries.tick()
+        if call.tell is not None:
+            call.tell(AttemptStarted, attempt=call.attempts, round=call.rounds)
+
+    def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None) -> Any:
+        """The call's outcome, or the `Verdict` on an attempt that failed."""
+        plan, call = self.plan, self.call
+        is_failed = outcome.__class__ is Failed
+        if is_failed:
+            if call.tell is not None:
+                self._tell_of_failure(call.tell, outcome.error)
+            if isinstance(outcome.error, _FINAL_ERRORS) and self._is_final(outcome.error):
+                return outcome
+        try:
+            verdict = plan.retry.judge(plan, call, outcome)
+        except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
+            # Not its text, which may hold arguments.
+            log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
+            return Failed(_in_context_of(outcome.error, raised) if is_failed else raised)
+        if passage is not None and not call.is_last:
+            self._tell_circuit(passage, verdict, candidate)
+        if verdict is None:
+            return self._under_way(outcome) if plan.kind.endswith("generator") else outcome
+        if call.is_last:
+            add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
+            return Failed(verdict.error)
+        if call.tell is not None and not is_failed:
+            self._tell_of_failure(call.tell, verdict.error)
+        self.failed = verdict
+        if plan.fallback is not None:
+            self._candidate_failed(plan.fallback, candidate, verdict)
+        return verdict
+
+    def _is_final(self, error: Exception) -> bool:
+        # Arguments that fit at the first attempt fit at all.
+        is_own = isinstance(error, MisuseError | NotTransferableError)
+        return is_own or (self.call.attempts == 1 and self.plan.is_wrong(self.call))
+
+    def _candidate_failed(self, fallback: FallbackOverParameter, candidate: Candidate, verdict: Verdict) -> None:
+        self.errors.append(verdict.error)
+        if not verdict.again:
+            self.candidates.remove(candidate)
+        candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
+        if verdict.rests:
+            fallback.failed(candidate.value, verdict.delay, again=verdict.again)
+
+    def _under_way(self, begun: Any) -> Any:
+        """A generator that has begun keeps its place until it ends or is closed."""
+        generator, item, _ = begun
+        if generator is None:
+            return begun
+        places, self.places = self.places, None
+        return generator, item, places
+
+    def _tell_of_failure(self, tell: Callable[..., None], error: Exception) -> None:
+        seconds = clock.now() - self.call.began
+        tell(AttemptFailed, attempt=self.call.attempts, error=error, seconds=seconds)
+
+    def _tell_circuit(self, passage: Passage, verdict: Verdict | None, candidate: Candidate) -> None:
+        """Whether it speaks against the service, of which an attempt that had too little time says nothing."""
+        failed, had = verdict is not None and verdict.counts, self.had
+        if verdict is not None and isinstance(verdict.error, CallTimeoutError):
+            if had is not None and had[1] == "total_timeout" and had[0] < (self.plan.total_timeout or 0.0) / 2:
+                return
+            failed = True
+        changed = passage.breaker.passed(passage, failed=failed)
+        if changed is not None and self.call.tell is not None:
+            place = None if self.plan.fallback is None else candidate.number
+            self.call.tell(CircuitChanged, state=changed, place=place)
 
     # Which candidates may be tried, and when
 
-    def _ready_candidates(self) -> list[Candidate]:
-        if not self.errors:
-            return list(self.candidates)
+    def _of_use(self) -> list[Candidate]:
+        """Those that no call has given up, as a key that was revoked, and no circuit shuts off, if there are any."""
+        kept = [c for c in self.candidates if not self._is_given_up(c)] or self.candidates
+        return self._admitted(kept) or kept
+
+    def _for_this_round(self) -> list[Candidate]:
+        """Those that have rested for as long as they asked for, or the first that will have; last those of no use."""
         now, of_use = clock.now(), self._of_use()
-        admitted = self._admitted(of_use)
-        # Those that asked for a longer rest are left alone. (A sleep can end a little early.)
-        ready = [c for c in admitted if c.ready_at is None or c.ready_at <= now]
-        ready = ready or sorted(admitted, key=lambda c: c.ready_at or 0.0)[:1]
+        # A sleep can end a little early.
+        ready = [c for c in of_use if (c.ready_at or 0.0) <= now] or [min(of_use, key=lambda c: c.ready_at or 0.0)]
         return ready + [c for c in self._admitted(self.candidates) if c not in of_use]
 
-    def _of_use(self) -> list[Candidate]:
-        """Those that no call has given up, as a key that was revoked; all of them, if there is no other."""
-        fallback = self.plan.fallback
-        return [c for c in self.candidates if fallback is None or not fallback.is_given_up(c.value)] or self.candidates
-
-    def _leaves_for_later(self, speaks: Verdict) -> bool:
-        """Whether those that are left were given up by other calls: they have time until the last round."""
-        fallback, retry = self.plan.fallback, self.plan.retry
-        if fallback is None or not speaks.again:
-            return False
-        is_last = self.call.rounds > retry.retries or "stop" in retry.options
-        return not is_last and all(fallback.is_given_up(candidate.value) for candidate in self.left)
-
     def _for_the_round(self, verdict: Verdict) -> Verdict:
-        if not self.candidates:
-            return verdict
-        # Some may have asked for a rest: the next round begins as soon as one of them can be tried.
-        of_use = self._of_use()
-        times = [c.ready_at for c in self._admitted(of_use) or of_use]
+        """The next round begins as soon as one of the candidates can be tried."""
+        times = [c.ready_at for c in self._of_use()]
         soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
-        return Verdict(verdict.error, verdict.outcome, again=True, delay=soonest)
+        return verdict._replace(again=True, delay=soonest)
 
-    def _awake(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Those that do not rest, in their order; if all do, the one that wakes first."""
-        fallback = self.plan.fallback
-        return candidates if fallback is None or len(candidates) == 1 else fallback.awake(candidates)
+    def _is_for_later(self, candidate: Candidate) -> bool:
+        """Whether it is one that was given up, which comes after all others: it has time until the last round."""
+        retry = self.plan.retry
+        return self.call.rounds <= retry.retries and "stop" not in retry.options and self._is_given_up(candidate)
+
+    def _is_given_up(self, candidate: Candidate) -> bool:
+        return self.plan.fallback is not None and self.plan.fallback.is_given_up(candidate.value)
+
+    def _choose(self) -> Candidate:
+        """The first that does not rest, or, if asked, the one that has a slot soonest."""
+        awake, limit = self._awake(), self.plan.limit
+        return awake[0] if limit is None or self.has_slot else limit.choose(awake)
 
     def _gives_way(self, candidate: Candidate) -> bool:
-        # Its own trial is under way; of the others, those that are shut off are no choice.
-        admitted, limit = self._admitted(self.left), self.plan.limit
-        awake = self._awake([other for other in self.left if other is candidate or other in admitted])
+        awake, limit = self._awake(candidate), self.plan.limit
         return candidate not in awake or (limit is not None and limit.gives_way(candidate, awake))
+
+    def _awake(self, tried: Candidate | None = None) -> list[Candidate]:
+        """Those that are left and do not rest; if all do, the one that wakes first.
+
+        Of the others than ``tried``, which may be on trial itself, those that are shut off are no choice.
+        """
+        fallback, admitted = self.plan.fallback, self._admitted(self.left)
+        choice = [c for c in self.left if c is tried or c in admitted] or self.left
+        return choice if fallback is None or len(choice) == 1 else fallback.awake(choice)
 
     def _admitted(self, candidates: list[Candidate], *, after: float = 0.0) -> list[Candidate]:
         """Those whose circuits let an attempt through, so many seconds from now."""
@@ -541,9 +530,6 @@ class _Layers:
         log("WARNING", "{}", summary)
         add_note(error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
         return end
-
-
-_CIRCUIT_IS_OPEN = "its circuit is open"
 
 
 def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:

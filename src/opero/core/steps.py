@@ -61,9 +61,6 @@ class Attempt:
         candidate: The fallback value that is among them, for drivers that send only what differs.
         badges: What a call that the function makes must not wait for: the computation that others may be waiting for
             (`opero.core.flights`), and the place that it takes.
-        timeout: Seconds that it may take.
-        deadline: When the whole call ends; infinite if it has no such time.
-        passage: Its way through a circuit.
         begins: Is told once that it begins.
         has_begun: Whether that was told, by a driver that may have to hand it out twice.
         is_timed: Whether it has a time limit.
@@ -86,25 +83,25 @@ class Attempt:
         self.kwargs = candidate.kwargs
         self.candidate = candidate.value
         self.badges = badges
-        self.timeout = timeout
-        self.deadline = deadline
-        self.passage = passage
-        self.begins = begins
-        self.has_begun = False
         self.is_timed = timeout is not None or deadline < math.inf
         self.limit: TimeLimit | None = None
         self.is_last = False
+        self._timeout = timeout
+        self._deadline = deadline
+        self._passage = passage
+        self.begins = begins
+        self.has_begun = False
 
     def may_start(self) -> bool:
-        return clock.now() < self.deadline and (self.passage is None or not self.passage.is_shut())
+        return clock.now() < self._deadline and (self._passage is None or not self._passage.is_shut())
 
     def time_limit(self) -> TimeLimit | None:
         """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
-        left = max(0.0, self.deadline - clock.now())
-        if self.timeout is not None and self.timeout <= left:
-            self.limit = self.timeout, "attempt_timeout"
-        elif self.is_timed:
+        if self.is_timed:
+            left = max(0.0, self._deadline - clock.now())
             self.limit = left, "total_timeout"
+            if self._timeout is not None and self._timeout <= left:
+                self.limit = self._timeout, "attempt_timeout"
         return self.limit
 
 
@@ -242,41 +239,7 @@ async def run_in_time(
         return Failed(stopped(name, *limit))
 
 
-def await_arrival(arrival: Arrival) -> None:
-    event = threading.Event()
-    try:
-        arrival.notify(event.set)
-        while not arrival.poll():
-            clock.wait(event.wait, arrival.due_in())
-            event.clear()
-    finally:
-        arrival.notify(None)
-
-
-async def await_arrival_async(arrival: Arrival) -> None:
-    import asyncio
-
-    loop = asyncio.get_running_loop()
-    event = asyncio.Event()
-
-    def wake() -> None:
-        if asyncio._get_running_loop() is loop:  # noqa: SLF001 - the public way raises where there is none
-            event.set()
-            return
-        # The loop may have been closed with this waiter still in it, which ends when its task is destroyed.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(event.set)
-
-    try:
-        arrival.notify(wake)
-        while not arrival.poll():
-            await clock.wait_async(event, arrival.due_in())
-            event.clear()
-    finally:
-        arrival.notify(None)
-
-
-def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR0912 - more frames shorten recursions
+def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - more frames shorten recursions
     """Carry out a flow by blocking."""
     step: Any = None
     sent: Any = None
@@ -299,14 +262,12 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR09
                     clock.sleep(step.seconds)
                 elif step.seconds:
                     time.sleep(step.seconds)
-            elif isinstance(step, Consult):
+            else:
                 try:
-                    (sent,) = consult([step])
+                    sent = _answer_to(step)
                 except Exception as error:  # noqa: BLE001 - the flow decides what becomes of the call
                     step = flow.throw(error)
                     continue
-            else:
-                await_arrival(step)
             step = flow.send(sent)
             # It may hold an error, and with it the frames of an attempt.
             sent = None
@@ -319,6 +280,103 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: C901, PLR09
         return raise_or_return(outcome)
     finally:
         del outcome
+
+
+def _answer_to(step: Consult | Arrival) -> Any:
+    return consult([step])[0] if isinstance(step, Consult) else _await_arrival(step)
+
+
+def _await_arrival(arrival: Arrival) -> None:
+    event = threading.Event()
+    try:
+        arrival.notify(event.set)
+        while not arrival.poll():
+            clock.wait(event.wait, arrival.due_in())
+            event.clear()
+    finally:
+        arrival.notify(None)
+
+
+_NO_LOOP = (
+    "opero waits with asyncio, and no asyncio loop is running here: call {name} under asyncio, or decorate a plain "
+    "function and call that in a thread (trio.to_thread.run_sync), or leave out what has to wait (retries=0, no limits)"
+)
+
+
+async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
+    """Carry out a flow by awaiting."""
+    before = cancellations()
+    step: Any = None
+    sent: Any = None
+    try:
+        step = flow.send(None)
+        while True:
+            is_attempt = isinstance(step, Attempt)
+            if not (is_attempt and not step.is_timed) and not is_in_asyncio():
+                # Under another library only what needs no wait can be done.
+                step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
+                continue
+            if is_attempt:
+                step.begins()
+                token = leading.set(leading.get() | step.badges) if step.badges else None
+                try:
+                    sent = await run_in_time(function, step.args, step.kwargs, step.time_limit(), name)
+                finally:
+                    if token is not None:
+                        # A task of a loop that was closed ends where it is collected, in another context.
+                        with contextlib.suppress(ValueError):
+                            leading.reset(token)
+                step.is_last = was_cancelled(sent, before)
+                before = cancellations()
+            else:
+                try:
+                    sent = await _carry_out_async(step)
+                except Exception as error:  # noqa: BLE001 - as above
+                    step = flow.throw(error)
+                    continue
+            step = flow.send(sent)
+            # It may hold an error, and with it the frames of an attempt.
+            sent = None
+    except StopIteration as end:
+        outcome = end.value
+    finally:
+        del step, sent
+        flow.close()
+    try:
+        return raise_or_return(outcome)
+    finally:
+        del outcome
+
+
+async def _carry_out_async(step: Any) -> Any:
+    if isinstance(step, Consult):
+        return (await consult_async([step]))[0]
+    if not isinstance(step, Pause):
+        return await _await_arrival_async(step)
+    return await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
+
+
+async def _await_arrival_async(arrival: Arrival) -> None:
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+
+    def wake() -> None:
+        if asyncio._get_running_loop() is loop:  # noqa: SLF001 - the public way raises where there is none
+            event.set()
+            return
+        # The loop may have been closed with this waiter still in it, which ends when its task is destroyed.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(event.set)
+
+    try:
+        arrival.notify(wake)
+        while not arrival.poll():
+            await clock.wait_async(event, arrival.due_in())
+            event.clear()
+    finally:
+        arrival.notify(None)
 
 
 def is_in_asyncio() -> bool:
@@ -351,74 +409,8 @@ def made_an_error_of_its_cancellation(error: Exception) -> bool:
 
 
 def _comes_of_cancellation(error: BaseException | None) -> bool:
-    """Whether it is a cancellation, or was raised while one was handled that no time limit has made and taken back."""
+    """Whether it is a cancellation, or was raised while one was handled that no time limit has made."""
     cancelled = sys.modules["asyncio"].CancelledError
-    while error is not None and not isinstance(error, cancelled):
-        if isinstance(error, TimeoutError) and _library_that_raised(error) in _HAVE_TIME_LIMITS:
-            return False
+    while error is not None and not isinstance(error, (cancelled, TimeoutError)):
         error = error.__context__
-    return error is not None
-
-
-_HAVE_TIME_LIMITS = {"asyncio", "anyio", "aiohttp", "async_timeout"}
-
-
-def _library_that_raised(error: BaseException) -> str:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    module = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
-    return str(module).partition(".")[0]
-
-
-_NO_LOOP = (
-    "opero waits with asyncio, and no asyncio loop is running here: call {name} under asyncio, or decorate a plain "
-    "function and call that in a thread (trio.to_thread.run_sync), or leave out what has to wait (retries=0, no limits)"
-)
-
-
-async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
-    """Carry out a flow by awaiting."""
-    before = cancellations()
-    step: Any = None
-    sent: Any = None
-    try:
-        step = flow.send(None)
-        while True:
-            if (not isinstance(step, Attempt) or step.is_timed) and not is_in_asyncio():
-                # Under another library only what needs no wait can be done.
-                step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
-                continue
-            if isinstance(step, Attempt):
-                step.begins()
-                token = leading.set(leading.get() | step.badges) if step.badges else None
-                try:
-                    sent = await run_in_time(function, step.args, step.kwargs, step.time_limit(), name)
-                finally:
-                    if token is not None:
-                        # A task of a loop that was closed ends where it is collected, in another context.
-                        with contextlib.suppress(ValueError):
-                            leading.reset(token)
-                step.is_last = was_cancelled(sent, before)
-            elif isinstance(step, Pause):
-                await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
-            elif isinstance(step, Consult):
-                try:
-                    (sent,) = await consult_async([step])
-                except Exception as error:  # noqa: BLE001 - as above
-                    step = flow.throw(error)
-                    continue
-            else:
-                await await_arrival_async(step)
-            step = flow.send(sent)
-            # It may hold an error, and with it the frames of an attempt.
-            sent = None
-    except StopIteration as end:
-        outcome = end.value
-    finally:
-        del step, sent
-        flow.close()
-    try:
-        return raise_or_return(outcome)
-    finally:
-        del outcome
+    return isinstance(error, cancelled)
