@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from program_server import ProgramServer
 from redis_server import RedisServer, Sentinel, free_port, make_cluster
+from side_by_side import until
 
 from opero.core.clock import clock
 from opero.core.parameters import compile_function, forwarding
@@ -331,6 +332,12 @@ class Journal:
 
     def lines(self) -> list[str]:
         return self.path.read_text().splitlines() if self.path.exists() else []
+
+    def count(self, text: object) -> int:
+        return self.lines().count(str(text))
+
+    def wait_for(self, text: object) -> None:
+        until(lambda: self.count(text))
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from typing import TYPE_CHECKING, Self
 
 import pytest
+from side_by_side import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,11 +60,7 @@ class RedisServer:
         assert self._process is None
         self._folder.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + PATIENCE
-        while not self._answers():
-            assert self._process.poll() is None, "redis-server ended at once"
-            assert time.monotonic() < deadline, "redis-server does not answer"
-            time.sleep(0.005)
+        until(self._answers)
 
     @property
     def command(self) -> list[str]:
@@ -95,6 +91,8 @@ class RedisServer:
         self._is_frozen = False
 
     def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, "redis-server ended at once"
         try:
             with socket.create_connection((self.host, self.port), timeout=PATIENCE) as connection:
                 connection.sendall(b"PING\r\n")
@@ -122,10 +120,7 @@ def make_cluster(node: RedisServer) -> None:
 
     with redis.Redis(node.host, node.port) as client:
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
-        deadline = time.monotonic() + PATIENCE
-        while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
-            assert time.monotonic() < deadline, "the cluster does not come up"
-            time.sleep(0.005)
+        until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
 
 
 class Sentinel(RedisServer):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = 10  # for what takes milliseconds; so long only where it hangs
+SECONDS = 20  # for what takes milliseconds; so long only where it hangs
 
 
 def started(function, *args) -> Future:
@@ -47,6 +47,19 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.001)
+
+
+async def eventually(condition):
+    """As `until`, while the event loop goes on."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        await asyncio.sleep(0.001)
+
+
+def hang():
+    """Block until the process is ended; not for ever, should nobody end it."""
+    threading.Event().wait(60)
 
 
 def assert_limited(starts, rate, *, since):

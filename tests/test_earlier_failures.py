@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from side_by_side import assert_limited
+from side_by_side import assert_limited, eventually
 
 import opero as package
 from opero import clear_cache, opero, opmap
@@ -332,14 +332,6 @@ def test_async_mode_runs_in_the_event_loop_that_awaits_it():
 
 
 # Earlier: workers, ordered, progress did nothing.
-
-
-async def eventually(condition):
-    """Wait in an event loop, but not for ever."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -394,7 +394,7 @@ def test_what_is_no_exception_passes_through_a_listener(world):
 def test_a_call_that_is_cancelled_is_told_as_cancelled(heard):
     @opero.opero
     async def f():
-        await asyncio.sleep(SECONDS)
+        await asyncio.Event().wait()
 
     async def main():
         task = asyncio.create_task(f())
@@ -420,7 +420,7 @@ def test_a_call_that_is_interrupted_is_told_as_cancelled(heard):
 def test_an_attempt_that_runs_out_of_time_is_a_failed_one(heard):
     @opero.opero(attempt_timeout=0.01, retries=0)
     async def f():
-        await asyncio.sleep(SECONDS)
+        await asyncio.Event().wait()
 
     with pytest.raises(TimeoutError):
         asyncio.run(f())

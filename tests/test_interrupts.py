@@ -47,7 +47,7 @@ def test_ctrl_c_lets_what_is_cancelled_tidy_up():
     async def work(item):
         press()
         try:
-            await asyncio.sleep(PATIENCE)
+            await asyncio.Event().wait()
         finally:
             for step in range(3):
                 await asyncio.sleep(0)
@@ -63,7 +63,7 @@ def test_ctrl_c_is_raised_though_the_function_goes_on_when_it_is_cancelled():
     async def work(item):
         press()
         try:
-            await asyncio.sleep(PATIENCE)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
             return item
 
@@ -186,7 +186,7 @@ def test_ctrl_c_ends_a_map_whose_input_goes_on_when_it_is_cancelled():
     async def items():
         press()
         try:
-            await asyncio.sleep(PATIENCE)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
             yield 1
 

@@ -16,18 +16,12 @@ from pathlib import Path
 
 import pytest
 from leftovers import threads
+from side_by_side import hang, until
 
 from conftest import World
 from opero import WorkerCrashedError, opmap
 
 PATIENCE = 20.0
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def children() -> set[int]:
@@ -51,7 +45,7 @@ def clean_surroundings():
     before = children(), threads()
     yield
     # The system takes a moment to end a process that was told to.
-    wait_until(lambda: (children(), threads()) == before)
+    until(lambda: (children(), threads()) == before)
 
 
 class Keeping:
@@ -96,7 +90,7 @@ def workers_of(keeping, journal):
 
     def work(item, *, meeting):
         journal.add(meeting)
-        wait_until(lambda: journal.lines().count(meeting) >= 2)
+        until(lambda: journal.lines().count(meeting) >= 2)
         return keeping.ran_in()
 
     mapped = keeping.map(work)
@@ -227,7 +221,7 @@ def test_maps_at_the_same_time_have_workers_of_their_own_which_are_kept(processe
     def work(item, *, wait):
         journal.add(os.getpid())
         if wait:
-            wait_until(lambda: len(set(journal.lines())) == 2)
+            until(lambda: len(set(journal.lines())) == 2)
         return os.getpid()
 
     mapped = processes.map(work, workers=1)
@@ -279,7 +273,7 @@ def test_a_worker_that_is_killed_between_two_calls_is_replaced(processes, journa
     with mapped.pool():
         ((_, pid),) = mapped.run([1])
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: pid not in children() or _is_zombie(pid))
+        until(lambda: pid not in children() or _is_zombie(pid))
         time.sleep(0.1)  # until its end is known
         ((item, another),) = mapped.run([2])
     assert item == 2
@@ -312,9 +306,9 @@ def test_what_runs_when_a_map_ends_is_ended_and_charged_to_nobody(processes, jou
     def work(item):
         journal.add(item)
         if item == "stuck":
-            time.sleep(PATIENCE)
+            hang()
         if item == "bad":
-            wait_until(lambda: "stuck" in journal.lines())
+            until(lambda: "stuck" in journal.lines())
             raise ValueError(item)
         return item
 
@@ -349,12 +343,12 @@ def test_a_worker_that_becomes_ready_when_the_map_has_ended_runs_items_of_the_ne
         journal.add("prepares")
         # The second one.
         if journal.lines().count("prepares") == 2:
-            wait_until(go.exists)
+            until(go.exists)
             journal.add("ready")
 
     async def work(item, *, meeting):
         journal.add(meeting)
-        wait_until(lambda: not meeting or journal.lines().count(meeting) == 2)
+        until(lambda: not meeting or journal.lines().count(meeting) == 2)
         return item
 
     mapped = opmap(workers=2, progress=False, pool_options={"start_method": "fork", "initializer": prepare})(work)
@@ -364,7 +358,7 @@ def test_a_worker_that_becomes_ready_when_the_map_has_ended_runs_items_of_the_ne
             async for outcome in mapped.stream([1, 2], meeting=""):
                 if outcome.result == 2:
                     go.touch()
-                    wait_until(lambda: "ready" in journal.lines())
+                    until(lambda: "ready" in journal.lines())
                     await asyncio.sleep(0.2)
             return await mapped([3, 4], meeting="both")
 
@@ -426,7 +420,7 @@ INTERRUPTED = """
     DEF work(item):
         note("begun")
         if item:
-            time.sleep(20)
+            threading.Event().wait(20)
         return os.getpid()
 
     if __name__ == "__main__":
@@ -444,7 +438,7 @@ INTERRUPTED = """
 def test_ctrl_c_in_a_block_leaves_no_process_and_no_thread(start, processes, journal):
     program = start(INTERRUPTED.replace("MODE", repr(processes.mode)), {}, world=processes.world)
     assert program.heard() == 2
-    wait_until(lambda: journal.lines().count("begun") >= 3)
+    until(lambda: journal.lines().count("begun") >= 3)
     os.kill(program.pid, signal.SIGINT)
     assert program.heard() == ("interrupted", 0, 1)
     program.end()

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import anyio
 import pytest
 import tenacity
+from side_by_side import until
 
 from opero import AllFailedError, RejectedResultError, opero, opmap
 from opero.core import CallTimeoutError, MisuseError, RateLimiter
@@ -255,8 +256,7 @@ def test_ctrl_c_during_the_wait_for_a_slot_gives_the_place_back(fake_clock, ctrl
     line = function.__opero__.plan.limit.limiter
 
     def interrupt():
-        while line.expected_wait() <= 1:
-            time.sleep(0.001)
+        until(lambda: line.expected_wait() > 1)
         ctrl_c()
 
     thread = threading.Thread(target=interrupt, daemon=True)
@@ -483,7 +483,8 @@ class Converting:
         self.asked.append(key)
         self.reached.set()
         try:
-            await asyncio.sleep(60 if len(self.asked) == 1 else 0)
+            if len(self.asked) == 1:
+                await asyncio.Event().wait()
             raise ConnectionError("again")
         except asyncio.CancelledError:
             if self.make is not None:

@@ -47,7 +47,7 @@ def test_what_an_item_has_waited_for_a_worker_counts_for_its_total_timeout():
         if len(tries) == 0:
             tries.append(item)
             raise ValueError
-        await asyncio.sleep(PATIENCE)
+        await asyncio.Event().wait()
 
     tries: list[int] = []
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import signal
-import time
 from contextlib import closing
 
 import pytest
-from side_by_side import started
+from side_by_side import started, until
 
 from opero import opmap
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
@@ -101,10 +100,7 @@ def test_a_worker_that_reads_nothing_for_a_while_holds_up_neither_the_others_nor
 
     def work(item):
         if item[0] == 100:
-            for _ in range(1_000):
-                if path.stat().st_size > 200:
-                    break
-                time.sleep(0.01)
+            until(lambda: path.stat().st_size > 200)
         with path.open("a") as file:
             file.write(".")
         return item[0], path.stat().st_size

@@ -16,17 +16,13 @@ import time
 import types
 import weakref
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from leftovers import surroundings
-from side_by_side import assert_limited
+from side_by_side import assert_limited, eventually
 
 from opero import AllFailedError, CallStats, Outcome, control, opmap
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MODES = ("thread", "process", "async", "async_process")
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
@@ -50,36 +46,6 @@ class TwoPartError(Exception):
 
     def __reduce__(self) -> Any:
         return type(self), (self.item, self.reason)
-
-
-@dataclass(frozen=True)
-class Journal:
-    """Lines that every thread and process of a test can add and read."""
-
-    path: Path
-
-    def add(self, text: object) -> None:
-        with self.path.open("a") as file:
-            file.write(f"{text}\n")
-
-    def lines(self) -> list[str]:
-        return self.path.read_text().splitlines() if self.path.exists() else []
-
-    def count(self, text: object) -> int:
-        return self.lines().count(str(text))
-
-
-@pytest.fixture
-def journal(tmp_path):
-    return Journal(tmp_path / "journal")
-
-
-async def eventually(condition):
-    """Wait in an event loop, but not for ever."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.005)
 
 
 @pytest.fixture(autouse=True)
@@ -642,7 +608,7 @@ def test_an_attempt_timeout_ends_a_coroutine_that_takes_too_long(name, journal):
     async def work(item):
         journal.add(item)
         if item == "slow":
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         return item
 
     quick, slow = work.run(["quick", "slow"])
@@ -803,7 +769,8 @@ def test_an_async_generator_is_closed_with_the_map_it_is_the_input_of(mode, clea
     async def items():
         try:
             for item in itertools.count():
-                await asyncio.sleep(60 if is_waiting and item == 5 else 0)
+                if is_waiting and item == 5:
+                    await asyncio.Event().wait()
                 yield item
         finally:
             await asyncio.sleep(0)
@@ -1361,7 +1328,7 @@ def test_a_cancellation_that_an_async_input_meets_is_raised():
 
     async def items():
         yield 1
-        task = asyncio.ensure_future(asyncio.sleep(60))
+        task = asyncio.get_running_loop().create_future()
         task.cancel()
         await task
 
@@ -1395,7 +1362,7 @@ def test_cancelling_async_mode_cancels_its_running_items(journal):
     async def work(item):
         journal.add("+")
         try:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         finally:
             journal.add("cancelled")
 

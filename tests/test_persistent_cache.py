@@ -633,7 +633,7 @@ def test_a_cancelled_leader_is_replaced(cached):
         runs.append(1)
         began.set()
         if len(runs) == 1:
-            await asyncio.sleep(SECONDS)
+            await asyncio.Event().wait()
         return "result"
 
     f = cached(function)
@@ -697,11 +697,11 @@ class TestForks:
         f = cached(world.define(lambda x: x))
         world.run(f, 0)
         answers = []
-        for first in range(0, 100, 20):
+        for first in range(0, 60, 20):
             child = started(forked, lambda first=first: [world.run(f, x) for x in range(first, first + 20)])
             answers += [world.run(f, x) for x in range(first, first + 20)]
             assert child.result(2 * SECONDS) == repr(list(range(first, first + 20)))
-        assert answers == list(range(100))
+        assert answers == list(range(60))
         assert f.stats.cache_errors == 0
 
     def test_what_a_child_stores_is_there_whoever_opens_and_closes_the_database_meanwhile(self, disk_backend, start):
@@ -772,7 +772,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("size", [20, 200_000])
+@pytest.mark.parametrize("size", [20, 20_000])  # in the database, and in a file beside it
 def test_a_corrupt_entry_is_computed_anew(  # noqa: PLR0917 - each is a fixture
     world, backend, cached, warnings, damage, size
 ):
@@ -902,15 +902,6 @@ gone = pytest.mark.parametrize("break_", [leave, freeze], ids=["stopped", "froze
 
 
 @gone
-def test_redis_that_goes_away_costs_no_call(world, own_redis, warnings, break_):
-    f = connected(world, own_redis, lambda x: [x])
-    break_(own_redis.server)
-    assert [world.run(f, x) for x in (0, 1, 1, 2)] == [[0], [1], [1], [2]]
-    assert f.stats.cache_errors > 0
-    assert len(warnings) <= 1
-
-
-@gone
 def test_redis_that_was_never_there_costs_no_call(own_redis, start, break_):
     break_(own_redis.server)
     program = start(
@@ -929,18 +920,22 @@ def test_redis_that_was_never_there_costs_no_call(own_redis, start, break_):
 
 @gone
 @pytest.mark.parametrize("was_there", [True, False])
-def test_redis_that_is_gone_costs_two_seconds_at_most_and_then_next_to_nothing(world, own_redis, break_, was_there):
+def test_redis_that_is_gone_costs_no_call_and_two_seconds_at_most_and_then_next_to_nothing(
+    world, own_redis, warnings, break_, was_there
+):
     f = connected(world, own_redis, lambda x: [x])
     if not was_there:
         f = opero.opero(**own(own_redis))(world.define(lambda x: [x]))
     break_(own_redis.server)
     seconds = []
-    for x in range(1, 11):
+    for x in (0, 1, 1, *range(2, 9)):
         begin = time.perf_counter()
         assert world.run(f, x) == [x]
         seconds.append(time.perf_counter() - begin)
     assert seconds[0] < 4
     assert statistics.median(seconds[1:]) < 0.4  # each wait for a server that is frozen would be one of 0.9 s
+    assert f.stats.cache_errors > 0
+    assert len(warnings) <= 1
 
 
 @gone
@@ -1253,7 +1248,7 @@ def test_size_limit_bounds_the_bytes(world, disk_backend):
 
 def test_the_room_of_large_results_is_given_back(world, disk_backend):
     f = limited(world, disk_backend, lambda x: b"x" * x)
-    world.run(f, 20_000_000)
+    world.run(f, 8_000_000)
     f.cache_clear()
     world.run(f, 1)
     assert sum(path.stat().st_size for path in disk_backend.files()) < 6_000_000

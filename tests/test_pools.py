@@ -16,11 +16,11 @@ import sys
 import termios
 import textwrap
 import threading
-import time
 from typing import Any
 
 import numpy as np
 import pytest
+from side_by_side import eventually, hang
 
 from conftest import as_async
 from opero import CallStats, OperoError, opmap
@@ -57,14 +57,6 @@ def execute(executor, function, items, /, **kwargs):
         return await result
 
     return asyncio.run(wait())
-
-
-async def eventually(condition):
-    """Wait in an event loop, but not for ever."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.005)
 
 
 def options_of(mode, **options):
@@ -297,7 +289,7 @@ def test_the_finalizer_runs_in_a_process_that_is_ended(method, journal):
 
     def fail(item):
         if item:
-            time.sleep(60)
+            hang()
         raise ValueError("this ends the map")
 
     options = {"start_method": method, "finalizer": end}

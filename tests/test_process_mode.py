@@ -24,12 +24,12 @@ import uuid
 import warnings
 import weakref
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from leftovers import threads
+from side_by_side import hang, until
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
 from opero.concurrency import process_worker, scheduler
@@ -40,38 +40,6 @@ from opero.http import retry_after
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
 PROCESS_MODES = ("process", "async_process")
 START_METHODS = ("fork", "spawn", "forkserver")
-
-
-@dataclass(frozen=True)
-class Journal:
-    """Lines that every process of a test can add and read."""
-
-    path: Path
-
-    def add(self, text: object) -> None:
-        with self.path.open("a") as file:
-            file.write(f"{text}\n")
-
-    def lines(self) -> list[str]:
-        return self.path.read_text().splitlines() if self.path.exists() else []
-
-    def count(self, text: object) -> int:
-        return self.lines().count(str(text))
-
-    def wait_for(self, text: object) -> None:
-        wait_until(lambda: self.count(text))
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
-@pytest.fixture
-def journal(tmp_path):
-    return Journal(tmp_path / "journal")
 
 
 class InProcesses:
@@ -172,7 +140,6 @@ def test_a_crash_leaves_no_open_file_behind(processes):
 
 def die_by_signal():
     os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(PATIENCE)
 
 
 def die_by_exit():
@@ -296,8 +263,7 @@ def test_an_item_that_runs_in_another_worker_is_not_run_again_after_a_crash(jour
         if item == "crashes":
             journal.wait_for("slow")
             os._exit(1)
-        while journal.count("crashes") < 2:  # until the crashed item runs again, in a new worker
-            time.sleep(0.005)
+        until(lambda: journal.count("crashes") == 2)  # it runs again, in a new worker
         return item
 
     mapped = opmap(mode="process", workers=2, progress=False, retries=1, min_delay=0.01, return_exceptions=True)(work)
@@ -367,11 +333,11 @@ def test_an_idle_worker_that_is_killed_harms_nobody(journal):
 
     def items():
         yield from range(4)
-        wait_until(lambda: len(journal.lines()) == 4)
+        until(lambda: len(journal.lines()) == 4)
         time.sleep(0.1)  # the last report is on its way
         pid = int(journal.lines()[0])
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not is_running(pid))
+        until(lambda: not is_running(pid))
         yield from range(4, 8)
 
     def work(item):
@@ -393,12 +359,12 @@ def test_a_worker_that_is_killed_from_outside_is_charged_to_its_item(journal):
     def work(item):
         if item == "waits":
             journal.add(os.getpid())
-            time.sleep(PATIENCE)
+            hang()
         journal.wait_for("killed")
         return item
 
     def kill():
-        wait_until(journal.lines)
+        until(journal.lines)
         os.kill(int(journal.lines()[0]), signal.SIGTERM)
         journal.add("killed")
 
@@ -806,7 +772,7 @@ def test_a_worker_that_is_stuck_past_attempt_timeout_is_killed_and_replaced(jour
         journal.add(os.getpid())
         if item == "stuck":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(60)
+            hang()
         return os.getpid()
 
     mapped = opmap(mode="process", workers=1, progress=False, attempt_timeout=0.2, retries=0, return_exceptions=True)(
@@ -826,7 +792,7 @@ def test_an_attempt_that_was_killed_is_retried(journal):
     def work(item):
         journal.add(item)
         if item == "slow" and journal.count("slow") == 1:
-            time.sleep(60)
+            hang()
         return item
 
     mapped = opmap(mode="process", workers=2, progress=False, attempt_timeout=0.3, min_delay=0.01)(work)
@@ -838,7 +804,9 @@ def test_an_attempt_that_was_killed_is_retried(journal):
 def test_a_stuck_worker_harms_no_item_of_another_worker(journal):
     def work(item):
         journal.add(item)
-        time.sleep(60 if item == "stuck" else 0.2)
+        if item == "stuck":
+            hang()
+        time.sleep(0.2)
         return item
 
     mapped = opmap(mode="process", workers=2, progress=False, attempt_timeout=1.0, retries=0, return_exceptions=True)(
@@ -852,7 +820,7 @@ def test_a_stuck_worker_harms_no_item_of_another_worker(journal):
 
 def test_total_timeout_kills_a_stuck_worker():
     mapped = opmap(mode="process", workers=1, progress=False, total_timeout=0.3, return_exceptions=True)(
-        lambda item: time.sleep(60 if item == "stuck" else 0)
+        lambda item: hang() if item == "stuck" else None
     )
     started = time.monotonic()
     stuck, good = mapped(["stuck", "good"])
@@ -864,7 +832,8 @@ def test_total_timeout_kills_a_stuck_worker():
 
 def test_the_single_call_is_stopped_by_attempt_timeout():
     def work(item):
-        time.sleep(60 if item == "stuck" else 0)
+        if item == "stuck":
+            hang()
         return item
 
     mapped = opmap(mode="process", progress=False, attempt_timeout=0.3, retries=0)(work)
@@ -979,7 +948,6 @@ def test_the_initializer_runs_once_in_each_worker_and_in_each_that_replaces_it(p
     def work(item):
         if item == "crashes":
             os._exit(1)
-        time.sleep(0.01)
 
     options = {"initializer": journal.add, "initargs": ("x",), **processes.one_at_a_time}
     mapped = processes.map(work, retries=0, workers=1, pool_options=options)
@@ -1333,24 +1301,26 @@ LOOKING_SCRIPT = """
     async def how_async(item):
         return how(item)
 
-    function = how if MODE == "process" else how_async
-    look = opmap(mode=MODE, workers=1, retries=0, progress=False)(function)
+    options = {"workers": 1, "retries": 0, "progress": False}
+    maps = [opmap(mode="process", **options)(how), opmap(mode="async_process", **options)(how_async)]
     parent = int(os.environ.setdefault("OPERO_TEST_PARENT", str(os.getpid())))
 
     if __name__ == "__main__":
         has_changed = True
         PREPARE
-        print(*look.run(["numpy" if "numpy" in globals() else "nothing"]))
+        for look in maps:
+            print(*look.run(["numpy" if "numpy" in globals() else "nothing"]))
 """
 
 
 @pytest.fixture
-def method_after(start, processes):
-    """How the workers of a map are started after some preparation, in a program that does nothing else."""
+def method_after(start):
+    """How the workers of maps of both modes are started after some preparation, in a program that does nothing else."""
 
     def method_after(preparation: str) -> str:
-        source = LOOKING_SCRIPT.replace("MODE", repr(processes.name))
-        return output_of(start(source.replace("PREPARE", preparation)))
+        of_process, of_async_process = output_of(start(LOOKING_SCRIPT.replace("PREPARE", preparation))).splitlines()
+        assert of_process == of_async_process
+        return of_process
 
     return method_after
 
@@ -1531,7 +1501,7 @@ def test_ctrl_c_that_only_the_program_hears_ends_a_map_with_one_error_and_no_pro
 def test_ctrl_c_while_workers_start_leaves_no_process(start, mode, whole_group):
     for _ in range(10):  # each time it comes in another moment
         process = start(interrupted_script(mode, "work" if mode == "process" else "work_async"))
-        wait_until(lambda: len(start.survivors()) >= 2)
+        until(lambda: len(start.survivors()) >= 2)
         if whole_group:
             os.killpg(process.pid, signal.SIGINT)
         else:
@@ -1545,11 +1515,11 @@ def test_ctrl_c_while_workers_start_leaves_no_process(start, mode, whole_group):
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_ctrl_c_while_workers_are_spawned_leaves_no_process(start, method):
     process = start(interrupted_script("process", "work", {"start_method": method}))
-    wait_until(lambda: len(start.survivors()) >= 2)
+    until(lambda: len(start.survivors()) >= 2)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
-    wait_until(lambda: not start.survivors())
+    until(lambda: not start.survivors())
 
 
 PRESSED_WHEN_IT_STARTS = """
@@ -1590,7 +1560,7 @@ def test_ctrl_c_in_the_moment_in_which_a_process_starts_is_one_error_of_the_call
     assert process.returncode == -signal.SIGINT
     assert err.splitlines().count("KeyboardInterrupt") == 1
     assert err.count("Traceback") == 1
-    wait_until(lambda: not start.survivors())
+    until(lambda: not start.survivors())
 
 
 def test_ctrl_c_that_another_thread_is_given_does_not_break_into_what_is_half_made():
@@ -1632,7 +1602,7 @@ def test_workers_end_when_their_parent_is_killed(start, mode):
     process.stdout.readline()
     process.kill()
     process.wait()
-    wait_until(lambda: not start.survivors())
+    until(lambda: not start.survivors())
 
 
 @pytest.mark.parametrize("mode", PROCESS_MODES)
@@ -1645,7 +1615,7 @@ def test_an_uncaught_error_ends_a_script_with_no_process_left(start, mode):
         async def work(item):
             if item == 1:
                 raise ValueError("the reason")
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
 
         if __name__ == "__main__":
             opmap(mode={mode!r}, workers=2, progress=False, retries=0, return_exceptions=False)(work).run(range(9))
@@ -1668,7 +1638,7 @@ def test_a_script_that_ends_with_an_open_stream_leaves_no_process(start):
     """)
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out, err) == (0, "0\n", "")
-    wait_until(lambda: not start.survivors())
+    until(lambda: not start.survivors())
 
 
 # Workers that are replaced after so many items
@@ -1810,11 +1780,11 @@ def leave_a_child(item):
     if number < 2:
         child = os.fork()
         if child == 0:
-            time.sleep(60)
+            hang()
             os._exit(0)
         Path(folder, str(child)).touch()
         if number == 0:
-            time.sleep(60)
+            hang()
         os._exit(3)
     return number
 

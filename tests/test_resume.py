@@ -95,9 +95,7 @@ def test_what_one_map_clears_in_the_middle_of_another_is_not_stored(mode, mapped
 
     def function(x):
         journal.add(x)
-        deadline = time.monotonic() + 20
-        while not gate.exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
+        until(gate.exists)
         return x
 
     f = mapped(function)

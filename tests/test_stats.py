@@ -8,11 +8,11 @@ import functools
 import gc
 import os
 import threading
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from side_by_side import until
 
 from opero import CallStats, opero, opmap
 from opero.core import MisuseError, UnsafeCacheError
@@ -123,8 +123,7 @@ def test_waited_is_the_time_spent_on_the_rate_limit(world, fake_clock):
     world.run(function)  # takes the slot of this moment, in which the clock stands still
 
     def tick():
-        while function.__opero__.plan.limit.limiter.expected_wait() <= 0.02:
-            time.sleep(0.001)
+        until(lambda: function.__opero__.plan.limit.limiter.expected_wait() > 0.02)
         fake_clock.tick(0.02)
 
     with ThreadPoolExecutor(1) as pool:

@@ -24,7 +24,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
-from side_by_side import SECONDS
 
 import opero
 from opero.telemetry import otel, prometheus
@@ -56,7 +55,7 @@ def cancel_a_call_of(function):
 
 
 async def sleep_long():
-    await asyncio.sleep(SECONDS)
+    await asyncio.Event().wait()
 
 
 # Lines
@@ -444,7 +443,7 @@ def test_an_interrupted_call_leaves_no_span_current(telemetry):
 def test_a_call_that_ends_in_another_context_ends_its_span_without_complaint(telemetry, caplog):
     @opero.opero
     async def f():
-        await asyncio.sleep(SECONDS)
+        await asyncio.Event().wait()
 
     coroutine = f()
 

@@ -23,7 +23,7 @@ import cloudpickle
 import joblib
 import numpy as np
 import pytest
-from side_by_side import until
+from side_by_side import hang, until
 
 from opero import opmap
 from opero.core import CallTimeoutError, RemoteError
@@ -128,7 +128,7 @@ def work_until(item):
     if item == "fails":
         raise ValueError(item)
     if item == "long":
-        time.sleep(PATIENCE)
+        hang()
     return item
 
 
@@ -162,7 +162,7 @@ def test_exit_handlers_of_the_program_do_not_run_in_forked_workers(tmp_path):
 def stay_in_block(path):
     try:
         path.with_suffix(".begun").touch()
-        time.sleep(PATIENCE)
+        hang()
     finally:
         path.with_suffix(".tidy").touch()
 
@@ -184,7 +184,7 @@ def test_what_runs_when_a_worker_is_ended_tidies_up(end, tmp_path):
 def ignore_everything(path):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     path.write_text(str(os.getpid()))
-    time.sleep(PATIENCE)
+    hang()
 
 
 def test_a_worker_that_does_not_heed_sigterm_is_killed_a_second_later(tmp_path):
@@ -218,9 +218,9 @@ INTERRUPTED = """
     from opero import opmap
 
     def convert(path):
-        open(path, "w").write("begun")
         # A program that looks like a success though Ctrl-C has ended it.
-        subprocess.run([sys.executable, "-c", "import time; time.sleep(20)"], stderr=subprocess.DEVNULL)
+        source = "import sys, threading; open(sys.argv[1], 'w'); threading.Event().wait(20)"
+        subprocess.run([sys.executable, "-c", source, path], stderr=subprocess.DEVNULL)
         return "done"
 
     options = {"cache": True, "cache_backend": "disk", "cache_options": {"folder_name": "kept"}, "cache_namespace": "n"}
@@ -247,7 +247,6 @@ def test_programs_of_workers_hear_ctrl_c_and_what_they_have_left_is_not_stored(t
     environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     until(begun.exists)
-    time.sleep(0.3)
     asked = time.monotonic()
     os.killpg(run.pid, signal.SIGINT)
     assert run.communicate(timeout=PATIENCE)[0] == "interrupted\n"
@@ -399,13 +398,13 @@ def test_a_map_works_inside_of_a_worker_of_another_pool(inside):
 
 
 WITH_A_THREAD = """
-    import threading, time
+    import threading
 
     lock = threading.Lock()
 
     def hold():
         with lock:
-            time.sleep(60)
+            threading.Event().wait()
 
     holder = threading.Thread(target=hold, daemon=True)
     holder.start()
