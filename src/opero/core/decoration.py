@@ -1,7 +1,13 @@
-"""What stands behind one decorated function: its plan, and the ways from the wrapper to the function."""
+"""What stands behind one decorated function, and the function that the user gets.
+
+That is one closure for each kind of function. A closure only calls; what it calls is its `Decoration`. Its code names
+nothing of this module and holds nothing but that one object: so cloudpickle, which carries a function by its code and
+by what it holds, carries it.
+"""
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,18 +25,21 @@ from opero.core.steps import (
     made_an_error_of_its_cancellation,
     run_in_time,
 )
-from opero.core.wrapper import wrap
 from opero.events import AttemptStarted, begin_telling, switches, tell_of_the_end
 from opero.utils.notes import Shortened, shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
     from opero.core.steps import Flow, TimeLimit
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
 Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a decorator, and its options
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> Any:
+    """Stand for what only a cache has."""
 
 
 class Decoration:
@@ -45,11 +54,19 @@ class Decoration:
         recipe: What makes the decorated function anew, in another process or under changed options.
         function: What is called at once where ``is_direct``.
         run: What an attempt calls: until its first result was looked at, that is not the function itself.
-        count: Counts a call that is made at once.
-        fetch: Gives the cache's entry of a key, by awaiting; None where that is no use.
-        find: Gives the cache's entry, a tuple that begins with the result, if that is quick; else None.
         is_direct: Whether nothing has to be done before a first attempt.
+        find: Gives the cache's entry for arguments, a tuple that begins with the result, and counts it; None if there
+            is none, or a look takes longer.
+        look_up: Gives the entry of a key; None if there is none, or that could block.
+        fetch: The same by awaiting; None where that is no use.
     """
+
+    call_flow = staticmethod(call_flow)
+    drive = staticmethod(drive)
+    drive_async = staticmethod(drive_async)
+    shorten = staticmethod(shorten)
+    new_call = Call
+    no_key = MISSING
 
     def __init__(self, plan: Plan, recipe: Recipe) -> None:
         cache, limit = plan.cache, plan.limit
@@ -58,8 +75,7 @@ class Decoration:
         self.function = plan.function
         self.clock = clock
         self.switches = switches
-        self.count = plan.stats.direct.tick
-        self.new_call = Call
+        self.count, self.count_hit = plan.stats.direct.tick, plan.stats.hits.tick
         self.is_direct = self._is_quick = False
         limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
         self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
@@ -68,25 +84,21 @@ class Decoration:
         self._learn = None if limit is None or plan.total_timeout is None else limit.usual.learn
         # Whether anybody else than listeners hears how a first attempt ended.
         self._follows = plan.breaker is not None or self._learn is not None
-        self._look_up: Callable[[Any], tuple[Any, float] | None] | None = None
-        self.fetch: Callable[[Any], Awaitable[tuple[Any, float] | None]] | None = None
-        self.find: Callable[..., tuple[Any, float] | None] = _nothing
-        self.run: Callable[..., Any] = self.function
+        self.find: Callable[..., tuple[Any, ...] | None] = _nothing
+        self.look_up: Callable[[Any], tuple[Any, ...] | None] = _nothing
+        self.fetch: Callable[[Any], Awaitable[tuple[Any, ...] | None]] | None = None
+        firsts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}
+        self.run: Callable[..., Any] = firsts.get(plan.kind, self.function)
         if cache is not None:
+            self.run = self.function
+            self.key_of = cache.keys.key_of
             cache.stats = plan.stats
             if plan.on_event is None:
-                self._look_up, self.fetch = cache.look_up, cache.fetch
-            if self._look_up is not None:
-                self.find = cache.finder(plan.stats.hits.tick) or _nothing
+                self.fetch = cache.fetch
+                self.look_up = cache.look_up or _nothing
+                self.find = cache.finder(self.count_hit) or _nothing
         elif plan.kind == "async def":
             self._looked()
-        else:
-            firsts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}
-            self.run = firsts[plan.kind]
-
-    drive = staticmethod(drive)
-    shorten = staticmethod(shorten)
-    drive_async = staticmethod(drive_async)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a ``def`` function, or the beginning of a generator."""
@@ -95,7 +107,7 @@ class Decoration:
             return self.run(*args, **kwargs)
         first = self._first(args, kwargs) if self._is_quick else None
         if first is None:
-            return drive(self._flow(args, kwargs), self.run)
+            return drive(self.flow(args, kwargs), self.run)
         first_args, first_kwargs, place, told = first
         started = clock.now()
         outcome: Any = NOT_RUN
@@ -113,7 +125,7 @@ class Decoration:
         call = told or Call(args, kwargs, started=started)
         call.failure = outcome.error
         del outcome
-        return self.go_on(call)
+        return drive(call_flow(self.plan, call), self.function)
 
     async def call_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for ``async def``."""
@@ -124,7 +136,7 @@ class Decoration:
         is_quick = self._is_quick and (self._limit is None or is_in_asyncio())
         first = self._first(args, kwargs) if is_quick else None
         if first is None:
-            return await drive_async(self._flow(args, kwargs), self.run, self.plan.name)
+            return await drive_async(self.flow(args, kwargs), self.run, self.plan.name)
         first_args, first_kwargs, place, told = first
         started = clock.now()
         outcome: Any = NOT_RUN
@@ -193,51 +205,22 @@ class Decoration:
             if told is not None:
                 tell_of_the_end(told, cancelled=outcome is NOT_RUN)
 
-    def go_on(self, call: Call) -> Any:
-        """The rest of a call whose first attempt was made without a flow, and failed."""
-        return drive(call_flow(self.plan, call), self.function)
-
     async def go_on_async(self, call: Call) -> Any:
-        """The same for ``async def``."""
+        """The rest of a call whose first attempt was made without a flow, and failed."""
         call.is_last = call.failure is not None and made_an_error_of_its_cancellation(call.failure)
         return await drive_async(call_flow(self.plan, call), self.function, self.plan.name)
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The cache's entry, a tuple that begins with the result, or the flow of the call."""
-        key = MISSING
-        if self._look_up is not None and (key := self._key(args, kwargs)) is not MISSING:
-            entry = self._look_up(key)
-            if entry is not None:
-                self.plan.stats.hits.tick()
-                return entry
-        return self._flow(args, kwargs, key)
-
-    async def begin_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As `begin`, where the cache can be asked in the event loop."""
-        key = self._key(args, kwargs)
-        entry = None if self.fetch is None or key is MISSING else await self.fetch(key)
-        if entry is not None:
-            self.plan.stats.hits.tick()
-            return entry
-        return self._flow(args, kwargs, key)
-
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache: Any = self.plan.cache
-        try:
-            return cache.keys.key_of(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - the flow makes it again, and counts a call that failed
-            return MISSING
-
-    def _flow(
+    def flow(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING, *, refreshes: bool = False
     ) -> Flow:
+        """All of a call; ``key`` is the cache's, if it has been made."""
         call = Call(args, kwargs)
         call.key, call.refreshes = key, refreshes
         return call_flow(self.plan, call)
 
     def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function whatever the cache has; of an ``async def`` one, a coroutine that does."""
-        flow = self._flow(args, kwargs, refreshes=True)
+        flow = self.flow(args, kwargs, refreshes=True)
         return drive_async(flow, self.function, self.plan.name) if self.plan.is_async else drive(flow, self.function)
 
     def _with_first_candidate(
@@ -296,20 +279,180 @@ class Decoration:
         return _decoration_made_by, (*self.recipe, self.function)
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> Any:
-    """Stand for what only a cache has."""
-
-
 def _decoration_made_by(factory: Callable[..., Any], options: dict[str, Any], function: Callable[..., Any]) -> Any:
     return factory(**options)(function).__opero__
 
 
+# The functions that users get
+
+
+def _function(this: Decoration) -> Callable[..., Any]:
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        try:
+            if not this.is_direct or this.switches.are_on:
+                return this.call(args, kwargs)
+            this.count()
+            started = this.clock.now()
+            try:
+                return this.function(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+                call = this.new_call(args, kwargs, started=started)
+                call.failure = error
+            return this.drive(this.call_flow(this.plan, call), this.function)
+        except Exception as error:
+            this.shorten(error)
+            raise
+
+    return decorated
+
+
+def _cached_function(this: Decoration) -> Callable[..., Any]:
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        try:
+            if this.switches.are_on:
+                return this.call(args, kwargs)
+            key = this.no_key
+            try:
+                entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
+                if entry is None:
+                    key = this.key_of(*args, **kwargs)
+                    entry = this.look_up(key)
+                    if entry is not None:
+                        this.count_hit()
+            except Exception:  # noqa: BLE001 - a wrong call, which the flow meets again and counts
+                entry = None
+            if entry is not None:
+                return entry[0]
+            # Not by a method, whose frame would stay: recursions of cached functions are as deep as Python allows.
+            return this.drive(this.flow(args, kwargs, key), this.function)
+        except Exception as error:
+            this.shorten(error)
+            raise
+
+    return decorated
+
+
+def _cached_async_function(this: Decoration) -> Callable[..., Any]:
+    async def decorated(*args: Any, **kwargs: Any) -> Any:
+        try:
+            if this.switches.are_on:
+                return await this.call_async(args, kwargs)
+            key = this.no_key
+            try:
+                entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
+                if entry is None:
+                    key = this.key_of(*args, **kwargs)
+                    entry = this.look_up(key) if this.fetch is None else await this.fetch(key)
+                    if entry is not None:
+                        this.count_hit()
+            except Exception:  # noqa: BLE001 - as above
+                entry = None
+            if entry is not None:
+                return entry[0]
+            return await this.drive_async(this.flow(args, kwargs, key), this.function, this.plan.name)
+        except Exception as error:
+            this.shorten(error)
+            raise
+
+    return decorated
+
+
+def _async_function(this: Decoration) -> Callable[..., Any]:
+    async def decorated(*args: Any, **kwargs: Any) -> Any:
+        try:
+            if not this.is_direct or this.switches.are_on:
+                return await this.call_async(args, kwargs)
+            this.count()
+            started = this.clock.now()
+            try:
+                return await this.function(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - as above
+                call = this.new_call(args, kwargs, started=started)
+                call.failure = error
+            return await this.go_on_async(call)
+        except Exception as error:
+            this.shorten(error)
+            raise
+
+    return decorated
+
+
+def _generator(this: Decoration) -> Callable[..., Any]:
+    def decorated(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        try:
+            source, item, place = this.call(args, kwargs)
+        except Exception as error:
+            this.shorten(error)
+            raise
+        if source is None:
+            return item
+        try:
+            while True:
+                try:
+                    sent = yield item
+                except GeneratorExit:
+                    source.close()
+                    raise
+                except BaseException as error:  # noqa: BLE001 - the generator decides what becomes of it
+                    item = source.throw(error) if place is None else place.resume(source.throw, error)
+                else:
+                    item = source.send(sent) if place is None else place.resume(source.send, sent)
+        except StopIteration as end:
+            return end.value
+        finally:
+            if place is not None:
+                place.give_back()
+
+    return decorated
+
+
+def _async_generator(this: Decoration) -> Callable[..., Any]:
+    async def decorated(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        try:
+            source, item, place = await this.call_async(args, kwargs)
+        except Exception as error:
+            this.shorten(error)
+            raise
+        if source is None:
+            return
+        try:
+            while True:
+                try:
+                    sent = yield item
+                except GeneratorExit:
+                    await source.aclose()
+                    raise
+                except BaseException as error:  # noqa: BLE001 - the generator decides what becomes of it
+                    item = await (source.athrow(error) if place is None else place.resume_async(source.athrow, error))
+                else:
+                    item = await (source.asend(sent) if place is None else place.resume_async(source.asend, sent))
+        except StopAsyncIteration:
+            return
+        finally:
+            if place is not None:
+                place.give_back()
+
+    return decorated
+
+
+_MAKERS: dict[str, Callable[[Decoration], Callable[..., Any]]] = {
+    "def": _function,
+    "async def": _async_function,
+    "generator": _generator,
+    "async generator": _async_generator,
+}
+_CACHED_MAKERS = {"def": _cached_function, "async def": _cached_async_function}
+
+
 def decorated(plan: Plan, recipe: Recipe) -> Any:
     """The function that the user gets; ``recipe`` makes it again from the bare one."""
-    decoration = Decoration(plan, recipe)
-    made: Any = wrap(decoration)
-    like: Any = innermost(plan.function)
-    if like is not plan.function:
+    decoration, function = Decoration(plan, recipe), plan.function
+    make = _MAKERS[plan.kind] if plan.cache is None else _CACHED_MAKERS[plan.kind]
+    # What an object with a `__call__` keeps for itself, a mock its calls, is not the wrapper's.
+    updated = functools.WRAPPER_UPDATES if hasattr(function, "__qualname__") else ()
+    made: Any = functools.update_wrapper(make(decoration), function, updated=updated)
+    like: Any = innermost(function)
+    if like is not function:
         made.__name__, made.__qualname__ = plan.name.rpartition(".")[2], plan.name
         made.__module__, made.__doc__ = getattr(like, "__module__", ""), getattr(like, "__doc__", None)
     # Copied from what the function wraps, it would hide what is really taken; `inspect` follows `__wrapped__`.
@@ -318,7 +461,7 @@ def decorated(plan: Plan, recipe: Recipe) -> Any:
     # Here, since `import opero` does not need it.
     from opero.core.parameters import first_parameter
 
-    first = first_parameter(plan.function)
+    first = first_parameter(function)
     its: Control[..., Any] = Control(decoration, missing=first if first in {"self", "cls"} else None)
     made.stats, made.with_options = its.stats, its.with_options
     if plan.cache is not None:
