@@ -363,7 +363,14 @@ REFUSALS = [
     *no_mapping(rate_limit_options={}, **LIMIT),
     unknown_inside("'max_burst'", rate_limit_options={"max_bursts": 1}, **LIMIT),
     unknown_inside("'max_burst'", rate_limit_options={"rate": 1}, error=(TypeError, ValueError), **LIMIT),
-    *no_count_inside("rate_limit_options", "max_burst", smallest=1, **LIMIT),
+    *(
+        Refusal({"rate_limit_options": {"max_burst": value}, **LIMIT}, error, ("max_burst", came(value, error), shows))
+        for value, error, shows in [
+            (True, TypeError, "whole number"),
+            (1.5, TypeError, "whole"),
+            (0, ValueError, "1 or"),
+        ]
+    ),
     wrong(ValueError, "rate_limit=", rate_limit_options={"max_burst": 5}),
     # Breaker and events
     wrong(ValueError, "failures in a row", breaker=0),

@@ -209,9 +209,9 @@ def test_a_pause_that_never_ends_is_no_pause_for_others(open_gate, fake_clock):
     assert takes(open_gate(4)) == pytest.approx(3_600)
 
 
-# From when on it is idle, when it was written, until when it is paused and claimed, by whom; how many paces and quotas;
-# a slot and an interval; a quota's name, time and number of entries, and the entry.
-NUMBERS = 14
+# From when on it is idle, when it was written, until when it is paused and claimed, by whom; of the pace and of the
+# quota the name, the time (0 for a pace) and how many numbers follow: a slot and an interval; an entry.
+NUMBERS = 15
 
 
 @pytest.mark.parametrize("planted", [math.inf, -math.inf, math.nan, 1e300, 1e9, -1.0, 0.0])

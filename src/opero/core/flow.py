@@ -66,7 +66,7 @@ class NoAttempt(Enum):
 class Candidate:
     """One value to try, and how it has fared in this call."""
 
-    __slots__ = ("args", "is_emptied", "kwargs", "number", "ready_at", "tries", "value", "wants")
+    __slots__ = ("args", "kwargs", "number", "ready_at", "tries", "value", "wants")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = MISSING, number: int = 0) -> None:
         self.args = args
@@ -75,8 +75,6 @@ class Candidate:
         self.number = number
         self.tries = 0
         self.ready_at: float | None = None
-        # Whether its limit, shared with other processes, had no slot for this call.
-        self.is_emptied = False
         # What it asks of the rate limit, once that is known.
         self.wants: Wants | None = None
 

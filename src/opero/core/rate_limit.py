@@ -20,7 +20,7 @@ from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.limits.line import ONE, Line, Wants, take
 from opero.core.limits.per_value import PerValue
-from opero.core.limits.rates import CALLS, Rate, Rates, parse_rates
+from opero.core.limits.rates import CALLS, Rate, parse_rates
 from opero.core.limits.shared import Scope
 from opero.core.parameters import Per
 from opero.core.plan import Plan
@@ -89,8 +89,7 @@ class RateLimiter:
             option does not apply to the scope.
     """
 
-    # As what the user knows the rate and the other options; what names the limit if nobody else does.
-    _option, _spelled = "rate", "{}"
+    # What names the limit if nobody else does.
     _default_name: Callable[[], str] | None = None
 
     def __init__(
@@ -106,31 +105,25 @@ class RateLimiter:
         url: str | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        spelled = self._spelled.format
+        self.when_full = check_choice("when_full", when_full, _WHEN_FULL)
+        self.max_wait = math.inf if max_wait is None else check_seconds("max_wait", max_wait, zero=True)
         self._asked = rate
+        self._read = partial(parse_rates, max_burst=max_burst, spread=check_flag("spread", spread))
         self._options: dict[str, Any] = {
-            "when_full": check_choice(spelled("when_full"), when_full, _WHEN_FULL),
+            "when_full": when_full,
             "max_wait": max_wait,
-            "spread": check_flag(spelled("spread"), spread),
+            "spread": spread,
             "max_burst": max_burst,
             "scope": scope,
-            "name": name,
             "url": url,
             "folder": folder,
         }
-        self.when_full = when_full
-        self.max_wait = math.inf if max_wait is None else check_seconds(spelled("max_wait"), max_wait, zero=True)
-        rates = self._parsed(rate, self._option)
-        self.scope = shared_by = Scope(self._options, self._default_name, spelled)
-        self.limit = limit = Line(rates, shared_by.share())
+        self.scope = shared_by = Scope(scope, name=name, url=url, folder=folder, default_name=self._default_name)
+        self.limit = limit = Line(self._read(rate), shared_by.share())
         # Of the values of ``per``, at this rate.
         self.per_value: PerValue[Line] = PerValue(lambda value: Line(limit.rates, shared_by.share(value)))
         self.take_now = self.limit.take_now
         self.expected_wait = self.limit.expected_wait
-
-    def _parsed(self, rate: Rate, option: str) -> Rates:
-        burst, spread = self._options["max_burst"], self._options["spread"]
-        return parse_rates(rate, burst, spread=spread, option=option, burst_option=self._spelled.format("max_burst"))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,7 +137,7 @@ class RateLimiter:
 
     @rate.setter
     def rate(self, rate: Rate) -> None:
-        rates = self._parsed(rate, "rate")
+        rates = self._read(rate)
         if rates.names != self.names:
             msg = f"rate limits {list(rates.names)}, this limiter {list(self.names)}; write a rate of the same names"
             raise ValueError(msg)
@@ -162,7 +155,7 @@ class RateLimiter:
                 "scope='redis' and a name to share it"
             )
             raise TypeError(msg)
-        return partial(RateLimiter, self._asked, **{**self._options, "name": self.scope.name}), ()
+        return partial(RateLimiter, self._asked, **self._options, name=self.scope.name), ()
 
     def __copy__(self) -> Self:
         return self
@@ -261,8 +254,6 @@ class RateLimiter:
 class _OwnLimiter(RateLimiter):
     """The limiter of one function, made of the function's options."""
 
-    _option, _spelled = "rate_limit", "rate_limit_options[{!r}]"
-
     def __init__(self, rate: Rate, options: Mapping[str, Any], default_name: Callable[[], str]) -> None:
         self._default_name = default_name
         super().__init__(rate, **options)
@@ -342,19 +333,15 @@ class FunctionLimit:
 
     def choose(self, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate to try next: the first, or with ``when_full="next"`` the one whose slot comes first."""
-        if self._when_full != "next" or len(candidates) == 1:
+        if self._when_full != "next":
             return candidates[0]
-        return min(candidates, key=lambda each: (each.is_emptied, _expected_wait(self._wants(each))))
+        return min(candidates, key=self._expected_wait)
 
     def gives_way(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
         """Whether, with ``when_full="next"``, other processes have taken its slots and maybe not those of another."""
-        if self._when_full != "next" or self.limiter.scope.kind == "process":
+        if self._when_full != "next" or self.limiter.scope.kind == "process" or not self._expected_wait(candidate):
             return False
-        hopeful = [other for other in others if other is not candidate and not other.is_emptied]
-        if not candidate.is_emptied and _expected_wait(self._wants(candidate)):
-            # Noted, since the line forgets it with the one who has asked.
-            candidate.is_emptied = any(not _expected_wait(self._wants(other)) for other in hopeful)
-        return candidate.is_emptied and bool(hopeful)
+        return not all(self._expected_wait(other) for other in others)
 
     def take(
         self,
@@ -374,17 +361,16 @@ class FunctionLimit:
             RateLimitedError: If it would come later than the limiter lets a call wait.
             ValueError: If the call costs more than the whole rate.
         """
-        wants, usual = self._wants(candidate), self.usual
         until = clock.now() + (0.0 if self._when_full == "raise" else self._max_wait)
 
-        def useful() -> float:
-            return -math.inf if is_over() else deadline - usual.seconds
+        def latest() -> float:
+            return -math.inf if is_over() else min(until, deadline - self.usual.seconds)
 
-        taken = yield from take(wants, lambda: min(until, useful()), listen, is_turn=is_turn)
+        taken = yield from take(self._wants(candidate), latest, listen, is_turn=is_turn)
         # Those of a value that was idle until now may have been forgotten meanwhile.
         self._lines(candidate)
-        if not taken and not is_over() and (self._when_full == "raise" or until < useful()):
-            raise _full(_expected_wait(wants), self._name)
+        if not taken and not is_over() and (self._when_full == "raise" or latest() == until):
+            raise _full(self._expected_wait(candidate), self._name)
         return taken
 
     def ended(self, candidate: Candidate, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
@@ -407,6 +393,9 @@ class FunctionLimit:
             yield from line.pause(seconds)
         self._lines(candidate)
 
+    def _expected_wait(self, candidate: Candidate) -> float:
+        return max([line.expected_wait(amounts) for line, amounts in self._wants(candidate)])
+
     def _wants(self, candidate: Candidate) -> Wants:
         """The lines that a call stands in, and what it takes of each."""
         if candidate.wants is None:
@@ -426,10 +415,6 @@ class FunctionLimit:
             return self._fixed
         asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
         return [limiter.checked(asked) for limiter in self._limiters]
-
-
-def _expected_wait(wants: Wants) -> float:
-    return max([line.expected_wait(amounts) for line, amounts in wants])
 
 
 def _full(wait: float, whose: str) -> RateLimitedError:

@@ -1,23 +1,25 @@
 """What was taken of a limit, and when it lets the next call start: the arithmetic, without any wait.
 
-A pace is the "generic cell rate algorithm" (ITU-T I.371): each start has a slot of its own, ``cost * interval`` after
-the one before it, and may begin a bounded time after its slot, so that what passed while callers could not look is made
-up for.
+A limit is measured by meters, one for each of its rates. All of a ledger can be packed, for processes that share it.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import struct
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from opero.core.limits.rates import Quota, Rates
+    from opero.core.limits.rates import Pace, Quota, Rates
+
+    # What a meter knows, as numbers, by the place of its name and the seconds of its quota (0 for a pace).
+    State = Mapping[tuple[float, float], Sequence[float]]
+    # Of the bytes that processes share, and the time, it makes seconds until a slot comes (0: it was done), the bytes
+    # to be kept in their place, if any, and the seconds for which they tell something.
+    Change = Callable[[bytes, float], tuple[float, bytes, float]]
 
 # Rounding must not make a slot that has come look as if it had not.
 EARLY = 1e-9
@@ -32,31 +34,93 @@ _MOST = 1e15
 _LONGEST_CLAIM, _CLAIM_GRACE = 1.0, 0.02
 # What processes know of a server's time may differ by so much.
 _SKEW = 0.001
+# How many numbers of a packed ledger stand before those of its meters, and the first two of them.
+_HEAD, _STAMPS = 5, struct.Struct("<2d")
 
 
-class _Log:
-    """What was taken of one quota within its time: entries of a moment, and the amount."""
+class PaceMeter:
+    """When the next slot of a pace comes, by the "generic cell rate algorithm" (ITU-T I.371).
 
-    __slots__ = ("entries", "name", "part", "seconds", "units", "used")
+    Each start has a slot of its own, ``cost * interval`` after the one before it, and may begin a bounded time after
+    its slot, so that what passed while callers could not look is made up for.
+    """
+
+    __slots__ = ("burst", "free_at", "interval", "key", "longest", "name", "tolerance")
+
+    def __init__(self, pace: Pace, most: float) -> None:
+        """``most`` is what one call may cost."""
+        self.name, self.interval, self.burst = pace
+        self.key = self.name, 0.0
+        self.tolerance = pace.tolerance
+        self.longest = max(1.0, most) * self.interval + self.tolerance
+        self.free_at = 0.0
+
+    def has_room(self, now: float, _amount: float) -> bool:
+        return now + EARLY >= self.free_at
+
+    def opens_at(self, now: float, _amount: float, ahead: float) -> float:
+        """When a call may start, after others that cost ``ahead``; what it costs itself only others wait for."""
+        return max(now, self.free_at) + ahead * self.interval
+
+    def take(self, now: float, amount: float) -> None:
+        if self.free_at > now:
+            self.free_at += amount * self.interval
+        else:
+            self.free_at = now + amount * self.interval
+
+    def take_late(self, now: float, amount: float) -> None:
+        self.free_at = max(self.free_at, now - self.tolerance) + amount * self.interval
+
+    def pause(self, until: float) -> None:
+        self.free_at = max(self.free_at, until)
+
+    def idle_from(self) -> float:
+        # Those who have waited could make up for what passed before.
+        return self.free_at + self.tolerance
+
+    def state(self) -> Sequence[float]:
+        return self.free_at, self.interval
+
+    def go_on_from(self, state: Sequence[float], now: float) -> None:
+        free_at, interval = state
+        if interval <= 0:
+            raise ValueError
+        # As much as was taken ahead, at this rate.
+        ahead = (free_at - now) * self.interval / interval
+        self.free_at = free_at if ahead <= 0 else now + min(self.longest, ahead)
+
+
+class QuotaMeter:
+    """What was taken of a quota within its time: entries of a moment, and the amount."""
+
+    __slots__ = ("entries", "joins_until", "key", "name", "part", "seconds", "units", "used")
 
     def __init__(self, quota: Quota) -> None:
         self.name, self.units, self.seconds = quota
+        self.key = self.name, self.seconds
         self.entries: deque[list[float]] = deque()
         self.part = self.seconds / _PARTS
+        # Until when more is added to the last entry.
+        self.joins_until = 0.0
         self.used = 0.0
 
-    def forget_old(self, now: float) -> None:
-        while self.entries and self.entries[0][0] + self.seconds <= now:
-            self.used -= self.entries.popleft()[1]
-        if not self.entries:
+    def has_room(self, now: float, amount: float) -> bool:
+        if self.used + amount > self.units:
+            self._forget_old(now)
+        return self.used + amount <= self.units + EARLY
+
+    def _forget_old(self, now: float) -> None:
+        entries = self.entries
+        while entries and entries[0][0] + self.seconds <= now:
+            self.used -= entries.popleft()[1]
+        if not entries:
             self.used = 0.0
 
-    def opens_at(self, now: float, amount: float) -> float:
+    def opens_at(self, now: float, amount: float, ahead: float) -> float:
         """When so much more would fit."""
-        self.forget_old(now)
-        excess = self.used + amount - self.units
-        if excess <= EARLY:
-            return -math.inf
+        if self.has_room(now, amount + ahead):
+            return now
+        excess = self.used + amount + ahead - self.units
         for moment, taken in self.entries:
             excess -= taken
             if excess <= EARLY:
@@ -64,17 +128,21 @@ class _Log:
         # Those that would start before it fill the quota again, maybe more than once.
         return now + self.seconds * math.ceil(excess / self.units)
 
-    def add(self, now: float, amount: float) -> None:
-        entries, part = self.entries, self.part
+    def take(self, now: float, amount: float) -> None:
         if amount <= 0:
             self._give_back(-amount)
-        elif len(entries) >= _EXACT_ENTRIES and entries[-1][0] // part == now // part:
-            entries[-1][0] = now
-            entries[-1][1] += amount
-            self.used += amount
+            return
+        if now < self.joins_until and self.entries:
+            last = self.entries[-1]
+            last[0] = now
+            last[1] += amount
         else:
-            entries.append([now, amount])
-            self.used += amount
+            self._forget_old(now)
+            self.entries.append([now, amount])
+            self.joins_until = now + self.part if len(self.entries) > _EXACT_ENTRIES else 0.0
+        self.used += amount
+
+    take_late = take
 
     def _give_back(self, amount: float) -> None:
         """From the oldest, so that no window looks emptier than it is."""
@@ -87,11 +155,28 @@ class _Log:
             if not oldest[1]:
                 self.entries.popleft()
 
+    def pause(self, until: float) -> None:
+        """It counts what has started, whenever it opens."""
+
+    def idle_from(self) -> float:
+        return self.entries[-1][0] + self.seconds if self.entries else 0.0
+
+    def state(self) -> Sequence[float]:
+        return [number for entry in self.entries for number in entry]
+
+    def go_on_from(self, state: Sequence[float], now: float) -> None:
+        moments, amounts = state[::2], state[1::2]
+        if max(moments, default=0) > now or not 0 <= min(amounts, default=0) <= max(amounts, default=0) <= _MOST:
+            raise ValueError
+        self.entries = deque([moment, amount] for moment, amount in zip(moments, amounts, strict=True))
+        self.used = sum(amounts)
+
 
 class Ledger:
     """The state of one limit."""
 
-    __slots__ = ("claimed_by", "claimed_until", "free_at", "interval", "logs", "paused_until", "rates")
+    __slots__ = ("claimed_by", "claimed_until", "meters", "only_pace", "paused_until", "rates")
+    _pace_meter = PaceMeter
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
@@ -99,36 +184,23 @@ class Ledger:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.free_at = [0.0] * len(self.rates.paces)
-        self.logs = [_Log(quota) for quota in self.rates.quotas]
-        # Of the only pace; 0 where there is more to look at.
-        self.interval = self.rates.paces[0].interval if len(self.free_at) == 1 and not self.logs else 0.0
+        paces = [self._pace_meter(pace, self.rates.most[pace.name]) for pace in self.rates.paces]
+        self.meters: list[PaceMeter | QuotaMeter] = [*paces, *[QuotaMeter(quota) for quota in self.rates.quotas]]
+        # None where there is more to look at.
+        self.only_pace = paces[0] if paces and len(self.meters) == 1 else None
         self.paused_until = self.claimed_until = self.claimed_by = 0.0
 
-    def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] = ()) -> float:
+    def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] | None = None) -> float:
         """When a call that costs so much may start, after others that cost ``ahead`` together."""
-        moment = max(self.paused_until, *self.free_at) if self.free_at else self.paused_until
-        if ahead:
-            for pace, free_at in zip(self.rates.paces, self.free_at, strict=True):
-                moment = max(moment, max(now, free_at, self.paused_until) + ahead[pace.name] * pace.interval)
-        for log in self.logs:
-            amount = amounts[log.name]
-            moment = max(moment, log.opens_at(now, amount + ahead[log.name] if ahead else amount))
-        return moment
+        ahead = ahead or [0.0] * len(amounts)
+        moments = [meter.opens_at(now, amounts[meter.name], ahead[meter.name]) for meter in self.meters]
+        return max([self.paused_until, *moments])
 
     def is_open(self, now: float, amounts: Sequence[float]) -> bool:
-        late = now + EARLY
-        if late < self.paused_until:
-            return False
-        for free_at in self.free_at:
-            if late < free_at:
+        for meter in self.meters:
+            if not meter.has_room(now, amounts[meter.name]):
                 return False
-        for log in self.logs:
-            if log.entries and log.entries[0][0] + log.seconds <= now:
-                log.forget_old(now)
-            if log.used + amounts[log.name] > log.units + EARLY:
-                return False
-        return True
+        return now + EARLY >= self.paused_until
 
     def wait(self, now: float, amounts: Sequence[float]) -> float:
         """Seconds until a slot comes that is not there yet."""
@@ -140,53 +212,40 @@ class Ledger:
 
         ``is_late``: the caller could not look when the slot came, and may make up for what has passed.
         """
-        if is_late:
-            self._take_late(now, amounts)
-        else:
-            free_at = self.free_at
-            for place, (name, interval, _) in enumerate(self.rates.paces):
-                slot = free_at[place]
-                free_at[place] = max(slot, now) + amounts[name] * interval
-        for log in self.logs:
-            log.add(now, amounts[log.name])
-
-    def _take_late(self, now: float, amounts: Sequence[float]) -> None:
-        for place, pace in enumerate(self.rates.paces):
-            slot = max(self.free_at[place], min(now, self.paused_until), now - pace.tolerance)
-            self.free_at[place] = slot + amounts[pace.name] * pace.interval
+        for meter in self.meters:
+            if is_late:
+                meter.take_late(now, amounts[meter.name])
+            else:
+                meter.take(now, amounts[meter.name])
 
     def pause(self, until: float) -> None:
         self.paused_until = max(self.paused_until, until)
+        for meter in self.meters:
+            meter.pause(until)
 
     def idle_from(self, now: float) -> float:
         """From when on a new ledger would not behave any differently."""
-        ends = [log.entries[-1][0] + log.seconds for log in self.logs if log.entries]
-        # Those who have waited could make up for what passed before.
-        ends += [free_at + pace.tolerance for free_at, pace in zip(self.free_at, self.rates.paces, strict=True)]
-        return max([now, self.paused_until, *ends])
+        return max([now, self.paused_until, *[meter.idle_from() for meter in self.meters]])
 
     def change(self, now: float, rates: Rates) -> None:
         """Go on at other rates."""
-        paces = [(free_at, pace.interval) for free_at, pace in zip(self.free_at, self.rates.paces, strict=True)]
-        entries = {(float(log.name), log.seconds): log.entries for log in self.logs}
-        paused_until, self.rates = self.paused_until, rates
+        state, paused_until, self.rates = self._state(), self.paused_until, rates
         self.forget()
-        self.paused_until = paused_until
-        self._go_on_from(now, paces, entries)
+        self._go_on_from(state, now)
+        self.pause(paused_until)
 
-    def _go_on_from(
-        self,
-        now: float,
-        paces: Iterable[tuple[float, float]],
-        entries: Mapping[tuple[float, float], Iterable[Iterable[float]]],
-    ) -> None:
-        """Take over what was taken at rates of these intervals, and of quotas of these names and times."""
-        for place, ((free_at, interval), pace) in enumerate(zip(paces, self.rates.paces, strict=False)):
-            # As much as was taken ahead, at this rate.
-            self.free_at[place] = free_at if free_at <= now else now + (free_at - now) * pace.interval / interval
-        for log in self.logs:
-            log.entries = deque(map(list, entries.get((log.name, log.seconds), ())))
-            log.used = sum([amount for _, amount in log.entries])
+    def _state(self) -> State:
+        return {meter.key: meter.state() for meter in self.meters}
+
+    def _go_on_from(self, state: State, now: float) -> None:
+        """Take over what was taken at maybe other rates, as far as there are such meters.
+
+        Raises:
+            ValueError: If it cannot be true.
+        """
+        for meter in self.meters:
+            if meter.key in state:
+                meter.go_on_from(state[meter.key], now)
 
     # Of processes that share it
 
@@ -211,11 +270,9 @@ class Ledger:
 
     def pack(self, now: float) -> bytes:
         """All of it as numbers: from when on it tells nothing any more, when it was written, and the rest."""
-        paces = zip(self.free_at, [pace.interval for pace in self.rates.paces], strict=True)
-        times = [self.idle_from(now), now, self.paused_until, self.claimed_until, self.claimed_by]
-        numbers = [*times, len(self.free_at), len(self.logs), *itertools.chain.from_iterable(paces)]
-        for log in self.logs:
-            numbers += [log.name, log.seconds, len(log.entries), *itertools.chain.from_iterable(log.entries)]
+        numbers = [self.idle_from(now), now, self.paused_until, self.claimed_until, self.claimed_by]
+        for key, state in self._state().items():
+            numbers += [*key, len(state), *state]
         return struct.pack(f"<{len(numbers)}d", *numbers)
 
     @classmethod
@@ -228,42 +285,27 @@ class Ledger:
             return cls(rates)
         return ledger
 
-    def _read(self, numbers: tuple[float, ...], now: float) -> None:
-        _, written_at, paused_until, claimed_until, claimed_by, paces, logs = numbers[:_HEAD]
+    def _read(self, numbers: Sequence[float], now: float) -> None:
+        _, written_at, paused_until, claimed_until, claimed_by = numbers[:_HEAD]
         if not (0 <= written_at <= now + _SKEW and math.isfinite(sum(numbers))):
             raise ValueError
         if paused_until <= written_at + LONGEST_PAUSE:
             self.paused_until = paused_until
         if claimed_until <= written_at + _LONGEST_CLAIM + _CLAIM_GRACE:
             self.claimed_by, self.claimed_until = claimed_by, claimed_until
-        end = _HEAD + 2 * int(paces)
-        intervals = numbers[_HEAD + 1 : end : 2]
-        entries = {}
-        for _ in range(int(logs)):
+        state, end = {}, _HEAD
+        while end < len(numbers):
             name, seconds, count = numbers[end : end + 3]
-            begin, end = end + 3, end + 3 + 2 * int(count)
-            moments, amounts = numbers[begin:end:2], numbers[begin + 1 : end : 2]
-            if count < 0 or max(moments, default=0) > written_at or not 0 <= min(amounts, default=0) <= _MOST:
+            if count < 0:
                 raise ValueError
-            entries[name, seconds] = list(zip(moments, amounts, strict=True))
-        if min(intervals, default=1) <= 0:
-            raise ValueError
-        self._go_on_from(written_at, zip(numbers[_HEAD:end:2], intervals, strict=False), entries)
-        for place, pace in enumerate(self.rates.paces):
-            most = max(1.0, self.rates.most[pace.name]) * pace.interval + pace.tolerance
-            self.free_at[place] = min(self.free_at[place], written_at + most)
+            begin, end = end + 3, end + 3 + int(count)
+            state[name, seconds] = numbers[begin:end]
+        self._go_on_from(state, written_at)
 
 
-# How many numbers stand before those of the paces, and the first two of them.
-_HEAD, _STAMPS = 7, struct.Struct("<2d")
-
-
-# Of the bytes that processes share, and the time, it makes seconds until a slot comes (0: it was done), the bytes to be
-# kept in their place, if any, and the seconds for which they tell something.
-Change = Callable[[bytes, float], tuple[float, bytes, float]]
-
-
-def changed(rates: Rates, act: Callable[[Ledger, float], float | None], data: bytes, now: float) -> Any:
+def changed(
+    rates: Rates, act: Callable[[Ledger, float], float | None], data: bytes, now: float
+) -> tuple[float, bytes, float]:
     """Do something with the ledger that processes share, as a `Change`.
 
     ``act`` gives 0 or None if it has changed the ledger, or seconds until a slot comes.

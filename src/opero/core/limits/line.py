@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -84,12 +84,14 @@ class Line:
         self._ledger.forget()
         # When the first may ask (again), as far as is known; when one who is not the first found that it could have.
         self.opens_at, self._noticed_at = -math.inf, math.inf
+        # Until when a limit that processes share had no slot, as was said last.
+        self._refused_until = -math.inf
         # Who comes before that, just after others that had waited, has missed slots, too, while it could not look.
         self._made_up_until = -math.inf
 
     def __len__(self) -> int:
         with lines.lock:
-            self._forget_those_who_left()
+            self.first()
             return len(self._waiting)
 
     @property
@@ -104,19 +106,18 @@ class Line:
         with lines.lock:
             now, ledger = clock.now(), self._ledger
             if not self._waiting or self.first() is None:
-                is_late, interval = now <= self._made_up_until, ledger.interval
-                if amounts is not ONE or is_late or not interval:
+                is_late, pace = now <= self._made_up_until, ledger.only_pace
+                if pace is None or amounts is not ONE or is_late:
                     is_open = ledger.is_open(now, amounts)
                     if is_open:
                         ledger.take(now, amounts, is_late=is_late)
                     return is_open
                 # The same in half the time.
-                soon = now + EARLY
-                if soon < ledger.free_at[0] or soon < ledger.paused_until:
+                if now + EARLY < pace.free_at:
                     return False
-                ledger.free_at[0] = now + interval
+                pace.free_at = now + pace.interval
                 return True
-            if not self.may_open(now):
+            if now + EARLY < self.opens_at:
                 return False
             self._noticed_at = min(self._noticed_at, now)
         self.rouse_first()
@@ -126,6 +127,7 @@ class Line:
         """A call has cost so much more than it took, or less."""
         with lines.lock:
             self._ledger.take(clock.now(), amounts)
+            self._refused_until = -math.inf
         yield from self.tell(lambda ledger, now: ledger.take(now, amounts))
         self.rouse_first(anew=True)
 
@@ -146,21 +148,24 @@ class Line:
         with lines.lock:
             self.rates = rates
             self._ledger.change(clock.now(), rates)
-            self._made_up_until = -math.inf
+            self._made_up_until = self._refused_until = -math.inf
         self._rouse_all()
 
     def expected_wait(self, amounts: Sequence[float] = ONE) -> float:
         """Seconds until a slot that is asked for now would come, as far as this process knows."""
         with lines.lock:
+            self.first()
             now = clock.now()
-            self._forget_those_who_left()
-            return self._expected_start(now, amounts, self._wanted) - now
+            return self._expected_start(now, amounts, self._wanted, self._refused_until) - now
 
-    def _expected_start(self, now: float, amounts: Sequence[float], ahead: Sequence[float]) -> float:
-        """When a call will start, after others that take so much together."""
+    def _expected_start(self, now: float, amounts: Sequence[float], ahead: Sequence[float], refused: float) -> float:
+        """When a call will start, after others that take so much together; the first of all not before ``refused``."""
         moment = max(now, self._ledger.opens_at(now, amounts, ahead))
-        is_known = self.is_shared and self.opens_at > now
-        return max(moment, self.opens_at + self._seconds_of(ahead)) if is_known else moment
+        return max(moment, refused + self._seconds_of(ahead)) if self.is_shared and refused > now else moment
+
+    def _seconds_of(self, amounts: Sequence[float]) -> float:
+        """How long the paces take to give so much."""
+        return max([amounts[pace.name] * pace.interval for pace in self.rates.paces], default=0.0)
 
     def is_idle(self) -> bool:
         """Whether a new line would not behave any differently."""
@@ -169,47 +174,43 @@ class Line:
 
     # Asked by a turn that holds the lock
 
-    def keep_place(self, turn: Turn, amounts: Sequence[float]) -> None:
-        """Whoever came later does not pass it."""
-        place = self._place(turn)
-        if self._waiting[place : place + 1] != [(turn.number, turn, amounts)]:
-            insort(self._waiting, (turn.number, turn, amounts))
-            self._want(amounts)
+    def first(self) -> Turn | None:
+        """Who may go on next."""
+        while self._left:
+            self.let_pass(self._left.popleft())
+        return self._waiting[0][1] if self._waiting else None
 
     def let_pass(self, turn: Turn) -> None:
         """Others need not wait for it."""
-        place = self._place(turn)
+        place = bisect_left(self._waiting, (turn.number,))
         if place < len(self._waiting) and self._waiting[place][1] is turn:
             _, _, amounts = self._waiting.pop(place)
-            self._want([-amount for amount in amounts])
+            self._want(amounts, -1)
             if not place:
                 # When the next one may go on is not known yet.
                 self.close_until(-math.inf)
 
-    def _want(self, amounts: Sequence[float]) -> None:
+    def _keep_place(self, turn: Turn, amounts: Sequence[float]) -> int:
+        """Whoever came later does not pass it; gives how many came before."""
+        self.first()
+        place = bisect_left(self._waiting, (turn.number,))
+        if place == len(self._waiting) or self._waiting[place][1] is not turn:
+            self._waiting.insert(place, (turn.number, turn, amounts))
+            self._want(amounts, 1)
+        return place
+
+    def _want(self, amounts: Sequence[float], sign: int) -> None:
         # One by one: the garbage collector may let others leave meanwhile.
-        for place, amount in enumerate(amounts):
-            self._wanted[place] += amount
-
-    def _place(self, turn: Turn) -> int:
-        """How many may go on before it."""
-        return bisect_left(self._waiting, (turn.number,))
-
-    def first(self) -> Turn | None:
-        """Who may go on next."""
-        self._forget_those_who_left()
-        return self._waiting[0][1] if self._waiting else None
-
-    def _forget_those_who_left(self) -> None:
-        while self._left:
-            self.let_pass(self._left.popleft())
+        for name, amount in enumerate(amounts):
+            self._wanted[name] += sign * amount
 
     def due(self, turn: Turn, amounts: Sequence[float], now: float) -> float:
         """When to look again; not after ``now``: it may take its slot, or ask for that of a shared limit."""
-        if self.first() is not turn:
-            before = self._place(turn)
+        before = self._keep_place(turn, amounts)
+        is_open = now + EARLY >= self.opens_at
+        if before:
             grace = min(before, _MOST_GRACES) * _GRACE
-            if not self.may_open(now):
+            if not is_open:
                 # Those before it are served first. Thousands that look more often keep their event loop from all else.
                 return self.opens_at + before * self._seconds_of(amounts) + grace
             self._noticed_at = min(self._noticed_at, now)
@@ -218,11 +219,7 @@ class Line:
             # Those before it have not looked in time.
             for _, other, _ in self._waiting[:before]:
                 self.let_pass(other)
-        return now + self.wait_alone(amounts, now) if self.may_open(now) else self.opens_at
-
-    def _seconds_of(self, amounts: Sequence[float]) -> float:
-        """How long the paces take to give so much."""
-        return max([amounts[pace.name] * pace.interval for pace in self.rates.paces], default=0.0)
+        return now + self.wait_alone(amounts, now) if is_open else self.opens_at
 
     def wait_alone(self, amounts: Sequence[float], now: float) -> float:
         """Seconds until this process alone would give a slot."""
@@ -236,10 +233,6 @@ class Line:
         """The first may not ask again before that."""
         self.opens_at, self._noticed_at = moment, math.inf
 
-    def may_open(self, now: float) -> bool:
-        """Whether the first may ask, as far as is known."""
-        return now + EARLY >= self.opens_at
-
     def start(self, turn: Turn, amounts: Sequence[float], now: float) -> None:
         """It takes its slot, and leaves."""
         self._ledger.take(now, amounts, is_late=turn.has_waited or now <= self._made_up_until)
@@ -249,19 +242,21 @@ class Line:
 
     def comes_after(self, latest: float, turn: Turn, amounts: Sequence[float], now: float) -> bool:
         """Whether its slot will come so late. Of those in the middle of the line no more is known than of the first."""
-        is_last = bool(self._waiting) and self._waiting[-1][1] is turn
-        ahead = [all_of_it - own for all_of_it, own in zip(self._wanted, amounts, strict=True)]
-        return self._expected_start(now, amounts, ahead if is_last else [0.0] * len(ahead)) >= latest
+        ahead = [0.0] * len(amounts)
+        if self._waiting and self._waiting[-1][1] is turn:
+            ahead = [all_of_it - own for all_of_it, own in zip(self._wanted, amounts, strict=True)]
+        return self._expected_start(now, amounts, ahead, self.opens_at) >= latest
 
     def ask_for(self, turn: Turn, amounts: Sequence[float]) -> Generator[Any, Any, float | None]:
         """Ask the gate of a limit that processes share for a slot: seconds to wait, or None if it failed."""
         assert self._share is not None  # noqa: S101 - for the type checkers
-        now, rates = clock.now(), self.rates
-        is_late = turn.has_waited or now <= self._made_up_until
+        rates, is_late = self.rates, turn.has_waited or clock.now() <= self._made_up_until
         wait = yield from self._share.ask_for(rates, amounts, is_late=is_late)
         with lines.lock:
+            self._refused_until = -math.inf
             if wait and rates is self.rates:
-                self.close_until(clock.now() + wait)
+                self._refused_until = clock.now() + wait
+                self.close_until(self._refused_until)
         return wait
 
     # Without the lock
@@ -284,9 +279,159 @@ class Line:
         with lines.lock:
             if anew:
                 self.close_until(-math.inf)
-            first = self.first() if self._waiting and self.may_open(clock.now()) else None
+            first = self.first() if self._waiting and clock.now() + EARLY >= self.opens_at else None
         if first is not None:
             first.rouse()
+
+
+class Turn:
+    """A caller who waits for a slot of each of some lines.
+
+    An `opero.core.steps.Arrival` of these slots, or of the news that they would come too late.
+
+    Attributes:
+        taken: It has its slots.
+        is_late: They would come too late.
+        asks: It may ask the gates of shared limits.
+        has_waited: It has found no slot before.
+        number: Its place among all that came; below 0 before that.
+    """
+
+    __slots__ = (
+        "_due",
+        "_first_since",
+        "_latest",
+        "_listen",
+        "_wake",
+        "_wants",
+        "asks",
+        "has_waited",
+        "is_late",
+        "is_turn",
+        "number",
+        "taken",
+    )
+
+    def __init__(
+        self, wants: Wants, latest: Latest = never, listen: Listen | None = None, *, is_turn: bool = True
+    ) -> None:
+        # None once it has left.
+        self._wants: Wants | None = wants
+        self._latest = latest
+        self._listen = listen
+        self.is_turn = is_turn
+        # When to look again, if nothing is heard before; since when it is the first everywhere.
+        self._due = self._first_since = math.inf
+        self._wake: Callable[[], None] | None = None
+        self.number = -1
+        self.taken = self.is_late = self.asks = self.has_waited = False
+
+    def poll(self) -> bool:
+        wants = self._wants
+        if wants is not None and not self._has_news():
+            with lines.lock:
+                self._look(wants, clock.now())
+            for line, _ in wants:
+                line.rouse_first()
+        return self._has_news()
+
+    def _has_news(self) -> bool:
+        return self.taken or self.is_late or self.asks
+
+    def _look(self, wants: Wants, now: float) -> None:
+        """Go on, if it may."""
+        if self.number < 0:
+            self.number = next(_numbers)
+        elif now >= self._latest():
+            # It has waited, and others can still use the slot.
+            self.is_late = True
+            return
+        moments = [line.due(self, amounts, now) for line, amounts in wants]
+        self._due = max(moments)
+        if self._due > now + EARLY:
+            if len(moments) > 1:
+                self._let_others_pass(wants, moments, now)
+            self._go_on_waiting(wants, now)
+        elif any(line.is_shared for line, _ in wants):
+            self.asks = True
+        else:
+            self._start(wants, now)
+
+    def _let_others_pass(self, wants: Wants, moments: Sequence[float], now: float) -> None:
+        """Others use what would pass unused while it waits for another limit, unless they have done so for long."""
+        if all(line.first() is self for line, _ in wants):
+            self._first_since = min(self._first_since, now)
+        unused = EARLY + max(0.0, now - self._first_since) * _UNUSED
+        for (line, _), moment in zip(wants, moments, strict=True):
+            if self._due - max(moment, now) > unused:
+                line.let_pass(self)
+            elif line.first() is self:
+                # It lets nobody else go on meanwhile.
+                line.close_until(max(self._due, line.opens_at))
+
+    def _start(self, wants: Wants, now: float) -> None:
+        self.taken = True
+        for line, amounts in wants:
+            line.start(self, amounts, now)
+
+    def _go_on_waiting(self, wants: Wants, now: float) -> None:
+        """Unless that is of no use."""
+        self.has_waited = True
+        latest = self._latest()
+        if latest < math.inf:
+            self.is_late = any(line.comes_after(latest, self, amounts, now) for line, amounts in wants)
+
+    def ask(self) -> Generator[Any, Any, None]:
+        """Ask the gates of shared limits; what one of them gives goes back if another one has nothing to give."""
+        self.asks = False
+        wants = self._wants or ()
+        given: list[tuple[Line, Sequence[float]]] = []
+        wait: float | None = None
+        for line, amounts in wants:
+            if line.is_shared and not wait:
+                wait = yield from line.ask_for(self, amounts)
+                # A gate that failed leaves it to this process.
+                given += [(line, amounts)] if wait == 0 else []
+        with lines.lock:
+            now = clock.now()
+            if wait or any(line.wait_alone(amounts, now) for line, amounts in wants):
+                self._go_on_waiting(wants, now)
+            else:
+                self._start(wants, now)
+        for line, _ in wants:
+            line.rouse_first()
+        for line, amounts in () if self.taken else given:
+            yield from line.tell(partial(_give_back, amounts))
+
+    def due_in(self) -> float | None:
+        if self._has_news():
+            return 0.0
+        now = clock.now()
+        due = now + _LONGEST_NAP if self._due == math.inf else self._due
+        return max(0.0, min(due, self._latest()) - now)
+
+    def notify(self, wake: Callable[[], None] | None) -> None:
+        self._wake = wake
+        if self._listen is not None:
+            self._listen(self, wake)
+
+    def rouse(self) -> None:
+        wake = self._wake
+        if wake is not None:
+            wake()
+
+    def leave(self) -> None:
+        """It has its slots, or wants none any more; the garbage collector may say so, too."""
+        wants, self._wants = self._wants, None
+        # What these hold, a call and its errors, is not to wait for the garbage collector with the turn.
+        self._latest, self._listen = never, None
+        if wants is not None and self.number >= 0 and not self.taken:
+            for line, _ in wants:
+                line.leave(self)
+
+
+def _give_back(amounts: Sequence[float], ledger: Ledger, now: float) -> None:
+    ledger.take(now, [-amount for amount in amounts])
 
 
 def take(
@@ -308,163 +453,3 @@ def take(
             yield from turn.ask()
     finally:
         turn.leave()
-
-
-def _give_back(amounts: Sequence[float], ledger: Ledger, now: float) -> None:
-    ledger.take(now, [-amount for amount in amounts])
-
-
-class Turn:
-    """A caller who waits for a slot of each of some lines.
-
-    An `opero.core.steps.Arrival` of these slots, or of the news that they would come too late.
-
-    Attributes:
-        taken: It has its slots.
-        is_late: They would come too late.
-        asks: It may ask the gates of shared limits.
-        has_waited: It has found no slot before.
-        number: Its place among all that came; below 0 before that.
-        has_left: It waits no more.
-    """
-
-    __slots__ = (
-        "_due",
-        "_first_since",
-        "_latest",
-        "_listen",
-        "_wake",
-        "_wants",
-        "asks",
-        "has_left",
-        "has_waited",
-        "is_late",
-        "is_turn",
-        "number",
-        "taken",
-    )
-
-    def __init__(
-        self, wants: Wants, latest: Latest = never, listen: Listen | None = None, *, is_turn: bool = True
-    ) -> None:
-        self._wants = wants
-        self._latest = latest
-        self._listen = listen
-        self.is_turn = is_turn
-        # When to look again, if nothing is heard before.
-        self._due = self._first_since = math.inf
-        self._wake: Callable[[], None] | None = None
-        self.number = -1
-        self.taken = self.is_late = self.asks = self.has_waited = self.has_left = False
-
-    @property
-    def has_news(self) -> bool:
-        return self.taken or self.is_late or self.asks
-
-    def poll(self) -> bool:
-        if not (self.has_news or self.has_left):
-            with lines.lock:
-                self._look(clock.now())
-            self._rouse_others()
-        return self.has_news
-
-    def _look(self, now: float) -> None:
-        """Go on, if it may."""
-        if self.number < 0:
-            self.number = next(_numbers)
-        elif now >= self._latest():
-            # It has waited, and others can still use the slot.
-            self.is_late = True
-            return
-        self._due = self._find_due(now)
-        if self._due > now + EARLY:
-            self._go_on_waiting(now)
-        elif any(line.is_shared for line, _ in self._wants):
-            self.asks = True
-        else:
-            self._start(now)
-
-    def _find_due(self, now: float) -> float:
-        """When to look again, if nothing is heard before; not after ``now``: all its slots have come."""
-        for line, amounts in self._wants:
-            line.keep_place(self, amounts)
-        moments = [line.due(self, amounts, now) for line, amounts in self._wants]
-        due = max(moments)
-        if len(moments) > 1 and due > now + EARLY:
-            self._let_others_pass(now, due, moments)
-        return due
-
-    def _let_others_pass(self, now: float, due: float, moments: Sequence[float]) -> None:
-        """Others use what would pass unused while it waits for another limit, unless they have done so for long."""
-        if all(line.first() is self for line, _ in self._wants):
-            self._first_since = min(self._first_since, now)
-        unused = EARLY + max(0.0, now - self._first_since) * _UNUSED
-        for (line, _), moment in zip(self._wants, moments, strict=True):
-            if due - max(moment, now) > unused:
-                line.let_pass(self)
-            elif line.first() is self:
-                # It lets nobody else go on meanwhile.
-                line.close_until(max(due, line.opens_at))
-
-    def _start(self, now: float) -> None:
-        self.taken = True
-        for line, amounts in self._wants:
-            line.start(self, amounts, now)
-
-    def _go_on_waiting(self, now: float) -> None:
-        """Unless that is of no use."""
-        self.has_waited = True
-        latest = self._latest()
-        if latest < math.inf:
-            self.is_late = any(line.comes_after(latest, self, amounts, now) for line, amounts in self._wants)
-
-    def _rouse_others(self) -> None:
-        for line, _ in self._wants:
-            line.rouse_first()
-
-    def ask(self) -> Generator[Any, Any, None]:
-        """Ask the gates of shared limits; what one of them gives goes back if another one has nothing to give."""
-        self.asks = False
-        given: list[tuple[Line, Sequence[float]]] = []
-        wait: float | None = None
-        for line, amounts in self._wants:
-            if line.is_shared and not wait:
-                wait = yield from line.ask_for(self, amounts)
-                # A gate that failed leaves it to this process.
-                given += [(line, amounts)] if wait == 0 else []
-        with lines.lock:
-            now = clock.now()
-            if wait or any(line.wait_alone(amounts, now) for line, amounts in self._wants):
-                self._go_on_waiting(now)
-            else:
-                self._start(now)
-        self._rouse_others()
-        for line, amounts in () if self.taken else given:
-            yield from line.tell(partial(_give_back, amounts))
-
-    def due_in(self) -> float | None:
-        if self.has_news:
-            return 0.0
-        now = clock.now()
-        due = now + _LONGEST_NAP if self._due == math.inf else self._due
-        return max(0.0, min(due, self._latest()) - now)
-
-    def notify(self, wake: Callable[[], None] | None) -> None:
-        self._wake = wake
-        if self._listen is not None:
-            self._listen(self, wake)
-
-    def rouse(self) -> None:
-        wake = self._wake
-        if wake is not None:
-            wake()
-
-    def leave(self) -> None:
-        """It has its slots, or wants none any more; the garbage collector may say so, too."""
-        # What these hold, a call and its errors, is not to wait for the garbage collector with the turn.
-        self._latest, self._listen = never, None
-        if self.number < 0 or self.taken or self.has_left:
-            return
-        self.has_left = True
-        for line, _ in self._wants:
-            line.leave(self)

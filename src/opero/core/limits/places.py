@@ -42,7 +42,7 @@ class _FreePlaces(Ledger):
         super().forget()
         self.free: list[None] = [None] * self.count
 
-    def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] = ()) -> float:  # noqa: ARG002
+    def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] | None = None) -> float:  # noqa: ARG002
         # Nobody knows; those who have little time wait until that is over.
         return now
 

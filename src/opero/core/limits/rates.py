@@ -75,35 +75,25 @@ class Rates:
         return min(paces + [quota.per_second for quota in self.quotas if not quota.name])
 
 
-def parse_rates(
-    rate: Any,
-    max_burst: Any = None,
-    *,
-    spread: bool = True,
-    option: str = "rate_limit",
-    burst_option: str = "max_burst",
-) -> Rates:
+def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rates:
     """Read a number of calls per second, text such as ``"100/minute"``, several of them that all hold, or a mapping.
 
     Of several, the lowest per second is the pace; those for longer times are quotas, but for the fastest of them if
-    there is nothing else. Without ``spread`` all are quotas. ``option`` and ``burst_option`` are what the user
-    knows the two as.
+    there is nothing else. Without ``spread`` all are quotas.
 
     Raises:
         TypeError: If it is none of these, or ``max_burst`` is not an int.
         ValueError: If a rate cannot be read, or is not finite and above 0, or ``max_burst`` is below 1.
     """
-    burst = None if max_burst is None else _check_burst(max_burst, burst_option)
-    is_named = isinstance(rate, Mapping)
-    if not is_named:
-        rate = {CALLS: rate}
-    if not rate or not all(isinstance(name, str) and name for name in rate):
-        msg = f"{option} has to name what it limits; write {{'calls': '500/minute', 'tokens': '90000/minute'}}"
+    burst = None if max_burst is None else _check_burst(max_burst)
+    named: Mapping[Any, Any] = rate if isinstance(rate, Mapping) else {CALLS: rate}
+    if not named or not all(isinstance(name, str) and name for name in named):
+        msg = "rate_limit has to name what it limits; write {'calls': '500/minute', 'tokens': '90000/minute'}"
         raise ValueError(msg)
     paces, quotas, most = [], [], []
-    for place, (name, rates) in enumerate(rate.items()):
-        spelled = f"{option}[{shown(name)}]" if is_named else option
-        parsed = [Quota(place, *each) for each in _parse_list(rates, spelled)]
+    for place, (name, rates) in enumerate(named.items()):
+        option = f"rate_limit[{shown(name)}]" if named is rate else "rate_limit"
+        parsed = [Quota(place, *each) for each in _parse_list(rates, option)]
         most.append(min(each.units for each in parsed))
         longer = parsed
         if spread:
@@ -112,15 +102,15 @@ def parse_rates(
             longer = [each for each in parsed if each is not pace and each not in fast]
             missed = max(_LEAST_BURST, math.ceil(pace.per_second * _BURST_SECONDS)) if burst is None else burst
             paces.append(Pace(place, pace.seconds / pace.units, missed))
-        quotas += [_whole(each, spelled) for each in longer]
-    return Rates(tuple(rate), tuple(paces), tuple(quotas), tuple(most))
+        quotas += [_whole(each, option) for each in longer]
+    return Rates(tuple(named), tuple(paces), tuple(quotas), tuple(most))
 
 
-def _check_burst(max_burst: Any, option: str) -> int:
+def _check_burst(max_burst: Any) -> int:
     if isinstance(max_burst, int) and max_burst > _MOST:
-        msg = f"{option} has {len(str(max_burst))} digits; write a number up to {_MOST:,}"
+        msg = f"max_burst has {len(str(max_burst))} digits; write a number up to {_MOST:,}"
         raise ValueError(msg)
-    return check_count(option, max_burst, "calls", smallest=1)
+    return check_count("max_burst", max_burst, "calls", smallest=1)
 
 
 def _parse_list(rates: Any, option: str) -> list[tuple[float, float]]:

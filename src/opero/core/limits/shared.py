@@ -18,7 +18,7 @@ from opero.core.limits.ledger import changed
 from opero.core.steps import Consult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from opero.core.limits.ledger import Change, Ledger
     from opero.core.limits.rates import Rates
@@ -80,23 +80,28 @@ class Scope:
     """Who shares a limit, and where it is kept."""
 
     def __init__(
-        self, options: Mapping[str, Any], default_name: Callable[[], str] | None, spelled: Callable[[str], str]
+        self,
+        kind: str,
+        *,
+        name: str | None,
+        url: str | None,
+        folder: str | os.PathLike[str] | None,
+        default_name: Callable[[], str] | None,
     ) -> None:
-        """``spelled`` says how the user writes an option."""
-        self.kind = check_choice(spelled("scope"), options["scope"], sorted(_OPTIONS_OF_SCOPES))
-        for option in ("folder", "name", "url"):
-            if options[option] is not None and option not in _OPTIONS_OF_SCOPES[self.kind]:
-                msg = f"{spelled(option)} has no effect with scope={self.kind!r}; leave it out"
+        """``default_name`` names the limit if the user has not."""
+        self.kind = check_choice("scope", kind, sorted(_OPTIONS_OF_SCOPES))
+        for option, value in {"folder": folder, "name": name, "url": url}.items():
+            if value is not None and option not in _OPTIONS_OF_SCOPES[self.kind]:
+                msg = f"{option} has no effect with scope={self.kind!r}; leave it out"
                 raise ValueError(msg)
-        name, folder = options["name"], options["folder"]
         if name is not None:
-            check_text(spelled("name"), name, "a name that no other limit has")
+            check_text("name", name, "a name that no other limit has")
         elif self.kind != "process" and default_name is None:
             msg = f"scope={self.kind!r} needs name=, a name by which processes know the limit"
             raise ValueError(msg)
         self._name, self._default_name = name, default_name
-        self._folder = None if folder is None else _path(spelled("folder"), folder)
-        self._url = _url(spelled("url"), options["url"]) if self.kind == "redis" else ""
+        self._folder = None if folder is None else _path(folder)
+        self._url = _checked_url(url) if self.kind == "redis" else ""
         if self.kind == "machine" and find_spec("fcntl") is None:
             msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
             raise ValueError(msg)
@@ -129,19 +134,19 @@ class Scope:
         return RedisGate(name, self._url)
 
 
-def _path(option: str, value: Any) -> Path:
-    text = check_text(option, os.fspath(value) if isinstance(value, os.PathLike) else value, "a folder's path")
+def _path(folder: Any) -> Path:
+    text = check_text("folder", os.fspath(folder) if isinstance(folder, os.PathLike) else folder, "a folder's path")
     # Known by one name, whatever the working directory will be.
     return Path(text).expanduser().resolve()
 
 
-def _url(option: str, value: Any) -> str:
-    if value is None:
-        msg = f"scope='redis' needs {option}, such as 'redis://localhost:6379/0'"
+def _checked_url(url: Any) -> str:
+    if url is None:
+        msg = "scope='redis' needs url=, such as url='redis://localhost:6379/0'"
         raise ValueError(msg)
     from opero.core.redis_server import check_url
 
     if find_spec("redis") is None:
         msg = "scope='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")
-    return check_url(option, value)
+    return check_url("url", url)
