@@ -231,6 +231,8 @@ class DaskPool(FarPool):
             if payload is not None:
                 self._has_limits = self._has_limits or batch.time_limit is not None
                 name = worker.batches[batch] = uuid4().hex
+                # Of those with as much to do, the one that got its last batch first is done first.
+                self._workers[worker.address] = self._workers.pop(worker.address)
                 self._spawn(self._run(self._client, batch, worker, name, payload))
 
     def _free_for(self, batch: Batch) -> _Worker | None:

@@ -29,7 +29,6 @@ from opero.concurrency.inbox import BlockingInbox
 from opero.concurrency.transport import pack_report, unpack_batch, unpack_start
 from opero.concurrency.worker import (
     FAR_BATCH_SECONDS,
-    FAR_LONG_SECONDS,
     How,
     Report,
     Work,
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
 
     from opero.core.steps import TimeLimit
 
+# A batch that takes longer than it was made for goes on for so long: what is given back costs a message.
+_MOST_SECONDS = 2 * FAR_BATCH_SECONDS
 # Maps whose work a worker remembers.
 _MOST_REMEMBERED = 16
 # Journals that each thread of a worker keeps: the last reports may not have reached the map yet.
@@ -97,7 +98,7 @@ def run_parcel(name: str, digest: bytes, fetch: Callable[[], bytes], payload: by
         return Found(0, [pack_report(arrived)])
     items, limit = arrived
     journal = _begin_journal(name)
-    how = How(mark=journal.mark, tell=journal.add, longest=FAR_LONG_SECONDS, seconds=FAR_BATCH_SECONDS)
+    how = How(mark=journal.mark, tell=journal.add, longest=_MOST_SECONDS, seconds=_MOST_SECONDS)
     try:
         run: Any = _run_here if limit is None else run_limited
         journal.add(run(work, items, limit, how))

@@ -639,7 +639,9 @@ class Scheduler:
         fitting = whole / seconds if seconds < longest else 1.0
         if done.size:
             fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
-        self._size = max(1, min(int(fitting), self._size * 4))
+        # Many threads of one process hold each other up now and then, which is no reason for small batches.
+        least = self._size // 2 if is_far and seconds < whole else 1
+        self._size = max(1, least, min(int(fitting), self._size * 4))
         if is_far:
             of_a_batch = seconds * self._size
             self._ahead = 0 if of_a_batch >= LONG_BATCH_SECONDS else min(MOST_AHEAD, 1 + int(0.1 / of_a_batch))

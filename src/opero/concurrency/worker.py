@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BATCH_SECONDS = 0.02
 SLOW_SECONDS = 0.001
 LONG_SECONDS = 0.004
-# The first and the third for workers that are far away, on a cluster.
+# For workers that are far away, on a cluster; what takes longer than the second is sent alone.
 FAR_BATCH_SECONDS = 0.1
 FAR_LONG_SECONDS = 0.02
 
