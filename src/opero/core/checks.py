@@ -120,6 +120,28 @@ def check_callable(name: str, value: Any, what: str) -> Callable[..., Any]:
     return checked
 
 
+def check_url(option: str, value: Any) -> str:
+    """Check a URL without showing it: it may hold a password."""
+    example = "write one such as 'redis://localhost:6379/0', 'rediss://user:password@host/0' or 'unix:///path'"
+    if not isinstance(value, str):
+        msg = f"{option} is {type(value).__name__}; {example}"
+        raise TypeError(msg)
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(value)
+        has_server = parts.scheme in {"redis", "rediss"} and parts.hostname is not None and parts.port != 0
+        # A password that is not encoded can end up in what stands behind the server.
+        is_good = parts.scheme == "unix" or (has_server and "@" not in f"{parts.path}{parts.query}{parts.fragment}")
+    except ValueError:
+        is_good = False
+    if not is_good:
+        encoded = "and '/', '?', '#' and '@' in a password as %2F, %3F, %23, %40"
+        msg = f"{option} is no URL of a redis server; {example}, {encoded}"
+        raise ValueError(msg)
+    return value
+
+
 # What to write for names that tenacity, backoff, joblib, concurrent.futures, tqdm and cachetools have for what is here,
 # and for options of maps where there is no map.
 _NEIGHBOURS = {

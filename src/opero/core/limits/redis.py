@@ -6,12 +6,12 @@ from hashlib import sha1
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
-from opero.core.redis_server import Server, server_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from opero.core.limits.ledger import Change
+    from opero.core.redis_server import Server
 
 # A process reckons with what it knows, and its answer holds if that is still so: of a state with this digest it makes
 # the given one, if there is one; of any other state it gives the server's time and what is there.
@@ -57,7 +57,8 @@ class RedisGate:
 
     def perform(self, requests: Sequence[Change]) -> list[Any]:
         try:
-            # No cached_property, whose lock a fork would leave locked.
+            from opero.core.redis_server import server_at
+
             server = self._server = self._server or server_at(self._url)
         except Exception as error:  # noqa: BLE001 - no redis-py: it costs the sharing and not the call
             return [error] * len(requests)
@@ -71,7 +72,7 @@ class RedisGate:
             return [error] * len(requests)
 
     def _answer(self, server: Server, change: Change) -> float:
-        swap, is_new = server.script(_SWAP), False
+        is_new = False
         data, found_at, heard_at = self._found
         for _ in range(_TRIES):
             # No later than the server's own.
@@ -82,7 +83,8 @@ class RedisGate:
             if not made and is_known and (is_new or wait < _LONGEST_TRUST):
                 return wait
             digest = sha1(data, usedforsecurity=False).hexdigest()
-            other = swap([self._key], [digest if is_known else "", made, round((lasts + _LASTING_SECONDS) * 1000)])
+            arguments = [digest if is_known else "", made, round((lasts + _LASTING_SECONDS) * 1000)]
+            (other,) = server.perform([("EVAL", _SWAP, 1, self._key, *arguments)])
             server.rest.end()
             if other is None:
                 self._found = made or data, found_at, heard_at

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opero.core.checks import check_choice, check_text
+from opero.core.checks import check_choice, check_text, check_url
 from opero.core.clock import clock
 from opero.core.faults import Complaints
 from opero.core.forks import watch_forks
@@ -144,8 +144,6 @@ def _checked_url(url: Any) -> str:
     if url is None:
         msg = "scope='redis' needs url=, such as url='redis://localhost:6379/0'"
         raise ValueError(msg)
-    from opero.core.redis_server import check_url
-
     if find_spec("redis") is None:
         msg = "scope='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")

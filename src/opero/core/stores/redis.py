@@ -16,12 +16,7 @@ from weakref import ref
 
 from opero.core.flights import Flight
 from opero.core.forks import allow_forks, watch_forks
-from opero.core.redis_server import (
-    Server,
-    server_at,
-    server_of,
-    server_with,
-)
+from opero.core.redis_server import Server, server_at, server_of, server_with
 from opero.core.stores.contract import BUSY, CLAIMED, DONE, Keep, LastingStore, slug
 
 if TYPE_CHECKING:
@@ -68,13 +63,12 @@ class RedisStore(LastingStore):
         super().__init__(f"the redis cache {prefix}", settings)
         self._settings = settings
         self._prefix = prefix.encode()
-        self._server: Server | None
+        self._server: Server | None = None
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
-        """Hold none of the parent's leases, and use none of its connections."""
-        self._server = None
+        """Hold none of the parent's leases."""
         self._keeper = LeaseKeeper(self)
 
     @property

@@ -21,9 +21,9 @@ from opero.core.checks import (
     check_mapping,
     check_seconds,
     check_text,
+    check_url,
 )
 from opero.core.forks import ForkSafeLock
-from opero.core.redis_server import check_client, check_url
 from opero.core.showing import shown
 from opero.core.stores.memory import MEMORY_MAXSIZE, memory_store
 
@@ -103,9 +103,15 @@ def _password(option: str, value: Any) -> str | None:
     return value
 
 
+def _client(option: str, value: Any) -> Any:
+    from opero.core.redis_server import check_client
+
+    return check_client(option, value)
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "cache_dir": _path,
-    "client": check_client,
+    "client": _client,
     "compress": check_flag,
     "folder_name": _name,
     "maxsize": lambda option, value: check_count(option, value, "entries", smallest=1),
