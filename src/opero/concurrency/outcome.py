@@ -152,6 +152,8 @@ class ListSink:
 
     def __init__(self, *, ordered: bool) -> None:
         self.results: list[Any] = []
+        # As a stream has it; nothing is handed out before the end.
+        self.ready: deque[Outcome[Any, Any]] = deque()
         # By their places in the list.
         self.failed: dict[int, Outcome[Any, Any]] = {}
         self._ordered = ordered
@@ -180,27 +182,23 @@ class StreamSink:
 
     def __init__(self, *, ordered: bool) -> None:
         self._ordered = ordered
-        self._ready: deque[Outcome[Any, Any]] = deque()
+        # What can be handed to a consumer now.
+        self.ready: deque[Outcome[Any, Any]] = deque()
         self._early: dict[int, Outcome[Any, Any]] = {}
         self._next = 0
 
     def put(self, outcome: Outcome[Any, Any]) -> None:
         if not self._ordered:
-            self._ready.append(outcome)
+            self.ready.append(outcome)
             return
         self._early[outcome.index] = outcome
         while self._next in self._early:
-            self._ready.append(self._early.pop(self._next))
+            self.ready.append(self._early.pop(self._next))
             self._next += 1
 
     def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float, /) -> None:
         for place, (item, value) in enumerate(zip(items, values, strict=False), start):
             self.put(Outcome(place, item, value, None, 1, seconds, False))  # noqa: FBT003 - a dataclass of plain facts
-
-    def take(self) -> deque[Outcome[Any, Any]]:
-        """What can be handed to a consumer now."""
-        taken, self._ready = self._ready, deque()
-        return taken
 
     def room(self) -> int:
         """How many more items may be begun."""

@@ -159,23 +159,23 @@ def run_blocking(
         inbox, source = BlockingInbox(), IteratorSource(items)
         run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:
-        steps, events = run.steps(), None
         while True:
-            try:
-                step = steps.send(events)
-            except StopIteration:
+            source.start_turn()
+            while questions := run.send():
+                run.answered(consult(questions))
+            if source.is_late:
+                # The input may take long again: what has ended meanwhile is handed out before.
+                run.take_note(inbox.collect(0.0, is_real=True))
+            ready = run.outcomes()
+            while ready:
+                # Nothing here keeps what has been given out.
+                yield ready.popleft()
+            run.presence.is_away = False
+            if run.is_done():
                 return
-            events = None
-            if isinstance(step, deque):
-                run.presence.is_away = True
-                while step:
-                    # Nothing here keeps what has been given out.
-                    yield step.popleft()
-                run.presence.is_away = False
-            elif isinstance(step, list):
-                events = consult(step)
-            else:
-                events = inbox.collect(step.seconds, is_real=step.is_real)
+            if not source.is_late:
+                seconds, is_real = run.patience()
+                run.take_note(inbox.collect(seconds, is_real=is_real))
     except BaseException as error:
         _note_end(run, error)
         raise
@@ -221,31 +221,34 @@ async def run_awaiting(
     with Hold():
         run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:
-        steps, events = run.steps(), None
         while True:
-            try:
-                step = steps.send(events)
-            except StopIteration:
+            source.start_turn()
+            while questions := run.send():
+                run.answered(await consult_async(questions))
+            if source.is_late:
+                run.take_note(await inbox.collect(0.0, is_real=True))
+            ready = run.outcomes()
+            while ready:
+                yield ready.popleft()
+            run.presence.is_away = False
+            if run.is_done():
                 return
-            events = None
-            if isinstance(step, deque):
-                run.presence.is_away = True
-                while step:
-                    yield step.popleft()
-                run.presence.is_away = False
-            elif isinstance(step, list):
-                events = await consult_async(step)
-            else:
-                events = await inbox.collect(step.seconds, is_real=step.is_real)
+            if not source.is_late:
+                seconds, is_real = run.patience()
+                run.take_note(await inbox.collect(seconds, is_real=is_real))
     except BaseException as error:
         _note_end(run, error)
         raise
     finally:
         if not run.is_inherited:
-            try:
-                run.close()
-                if isinstance(source, AsyncSource):
-                    await source.close()
-            finally:
-                if not run.keeps_pool():
-                    await run.pool.stop_async()
+            await _tidy_up_async(run, source)
+
+
+async def _tidy_up_async(run: Scheduler, source: Source) -> None:
+    try:
+        run.close()
+        if isinstance(source, AsyncSource):
+            await source.close()
+    finally:
+        if not run.keeps_pool():
+            await run.pool.stop_async()

@@ -1,9 +1,9 @@
 """The third driver: carries out the flows of many calls at once, without acting by itself.
 
-`Scheduler` decides nothing about policies and waits for nothing. Like a flow, it is a generator of steps: outcomes to
-hand out, questions to the cache's store, waits for what its pool has to tell; `opero.concurrency.running` carries them
-out. First attempts travel in batches; an item gets a flow when it failed, or from the start where something has to be
-decided before the first attempt. An item in backoff is one entry in a heap: it holds no worker.
+`Scheduler` decides nothing about policies and waits for nothing: `opero.concurrency.running` asks the cache's store
+for it, hands out what has ended, waits for what its pool has to tell, and lets it take note of that. First attempts
+travel in batches; an item gets a flow when it failed, or from the start where something has to be decided before the
+first attempt. An item in backoff is one entry in a heap: it holds no worker.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost
 from opero.concurrency.outcome import Outcome, StreamSink
@@ -36,8 +36,6 @@ from opero.exceptions import MisuseError, OperoError, WorkerCrashedError
 from opero.utils.notes import add_note, users_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
     from opero.concurrency.batches import Pool
     from opero.concurrency.inbox import Inbox
     from opero.concurrency.kept import MapSettings
@@ -78,18 +76,19 @@ class Entry:
     call: Call
     flow: Flow | None = None
     attempt: Attempt | None = None
-    arrival: Arrival | None = None
+    waits_for: Pause | Arrival | None = None
     alone: bool = False
     losses: int = 0
     retried: bool = False
     members: dict[Entry, Exception | None] | None = None
 
+    def may_begin(self) -> bool:
+        deadline = self.call.deadline
+        return (deadline is None or clock.now() < deadline) and (self.attempt is None or self.attempt.may_start())
 
-class Wait(NamedTuple):
-    """Step of a map: wait for events, at most so many seconds of opero's clock, or real ones; sent back: the events."""
-
-    seconds: float | None
-    is_real: bool
+    @property
+    def travels_alone(self) -> bool:
+        return self.alone or (self.attempt is not None and self.attempt.is_timed)
 
 
 class Scheduler:
@@ -138,6 +137,7 @@ class Scheduler:
             or plan.attempt_timeout is not None
             or plan.total_timeout is not None
         )
+        self._can_be_called_off = plan.total_timeout is not None or plan.breaker is not None
         is_asked = plan.asks_first or plan.cache is not None or plan.is_listened_to
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
         self._list_size = settings.batch_size
@@ -151,8 +151,9 @@ class Scheduler:
         # All items that have a flow; how many of them wait for time or others, and how many of these for a turn.
         self._flying: set[Entry] = set()
         self._waiting = self._awaiting_turns = 0
-        # What is to be done when (at the same time, in order); how many pauses there are in which no time is skipped.
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        # Who is to be looked at when (at the same time, in order), if it still waits for the same; pauses in which no
+        # time is skipped.
+        self._timers: list[tuple[float, int, Entry, Pause | Arrival | None]] = []
         self._ticks = itertools.count()
         self._real_pauses = 0
         # Items that wait for a worker to be ready before they take a slot, for the cache's store, for a free worker.
@@ -163,6 +164,7 @@ class Scheduler:
         self._sent: set[Batch] = set()
         self._watched: set[Batch] = set()
         self._given_back: deque[Batch] = deque()
+        self.pool.start(inbox, most_batches=total, is_paced=plan.limit is not None, patience=plan.total_timeout)
 
     def _work(self) -> Work:
         """What workers get once: they are sent each candidate when it is its turn, and never all, often secrets."""
@@ -188,34 +190,27 @@ class Scheduler:
         stream = "" if self._stream is not None else ".stream(items) hands out each that is done, "
         return f"{done}; {stream}cache=True with cache_backend='disk' keeps their results for the next run"
 
-    def steps(self) -> Generator[Wait | list[Consult] | deque[Outcome[Any, Any]], Any, None]:
-        """Yields outcomes to hand out, what to ask the cache's store, and waits."""
-        plan = self._plan
-        self.pool.start(
-            self._inbox, most_batches=self._total, is_paced=plan.limit is not None, patience=plan.total_timeout
-        )
-        while True:
-            if self._source.is_late and self._stream is not None:
-                # The input may take long again.
-                yield self._stream.take()
-            self._source.start_turn()
-            while (batch := self._next_batch()) is not None or self._consulting:
-                if batch is not None:
-                    self.pool.submit(batch)
-                while self._consulting:
-                    self._answered((yield [step for _, step in self._consulting]))
-            if self._progress is not None:
-                self._progress.show(self.tally)
-            if self._stream is not None:
-                yield self._stream.take()
-            if self._is_done():
-                return
-            self._take_note((yield self._wait()))
-            # After all that has come in was seen: a report in time is no reason to kill.
-            if self._watched:
-                self._watch()
+    def send(self) -> list[Consult]:
+        """Send workers what they can take; gives what the cache's store has to answer before there can be more."""
+        while self._timers and self._timers[0][0] <= clock.now():
+            _, _, entry, step = heapq.heappop(self._timers)
+            if entry.waits_for is step:
+                self._look(entry)
+        while not self._consulting and (batch := self._next_batch()) is not None:
+            self.pool.submit(batch)
+        return [step for _, step in self._consulting]
 
-    def _take_note(self, events: list[Any]) -> None:
+    def answered(self, answers: list[Any]) -> None:
+        """Take note of what the store said."""
+        asked, self._consulting = self._consulting, []
+        ended = self.tally.finished
+        for (entry, _), answer in zip(asked, answers, strict=True):
+            self._advance(entry, answer)
+        all_found = self.tally.finished - ended == len(asked)
+        self._look_ahead = min(MOST_LOOKED_UP, self._look_ahead * 2) if all_found else 1
+
+    def take_note(self, events: list[Any]) -> None:
+        """Take note of what was found in the inbox, and look after workers that have told nothing."""
         for heard in events:
             event = self.pool.receive(heard)
             if isinstance(event, Done):
@@ -225,13 +220,23 @@ class Scheduler:
             elif isinstance(event, Fatal):
                 self.is_sound = False
                 raise event.error
-            elif isinstance(event, Entry):
+            elif isinstance(event, Entry) and not isinstance(event.waits_for, Pause):
                 # Its slot may have come.
-                self._look_for_arrival(event)
+                self._look(event)
         # An error among them, and with it the frames of an attempt, shall not outlast this.
         events.clear()
+        # After all that has come in was seen: a report in time is no reason to kill.
+        if self._watched:
+            self._watch()
 
-    def _is_done(self) -> bool:
+    def outcomes(self) -> deque[Outcome[Any, Any]]:
+        """What can be handed out now; meanwhile nobody attends to the map."""
+        if self._progress is not None:
+            self._progress.show(self.tally)
+        self.presence.is_away = True
+        return self._sink.ready
+
+    def is_done(self) -> bool:
         """Raises what ends the map before that."""
         if self.is_inherited:
             name = self._plan.name
@@ -244,24 +249,25 @@ class Scheduler:
             raise self._source.error
         return is_done
 
-    def _wait(self) -> Wait:
-        """Until something comes back, or this wants to be asked again."""
-        due = [0.0] if self._source.is_late else []
-        if self._timers:
-            due.append(self._timers[0][0] - clock.now())
+    def patience(self) -> tuple[float | None, bool]:
+        """For how many seconds to wait until something comes back, None for ever; and whether these are real ones.
+
+        What a worker or another process does takes real time, in which opero's clock skips none.
+        """
+        due = [self._timers[0][0] - clock.now()] if self._timers else []
         if self._watched:
             due.append(min(min(batch.look_at, batch.ends_at) for batch in self._watched) - time.monotonic())
         if self._plan.total_timeout is not None:
             deadlines = (entry.call.deadline for entry in (*self._ready, *self._preparing))
             due += [deadline - clock.now() for deadline in deadlines if deadline is not None]
-        # What a worker or another process does takes real time, in which no time is skipped.
-        is_real = bool(self._sent or self._preparing or self._real_pauses)
         seconds = min(due, default=math.inf)
-        return Wait(None if seconds == math.inf else max(0.0, seconds), is_real)
+        is_real = bool(self._sent or self._preparing or self._real_pauses)
+        return None if seconds == math.inf else max(0.0, seconds), is_real
 
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
-        self._keep_time()
+        if self._can_be_called_off:
+            self._call_off()
         # No call waits at a worker that has its time.
         slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._ahead)
         while slots and self._preparing:
@@ -283,33 +289,14 @@ class Scheduler:
             return self._send(Batch(items, self._next_index - len(items)))
         if not self._ready:
             self._take_up_input(size, max(slots, 1))
-        if self._gathered and not self._consulting:
-            nothing_runs = not (self._sent or self._ready or self._awaiting_turns)
-            if self._source.exhausted or nothing_runs:
-                self._call_for_many()
         return self._send(self._batch_of_entries(size)) if self._ready and slots else None
 
-    def _keep_time(self) -> None:
-        """Do what is due; call off what is too late for a worker, and the next one if its circuit is open."""
-        now = clock.now()
-        while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2]()
-        if self._plan.total_timeout is not None:
-            for waiting in (self._ready, self._preparing):
-                for entry in [entry for entry in waiting if _is_late(entry)]:
-                    waiting.remove(entry)
-                    self._advance(entry, NOT_RUN)
-        while self._ready and not _may_start(self._ready[0]):
-            self._advance(self._ready.popleft(), NOT_RUN)
-
-    def _answered(self, answers: list[Any]) -> None:
-        """Take note of what the store said."""
-        asked, self._consulting = self._consulting, []
-        ended = self.tally.finished
-        for (entry, _), answer in zip(asked, answers, strict=True):
-            self._advance(entry, answer)
-        all_found = self.tally.finished - ended == len(asked)
-        self._look_ahead = min(MOST_LOOKED_UP, self._look_ahead * 2) if all_found else 1
+    def _call_off(self) -> None:
+        """Let those wait no longer for a worker whose time is over, or whose circuit has been opened."""
+        for waiting in (self._ready, self._preparing):
+            for entry in [entry for entry in waiting if not entry.may_begin()]:
+                waiting.remove(entry)
+                self._advance(entry, NOT_RUN)
 
     def keeps_pool(self) -> bool:
         """Let another map have the pool, if somebody wants to keep it and nothing runs in it."""
@@ -328,8 +315,8 @@ class Scheduler:
         """
         self._timers.clear()
         for entry in self._flying:
-            if entry.arrival is not None:
-                entry.arrival.notify(None)
+            if not (entry.waits_for is None or isinstance(entry.waits_for, Pause)):
+                entry.waits_for.notify(None)
             if entry.flow is not None:
                 entry.flow.close()
         self._flying.clear()
@@ -350,18 +337,21 @@ class Scheduler:
 
     def _take_up_input(self, size: int, slots: int) -> None:
         """Start flows until enough of them are ready, or those that end at once (cache hits) have taken their time."""
+        wanted = size if self._one_at_a_time else max(size, self._look_ahead)
         while True:
             coming = len(self._ready) + len(self._consulting) + len(self._preparing)
             busy = coming + self._awaiting_turns + len(self._sent)
-            wanted = size if self._one_at_a_time else max(size, self._look_ahead)
             if coming >= wanted or (self._one_at_a_time and busy >= slots):
-                return
+                break
             items = self._pull(1)
             if not items:
-                return
+                break
             entry = self._open(self._next_index - 1, items[0])
             flow = call_flow if self._list_size is None else item_flow
             self._start_flow(entry, flow(self._plan, entry.call))
+        nothing_runs = not (self._sent or self._ready or self._awaiting_turns)
+        if self._gathered and not self._consulting and (self._source.exhausted or nothing_runs):
+            self._call_for_many()
 
     # Flows
 
@@ -398,44 +388,45 @@ class Scheduler:
             if self.pool.slots:
                 self._advance(entry, None)
             else:
+                entry.attempt = None
                 self._preparing.append(entry)
                 self.pool.prepare()
         elif isinstance(step, Share):
             self._gathered.append(entry)
             if len(self._gathered) == self._list_size:
                 self._call_for_many()
-        elif isinstance(step, Pause):
-            self._waiting += 1
-            self._real_pauses += step.is_real
-            self._do_later(step.seconds, lambda: self._resume(entry, is_real=step.is_real))
         else:
+            entry.waits_for = step
             self._waiting += 1
-            self._awaiting_turns += step.is_turn
-            entry.arrival = step
-            step.notify(lambda: self._inbox.put(entry))
-            self._look_for_arrival(entry)
+            if isinstance(step, Pause):
+                self._real_pauses += step.is_real
+                self._look_again(entry, step.seconds)
+            else:
+                self._awaiting_turns += step.is_turn
+                step.notify(lambda: self._inbox.put(entry))
+                self._look(entry)
 
-    def _do_later(self, seconds: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (clock.now() + seconds, next(self._ticks), action))
+    def _look_again(self, entry: Entry, seconds: float) -> None:
+        heapq.heappush(self._timers, (clock.now() + seconds, next(self._ticks), entry, entry.waits_for))
 
-    def _resume(self, entry: Entry, *, is_real: bool = False) -> None:
-        self._waiting -= 1
-        self._real_pauses -= is_real
-        self._advance(entry, None)
-
-    def _look_for_arrival(self, entry: Entry) -> None:
-        arrival = entry.arrival
-        if arrival is None:
+    def _look(self, entry: Entry) -> None:
+        """Go on with an item whose pause has ended, or if what it waits for has come."""
+        step = entry.waits_for
+        if step is None:
             return
-        if not arrival.poll():
-            due = arrival.due_in()
+        if isinstance(step, Pause):
+            self._real_pauses -= step.is_real
+        elif step.poll():
+            step.notify(None)
+            self._awaiting_turns -= step.is_turn
+        else:
+            due = step.due_in()
             if due is not None:
-                self._do_later(due, lambda: self._look_for_arrival(entry))
+                self._look_again(entry, due)
             return
-        entry.arrival = None
-        arrival.notify(None)
-        self._awaiting_turns -= arrival.is_turn
-        self._resume(entry)
+        entry.waits_for = None
+        self._waiting -= 1
+        self._advance(entry, None)
 
     def _end(self, entry: Entry, outcome: Any) -> None:
         self._flying.discard(entry)
@@ -526,9 +517,8 @@ class Scheduler:
         """As many ready items as fit one batch: no timeout, nobody suspected of crashing."""
         first = self._ready.popleft()
         entries = [first]
-        if not _travels_alone(first):
-            while self._ready and len(entries) < size and _fits(self._ready[0]):
-                entries.append(self._ready.popleft())
+        while self._ready and len(entries) < size and not (first.travels_alone or self._ready[0].travels_alone):
+            entries.append(self._ready.popleft())
         batch = Batch([self._varying(entry) for entry in entries], first.index, entries)
         batch.has_candidates = self._sends_candidates
         batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
@@ -538,8 +528,7 @@ class Scheduler:
 
     def _varying(self, entry: Entry) -> Any:
         """What is sent for an item: the item, or the candidate that it is in this attempt, or a pair of both."""
-        if entry.attempt is None:
-            return entry.item
+        assert entry.attempt is not None  # noqa: S101 - for the type checkers
         place = len(self._shape.head)
         if entry.members is not None:
             item: Any = [member.item for member in entry.members]
@@ -571,15 +560,20 @@ class Scheduler:
 
     def _give_back(self, batch: Batch, *, alone: bool = False) -> None:
         """Let its items be the next to be sent; each alone, if one of them may have ended a worker."""
-        if batch.entries is None and not alone:
-            if batch.items:
-                self._given_back.appendleft(batch.take_from(0))
+        if batch.entries is not None:
+            entries = batch.entries
+            self._ready.extendleft(reversed(entries))
+        elif alone:
+            entries = [self._open(batch.start + place, item) for place, item in enumerate(batch.items)]
+            # Their flows count them anew.
+            self._plan.stats.direct.add(-len(entries))
+            for entry in entries:
+                self._start_flow(entry, call_flow(self._plan, entry.call))
+        else:
+            self._given_back.extendleft([batch.take_from(0)] if batch.items else [])
             return
-        entries = batch.entries or [self._open(batch.start + n, item) for n, item in enumerate(batch.items)]
         for entry in entries:
-            entry.alone = alone
-            entry.losses = batch.losses
-        self._ready.extendleft(reversed(entries))
+            entry.alone, entry.losses = alone, batch.losses
 
     def _watch(self) -> None:
         """Look after workers that may be busy with one item, or longer than they have."""
@@ -647,21 +641,21 @@ class Scheduler:
             self._ahead = 0 if of_a_batch >= LONG_BATCH_SECONDS else min(MOST_AHEAD, 1 + int(0.1 / of_a_batch))
 
     def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:
-        entry = None if batch.entries is None else batch.entries[place]
-        if entry is not None and entry.flow is not None:
-            if entry.attempt is not None:
-                entry.attempt.is_last = batch.is_last
-            if entry.members is not None:
-                outcome = self._taken_apart(entry, list(entry.members), outcome)
-            self._advance(entry, outcome)
-            return
-        index, item = (batch.start + place, batch.items[place]) if entry is None else (entry.index, entry.item)
-        if outcome.__class__ is Failed:
+        if batch.entries is None:
+            index, item = batch.start + place, batch.items[place]
+            if outcome.__class__ is not Failed:
+                self._count(Outcome(index, item, outcome, None, 1, seconds, False))  # noqa: FBT003 - plain facts
+                return
             entry = self._open(index, item, started=clock.now() - seconds, failure=outcome.error)
             entry.call.is_last = batch.is_last
             self._start_flow(entry, call_flow(self._plan, entry.call))
-        else:
-            self._count(Outcome(index, item, outcome, None, 1, seconds, False))  # noqa: FBT003 - plain facts
+            return
+        entry = batch.entries[place]
+        if entry.attempt is not None:
+            entry.attempt.is_last = batch.is_last
+        if entry.members is not None:
+            outcome = self._taken_apart(entry, list(entry.members), outcome)
+        self._advance(entry, outcome)
 
     def _batches_lost(self, lost: Lost) -> None:
         """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""
@@ -711,19 +705,3 @@ def _values(name: str, result: Any, count: int) -> Any:
     return Failed(
         MisuseError(f"{name} got a list of {count} and returned {got}; return a list with a result for each item")
     )
-
-
-def _fits(entry: Entry) -> bool:
-    return not _travels_alone(entry) and _may_start(entry)
-
-
-def _is_late(entry: Entry) -> bool:
-    return entry.call.deadline is not None and clock.now() >= entry.call.deadline
-
-
-def _may_start(entry: Entry) -> bool:
-    return entry.attempt is None or entry.attempt.may_start()
-
-
-def _travels_alone(entry: Entry) -> bool:
-    return entry.alone or (entry.attempt is not None and entry.attempt.is_timed)
