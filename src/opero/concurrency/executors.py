@@ -51,16 +51,16 @@ class ExecutorPool(Pool):
     def __init__(self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor]) -> None:
         self._name = name_of(work.function)
         self._workers = workers
-        self._make = None if isinstance(mode, Executor) else mode
-        self._executor: Any = None if self._make is not None else mode
+        self._mode: Any = mode
+        self._is_given = isinstance(mode, Executor)
+        # The executor, once something is to be run.
+        self._executor: Any = None
         # Whether its workers share memory with this process; None as long as that is not known.
         self._is_near: bool | None = None
         self._in_flight: dict[Future[Any], Batch | None] = {}
         self._pending: deque[Batch] = deque()
-        self._broken: Exception | None = None
-        self._lost: list[Batch] = []
         self._stillbirths = 0
-        self._has_begun = self._is_paced = False
+        self._is_paced = False
         # Those that run an item at the moment, if they are of this process.
         self._threads: set[int] = set()
         self.take_on(work)
@@ -68,9 +68,9 @@ class ExecutorPool(Pool):
     @property
     def slots(self) -> int:
         """Batches that may be in flight; only the first one before it is known how to send them."""
-        if not self._has_begun:
+        if self._executor is None:
             return 0 if self._is_paced else 1
-        return 0 if self._is_near is None or self._broken is not None else self._size
+        return 0 if self._is_near is None else self._size
 
     @property
     def largest_batch(self) -> int:
@@ -86,7 +86,7 @@ class ExecutorPool(Pool):
 
     def prepare(self) -> None:
         """Take the executor: the first answer tells that a worker is there."""
-        if not self._has_begun:
+        if self._executor is None:
             self._begin()
 
     def submit(self, batch: Batch) -> None:
@@ -95,18 +95,13 @@ class ExecutorPool(Pool):
         self._hand_out()
 
     def receive(self, event: Any) -> Any:
-        if isinstance(event, Fatal):
-            # They would never end.
-            self._in_flight.clear()
         if not isinstance(event, Future):
             return event
         if event not in self._in_flight:
             return None
-        batch = self._in_flight.pop(event)
-        known = self._learn_where(event) if batch is None else self._came_back(batch, event)
-        if self._broken is not None and not self._in_flight:
-            self._replace(self._broken)
-        self._hand_out()
+        known = self._came_back(self._in_flight.pop(event), event)
+        if not isinstance(known, Fatal):
+            self._hand_out()
         return known
 
     def take_on(self, work: Work) -> None:
@@ -123,7 +118,7 @@ class ExecutorPool(Pool):
         running = [future for future in self._in_flight if not future.cancel()]
         # The garbage collector ends an abandoned stream in any thread, also in one that runs an item of it.
         is_over = threading.get_ident() not in self._threads and self._wait_for(running, is_left)
-        if self._make is not None and self._executor is not None:
+        if self._executor is not None and not self._is_given:
             self._executor.shutdown(wait=is_over)
 
     def _wait_for(self, running: list[Future[Any]], is_left: Callable[[], bool]) -> bool:
@@ -135,7 +130,7 @@ class ExecutorPool(Pool):
 
     def _end_processes(self) -> bool:
         """End the processes of an executor that was made here; tells whether it has any."""
-        processes = list(((self._make and getattr(self._executor, "_processes", None)) or {}).values())
+        processes = [] if self._is_given else list((getattr(self._executor, "_processes", None) or {}).values())
         for process in processes:
             process.terminate()
         return bool(processes)
@@ -144,28 +139,14 @@ class ExecutorPool(Pool):
 
     def _begin(self) -> None:
         """Take an executor, and send it what tells where its workers are."""
-        self._has_begun = True
-        self._is_near = None
-        if self._make is not None:
-            self._executor = self._make()
-        if not isinstance(self._executor, Executor):
-            made, self._executor = self._executor, None
-            msg = f"mode={shown(self._make)} made {kind_of(made)}, which is no concurrent.futures.Executor"
+        executor = self._mode if self._is_given else self._mode()
+        if not isinstance(executor, Executor):
+            msg = f"mode={shown(self._mode)} made {kind_of(executor)}, which is no concurrent.futures.Executor"
             raise TypeError(msg)
-        self._size = self._workers or getattr(self._executor, "_max_workers", None) or default_workers("process")
+        self._executor, self._is_near = executor, None
+        self._size = self._workers or getattr(executor, "_max_workers", None) or default_workers("process")
         self._probe = object()
         self._launch(None, _echo, self._probe)
-
-    def _learn_where(self, future: Future[Any]) -> Fatal | None:
-        try:
-            self._is_near = future.result() is self._probe
-        except BrokenExecutor as error:
-            return self._breaks(error)
-        except Exception as error:  # noqa: BLE001 - whatever the executor says when it cannot work
-            return Fatal(_refused(self._name, error))
-        if not self._is_near:
-            self._pack_work()
-        return None
 
     def _pack_work(self) -> None:
         # The workers of the standard library's executor have the main module; those of others may not.
@@ -173,9 +154,9 @@ class ExecutorPool(Pool):
         self._packer = Packer(names_in_fresh_workers() if is_of_the_library else frozenset())
         self._packed, self._digest = self._packer.work(self._work)
 
-    def _breaks(self, error: Exception) -> Fatal | None:
-        """Note that nothing runs any more; what is in flight will come back with the same error."""
-        if self._make is None:
+    def _make_anew(self, error: Exception, *lost: Batch | None) -> Fatal | Lost:
+        """The executor has broken, or was shut down: make another, unless it was given; what was in it is lost."""
+        if self._is_given:
             msg = (
                 f"the executor that runs {self._name} broke, and only whoever made it can make it anew "
                 f"({describe(error)}); let mode be a function that makes the executor"
@@ -183,20 +164,17 @@ class ExecutorPool(Pool):
             broken = OperoError(msg)
             broken.__cause__ = error
             return Fatal(broken)
-        self._broken = error
-        return None
-
-    def _replace(self, error: Exception) -> None:
-        self._broken = None
-        lost, self._lost = self._lost, []
-        self._stillbirths = 0 if lost else self._stillbirths + 1
-        if self._stillbirths >= MOST_STILLBIRTHS:
-            msg = f"the executors for {self._name} break before they run anything: {describe(error)}"
-            self.deliver(Fatal(OperoError(msg)))
-            return
+        # All has come back then: with a result, or with this error.
         self._executor.shutdown(wait=True)
+        gone = [future for future in self._in_flight if not _has_result(future)]
+        batches = [batch for batch in (*lost, *map(self._in_flight.pop, gone)) if batch is not None]
+        self._stillbirths = 0 if batches else self._stillbirths + 1
+        if self._stillbirths >= MOST_STILLBIRTHS:
+            return Fatal(
+                OperoError(f"the executors for {self._name} break before they run anything: {describe(error)}")
+            )
         self._begin()
-        self.deliver(Lost(lost, describe(error)))
+        return Lost(batches, describe(error))
 
     # Batches
 
@@ -231,44 +209,42 @@ class ExecutorPool(Pool):
         try:
             with self._while_workers_start():
                 future = self._executor.submit(function, *arguments)
-                self._in_flight[future] = batch
-                future.add_done_callback(self.deliver)
         except Exception as error:
             # Somebody may have shut it down.
-            if not isinstance(error, BrokenExecutor) and (self._make is None or not isinstance(error, RuntimeError)):
+            if not isinstance(error, BrokenExecutor) and (self._is_given or not isinstance(error, RuntimeError)):
                 raise _refused(self._name, error) from error
-            self._finds_it_broken(batch, error)
+            if batch is not None:
+                self._pending.appendleft(batch)
+            self.deliver(self._make_anew(error))
+        else:
+            self._in_flight[future] = batch
+            future.add_done_callback(self.deliver)
 
     def _while_workers_start(self) -> contextlib.AbstractContextManager[None]:
         """Processes that are started for this map are deaf to Ctrl-C until they run an item."""
         context = getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
-        if self._make is None or context is None:
+        if self._is_given or context is None:
             return contextlib.nullcontext()
         return held_back_in_children(context.get_start_method())
 
-    def _finds_it_broken(self, batch: Batch | None, error: Exception) -> None:
-        """It has broken already; this batch, which was not there, is none of the suspects."""
-        if batch is not None:
-            self._pending.appendleft(batch)
-        fatal = self._breaks(error)
-        if fatal is not None:
-            self.deliver(fatal)
-        elif not self._in_flight:
-            self._replace(error)
-
-    def _came_back(self, batch: Batch, future: Future[Any]) -> Any:
+    def _came_back(self, batch: Batch | None, future: Future[Any]) -> Any:
         try:
             answer = future.result()
         except BrokenExecutor as error:
-            self._lost.append(batch)
-            return self._breaks(error)
-        except CancelledError as error:
-            return Lost([batch], describe(error), innocent=[batch])
+            return self._make_anew(error, batch)
         except Exception as error:  # noqa: BLE001 - not the function's, which are in the report; dask's KilledWorker
-            return Lost([batch], describe(error), sure=batch.alone)
+            if batch is None:
+                return Fatal(_refused(self._name, error))
+            innocent = [batch] if isinstance(error, CancelledError) else []
+            return Lost([batch], describe(error), innocent, sure=batch.alone)
         except BaseException as error:  # noqa: BLE001 - exit belongs to the caller's thread
             return Fatal(error)
-        return self._answered(batch, *((REPORT, answer, 0) if self._is_near else answer))
+        if batch is not None:
+            return self._answered(batch, *((REPORT, answer, 0) if self._is_near else answer))
+        self._is_near = answer is self._probe
+        if not self._is_near:
+            self._pack_work()
+        return None
 
     def _answered(self, batch: Batch, kind: int, content: Any, size: int) -> Any:
         if kind == AGAIN:
@@ -285,6 +261,10 @@ class ExecutorPool(Pool):
         if not report.values:
             return not_run(batch, report.errors[0])
         return Done(batch, report, max(size, len(content)))
+
+
+def _has_result(future: Future[Any]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def _refused(name: str, error: Exception) -> OperoError:
