@@ -23,36 +23,12 @@ if TYPE_CHECKING:
 LARGEST_BATCH = 128
 
 
-class Threads:
-    """Bare threads, in the form of a pool that twat-mp's `MultiPool` can enter and leave."""
-
-    map = None
-
-    def __init__(self) -> None:
-        self.running: list[threading.Thread] = []
-        self.is_left: Callable[[], bool] = lambda: False
-
-    def start(self, target: Callable[[], None]) -> None:
-        # As those of any pool, they do not keep the program alive that has left them.
-        thread = threading.Thread(target=target, name=f"opero-worker-{len(self.running) + 1}", daemon=True)
-        thread.start()
-        self.running.append(thread)
-
-    def close(self) -> None:
-        """They have been told to end."""
-
-    def join(self) -> None:
-        # The garbage collector ends an abandoned stream in any thread, also in one of its own.
-        if threading.current_thread() not in self.running:
-            join_unless_left(self.running, self.is_left)
-
-    terminate = clear = close
-
-
 class ThreadPool(Pool):
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
     can_rest = True
+    # twat-mp wraps what is there.
+    map = None
 
     def __init__(
         self,
@@ -71,8 +47,9 @@ class ThreadPool(Pool):
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._in_flight = 0
         self._multi_pool: Any = None
-        self._threads = Threads()
+        self._threads: list[threading.Thread] = []
         self._stopped = False
+        self._is_left: Callable[[], bool] = lambda: False
 
     @property
     def slots(self) -> int:
@@ -93,7 +70,7 @@ class ThreadPool(Pool):
 
     def submit(self, batch: Batch) -> None:
         self._in_flight += 1
-        if self._in_flight > len(self._threads.running):
+        if self._in_flight > len(self._threads):
             with Hold():
                 self._start_thread()
         self._batches.put(batch)
@@ -103,23 +80,36 @@ class ThreadPool(Pool):
             from twat_mp.mp import MultiPool
 
             # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
-            threads = self._threads
-            factory: Any = lambda nodes: threads  # noqa: ARG005, E731 - MultiPool calls it with nodes=
-            self._multi_pool = MultiPool(pool_class=factory, nodes=self._workers)
+            self._multi_pool = MultiPool(pool_class=lambda nodes: self, nodes=self._workers)  # type: ignore[arg-type]  # noqa: ARG005
             self._multi_pool.__enter__()
-        self._threads.start(self._serve)
+        # As those of any pool, they do not keep the program alive that has left them.
+        thread = threading.Thread(target=self._serve, name=f"opero-worker-{len(self._threads) + 1}", daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def begun(self, batch: Batch) -> int:
         return batch.mark[0]
 
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Let running items end, start no other, and join the threads, unless they are left to themselves."""
-        self._stopped = True
+        self._is_left = is_left
         if self._multi_pool is not None:
-            for _ in self._threads.running:
-                self._batches.put(None)
-            self._threads.is_left = is_left
             self._multi_pool.__exit__(None, None, None)
+            self._multi_pool = None
+
+    # What twat-mp's `MultiPool` asks of a pool when it is left
+
+    def close(self) -> None:
+        self._stopped = True
+        for _ in self._threads:
+            self._batches.put(None)
+
+    def join(self) -> None:
+        # The garbage collector ends an abandoned stream in any thread, also in one of its own.
+        if threading.current_thread() not in self._threads:
+            join_unless_left(self._threads, self._is_left)
+
+    terminate = clear = close
 
     def _serve(self) -> None:
         if self._stopped:
