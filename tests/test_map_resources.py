@@ -254,21 +254,3 @@ def test_maps_of_threads_and_processes_can_be_nested_to_any_depth(names):
     assert [[[item for _, item in part] for part in lists] for lists in results] == [[[1, 2], [3]], [[4]]]
     pids = {pid for lists in results for part in lists for pid, _ in part}
     assert (os.getpid() in pids) is ("process" not in names)
-
-
-def test_a_program_without_standard_streams_may_write_to_them_in_a_map(tmp_path):
-    """As daemons, whose descriptors 0, 1 and 2 are closed."""
-    program = tmp_path / "daemon.py"
-    program.write_text(
-        "import os, sys\n"
-        "from opero import opmap\n"
-        "def shout(item):\n"
-        "    os.write(1, b'written')\n"
-        "    return item\n"
-        "if __name__ == '__main__':\n"
-        "    done = [opmap(mode=mode, workers=2)(shout)(range(5)) for mode in ('thread', 'process')]\n"
-        "    open(sys.argv[1], 'w').write(repr(done))\n"
-    )
-    command = f"{sys.executable} {program} {tmp_path / 'done'} <&- >&- 2>&-"
-    subprocess.run(["sh", "-c", command], check=True, timeout=60)
-    assert (tmp_path / "done").read_text() == "[[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]"

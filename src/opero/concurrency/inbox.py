@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing.connection
-import os
 import threading
 from collections import deque
 from contextlib import suppress
@@ -19,19 +18,6 @@ if TYPE_CHECKING:
 _LONGEST = 86_400.0
 # Between two looks at pipes that an event loop cannot hear.
 _POLLING_SECONDS = 0.005
-
-
-def _occupy_standard_descriptors() -> None:
-    """Open the null device in place of closed standard streams, as daemons have, so that no pipe of a map takes one.
-
-    What the function writes to its standard output would be read as a message otherwise.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            # It gets the lowest number that is free.
-            os.open(os.devnull, os.O_RDWR)
 
 
 class _Events:
@@ -50,7 +36,6 @@ class BlockingInbox(_Events):
 
     def __init__(self) -> None:
         self._events = deque()
-        _occupy_standard_descriptors()
         # A pipe to this thread itself, for those who put an event there while it waits.
         self._own, self._door = multiprocessing.connection.Pipe(duplex=False)
         self._heard: dict[Connection, Callable[[], object]] = {self._own: self._own.recv_bytes}
