@@ -33,7 +33,6 @@ class Batch:
     items: list[Any]
     start: int
     entries: list[Entry] | None = None
-    losses: int = 0
     has_candidates: bool = False
     time_limit: tuple[float, str] | None = None
     alone: bool = False
@@ -49,7 +48,7 @@ class Batch:
     def take_from(self, place: int) -> Batch:
         """Take the items from there on out of it, for another one."""
         entries = None if self.entries is None else self.entries[place:]
-        taken = Batch(self.items[place:], self.start + place, entries, self.losses)
+        taken = Batch(self.items[place:], self.start + place, entries)
         taken.sent_at = self.sent_at
         # A worker of this process may be iterating over the list.
         self.items = self.items[:place]

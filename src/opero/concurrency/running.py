@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -181,7 +182,7 @@ def run_blocking(
         raise
     finally:
         with Hold() as hold, contextlib.closing(inbox):
-            if not run.is_inherited:
+            if run.process == os.getpid():
                 _tidy_up(run, hold)
 
 
@@ -240,7 +241,7 @@ async def run_awaiting(
         _note_end(run, error)
         raise
     finally:
-        if not run.is_inherited:
+        if run.process == os.getpid():
             await _tidy_up_async(run, source)
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 # Items that wait for a retry; above this no new input is taken up.
 MOST_WAITING = 5_000
-# A batch before which so many workers have ended, each without having begun it, may be what ends them.
+# When so many workers in a row have ended, each without having begun its batch, this may be what ends them.
 MOST_INNOCENT_LOSSES = 5
 MOST_BATCH_BYTES = 2_000_000
 # Batches that wait at a worker that is far away; behind one that takes so long, none does.
@@ -78,7 +78,6 @@ class Entry:
     attempt: Attempt | None = None
     waits_for: Pause | Arrival | None = None
     alone: bool = False
-    losses: int = 0
     retried: bool = False
     members: dict[Entry, Exception | None] | None = None
 
@@ -121,7 +120,8 @@ class Scheduler:
         self._stop_at_failure = not settings.return_exceptions
         self._progress = None if settings.progress is False else make_progress(settings.progress, plan.name, total)
         self.tally = Tally(total=total)
-        self._process = os.getpid()
+        # In a child that is forked from it all of this belongs to the parent.
+        self.process = os.getpid()
         self._pools = settings.pools
         self.pool: Pool = settings.pools.pool_for(self._work())
         # Whether the pool can be used by another map, if nothing runs in it.
@@ -164,6 +164,7 @@ class Scheduler:
         self._sent: set[Batch] = set()
         self._watched: set[Batch] = set()
         self._given_back: deque[Batch] = deque()
+        self._losses_in_a_row = 0
         self.pool.start(inbox, most_batches=total, is_paced=plan.limit is not None, patience=plan.total_timeout)
 
     def _work(self) -> Work:
@@ -175,11 +176,6 @@ class Scheduler:
             shape = shape.without(slot)
         self._sends_candidates = slot is not None
         return Work(plan.function, plan.is_async, shape, slot)
-
-    @property
-    def is_inherited(self) -> bool:
-        """Whether it runs in the process that this one was forked from; then all of it belongs to that one."""
-        return os.getpid() != self._process
 
     def story(self) -> str:
         """How much was done when the map was interrupted, and what keeps it next time."""
@@ -198,7 +194,7 @@ class Scheduler:
                 self._look(entry)
         while not self._consulting and (batch := self._next_batch()) is not None:
             self.pool.submit(batch)
-        return [step for _, step in self._consulting]
+        return [step for _, step in self._consulting] if self._consulting else []
 
     def answered(self, answers: list[Any]) -> None:
         """Take note of what the store said."""
@@ -238,7 +234,7 @@ class Scheduler:
 
     def is_done(self) -> bool:
         """Raises what ends the map before that."""
-        if self.is_inherited:
+        if self.process != os.getpid():
             name = self._plan.name
             msg = f"this stream of {name} was begun by the process that forked this one; begin another here"
             raise OperoError(msg)
@@ -523,7 +519,6 @@ class Scheduler:
         batch.has_candidates = self._sends_candidates
         batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
         batch.alone = first.alone
-        batch.losses = max(entry.losses for entry in entries)
         return batch
 
     def _varying(self, entry: Entry) -> Any:
@@ -573,7 +568,7 @@ class Scheduler:
             self._given_back.extendleft([batch.take_from(0)] if batch.items else [])
             return
         for entry in entries:
-            entry.alone, entry.losses = alone, batch.losses
+            entry.alone = alone
 
     def _watch(self) -> None:
         """Look after workers that may be busy with one item, or longer than they have."""
@@ -605,6 +600,7 @@ class Scheduler:
         batch, report, count = done.batch, done.report, len(done.report.values)
         if batch not in self._sent:
             return
+        self._losses_in_a_row = 0
         seconds = report.seconds / max(1, batch.reported + count)
         if not done.is_part:
             self._sent.discard(batch)
@@ -662,12 +658,12 @@ class Scheduler:
         batches = [batch for batch in lost.batches if batch in self._sent]
         self._sent.difference_update(batches)
         self._watched.difference_update(batches)
-        for batch in batches:
-            batch.losses += 1
+        self._losses_in_a_row = self._losses_in_a_row + 1 if lost.innocent else 0
         if batches and lost.begun is not None:
             self._ended_by_the_last(batches[0], lost.begun - batches[0].reported, lost.reason)
             return
-        suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
+        innocent = lost.innocent if self._losses_in_a_row < MOST_INNOCENT_LOSSES else ()
+        suspects = [batch for batch in batches if batch not in innocent]
         if lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1:
             self._charge(suspects[0], lost.reason)
         else:
