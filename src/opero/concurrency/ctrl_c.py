@@ -55,26 +55,20 @@ def hearing_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
-def join_unless_left(threads: list[threading.Thread], is_left: Callable[[], bool]) -> None:
-    """Wait until they have ended, or until nobody wants to wait for them any more."""
-    for thread in threads:
-        while thread.is_alive() and not is_left():
-            thread.join(0.05)
+def wait_unless_left(has_ended: Callable[[float], bool], is_left: Callable[[], bool]) -> bool:
+    """Wait until something has ended, or nobody wants to wait for it any more; tells whether it has ended.
 
-
-def telling(is_left: Callable[[], bool]) -> Callable[[], bool]:
-    """The same; a terminal is told what is waited for, and how not to, where it is asked for half a second."""
+    ``has_ended`` waits for so many seconds. A terminal is told after a while what is waited for, and how not to.
+    """
     begun, has_told = time.monotonic(), False
-
-    def asked() -> bool:
-        nonlocal has_told
+    while not has_ended(0.05):
+        if is_left():
+            return False
         if not has_told and time.monotonic() - begun > _LONG_SECONDS:
             has_told = True
             if is_terminal(sys.stderr):
                 sys.stderr.write("opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n")
-        return is_left()
-
-    return asked
+    return True
 
 
 async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
@@ -90,7 +84,7 @@ async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
 
     def run() -> None:
         try:
-            stop(telling(lambda: is_left))
+            stop(lambda: is_left)
             over.set_result(None)
         except BaseException as error:  # noqa: BLE001 - raised again in the awaiting task
             over.set_exception(error)

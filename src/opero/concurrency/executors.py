@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
-from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children
+from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, wait_unless_left
 from opero.concurrency.far_worker import works
 from opero.concurrency.kept import default_workers
 from opero.concurrency.main_module import names_in_fresh_workers
@@ -117,16 +117,12 @@ class ExecutorPool(Pool):
         """
         running = [future for future in self._in_flight if not future.cancel()]
         # The garbage collector ends an abandoned stream in any thread, also in one that runs an item of it.
-        is_over = threading.get_ident() not in self._threads and self._wait_for(running, is_left)
+        is_over = threading.get_ident() not in self._threads and (
+            wait_unless_left(lambda seconds: not wait(running, timeout=seconds).not_done, is_left)
+            or self._end_processes()
+        )
         if self._executor is not None and not self._is_given:
             self._executor.shutdown(wait=is_over)
-
-    def _wait_for(self, running: list[Future[Any]], is_left: Callable[[], bool]) -> bool:
-        """Tells whether what runs has ended, or will soon."""
-        while wait(running, timeout=0.05).not_done:
-            if is_left():
-                return self._end_processes()
-        return True
 
     def _end_processes(self) -> bool:
         """End the processes of an executor that was made here; tells whether it has any."""

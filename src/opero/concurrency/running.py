@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opero.concurrency.ctrl_c import telling
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
 from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.worker import BATCH_SECONDS
@@ -34,27 +34,22 @@ _AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, by
 class IteratorSource:
     """A plain iterator, pulled in the thread of whoever calls the map.
 
-    ``is_late``: what was taken since `start_turn` has taken so long that nothing more shall be taken. ``exhausted``:
-    there will be no more items. ``error``: what the iterator has raised; there will be no more items then.
+    ``is_late``: it has given something after ``turn_ends``; nothing more is taken before the map has looked at its
+    results. ``exhausted``: there will be no more items. ``error``: what the iterator has raised at its end.
     """
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
         self._is_at_hand = isinstance(iterator, _AT_HAND)
-        self._turn_ends = 0.0
+        self.turn_ends = time.monotonic() + BATCH_SECONDS
         self.is_late = False
         self.exhausted = False
         self.error: BaseException | None = None
 
-    def start_turn(self) -> None:
-        """The map has looked at its results."""
-        self.is_late = False
-        self._turn_ends = time.monotonic() + BATCH_SECONDS
-
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` items; fewer, or none, if there are no more now."""
         taken: list[Any] = []
-        coming, now, turn_ends = self._iterator, time.monotonic, self._turn_ends
+        coming, now, turn_ends = self._iterator, time.monotonic, self.turn_ends
         try:
             if self._is_at_hand and count > 1:
                 taken.extend(itertools.islice(coming, count))
@@ -76,7 +71,8 @@ class IteratorSource:
 class AsyncSource:
     """An async iterable, pulled by a task of its own, one item ahead of what was asked for."""
 
-    is_late = False
+    # Nothing here blocks.
+    is_late, turn_ends = False, math.inf
 
     def __init__(self, iterator: AsyncIterator[Any], wake: Callable[[], None]) -> None:
         import asyncio
@@ -93,9 +89,6 @@ class AsyncSource:
     @property
     def exhausted(self) -> bool:
         return self._at_end and not self._ahead
-
-    def start_turn(self) -> None:
-        """Nothing here blocks."""
 
     def take(self, count: int) -> list[Any]:
         import asyncio
@@ -161,10 +154,10 @@ def run_blocking(
         run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:
         while True:
-            source.start_turn()
             while questions := run.send():
                 run.answered(consult(questions))
-            if source.is_late:
+            is_late = source.is_late
+            if is_late:
                 # The input may take long again: what has ended meanwhile is handed out before.
                 run.take_note(inbox.collect(0.0, is_real=True))
             ready = run.outcomes()
@@ -174,7 +167,7 @@ def run_blocking(
             run.presence.is_away = False
             if run.is_done():
                 return
-            if not source.is_late:
+            if not is_late:
                 seconds, is_real = run.patience()
                 run.take_note(inbox.collect(seconds, is_real=is_real))
     except BaseException as error:
@@ -202,7 +195,7 @@ def _tidy_up(run: Scheduler, hold: Hold) -> None:
     finally:
         if not run.keeps_pool():
             # Ctrl-C that comes again meanwhile leaves what cannot be ended.
-            run.pool.stop(telling(lambda: bool(hold.pressed)))
+            run.pool.stop(lambda: bool(hold.pressed))
 
 
 async def run_awaiting(
@@ -223,10 +216,10 @@ async def run_awaiting(
         run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:
         while True:
-            source.start_turn()
             while questions := run.send():
                 run.answered(await consult_async(questions))
-            if source.is_late:
+            is_late = source.is_late
+            if is_late:
                 run.take_note(await inbox.collect(0.0, is_real=True))
             ready = run.outcomes()
             while ready:
@@ -234,7 +227,7 @@ async def run_awaiting(
             run.presence.is_away = False
             if run.is_done():
                 return
-            if not source.is_late:
+            if not is_late:
                 seconds, is_real = run.patience()
                 run.take_note(await inbox.collect(seconds, is_real=is_real))
     except BaseException as error:

@@ -138,7 +138,7 @@ class Scheduler:
             or plan.total_timeout is not None
         )
         self._can_be_called_off = plan.total_timeout is not None or plan.breaker is not None
-        is_asked = plan.asks_first or plan.cache is not None or plan.is_listened_to
+        is_asked = plan.asks_first or plan.cache is not None or bool(switches.listeners)
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
         self._list_size = settings.batch_size
         self._gathered: list[Entry] = []
@@ -224,6 +224,7 @@ class Scheduler:
         # After all that has come in was seen: a report in time is no reason to kill.
         if self._watched:
             self._watch()
+        self._source.is_late, self._source.turn_ends = False, time.monotonic() + BATCH_SECONDS
 
     def outcomes(self) -> deque[Outcome[Any, Any]]:
         """What can be handed out now; meanwhile nobody attends to the map."""

@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Pool
-from opero.concurrency.ctrl_c import join_unless_left
+from opero.concurrency.ctrl_c import wait_unless_left
 from opero.concurrency.worker import How, Work, run_batch, runner_for
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
@@ -107,7 +107,14 @@ class ThreadPool(Pool):
     def join(self) -> None:
         # The garbage collector ends an abandoned stream in any thread, also in one of its own.
         if threading.current_thread() not in self._threads:
-            join_unless_left(self._threads, self._is_left)
+            wait_unless_left(self._have_ended, self._is_left)
+
+    def _have_ended(self, seconds: float) -> bool:
+        for thread in self._threads:
+            thread.join(seconds)
+            if thread.is_alive():
+                return False
+        return True
 
     terminate = clear = close
 
