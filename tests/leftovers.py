@@ -25,24 +25,16 @@ HELPERS = ("forkserver import main", "resource_tracker")
 def descendants(ancestor: int | None = None) -> dict[int, str]:
     """Living processes below one (this one), but for the two helpers of multiprocessing that serve until its end."""
     ancestor = os.getpid() if ancestor is None else ancestor
-    parents, commands = {}, {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            state, parent = entry.joinpath("stat").read_text().rpartition(")")[2].split()[:2]
-            command = entry.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # it has just ended
-            continue
-        parents[int(entry.name)] = int(parent)
-        # Whether a living one runs or sleeps changes by itself.
-        commands[int(entry.name)] = f"Z {command}" if state == "Z" else command
+    processes = _processes()
+    below: dict[int, list[int]] = {}
+    for pid, (_, parent) in processes.items():
+        below.setdefault(parent, []).append(pid)
     found: dict[int, str] = {}
-    generation = {ancestor}
+    generation = below.get(ancestor, [])
     while generation:
-        generation = {pid for pid, parent in parents.items() if parent in generation}
-        found.update({pid: commands[pid] for pid in generation})
-    own = {pid for pid in found if parents[pid] == ancestor}
+        found.update({pid: _command(pid, processes[pid][0]) for pid in generation})
+        generation = [child for pid in generation for child in below.get(pid, [])]
+    own = set(below.get(ancestor, []))
     helpers = {pid for pid in own if any(helper in found[pid] for helper in HELPERS)}
     # A worker of the fork server is the server's child, which needs a moment to notice its end.
     return {
@@ -50,6 +42,38 @@ def descendants(ancestor: int | None = None) -> dict[int, str]:
         for pid, command in found.items()
         if pid not in helpers and not (pid not in own and command.startswith("Z "))
     }
+
+
+def children() -> dict[int, str]:
+    """Processes that this one started and that it has not reaped, but for the helpers of multiprocessing."""
+    own = [pid for pid, (_, parent) in _processes().items() if parent == os.getpid()]
+    commands = {pid: _command(pid) for pid in own}
+    return {pid: command for pid, command in commands.items() if not any(helper in command for helper in HELPERS)}
+
+
+def _processes() -> dict[int, tuple[str, int]]:
+    """Of each process its state and its parent; without Python's files, because hundreds of tests look twice."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it has just ended
+            file = os.open(f"{entry}/stat", os.O_RDONLY)
+            try:
+                state, parent = os.read(file, 4096).rpartition(b")")[2].split(None, 2)[:2]
+            finally:
+                os.close(file)
+            found[int(entry.name)] = (state.decode(), int(parent))
+    return found
+
+
+def _command(pid: int, state: str = "") -> str:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:  # it has just ended
+        return "Z "
+    # Whether a living one runs or sleeps changes by itself.
+    return f"Z {command}" if state == "Z" else command
 
 
 def surroundings() -> tuple[dict[int, str], list[str]]:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from leftovers import threads
+from leftovers import descendants, threads
 from side_by_side import hang, until
 
 from conftest import World
@@ -26,17 +26,7 @@ PATIENCE = 20.0
 
 def children() -> set[int]:
     """Processes that this one or its fork server started, but for the helpers of multiprocessing."""
-    parents, helpers = {}, set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                state, parent = entry.joinpath("stat").read_text().rpartition(")")[2].split()[:2]
-                command = entry.joinpath("cmdline").read_bytes().decode()
-                if int(parent) == os.getpid() and ("forkserver" in command or "resource_tracker" in command):
-                    helpers.add(int(entry.name))
-                elif state != "Z" or int(parent) == os.getpid():
-                    parents[int(entry.name)] = int(parent)
-    return {pid for pid, parent in parents.items() if parent == os.getpid() or parent in helpers}
+    return set(descendants())
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from leftovers import threads
+from leftovers import children, threads
 from side_by_side import hang, until
 
 from opero import AllFailedError, CallStats, OperoError, WorkerCrashedError, opero, opmap
@@ -76,19 +76,6 @@ def processes(request):
 
 
 # What is left
-
-
-def children() -> dict[int, str]:
-    """Processes that this one started and that it has not reaped, but for the helpers of multiprocessing."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = entry.joinpath("stat").read_text().rpartition(")")[2].split()[1]
-                command = entry.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if int(parent) == os.getpid() and "forkserver import main" not in command:
-                    found[int(entry.name)] = command
-    return {pid: command for pid, command in found.items() if "resource_tracker" not in command}
 
 
 def surroundings() -> tuple[dict[int, str], list[str]]:
