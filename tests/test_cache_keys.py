@@ -39,7 +39,7 @@ import opero
 from opero.core.digests import spelling_of
 from opero.core.keys import KeyMaker
 
-thoroughly = settings(deadline=None, max_examples=150)
+thoroughly = settings(deadline=None, max_examples=80)
 
 
 def cached(function, **options):

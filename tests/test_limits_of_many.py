@@ -25,7 +25,7 @@ from opero.core.limits.line import Turn
 from opero.core.limits.rates import Pace, Quota, parse_rates
 from opero.core.plan import Call
 
-thoroughly = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+thoroughly = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def starts_of(limiter, fake_clock, seconds, *, step=0.01):

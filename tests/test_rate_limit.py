@@ -521,7 +521,7 @@ class Story:
         return worst_excess(self.starts, self.rate, self.burst)
 
 
-thoroughly = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+thoroughly = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @thoroughly

@@ -32,7 +32,7 @@ from opero.core.limits.rates import parse_rates
 from opero.core.limits.redis import RedisGate
 from opero.core.steps import drive
 
-thoroughly = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+thoroughly = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LIMITED = 50
 # How much later than its slot a start may be written down on a busy machine, as a part of a second.
 LATE = 0.1
