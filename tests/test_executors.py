@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import contextlib
 import contextvars
@@ -11,9 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections import Counter
@@ -22,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import loky
 import pytest
+from side_by_side import hang, until
 
 from opero import CallStats, OperoError, WorkerCrashedError, opmap
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
@@ -31,13 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PATIENCE = 20.0
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def standard_processes() -> Executor:
@@ -135,6 +126,12 @@ def test_a_given_executor_runs_the_items_and_stays_open(kind, world):
     assert executor.submit(double, 4).result(PATIENCE) == 8
 
 
+# Whose executor it is, is the same in both worlds, and each of loky's costs a second.
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [("threads", "sync"), ("threads", "async"), ("processes", "async"), ("loky", "sync"), ("reusable loky", "sync")],
+    indirect=True,
+)
 def test_a_function_makes_an_executor_for_each_map_and_the_map_shuts_it_down(kind, world):
     made = []
 
@@ -221,7 +218,7 @@ def test_equal_items_run_once(kind, world, journal):
 def test_an_attempt_timeout_ends_a_coroutine(kind):
     async def work(item):
         if item:
-            await asyncio.sleep(PATIENCE)
+            await asyncio.Event().wait()
         return item
 
     fine, late = kind.map(work, kind.given(), attempt_timeout=0.2).run([0, 1])
@@ -317,7 +314,6 @@ def _serve(executor):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(PATIENCE)
 
 
 EACH_KIND_AND_BOTH_WORLDS = pytest.mark.parametrize(
@@ -355,11 +351,11 @@ def test_an_item_that_runs_beside_a_crash_is_run_again_alone_and_not_charged(bre
         journal.add(f"{item} begins")
         first_time = journal.lines().count(f"{item} begins") == 1
         if first_time:
-            wait_until(lambda: {"bad begins", "good begins"} <= set(journal.lines()))
+            until(lambda: {"bad begins", "good begins"} <= set(journal.lines()))
         if item == "bad":
             die()
         if first_time:
-            time.sleep(PATIENCE)  # it dies with its executor
+            hang()  # it dies with its executor
         journal.add(f"{item} ends")
         return item
 
@@ -515,11 +511,11 @@ def test_an_executor_that_breaks_while_it_is_idle_harms_nobody(journal):
 
     def items():
         yield from range(4)
-        wait_until(lambda: len(journal.lines()) == 4)
+        until(lambda: len(journal.lines()) == 4)
         time.sleep(0.1)  # the last report is on its way
         for pid in list(executors[-1]._processes):
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: executors[0]._broken)
+        until(lambda: executors[0]._broken)
         yield from range(4, 8)
 
     def work(item):
@@ -698,7 +694,7 @@ def test_the_first_failure_stops_the_map_and_withdraws_what_has_not_begun(thread
 def test_a_map_waits_for_its_running_items_before_it_ends(threads, journal):
     def work(item):
         if item == 0:
-            wait_until(lambda: "1 begins" in journal.lines())
+            until(lambda: "1 begins" in journal.lines())
             raise SpoiledError(item)
         journal.add("1 begins")
         time.sleep(0.1)
@@ -729,7 +725,7 @@ INTERRUPTED = """
 
 def test_ctrl_c_leaves_no_process_and_no_thread(start, journal):
     program = start(INTERRUPTED, {})
-    wait_until(lambda: "begun" in journal.lines())
+    until(lambda: "begun" in journal.lines())
     os.kill(program.pid, signal.SIGINT)
     assert program.heard() == ("interrupted", 0, 1)
     program.end()
@@ -781,124 +777,3 @@ def test_an_executor_that_is_shut_down_raises(kind, world):
     executor.shutdown()
     with pytest.raises(OperoError, match="takes no work"):
         kind.map(world.define(double), executor).run([1])
-
-
-# dask
-
-# In a program of its own: dask leaves a thread behind, and where there are threads, opero's own maps do not fork.
-ON_DASK = """
-    import os, signal
-    import dask, distributed
-    from opero import opmap
-
-    def sync(function):
-        return function
-
-    def later(function):
-        async def work(item, **kwargs):
-            return function(item, **kwargs)
-        return work
-
-    def double(item):
-        return item * 2
-
-    def fail_twice(path):
-        with open(path, "a") as file:
-            file.write("x")
-        if len(open(path).read()) < 3:
-            raise OSError
-        return path[-1]
-
-    def kill(item):
-        if item == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-            signal.pause()
-        return item
-
-    def told(error):
-        return error if not isinstance(error, Exception) else type(error).__name__
-
-    def maps(client):
-        executor = client.get_executor()
-        for world in (sync, later):
-            def run(function, items, **options):
-                mapped = opmap(**{"mode": executor, "progress": False, "retries": 0, **options})(world(function))
-                return [told(result) for result in mapped.run(items)]
-
-            journals = [f"{os.environ['JOURNAL']}-{world.__name__}-{item}" for item in (1, 2)]
-            yield "results", run(double, range(300))
-            yield "retries", run(fail_twice, journals, retries=3, min_delay=0.01)
-            yield "crash", run(kill, range(6), workers=2)
-            yield "made", run(double, [1, 2], mode=lambda: client.get_executor())
-            yield "open", executor.submit(double, 4).result()
-
-    if __name__ == "__main__":
-        # By default an item that kills its worker is tried three times more.
-        with (
-            dask.config.set({"distributed.scheduler.allowed-failures": 0}),
-            distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-            distributed.Client(cluster) as client,
-        ):
-            for name, value in maps(client):
-                print((name, value))
-            try:
-                opmap(mode=client)(double)
-            except TypeError as error:
-                print(("client", str(error)), flush=True)
-            # To close a cluster takes seconds, and for ever where it is about to replace a worker.
-            os.killpg(0, signal.SIGKILL)
-"""
-
-
-@pytest.fixture(scope="module")
-def on_dask(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What came of the maps on a dask cluster: of a ``def`` function, and of an ``async def`` function."""
-    folder = tmp_path_factory.mktemp("dask")
-    path = folder / "program.py"
-    path.write_text(textwrap.dedent(ON_DASK))
-    with subprocess.Popen(
-        [sys.executable, "-X", "faulthandler", path],
-        env={**os.environ, "JOURNAL": str(folder / "journal"), "DASK_TEMPORARY_DIRECTORY": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as program:
-        try:
-            out, errors = program.communicate(timeout=80)
-        except subprocess.TimeoutExpired:
-            program.send_signal(signal.SIGABRT)  # tells where it stands
-            time.sleep(1)
-            os.killpg(program.pid, signal.SIGKILL)
-            out, errors = program.communicate()
-    said: dict[str, list[Any]] = {}
-    for line in out.splitlines():
-        name, value = ast.literal_eval(line)
-        said.setdefault(name, []).append(value)
-    assert "client" in said, (said, errors)
-    return said
-
-
-def test_dask_workers_run_the_items(on_dask):
-    assert on_dask["results"] == [[n * 2 for n in range(300)]] * 2
-
-
-def test_an_item_that_fails_in_a_dask_worker_is_tried_again(on_dask):
-    assert on_dask["retries"] == [["1", "2"]] * 2
-
-
-def test_an_item_that_kills_its_dask_worker_is_charged_and_no_other(on_dask):
-    assert on_dask["crash"] == [[0, 1, 2, "WorkerCrashedError", 4, 5]] * 2
-
-
-def test_a_function_may_make_an_executor_of_dask(on_dask):
-    assert on_dask["made"] == [[2, 4]] * 2
-
-
-def test_a_given_executor_of_dask_stays_open(on_dask):
-    assert on_dask["open"] == [8] * 2
-
-
-def test_a_dask_client_as_mode_raises_and_says_what_to_write(on_dask):
-    (message,) = on_dask["client"]
-    assert "mode='dask', pool_options={'client': client}" in message
