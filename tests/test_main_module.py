@@ -37,33 +37,36 @@ SCRIPT = """
 
         return work
 
-    def main():
-        work = opmap(MODE, workers=1, retries=1, retry_on=FlakyError, min_delay=0.001, progress=False)(make())
+    def main(mode):
+        work = opmap(**mode, workers=1, retries=1, retry_on=FlakyError, min_delay=0.001, progress=False)(make())
         results = work([Point(1), Point(2), Point(3)])
         print(results == [(True, True, Point(x)) for x in (1, 2, 3)], work.stats.retries)
 
     if __name__ == "__main__":
-        main()
+        for mode in EACH_MODE:
+            main(mode)
 """
+EXECUTOR = "mode=lambda: concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context({!r}))"
+# Those that fork come first, while the program has no threads.
 MODES = {
-    **{
-        method: f"mode='process', pool_options={{'start_method': {method!r}}}"
-        for method in ("fork", "spawn", "forkserver")
-    },
-    **{
-        f"executor, {method}": "mode=lambda: concurrent.futures.ProcessPoolExecutor("
-        f"1, mp_context=multiprocessing.get_context({method!r}))"
-        for method in ("fork", "spawn")
-    },
+    "fork": "mode='process', pool_options={'start_method': 'fork'}",
+    "executor, fork": EXECUTOR.format("fork"),
+    "spawn": "mode='process', pool_options={'start_method': 'spawn'}",
+    "forkserver": "mode='process', pool_options={'start_method': 'forkserver'}",
+    "executor, spawn": EXECUTOR.format("spawn"),
     "loky": "mode=lambda: __import__('loky').ProcessPoolExecutor(1)",
 }
 
 
 # Python starts the workers of an executor from the program's file, if they are spawned.
 WITHOUT_FILE = [mode for mode in MODES if mode != "executor, spawn"]
-CASES = [*((mode, "file") for mode in MODES), *((mode, "-c") for mode in WITHOUT_FILE)]
-# Workers that have the main module, that get it from its file, that have none to get, by opero and by others.
-DIFFERENT = [("fork", "file"), ("spawn", "file"), ("spawn", "-c"), ("executor, spawn", "file"), ("loky", "file")]
+# Workers that have the main module, that get it from its file, and, of others, that have none to get.
+DIFFERENT = {"file": ["fork", "spawn", "loky"], "-c": ["spawn"]}
+
+
+def in_each(modes, source):
+    """The source with the options of these modes."""
+    return textwrap.dedent(source).replace("EACH_MODE", f"[{', '.join(f'dict({MODES[mode]})' for mode in modes)}]")
 
 
 def run_main(folder, source, *, way):
@@ -76,10 +79,9 @@ def run_main(folder, source, *, way):
     return run.stdout
 
 
-@pytest.mark.parametrize(("mode", "way"), CASES)
-def test_a_class_of_the_main_module_is_one_class_in_the_caller_and_the_workers(tmp_path, mode, way):
-    source = textwrap.dedent(SCRIPT).replace("MODE", MODES[mode])
-    assert run_main(tmp_path, source, way=way) == "True 1\n"
+@pytest.mark.parametrize(("way", "modes"), [("file", MODES), ("-c", WITHOUT_FILE)])
+def test_a_class_of_the_main_module_is_one_class_in_the_caller_and_the_workers(tmp_path, way, modes):
+    assert run_main(tmp_path, in_each(modes, SCRIPT), way=way) == "True 1\n" * len(modes)
 
 
 KINDS = """
@@ -157,19 +159,22 @@ KINDS = """
     def get_factors(_, size, *, other):
         return isinstance(size, Size), isinstance(other, Size), size.factor, other.factor
 
+    def by_name(name):
+        if name == "fault":
+            return is_caught_by_its_base(name)
+        return [is_even(4), is_even(3)] if name == "numbers" else make_others(name)
+
     def main():
         def mapped(function):
             return opmap(MODE, workers=1, retries=0, progress=False)(function)
 
         # Each map has workers that know nothing of the others'.
-        print(mapped(is_caught_by_its_base)([1]) == [True])
-        print(mapped(is_even)([4, 3]) == [True, False])
+        is_caught, are_even, (*known, inner) = mapped(by_name)(["fault", "numbers", "others"])
+        print(is_caught, are_even, known, type(inner) is Inner)
         ((color, text, box),) = mapped(lambda item: (Color(item), Color(item).text(), Box[int](item)))([1])
         print(color is Color.RED, text, type(box) is Box)
         items = [Color.RED, Tile(1), Tile(2)]
         print(mapped(lambda item: item.text() if isinstance(item, Color) else item.area())(items))
-        *known, inner = mapped(make_others)([1])[0]
-        print(known, type(inner) is Inner)
         print(mapped(get_factors)([1], Size(), other=Size()))
         print(Scale(3).times([5]))
 
@@ -178,15 +183,13 @@ KINDS = """
 """
 
 
-@pytest.mark.parametrize(("mode", "way"), DIFFERENT)
-def test_what_the_main_module_defines_works_in_workers_as_in_the_caller(tmp_path, mode, way):
+@pytest.mark.parametrize(("way", "mode"), [(way, mode) for way, modes in DIFFERENT.items() for mode in modes])
+def test_what_the_main_module_defines_works_in_workers_as_in_the_caller(tmp_path, way, mode):
     source = textwrap.dedent(KINDS).replace("MODE", MODES[mode])
     expected = [
-        "True",
-        "True",
+        "True [True, False] [True, True, True] True",
         "True red True",
         "['red', 3, 6]",
-        "[True, True, True] True",
         "[(True, True, 3, 3)]",
         "[15]",
     ]
@@ -369,14 +372,14 @@ PREPARED = """
     if __name__ == "__main__":
         for initializer in (functools.partial(put, 1), Setting(2).apply, Setting(3), lambda: put(4)):
             options = {"start_method": METHOD, "initializer": initializer}
-            mapped = opmap(mode=MODE, workers=1, retries=0, progress=False, pool_options=options)(read)
+            mapped = opmap(mode="process", workers=1, retries=0, progress=False, pool_options=options)(read)
             print(mapped.run([0]), end=" ")
 """
 
 
-@pytest.mark.parametrize(("mode", "method"), INITIALIZED_IN)
-def test_whatever_calls_a_function_of_the_main_module_prepares_that_of_the_worker(tmp_path, mode, method):
-    source = textwrap.dedent(PREPARED).replace("MODE", repr(mode)).replace("METHOD", repr(method))
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_whatever_calls_a_function_of_the_main_module_prepares_that_of_the_worker(tmp_path, method):
+    source = textwrap.dedent(PREPARED).replace("METHOD", repr(method))
     assert run_main(tmp_path, source, way="file") == "[1] [2] [3] [4] "
 
 
@@ -439,14 +442,14 @@ CIRCLES = """
         return type(item).__name__, type(item) in (*Shape.kinds.values(), type(Single.only))
 
     if __name__ == "__main__":
-        print(opmap(MODE, workers=1, retries=0, progress=False)(name)([Dot(), Single()]))
+        for mode in EACH_MODE:
+            print(opmap(**mode, workers=1, retries=0, progress=False)(name)([Dot(), Single()]))
 """
 
 
-@pytest.mark.parametrize(("mode", "way"), DIFFERENT)
-def test_a_class_that_leads_back_to_itself_is_known_to_workers(tmp_path, mode, way):
-    source = textwrap.dedent(CIRCLES).replace("MODE", MODES[mode])
-    assert run_main(tmp_path, source, way=way) == "[('Dot', True), ('Single', True)]\n"
+@pytest.mark.parametrize(("way", "modes"), DIFFERENT.items())
+def test_a_class_that_leads_back_to_itself_is_known_to_workers(tmp_path, way, modes):
+    assert run_main(tmp_path, in_each(modes, CIRCLES), way=way) == "[('Dot', True), ('Single', True)]\n" * len(modes)
 
 
 GLOBALS = """
@@ -708,13 +711,15 @@ HELD = """
     def choose(item, f, *, g):
         return f(item), g(item)
 
+    def by_kind(item):
+        function = {Planet: use, Right: combine, Form: press}.get(type(item), make)
+        return function(item)
+
     if __name__ == "__main__":
         mapped = opmap(MODE, workers=1, retries=0, progress=False)
-        print(mapped(use)([Planet.EARTH]))
         both = Right.READ | Right.WRITE
-        print(mapped(combine)([both])[0] == (True, "READ|WRITE", both))
-        print(mapped(press)([Form()]))
-        node, info, state = mapped(make)([1])[0]
+        used, combined, clicks, (node, info, state) = mapped(by_kind)([Planet.EARTH, both, Form(), 1])
+        print(used, combined == (True, "READ|WRITE", both), clicks)
         print(type(node) is Tree.Node, type(info) is Job.Info, state is Job.State.NEW)
         print(mapped(lambda f: f(4))([is_even, lambda x: -x, abs]))
         print(mapped(choose)([4], lambda x: x + 1, g=is_even))
@@ -727,9 +732,7 @@ HELD = """
 def test_what_classes_hold_and_functions_that_are_given_arrive_in_workers(tmp_path, mode, way):
     source = textwrap.dedent(HELD).replace("MODE", MODES[mode])
     assert run_main(tmp_path, source, way=way).splitlines() == [
-        "[(True, 5.97, 'low', 3)]",
-        "True",
-        "[1]",
+        "(True, 5.97, 'low', 3) True 1",
         "True True True",
         "[True, -4, 4]",
         "[(5, True)]",
@@ -897,7 +900,7 @@ def test_an_exit_handler_may_map(tmp_path, method):
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_script_maps_under_the_debugger(tmp_path, method):
     path = tmp_path / "script.py"
-    path.write_text(textwrap.dedent(SCRIPT).replace("MODE", MODES[method]))
+    path.write_text(in_each([method], SCRIPT))
     command = [sys.executable, "-m", "pdb", "-c", "continue", path]
     run = subprocess.run(command, input="quit\n", capture_output=True, text=True, timeout=60, check=False)
     assert "True 1\n" in run.stdout

@@ -473,17 +473,22 @@ def terminal(tmp_path):
     return Terminal(tmp_path)
 
 
-def test_a_terminal_shows_a_bar_with_the_label(mode, terminal):
-    written, out = terminal.on_terminal(
-        "opmap(**options, progress='fetching pages')(function).run(range(50))", mode.name
-    )
-    assert "fetching pages" in written
-    assert "50/50" in written
+IN_EACH_MODE = f"""
+    for mode in {MODES}:
+        function = work_async if mode.startswith("async") else work
+        opmap(mode=mode, workers=2, progress=f"fetching in {{mode}}")(function).run(range(50))
+"""
+
+
+def test_a_terminal_shows_a_bar_with_the_label(terminal):
+    written, out = terminal.on_terminal(IN_EACH_MODE)
+    for mode in MODES:
+        assert re.search(rf"fetching in {mode}:[^\r]* 50/50 ", written)
     assert out == NOTHING_CHANGED
 
 
-def test_without_a_terminal_there_is_no_bar(mode, terminal):
-    written, out = terminal.on_pipe("opmap(**options, progress='fetching pages')(function).run(range(50))", mode.name)
+def test_without_a_terminal_there_is_no_bar(terminal):
+    written, out = terminal.on_pipe(IN_EACH_MODE)
     assert written == ""
     assert out == NOTHING_CHANGED
 
@@ -511,28 +516,31 @@ def test_the_bar_tells_how_many_items_failed(terminal):
     assert "failed=2" in written
 
 
-def test_the_bar_tells_how_many_items_were_retried_and_how_many_came_from_the_cache(mode, terminal):
-    body = """
+def test_the_bar_tells_how_many_items_were_retried_and_how_many_came_from_the_cache(terminal):
+    body = f"""
         import pathlib
 
-        def try_it(item):
-            mark = pathlib.Path(f"{__file__}.{item}")
+        def try_it(item, mode):
+            mark = pathlib.Path(f"{{__file__}}.{{mode}}.{{item}}")
             if item < 3 and not mark.exists():
                 mark.touch()
                 raise ValueError(item)
             if item == 9:
                 raise TypeError(item)
 
-        async def try_it_async(item):
-            try_it(item)
+        async def try_it_async(item, mode):
+            try_it(item, mode)
 
-        mapped = opmap(**options, cache=True, retry_on=ValueError, min_delay=0.01)
-        mapped(try_it_async if function is work_async else try_it).run(item for item in [0, 1, 2, 3, 3, 4, 4, 9])
+        for mode in {MODES}:
+            options = dict(mode=mode, workers=2, cache=True, retry_on=ValueError, min_delay=0.01)
+            mapped = opmap(**options, progress=f"in {{mode}}")(try_it_async if mode.startswith("async") else try_it)
+            mapped.run((item for item in [0, 1, 2, 3, 3, 4, 4, 9]), mode)
     """
-    written, _ = terminal.on_terminal(body, mode.name)
-    last = [line for line in written.split("\r") if "item/s" in line][-1]
-    assert "8item" in last
-    assert "failed=1, retried=3, cached=2" in last
+    written, _ = terminal.on_terminal(body)
+    for mode in MODES:
+        last = [line for line in written.split("\r") if f"in {mode}:" in line and "item/s" in line][-1]
+        assert "8item" in last
+        assert "failed=1, retried=3, cached=2" in last
 
 
 def test_the_bar_tells_of_a_retry_before_any_item_has_ended(terminal):
@@ -585,6 +593,8 @@ def screens(written):
             yield [line.rstrip() for line in rows if line.strip()]
 
 
+# It is the caller that draws them, in every mode.
+@pytest.mark.parametrize("mode", ["thread", "async_process"])
 def test_the_bars_of_several_maps_at_once_do_not_mix(mode, terminal):
     body = """
         slowly = slow_async if function is work_async else slow
@@ -595,7 +605,7 @@ def test_the_bars_of_several_maps_at_once_do_not_mix(mode, terminal):
         for thread in threads:
             thread.join()
     """
-    written, _ = terminal.on_terminal(body, mode.name)
+    written, _ = terminal.on_terminal(body, mode)
     labels = ("first:", "second:", "third:")
     for lines in screens(written):
         assert all(sum(line.count(label) for label in labels) <= 1 for line in lines)
@@ -625,9 +635,11 @@ def test_a_single_call_has_no_bar(terminal):
 
 
 def test_maps_without_policies_show_a_bar_only_if_asked(terminal):
-    written, _ = terminal.on_terminal("get_parallel_executor(**options)(function, range(50))")
-    assert written == ""
-    written, _ = terminal.on_terminal("get_parallel_executor(**options, progress='fetching')(function, range(50))")
-    assert "fetching" in written
-    written, _ = terminal.on_terminal("get_parallel_map_decorator(**options, progress='fetching')(function)(range(50))")
-    assert "fetching" in written
+    body = """
+        get_parallel_executor(**options)(function, range(50))
+        get_parallel_executor(**options, progress="fetching first")(function, range(50))
+        get_parallel_map_decorator(**options, progress="fetching later")(function)(range(50))
+    """
+    written, _ = terminal.on_terminal(body)
+    assert written.startswith("\rfetching first:")
+    assert "fetching later:" in written

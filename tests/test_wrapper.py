@@ -1313,20 +1313,13 @@ def test_cloudpickle_rebuilds_a_local_map():
 
 
 @pytest.mark.parametrize("pickler", ["cloudpickle", "dill"])
-@pytest.mark.parametrize(
-    ("make", "expression", "expected"),
-    [
-        ("local_function", "thing(21)", "42"),
-        ("local_cached_function", "thing(21)", "42"),
-        ("local_map", "thing([21])", "[42]"),
-        ("closure", "thing(21)", "42"),
-    ],
-)
-def test_a_local_thing_is_carried_to_another_process(make, expression, expected, pickler, module):
-    thing = getattr(module, make)()
-    data = cloudpickle.dumps(thing) if pickler == "cloudpickle" else dill.dumps(thing, recurse=True)
+def test_local_things_are_carried_to_another_process(pickler, module):
+    things = module.local_function(), module.local_cached_function(), module.local_map(), module.closure()
+    data = cloudpickle.dumps(things) if pickler == "cloudpickle" else dill.dumps(things, recurse=True)
 
-    assert elsewhere(module, data, pickler, expression) == expected
+    assert (
+        elsewhere(module, data, pickler, "thing[0](21), thing[1](21), thing[2]([21]), thing[3](21)") == "42 42 [42] 42"
+    )
 
 
 SCRIPT = """
