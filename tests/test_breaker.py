@@ -431,9 +431,6 @@ def test_a_round_that_the_circuit_does_not_let_begin_is_no_retry(mode):
 
 
 def test_items_that_wait_for_a_worker_are_not_run_when_the_circuit_opens(mode, journal, fake_clock):
-    if mode.name == "async_process":
-        pytest.skip("one worker runs many items at once")
-
     def function(x):
         is_retry = str(x) in journal.lines()
         journal.add(x)
@@ -455,6 +452,7 @@ def test_items_that_wait_for_a_worker_are_not_run_when_the_circuit_opens(mode, j
         total_timeout=1_000,  # so that items travel one at a time
         on_event=told.append,
         **{**mode.options, "workers": 1},
+        pool_options={"concurrency": 1} if mode.name == "async_process" else None,
     )(mode.define(function))
     outcomes = mode.stream(mapped, items())
     assert [type(outcome.error) for outcome in outcomes] == [ConnectionError, type(None)] * 10

@@ -365,11 +365,14 @@ def is_even(result):
     return result % 4 == 0
 
 
-def test_items_of_a_map_get_old_entries_when_they_fail(mode, place, wall):
-    if not mode.shares_memory:
-        pytest.skip("the function's state is in the workers")
-    service = Service(1, ConnectionError())
-    fetch = opmap(cache=Cache(ttl=10, stale=100, **place), retries=0, **mode.options)(mode.define(service.ask))
+def test_items_of_a_map_get_old_entries_when_they_fail(mode, place, wall, journal):
+    def ask(x):
+        journal.add(x)
+        if len(journal.lines()) > 1:
+            raise ConnectionError
+        return 1
+
+    fetch = opmap(cache=Cache(ttl=10, stale=100, **place), retries=0, **mode.options)(mode.define(ask))
     assert mode.run(fetch, [5]) == [1]
     wall.tick(11)
     assert mode.run(fetch, [5]) == [1]
