@@ -315,8 +315,8 @@ def _shares(files: list[Path], jobs: int) -> list[list[Path]]:
     sizes = {path: path.stat().st_size for path in files}
     waiting = sorted(files, key=lambda path: sizes[path])
     left = sum(sizes.values())
-    # Each process takes a second to begin.
-    least = left / (10 * jobs)
+    # Each process takes a second to begin, and one more for the servers of its tests.
+    least = left / (5 * jobs)
     shares: list[list[Path]] = []
     while waiting:
         wanted = max(least, left / (2 * jobs))
