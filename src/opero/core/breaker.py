@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from opero.core.checks import check_count, check_seconds
 from opero.core.clock import clock
@@ -18,7 +18,7 @@ from opero.utils.notes import duration
 __all__ = ["Breaker", "Circuit"]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from opero.core.checks import Duration
     from opero.core.parameters import ParameterSlot, Per
@@ -37,25 +37,15 @@ class _Circuit:
         self.trial_at: float | None = None
         self.trial: Passage | None = None
 
-    def open(self, trial_at: float) -> None:
-        self.trial = None
-        self.trial_at = trial_at
-
-    def wait(self) -> float | None:
-        """Seconds until a trial may begin, infinite while one is under way; None if the circuit is closed."""
-        if self.trial_at is None:
-            return None
-        return math.inf if self.trial is not None else max(0.0, self.trial_at - clock.now())
+    def open(self, seconds: float) -> None:
+        self.trial, self.trial_at = None, clock.now() + seconds
 
 
-class Passage:
+class Passage(NamedTuple):
     """One attempt through a circuit; left without a word, it tells nothing of the service."""
 
-    __slots__ = ("breaker", "key")
-
-    def __init__(self, breaker: Breaker, key: Any) -> None:
-        self.breaker = breaker
-        self.key = key
+    breaker: Breaker
+    key: Any
 
     def is_shut(self) -> bool:
         """Whether the circuit has opened since; then the attempt must not begin, after it waited for something else."""
@@ -121,20 +111,21 @@ class Breaker:
 
     def enter(self, key: Any) -> Passage | None:
         """Let an attempt through, to be left again; None if the circuit is open."""
-        passage = Passage(self, key)
         with self._lock.lock:
-            circuit = self.circuits.get(key)
-            wait = None if circuit is None else circuit.wait()
-            if circuit is not None and wait is not None:
-                if wait:
-                    return None
-                circuit.trial = passage
-        return passage
+            wait = self.wait_of(key)
+            if wait:
+                return None
+            passage = Passage(self, key)
+            if wait is not None:
+                self.circuits[key].trial = passage
+            return passage
 
     def wait_of(self, key: Any) -> float | None:
         """Seconds until a trial may begin, infinite while one is under way; None if the circuit is closed."""
         circuit = self.circuits.get(key)
-        return None if circuit is None else circuit.wait()
+        if circuit is None or circuit.trial_at is None:
+            return None
+        return math.inf if circuit.trial is not None else max(0.0, circuit.trial_at - clock.now())
 
     def listen(self, waiter: object, wake: Callable[[], None] | None) -> None:
         """Call ``wake``, from any thread, when a circuit opens or closes; None: no more."""
@@ -145,45 +136,36 @@ class Breaker:
 
     def passed(self, passage: Passage, *, failed: bool) -> str | None:
         """Take note of how an attempt ended; gives the state into which that has brought the circuit, if it has."""
-        key = passage.key
         with self._lock.lock:
-            circuit = self.circuits.get(key)
-            is_trial = circuit is not None and circuit.trial is passage
-            if circuit is not None and circuit.trial_at is not None and not is_trial:
+            if passage.is_shut():
                 # It began before the circuit opened; only a trial decides now.
                 return None
+            circuit = self.circuits.pop(passage.key, None)
+            state = "closed" if circuit is not None and circuit.trial is passage else None
             if failed:
-                changed = "open" if self._failed(key, is_trial=is_trial) else None
-            else:
-                self.circuits.pop(key, None)
-                changed = "closed" if is_trial else None
-        if changed is not None:
-            self._has_changed(changed)
-        return changed
+                circuit = self.circuits[passage.key] = circuit or self._new_circuit()
+                circuit.failures.append(clock.now())
+                if state is not None or self._are_too_many(circuit.failures):
+                    circuit.open(self.recovery)
+                    state = "open"
+        if state is not None:
+            self._has_changed(state)
+        return state
 
-    def _failed(self, key: Any, *, is_trial: bool) -> bool:
-        """Count a failure; tells whether that has opened the circuit."""
-        now = clock.now()
-        circuit = self.circuits.pop(key, None)
-        if circuit is None:
-            if len(self.circuits) >= _MOST_KEPT:
-                closed = (key for key, other in self.circuits.items() if other.trial_at is None)
-                del self.circuits[next(closed, next(iter(self.circuits)))]
-            circuit = _Circuit(self.failures)
-        self.circuits[key] = circuit
-        circuit.failures.append(now)
-        in_time = self._window is None or now - circuit.failures[0] <= self._window
-        if not is_trial and not (len(circuit.failures) == self.failures and in_time):
-            return False
-        circuit.open(now + self.recovery)
-        return True
+    def _new_circuit(self) -> _Circuit:
+        """One more, in place of another one if there are many: of one that is closed, if there is any."""
+        if len(self.circuits) >= _MOST_KEPT:
+            closed = (key for key, other in self.circuits.items() if other.trial_at is None)
+            del self.circuits[next(closed, next(iter(self.circuits)))]
+        return _Circuit(self.failures)
+
+    def _are_too_many(self, failures: Sequence[float]) -> bool:
+        return len(failures) == self.failures and (self._window is None or failures[-1] - failures[0] <= self._window)
 
     def open(self, key: Any) -> None:
         """Let nobody through for one recovery."""
         with self._lock.lock:
-            circuit = self.circuits.setdefault(key, _Circuit(self.failures))
-            circuit.failures.append(clock.now())
-            circuit.open(clock.now() + self.recovery)
+            self.circuits.setdefault(key, _Circuit(self.failures)).open(self.recovery)
         self._has_changed("open")
 
     def reset(self, key: Any) -> None:
@@ -219,6 +201,8 @@ class FunctionBreaker:
     def __init__(self, shared: Breaker, by: Per | ParameterSlot | None) -> None:
         self.shared = shared
         self.by = by
+        # Empty while no circuit knows of a failure.
+        self._circuits = shared.circuits
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _key_of(MISSING if self.by is None else self.by.get(args, kwargs))
@@ -229,18 +213,18 @@ class FunctionBreaker:
 
     def wait_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         """See `Breaker.wait_of`."""
-        return self.shared.wait_of(self._key(args, kwargs)) if self.shared.circuits else None
+        return self.shared.wait_of(self._key(args, kwargs)) if self._circuits else None
 
     def is_quiet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether nothing is known that speaks against any call."""
         if self.by is not None:
             # A function that refuses a value refuses it always.
             self.by.get(args, kwargs)
-        return not self.shared.circuits
+        return not self._circuits
 
     def succeeded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An attempt that found all quiet has succeeded; others may have failed meanwhile."""
-        if self.shared.circuits:
+        if self._circuits:
             self.shared.passed(Passage(self.shared, self._key(args, kwargs)), failed=False)
 
 

@@ -89,11 +89,6 @@ class Line:
         # Who comes before that, just after others that had waited, has missed slots, too, while it could not look.
         self._made_up_until = -math.inf
 
-    def __len__(self) -> int:
-        with lines.lock:
-            self.first()
-            return len(self._waiting)
-
     @property
     def is_shared(self) -> bool:
         """Whether somebody outside of this process has to be asked: nobody, under a clock that jumps."""
@@ -287,105 +282,85 @@ class Line:
 class Turn:
     """A caller who waits for a slot of each of some lines.
 
-    An `opero.core.steps.Arrival` of these slots, or of the news that they would come too late.
+    An `opero.core.steps.Arrival` of news: that it has ``"taken"`` its slots, that it ``"asks"`` for those of limits
+    that processes share, or that it is ``"late"``, since they would come too late.
 
     Attributes:
-        taken: It has its slots.
-        is_late: They would come too late.
-        asks: It may ask the gates of shared limits.
+        news: One of these, or nothing yet.
         has_waited: It has found no slot before.
         number: Its place among all that came; below 0 before that.
     """
 
-    __slots__ = (
-        "_due",
-        "_first_since",
-        "_latest",
-        "_listen",
-        "_wake",
-        "_wants",
-        "asks",
-        "has_waited",
-        "is_late",
-        "is_turn",
-        "number",
-        "taken",
-    )
-
     def __init__(
         self, wants: Wants, latest: Latest = never, listen: Listen | None = None, *, is_turn: bool = True
     ) -> None:
-        # None once it has left.
-        self._wants: Wants | None = wants
+        # Nothing once it has left.
+        self._wants = wants
         self._latest = latest
         self._listen = listen
         self.is_turn = is_turn
         # When to look again, if nothing is heard before; since when it is the first everywhere.
         self._due = self._first_since = math.inf
         self._wake: Callable[[], None] | None = None
+        self.news = ""
+        self.has_waited = False
         self.number = -1
-        self.taken = self.is_late = self.asks = self.has_waited = False
 
     def poll(self) -> bool:
         wants = self._wants
-        if wants is not None and not self._has_news():
+        if wants and not self.news:
             with lines.lock:
-                self._look(wants, clock.now())
-            for line, _ in wants:
-                line.rouse_first()
-        return self._has_news()
+                self._look(clock.now())
+            _rouse_the_first_of(wants)
+        return bool(self.news)
 
-    def _has_news(self) -> bool:
-        return self.taken or self.is_late or self.asks
-
-    def _look(self, wants: Wants, now: float) -> None:
+    def _look(self, now: float) -> None:
         """Go on, if it may."""
         if self.number < 0:
             self.number = next(_numbers)
         elif now >= self._latest():
             # It has waited, and others can still use the slot.
-            self.is_late = True
+            self.news = "late"
             return
-        moments = [line.due(self, amounts, now) for line, amounts in wants]
+        moments = [line.due(self, amounts, now) for line, amounts in self._wants]
         self._due = max(moments)
         if self._due > now + EARLY:
             if len(moments) > 1:
-                self._let_others_pass(wants, moments, now)
-            self._go_on_waiting(wants, now)
-        elif any(line.is_shared for line, _ in wants):
-            self.asks = True
+                self._let_others_pass(moments, now)
+            self._go_on_waiting(now)
+        elif any(line.is_shared for line, _ in self._wants):
+            self.news = "asks"
         else:
-            self._start(wants, now)
+            self._start(now)
 
-    def _let_others_pass(self, wants: Wants, moments: Sequence[float], now: float) -> None:
+    def _let_others_pass(self, moments: Sequence[float], now: float) -> None:
         """Others use what would pass unused while it waits for another limit, unless they have done so for long."""
-        if all(line.first() is self for line, _ in wants):
+        if all(line.first() is self for line, _ in self._wants):
             self._first_since = min(self._first_since, now)
         unused = EARLY + max(0.0, now - self._first_since) * _UNUSED
-        for (line, _), moment in zip(wants, moments, strict=True):
+        for (line, _), moment in zip(self._wants, moments, strict=True):
             if self._due - max(moment, now) > unused:
                 line.let_pass(self)
             elif line.first() is self:
                 # It lets nobody else go on meanwhile.
                 line.close_until(max(self._due, line.opens_at))
 
-    def _start(self, wants: Wants, now: float) -> None:
-        self.taken = True
-        for line, amounts in wants:
+    def _start(self, now: float) -> None:
+        self.news = "taken"
+        for line, amounts in self._wants:
             line.start(self, amounts, now)
 
-    def _go_on_waiting(self, wants: Wants, now: float) -> None:
+    def _go_on_waiting(self, now: float) -> None:
         """Unless that is of no use."""
         self.has_waited = True
         latest = self._latest()
-        if latest < math.inf:
-            self.is_late = any(line.comes_after(latest, self, amounts, now) for line, amounts in wants)
+        if latest < math.inf and any(line.comes_after(latest, self, amounts, now) for line, amounts in self._wants):
+            self.news = "late"
 
     def ask(self) -> Generator[Any, Any, None]:
         """Ask the gates of shared limits; what one of them gives goes back if another one has nothing to give."""
-        self.asks = False
-        wants = self._wants or ()
-        given: list[tuple[Line, Sequence[float]]] = []
+        self.news = ""
+        wants, given = self._wants, list[tuple[Line, Sequence[float]]]()
         wait: float | None = None
         for line, amounts in wants:
             if line.is_shared and not wait:
@@ -395,16 +370,16 @@ class Turn:
         with lines.lock:
             now = clock.now()
             if wait or any(line.wait_alone(amounts, now) for line, amounts in wants):
-                self._go_on_waiting(wants, now)
+                self._go_on_waiting(now)
             else:
-                self._start(wants, now)
-        for line, _ in wants:
-            line.rouse_first()
-        for line, amounts in () if self.taken else given:
+                self._start(now)
+                given.clear()
+        _rouse_the_first_of(wants)
+        for line, amounts in given:
             yield from line.tell(partial(_give_back, amounts))
 
     def due_in(self) -> float | None:
-        if self._has_news():
+        if self.news:
             return 0.0
         now = clock.now()
         due = now + _LONGEST_NAP if self._due == math.inf else self._due
@@ -422,12 +397,17 @@ class Turn:
 
     def leave(self) -> None:
         """It has its slots, or wants none any more; the garbage collector may say so, too."""
-        wants, self._wants = self._wants, None
+        wants, self._wants = self._wants, ()
         # What these hold, a call and its errors, is not to wait for the garbage collector with the turn.
         self._latest, self._listen = never, None
-        if wants is not None and self.number >= 0 and not self.taken:
+        if self.number >= 0 and self.news != "taken":
             for line, _ in wants:
                 line.leave(self)
+
+
+def _rouse_the_first_of(wants: Wants) -> None:
+    for line, _ in wants:
+        line.rouse_first()
 
 
 def _give_back(amounts: Sequence[float], ledger: Ledger, now: float) -> None:
@@ -447,8 +427,8 @@ def take(
         while True:
             if not turn.poll():
                 yield turn
-            if not turn.asks:
-                return turn.taken
+            if turn.news != "asks":
+                return turn.news == "taken"
             # The gate has to be asked, which a look must not do.
             yield from turn.ask()
     finally:

@@ -67,17 +67,15 @@ class FileGate:
     def perform(self, requests: Sequence[Change]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
-    def _answer(self, change: Change, *, is_last: bool = False) -> Any:
+    def _answer(self, change: Change) -> Any:
         try:
             return self._ask(change)
         except UnsafeCacheError:
             raise
         except OSError as error:
-            if is_last or not isinstance(error, FileNotFoundError):
-                return error
-        # The folder has gone; it is made anew.
-        self._path = None
-        return self._answer(change, is_last=True)
+            # The folder may have gone; the next one makes it anew.
+            self._path = None
+            return error
 
     def _ask(self, change: Change) -> float:
         if self._path is None:
@@ -88,7 +86,11 @@ class FileGate:
         with _locked(self._path) as file:
             now = clock.machine()
             if file is None:
-                return self._is_locked(now)
+                self._locked_since = now if self._locked_since is None else self._locked_since
+                if now - self._locked_since < _LONGEST_LOCK:
+                    return _BUSY_SECONDS
+                msg = f"another process has kept its file locked for {_LONGEST_LOCK:g} s"
+                raise TimeoutError(errno.ETIMEDOUT, msg)
             self._locked_since = None
             wait, made, _ = change(os.pread(file, _MOST_BYTES, 0), now)
             if made:
@@ -96,40 +98,26 @@ class FileGate:
                 os.ftruncate(file, len(made))
             return wait
 
-    def _is_locked(self, now: float) -> float:
-        if self._locked_since is None:
-            self._locked_since = now
-        if now - self._locked_since < _LONGEST_LOCK:
-            return _BUSY_SECONDS
-        msg = f"another process has kept its file locked for {_LONGEST_LOCK:g} s"
-        raise TimeoutError(errno.ETIMEDOUT, msg)
-
 
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[int | None]:
-    """The open file, locked; None if somebody else keeps it for longer than it takes to read."""
+    """The open file, locked; None if that has to be tried again: somebody else has it, or has removed it."""
     assert fcntl is not None  # noqa: S101 - for the type checkers
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        is_locked = False
-        try:
-            is_locked = _lock(file)
-            if not is_locked:
-                yield None
-                return
-            found = os.fstat(file)
-            if found.st_uid not in {os.geteuid(), 0}:
-                msg = f"{path} belongs to another user; delete it, or name another folder for limits"
-                raise UnsafeCacheError(msg)
-            # Somebody may have tidied it away between the two.
-            if found.st_nlink:
-                yield file
-                return
-        finally:
-            if is_locked:
-                # A child that was forked meanwhile has it open, too.
-                fcntl.flock(file, fcntl.LOCK_UN)
-            os.close(file)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    is_locked = False
+    try:
+        is_locked = _lock(file)
+        found = os.fstat(file)
+        if found.st_uid not in {os.geteuid(), 0}:
+            msg = f"{path} belongs to another user; delete it, or name another folder for limits"
+            raise UnsafeCacheError(msg)
+        # Somebody may have tidied it away between the two; then it is to be asked for again.
+        yield file if is_locked and found.st_nlink else None
+    finally:
+        if is_locked:
+            # A child that was forked meanwhile has it open, too.
+            fcntl.flock(file, fcntl.LOCK_UN)
+        os.close(file)
 
 
 def _lock(file: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from opero.core.checks import check_choice, check_text, check_url
 from opero.core.clock import clock
 from opero.core.faults import Complaints
-from opero.core.forks import watch_forks
 from opero.core.limits.ledger import changed
 from opero.core.steps import Consult
 
@@ -46,12 +45,6 @@ class Share:
         self._open_gate = open_gate
         self._gate: Gate | None = None
         self._complaints = Complaints(what, "going on with a limit of this process alone")
-        self.after_fork()
-        watch_forks(self)
-
-    def after_fork(self) -> None:
-        # By this processes tell each other apart.
-        self._name = random.SystemRandom().random()
         self._refused_since = math.inf
 
     def ask(self, rates: Rates, act: Callable[[Ledger, float], float | None]) -> Generator[Any, Any, float | None]:
@@ -67,13 +60,19 @@ class Share:
 
     def ask_for(self, rates: Rates, amounts: Sequence[float], *, is_late: bool) -> Generator[Any, Any, float | None]:
         """Ask for a slot: 0, or seconds to wait; None if the gate failed."""
-        now, who = clock.now(), self._name
+        now, who = clock.now(), _name_of(os.getpid())
         claims = now - self._refused_since >= _REFUSED_SECONDS
         wait = yield from self.ask(
             rates, lambda ledger, now: ledger.ask(now, amounts, who, is_late=is_late, claims=claims)
         )
         self._refused_since = min(self._refused_since, now) if wait else math.inf
         return wait
+
+
+@lru_cache(maxsize=1)
+def _name_of(_process: int) -> float:
+    """By this processes tell each other apart, on whatever machines they run."""
+    return random.SystemRandom().random()
 
 
 class Scope:
