@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,26 +53,17 @@ def seconds_of(value: Any) -> Any:
 def check_number(name: str, value: Any, what: str, *, smallest: float, exclusive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong_type(name, value, f"a number of {what}")
-    if not _is_finite(value) or value < smallest or (exclusive and value == smallest):
+    if not smallest <= value <= sys.float_info.max or (exclusive and value == smallest):
         bound = "above" if exclusive else "of at least"
-        msg = f"{name}={shown(value)} is out of range; write a finite number of {what} {bound} {smallest:g}"
-        raise ValueError(msg)
+        raise ValueError(f"{name}={shown(value)} is out of range; write a finite number of {what} {bound} {smallest:g}")
     return value
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that no float can hold
-        return False
 
 
 def check_count(name: str, value: Any, what: str, *, smallest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise wrong_type(name, value, f"a whole number of {what}")
     if value < smallest:
-        msg = f"{name}={shown(value)} is out of range; write a whole number of {what}, {smallest} or more"
-        raise ValueError(msg)
+        raise ValueError(f"{name}={shown(value)} is out of range; write a whole number of {what}, {smallest} or more")
     return value
 
 
@@ -80,8 +71,7 @@ def check_text(name: str, value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise wrong_type(name, value, f"{what} as text")
     if not value:
-        msg = f"{name}='' is empty; write {what}"
-        raise ValueError(msg)
+        raise ValueError(f"{name}='' is empty; write {what}")
     return value
 
 
@@ -91,8 +81,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     if value not in choices:
         near = nearest(value, choices)
         hint = "" if near is None else f"did you mean {near!r}? "
-        msg = f"{name}={shown(value)} is not known; {hint}write one of {listed(choices)}"
-        raise ValueError(msg)
+        raise ValueError(f"{name}={shown(value)} is not known; {hint}write one of {listed(choices)}")
     return value
 
 
@@ -104,18 +93,15 @@ def check_mapping(name: str, value: Any) -> dict[str, Any]:
         raise wrong_type(name, value, "a mapping of option names to values")
     for key in value:
         if not isinstance(key, str):
-            msg = f"{name} has a key {shown(key)}, which is {kind_of(key)}; write option names as text"
-            raise TypeError(msg)
+            raise TypeError(f"{name} has a key {shown(key)}, which is {kind_of(key)}; write option names as text")
     return dict(value)
 
 
 def check_callable(name: str, value: Any, what: str) -> Callable[..., Any]:
     if not callable(value):
-        msg = f"{name}={shown(value)} is {kind_of(value)}, which cannot be called; write {what}"
-        raise TypeError(msg)
+        raise TypeError(f"{name}={shown(value)} is {kind_of(value)}, which cannot be called; write {what}")
     if is_async(value):
-        msg = f"{name}={shown(value)} is an async function; write a plain one, for async functions too"
-        raise TypeError(msg)
+        raise TypeError(f"{name}={shown(value)} is an async function; write a plain one, for async functions too")
     checked: Callable[..., Any] = value
     return checked
 
@@ -189,5 +175,4 @@ def check_known(where: str, names: Collection[str], known: Collection[str]) -> N
                 hint = f"maps have it: write @opmap({ours.partition(',')[0].partition(' ')[0]})"
             else:
                 hint = f"write any of {listed(known)}" if near is None else f"did you mean {near!r}?"
-            msg = f"{where} got the unknown option {name!r}; {hint}"
-            raise TypeError(msg)
+            raise TypeError(f"{where} got the unknown option {name!r}; {hint}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from opero.core.cache import CacheInfo
     from opero.core.decoration import Decoration
     from opero.core.plan import Plan
+    from opero.core.stats import Stats
 
 __all__ = ["Control", "control"]
 
@@ -56,42 +57,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
 _OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "total", "batch_size", "pool_options"}
 
 
-# What type checkers take a `LiveStats` for: it has the same attributes.
-if TYPE_CHECKING:
-    _AsCallStats = CallStats
-else:
-    _AsCallStats = object
-
-
-class LiveStats(_AsCallStats):
+class LiveStats(CallStats):
     """What a decorated function has done so far: the attributes of `opero.CallStats`, each as it is when it is read."""
 
-    __slots__ = ("_decoration",)
-    _decoration: Decoration
-
     def __init__(self, decoration: Decoration) -> None:
-        object.__setattr__(self, "_decoration", decoration)
+        vars(self)["_decoration"] = decoration
 
     def snapshot(self) -> CallStats:
         """All of them, as they are now."""
-        return self._decoration.plan.stats.snapshot()
+        stats: Stats = vars(self)["_decoration"].plan.stats
+        return stats.snapshot()
 
-    if not TYPE_CHECKING:  # which knows the names above, and no others
+    if not TYPE_CHECKING:  # which knows the names, and no others
 
-        def __getattr__(self, name: str) -> Any:
-            if name not in CallStats.names:
-                msg = f"stats have no {name!r}; they have {', '.join(CallStats.names)}, and snapshot()"
-                raise AttributeError(msg)
-            return getattr(self.snapshot(), name)
-
-    def __reduce__(self) -> Any:
-        return LiveStats, (self._decoration,)
+        def __getattribute__(self, name: str) -> Any:
+            return getattr(self.snapshot(), name) if name in CallStats.names else super().__getattribute__(name)
 
     def __repr__(self) -> str:
         return f"<live {self.snapshot()!r}>"
-
-    def _repr_html_(self) -> str:
-        return self.snapshot()._repr_html_()
 
 
 class Control(Generic[P, R]):
@@ -116,11 +99,10 @@ class Control(Generic[P, R]):
         name = self._decoration.plan.name
         owner, _, method = name.rpartition(".")
         what, whose = ("class", owner.rpartition(".")[2]) if self._missing == "cls" else ("instance", "instance")
-        msg = (
+        raise MisuseError(
             f"{name}.{asked_by}(…) does not know the {what} of the method; "
             f"write opero.control({whose}.{method}).{asked_by}(…)"
         )
-        raise MisuseError(msg)
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses, largest and current number of entries; zeros without a cache."""
@@ -170,8 +152,7 @@ class Control(Generic[P, R]):
 
         policy = self._decoration.plan.breaker
         if policy is None:
-            msg = f"{self._decoration.plan.name} has no circuit; decorate it with breaker=5"
-            raise MisuseError(msg)
+            raise MisuseError(f"{self._decoration.plan.name} has no circuit; decorate it with breaker=5")
         return Circuit(policy)
 
     def with_options(self, **options: Any) -> Callable[P, R]:

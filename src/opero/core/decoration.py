@@ -113,7 +113,7 @@ class Decoration:
         outcome: Any = NOT_RUN
         try:
             outcome = self.function(*first_args, **first_kwargs)
-        except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+        except Exception as error:  # the flow decides what becomes of it
             outcome = Failed(error)
         finally:
             if place is not None:
@@ -174,7 +174,7 @@ class Decoration:
                 is_ready = place is not None
             if is_ready and plan.limit is not None:
                 is_ready = self._take_slot is not None and self._take_slot(first_args, first_kwargs)
-        except Exception:  # noqa: BLE001 - the flow asks again, and counts a value that is refused as a call that failed
+        except Exception:  # the flow asks again, and counts a value that is refused as a call that failed
             is_ready = False
         if is_ready:
             self.count()
@@ -295,7 +295,7 @@ def _function(this: Decoration) -> Callable[..., Any]:
             started = this.clock.now()
             try:
                 return this.function(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+            except Exception as error:  # the flow decides what becomes of it
                 call = this.new_call(args, kwargs, started=started)
                 call.failure = error
             return this.drive(this.call_flow(this.plan, call), this.function)
@@ -319,7 +319,7 @@ def _cached_function(this: Decoration) -> Callable[..., Any]:
                     entry = this.look_up(key)
                     if entry is not None:
                         this.count_hit()
-            except Exception:  # noqa: BLE001 - a wrong call, which the flow meets again and counts
+            except Exception:  # a wrong call, which the flow meets again and counts
                 entry = None
             if entry is not None:
                 return entry[0]
@@ -345,7 +345,7 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
                     entry = this.look_up(key) if this.fetch is None else await this.fetch(key)
                     if entry is not None:
                         this.count_hit()
-            except Exception:  # noqa: BLE001 - as above
+            except Exception:
                 entry = None
             if entry is not None:
                 return entry[0]
@@ -366,7 +366,7 @@ def _async_function(this: Decoration) -> Callable[..., Any]:
             started = this.clock.now()
             try:
                 return await this.function(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - as above
+            except Exception as error:
                 call = this.new_call(args, kwargs, started=started)
                 call.failure = error
             return await this.go_on_async(call)
@@ -393,7 +393,7 @@ def _generator(this: Decoration) -> Callable[..., Any]:
                 except GeneratorExit:
                     source.close()
                     raise
-                except BaseException as error:  # noqa: BLE001 - the generator decides what becomes of it
+                except BaseException as error:  # the generator decides what becomes of it
                     item = source.throw(error) if place is None else place.resume(source.throw, error)
                 else:
                     item = source.send(sent) if place is None else place.resume(source.send, sent)
@@ -422,7 +422,7 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
                 except GeneratorExit:
                     await source.aclose()
                     raise
-                except BaseException as error:  # noqa: BLE001 - the generator decides what becomes of it
+                except BaseException as error:  # the generator decides what becomes of it
                     item = await (source.athrow(error) if place is None else place.resume_async(source.athrow, error))
                 else:
                     item = await (source.asend(sent) if place is None else place.resume_async(source.asend, sent))

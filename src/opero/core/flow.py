@@ -92,7 +92,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
             begin_telling(plan, call)
         try:
             outcome = yield from _through_cache(plan, call, layers.retry)
-        except Exception as error:  # noqa: BLE001 - raised by a policy or a driver: a call that failed like others
+        except Exception as error:  # raised by a policy or a driver: a call that failed like others
             outcome = Failed(error if layers.failed is None else _in_context_of(layers.failed.error, error))
         if outcome.__class__ is Failed:
             outcome = _replaced_by_default(plan, call, outcome)
@@ -355,7 +355,7 @@ class _Layers:
                 return outcome
         try:
             verdict = plan.retry.judge(plan, call, outcome)
-        except Exception as raised:  # noqa: BLE001 - the user's predicate: what it cannot judge ends the call
+        except Exception as raised:  # the user's predicate: what it cannot judge ends the call
             # Not its text, which may hold arguments.
             log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
             return Failed(_in_context_of(outcome.error, raised) if is_failed else raised)

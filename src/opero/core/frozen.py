@@ -18,8 +18,7 @@ class Frozen:
         self.__dict__.update(values)
 
     def __setattr__(self, name: str, _value: object) -> None:
-        msg = f"{type(self).__name__} is frozen: {name} cannot be changed"
-        raise AttributeError(msg)
+        raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be changed")
 
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)

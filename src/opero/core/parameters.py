@@ -30,16 +30,14 @@ class ParameterSlot:
         try:
             parameters = inspect.signature(function).parameters
         except (ValueError, TypeError) as error:
-            msg = (
+            raise ValueError(
                 f"{option}=… cannot apply to {name_of(function)}, whose parameters Python does not know; "
                 "write a function with named parameters around it"
-            )
-            raise ValueError(msg) from error
+            ) from error
         parameter = parameters.get(name)
         if parameter is None or parameter.kind in _VARIADIC:
             named = [p.name for p in parameters.values() if p.kind not in _VARIADIC]
-            msg = f"{option}=… names no parameter of {name_of(function)}; write one of {named}"
-            raise ValueError(msg)
+            raise ValueError(f"{option}=… names no parameter of {name_of(function)}; write one of {named}")
         place = list(parameters).index(name)
         self.name = name
         self.position = None if parameter.kind is parameter.KEYWORD_ONLY else place
@@ -81,11 +79,10 @@ class Per:
             return
         names: Any = per if isinstance(per, tuple) and per else (per,)
         if not all(isinstance(name, str) for name in names) or not all(names):
-            msg = (
+            raise TypeError(
                 f"per={shown(per)} is {kind_of(per)}; write a parameter's name, a tuple of names, or a function of the "
                 "call's arguments"
             )
-            raise TypeError(msg)
         self.parameters = names
         slots = [ParameterSlot(function, name, "per") for name in names]
         self.get = slots[0].get

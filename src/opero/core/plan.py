@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.core.clock import clock
@@ -31,15 +30,15 @@ _LAYERS = ("cache", "total_timeout", "fallback", "breaker", "places", "limit", "
 class Plan:
     """The settings of one decorated function, which never change: one policy per layer, None where it is off."""
 
-    cache: ResultCache | None
-    total_timeout: float | None
-    fallback: FallbackOverParameter | None
-    breaker: FunctionBreaker | None
-    places: PlacesForFunction | None
-    limit: FunctionLimit | None
-    attempt_timeout: float | None
-    on_event: Listener | None
-    default: Any
+    cache: ResultCache | None = None
+    total_timeout: float | None = None
+    fallback: FallbackOverParameter | None = None
+    breaker: FunctionBreaker | None = None
+    places: PlacesForFunction | None = None
+    limit: FunctionLimit | None = None
+    attempt_timeout: float | None = None
+    on_event: Listener | None = None
+    default: Any = MISSING
 
     def __init__(self, function: Callable[..., Any], retry: RetryPolicy, **layers: Any) -> None:
         self.function = function
@@ -49,7 +48,6 @@ class Plan:
         self.module = module_of(function)
         self.kind = calling_kind(function)
         self.is_async = self.kind in {"async def", "async generator"}
-        vars(self).update(dict.fromkeys(_LAYERS), default=MISSING)
         vars(self).update(layers)
         # Not at the top, so that `import opero` stays quick; here, because ``import`` fails when the program ends.
         from opero.core.parameters import own_signature
@@ -95,8 +93,8 @@ class Plan:
 
     def changed(self, **changes: Any) -> Plan:
         """The same with other values of these attributes."""
-        new = copy.copy(self)
-        new.__dict__.update(changes)
+        new = object.__new__(Plan)
+        vars(new).update(vars(self), **changes)
         return new
 
 

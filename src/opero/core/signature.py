@@ -96,8 +96,7 @@ def check_decoratable(function: Any, decorator: str) -> None:
     """Refuse what the decorator could only get wrong later."""
     if isinstance(function, (classmethod, staticmethod)):
         kind = type(function).__name__
-        msg = f"@{decorator} got a {kind} object; put @{decorator} below @{kind}"
-        raise TypeError(msg)
+        raise TypeError(f"@{decorator} got a {kind} object; put @{decorator} below @{kind}")
     if isinstance(function, type):
         msg = f"@{decorator} got the class {function.__qualname__}; it decorates functions and other callables"
         raise TypeError(msg)
@@ -137,5 +136,4 @@ def refuse_unfinished(function: Callable[..., Any], result: Any, *, is_cached: b
 
 
 def _refuse(function: Callable[..., Any], result: Any, why: str, instead: str) -> NoReturn:
-    msg = f"{name_of(function)} returned {type(result).__name__}, {why}; {instead}"
-    raise MisuseError(msg)
+    raise MisuseError(f"{name_of(function)} returned {type(result).__name__}, {why}; {instead}")

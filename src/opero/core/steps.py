@@ -224,7 +224,7 @@ async def run_in_time(
     if limit is None:
         try:
             return await function(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+        except Exception as error:  # the flow decides what becomes of it
             return Failed(error)
     import asyncio
 
@@ -233,7 +233,7 @@ async def run_in_time(
             # Inside the timeout, so that a TimeoutError of the function's own is not taken for the library's.
             try:
                 return await function(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - as above
+            except Exception as error:
                 return Failed(error)
     except TimeoutError:
         return Failed(stopped(name, *limit))
@@ -252,7 +252,7 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - m
                 token = leading.set(leading.get() | step.badges) if step.badges else None
                 try:
                     sent = function(*step.args, **step.kwargs)
-                except Exception as error:  # noqa: BLE001 - the flow decides what becomes of it
+                except Exception as error:  # the flow decides what becomes of it
                     sent = Failed(error)
                 finally:
                     if token is not None:
@@ -265,7 +265,7 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - m
             else:
                 try:
                     sent = _answer_to(step)
-                except Exception as error:  # noqa: BLE001 - the flow decides what becomes of the call
+                except Exception as error:  # the flow decides what becomes of the call
                     step = flow.throw(error)
                     continue
             step = flow.send(sent)
@@ -331,7 +331,7 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
             else:
                 try:
                     sent = await _carry_out_async(step)
-                except Exception as error:  # noqa: BLE001 - as above
+                except Exception as error:
                     step = flow.throw(error)
                     continue
             step = flow.send(sent)

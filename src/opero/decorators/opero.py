@@ -96,11 +96,10 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             refuse_generator(function, f"{name}=…")
     attempt_timeout = _seconds("attempt_timeout", given["attempt_timeout"])
     if attempt_timeout is not None and not killable and not is_async(function):
-        msg = (
+        raise ValueError(
             f"attempt_timeout={attempt_timeout!r} cannot apply to {name_of(function)}: a running `def` function cannot "
             "be stopped; write `async def`, use the function's own timeout, or map it with @opmap(mode='process')"
         )
-        raise ValueError(msg)
     return Plan(
         function,
         total_timeout=_seconds("total_timeout", given["total_timeout"]),
@@ -198,8 +197,7 @@ def _refuse_useless(given: dict[str, Any]) -> None:
         needs.pop("retry_on")
     if given["per"] is not None and all(given[name] is None for name in _PER_VALUE):
         names = ", ".join(_PER_VALUE)
-        msg = f"per={shown(given['per'])} has no effect without {names}; add rate_limit=5, or leave it out"
-        raise ValueError(msg)
+        raise ValueError(f"per={shown(given['per'])} has no effect without {names}; add rate_limit=5, or leave it out")
     for name, (other, off, example) in needs.items():
         if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
             msg = f"{name}={shown(given[name])} has no effect with {other}={off!r}; add {example}, or leave it out"

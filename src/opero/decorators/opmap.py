@@ -182,11 +182,10 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     def make(decorated: Callable[..., Any]) -> Any:
         check_decoratable(decorated, "opmap")
         if options.get("default", MISSING) is not MISSING and "return_exceptions" in options:
-            msg = (
+            raise ValueError(
                 f"return_exceptions={shown(options['return_exceptions'])} has no effect beside default, which stands "
                 "for an item that failed in the list; leave one of them out"
             )
-            raise ValueError(msg)
         of_the_map = {name: value for name, value in options.items() if name in MAP_DEFAULTS}
         settings = map_settings(decorated, of_the_map)
         if settings.batch_size is not None:
@@ -206,11 +205,10 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 def _check_takes_lists(function: Callable[..., Any], options: dict[str, Any]) -> None:
     """Refuse, beside ``batch_size``, what would be by item and by call."""
     if options.get("retry_if_result") is not None:
-        msg = (
+        raise ValueError(
             "retry_if_result cannot apply with batch_size, where a result is a list; "
             "let the function return an exception in place of the result of an item that shall be tried again"
         )
-        raise ValueError(msg)
     fallback = options.get("arg_fallback")
     if fallback is not None:
         names = [name for name in own_signature(function).parameters if name not in {"self", "cls"}]
