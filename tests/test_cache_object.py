@@ -299,7 +299,7 @@ def test_others_get_the_old_entry_meanwhile_and_two_refreshes_are_one_run(world,
     assert held.began.wait(SECONDS)
     assert world.run(f) == "old"
     flights = f.__opero__.plan.cache.store.flights
-    until(lambda: sum(len(flight.wakers) for flight in list(flights._under_way.values())) == 2)
+    until(lambda: sum(len(flight.seats) for flight in list(flights._under_way.values())) == 2)
     held.go.set()
     assert results(refreshes) == ["new"] * 3
     assert (world.run(f), held.runs) == ("new", 2)
@@ -426,7 +426,7 @@ def test_those_who_join_get_a_copy_each_where_a_hit_would_be_one(world, backend)
     calls = [started(world.run, f) for _ in range(4)]
     assert began.wait(SECONDS)
     flights = f.__opero__.plan.cache.store.flights
-    until(lambda: sum(len(flight.wakers) for flight in list(flights._under_way.values())) == 3)
+    until(lambda: sum(len(flight.seats) for flight in list(flights._under_way.values())) == 3)
     go.set()
     got = results(calls)
     assert got == [[0]] * 4

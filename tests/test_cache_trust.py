@@ -23,8 +23,8 @@ from opero import opero
 from opero.__main__ import main
 from opero.core.clock import clock
 from opero.core.private_folder import private_folder
-from opero.core.stores import entries
-from opero.core.stores.entries import DamagedEntryError, EntryFormat
+from opero.core.stores import lasting
+from opero.core.stores.lasting import DamagedEntryError, EntryFormat
 from opero.exceptions import UnsafeCacheError
 
 posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX permissions")
@@ -250,7 +250,7 @@ def test_an_entry_of_another_version_of_the_format_is_not_read(disk_backend, red
 
 
 def test_an_entry_that_would_grow_without_bound_is_damaged(monkeypatch):
-    monkeypatch.setattr(entries, "MOST_BYTES", 1_000_000)
+    monkeypatch.setattr(lasting, "MOST_BYTES", 1_000_000)
     written = EntryFormat("json", compress=True).dumps("a" * 900_000, FOREVER)
     assert EntryFormat("json").loads(written) == ("a" * 900_000, FOREVER)
     with pytest.raises(TypeError, match="too large to be compressed"):

@@ -22,7 +22,7 @@ import pytest
 import opero
 import opero.__main__ as opero_main
 from opero import opero as resilient
-from opero.core.stores.contract import slug
+from opero.core.stores.lasting import slug
 
 LAMBDA_LIKE = "app.<locals>.<lambda>#0123456789abcdef"
 LONG = "a.namespace." + 10 * "that.is.longer.than.the.name.of.its.folder."

@@ -33,9 +33,9 @@ from test_single_flight import Held, waiters
 
 import opero
 from opero.core import faults
+from opero.core.flights import CLAIMED
 from opero.core.keys import KeyMaker
-from opero.core.stores import disk, locks
-from opero.core.stores.contract import CLAIMED
+from opero.core.stores import disk
 from opero.core.stores.disk import DiskStore
 from opero.core.stores.redis import RedisStore
 
@@ -668,11 +668,6 @@ class TestForks:
         held.end("parent")
         assert child.result(2 * SECONDS) in {"'child'", "'parent'"}
         assert running.result(SECONDS) == "parent"
-
-    def test_a_child_forked_by_the_run_itself_can_call_the_function(self, cached):
-        parent = os.getpid()
-        f = cached(lambda x: forked(lambda: [f(1), f(2)]) if os.getpid() == parent else "child")
-        assert f(1) == "['child', 'child']"
 
     @pytest.mark.soak
     def test_threads_can_fork_at_once_while_others_call_the_function(self, world, cached):
@@ -1395,7 +1390,7 @@ def test_ctrl_c_while_the_system_locks_a_key_on_disk_leaves_it_to_other_processe
         monkeypatch.undo()
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(locks, "fcntl", types.SimpleNamespace(**{**vars(fcntl), "lockf": lock_and_press}))
+    monkeypatch.setattr(disk, "fcntl", types.SimpleNamespace(**{**vars(fcntl), "lockf": lock_and_press}))
     with pytest.raises(KeyboardInterrupt):
         f(1)
     assert forked(lambda: f(1)) == "1"

@@ -930,7 +930,7 @@ def test_one_who_waits_for_the_same_run_takes_no_slot(world, fake_clock):
     calls = [started(world.run, f)]
     assert began.wait(SECONDS)
     calls.append(started(world.run, f))
-    until(lambda: any(flight.wakers for flight in f.__opero__.plan.cache.store.flights._under_way.values()))
+    until(lambda: any(flight.seats for flight in f.__opero__.plan.cache.store.flights._under_way.values()))
     release.set()
     assert results(calls) == ["result"] * 2
 

@@ -18,6 +18,8 @@ import pytest
 from side_by_side import SECONDS, errors, forked, forks, results, started, until
 
 import opero
+from opero.core.flights import Flight, Flights, Seat
+from opero.core.signature import MISSING
 
 
 def cached(function, **options):
@@ -26,7 +28,7 @@ def cached(function, **options):
 
 def waiters(f) -> int:
     """How many callers wait for a run of another's."""
-    return sum(len(flight.wakers) for flight in list(f.__opero__.plan.cache.store.flights._under_way.values()))
+    return sum(len(flight.seats) for flight in list(f.__opero__.plan.cache.store.flights._under_way.values()))
 
 
 class Held:
@@ -276,6 +278,16 @@ def test_an_error_is_freed_with_its_caller(world):
     error = call()
     gc.collect()
     assert error() is None
+
+
+def test_who_takes_a_seat_when_the_flight_has_landed_is_woken_and_begins_anew():
+    flights, flight, woken = Flights(), Flight("key"), []
+    flights.board(flight)
+    flights.land(flight, "result")
+    seat = Seat(flight, lambda: None)
+    seat.notify(lambda: woken.append(1))
+    assert (seat.poll(), seat.outcome, woken) == (True, MISSING, [1])
+    assert flights.board(own := Flight("key")) is own
 
 
 # Forgetting in the middle

@@ -10,7 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from opero import __version__
-from opero.core.stores.contract import managing, slug
+from opero.core.faults import managing
+from opero.core.stores.lasting import slug
 from opero.core.stores.settings import cache_settings
 from opero.exceptions import OperoError
 

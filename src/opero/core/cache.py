@@ -11,7 +11,8 @@ from weakref import WeakSet
 
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
-from opero.core.flights import Badge, Flight, Seat
+from opero.core.faults import managing
+from opero.core.flights import BUSY, CLAIMED, FOUND, Flight, Keep, Seat
 from opero.core.keys import KeyMaker
 from opero.core.parameters import forwarding
 from opero.core.plan import Plan
@@ -20,7 +21,6 @@ from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats
 from opero.core.steps import Consult, Failed, Flow, Pause, leading
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Found, Keep, managing
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from opero.core.checks import Duration
     from opero.core.plan import Call
     from opero.core.stats import Stats
-    from opero.core.stores.contract import Request
     from opero.core.stores.settings import Backend, BackendSettings, CacheSettings
     from opero.core.stores.twat import CacheEngine
 
@@ -150,6 +149,8 @@ class ResultCache:
 
         return lasting_identity(self._function)
 
+    # Looks that are worth it before a call gets its flow
+
     @property
     def look_up(self) -> Callable[[Any], tuple[Any, ...] | None] | None:
         """Gives the entry of a key, a tuple that begins with the result, or None; None if that could block."""
@@ -185,11 +186,29 @@ class ResultCache:
         entry: tuple[Any, float] | None = await self.store.fetch(key) if "store" in self.__dict__ else None
         return entry
 
+    # What users manage
+
     def info(self, stats: CallStats) -> CacheInfo:
         """Hits and misses since it was cleared, and sizes."""
         hits, calls = stats.hits - self._counted.hits, stats.calls - self._counted.calls
         with managing(self.store, "count the entries of"):
             return CacheInfo(hits, calls - hits, self._settings.maxsize, len(self.store))
+
+    def delete(self, key: Any) -> bool:
+        """Forget one entry; tells whether there was one."""
+        self.store.flights.invalidate(key)
+        with managing(self.store, "delete from"):
+            return bool(self.store.delete(key))
+
+    def clear(self) -> None:
+        """Forget all entries, do not store what is being computed now, and start counting anew."""
+        self.store.flights.invalidate()
+        with managing(self.store, "clear"):
+            self.store.clear()
+        if self.stats is not None:
+            self._counted = self.stats.snapshot()
+
+    # The layer of a flow
 
     def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
         """The call's result from the cache, from an identical call under way, or from ``compute()``."""
@@ -206,24 +225,19 @@ class ResultCache:
         # Others get the old entry while it is refreshed, and do not wait for that.
         own = Flight(key, call.presence, stale=self._settings.stale, refreshes=call.refreshes)
         try:
-            while True:
-                flight = flights.board(own)
-                if flight is own:
-                    return (yield from self._lead(flight, call, compute, stats))
-                with _waiting_for(flight):
-                    is_knot = _would_wait_for_ever(flight, blocks=not self._is_async and call.presence is None)
-                    if not is_knot:
-                        yield Seat(flight, call.time_left)
-                if is_knot:
+            while (flight := flights.board(own)) is not own:
+                seat = yield from self._wait(flight, call)
+                if seat is None:
                     stats.flown.tick()
                     return (yield from compute())
                 if not flight.landed:
                     return self._out_of_time(stats)
-                if not flight.abandoned:
-                    return self._joined(call, flight, stats)
+                if seat.outcome is not MISSING:
+                    return self._joined(call, flight, seat, stats)
+            return (yield from self._lead(own, call, compute, stats))
         finally:
             # Ctrl-C may come between any two steps: nobody is to wait for what will not land.
-            flights.abandon(own)
+            flights.land(own)
 
     def _key_of(self, call: Call) -> Any:
         """The key, or why nothing can be kept under any."""
@@ -233,19 +247,35 @@ class ResultCache:
         except Exception as error:  # noqa: BLE001 - the call's own: arguments that cannot be a key, a user's function
             return Failed(error)
 
-    def delete(self, key: Any) -> bool:
-        """Forget one entry; tells whether there was one."""
-        self.store.flights.invalidate(key)
-        with managing(self.store, "delete from"):
-            return bool(self.store.delete(key))
+    def _wait(self, flight: Flight, call: Call) -> Generator[Seat, Any, Seat | None]:
+        """Wait until somebody else's flight has landed; None if that would wait for this call."""
+        seat = Seat(flight, call.time_left)
+        leads = [leader for leader in leading.get() if isinstance(leader, Flight)]
+        # Let others know before looking at them: of two that come to wait for each other one has to see it.
+        for leader in leads:
+            leader.waits_for.append(flight)
+        try:
+            # As a signal handler, or a blocking call of a task's, that waits for what its own thread computes.
+            is_held_up = call.presence is None and not self._is_async and flight.thread == threading.get_ident()
+            is_left_alone = flight.presence is not None and flight.presence.is_away
+            if is_held_up or is_left_alone or flight.needs(leads):
+                return None
+            yield seat
+            return seat
+        finally:
+            seat.leave()
+            for leader in leads:
+                leader.waits_for.remove(flight)
 
-    def clear(self) -> None:
-        """Forget all entries, do not store what is being computed now, and start counting anew."""
-        self.store.flights.invalidate()
-        with managing(self.store, "clear"):
-            self.store.clear()
-        if self.stats is not None:
-            self._counted = self.stats.snapshot()
+    def _joined(self, call: Call, flight: Flight, seat: Seat, stats: Stats) -> Any:
+        outcome = seat.outcome
+        if outcome.__class__ is Failed:
+            stats.flown.tick()
+            # Without the frames of the others who wait for the same.
+            outcome.error.with_traceback(seat.traceback)
+            return outcome
+        stats.hits.tick()
+        return self._hit(call, outcome if flight.written is None else self.store.format.loads(flight.written)[0])
 
     def _hit(self, call: Call, value: Any) -> Any:
         call.cached = True
@@ -254,56 +284,53 @@ class ResultCache:
         # One that is raised again and again would hold the frames of all who got it.
         return Failed(_fresh(value.error)) if value.__class__ is Failed else value
 
-    def _joined(self, call: Call, flight: Flight, stats: Stats) -> Any:
-        outcome = flight.outcome
-        if outcome.__class__ is Failed:
-            stats.flown.tick()
-            # Without the frames of the others who wait for the same.
-            outcome.error.with_traceback(flight.traceback)
-            return outcome
-        stats.hits.tick()
-        return self._hit(call, outcome if flight.written is None else self.store.copy_of(flight.written))
-
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
-        claim: Any
         try:
             # Another leader, here or elsewhere, may have stored between this call's look and its boarding.
             try:
-                claim = DONE if call.refreshes else (yield from self._claim(flight, call))
+                claim = CLAIMED if call.refreshes else (yield from self._claim(flight, call))
             except Exception:
                 stats.flown.tick()
                 raise
             if claim is BUSY:
                 return self._out_of_time(stats)
-            if claim.__class__ is Found:
+            if claim is FOUND:
                 stats.hits.tick()
-                self.store.flights.land(flight, claim.value, claim.written)
-                return self._hit(call, claim.value)
+                self.store.flights.land(flight, flight.found)
+                return self._hit(call, flight.found)
             self._note_fault(claim, stats)
             stats.flown.tick()
-            call.flight = flight.badge
+            call.flight = flight
             outcome = yield from compute()
-            if call.is_made_up:
-                self.store.flights.land(flight, outcome)
-                return outcome
-            may_keep = claim is CLAIMED or flight.held or call.refreshes
-            return (yield from self._settle(flight, call, outcome, stats, may_keep=may_keep))
+            if not call.is_made_up:
+                may_keep = claim is CLAIMED or flight.held
+                outcome = yield from self._settled(flight, call, outcome, stats, may_keep=may_keep)
+            self.store.flights.land(flight, outcome)
+            return outcome
         finally:
             self.store.let_go(flight)
 
-    def _settle(self, flight: Flight, call: Call, outcome: Any, stats: Stats, *, may_keep: bool) -> Flow:
-        """Keep the outcome, or give the old entry in its place, and hand it to those who wait."""
+    def _claim(self, flight: Flight, call: Call) -> Generator[Any, Any, Any]:
+        """The store's answer; `BUSY` if time was over while somebody else was computing."""
+        look = _FIRST_LOOK
+        while (answer := (yield from self._ask(flight))) is BUSY:
+            left = call.time_left()
+            if left is not None and left <= 0:
+                break
+            yield Pause(look if left is None else min(look, left), is_real=True)
+            look = min(_LAST_LOOK, look * 2)
+        return answer
+
+    def _settled(self, flight: Flight, call: Call, outcome: Any, stats: Stats, *, may_keep: bool) -> Flow:
+        """The outcome, when it has been kept if it is to be, or the old entry in place of a failure."""
         outcome, life = self._judged(call, outcome)
-        is_error, old = outcome.__class__ is Failed, flight.old
-        if is_error and old is not None and old.value.__class__ is not Failed:
-            self.store.flights.land(flight, old.value, old.written)
-            return self._hit(call, old.value)
-        keep = None
+        is_error = outcome.__class__ is Failed
+        if is_error and flight.old is not None:
+            value, flight.written = flight.old
+            return self._hit(call, value)
         if life is not _NOT_KEPT and may_keep:
             value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
-            keep = Keep(flight, value, life, stale=stale, patience=call.time_left())
-            self._note_fault((yield from self._ask(keep)), stats)
-        self.store.flights.land(flight, outcome, None if keep is None else keep.written)
+            self._note_fault((yield from self._ask(Keep(flight, value, life, stale, call.time_left()))), stats)
         return outcome
 
     def _judged(self, call: Call, outcome: Any) -> tuple[Any, Any]:
@@ -331,27 +358,13 @@ class ResultCache:
             return None
         return check_lifetime("what ttl=… returned", said, zero=True) or _NOT_KEPT
 
-    def _claim(self, flight: Flight, call: Call) -> Generator[Any, Any, Any]:
-        """The store's answer; `BUSY` if time was over while somebody else was computing."""
-        look = _FIRST_LOOK
-        while True:
-            answer = yield from self._ask(flight)
-            if answer is not BUSY or flight.place in self.store.flights.inherited:
-                # The parent of this process may be waiting for it: it computes, and leaves storing to the other.
-                return DONE if answer is BUSY else answer
-            left = call.time_left()
-            if left is not None and left <= 0:
-                return BUSY
-            yield Pause(look if left is None else min(look, left), is_real=True)
-            look = min(_LAST_LOOK, look * 2)
-
     def _out_of_time(self, stats: Stats) -> Failed:
         stats.flown.tick()
         name = name_of(self._function)
         msg = f"{name} was not started: total_timeout ended it during the wait for the same call of somebody else's"
         return Failed(CallTimeoutError(msg))
 
-    def _ask(self, request: Request) -> Generator[Any, Any, Any]:
+    def _ask(self, request: Flight | Keep) -> Generator[Any, Any, Any]:
         if self.store.is_instant:
             return self.store.perform([request])[0]
         return (yield Consult(self.store, request))
@@ -379,26 +392,6 @@ def _fresh(error: Exception) -> Exception:
     if hasattr(error, "__notes__"):
         made.__notes__ = [*error.__notes__]
     return made
-
-
-@contextlib.contextmanager
-def _waiting_for(flight: Flight) -> Iterator[None]:
-    """Let the others know, before looking at them: of two that come to wait for each other one has to see it."""
-    waiting = [badge for badge in leading.get() if isinstance(badge, Badge)]
-    for badge in waiting:
-        badge.waits_for.append(flight.badge)
-    try:
-        yield
-    finally:
-        for badge in waiting:
-            badge.waits_for.remove(flight.badge)
-
-
-def _would_wait_for_ever(flight: Flight, *, blocks: bool) -> bool:
-    """Whether it waits for this call or for the thread that this one blocks, or a stream that nobody pulls leads it."""
-    if flight.badge.needs(leading.get()) or (blocks and flight.thread == threading.get_ident()):
-        return True
-    return flight.presence is not None and flight.presence.is_away
 
 
 # A lock that a thread can have more than once: a finalizer, which may come at any moment, can clear caches.
@@ -482,13 +475,13 @@ def get_cache_context(
         ValueError: If an option's value is out of range.
         OperoError: By the engine, if the backend failed.
     """
-    from opero.core.stores.twat import make_engine
+    from opero.core.stores.twat import engine_class
 
     settings = cache_settings(ttl=cache_ttl, backend=cache_backend, namespace=cache_namespace, options=options)
     decorate = get_cache_decorator(
         cache_ttl=cache_ttl, cache_backend=cache_backend, cache_namespace=cache_namespace, **options
     )
-    engine = make_engine(settings, settings.store(cache_namespace), decorate)
+    engine = engine_class()(settings, settings.store(cache_namespace), decorate)
     try:
         yield engine
     finally:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
+
 from opero.core.clock import clock
+from opero.exceptions import OperoError
 from opero.utils.logging import log
 from opero.utils.notes import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # How long a backend that failed as a whole is left alone.
 REST_SECONDS = 5.0
@@ -50,3 +57,15 @@ class Complaints:
     def tell(self, error: Exception) -> None:
         level, self._told = ("DEBUG" if self._told else "WARNING"), True
         log(level, "{} failed, {}: {}", self._what, self._consequence, describe(error))
+
+
+@contextlib.contextmanager
+def managing(backend: object, what: str) -> Iterator[None]:
+    """Who manages a cache is told when that failed: it is not a call that could go on without."""
+    try:
+        yield
+    except OperoError:
+        raise
+    except Exception as error:
+        msg = f"could not {what} {backend}: {describe(error)}"
+        raise OperoError(msg) from error

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.core.forks import watch_forks
+from opero.core.signature import MISSING
+from opero.core.steps import Failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from types import TracebackType
-
-    from opero.core.stores.contract import Found
 
 
 class Presence:
@@ -20,88 +21,128 @@ class Presence:
     is_away = False
 
 
-class Badge:
-    """Stands for a computation in frames that may end up in the traceback of its outcome; knows for which it waits."""
-
-    __slots__ = ("waits_for",)
-
-    def __init__(self) -> None:
-        self.waits_for: list[Badge] = []
-
-    def needs(self, others: Collection[object]) -> bool:
-        """Whether it is one of the others, or waits for one, itself or by those that it waits for."""
-        seen: set[Badge] = set()
-        left = [self]
-        while left:
-            badge = left.pop()
-            if badge in others:
-                return True
-            if badge not in seen:
-                seen.add(badge)
-                left += badge.waits_for.copy()
-        return False
-
-
 class Flight:
-    """One computation under way, and the right to it against other processes that share the store: a lease.
+    """One computation under way, and the right to it among the processes that share the store: a lease.
+
+    It stands in frames that may end up in the traceback of its outcome, and so holds no outcome that was computed.
 
     Attributes:
         key: Of the entry.
         place: What it is found by; while an entry is refreshed others compute it, too.
-        is_void: Whether the entry was deleted meanwhile, so that the outcome is not to be stored.
-        written: The outcome as bytes, where results are kept so.
-        traceback: Where the outcome is an error, the way that it had come then.
         stale: For how many seconds after its end an entry is of use if the call fails.
-        token: Tells the lease from others of the key.
+        presence: Of the map that it is part of.
+        thread: Where it was begun.
+        seats: Those who wait for it.
+        waits_for: For which others the call waits that it belongs to.
+        landed: Whether nothing is to be waited for any more.
+        is_void: Whether the entry was deleted meanwhile, so that the outcome is not to be stored.
+        found: The entry's value, if a store has answered `FOUND`.
+        old: The value and the bytes of an entry that has ended, not more than ``stale`` seconds ago.
+        written: The entry as bytes, where results are kept so: of which all others get a copy of their own.
         held: Whether the lease was claimed and not given back.
         dropped: Whether it is wanted no more; a thread that is still on its way to claim it then gives it back at once.
-        old: An entry that has ended, not more than ``stale`` seconds ago.
-        seen: How often the store had been cleared when it was claimed.
+        ticket: By what the store tells the lease from others of the key.
     """
-
-    __slots__ = (
-        "abandoned",
-        "badge",
-        "dropped",
-        "held",
-        "is_void",
-        "key",
-        "landed",
-        "old",
-        "outcome",
-        "place",
-        "presence",
-        "seen",
-        "stale",
-        "thread",
-        "token",
-        "traceback",
-        "wakers",
-        "written",
-    )
 
     def __init__(
         self, key: Any, presence: Presence | None = None, *, stale: float = 0.0, refreshes: bool = False
     ) -> None:
         self.key = key
         self.place = (_REFRESH, key) if refreshes else key
-        self.presence = presence
-        self.badge = Badge()
-        self.thread = threading.get_ident()
-        self.landed = self.abandoned = self.is_void = False
-        self.outcome: Any = None
-        self.written: bytes | None = None
-        self.traceback: TracebackType | None = None
-        self.wakers: list[Callable[[], None]] = []
         self.stale = stale
-        self.token = b""
+        self.presence = presence
+        self.thread = threading.get_ident()
+        self.seats: list[Seat] = []
+        self.waits_for: list[Flight] = []
+        self.landed = self.is_void = False
+        self.found: Any = None
+        self.old: tuple[Any, bytes | None] | None = None
+        self.written: bytes | None = None
         self.held = self.dropped = False
-        self.old: Found | None = None
-        self.seen: int | None = None
+        self.ticket: Any = None
+
+    def needs(self, others: Collection[Flight]) -> bool:
+        """Whether it is one of the others, or waits for one, itself or by those that it waits for."""
+        seen: set[Flight] = set()
+        left = [self]
+        while left:
+            flight = left.pop()
+            if flight in others:
+                return True
+            if flight not in seen:
+                seen.add(flight)
+                left += flight.waits_for.copy()
+        return False
 
 
 # Stands in the place of a flight that refreshes an entry.
 _REFRESH = object()
+
+
+class Answer(enum.Enum):
+    """What a store answers to a flight, unless it is an exception."""
+
+    FOUND = enum.auto()
+    CLAIMED = enum.auto()
+    BUSY = enum.auto()
+
+
+FOUND, CLAIMED, BUSY = Answer
+
+
+class Keep(NamedTuple):
+    """Asks a store to keep the outcome of a flight, unless that is void by now; answered by None or an exception.
+
+    Attributes:
+        ttl: Seconds that it lives; for ``stale`` more it may be given if the call fails.
+        patience: Seconds that may be waited for others who write; None for as long as the store thinks right.
+    """
+
+    flight: Flight
+    value: Any
+    ttl: float | None
+    stale: float = 0.0
+    patience: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it is to be kept in all."""
+        return None if self.ttl is None else self.ttl + self.stale
+
+
+class Seat:
+    """One waiter's view of a flight; an `Arrival`.
+
+    Attributes:
+        outcome: What the flight has landed with; missing if there is nothing to share, as of one that was broken off.
+        traceback: Where that is an error, the way that it had come then.
+    """
+
+    is_turn = False
+
+    def __init__(self, flight: Flight, time_left: Callable[[], float | None]) -> None:
+        self.outcome: Any = MISSING
+        self.traceback: TracebackType | None = None
+        self.wake: Callable[[], None] | None = None
+        self._flight = flight
+        self._time_left = time_left
+        flight.seats.append(self)
+
+    def poll(self) -> bool:
+        left = self._time_left()
+        return self._flight.landed or (left is not None and left <= 0)
+
+    def due_in(self) -> float | None:
+        return self._time_left()
+
+    def notify(self, wake: Callable[[], None] | None) -> None:
+        self.wake = wake
+        if wake is not None and self._flight.landed:
+            wake()
+
+    def leave(self) -> None:
+        """Wait no longer."""
+        self._flight.seats.remove(self)
 
 
 class Flights:
@@ -113,76 +154,36 @@ class Flights:
 
     def __init__(self) -> None:
         self._under_way: dict[Any, Flight] = {}
-        # What was under way when this process was forked: its parent may wait for it, and not the other way round.
-        self.inherited: frozenset[Any] = frozenset()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Forget computations whose threads exist only in the parent."""
-        self.inherited |= self._under_way.keys()
         self._under_way.clear()
 
     def board(self, flight: Flight) -> Flight:
         """The flight that is under way for the key, or else ``flight``, which the caller then has to fly."""
         return self._under_way.setdefault(flight.place, flight)
 
-    def land(self, flight: Flight, outcome: Any, written: bytes | None = None) -> None:
-        """Give every waiter the outcome."""
-        flight.outcome, flight.written = outcome, written
-        error = getattr(outcome, "error", None)
-        flight.traceback = error.__traceback__ if isinstance(error, Exception) else None
-        self._end(flight)
-
-    def abandon(self, flight: Flight) -> None:
-        """The leader cannot finish: unless it has landed, some waiter has to take over."""
+    def land(self, flight: Flight, outcome: Any = MISSING) -> None:
+        """Give every waiter the outcome; without one, some waiter has to take over. What comes second says nothing."""
         if not flight.landed:
-            flight.abandoned = True
-            self._end(flight)
+            self._leave(flight)
+            traceback = outcome.error.__traceback__ if outcome.__class__ is Failed else None
+            for seat in flight.seats.copy():
+                seat.outcome, seat.traceback = outcome, traceback
+            # Who takes a seat from now on has come too late for this one, and begins anew.
+            flight.landed = True
+        for seat in flight.seats.copy():
+            if (wake := seat.wake) is not None:
+                wake()
 
     def invalidate(self, key: Any = None) -> None:
         """What is being computed, for ``key`` or for all, must not be stored; later callers compute anew."""
-        under_way = self._under_way.copy()
-        for flight in under_way.values():
+        for flight in self._under_way.copy().values():
             if key is None or flight.key == key:
                 flight.is_void = True
                 self._leave(flight)
 
-    def _end(self, flight: Flight) -> None:
-        self._leave(flight)
-        flight.landed = True
-        # Whoever comes now looks at `landed` after adding itself.
-        for wake in flight.wakers.copy():
-            wake()
-
     def _leave(self, flight: Flight) -> None:
         if self._under_way.get(flight.place) is flight:
             self._under_way.pop(flight.place, None)
-
-
-class Seat:
-    """One waiter's view of a flight; an `Arrival`."""
-
-    is_turn = False
-
-    __slots__ = ("_flight", "_time_left", "_wake")
-
-    def __init__(self, flight: Flight, time_left: Callable[[], float | None]) -> None:
-        self._flight = flight
-        self._time_left = time_left
-        self._wake: Callable[[], None] | None = None
-
-    def poll(self) -> bool:
-        left = self._time_left()
-        return self._flight.landed or (left is not None and left <= 0)
-
-    def due_in(self) -> float | None:
-        return self._time_left()
-
-    def notify(self, wake: Callable[[], None] | None) -> None:
-        if self._wake is not None and self._wake in self._flight.wakers:
-            self._flight.wakers.remove(self._wake)
-        self._wake = wake
-        if wake is not None:
-            self._flight.wakers.append(wake)
-            if self._flight.landed:
-                wake()

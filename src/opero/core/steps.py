@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from opero.core.breaker import Passage
     from opero.core.flow import Candidate
     from opero.core.limits.shared import Gate
-    from opero.core.stores.contract import Store
+    from opero.core.stores.settings import Store
 
 
 class Failed(NamedTuple):

@@ -12,24 +12,28 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from opero.core.clock import clock
-from opero.core.faults import Rest
+from opero.core.flights import BUSY, CLAIMED, FOUND, Keep
 from opero.core.forks import hold_forks
 from opero.core.interrupts import Hold
 from opero.core.private_folder import held_private_folder
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, FOREVER, Keep, LastingStore, slug
-from opero.core.stores.locks import KeyLocks
+from opero.core.stores.lasting import FOREVER, LastingStore, slug
+
+try:
+    import fcntl
+except ImportError:  # Windows: one run per key in each process, but not across processes
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
-    from opero.core.flights import Flight
-    from opero.core.stores.contract import Request
+    from opero.core.flights import Answer, Flight
     from opero.core.stores.settings import CacheSettings
 
 R = TypeVar("R")
 
-DATABASE = "cache.db"
+DATABASE, _LOCKS = "cache.db", "leases.lock"
+_OFFSET_BITS = 62
 # How long to wait for another process that writes; in steps, between which others can read, and this process fork.
 _LOCK_SECONDS = 5.0
 _LOCK_STEP = 0.01
@@ -116,7 +120,7 @@ def _number(connection: sqlite3.Connection, name: str) -> int:
     return int(number)
 
 
-def _is_busy(error: sqlite3.Error) -> bool:
+def _is_busy(error: Exception) -> bool:
     """Whether another process writes, for longer than it was waited for."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
@@ -127,14 +131,13 @@ class DiskStore(LastingStore):
     def __init__(self, settings: CacheSettings, namespace: str) -> None:
         self._name = slug(namespace)
         super().__init__(f"the disk cache {self._name}", settings)
-        self._rest = Rest()
         self._root = settings.disk_folder
         self._namespace = namespace
         self._policy = settings.options.get("policy", "fifo")
         self._size_limit = settings.options.get("size_limit", _SIZE_LIMIT)
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
-        self._locks: KeyLocks | None = None
+        self._locks = KeyLocks()
         # Held for a statement or a transaction, and never while another process is waited for.
         self._lock = threading.RLock()
         hold_forks(self)
@@ -155,17 +158,13 @@ class DiskStore(LastingStore):
 
     def after_fork(self) -> None:
         self._lock = threading.RLock()
-        # What is locked is the parent's.
-        self._locks = None
+        # What is locked is the parent's, and stays so when the child closes the file.
+        self._locks = KeyLocks()
 
     @property
     def folder(self) -> Path:
         """Where the entries lie."""
         return self._root() / self._name
-
-    @property
-    def rest(self) -> Rest:
-        return self._rest
 
     @property
     def is_ready(self) -> bool:
@@ -179,38 +178,33 @@ class DiskStore(LastingStore):
         with self._lock:
             connection = self._connection or self._open()
             row = connection.execute(_GET, (key,)).fetchone()
-            if row is None:
-                return None
             touch = _TOUCH[self._policy]
-            if touch is not None and self._can_write:
+            if row is not None and touch is not None and self._can_write:
                 # Where another process writes, this hit does not count for the order of eviction.
                 with contextlib.suppress(sqlite3.OperationalError):
                     connection.execute(touch, {"now": clock.wall(), "key": key})
-        entry: bytes = row[0]
+        entry: bytes | None = None if row is None else row[0]
         return entry
 
-    def answer(self, requests: Sequence[Request]) -> list[Any]:
-        self._patiently(self._open)
-        keeps = [request for request in requests if isinstance(request, Keep) and request.written]
-        if keeps:
-            self._keep(keeps)
-        return [self._answer_one(request) for request in requests]
+    def answer(self, request: Flight | Keep) -> Any:
+        if isinstance(request, Keep):
+            return self._keep(request)
+        return self._patiently(lambda: self._claim(request))
 
     def let_go(self, flight: Flight) -> None:
         with Hold(), self._lock:
             flight.dropped = True
-            held, flight.held = flight.held, False
-            if held and self._locks is not None:
+            if flight.held:
+                flight.held = False
                 self._locks.release(flight.key)
 
     def failed(self, error: Exception) -> None:
         # What is wrong with one entry is no reason to leave the others alone; a database that cannot be opened is.
-        if self._connection is None and not (isinstance(error, sqlite3.Error) and _is_busy(error)):
+        if self._connection is None and not _is_busy(error):
             self.rest.begin(error)
 
     def delete(self, key: bytes) -> bool:
         def remove(connection: sqlite3.Connection) -> bool:
-            assert self._locks is not None  # noqa: S101 - for the type checkers
             if self._locks.take(key):
                 self._locks.release(key)
             else:
@@ -232,13 +226,9 @@ class DiskStore(LastingStore):
             ((count,),) = self._open().execute(COUNT, (clock.wall(),)).fetchall()
             return int(count)
 
-    def close(self) -> None:
-        with self._lock:
-            self._disconnect()
-
-    def hibernate(self) -> None:
-        """Close what is open, unless somebody uses it at this moment."""
-        if self._lock.acquire(blocking=False):
+    def close(self, *, waits: bool = True) -> None:
+        """Close what is open, unless somebody uses it at this moment and is not to be waited for."""
+        if self._lock.acquire(blocking=waits):
             try:
                 self._disconnect()
             finally:
@@ -251,57 +241,40 @@ class DiskStore(LastingStore):
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
+        self._locks.close()
         if connection is not None:
             connection.close()
 
-    def _answer_one(self, request: Request) -> Any:
-        if isinstance(request, Keep):
-            self.let_go(request.flight)
-            return request.fault or DONE
-        try:
-            return self._claim(request)
-        except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
-            return error
-
-    def _claim(self, flight: Flight) -> Any:
+    def _claim(self, flight: Flight) -> Answer:
         # A key that is locked and not noted could not be given back.
         with Hold(), self._lock:
             connection = self._open()
-            if self._locks is not None and self._can_write and not flight.dropped:
+            if self._can_write and not flight.dropped:
                 flight.held = self._locks.take(flight.key)
-            if flight.held:
-                flight.seen = _number(connection, _GENERATION)
+                flight.ticket = _number(connection, _GENERATION)
         # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
         entry = self.read(flight.key)
-        found = None if entry is None else self.found(flight, entry)
-        if found is not None:
-            self.let_go(flight)
-            return found
+        if entry is not None and self.is_found(flight, entry):
+            return FOUND
         if not self._can_write:
-            return self._not_writable()
+            raise self._not_writable()
         return CLAIMED if flight.held or flight.dropped else BUSY
 
-    def _keep(self, keeps: Sequence[Keep]) -> None:
-        """Store many in one transaction."""
+    def _keep(self, keep: Keep) -> None:
+        entry, flight = self.write_down(keep), keep.flight
 
         def insert(connection: sqlite3.Connection) -> None:
-            generation, now = _number(connection, _GENERATION), clock.wall()
+            now = clock.wall()
             connection.execute(_REMOVE_EXPIRED, (now,))
-            for keep in keeps:
-                if not keep.flight.is_void and keep.flight.seen in {None, generation}:
-                    ends = FOREVER if keep.seconds is None else now + keep.seconds
-                    connection.execute(_REMOVE, (keep.flight.key,))
-                    rank = 0.0 if self._policy == "lfu" else now
-                    connection.execute(_INSERT, (keep.flight.key, keep.written, ends, rank))
-                    self._evict(connection)
+            if flight.is_void or flight.ticket not in {None, _number(connection, _GENERATION)}:
+                return
+            connection.execute(_REMOVE, (flight.key,))
+            ends = FOREVER if keep.seconds is None else now + keep.seconds
+            rank = 0.0 if self._policy == "lfu" else now
+            connection.execute(_INSERT, (flight.key, entry, ends, rank))
+            self._evict(connection)
 
-        patience = [keep.patience for keep in keeps if keep.patience is not None]
-        try:
-            self._transact(insert, min(patience, default=None))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
-            self.failed(error)
-            for keep in keeps:
-                keep.fault = error
+        self._transact(insert, keep.patience)
 
     def _evict(self, connection: sqlite3.Connection) -> None:
         if self.maxsize is not None:
@@ -314,7 +287,20 @@ class DiskStore(LastingStore):
 
     def _transact(self, work: Callable[[sqlite3.Connection], R], seconds: float | None = None) -> R:
         """Do some work in a transaction, as soon as no other process writes."""
-        return self._patiently(lambda: self._transact_at_once(work), seconds)
+
+        def transact() -> R:
+            connection = self._open()
+            if not self._can_write:
+                raise self._not_writable()
+            if connection.in_transaction:
+                # A finalizer or a signal handler has come in the middle of one.
+                return work(connection)
+            # At the end the connection commits, or rolls back: after Ctrl-C, too.
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                return work(connection)
+
+        return self._patiently(transact, seconds)
 
     def _patiently(self, work: Callable[[], R], seconds: float | None = None) -> R:
         """Do some work, as soon as no other process writes; wait for that no longer than ``seconds``."""
@@ -333,18 +319,6 @@ class DiskStore(LastingStore):
                     raise
             time.sleep(_LOCK_STEP)
 
-    def _transact_at_once(self, work: Callable[[sqlite3.Connection], R]) -> R:
-        connection = self._open()
-        if not self._can_write:
-            raise self._not_writable()
-        if connection.in_transaction:
-            # A finalizer or a signal handler has come in the middle of one.
-            return work(connection)
-        # At the end the connection commits, or rolls back: after Ctrl-C, too.
-        with connection:
-            connection.execute("BEGIN IMMEDIATE")
-            return work(connection)
-
     def _not_writable(self) -> PermissionError:
         return PermissionError(f"{self.folder} cannot be written to")
 
@@ -355,7 +329,7 @@ class DiskStore(LastingStore):
                 with held_private_folder(self._root(), self._name, "cache_options={'cache_dir': …}") as folder:
                     self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
                     self._connection = connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
-                    self._locks = self._locks or KeyLocks(folder)
+                    self._locks.path = folder / _LOCKS
             except BaseException:
                 # It may have been exchanged while it was opened.
                 self._disconnect()
@@ -383,4 +357,56 @@ def _note_opened(store: DiskStore) -> None:
     while len(_open_stores) > _MOST_OPEN:
         first = _open_stores.popleft()()
         if first is not None and first is not store:
-            first.hibernate()
+            first.close(waits=False)
+
+
+class KeyLocks:
+    """Locks on keys between the processes of one machine, for one thread at a time.
+
+    A lock is one byte of a file, locked by the system for this process and freed by the system when it ends, however it
+    ends. Nothing is written, and a forked child holds none of its parent's locks. When a process closes the file the
+    system frees all locks that it has on it: a second store of the same folder, with other options, may cost a key one
+    more run in another process.
+    """
+
+    path: Path
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+        self._taken: set[int] = set()
+
+    def take(self, key: bytes) -> bool:
+        """Lock a key unless another process has it."""
+        place = _place(key)
+        if fcntl is None:
+            return True
+        if place not in self._taken:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except (PermissionError, BlockingIOError):
+                # Another process has it; which of the two errors it is depends on the system.
+                return False
+            self._taken.add(place)
+        return True
+
+    def release(self, key: bytes) -> None:
+        place = _place(key)
+        if place in self._taken and self._file is not None:
+            self._taken.remove(place)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+
+    def close(self) -> None:
+        """Close the file, unless a key is locked."""
+        if self._file is not None and not self._taken:
+            file, self._file = self._file, None
+            os.close(file)
+
+    def __del__(self) -> None:
+        self._taken.clear()
+        self.close()
+
+
+def _place(key: bytes) -> int:
+    return int.from_bytes(key[:8], "big") >> (64 - _OFFSET_BITS)

@@ -10,28 +10,29 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import math
 import threading
 import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opero.core.clock import clock
-from opero.core.flights import Flight, Flights
+from opero.core.flights import CLAIMED, FOUND, Flights, Keep
 from opero.core.keys import Instance
 from opero.core.steps import Failed
-from opero.core.stores.contract import CLAIMED, DONE, FOREVER, Found
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from opero.core.stores.contract import Request
+    from opero.core.flights import Answer, Flight
 
 MEMORY_MAXSIZE = 10_000
 
 _FEW = 100
-_NOTHING = (None, 0.0, 0.0, 0.0)
-# A result, when a quick look no longer finds it, when it ends, and when it can no longer be given if the call fails.
-Entry = tuple[Any, float, float, float]
+# A value, until when a quick look finds it, and until when it is of use if the call fails. An error that is remembered
+# is never found by a quick look, which could only return it.
+Entry = tuple[Any, float, float]
+_NOTHING: Entry = (None, 0.0, 0.0)
 
 
 class MemoryStore:
@@ -72,7 +73,7 @@ class MemoryStore:
         entry = self.look_up(key)
         return entry if entry is not None and entry[1] > clock.now() else None
 
-    def perform(self, requests: Sequence[Request]) -> list[Any]:
+    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
     def let_go(self, flight: Flight) -> None:
@@ -80,7 +81,7 @@ class MemoryStore:
 
     def delete(self, key: Any) -> bool:
         entry = self._remove(key)
-        return entry is not None and entry[2] > clock.now()
+        return entry is not None and _has_not_ended(entry)
 
     def clear(self) -> None:
         removed = self._entries.copy()
@@ -100,36 +101,40 @@ class MemoryStore:
     def close(self) -> None:
         """There is nothing to give back."""
 
-    def _answer(self, request: Request) -> Any:
-        if isinstance(request, Flight):
-            return self._claim(request)
-        if not request.flight.is_void:
-            now = clock.now()
-            end = FOREVER if request.ttl is None else now + request.ttl
-            # An error that is remembered is never found by a quick look, which could only return it.
-            entry = (request.value, -FOREVER if request.value.__class__ is Failed else end, end, end + request.stale)
-            self._store(request.flight.key, entry)
-            if request.flight.is_void and self._entries.get(request.flight.key) is entry:
-                # Somebody has cleared meanwhile.
-                self._remove(request.flight.key)
-        return DONE
+    def _answer(self, request: Flight | Keep) -> Answer | None:
+        if isinstance(request, Keep):
+            self._keep(request)
+            return None
+        return self._claim(request)
 
-    def _claim(self, flight: Flight) -> Any:
+    def _claim(self, flight: Flight) -> Answer:
         entry = self.look_up(flight.key)
         if entry is None:
             return CLAIMED
-        now = clock.now()
-        if entry[2] > now:
-            return Found(entry[0])
-        flight.old = Found(entry[0]) if entry[2] + flight.stale > now else None
+        if _has_not_ended(entry):
+            flight.found = entry[0]
+            return FOUND
+        if entry[1] + flight.stale > clock.now():
+            flight.old = entry[0], None
         return CLAIMED
+
+    def _keep(self, keep: Keep) -> None:
+        flight = keep.flight
+        if flight.is_void:
+            return
+        end = math.inf if keep.ttl is None else clock.now() + keep.ttl
+        entry = (keep.value, -math.inf if keep.value.__class__ is Failed else end, end + keep.stale)
+        self._store(flight.key, entry)
+        if flight.is_void and self._entries.get(flight.key) is entry:
+            # Somebody has cleared meanwhile.
+            self._remove(flight.key)
 
     def _store(self, key: Any, entry: Entry) -> None:
         replaced = self._remove(key)
         self._remove_expired()
         self._entries[key] = entry
-        if entry[3] != FOREVER:
-            heapq.heappush(self._ends, (entry[3], next(self._numbers), key))
+        if entry[2] != math.inf:
+            heapq.heappush(self._ends, (entry[2], next(self._numbers), key))
         instance = _instance_in(key)
         if instance is not None:
             instance.stores.add(weakref.ref(self))
@@ -171,7 +176,7 @@ class MemoryStore:
             except IndexError:
                 break
             entry = self._entries.get(key)
-            if entry is not None and entry[3] <= now:
+            if entry is not None and entry[2] <= now:
                 removed.append(self._remove(key))
         del removed
         self._forget_what_has_gone()
@@ -180,13 +185,17 @@ class MemoryStore:
         """Of entries that went before their time the ends stay behind; not more of them than of the others."""
         if len(self._ends) > 2 * len(self._entries) + _FEW:
             entries = self._entries
-            self._ends = [end for end in self._ends.copy() if entries.get(end[2], _NOTHING)[3] == end[0]]
+            self._ends = [end for end in self._ends.copy() if entries.get(end[2], _NOTHING)[2] == end[0]]
             heapq.heapify(self._ends)
 
     def forget_instance(self, instance: Instance) -> None:
         """Remove what nobody can ask for any more."""
         removed = [self._remove(key) for key in list(self._instances.pop(instance, {}))]
         del removed
+
+
+def _has_not_ended(entry: Entry) -> bool:
+    return (entry[2] if entry[0].__class__ is Failed else entry[1]) > clock.now()
 
 
 def _instance_in(key: Any) -> Instance | None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from opero.core.clock import clock
 from opero.core.private_folder import refuse_unsafe
-from opero.core.stores.contract import slug
 from opero.core.stores.disk import COUNT, DATABASE, connect_to_read, is_of_this_format
+from opero.core.stores.lasting import slug
 from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _OPTION = "--cache-dir"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Namespace:
     """One folder of a disk cache.
 
@@ -31,7 +31,7 @@ class Namespace:
     """
 
     folder: Path
-    size: int
+    size: int = 0
     name: str | None = None
     entries: int | None = None
     problem: str | None = None
@@ -47,10 +47,10 @@ def namespaces_in(root: Path) -> list[Namespace]:
     try:
         refuse_unsafe(root, _OPTION)
         folders = [folder for folder in root.iterdir() if _may_have_entries(folder)]
-    except UnsafeCacheError:
-        raise
     except FileNotFoundError:
         return []
+    except UnsafeCacheError:
+        raise
     except OSError as error:
         msg = f"the folder {root} cannot be read: {error.strerror}"
         raise OperoError(msg) from error
@@ -63,37 +63,33 @@ def _may_have_entries(folder: Path) -> bool:
 
 
 def _namespace(folder: Path) -> Namespace:
+    found = Namespace(folder)
     try:
         refuse_unsafe(folder, _OPTION)
-        size = _size_of(folder)
-        with contextlib.closing(_opened(folder / DATABASE)) as connection:
-            if not is_of_this_format(connection):
-                return Namespace(folder, size, entries=0)
-            ((name,),) = connection.execute("SELECT namespace FROM Settings").fetchall()
-            ((entries,),) = connection.execute(COUNT, (clock.wall(),)).fetchall()
-        told = name.decode("utf-8", "surrogatepass")
-        if slug(told) == folder.name:
-            return Namespace(folder, size, told, entries)
-        return Namespace(folder, size, problem="is not the folder of the namespace that it tells")
+        with contextlib.suppress(OSError):
+            # Another process may take a file away meanwhile.
+            found.size = sum(file.lstat().st_size for file in folder.iterdir() if stat.S_ISREG(file.lstat().st_mode))
+        _look_into(found)
     except UnsafeCacheError as error:
-        return Namespace(folder, 0, problem=str(error))
+        found.problem = str(error)
     except (sqlite3.Error, OSError, AttributeError, UnicodeDecodeError) as error:
-        return Namespace(folder, _size_of(folder), problem=f"cannot be read ({describe(error)})")
+        found.problem = f"cannot be read ({describe(error)})"
+    return found
 
 
-def _opened(database: Path) -> sqlite3.Connection:
+def _look_into(found: Namespace) -> None:
+    database = found.folder / DATABASE
     if not stat.S_ISREG(database.lstat().st_mode):
-        msg = f"{database.name} is not a file"
-        raise OSError(msg)
-    return connect_to_read(database.parent)
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of the files, and of nothing that a link leads to."""
-    size = 0
-    # Another process may take a file away meanwhile.
-    with contextlib.suppress(OSError):
-        for entry in [*os.scandir(folder)]:
-            found = entry.stat(follow_symlinks=False)
-            size += found.st_size if stat.S_ISREG(found.st_mode) else 0
-    return size
+        found.problem = f"cannot be read ({DATABASE} is not a file)"
+        return
+    with contextlib.closing(connect_to_read(found.folder)) as connection:
+        if not is_of_this_format(connection):
+            found.entries = 0
+            return
+        ((name,),) = connection.execute("SELECT namespace FROM Settings").fetchall()
+        ((entries,),) = connection.execute(COUNT, (clock.wall(),)).fetchall()
+    told = name.decode("utf-8", "surrogatepass")
+    if slug(told) == found.folder.name:
+        found.name, found.entries = told, entries
+    else:
+        found.problem = "is not the folder of the namespace that it tells"

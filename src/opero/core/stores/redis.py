@@ -10,37 +10,38 @@ import contextlib
 import itertools
 import os
 import queue
+import struct
 import threading
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from opero.core.flights import Flight
+from opero.core.clock import clock
+from opero.core.flights import BUSY, CLAIMED, FOUND, Flight, Keep
 from opero.core.forks import allow_forks, watch_forks
 from opero.core.redis_server import Server, server_at, server_of, server_with
-from opero.core.stores.contract import BUSY, CLAIMED, DONE, Keep, LastingStore, slug
+from opero.core.stores.lasting import LastingStore, slug
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from opero.core.faults import Rest
-    from opero.core.stores.contract import Request
     from opero.core.stores.settings import CacheSettings
 
 LEASE_SECONDS = 10.0
 _IDLE_SECONDS = 1.0
 _SCAN_COUNT = 1_000
 
-# KEYS: entry, lease. ARGV: token, milliseconds, 1 if the entry that there is has ended. A lease that would live longer
-# than any that opero makes is nobody's.
+# KEYS: entry, lease. ARGV: token, milliseconds, the time in the form that entries have of their end: as bytes these are
+# in the order of the times. A lease that would live longer than any that opero makes is nobody's.
 _CLAIM = """
 local entry = redis.call('GET', KEYS[1])
-if entry and ARGV[3] == '0' then return entry end
+if entry and string.sub(entry, 9, 16) > ARGV[3] then return {entry, 0} end
 local left = redis.call('PTTL', KEYS[2])
 if left == -2 or left == -1 or left > tonumber(ARGV[2]) then
     redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-    return 1
+    return {entry, 1}
 end
-return 0
+return {entry, 0}
 """
 # KEYS: entry, lease. ARGV: token, entry, milliseconds or 0. Without the lease somebody has cleared since.
 _KEEP = """
@@ -104,20 +105,6 @@ class RedisStore(LastingStore):
         entry: bytes | None = self.client.get(self._entry(key))
         return entry
 
-    def answer(self, requests: Sequence[Request]) -> list[Any]:
-        try:
-            answers = self.server.perform([self._command(request) for request in requests])
-            self.rest.end()
-            return [self._understand(*pair) for pair in zip(requests, answers, strict=True)]
-        except Exception:
-            raise
-        except BaseException:
-            # Ctrl-C: what was asked for may have been granted, and is given back when whoever asked lets it go.
-            for request in requests:
-                if isinstance(request, Flight):
-                    request.held = True
-            raise
-
     async def fetch(self, key: bytes) -> tuple[Any, float] | None:
         """As `look_up`, in the running event loop; None as long as nothing is open, which takes long."""
         server = self._server
@@ -130,6 +117,21 @@ class RedisStore(LastingStore):
         except Exception as error:  # noqa: BLE001 - the call asks again, and is told
             self.failed(error)
             return None
+
+    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
+        """Answer requests in order, in one exchange with the server."""
+        commands = [self._command(request) for request in requests]
+        answers = self.in_spite_of_faults(self._ask, [command for command in commands if isinstance(command, tuple)])
+        coming = itertools.repeat(answers) if isinstance(answers, Exception) else iter(answers)
+        return [
+            self._understood(request, next(coming)) if isinstance(command, tuple) else command
+            for request, command in zip(requests, commands, strict=True)
+        ]
+
+    def _ask(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        answers = self.server.perform(commands) if commands else []
+        self.rest.end()
+        return answers
 
     def let_go(self, flight: Flight) -> None:
         self._keeper.drop(flight)
@@ -158,52 +160,52 @@ class RedisStore(LastingStore):
     def for_each(self, flights: Sequence[Flight], script: str, *arguments: int) -> None:
         """Run a script on the lease of each."""
         if flights:
-            leases = [(self._entry(flight.key) + b":lease", flight.token) for flight in flights]
+            leases = [(self._entry(flight.key) + b":lease", flight.ticket) for flight in flights]
             self.server.perform([("EVAL", script, 1, *lease, *arguments) for lease in leases])
 
     def _entry(self, key: bytes) -> bytes:
         # The braces keep entry and lease on one node of a cluster.
         return b"%b:{%b}" % (self._prefix, key.hex().encode())
 
-    def _command(self, request: Request) -> tuple[Any, ...]:
+    def _command(self, request: Flight | Keep) -> tuple[Any, ...] | Exception | None:
+        """What the server is to do, or the answer if it has not to be asked."""
         if isinstance(request, Flight):
-            request.token = os.urandom(12).hex().encode()
-            return self._claim(request, 0)
-        flight, written = request.flight, request.written
-        entry = self._entry(flight.key)
-        if written is None or request.flight.is_void:
-            return ("EVAL", _RELEASE, 1, entry + b":lease", flight.token)
+            request.ticket = os.urandom(12).hex().encode()
+            # Until the answer says otherwise: after Ctrl-C it is given back, if it was granted.
+            request.held = True
+            entry, now = self._entry(request.key), struct.pack(">d", clock.wall())
+            return ("EVAL", _CLAIM, 2, entry, entry + b":lease", request.ticket, int(LEASE_SECONDS * 1000), now)
+        try:
+            written = self.write_down(request)
+        except Exception as error:  # noqa: BLE001 - a result that cannot be written costs the cache and not the call
+            return error
+        flight, entry = request.flight, self._entry(request.flight.key)
+        if flight.is_void:
+            return None
         milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
-        if flight.token:
-            return ("EVAL", _KEEP, 2, entry, entry + b":lease", flight.token, written, milliseconds)
-        return ("SET", entry, written, *(("PX", milliseconds) if milliseconds else ()))
+        if flight.ticket is None:
+            return ("SET", entry, written, *(("PX", milliseconds) if milliseconds else ()))
+        return ("EVAL", _KEEP, 2, entry, entry + b":lease", flight.ticket, written, milliseconds)
 
-    def _claim(self, flight: Flight, has_ended: int) -> tuple[Any, ...]:
-        entry = self._entry(flight.key)
-        return ("EVAL", _CLAIM, 2, entry, entry + b":lease", flight.token, int(LEASE_SECONDS * 1000), has_ended)
-
-    def _understand(self, request: Request, answer: Any) -> Any:
+    def _understood(self, request: Flight | Keep, answer: Any) -> Any:
         if isinstance(request, Keep):
-            self._keeper.forget(request.flight)
-            return answer if isinstance(answer, Exception) else request.fault or DONE
-        if isinstance(answer, bytes):
-            found = self._found(request, answer)
-            if found is not None:
-                return found
-            # It has ended: the right to compute it anew is asked for by itself.
-            (answer,) = self.server.perform([self._claim(request, 1)])
+            if not isinstance(answer, Exception):
+                self._keeper.forget(request.flight)
+                return None
+            return answer
+        request.held = False
         if isinstance(answer, Exception):
             return answer
-        if answer:
+        entry, granted = answer
+        if granted:
             self._keeper.hold(request)
-        return CLAIMED if answer else BUSY
-
-    def _found(self, flight: Flight, entry: bytes) -> Any:
         try:
-            return self.found(flight, entry)
+            if entry is not None and self.is_found(request, entry):
+                return FOUND
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
-            self.client.delete(self._entry(flight.key))
+            self.client.delete(self._entry(request.key))
             return error
+        return CLAIMED if granted else BUSY
 
     def _keys(self) -> Iterator[bytes]:
         keys: Iterator[bytes] = self.client.scan_iter(match=self._prefix + b":*", count=_SCAN_COUNT)
@@ -220,8 +222,8 @@ class LeaseKeeper:
         # Not to keep a store, and its connections, that nobody uses any more.
         self._store = ref(store)
         self._held: set[Flight] = set()
+        # Not an event or a lock, which a finalizer may come in the middle of, and drop a lease itself.
         self._dropped: queue.SimpleQueue[Flight] = queue.SimpleQueue()
-        # For the thread's beginning and end. A finalizer may come in its block, and drop leases.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
 

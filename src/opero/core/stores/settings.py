@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from opero.core.stores.contract import Store
+    from opero.core.stores.disk import DiskStore
+    from opero.core.stores.memory import MemoryStore
+    from opero.core.stores.redis import RedisStore
+
+    Store: TypeAlias = MemoryStore | DiskStore | RedisStore
 
 BACKENDS = ("memory", "disk", "redis")
 Backend: TypeAlias = Literal["memory", "disk", "redis"]
@@ -43,6 +47,8 @@ _OPTIONS = {
     "disk": ("cache_dir", "maxsize", "policy", "size_limit", *_WRITTEN),
     "redis": ("client", "redis_db", "redis_host", "redis_password", "redis_port", "url", *_WRITTEN),
 }
+# Those that twat-cache has not, or takes for something else.
+_OWN_OPTIONS = frozenset({"client", "serializer", "size_limit", "url"})
 _OF_ANY_CACHE = ("backend", "exceptions", "ignore", "keep_if", "key", "namespace", "stale", "ttl")
 _HIGHEST_PORT = 65_535
 
@@ -185,16 +191,22 @@ class CacheSettings:
 
     def disk_folder(self) -> Path:
         """The folder in which the namespaces lie; it is not made."""
-        from opero.core.stores.twat import cache_folder
+        from pathlib import Path
 
-        return cache_folder(self.config())
+        if "cache_dir" in self.options:
+            return Path(self.options["cache_dir"]) / self.folder_name
+        from opero.core.private_folder import folder_of_user
+        from opero.core.stores.twat import twat_cache
+
+        return folder_of_user(lambda: twat_cache("paths").get_cache_path(self.folder_name, create=False))
 
     def config(self) -> Any:
         """twat-cache's `CacheConfig` for these settings."""
-        from opero.core.stores.twat import cache_config
+        from opero.core.stores.twat import twat_cache
 
+        known = {name: value for name, value in self.options.items() if name not in _OWN_OPTIONS}
         ttl = None if callable(self.ttl) else self.ttl
-        return cache_config({**self.options, "folder_name": self.folder_name}, ttl=ttl)
+        return twat_cache("config").create_cache_config(**{**known, "folder_name": self.folder_name, "ttl": ttl})
 
 
 _lock = ForkSafeLock(threading.RLock)

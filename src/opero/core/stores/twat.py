@@ -4,8 +4,8 @@ Importing twat-cache 2.7.5 removes the program's loguru sinks (``twat_cache/logg
 logs its settings, passwords included. When a release mends that, `twat_cache` becomes a plain import.
 
 Its engines cannot be made (`_get_cached_value` is missing, an empty cache counts as none), and where completed take a
-miss for a hit, count bytes as entries (disk), or use ``hash`` as a key (redis). Here they are completed: settings, name
-and statistics are theirs, the entries are a `Store`'s.
+miss for a hit, count bytes as entries (disk), or use ``hash`` as a key (redis). Here its contract is completed: name
+and statistics are twat-cache's, the entries are a `Store`'s.
 """
 
 from __future__ import annotations
@@ -17,31 +17,20 @@ import sys
 import time
 import types
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero.core.digests import digest_of
-from opero.core.flights import Flight
-from opero.core.private_folder import folder_of_user
-from opero.core.stores.contract import Keep, managing
+from opero.core.faults import managing
+from opero.core.flights import Flight, Keep
 from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
-    from opero.core.stores.contract import Store
-    from opero.core.stores.settings import CacheSettings
-
-# Options of opero's own beside the fields of twat-cache's `CacheConfig`.
-_OWN_OPTIONS = frozenset({"client", "serializer", "size_limit", "url"})
-_ENGINES = {
-    "memory": ("engines.base", "BaseCacheEngine"),
-    "disk": ("engines.diskcache", "DiskCacheEngine"),
-    "redis": ("engines.redis", "RedisCacheEngine"),
-}
+    from opero.core.stores.settings import CacheSettings, Store
 
 
-def _import_twat_cache(module: str) -> Any:
+def twat_cache(module: str) -> Any:
     """A module of twat-cache, imported without side effects on the host program."""
     name = f"twat_cache.{module}"
     if name in sys.modules:
@@ -62,44 +51,23 @@ def _import_twat_cache(module: str) -> Any:
                 del sys.modules["twat_cache.logging"]
 
 
-def cache_config(options: Mapping[str, Any], *, ttl: float | None = None) -> Any:
-    """twat-cache's `CacheConfig` for checked ``cache_options``."""
-    known = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
-    return _import_twat_cache("config").create_cache_config(ttl=ttl, **known)
-
-
-def cache_folder(config: Any) -> Path:
-    """The folder in which the namespaces of these settings lie; it is not made."""
-    name: str = config.get_folder_name()
-    if config.cache_dir is not None:
-        return Path(config.cache_dir) / name
-    get_cache_path = _import_twat_cache("paths").get_cache_path
-    return folder_of_user(lambda: get_cache_path(name, create=False))
-
-
-def make_engine(settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> CacheEngine:
-    """The engine over a store; ``decorate`` makes a function use it."""
-    engine: CacheEngine = _engine_class(*_ENGINES[settings.backend])(settings, store, decorate)
-    return engine
-
-
 @functools.cache
-def _engine_class(module: str, name: str) -> Any:
-    return type(name, (CacheEngine, getattr(_import_twat_cache(module), name)), {})
+def engine_class() -> Any:
+    """A `CacheEngine` that is one of twat-cache's, too."""
+    return type("CacheEngine", (CacheEngine, twat_cache("engines.base").BaseCacheEngine), {})
 
 
 class CacheEngine:
-    """What `opero.core.get_cache_context` gives: stands before one of twat-cache's engines among the bases.
+    """What `opero.core.get_cache_context` gives: stands before twat-cache's `BaseCacheEngine` among the bases.
 
-    It has what that lacks or gets wrong, and opens no files and connections with twat-cache's settings.
+    It has what that lacks, and opens no files and connections with twat-cache's settings.
     """
 
     def __init__(self, settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> None:
         self._config = settings.config()
-        self._ttl = None if callable(settings.ttl) else settings.ttl
+        self._ttl: Any = settings.ttl
         self._store = store
         self._decorate = decorate
-        self._cache: dict[Any, Any] = {}
         self._cache_path = getattr(store, "folder", None)
         self._is_closed = False
         self._hits = self._misses = self._size = 0
@@ -118,7 +86,7 @@ class CacheEngine:
     @property
     def stats(self) -> dict[str, Any]:
         """Hits, misses and size, and twat-cache's other facts."""
-        facts: dict[str, Any] = _import_twat_cache("engines.base").BaseCacheEngine.stats.fget(self)
+        facts: dict[str, Any] = twat_cache("engines.base").BaseCacheEngine.stats.fget(self)
         with self._managed("count the entries of") as store:
             return {**facts, "size": len(store)}
 
@@ -136,9 +104,9 @@ class CacheEngine:
     def set(self, key: Any, value: Any) -> None:
         """Store a value under a key."""
         with self._managed("write to") as store:
-            (answer,) = store.perform([Keep(Flight(digest_of(key)), value, self._ttl)])
-            if isinstance(answer, Exception):
-                raise answer
+            (fault,) = store.perform([Keep(Flight(digest_of(key)), value, self._ttl)])
+            if fault is not None:
+                raise fault
         self._last_update = time.time()
 
     # twat-cache's contract has these two in place of `get` and `set`.

@@ -1,0 +1,231 @@
+"""What the stores have in common that outlive the process: entries as bytes, and that a fault costs no call.
+
+An entry says how it was written: two letters for the version of this format, one for the kind (a pickle, JSON, or an
+error in place of a result), one for the compression, a checksum, when the result ends (seconds since the epoch), then
+the payload. So functions with different options can share a namespace, an entry of another version is never misread,
+and a damaged one is noticed before it is unpickled. A function that writes JSON takes an entry that says it is a pickle
+for damaged: whoever can write to the cache could have put it there to run code.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import sys
+import zlib
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from opero.core.clock import clock
+from opero.core.digests import UncacheableError, spelling_of
+from opero.core.faults import Complaints, Rest
+from opero.core.flights import Flights
+from opero.core.steps import Failed
+from opero.exceptions import UnsafeCacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opero.core.flights import Flight, Keep
+    from opero.core.stores.settings import CacheSettings
+
+FOREVER = float("inf")
+
+_VERSION = b"o2"
+# Version and kind, checksum, end.
+_HEAD = struct.Struct(">4sId")
+_ENDS = struct.Struct(">d")
+_ENDS_AT, _PAYLOAD_AT = 8, 16
+_PICKLE_PROTOCOL = 5
+# What a few kilobytes could grow to when they are decompressed.
+MOST_BYTES = 2**28
+# As deep as JSON is read where the program has raised the limit of recursion: the stack of C has a limit of its own.
+_MOST_LEVELS = 1_000
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{\]}]')
+_READABLE = 48
+
+
+def slug(namespace: str) -> str:
+    """A name for files and redis keys: readable, and different for different namespaces."""
+    readable = re.sub(r"[^A-Za-z0-9_.]+", "-", namespace)[-_READABLE:].strip("-.")
+    return f"{readable}-{blake2b(namespace.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
+
+
+class LastingStore:
+    """A store of bytes that other processes use, too; the backends fill in the access to it."""
+
+    is_instant: ClassVar[bool] = False
+
+    def __init__(self, what: str, settings: CacheSettings) -> None:
+        self.maxsize = settings.maxsize
+        self.flights = Flights()
+        self.format = EntryFormat(settings.options.get("serializer"), compress=settings.options.get("compress", False))
+        # Tells the log, the first time loudly.
+        self.complain = Complaints(what).tell
+        self._what = what
+        self._rest = Rest()
+
+    @property
+    def rest(self) -> Rest:
+        """Leaves the backend alone while it is not well."""
+        return self._rest
+
+    def __repr__(self) -> str:
+        return self._what
+
+    def look_up(self, key: bytes) -> tuple[Any, float] | None:
+        """The entry of a key, ``(result, expires_at)``; faults are None, and come to light in `perform`."""
+        if self.rest.reason() is not None:
+            return None
+        try:
+            found = self.find(key)
+        except UnsafeCacheError:
+            return None
+        except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told
+            self.failed(error)
+            return None
+        self.rest.end()
+        return found
+
+    def find(self, key: bytes) -> tuple[Any, float] | None:
+        """As `look_up`, but raises what the backend raises."""
+        entry = self.read(key)
+        return None if entry is None else self.fresh(entry)
+
+    def fresh(self, entry: bytes) -> tuple[Any, float] | None:
+        """The value of an entry, as `look_up` gives it."""
+        value, ends = self.format.loads(entry)
+        if value.__class__ is Failed or (ends != FOREVER and ends <= clock.wall()):
+            return None
+        return (value, FOREVER)
+
+    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
+        """Answer requests in order."""
+        return [self.in_spite_of_faults(self.answer, request) for request in requests]
+
+    def in_spite_of_faults(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What some work with the backend gives; an exception if that failed, or is not tried now."""
+        resting = self.rest.reason()
+        if resting is not None:
+            return resting
+        try:
+            return work(*args)
+        except UnsafeCacheError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
+            self.failed(error)
+            return error
+
+    def write_down(self, keep: Keep) -> bytes:
+        """The entry for what is to be kept; raises whatever the serializer raises."""
+        ends = FOREVER if keep.ttl is None else clock.wall() + keep.ttl
+        keep.flight.written = self.format.dumps(keep.value, ends)
+        return keep.flight.written
+
+    def is_found(self, flight: Flight, entry: bytes) -> bool:
+        """Note what was found for a claim; tells whether it is the answer, or only of use if the call fails."""
+        value, ends = self.format.loads(entry)
+        ago = clock.wall() - ends
+        if ago < 0:
+            flight.found, flight.written = value, entry
+        elif ago < flight.stale and value.__class__ is not Failed:
+            flight.old = value, entry
+        return ago < 0
+
+    # To be filled in.
+
+    def read(self, key: bytes) -> bytes | None:
+        """The entry of a key."""
+        raise NotImplementedError
+
+    def answer(self, request: Flight | Keep) -> Any:
+        """Answer one request."""
+        raise NotImplementedError
+
+    def failed(self, error: Exception) -> None:
+        """Decide whether the backend needs a rest."""
+        raise NotImplementedError
+
+
+class DamagedEntryError(ValueError):
+    """Bytes that opero did not write, or that have changed since, or a pickle where none is trusted."""
+
+
+class EntryFormat:
+    """How one function's results are written, and which entries it reads: those of JSON, and pickles if it pickles."""
+
+    def __init__(self, serializer: str | None = None, *, compress: bool = False) -> None:
+        self._is_json = serializer == "json"
+        self._compress = compress
+
+    def dumps(self, value: Any, ends: float) -> bytes:
+        """The entry for a result, or for the error in a `Failed`; raises whatever the serializer raises."""
+        if value.__class__ is Failed:
+            kind, payload = b"E", pickle.dumps(value.error, _PICKLE_PROTOCOL)
+        elif self._is_json:
+            kind, payload = b"J", _json(value)
+        else:
+            kind, payload = b"P", pickle.dumps(value, _PICKLE_PROTOCOL)
+        if self._compress:
+            if len(payload) > MOST_BYTES:
+                msg = f"a result of {len(payload)} bytes is too large to be compressed; store it without 'compress'"
+                raise UncacheableError(msg)
+            payload = zlib.compress(payload)
+        rest = _ENDS.pack(ends) + payload
+        return _VERSION + kind + (b"Z" if self._compress else b"-") + zlib.crc32(rest).to_bytes(4, "big") + rest
+
+    def loads(self, entry: bytes) -> tuple[Any, float]:
+        """The result in an entry, and when it ends.
+
+        Raises:
+            DamagedEntryError: If these are not bytes that `dumps` made, or a pickle where the serializer is JSON.
+        """
+        kind, checksum, ends = _HEAD.unpack_from(entry) if len(entry) >= _PAYLOAD_AT else (b"", 0, 0.0)
+        if kind not in _KINDS or zlib.crc32(memoryview(entry)[_ENDS_AT:]) != checksum:
+            msg = "the entry is damaged, or was not written by this version of opero"
+            raise DamagedEntryError(msg)
+        is_json = kind[2:3] == b"J"
+        if self._is_json and not is_json:
+            msg = "the entry is a pickle, which is never read with the serializer 'json'"
+            raise DamagedEntryError(msg)
+        payload: memoryview | bytes = memoryview(entry)[_PAYLOAD_AT:]
+        if kind[3:] == b"Z":
+            payload = _decompressed(payload)
+        if is_json:
+            return _of_json(str(payload, "utf-8")), ends
+        value = pickle.loads(payload)  # noqa: S301 - the folder is the user's alone; a redis server is trusted by whoever names it
+        return (Failed(value) if kind[2:3] == b"E" else value), ends
+
+
+_KINDS = frozenset(_VERSION + kind for kind in (b"P-", b"PZ", b"J-", b"JZ", b"E-", b"EZ"))
+
+
+def _decompressed(payload: memoryview | bytes) -> bytes:
+    decompressor = zlib.decompressobj()
+    value = decompressor.decompress(payload, MOST_BYTES)
+    if not decompressor.eof:
+        msg = "the entry is damaged, or larger than any that opero compresses"
+        raise DamagedEntryError(msg)
+    return value
+
+
+def _of_json(text: str) -> Any:
+    if sys.getrecursionlimit() > _MOST_LEVELS:
+        level = 0
+        for found in _BRACKETS.finditer(text):
+            level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+            if level > _MOST_LEVELS:
+                msg = "the entry is nested too deeply"
+                raise DamagedEntryError(msg)
+    return json.loads(text)
+
+
+def _json(value: Any) -> bytes:
+    text = json.dumps(value, separators=(",", ":"))
+    # What JSON changes (tuples, keys that are not text) would make a cached result differ from a fresh one.
+    if spelling_of(json.loads(text)) != spelling_of(value):
+        msg = f"JSON cannot hold this {type(value).__qualname__} unchanged; use the serializer 'pickle'"
+        raise UncacheableError(msg)
+    return text.encode()
