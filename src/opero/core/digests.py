@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import copyreg
 import dis
-import enum
 import functools
 import itertools
 import marshal
@@ -29,21 +28,13 @@ from opero.core.control import decoration_of
 from opero.core.signature import find_by_name, innermost, name_of
 from opero.exceptions import MisuseError
 
-PLAIN_TYPES = frozenset({int, str, bool, bytes, type(None)})
-_LEAVES = PLAIN_TYPES | {float, complex, type(...)}
-SIZE = 20
-# Stands before a digest; nothing that marshal writes begins with it.
-_DIGEST = b"#"
-_PROTOCOL = 4
-# Later versions of the format note which objects are one and the same, so that equal values look different.
-_MARSHAL_VERSION = 2
+PLAIN_TYPES: frozenset[type] = frozenset({int, str, bool, bytes, type(None)})
+_LEAVES: frozenset[type] = PLAIN_TYPES | {float, complex, type(...)}
+_SIZE = 20
+_PICKLE_PROTOCOL = 4
+_MAIN = frozenset({"__main__", "__mp_main__"})
 # One module under two names: in worker processes, and in Python 3.13.
 _SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}
-
-
-def is_class(value: Any) -> bool:
-    """Whether it is a class; ``list[int]`` only says that it is."""
-    return issubclass(type(value), type)
 
 
 class UncacheableError(TypeError):
@@ -56,42 +47,18 @@ def digest_of(*values: Any) -> bytes:
     Raises:
         UncacheableError: If one of them has a state that pickle cannot take.
     """
-    return digest_of_spelled([spelling_of(value) for value in values])
-
-
-def digest_of_spelled(spelled: Iterable[bytes]) -> bytes:
-    """The digest of values that `spelling_of` has spelled."""
-    return blake2b(b"".join(spelled), digest_size=SIZE, person=b"values").digest()
+    return blake2b(b"".join(map(spelling_of, values)), digest_size=_SIZE, person=b"values").digest()
 
 
 def digest_of_plain(values: tuple[Any, ...]) -> bytes:
     """The digest of values that are all of exactly the `PLAIN_TYPES`, quickly."""
     # Half of the time that a new one takes.
     made = _PLAIN.copy()
-    made.update(marshal.dumps(values, _MARSHAL_VERSION))
+    made.update(_marshalled(values))
     return made.digest()
 
 
-_PLAIN = blake2b(digest_size=SIZE, person=b"plain")
-
-
-class _Bag:
-    """Parts whose order makes no difference; those of a mapping are a key and a value in turn."""
-
-    __slots__ = ("in_pairs", "values")
-
-    def __init__(self, values: Iterable[Any], *, in_pairs: bool = False) -> None:
-        self.values = values
-        self.in_pairs = in_pairs
-
-
-_IN_PAIRS = frozenset({"dict", "pairs"})
-_IN_ANY_ORDER = _IN_PAIRS | {"set", "frozenset", "elements"}
-
-
-def _digest(label: str, content: bytes) -> bytes:
-    head = marshal.dumps(label, _MARSHAL_VERSION)
-    return _DIGEST + blake2b(head + content, digest_size=SIZE, person=b"value").digest()
+_PLAIN = blake2b(digest_size=_SIZE, person=b"plain")
 
 
 def spelling_of(value: Any) -> bytes:
@@ -100,98 +67,132 @@ def spelling_of(value: Any) -> bytes:
     Raises:
         UncacheableError: If it has a state that pickle cannot take.
     """
-    found, _ = _Walk().spell(value)
-    return found
+    return _Walk().spell(value)
 
 
-def _class_spelling(kind: type) -> bytes:
-    # By itself: so it is the same wherever the class is met.
-    found = _classes.get(kind)
+def _digest(label: str, content: bytes) -> bytes:
+    made = blake2b(_marshalled(label), digest_size=_SIZE, person=b"value")
+    made.update(content)
+    # Nothing that marshal writes begins so.
+    return b"#" + made.digest()
+
+
+def _marshalled(value: Any) -> bytes:
+    # Later versions of the format note which objects are one and the same, so that equal values look different.
+    return marshal.dumps(value, 2)
+
+
+class _Walk:
+    """Takes a value apart, and its parts.
+
+    Args:
+        is_lenient: Whether classes are taken apart on the way; what cannot be told of them is left out.
+    """
+
+    def __init__(self, *, is_lenient: bool = False) -> None:
+        self._is_lenient = is_lenient
+        # By their ids: how deep those lie that are being taken apart, and what is known of those that have been.
+        self._depths: dict[int, int] = {}
+        self._known: dict[int, tuple[Any, bytes]] = {}
+        # The depth of the outermost value that has been met again inside of itself.
+        self._top = sys.maxsize
+
+    def spell(self, value: Any) -> bytes:
+        """The spelling of a value; in one frame for each level, so that it can be as deep as the stack."""
+        found = _at_once(value)
+        if found is None and not self._is_lenient and (_is_class(value) or type(value) is _Globals):
+            found = _spelled_leniently(value)
+        if found is None and id(value) in self._known:
+            found = self._known[id(value)][1]
+        if found is not None:
+            return found
+        depth = self._depths.get(id(value))
+        if depth is not None:
+            self._top = min(self._top, depth)
+            return _digest("inside", _marshalled(len(self._depths) - depth))
+        label, parts = _opened(value)
+        depth = self._depths[id(value)] = len(self._depths)
+        number = len(self._known) + depth
+        top_before, self._top = self._top, sys.maxsize
+        spelled = []
+        try:
+            for part in parts:
+                try:
+                    spelled.append(self.spell(part))
+                except UncacheableError:
+                    if not self._is_lenient or label not in _LENIENT:
+                        raise
+                    spelled.append(_digest("unknown", b""))
+        finally:
+            del self._depths[id(value)]
+            top, self._top = self._top, min(self._top, top_before)
+        if label == "dict":
+            spelled = [key + held for key, held in zip(spelled[::2], spelled[1::2], strict=True)]
+        found = _digest(label, b"".join(sorted(spelled) if label in _IN_ANY_ORDER else spelled))
+        # What refers back cannot be taken for the same when it is met again: something else may be around it there.
+        self._known[id(value)] = (value, found if top >= depth else _digest("again", _marshalled(number)))
+        return found
+
+
+_IN_ANY_ORDER = frozenset({"dict", "set", "frozenset"})
+_LENIENT = frozenset({"class", "globals", "builtins.function"})
+
+
+def _spelled_leniently(value: Any) -> bytes:
+    """A class or what a script has, by itself, so that it is the same wherever it is met."""
+    if not _is_class(value):
+        return _Walk(is_lenient=True).spell(value)
+    found = _classes.get(value)
     if found is None:
-        found, _ = _Walk(into_classes=True).spell(kind)
-        _classes[kind] = found
+        found = _classes[value] = _Walk(is_lenient=True).spell(value)
     return found
 
 
 _classes: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
 
 
-class _Walk:
-    """Takes a value apart, and the parts that it has.
-
-    Args:
-        into_classes: Whether classes that cannot be imported are taken apart on the way, too.
-    """
-
-    def __init__(self, *, into_classes: bool = False) -> None:
-        self._into_classes = into_classes
-        # By their ids: how deep those lie that are being taken apart, and what is known of those that have been.
-        self._depths: dict[int, int] = {}
-        self._known: dict[int, tuple[Any, bytes]] = {}
-
-    def spell(self, value: Any) -> tuple[bytes, int]:
-        """The spelling of a value, and the depth of the outermost one that it refers back to."""
-        found = _at_once(value)
-        if found is None and is_class(value) and not self._into_classes:
-            found = _class_spelling(value)
-        if found is None and id(value) in self._known:
-            found = self._known[id(value)][1]
-        if found is not None:
-            return found, _NONE
-        depth = self._depths.get(id(value))
-        if depth is not None:
-            return _digest("inside", marshal.dumps(len(self._depths) - depth, _MARSHAL_VERSION)), depth
-        label, parts = _opened(value)
-        depth = self._depths[id(value)] = len(self._depths)
-        number = len(self._known) + depth
-        done, top = [], _NONE
-        try:
-            for part in parts:
-                try:
-                    spelled, back = self.spell(part)
-                except UncacheableError:
-                    # A class is told from others by all that can be told of it.
-                    if label != "class":
-                        raise
-                    spelled, back = _UNKNOWN, _NONE
-                done.append(spelled)
-                top = min(top, back)
-        finally:
-            del self._depths[id(value)]
-        if label in _IN_PAIRS:
-            done = [key + held for key, held in zip(done[::2], done[1::2], strict=True)]
-        found = _digest(label, b"".join(sorted(done) if label in _IN_ANY_ORDER else done))
-        if top >= depth:
-            self._known[id(value)] = (value, found)
-            return found, _NONE
-        # Met again, it cannot be taken for the same: what it refers back to may be elsewhere then.
-        self._known[id(value)] = (value, _digest("again", marshal.dumps(number, _MARSHAL_VERSION)))
-        return found, top
-
-
-# Deeper than anything: nothing is referred back to.
-_NONE = sys.maxsize
-_UNKNOWN = _digest("unknown", b"")
-
-
 def _at_once(value: Any) -> bytes | None:
     """The spelling of what need not be taken apart."""
     kind = type(value)
     if kind in _LEAVES:
-        return marshal.dumps(value, _MARSHAL_VERSION)
+        return _marshalled(value)
+    if kind in {list, tuple} and _LEAVES.issuperset(map(type, value)):
+        return _digest(kind.__name__, _marshalled(value))
     if kind is object:
         # It has no state, and can have no weak reference: kept for ever, it is told from all others, in any process.
-        return _bare_objects.setdefault(id(value), (value, _digest("object", os.urandom(SIZE))))[1]
-    if kind in {list, tuple} and _LEAVES.issuperset(map(type, value)):
-        return _digest(kind.__name__, marshal.dumps(value, _MARSHAL_VERSION))
-    if is_class(value):
-        if not _is_importable(value):
-            return None
-        return _digest("type", marshal.dumps((_module_of(value), value.__qualname__), _MARSHAL_VERSION))
+        return _bare_objects.setdefault(id(value), (value, _digest("object", os.urandom(_SIZE))))[1]
+    if _is_class(value) and _is_importable(value):
+        return _digest("type", _marshalled((_module_of(value), value.__qualname__)))
     return None
 
 
 _bare_objects: dict[int, tuple[object, bytes]] = {}
+
+
+def _opened(value: Any) -> tuple[str, Iterable[Any]]:
+    """A label and the parts of a value."""
+    kind = type(value)
+    if kind in {list, tuple, set, frozenset}:
+        return kind.__name__, value
+    if kind is dict or kind is _Globals:
+        return "dict" if kind is dict else "globals", itertools.chain.from_iterable(value.items())
+    if _is_class(value):
+        return "class", [*_parts_of_class(value)]
+    if hasattr(kind, "__cache_key__"):
+        return "keyed", (kind, value.__cache_key__())
+    for base in kind.__mro__:
+        name = f"{_module_of(base).partition('.')[0]}.{base.__name__}"
+        if name in _PARTS:
+            return name, [kind, *_PARTS[name](value), _beside(value, base)]
+    return "object", [*_parts_by_pickle(value)]
+
+
+# Functions and classes
+
+
+def _is_class(value: Any) -> bool:
+    # `list[int]` only says that it is one.
+    return issubclass(type(value), type)
 
 
 def _module_of(value: Any) -> str:
@@ -201,148 +202,22 @@ def _module_of(value: Any) -> str:
 
 def _is_importable(value: Any) -> bool:
     """Whether every process that imports its module finds this under its name."""
-    module = _module_of(value)
+    module = value.__module__ or ""
     # What a module that no file makes has is known to this process only.
-    is_made_by_file = getattr(sys.modules.get(value.__module__ or ""), "__spec__", None) is not None
-    return module != "__main__" and is_made_by_file and find_by_name(value.__module__, value.__qualname__) is value
-
-
-def _opened(value: Any) -> tuple[str, Iterable[Any]]:  # noqa: PLR0911 - one for each kind
-    """A label and the parts of a value: the one place that knows kinds of values."""
-    kind = type(value)
-    if kind is dict:
-        return "dict", itertools.chain.from_iterable(value.items())
-    if kind in {list, tuple, set, frozenset}:
-        return kind.__name__, value
-    if kind is _Bag:
-        return "pairs" if value.in_pairs else "elements", value.values
-    if is_class(value):
-        return "class", [*_parts_of_class(value)]
-    if kind in _PARTS:
-        return kind.__name__, [*_PARTS[kind](value)]
-    if hasattr(kind, "__cache_key__"):
-        return "keyed", (kind, value.__cache_key__())
-    if isinstance(value, enum.Enum):
-        # A combination of flags may have no name.
-        return "member", (kind, value.value if value.name is None else value.name)
-    for base in kind.__mro__:
-        parts = _PARTS_BY_BASE.get(f"{_module_of(base).partition('.')[0]}.{base.__name__}")
-        if parts is not None:
-            return base.__name__, (kind, *parts(value), _beside(value, base))
-    return "object", [*_parts_by_pickle(value)]
-
-
-def _pairs(mapping: Mapping[Any, Any]) -> _Bag:
-    return _Bag(itertools.chain.from_iterable(mapping.items()), in_pairs=True)
-
-
-# Functions and classes
+    is_made_by_file = getattr(sys.modules.get(module), "__spec__", None) is not None
+    return module not in _MAIN and is_made_by_file and find_by_name(module, value.__qualname__) is value
 
 
 def _parts_of_class(kind: type) -> Iterator[Any]:
     """Of a class that is not known by its name alone: what it is made of."""
-    members = {
-        name: value
-        for name, value in vars(kind).items()
-        if name not in _OF_EVERY_CLASS and (name[:2] != "__" or isinstance(value, _FUNCTIONS))
-    }
-    yield _module_of(kind)
-    yield kind.__qualname__
-    yield from kind.__bases__
-    for name in sorted(members):
-        yield name
-        yield members[name]
+    yield from (_module_of(kind), kind.__qualname__, kind.__bases__)
+    for name, value in sorted(vars(kind).items(), key=lambda item: item[0]):
+        is_known_from_others = name in {"__dict__", "__weakref__", "_abc_impl"}
+        if not is_known_from_others and (name[:2] != "__" or isinstance(value, _FUNCTIONS)):
+            yield from (name, value)
 
 
 _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
-# Known from the others, or telling nothing of what the class does.
-_OF_EVERY_CLASS = frozenset({"__dict__", "__weakref__", "_abc_impl"})
-
-
-def _parts_of_function(function: Any) -> Iterator[Any]:
-    """Its code, and what it has captured; of one that can be imported the code of all that it wraps."""
-    function = undecorated(function)
-    if not isinstance(function, types.FunctionType):
-        yield function
-        return
-    yield _module_of(function)
-    yield function.__qualname__
-    if _is_importable(function):
-        wrapped: Any = function
-        while isinstance(wrapped, types.FunctionType):
-            yield wrapped.__code__
-            wrapped = getattr(wrapped, "__wrapped__", None)
-        return
-    yield from _captured_by(function)
-    yield from _found_in_main(function)
-    yield _contents((*(function.__defaults__ or ()),))
-    yield dict(zip(function.__kwdefaults__ or (), _contents((function.__kwdefaults__ or {}).values()), strict=True))
-    yield {name: value for name, value in vars(function).items() if name != "__wrapped__"}
-
-
-def _found_in_main(function: types.FunctionType) -> Iterator[Any]:
-    """The code and the plain values that a function of the main module uses there: another program has others."""
-    seen: set[Any] = set()
-    waiting: list[Any] = [function]
-    while waiting:
-        user = waiting.pop()
-        if not isinstance(user, types.FunctionType) or user in seen:
-            continue
-        seen.add(user)
-        yield user.__code__
-        waiting.append(getattr(user, "__wrapped__", None))
-        known = user.__globals__
-        for name in _names_in(user.__code__) if known.get("__name__") in {"__main__", "__mp_main__"} else ():
-            value = known.get(name)
-            yield (name, value) if type(value) in _LEAVES else name
-            members = vars(value).values() if is_class(value) else [value]
-            waiting += [member.__wrapped__ if isinstance(member, _WRAPPERS) else member for member in members]
-
-
-_WRAPPERS = (classmethod, staticmethod, type(functools.cache(len)))
-
-
-@functools.lru_cache(maxsize=1000)
-def _names_in(code: types.CodeType) -> list[str]:
-    """The names of a module that it reads, and does not assign itself as one that counts its calls does."""
-    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names_in(const))
-    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
-    assigned = {name for operation, name in steps if operation == "STORE_GLOBAL"}
-    return sorted({name for operation, name in steps if operation == "LOAD_GLOBAL"}.union(inner) - assigned)
-
-
-def _captured_by(function: types.FunctionType) -> Iterator[Any]:
-    yield function.__code__
-    for cell in function.__closure__ or ():
-        try:
-            yield _contents((cell.cell_contents,))
-        except ValueError:
-            yield "nothing yet"
-    yield _contents(_borrowed_globals(function))
-
-
-def _contents(values: Iterable[Any]) -> list[Any]:
-    # A bare object, which marks what is missing, is known by its place.
-    return ["object()" if type(value) is object else undecorated(value) for value in values]
-
-
-def _borrowed_globals(function: types.FunctionType) -> list[Any]:
-    """What a function uses that was compiled with globals of its own: they do what cells do elsewhere."""
-    known = function.__globals__
-    if "__file__" in known or known is getattr(sys.modules.get(function.__module__), "__dict__", None):
-        return []
-    return [known[name] for name in function.__code__.co_names if name in known]
-
-
-def _parts_of_code(code: types.CodeType) -> tuple[Any, ...]:
-    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-    return (code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_freevars, *counts)
-
-
-def _parts_of_builtin(function: types.BuiltinFunctionType) -> tuple[Any, ...]:
-    owner = function.__self__
-    is_bound = owner is not None and not isinstance(owner, types.ModuleType)
-    return (_module_of(function), function.__qualname__, owner if is_bound else None)
 
 
 def undecorated(function: Any) -> Any:
@@ -352,23 +227,81 @@ def undecorated(function: Any) -> Any:
     return function
 
 
-_PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
-    types.FunctionType: _parts_of_function,
-    types.CodeType: _parts_of_code,
-    types.BuiltinFunctionType: _parts_of_builtin,
-    types.MethodType: lambda value: (undecorated(value.__func__), value.__self__),
-    types.ModuleType: lambda value: (value.__name__,),
-    types.MemberDescriptorType: lambda value: (value.__name__,),
-    types.GetSetDescriptorType: lambda value: (value.__name__,),
-    weakref.ReferenceType: lambda value: (value(),),
-    classmethod: lambda value: (undecorated(value.__func__),),
-    staticmethod: lambda value: (undecorated(value.__func__),),
-    property: lambda value: (value.fget, value.fset, value.fdel),
-    functools.cached_property: lambda value: (undecorated(value.func),),
-}
+def _parts_of_function(function: Any) -> Iterator[Any]:
+    """Its code, and what it has captured; of one that can be imported the code of all that it wraps."""
+    function = undecorated(function)
+    if not isinstance(function, types.FunctionType):
+        yield function
+        return
+    yield from (_module_of(function), function.__qualname__)
+    if _is_importable(function):
+        wrapped: Any = function
+        while isinstance(wrapped, types.FunctionType):
+            yield wrapped.__code__
+            wrapped = getattr(wrapped, "__wrapped__", None)
+        return
+    yield from _captured_by(function)
+    yield _by_place(function.__defaults__ or ())
+    yield [*(function.__kwdefaults__ or {}), *_by_place((function.__kwdefaults__ or {}).values())]
+    used = {name: value for name, value in vars(function).items() if name == "__wrapped__"}
+    yield {name: value for name, value in vars(function).items() if name not in used}
+    if function.__globals__.get("__name__") in _MAIN:
+        used |= {name: value for name, value in _globals_read_by(function) if isinstance(value, _TOLD_OF_SCRIPTS)}
+    yield _Globals(used)
 
 
-# Objects
+class _Globals(dict[str, Any]):
+    """What a function of a script uses there: another script has others of these names, and nobody imports them."""
+
+
+# Not what it changes while it runs.
+_TOLD_OF_SCRIPTS = (*_LEAVES, type, *_FUNCTIONS, type(functools.cache(len)))
+
+
+def _captured_by(function: types.FunctionType) -> Iterator[Any]:
+    yield function.__code__
+    for cell in function.__closure__ or ():
+        try:
+            yield _by_place([cell.cell_contents])
+        except ValueError:
+            yield "nothing yet"
+    yield _by_place(_borrowed_globals(function))
+
+
+def _borrowed_globals(function: types.FunctionType) -> list[Any]:
+    """What a function uses that was compiled with globals of its own: they do what cells do elsewhere."""
+    known = function.__globals__
+    if "__file__" in known or known is getattr(sys.modules.get(function.__module__), "__dict__", None):
+        return []
+    return [value for _, value in _globals_read_by(function)]
+
+
+def _by_place(values: Iterable[Any]) -> list[Any]:
+    """With bare objects, which mark what is missing, as what is the same in every process."""
+    return ["object()" if type(value) is object else value for value in values]
+
+
+def _globals_read_by(function: types.FunctionType) -> list[tuple[str, Any]]:
+    known = function.__globals__
+    return [(name, known[name]) for name in _names_read_by(function.__code__) if name in known]
+
+
+@functools.lru_cache(maxsize=1000)
+def _names_read_by(code: types.CodeType) -> list[str]:
+    """The globals that it reads, and does not assign itself as one that counts its calls does."""
+    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names_read_by(const))
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    assigned = {name for operation, name in steps if operation == "STORE_GLOBAL"}
+    return sorted({name for operation, name in steps if operation == "LOAD_GLOBAL"}.union(inner) - assigned)
+
+
+def _parts_of_code(code: types.CodeType) -> tuple[Any, ...]:
+    """What it does, and not where it stands."""
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    return (code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_freevars, *counts)
+
+
+# Arrays and frames
 
 
 def _parts_of_array(array: Any) -> tuple[Any, ...]:
@@ -383,21 +316,15 @@ def _parts_of_array(array: Any) -> tuple[Any, ...]:
 
 def _parts_of_frame(frame: Any) -> tuple[Any, ...]:
     """The columns one by one: how they are grouped in memory does not matter."""
-    columns = [_values_of_pandas(frame.iloc[:, place]) for place in range(frame.shape[1])]
-    return (frame.columns, frame.index, columns, _parts_beside_pandas(frame))
-
-
-def _parts_of_column(column: Any) -> tuple[Any, ...]:
-    return (column.name, column.index, _values_of_pandas(column), _parts_beside_pandas(column))
+    columns = [_values_of_pandas(column) for _, column in frame.items()]
+    return (frame.columns, frame.index, columns, _put_on(frame))
 
 
 def _parts_of_index(index: Any) -> tuple[Any, ...]:
     """Without what it has found out of itself meanwhile, and without levels that no label has."""
-    besides = (list(index.names), _public(index))
-    if isinstance(index, sys.modules["pandas"].RangeIndex):
-        return (besides, range(index.start, index.stop, index.step))
     levels = [index.get_level_values(level) for level in range(index.nlevels)] if index.nlevels > 1 else [index]
-    return (besides, [(_values_of_pandas(level), getattr(level, "freq", None)) for level in levels])
+    values = [(_values_of_pandas(level), getattr(level, "freq", None)) for level in levels]
+    return ([*index.names], values, _put_on(index))
 
 
 def _values_of_pandas(column: Any) -> tuple[Any, ...]:
@@ -415,36 +342,51 @@ def _values_of_pandas(column: Any) -> tuple[Any, ...]:
     return (dtype, is_missing, values[~is_missing].tolist())
 
 
-def _contents_of_polars(series: Any) -> Any:
+def _values_of_polars(series: Any) -> tuple[Any, ...]:
     # Not what polars pickles, which says in which chunks the values lie and what is under missing ones. Python's times
     # have no nanoseconds.
     is_finer = "'ns'" in str(series.dtype) or "Time" in str(series.dtype)
     return (series.to_list(), series.to_physical().to_list() if is_finer else None)
 
 
-def _public(value: Any) -> dict[str, Any]:
-    """What a program has put on a frame; the library's own has an underscore."""
-    return {name: held for name, held in vars(value).items() if name[0] != "_"}
+def _put_on(frame: Any) -> tuple[Any, ...]:
+    """What a program has put on a frame: the library's own has an underscore, but for what subclasses list."""
+    listed = getattr(frame, "_metadata", ())
+    held = {name: value for name, value in vars(frame).items() if name[0] != "_" or name in listed}
+    flags = getattr(frame, "flags", None)
+    return (held, getattr(frame, "attrs", None), getattr(flags, "allows_duplicate_labels", None))
 
 
-def _parts_beside_pandas(value: Any) -> tuple[Any, ...]:
-    besides = {name: getattr(value, name, None) for name in value._metadata if name != "name"}  # noqa: SLF001 - where subclasses list what they carry
-    return (value.attrs, value.flags.allows_duplicate_labels, besides | _public(value))
-
-
-# By the package and the name of a class or of one of its bases: nothing has to be imported to know of it. Pickle lists
-# a set in the order of its hashes, and a path by how it was put together.
-_PARTS_BY_BASE: dict[str, Callable[[Any], Iterable[Any]]] = {
-    "builtins.set": lambda value: (_Bag(value),),
-    "builtins.frozenset": lambda value: (_Bag(value),),
+# What is known better than pickle knows it, by the package and the name of a class or of one of its bases, so that
+# nothing has to be imported. Pickle lists a set in the order of its hashes, and a path by how it was put together.
+_PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
+    "builtins.function": _parts_of_function,
+    "builtins.code": _parts_of_code,
+    "builtins.method": lambda value: (value.__func__, value.__self__),
+    "builtins.module": lambda value: (value.__name__,),
+    "builtins.member_descriptor": lambda value: (value.__name__,),
+    "builtins.getset_descriptor": lambda value: (value.__name__,),
+    "builtins.classmethod": lambda value: (value.__func__,),
+    "builtins.staticmethod": lambda value: (value.__func__,),
+    "builtins.property": lambda value: (value.fget, value.fset, value.fdel),
+    "functools.cached_property": lambda value: (value.func,),
+    # A combination of flags may have no name.
+    "enum.Enum": lambda value: (value.value if value.name is None else value.name,),
+    "weakref.ReferenceType": lambda value: (value(),),
+    "builtins.set": lambda value: (frozenset(value),),
+    "builtins.frozenset": lambda value: (frozenset(value),),
     "pathlib.PurePath": lambda value: (str(value),),
     "numpy.ndarray": _parts_of_array,
     "pandas.DataFrame": _parts_of_frame,
-    "pandas.Series": _parts_of_column,
+    "pandas.Series": lambda value: (value.name, value.index, _values_of_pandas(value), _put_on(value)),
+    "pandas.RangeIndex": lambda value: (value.name, range(value.start, value.stop, value.step), _put_on(value)),
     "pandas.Index": _parts_of_index,
-    "polars.DataFrame": lambda value: (value.get_columns(), _public(value)),
-    "polars.Series": lambda value: (value.name, value.dtype, _contents_of_polars(value), _public(value)),
+    "polars.DataFrame": lambda value: (value.get_columns(), _put_on(value)),
+    "polars.Series": lambda value: (value.name, value.dtype, _values_of_polars(value), _put_on(value)),
 }
+
+
+# Objects
 
 
 def _parts_by_pickle(value: Any) -> Iterator[Any]:
@@ -460,13 +402,13 @@ def _parts_by_pickle(value: Any) -> Iterator[Any]:
         return
     maker: Any
     arguments: Any
-    maker, arguments, state, items, pairs, setter = (*reduction, None, None, None, None)[:6]
-    yield from (_maker(maker), [None if part is kind else part for part in arguments], _own(state, kind), setter)
-    yield None if items is None else list(items)
-    if isinstance(value, collections.OrderedDict):
-        yield list(pairs or ())
-    else:
-        yield None if pairs is None else _Bag(itertools.chain.from_iterable(pairs), in_pairs=True)
+    maker, arguments, state, items, pairs = (*reduction, None, None, None)[:5]
+    # What makes it anew is known by its name, as pickle knows it.
+    yield from (_module_of(maker), getattr(maker, "__qualname__", maker), arguments)
+    yield _without_cached_properties(state, kind)
+    yield None if items is None else [*items]
+    kept_as = list if isinstance(value, collections.OrderedDict) else dict
+    yield None if pairs is None else kept_as(pairs)
     owner = next(base for base in kind.__mro__ if not _REDUCERS.isdisjoint(vars(base)))
     yield None if owner is object or kind in copyreg.dispatch_table else _beside(value, owner)
     if isinstance(value, BaseException):
@@ -487,23 +429,17 @@ def _reduction(value: Any) -> Any:
             return registered(value)
         if hasattr(type(value), "__getattr__"):
             # Pickle's look for what is not set changes some the first time, such as the datasets of xarray.
-            value.__reduce_ex__(_PROTOCOL)
-        return value.__reduce_ex__(_PROTOCOL)
+            value.__reduce_ex__(_PICKLE_PROTOCOL)
+        return value.__reduce_ex__(_PICKLE_PROTOCOL)
     except RecursionError:
         raise
     except Exception as error:
         if isinstance(value, Mapping):
-            return (type(value), (), _pairs(value))
+            return (type(value), (), None, None, value.items())
         if isinstance(value, AbstractSet):
-            return (type(value), (), _Bag(value))
+            return (type(value), (), frozenset(value))
         msg = f"a {type(value).__qualname__} cannot be pickled ({type(error).__name__})"
         raise UncacheableError(msg) from error
-
-
-def _maker(maker: Any) -> Any:
-    """What makes an object anew, by its name, as pickle knows it."""
-    name = getattr(maker, "__qualname__", None)
-    return maker if name is None else (_module_of(maker), name)
 
 
 def _beside(value: Any, base: type) -> dict[str, Any] | None:
@@ -518,7 +454,7 @@ def _beside(value: Any, base: type) -> dict[str, Any] | None:
     added = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     # `list[int]` has none, and shows that of `list`.
     if type(value).__dictoffset__ and not base.__dictoffset__:
-        added |= _own(vars(value), type(value))
+        added |= _without_cached_properties(vars(value), type(value))
     return {name: held for name, held in added.items() if name not in _NO_STATE} or None
 
 
@@ -526,26 +462,16 @@ def _beside(value: Any, base: type) -> dict[str, Any] | None:
 _NO_STATE = frozenset({"__dict__", "__weakref__", "__msgspec_cached_hash__", "_mmap"})
 
 
-def _own(state: Any, kind: type) -> Any:
-    """The state without what cached properties keep: it comes of the rest, and may be a session or a lock."""
-    names = _cached_properties(kind)
-    if not names or not isinstance(state, dict):
+def _without_cached_properties(state: Any, kind: type) -> Any:
+    """What they keep comes of the rest, and may be a session or a lock; those of Django and werkzeug, too."""
+    if not isinstance(state, dict):
         return state
     # pydantic has the attributes one level deeper.
-    return {name: _own(part, kind) if name == "__dict__" else part for name, part in state.items() if name not in names}
-
-
-def _cached_properties(kind: type) -> frozenset[str]:
-    found = _cached.get(kind)
-    if found is None:
-        members = {name: member for owner in reversed(kind.__mro__) for name, member in list(vars(owner).items())}
-        # Those of Django and werkzeug, too.
-        names = (name for name, member in members.items() if type(member).__name__ == "cached_property")
-        found = _cached[kind] = frozenset(names)
-    return found
-
-
-_cached: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+    return {
+        name: _without_cached_properties(part, kind) if name == "__dict__" else part
+        for name, part in state.items()
+        if not (isinstance(name, str) and type(getattr(kind, name, None)).__name__ == "cached_property")
+    }
 
 
 # Which function is it?
@@ -562,33 +488,33 @@ def lasting_identity(function: Callable[..., Any], option: str = "cache_namespac
         MisuseError: If these values cannot be told apart.
     """
     function = undecorated(function)
-    module, has_file = _place(innermost(function))
-    name = f"{module}.{name_of(function)}"
+    name = f"{_place(innermost(function))}.{name_of(function)}"
+    if isinstance(getattr(function, "__self__", None), types.ModuleType) or _is_reached_by_name(function):
+        return name
+    # Not its defaults, which are among the arguments of each call.
+    carried = _captured_by(function) if isinstance(function, types.FunctionType) else (function,)
     try:
-        particulars = _particulars(function, has_file=has_file)
-        return name if particulars is None else f"{name}#{digest_of(*particulars).hex()}"
+        return f"{name}#{digest_of(*carried).hex()}"
     except UncacheableError as error:
         msg = f"{name_of(function)} carries a value that cannot be told apart from others: {error}; give {option}"
         raise MisuseError(msg) from error
 
 
-def _place(function: Any) -> tuple[str, bool]:
-    name = getattr(function, "__module__", None) or ""
-    if name not in {"__main__", "__mp_main__"}:
-        return name, True
-    # Every script is `__main__`, and its own worker processes know it as `__mp_main__`.
-    file = getattr(function, "__globals__", {}).get("__file__") or getattr(sys.modules.get(name), "__file__", None)
-    return ("__main__", False) if file is None else (f"__main__({os.path.realpath(file)})", True)
+def _place(function: Any) -> str:
+    """Its module, and of a script the file: every one is `__main__`, and `__mp_main__` in its own worker processes."""
+    file = _file_of_script(function)
+    return _module_of(function) if file is None else f"__main__({os.path.realpath(file)})"
 
 
-def _particulars(function: Any, *, has_file: bool) -> tuple[Any, ...] | None:
-    if isinstance(function, types.BuiltinFunctionType):
-        owner = function.__self__
-        return None if owner is None or isinstance(owner, types.ModuleType) else (owner,)
-    if not isinstance(function, types.FunctionType):
-        return (function,)
-    is_reached_by_name = "<" not in function.__qualname__ and function.__code__.co_name == function.__name__
-    if is_reached_by_name and has_file and not function.__closure__ and not _borrowed_globals(function):
+def _file_of_script(function: Any) -> str | None:
+    module = getattr(function, "__module__", None)
+    if module not in _MAIN:
         return None
-    # Not its defaults, which are among the arguments of each call.
-    return tuple(_captured_by(function))
+    return getattr(function, "__globals__", {}).get("__file__") or getattr(sys.modules.get(module), "__file__", None)
+
+
+def _is_reached_by_name(function: Any) -> bool:
+    if not isinstance(function, types.FunctionType) or function.__closure__ or _borrowed_globals(function):
+        return False
+    has_file = function.__module__ not in _MAIN or _file_of_script(function) is not None
+    return has_file and "<" not in function.__qualname__ and function.__code__.co_name == function.__name__

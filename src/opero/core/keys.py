@@ -12,14 +12,7 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from opero.core.digests import (
-    PLAIN_TYPES,
-    UncacheableError,
-    digest_of,
-    digest_of_plain,
-    digest_of_spelled,
-    spelling_of,
-)
+from opero.core.digests import PLAIN_TYPES, UncacheableError, digest_of, digest_of_plain, spelling_of
 from opero.core.parameters import compile_function, forwarding
 from opero.core.signature import name_of
 from opero.exceptions import MisuseError
@@ -80,13 +73,11 @@ def identity_of(value: Any) -> Any:
     """What tells a value from others within this process, whatever it is."""
     if value.__class__ in PLAIN_TYPES:
         return (value.__class__, value)
-    with contextlib.suppress(UncacheableError):
-        if is_value(value):
+    # What can have no weak reference is told by its state, too.
+    if is_value(value) or not type(value).__weakrefoffset__:
+        with contextlib.suppress(UncacheableError):
             return digest_of(value)
-    try:
-        return instance_of(value)
-    except TypeError:
-        return _Held(value)
+    return instance_of(value)
 
 
 def is_value(value: Any) -> bool:
@@ -94,21 +85,6 @@ def is_value(value: Any) -> bool:
     equality: Any = type(value).__eq__
     is_container = isinstance(value, (list, dict, set, bytearray)) or hasattr(type(value), "__dataclass_fields__")
     return equality is not object.__eq__ and (type(value).__hash__ is not None or is_container)
-
-
-class _Held:
-    """Equal only to another one of the same object."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and self.value is other.value
 
 
 class KeyMaker:
@@ -134,9 +110,12 @@ class KeyMaker:
         digest: bool,
         ignore: Collection[str] = (),
     ) -> None:
-        shape = forwarding(function)
-        name = name_of(function)
-        names = tuple(parameter for parameter in shape.names if parameter not in ignore)
+        self._shape = forwarding(function)
+        self._name = name_of(function)
+        self._names = tuple(name for name in self._shape.names if name not in ignore)
+        # All that can be plain; not `*args` and `**kwargs`.
+        self._may_be_quick = cache_key is None and set(self._names) <= set(self._shape.named)
+        self._is_digest = digest
         mark = object()
         # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
         self._namespace: dict[str, Any] = {
@@ -149,24 +128,16 @@ class KeyMaker:
             "_opero_mark": mark,
             "_opero_id": id,
             "_opero_len": len,
-            "_opero_other_key": _other_key(function, shape, names, None if digest else mark),
-            "_opero_users_key": None if cache_key is None else _users_key(cache_key, name),
-            **shape.defaults,
+            "_opero_key_of": _key_function(function, self._shape, self._names, None if digest else mark),
+            "_opero_users_key": None if cache_key is None else _users_key(cache_key, self._name),
+            **self._shape.defaults,
         }
-        self._shape = shape
-        self._name = name
-        self._plain: list[str] | None = None
-        packed = "".join(f"{name}, " for name in names)
-        lines = [f"return _opero_other_key({packed})"]
+        lines = [f"return _opero_key_of{_tuple(self._names)}"]
         if cache_key is not None:
-            lines = [f"return _opero_users_key({shape.call})"]
-        elif set(names) <= set(shape.named):
-            if digest:
-                plain = " and ".join(f"{name}.__class__ in _opero_small" for name in names) or "True"
-                lines = [f"if {plain}: return _opero_digest(({packed}))", *lines]
-            else:
-                self._plain = _lines_for_plain_arguments(shape, names)
-                lines = [*self._plain, *lines]
+            lines = [f"return _opero_users_key({self._shape.call})"]
+        elif digest and self._may_be_quick:
+            are_plain = _all_are("{0}.__class__ in _opero_small", self._names)
+            lines = [f"if {are_plain}: return _opero_digest({_tuple(self._names)})", *lines]
         self.key_of = self._compiled(lines)
 
     def finder(
@@ -180,13 +151,12 @@ class KeyMaker:
 
         It gives None for others, where there is no entry, and for one that has ended by the ``clock``.
         """
-        if self._plain is None:
+        if self._is_digest or not self._may_be_quick:
             return None
         self._namespace.update(_opero_get=get, _opero_touch=touch, _opero_tick=tick, _opero_clock=clock)
-        lines = [line.replace("return ", "_opero_key = ") for line in self._plain]
         end = "" if clock is None else " or _opero_entry[1] <= _opero_clock.now()"
-        found = [
-            "if _opero_key is None: return None",
+        lines = [
+            *_lines_for_plain_arguments(self._names, may_be_method=self._names[:1] == self._shape.names[:1] != ()),
             "_opero_entry = _opero_get(_opero_key)",
             f"if _opero_entry is None{end}: return None",
             "_opero_tick()",
@@ -194,7 +164,7 @@ class KeyMaker:
             *([] if touch is None else ["try: _opero_touch(_opero_key)", "except KeyError: return _opero_entry"]),
             "return _opero_entry",
         ]
-        return self._compiled(["_opero_key = None", *lines, *found])
+        return self._compiled(lines)
 
     def _compiled(self, lines: list[str]) -> Callable[..., Any]:
         source = "".join(f"    {line}\n" for line in lines)
@@ -204,23 +174,24 @@ class KeyMaker:
         return made
 
 
-def _lines_for_plain_arguments(shape: Forwarding, names: tuple[str, ...]) -> list[str]:
-    """Give the key if all arguments are plain, or all but the instance that a method is called on."""
+def _lines_for_plain_arguments(names: tuple[str, ...], *, may_be_method: bool) -> list[str]:
+    """What `_key_function` does, where all arguments are plain, or all but the instance that a method is called on."""
     lines = [
-        f"if {_all_are(_IS_BARE, names)}: return {names[0] if len(names) == 1 else _tuple(names)}",
-        f"elif {_all_are(_IS_PLAIN, names)}: return {_tuple(_with_classes(names))}",
+        f"if {_all_are(_IS_BARE, names)}: _opero_key = {names[0] if len(names) == 1 else _tuple(names)}",
+        f"elif {_all_are(_IS_PLAIN, names)}: _opero_key = {_tuple(_with_classes(names))}",
     ]
-    if not names or names[0] != shape.names[0]:
-        return lines
+    if not may_be_method:
+        return [*lines, "else: return None"]
     owner, *others = names
     is_known = f"_opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {owner}"
     return [
         *lines,
-        f"elif not ({owner}.__class__ in _opero_small):",
+        "else:",
         f"    _opero_known = _opero_instances.get(_opero_id({owner}))",
-        f"    if {is_known}:",
-        f"        if {_all_are(_IS_BARE, others)}: return {_tuple(['_opero_known', *others])}",
-        f"        elif {_all_are(_IS_PLAIN, others)}: return {_tuple(['_opero_known', *_with_classes(others)])}",
+        f"    if not ({is_known}): return None",
+        f"    if {_all_are(_IS_BARE, others)}: _opero_key = {_tuple(['_opero_known', *others])}",
+        f"    elif {_all_are(_IS_PLAIN, others)}: _opero_key = {_tuple(['_opero_known', *_with_classes(others)])}",
+        "    else: return None",
     ]
 
 
@@ -240,13 +211,13 @@ def _tuple(names: Collection[str]) -> str:
     return f"({''.join(f'{name}, ' for name in names)})"
 
 
-def _other_key(
+def _key_function(
     function: Callable[..., Any], shape: Forwarding, names: tuple[str, ...], mark: object | None
 ) -> Callable[..., Any]:
-    """What makes the key of arguments that are not all plain; with a ``mark`` instances are known by identity."""
+    """Makes the key of the values of these parameters; with a ``mark``, of its users, one of memory."""
     name = name_of(function)
     is_owner = _owner_test(function)
-    has_first = names[:1] == shape.names[:1] != ()
+    may_be_method = mark is not None and names[:1] == shape.names[:1] != ()
 
     def spelled(parameter: str, value: Any) -> bytes:
         if type(value) is object and shape.defaults.get(f"_opero_default_{parameter}") is value:
@@ -255,22 +226,28 @@ def _other_key(
         try:
             return spelling_of(value)
         except UncacheableError as error:
-            raise MisuseError(_complaint(parameter, name, error)) from error
+            msg = (
+                f"argument {parameter!r} of {name} cannot be part of a cache key: {error}; leave it out by Cache("
+                f"ignore={parameter!r}), or give cache_key=, a function of the same arguments that returns the key"
+            )
+            raise MisuseError(msg) from error
 
-    def other_key(*values: Any) -> Any:
+    def key_of(*values: Any) -> Any:
         instance = None
-        if mark is not None and has_first and is_owner(values[0]):
+        if may_be_method and not _is_plain(values[0]) and is_owner(values[0]):
             instance = _instance(values[0], name)
-        if instance is None:
-            return digest_of_spelled(map(spelled, names, values))
-        instance.users.add(mark)
-        rest = values[1:]
-        if all(_is_plain(value) for value in rest):
-            is_bare = all(type(value) in {int, str} for value in rest)
-            return (instance, *rest) if is_bare else (instance, *rest, *map(type, rest))
-        return (instance, digest_of_spelled(map(spelled, names[1:], rest)))
+        if instance is not None:
+            instance.users.add(mark)
+        known = () if instance is None else (instance,)
+        told = values[len(known) :]
+        if mark is None or not all(map(_is_plain, told)):
+            digest = digest_of(*map(spelled, names[len(known) :], told))
+            return (*known, digest) if known else digest
+        is_bare = all(type(value) in {int, str} for value in told)
+        key = (*known, *told) if is_bare else (*known, *told, *map(type, told))
+        return key[0] if len(key) == 1 and not known else key
 
-    return other_key
+    return key_of
 
 
 def _is_plain(value: Any) -> bool:
@@ -309,18 +286,15 @@ def _owner_test(function: Callable[..., Any]) -> Callable[[Any], bool]:
     return is_owner
 
 
-# What the decorators of the standard library call the function that they hold.
-_HOLDERS = ("__wrapped__", "func", "fget")
-
-
 def _unwraps_to(member: Any, function: Callable[..., Any]) -> bool:
     if isinstance(member, staticmethod):
         return False
-    # Of opero's own wrappers, too; a bound is needed for what has every attribute that it is asked for.
+    # A bound is needed for what has every attribute that it is asked for.
     for _ in range(_MOST_WRAPPERS):
         if member is function:
             return True
-        held = (getattr(member, name, None) for name in _HOLDERS)
+        # What decorators of the standard library, and opero's own, call the function that they hold.
+        held = (getattr(member, name, None) for name in ("__wrapped__", "func", "fget"))
         member = next((inner for inner in held if inner is not None), None)
         if member is None:
             return False
@@ -340,10 +314,3 @@ def _users_key(cache_key: Callable[..., Any], function: str) -> Callable[..., An
             raise MisuseError(msg) from error
 
     return users_key
-
-
-def _complaint(name: str, function: str, error: Exception) -> str:
-    return (
-        f"argument {name!r} of {function} cannot be part of a cache key: {error}; leave it out by "
-        f"Cache(ignore={name!r}), or give cache_key=, a function of the same arguments that returns the key"
-    )
