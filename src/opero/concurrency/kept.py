@@ -42,7 +42,7 @@ POOLS: Mapping[str, tuple[str, str]] = {
     "process": ("processes", "ProcessPool"),
     "thread": ("threads", "ThreadPool"),
     "async": ("tasks", "TaskPool"),
-    "async_process": ("processes", "AsyncProcessPool"),
+    "async_process": ("processes", "async_process_pool"),
     "serial": ("serial", "serial_pool"),
     "dask": ("dask", "DaskPool"),
     "ray": ("ray", "RayPool"),

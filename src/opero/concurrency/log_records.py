@@ -6,6 +6,7 @@ import contextlib
 import logging
 import pickle
 from logging.handlers import QueueHandler
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from opero.utils.logging import log
@@ -34,21 +35,11 @@ def taken_from_handlers(levels: dict[str, int], send: Callable[[bytes], None]) -
     yield
     if any(logger.handlers for logger in _loggers()):
         return
-    handler = _ToParent(send)
+    # Of a record it sends what it says now: its arguments may not be picklable.
+    handler = QueueHandler(SimpleNamespace(put_nowait=lambda record: send(pickle.dumps(record))))
     for logger in _loggers():
         if logger.parent is None or not logger.propagate:
             logger.addHandler(handler)
-
-
-class _ToParent(QueueHandler):
-    """Of a record it sends what it says now: its arguments may not be picklable."""
-
-    def __init__(self, send: Callable[[bytes], None]) -> None:
-        super().__init__(None)  # type: ignore[arg-type]  # a queue is needed for its own `enqueue` only
-        self._send = send
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        self._send(pickle.dumps(record))
 
 
 def hand_on(data: Any) -> None:

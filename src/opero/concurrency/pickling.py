@@ -207,22 +207,22 @@ def pack_error(error: Exception) -> bytes:
 class _ErrorPickler(Pickler):
     """Pickles each exception by itself, so that one that cannot travel does not take with it what hangs on it.
 
+    Unless its program says how it is pickled, it is made again without its `__init__`, which may take what ``args``
+    does not hold. What cannot be sent is left out, such as the open response in an `HTTPError`; its status can be.
+
     Args:
         alone: The one that this pickle is of, if it is of one.
-        remakes: That one is made again without its `__init__`, which may take what ``args`` does not hold; and what
-            cannot be sent is left out, such as the open response in an `HTTPError`. Its status can be.
     """
 
     has_left_out = False
 
-    def __init__(self, alone: Any = None, *, remakes: bool = False) -> None:
+    def __init__(self, alone: Any = None) -> None:
         super().__init__(None, is_answer=True)
         self._alone = alone
-        self._remakes = remakes
 
     def reducer_override(self, obj: Any) -> Any:
         if obj is self._alone:
-            if not self._remakes:
+            if _says_how(type(obj)):
                 return NotImplemented
             state = obj.args, _fields(obj), vars(obj)
             return copyreg.__newobj__, (type(obj), *obj.args), state, None, None, _set_error  # type: ignore[attr-defined]
@@ -231,7 +231,7 @@ class _ErrorPickler(Pickler):
             return _loads_alone, (_dumps_alone(obj), _story_of(obj)), links, None, None, _link
         reduced = super().reducer_override(obj)
         goes_by_name = isinstance(obj, (type, FunctionType, BuiltinFunctionType))
-        if reduced is not NotImplemented or not self._remakes or goes_by_name or type(obj) in self.dispatch_table:
+        if reduced is not NotImplemented or self._alone is None or goes_by_name or type(obj) in self.dispatch_table:
             return reduced
         return self._without_what_cannot_be_sent(obj)
 
@@ -249,15 +249,14 @@ class _ErrorPickler(Pickler):
 
 
 def _dumps_alone(error: BaseException) -> bytes:
-    """The first pickle of it that can be read, and whose text can be shown and is the same."""
-    for remakes in (False, True) if _says_how(type(error)) else (True,):
-        with contextlib.suppress(Exception):
-            pickler = _ErrorPickler(error, remakes=remakes)
-            data = pickler.dumps(error)
-            copy = loads(data)
-            text = str(copy)
-            if isinstance(copy, BaseException) and (not pickler.has_left_out or text == str(error)):
-                return data
+    """A pickle of it, if that can be read, and its text can be shown and is the same; else one of a `RemoteError`."""
+    with contextlib.suppress(Exception):
+        pickler = _ErrorPickler(error)
+        data = pickler.dumps(error)
+        copy = loads(data)
+        text = str(copy)
+        if isinstance(copy, BaseException) and (not pickler.has_left_out or text == str(error)):
+            return data
     remote = RemoteError(_story_of(error))
     with contextlib.suppress(Exception):
         remote.error_class = loads(report_dumps(type(error)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing.context
 import os
 import pickle
 import random
@@ -20,16 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import log_records
 from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
-from opero.concurrency.transport import SharedBuffers, pack_report, unpack_batch, unpack_start
+from opero.concurrency.transport import Start, pack_report, unpack_batch
 from opero.concurrency.worker import How, Report, Work, in_time, run_batch, runner_for
 from opero.core.forks import watch_forks
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
+    import asyncio
     from multiprocessing.connection import Connection
     from multiprocessing.heap import Arena
-
-    from opero.concurrency.transport import Packer, WorkerLife
 
 
 class Kind(IntEnum):
@@ -57,40 +55,6 @@ THREAD_SETTINGS = (
 )
 
 
-class Start:
-    """What a worker process begins with; pickled only while one is started afresh, with what it can only inherit."""
-
-    def __init__(self, packer: Packer, life: WorkerLife, threads: int | None) -> None:
-        self._packer = packer
-        self._life: Any = life
-        self._packed: Any = None
-        self.threads = threads
-        self.logging = log_records.levels_here()
-
-    def __getstate__(self) -> Any:
-        packed = self._packed
-        if packed is None:
-            # Files that the process inherits are listed there; without any, others can be sent the same.
-            inherited: Any = getattr(multiprocessing.context.get_spawning_popen(), "_fds", [])
-            count, shared = len(inherited), SharedBuffers()
-            packed = self._packer.start(self._life, shared), shared
-            if len(inherited) == count:
-                self._packed = packed
-        return packed, self.threads, self.logging
-
-    def __setstate__(self, state: Any) -> None:
-        self._packed, self.threads, self.logging = state
-        self._life = None
-
-    def load(self) -> WorkerLife:
-        """What it was made of, in a worker; one that was forked has it already."""
-        life: WorkerLife | None = self._life
-        if life is None:
-            data, shared = self._packed
-            life = unpack_start(data, shared.views())
-        return life
-
-
 class Parent:
     """The parent process as its worker sees it: a pipe, and ``mark``, the memory that both share.
 
@@ -102,8 +66,7 @@ class Parent:
         self.pipe = pipe
         self.mark = mark_in(shared)
         self._sending = threading.RLock()
-        self._interrupts = self._interrupts_before = 0
-        self._is_ending = self._is_terminated = False
+        self._is_interrupted = self._is_ending = self._is_terminated = False
         watch_forks(self)
 
     def after_fork(self) -> None:
@@ -121,9 +84,12 @@ class Parent:
             self.tell(Kind.LOG, record)
 
     def hear(self) -> tuple[int, int, memoryview]:
-        """The next message: its kind, the number of its batch, its payload."""
-        data = memoryview(self.pipe.recv_bytes())
-        self._interrupts_before = self._interrupts
+        """The next message: its kind, the number of its batch, its payload; `Kind.STOP` if the parent is gone."""
+        try:
+            data = memoryview(self.pipe.recv_bytes())
+        except (EOFError, OSError):
+            data = memoryview(HEADER.pack(Kind.STOP, 0))
+        self._is_interrupted = False
         kind, number = HEADER.unpack_from(data)
         # From then on the parent hears nothing any more.
         self._is_ending = self._is_ending or kind == Kind.STOP
@@ -134,8 +100,9 @@ class Parent:
 
         Then the parent has a second to say what becomes of the map.
         """
-        if self._interrupts > self._interrupts_before:
-            self.pipe.poll(GRACE_SECONDS)
+        if self._is_interrupted:
+            with contextlib.suppress(OSError):
+                self.pipe.poll(GRACE_SECONDS)
         self.tell(kind, pack_report(report), number)
 
     def hear_signals(self) -> None:
@@ -149,7 +116,7 @@ class Parent:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def _interrupted(self, _signal: int, _frame: Any) -> None:
-        self._interrupts += 1
+        self._is_interrupted = True
 
     def _terminated(self, _signal: int, _frame: Any) -> None:
         # Once: the exit handlers shall not be interrupted.
@@ -163,21 +130,22 @@ def mark_in(shared: Arena) -> memoryview:
     return memoryview(shared.buffer).cast("I")
 
 
-def serve(pipe: Connection, shared: Arena, start: Start, runs_together: bool) -> None:  # noqa: FBT001 - of a process
+def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, runs_together: bool) -> None:  # noqa: FBT001 - of a process
     """Run batches, one after the other or together, until the pipe ends; the whole life of a worker."""
     parent = Parent(pipe, shared)
     # At the end, however it comes, the finalizer and the user's exit handlers run; from Python 3.13 on multiprocessing
-    # runs the latter by itself. Without a parent there is nobody to report to.
-    with contextlib.ExitStack() as ending, contextlib.suppress(EOFError, OSError):
+    # runs the latter by itself.
+    with contextlib.ExitStack() as ending:
         ending.callback(atexit._run_exitfuncs)  # noqa: SLF001 - see above
         ending.callback(_limit_the_end)
-        work = _get_ready(parent, start, ending)
+        work = _get_ready(parent, start, threads, ending)
         if runs_together:
             import asyncio
 
             asyncio.run(_serve_together(parent, work))
         else:
-            _serve_batches(parent, work)
+            with runner_for(work) as runner:
+                _serve_batches(parent, work, runner)
 
 
 def _limit_the_end() -> None:
@@ -187,21 +155,21 @@ def _limit_the_end() -> None:
     end.start()
 
 
-def _get_ready(parent: Parent, start: Start, ending: contextlib.ExitStack) -> Work:
+def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contextlib.ExitStack) -> Work:
     """Load the work and say hello, or tell the parent why this cannot be done."""
     parent.hear_signals()
     _forget_the_parents_own()
-    if start.threads is not None:
-        _limit_threads(start.threads)
+    if threads is not None:
+        _limit_threads(threads)
     try:
-        with log_records.taken_from_handlers(start.logging, parent.log):
+        with log_records.taken_from_handlers(start.levels, parent.log):
             work, initializer, initargs, finalizer = start.load()
             _seed()
             if initializer is not None:
                 initializer(*initargs)
     except Exception as error:
         parent.tell(Kind.BROKEN, describe(error).encode(errors="backslashreplace"))
-        raise EOFError from error
+        raise SystemExit from error
     if finalizer is not None:
         ending.callback(finalizer)
     parent.tell(Kind.HELLO)
@@ -209,16 +177,7 @@ def _get_ready(parent: Parent, start: Start, ending: contextlib.ExitStack) -> Wo
 
 
 def _forget_the_parents_own() -> None:
-    """Let this worker have workers of its own, for maps inside maps, and exit handlers, but none of its parent's."""
-    import multiprocessing.forkserver
-    import multiprocessing.process
-
-    multiprocessing.process.current_process().daemon = False
-    # A fork server that a forked worker inherited can be waited for only by the parent.
-    server: Any = multiprocessing.forkserver._forkserver  # noqa: SLF001 - no function does it
-    inherited = server._inherited_fds  # noqa: SLF001 - as above
-    server.__init__()
-    server._inherited_fds = inherited  # noqa: SLF001 - as above
+    """Let a forked worker have exit handlers of its own, but none of its parent's."""
     if sys.version_info < (3, 13):
         # Newer ones have done so already, and use exit handlers of their own.
         atexit._clear()  # noqa: SLF001 - see above
@@ -247,27 +206,27 @@ def _limit_threads(count: int) -> None:
             threadpoolctl.threadpool_limits(count)
 
 
-def _serve_batches(parent: Parent, work: Work) -> None:
-    with runner_for(work) as runner:
-        while True:
-            kind, number, payload = parent.hear()
-            if kind == Kind.STOP:
-                return
-            if kind == Kind.ARGUMENTS:
-                work = _with_arguments(work, payload)
-                continue
-            parent.mark[0] = BETWEEN
-            arrived = unpack_batch(payload)
+def _serve_batches(parent: Parent, work: Work, runner: asyncio.Runner | None) -> None:
+    while True:
+        kind, number, payload = parent.hear()
+        if kind == Kind.STOP:
+            return
+        if kind == Kind.ARGUMENTS:
+            work = _with_arguments(work, payload)
+        else:
+            _run_batch(parent, work, runner, number, payload)
 
-            def report_part(made: Report, number: int = number) -> None:
-                parent.mark[0] = BETWEEN
-                parent.report(number, made, Kind.PART)
 
-            if not isinstance(arrived, Report):
-                arrived = run_batch(work, *arrived, runner, How(mark=parent.mark, tell=report_part))
-                parent.mark[0] = BETWEEN
-            parent.report(number, arrived)
-            del arrived, payload
+def _run_batch(parent: Parent, work: Work, runner: asyncio.Runner | None, number: int, payload: memoryview) -> None:
+    def report(made: Report, kind: Kind = Kind.PART) -> None:
+        parent.mark[0] = BETWEEN
+        parent.report(number, made, kind)
+
+    parent.mark[0] = BETWEEN
+    arrived = unpack_batch(payload)
+    if not isinstance(arrived, Report):
+        arrived = run_batch(work, *arrived, runner, How(mark=parent.mark, tell=report))
+    report(arrived, Kind.REPORT)
 
 
 def _with_arguments(work: Work, payload: memoryview) -> Work:
@@ -279,7 +238,7 @@ def _with_arguments(work: Work, payload: memoryview) -> Work:
     try:
         return replace(work, shape=pickle.loads(payload))  # noqa: S301 - from the parent process
     except Exception as error:
-        raise EOFError from error
+        raise SystemExit from error
 
 
 async def _serve_together(parent: Parent, work: Work) -> None:
@@ -292,10 +251,7 @@ async def _serve_together(parent: Parent, work: Work) -> None:
     def hear() -> None:
         kind = None
         while kind != Kind.STOP:
-            try:
-                message = parent.hear()
-            except (EOFError, OSError):
-                message = Kind.STOP, 0, memoryview(b"")
+            message = parent.hear()
             kind = message[0]
             loop.call_soon_threadsafe(heard.put_nowait, message)
 

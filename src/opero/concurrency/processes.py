@@ -12,12 +12,12 @@ import atexit
 import contextlib
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
 import warnings
 from collections import deque
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,10 @@ from opero.concurrency.process_worker import (
     PEACE_SECONDS,
     THREAD_SETTINGS,
     Kind,
-    Start,
     mark_in,
     serve,
 )
-from opero.concurrency.transport import Packer, arena, unpack_report
+from opero.concurrency.transport import Packer, Start, arena, unpack_report
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import module_of, name_of
@@ -44,7 +43,6 @@ from opero.exceptions import NotTransferableError, OperoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from multiprocessing.heap import Arena
 
     from opero.concurrency.inbox import Inbox
     from opero.concurrency.worker import Work
@@ -62,30 +60,28 @@ MOST_LATE_STILLBIRTHS = 100
 _starting = ForkSafeLock(threading.RLock)
 
 
+@dataclass(eq=False)
 class Worker:
-    """One worker process as the parent sees it."""
+    """One worker process as the parent sees it.
 
-    # It is started when its pipe is known, so that a forked one can leave that to its parent.
+    ``mark``: see `process_worker.Parent`.
+    ``room``: items that it may still run, those that are with it included.
+    ``process``: it is started when its pipe is known, so that a forked one can leave that to its parent.
+    ``batches``: what is with it, by numbers that count from 1.
+    ``count``, ``size``: how many it has been sent, and the bytes of the latest one.
+    ``ends_since``, ``family``: when it was told to end, and the processes that it had started then.
+    """
+
+    pipe: Any
+    mark: memoryview
+    room: int
     process: Any = None
-
-    def __init__(self, pipe: Any, shared: Arena, most_items: int | None) -> None:
-        self.pipe = pipe
-        self.shared = shared
-        # See `process_worker.Parent`.
-        self.mark = mark_in(shared)
-        # Items that it may still run, those that are with it included.
-        self.room = sys.maxsize if most_items is None else most_items
-        self.is_ready = False
-        # What is with it, by numbers that count from 1; how many it has been sent, and the bytes of the latest one.
-        self.batches: dict[int, Batch] = {}
-        self.count = self.size = 0
-        self._ends_since: float | None = None
-        self._family: dict[int, str] = {}
-
-    def accepts(self, batch: Batch, at_once: int) -> bool:
-        if not self.is_ready or len(self.batches) >= at_once or len(self.batches) + len(batch.items) > self.room:
-            return False
-        return not self.batches or not (batch.alone or any(other.alone for other in self.batches.values()))
+    is_ready: bool = False
+    batches: dict[int, Batch] = field(default_factory=dict)
+    count: int = 0
+    size: int = 0
+    ends_since: float | None = None
+    family: system.Family = field(default_factory=dict)
 
     def tell(self, kind: Kind, payload: bytes = b"", number: int = 0) -> None:
         # If it has just died, its pipe will say so.
@@ -95,26 +91,24 @@ class Worker:
     def end_soon(self) -> None:
         """Let it raise `SystemExit`; if it was asked for that a second ago, kill it."""
         self.room = 0
-        self._family |= system.family_of(self.process.pid)
-        if self._ends_since is None:
-            self._ends_since = time.monotonic()
+        self.family |= system.family_of(self.process.pid)
+        if self.ends_since is None:
+            self.ends_since = time.monotonic()
             self.process.terminate()
-        elif time.monotonic() - self._ends_since >= system.GRACE_SECONDS:
+        elif time.monotonic() - self.ends_since >= system.GRACE_SECONDS:
             self.process.kill()
 
     def has_ended(self) -> None:
         """The end of its pipe has come."""
-        system.end_by_force(system.wait_until_ended([self.process], system.GRACE_SECONDS))
-        system.end_family(self._family)
+        system.end([self.process], system.GRACE_SECONDS)
+        system.end_family(self.family)
+        self.pipe.close()
 
 
 class ProcessPool(Pool):
     """Runs batches in processes, which are started when there is something to run, and replaced when they end."""
 
-    most_in_batch = LARGEST_BATCH
     can_rest = can_kill = True
-    # Batches that run together in a worker.
-    at_once = 1
     # twat-mp wraps what is there.
     map = None
 
@@ -129,6 +123,7 @@ class ProcessPool(Pool):
         finalizer: Callable[[], Any] | None = None,
         max_tasks_per_worker: int | None = None,
         threads_per_worker: int | None = None,
+        at_once: int = 1,
     ) -> None:
         self._work = work
         self._hooks = initializer, initargs, finalizer
@@ -136,15 +131,16 @@ class ProcessPool(Pool):
         if threads_per_worker is None and not any(map(os.environ.get, THREAD_SETTINGS)):
             threads_per_worker = max(1, (os.cpu_count() or 1) // workers)
         self._threads = threads_per_worker
-        self._name = name_of(work.function)
         self._size = self._most_workers = workers
+        # Batches that run together in a worker, as coroutines, of one item each.
+        self._at_once = at_once
         self._workers: list[Worker] = []
         self._multi_pool: Any = None
         self._pending: deque[Batch] = deque()
         self._is_paced = False
         self._stillbirths = 0
         self._most_stillbirths = MOST_STILLBIRTHS
-        method, self._method_is_given = (start_method, True) if start_method else _start_method()
+        method, self._method_is_given = (start_method, True) if start_method else system.start_method()
         self._use(method)
         watch_forks(self)
 
@@ -152,7 +148,7 @@ class ProcessPool(Pool):
         self._method = method
         self._context: Any = multiprocessing.get_context(method)
         self._packer = Packer(None if method == "fork" else names_in_fresh_workers())
-        self._start = Start(self._packer, (self._work, *self._hooks), self._threads)
+        self._start = Start(self._packer, (self._work, *self._hooks))
 
     def after_fork(self) -> None:
         """Leave the workers to the parent: as long as a child has their pipes open, they do not notice its death."""
@@ -166,19 +162,20 @@ class ProcessPool(Pool):
 
         Where calls shall start at a rate, only in those that are ready: else they would start when their worker does.
         """
-        count = 0 if self._is_paced else self.at_once * max(0, self._size - len(self._workers))
+        count = 0 if self._is_paced else self._at_once * max(0, self._size - len(self._workers))
         for worker in self._workers:
             if worker.is_ready or not self._is_paced:
-                count += min(self.at_once, worker.room)
+                count += min(self._at_once, worker.room)
         return count
 
     @property
     def largest_batch(self) -> int:
         """Items that may be sent in one go now: as many as whichever worker gets them may still run."""
+        most = LARGEST_BATCH if self._at_once == 1 else 1
         if self._most_items is None:
-            return self.most_in_batch
-        rooms = [worker.room for worker in self._workers if len(worker.batches) < self.at_once and worker.room]
-        return min(self.most_in_batch, self._most_items, *rooms)
+            return most
+        rooms = [worker.room for worker in self._workers if len(worker.batches) < self._at_once and worker.room]
+        return min(most, self._most_items, *rooms)
 
     def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False, **_more: object) -> None:
         # A worker that imports an unguarded main module: by this mark multiprocessing itself would refuse to start
@@ -242,7 +239,9 @@ class ProcessPool(Pool):
         elif kind == Kind.LOG:
             hand_on(payload)
         elif kind == Kind.BROKEN:
-            return Fatal(OperoError(f"a worker process cannot run {self._name}: {bytes(payload).decode()}"))
+            return Fatal(
+                OperoError(f"a worker process cannot run {name_of(self._work.function)}: {bytes(payload).decode()}")
+            )
         return None
 
     async def stop_async(self) -> None:
@@ -260,41 +259,48 @@ class ProcessPool(Pool):
 
     # What twat-mp's `MultiPool` asks of a pool when it is left
 
-    def close(self) -> None:
-        """Let idle workers end in peace, and end the others by force."""
-        idle = [worker for worker in self._workers if worker.is_ready and not worker.batches]
-        for worker in idle:
-            worker.tell(Kind.STOP)
-        system.end_by_force(worker.process for worker in self._workers if worker not in idle)
-
-    terminate = close
-
     def join(self) -> None:
-        system.end_by_force(system.wait_until_ended([worker.process for worker in self._workers], PEACE_SECONDS))
-
-    def clear(self) -> None:
+        """Let idle workers end in peace, and end the others by force."""
+        idle, busy = [], []
+        for worker in self._workers:
+            if worker.is_ready and not worker.batches:
+                worker.tell(Kind.STOP)
+                idle.append(worker.process)
+            else:
+                busy.append(worker.process)
+        system.end(busy)
+        system.end(idle, PEACE_SECONDS)
         while self._workers:
-            self._forget(self._workers[0])
+            self._workers.pop().pipe.close()
+
+    def close(self) -> None:
+        """Of itself it takes on no work any more."""
+
+    terminate = clear = close
 
     # Workers
 
     def prepare(self) -> None:
         """Start workers, as many as there are batches for that no other will take."""
         coming = sum(not worker.is_ready for worker in self._workers)
-        wanted = self._size if self._is_paced else -(-len(self._pending) // self.at_once) - coming + len(self._workers)
+        wanted = self._size if self._is_paced else -(-len(self._pending) // self._at_once) - coming + len(self._workers)
         while len(self._workers) < min(wanted, self._size):
-            if self._method == "fork" and not self._method_is_given and system.has_other_threads():
-                # Threads have come that may hold locks. What cannot be pickled can only be forked.
-                self._use("forkserver")
-                try:
-                    self._start_worker()
-                except NotTransferableError:
-                    self._method_is_given = True
-                    self._use("fork")
-            else:
-                self._start_worker()
+            self._start_worker()
 
     def _start_worker(self) -> None:
+        if self._method == "fork" and not self._method_is_given and system.has_other_threads():
+            # Threads have come that may hold locks. What cannot be pickled can only be forked.
+            self._use("forkserver")
+            try:
+                self._start_process()
+            except NotTransferableError:
+                self._method_is_given = True
+                self._use("fork")
+            else:
+                return
+        self._start_process()
+
+    def _start_process(self) -> None:
         with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
             if self._multi_pool is None:
                 from twat_mp.mp import MultiPool
@@ -305,48 +311,40 @@ class ProcessPool(Pool):
                 preloaded_for(module_of(self._work.function), serve.__module__)
             ours, theirs = self._context.Pipe()
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
-            worker = Worker(ours, arena(4), self._most_items)
+            shared = arena(4)
+            worker = Worker(ours, mark_in(shared), self._most_items or sys.maxsize)
             self._workers.append(worker)
             try:
-                self._start_process(worker, theirs)
-                if self._method == "forkserver" and system.fork_server_has_threads():
-                    # The worker may find a lock of theirs held for ever.
-                    worker.process.kill()
-                    system.wait_until_ended([worker.process], system.GRACE_SECONDS)
-                    self._use("spawn")
-                    self._start_process(worker, theirs)
+                args = theirs, shared, self._start, self._threads, self._at_once > 1
+                worker.process = self._context.Process(target=serve, args=args, daemon=False)
+                worker.process.start()
             except BaseException:
                 self._workers.remove(worker)
                 ours.close()
                 raise
             finally:
                 theirs.close()
+            # Multiprocessing shall not end it: not with this process, as the pool does so, nor with a forked child.
+            multiprocessing.process._children.discard(worker.process)  # type: ignore[attr-defined]  # noqa: SLF001
+            if self._method == "forkserver" and system.fork_server_has_threads():
+                # The worker may find a lock of theirs held for ever; one that is spawned takes its place.
+                worker.process.kill()
+                self._use("spawn")
             self._inbox.listen(ours, partial(self._hear, worker))
-
-    def _start_process(self, worker: Worker, pipe: Any) -> None:
-        args = pipe, worker.shared, self._start, self.at_once > 1
-        worker.process = self._context.Process(target=serve, args=args, daemon=True)
-        worker.process.start()
-        # Multiprocessing shall not end it: not with this process, as the pool does so, nor with a child that is forked.
-        multiprocessing.process._children.discard(worker.process)  # type: ignore[attr-defined]  # noqa: SLF001
-
-    def _forget(self, worker: Worker) -> None:
-        """Close the pipe of a worker that has ended; what else is open for it is closed with the process object."""
-        self._workers.remove(worker)
-        worker.pipe.close()
 
     def _worker_ended(self, worker: Worker) -> Any:
         batches, mark = list(worker.batches.values()), worker.mark[0]
         with Hold():
             worker.has_ended()
-            reason = _how_it_ended(worker.process) if batches else ""
-            self._forget(worker)
+            self._workers.remove(worker)
         if not worker.is_ready:
             self._stillbirths += 1
             if self._stillbirths >= self._most_stillbirths or worker.process.exitcode == UNGUARDED_CODE:
-                return Fatal(OperoError(f"worker processes for {self._name} end before they are ready; {_MAIN_HINT}"))
+                name = name_of(self._work.function)
+                return Fatal(OperoError(f"worker processes for {name} end before they are ready; {_MAIN_HINT}"))
         self.prepare()
-        if self.at_once > 1:
+        reason = system.how_it_ended(worker.process)
+        if self._at_once > 1:
             not_begun = [batch for number, batch in worker.batches.items() if number > mark]
             return Lost(batches, reason, innocent=not_begun)
         return Lost(batches, reason, innocent=[] if mark else batches, begun=None if mark in {0, BETWEEN} else mark)
@@ -355,22 +353,34 @@ class ProcessPool(Pool):
 
     def _hand_out(self) -> None:
         while self._pending:
-            free = [worker for worker in self._workers if worker.accepts(self._pending[0], self.at_once)]
-            if not free:
+            worker = self._free_worker(self._pending[0])
+            if worker is None:
                 self.prepare()
                 return
-            worker, batch = min(free, key=lambda worker: len(worker.batches)), self._pending.popleft()
+            batch = self._pending.popleft()
             try:
                 data = self._packer.batch(batch)
             except NotTransferableError as error:
                 self._inbox.put(not_run(batch, error))
                 continue
-            if self.at_once == 1:
+            if self._at_once == 1:
                 worker.mark[0] = 0
             worker.count += 1
             worker.batches[worker.count] = batch
             worker.size = len(data)
             worker.tell(Kind.BATCH, data, worker.count)
+
+    def _free_worker(self, batch: Batch) -> Worker | None:
+        """The ready one with the least to do, if the batch can be there beside that."""
+        free = None
+        for worker in self._workers:
+            count = len(worker.batches)
+            has_room = count < self._at_once and count + len(batch.items) <= worker.room
+            if worker.is_ready and has_room and (free is None or count < len(free.batches)):
+                is_alone = batch.alone or any(other.alone for other in worker.batches.values())
+                if not (count and is_alone):
+                    free = worker
+        return free
 
     def _worker_reports(self, worker: Worker, number: int, payload: memoryview, *, is_last: bool) -> Any:
         report, batch = unpack_report(payload), worker.batches[number]
@@ -391,21 +401,18 @@ class ProcessPool(Pool):
         while has_more:
             try:
                 message: memoryview | None = memoryview(worker.pipe.recv_bytes())
-                has_more = self.at_once > 1 and worker.pipe.poll()
+                has_more = self._at_once > 1 and worker.pipe.poll()
             except (EOFError, OSError):
                 message, has_more = None, False
                 self._inbox.forget(worker.pipe)
             self._inbox.put((worker, message))
 
 
-class AsyncProcessPool(ProcessPool):
-    """Runs single items in event loops of several processes, each of which runs many coroutines at a time."""
-
-    most_in_batch = 1
-
-    def __init__(self, work: Work, workers: int, *, concurrency: int = DEFAULT_CONCURRENCY, **options: Any) -> None:
-        super().__init__(work, workers, **options)
-        self.at_once = concurrency
+def async_process_pool(
+    work: Work, workers: int, *, concurrency: int = DEFAULT_CONCURRENCY, **options: Any
+) -> ProcessPool:
+    """What runs single items in event loops of several processes, each of which runs many coroutines at a time."""
+    return ProcessPool(work, workers, at_once=concurrency, **options)
 
 
 @contextlib.contextmanager
@@ -425,32 +432,7 @@ def _allowed_to_start(method: str) -> Iterator[None]:
         config["daemon"] = before
 
 
-def _start_method() -> tuple[str, bool]:
-    """What the program has set by `multiprocessing.set_start_method`, and whether it has set anything.
-
-    Else ``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process.
-    """
-    method = multiprocessing.get_start_method(allow_none=True)
-    # The first one, the system's own, need not have been set: it is noted, too, when a program makes a lock of
-    # multiprocessing. One that is not its own is of a worker of loky's.
-    if method in multiprocessing.get_all_start_methods()[1:]:
-        return method, True
-    if sys.platform == "linux" and not system.has_other_threads():
-        return "fork", False
-    return "spawn" if sys.platform == "win32" else "forkserver", False
-
-
 _MAIN_HINT = (
     "each imports the main module, so put what shall run only once below `if __name__ == '__main__':`, "
     "or give pool_options={'start_method': 'fork'}"
 )
-
-
-def _how_it_ended(process: Any) -> str:
-    code = -signal.SIGTERM if process.exitcode == system.ENDED_CODE else process.exitcode
-    if code is None:
-        return "its exit code is not known"
-    if code >= 0:
-        return f"exit code {code}"
-    names = {each.value: each.name for each in signal.Signals}
-    return f"killed by signal {-code} ({names.get(-code, 'a real-time one')})"

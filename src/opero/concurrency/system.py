@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from opero.core.forks import foreign_threads
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from opero.core.forks import fork_safe_threads
 
 # How long an ended process may tidy up, and how long others may take to say how it ended.
 GRACE_SECONDS = 1.0
@@ -26,17 +25,35 @@ ENDED_CODE = 128 + signal.SIGTERM
 Family = dict[int, str]
 
 
-def wait_until_ended(processes: Iterable[Any], seconds: float) -> list[Any]:
+def end(processes: list[Any], patience: float = 0.0) -> None:
+    """End processes that have not ended after so many seconds, and what they have started.
+
+    They can raise `SystemExit`; those that have not ended a second later are killed.
+    """
+    running = _wait_for(processes, patience)
+    if not running:
+        return
+    family = family_of(*(process.pid for process in running))
+    for process in running:
+        process.terminate()
+    rest = _wait_for(running, GRACE_SECONDS)
+    family |= family_of(*(process.pid for process in rest))
+    for process in rest:
+        process.kill()
+    _wait_for(rest, GRACE_SECONDS)
+    end_family(family)
+
+
+def _wait_for(processes: list[Any], seconds: float) -> list[Any]:
     """Wait at most so long; gives those that still run.
 
     `Process.join` waits for a pipe's end, which a child of the program's own may have open.
     """
     deadline, pause = time.monotonic() + seconds, 0.001
-    running = list(processes)
     while True:
-        running = [process for process in running if _runs(process)]
-        if not running or time.monotonic() >= deadline:
-            return running
+        processes = list(filter(_runs, processes))
+        if not processes or time.monotonic() >= deadline:
+            return processes
         time.sleep(pause)
         pause = min(2 * pause, 0.005)
 
@@ -52,22 +69,6 @@ def _runs(process: Any) -> bool:
             process.join(_SAYING_SECONDS)
             return False
     return True
-
-
-def end_by_force(processes: Iterable[Any]) -> None:
-    """Let processes raise `SystemExit`, kill those that have not ended a second later; end what they have started."""
-    processes = list(processes)
-    if not processes:
-        return
-    family = family_of(*(process.pid for process in processes))
-    for process in processes:
-        process.terminate()
-    rest = wait_until_ended(processes, GRACE_SECONDS)
-    family |= family_of(*(process.pid for process in rest))
-    for process in rest:
-        process.kill()
-    wait_until_ended(rest, GRACE_SECONDS)
-    end_family(family)
 
 
 def family_of(*pids: int) -> Family:
@@ -113,6 +114,35 @@ def _status(pid: str) -> tuple[str, int]:
     return "", 0
 
 
+def how_it_ended(process: Any) -> str:
+    """What a sentence about a crash says."""
+    code = -signal.SIGTERM if process.exitcode == ENDED_CODE else process.exitcode
+    if code is None:
+        return "its exit code is not known"
+    if code >= 0:
+        return f"exit code {code}"
+    names = {each.value: each.name for each in signal.Signals}
+    return f"killed by signal {-code} ({names.get(-code, 'a real-time one')})"
+
+
+# Whether a fork is safe
+
+
+def start_method() -> tuple[str, bool]:
+    """What the program has set by `multiprocessing.set_start_method`, and whether it has set anything.
+
+    Else ``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process.
+    """
+    method = multiprocessing.get_start_method(allow_none=True)
+    # The first one, the system's own, need not have been set: it is noted, too, when a program makes a lock of
+    # multiprocessing. One that is not its own is of a worker of loky's.
+    if method in multiprocessing.get_all_start_methods()[1:]:
+        return method, True
+    if sys.platform == "linux" and not has_other_threads():
+        return "fork", False
+    return "spawn" if sys.platform == "win32" else "forkserver", False
+
+
 # Threads, also those that Python does not know (of OpenMP, rayon), which may hold a lock when this process forks
 
 
@@ -122,7 +152,7 @@ def has_other_threads() -> bool:
     Those of OpenBLAS, which NumPy brings, do not count: it ends them before each fork by itself, and makes them anew
     when it needs them. So a fork for nothing shows whether others are left.
     """
-    if foreign_threads():
+    if set(threading.enumerate()) - set(fork_safe_threads) - {threading.current_thread()}:
         return True
     if not _stay(0.005):
         return False

@@ -8,13 +8,17 @@ import mmap
 import os
 import pickle
 import tempfile
+from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
+from multiprocessing.context import get_spawning_popen
 from multiprocessing.heap import Arena
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
 
+from opero.concurrency.log_records import levels_here
 from opero.concurrency.pickling import PROTOCOL, Pickler, loads, pack_error, report_dumps
 from opero.concurrency.worker import Report, Work
 from opero.core.signature import name_of
@@ -22,7 +26,7 @@ from opero.exceptions import NotTransferableError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from opero.concurrency.batches import Batch
     from opero.core.steps import TimeLimit
@@ -42,28 +46,27 @@ _LEAST_SHARED = 1_000_000
 _ALIGNMENT = 64
 
 
+@dataclass(frozen=True)
 class Packer:
-    """Pickles what is sent to the workers of one pool.
+    """Pickles what is sent to the workers of one pool; they have these names of the main module, or with None all."""
 
-    Args:
-        names: Names of the main module that the workers have; None for all.
-    """
+    names: frozenset[str] | None = frozenset()
 
-    def __init__(self, names: frozenset[str] | None = frozenset()) -> None:
-        self._names = names
-
-    def start(self, life: WorkerLife, shared: SharedBuffers | None = None) -> bytes:
+    def start(self, life: WorkerLife, large: list[memoryview] | None = None) -> bytes:
         """Pickle a map's work and what a worker does before and after it.
 
         All goes in one pickle, so that functions share their globals there, as they do here. While a process is being
-        started, large arrays go to ``shared``, and pipes and locks can be inherited.
+        started, ``large`` gets large arrays, and pipes and locks can be inherited.
 
         Raises:
             NotTransferableError: If something cannot be pickled.
         """
         work, initializer, initargs, finalizer = life
-        reducers = ForkingPickler(io.BytesIO()).dispatch_table if shared is not None else None
-        pickler = Pickler(self._names, reducers=reducers, buffer_callback=shared and shared.take)
+        if large is None:
+            pickler = Pickler(self.names)
+        else:
+            reducers = ForkingPickler(io.BytesIO()).dispatch_table
+            pickler = Pickler(self.names, reducers=reducers, buffer_callback=partial(_stays, large))
         the_work = f"{name_of(work.function)} or its keyword arguments"
         the_initializer = f"the initializer {initializer and name_of(initializer)} or its initargs"
         for what, is_function, thing in (
@@ -75,8 +78,6 @@ class Packer:
         ):
             pickler.copies_locks = is_function
             _or_refuse(what, pickler.dump, thing)
-        if shared is not None:
-            shared.share()
         return pickler.file.getvalue()
 
     def work(self, work: Work) -> tuple[bytes, bytes]:
@@ -103,18 +104,20 @@ class Packer:
             NotTransferableError: If an item cannot be pickled.
         """
         # Of several, each is tried alone.
-        parts = batch.items[0] if batch.has_candidates else batch.items[:1]
-        what = " or the candidate ".join(type(part).__qualname__ for part in parts)
-        return _or_refuse(f"the item {what}", self.dumps, (batch.items, batch.time_limit))
+        item, *candidate = batch.items[0] if batch.has_candidates else batch.items[:1]
+        what = f"the item {type(item).__qualname__}"
+        if candidate:
+            what += f" or the candidate {type(candidate[0]).__qualname__}"
+        return _or_refuse(what, self.dumps, (batch.items, batch.time_limit))
 
     def dumps(self, thing: Any) -> bytes:
         """Pickle it; in C alone if nothing in it has to go by value."""
-        if self._names is None or not cloudpickle.list_registry_pickle_by_value():
+        if self.names is None or not cloudpickle.list_registry_pickle_by_value():
             with contextlib.suppress(Exception):
                 data = pickle.dumps(thing, PROTOCOL)
-                if self._names is None or _MENTIONS_MAIN not in data:
+                if self.names is None or _MENTIONS_MAIN not in data:
                     return data
-        return Pickler(self._names).dumps(thing)
+        return Pickler(self.names).dumps(thing)
 
 
 def _or_refuse(what: str, pickle_it: Callable[[Any], T], thing: Any) -> T:
@@ -141,46 +144,72 @@ def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], TimeLimit | No
     return items, limit
 
 
-class SharedBuffers:
-    """Takes buffers out of a pickle (protocol 5) into a file; pickled only for a process that is being started.
+class Start:
+    """What a worker process begins with.
 
-    Their pages are shared by all workers until one writes to them, which the others do not see.
+    It is pickled while one is started afresh, which can inherit pipes and locks then. Large arrays go to a file; its
+    pages are shared by all workers until one writes to them, which the others do not see.
     """
 
-    def __init__(self) -> None:
-        self._taken: list[memoryview] = []
-        self._spans: list[tuple[int, int]] = []
-        self._arena: Any = None
+    def __init__(self, packer: Packer, life: WorkerLife) -> None:
+        self._packer = packer
+        self._life: WorkerLife | None = life
+        self._packed: Any = None
+        # In a worker that is not forked, the levels of the program's loggers.
+        self.levels: dict[str, int] = {}
 
-    def take(self, buffer: pickle.PickleBuffer) -> bool:
-        """As a pickler's ``buffer_callback``; true leaves it in the pickle."""
-        if os.name != "posix" or memoryview(buffer).nbytes < _LEAST_SHARED:
-            return True
-        self._taken.append(buffer.raw())
-        return False
+    def __getstate__(self) -> Any:
+        packed = self._packed
+        if packed is None:
+            assert self._life is not None  # noqa: S101 - for the type checkers
+            # Files that the process inherits are listed there; without any, others can be sent the same.
+            inherited: Any = getattr(get_spawning_popen(), "_fds", [])
+            count = len(inherited)
+            large: list[memoryview] = []
+            packed = self._packer.start(self._life, large), *_in_a_file(large)
+            if len(inherited) == count:
+                self._packed = packed
+        return packed, levels_here()
 
-    def share(self) -> None:
-        """Write the file; multiprocessing chooses its place, in memory if there is room, and gives it no name."""
-        if not self._taken:
-            return
-        end = 0
-        for view in self._taken:
-            self._spans.append((end, end + view.nbytes))
-            end += view.nbytes + -view.nbytes % _ALIGNMENT
-        self._arena = arena(end)
-        # Twice as fast as to write to the memory into which it is mapped.
-        with open(self._arena.fd, "wb", closefd=False) as file:
-            for view, (start, _) in zip(self._taken, self._spans, strict=True):
-                file.seek(start)
-                file.write(view)
-        self._taken.clear()
+    def __setstate__(self, state: Any) -> None:
+        self._packed, self.levels = state
+        self._life = None
 
-    def views(self) -> Iterator[memoryview]:
-        """The buffers, in the order in which they were taken; in a worker."""
-        if self._arena is not None:
-            mapped = memoryview(mmap.mmap(self._arena.fd, self._arena.size, flags=mmap.MAP_PRIVATE))
-            for start, stop in self._spans:
-                yield mapped[start:stop]
+    def load(self) -> WorkerLife:
+        """What it was made of, in a worker; one that was forked has it already."""
+        if self._life is not None:
+            return self._life
+        data, file, spans = self._packed
+        if file is None:
+            return unpack_start(data)
+        mapped = memoryview(mmap.mmap(file.fd, file.size, flags=mmap.MAP_PRIVATE))
+        return unpack_start(data, (mapped[start:end] for start, end in spans))
+
+
+def _stays(large: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
+    """As a pickler's ``buffer_callback``: whether it stays in the pickle, because it is small."""
+    if os.name != "posix" or memoryview(buffer).nbytes < _LEAST_SHARED:
+        return True
+    large.append(buffer.raw())
+    return False
+
+
+def _in_a_file(large: list[memoryview]) -> tuple[Arena | None, list[tuple[int, int]]]:
+    """Write them to a file that multiprocessing chooses, in memory if there is room; gives where each is there."""
+    spans: list[tuple[int, int]] = []
+    size = 0
+    for view in large:
+        spans.append((size, size + view.nbytes))
+        size += view.nbytes + -view.nbytes % _ALIGNMENT
+    if not large:
+        return None, spans
+    made: Any = arena(size)
+    # Twice as fast as to write to the memory into which it is mapped.
+    with open(made.fd, "wb", closefd=False) as file:
+        for view, (start, _) in zip(large, spans, strict=True):
+            file.seek(start)
+            file.write(view)
+    return made, spans
 
 
 def arena(size: int) -> Arena:

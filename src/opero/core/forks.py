@@ -12,7 +12,8 @@ _holding: WeakSet[Any] = WeakSet()
 # Those that wait for the fork that is being made.
 _held: list[Any] = []
 _forking = threading.RLock()
-_fork_safe: WeakSet[threading.Thread] = WeakSet()
+# Those that hold no lock which a forked child could miss.
+fork_safe_threads: WeakSet[threading.Thread] = WeakSet()
 
 
 def watch_forks(thing: Any) -> None:
@@ -54,12 +55,7 @@ class ForkSafeLock:
 
 def allow_forks(thread: threading.Thread) -> None:
     """Promise that ``thread`` holds no lock that a forked child could miss."""
-    _fork_safe.add(thread)
-
-
-def foreign_threads() -> set[threading.Thread]:
-    """The other threads, which may hold a lock when this one forks."""
-    return set(threading.enumerate()) - set(_fork_safe) - {threading.current_thread()}
+    fork_safe_threads.add(thread)
 
 
 def _before() -> None:
