@@ -1,10 +1,10 @@
 """Retry: tenacity's policy, asked from outside one round at a time.
 
-tenacity costs about 15 µs a call, which is paid after a first failure only (unless its hooks want to see every
-attempt), and 30 ms to import, which is paid when the first policy is made: a call may fail deep in a recursion, in a
-signal handler or when the program ends, where nothing can be imported. It is driven through `tenacity.Retrying.iter`,
-on a private copy for each failing call: the `statistics` of a shared one are one dict for all threads (tenacity 9.2.1,
-its issue 701).
+Its strategies and hooks are those of one `tenacity.Retrying` for each function, and are called in tenacity's order with
+a state of tenacity's for each failing call. (Its ``iter`` would call them by itself, but waits in one way only for each
+object, and keeps statistics in one dict for all threads.) tenacity takes 30 ms to import, which is paid when the first
+policy is made: a call may fail deep in a recursion, in a signal handler or when the program ends, where nothing can be
+imported.
 """
 
 from __future__ import annotations
@@ -31,16 +31,11 @@ from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING
 from opero.core.steps import Failed, Pause
 from opero.exceptions import MisuseError, RejectedResultError, RemoteError
-from opero.utils.logging import log
-from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
-    import random  # noqa: TC004 - imported by `_import_tenacity`
-
-    import tenacity  # noqa: TC004 - as above
+    import tenacity
 
     from opero.core.checks import Duration
-    from opero.core.retry_error import RetryError  # noqa: TC004 - as above
 
 __all__ = ["get_retry_decorator"]
 
@@ -113,16 +108,6 @@ def jittered(delay: float, random_unit: float) -> float:
     return delay * (0.5 + 0.5 * random_unit)
 
 
-def _import_tenacity() -> None:
-    """Not at the top, so that `import opero` stays quick; for good, because ``import`` fails when the program ends."""
-    global random, tenacity, RetryError  # noqa: PLW0603 - as above
-    import random
-
-    import tenacity
-
-    from opero.core.retry_error import RetryError
-
-
 class RetryPolicy:
     """How many rounds, which errors, how long between: the options of `get_retry_decorator`, which are checked here.
 
@@ -158,18 +143,24 @@ class RetryPolicy:
         self.retry_if_result = retry_if_result
         self.options = check_mapping("retry_options", options)
         _check_hooks(self.options, retry_if_result)
-        self.tells_before = "before" in self.options
+        self.tells_before = self.options.get("before") is not None
         self.watches_every_attempt = self.tells_before or retry_if_result is not None or "retry" in self.options
-        # tenacity need not be asked whether there is another round.
-        self._is_one_round = retries == 0 and not self.options
-        self._retrying: Any = None if self._is_one_round else self._make_retrying()
+        # Of one round tenacity need not be asked whether there is another one.
+        self._retrying: Any = self._make_retrying() if retries or self.options else None
 
     def one_round(self) -> RetryPolicy:
         """The same without a second round."""
         return RetryPolicy(retry_on=self.retry_on)
 
     def _make_retrying(self) -> tenacity.Retrying:
-        _import_tenacity()
+        # Not at the top, so that `import opero` stays quick, and kept, see above.
+        import random
+
+        import tenacity
+
+        from opero.core.retry_error import RetryError
+
+        self._tenacity, self._random = tenacity, random.random
         # Where the first delay is none, the exponential one would be the largest after a thousand rounds.
         exponential = tenacity.wait_exponential(self.min_delay, self.max_delay, self.backoff_factor)
         self._backoff = exponential if self.min_delay else tenacity.wait_none()
@@ -187,15 +178,11 @@ class RetryPolicy:
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         delay = self._backoff(state)
-        return jittered(delay, random.random()) if self.jitter and delay else delay  # noqa: S311 - spreads load, guards nothing
+        return jittered(delay, self._random()) if self.jitter and delay else delay
 
     def tell_before(self, plan: Plan, call: Call) -> None:
-        """Tell tenacity's ``before`` of a round that begins."""
-        state = self._state(plan, call)
-        try:
-            state.retry_object.iter(state)
-        except Exception as raised:  # noqa: BLE001 - the user's hook, which must not end the call
-            _complain(plan, "before", raised, None)
+        """Tell tenacity's ``before`` of a round that begins; raises what it raises."""
+        self._retrying.before(self._state(plan, call))
 
     def judge(self, plan: Plan, call: Call, outcome: Any) -> Verdict | None:
         """What an attempt that ended so means; None if it has succeeded. Raises what the user's predicate raises."""
@@ -229,12 +216,11 @@ class RetryPolicy:
         state = self._state(plan, call)
         _set_outcome(state, outcome)
         is_failed = outcome.__class__ is Failed
-        wants_another = is_failed and isinstance(outcome.error, tenacity.TryAgain)
+        wants_another = is_failed and isinstance(outcome.error, self._tenacity.TryAgain)
         again = wants_another or bool(self._retrying.retry(state))
         if is_failed:
             return Verdict(outcome.error, outcome, again=again)
-        last: Any = state.outcome
-        return Verdict(state.retry_object.retry_error_cls(last), outcome, again=True) if again else None
+        return Verdict(self._retrying.retry_error_cls(state.outcome), outcome, again=True) if again else None
 
     def after(self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[float], bool] | None) -> Any:
         """A `Pause` until the next round, or the end of the call: `Failed`, or a result that a hook supplies.
@@ -244,72 +230,54 @@ class RetryPolicy:
             call: Whose round has failed.
             verdict: What the round means.
             must_end: Whether no other round can begin after so many seconds; None if the call has ended in a pause.
+
+        Raises:
+            Exception: What a hook of the user's raises, which ends the call.
         """
         error, settings = verdict.error, self._retrying
-        if not verdict.again or self._is_one_round or not settings.enabled:
+        if not verdict.again or settings is None or not settings.enabled:
             return Failed(error)
         state = self._state(plan, call)
-        retrying = state.retry_object
         # A pass through candidates of which some still rested is no round of its own.
         state.attempt_number = call.rounds
-        traceback = error.__traceback__
-        _set_outcome(state, verdict.outcome)
-        try:
-            seconds = settings.wait(state) if verdict.delay is None else verdict.delay
-            # So tenacity calls `before_sleep` only before a sleep, and `retry_error_callback` at every end.
-            ends = must_end is None or must_end(seconds)
-            retrying.wait = tenacity.wait_fixed(seconds)
-            retrying.stop = tenacity.stop_after_attempt(0) if ends else settings.stop
-            # After a pause it has been told of this attempt.
-            retrying.after = tenacity.after_nothing if must_end is None else settings.after
-            step = retrying.iter(state)
-        except Exception as raised:  # noqa: BLE001 - tenacity raises to give up: the call's own error, or its own
-            return _given_up(plan, state, settings, error.with_traceback(traceback), raised)
-        if not isinstance(step, tenacity.DoSleep):
-            call.is_made_up = True
-            return step
-        state.prepare_for_next_attempt()
-        if not step >= 0:
-            msg = f"a wait of {step} seconds was asked for; let it be 0 or more"
+        if self.options:
+            _set_outcome(state, verdict.outcome)
+        # After a pause it has been told of this attempt.
+        if settings.after is not None and must_end is not None:
+            settings.after(state)
+        seconds = settings.wait(state) if verdict.delay is None else verdict.delay
+        if not seconds >= 0:
+            msg = f"a wait of {seconds} seconds was asked for; let it be 0 or more"
             raise ValueError(msg)
-        return Pause(min(step, LONGEST_WAIT))
+        state.upcoming_sleep = seconds
+        if must_end is None or must_end(seconds) or settings.stop(state):
+            return self._end(call, state, error)
+        state.next_action = self._tenacity.RetryAction(seconds)
+        state.idle_for += seconds
+        if settings.before_sleep is not None:
+            settings.before_sleep(state)
+        state.prepare_for_next_attempt()
+        return Pause(min(seconds, LONGEST_WAIT))
+
+    def _end(self, call: Call, state: tenacity.RetryCallState, error: Exception) -> Any:
+        settings = self._retrying
+        if settings.retry_error_callback is not None:
+            call.is_made_up = True
+            return settings.retry_error_callback(state)
+        if settings.reraise:
+            return Failed(error)
+        told = settings.retry_error_cls(state.outcome)
+        told.__cause__ = error
+        return Failed(told)
 
     def _state(self, plan: Plan, call: Call) -> tenacity.RetryCallState:
-        """The call's, on a private copy of the settings: tenacity's `statistics` are one dict for all threads."""
         state = call.retry_state
         if state is None:
-            retrying = self._retrying.copy(retry=tenacity.retry_always)
-            retrying.begin()
-            state = tenacity.RetryCallState(retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
+            state = self._tenacity.RetryCallState(self._retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
             # It is made after the first attempt, but its clock shall tell of the whole call.
             state.start_time -= clock.now() - call.started
             call.retry_state = state
         return state
-
-
-def _given_up(
-    plan: Plan, state: tenacity.RetryCallState, settings: tenacity.Retrying, error: Exception, raised: Exception
-) -> Failed:
-    """The error of the call, where tenacity has raised this."""
-    if isinstance(raised, settings.retry_error_cls):
-        return Failed(error if settings.reraise else raised)
-    if raised is error:
-        return Failed(error)
-    if state.next_action is None and settings.retry_error_callback is not None:
-        # In place of a result it may raise what the program makes of the end.
-        raised.__context__ = raised.__context__ or error
-        return Failed(raised)
-    _complain(plan, "retry_options", raised, error)
-    return Failed(error)
-
-
-def _complain(plan: Plan, hook: str, raised: Exception, error: Exception | None) -> None:
-    # Not its text, which may hold arguments.
-    text = f"{hook} of {plan.name} raised {type(raised).__name__}"
-    if error is not None:
-        text += "; not retried"
-        add_note(error, f"opero: {text}")
-    log("WARNING", "{}", text)
 
 
 def _delay(answer: Any, retry_on: RetryOn) -> float | None:
