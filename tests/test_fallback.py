@@ -1037,7 +1037,6 @@ def test_what_the_function_raises_is_the_error_of_the_item(mode):
 
 def test_a_function_that_was_carried_to_another_process_says_so():
     carried = pickle.loads(pickle.dumps(candidates_from(Rotation().keys)))
-    assert repr(carried) == "candidates_from(Rotation.keys)"
     with pytest.raises(MisuseError, match=r"Rotation\.keys.* was carried to another process"):
         opero(**ONCE)(Service())(carried)
 

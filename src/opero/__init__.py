@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from opero.concurrency.outcome import Outcome, Results
     from opero.core.breaker import Breaker
     from opero.core.cache import Cache, clear_cache
-    from opero.core.candidates import candidates, candidates_from
+    from opero.core.fallback import candidates, candidates_from
     from opero.core.rate_limit import RateLimiter
     from opero.decorators.opmap import opmap
 else:
@@ -41,8 +41,8 @@ else:
             "Outcome": "opero.concurrency.outcome",
             "RateLimiter": "opero.core.rate_limit",
             "Results": "opero.concurrency.outcome",
-            "candidates": "opero.core.candidates",
-            "candidates_from": "opero.core.candidates",
+            "candidates": "opero.core.fallback",
+            "candidates_from": "opero.core.fallback",
             "clear_cache": "opero.core.cache",
             "concurrency": "opero.concurrency",
             "http": "opero.http",
