@@ -138,15 +138,10 @@ def _clear(parser: argparse.ArgumentParser, folder: Path, options: dict[str, Any
 
 
 def _unknown(name: str, folder: Path, found: Sequence[Namespace]) -> str:
-    import difflib
+    from opero.core.showing import nearest
 
-    names = [namespace.name for namespace in found if namespace.name is not None]
-    near = difflib.get_close_matches(name, names, n=5)
-    near += [other for other in sorted(names) if name and name in other and other not in near]
-    if near:
-        hint = f"near it: {', '.join(map(_printable, near))}"
-    else:
-        hint = f"to list the {len(found)} that it has, leave out --clear" if found else "it has none"
+    near = nearest(name, [namespace.name for namespace in found if namespace.name is not None])
+    hint = "leave out --clear to see which it has" if near is None else f"did you mean {_printable(near)}?"
     return f"--clear: no namespace {_printable(name)} in {folder}; {hint}"
 
 

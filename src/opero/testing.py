@@ -6,14 +6,11 @@ The three switches act on the whole process and may be nested. As pytest fixture
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from bisect import bisect_right, insort
 from contextlib import contextmanager, suppress
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
@@ -46,17 +43,15 @@ class _VirtualTime:
     def __init__(self) -> None:
         self.skipped = 0.0
         self._skipped_before = 0.0
-        self._numbers = itertools.count()
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Forget the waits of threads that do not exist in this child."""
         self._lock = threading.Lock()
-        # Of each wait the moment at which it ends, a number, and what wakes it then; in this order.
-        self._waits: list[tuple[float, int, Callable[[], object]]] = []
+        # The moments at which waits end, in order.
+        self._moments: list[float] = []
         self._changed_at = time.monotonic()
-        self._watched: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
 
     def begin(self) -> None:
         """From here on the time of day jumps, too; what was jumped over before is over."""
@@ -72,7 +67,6 @@ class _VirtualTime:
         """Let so many seconds pass, at once and for everybody."""
         with self._lock:
             self.skipped += max(0.0, seconds)
-        self._look(float("inf"))
 
     def sleep(self, seconds: float) -> None:
         self.wait(threading.Event().wait, seconds)
@@ -80,15 +74,14 @@ class _VirtualTime:
     async def async_sleep(self, seconds: float) -> None:
         import asyncio
 
-        event = asyncio.Event()
-        await self.wait_async(event, seconds)
+        await self.wait_async(asyncio.Event(), seconds)
 
     def wait(self, wait_for: Callable[[float | None], Any], seconds: float | None) -> None:
         """See `opero.core.clock.Clock`."""
         if not seconds:
             wait_for(seconds)
             return
-        with self._waiting(seconds, lambda: None) as moment:
+        with self._waiting(seconds) as moment:
             # Without other threads there is nobody to be patient with.
             while not wait_for(patience := 0.0 if threading.active_count() == 1 else _PATIENCE):
                 if self._look(patience) >= moment:
@@ -102,49 +95,46 @@ class _VirtualTime:
             await event.wait()
             return
         loop = asyncio.get_running_loop()
-        with self._waiting(seconds, lambda: loop.call_soon_threadsafe(event.set)):
-            if loop not in self._watched:
-                self._watch(loop)
-            await event.wait()
+        is_over = False
 
-    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Look again and again, in between the other work of the loop, while anybody waits."""
-        self._look(_PATIENCE)
-        if self._waits:
-            self._watched.add(loop)
-            loop.call_later(_PATIENCE, self._watch, loop)
-        else:
-            self._watched.discard(loop)
+        def look() -> None:
+            if is_over:
+                return
+            if self._look(_PATIENCE) >= moment:
+                event.set()
+            else:
+                loop.call_later(_PATIENCE, look)
+
+        with self._waiting(seconds) as moment:
+            look()
+            try:
+                await event.wait()
+            finally:
+                is_over = True
 
     @contextmanager
-    def _waiting(self, seconds: float, wake: Callable[[], object]) -> Iterator[float]:
-        wait = (self.now() + seconds, next(self._numbers), wake)
+    def _waiting(self, seconds: float) -> Iterator[float]:
+        moment = self.now() + seconds
         with self._lock:
-            insort(self._waits, wait)
+            insort(self._moments, moment)
             self._changed_at = time.monotonic()
         try:
-            yield wait[0]
+            yield moment
         finally:
             # In a forked child it has been forgotten.
             with self._lock, suppress(ValueError):
-                self._waits.remove(wait)
+                self._moments.remove(moment)
                 self._changed_at = time.monotonic()
 
     def _look(self, patience: float) -> float:
-        """Jump if all have waited for so many real seconds, wake those whose moment has come, and tell the time."""
+        """Jump if all have waited for so many real seconds, and tell the time."""
         with self._lock:
-            has_come = bisect_right(self._waits, self.now(), key=itemgetter(0))
+            has_come = bisect_right(self._moments, self.now())
             unchanged = time.monotonic() - self._changed_at
-            if has_come < len(self._waits) and unchanged >= (max(patience, _TO_GO_ON) if has_come else patience):
-                self.skipped += max(0.0, self._waits[has_come][0] - self.now())
+            if has_come < len(self._moments) and unchanged >= (max(patience, _TO_GO_ON) if has_come else patience):
+                self.skipped += max(0.0, self._moments[has_come] - self.now())
                 self._changed_at = time.monotonic()
-                has_come += 1
-            now = self.now()
-            wakes = [wake for _, _, wake in self._waits[:has_come]]
-        for wake in wakes:
-            with suppress(RuntimeError):  # its event loop was closed, with it in it
-                wake()
-        return now
+            return self.now()
 
 
 _lock = ForkSafeLock()
