@@ -85,10 +85,6 @@ class Entry:
         deadline = self.call.deadline
         return (deadline is None or clock.now() < deadline) and (self.attempt is None or self.attempt.may_start())
 
-    @property
-    def travels_alone(self) -> bool:
-        return self.alone or (self.attempt is not None and self.attempt.is_timed)
-
 
 class Scheduler:
     """One running map.
@@ -156,8 +152,7 @@ class Scheduler:
         self._timers: list[tuple[float, int, Entry, Pause | Arrival | None]] = []
         self._ticks = itertools.count()
         self._real_pauses = 0
-        # Items that wait for a worker to be ready before they take a slot, for the cache's store, for a free worker.
-        self._preparing: deque[Entry] = deque()
+        # Items that wait for the cache's store, and for a worker: with an attempt, or before they take a slot for one.
         self._consulting: list[tuple[Entry, Consult]] = []
         self._ready: deque[Entry] = deque()
         # Batches that are with workers, those of them that are watched, and parts that their workers have not begun.
@@ -255,10 +250,10 @@ class Scheduler:
         if self._watched:
             due.append(min(min(batch.look_at, batch.ends_at) for batch in self._watched) - time.monotonic())
         if self._plan.total_timeout is not None:
-            deadlines = (entry.call.deadline for entry in (*self._ready, *self._preparing))
+            deadlines = [entry.call.deadline for entry in self._ready]
             due += [deadline - clock.now() for deadline in deadlines if deadline is not None]
         seconds = min(due, default=math.inf)
-        is_real = bool(self._sent or self._preparing or self._real_pauses)
+        is_real = bool(self._sent or self._ready or self._real_pauses)
         return None if seconds == math.inf else max(0.0, seconds), is_real
 
     def _next_batch(self) -> Batch | None:
@@ -267,8 +262,8 @@ class Scheduler:
             self._call_off()
         # No call waits at a worker that has its time.
         slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._ahead)
-        while slots and self._preparing:
-            self._advance(self._preparing.popleft(), None)
+        while slots and self._ready and self._ready[0].attempt is None:
+            self._advance(self._ready.popleft(), None)
         # While no worker is ready, the first item has to tell whether one is needed.
         if self.failure is not None or len(self._sent) >= max(slots, 1):
             return None
@@ -290,10 +285,9 @@ class Scheduler:
 
     def _call_off(self) -> None:
         """Let those wait no longer for a worker whose time is over, or whose circuit has been opened."""
-        for waiting in (self._ready, self._preparing):
-            for entry in [entry for entry in waiting if not entry.may_begin()]:
-                waiting.remove(entry)
-                self._advance(entry, NOT_RUN)
+        for entry in [entry for entry in self._ready if not entry.may_begin()]:
+            self._ready.remove(entry)
+            self._advance(entry, NOT_RUN)
 
     def keeps_pool(self) -> bool:
         """Let another map have the pool, if somebody wants to keep it and nothing runs in it."""
@@ -336,7 +330,7 @@ class Scheduler:
         """Start flows until enough of them are ready, or those that end at once (cache hits) have taken their time."""
         wanted = size if self._one_at_a_time else max(size, self._look_ahead)
         while True:
-            coming = len(self._ready) + len(self._consulting) + len(self._preparing)
+            coming = len(self._ready) + len(self._consulting)
             busy = coming + self._awaiting_turns + len(self._sent)
             if coming >= wanted or (self._one_at_a_time and busy >= slots):
                 break
@@ -386,7 +380,7 @@ class Scheduler:
                 self._advance(entry, None)
             else:
                 entry.attempt = None
-                self._preparing.append(entry)
+                self._ready.append(entry)
                 self.pool.prepare()
         elif isinstance(step, Share):
             self._gathered.append(entry)
@@ -468,16 +462,16 @@ class Scheduler:
         values: Any = outcome if outcome.__class__ is Failed else _values(self._plan.name, outcome, len(members))
         if values.__class__ is Failed:
             return values
-        errors = {member: value for member, value in zip(members, values, strict=True) if isinstance(value, Exception)}
-        # Another candidate may do better with all of them.
-        goes_on = self._plan.fallback is not None
-        entry.members = {m: error for m, error in errors.items() if goes_on or self._is_retried(entry, error)}
+        entry.members = {}
         for member, value in zip(members, values, strict=True):
-            if member not in entry.members:
-                self._give(entry, member, Failed(value) if member in errors else value)
-        if not errors:
-            return values
-        return Failed(next(error for error in (*entry.members.values(), *errors.values()) if error is not None))
+            is_error = isinstance(value, Exception)
+            # Another candidate may do better with all of them.
+            if is_error and (self._plan.fallback is not None or self._is_retried(entry, value)):
+                entry.members[member] = value
+            else:
+                self._give(entry, member, Failed(value) if is_error else value)
+        errors: list[Any] = [*entry.members.values(), *(value for value in values if isinstance(value, Exception))]
+        return Failed(errors[0]) if errors else values
 
     def _is_retried(self, entry: Entry, error: Exception) -> bool:
         try:
@@ -511,10 +505,10 @@ class Scheduler:
     # Batches
 
     def _batch_of_entries(self, size: int) -> Batch:
-        """As many ready items as fit one batch: no timeout, nobody suspected of crashing."""
+        """As many ready items as fit one batch, or one that may end its worker."""
         first = self._ready.popleft()
         entries = [first]
-        while self._ready and len(entries) < size and not (first.travels_alone or self._ready[0].travels_alone):
+        while self._ready and len(entries) < size and not (first.alone or self._ready[0].alone):
             entries.append(self._ready.popleft())
         batch = Batch([self._varying(entry) for entry in entries], first.index, entries)
         batch.has_candidates = self._sends_candidates
