@@ -606,6 +606,23 @@ def test_a_candidate_whose_slots_others_have_taken_gives_way_to_one_with_a_free_
     assert [world.run(f, ["a", "b", "c"]) for _ in range(2)] == ["b", "c"]
 
 
+def test_who_is_refused_since_others_were_faster_is_told_when_the_next_slot_comes(scope, name):
+    options = {"max_burst": 1, "name": name, **scope}
+    RateLimiter("1/hour", **options).acquire()
+    limiter = RateLimiter("1/hour", when_full="raise", **options)
+    with pytest.raises(opero.RateLimitedError) as caught:
+        limiter.acquire()
+    assert caught.value.retry_in == pytest.approx(3_600, abs=10)
+
+
+def test_who_was_refused_gets_what_others_give_back(scope, name):
+    options = {"spread": False, "name": name, **scope}
+    one, other = (RateLimiter({"tokens": "100/hour"}, **options) for _ in range(2))
+    assert [one.acquire(tokens=90, timeout=0), other.acquire(tokens=50, timeout=0)] == [True, False]
+    drive(one.limit.correct((-80.0,)), None)
+    assert other.acquire(tokens=50, timeout=0)
+
+
 def test_seconds_from_retry_on_hold_for_everybody(world, scope, name):
     def function(x):
         if x == 1:

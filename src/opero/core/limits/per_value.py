@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from opero.core.limits.line import Line
 
 _LOOKED_AT = 2
-
+# Those that are their own keys, which no key of another class is equal to.
+_PLAIN = (str, int)
 
 T = TypeVar("T", bound="Line")
 
@@ -43,7 +44,7 @@ class PerValue(Generic[T]):
 
     def of(self, value: Any) -> T:
         """The one of this value."""
-        key = _key(value)
+        key = value if value.__class__ in _PLAIN else _key(value)
         found = self._busy.get(key)
         if found is not None:
             return found
@@ -60,8 +61,6 @@ class PerValue(Generic[T]):
 
 
 def _key(value: Any) -> Any:
-    if value.__class__ is str:
-        return value
     if type(value).__hash__ is None and not is_value(value):
         msg = f"per got a {type(value).__qualname__}, which cannot tell one limit from another; pass text"
         raise MisuseError(msg)

@@ -75,10 +75,14 @@ class Places(Line):
         super().__init__(self._places.rates, ledger=self._places)
         self._badges = frozenset({self})
 
-    def enter(self, *_call: Any) -> tuple[Places, Token[Any]] | None:
+    def enter(self, _args: Any = (), _kwargs: Any = None) -> tuple[Places, Token[Any]] | None:
         """Take a place for the running code; gives what to give it back with, None if that has to wait, or must not."""
         others = leading.get()
-        if (others and self in others) or self._waiting or not self._places.is_open():
+        if self._waiting or (others and self in others):
+            return None
+        try:
+            self._places.free.pop()
+        except IndexError:
             return None
         return self, leading.set(others | self._badges if others else self._badges)
 
