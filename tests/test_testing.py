@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from side_by_side import SECONDS, forked, forks, results, started, until
@@ -167,23 +168,31 @@ def test_a_call_that_blocks_the_loop_does_not_wait_for_its_tasks():
         assert asyncio.run(main()) == ("result", "result")
 
 
-def test_a_cancelled_wait_moves_no_time():
+def test_a_cancelled_wait_moves_no_time(monkeypatch):
     f = opero.opero(retries=1, **HOUR)(fails_first_async)
     limiter = RateLimiter("1/minute")
 
     async def main():
         waits = [asyncio.create_task(f([])), asyncio.create_task(limiter.acquire_async())]
-        with recorded() as events:
+        with recorded() as events, monkeypatch.context() as patch:
+            # However long a busy machine takes until both are cancelled: time does not jump before.
+            patch.setattr(opero.testing, "time", standing_still())
             await is_spinning_until(lambda: has_failed(events))
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
         await opero.opero(retries=1, min_delay=5, jitter=False)(fails_first_async)([])
 
     with instant() as passed:
         limiter.acquire()
         asyncio.run(main())
     assert passed.skipped == pytest.approx(5, abs=1)
+
+
+def standing_still():
+    """A `time` that does not pass."""
+    now = time.monotonic()
+    return types.SimpleNamespace(monotonic=lambda: now, time=time.time)
 
 
 def test_who_waits_at_the_end_of_the_block_goes_on():
