@@ -69,10 +69,10 @@ def test_what_multiprocessing_shares_reaches_workers(method, way):
         shared = {"queue": context.Queue(), "lock": context.Lock(), "event": context.Event(), "proxy": manager.dict()}
         shared["event"].set()
         if way == "arguments":
-            results = mapped(use, method)([1, 2, 3], **shared)
+            results = mapped(use, method, workers=1)([1, 2, 3], **shared)
         else:
             options = {"initializer": prepare_by_position, "initargs": tuple(shared.values())}
-            results = mapped(use_given, method, pool_options=options)([1, 2, 3])
+            results = mapped(use_given, method, workers=1, pool_options=options)([1, 2, 3])
         assert results == [True] * 3
         assert sorted(shared["queue"].get(timeout=PATIENCE) for _ in range(3)) == [1, 2, 3]
         assert sorted(shared["proxy"].keys()) == [1, 2, 3]
@@ -287,7 +287,7 @@ def log(item):
 
 @every_method
 def test_log_records_of_workers_reach_the_programs_handlers_once(kept, method):
-    assert mapped(log, method)([1, 2, 3]) == [1, 2, 3]
+    assert mapped(log, method, workers=1)([1, 2, 3]) == [1, 2, 3]
     assert sorted(kept.lines) == [("of.a.program", f"item {item}", True) for item in (1, 2, 3)]
 
 
@@ -297,7 +297,8 @@ def configure_logging():
 
 @every_method
 def test_log_records_stay_where_an_initializer_has_configured_logging(kept, method):
-    assert mapped(log, method, pool_options={"initializer": configure_logging})([1, 2, 3]) == [1, 2, 3]
+    options = {"initializer": configure_logging}
+    assert mapped(log, method, workers=1, pool_options=options)([1, 2, 3]) == [1, 2, 3]
     assert kept.lines == []
 
 
