@@ -18,6 +18,7 @@ from leftovers import surroundings
 from side_by_side import started, until
 
 from opero import Cache, opmap
+from opero.concurrency import ctrl_c
 from opero.concurrency.processes import Worker
 from opero.concurrency.threads import ThreadPool
 
@@ -396,11 +397,12 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "file"])
 def test_a_terminal_is_told_what_is_waited_for(monkeypatch, stream, is_async):
     monkeypatch.setattr("sys.stderr", stream())
+    monkeypatch.setattr(ctrl_c, "_LONG_SECONDS", 0.1)
     begun, waited = threading.Event(), threading.Event()
 
     def work(item):
         begun.set()
-        for _ in range(150 if stream is Terminal else 15):
+        for _ in range(150 if stream is Terminal else 5):
             if "waiting" in sys.stderr.getvalue():
                 waited.set()
                 break

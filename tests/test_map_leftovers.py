@@ -22,9 +22,9 @@ from pathlib import Path
 
 import anyio
 import pytest
-from leftovers import surroundings
+from leftovers import marked, surroundings
 from side_by_side import until
-from test_process_mode import INTERRUPTED, marked
+from test_process_mode import INTERRUPTED
 
 from opero import opmap
 
