@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from opero import AllFailedError, MisuseError, WorkerCrashedError, opmap
+from opero.concurrency import running, scheduler
 
 
 class SpoiledError(Exception):
@@ -17,8 +18,10 @@ class SpoiledError(Exception):
 
 
 @pytest.fixture
-def lists(mode):
-    """Make a map of a function of lists."""
+def lists(mode, monkeypatch):
+    """Make a map of a function of lists, which are full as long as there are items, however busy the machine is."""
+    for module in (running, scheduler):
+        monkeypatch.setattr(module, "BATCH_SECONDS", 60)
 
     def make(function, **options):
         options = {"retries": 0, "batch_size": 3, "return_exceptions": True, **options}
