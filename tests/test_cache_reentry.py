@@ -215,7 +215,7 @@ def test_what_was_stored_again_and_again_leaves_nothing_behind(fake_clock):
     assert len(store._ends) + len(store._uses) < 500
 
 
-def test_the_results_of_ten_thousand_dropped_instances_are_gone():
+def test_the_results_of_thousands_of_dropped_instances_are_gone():
     class Model:
         @opero.opero(cache=True, retries=0)
         def matrix(self, n):
@@ -228,7 +228,7 @@ def test_the_results_of_ten_thousand_dropped_instances_are_gone():
     class Matrix(Blob):
         pass
 
-    for _ in range(10_000):
+    for _ in range(3_000):
         model = Model()
         for argument in (1, "a", [1]):
             model.matrix(argument)
