@@ -19,7 +19,7 @@ from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
-from opero.core.stats import CallStats
+from opero.core.stats import CallStats, Stats
 from opero.core.steps import Consult, Failed, Flow, Pause, leading
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from opero.core.checks import Duration
     from opero.core.plan import Call
-    from opero.core.stats import Stats
     from opero.core.stores.settings import Backend, BackendSettings, CacheSettings
     from opero.core.stores.twat import CacheEngine
 
@@ -124,7 +123,7 @@ class ResultCache:
     def __init__(self, function: Callable[..., Any], settings: CacheSettings) -> None:
         self.is_lasting = settings.backend != "memory"
         self.keys = KeyMaker(function, settings.key, digest=self.is_lasting, ignore=settings.ignore)
-        self.stats: Stats | None = None
+        self.stats = Stats()
         self._function = function
         self._is_async = is_async(function)
         self._settings = settings
@@ -205,16 +204,14 @@ class ResultCache:
         self.store.flights.invalidate()
         with managing(self.store, "clear"):
             self.store.clear()
-        if self.stats is not None:
-            self._counted = self.stats.snapshot()
+        self._counted = self.stats.snapshot()
 
     # The layer of a flow
 
-    def through(self, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
+    def through(self, call: Call, compute: Callable[[], Flow]) -> Flow:
         """The call's result from the cache, from an identical call under way, or from ``compute()``."""
         key = self._key_of(call)
         if key.__class__ is Failed:
-            stats.flown.tick()
             try:
                 return key
             finally:
@@ -228,13 +225,12 @@ class ResultCache:
             while (flight := flights.board(own)) is not own:
                 seat = yield from self._wait(flight, call)
                 if seat is None:
-                    stats.flown.tick()
                     return (yield from compute())
                 if not flight.landed:
-                    return self._out_of_time(stats)
+                    return self._out_of_time()
                 if seat.outcome is not MISSING:
-                    return self._joined(call, flight, seat, stats)
-            return (yield from self._lead(own, call, compute, stats))
+                    return self._joined(call, flight, seat)
+            return (yield from self._lead(own, call, compute))
         finally:
             # Ctrl-C may come between any two steps: nobody is to wait for what will not land.
             flights.land(own)
@@ -267,14 +263,13 @@ class ResultCache:
             for leader in leads:
                 leader.waits_for.remove(flight)
 
-    def _joined(self, call: Call, flight: Flight, seat: Seat, stats: Stats) -> Any:
+    def _joined(self, call: Call, flight: Flight, seat: Seat) -> Any:
         outcome = seat.outcome
         if outcome.__class__ is Failed:
-            stats.flown.tick()
             # Without the frames of the others who wait for the same.
             outcome.error.with_traceback(seat.traceback)
             return outcome
-        stats.hits.tick()
+        self.stats.joined.tick()
         return self._hit(call, outcome if flight.written is None else self.store.format.loads(flight.written)[0])
 
     def _hit(self, call: Call, value: Any) -> Any:
@@ -284,27 +279,22 @@ class ResultCache:
         # One that is raised again and again would hold the frames of all who got it.
         return Failed(_fresh(value.error)) if value.__class__ is Failed else value
 
-    def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow], stats: Stats) -> Flow:
+    def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow]) -> Flow:
         try:
             # Another leader, here or elsewhere, may have stored between this call's look and its boarding.
-            try:
-                claim = CLAIMED if call.refreshes else (yield from self._claim(flight, call))
-            except Exception:
-                stats.flown.tick()
-                raise
+            claim = CLAIMED if call.refreshes else (yield from self._claim(flight, call))
             if claim is BUSY:
-                return self._out_of_time(stats)
+                return self._out_of_time()
             if claim is FOUND:
-                stats.hits.tick()
+                self.stats.joined.tick()
                 self.store.flights.land(flight, flight.found)
                 return self._hit(call, flight.found)
-            self._note_fault(claim, stats)
-            stats.flown.tick()
+            self._note_fault(claim)
             call.flight = flight
             outcome = yield from compute()
             if not call.is_made_up:
                 may_keep = claim is CLAIMED or flight.held
-                outcome = yield from self._settled(flight, call, outcome, stats, may_keep=may_keep)
+                outcome = yield from self._settled(flight, call, outcome, may_keep=may_keep)
             self.store.flights.land(flight, outcome)
             return outcome
         finally:
@@ -321,7 +311,7 @@ class ResultCache:
             look = min(_LAST_LOOK, look * 2)
         return answer
 
-    def _settled(self, flight: Flight, call: Call, outcome: Any, stats: Stats, *, may_keep: bool) -> Flow:
+    def _settled(self, flight: Flight, call: Call, outcome: Any, *, may_keep: bool) -> Flow:
         """The outcome, when it has been kept if it is to be, or the old entry in place of a failure."""
         outcome, life = self._judged(call, outcome)
         is_error = outcome.__class__ is Failed
@@ -330,7 +320,7 @@ class ResultCache:
             return self._hit(call, value)
         if life is not _NOT_KEPT and may_keep:
             value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
-            self._note_fault((yield from self._ask(Keep(flight, value, life, stale, call.time_left()))), stats)
+            self._note_fault((yield from self._ask(Keep(flight, value, life, stale, call.time_left()))))
         return outcome
 
     def _judged(self, call: Call, outcome: Any) -> tuple[Any, Any]:
@@ -358,8 +348,7 @@ class ResultCache:
             return None
         return check_lifetime("what ttl=… returned", said, zero=True) or _NOT_KEPT
 
-    def _out_of_time(self, stats: Stats) -> Failed:
-        stats.flown.tick()
+    def _out_of_time(self) -> Failed:
         name = name_of(self._function)
         msg = f"{name} was not started: total_timeout ended it during the wait for the same call of somebody else's"
         return Failed(CallTimeoutError(msg))
@@ -369,9 +358,9 @@ class ResultCache:
             return self.store.perform([request])[0]
         return (yield Consult(self.store, request))
 
-    def _note_fault(self, answer: Any, stats: Stats) -> None:
+    def _note_fault(self, answer: Any) -> None:
         if isinstance(answer, Exception):
-            stats.cache_errors.tick()
+            self.stats.cache_errors.tick()
             self.store.complain(answer)
 
 

@@ -116,12 +116,10 @@ def _share() -> Any:
 
 
 def _through_cache(plan: Plan, call: Call, compute: Callable[[], Flow]) -> Flow:
-    if plan.cache is not None:
-        return plan.cache.through(call, compute, plan.stats)
     if call.failure is None:
         # Otherwise it was counted with its first attempt.
         plan.stats.flown.tick()
-    return compute()
+    return compute() if plan.cache is None else plan.cache.through(call, compute)
 
 
 class _Layers:

@@ -66,8 +66,8 @@ class Counter:
 class Stats:
     """The live counters behind `CallStats`.
 
-    A call that goes straight to the function costs one tick (`direct`), a hit one (`hits`); `calls` and `attempts` are
-    sums.
+    A call that goes straight to the function costs one tick (`direct`), a hit one (`hits`), any other two at most: all
+    of these have a flow (`flown`), and some the result of somebody else (`joined`). What users see are sums.
     """
 
     def __init__(self) -> None:
@@ -78,6 +78,7 @@ class Stats:
         self.fallbacks = Counter()
         self.flown = Counter()
         self.hits = Counter()
+        self.joined = Counter()
         self.retries = Counter()
         self.waited = Counter()
 
@@ -92,7 +93,7 @@ class Stats:
         direct, hits = self.direct.value(), self.hits.value()
         return CallStats(
             calls=direct + self.flown.value() + hits,
-            hits=hits,
+            hits=hits + self.joined.value(),
             attempts=direct + self.attempts.value(),
             retries=self.retries.value(),
             fallbacks=self.fallbacks.value(),
