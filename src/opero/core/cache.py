@@ -177,12 +177,12 @@ class ResultCache:
         return self.keys.finder(store.get, store.touch, tick, clock if may_expire else None)
 
     @property
-    def fetch(self) -> Callable[[Any], Awaitable[tuple[Any, float] | None]] | None:
+    def fetch(self) -> Callable[[Any], Awaitable[tuple[Any] | None]] | None:
         """As `look_up`, by awaiting; None where that is no use."""
         return self._fetch if self._settings.backend == "redis" and self._is_async else None
 
-    async def _fetch(self, key: Any) -> tuple[Any, float] | None:
-        entry: tuple[Any, float] | None = await self.store.fetch(key) if "store" in self.__dict__ else None
+    async def _fetch(self, key: Any) -> tuple[Any] | None:
+        entry: tuple[Any] | None = await self.store.fetch(key) if "store" in self.__dict__ else None
         return entry
 
     # What users manage

@@ -79,14 +79,8 @@ class Flight:
 _REFRESH = object()
 
 
-class Answer(enum.Enum):
-    """What a store answers to a flight, unless it is an exception."""
-
-    FOUND = enum.auto()
-    CLAIMED = enum.auto()
-    BUSY = enum.auto()
-
-
+# What a store answers to a flight, unless it is an exception.
+Answer = enum.Enum("Answer", "FOUND CLAIMED BUSY")
 FOUND, CLAIMED, BUSY = Answer
 
 

@@ -55,7 +55,10 @@ _SCHEMA = """
 """
 _GET = "SELECT value FROM Cache WHERE key = ?"
 _REMOVE = "DELETE FROM Cache WHERE key = ?"
-_INSERT = "INSERT INTO Cache VALUES (?, ?, ?, ?)"
+_PUT = (
+    "INSERT INTO Cache VALUES (?, ?, ?, ?) "
+    "ON CONFLICT DO UPDATE SET value = excluded.value, ends = excluded.ends, rank = excluded.rank"
+)
 _REMOVE_EXPIRED = "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE ends <= ? LIMIT 100)"
 # The entry that makes one too many has not been used yet, and is not the one to go.
 _EVICT = (
@@ -133,7 +136,7 @@ class DiskStore(LastingStore):
         super().__init__(f"the disk cache {self._name}", settings)
         self._root = settings.disk_folder
         self._namespace = namespace
-        self._policy = settings.options.get("policy", "fifo")
+        self._policy = settings.policy
         self._size_limit = settings.options.get("size_limit", _SIZE_LIMIT)
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
@@ -268,10 +271,8 @@ class DiskStore(LastingStore):
             connection.execute(_REMOVE_EXPIRED, (now,))
             if flight.is_void or flight.ticket not in {None, _number(connection, _GENERATION)}:
                 return
-            connection.execute(_REMOVE, (flight.key,))
             ends = FOREVER if keep.seconds is None else now + keep.seconds
-            rank = 0.0 if self._policy == "lfu" else now
-            connection.execute(_INSERT, (flight.key, entry, ends, rank))
+            connection.execute(_PUT, (flight.key, entry, ends, 0.0 if self._policy == "lfu" else now))
             self._evict(connection)
 
         self._transact(insert, keep.patience)

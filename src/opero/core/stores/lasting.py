@@ -75,31 +75,23 @@ class LastingStore:
     def __repr__(self) -> str:
         return self._what
 
-    def look_up(self, key: bytes) -> tuple[Any, float] | None:
-        """The entry of a key, ``(result, expires_at)``; faults are None, and come to light in `perform`."""
-        if self.rest.reason() is not None:
-            return None
+    def look_up(self, key: bytes) -> tuple[Any] | None:
+        """The result of a key; faults are None, and come to light in `perform`."""
         try:
-            found = self.find(key)
+            found = self.in_spite_of_faults(self.find, key)
         except UnsafeCacheError:
             return None
-        except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told
-            self.failed(error)
-            return None
-        self.rest.end()
-        return found
+        return None if isinstance(found, Exception) else found
 
-    def find(self, key: bytes) -> tuple[Any, float] | None:
+    def find(self, key: bytes) -> tuple[Any] | None:
         """As `look_up`, but raises what the backend raises."""
         entry = self.read(key)
         return None if entry is None else self.fresh(entry)
 
-    def fresh(self, entry: bytes) -> tuple[Any, float] | None:
-        """The value of an entry, as `look_up` gives it."""
+    def fresh(self, entry: bytes) -> tuple[Any] | None:
+        """The result in an entry that has not ended."""
         value, ends = self.format.loads(entry)
-        if value.__class__ is Failed or (ends != FOREVER and ends <= clock.wall()):
-            return None
-        return (value, FOREVER)
+        return None if value.__class__ is Failed or ends <= clock.wall() else (value,)
 
     def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
         """Answer requests in order."""
@@ -111,12 +103,14 @@ class LastingStore:
         if resting is not None:
             return resting
         try:
-            return work(*args)
+            done = work(*args)
         except UnsafeCacheError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
             self.failed(error)
             return error
+        self.rest.end()
+        return done
 
     def write_down(self, keep: Keep) -> bytes:
         """The entry for what is to be kept; raises whatever the serializer raises."""

@@ -11,7 +11,6 @@ import contextlib
 import heapq
 import itertools
 import math
-import threading
 import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,27 +24,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from opero.core.flights import Answer, Flight
-
-MEMORY_MAXSIZE = 10_000
+    from opero.core.stores.settings import CacheSettings
 
 _FEW = 100
 # A value, until when a quick look finds it, and until when it is of use if the call fails. An error that is remembered
 # is never found by a quick look, which could only return it.
 Entry = tuple[Any, float, float]
-_NOTHING: Entry = (None, 0.0, 0.0)
+_NEVER: Entry = (None, math.inf, math.inf)
 
 
 class MemoryStore:
     """Entries in this process; each has its own end, so that functions with different lifetimes can share it."""
 
     is_instant: ClassVar[bool] = True
-    is_shared = False
 
-    def __init__(self, maxsize: int = MEMORY_MAXSIZE, policy: str = "lru") -> None:
-        self.maxsize: int | None = maxsize
-        self.policy = policy
+    def __init__(self, settings: CacheSettings, namespace: str | None) -> None:
+        # There is always a bound in memory.
+        self.maxsize: Any = settings.maxsize
+        self.policy = settings.policy
+        self.is_shared = namespace is not None
         self.flights = Flights()
-        self._most = maxsize
         # The one that is to go first stands first, but with lfu: there it is the one that was used least.
         self._entries: OrderedDict[Any, Entry] = OrderedDict()
         self._uses: dict[Any, int] = {}
@@ -57,7 +55,7 @@ class MemoryStore:
         # What `look_up` does: get the entry, and note that it was used, where something has to be noted.
         touches = {"lru": self._entries.move_to_end, "lfu": _counter(self._uses), "fifo": None}
         self.get: Callable[[Any], Entry | None] = self._entries.get
-        self.touch: Callable[[Any], object] | None = touches[policy]
+        self.touch: Callable[[Any], object] | None = touches[self.policy]
 
     def look_up(self, key: Any) -> Entry | None:
         """The entry of a key, ended or not."""
@@ -154,13 +152,13 @@ class MemoryStore:
 
     def _surplus(self) -> list[Any]:
         """The keys that are to go, but not the one that has just come: it has no uses yet, and stands last."""
-        count = len(self._entries) - self._most
+        count: int = len(self._entries) - self.maxsize
         if count <= 0:
             return []
         if self.policy == "lfu":
             # To find them takes long: of many entries some more go at once.
             uses = self._uses.copy()
-            return heapq.nsmallest(count + self._most // 100, uses, key=uses.__getitem__)
+            return heapq.nsmallest(count + self.maxsize // 100, uses, key=uses.__getitem__)
         try:
             return list(itertools.islice(self._entries, count))
         except RuntimeError:
@@ -168,24 +166,17 @@ class MemoryStore:
             return []
 
     def _remove_expired(self) -> None:
-        now = clock.now() if self._ends else 0.0
-        removed = []
-        while self._ends and self._ends[0][0] <= now:
-            try:
+        entries, now, removed = self._entries, clock.now(), []
+        # Until there are no more, or somebody else has taken the last one.
+        with contextlib.suppress(IndexError):
+            while self._ends[0][0] <= now:
                 _, _, key = heapq.heappop(self._ends)
-            except IndexError:
-                break
-            entry = self._entries.get(key)
-            if entry is not None and entry[2] <= now:
-                removed.append(self._remove(key))
+                if entries.get(key, _NEVER)[2] <= now:
+                    removed.append(self._remove(key))
         del removed
-        self._forget_what_has_gone()
-
-    def _forget_what_has_gone(self) -> None:
-        """Of entries that went before their time the ends stay behind; not more of them than of the others."""
-        if len(self._ends) > 2 * len(self._entries) + _FEW:
-            entries = self._entries
-            self._ends = [end for end in self._ends.copy() if entries.get(end[2], _NOTHING)[2] == end[0]]
+        if len(self._ends) > 2 * len(entries) + _FEW:
+            # Of entries that went before their time.
+            self._ends = [end for end in self._ends.copy() if entries.get(end[2], _NEVER)[2] == end[0]]
             heapq.heapify(self._ends)
 
     def forget_instance(self, instance: Instance) -> None:
@@ -208,26 +199,3 @@ def _counter(uses: dict[Any, int]) -> Callable[[Any], object]:
         uses[key] = uses[key] + 1
 
     return count
-
-
-# A lock that a thread can have more than once: a finalizer, which may come at any moment, can decorate functions.
-_lock = threading.RLock()
-_shared: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
-
-
-def memory_store(namespace: str | None, *, maxsize: int = MEMORY_MAXSIZE, policy: str = "lru") -> MemoryStore:
-    """A store of its own, or with a ``namespace`` the one that all functions of that namespace share."""
-    if namespace is None:
-        return MemoryStore(maxsize, policy)
-    with _lock:
-        store = _shared.get(namespace)
-        if store is None:
-            _shared[namespace] = store = MemoryStore(maxsize, policy)
-            store.is_shared = True
-        elif (store.maxsize, store.policy) != (maxsize, policy):
-            msg = (
-                f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
-                f"but now got maxsize={maxsize} and policy={policy!r}; give both functions the same cache_options"
-            )
-            raise ValueError(msg)
-        return store

@@ -105,7 +105,7 @@ class RedisStore(LastingStore):
         entry: bytes | None = self.client.get(self._entry(key))
         return entry
 
-    async def fetch(self, key: bytes) -> tuple[Any, float] | None:
+    async def fetch(self, key: bytes) -> tuple[Any] | None:
         """As `look_up`, in the running event loop; None as long as nothing is open, which takes long."""
         server = self._server
         if server is None or not server.has_async_client or server.rest.reason() is not None:
@@ -121,17 +121,13 @@ class RedisStore(LastingStore):
     def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
         """Answer requests in order, in one exchange with the server."""
         commands = [self._command(request) for request in requests]
-        answers = self.in_spite_of_faults(self._ask, [command for command in commands if isinstance(command, tuple)])
+        asked = [command for command in commands if isinstance(command, tuple)]
+        answers = self.in_spite_of_faults(self.server.perform, asked) if asked else []
         coming = itertools.repeat(answers) if isinstance(answers, Exception) else iter(answers)
         return [
             self._understood(request, next(coming)) if isinstance(command, tuple) else command
             for request, command in zip(requests, commands, strict=True)
         ]
-
-    def _ask(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        answers = self.server.perform(commands) if commands else []
-        self.rest.end()
-        return answers
 
     def let_go(self, flight: Flight) -> None:
         self._keeper.drop(flight)

@@ -25,14 +25,13 @@ from opero.core.checks import (
 )
 from opero.core.forks import ForkSafeLock
 from opero.core.showing import shown
-from opero.core.stores.memory import MEMORY_MAXSIZE, memory_store
+from opero.core.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from opero.core.stores.disk import DiskStore
-    from opero.core.stores.memory import MemoryStore
     from opero.core.stores.redis import RedisStore
 
     Store: TypeAlias = MemoryStore | DiskStore | RedisStore
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 BACKENDS = ("memory", "disk", "redis")
 Backend: TypeAlias = Literal["memory", "disk", "redis"]
 FOLDER_NAME = "opero"
+_MEMORY_MAXSIZE = 10_000
 
 _WRITTEN = ("compress", "folder_name", "serializer")
 _OPTIONS = {
@@ -157,8 +157,14 @@ class CacheSettings:
     @property
     def maxsize(self) -> int | None:
         """Most entries, None for no bound."""
-        size: int | None = self.options.get("maxsize", MEMORY_MAXSIZE if self.backend == "memory" else None)
+        size: int | None = self.options.get("maxsize", _MEMORY_MAXSIZE if self.backend == "memory" else None)
         return size
+
+    @property
+    def policy(self) -> str:
+        """Which entry goes when there are too many."""
+        policy: str = self.options.get("policy", "lru" if self.backend == "memory" else "fifo")
+        return policy
 
     @property
     def folder_name(self) -> str:
@@ -167,20 +173,28 @@ class CacheSettings:
         return name
 
     def store(self, namespace: str | None) -> Store:
-        """The store of a namespace; in memory, without one, a store of its own."""
-        if self.backend == "memory":
-            policy = self.options.get("policy", "lru")
-            return memory_store(namespace, maxsize=self.maxsize or MEMORY_MAXSIZE, policy=policy)
-        assert namespace is not None  # noqa: S101 - what outlives the process has a name
+        """The store of a namespace, which functions share; in memory, without one, a store of its own."""
+        if namespace is None:
+            return self._new_store(None)
+        # In memory all functions of a namespace share one store, elsewhere those that have the same options.
         options = {name: id(value) if name == "client" else value for name, value in self.options.items()}
-        key = repr((self.backend, namespace, sorted(options.items())))
+        key = repr((self.backend, namespace, [] if self.backend == "memory" else sorted(options.items())))
         with _lock.lock:
-            store: Store | None = _lasting_stores.get(key)
+            store: Store | None = _stores.get(key)
             if store is None:
-                _lasting_stores[key] = store = self._lasting_store(namespace)
-            return store
+                _stores[key] = store = self._new_store(namespace)
+        if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (self.maxsize, self.policy):
+            msg = (
+                f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
+                f"but now got maxsize={self.maxsize} and policy={self.policy!r}; give both functions the same "
+                "cache_options"
+            )
+            raise ValueError(msg)
+        return store
 
-    def _lasting_store(self, namespace: str) -> Store:
+    def _new_store(self, namespace: str | None) -> Store:
+        if self.backend == "memory" or namespace is None:
+            return MemoryStore(self, namespace)
         if self.backend == "disk":
             from opero.core.stores.disk import DiskStore
 
@@ -210,7 +224,7 @@ class CacheSettings:
 
 
 _lock = ForkSafeLock(threading.RLock)
-_lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def cache_settings(
