@@ -423,20 +423,13 @@ def get_cache_decorator(
         TypeError: If an option has the wrong type or is not known.
         ValueError: If an option's value is out of range.
     """
-    settings = cache_settings(
-        ttl=cache_ttl, backend=cache_backend, key=cache_key, namespace=cache_namespace, options=options
-    )
+    given: dict[str, Any] = {"ttl": cache_ttl, "backend": cache_backend, "key": cache_key, "namespace": cache_namespace}
+    settings = cache_settings(**given, options=options)
 
     def plan(function: Callable[..., Any]) -> Plan:
         return Plan(function, RetryPolicy(), cache=cache_policy(function, settings))
 
-    recipe = {
-        "cache_ttl": cache_ttl,
-        "cache_backend": cache_backend,
-        "cache_key": cache_key,
-        "cache_namespace": cache_namespace,
-        **options,
-    }
+    recipe = {**{f"cache_{name}": value for name, value in given.items()}, **options}
     return decorator("get_cache_decorator", plan, (get_cache_decorator, recipe))
 
 
