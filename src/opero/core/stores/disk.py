@@ -394,7 +394,7 @@ class KeyLocks:
 
     def release(self, key: bytes) -> None:
         place = _place(key)
-        if place in self._taken and self._file is not None:
+        if fcntl is not None and self._file is not None and place in self._taken:
             self._taken.remove(place)
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
 
