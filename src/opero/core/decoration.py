@@ -311,18 +311,17 @@ def _cached_function(this: Decoration) -> Callable[..., Any]:
         try:
             if this.switches.are_on:
                 return this.call(args, kwargs)
-            key = this.no_key
             try:
                 entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
-                if entry is None:
-                    key = this.key_of(*args, **kwargs)
-                    entry = this.look_up(key)
-                    if entry is not None:
-                        this.count_hit()
+                if entry is not None:
+                    return entry[0]
+                key = this.key_of(*args, **kwargs)
+                entry = this.look_up(key)
+                if entry is not None:
+                    this.count_hit()
+                    return entry[0]
             except Exception:  # a wrong call, which the flow meets again and counts
-                entry = None
-            if entry is not None:
-                return entry[0]
+                key = this.no_key
             # Not by a method, whose frame would stay: recursions of cached functions are as deep as Python allows.
             return this.drive(this.flow(args, kwargs, key), this.function)
         except Exception as error:
@@ -337,18 +336,17 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
         try:
             if this.switches.are_on:
                 return await this.call_async(args, kwargs)
-            key = this.no_key
             try:
                 entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
-                if entry is None:
-                    key = this.key_of(*args, **kwargs)
-                    entry = this.look_up(key) if this.fetch is None else await this.fetch(key)
-                    if entry is not None:
-                        this.count_hit()
+                if entry is not None:
+                    return entry[0]
+                key = this.key_of(*args, **kwargs)
+                entry = this.look_up(key) if this.fetch is None else await this.fetch(key)
+                if entry is not None:
+                    this.count_hit()
+                    return entry[0]
             except Exception:
-                entry = None
-            if entry is not None:
-                return entry[0]
+                key = this.no_key
             return await this.drive_async(this.flow(args, kwargs, key), this.function, this.plan.name)
         except Exception as error:
             this.shorten(error)

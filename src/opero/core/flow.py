@@ -63,6 +63,9 @@ class NoAttempt(Enum):
     GAVE_WAY = "the candidate was put to rest while its slot was waited for"
 
 
+OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = NoAttempt
+
+
 class Candidate:
     """One value to try, and how it has fared in this call."""
 
@@ -165,7 +168,7 @@ class _Layers:
         while True:
             if plan.retry.tells_before:
                 plan.retry.tell_before(plan, call)
-            while (outcome := (yield from self.fallback())) is NoAttempt.CIRCUIT_OPEN:
+            while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN:
                 pause = self._pause_for_trial()
                 if pause is None:
                     return self._stop(_CIRCUIT_IS_OPEN)
@@ -200,12 +203,12 @@ class _Layers:
             if speaks is not None and speaks.again and self._is_for_later(candidate):
                 break
             outcome = yield from self.breaker(candidate)
-            if outcome is NoAttempt.GAVE_WAY:
+            if outcome is GAVE_WAY:
                 continue
-            if outcome is NoAttempt.OUT_OF_TIME:
+            if outcome is OUT_OF_TIME:
                 return self._stop(self._time_is_over())
             self.left.remove(candidate)
-            if outcome is NoAttempt.CIRCUIT_OPEN:
+            if outcome is CIRCUIT_OPEN:
                 self.has_slot = False
                 continue
             if outcome.__class__ is not Verdict or outcome.ends:
@@ -215,7 +218,7 @@ class _Layers:
             if speaks is None or outcome.again or not speaks.again:
                 speaks = outcome
         if speaks is None:
-            return NoAttempt.CIRCUIT_OPEN
+            return CIRCUIT_OPEN
         return speaks if plan.fallback is None or not self.candidates else self._for_the_round(speaks)
 
     def _pause_for_trial(self) -> Pause | None:
@@ -238,7 +241,7 @@ class _Layers:
         if self.plan.breaker is not None:
             passage = self.plan.breaker.enter(candidate.args, candidate.kwargs)
             if passage is None and self.call.failure is None:
-                return NoAttempt.CIRCUIT_OPEN
+                return CIRCUIT_OPEN
         try:
             outcome = yield from self.attempt(candidate, passage)
             return outcome if outcome.__class__ is NoAttempt else self._judge(outcome, candidate, passage)
@@ -266,7 +269,7 @@ class _Layers:
                 return missed
         self.has_slot = False
         if clock.now() >= self.deadline:
-            return NoAttempt.OUT_OF_TIME
+            return OUT_OF_TIME
         attempt = Attempt(
             candidate,
             badges=frozenset({call.flight, self.places} - {None}),
@@ -286,7 +289,7 @@ class _Layers:
 
     def _why_not(self) -> NoAttempt:
         """Why an attempt that waited for something has not begun."""
-        return NoAttempt.OUT_OF_TIME if clock.now() >= self.deadline else NoAttempt.CIRCUIT_OPEN
+        return OUT_OF_TIME if clock.now() >= self.deadline else CIRCUIT_OPEN
 
     def _take_slot(
         self, limit: FunctionLimit, candidate: Candidate, passage: Passage | None
@@ -310,14 +313,14 @@ class _Layers:
         waited = clock.now() - asked
         plan.stats.waited.add(waited)
         if _is_shut(passage):
-            return NoAttempt.CIRCUIT_OPEN
+            return CIRCUIT_OPEN
         if not taken:
-            return NoAttempt.GAVE_WAY if own is not None and self._gives_way(candidate) else NoAttempt.OUT_OF_TIME
+            return GAVE_WAY if own is not None and self._gives_way(candidate) else OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
             call.tell(SlotWaited, seconds=waited)
         if not self.has_own_limit and self._gives_way(candidate):
             self.has_slot = True
-            return NoAttempt.GAVE_WAY
+            return GAVE_WAY
         return None
 
     def _begin(self, candidate: Candidate) -> None:

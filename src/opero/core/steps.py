@@ -327,7 +327,8 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
                         with contextlib.suppress(ValueError):
                             leading.reset(token)
                 step.is_last = was_cancelled(sent, before)
-                before = cancellations()
+                if sent.__class__ is Failed:
+                    before = cancellations()
             else:
                 try:
                     sent = await _carry_out_async(step)
