@@ -1356,7 +1356,7 @@ def test_a_thing_and_its_copy_have_one_key(value):
 
 
 PROGRAM = """
-import functools, os, sys
+import functools, threading
 from opero.core.digests import digest_of
 COUNT = 0
 SHIFT = {shift}
@@ -1365,24 +1365,34 @@ class Square:
     def of(self, x): return x ** {power}
 @functools.lru_cache
 def kept(x): return x + {kept}
+def scaling(n, lock): return lambda x: x * n if lock else 0
+scale = scaling({scale}, threading.Lock())
 def shifted(x): return x + SHIFT
 def doubled(x): return [double(y) for y in x]
 def squared(x): return Square().of(x)
 def indirect(x): return kept(x) if x else indirect(shifted(x))
+def scaled(x): return scale(x)
 def counting(x):
     global COUNT
     COUNT += 1
     return x
-for function in (shifted, doubled, squared, kept, indirect, counting):
+for function in (shifted, doubled, squared, kept, indirect, scaled, counting):
     counting(1)
     print(digest_of(function).hex())
 """
-SAME = {"shift": 1, "factor": 2, "power": 2, "kept": 1}
+SAME = {"shift": 1, "factor": 2, "power": 2, "kept": 1, "scale": 1}
 
 
 @pytest.mark.parametrize(
     ("changed", "differing"),
-    [({}, []), ({"shift": 2}, [0, 4]), ({"factor": 3}, [1]), ({"power": 3}, [2]), ({"kept": 2}, [3, 4])],
+    [
+        ({}, []),
+        ({"shift": 2}, [0, 4]),
+        ({"factor": 3}, [1]),
+        ({"power": 3}, [2]),
+        ({"kept": 2}, [3, 4]),
+        ({"scale": 2}, [5]),
+    ],
     ids=str,
 )
 def test_a_function_of_a_script_is_told_by_what_it_uses_there(changed, differing):

@@ -100,16 +100,10 @@ class _Walk:
     def spell(self, value: Any) -> bytes:
         """The spelling of a value; in one frame for each level, so that it can be as deep as the stack."""
         found = _at_once(value)
-        if found is None and not self._is_lenient and (_is_class(value) or type(value) is _Globals):
-            found = _spelled_leniently(value)
-        if found is None and id(value) in self._known:
-            found = self._known[id(value)][1]
+        if found is None:
+            found = self._spelled_before(value)
         if found is not None:
             return found
-        depth = self._depths.get(id(value))
-        if depth is not None:
-            self._top = min(self._top, depth)
-            return _digest("inside", _marshalled(len(self._depths) - depth))
         label, parts = _opened(value)
         depth = self._depths[id(value)] = len(self._depths)
         number = len(self._known) + depth
@@ -133,9 +127,20 @@ class _Walk:
         self._known[id(value)] = (value, found if top >= depth else _digest("again", _marshalled(number)))
         return found
 
+    def _spelled_before(self, value: Any) -> bytes | None:
+        if not self._is_lenient and (_is_class(value) or type(value) is _Globals):
+            return _spelled_leniently(value)
+        if id(value) in self._known:
+            return self._known[id(value)][1]
+        depth = self._depths.get(id(value))
+        if depth is None:
+            return None
+        self._top = min(self._top, depth)
+        return _digest("inside", _marshalled(len(self._depths) - depth))
+
 
 _IN_ANY_ORDER = frozenset({"dict", "set", "frozenset"})
-_LENIENT = frozenset({"class", "globals", "builtins.function"})
+_LENIENT = frozenset({"class", "_Globals", "builtins.function"})
 
 
 def _spelled_leniently(value: Any) -> bytes:
@@ -175,7 +180,7 @@ def _opened(value: Any) -> tuple[str, Iterable[Any]]:
     if kind in {list, tuple, set, frozenset}:
         return kind.__name__, value
     if kind is dict or kind is _Globals:
-        return "dict" if kind is dict else "globals", itertools.chain.from_iterable(value.items())
+        return kind.__name__, itertools.chain.from_iterable(value.items())
     if _is_class(value):
         return "class", [*_parts_of_class(value)]
     if hasattr(kind, "__cache_key__"):
@@ -241,10 +246,11 @@ def _parts_of_function(function: Any) -> Iterator[Any]:
             wrapped = getattr(wrapped, "__wrapped__", None)
         return
     yield from _captured_by(function)
-    yield _by_place(function.__defaults__ or ())
-    yield [*(function.__kwdefaults__ or {}), *_by_place((function.__kwdefaults__ or {}).values())]
-    used = {name: value for name, value in vars(function).items() if name == "__wrapped__"}
-    yield {name: value for name, value in vars(function).items() if name not in used}
+    by_keyword = function.__kwdefaults__ or {}
+    yield _by_place([*(function.__defaults__ or ()), *by_keyword, *by_keyword.values()])
+    attributes = {**vars(function)}
+    used = {"__wrapped__": attributes.pop("__wrapped__", None)}
+    yield attributes
     if function.__globals__.get("__name__") in _MAIN:
         used |= {name: value for name, value in _globals_read_by(function) if isinstance(value, _TOLD_OF_SCRIPTS)}
     yield _Globals(used)
@@ -357,35 +363,6 @@ def _put_on(frame: Any) -> tuple[Any, ...]:
     return (held, getattr(frame, "attrs", None), getattr(flags, "allows_duplicate_labels", None))
 
 
-# What is known better than pickle knows it, by the package and the name of a class or of one of its bases, so that
-# nothing has to be imported. Pickle lists a set in the order of its hashes, and a path by how it was put together.
-_PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
-    "builtins.function": _parts_of_function,
-    "builtins.code": _parts_of_code,
-    "builtins.method": lambda value: (value.__func__, value.__self__),
-    "builtins.module": lambda value: (value.__name__,),
-    "builtins.member_descriptor": lambda value: (value.__name__,),
-    "builtins.getset_descriptor": lambda value: (value.__name__,),
-    "builtins.classmethod": lambda value: (value.__func__,),
-    "builtins.staticmethod": lambda value: (value.__func__,),
-    "builtins.property": lambda value: (value.fget, value.fset, value.fdel),
-    "functools.cached_property": lambda value: (value.func,),
-    # A combination of flags may have no name.
-    "enum.Enum": lambda value: (value.value if value.name is None else value.name,),
-    "weakref.ReferenceType": lambda value: (value(),),
-    "builtins.set": lambda value: (frozenset(value),),
-    "builtins.frozenset": lambda value: (frozenset(value),),
-    "pathlib.PurePath": lambda value: (str(value),),
-    "numpy.ndarray": _parts_of_array,
-    "pandas.DataFrame": _parts_of_frame,
-    "pandas.Series": lambda value: (value.name, value.index, _values_of_pandas(value), _put_on(value)),
-    "pandas.RangeIndex": lambda value: (value.name, range(value.start, value.stop, value.step), _put_on(value)),
-    "pandas.Index": _parts_of_index,
-    "polars.DataFrame": lambda value: (value.get_columns(), _put_on(value)),
-    "polars.Series": lambda value: (value.name, value.dtype, _values_of_polars(value), _put_on(value)),
-}
-
-
 # Objects
 
 
@@ -411,12 +388,6 @@ def _parts_by_pickle(value: Any) -> Iterator[Any]:
     yield None if pairs is None else kept_as(pairs)
     owner = next(base for base in kind.__mro__ if not _REDUCERS.isdisjoint(vars(base)))
     yield None if owner is object or kind in copyreg.dispatch_table else _beside(value, owner)
-    if isinstance(value, BaseException):
-        import traceback
-
-        # pickle leaves out where it came from.
-        lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(value.__traceback__)]
-        yield (value.__cause__, value.__context__, value.__suppress_context__, lines)
 
 
 _REDUCERS = frozenset({"__reduce_ex__", "__reduce__", "__getstate__"})
@@ -444,17 +415,12 @@ def _reduction(value: Any) -> Any:
 
 def _beside(value: Any, base: type) -> dict[str, Any] | None:
     """What the classes below ``base``, which takes the state of its own instances, have added to an instance."""
-    mro = type(value).__mro__
-    slots = []
-    for owner in mro[: mro.index(base)]:
-        declared = vars(owner).get("__slots__", ())
-        for name in [declared] if isinstance(declared, str) else declared:
-            is_private = name[:2] == "__" and name[-2:] != "__"
-            slots.append(f"_{owner.__name__.lstrip('_')}{name}" if is_private else name)
-    added = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    state: Any = object.__getstate__(value)
+    attributes, slots = state if isinstance(state, tuple) else (state, None)
+    added = {name: held for name, held in (slots or {}).items() if not hasattr(base, name)}
     # `list[int]` has none, and shows that of `list`.
     if type(value).__dictoffset__ and not base.__dictoffset__:
-        added |= _without_cached_properties(vars(value), type(value))
+        added |= _without_cached_properties(attributes or {}, type(value))
     return {name: held for name, held in added.items() if name not in _NO_STATE} or None
 
 
@@ -472,6 +438,42 @@ def _without_cached_properties(state: Any, kind: type) -> Any:
         for name, part in state.items()
         if not (isinstance(name, str) and type(getattr(kind, name, None)).__name__ == "cached_property")
     }
+
+
+def _parts_of_exception(error: BaseException) -> tuple[Any, ...]:
+    """Where it came from, too, which pickle leaves out."""
+    import traceback
+
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return (*_parts_by_pickle(error), error.__cause__, error.__context__, error.__suppress_context__, lines)
+
+
+# What is known better than pickle knows it, by the package and the name of a class or of one of its bases, so that
+# nothing has to be imported. Pickle lists a set in the order of its hashes, and a path by how it was put together.
+_PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
+    "builtins.function": _parts_of_function,
+    "builtins.code": _parts_of_code,
+    "builtins.method": lambda value: (value.__func__, value.__self__),
+    "builtins.module": lambda value: (value.__name__,),
+    "builtins.classmethod": lambda value: (value.__func__,),
+    "builtins.staticmethod": lambda value: (value.__func__,),
+    "builtins.property": lambda value: (value.fget, value.fset, value.fdel),
+    "functools.cached_property": lambda value: (value.func,),
+    # A combination of flags may have no name.
+    "enum.Enum": lambda value: (value.value if value.name is None else value.name,),
+    "weakref.ReferenceType": lambda value: (value(),),
+    "builtins.set": lambda value: (frozenset(value),),
+    "builtins.frozenset": lambda value: (frozenset(value),),
+    "builtins.BaseException": _parts_of_exception,
+    "pathlib.PurePath": lambda value: (str(value),),
+    "numpy.ndarray": _parts_of_array,
+    "pandas.DataFrame": _parts_of_frame,
+    "pandas.Series": lambda value: (value.name, value.index, _values_of_pandas(value), _put_on(value)),
+    "pandas.RangeIndex": lambda value: (value.name, range(value.start, value.stop, value.step), _put_on(value)),
+    "pandas.Index": _parts_of_index,
+    "polars.DataFrame": lambda value: (value.get_columns(), _put_on(value)),
+    "polars.Series": lambda value: (value.name, value.dtype, _values_of_polars(value), _put_on(value)),
+}
 
 
 # Which function is it?

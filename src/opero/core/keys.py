@@ -18,7 +18,7 @@ from opero.core.signature import name_of
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from opero.core.clock import Clock
     from opero.core.parameters import Forwarding
@@ -176,22 +176,26 @@ class KeyMaker:
 
 def _lines_for_plain_arguments(names: tuple[str, ...], *, may_be_method: bool) -> list[str]:
     """What `_key_function` does, where all arguments are plain, or all but the instance that a method is called on."""
-    lines = [
-        f"if {_all_are(_IS_BARE, names)}: _opero_key = {names[0] if len(names) == 1 else _tuple(names)}",
-        f"elif {_all_are(_IS_PLAIN, names)}: _opero_key = {_tuple(_with_classes(names))}",
-    ]
     if not may_be_method:
-        return [*lines, "else: return None"]
+        return _lines_for_key(names)
     owner, *others = names
     is_known = f"_opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {owner}"
     return [
-        *lines,
+        *_lines_for_key(names)[:-1],
         "else:",
         f"    _opero_known = _opero_instances.get(_opero_id({owner}))",
         f"    if not ({is_known}): return None",
-        f"    if {_all_are(_IS_BARE, others)}: _opero_key = {_tuple(['_opero_known', *others])}",
-        f"    elif {_all_are(_IS_PLAIN, others)}: _opero_key = {_tuple(['_opero_known', *_with_classes(others)])}",
-        "    else: return None",
+        *[f"    {line}" for line in _lines_for_key(others, "_opero_known")],
+    ]
+
+
+def _lines_for_key(names: Sequence[str], *known: str) -> list[str]:
+    bare = names[0] if len(names) == 1 and not known else _tuple([*known, *names])
+    with_classes = _tuple([*known, *names, *(f"{name}.__class__" for name in names)])
+    return [
+        f"if {_all_are(_IS_BARE, names)}: _opero_key = {bare}",
+        f"elif {_all_are(_IS_PLAIN, names)}: _opero_key = {with_classes}",
+        "else: return None",
     ]
 
 
@@ -201,10 +205,6 @@ _IS_PLAIN = f"({{0}}.__class__ in _opero_small or {{0}}.__class__ in _opero_text
 
 def _all_are(test: str, names: Collection[str]) -> str:
     return " and ".join(test.format(name) for name in names) or "True"
-
-
-def _with_classes(names: Collection[str]) -> list[str]:
-    return [*names, *(f"{name}.__class__" for name in names)]
 
 
 def _tuple(names: Collection[str]) -> str:
