@@ -36,7 +36,8 @@ def taken_from_handlers(levels: dict[str, int], send: Callable[[bytes], None]) -
     if any(logger.handlers for logger in _loggers()):
         return
     # Of a record it sends what it says now: its arguments may not be picklable.
-    handler = QueueHandler(SimpleNamespace(put_nowait=lambda record: send(pickle.dumps(record))))
+    queue: Any = SimpleNamespace(put_nowait=lambda record: send(pickle.dumps(record)))
+    handler = QueueHandler(queue)
     for logger in _loggers():
         if logger.parent is None or not logger.propagate:
             logger.addHandler(handler)

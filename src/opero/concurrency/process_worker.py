@@ -66,7 +66,7 @@ class Parent:
         self.pipe = pipe
         self.mark = mark_in(shared)
         self._sending = threading.RLock()
-        self._is_interrupted = self._is_ending = self._is_terminated = False
+        self._is_interrupted = self._is_ending = False
         watch_forks(self)
 
     def after_fork(self) -> None:
@@ -91,8 +91,9 @@ class Parent:
             data = memoryview(HEADER.pack(Kind.STOP, 0))
         self._is_interrupted = False
         kind, number = HEADER.unpack_from(data)
-        # From then on the parent hears nothing any more.
-        self._is_ending = self._is_ending or kind == Kind.STOP
+        if kind == Kind.STOP:
+            # From then on the parent hears nothing any more.
+            self._is_ending = True
         return kind, number, data[HEADER.size :]
 
     def report(self, number: int, report: Report, kind: Kind = Kind.REPORT) -> None:
@@ -119,10 +120,10 @@ class Parent:
         self._is_interrupted = True
 
     def _terminated(self, _signal: int, _frame: Any) -> None:
+        self._is_ending = True
         # Once: the exit handlers shall not be interrupted.
-        if not self._is_terminated:
-            self._is_terminated = self._is_ending = True
-            sys.exit(ENDED_CODE)
+        signal.signal(signal.SIGTERM, self._interrupted)
+        sys.exit(ENDED_CODE)
 
 
 def mark_in(shared: Arena) -> memoryview:

@@ -284,23 +284,23 @@ class ProcessPool(Pool):
         """Start workers, as many as there are batches for that no other will take."""
         coming = sum(not worker.is_ready for worker in self._workers)
         wanted = self._size if self._is_paced else -(-len(self._pending) // self._at_once) - coming + len(self._workers)
-        while len(self._workers) < min(wanted, self._size):
-            self._start_worker()
-
-    def _start_worker(self) -> None:
-        if self._method == "fork" and not self._method_is_given and system.has_other_threads():
-            # Threads have come that may hold locks. What cannot be pickled can only be forked.
+        missing = min(wanted, self._size) - len(self._workers)
+        can_fork = self._method == "fork"
+        if missing > 0 and can_fork and not self._method_is_given and system.has_other_threads():
+            # They have come meanwhile, and may hold locks.
             self._use("forkserver")
+        for _ in range(missing):
             try:
-                self._start_process()
+                self._start_worker()
             except NotTransferableError:
+                if not can_fork:
+                    raise
+                # What cannot be pickled can only be forked.
                 self._method_is_given = True
                 self._use("fork")
-            else:
-                return
-        self._start_process()
+                self._start_worker()
 
-    def _start_process(self) -> None:
+    def _start_worker(self) -> None:
         with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
             if self._multi_pool is None:
                 from twat_mp.mp import MultiPool
