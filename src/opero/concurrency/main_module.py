@@ -9,7 +9,9 @@ from functools import lru_cache
 from multiprocessing import forkserver
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from opero.concurrency.system import fork_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,15 +30,15 @@ def _path_of_main() -> Path | None:
     return None if path is None else Path(path)
 
 
-def preloaded_for(module: str, also: str) -> None:
+def preloaded_for(module: str) -> None:
     """Let the fork server import what each worker needs for a function of that module, unless the program has chosen.
 
     Not the main module itself: before Python 3.14 a fork server does not find it (CPython's issue 126631).
     """
-    server: Any = forkserver._forkserver  # noqa: SLF001 - there is no function that tells
-    if server._forkserver_pid is not None or server._preload_modules != ["__main__"]:  # noqa: SLF001 - as above
+    server = fork_server()
+    if server["_forkserver_pid"] is not None or server["_preload_modules"] != ["__main__"]:
         return
-    modules = {also, module}
+    modules = {"opero.concurrency.process_worker", module}
     if module in MAINS and _is_imported_again():
         named = list(vars(sys.modules["__main__"]).values())
         modules |= {value.__name__ for value in named if isinstance(value, ModuleType)}
@@ -65,14 +67,11 @@ def only_if_it_can_be_imported() -> Iterator[None]:
     path, main = _path_of_main(), sys.modules["__main__"]
     # The debugger pdb forgets it, and multiprocessing looks at it.
     vars(main).setdefault("__spec__", None)
-    if path is None or path.exists():
-        yield
-        return
-    named = main.__dict__.pop("__file__")
+    hidden = {} if path is None or path.exists() else {"__file__": vars(main).pop("__file__")}
     try:
         yield
     finally:
-        main.__file__ = named
+        vars(main).update(hidden)
 
 
 @lru_cache(maxsize=1)

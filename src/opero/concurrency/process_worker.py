@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import pickle
 import random
 import signal
 import struct
@@ -18,6 +17,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import log_records
+from opero.concurrency.pickling import loads
 from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
 from opero.concurrency.transport import Start, pack_report, unpack_batch
 from opero.concurrency.worker import How, Report, Work, in_time, run_batch, runner_for
@@ -131,8 +131,8 @@ def mark_in(shared: Arena) -> memoryview:
     return memoryview(shared.buffer).cast("I")
 
 
-def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, runs_together: bool) -> None:  # noqa: FBT001 - of a process
-    """Run batches, one after the other or together, until the pipe ends; the whole life of a worker."""
+def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at_once: int) -> None:
+    """Run so many batches at once until the pipe ends; the whole life of a worker."""
     parent = Parent(pipe, shared)
     # At the end, however it comes, the finalizer and the user's exit handlers run; from Python 3.13 on multiprocessing
     # runs the latter by itself.
@@ -140,7 +140,7 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, ru
         ending.callback(atexit._run_exitfuncs)  # noqa: SLF001 - see above
         ending.callback(_limit_the_end)
         work = _get_ready(parent, start, threads, ending)
-        if runs_together:
+        if at_once > 1:
             import asyncio
 
             asyncio.run(_serve_together(parent, work))
@@ -237,7 +237,7 @@ def _with_arguments(work: Work, payload: memoryview) -> Work:
     forked, or says what is wrong.
     """
     try:
-        return replace(work, shape=pickle.loads(payload))  # noqa: S301 - from the parent process
+        return replace(work, shape=loads(payload))
     except Exception as error:
         raise SystemExit from error
 

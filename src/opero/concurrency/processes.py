@@ -308,14 +308,14 @@ class ProcessPool(Pool):
                 self._multi_pool = MultiPool(pool_class=lambda nodes: self, nodes=self._size)  # type: ignore[arg-type]  # noqa: ARG005
                 self._multi_pool.__enter__()
             if self._method == "forkserver":
-                preloaded_for(module_of(self._work.function), serve.__module__)
+                preloaded_for(module_of(self._work.function))
             ours, theirs = self._context.Pipe()
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
             shared = arena(4)
             worker = Worker(ours, mark_in(shared), self._most_items or sys.maxsize)
             self._workers.append(worker)
             try:
-                args = theirs, shared, self._start, self._threads, self._at_once > 1
+                args = theirs, shared, self._start, self._threads, self._at_once
                 worker.process = self._context.Process(target=serve, args=args, daemon=False)
                 worker.process.start()
             except BaseException:

@@ -165,9 +165,13 @@ def fork_server_has_threads() -> bool:
 
     To be asked when it has just forked: OpenBLAS has ended its own for that.
     """
-    server: Any = forkserver._forkserver  # noqa: SLF001 - there is no function that tells
-    pid: int | None = server._forkserver_pid  # noqa: SLF001 - as above
+    pid = fork_server()["_forkserver_pid"]
     return pid is not None and _stay(0.05, pid)
+
+
+def fork_server() -> dict[str, Any]:
+    """What multiprocessing knows of its fork server."""
+    return vars(forkserver._forkserver)  # noqa: SLF001 - there is no function that tells
 
 
 def _stay(seconds: float, pid: int | None = None) -> bool:

@@ -153,7 +153,7 @@ class Start:
 
     def __init__(self, packer: Packer, life: WorkerLife) -> None:
         self._packer = packer
-        self._life: WorkerLife | None = life
+        self._life: Any = life
         self._packed: Any = None
         # In a worker that is not forked, the levels of the program's loggers.
         self.levels: dict[str, int] = {}
@@ -161,7 +161,6 @@ class Start:
     def __getstate__(self) -> Any:
         packed = self._packed
         if packed is None:
-            assert self._life is not None  # noqa: S101 - for the type checkers
             # Files that the process inherits are listed there; without any, others can be sent the same.
             inherited: Any = getattr(get_spawning_popen(), "_fds", [])
             count = len(inherited)
@@ -177,8 +176,9 @@ class Start:
 
     def load(self) -> WorkerLife:
         """What it was made of, in a worker; one that was forked has it already."""
-        if self._life is not None:
-            return self._life
+        life: WorkerLife | None = self._life
+        if life is not None:
+            return life
         data, file, spans = self._packed
         if file is None:
             return unpack_start(data)
