@@ -363,19 +363,6 @@ def test_each_listener_that_raises_changes_nothing_and_is_complained_of_once(wor
     assert "secret" not in str(log_lines)
 
 
-def test_a_complaint_that_nobody_could_read_is_made_when_somebody_can(world, log_lines):
-    f = opero.opero(on_event=lambda event: 1 / 0)(world.define(lambda: None))
-    from loguru import logger
-
-    logger.disable("opero")
-    world.run(f)
-    assert log_lines == []
-    opero.configure_logging("WARNING")
-    world.run(f)
-    world.run(f)
-    assert len(log_lines) == 1
-
-
 def test_the_next_listener_is_told_although_one_raised(world):
     gathered = []
     with on_event(lambda event: 1 / 0), on_event(gathered.append):

@@ -178,10 +178,9 @@ class Listener:
         try:
             self.callback(event)
         except Exception as error:  # noqa: BLE001 - who listens must not change what happens
-            if not self._is_complained_of:
-                # Not its text, which may hold what the callback was made with.
-                text = "on_event={} raised {}, and goes on being told"
-                self._is_complained_of = log("WARNING", text, name_of(self.callback), type(error).__name__)
+            # Not its text, which may hold what the callback was made with.
+            level, self._is_complained_of = "DEBUG" if self._is_complained_of else "WARNING", True
+            log(level, "on_event={} raised {}, and goes on being told", name_of(self.callback), type(error).__name__)
         finally:
             _telling.reset(token)
 
@@ -239,8 +238,8 @@ def on_event(callback: Callable[[Any], object]) -> Subscription:
 
     It gets one `opero.events.Event` at a time, in the thread (or event loop) that makes the call, and should be quick.
     Several are told in the order in which they began to listen, of the end of a call in the opposite order.
-    An `Exception` that it raises is logged once and changes nothing. While somebody listens, every call takes some
-    microseconds more.
+    An `Exception` that it raises changes nothing; of the first a warning is logged. While somebody listens, every call
+    takes some microseconds more.
 
     It may call decorated functions itself: of calls that it makes, in its own thread or in tasks that it starts, the
     others are told, but it is not. This does not reach calls that another thread makes for it. A forked child inherits

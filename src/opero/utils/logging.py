@@ -69,27 +69,18 @@ def number_of(level: Any, to: Any, where: str) -> int:
         raise ValueError(msg) from error
 
 
-def log(level: str, message: str, *values: object) -> bool:
-    """Log one line of opero's, and tell whether anybody listens; never raises."""
-    is_heard = False
-
-    def text() -> str:
-        nonlocal is_heard
-        is_heard = True
-        return message.format(*values)
-
+def log(level: str, message: str, *values: object) -> None:
+    """Log one line of opero's; never raises."""
     number = LEVELS[level]
     # A sink of the host's that raises (loguru's `catch=False`) must not end the call that is told of.
     with contextlib.suppress(Exception):
         if number < _threshold:
-            return False
+            return
         if standard:
-            if standard[0].isEnabledFor(number):
-                standard[0].log(number, "%s", text(), stacklevel=2)
+            standard[0].log(number, "%s", message.format(*values), stacklevel=2)
         elif (logger := _listening_logger()) is not None:
             # loguru asks for the text where opero is enabled and a sink takes the level.
-            logger.opt(lazy=True).log(level, "{}", text)
-    return is_heard
+            logger.opt(lazy=True).log(level, "{}", lambda: message.format(*values))
 
 
 def let_through(name: str) -> None:
