@@ -1113,7 +1113,7 @@ def nested_so_deeply(levels):
 
 def test_an_argument_may_be_nested_as_deeply_as_the_stack_allows(world):
     f = cached(world.define(lambda x: object()))
-    deep = [nested_so_deeply(levels) for levels in (30_000, 30_000, 30_001)]
+    deep = [nested_so_deeply(levels) for levels in (15_000, 15_000, 15_001)]
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(1_000_000)
     try:

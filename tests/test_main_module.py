@@ -65,8 +65,9 @@ DIFFERENT = {"file": ["fork", "spawn", "loky"], "-c": ["spawn"]}
 
 
 def in_each(modes, source):
-    """The source with the options of these modes."""
-    return textwrap.dedent(source).replace("EACH_MODE", f"[{', '.join(f'dict({MODES[mode]})' for mode in modes)}]")
+    """The source with the options of these modes, or with these options."""
+    options = [f"dict({MODES.get(mode, mode)})" for mode in modes]
+    return textwrap.dedent(source).replace("EACH_MODE", f"[{', '.join(options)}]")
 
 
 def run_main(folder, source, *, way):
@@ -235,7 +236,6 @@ def test_functions_of_a_package_that_is_run_reach_fresh_workers(tmp_path, method
     assert (run.stdout, run.stderr) == ("[2, 4]\n", "")
 
 
-INITIALIZED_IN = [("process", "fork"), ("process", "spawn"), ("process", "forkserver"), ("async_process", "spawn")]
 STATE = """
     import multiprocessing, threading
     from opero import opmap
@@ -255,20 +255,23 @@ STATE = """
         end.send(item)
         return function(item)
 
-    if __name__ == "__main__":
+    def main(mode, method):
         ours, theirs = context.Pipe()
         number = context.Value("i", 0)
         initargs = (number, context.Lock(), theirs, lambda item: -item)
-        options = {"start_method": METHOD, "initializer": prepare, "initargs": initargs}
-        print(opmap(mode=MODE, workers=2, retries=0, progress=False, pool_options=options)(read).run([1, 2, 3]))
+        options = {"start_method": method, "initializer": prepare, "initargs": initargs}
+        print(opmap(mode=mode, workers=2, retries=0, progress=False, pool_options=options)(read).run([1, 2, 3]))
         print(number.value, sorted(ours.recv() for _ in range(3)))
+
+    if __name__ == "__main__":
+        for method in ("fork", "spawn", "forkserver"):
+            main("process", method)
+        main("async_process", "spawn")
 """
 
 
-@pytest.mark.parametrize(("mode", "method"), INITIALIZED_IN)
-def test_an_initializer_gives_the_main_module_what_can_only_be_inherited(tmp_path, mode, method):
-    source = textwrap.dedent(STATE).replace("MODE", repr(mode)).replace("METHOD", repr(method))
-    assert run_main(tmp_path, source, way="file") == "[-1, -2, -3]\n6 [1, 2, 3]\n"
+def test_an_initializer_gives_the_main_module_what_can_only_be_inherited(tmp_path):
+    assert run_main(tmp_path, textwrap.dedent(STATE), way="file") == "[-1, -2, -3]\n6 [1, 2, 3]\n" * 4
 
 
 OWN_MODULE = """
@@ -312,16 +315,15 @@ INITIALIZED = """
         return STATE, CONNECTION.execute(f"select {item}").fetchone()
 
     if __name__ == "__main__":
-        context = multiprocessing.get_context(METHOD)
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=prepare) as executor:
-            print(opmap(mode=executor, retries=0, progress=False)(read)([1]))
+        for method in ("fork", "spawn", "forkserver"):
+            context = multiprocessing.get_context(method)
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=prepare) as executor:
+                print(opmap(mode=executor, retries=0, progress=False)(read)([1]))
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_an_executor_that_has_the_main_module_runs_its_functions_there(tmp_path, method):
-    source = textwrap.dedent(INITIALIZED).replace("METHOD", repr(method))
-    assert run_main(tmp_path, source, way="file") == "[('prepared', (1,))]\n"
+def test_an_executor_that_has_the_main_module_runs_its_functions_there(tmp_path):
+    assert run_main(tmp_path, textwrap.dedent(INITIALIZED), way="file") == "[('prepared', (1,))]\n" * 3
 
 
 CHANGED = """
@@ -370,17 +372,16 @@ PREPARED = """
         return STATE.get("value")
 
     if __name__ == "__main__":
-        for initializer in (functools.partial(put, 1), Setting(2).apply, Setting(3), lambda: put(4)):
-            options = {"start_method": METHOD, "initializer": initializer}
-            mapped = opmap(mode="process", workers=1, retries=0, progress=False, pool_options=options)(read)
-            print(mapped.run([0]), end=" ")
+        for method in ("fork", "spawn", "forkserver"):
+            for initializer in (functools.partial(put, 1), Setting(2).apply, Setting(3), lambda: put(4)):
+                options = {"start_method": method, "initializer": initializer}
+                mapped = opmap(mode="process", workers=1, retries=0, progress=False, pool_options=options)(read)
+                print(mapped.run([0]), end=" ")
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_whatever_calls_a_function_of_the_main_module_prepares_that_of_the_worker(tmp_path, method):
-    source = textwrap.dedent(PREPARED).replace("METHOD", repr(method))
-    assert run_main(tmp_path, source, way="file") == "[1] [2] [3] [4] "
+def test_whatever_calls_a_function_of_the_main_module_prepares_that_of_the_worker(tmp_path):
+    assert run_main(tmp_path, textwrap.dedent(PREPARED), way="file") == "[1] [2] [3] [4] " * 3
 
 
 HIDDEN = """
@@ -478,8 +479,9 @@ GLOBALS = """
 
     if __name__ == "__main__":
         LIMIT = 3
-        for function in (read, lambda item: (*read(item), LIMIT)):
-            print(opmap(MODE, workers=1, retries=0, progress=False)(function)([1, 2]))
+        for mode in EACH_MODE:
+            for function in (read, lambda item: (*read(item), LIMIT)):
+                print(opmap(**mode, workers=1, retries=0, progress=False)(function)([1, 2]))
 """
 # A decorator's wrapper has another module's globals, and the name of its function's.
 MARKS = """
@@ -494,31 +496,23 @@ MARKS = """
 """
 
 
-def seen_by_functions(folder, options, *, way):
+def assert_functions_see(looked, folder, modes, *, way):
     (folder / "marks.py").write_text(textwrap.dedent(MARKS))
-    return run_main(folder, textwrap.dedent(GLOBALS).replace("MODE", options), way=way).splitlines()
+    expected = [f"{[(1, 1, looked), (2, 2, looked)]}", f"{[(1, 1, looked, 3), (2, 2, looked, 3)]}"]
+    assert run_main(folder, in_each(modes, GLOBALS), way=way).splitlines() == expected * len(modes)
 
 
 @pytest.mark.parametrize(
-    ("way", "method"),
-    [("file", "fork"), ("file", "spawn"), ("file", "forkserver"), ("-c", "spawn"), ("stdin", "spawn")],
+    ("way", "methods"), [("file", ["fork", "spawn", "forkserver"]), ("-c", ["spawn"]), ("stdin", ["spawn"])]
 )
-def test_what_an_initializer_sets_is_seen_by_the_function_and_all_that_it_calls(tmp_path, method, way):
-    options = f"pool_options={{'start_method': {method!r}, 'initializer': prepare, 'initargs': ('n',)}}"
+def test_what_an_initializer_sets_is_seen_by_the_function_and_all_that_it_calls(tmp_path, way, methods):
+    prepared = "pool_options={{'start_method': {!r}, 'initializer': prepare, 'initargs': ('n',)}}"
     looked = ("n", {"at": "n"}, "of marks", 70)
-    assert seen_by_functions(tmp_path, options, way=way) == [
-        f"{[(1, 1, looked), (2, 2, looked)]}",
-        f"{[(1, 1, looked, 3), (2, 2, looked, 3)]}",
-    ]
+    assert_functions_see(looked, tmp_path, [prepared.format(method) for method in methods], way=way)
 
 
-@pytest.mark.parametrize("mode", ["fork", "spawn", "loky"])
-def test_functions_that_call_each_other_share_their_globals(tmp_path, mode):
-    looked = (None, {}, "of marks", 70)
-    assert seen_by_functions(tmp_path, MODES[mode], way="-c") == [
-        f"{[(1, 1, looked), (2, 2, looked)]}",
-        f"{[(1, 1, looked, 3), (2, 2, looked, 3)]}",
-    ]
+def test_functions_that_call_each_other_share_their_globals(tmp_path):
+    assert_functions_see((None, {}, "of marks", 70), tmp_path, ["fork", "spawn", "loky"], way="-c")
 
 
 COUNTED = """
@@ -629,15 +623,14 @@ DECLARED = """
         return UserId(x), Pair(x).total(), Call().value
 
     if __name__ == "__main__":
-        mapped = opmap(MODE, workers=1, retries=0, progress=False)
-        print(mapped(work)([1]), mapped(lambda pair: pair.total())([Pair(1)]))
+        for mode in EACH_MODE:
+            mapped = opmap(**mode, workers=1, retries=0, progress=False)
+            print(mapped(work)([1]), mapped(lambda pair: pair.total())([Pair(1)]))
 """
 
 
-@pytest.mark.parametrize("mode", ["spawn", "loky"])
-def test_what_typing_declares_in_the_main_module_is_whole_in_workers(tmp_path, mode):
-    source = textwrap.dedent(DECLARED).replace("MODE", MODES[mode])
-    assert run_main(tmp_path, source, way="-c") == "[(1, 6, 4)] [6]\n"
+def test_what_typing_declares_in_the_main_module_is_whole_in_workers(tmp_path):
+    assert run_main(tmp_path, in_each(["spawn", "loky"], DECLARED), way="-c") == "[(1, 6, 4)] [6]\n" * 2
 
 
 HELD = """
@@ -897,10 +890,9 @@ def test_an_exit_handler_may_map(tmp_path, method):
     assert run_main(tmp_path, textwrap.dedent(source), way="file") == "[1, 4, 9]\n"
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_script_maps_under_the_debugger(tmp_path, method):
+def test_a_script_maps_under_the_debugger(tmp_path):
     path = tmp_path / "script.py"
-    path.write_text(in_each([method], SCRIPT))
+    path.write_text(in_each(["fork", "spawn", "forkserver"], SCRIPT))
     command = [sys.executable, "-m", "pdb", "-c", "continue", path]
     run = subprocess.run(command, input="quit\n", capture_output=True, text=True, timeout=60, check=False)
-    assert "True 1\n" in run.stdout
+    assert run.stdout.count("True 1\n") == 3

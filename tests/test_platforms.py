@@ -46,10 +46,6 @@ import importlib, pkgutil, time
 import opero
 from opero import opmap
 
-for module in pkgutil.walk_packages(opero.__path__, "opero."):
-    if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
-
 def double(x):
     if x == 3:
         raise ValueError("three")
@@ -61,6 +57,9 @@ async def double_later(x):
 QUIET = {"retries": 0, "return_exceptions": True, "progress": False, "workers": 2}
 
 if __name__ == "__main__":
+    for module in pkgutil.walk_packages(opero.__path__, "opero."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     for mode, function in (("thread", double), ("process", double), ("async", double_later), ("process", double_later)):
         mapped = opmap(mode=mode, **QUIET)(function)
         assert mapped.run(range(5)).ok == [0, 2, 4, 8], mode
@@ -109,7 +108,7 @@ def test_processes_need_no_shared_memory_of_the_system(monkeypatch, tmp_path, pl
         monkeypatch.setattr(multiprocessing.heap.Arena, "_dir_candidates", [str(tmp_path)])
     else:
         monkeypatch.setattr(multiprocessing.heap.Arena, "_dir_candidates", [str(tmp_path / "nowhere")])
-    total = opero.opmap(workers=2, retries=0, progress=False, pool_options={"start_method": "spawn"})(sum_from)
+    total = opero.opmap(workers=1, retries=0, progress=False, pool_options={"start_method": "spawn"})(sum_from)
     assert total([1, 2], array=np.ones(200_000)) == [199_999, 199_998]
 
 
