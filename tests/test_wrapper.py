@@ -950,7 +950,12 @@ def _empty_log():
     log.clear()
 
 
+# A limit and a key of the user's change nothing of how arguments come in.
+some_ways = pytest.mark.parametrize("way", ["direct", "cached", "through the flow"], indirect=True)
+
+
 @each_function
+@some_ways
 def test_the_signature_survives_a_wrapper_below(function, world, way):
     wrap = logged_async if world.is_async else logged
 
@@ -958,6 +963,7 @@ def test_the_signature_survives_a_wrapper_below(function, world, way):
 
 
 @each_shape
+@some_ways
 def test_arguments_arrive_through_a_wrapper_below(function, args, kwargs, world, way):
     wrap = logged_async if world.is_async else logged
     decorated = opero(**way)(wrap(world.define(function)))
@@ -967,6 +973,7 @@ def test_arguments_arrive_through_a_wrapper_below(function, args, kwargs, world,
 
 
 @each_shape
+@some_ways
 def test_arguments_arrive_through_a_wrapper_above(function, args, kwargs, world, way):
     wrap = logged_async if world.is_async else logged
     decorated = wrap(opero(**way)(world.define(function)))
