@@ -20,7 +20,6 @@ import weakref
 from pathlib import Path
 
 import cloudpickle
-import joblib
 import numpy as np
 import pytest
 from side_by_side import hang, until
@@ -387,6 +386,8 @@ def map_as_usual(item):
 
 def inside_joblib():
     """Its workers have a start method of loky's, which only that knows."""
+    import joblib  # here, because each spawned worker imports this file
+
     try:
         return joblib.Parallel(2, backend="loky")(joblib.delayed(map_as_usual)(item) for item in [1, 2])
     finally:
