@@ -357,7 +357,7 @@ def hourly(request, tmp_path):
 
 def waits_in(limit, places):
     """Whether so many callers are in the limit's line."""
-    return limit.expected_wait() > 0 and len(limit.limit._waiting) == places
+    return limit.expected_wait() > 0 and len(limit.limit.waiting) == places
 
 
 def test_threads_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(hourly):
@@ -495,7 +495,7 @@ def test_who_waits_for_the_slot_of_a_candidate_goes_on_to_the_next_when_it_is_sh
     first = started(f, ["bad"])
     until(lambda: runs)
     second = started(f, ["bad", "good"])
-    until(lambda: len(limit.per_value.of("bad")._waiting) == 1)
+    until(lambda: len(limit.per_value.of("bad").waiting) == 1)
     go_on.set()
     assert second.result(SECONDS) == "good"
     assert isinstance(first.exception(SECONDS), opero.AllFailedError)

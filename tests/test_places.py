@@ -56,7 +56,7 @@ def limited(count=1, **options):
 
 
 def waiting_for(f):
-    return len(f.__opero__.plan.places._places._waiting)
+    return len(f.__opero__.plan.places._places.waiting)
 
 
 def test_no_more_than_so_many_threads_run_at_once_and_in_the_order_of_coming(busy):

@@ -533,7 +533,7 @@ def test_slow_limits_serve_threads_in_the_order_of_asking(scope, name):
     order, waiting = [], []
     for number in range(6):
         waiting.append(started(lambda number=number: limiter.acquire() and order.append(number)))
-        until(lambda number=number: len(limiter.limit._waiting) == number + 1 or order)
+        until(lambda number=number: len(limiter.limit.waiting) == number + 1 or order)
     results(waiting)
     assert order == list(range(6))
 
@@ -561,7 +561,7 @@ def test_a_cancelled_waiter_lets_the_next_one_go_on(scope, name):
         tasks.append(asyncio.create_task(limiter.acquire_async()))
         async with asyncio.timeout(SECONDS):
             await asyncio.gather(*tasks[4:])
-        assert not limiter.limit._waiting
+        assert not limiter.limit.waiting
 
     asyncio.run(main())
 

@@ -18,7 +18,7 @@ from opero.utils.notes import duration
 __all__ = ["Breaker", "Circuit"]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from opero.core.checks import Duration
     from opero.core.parameters import ParameterSlot, Per
@@ -85,8 +85,6 @@ class Breaker:
         self._lock = ForkSafeLock()
         # Those that failed since they last succeeded, in the order of their last failures.
         self.circuits: dict[Any, _Circuit] = {}
-        # Of those who wait for something that is of no use if the circuit opens.
-        self._wakers: dict[object, Callable[[], None]] = {}
         watch_forks(self)
 
     def __repr__(self) -> str:
@@ -104,8 +102,7 @@ class Breaker:
         return self
 
     def after_fork(self) -> None:
-        """Who waits and who is on trial is in the parent."""
-        self._wakers.clear()
+        """Who is on trial is in the parent."""
         for circuit in self.circuits.values():
             circuit.trial = None
 
@@ -126,13 +123,6 @@ class Breaker:
         if circuit is None or circuit.trial_at is None:
             return None
         return math.inf if circuit.trial is not None else max(0.0, circuit.trial_at - clock.now())
-
-    def listen(self, waiter: object, wake: Callable[[], None] | None) -> None:
-        """Call ``wake``, from any thread, when a circuit opens or closes; None: no more."""
-        if wake is None:
-            self._wakers.pop(waiter, None)
-        else:
-            self._wakers[waiter] = wake
 
     def passed(self, passage: Passage, *, failed: bool) -> str | None:
         """Take note of how an attempt ended; gives the state into which that has brought the circuit, if it has."""
@@ -177,8 +167,10 @@ class Breaker:
     def _has_changed(self, state: str) -> None:
         if state == "open":
             log("WARNING", "a circuit is open, the next trial is in {}", duration(self.recovery))
-        for wake in list(self._wakers.values()):
-            wake()
+        # Who waits for a slot or a place cannot use it any more, or again.
+        from opero.core.limits.line import rouse_all
+
+        rouse_all()
 
 
 def _key_of(value: Any) -> Any:

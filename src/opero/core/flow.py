@@ -307,7 +307,6 @@ class _Layers:
             candidate,
             self.deadline,
             is_over=lambda: _is_shut(passage) or (own is not None and self._gives_way(candidate)),
-            listen=None if passage is None else passage.breaker.listen,
             is_turn=own is None or not self.errors or own.rest_of(candidate.value) is None,
         )
         waited = clock.now() - asked

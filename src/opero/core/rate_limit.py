@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from opero.core.checks import Duration
     from opero.core.flow import Candidate
-    from opero.core.limits.line import Listen
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 
@@ -349,13 +348,12 @@ class FunctionLimit:
         deadline: float,
         *,
         is_over: Callable[[], bool],
-        listen: Listen | None,
         is_turn: bool,
     ) -> Generator[Any, Any, bool]:
         """Wait for a slot; False, at once, if it would come too late to be of use before the ``deadline``.
 
         A slot that is free is never refused, so that what is usual can change. It is no use either once ``is_over``
-        says so; ``listen`` is told whom to wake for that, and ``is_turn`` is of `opero.core.steps.Arrival`.
+        says so; ``is_turn`` is of `opero.core.steps.Arrival`.
 
         Raises:
             RateLimitedError: If it would come later than the limiter lets a call wait.
@@ -366,7 +364,7 @@ class FunctionLimit:
         def latest() -> float:
             return -math.inf if is_over() else min(until, deadline - self.usual.seconds)
 
-        taken = yield from take(self._wants(candidate), latest, listen, is_turn=is_turn)
+        taken = yield from take(self._wants(candidate), latest, is_turn=is_turn)
         # Those of a value that was idle until now may have been forgotten meanwhile.
         self._lines(candidate)
         if not taken and not is_over() and (self._when_full == "raise" or latest() == until):

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
@@ -36,14 +37,13 @@ ONE = (1.0,)
 
 # When a slot would be too late to be of use, as far as is known now.
 Latest = Callable[[], float]
-# Told, by whom, what to call when that may have changed; None: nothing any more.
-Listen = Callable[[object, Callable[[], None] | None], None]
 # The lines that a call stands in, and what it takes of each.
 Wants = Sequence[tuple["Line", Sequence[float]]]
 
 # One for all lines, since a turn may stand in several. The garbage collector, or a signal handler, may use a line in a
 # thread that has it.
 lines = ForkSafeLock(threading.RLock)
+_all: WeakSet[Line] = WeakSet()
 _numbers = itertools.count()
 
 
@@ -70,14 +70,16 @@ class Line:
             ledger = LocalLedger(rates)
         self._ledger = ledger
         # In the order in which they came, each by its number; and those that are to be forgotten.
-        self._waiting: list[tuple[int, Turn, Sequence[float]]] = []
+        self.waiting: list[tuple[int, Turn, Sequence[float]]] = []
         self._left: deque[Turn] = deque()
         self.after_fork()
         watch_forks(self)
+        with lines.lock:
+            _all.add(self)
 
     def after_fork(self) -> None:
         """Forget the parent's callers, and what they took."""
-        self._waiting.clear()
+        self.waiting.clear()
         self._left.clear()
         # What all in line take together.
         self._wanted = [0.0] * len(self.rates.names)
@@ -100,7 +102,7 @@ class Line:
         """Take a slot if one is free and nobody waits; only where nobody outside has to be asked."""
         with lines.lock:
             now, ledger = clock.now(), self._ledger
-            if not self._waiting or self.first() is None:
+            if not self.waiting or self.first() is None:
                 is_late, pace = now <= self._made_up_until, ledger.only_pace
                 if pace is None or amounts is not ONE or is_late:
                     is_open = ledger.is_open(now, amounts)
@@ -130,7 +132,7 @@ class Line:
         """Let nothing start for so long."""
         with lines.lock:
             self._ledger.pause(clock.now() + seconds)
-        self._rouse_all()
+        self.rouse_all()
         yield from self.tell(lambda ledger, now: ledger.pause(now + min(seconds, LONGEST_PAUSE)))
 
     def tell(self, change: Callable[[Ledger, float], None]) -> Generator[Any, Any, None]:
@@ -144,7 +146,7 @@ class Line:
             self.rates = rates
             self._ledger.change(clock.now(), rates)
             self._made_up_until = self._refused_until = -math.inf
-        self._rouse_all()
+        self.rouse_all()
 
     def expected_wait(self, amounts: Sequence[float] = ONE) -> float:
         """Seconds until a slot that is asked for now would come, as far as this process knows."""
@@ -165,7 +167,7 @@ class Line:
     def is_idle(self) -> bool:
         """Whether a new line would not behave any differently."""
         now = clock.now()
-        return not self._waiting and self._ledger.idle_from(now) <= now
+        return not self.waiting and self._ledger.idle_from(now) <= now
 
     # Asked by a turn that holds the lock
 
@@ -173,13 +175,13 @@ class Line:
         """Who may go on next."""
         while self._left:
             self.let_pass(self._left.popleft())
-        return self._waiting[0][1] if self._waiting else None
+        return self.waiting[0][1] if self.waiting else None
 
     def let_pass(self, turn: Turn) -> None:
         """Others need not wait for it."""
-        place = bisect_left(self._waiting, (turn.number,))
-        if place < len(self._waiting) and self._waiting[place][1] is turn:
-            _, _, amounts = self._waiting.pop(place)
+        place = bisect_left(self.waiting, (turn.number,))
+        if place < len(self.waiting) and self.waiting[place][1] is turn:
+            _, _, amounts = self.waiting.pop(place)
             self._want(amounts, -1)
             if not place:
                 # When the next one may go on is not known yet.
@@ -188,9 +190,9 @@ class Line:
     def _keep_place(self, turn: Turn, amounts: Sequence[float]) -> int:
         """Whoever came later does not pass it; gives how many came before."""
         self.first()
-        place = bisect_left(self._waiting, (turn.number,))
-        if place == len(self._waiting) or self._waiting[place][1] is not turn:
-            self._waiting.insert(place, (turn.number, turn, amounts))
+        place = bisect_left(self.waiting, (turn.number,))
+        if place == len(self.waiting) or self.waiting[place][1] is not turn:
+            self.waiting.insert(place, (turn.number, turn, amounts))
             self._want(amounts, 1)
         return place
 
@@ -212,7 +214,7 @@ class Line:
             if now < self._noticed_at + grace:
                 return self._noticed_at + grace
             # Those before it have not looked in time.
-            for _, other, _ in self._waiting[:before]:
+            for _, other, _ in self.waiting[:before]:
                 self.let_pass(other)
         return now + self.wait_alone(amounts, now) if is_open else self.opens_at
 
@@ -238,7 +240,7 @@ class Line:
     def comes_after(self, latest: float, turn: Turn, amounts: Sequence[float], now: float) -> bool:
         """Whether its slot will come so late. Of those in the middle of the line no more is known than of the first."""
         ahead = [0.0] * len(amounts)
-        if self._waiting and self._waiting[-1][1] is turn:
+        if self.waiting and self.waiting[-1][1] is turn:
             ahead = [all_of_it - own for all_of_it, own in zip(self._wanted, amounts, strict=True)]
         return self._expected_start(now, amounts, ahead, self.opens_at) >= latest
 
@@ -256,10 +258,10 @@ class Line:
 
     # Without the lock
 
-    def _rouse_all(self) -> None:
+    def rouse_all(self) -> None:
         """Let all look again, at once: some may not want to wait for so long."""
         with lines.lock:
-            waiting = list(self._waiting)
+            waiting = list(self.waiting)
             self.close_until(-math.inf)
         for _, turn, _ in waiting:
             turn.rouse()
@@ -274,7 +276,7 @@ class Line:
         with lines.lock:
             if anew:
                 self.close_until(-math.inf)
-            first = self.first() if self._waiting and clock.now() + EARLY >= self.opens_at else None
+            first = self.first() if self.waiting and clock.now() + EARLY >= self.opens_at else None
         if first is not None:
             first.rouse()
 
@@ -291,13 +293,10 @@ class Turn:
         number: Its place among all that came; below 0 before that.
     """
 
-    def __init__(
-        self, wants: Wants, latest: Latest = never, listen: Listen | None = None, *, is_turn: bool = True
-    ) -> None:
+    def __init__(self, wants: Wants, latest: Latest = never, *, is_turn: bool = True) -> None:
         # Nothing once it has left.
         self._wants = wants
         self._latest = latest
-        self._listen = listen
         self.is_turn = is_turn
         # When to look again, if nothing is heard before; since when it is the first everywhere.
         self._due = self._first_since = math.inf
@@ -387,8 +386,6 @@ class Turn:
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self._wake = wake
-        if self._listen is not None:
-            self._listen(self, wake)
 
     def rouse(self) -> None:
         wake = self._wake
@@ -398,8 +395,8 @@ class Turn:
     def leave(self) -> None:
         """It has its slots, or wants none any more; the garbage collector may say so, too."""
         wants, self._wants = self._wants, ()
-        # What these hold, a call and its errors, is not to wait for the garbage collector with the turn.
-        self._latest, self._listen = never, None
+        # What it holds, a call and its errors, is not to wait for the garbage collector with the turn.
+        self._latest = never
         if self.number >= 0 and self.news != "taken":
             for line, _ in wants:
                 line.leave(self)
@@ -414,15 +411,21 @@ def _give_back(amounts: Sequence[float], ledger: Ledger, now: float) -> None:
     ledger.take(now, [-amount for amount in amounts])
 
 
-def take(
-    wants: Wants, latest: Latest = never, listen: Listen | None = None, *, is_turn: bool = True
-) -> Generator[Any, Any, bool]:
+def rouse_all() -> None:
+    """Let all who wait in this process look again: it may be of no use any more."""
+    with lines.lock:
+        busy = [line for line in _all if line.waiting]
+    for line in busy:
+        line.rouse_all()
+
+
+def take(wants: Wants, latest: Latest = never, *, is_turn: bool = True) -> Generator[Any, Any, bool]:
     """Wait for a slot of each line; False, at once, if they would not come before what ``latest`` says.
 
-    Slots that are free are taken however late it is. ``listen`` is told whom to wake when ``latest`` may say something
-    else; ``is_turn`` is of `opero.core.steps.Arrival`.
+    Slots that are free are taken however late it is. Who changes what ``latest`` says calls `rouse_all`. ``is_turn`` is
+    of `opero.core.steps.Arrival`.
     """
-    turn = Turn(wants, latest, listen, is_turn=is_turn)
+    turn = Turn(wants, latest, is_turn=is_turn)
     try:
         while True:
             if not turn.poll():

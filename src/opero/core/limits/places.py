@@ -78,7 +78,7 @@ class Places(Line):
     def enter(self, _args: Any = (), _kwargs: Any = None) -> tuple[Places, Token[Any]] | None:
         """Take a place for the running code; gives what to give it back with, None if that has to wait, or must not."""
         others = leading.get()
-        if self._waiting or (others and self in others):
+        if self.waiting or (others and self in others):
             return None
         try:
             self._places.free.pop()
@@ -92,7 +92,7 @@ class Places(Line):
         # What a forked child does in a place of its parent takes none here.
         if len(places.free) < places.count:
             places.free.append(None)
-        if self._waiting:
+        if self.waiting:
             self.rouse_first(anew=True)
         if token is not None:
             try:
@@ -154,6 +154,5 @@ class PlacesForFunction:
         taken = yield from take(
             [(places, ONE)],
             lambda: -math.inf if passage is not None and passage.is_shut() else deadline,
-            None if passage is None else passage.breaker.listen,
         )
         return places if taken else None
