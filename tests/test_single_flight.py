@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import os
 import random
@@ -20,6 +21,7 @@ from side_by_side import SECONDS, errors, forked, forks, results, started, until
 import opero
 from opero.core.flights import Flight, Flights, Seat
 from opero.core.signature import MISSING
+from opero.core.steps import leading
 
 
 def cached(function, **options):
@@ -288,6 +290,14 @@ def test_who_takes_a_seat_when_the_flight_has_landed_is_woken_and_begins_anew():
     seat.notify(lambda: woken.append(1))
     assert (seat.poll(), seat.outcome, woken) == (True, MISSING, [1])
     assert flights.board(own := Flight("key")) is own
+
+
+def test_a_task_that_a_run_leaves_behind_keeps_nothing_of_its_result(cache):
+    contexts = []
+    f = opero.opero(cache=cache, retries=0)(lambda: contexts.append(contextvars.copy_context()) or ["result"])
+    assert f() == ["result"]
+    (flight,) = contexts[0][leading]
+    assert [flight.found, flight.old, flight.written, flight.seats] == [None, None, None, []]
 
 
 # Forgetting in the middle

@@ -229,7 +229,7 @@ class ResultCache:
                 if not flight.landed:
                     return self._out_of_time()
                 if seat.outcome is not MISSING:
-                    return self._joined(call, flight, seat)
+                    return self._joined(call, seat)
             return (yield from self._lead(own, call, compute))
         finally:
             # Ctrl-C may come between any two steps: nobody is to wait for what will not land.
@@ -263,14 +263,14 @@ class ResultCache:
             for leader in leads:
                 leader.waits_for.remove(flight)
 
-    def _joined(self, call: Call, flight: Flight, seat: Seat) -> Any:
+    def _joined(self, call: Call, seat: Seat) -> Any:
         outcome = seat.outcome
         if outcome.__class__ is Failed:
             # Without the frames of the others who wait for the same.
             outcome.error.with_traceback(seat.traceback)
             return outcome
         self.stats.joined.tick()
-        return self._hit(call, outcome if flight.written is None else self.store.format.loads(flight.written)[0])
+        return self._hit(call, outcome if seat.written is None else self.store.format.loads(seat.written)[0])
 
     def _hit(self, call: Call, value: Any) -> Any:
         call.cached = True
@@ -287,8 +287,9 @@ class ResultCache:
                 return self._out_of_time()
             if claim is FOUND:
                 self.stats.joined.tick()
-                self.store.flights.land(flight, flight.found)
-                return self._hit(call, flight.found)
+                found = flight.found
+                self.store.flights.land(flight, found)
+                return self._hit(call, found)
             self._note_fault(claim)
             call.flight = flight
             outcome = yield from compute()

@@ -24,7 +24,8 @@ class Presence:
 class Flight:
     """One computation under way, and the right to it among the processes that share the store: a lease.
 
-    It stands in frames that may end up in the traceback of its outcome, and so holds no outcome that was computed.
+    It stands in frames that may end up in the traceback of its outcome, and in the contexts of tasks that a run leaves
+    behind: so it holds no outcome that was computed, and nothing large when it has landed.
 
     Attributes:
         key: Of the entry.
@@ -38,7 +39,7 @@ class Flight:
         is_void: Whether the entry was deleted meanwhile, so that the outcome is not to be stored.
         found: The entry's value, if a store has answered `FOUND`.
         old: The value and the bytes of an entry that has ended, not more than ``stale`` seconds ago.
-        written: The entry as bytes, where results are kept so: of which all others get a copy of their own.
+        written: The entry as bytes, where results are kept so.
         held: Whether the lease was claimed and not given back.
         dropped: Whether it is wanted no more; a thread that is still on its way to claim it then gives it back at once.
         ticket: By what the store tells the lease from others of the key.
@@ -109,6 +110,7 @@ class Seat:
 
     Attributes:
         outcome: What the flight has landed with; missing if there is nothing to share, as of one that was broken off.
+        written: The same as bytes, where results are kept so: all others get copies of their own.
         traceback: Where that is an error, the way that it had come then.
     """
 
@@ -116,6 +118,7 @@ class Seat:
 
     def __init__(self, flight: Flight, time_left: Callable[[], float | None]) -> None:
         self.outcome: Any = MISSING
+        self.written: bytes | None = None
         self.traceback: TracebackType | None = None
         self.wake: Callable[[], None] | None = None
         self._flight = flight
@@ -164,9 +167,10 @@ class Flights:
             self._leave(flight)
             traceback = outcome.error.__traceback__ if outcome.__class__ is Failed else None
             for seat in flight.seats.copy():
-                seat.outcome, seat.traceback = outcome, traceback
+                seat.outcome, seat.written, seat.traceback = outcome, flight.written, traceback
             # Who takes a seat from now on has come too late for this one, and begins anew.
             flight.landed = True
+            flight.found = flight.old = flight.written = None
         for seat in flight.seats.copy():
             if (wake := seat.wake) is not None:
                 wake()

@@ -130,7 +130,11 @@ class RedisStore(LastingStore):
         ]
 
     def let_go(self, flight: Flight) -> None:
-        self._keeper.drop(flight)
+        # One that is still being claimed is given back as soon as it is.
+        flight.dropped = True
+        if flight.held:
+            flight.held = False
+            self._keeper.watch(flight)
 
     def failed(self, error: Exception) -> None:
         self.server.failed(error)
@@ -186,15 +190,16 @@ class RedisStore(LastingStore):
     def _understood(self, request: Flight | Keep, answer: Any) -> Any:
         if isinstance(request, Keep):
             if not isinstance(answer, Exception):
+                request.flight.held = False
                 self._keeper.forget(request.flight)
                 return None
             return answer
-        request.held = False
+        request.held = not isinstance(answer, Exception) and bool(answer[1])
         if isinstance(answer, Exception):
             return answer
         entry, granted = answer
         if granted:
-            self._keeper.hold(request)
+            self._keeper.watch(request)
         try:
             if entry is not None and self.is_found(request, entry):
                 return FOUND
@@ -209,7 +214,7 @@ class RedisStore(LastingStore):
 
 
 class LeaseKeeper:
-    """Renews the leases that this process holds, and gives back those that nobody wants to wait for.
+    """Renews the leases that this process holds, and gives back those that nobody wants any more.
 
     Its thread runs while there are leases, and a little longer.
     """
@@ -217,51 +222,39 @@ class LeaseKeeper:
     def __init__(self, store: RedisStore) -> None:
         # Not to keep a store, and its connections, that nobody uses any more.
         self._store = ref(store)
-        self._held: set[Flight] = set()
+        self._flights: set[Flight] = set()
         # Not an event or a lock, which a finalizer may come in the middle of, and drop a lease itself.
-        self._dropped: queue.SimpleQueue[Flight] = queue.SimpleQueue()
+        self._hurry: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
 
-    def hold(self, flight: Flight) -> None:
-        """The lease was claimed."""
-        flight.held = True
-        self._held.add(flight)
+    def watch(self, flight: Flight) -> None:
+        """Renew a lease, or give it back if it was dropped."""
+        self._flights.add(flight)
         if flight.dropped:
-            self.drop(flight)
-        else:
-            self._run()
-
-    def forget(self, flight: Flight) -> None:
-        """The lease is given back already."""
-        flight.held = False
-        self._held.discard(flight)
-
-    def drop(self, flight: Flight) -> None:
-        """Give a lease back in the background; one that is still being claimed, as soon as it is."""
-        flight.dropped = True
-        if flight.held:
-            self.forget(flight)
-            self._dropped.put(flight)
-            self._run()
-
-    def _run(self) -> None:
+            self._hurry.put(None)
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._keep, name="opero-leases", daemon=True)
                 allow_forks(self._thread)
                 self._thread.start()
 
+    def forget(self, flight: Flight) -> None:
+        """The lease is given back already."""
+        self._flights.discard(flight)
+
     def _keep(self) -> None:
         while True:
-            dropped: list[Flight] = []
             with contextlib.suppress(queue.Empty):
-                dropped.append(self._dropped.get(timeout=LEASE_SECONDS / 3 if self._held else _IDLE_SECONDS))
+                self._hurry.get(timeout=LEASE_SECONDS / 3 if self._flights else _IDLE_SECONDS)
                 while True:
-                    dropped.append(self._dropped.get_nowait())
-            self._tell(dropped, [*self._held])
+                    self._hurry.get_nowait()
+            flights = [*self._flights]
+            dropped = [flight for flight in flights if flight.dropped]
+            self._flights.difference_update(dropped)
+            self._tell(dropped, [flight for flight in flights if not flight.dropped])
             with self._lock:
-                if not dropped and not self._held and self._dropped.empty():
+                if not flights and not self._flights:
                     self._thread = None
                     return
 
