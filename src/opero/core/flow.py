@@ -1,6 +1,6 @@
 """The flow of one call: every decision, in the order of the layers, without sleeping, awaiting or calling.
 
-`call_flow` is default, cache and total_timeout; then `_Layers` has retry, fallback, breaker, max_concurrent,
+`call_flow` is default, cache and total_timeout; then `Layers` has retry, fallback, breaker, max_concurrent,
 rate limit and attempt_timeout. This order is part of opero's contract.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 from enum import Enum
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import LONGEST_WAIT, clock
@@ -24,6 +23,7 @@ from opero.events import (
     RetryPlanned,
     SlotWaited,
     begin_telling,
+    switches,
     tell_of_the_end,
 )
 from opero.exceptions import (
@@ -87,11 +87,11 @@ def call_flow(plan: Plan, call: Call) -> Flow:
     if plan.total_timeout is not None:
         # It bounds the wait for somebody else's computation, too.
         call.deadline = call.started + plan.total_timeout
-    layers = _Layers(plan, call)
+    layers = Layers(plan, call)
     outcome: Any = None
     is_over = False
     try:
-        if call.tell is None and plan.is_listened_to:
+        if call.tell is None and (plan.on_event is not None or switches.listeners):
             begin_telling(plan, call)
         try:
             outcome = yield from _through_cache(plan, call, layers.retry)
@@ -125,7 +125,7 @@ def _through_cache(plan: Plan, call: Call, compute: Callable[[], Flow]) -> Flow:
     return compute() if plan.cache is None else plan.cache.through(call, compute)
 
 
-class _Layers:
+class Layers:
     """The layers around the function of one call.
 
     Attributes:
@@ -270,14 +270,7 @@ class _Layers:
         self.has_slot = False
         if clock.now() >= self.deadline:
             return OUT_OF_TIME
-        attempt = Attempt(
-            candidate,
-            badges=frozenset({call.flight, self.places} - {None}),
-            timeout=plan.attempt_timeout,
-            deadline=self.deadline,
-            passage=passage,
-            begins=partial(self._begin, candidate),
-        )
+        attempt = Attempt(self, candidate, passage)
         outcome = yield attempt
         call.is_last = attempt.is_last
         self.had = attempt.limit
@@ -322,7 +315,7 @@ class _Layers:
             return GAVE_WAY
         return None
 
-    def _begin(self, candidate: Candidate) -> None:
+    def begin(self, candidate: Candidate) -> None:
         """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
         call, stats, failed = self.call, self.plan.stats, self.failed
         if failed is not None and self.is_timed and not isinstance(failed.error, CallTimeoutError):

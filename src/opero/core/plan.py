@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from opero.core.clock import clock
 from opero.core.signature import MISSING, calling_kind, module_of, name_of
 from opero.core.stats import Stats
-from opero.events import switches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from opero.core.rate_limit import FunctionLimit
     from opero.core.retry import RetryPolicy
     from opero.events import Listener
-
-
-_LAYERS = ("cache", "total_timeout", "fallback", "breaker", "places", "limit", "attempt_timeout", "on_event")
 
 
 class Plan:
@@ -54,10 +50,6 @@ class Plan:
 
         self._own_signature = own_signature
 
-    def __repr__(self) -> str:
-        policies = [name for name in _LAYERS if getattr(self, name) is not None]
-        return f"<plan of {self.name}: {', '.join([f'{self.retry.retries} retries', *policies])}>"
-
     @property
     def needs_flow(self) -> bool:
         """Whether a layer decides about first attempts that only the flow asks; `Decoration._first` asks the others."""
@@ -68,11 +60,6 @@ class Plan:
         """Whether any layer decides about first attempts, apart from the cache and time limits."""
         asked = (self.fallback, self.breaker, self.places, self.limit, self.on_event)
         return self.needs_flow or asked.count(None) < len(asked)
-
-    @property
-    def is_listened_to(self) -> bool:
-        """Whether somebody is told of its calls."""
-        return self.on_event is not None or bool(switches.listeners)
 
     def is_wrong(self, call: Call) -> bool:
         """Whether the call's arguments do not fit the function, so that the function never began."""

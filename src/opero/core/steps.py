@@ -7,15 +7,13 @@ blocks, `drive_async` awaits; the scheduler of a map is the third driver. None o
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from opero.core.clock import asyncio_sleep, clock
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from opero.core.breaker import Passage
-    from opero.core.flow import Candidate
+    from opero.core.flow import Candidate, Layers
     from opero.core.limits.shared import Gate
     from opero.core.stores.settings import Store
 
@@ -69,28 +67,20 @@ class Attempt:
             tried again.
     """
 
-    def __init__(
-        self,
-        candidate: Candidate,
-        *,
-        badges: AbstractSet[object],
-        timeout: float | None,
-        deadline: float,
-        passage: Passage | None,
-        begins: Callable[[], None],
-    ) -> None:
+    has_begun = False
+    limit: TimeLimit | None = None
+    is_last = False
+
+    def __init__(self, layers: Layers, candidate: Candidate, passage: Passage | None) -> None:
         self.args = candidate.args
         self.kwargs = candidate.kwargs
         self.candidate = candidate.value
-        self.badges = badges
-        self.is_timed = timeout is not None or deadline < math.inf
-        self.limit: TimeLimit | None = None
-        self.is_last = False
-        self._timeout = timeout
-        self._deadline = deadline
+        self.badges = frozenset({layers.call.flight, layers.places} - {None})
+        self.begins = partial(layers.begin, candidate)
+        self.is_timed = layers.is_timed
+        self._timeout = layers.plan.attempt_timeout
+        self._deadline = layers.deadline
         self._passage = passage
-        self.begins = begins
-        self.has_begun = False
 
     def may_start(self) -> bool:
         return clock.now() < self._deadline and (self._passage is None or not self._passage.is_shut())
