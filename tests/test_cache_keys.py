@@ -1202,6 +1202,16 @@ def test_what_a_subclass_of_a_builtin_knows_besides_tells_its_objects_apart():
     assert not share_an_entry(first, second)
 
 
+def test_a_slot_may_have_the_name_of_what_its_base_has():
+    class Tagged(set):
+        __slots__ = ("copy",)
+
+    first, second = Tagged({1}), Tagged({1})
+    first.copy, second.copy = "first", "second"
+
+    assert not share_an_entry(first, second)
+
+
 METHODS = ["fork", "spawn", "forkserver"]
 
 

@@ -417,10 +417,13 @@ def _beside(value: Any, base: type) -> dict[str, Any] | None:
     """What the classes below ``base``, which takes the state of its own instances, have added to an instance."""
     state: Any = object.__getstate__(value)
     attributes, slots = state if isinstance(state, tuple) else (state, None)
-    added = {name: held for name, held in (slots or {}).items() if not hasattr(base, name)}
+    kind = type(value)
+    added = {
+        name: held for name, held in (slots or {}).items() if getattr(kind, name, None) is not getattr(base, name, None)
+    }
     # `list[int]` has none, and shows that of `list`.
-    if type(value).__dictoffset__ and not base.__dictoffset__:
-        added |= _without_cached_properties(attributes or {}, type(value))
+    if kind.__dictoffset__ and not base.__dictoffset__:
+        added |= _without_cached_properties(attributes or {}, kind)
     return {name: held for name, held in added.items() if name not in _NO_STATE} or None
 
 
