@@ -284,7 +284,11 @@ class Scheduler:
         return self._send(self._batch_of_entries(size)) if self._ready and slots else None
 
     def _call_off(self) -> None:
-        """Let those wait no longer for a worker whose time is over, or whose circuit has been opened."""
+        """Let those wait no longer for a worker whose time is over, and the next one if its circuit has been opened."""
+        while self._ready and not self._ready[0].may_begin():
+            self._advance(self._ready.popleft(), NOT_RUN)
+        if self._plan.total_timeout is None:
+            return
         for entry in [entry for entry in self._ready if not entry.may_begin()]:
             self._ready.remove(entry)
             self._advance(entry, NOT_RUN)
@@ -508,7 +512,10 @@ class Scheduler:
         """As many ready items as fit one batch, or one that may end its worker."""
         first = self._ready.popleft()
         entries = [first]
-        while self._ready and len(entries) < size and not (first.alone or self._ready[0].alone):
+        while self._ready and len(entries) < size:
+            following = self._ready[0]
+            if first.alone or following.alone or not following.may_begin():
+                break
             entries.append(self._ready.popleft())
         batch = Batch([self._varying(entry) for entry in entries], first.index, entries)
         batch.has_candidates = self._sends_candidates
