@@ -18,6 +18,7 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
 from opero.concurrency.kept import PoolSource
@@ -149,6 +150,14 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
             f"write opero.control(Class.{self.plan.name.rpartition('.')[2]}).stream(items), and so with run and one"
         )
 
+    @cached_property
+    def _signature(self) -> inspect.Signature | None:
+        """None where it is not known, as of some builtins: they will complain themselves."""
+        try:
+            return own_signature(self.plan.function)
+        except (ValueError, TypeError):
+            return None
+
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Shape:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
         name = self.plan.name
@@ -161,9 +170,8 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         from opero.concurrency.worker import Shape
 
         shape = Shape(self._head, rest, kwargs, self._is_starred)
-        try:
-            signature = own_signature(self.plan.function)
-        except (ValueError, TypeError):  # of some builtins it is not known: they will complain themselves
+        signature = self._signature
+        if signature is None:
             return shape
         try:
             if self._is_starred:
