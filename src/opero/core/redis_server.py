@@ -55,24 +55,16 @@ class Server:
         return self._place is not None
 
     def perform(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The answers to commands; an error that the server answers with is one, unless it is the only one."""
+        """The answers to commands; of several in one exchange an error that the server answers with is one."""
         client = self.client
-        if len(commands) == 1:
-            return [client.execute_command(*commands[0])]
-        if hasattr(client, "connection_pool"):
+        if len(commands) > 1 and hasattr(client, "connection_pool"):
             pipeline = client.pipeline(transaction=False)
             for command in commands:
                 pipeline.execute_command(*command)
             answers: list[Any] = pipeline.execute(raise_on_error=False)
             return answers
         # A cluster takes no scripts in a pipeline.
-        return [self._answer_of(command) for command in commands]
-
-    def _answer_of(self, command: tuple[Any, ...]) -> Any:
-        try:
-            return self.client.execute_command(*command)
-        except Exception as error:  # noqa: BLE001 - of one node; the others may be well
-            return error
+        return [client.execute_command(*command) for command in commands]
 
     async def get_async(self, key: bytes) -> bytes | None:
         """What is there under a key, asked in the running event loop."""

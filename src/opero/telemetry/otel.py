@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from opero.__version__ import __version__
@@ -27,8 +26,6 @@ except ImportError as error:
     raise ImportError(msg) from error
 
 if TYPE_CHECKING:
-    from contextvars import Token
-
     from opentelemetry.context import Context
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
@@ -78,39 +75,6 @@ def instrument(
     return on_event(_Instrument(tracer_provider, meter_provider))
 
 
-# Which call is current here. Its tokens tell in which context they were made, OpenTelemetry's do not: detaching one
-# elsewhere (a coroutine that the garbage collector ends) logs an error.
-_current_call: ContextVar[int] = ContextVar("opero_current_call")
-
-
-class _LiveCall:
-    """A call under way: its span, and how the span came to be the current one."""
-
-    __slots__ = ("_attached", "_marked", "context", "span")
-
-    def __init__(self, span: trace.Span) -> None:
-        self.span = span
-        self.context: Context = trace.set_span_in_context(span)
-        self._attached: Any = None
-        self._marked: Token[int] | None = None
-
-    def become_current(self, number: int) -> None:
-        self._marked = _current_call.set(number)
-        self._attached = attach(self.context)
-
-    def end(self) -> None:
-        marked, self._marked = self._marked, None
-        try:
-            if marked is not None:
-                _current_call.reset(marked)
-                detach(self._attached)
-        except ValueError:
-            # Made current in a context that this code is not in, and cannot change.
-            return
-        finally:
-            self.span.end()
-
-
 class _Instrument:
     def __init__(self, tracer_provider: TracerProvider | None, meter_provider: MeterProvider | None) -> None:
         self._tracer = trace.get_tracer("opero", __version__, tracer_provider)
@@ -120,19 +84,17 @@ class _Instrument:
         self._retries = meter.create_counter("opero.retries", "{retry}", "Rounds planned after one that failed")
         self._hits = meter.create_counter("opero.cache.hits", "{hit}", "Results from the cache")
         self._durations = meter.create_histogram("opero.call.duration", "s", "Duration of calls, waits included")
-        self._live: dict[int, _LiveCall] = {}
+        # Of each call under way its span, the context that the span is in, and what detaches that.
+        self._live: dict[int, tuple[trace.Span, Context, Any]] = {}
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, CallStarted):
             self._begin(event)
-            return
-        live = self._live.get(event.call)
-        if live is None:
-            return
-        if isinstance(event, CallDone):
-            self._end(live, event)
-        else:
-            self._note(live, event)
+        elif event.call in self._live:
+            if isinstance(event, CallDone):
+                self._end(event)
+            else:
+                self._note(event)
 
     def _begin(self, event: CallStarted) -> None:
         if get_value(_SUPPRESS_INSTRUMENTATION_KEY):
@@ -141,38 +103,42 @@ class _Instrument:
         attributes = _function(event)
         if event.index is not None:
             attributes["opero.index"] = event.index
-        live = self._live[event.call] = _LiveCall(self._tracer.start_span(event.function, attributes=attributes))
-        if event.index is None:
-            live.become_current(event.call)
+        span = self._tracer.start_span(event.function, attributes=attributes)
+        context = trace.set_span_in_context(span)
+        self._live[event.call] = span, context, attach(context) if event.index is None else None
 
-    def _note(self, live: _LiveCall, event: Event) -> None:
-        add = live.span.add_event
+    def _note(self, event: Event) -> None:
+        span, context, _ = self._live[event.call]
+        add = span.add_event
         match event:
             case AttemptStarted():
                 add("opero.attempt", {"opero.attempt": event.attempt, "opero.round": event.round})
-                self._attempts.add(1, _function(event), live.context)
+                self._attempts.add(1, _function(event), context)
             case AttemptFailed():
                 add("opero.attempt.failed", {"opero.attempt": event.attempt, "error.type": type_name(event.error)})
             case RetryPlanned():
                 add("opero.retry", {"opero.round": event.round + 1, "opero.delay": event.delay})
-                self._retries.add(1, _function(event), live.context)
+                self._retries.add(1, _function(event), context)
             case CandidateSwitched():
                 add("opero.candidate", {"opero.place": event.place})
             case CacheHit():
                 add("opero.cache.hit")
-                self._hits.add(1, _function(event), live.context)
+                self._hits.add(1, _function(event), context)
             case SlotWaited():
                 add("opero.rate_limit.wait", {"opero.seconds": event.seconds})
 
-    def _end(self, live: _LiveCall, done: CallDone) -> None:
-        del self._live[done.call]
+    def _end(self, done: CallDone) -> None:
+        span, context, token = self._live.pop(done.call)
         try:
-            self._describe(live.span, done)
+            self._describe(span, done)
             measured = {**_function(done), **_outcome(done)}
-            self._calls.add(1, measured, live.context)
-            self._durations.record(done.seconds, measured, live.context)
+            self._calls.add(1, measured, context)
+            self._durations.record(done.seconds, measured, context)
         finally:
-            live.end()
+            # A coroutine that the garbage collector ends is in another context, and cannot change that of its own.
+            if token is not None and trace.get_current_span() is span:
+                detach(token)
+            span.end()
 
     @staticmethod
     def _describe(span: trace.Span, done: CallDone) -> None:
