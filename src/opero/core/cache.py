@@ -150,21 +150,15 @@ class ResultCache:
 
     # Looks that are worth it before a call gets its flow
 
-    @property
-    def look_up(self) -> Callable[[Any], tuple[Any, ...] | None] | None:
-        """Gives the entry of a key, a tuple that begins with the result, or None; None if that could block."""
-        found: Callable[[Any], tuple[Any, ...] | None] = self._look_up if self.is_lasting else self.store.find
-        return found if self.fetch is None else None
-
-    def _look_up(self, key: Any) -> tuple[Any, ...] | None:
-        # An event loop is not to wait until it is open, or free; `through` asks in a thread.
-        if self._is_async and not ("store" in self.__dict__ and self.store.is_ready):
-            return None
+    def look_up(self, key: Any) -> tuple[Any, ...] | None:
+        """The entry of a key, a tuple that begins with the result; None where there is none, or a look could block."""
         try:
-            found: tuple[Any, ...] | None = self.store.look_up(key)
+            store = self.store
         except MisuseError:
             # It has no name to keep anything under; `through` meets the same, and counts a call that failed.
             return None
+        # An event loop is not to wait until it is open, or free; `through` asks in a thread.
+        found: tuple[Any, ...] | None = store.look_up(key) if store.is_ready or not self._is_async else None
         return found
 
     def finder(self, tick: Callable[[], object]) -> Callable[..., Any] | None:

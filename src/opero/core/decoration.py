@@ -95,7 +95,7 @@ class Decoration:
             cache.stats = plan.stats
             if plan.on_event is None:
                 self.fetch = cache.fetch
-                self.look_up = cache.look_up or _nothing
+                self.look_up = cache.look_up
                 self.find = cache.finder(self.count_hit) or _nothing
         elif plan.kind == "async def":
             self._looked()

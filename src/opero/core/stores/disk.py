@@ -171,7 +171,6 @@ class DiskStore(LastingStore):
 
     @property
     def is_ready(self) -> bool:
-        """Whether a look needs no opening first, and has to wait for no transaction."""
         if self._connection is None or not self._lock.acquire(blocking=False):
             return False
         self._lock.release()

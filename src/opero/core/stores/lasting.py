@@ -72,6 +72,11 @@ class LastingStore:
         """Leaves the backend alone while it is not well."""
         return self._rest
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a look needs no opening first, and has to wait for nobody."""
+        return False
+
     def __repr__(self) -> str:
         return self._what
 

@@ -37,6 +37,7 @@ class MemoryStore:
     """Entries in this process; each has its own end, so that functions with different lifetimes can share it."""
 
     is_instant: ClassVar[bool] = True
+    is_ready: ClassVar[bool] = True
 
     def __init__(self, settings: CacheSettings, namespace: str | None) -> None:
         # There is always a bound in memory.
@@ -52,24 +53,25 @@ class MemoryStore:
         self._numbers = itertools.count()
         # The keys that hold each instance.
         self._instances: dict[Instance, dict[Any, None]] = {}
-        # What `look_up` does: get the entry, and note that it was used, where something has to be noted.
+        # What a look does: get the entry, and note that it was used, where something has to be noted.
         touches = {"lru": self._entries.move_to_end, "lfu": _counter(self._uses), "fifo": None}
         self.get: Callable[[Any], Entry | None] = self._entries.get
         self.touch: Callable[[Any], object] | None = touches[self.policy]
 
     def look_up(self, key: Any) -> Entry | None:
-        """The entry of a key, ended or not."""
+        """The entry of a key that has not ended."""
+        entry = self._get(key)
+        return entry if entry is not None and entry[1] > clock.now() else None
+
+    find = look_up
+
+    def _get(self, key: Any) -> Entry | None:
         entry = self.get(key)
         if entry is not None and self.touch is not None:
             # Removed since, if it is not there.
             with contextlib.suppress(KeyError):
                 self.touch(key)
         return entry
-
-    def find(self, key: Any) -> Entry | None:
-        """The entry of a key that has not ended."""
-        entry = self.look_up(key)
-        return entry if entry is not None and entry[1] > clock.now() else None
 
     def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -106,7 +108,7 @@ class MemoryStore:
         return self._claim(request)
 
     def _claim(self, flight: Flight) -> Answer:
-        entry = self.look_up(flight.key)
+        entry = self._get(flight.key)
         if entry is None:
             return CLAIMED
         if _has_not_ended(entry):
