@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from opero.events import AttemptFailed, CallDone, CandidateSwitched, RetryPlanned, SlotWaited, on_event
 from opero.telemetry import function_name, type_name
-from opero.utils.logging import LEVELS, let_through, number_of
+from opero.utils.logging import LEVELS, number_of
 from opero.utils.notes import duration
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def log_events(level: str | StandardLogger = "INFO", *, to: StandardLogger | Non
     if to is None:
         from loguru import logger
 
-        let_through(__name__)
+        logger.enable(__name__)
 
     def write(event: Event) -> None:
         name, text = _line(event)

@@ -19,7 +19,6 @@ _NAME = "opero"
 # Those of opero's lines, which have the same numbers in loguru and in the standard library.
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30}
 _threshold = LEVELS["DEBUG"]
-_decided = False
 # The logger that gets messages in place of loguru, if there is one.
 standard: list[StandardLogger] = []
 
@@ -39,13 +38,12 @@ def configure_logging(level: str = "INFO", *, to: StandardLogger | None = None) 
         TypeError: If ``to`` is no such logger.
         ValueError: If there is no such level.
     """
-    global _threshold, _decided  # noqa: PLW0603 - one setting of one process, like loguru's own
+    global _threshold  # noqa: PLW0603 - one setting of one process, like loguru's own
     _threshold = number_of(level, to, "configure_logging")
     standard[:] = [] if to is None else [to]
     if to is None:
         from loguru import logger
 
-        _decided = True
         logger.enable(_NAME)
 
 
@@ -83,32 +81,13 @@ def log(level: str, message: str, *values: object) -> None:
             logger.opt(lazy=True).log(level, "{}", lambda: message.format(*values))
 
 
-def let_through(name: str) -> None:
-    """Let the lines of one module of opero's through; the others stay as they are."""
-    from loguru import logger
-
-    # Once it is decided that opero is silent: deciding later would take this back.
-    _listening_logger()
-    logger.enable(name)
-
-
 def _listening_logger() -> Logger | None:
-    global _decided  # noqa: PLW0603 - as above
+    """loguru's, if somebody has enabled opero by its name; whether it was disabled since, loguru knows."""
     # A program that never imported loguru has no sink of its own and cannot have enabled opero.
     if "loguru" not in sys.modules:
         return None
     from loguru import logger
 
-    if not _decided:
-        if not _host_has_spoken(logger):
-            logger.disable(_NAME)
-        # Not before: where a recursion that is too deep ends the two lines above, opero has not been silenced.
-        _decided = True
-    return logger
-
-
-def _host_has_spoken(logger: Logger) -> bool:
-    # loguru (0.7.3) has no public way to ask whether a name was enabled; calling `disable` unasked would undo a host's
-    # `logger.enable("opero")` that came before.
+    # loguru (0.7.3) has no public way to ask whether a name was enabled, and enables what nobody has named.
     activations = getattr(getattr(logger, "_core", None), "activation_list", ())
-    return any(name == f"{_NAME}." for name, _status in activations)
+    return logger if any(name == f"{_NAME}." for name, _status in activations) else None
