@@ -57,28 +57,19 @@ RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], 
 # No service is at fault, and no second try can mend it.
 PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError, MemoryError)
 
-
 # What is raised to steer a framework: an answer, an end, a message to its queue, and not a failure.
-_STEERING = frozenset(
-    {
-        ("aiohttp.web_exceptions", "HTTPException"),
-        ("celery.exceptions", "TaskPredicate"),
-        ("click.exceptions", "Abort"),
-        ("click.exceptions", "ClickException"),
-        ("click.exceptions", "Exit"),
-        ("django.core.exceptions", "BadRequest"),
-        ("django.core.exceptions", "PermissionDenied"),
-        ("django.core.exceptions", "SuspiciousOperation"),
-        ("django.http.response", "Http404"),
-        ("rest_framework.exceptions", "APIException"),
-        ("starlette.exceptions", "HTTPException"),
-        ("typer.exceptions", "Abort"),
-        ("typer.exceptions", "Exit"),
-        ("typer.exceptions", "TyperException"),
-        ("unittest.case", "SkipTest"),
-        ("werkzeug.exceptions", "HTTPException"),
-    }
-)
+_STEERING = {
+    "aiohttp.web_exceptions": {"HTTPException"},
+    "celery.exceptions": {"TaskPredicate"},
+    "click.exceptions": {"Abort", "ClickException", "Exit"},
+    "django.core.exceptions": {"BadRequest", "PermissionDenied", "SuspiciousOperation"},
+    "django.http.response": {"Http404"},
+    "rest_framework.exceptions": {"APIException"},
+    "starlette.exceptions": {"HTTPException"},
+    "typer.exceptions": {"Abort", "Exit", "TyperException"},
+    "unittest.case": {"SkipTest"},
+    "werkzeug.exceptions": {"HTTPException"},
+}
 
 
 def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], ...]) -> bool:
@@ -94,10 +85,8 @@ def retry_unless_of_the_program(error: Exception) -> bool | Answer:
     """What stands for ``retry_on`` where it was not given."""
     if matches(error, PROGRAM_ERRORS):
         return GIVE_UP
-    for cls in type(error).__mro__:
-        if (cls.__module__, cls.__name__) in _STEERING:
-            return GIVE_UP
-    return True
+    steers = any(cls.__name__ in _STEERING.get(cls.__module__, ()) for cls in type(error).__mro__)
+    return GIVE_UP if steers else True
 
 
 def jittered(delay: float, random_unit: float) -> float:
