@@ -106,6 +106,8 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         call.retry_state = None
         if call.tell is not None:
             tell_of_the_end(call, error=outcome.error if outcome.__class__ is Failed else None, cancelled=not is_over)
+        # From Python 3.13 on the traceback of its error may lead to this frame.
+        del outcome
 
 
 def item_flow(plan: Plan, call: Call) -> Flow:
