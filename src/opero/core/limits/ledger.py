@@ -203,9 +203,9 @@ class Ledger:
         return now + EARLY >= self.paused_until
 
     def wait(self, now: float, amounts: Sequence[float]) -> float:
-        """Seconds until a slot comes that is not there yet."""
+        """Seconds until a slot comes; 0 if one is there."""
         # Rounding must not make a refusal look like a slot.
-        return max(2 * EARLY, self.opens_at(now, amounts) - now)
+        return 0.0 if self.is_open(now, amounts) else max(2 * EARLY, self.opens_at(now, amounts) - now)
 
     def take(self, now: float, amounts: Sequence[float], *, is_late: bool = False) -> None:
         """Take a slot, whether it has come or not; or, with amounts below 0, give some back.
@@ -254,16 +254,14 @@ class Ledger:
 
         ``claims``: whether the next slot has to be its own, since others were faster again and again.
         """
-        is_kept = now < self.claimed_until and who != self.claimed_by
-        if not is_kept and self.is_open(now, amounts):
+        wait = self.wait(now, amounts)
+        if now < self.claimed_until and who != self.claimed_by:
+            return max(wait, self.claimed_until - now)
+        if not wait:
             self.take(now, amounts, is_late=is_late)
             if who == self.claimed_by:
                 self.claimed_until = 0.0
-            return 0.0
-        wait = self.wait(now, amounts)
-        if is_kept:
-            return max(wait, self.claimed_until - now)
-        if claims:
+        elif claims:
             wait = min(wait, _LONGEST_CLAIM)
             self.claimed_by, self.claimed_until = who, now + wait + _CLAIM_GRACE
         return wait

@@ -220,10 +220,9 @@ class Line:
 
     def wait_alone(self, amounts: Sequence[float], now: float) -> float:
         """Seconds until this process alone would give a slot."""
-        if self._ledger.is_open(now, amounts):
-            return 0.0
         wait = self._ledger.wait(now, amounts)
-        self.close_until(now + wait)
+        if wait:
+            self.close_until(now + wait)
         return wait
 
     def close_until(self, moment: float) -> None:

@@ -46,19 +46,16 @@ class _FreePlaces(Ledger):
         # Nobody knows; those who have little time wait until that is over.
         return now
 
-    def is_open(self, now: float = 0.0, amounts: Sequence[float] = ()) -> bool:  # noqa: ARG002
+    def wait(self, now: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
         """Take a place, if one is free: who finds it does not ask again."""
         try:
             self.free.pop()
         except IndexError:
-            return False
-        return True
+            return math.inf
+        return 0.0
 
     def take(self, now: float, amounts: Sequence[float], *, is_late: bool = False) -> None:
         """It was taken when it was found."""
-
-    def wait(self, now: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
-        return math.inf
 
     def idle_from(self, now: float) -> float:
         return now if len(self.free) == self.count else math.inf
