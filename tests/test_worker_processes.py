@@ -399,6 +399,15 @@ def test_a_map_works_inside_of_a_worker_of_another_pool(inside):
     assert inside() == [[1, 1], [2, 2]]
 
 
+def map_by_the_fork_server(item):
+    return sum(mapped(abs, "forkserver")(range(item)))
+
+
+def test_a_forked_worker_has_a_fork_server_of_its_own():
+    assert mapped(abs, "forkserver")([-1]) == [1]
+    assert mapped(map_by_the_fork_server, "fork")([3]) == [3]
+
+
 WITH_A_THREAD = """
     import threading
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import log_records
 from opero.concurrency.pickling import loads
-from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
+from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS, fork_server
 from opero.concurrency.transport import Start, pack_report, unpack_batch
 from opero.concurrency.worker import How, Report, Work, in_time, run_batch, runner_for
 from opero.core.forks import watch_forks
@@ -64,7 +64,7 @@ class Parent:
 
     def __init__(self, pipe: Connection, shared: Arena) -> None:
         self.pipe = pipe
-        self.mark = mark_in(shared)
+        self.mark = memoryview(shared.buffer).cast("I")
         self._sending = threading.RLock()
         self._is_interrupted = self._is_ending = False
         watch_forks(self)
@@ -126,11 +126,6 @@ class Parent:
         sys.exit(ENDED_CODE)
 
 
-def mark_in(shared: Arena) -> memoryview:
-    """The number in memory that a worker shares with its parent."""
-    return memoryview(shared.buffer).cast("I")
-
-
 def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at_once: int) -> None:
     """Run so many batches at once until the pipe ends; the whole life of a worker."""
     parent = Parent(pipe, shared)
@@ -178,7 +173,9 @@ def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contex
 
 
 def _forget_the_parents_own() -> None:
-    """Let a forked worker have exit handlers of its own, but none of its parent's."""
+    """Let a forked worker have exit handlers and a fork server of its own, but none of its parent's."""
+    # Only the parent can wait for that one.
+    fork_server()["_forkserver_pid"] = None
     if sys.version_info < (3, 13):
         # Newer ones have done so already, and use exit handlers of their own.
         atexit._clear()  # noqa: SLF001 - see above

@@ -32,7 +32,6 @@ from opero.concurrency.process_worker import (
     PEACE_SECONDS,
     THREAD_SETTINGS,
     Kind,
-    mark_in,
     serve,
 )
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
@@ -312,7 +311,7 @@ class ProcessPool(Pool):
             ours, theirs = self._context.Pipe()
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
             shared = arena(4)
-            worker = Worker(ours, mark_in(shared), self._most_items or sys.maxsize)
+            worker = Worker(ours, memoryview(shared.buffer).cast("I"), self._most_items or sys.maxsize)
             self._workers.append(worker)
             try:
                 args = theirs, shared, self._start, self._threads, self._at_once
@@ -375,11 +374,11 @@ class ProcessPool(Pool):
         free = None
         for worker in self._workers:
             count = len(worker.batches)
-            has_room = count < self._at_once and count + len(batch.items) <= worker.room
-            if worker.is_ready and has_room and (free is None or count < len(free.batches)):
-                is_alone = batch.alone or any(other.alone for other in worker.batches.values())
-                if not (count and is_alone):
-                    free = worker
+            fits = worker.is_ready and count < self._at_once and count + len(batch.items) <= worker.room
+            if fits and count:
+                fits = not (batch.alone or any(other.alone for other in worker.batches.values()))
+            if fits and (free is None or count < len(free.batches)):
+                free = worker
         return free
 
     def _worker_reports(self, worker: Worker, number: int, payload: memoryview, *, is_last: bool) -> Any:

@@ -178,10 +178,7 @@ def _stay(seconds: float, pid: int | None = None) -> bool:
     """Whether there are any for so long: those of Python that have just ended are listed for a moment."""
     deadline, tasks = time.monotonic() + seconds, f"/proc/{pid or 'self'}/task"
     with contextlib.suppress(FileNotFoundError):
-        while True:
-            known = {pid} if pid else {thread.native_id for thread in threading.enumerate()}
-            if not set(map(int, os.listdir(tasks))) - known:  # noqa: PTH208 - no paths are needed
-                return False
+        while len(os.listdir(tasks)) > (1 if pid else threading.active_count()):  # noqa: PTH208 - no paths are needed
             if time.monotonic() >= deadline:
                 return True
             time.sleep(0.001)

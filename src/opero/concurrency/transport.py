@@ -8,7 +8,7 @@ import mmap
 import os
 import pickle
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from multiprocessing.context import get_spawning_popen
@@ -144,42 +144,42 @@ def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], TimeLimit | No
     return items, limit
 
 
+@dataclass
 class Start:
     """What a worker process begins with.
 
     It is pickled while one is started afresh, which can inherit pipes and locks then. Large arrays go to a file; its
     pages are shared by all workers until one writes to them, which the others do not see.
+
+    ``levels``: in a worker that was not forked, those of the program's loggers.
     """
 
-    def __init__(self, packer: Packer, life: WorkerLife) -> None:
-        self._packer = packer
-        self._life: Any = life
-        self._packed: Any = None
-        # In a worker that is not forked, the levels of the program's loggers.
-        self.levels: dict[str, int] = {}
+    packer: Packer
+    life: WorkerLife | None
+    packed: Any = None
+    levels: dict[str, int] = field(default_factory=dict)
 
     def __getstate__(self) -> Any:
-        packed = self._packed
-        if packed is None:
+        packed = self.packed
+        if packed is None and self.life is not None:
             # Files that the process inherits are listed there; without any, others can be sent the same.
             inherited: Any = getattr(get_spawning_popen(), "_fds", [])
             count = len(inherited)
             large: list[memoryview] = []
-            packed = self._packer.start(self._life, large), *_in_a_file(large)
+            packed = self.packer.start(self.life, large), *_in_a_file(large)
             if len(inherited) == count:
-                self._packed = packed
+                self.packed = packed
         return packed, levels_here()
 
     def __setstate__(self, state: Any) -> None:
-        self._packed, self.levels = state
-        self._life = None
+        self.packed, self.levels = state
+        self.life = None
 
     def load(self) -> WorkerLife:
         """What it was made of, in a worker; one that was forked has it already."""
-        life: WorkerLife | None = self._life
-        if life is not None:
-            return life
-        data, file, spans = self._packed
+        if self.life is not None:
+            return self.life
+        data, file, spans = self.packed
         if file is None:
             return unpack_start(data)
         mapped = memoryview(mmap.mmap(file.fd, file.size, flags=mmap.MAP_PRIVATE))
@@ -240,8 +240,9 @@ def pack_report(report: Report) -> bytes:
 
 def unpack_report(payload: bytes | memoryview) -> Report:
     """What `pack_report` has packed; what cannot be unpickled here becomes the error of its item."""
-    values, is_plain, packed, seconds = loads(payload)
-    errors = {place: loads(error) for place, error in packed.items()}
+    values, is_plain, errors, seconds = loads(payload)
+    for place, data in errors.items():
+        errors[place] = loads(data)
     if not is_plain:
         for place, data in enumerate(values):
             try:
