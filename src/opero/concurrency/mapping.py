@@ -25,7 +25,6 @@ from opero.concurrency.kept import PoolSource
 from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
-from opero.core.interrupts import Hold
 from opero.core.parameters import own_signature
 from opero.core.showing import kind_of
 from opero.core.signature import MISSING, find_by_name
@@ -314,9 +313,7 @@ class _BlockingMap(_Map[T, P, R, L]):
             got = f"{type(items).__qualname__}, an async iterable"
             msg = f"{self.plan.name} is a `def` function and got {got}; make it `async def`"
             raise TypeError(msg)
-        # A package whose first import is cut short stays broken.
-        with Hold():
-            from opero.concurrency.running import run_blocking
+        from opero.concurrency.running import run_blocking
 
         source: Iterator[Any] = map(self._row, items) if self._is_starred else iter(items)
         return run_blocking(self.plan, self.settings, shape, sink, items=source, total=self._total(items))
@@ -366,8 +363,8 @@ class _AwaitableMap(_Map[T, P, R, L]):
         if is_in_asyncio():
             msg = f"{self.plan.name}.run blocks, but this thread has a running event loop; write await in place of .run"
             raise RuntimeError(msg)
-        with Hold():
-            import asyncio
+        import asyncio
+
         try:
             with Shortened():
                 return asyncio.run(self(items, *args, **kwargs))

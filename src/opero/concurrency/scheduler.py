@@ -78,7 +78,6 @@ class Entry:
     attempt: Attempt | None = None
     waits_for: Pause | Arrival | None = None
     alone: bool = False
-    retried: bool = False
     members: dict[Entry, Exception | None] | None = None
 
     def may_begin(self) -> bool:
@@ -539,10 +538,9 @@ class Scheduler:
             # A worker may have ended, or had no time, before it began.
             if attempt is not None and not attempt.has_begun:
                 attempt.has_begun = True
+                rounds = entry.call.rounds
                 attempt.begins()
-            if entry.call.rounds > 1 and not entry.retried:
-                entry.retried = True
-                self.tally.retried += 1
+                self.tally.retried += rounds == 1 and entry.call.rounds > 1
         batch.sent_at = clock.now()
         self._sent.add(batch)
         if batch.time_limit is not None and self.pool.can_kill:
@@ -666,14 +664,12 @@ class Scheduler:
             return
         innocent = lost.innocent if self._losses_in_a_row < MOST_INNOCENT_LOSSES else ()
         suspects = [batch for batch in batches if batch not in innocent]
-        if lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1:
-            self._charge(suspects[0], lost.reason)
-        else:
-            for batch in suspects:
-                self._give_back(batch, alone=True)
+        is_sure = lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1
         for batch in batches:
-            if batch not in suspects:
-                self._give_back(batch)
+            if batch in suspects and is_sure:
+                self._charge(batch, lost.reason)
+            else:
+                self._give_back(batch, alone=batch in suspects)
 
     def _ended_by_the_last(self, batch: Batch, begun: int, reason: str) -> None:
         """Charge the last item that has begun; those before it, which were fast, and those after it run again."""
