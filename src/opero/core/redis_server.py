@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import NoneType
@@ -48,6 +49,13 @@ class Server:
     def after_fork(self) -> None:
         """Use none of the parent's connections, and wait for none of its locks."""
         self.client = self._own if self._place is None else _client(**self._place)
+
+    def __del__(self, suppress: Any = contextlib.suppress) -> None:
+        # redis-py's pool is part of a cycle: its connections would be open until the garbage collector comes. When the
+        # program ends, globals may be gone.
+        with suppress(Exception):
+            if self._place is not None:
+                self.client.connection_pool.disconnect()
 
     @property
     def has_async_client(self) -> bool:
