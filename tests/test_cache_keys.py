@@ -522,6 +522,28 @@ class Valued:
         return hash(self.value)
 
 
+class Query(collections.abc.Mapping):
+    """Cannot be pickled, and may have a name twice, as the queries of aiohttp."""
+
+    def __init__(self, *pairs):
+        self.pairs = pairs
+
+    def __reduce__(self):
+        raise TypeError
+
+    def __getitem__(self, name):
+        return dict(self.pairs)[name]
+
+    def __iter__(self):
+        return iter(dict(self.pairs))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def items(self):
+        return self.pairs
+
+
 def captures(n):
     return lambda: n
 
@@ -593,6 +615,7 @@ UNLIKE = {
     "objects that are equal in their own opinion": (Length(1, "km"), Length(1000, "m")),
     "objects with values of two types": (Valued(1), Valued(True)),
     "bare objects": (object(), object()),
+    "queries with a name twice": (Query(("a", 1), ("a", 2)), Query(("a", 2))),
     "deques": (collections.deque([1]), collections.deque([1], maxlen=2)),
     "slices": (slice(1, 2), slice(1, 2, 1)),
     "functions of two scripts": (defined("def step(x): return x + 1"), defined("def step(x): return x * 10")),
@@ -757,6 +780,8 @@ LIKE = {
     "deque": lambda: collections.deque([1]),
     "slice": lambda: slice(1, [2]),
     "keys of a dict": {"a": 1, "b": 2}.keys,
+    "items of a dict": {"a": [1], "b": 2}.items,
+    "pairs of a query": lambda: Query(("a", 1), ("a", 2)),
     "logger": lambda: logging.getLogger("a"),
     "module": lambda: math,
     "object with a key": lambda: Keyed([1, {2}]),

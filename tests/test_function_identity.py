@@ -67,6 +67,7 @@ MAKERS = {
     "wrapper": wrapped,
     "captured class": with_local_class,
     "captured opero function": lambda n: calling(opero.opero(lambda x: x * n)),
+    "captured map": lambda n: calling(opero.opmap(rate_limit=opero.RateLimiter("9/s"))(lambda x: x * n)),
     "method of a builtin": lambda n: re.compile(f"[{n}]").findall,
     "method": lambda n: Multiplier(n).times,
     "callable object": Multiplier,

@@ -139,7 +139,11 @@ class _Walk:
         return _digest("inside", _marshalled(len(self._depths) - depth))
 
 
-_IN_ANY_ORDER = frozenset({"dict", "set", "frozenset"})
+class _Unordered(list[Any]):
+    """Parts whose order makes no difference, and which may be the same or have no hash."""
+
+
+_IN_ANY_ORDER = frozenset({"dict", "set", "frozenset", "_Unordered"})
 _LENIENT = frozenset({"class", "_Globals", "builtins.function"})
 
 
@@ -177,7 +181,7 @@ _bare_objects: dict[int, tuple[object, bytes]] = {}
 def _opened(value: Any) -> tuple[str, Iterable[Any]]:
     """A label and the parts of a value."""
     kind = type(value)
-    if kind in {list, tuple, set, frozenset}:
+    if kind in {list, tuple, set, frozenset, _Unordered}:
         return kind.__name__, value
     if kind is dict or kind is _Globals:
         return kind.__name__, itertools.chain.from_iterable(value.items())
@@ -357,8 +361,8 @@ def _values_of_polars(series: Any) -> tuple[Any, ...]:
 
 def _put_on(frame: Any) -> tuple[Any, ...]:
     """What a program has put on a frame: the library's own has an underscore, but for what subclasses list."""
-    listed = getattr(frame, "_metadata", ())
-    held = {name: value for name, value in vars(frame).items() if name[0] != "_" or name in listed}
+    names = [*getattr(frame, "_metadata", ()), *(name for name in vars(frame) if name[0] != "_")]
+    held = {name: getattr(frame, name, None) for name in names}
     flags = getattr(frame, "flags", None)
     return (held, getattr(frame, "attrs", None), getattr(flags, "allows_duplicate_labels", None))
 
@@ -384,8 +388,8 @@ def _parts_by_pickle(value: Any) -> Iterator[Any]:
     yield from (_module_of(maker), getattr(maker, "__qualname__", maker), arguments)
     yield _without_cached_properties(state, kind)
     yield None if items is None else [*items]
-    kept_as = list if isinstance(value, collections.OrderedDict) else dict
-    yield None if pairs is None else kept_as(pairs)
+    in_order = list if isinstance(value, collections.OrderedDict) else _Unordered
+    yield None if pairs is None else in_order(pairs)
     owner = next(base for base in kind.__mro__ if not _REDUCERS.isdisjoint(vars(base)))
     yield None if owner is object or kind in copyreg.dispatch_table else _beside(value, owner)
 
@@ -408,7 +412,7 @@ def _reduction(value: Any) -> Any:
         if isinstance(value, Mapping):
             return (type(value), (), None, None, value.items())
         if isinstance(value, AbstractSet):
-            return (type(value), (), frozenset(value))
+            return (type(value), (), _Unordered(value))
         msg = f"a {type(value).__qualname__} cannot be pickled ({type(error).__name__})"
         raise UncacheableError(msg) from error
 
@@ -456,17 +460,19 @@ def _parts_of_exception(error: BaseException) -> tuple[Any, ...]:
 _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "builtins.function": _parts_of_function,
     "builtins.code": _parts_of_code,
+    "builtins.builtin_function_or_method": lambda value: (_module_of(value), value.__qualname__, value.__self__),
     "builtins.method": lambda value: (value.__func__, value.__self__),
     "builtins.module": lambda value: (value.__name__,),
     "builtins.classmethod": lambda value: (value.__func__,),
     "builtins.staticmethod": lambda value: (value.__func__,),
     "builtins.property": lambda value: (value.fget, value.fset, value.fdel),
     "functools.cached_property": lambda value: (value.func,),
+    "opero._Map": lambda value: (undecorated(value),),
     # A combination of flags may have no name.
     "enum.Enum": lambda value: (value.value if value.name is None else value.name,),
     "weakref.ReferenceType": lambda value: (value(),),
-    "builtins.set": lambda value: (frozenset(value),),
-    "builtins.frozenset": lambda value: (frozenset(value),),
+    "builtins.set": lambda value: (_Unordered(value),),
+    "builtins.frozenset": lambda value: (_Unordered(value),),
     "builtins.BaseException": _parts_of_exception,
     "pathlib.PurePath": lambda value: (str(value),),
     "numpy.ndarray": _parts_of_array,

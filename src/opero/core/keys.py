@@ -110,13 +110,17 @@ class KeyMaker:
         digest: bool,
         ignore: Collection[str] = (),
     ) -> None:
-        self._shape = forwarding(function)
+        self._shape = shape = forwarding(function)
         self._name = name_of(function)
-        self._names = tuple(name for name in self._shape.names if name not in ignore)
-        # All that can be plain; not `*args` and `**kwargs`.
-        self._may_be_quick = cache_key is None and set(self._names) <= set(self._shape.named)
-        self._is_digest = digest
-        mark = object()
+        self._names = names = tuple(name for name in shape.names if name not in ignore)
+        mark = None if digest else object()
+        # All of them can be plain; not so `*args` and `**kwargs`.
+        is_quick = cache_key is None and set(names) <= set(shape.named)
+        self._has_finder = is_quick and not digest
+        if cache_key is None:
+            make, given = _key_function(function, shape, names, mark), ", ".join(names)
+        else:
+            make, given = _users_key(cache_key, self._name), shape.call
         # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
         self._namespace: dict[str, Any] = {
             "_opero_int": int,
@@ -128,16 +132,12 @@ class KeyMaker:
             "_opero_mark": mark,
             "_opero_id": id,
             "_opero_len": len,
-            "_opero_key_of": _key_function(function, self._shape, self._names, None if digest else mark),
-            "_opero_users_key": None if cache_key is None else _users_key(cache_key, self._name),
-            **self._shape.defaults,
+            "_opero_make": make,
+            **shape.defaults,
         }
-        lines = [f"return _opero_key_of{_tuple(self._names)}"]
-        if cache_key is not None:
-            lines = [f"return _opero_users_key({self._shape.call})"]
-        elif digest and self._may_be_quick:
-            are_plain = _all_are("{0}.__class__ in _opero_small", self._names)
-            lines = [f"if {are_plain}: return _opero_digest({_tuple(self._names)})", *lines]
+        lines = [f"return _opero_make({given})"]
+        if is_quick and digest:
+            lines.insert(0, f"if {_all_are(_IS_SMALL, names)}: return _opero_digest({_tuple(names)})")
         self.key_of = self._compiled(lines)
 
     def finder(
@@ -151,7 +151,7 @@ class KeyMaker:
 
         It gives None for others, where there is no entry, and for one that has ended by the ``clock``.
         """
-        if self._is_digest or not self._may_be_quick:
+        if not self._has_finder:
             return None
         self._namespace.update(_opero_get=get, _opero_touch=touch, _opero_tick=tick, _opero_clock=clock)
         end = "" if clock is None else " or _opero_entry[1] <= _opero_clock.now()"
@@ -199,8 +199,9 @@ def _lines_for_key(names: Sequence[str], *known: str) -> list[str]:
     ]
 
 
+_IS_SMALL = "{0}.__class__ in _opero_small"
 _IS_BARE = f"({{0}}.__class__ is _opero_int or {{0}}.__class__ is _opero_str and _opero_len({{0}}) < {_LONG})"
-_IS_PLAIN = f"({{0}}.__class__ in _opero_small or {{0}}.__class__ in _opero_texts and _opero_len({{0}}) < {_LONG})"
+_IS_PLAIN = f"({_IS_SMALL} or {{0}}.__class__ in _opero_texts and _opero_len({{0}}) < {_LONG})"
 
 
 def _all_are(test: str, names: Collection[str]) -> str:
