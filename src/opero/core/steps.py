@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import ContextVar
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from opero.core.clock import asyncio_sleep, clock
 from opero.core.forks import allow_forks
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from opero.core.breaker import Passage
+    from opero.core.flights import Seat
     from opero.core.flow import Candidate, Layers
+    from opero.core.limits.line import Turn
     from opero.core.limits.shared import Gate
     from opero.core.stores.settings import Store
 
@@ -110,26 +112,11 @@ class Pause(NamedTuple):
     is_real: bool = False
 
 
-class Arrival(Protocol):
-    """Step: wait for something that comes by itself, or is fetched by whoever looks at the right time.
-
-    Sent back: None. ``is_turn``: an attempt begins when it comes, so that somebody should be free for it.
-    """
-
-    @property
-    def is_turn(self) -> bool: ...
-
-    def poll(self) -> bool:
-        """Whether it is here; looking may bring it about."""
-        ...
-
-    def due_in(self) -> float | None:
-        """Seconds until the next look is worth it; None: only `notify` can tell."""
-        ...
-
-    def notify(self, wake: Callable[[], None] | None) -> None:
-        """Call ``wake``, from any thread, when it may be here; None: nobody waits any more."""
-        ...
+# Step: wait for something that comes by itself, or is fetched by whoever looks at the right time; sent back: None.
+# `poll` tells whether it is here, and may bring it about; `due_in` says in how many seconds the next look is worth it,
+# None if only `notify` can tell, which calls back from any thread when it may be here. ``is_turn``: an attempt begins
+# when it comes, so that somebody should be free for it.
+Arrival: TypeAlias = "Seat | Turn"
 
 
 class Consult(NamedTuple):
@@ -173,17 +160,13 @@ def _threads(_process: int) -> ThreadPoolExecutor:
 class Share:
     """Step of an item, in a map of lists: call the function with this item among others; sent back as by `Attempt`."""
 
-    __slots__ = ()
-
 
 class Prepare:
     """Step of a call in a map, before it takes its slot: wait until a worker can begin it at once; sent back: None."""
 
-    __slots__ = ()
 
-
-Step = Attempt | Pause | Consult | Arrival
-Flow = Generator[Step, Any, Any]
+Step: TypeAlias = "Attempt | Pause | Consult | Arrival"
+Flow = Generator["Step", Any, Any]
 
 
 def raise_or_return(outcome: Any) -> Any:
