@@ -314,7 +314,7 @@ def test_idle_values_are_forgotten(world, fake_clock):
     for value in range(5_000):
         world.run(f, value) if value < 10 else f.__opero__.plan.limit.limiter.per_value.of(value).take_now()
         fake_clock.tick(0.05)
-    assert len(f.__opero__.plan.limit.limiter.per_value) <= 128
+    assert len(f.__opero__.plan.limit.limiter.per_value._busy) <= 128
 
 
 def test_values_that_are_not_idle_are_remembered(fake_clock):

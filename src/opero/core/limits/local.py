@@ -35,9 +35,6 @@ class _Moment:
         self.next_slot = when
         return self
 
-    def cancel(self) -> None:
-        """Of the timer that `call_at` gave: it never rings."""
-
 
 class _LimiterPace(PaceMeter):
     """Asks asynciolimiter for the next slot after one that was waited for."""

@@ -35,9 +35,6 @@ class PerValue(Generic[T]):
         self._in_hand: WeakValueDictionary[Any, T] = WeakValueDictionary()
         self._lock = ForkSafeLock()
 
-    def __len__(self) -> int:
-        return len(self._busy)
-
     def __iter__(self) -> Iterator[T]:
         with self._lock.lock:
             return iter(list(self._in_hand.values()))
