@@ -158,7 +158,7 @@ class ResultCache:
             # It has no name to keep anything under; `through` meets the same, and counts a call that failed.
             return None
         # An event loop is not to wait until it is open, or free; `through` asks in a thread.
-        found: tuple[Any, ...] | None = store.look_up(key) if store.is_ready or not self._is_async else None
+        found: tuple[Any, ...] | None = store.look_up(key) if not self._is_async or store.is_ready else None
         return found
 
     def finder(self, tick: Callable[[], object]) -> Callable[..., Any] | None:

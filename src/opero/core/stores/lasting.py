@@ -82,11 +82,18 @@ class LastingStore:
 
     def look_up(self, key: bytes) -> tuple[Any] | None:
         """The result of a key; faults are None, and come to light in `perform`."""
+        rest = self.rest
+        if rest.reason() is not None:
+            return None
         try:
-            found = self.in_spite_of_faults(self.find, key)
+            found = self.find(key)
         except UnsafeCacheError:
             return None
-        return None if isinstance(found, Exception) else found
+        except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told
+            self.failed(error)
+            return None
+        rest.end()
+        return found
 
     def find(self, key: bytes) -> tuple[Any] | None:
         """As `look_up`, but raises what the backend raises."""
