@@ -378,7 +378,7 @@ class LosesABatch(ThreadPoolExecutor):
         self.running: Future[Any] | None = None
 
     def submit(self, fn, /, *args, **kwargs):
-        items = getattr(args[0], "items", [])
+        items = args[1] if len(args) > 1 else []
         if self.running and not self.lost and len(items) > 1:
             self.lost = items
             future: Future[Any] = Future()

@@ -11,7 +11,15 @@ import contextlib
 import contextvars
 import threading
 from collections import deque
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -61,8 +69,6 @@ class ExecutorPool(Pool):
         self._pending: deque[Batch] = deque()
         self._stillbirths = 0
         self._is_paced = False
-        # Those that run an item at the moment, if they are of this process.
-        self._threads: set[int] = set()
         self.take_on(work)
 
     @property
@@ -117,7 +123,8 @@ class ExecutorPool(Pool):
         """
         running = [future for future in self._in_flight if not future.cancel()]
         # The garbage collector ends an abandoned stream in any thread, also in one that runs an item of it.
-        is_over = threading.get_ident() not in self._threads and (
+        threads = self._executor._threads if isinstance(self._executor, ThreadPoolExecutor) else ()  # noqa: SLF001 - nothing else tells
+        is_over = threading.current_thread() not in threads and (
             wait_unless_left(lambda seconds: not wait(running, timeout=seconds).not_done, is_left)
             or self._end_processes()
         )
@@ -182,7 +189,8 @@ class ExecutorPool(Pool):
 
     def _send(self, batch: Batch, *, completely: bool = False) -> None:
         if self._is_near:
-            self._launch(batch, self._run_here, batch)
+            how = How(self._context, batch.mark)
+            self._launch(batch, _run, self._work, batch.items, batch.time_limit, how)
             return
         try:
             payload = self._packer.batch(batch)
@@ -191,15 +199,6 @@ class ExecutorPool(Pool):
             return
         along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
         self._launch(batch, run_parcel, self._digest, along, payload, uuid4().hex)
-
-    def _run_here(self, batch: Batch) -> Report:
-        thread = threading.get_ident()
-        self._threads.add(thread)
-        try:
-            how = How(self._context, batch.mark)
-            return _run(self._work, batch.items, batch.time_limit, how)
-        finally:
-            self._threads.discard(thread)
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
         try:
