@@ -419,20 +419,18 @@ def _reduction(value: Any) -> Any:
 
 def _beside(value: Any, base: type) -> dict[str, Any] | None:
     """What the classes below ``base``, which takes the state of its own instances, have added to an instance."""
-    state: Any = object.__getstate__(value)
-    attributes, slots = state if isinstance(state, tuple) else (state, None)
     kind = type(value)
-    added = {
-        name: held for name, held in (slots or {}).items() if getattr(kind, name, None) is not getattr(base, name, None)
-    }
-    # `list[int]` has none, and shows that of `list`.
-    if kind.__dictoffset__ and not base.__dictoffset__:
-        added |= _without_cached_properties(attributes or {}, kind)
+    state: Any = object.__getstate__(value)
+    attributes, slots = state if isinstance(state, tuple) else (state, {})
+    added = {} if base.__dictoffset__ else _without_cached_properties(attributes or {}, kind)
+    for name, held in slots.items():
+        if getattr(kind, name, None) is not getattr(base, name, None):
+            added[name] = held
     return {name: held for name, held in added.items() if name not in _NO_STATE} or None
 
 
 # msgspec keeps the hash of an instance, and NumPy the mapping of an array that lies in a file.
-_NO_STATE = frozenset({"__dict__", "__weakref__", "__msgspec_cached_hash__", "_mmap"})
+_NO_STATE = frozenset({"__msgspec_cached_hash__", "_mmap"})
 
 
 def _without_cached_properties(state: Any, kind: type) -> Any:
