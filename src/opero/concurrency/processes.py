@@ -281,9 +281,13 @@ class ProcessPool(Pool):
 
     def prepare(self) -> None:
         """Start workers, as many as there are batches for that no other will take."""
-        coming = sum(not worker.is_ready for worker in self._workers)
-        wanted = self._size if self._is_paced else -(-len(self._pending) // self._at_once) - coming + len(self._workers)
-        missing = min(wanted, self._size) - len(self._workers)
+        missing = self._size - len(self._workers)
+        if not self._is_paced:
+            waiting = -(-len(self._pending) // self._at_once)
+            for worker in self._workers:
+                # Those that are starting take what waits.
+                waiting -= not worker.is_ready
+            missing = min(missing, waiting)
         can_fork = self._method == "fork"
         if missing > 0 and can_fork and not self._method_is_given and system.has_other_threads():
             # They have come meanwhile, and may hold locks.
