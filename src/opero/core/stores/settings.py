@@ -180,9 +180,9 @@ class CacheSettings:
         options = {name: id(value) if name == "client" else value for name, value in self.options.items()}
         key = repr((self.backend, namespace, [] if self.backend == "memory" else sorted(options.items())))
         with _lock.lock:
-            store: Store | None = _stores.get(key)
+            store: Store | None = _lasting_stores.get(key)
             if store is None:
-                _stores[key] = store = self._new_store(namespace)
+                _lasting_stores[key] = store = self._new_store(namespace)
         if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (self.maxsize, self.policy):
             msg = (
                 f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
@@ -224,7 +224,8 @@ class CacheSettings:
 
 
 _lock = ForkSafeLock(threading.RLock)
-_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
+# Those that functions share, for as long as one of them is there.
+_lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def cache_settings(
