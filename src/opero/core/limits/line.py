@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
@@ -43,7 +43,8 @@ Wants = Sequence[tuple["Line", Sequence[float]]]
 # One for all lines, since a turn may stand in several. The garbage collector, or a signal handler, may use a line in a
 # thread that has it.
 lines = ForkSafeLock(threading.RLock)
-_all: WeakSet[Line] = WeakSet()
+# Those in which somebody waits, each by its id.
+_waited_in: WeakValueDictionary[int, Line] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -74,8 +75,6 @@ class Line:
         self._left: deque[Turn] = deque()
         self.after_fork()
         watch_forks(self)
-        with lines.lock:
-            _all.add(self)
 
     def after_fork(self) -> None:
         """Forget the parent's callers, and what they took."""
@@ -186,6 +185,8 @@ class Line:
             if not place:
                 # When the next one may go on is not known yet.
                 self.close_until(-math.inf)
+            if not self.waiting:
+                _waited_in.pop(id(self), None)
 
     def _keep_place(self, turn: Turn, amounts: Sequence[float]) -> int:
         """Whoever came later does not pass it; gives how many came before."""
@@ -193,6 +194,7 @@ class Line:
         place = bisect_left(self.waiting, (turn.number,))
         if place == len(self.waiting) or self.waiting[place][1] is not turn:
             self.waiting.insert(place, (turn.number, turn, amounts))
+            _waited_in[id(self)] = self
             self._want(amounts, 1)
         return place
 
@@ -412,10 +414,10 @@ def _give_back(amounts: Sequence[float], ledger: Ledger, now: float) -> None:
 
 def rouse_all() -> None:
     """Let all who wait in this process look again: it may be of no use any more."""
-    with lines.lock:
-        busy = [line for line in _all if line.waiting]
-    for line in busy:
-        line.rouse_all()
+    for reference in _waited_in.valuerefs():
+        line = reference()
+        if line is not None:
+            line.rouse_all()
 
 
 def take(wants: Wants, latest: Latest = never, *, is_turn: bool = True) -> Generator[Any, Any, bool]:
