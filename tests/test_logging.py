@@ -242,13 +242,16 @@ def broken_hook(about):
     raise KeyError(f"no rule for {SECRET}")
 
 
+@pytest.mark.parametrize(
+    "options", [{"retry_on": broken_hook}, {"retry_options": {"before_sleep": broken_hook}}], ids=["retry_on", "hook"]
+)
 @pytest.mark.parametrize("arg_fallback", [None, "key"])
-def test_the_words_of_a_broken_hook_are_not_repeated(world, fake_clock, said, arg_fallback):
+def test_the_words_of_a_broken_hook_are_not_repeated(world, fake_clock, said, options, arg_fallback):
     def ask(key):
         raise ValueError(key)
 
     with pytest.raises(Exception) as caught:  # noqa: PT011 - of either class
-        world.run(opero(arg_fallback=arg_fallback, retry_on=broken_hook)(world.define(ask)), SECRET)
+        world.run(opero(arg_fallback=arg_fallback, **options)(world.define(ask)), SECRET)
     assert "KeyError" in "".join(said)
     assert SECRET not in "".join([*words_of(caught.value), *said])
 

@@ -31,6 +31,8 @@ from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING
 from opero.core.steps import Failed, Pause
 from opero.exceptions import MisuseError, RejectedResultError, RemoteError
+from opero.utils.logging import log
+from opero.utils.notes import add_note
 
 if TYPE_CHECKING:
     import tenacity
@@ -170,8 +172,11 @@ class RetryPolicy:
         return jittered(delay, self._random()) if self.jitter and delay else delay
 
     def tell_before(self, plan: Plan, call: Call) -> None:
-        """Tell tenacity's ``before`` of a round that begins; raises what it raises."""
-        self._retrying.before(self._state(plan, call))
+        """Tell tenacity's ``before`` of a round that begins."""
+        try:
+            self._retrying.before(self._state(plan, call))
+        except Exception as raised:  # noqa: BLE001 - the user's hook, which must not end the call
+            log("WARNING", "{}", _fault_of_hook(plan, raised))
 
     def judge(self, plan: Plan, call: Call, outcome: Any) -> Verdict | None:
         """What an attempt that ended so means; None if it has succeeded. Raises what the user's predicate raises."""
@@ -221,7 +226,8 @@ class RetryPolicy:
             must_end: Whether no other round can begin after so many seconds; None if the call has ended in a pause.
 
         Raises:
-            Exception: What a hook of the user's raises, which ends the call.
+            ValueError: If a wait of less than nothing was asked for.
+            Exception: What ``retry_error_callback`` raises in place of a result.
         """
         error, settings = verdict.error, self._retrying
         if not verdict.again or settings is None or not settings.enabled:
@@ -231,22 +237,38 @@ class RetryPolicy:
         state.attempt_number = call.rounds
         if self.options:
             _set_outcome(state, verdict.outcome)
-        # After a pause it has been told of this attempt.
-        if settings.after is not None and must_end is not None:
-            settings.after(state)
-        seconds = settings.wait(state) if verdict.delay is None else verdict.delay
+        try:
+            seconds = self._seconds_before_next(state, verdict.delay, must_end)
+        except Exception as raised:  # noqa: BLE001 - a hook with a bug ends the retries, but hides no error of the function's
+            text = f"{_fault_of_hook(plan, raised)}; not retried"
+            log("WARNING", "{}", text)
+            add_note(error, f"opero: {text}")
+            return Failed(error)
+        if seconds is None:
+            return self._end(call, state, error)
         if not seconds >= 0:
             msg = f"a wait of {seconds} seconds was asked for; let it be 0 or more"
             raise ValueError(msg)
+        return Pause(min(seconds, LONGEST_WAIT))
+
+    def _seconds_before_next(
+        self, state: tenacity.RetryCallState, delay: float | None, must_end: Callable[[float], bool] | None
+    ) -> float | None:
+        """Ask tenacity's strategies and hooks, in its order; None if no round follows."""
+        settings = self._retrying
+        # After a pause it has been told of this attempt.
+        if settings.after is not None and must_end is not None:
+            settings.after(state)
+        seconds: float = settings.wait(state) if delay is None else delay
         state.upcoming_sleep = seconds
         if must_end is None or must_end(seconds) or settings.stop(state):
-            return self._end(call, state, error)
+            return None
         state.next_action = self._tenacity.RetryAction(seconds)
         state.idle_for += seconds
         if settings.before_sleep is not None:
             settings.before_sleep(state)
         state.prepare_for_next_attempt()
-        return Pause(min(seconds, LONGEST_WAIT))
+        return seconds
 
     def _end(self, call: Call, state: tenacity.RetryCallState, error: Exception) -> Any:
         settings = self._retrying
@@ -267,6 +289,11 @@ class RetryPolicy:
             state.start_time -= clock.now() - call.started
             call.retry_state = state
         return state
+
+
+def _fault_of_hook(plan: Plan, raised: Exception) -> str:
+    # Not its text, which may hold arguments.
+    return f"a hook of retry_options of {plan.name} raised {type(raised).__name__}"
 
 
 def _delay(answer: Any, retry_on: RetryOn) -> float | None:
