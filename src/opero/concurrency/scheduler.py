@@ -320,10 +320,9 @@ class Scheduler:
     # Input
 
     def _pull(self, count: int) -> list[Any]:
-        count = min(count, MOST_WAITING - self._waiting)
         if self._stream is not None:
             count = min(count, self._stream.room())
-        if count <= 0 or self._source.exhausted or self._source.is_late:
+        if count <= 0 or self._waiting >= MOST_WAITING or self._source.exhausted or self._source.is_late:
             return []
         items = self._source.take(count)
         self._next_index += len(items)
