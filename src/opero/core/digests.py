@@ -67,7 +67,8 @@ def spelling_of(value: Any) -> bytes:
     Raises:
         UncacheableError: If it has a state that pickle cannot take.
     """
-    return _Walk().spell(value)
+    found = _at_once(value)
+    return _Walk().spell(value) if found is None else found
 
 
 def _digest(label: str, content: bytes) -> bytes:
@@ -192,7 +193,8 @@ def _opened(value: Any) -> tuple[str, Iterable[Any]]:
     for base in kind.__mro__:
         name = f"{_module_of(base).partition('.')[0]}.{base.__name__}"
         if name in _PARTS:
-            return name, [kind, *_PARTS[name](value), _beside(value, base)]
+            added = () if kind is base else (kind, _beside(value, base))
+            return name, [*_PARTS[name](value), *added]
     return "object", [*_parts_by_pickle(value)]
 
 

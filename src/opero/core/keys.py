@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from opero.core.clock import Clock
     from opero.core.parameters import Forwarding
 
+_BARE = frozenset({int, str})
 _SMALL = frozenset({int, bool, type(None)})
 _TEXTS = frozenset({str, bytes})
 # Longer text is in a key by its digest.
@@ -244,8 +245,8 @@ def _key_function(
         if mark is None or not all(map(_is_plain, told)):
             digest = digest_of(*map(spelled, names[len(known) :], told))
             return (*known, digest) if known else digest
-        is_bare = all(type(value) in {int, str} for value in told)
-        key = (*known, *told) if is_bare else (*known, *told, *map(type, told))
+        classes = () if _BARE.issuperset(map(type, told)) else map(type, told)
+        key = (*known, *told, *classes)
         return key[0] if len(key) == 1 and not known else key
 
     return key_of
