@@ -140,8 +140,7 @@ class DaskPool(FarPool):
                 address, security=security, set_as_default=False, timeout=CONNECTING_SECONDS, name="opero"
             )
         except OSError as error:
-            msg = f"the scheduler of dask at {address} cannot be reached: {describe(error)}"
-            raise OperoError(msg) from error
+            raise OperoError(f"the scheduler of dask at {address} cannot be reached: {describe(error)}") from error
         # A forgotten stream is ended while dask can still do that.
         atexit.register(self.stop)
         tell_of_dashboard("dask", self._client.dashboard_link)
@@ -165,11 +164,9 @@ class DaskPool(FarPool):
                 client = distributed.Client.current()
         if client is not None:
             if not isinstance(client, distributed.Client):
-                msg = f"pool_options['client'] is {kind_of(client)}; write a distributed.Client"
-                raise TypeError(msg)
+                raise TypeError(f"pool_options['client'] is {kind_of(client)}; write a distributed.Client")
             if client.scheduler is None or client.status != "running":
-                msg = f"the client of dask that is to run {self._name} is not connected ({client.status})"
-                raise OperoError(msg)
+                raise OperoError(f"the client of dask that is to run {self._name} is not connected ({client.status})")
             return client.scheduler.address, client.security
         # dask's web servers would listen on all interfaces.
         with _making.lock:

@@ -161,8 +161,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
         name = self.plan.name
         if self._is_starred and self.settings.batch_size is not None:
-            msg = f"{name}.starmap cannot apply with batch_size, where the function takes a list of items"
-            raise TypeError(msg)
+            raise TypeError(f"{name}.starmap cannot apply with batch_size, where the function takes a list of items")
         if self._is_starred and rest:
             msg = f"{name}.starmap takes all positional arguments from the tuples; give the same for all by keyword"
             raise TypeError(msg)
@@ -179,8 +178,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
                 signature.bind(*self._head, None, *rest, **kwargs)
         except TypeError as error:
             hint = self._classmethod_hint() or self._starmap_hint(signature, rest, kwargs)
-            msg = f"{name}() {error}{hint}"
-            raise TypeError(msg) from None
+            raise TypeError(f"{name}() {error}{hint}") from None
         return shape
 
     def _starmap_hint(self, signature: inspect.Signature, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -203,8 +201,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         """Refuse as all items of a map what is meant as one of them."""
         kind, name = type(items), self.plan.name.rpartition(".")[2]
         if items is MISSING:
-            msg = f"{name}() is a map and got no items; write {name}([item, …])"
-            raise TypeError(msg)
+            raise TypeError(f"{name}() is a map and got no items; write {name}([item, …])")
         if isinstance(items, Mapping):
             ways = f"{name}(list(mapping)) for its keys, {name}.starmap(mapping.items()) for keys and values"
         elif isinstance(items, (str, bytes, bytearray)) or not (
@@ -213,8 +210,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
             ways = f"{name}.one(item) for one item, {name}([item, …]) for several"
         else:
             return
-        msg = f"{self.plan.name} got {kind_of(items)} as its items; write {ways}"
-        raise TypeError(msg)
+        raise TypeError(f"{self.plan.name} got {kind_of(items)} as its items; write {ways}")
 
     def _list_of(self, sink: ListSink) -> Any:
         """What the user gets of a map that has ended."""
@@ -311,8 +307,7 @@ class _BlockingMap(_Map[T, P, R, L]):
         self._check_items(items)
         if isinstance(items, AsyncIterable) and not isinstance(items, Iterable):
             got = f"{type(items).__qualname__}, an async iterable"
-            msg = f"{self.plan.name} is a `def` function and got {got}; make it `async def`"
-            raise TypeError(msg)
+            raise TypeError(f"{self.plan.name} is a `def` function and got {got}; make it `async def`")
         from opero.concurrency.running import run_blocking
 
         source: Iterator[Any] = map(self._row, items) if self._is_starred else iter(items)

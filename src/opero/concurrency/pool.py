@@ -60,8 +60,7 @@ def _check_start_method(name: str, method: Any) -> None:
 
 def _check_initargs(name: str, initargs: Any) -> None:
     if not isinstance(initargs, tuple):
-        msg = f"{name}={shown(initargs)} is {kind_of(initargs)}; write a tuple"
-        raise TypeError(msg)
+        raise TypeError(f"{name}={shown(initargs)} is {kind_of(initargs)}; write a tuple")
 
 
 _needs = partial(check_number, what="what each call needs", smallest=0)
@@ -106,11 +105,10 @@ def map_settings(function: Callable[..., Any], options: Mapping[str, Any]) -> Ma
     check_mode(mode)
     refuse_generator(function, "a map")
     if mode in _ASYNC_ONLY and not is_async(function):
-        msg = (
+        raise TypeError(
             f"mode={mode!r} runs coroutines, but {name_of(function)} is a `def` function; "
             "write mode='thread' or mode='process'"
         )
-        raise TypeError(msg)
     if workers is not None:
         check_count("workers", workers, "workers", smallest=1)
         if mode == "serial":
@@ -149,16 +147,14 @@ def check_mode(mode: Any) -> None:
     if hasattr(mode, "get_executor"):
         ways = "write mode='dask', pool_options={'client': client}"
     if not callable(mode) or (isinstance(mode, type) and not issubclass(mode, Executor)):
-        msg = f"mode={shown(mode)} is {kind_of(mode)}, which is no concurrent.futures.Executor; {ways}"
-        raise TypeError(msg)
+        raise TypeError(f"mode={shown(mode)} is {kind_of(mode)}, which is no concurrent.futures.Executor; {ways}")
     check_callable("mode", mode, "a function that makes an executor")
     try:
         inspect.signature(mode).bind()
     except TypeError as error:
-        msg = (
+        raise TypeError(
             f"mode={shown(mode)} is called without arguments to make an executor, but {error}; write a lambda around it"
-        )
-        raise TypeError(msg) from None
+        ) from None
     except ValueError:  # a builtin whose signature is not known
         pass
 
@@ -171,18 +167,15 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
         raise TypeError(msg)
     check_known(f"pool_options with {named}", options, known)
     if "initargs" in options and "initializer" not in options:
-        msg = "pool_options['initargs'] has no effect without an initializer; add one"
-        raise ValueError(msg)
+        raise ValueError("pool_options['initargs'] has no effect without an initializer; add one")
     for option, value in options.items():
         if option in _CHECKS:
             _CHECKS[option](f"pool_options[{option!r}]", value)
     if {"client", "address"} <= options.keys():
-        msg = "pool_options has 'client' and 'address', which say the same; leave one of them out"
-        raise ValueError(msg)
+        raise ValueError("pool_options has 'client' and 'address', which say the same; leave one of them out")
     library = _NEEDED.get(mode) if isinstance(mode, str) else None
     if library is not None and importlib.util.find_spec(library) is None:
-        msg = f"mode={mode!r} needs {library}; install it with: pip install 'opero[{mode}]'"
-        raise ImportError(msg)
+        raise ImportError(f"mode={mode!r} needs {library}; install it with: pip install 'opero[{mode}]'")
 
 
 def get_parallel_map_decorator(

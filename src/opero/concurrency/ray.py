@@ -77,8 +77,7 @@ def _start(address: str | None, init: Mapping[str, Any]) -> None:
         ray.init(**{"include_dashboard": False, "logging_level": "WARNING", **init})
     except (OSError, RuntimeError, ValueError) as error:
         where = f" at {init['address']}" if "address" in init else ""
-        msg = f"ray{where} cannot be started or reached for a map: {describe(error)}"
-        raise OperoError(msg) from error
+        raise OperoError(f"ray{where} cannot be started or reached for a map: {describe(error)}") from error
 
 
 def _check_reachable(host: str, port: int) -> None:

@@ -231,8 +231,7 @@ class Scheduler:
         """Raises what ends the map before that."""
         if self.process != os.getpid():
             name = self._plan.name
-            msg = f"this stream of {name} was begun by the process that forked this one; begin another here"
-            raise OperoError(msg)
+            raise OperoError(f"this stream of {name} was begun by the process that forked this one; begin another here")
         if self.failure is not None:
             raise self.failure
         is_done = self._source.exhausted and not (self._sent or self._flying or self._ready or self._given_back)

@@ -125,8 +125,7 @@ def _or_refuse(what: str, pickle_it: Callable[[Any], T], thing: Any) -> T:
         return pickle_it(thing)
     except Exception as error:
         ways = "give what can be pickled, or use threads"
-        msg = f"{what} cannot be sent to a worker process: {describe(error)}; {ways}"
-        raise NotTransferableError(msg) from error
+        raise NotTransferableError(f"{what} cannot be sent to a worker process: {describe(error)}; {ways}") from error
 
 
 def unpack_start(data: bytes, buffers: Iterable[memoryview] = ()) -> WorkerLife:

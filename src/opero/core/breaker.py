@@ -92,8 +92,7 @@ class Breaker:
         return f"Breaker({self.failures}{window}, recovery={self.recovery:g})"
 
     def __reduce__(self) -> Any:
-        msg = f"{self!r} belongs to its process, a copy would be another one; make one in each process"
-        raise TypeError(msg)
+        raise TypeError(f"{self!r} belongs to its process, a copy would be another one; make one in each process")
 
     def __copy__(self) -> Self:
         return self
@@ -258,8 +257,7 @@ class Circuit:
 
     def _key(self) -> Any:
         if self._is_of_many():
-            msg = "each value has a circuit of its own; write control(f).circuit[value]"
-            raise TypeError(msg)
+            raise TypeError("each value has a circuit of its own; write control(f).circuit[value]")
         return _key_of(self._value)
 
 
@@ -268,9 +266,8 @@ def breaker_policy(breaker: Any, by: Per | ParameterSlot | None = None) -> Funct
     if isinstance(breaker, int) and not isinstance(breaker, bool):
         breaker = Breaker(check_count("breaker", breaker, "failures in a row", smallest=1))
     if not isinstance(breaker, Breaker):
-        msg = (
+        raise TypeError(
             f"breaker={shown(breaker)} is {kind_of(breaker)}; write a number of failures in a row, or "
             "opero.Breaker(5, window=60, recovery=30)"
         )
-        raise TypeError(msg)
     return FunctionBreaker(breaker, by)

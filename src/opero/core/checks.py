@@ -110,8 +110,7 @@ def check_url(option: str, value: Any) -> str:
     """Check a URL without showing it: it may hold a password."""
     example = "write one such as 'redis://localhost:6379/0', 'rediss://user:password@host/0' or 'unix:///path'"
     if not isinstance(value, str):
-        msg = f"{option} is {type(value).__name__}; {example}"
-        raise TypeError(msg)
+        raise TypeError(f"{option} is {type(value).__name__}; {example}")
     from urllib.parse import urlsplit
 
     try:
@@ -123,8 +122,7 @@ def check_url(option: str, value: Any) -> str:
         is_good = False
     if not is_good:
         encoded = "and '/', '?', '#' and '@' in a password as %2F, %3F, %23, %40"
-        msg = f"{option} is no URL of a redis server; {example}, {encoded}"
-        raise ValueError(msg)
+        raise ValueError(f"{option} is no URL of a redis server; {example}, {encoded}")
     return value
 
 

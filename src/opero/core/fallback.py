@@ -79,11 +79,10 @@ class CandidatesFrom:
 
 
 def _not_here(name: str) -> list[Any]:
-    msg = (
+    raise MisuseError(
         f"candidates_from({name}) was carried to another process, where {name} is not; decorate a function that is "
         "imported there, or give it candidates(…)"
     )
-    raise MisuseError(msg)
 
 
 def candidates(*values: T) -> T:
@@ -127,11 +126,10 @@ def candidates_from(function: Callable[[], list[T] | tuple[T, ...]]) -> T:
     """
     # What came in may be the secrets themselves: its type has to do.
     if not callable(function):
-        msg = (
+        raise TypeError(
             f"candidates_from got {type(function).__name__}, which cannot be called; write a function that returns the "
             "values, or candidates(…) for values that are known"
         )
-        raise TypeError(msg)
     if is_async(function):
         msg = f"candidates_from got the async function {name_of(function)}; write a plain one, for async functions too"
         raise TypeError(msg)
@@ -164,11 +162,10 @@ class FallbackOverParameter:
         if not isinstance(given, (list, tuple)):
             return [given]
         if not given:
-            msg = (
+            raise ValueError(
                 f"{self._function_name} got an empty {type(given).__name__} for {self.parameter!r}; "
                 "give at least one candidate"
             )
-            raise ValueError(msg)
         # Disabled, the function still gets one value.
         return list(given[:1] if switches.is_disabled else given)
 

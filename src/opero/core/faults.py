@@ -67,5 +67,4 @@ def managing(backend: object, what: str) -> Iterator[None]:
     except OperoError:
         raise
     except Exception as error:
-        msg = f"could not {what} {backend}: {describe(error)}"
-        raise OperoError(msg) from error
+        raise OperoError(f"could not {what} {backend}: {describe(error)}") from error

@@ -149,11 +149,10 @@ class RateLimiter:
 
     def __reduce__(self) -> Any:
         if self.scope.kind == "process":
-            msg = (
+            raise TypeError(
                 f"{self!r} belongs to its process, a copy would be another limit; give it scope='machine' or "
                 "scope='redis' and a name to share it"
             )
-            raise TypeError(msg)
         return partial(RateLimiter, self._asked, **self._options, name=self.scope.name), ()
 
     def __copy__(self) -> Self:
@@ -220,8 +219,7 @@ class RateLimiter:
         check_known("acquire", costs, self.names)
         missing = [name for name in self.names if name not in costs and name != CALLS]
         if missing:
-            msg = f"acquire has to be told the cost of {', '.join(missing)}; write acquire({missing[0]}=1)"
-            raise TypeError(msg)
+            raise TypeError(f"acquire has to be told the cost of {', '.join(missing)}; write acquire({missing[0]}=1)")
         amounts = self.checked({CALLS: 1, **costs}, "acquire")
         if timeout is not None:
             seconds = check_seconds("timeout", timeout, zero=True)
@@ -241,11 +239,10 @@ class RateLimiter:
             if cost.__class__ not in _NUMBERS or not 0 <= cost <= whole:
                 cost = check_number(f"{option}[{name!r}]", cost, "units", smallest=0)
                 if cost > whole:
-                    msg = (
+                    raise ValueError(
                         f"{option}[{name!r}]={cost:g} is more than the whole rate, {most:g}: such a call could never "
                         "start; split it, or raise the rate"
                     )
-                    raise ValueError(msg)
             amounts.append(cost)
         return ONE if amounts == [1] else tuple(amounts)
 
@@ -262,8 +259,7 @@ Limits = Rate | RateLimiter | Sequence[Rate | RateLimiter]
 
 
 def _no_function(*_args: Any, **_kwargs: Any) -> Any:
-    msg = "taking a slot calls no function"
-    raise AssertionError(msg)
+    raise AssertionError("taking a slot calls no function")
 
 
 class Usual:
@@ -435,8 +431,7 @@ def limit_policy(
     """Check the rate limit's options and make the policy for ``function``."""
     if isinstance(options, str) and "://" in options:
         # Not shown: it may hold a password.
-        msg = "rate_limit_options is a URL; write a mapping of option names to values, with the URL as 'url'"
-        raise TypeError(msg)
+        raise TypeError("rate_limit_options is a URL; write a mapping of option names to values, with the URL as 'url'")
     given = check_mapping("rate_limit_options", options)
     check_known("rate_limit_options", given, _OPTIONS)
     limiters = _limiters(rate_limit, given, lambda: _lasting_name(function))
@@ -444,11 +439,10 @@ def limit_policy(
     when_full = given.get("when_full", limiters[0].when_full)
     max_wait = given.get("max_wait")
     if when_full == "next" and not (fallback is not None and per is not None and per.depends_on(fallback)):
-        msg = (
+        raise ValueError(
             "rate_limit_options={'when_full': 'next'} has no effect without candidates that have limits of their own; "
             "add arg_fallback='parameter' and per='parameter', or leave it out"
         )
-        raise ValueError(msg)
     return FunctionLimit(
         name_of(function),
         limiters,
@@ -472,15 +466,13 @@ def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], st
     if not shared:
         return [_OwnLimiter(rate_limit, options, name)]
     if len({id(limiter) for limiter in shared}) < len(shared):
-        msg = "rate_limit has one RateLimiter twice; leave out one of the two"
-        raise ValueError(msg)
+        raise ValueError("rate_limit has one RateLimiter twice; leave out one of the two")
     own = [each for each in several if not isinstance(each, RateLimiter)]
     if own:
         return [_OwnLimiter(own[0] if len(own) == 1 else own, options, name), *shared]
     others = sorted(set(options) - set(_HOW_TO_WAIT))
     if others:
-        msg = f"rate_limit_options has {others}, which belong to the limiter; write RateLimiter(rate, …)"
-        raise ValueError(msg)
+        raise ValueError(f"rate_limit_options has {others}, which belong to the limiter; write RateLimiter(rate, …)")
     return shared
 
 
@@ -513,14 +505,12 @@ def _costs_by_name(option: Any, names: set[str]) -> dict[str, Any]:
         check_known("rate_limit_cost", costs, tuple(sorted(names)))
         return costs
     if not callable(option) and not isinstance(option, (int, float, tuple)):
-        msg = (
+        raise TypeError(
             f"rate_limit_cost={shown(option)} is {kind_of(option)}; write a number, a function of the call's "
             "arguments, a pair of what a call takes before and after it ran, or a mapping by the names of the rates"
         )
-        raise TypeError(msg)
     if len(names) > 1:
-        msg = f"rate_limit_cost has to say of which rate; write a mapping with any of {sorted(names)}"
-        raise ValueError(msg)
+        raise ValueError(f"rate_limit_cost has to say of which rate; write a mapping with any of {sorted(names)}")
     return dict.fromkeys(names, option)
 
 

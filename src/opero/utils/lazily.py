@@ -21,8 +21,7 @@ def importing_lazily(package: str, modules: dict[str, str]) -> tuple[Callable[[s
 
     def get(name: str) -> Any:
         if name not in modules:
-            msg = f"module {package!r} has no attribute {name!r}"
-            raise AttributeError(msg, name=name, obj=sys.modules[package])
+            raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
         module = importlib.import_module(modules[name])
         value = module if module.__name__ == f"{package}.{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)

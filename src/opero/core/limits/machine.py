@@ -109,8 +109,7 @@ def _locked(path: str) -> Iterator[int | None]:
         is_locked = _lock(file)
         found = os.fstat(file)
         if found.st_uid not in {os.geteuid(), 0}:
-            msg = f"{path} belongs to another user; delete it, or name another folder for limits"
-            raise UnsafeCacheError(msg)
+            raise UnsafeCacheError(f"{path} belongs to another user; delete it, or name another folder for limits")
         # Somebody may have tidied it away between the two; then it is to be asked for again.
         yield file if is_locked and found.st_nlink else None
     finally:

@@ -141,11 +141,10 @@ class PlacesForFunction:
         """
         places = self._of(args, kwargs)
         if places in leading.get():
-            msg = (
+            raise MisuseError(
                 f"{self._name} was called within one of its own executions, and would wait for that one's place of "
                 "max_concurrent; call the undecorated function there"
             )
-            raise MisuseError(msg)
         if clock.now() >= deadline:
             return None
         taken = yield from take(

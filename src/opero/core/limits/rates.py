@@ -108,8 +108,7 @@ def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rat
 
 def _check_burst(max_burst: Any) -> int:
     if isinstance(max_burst, int) and max_burst > _MOST:
-        msg = f"max_burst has {len(str(max_burst))} digits; write a number up to {_MOST:,}"
-        raise ValueError(msg)
+        raise ValueError(f"max_burst has {len(str(max_burst))} digits; write a number up to {_MOST:,}")
     return check_count("max_burst", max_burst, "calls", smallest=1)
 
 
@@ -118,11 +117,10 @@ def _parse_list(rates: Any, option: str) -> list[tuple[float, float]]:
         return [_parse(rates, option)]
     match rates:
         case (int() | float() as units, int() | float() as seconds) if isinstance(rates, tuple):
-            msg = (
+            raise ValueError(
                 f"{option}={shown(rates)} can be read in two ways; write text such as '{units:g}/{seconds:g} seconds' "
                 "for a count and its time, or a list of rates per second that all hold"
             )
-            raise ValueError(msg)
     if not rates:
         msg = f"{option} is empty and limits nothing; write a rate such as '100/minute', or None for no limit"
         raise ValueError(msg)
@@ -137,18 +135,16 @@ def _parse(rate: Any, option: str) -> tuple[float, float]:
         if match is None or match["unit"] not in UNITS:
             # What has the form of a rate is no secret.
             asked = shown(asked) if match is None else repr(asked)
-            msg = (
+            raise ValueError(
                 f"{option}={asked} cannot be read; write calls per second, or text such as '100/minute', '5/s' or "
                 "'900/15 minutes'"
             )
-            raise ValueError(msg)
         rate, seconds = float(match["count"]), float(match["times"] or 1) * UNITS[match["unit"]]
     elif isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        msg = (
+        raise TypeError(
             f"{option}={shown(asked)} is {kind_of(asked)}; write calls per second, text such as '100/minute', or a "
             "list of them"
         )
-        raise TypeError(msg)
     try:
         count = float(rate)
     except OverflowError:

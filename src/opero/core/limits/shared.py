@@ -91,13 +91,11 @@ class Scope:
         self.kind = check_choice("scope", kind, sorted(_OPTIONS_OF_SCOPES))
         for option, value in {"folder": folder, "name": name, "url": url}.items():
             if value is not None and option not in _OPTIONS_OF_SCOPES[self.kind]:
-                msg = f"{option} has no effect with scope={self.kind!r}; leave it out"
-                raise ValueError(msg)
+                raise ValueError(f"{option} has no effect with scope={self.kind!r}; leave it out")
         if name is not None:
             check_text("name", name, "a name that no other limit has")
         elif self.kind != "process" and default_name is None:
-            msg = f"scope={self.kind!r} needs name=, a name by which processes know the limit"
-            raise ValueError(msg)
+            raise ValueError(f"scope={self.kind!r} needs name=, a name by which processes know the limit")
         self._name, self._default_name = name, default_name
         self._folder = None if folder is None else _path(folder)
         self._url = _checked_url(url) if self.kind == "redis" else ""
@@ -141,8 +139,7 @@ def _path(folder: Any) -> Path:
 
 def _checked_url(url: Any) -> str:
     if url is None:
-        msg = "scope='redis' needs url=, such as url='redis://localhost:6379/0'"
-        raise ValueError(msg)
+        raise ValueError("scope='redis' needs url=, such as url='redis://localhost:6379/0'")
     if find_spec("redis") is None:
         msg = "scope='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")

@@ -52,8 +52,7 @@ def namespaces_in(root: Path) -> list[Namespace]:
     except UnsafeCacheError:
         raise
     except OSError as error:
-        msg = f"the folder {root} cannot be read: {error.strerror}"
-        raise OperoError(msg) from error
+        raise OperoError(f"the folder {root} cannot be read: {error.strerror}") from error
     return [_namespace(folder) for folder in sorted(folders)]
 
 

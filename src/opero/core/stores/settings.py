@@ -74,8 +74,7 @@ class BackendSettings(TypedDict, total=False):
 def _name(option: str, value: Any) -> str:
     name = check_text(option, value, "one folder's name")
     if name in {".", ".."} or "/" in name or os.sep in name:
-        msg = f"{option}={shown(value)} is a path; write one folder's name, and the rest as 'cache_dir'"
-        raise ValueError(msg)
+        raise ValueError(f"{option}={shown(value)} is a path; write one folder's name, and the rest as 'cache_dir'")
     return name
 
 
@@ -89,23 +88,20 @@ def _host(option: str, value: Any) -> str:
     host = check_text(option, value, "the server's name")
     if any(mark in host for mark in "@/"):
         # It would stand in messages, with the password in it.
-        msg = f"{option} is no server's name; write a URL as 'url', or the name alone"
-        raise ValueError(msg)
+        raise ValueError(f"{option} is no server's name; write a URL as 'url', or the name alone")
     return host
 
 
 def _port(option: str, value: Any) -> int:
     port = check_count(option, value, "the port's number", smallest=1)
     if port > _HIGHEST_PORT:
-        msg = f"{option}={value!r} is out of range; write a port between 1 and {_HIGHEST_PORT}"
-        raise ValueError(msg)
+        raise ValueError(f"{option}={value!r} is out of range; write a port between 1 and {_HIGHEST_PORT}")
     return port
 
 
 def _password(option: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
-        msg = f"{option} is {type(value).__name__}; write the password as text"
-        raise TypeError(msg)
+        raise TypeError(f"{option} is {type(value).__name__}; write the password as text")
     return value
 
 
@@ -184,12 +180,11 @@ class CacheSettings:
             if store is None:
                 _lasting_stores[key] = store = self._new_store(namespace)
         if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (self.maxsize, self.policy):
-            msg = (
+            raise ValueError(
                 f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
                 f"but now got maxsize={self.maxsize} and policy={self.policy!r}; give both functions the same "
                 "cache_options"
             )
-            raise ValueError(msg)
         return store
 
     def _new_store(self, namespace: str | None) -> Store:
@@ -295,23 +290,19 @@ def _checked_policy(
     for name in names:
         check_text("ignore", name, "names of parameters")
     if names and key is not None:
-        msg = "ignore=… has no effect beside key=…, which alone makes the key; leave one of them out"
-        raise ValueError(msg)
+        raise ValueError("ignore=… has no effect beside key=…, which alone makes the key; leave one of them out")
     classes = exceptions if isinstance(exceptions, tuple) else (exceptions,)
     for kind in classes:
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            msg = f"exceptions={shown(exceptions)} is not a class of exceptions or a tuple of them"
-            raise TypeError(msg)
+            raise TypeError(f"exceptions={shown(exceptions)} is not a class of exceptions or a tuple of them")
     if classes and options.get("serializer") == "json":
-        msg = "exceptions=… cannot apply with serializer='json', which can write no exception"
-        raise ValueError(msg)
+        raise ValueError("exceptions=… cannot apply with serializer='json', which can write no exception")
     if keep_if is not None:
         check_callable("keep_if", keep_if, "a function of the result")
     if stale is not None:
         stale = check_lifetime("stale", stale, zero=False)
         if ttl is None:
-            msg = f"stale={shown(stale)} has no effect without ttl=…: such an entry never ends"
-            raise ValueError(msg)
+            raise ValueError(f"stale={shown(stale)} has no effect without ttl=…: such an entry never ends")
     return {"ignore": names, "keep_if": keep_if, "exceptions": classes, "stale": stale or 0.0}
 
 

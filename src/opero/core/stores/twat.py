@@ -140,7 +140,6 @@ class CacheEngine:
     @contextlib.contextmanager
     def _managed(self, what: str) -> Iterator[Store]:
         if self._is_closed:
-            msg = "the cache engine is closed; use it inside of its `with` block"
-            raise OperoError(msg)
+            raise OperoError("the cache engine is closed; use it inside of its `with` block")
         with managing(self._store, what):
             yield self._store
