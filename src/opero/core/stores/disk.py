@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from opero.core.clock import clock
@@ -24,7 +25,7 @@ except ImportError:  # Windows: one run per key in each process, but not across 
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from opero.core.flights import Answer, Flight
@@ -188,10 +189,19 @@ class DiskStore(LastingStore):
         entry: bytes | None = None if row is None else row[0]
         return entry
 
-    def answer(self, request: Flight | Keep) -> Any:
-        if isinstance(request, Keep):
-            return self._keep(request)
-        return self._patiently(lambda: self._claim(request))
+    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
+        """Answer requests in order; what is to be kept is written down first, and then stored in one transaction."""
+        faults = {keep.flight: self.write_down(keep) for keep in requests if isinstance(keep, Keep)}
+        keeps = [keep for keep in requests if isinstance(keep, Keep) and faults[keep.flight] is None]
+        stored = self.in_spite_of_faults(self._keep, keeps) if keeps else None
+        answers = []
+        for request in requests:
+            if isinstance(request, Keep):
+                fault = faults[request.flight]
+                answers.append(stored if fault is None else fault)
+            else:
+                answers.append(self.in_spite_of_faults(self._patiently, partial(self._claim, request)))
+        return answers
 
     def let_go(self, flight: Flight) -> None:
         with Hold(), self._lock:
@@ -262,19 +272,20 @@ class DiskStore(LastingStore):
             raise self._not_writable()
         return CLAIMED if flight.held or flight.dropped else BUSY
 
-    def _keep(self, keep: Keep) -> None:
-        entry, flight = self.write_down(keep), keep.flight
-
+    def _keep(self, keeps: Sequence[Keep]) -> None:
         def insert(connection: sqlite3.Connection) -> None:
-            now = clock.wall()
+            generation, now = _number(connection, _GENERATION), clock.wall()
             connection.execute(_REMOVE_EXPIRED, (now,))
-            if flight.is_void or flight.ticket not in {None, _number(connection, _GENERATION)}:
-                return
-            ends = FOREVER if keep.seconds is None else now + keep.seconds
-            connection.execute(_PUT, (flight.key, entry, ends, 0.0 if self._policy == "lfu" else now))
-            self._evict(connection)
+            for keep in keeps:
+                flight = keep.flight
+                if not flight.is_void and flight.ticket in {None, generation}:
+                    ends = FOREVER if keep.seconds is None else now + keep.seconds
+                    rank = 0.0 if self._policy == "lfu" else now
+                    connection.execute(_PUT, (flight.key, flight.written, ends, rank))
+                    self._evict(connection)
 
-        self._transact(insert, keep.patience)
+        patience = [keep.patience for keep in keeps if keep.patience is not None]
+        self._transact(insert, min(patience, default=None))
 
     def _evict(self, connection: sqlite3.Connection) -> None:
         if self.maxsize is not None:

@@ -105,10 +105,6 @@ class LastingStore:
         value, ends = self.format.loads(entry)
         return None if value.__class__ is Failed or ends <= clock.wall() else (value,)
 
-    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
-        """Answer requests in order."""
-        return [self.in_spite_of_faults(self.answer, request) for request in requests]
-
     def in_spite_of_faults(self, work: Callable[..., Any], *args: Any) -> Any:
         """What some work with the backend gives; an exception if that failed, or is not tried now."""
         resting = self.rest.reason()
@@ -124,11 +120,14 @@ class LastingStore:
         self.rest.end()
         return done
 
-    def write_down(self, keep: Keep) -> bytes:
-        """The entry for what is to be kept; raises whatever the serializer raises."""
+    def write_down(self, keep: Keep) -> Exception | None:
+        """Write the entry for what is to be kept; gives why that failed."""
         ends = FOREVER if keep.ttl is None else clock.wall() + keep.ttl
-        keep.flight.written = self.format.dumps(keep.value, ends)
-        return keep.flight.written
+        try:
+            keep.flight.written = self.format.dumps(keep.value, ends)
+        except Exception as error:  # noqa: BLE001 - a result that cannot be written costs the cache and not the call
+            return error
+        return None
 
     def is_found(self, flight: Flight, entry: bytes) -> bool:
         """Note what was found for a claim; tells whether it is the answer, or only of use if the call fails."""
@@ -146,8 +145,8 @@ class LastingStore:
         """The entry of a key."""
         raise NotImplementedError
 
-    def answer(self, request: Flight | Keep) -> Any:
-        """Answer one request."""
+    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
+        """Answer requests in order."""
         raise NotImplementedError
 
     def failed(self, error: Exception) -> None:

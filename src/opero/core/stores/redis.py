@@ -175,17 +175,14 @@ class RedisStore(LastingStore):
             request.held = True
             entry, now = self._entry(request.key), struct.pack(">d", clock.wall())
             return ("EVAL", _CLAIM, 2, entry, entry + b":lease", request.ticket, int(LEASE_SECONDS * 1000), now)
-        try:
-            written = self.write_down(request)
-        except Exception as error:  # noqa: BLE001 - a result that cannot be written costs the cache and not the call
-            return error
+        fault = self.write_down(request)
         flight, entry = request.flight, self._entry(request.flight.key)
-        if flight.is_void:
-            return None
+        if fault is not None or flight.is_void:
+            return fault
         milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
         if flight.ticket is None:
-            return ("SET", entry, written, *(("PX", milliseconds) if milliseconds else ()))
-        return ("EVAL", _KEEP, 2, entry, entry + b":lease", flight.ticket, written, milliseconds)
+            return ("SET", entry, flight.written, *(("PX", milliseconds) if milliseconds else ()))
+        return ("EVAL", _KEEP, 2, entry, entry + b":lease", flight.ticket, flight.written, milliseconds)
 
     def _understood(self, request: Flight | Keep, answer: Any) -> Any:
         if isinstance(request, Keep):
