@@ -9,6 +9,7 @@ import email.message
 import faulthandler
 import gc
 import itertools
+import json
 import logging
 import os
 import queue
@@ -644,6 +645,22 @@ def test_an_exception_that_is_raised_again_and_again_has_one_traceback_of_the_wo
         (note,) = [note for note in one.__notes__ if note.startswith("in the worker:")]
         assert "raise error" in note
         assert note.count("in the worker:") == 1
+
+
+def test_an_exception_that_says_how_it_is_pickled_keeps_its_notes(processes):
+    def work(text):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            error.add_note(f"in line {text!r}")
+            raise
+
+    (error,) = processes.map(work, retries=0).run(["{"])
+    assert isinstance(error, json.JSONDecodeError)
+    first, second, *_ = error.__notes__
+    assert first == "in line '{'"
+    assert second.startswith("in the worker:")
+    assert "return json.loads(text)" in second
 
 
 @pytest.mark.parametrize("kind", [OtherArgumentsError, LockedError])

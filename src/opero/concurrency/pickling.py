@@ -227,7 +227,8 @@ class _ErrorPickler(Pickler):
             state = obj.args, _fields(obj), vars(obj)
             return copyreg.__newobj__, (type(obj), *obj.args), state, None, None, _set_error  # type: ignore[attr-defined]
         if isinstance(obj, BaseException):
-            links = obj.__cause__, obj.__context__, obj.__suppress_context__
+            notes = [str(note) for note in getattr(obj, "__notes__", ())]
+            links = obj.__cause__, obj.__context__, obj.__suppress_context__, notes
             return _loads_alone, (_dumps_alone(obj), _story_of(obj)), links, None, None, _link
         reduced = super().reducer_override(obj)
         goes_by_name = isinstance(obj, (type, FunctionType, BuiltinFunctionType))
@@ -260,8 +261,6 @@ def _dumps_alone(error: BaseException) -> bytes:
     remote = RemoteError(_story_of(error))
     with contextlib.suppress(Exception):
         remote.error_class = loads(report_dumps(type(error)))
-    for note in getattr(error, "__notes__", ()):
-        add_note(remote, note)
     return report_dumps(remote)
 
 
@@ -280,8 +279,12 @@ def _loads_alone(data: bytes, story: str) -> BaseException:
 
 
 def _link(error: BaseException, links: tuple[Any, ...]) -> None:
-    cause, context, hides_context = links
+    cause, context, hides_context, notes = links
     link(error, cause=cause, context=context, hides_context=hides_context)
+    # A class that says by itself how it is pickled, as `json.JSONDecodeError` does, may have left them out.
+    for note in notes:
+        if note not in getattr(error, "__notes__", ()):
+            add_note(error, note)
 
 
 def _left_out() -> None:
