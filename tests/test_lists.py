@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from opero import AllFailedError, MisuseError, WorkerCrashedError, opmap
-from opero.concurrency import running, scheduler
+from opero.concurrency import scheduler
 
 
 class SpoiledError(Exception):
@@ -20,8 +22,7 @@ class SpoiledError(Exception):
 @pytest.fixture
 def lists(mode, monkeypatch):
     """Make a map of a function of lists, which are full as long as there are items, however busy the machine is."""
-    for module in (running, scheduler):
-        monkeypatch.setattr(module, "BATCH_SECONDS", 60)
+    monkeypatch.setattr(scheduler, "BATCH_SECONDS", 60)
 
     def make(function, **options):
         options = {"retries": 0, "batch_size": 3, "return_exceptions": True, **options}
@@ -49,6 +50,22 @@ def test_the_function_gets_lists_of_up_to_so_many_items(mode, lists, journal):
     assert results == [2 * item for item in range(8)]
     assert sorted(journal.lines()) == ["2", "3", "3"]
     assert (mapped.stats.calls, mapped.stats.attempts) == (8, 3)
+
+
+def test_the_first_list_is_full_also_when_a_map_takes_long_to_begin():
+    seen = []
+
+    def slowly_made():
+        time.sleep(0.05)
+        return ThreadPoolExecutor(1)
+
+    @opmap(mode=slowly_made, batch_size=3)
+    def work(items):
+        seen.append(len(items))
+        return doubled(items)
+
+    assert work(range(6)) == [0, 2, 4, 6, 8, 10]
+    assert seen == [3, 3]
 
 
 def test_each_item_has_an_outcome(mode, lists):

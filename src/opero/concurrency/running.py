@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
 from opero.concurrency.scheduler import Scheduler
-from opero.concurrency.worker import BATCH_SECONDS
 from opero.core.interrupts import Hold
 from opero.core.steps import consult, consult_async
 from opero.utils.notes import add_note, shorten
@@ -41,7 +40,7 @@ class IteratorSource:
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
         self._is_at_hand = isinstance(iterator, _AT_HAND)
-        self.turn_ends = time.monotonic() + BATCH_SECONDS
+        self.turn_ends = math.inf
         self.is_late = False
         self.exhausted = False
         self.error: BaseException | None = None

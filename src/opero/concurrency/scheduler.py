@@ -160,6 +160,8 @@ class Scheduler:
         self._given_back: deque[Batch] = deque()
         self._losses_in_a_row = 0
         self.pool.start(inbox, most_batches=total, is_paced=plan.limit is not None, patience=plan.total_timeout)
+        # What it took to come here is no fault of the input.
+        source.turn_ends = time.monotonic() + BATCH_SECONDS
 
     def _work(self) -> Work:
         """What workers get once: they are sent each candidate when it is its turn, and never all, often secrets."""
