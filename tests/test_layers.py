@@ -474,10 +474,10 @@ def test_with_candidates_all_errors_are_kept(world, fake_clock):
 class Converting:
     """A service whose client makes an error of its own of a cancellation, or a result."""
 
-    def __init__(self, make=None):
+    def __init__(self, make=None, kind=ConnectionError):
         self.asked = []
         self.reached = asyncio.Event()
-        self.make = make
+        self.make, self.kind = make, kind
 
     async def __call__(self, key="a"):
         self.asked.append(key)
@@ -489,7 +489,7 @@ class Converting:
         except asyncio.CancelledError:
             if self.make is not None:
                 return self.make()
-            raise ConnectionError("closed") from None
+            raise self.kind("closed") from None
 
     async def cancelled(self, function, *args):
         """Cancel a call of a function that asks this service, and give what came of it."""
@@ -514,8 +514,9 @@ class Converting:
     ids=" ".join,
 )
 @pytest.mark.parametrize("is_first_call", [True, False], ids=["first call", "later call"])
-def test_no_attempt_follows_once_the_task_is_being_cancelled(options, is_first_call):
-    service = Converting()
+@pytest.mark.parametrize("kind", [ConnectionError, TimeoutError])
+def test_no_attempt_follows_once_the_task_is_being_cancelled(options, is_first_call, kind):
+    service = Converting(kind=kind)
     is_up = not is_first_call
 
     @opero(**options)
@@ -526,7 +527,7 @@ def test_no_attempt_follows_once_the_task_is_being_cancelled(options, is_first_c
         asyncio.run(ask(number=0))
         is_up = False
     error = asyncio.run(service.cancelled(ask))
-    assert isinstance(error, ConnectionError)
+    assert isinstance(error, kind)
     assert any("its task is being cancelled" in note for note in error.__notes__)
     assert len(service.asked) == 1
 

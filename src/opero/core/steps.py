@@ -383,8 +383,21 @@ def made_an_error_of_its_cancellation(error: Exception) -> bool:
 
 
 def _comes_of_cancellation(error: BaseException | None) -> bool:
-    """Whether it is a cancellation, or was raised while one was handled that no time limit has made."""
+    """Whether it is a cancellation, or was raised while one was handled that no time limit has made and taken back."""
     cancelled = sys.modules["asyncio"].CancelledError
-    while error is not None and not isinstance(error, (cancelled, TimeoutError)):
+    while error is not None and not isinstance(error, cancelled):
+        if isinstance(error, TimeoutError) and _library_that_raised(error) in _HAVE_TIME_LIMITS:
+            return False
         error = error.__context__
-    return isinstance(error, cancelled)
+    return error is not None
+
+
+_HAVE_TIME_LIMITS = {"asyncio", "anyio", "aiohttp", "async_timeout"}
+
+
+def _library_that_raised(error: BaseException) -> str:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
+    return str(module).partition(".")[0]
