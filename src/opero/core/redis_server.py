@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import redis.asyncio.connection
 import redis.asyncio.retry
+import redis.connection
 from redis.backoff import NoBackoff
-from redis.connection import parse_url
 from redis.exceptions import ClusterError, RedisClusterException
 from redis.retry import Retry
 
@@ -116,7 +116,7 @@ _servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
 
 def server_at(url: str) -> Server:
     """The server that a URL names, as far as this process is concerned."""
-    return server_of(**parse_url(url))  # type: ignore[no-untyped-call]  # redis-py's
+    return server_of(**redis.connection.parse_url(url))  # type: ignore[no-untyped-call]  # redis-py's
 
 
 def server_of(*, connection_class: type | None = None, **place: Any) -> Server:
