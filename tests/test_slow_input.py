@@ -38,6 +38,24 @@ def test_finished_results_are_given_out_before_the_next_item_is_pulled(mode, ord
     assert all(count >= item - 1 for item, count in enumerate(seen[6:], 6))
 
 
+@pytest.mark.parametrize("mode", ["thread", "process"])
+def test_an_item_is_run_while_the_next_one_does_not_come(mode, tmp_path):
+    begun = tmp_path / "begun"
+    waited = []
+
+    def items():
+        time.sleep(SLOW)
+        yield 0
+        deadline = time.monotonic() + 10
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        waited.append(begun.exists())
+        yield 1
+
+    assert opmap(mode=mode, progress=False)(lambda item: begun.write_text(str(item)))(items()) == [1, 1]
+    assert waited == [True]
+
+
 @pytest.mark.parametrize("mode", ["thread", "async"])
 def test_an_async_input_holds_up_nothing(mode):
     @opmap(mode=mode, progress=False)

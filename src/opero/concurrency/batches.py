@@ -126,6 +126,11 @@ class Pool:
         """Items that may be sent in one go now."""
         return 1
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether a batch waits for the first worker, and begins only if somebody listens when that is ready."""
+        return False
+
     def start(self, inbox: Inbox, *, most_batches: int | None, is_paced: bool, patience: float | None) -> None:  # noqa: ARG002 - not all need them
         """Begin, or go on with the next map; events go to the ``inbox``.
 

@@ -176,6 +176,10 @@ class ProcessPool(Pool):
         rooms = [worker.room for worker in self._workers if len(worker.batches) < self._at_once and worker.room]
         return min(most, self._most_items, *rooms)
 
+    @property
+    def is_starting(self) -> bool:
+        return bool(self._pending) and not any(worker.is_ready for worker in self._workers)
+
     def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False, **_more: object) -> None:
         # A worker that imports an unguarded main module: by this mark multiprocessing itself would refuse to start
         # another process, with a traceback from each worker. The map that has started this one tells.

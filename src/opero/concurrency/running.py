@@ -155,7 +155,7 @@ def run_blocking(
         while True:
             while questions := run.send():
                 run.answered(consult(questions))
-            is_late = source.is_late
+            is_late = source.is_late and not run.pool.is_starting
             if is_late:
                 # The input may take long again: what has ended meanwhile is handed out before.
                 run.take_note(inbox.collect(0.0, is_real=True))
@@ -217,7 +217,7 @@ async def run_awaiting(
         while True:
             while questions := run.send():
                 run.answered(await consult_async(questions))
-            is_late = source.is_late
+            is_late = source.is_late and not run.pool.is_starting
             if is_late:
                 run.take_note(await inbox.collect(0.0, is_real=True))
             ready = run.outcomes()
