@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import re
+import subprocess
 import sys
 import weakref
 from typing import Any
@@ -624,6 +625,22 @@ def test_equal_instances_do_not_share_entries(world, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_method_that_takes_anything_tells_instances_apart_too(world, kind):
+    """As one does that a decorator of the program's own has wrapped."""
+    runs = []
+
+    def method(*args, **options):
+        runs.append(args)
+        return len(runs)
+
+    slots = {"__slots__": ()} if kind is Slotted else {}
+    made: Any = type(kind.__name__, (kind,), {"method": cached(world, method), **slots})
+    one, two = made("a"), made("a")
+    assert [world.run(one.method, 5), world.run(two.method, 5), world.run(one.method, 5)] == [1, 2, 1]
+    assert [world.run(one.method), world.run(one.method, 5, x=1), world.run(one.method)] == [3, 4, 3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_keeps_no_instance_alive(world, kind):
     obj = with_method(world, kind)("a")
     world.run(obj.method)
@@ -631,6 +648,22 @@ def test_the_cache_keeps_no_instance_alive(world, kind):
     del obj
     gc.collect()
     assert alive() is None
+
+
+def test_an_instance_that_outlives_the_modules_is_forgotten_in_silence():
+    program = """if True:
+        import sys
+        from opero import opero
+
+        class Client:
+            @opero(cache=True, retries=0)
+            def fetch(self): ...
+
+        client = Client()
+        client.fetch()
+        sys.kept = list(sys.modules.values())  # so the globals of the program go last
+    """
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stderr == b""
 
 
 def test_an_instance_that_can_have_no_weak_reference_is_refused_with_the_ways_out(world):

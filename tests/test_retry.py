@@ -720,16 +720,15 @@ def test_stop_and_wait_of_tenacity_win_over_retries_and_delays(world, fake_clock
     assert fake_clock.sleeps == [7, 8, 9]
 
 
-def test_tenacitys_delays_count_from_the_start_of_the_first_attempt(world):
-    moment = threading.Event()
-
+def test_tenacitys_delays_count_from_the_start_of_the_first_attempt(world, fake_clock):
     def fail():
-        moment.wait(0.03)
+        fake_clock.tick(3)
         raise ValueError
 
-    function = opero(min_delay=0, retry_options={"stop": tenacity.stop_after_delay(0.02)})(world.define(fail))
+    options = {"stop": tenacity.stop_after_delay(8), "wait": tenacity.wait_fixed(1)}
+    function = opero(retry_options=options)(world.define(fail))
     raised_by(world, function)
-    assert function.stats.attempts == 1
+    assert function.stats.attempts == 3
 
 
 def test_retry_of_tenacity_wins_over_retry_on(world, fake_clock):

@@ -220,6 +220,8 @@ def _key_function(
     name = name_of(function)
     is_owner = _owner_test(function)
     may_be_method = mark is not None and names[:1] == shape.names[:1] != ()
+    # As a wrapper has it that takes whatever it is called with.
+    has_owner_among_others = may_be_method and shape.parameters.startswith(f"*{names[0]}")
 
     def spelled(parameter: str, value: Any) -> bytes:
         if type(value) is object and shape.defaults.get(f"_opero_default_{parameter}") is value:
@@ -235,7 +237,10 @@ def _key_function(
             raise MisuseError(msg) from error
 
     def key_of(*values: Any) -> Any:
-        instance = None
+        instance, parameters = None, names
+        if has_owner_among_others and values[0]:
+            (owner, *others), *rest = values
+            values, parameters = (owner, others, *rest), (names[0], *names)
         if may_be_method and not _is_plain(values[0]) and is_owner(values[0]):
             instance = _instance(values[0], name)
         if instance is not None:
@@ -243,7 +248,7 @@ def _key_function(
         known = () if instance is None else (instance,)
         told = values[len(known) :]
         if mark is None or not all(map(_is_plain, told)):
-            digest = digest_of(*map(spelled, names[len(known) :], told))
+            digest = digest_of(*map(spelled, parameters[len(known) :], told))
             return (*known, digest) if known else digest
         classes = () if _BARE.issuperset(map(type, told)) else map(type, told)
         key = (*known, *told, *classes)

@@ -285,8 +285,8 @@ class RetryPolicy:
         state = call.retry_state
         if state is None:
             state = self._tenacity.RetryCallState(self._retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
-            # It is made after the first attempt, but its clock shall tell of the whole call.
-            state.start_time -= clock.now() - call.started
+            # It is made after the first attempt, but shall tell of the whole call, in the time that passes here.
+            state.start_time = call.started
             call.retry_state = state
         return state
 
@@ -313,6 +313,7 @@ def _set_outcome(state: tenacity.RetryCallState, outcome: Any) -> None:
         state.set_exception((type(error), error, error.__traceback__))
     else:
         state.set_result(outcome)
+    state.outcome_timestamp = clock.now()
 
 
 _HOOKS = ("stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback")

@@ -145,11 +145,14 @@ class MemoryStore:
         del replaced, evicted
 
     def _remove(self, key: Any) -> Entry | None:
-        entry = self._entries.pop(key, None)
-        self._uses.pop(key, None)
         instance = _instance_in(key)
         if instance is not None:
             self._instances.get(instance, {}).pop(key, None)
+        return self._drop(key)
+
+    def _drop(self, key: Any) -> Entry | None:
+        entry = self._entries.pop(key, None)
+        self._uses.pop(key, None)
         return entry
 
     def _surplus(self) -> list[Any]:
@@ -182,8 +185,8 @@ class MemoryStore:
             heapq.heapify(self._ends)
 
     def forget_instance(self, instance: Instance) -> None:
-        """Remove what nobody can ask for any more."""
-        removed = [self._remove(key) for key in list(self._instances.pop(instance, {}))]
+        """Remove what nobody can ask for any more; also at the end of a program, when globals are gone."""
+        removed = [self._drop(key) for key in list(self._instances.pop(instance, {}))]
         del removed
 
 
