@@ -792,6 +792,12 @@ def test_a_worker_that_is_stuck_past_attempt_timeout_is_killed_and_replaced(jour
     assert not Path(f"/proc/{before}").exists()
 
 
+def test_attempt_timeout_begins_when_a_worker_is_ready():
+    options = {"mode": "process", "workers": 1, "retries": 0, "progress": False, "attempt_timeout": 1.5}
+    mapped = opmap(**options, pool_options={"initializer": time.sleep, "initargs": (1.0,)})(time.sleep)
+    assert mapped([0.8]) == [None]
+
+
 def test_an_attempt_that_was_killed_is_retried(journal):
     def work(item):
         journal.add(item)

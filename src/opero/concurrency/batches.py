@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ class Batch:
     """What is sent to a worker in one go.
 
     ``items`` are the varying first arguments, if it ``has_candidates`` each in a pair with its candidate;
-    ``time_limit`` is the seconds one execution has, and the option that says so.
+    ``time_limit`` is the seconds one execution has, and the option that says so; ``grace`` is how many more its worker
+    has until it is ended.
     ``alone``: nothing else may run in the worker's process meanwhile.
     ``look_at``, ``ends_at``: by `time.monotonic`, when its worker is looked at again, how many had ``begun`` then, and
     when the worker is ended; ``is_overdue``: that has been done.
@@ -35,6 +37,7 @@ class Batch:
     entries: list[Entry] | None = None
     has_candidates: bool = False
     time_limit: tuple[float, str] | None = None
+    grace: float = 0.0
     alone: bool = False
     is_last: bool = False
     mark: list[int] = field(default_factory=[0].copy)
@@ -44,6 +47,11 @@ class Batch:
     begun: int = 0
     ends_at: float = math.inf
     is_overdue: bool = False
+
+    def begins(self, seconds: float, option: str) -> None:
+        """A worker gets it now, which may have taken long to start: that is no part of an attempt's time."""
+        if option == "attempt_timeout":
+            self.ends_at, self.is_overdue = time.monotonic() + seconds + self.grace, False
 
     def take_from(self, place: int) -> Batch:
         """Take the items from there on out of it, for another one."""

@@ -365,6 +365,8 @@ class ProcessPool(Pool):
                 self.prepare()
                 return
             batch = self._pending.popleft()
+            if batch.time_limit is not None:
+                batch.begins(*batch.time_limit)
             try:
                 data = self._packer.batch(batch)
             except NotTransferableError as error:

@@ -545,8 +545,8 @@ class Scheduler:
         self._sent.add(batch)
         if batch.time_limit is not None and self.pool.can_kill:
             # A coroutine is cancelled in the worker, which may take some time.
-            grace = _UNHEEDED_SECONDS if self._plan.is_async else 0.0
-            batch.ends_at = time.monotonic() + batch.time_limit[0] + grace
+            batch.grace = _UNHEEDED_SECONDS if self._plan.is_async else 0.0
+            batch.ends_at = time.monotonic() + batch.time_limit[0] + batch.grace
             self._watched.add(batch)
         if len(batch.items) > 1 and self.pool.begun(batch) is not None:
             batch.look_at = time.monotonic() + _LOOKING_SECONDS
@@ -590,8 +590,7 @@ class Scheduler:
         batch.begun = begun
 
     def _time_is_up(self, batch: Batch, now: float) -> None:
-        # Much later than that, the map was away, with its input or its consumer: a report may be on its way, or its
-        # worker has been ready only now.
+        # Much later than that, the map was away, with its input or its consumer: a report may be on its way.
         if now - batch.ends_at <= _LATE_SECONDS and self.pool.kill(batch):
             batch.is_overdue = True
         batch.ends_at = now + _ENDING_SECONDS
