@@ -107,13 +107,14 @@ NEIGHBOURS = {
     "retries=": "retry attempts tries max_tries",
     "attempt_timeout=": "timeout",
     "cache_ttl=": "ttl",
-    "workers=": "n_jobs max_workers concurrency",
+    "workers=": "n_jobs jobs max_workers concurrency",
     "max_concurrent=": "concurrency",
     "rate_limit=": "rate calls period",
-    "min_delay=": "delay wait",
+    "min_delay=": "delay wait base_delay",
     "retry_options=": "stop before_sleep",
     "progress=": "desc",
     "batch_size=": "chunksize",
+    "mode=": "backend executor pool",
     "pool_options=": "initializer worker_init",
 }
 
@@ -126,3 +127,8 @@ def test_a_name_of_a_neighbour_is_answered_with_operos(ours, name):
         opmap(**{name: 1})
     assert repr(name) in str(caught.value)
     assert f"write {ours}" in str(caught.value) or f" {ours}" in str(caught.value)
+
+
+def test_a_backend_of_a_single_function_is_that_of_its_cache():
+    with pytest.raises(TypeError, match=r"write cache_backend=… of the cache, or mode=… of a map"):
+        opero(cache=True, backend="disk")
