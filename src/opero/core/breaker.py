@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -82,7 +83,7 @@ class Breaker:
         self.failures = check_count("failures", failures, "failures in a row", smallest=1)
         self._window = None if window is None else check_seconds("window", window, zero=False)
         self.recovery = check_seconds("recovery", recovery, zero=False)
-        self._lock = ForkSafeLock()
+        self._lock = ForkSafeLock(threading.RLock)
         # Those that failed since they last succeeded, in the order of their last failures.
         self.circuits: dict[Any, _Circuit] = {}
         watch_forks(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -153,7 +154,7 @@ class FallbackOverParameter:
         self._cooldown = cooldown or 0.0
         # Whether it was given up, and until when it rests.
         self._rests: dict[Any, tuple[bool, float]] = {}
-        self._lock = ForkSafeLock()
+        self._lock = ForkSafeLock(threading.RLock)
 
     def values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         given = self.slot.get(args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakValueDictionary
@@ -33,7 +34,7 @@ class PerValue(Generic[T]):
         self._make = make
         self._busy: OrderedDict[Any, T] = OrderedDict()
         self._in_hand: WeakValueDictionary[Any, T] = WeakValueDictionary()
-        self._lock = ForkSafeLock()
+        self._lock = ForkSafeLock(threading.RLock)
 
     def __iter__(self) -> Iterator[T]:
         with self._lock.lock:
