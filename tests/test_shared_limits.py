@@ -882,3 +882,13 @@ def test_a_file_of_another_user_is_refused(tmp_path, name):
     os.chown(path, 12_345, 12_345)
     with pytest.raises(UnsafeCacheError, match="another user"):
         RateLimiter(5, **options).acquire()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no such rights")
+def test_a_file_that_others_can_write_to_is_refused(tmp_path, name):
+    options = {"scope": "machine", "name": name, "folder": tmp_path / "shared"}
+    RateLimiter(5, **options).acquire()
+    (path,) = (tmp_path / "shared" / "limits").iterdir()
+    path.chmod(0o666)
+    with pytest.raises(UnsafeCacheError, match="can be written to by others"):
+        RateLimiter(5, **options).acquire()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _MODE = 0o700
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # To look at a folder and to go on into it no right to list it is needed.
 _LOOK = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 
@@ -114,7 +114,7 @@ def _refuse_unsafe(found: os.stat_result, folder: Path, option: str, *, within: 
         reason = "is not a folder"
     elif found.st_uid not in {os.geteuid(), 0}:
         reason = "belongs to another user"
-    elif found.st_mode & _OTHERS_WRITE and not (within is not None and _keeps_others_out(found)):
+    elif found.st_mode & OTHERS_WRITE and not (within is not None and _keeps_others_out(found)):
         reason = "can be written to by others"
     else:
         return
@@ -155,7 +155,7 @@ def _refuse_foreign_files(held: int, folder: Path, option: str) -> None:
                     raise _unsafe(folder, "has files of another user", option)
                 if stat.S_ISLNK(found.st_mode):
                     raise _unsafe(folder, "has links in it", option)
-                if stat.S_ISREG(found.st_mode) and found.st_mode & _OTHERS_WRITE:
+                if stat.S_ISREG(found.st_mode) and found.st_mode & OTHERS_WRITE:
                     raise _unsafe(folder, "has files that others can write to", option)
     finally:
         os.close(listed)

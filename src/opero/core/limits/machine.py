@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
 from opero.core.limits.ledger import is_over
-from opero.core.private_folder import folder_of_user, private_folder
+from opero.core.private_folder import OTHERS_WRITE, folder_of_user, private_folder
 from opero.exceptions import UnsafeCacheError
 
 try:
@@ -108,8 +108,9 @@ def _locked(path: str) -> Iterator[int | None]:
     try:
         is_locked = _lock(file)
         found = os.fstat(file)
-        if found.st_uid not in {os.geteuid(), 0}:
-            raise UnsafeCacheError(f"{path} belongs to another user; delete it, or name another folder for limits")
+        if found.st_uid not in {os.geteuid(), 0} or found.st_mode & OTHERS_WRITE:
+            what = "can be written to by others" if found.st_mode & OTHERS_WRITE else "belongs to another user"
+            raise UnsafeCacheError(f"{path} {what}; delete it, or name another folder for limits")
         # Somebody may have tidied it away between the two; then it is to be asked for again.
         yield file if is_locked and found.st_nlink else None
     finally:
