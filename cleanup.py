@@ -36,6 +36,8 @@ OLDEST_PYTHON = (3, 11)
 # What differs between versions of Python would show in these.
 SMOKE_TESTS = (
     "tests/test_cache.py",
+    "tests/test_cache_object.py",
+    "tests/test_command_line.py",
     "tests/test_control.py",
     "tests/test_detection.py",
     "tests/test_function_identity.py",

@@ -1375,7 +1375,7 @@ def test_ctrl_c_when_a_transaction_has_just_begun_keeps_nobody_from_writing(disk
     with pytest.raises(KeyboardInterrupt):
         f(1)
     (folder,) = f.__opero__.plan.cache.store.folder.parent.iterdir()
-    with contextlib.closing(sqlite3.connect(folder / "cache.db", 0)) as other:
+    with contextlib.closing(sqlite3.connect(folder / "cache.db", timeout=0)) as other:
         other.execute("BEGIN IMMEDIATE")
         other.execute("ROLLBACK")
     assert [f(1), f(1), f.stats.hits, f.stats.cache_errors] == [1, 1, 1, 0]

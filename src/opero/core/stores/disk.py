@@ -79,7 +79,7 @@ _TOUCH = {
 
 def connect(folder: Path, namespace: str) -> sqlite3.Connection:
     """A connection that any thread may use to read and write; the database is made if need be."""
-    connection = sqlite3.connect(folder / DATABASE, _LOCK_STEP, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(folder / DATABASE, timeout=_LOCK_STEP, isolation_level=None, check_same_thread=False)
     try:
         if not is_of_this_format(connection):
             _make_tables(connection, namespace)
@@ -111,7 +111,7 @@ def connect_to_read(folder: Path) -> sqlite3.Connection:
     # Where no process has left anything in the log, SQLite would make one, and an index to it, just to read.
     manner = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
     uri = f"{(folder / DATABASE).absolute().as_uri()}?{manner}"
-    return sqlite3.connect(uri, _LOCK_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
+    return sqlite3.connect(uri, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
 
 
 def is_of_this_format(connection: sqlite3.Connection) -> bool:
