@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import os
 import pickle
@@ -26,7 +27,7 @@ from test_rate_limit import Timed, limited, order_of_tasks, worst_excess
 import opero
 from opero.core import CallTimeoutError, MisuseError, RateLimiter, UnsafeCacheError, faults
 from opero.core.limits.ledger import changed
-from opero.core.limits.line import ONE, Turn, take
+from opero.core.limits.line import ONE, Line, Turn, take
 from opero.core.limits.machine import FileGate
 from opero.core.limits.rates import parse_rates
 from opero.core.limits.redis import RedisGate
@@ -861,6 +862,20 @@ def test_each_of_many_values_costs_as_much_as_one_of_few(tmp_path, name):
     few = events_of(range(10, 30))
     take_slots(range(30, 600))
     assert events_of(range(600, 620)) < 1.5 * few
+
+
+def count_of_lines():
+    gc.collect()
+    return sum(isinstance(found, Line) for found in gc.get_objects())
+
+
+def test_what_the_file_knows_of_values_is_not_kept_besides(world, tmp_path, name):
+    options = {"scope": "machine", "name": name, "folder": tmp_path}
+    f = limited(world.define(lambda key: key), rate_limit="5/day", per="key", rate_limit_options=options)
+    before = count_of_lines()
+    for key in range(200):
+        world.run(f, key)
+    assert count_of_lines() - before < 20
 
 
 def test_values_are_kept_where_the_file_cannot_be_written(world, tmp_path, name):

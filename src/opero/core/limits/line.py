@@ -87,6 +87,8 @@ class Line:
         self.opens_at, self._noticed_at = -math.inf, math.inf
         # Until when a limit that processes share had no slot, as was said last.
         self._refused_until = -math.inf
+        # Whether its gate has answered last: what was taken is known there.
+        self._is_known_elsewhere = False
         # Who comes before that, just after others that had waited, has missed slots, too, while it could not look.
         self._made_up_until = -math.inf
 
@@ -164,9 +166,9 @@ class Line:
         return max([amounts[pace.name] * pace.interval for pace in self.rates.paces], default=0.0)
 
     def is_idle(self) -> bool:
-        """Whether a new line would not behave any differently."""
+        """Whether a new line would not behave any differently; of what processes share, the gate knows more."""
         now = clock.now()
-        return not self.waiting and self._ledger.idle_from(now) <= now
+        return not self.waiting and (self._is_known_elsewhere or self._ledger.idle_from(now) <= now)
 
     # Asked by a turn that holds the lock
 
@@ -251,6 +253,7 @@ class Line:
         rates, is_late = self.rates, turn.has_waited or clock.now() <= self._made_up_until
         wait = yield from self._share.ask_for(rates, amounts, is_late=is_late)
         with lines.lock:
+            self._is_known_elsewhere = wait is not None
             self._refused_until = -math.inf
             if wait and rates is self.rates:
                 self._refused_until = clock.now() + wait
