@@ -712,7 +712,7 @@ def test_a_trial_may_be_dropped_in_the_middle_of_another_call_as_the_garbage_col
         trials[0].send(None)
 
     def now():
-        if f.__opero__.plan.breaker.shared._lock.lock.locked():
+        if f.__opero__.plan.breaker.shared._lock.lock._is_owned():
             trials.clear()
         return fake_clock.now()
 
