@@ -35,6 +35,7 @@ class Batch:
     items: list[Any]
     start: int
     entries: list[Entry] | None = None
+    losses: int = 0
     has_candidates: bool = False
     time_limit: tuple[float, str] | None = None
     grace: float = 0.0
@@ -56,7 +57,7 @@ class Batch:
     def take_from(self, place: int) -> Batch:
         """Take the items from there on out of it, for another one."""
         entries = None if self.entries is None else self.entries[place:]
-        taken = Batch(self.items[place:], self.start + place, entries)
+        taken = Batch(self.items[place:], self.start + place, entries, self.losses)
         taken.sent_at = self.sent_at
         # A worker of this process may be iterating over the list.
         self.items = self.items[:place]

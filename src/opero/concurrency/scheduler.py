@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 # Items that wait for a retry; above this no new input is taken up.
 MOST_WAITING = 5_000
-# When so many workers in a row have ended, each without having begun its batch, this may be what ends them.
+# A batch before which so many workers have ended, each without having begun it, may be what ends them.
 MOST_INNOCENT_LOSSES = 5
 MOST_BATCH_BYTES = 2_000_000
 # Batches that wait at a worker that is far away; behind one that takes so long, none does.
@@ -78,6 +78,7 @@ class Entry:
     attempt: Attempt | None = None
     waits_for: Pause | Arrival | None = None
     alone: bool = False
+    losses: int = 0
     members: dict[Entry, Exception | None] | None = None
 
     def may_begin(self) -> bool:
@@ -158,7 +159,6 @@ class Scheduler:
         self._sent: set[Batch] = set()
         self._watched: set[Batch] = set()
         self._given_back: deque[Batch] = deque()
-        self._losses_in_a_row = 0
         self.pool.start(inbox, most_batches=total, is_paced=plan.limit is not None, patience=plan.total_timeout)
         # What it took to come here is no fault of the input.
         source.turn_ends = time.monotonic() + BATCH_SECONDS
@@ -520,6 +520,7 @@ class Scheduler:
         batch.has_candidates = self._sends_candidates
         batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
         batch.alone = first.alone
+        batch.losses = max(entry.losses for entry in entries)
         return batch
 
     def _varying(self, entry: Entry) -> Any:
@@ -568,7 +569,7 @@ class Scheduler:
             self._given_back.extendleft([batch.take_from(0)] if batch.items else [])
             return
         for entry in entries:
-            entry.alone = alone
+            entry.alone, entry.losses = alone, batch.losses
 
     def _watch(self) -> None:
         """Look after workers that may be busy with one item, or longer than they have."""
@@ -599,7 +600,6 @@ class Scheduler:
         batch, report, count = done.batch, done.report, len(done.report.values)
         if batch not in self._sent:
             return
-        self._losses_in_a_row = 0
         seconds = report.seconds / max(1, batch.reported + count)
         if not done.is_part:
             self._sent.discard(batch)
@@ -657,12 +657,12 @@ class Scheduler:
         batches = [batch for batch in lost.batches if batch in self._sent]
         self._sent.difference_update(batches)
         self._watched.difference_update(batches)
-        self._losses_in_a_row = self._losses_in_a_row + 1 if lost.innocent else 0
+        for batch in batches:
+            batch.losses += 1
         if batches and lost.begun is not None:
             self._ended_by_the_last(batches[0], lost.begun - batches[0].reported, lost.reason)
             return
-        innocent = lost.innocent if self._losses_in_a_row < MOST_INNOCENT_LOSSES else ()
-        suspects = [batch for batch in batches if batch not in innocent]
+        suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
         is_sure = lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1
         for batch in batches:
             if batch in suspects and is_sure:
