@@ -186,14 +186,6 @@ def test_expired_and_deleted_entries_do_not_count(fill, listed):
     assert [entries for entries, _ in listed().values()] == ["1", "0"]
 
 
-def test_a_name_that_does_not_belong_to_its_folder_is_not_believed(fill, listed, folder):
-    fill("app.price", 1)
-    shutil.copytree(folder / slug("app.price"), folder / "copy")
-    first, second = listed(code=1)
-    assert first == "app.price"
-    assert second.startswith("copy: is not the folder")
-
-
 # What it leaves alone
 
 
@@ -274,16 +266,6 @@ def test_a_link_is_not_followed(fill, listed, folder, tmp_path):
     (told,) = [(name, numbers) for name, numbers in rows.items() if name.startswith("link")]
     assert "is not a folder" in told[0]
     assert told[1] == ("?", 0)
-
-
-def test_a_database_that_is_a_link_is_not_followed(fill, listed, folder, tmp_path):
-    fill("app.price", 1)
-    database = folder / slug("app.price") / "cache.db"
-    database.rename(tmp_path / "elsewhere.db")
-    database.symlink_to(tmp_path / "elsewhere.db")
-    ((name, numbers),) = listed(code=1).items()
-    assert "cache.db is not a file" in name
-    assert numbers[0] == "?"
 
 
 def test_a_damaged_database_costs_its_own_line_only(fill, listed, folder):

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import io
+import os
 import platform
+import sqlite3
+import stat
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opero import __version__
+from opero.core.clock import clock
 from opero.core.faults import managing
+from opero.core.private_folder import refuse_unsafe
+from opero.core.showing import nearest
+from opero.core.stores.disk import COUNT, DATABASE, connect_to_read, is_of_this_format
 from opero.core.stores.lasting import slug
 from opero.core.stores.settings import cache_settings
-from opero.exceptions import OperoError
+from opero.exceptions import OperoError, UnsafeCacheError
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from opero.core.stores.overview import Namespace
-
 _DONE, _FAILED = 0, 1
+_OPTION = "--cache-dir"
 
 # Package and what it is for, in opero's words for it.
 _PACKAGES = (
@@ -55,7 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: With 2 if the arguments are wrong or ``--clear`` names no namespace, with 0 after ``--help``.
     """
-    parser = _parser()
+    parser = argparse.ArgumentParser(
+        prog="python -m opero",
+        description="Show what opero finds on this machine and what lies in the disk cache; nothing is changed.",
+    )
+    parser.add_argument("--clear", metavar="NAMESPACE", help="instead, remove all entries of one namespace")
+    parser.add_argument(_OPTION, metavar="DIR", help="the cache_dir of cache_options, if not the default")
+    parser.add_argument("--folder-name", metavar="NAME", help="the folder_name of cache_options, if not the default")
     given = parser.parse_args(arguments)
     # Names of namespaces and folders may hold anything.
     for stream in (sys.stdout, sys.stderr):
@@ -70,79 +85,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _show(folder) if given.clear is None else _clear(parser, folder, options, given.clear)
     except OperoError as error:
-        _say(f"{parser.prog}: {error}", sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return _FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m opero",
-        description="Show what opero finds on this machine and what lies in the disk cache; nothing is changed.",
-    )
-    parser.add_argument("--clear", metavar="NAMESPACE", help="instead, remove all entries of one namespace")
-    parser.add_argument("--cache-dir", metavar="DIR", help="the cache_dir of cache_options, if not the default")
-    parser.add_argument("--folder-name", metavar="NAME", help="the folder_name of cache_options, if not the default")
-    return parser
-
-
 def _show(folder: Path) -> int:
-    _say(f"opero {__version__}, Python {platform.python_version()} ({sys.executable})\n")
-    width = max(len(package) for package, _ in _PACKAGES)
-    versions = [(package, _version(package), use) for package, use in _PACKAGES]
-    _say("\n".join(f"{package:<{width}}  {version:<13}  {use}" for package, version, use in versions))
-    return _show_cache(folder)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _show_cache(folder: Path) -> int:
-    from opero.core.stores.overview import namespaces_in
-
-    _say(f"\nDisk cache: {folder}")
-    found = namespaces_in(folder)
+    print(f"opero {__version__}, Python {platform.python_version()} ({sys.executable})\n")
+    for package, use in _PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        print(f"{package:<14}  {version:<13}  {use}")
+    print(f"\nDisk cache: {folder}")
+    found = _namespaces_in(folder)
     if not found:
-        _say("empty")
+        print("empty")
         return _DONE
-    lines = [_line(namespace) for namespace in sorted(found, key=lambda n: (n.name is None, n.name, n.folder))]
-    total = sum(namespace.size for namespace in found)
-    _say("\n".join([f"{'entries':>10}  {'bytes':>14}  namespace", *lines, f"{'':>10}  {total:>14}  in all"]))
-    return _FAILED if any(namespace.problem for namespace in found) else _DONE
-
-
-def _line(namespace: Namespace) -> str:
-    text = namespace.name
-    if text is None:
-        text = f"{namespace.folder.name}: {namespace.problem or 'made by another version of opero'}"
-    entries = "?" if namespace.entries is None else namespace.entries
-    return f"{entries:>10}  {namespace.size:>14}  {_printable(text)}"
+    print(f"{'entries':>10}  {'bytes':>14}  namespace")
+    for namespace in sorted(found, key=lambda namespace: (namespace.name is None, namespace.name, namespace.folder)):
+        entries = "?" if namespace.entries is None else namespace.entries
+        text = f"{namespace.folder.name}: {namespace.remark}" if namespace.name is None else namespace.name
+        print(f"{entries:>10}  {namespace.size:>14}  {_printable(text)}")
+    print(f"{'':>10}  {sum(namespace.size for namespace in found):>14}  in all")
+    return _FAILED if any(namespace.entries is None for namespace in found) else _DONE
 
 
 def _clear(parser: argparse.ArgumentParser, folder: Path, options: dict[str, Any], name: str) -> int:
-    from opero.core.stores.overview import namespaces_in
-
-    found = {namespace.folder.name: namespace for namespace in namespaces_in(folder)}
-    namespace = found.get(slug(name))
-    if namespace is None:
-        parser.error(_unknown(name, folder, list(found.values())))
+    found = {namespace.folder.name: namespace for namespace in _namespaces_in(folder)}
+    if slug(name) not in found:
+        near = nearest(name, [namespace.name for namespace in found.values() if namespace.name is not None])
+        hint = "leave out --clear to see which it has" if near is None else f"did you mean {_printable(near)}?"
+        parser.error(f"--clear: no namespace {_printable(name)} in {folder}; {hint}")
     store = cache_settings(backend="disk", options=options).store(name)
     with managing(store, "clear"):
         store.clear()
     store.close()
-    _say(f"cleared {_printable(name)} (entries: {'unknown' if namespace.entries is None else namespace.entries})")
+    entries = found[slug(name)].entries
+    print(f"cleared {_printable(name)} (entries: {'unknown' if entries is None else entries})")
     return _DONE
-
-
-def _unknown(name: str, folder: Path, found: Sequence[Namespace]) -> str:
-    from opero.core.showing import nearest
-
-    near = nearest(name, [namespace.name for namespace in found if namespace.name is not None])
-    hint = "leave out --clear to see which it has" if near is None else f"did you mean {_printable(near)}?"
-    return f"--clear: no namespace {_printable(name)} in {folder}; {hint}"
 
 
 def _printable(text: str) -> str:
@@ -150,8 +131,57 @@ def _printable(text: str) -> str:
     return text if text and text.isprintable() else ascii(text)
 
 
-def _say(text: str, stream: Any = None) -> None:
-    print(text, file=stream or sys.stdout)
+# What lies in the cache, found out without making, changing or unpickling anything
+
+
+@dataclass
+class _Namespace:
+    """One folder of a disk cache, and a remark where its name is not known; where entries are not, it is a fault."""
+
+    folder: Path
+    size: int = 0
+    name: str | None = None
+    entries: int | None = None
+    remark: str = ""
+
+
+def _namespaces_in(root: Path) -> list[_Namespace]:
+    try:
+        refuse_unsafe(root, _OPTION)
+        return [_namespace(folder) for folder in sorted(root.iterdir()) if _may_have_entries(folder)]
+    except FileNotFoundError:
+        return []
+    except UnsafeCacheError:
+        raise
+    except OSError as error:
+        raise OperoError(f"the folder {root} cannot be read: {error.strerror}") from error
+
+
+def _may_have_entries(folder: Path) -> bool:
+    # Of one that cannot be entered a line that tells why is better than none.
+    return os.path.lexists(folder / DATABASE) or (folder.is_dir() and not os.access(folder, os.X_OK))
+
+
+def _namespace(folder: Path) -> _Namespace:
+    found = _Namespace(folder)
+    try:
+        refuse_unsafe(folder, _OPTION)
+        # Another process may take a file away meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            found.size = sum(file.lstat().st_size for file in folder.iterdir() if stat.S_ISREG(file.lstat().st_mode))
+        with contextlib.closing(connect_to_read(folder)) as connection:
+            if is_of_this_format(connection):
+                ((name,),) = connection.execute("SELECT namespace FROM Settings").fetchall()
+                ((entries,),) = connection.execute(COUNT, (clock.wall(),)).fetchall()
+                found.name, found.entries = name.decode("utf-8", "surrogatepass"), entries
+            else:
+                # It is emptied when it is used next.
+                found.entries, found.remark = 0, "made by another version of opero"
+    except UnsafeCacheError as error:
+        found.remark = str(error)
+    except (sqlite3.Error, OSError, ValueError) as error:
+        found.remark = f"cannot be read ({describe(error)})"
+    return found
 
 
 if __name__ == "__main__":
