@@ -55,6 +55,7 @@ class Decoration:
         function: What is called at once where ``is_direct``.
         run: What an attempt calls: until its first result was looked at, that is not the function itself.
         is_direct: Whether nothing has to be done before a first attempt.
+        is_let_in: Takes a slot if one is free, where nothing else has to be done before a first attempt.
         find: Gives the cache's entry for arguments, a tuple that begins with the result, and counts it; None if there
             is none, or a look takes longer.
         look_up: Gives the entry of a key; None if there is none, or that could block.
@@ -77,6 +78,7 @@ class Decoration:
         self.switches = switches
         self.count, self.count_hit = plan.stats.direct.tick, plan.stats.hits.tick
         self.is_direct = self._is_quick = False
+        self.is_let_in: Callable[..., Any] = _nothing
         limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
         self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
         self._take_slot = None if limit is None else limit.take_now
@@ -244,6 +246,9 @@ class Decoration:
         # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
         is_timed = self.plan.is_async and self._limit is not None
         self.is_direct = not is_timed and not self.plan.asks_first
+        if not is_timed and self._take_slot is not None and self._learn is None:
+            is_all = not self.plan.changed(limit=None).asks_first
+            self.is_let_in = self._take_slot if is_all else _nothing
 
     def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, None]:
         """A generator that has begun, its first item, and no place; None and its result if it has ended."""
@@ -289,7 +294,7 @@ def _decoration_made_by(factory: Callable[..., Any], options: dict[str, Any], fu
 def _function(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Any:
         try:
-            if not this.is_direct or this.switches.are_on:
+            if this.switches.are_on or not (this.is_direct or this.is_let_in(args, kwargs)):
                 return this.call(args, kwargs)
             this.count()
             started = this.clock.now()
@@ -358,7 +363,7 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
 def _async_function(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> Any:
         try:
-            if not this.is_direct or this.switches.are_on:
+            if this.switches.are_on or not (this.is_direct or this.is_let_in(args, kwargs)):
                 return await this.call_async(args, kwargs)
             this.count()
             started = this.clock.now()

@@ -324,7 +324,15 @@ class FunctionLimit:
         (amounts,), of = self._fixed, limiter.per_value.of
         if per is None:
             return partial(limiter.take_now, amounts)
-        return lambda args, kwargs: of(per.get(args, kwargs)).take_now(amounts)
+
+        def take_now(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+            try:
+                line = of(per.get(args, kwargs))
+            except Exception:  # noqa: BLE001 - the flow meets it again, and counts the call as one that failed
+                return False
+            return line.take_now(amounts)
+
+        return take_now
 
     def choose(self, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate to try next: the first, or with ``when_full="next"`` the one whose slot comes first."""
