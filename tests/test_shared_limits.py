@@ -422,13 +422,14 @@ def test_a_server_keeps_what_was_taken_claimed_and_paused(redis_backend, name):
     assert asker.act(lambda ledger, now: ledger.paused_until - now) == pytest.approx(3_600, abs=5)
 
 
-def test_of_two_shared_limits_no_slot_is_taken_before_both_have_one(tmp_path, fake_clock):
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_shared_limits_no_slot_is_taken_before_both_have_one(tmp_path, fake_clock, order):
     options = {"scope": "machine", "folder": tmp_path / "shared", "max_burst": 1}
     fast, elsewhere, slow = (
         RateLimiter(rate, name=name, **options) for rate, name in [(10, "fast"), (10, "fast"), ("1/minute", "slow")]
     )
     slow.acquire()
-    waiting = take([(fast.limit, (1.0,)), (slow.limit, (1.0,))])
+    waiting = take([(fast.limit, (1.0,)), (slow.limit, (1.0,))][::order])
     fake_clock.tick(0.1)
     arrival = waiting.send(None)
     for _ in range(5):

@@ -213,7 +213,7 @@ class RateLimiter:
         """A slot is used up by the start."""
 
     def _take_one_now(self) -> bool:
-        return self.names == (CALLS,) and not self.limit.is_shared and self.take_now()
+        return self.names == (CALLS,) and self.limit.share is None and self.take_now()
 
     def _acquire(self, timeout: Duration | None, costs: Mapping[str, float]) -> Generator[Any, Any, bool]:
         check_known("acquire", costs, self.names)

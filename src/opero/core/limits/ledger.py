@@ -10,10 +10,13 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING, Self
 
+from opero.core.limits.rates import EARLY
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from opero.core.limits.rates import Pace, Quota, Rates
+    from opero.core.limits.pace import PaceMeter
+    from opero.core.limits.rates import Quota, Rates
 
     # What a meter knows, as numbers, by the place of its name and the seconds of its quota (0 for a pace).
     State = Mapping[tuple[float, float], Sequence[float]]
@@ -21,8 +24,6 @@ if TYPE_CHECKING:
     # to be kept in their place, if any, and the seconds for which they tell something.
     Change = Callable[[bytes, float], tuple[float, bytes, float]]
 
-# Rounding must not make a slot that has come look as if it had not.
-EARLY = 1e-9
 # A quota remembers so many starts one by one; beyond that, those within a small part of its time are one entry, which
 # counts until its last start is old enough: never too few, and for less than a hundredth of the time too many.
 _EXACT_ENTRIES, _PARTS = 128, 128
@@ -36,58 +37,6 @@ _LONGEST_CLAIM, _CLAIM_GRACE = 1.0, 0.02
 _SKEW = 0.001
 # How many numbers of a packed ledger stand before those of its meters, and the first two of them.
 _HEAD, _STAMPS = 5, struct.Struct("<2d")
-
-
-class PaceMeter:
-    """When the next slot of a pace comes, by the "generic cell rate algorithm" (ITU-T I.371).
-
-    Each start has a slot of its own, ``cost * interval`` after the one before it, and may begin a bounded time after
-    its slot, so that what passed while callers could not look is made up for.
-    """
-
-    __slots__ = ("burst", "free_at", "interval", "key", "longest", "name", "tolerance")
-
-    def __init__(self, pace: Pace, most: float) -> None:
-        """``most`` is what one call may cost."""
-        self.name, self.interval, self.burst = pace
-        self.key = self.name, 0.0
-        self.tolerance = pace.tolerance
-        self.longest = max(1.0, most) * self.interval + self.tolerance
-        self.free_at = 0.0
-
-    def has_room(self, now: float, _amount: float) -> bool:
-        return now + EARLY >= self.free_at
-
-    def opens_at(self, now: float, _amount: float, ahead: float) -> float:
-        """When a call may start, after others that cost ``ahead``; what it costs itself only others wait for."""
-        return max(now, self.free_at) + ahead * self.interval
-
-    def take(self, now: float, amount: float) -> None:
-        if self.free_at > now:
-            self.free_at += amount * self.interval
-        else:
-            self.free_at = now + amount * self.interval
-
-    def take_late(self, now: float, amount: float) -> None:
-        self.free_at = max(self.free_at, now - self.tolerance) + amount * self.interval
-
-    def pause(self, until: float) -> None:
-        self.free_at = max(self.free_at, until)
-
-    def idle_from(self) -> float:
-        # Those who have waited could make up for what passed before.
-        return self.free_at + self.tolerance
-
-    def state(self) -> Sequence[float]:
-        return self.free_at, self.interval
-
-    def go_on_from(self, state: Sequence[float], now: float) -> None:
-        free_at, interval = state
-        if interval <= 0:
-            raise ValueError
-        # As much as was taken ahead, at this rate.
-        ahead = (free_at - now) * self.interval / interval
-        self.free_at = free_at if ahead <= 0 else now + min(self.longest, ahead)
 
 
 class QuotaMeter:
@@ -128,7 +77,7 @@ class QuotaMeter:
         # Those that would start before it fill the quota again, maybe more than once.
         return now + self.seconds * math.ceil(excess / self.units)
 
-    def take(self, now: float, amount: float) -> None:
+    def take(self, now: float, amount: float, *, is_late: bool) -> None:  # noqa: ARG002 - of paces only
         if amount <= 0:
             self._give_back(-amount)
             return
@@ -142,8 +91,6 @@ class QuotaMeter:
             self.joins_until = now + self.part if len(self.entries) > _EXACT_ENTRIES else 0.0
         self.used += amount
 
-    take_late = take
-
     def _give_back(self, amount: float) -> None:
         """From the oldest, so that no window looks emptier than it is."""
         while amount > 0 and self.entries:
@@ -154,9 +101,6 @@ class QuotaMeter:
             self.used -= back
             if not oldest[1]:
                 self.entries.popleft()
-
-    def pause(self, until: float) -> None:
-        """It counts what has started, whenever it opens."""
 
     def idle_from(self) -> float:
         return self.entries[-1][0] + self.seconds if self.entries else 0.0
@@ -175,8 +119,7 @@ class QuotaMeter:
 class Ledger:
     """The state of one limit."""
 
-    __slots__ = ("claimed_by", "claimed_until", "meters", "only_pace", "paused_until", "rates")
-    _pace_meter = PaceMeter
+    __slots__ = ("claimed_by", "claimed_until", "meters", "only_pace", "paces", "paused_until", "rates")
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
@@ -184,10 +127,15 @@ class Ledger:
 
     def forget(self) -> None:
         """Begin anew."""
-        paces = [self._pace_meter(pace, self.rates.most[pace.name]) for pace in self.rates.paces]
-        self.meters: list[PaceMeter | QuotaMeter] = [*paces, *[QuotaMeter(quota) for quota in self.rates.quotas]]
+        self.paces: list[PaceMeter] = []
+        if self.rates.paces:
+            # Here, since places need nothing of asyncio.
+            from opero.core.limits.pace import PaceMeter
+
+            self.paces = [PaceMeter(pace, self.rates.most[pace.name]) for pace in self.rates.paces]
+        self.meters: list[PaceMeter | QuotaMeter] = [*self.paces, *[QuotaMeter(quota) for quota in self.rates.quotas]]
         # None where there is more to look at.
-        self.only_pace = paces[0] if paces and len(self.meters) == 1 else None
+        self.only_pace = self.paces[0] if len(self.paces) == len(self.meters) == 1 else None
         self.paused_until = self.claimed_until = self.claimed_by = 0.0
 
     def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] | None = None) -> float:
@@ -213,15 +161,13 @@ class Ledger:
         ``is_late``: the caller could not look when the slot came, and may make up for what has passed.
         """
         for meter in self.meters:
-            if is_late:
-                meter.take_late(now, amounts[meter.name])
-            else:
-                meter.take(now, amounts[meter.name])
+            meter.take(now, amounts[meter.name], is_late=is_late)
 
     def pause(self, until: float) -> None:
         self.paused_until = max(self.paused_until, until)
-        for meter in self.meters:
-            meter.pause(until)
+        for pace in self.paces:
+            # Nobody makes up for what has passed meanwhile.
+            pace.free_at = max(pace.free_at, until)
 
     def idle_from(self, now: float) -> float:
         """From when on a new ledger would not behave any differently."""

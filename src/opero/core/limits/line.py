@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
-from opero.core.limits.ledger import EARLY, LONGEST_PAUSE, Ledger
+from opero.core.limits.ledger import LONGEST_PAUSE, Ledger
+from opero.core.limits.rates import EARLY
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -43,8 +44,8 @@ Wants = Sequence[tuple["Line", Sequence[float]]]
 # One for all lines, since a turn may stand in several. The garbage collector, or a signal handler, may use a line in a
 # thread that has it.
 lines = ForkSafeLock(threading.RLock)
-# Those in which somebody waits, each by its id.
-_waited_in: WeakValueDictionary[int, Line] = WeakValueDictionary()
+# Those in which somebody waits.
+_waited_in: WeakSet[Line] = WeakSet()
 _numbers = itertools.count()
 
 
@@ -64,22 +65,15 @@ class Line:
     def __init__(self, rates: Rates, share: Share | None = None, *, ledger: Ledger | None = None) -> None:
         self.rates = rates
         self._share = share
-        if ledger is None:
-            # Here, since places need nothing of asyncio.
-            from opero.core.limits.local import LocalLedger
-
-            ledger = LocalLedger(rates)
-        self._ledger = ledger
-        # In the order in which they came, each by its number; and those that are to be forgotten.
-        self.waiting: list[tuple[int, Turn, Sequence[float]]] = []
-        self._left: deque[Turn] = deque()
+        self._ledger = ledger or Ledger(rates)
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Forget the parent's callers, and what they took."""
-        self.waiting.clear()
-        self._left.clear()
+        # In the order in which they came, each by its number; and those that are to be forgotten.
+        self.waiting: list[tuple[int, Turn, Sequence[float]]] = []
+        self._left: deque[Turn] = deque()
         # What all in line take together.
         self._wanted = [0.0] * len(self.rates.names)
         self._ledger.forget()
@@ -93,33 +87,29 @@ class Line:
         self._made_up_until = -math.inf
 
     @property
-    def is_shared(self) -> bool:
-        """Whether somebody outside of this process has to be asked: nobody, under a clock that jumps."""
-        return self._share is not None and not clock.is_virtual
+    def share(self) -> Share | None:
+        """What has to be asked, too, since other processes use it: nothing under a clock that jumps."""
+        return None if clock.is_virtual else self._share
 
     # Asked by whoever wants to start
 
     def take_now(self, amounts: Sequence[float] = ONE, *_call: Any) -> bool:
         """Take a slot if one is free and nobody waits; only where nobody outside has to be asked."""
         with lines.lock:
-            now, ledger = clock.now(), self._ledger
-            if not self.waiting or self.first() is None:
-                is_late, pace = now <= self._made_up_until, ledger.only_pace
-                if pace is None or amounts is not ONE or is_late:
-                    is_open = ledger.is_open(now, amounts)
-                    if is_open:
-                        ledger.take(now, amounts, is_late=is_late)
-                    return is_open
-                # The same in half the time.
-                if now + EARLY < pace.free_at:
-                    return False
-                pace.free_at = now + pace.interval
-                return True
-            if now + EARLY < self.opens_at:
+            if self.waiting and self.first() is not None:
                 return False
-            self._noticed_at = min(self._noticed_at, now)
-        self.rouse_first()
-        return False
+            now, ledger = clock.now(), self._ledger
+            is_late, pace = now <= self._made_up_until, ledger.only_pace
+            if pace is not None and amounts is ONE and not is_late:
+                # As below, in half the time.
+                is_open = now + EARLY >= pace.free_at
+                if is_open:
+                    pace.free_at = now + pace.interval
+                return is_open
+            is_open = ledger.is_open(now, amounts)
+            if is_open:
+                ledger.take(now, amounts, is_late=is_late)
+            return is_open
 
     def correct(self, amounts: Sequence[float]) -> Generator[Any, Any, None]:
         """A call has cost so much more than it took, or less."""
@@ -138,8 +128,8 @@ class Line:
 
     def tell(self, change: Callable[[Ledger, float], None]) -> Generator[Any, Any, None]:
         """Let those who share the limit know, too."""
-        if self._share is not None and self.is_shared:
-            yield from self._share.ask(self.rates, change)
+        if self.share is not None:
+            yield from self.share.ask(self.rates, change)
 
     def change(self, rates: Rates) -> None:
         """Go on at other rates; those who wait keep their places."""
@@ -154,12 +144,14 @@ class Line:
         with lines.lock:
             self.first()
             now = clock.now()
-            return self._expected_start(now, amounts, self._wanted, self._refused_until) - now
+            return self._expected_start(amounts, self._wanted, now) - now
 
-    def _expected_start(self, now: float, amounts: Sequence[float], ahead: Sequence[float], refused: float) -> float:
-        """When a call will start, after others that take so much together; the first of all not before ``refused``."""
+    def _expected_start(self, amounts: Sequence[float], ahead: Sequence[float], now: float) -> float:
+        """When a call will start, after others that take so much together."""
         moment = max(now, self._ledger.opens_at(now, amounts, ahead))
-        return max(moment, refused + self._seconds_of(ahead)) if self.is_shared and refused > now else moment
+        if self.share is None or self._refused_until <= now:
+            return moment
+        return max(moment, self._refused_until + self._seconds_of(ahead))
 
     def _seconds_of(self, amounts: Sequence[float]) -> float:
         """How long the paces take to give so much."""
@@ -178,36 +170,14 @@ class Line:
             self.let_pass(self._left.popleft())
         return self.waiting[0][1] if self.waiting else None
 
-    def let_pass(self, turn: Turn) -> None:
-        """Others need not wait for it."""
-        place = bisect_left(self.waiting, (turn.number,))
-        if place < len(self.waiting) and self.waiting[place][1] is turn:
-            _, _, amounts = self.waiting.pop(place)
-            self._want(amounts, -1)
-            if not place:
-                # When the next one may go on is not known yet.
-                self.close_until(-math.inf)
-            if not self.waiting:
-                _waited_in.pop(id(self), None)
-
-    def _keep_place(self, turn: Turn, amounts: Sequence[float]) -> int:
-        """Whoever came later does not pass it; gives how many came before."""
-        self.first()
-        place = bisect_left(self.waiting, (turn.number,))
-        if place == len(self.waiting) or self.waiting[place][1] is not turn:
-            self.waiting.insert(place, (turn.number, turn, amounts))
-            _waited_in[id(self)] = self
-            self._want(amounts, 1)
-        return place
-
-    def _want(self, amounts: Sequence[float], sign: int) -> None:
-        # One by one: the garbage collector may let others leave meanwhile.
-        for name, amount in enumerate(amounts):
-            self._wanted[name] += sign * amount
-
     def due(self, turn: Turn, amounts: Sequence[float], now: float) -> float:
         """When to look again; not after ``now``: it may take its slot, or ask for that of a shared limit."""
-        before = self._keep_place(turn, amounts)
+        self.first()
+        before = bisect_left(self.waiting, (turn.number,))
+        if before == len(self.waiting) or self.waiting[before][1] is not turn:
+            self.waiting.insert(before, (turn.number, turn, amounts))
+            self._want(amounts, 1)
+            _waited_in.add(self)
         is_open = now + EARLY >= self.opens_at
         if before:
             grace = min(before, _MOST_GRACES) * _GRACE
@@ -222,6 +192,22 @@ class Line:
                 self.let_pass(other)
         return now + self.wait_alone(amounts, now) if is_open else self.opens_at
 
+    def let_pass(self, turn: Turn) -> None:
+        """Others need not wait for it."""
+        place = bisect_left(self.waiting, (turn.number,))
+        if place < len(self.waiting) and self.waiting[place][1] is turn:
+            self._want(self.waiting.pop(place)[2], -1)
+            if not place:
+                # When the next one may go on is not known yet.
+                self.close_until(-math.inf)
+            if not self.waiting:
+                _waited_in.discard(self)
+
+    def _want(self, amounts: Sequence[float], sign: int) -> None:
+        # One by one: the garbage collector may let others leave meanwhile.
+        for name, amount in enumerate(amounts):
+            self._wanted[name] += sign * amount
+
     def wait_alone(self, amounts: Sequence[float], now: float) -> float:
         """Seconds until this process alone would give a slot."""
         wait = self._ledger.wait(now, amounts)
@@ -233,25 +219,28 @@ class Line:
         """The first may not ask again before that."""
         self.opens_at, self._noticed_at = moment, math.inf
 
-    def start(self, turn: Turn, amounts: Sequence[float], now: float) -> None:
-        """It takes its slot, and leaves."""
-        self._ledger.take(now, amounts, is_late=turn.has_waited or now <= self._made_up_until)
-        if turn.has_waited:
-            self._made_up_until = now + max([pace.tolerance for pace in self.rates.paces], default=0.0)
-        self.let_pass(turn)
-
     def comes_after(self, latest: float, turn: Turn, amounts: Sequence[float], now: float) -> bool:
         """Whether its slot will come so late. Of those in the middle of the line no more is known than of the first."""
         ahead = [0.0] * len(amounts)
         if self.waiting and self.waiting[-1][1] is turn:
             ahead = [all_of_it - own for all_of_it, own in zip(self._wanted, amounts, strict=True)]
-        return self._expected_start(now, amounts, ahead, self.opens_at) >= latest
+        return self._expected_start(amounts, ahead, now) >= latest
 
-    def ask_for(self, turn: Turn, amounts: Sequence[float]) -> Generator[Any, Any, float | None]:
+    def is_late(self, turn: Turn, now: float) -> bool:
+        """Whether it may have missed slots while it could not look."""
+        return turn.has_waited or now <= self._made_up_until
+
+    def start(self, turn: Turn, amounts: Sequence[float], now: float) -> None:
+        """It takes its slot, and leaves."""
+        self._ledger.take(now, amounts, is_late=self.is_late(turn, now))
+        if turn.has_waited:
+            self._made_up_until = now + max([pace.tolerance for pace in self.rates.paces], default=0.0)
+        self.let_pass(turn)
+
+    def ask_for(self, share: Share, turn: Turn, amounts: Sequence[float]) -> Generator[Any, Any, float | None]:
         """Ask the gate of a limit that processes share for a slot: seconds to wait, or None if it failed."""
-        assert self._share is not None  # noqa: S101 - for the type checkers
-        rates, is_late = self.rates, turn.has_waited or clock.now() <= self._made_up_until
-        wait = yield from self._share.ask_for(rates, amounts, is_late=is_late)
+        rates = self.rates
+        wait = yield from share.ask_for(rates, amounts, is_late=self.is_late(turn, clock.now()))
         with lines.lock:
             self._is_known_elsewhere = wait is not None
             self._refused_until = -math.inf
@@ -270,11 +259,6 @@ class Line:
         for _, turn, _ in waiting:
             turn.rouse()
 
-    def leave(self, turn: Turn) -> None:
-        """It is forgotten later: the garbage collector may say so while the line is being changed."""
-        self._left.append(turn)
-        self.rouse_first(anew=True)
-
     def rouse_first(self, *, anew: bool = False) -> None:
         """Let the first look if it may go on, as far as is known, or in any case."""
         with lines.lock:
@@ -283,6 +267,11 @@ class Line:
             first = self.first() if self.waiting and clock.now() + EARLY >= self.opens_at else None
         if first is not None:
             first.rouse()
+
+    def leave(self, turn: Turn) -> None:
+        """It is forgotten later: the garbage collector may say so while the line is being changed."""
+        self._left.append(turn)
+        self.rouse_first(anew=True)
 
 
 class Turn:
@@ -327,14 +316,18 @@ class Turn:
             return
         moments = [line.due(self, amounts, now) for line, amounts in self._wants]
         self._due = max(moments)
-        if self._due > now + EARLY:
-            if len(moments) > 1:
-                self._let_others_pass(moments, now)
-            self._go_on_waiting(now)
-        elif any(line.is_shared for line, _ in self._wants):
-            self.news = "asks"
-        else:
-            self._start(now)
+        if self._due <= now + EARLY:
+            if any(line.share is not None for line, _ in self._wants):
+                self.news = "asks"
+            else:
+                self._start(now)
+            return
+        if len(moments) > 1:
+            self._let_others_pass(moments, now)
+        self.has_waited = True
+        latest = self._latest()
+        if latest < math.inf and any(line.comes_after(latest, self, amounts, now) for line, amounts in self._wants):
+            self.news = "late"
 
     def _let_others_pass(self, moments: Sequence[float], now: float) -> None:
         """Others use what would pass unused while it waits for another limit, unless they have done so for long."""
@@ -353,31 +346,23 @@ class Turn:
         for line, amounts in self._wants:
             line.start(self, amounts, now)
 
-    def _go_on_waiting(self, now: float) -> None:
-        """Unless that is of no use."""
-        self.has_waited = True
-        latest = self._latest()
-        if latest < math.inf and any(line.comes_after(latest, self, amounts, now) for line, amounts in self._wants):
-            self.news = "late"
-
     def ask(self) -> Generator[Any, Any, None]:
         """Ask the gates of shared limits; what one of them gives goes back if another one has nothing to give."""
         self.news = ""
         wants, given = self._wants, list[tuple[Line, Sequence[float]]]()
         wait: float | None = None
         for line, amounts in wants:
-            if line.is_shared and not wait:
-                wait = yield from line.ask_for(self, amounts)
+            if line.share is not None and not wait:
+                wait = yield from line.ask_for(line.share, self, amounts)
                 # A gate that failed leaves it to this process.
                 given += [(line, amounts)] if wait == 0 else []
         with lines.lock:
             now = clock.now()
-            if wait or any(line.wait_alone(amounts, now) for line, amounts in wants):
-                self._go_on_waiting(now)
-            else:
+            if not wait and not any(line.wait_alone(amounts, now) for line, amounts in wants):
                 self._start(now)
-                given.clear()
-        _rouse_the_first_of(wants)
+        if self.news:
+            _rouse_the_first_of(wants)
+            return
         for line, amounts in given:
             yield from line.tell(partial(_give_back, amounts))
 
@@ -417,10 +402,10 @@ def _give_back(amounts: Sequence[float], ledger: Ledger, now: float) -> None:
 
 def rouse_all() -> None:
     """Let all who wait in this process look again: it may be of no use any more."""
-    for reference in _waited_in.valuerefs():
-        line = reference()
-        if line is not None:
-            line.rouse_all()
+    with lines.lock:
+        waited_in = list(_waited_in)
+    for line in waited_in:
+        line.rouse_all()
 
 
 def take(wants: Wants, latest: Latest = never, *, is_turn: bool = True) -> Generator[Any, Any, bool]:

@@ -14,6 +14,8 @@ from opero.core.showing import kind_of, shown
 Rate = float | str | Sequence[float | str] | Mapping[str, float | str | Sequence[float | str]]
 
 CALLS = "calls"
+# Rounding must not make a slot that has come look as if it had not.
+EARLY = 1e-9
 _RATE_TEXT = re.compile(r"\s*(?P<count>\d+(?:\.\d+)?)\s*/\s*(?P<times>\d+(?:\.\d+)?)?\s*(?P<unit>[a-z]+)\s*", re.ASCII)
 _MOST = 10_000_000
 # How long a process may be kept from looking without losing slots. A quarter of it would do while nothing else runs; a
