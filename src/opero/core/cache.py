@@ -27,7 +27,7 @@ from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, Oper
 from opero.utils.notes import link
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from opero.core.checks import Duration
     from opero.core.plan import Call
@@ -152,14 +152,16 @@ class ResultCache:
 
     def look_up(self, key: Any) -> tuple[Any, ...] | None:
         """The entry of a key, a tuple that begins with the result; None where there is none, or a look could block."""
-        try:
-            store = self.store
-        except MisuseError:
-            # It has no name to keep anything under; `through` meets the same, and counts a call that failed.
-            return None
         # An event loop is not to wait until it is open, or free; `through` asks in a thread.
-        found: tuple[Any, ...] | None = store.look_up(key) if not self._is_async or store.is_ready else None
+        found: tuple[Any, ...] | None = self.store.look_up(key) if not self._is_async or self.store.is_ready else None
         return found
+
+    async def fetch(self, key: Any) -> tuple[Any, ...] | None:
+        """The same by awaiting."""
+        if self._settings.backend != "redis":
+            return self.look_up(key)
+        entry: tuple[Any] | None = await self.store.fetch(key)
+        return entry
 
     def finder(self, tick: Callable[[], object]) -> Callable[..., Any] | None:
         """See `KeyMaker.finder`; None where a look takes longer."""
@@ -169,15 +171,6 @@ class ResultCache:
         # A remembered error has expired for a quick look.
         may_expire = settings.ttl is not None or settings.exceptions or store.is_shared
         return self.keys.finder(store.get, store.touch, tick, clock if may_expire else None)
-
-    @property
-    def fetch(self) -> Callable[[Any], Awaitable[tuple[Any] | None]] | None:
-        """As `look_up`, by awaiting; None where that is no use."""
-        return self._fetch if self._settings.backend == "redis" and self._is_async else None
-
-    async def _fetch(self, key: Any) -> tuple[Any] | None:
-        entry: tuple[Any] | None = await self.store.fetch(key) if "store" in self.__dict__ else None
-        return entry
 
     # What users manage
 

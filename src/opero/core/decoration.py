@@ -29,17 +29,22 @@ from opero.events import AttemptStarted, begin_telling, switches, tell_of_the_en
 from opero.utils.notes import Shortened, shorten
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+    from collections.abc import AsyncGenerator, Callable, Generator
+    from contextvars import Token
 
-    from opero.core.steps import Flow, TimeLimit
+    from opero.core.limits.places import Places
+    from opero.core.steps import TimeLimit
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
 Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a decorator, and its options
+# What a first attempt is made with: its arguments, its place and what gives that back, the call if somebody is told of
+# it, and when it began.
+First = tuple[tuple[Any, ...], dict[str, Any], "tuple[Places, Token[Any]] | None", "Call | None", float]
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> Any:
-    """Stand for what only a cache has."""
+    """Stand for what only a cache or a limit has."""
 
 
 class Decoration:
@@ -56,18 +61,7 @@ class Decoration:
         run: What an attempt calls: until its first result was looked at, that is not the function itself.
         is_direct: Whether nothing has to be done before a first attempt.
         is_let_in: Takes a slot if one is free, where nothing else has to be done before a first attempt.
-        find: Gives the cache's entry for arguments, a tuple that begins with the result, and counts it; None if there
-            is none, or a look takes longer.
-        look_up: Gives the entry of a key; None if there is none, or that could block.
-        fetch: The same by awaiting; None where that is no use.
     """
-
-    call_flow = staticmethod(call_flow)
-    drive = staticmethod(drive)
-    drive_async = staticmethod(drive_async)
-    shorten = staticmethod(shorten)
-    new_call = Call
-    no_key = MISSING
 
     def __init__(self, plan: Plan, recipe: Recipe) -> None:
         cache, limit = plan.cache, plan.limit
@@ -84,44 +78,31 @@ class Decoration:
         self._take_slot = None if limit is None else limit.take_now
         # Whether a slot would come too late to be of use is told by how long the function takes.
         self._learn = None if limit is None or plan.total_timeout is None else limit.usual.learn
-        # Whether anybody else than listeners hears how a first attempt ended.
-        self._follows = plan.breaker is not None or self._learn is not None
-        self.find: Callable[..., tuple[Any, ...] | None] = _nothing
-        self.look_up: Callable[[Any], tuple[Any, ...] | None] = _nothing
-        self.fetch: Callable[[Any], Awaitable[tuple[Any, ...] | None]] | None = None
         firsts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}
         self.run: Callable[..., Any] = firsts.get(plan.kind, self.function)
         if cache is not None:
             self.run = self.function
-            self.key_of = cache.keys.key_of
+            self.key_of, self.look_up, self.fetch = cache.keys.key_of, cache.look_up, cache.fetch
+            self.find = cache.finder(self.count_hit) or _nothing
             cache.stats = plan.stats
-            if plan.on_event is None:
-                self.fetch = cache.fetch
-                self.look_up = cache.look_up
-                self.find = cache.finder(self.count_hit) or _nothing
         elif plan.kind == "async def":
             self._looked()
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a ``def`` function, or the beginning of a generator."""
         if switches.is_disabled:
-            args, kwargs = self._with_first_candidate(args, kwargs)
-            return self.run(*args, **kwargs)
+            return self._call_bare(args, kwargs)
         first = self._first(args, kwargs) if self._is_quick else None
         if first is None:
-            return drive(self.flow(args, kwargs), self.run)
-        first_args, first_kwargs, place, told = first
-        started = clock.now()
+            return drive(call_flow(self.plan, Call(args, kwargs)), self.run)
+        first_args, first_kwargs, _, told, started = first
         outcome: Any = NOT_RUN
         try:
             outcome = self.function(*first_args, **first_kwargs)
         except Exception as error:  # the flow decides what becomes of it
             outcome = Failed(error)
         finally:
-            if place is not None:
-                place[0].give_back(place[1])
-            if self._follows or told is not None:
-                self._first_is_over(first, outcome, started)
+            self._first_is_over(first, outcome)
         if outcome.__class__ is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
@@ -132,23 +113,18 @@ class Decoration:
     async def call_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for ``async def``."""
         if switches.is_disabled:
-            args, kwargs = self._with_first_candidate(args, kwargs)
-            return await self.run(*args, **kwargs)
+            return await self._call_bare(args, kwargs)
         # Under another library than asyncio the flow refuses what has a time limit.
         is_quick = self._is_quick and (self._limit is None or is_in_asyncio())
         first = self._first(args, kwargs) if is_quick else None
         if first is None:
-            return await drive_async(self.flow(args, kwargs), self.run, self.plan.name)
-        first_args, first_kwargs, place, told = first
-        started = clock.now()
+            return await drive_async(call_flow(self.plan, Call(args, kwargs)), self.run, self.plan.name)
+        first_args, first_kwargs, _, told, started = first
         outcome: Any = NOT_RUN
         try:
             outcome = await run_in_time(self.function, first_args, first_kwargs, self._limit, self.plan.name)
         finally:
-            if place is not None:
-                place[0].give_back(place[1])
-            if self._follows or told is not None:
-                self._first_is_over(first, outcome, started)
+            self._first_is_over(first, outcome)
         if outcome.__class__ is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
@@ -156,32 +132,26 @@ class Decoration:
         del outcome
         return await self.go_on_async(call)
 
-    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a first attempt that may be made now is made with; None where the flow has to decide.
-
-        That is its arguments, the place that it has, and the call if somebody is told of it.
-        """
+    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> First | None:
+        """What a first attempt that may be made now is made with; None where the flow has to decide."""
         plan, place, is_ready = self.plan, None, True
-        first_args, first_kwargs = args, kwargs
+        first: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
         try:
             if plan.fallback is not None:
                 first = plan.fallback.first(args, kwargs)
-                if first is None:
-                    return None
-                first_args, first_kwargs = first
-            if plan.breaker is not None and not plan.breaker.is_quiet(first_args, first_kwargs):
+            if first is None or (plan.breaker is not None and not plan.breaker.is_quiet(*first)):
                 return None
             if plan.places is not None:
-                place = plan.places.enter(first_args, first_kwargs)
+                place = plan.places.enter(*first)
                 is_ready = place is not None
             if is_ready and plan.limit is not None:
-                is_ready = self._take_slot is not None and self._take_slot(first_args, first_kwargs)
+                is_ready = self._take_slot is not None and self._take_slot(*first)
         except Exception:  # the flow asks again, and counts a value that is refused as a call that failed
-            is_ready = False
-        if is_ready:
+            first = None
+        if first is not None and is_ready:
             self.count()
             is_told = switches.are_on or plan.on_event is not None
-            return first_args, first_kwargs, place, self._told(args, kwargs) if is_told else None
+            return *first, place, self._told(args, kwargs) if is_told else None, clock.now()
         if place is not None:
             place[0].give_back(place[1])
         return None
@@ -196,9 +166,11 @@ class Decoration:
             call.tell(AttemptStarted, attempt=1, round=1)
         return call
 
-    def _first_is_over(self, first: Any, outcome: Any, started: float) -> None:
+    def _first_is_over(self, first: First, outcome: Any) -> None:
         """How a first attempt has ended: ``NOT_RUN`` if Ctrl-C or the like ended it; with `Failed` the flow goes on."""
-        args, kwargs, _, told = first
+        args, kwargs, place, told, started = first
+        if place is not None:
+            place[0].give_back(place[1])
         if self._learn is not None and outcome is not NOT_RUN:
             self._learn(clock.now() - started)
         if outcome.__class__ is not Failed:
@@ -212,26 +184,17 @@ class Decoration:
         call.is_last = call.failure is not None and made_an_error_of_its_cancellation(call.failure)
         return await drive_async(call_flow(self.plan, call), self.function, self.plan.name)
 
-    def flow(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = MISSING, *, refreshes: bool = False
-    ) -> Flow:
-        """All of a call; ``key`` is the cache's, if it has been made."""
-        call = Call(args, kwargs)
-        call.key, call.refreshes = key, refreshes
-        return call_flow(self.plan, call)
+    def _call_bare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the function gives without any policy; of an ``async def`` one, what is to be awaited."""
+        fallback = self.plan.fallback
+        if fallback is not None:
+            args, kwargs = fallback.arguments(args, kwargs, fallback.values(args, kwargs)[0])
+        return self.run(*args, **kwargs)
 
     def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function whatever the cache has; of an ``async def`` one, a coroutine that does."""
-        flow = self.flow(args, kwargs, refreshes=True)
+        flow = call_flow(self.plan, Call(args, kwargs, refreshes=True))
         return drive_async(flow, self.function, self.plan.name) if self.plan.is_async else drive(flow, self.function)
-
-    def _with_first_candidate(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        fallback = self.plan.fallback
-        return (
-            (args, kwargs) if fallback is None else fallback.arguments(args, kwargs, fallback.values(args, kwargs)[0])
-        )
 
     def _look(self, /, *args: Any, **kwargs: Any) -> Any:
         result = self.function(*args, **kwargs)
@@ -301,11 +264,10 @@ def _function(this: Decoration) -> Callable[..., Any]:
             try:
                 return this.function(*args, **kwargs)
             except Exception as error:  # the flow decides what becomes of it
-                call = this.new_call(args, kwargs, started=started)
-                call.failure = error
-            return this.drive(this.call_flow(this.plan, call), this.function)
+                call = Call(args, kwargs, started=started, failure=error)
+            return drive(call_flow(this.plan, call), this.function)
         except Exception as error:
-            this.shorten(error)
+            shorten(error)
             raise
 
     return decorated
@@ -326,11 +288,11 @@ def _cached_function(this: Decoration) -> Callable[..., Any]:
                     this.count_hit()
                     return entry[0]
             except Exception:  # a wrong call, which the flow meets again and counts
-                key = this.no_key
+                key = MISSING
             # Not by a method, whose frame would stay: recursions of cached functions are as deep as Python allows.
-            return this.drive(this.flow(args, kwargs, key), this.function)
+            return drive(call_flow(this.plan, Call(args, kwargs, key=key)), this.function)
         except Exception as error:
-            this.shorten(error)
+            shorten(error)
             raise
 
     return decorated
@@ -346,15 +308,15 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
                 if entry is not None:
                     return entry[0]
                 key = this.key_of(*args, **kwargs)
-                entry = this.look_up(key) if this.fetch is None else await this.fetch(key)
+                entry = await this.fetch(key)
                 if entry is not None:
                     this.count_hit()
                     return entry[0]
             except Exception:
-                key = this.no_key
-            return await this.drive_async(this.flow(args, kwargs, key), this.function, this.plan.name)
+                key = MISSING
+            return await drive_async(call_flow(this.plan, Call(args, kwargs, key=key)), this.function, this.plan.name)
         except Exception as error:
-            this.shorten(error)
+            shorten(error)
             raise
 
     return decorated
@@ -370,11 +332,10 @@ def _async_function(this: Decoration) -> Callable[..., Any]:
             try:
                 return await this.function(*args, **kwargs)
             except Exception as error:
-                call = this.new_call(args, kwargs, started=started)
-                call.failure = error
+                call = Call(args, kwargs, started=started, failure=error)
             return await this.go_on_async(call)
         except Exception as error:
-            this.shorten(error)
+            shorten(error)
             raise
 
     return decorated
@@ -385,7 +346,7 @@ def _generator(this: Decoration) -> Callable[..., Any]:
         try:
             source, item, place = this.call(args, kwargs)
         except Exception as error:
-            this.shorten(error)
+            shorten(error)
             raise
         if source is None:
             return item
@@ -414,7 +375,7 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
         try:
             source, item, place = await this.call_async(args, kwargs)
         except Exception as error:
-            this.shorten(error)
+            shorten(error)
             raise
         if source is None:
             return
@@ -450,10 +411,11 @@ _CACHED_MAKERS = {"def": _cached_function, "async def": _cached_async_function}
 def decorated(plan: Plan, recipe: Recipe) -> Any:
     """The function that the user gets; ``recipe`` makes it again from the bare one."""
     decoration, function = Decoration(plan, recipe), plan.function
-    make = _MAKERS[plan.kind] if plan.cache is None else _CACHED_MAKERS[plan.kind]
+    # A listener is told of hits by the flow.
+    makers = _MAKERS if plan.cache is None or plan.on_event is not None else _CACHED_MAKERS
     # What an object with a `__call__` keeps for itself, a mock its calls, is not the wrapper's.
     updated = functools.WRAPPER_UPDATES if hasattr(function, "__qualname__") else ()
-    made: Any = functools.update_wrapper(make(decoration), function, updated=updated)
+    made: Any = functools.update_wrapper(makers[plan.kind](decoration), function, updated=updated)
     like: Any = innermost(function)
     if like is not function:
         made.__name__, made.__qualname__ = plan.name.rpartition(".")[2], plan.name

@@ -110,24 +110,33 @@ class Call:
     """
 
     deadline: float | None = None
-    failure: Exception | None = None
     attempts = 0
     rounds = 0
     is_last = False
     retry_state: RetryCallState | None = None
-    key: Any = MISSING
     cached = False
     is_made_up = False
-    refreshes = False
     flight: object = None
     presence: Presence | None = None
     index: int | None = None
     tell: Callable[..., None] | None = None
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, started: float | None = None) -> None:
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        started: float | None = None,
+        failure: Exception | None = None,
+        key: Any = MISSING,
+        refreshes: bool = False,
+    ) -> None:
         self.args = args
         self.kwargs = kwargs
         self.started = self.began = clock.now() if started is None else started
+        self.failure = failure
+        self.key = key
+        self.refreshes = refreshes
 
     def time_left(self) -> float | None:
         """Seconds until ``total_timeout`` ends; None without one."""
