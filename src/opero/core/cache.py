@@ -197,17 +197,14 @@ class ResultCache:
 
     def through(self, call: Call, compute: Callable[[], Flow]) -> Flow:
         """The call's result from the cache, from an identical call under way, or from ``compute()``."""
-        key = self._key_of(call)
-        if key.__class__ is Failed:
-            try:
-                return key
-            finally:
-                # Its error's traceback may lead to this frame.
-                del key
-        call.key = key
-        flights = self.store.flights
+        try:
+            flights = self.store.flights
+            if call.key is MISSING:
+                call.key = self.keys.key_of(*call.args, **call.kwargs)
+        except Exception as error:  # noqa: BLE001 - the call's own: arguments that cannot be a key, a user's function
+            return Failed(error)
         # Others get the old entry while it is refreshed, and do not wait for that.
-        own = Flight(key, call.presence, stale=self._settings.stale, refreshes=call.refreshes)
+        own = Flight(call.key, call.presence, stale=self._settings.stale, refreshes=call.refreshes)
         try:
             while (flight := flights.board(own)) is not own:
                 seat = yield from self._wait(flight, call)
@@ -217,18 +214,13 @@ class ResultCache:
                     return self._out_of_time()
                 if seat.outcome is not MISSING:
                     return self._joined(call, seat)
-            return (yield from self._lead(own, call, compute))
+            try:
+                return (yield from self._lead(own, call, compute))
+            finally:
+                self.store.let_go(own)
         finally:
             # Ctrl-C may come between any two steps: nobody is to wait for what will not land.
             flights.land(own)
-
-    def _key_of(self, call: Call) -> Any:
-        """The key, or why nothing can be kept under any."""
-        try:
-            _ = self.store
-            return self.keys.key_of(*call.args, **call.kwargs) if call.key is MISSING else call.key
-        except Exception as error:  # noqa: BLE001 - the call's own: arguments that cannot be a key, a user's function
-            return Failed(error)
 
     def _wait(self, flight: Flight, call: Call) -> Generator[Seat, Any, Seat | None]:
         """Wait until somebody else's flight has landed; None if that would wait for this call."""
@@ -257,84 +249,58 @@ class ResultCache:
             outcome.error.with_traceback(seat.traceback)
             return outcome
         self.stats.joined.tick()
-        return self._hit(call, outcome if seat.written is None else self.store.format.loads(seat.written)[0])
-
-    def _hit(self, call: Call, value: Any) -> Any:
-        call.cached = True
-        if call.tell is not None:
-            call.tell(CacheHit)
-        # One that is raised again and again would hold the frames of all who got it.
-        return Failed(_fresh(value.error)) if value.__class__ is Failed else value
+        return _hit(call, outcome if seat.written is None else self.store.format.loads(seat.written)[0])
 
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow]) -> Flow:
-        try:
-            # Another leader, here or elsewhere, may have stored between this call's look and its boarding.
-            claim = CLAIMED if call.refreshes else (yield from self._claim(flight, call))
-            if claim is BUSY:
-                return self._out_of_time()
-            if claim is FOUND:
-                self.stats.joined.tick()
-                found = flight.found
-                self.store.flights.land(flight, found)
-                return self._hit(call, found)
-            self._note_fault(claim)
-            call.flight = flight
-            outcome = yield from compute()
-            if not call.is_made_up:
-                may_keep = claim is CLAIMED or flight.held
-                outcome = yield from self._settled(flight, call, outcome, may_keep=may_keep)
-            self.store.flights.land(flight, outcome)
-            return outcome
-        finally:
-            self.store.let_go(flight)
-
-    def _claim(self, flight: Flight, call: Call) -> Generator[Any, Any, Any]:
-        """The store's answer; `BUSY` if time was over while somebody else was computing."""
-        look = _FIRST_LOOK
-        while (answer := (yield from self._ask(flight))) is BUSY:
+        """The entry, which another leader may have stored meanwhile, or what is computed, when it has been kept."""
+        land, claim, look = self.store.flights.land, CLAIMED, _FIRST_LOOK
+        while not call.refreshes and (claim := (yield from self._ask(flight))) is BUSY:
+            # Another process computes.
             left = call.time_left()
             if left is not None and left <= 0:
-                break
+                return self._out_of_time()
             yield Pause(look if left is None else min(look, left), is_real=True)
             look = min(_LAST_LOOK, look * 2)
-        return answer
-
-    def _settled(self, flight: Flight, call: Call, outcome: Any, *, may_keep: bool) -> Flow:
-        """The outcome, when it has been kept if it is to be, or the old entry in place of a failure."""
-        outcome, life = self._judged(call, outcome)
-        is_error = outcome.__class__ is Failed
-        if is_error and flight.old is not None:
-            value, flight.written = flight.old
-            return self._hit(call, value)
-        if life is not _NOT_KEPT and may_keep:
-            value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
-            self._note_fault((yield from self._ask(Keep(flight, value, life, stale, call.time_left()))))
+        if claim is FOUND:
+            self.stats.joined.tick()
+            found = flight.found
+            land(flight, found)
+            return _hit(call, found)
+        self._note_fault(claim)
+        call.flight = flight
+        outcome = yield from compute()
+        if not call.is_made_up:
+            try:
+                life = self._life(call, outcome)
+            except Exception as error:  # noqa: BLE001 - of the user's functions, or a result that can be used only once
+                outcome, life = Failed(error), _NOT_KEPT
+            is_error = outcome.__class__ is Failed
+            if is_error and flight.old is not None:
+                value, flight.written = flight.old
+                outcome = _hit(call, value)
+            elif life != _NOT_KEPT and (claim is CLAIMED or flight.held):
+                value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
+                self._note_fault((yield from self._ask(Keep(flight, value, life, stale, call.time_left()))))
+        land(flight, outcome)
         return outcome
 
-    def _judged(self, call: Call, outcome: Any) -> tuple[Any, Any]:
-        """The call's outcome, and how long it is to be kept: seconds, None for ever, or `_NOT_KEPT`."""
-        settings = self._settings
-        try:
-            if outcome.__class__ is Failed:
-                error = outcome.error
-                # What opero raises of its own says nothing of the function. A refresh that fails keeps what was there.
-                is_own = isinstance(error, OperoError) and not isinstance(error, (AllFailedError, RejectedResultError))
-                is_kept = isinstance(error, settings.exceptions) and not (is_own or call.refreshes)
-                return outcome, self._life(error) if is_kept else _NOT_KEPT
+    def _life(self, call: Call, outcome: Any) -> float | None:
+        """How long an outcome is to be kept: seconds, None for ever, or `_NOT_KEPT`."""
+        settings, value = self._settings, outcome
+        if outcome.__class__ is Failed:
+            value = outcome.error
+            # What opero raises of its own says nothing of the function. A refresh that fails keeps what was there.
+            is_own = isinstance(value, OperoError) and not isinstance(value, (AllFailedError, RejectedResultError))
+            is_kept = isinstance(value, settings.exceptions) and not (is_own or call.refreshes)
+        else:
             refuse_unfinished(self._function, outcome, is_cached=True)
             is_kept = settings.keep_if is None or bool(settings.keep_if(outcome))
-            return outcome, self._life(outcome) if is_kept else _NOT_KEPT
-        except Exception as error:  # noqa: BLE001 - of the user's functions, or a result that can be used only once
-            return Failed(error), _NOT_KEPT
-
-    def _life(self, value: Any) -> Any:
-        ttl = self._settings.ttl
-        if not callable(ttl):
-            return ttl
-        said = ttl(value)
-        if said is None:
-            return None
-        return check_lifetime("what ttl=… returned", said, zero=True) or _NOT_KEPT
+        if not is_kept:
+            return _NOT_KEPT
+        if not callable(settings.ttl):
+            return settings.ttl
+        said = settings.ttl(value)
+        return None if said is None else check_lifetime("what ttl=… returned", said, zero=True)
 
     def _out_of_time(self) -> Failed:
         name = name_of(self._function)
@@ -352,23 +318,27 @@ class ResultCache:
             self.store.complain(answer)
 
 
-_NOT_KEPT = object()
+_NOT_KEPT = 0.0
+
+
+def _hit(call: Call, value: Any) -> Any:
+    call.cached = True
+    if call.tell is not None:
+        call.tell(CacheHit)
+    # One that is raised again and again would hold the frames of all who got it.
+    return Failed(_fresh(value.error)) if value.__class__ is Failed else value
 
 
 def _fresh(error: Exception) -> Exception:
     """The same error without the frames that it has come through; a copy, if its class can be copied."""
-    try:
+    made = error
+    # A class whose `__init__` takes other arguments than it keeps cannot.
+    with contextlib.suppress(Exception):
         made = copy.copy(error)
-    except Exception:  # noqa: BLE001 - its `__init__` takes other arguments than it keeps
-        made = error
-    if type(made) is not type(error):
-        made = error
-    if made is error:
-        return error.with_traceback(None)
-    link(made, cause=error.__cause__, context=None, hides_context=error.__suppress_context__)
-    if hasattr(error, "__notes__"):
-        made.__notes__ = [*error.__notes__]
-    return made
+        link(made, cause=error.__cause__, context=None, hides_context=error.__suppress_context__)
+        if hasattr(error, "__notes__"):
+            made.__notes__ = [*error.__notes__]
+    return made.with_traceback(None)
 
 
 # A lock that a thread can have more than once: a finalizer, which may come at any moment, can clear caches.

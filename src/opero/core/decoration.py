@@ -78,6 +78,8 @@ class Decoration:
         self._take_slot = None if limit is None else limit.take_now
         # Whether a slot would come too late to be of use is told by how long the function takes.
         self._learn = None if limit is None or plan.total_timeout is None else limit.usual.learn
+        # Whether anybody else than listeners hears how a first attempt ended.
+        self._follows = plan.breaker is not None or self._learn is not None
         firsts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}
         self.run: Callable[..., Any] = firsts.get(plan.kind, self.function)
         if cache is not None:
@@ -95,14 +97,17 @@ class Decoration:
         first = self._first(args, kwargs) if self._is_quick else None
         if first is None:
             return drive(call_flow(self.plan, Call(args, kwargs)), self.run)
-        first_args, first_kwargs, _, told, started = first
+        first_args, first_kwargs, place, told, started = first
         outcome: Any = NOT_RUN
         try:
             outcome = self.function(*first_args, **first_kwargs)
         except Exception as error:  # the flow decides what becomes of it
             outcome = Failed(error)
         finally:
-            self._first_is_over(first, outcome)
+            if place is not None:
+                place[0].give_back(place[1])
+            if self._follows or told is not None:
+                self._first_is_over(first, outcome)
         if outcome.__class__ is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
@@ -119,12 +124,15 @@ class Decoration:
         first = self._first(args, kwargs) if is_quick else None
         if first is None:
             return await drive_async(call_flow(self.plan, Call(args, kwargs)), self.run, self.plan.name)
-        first_args, first_kwargs, _, told, started = first
+        first_args, first_kwargs, place, told, started = first
         outcome: Any = NOT_RUN
         try:
             outcome = await run_in_time(self.function, first_args, first_kwargs, self._limit, self.plan.name)
         finally:
-            self._first_is_over(first, outcome)
+            if place is not None:
+                place[0].give_back(place[1])
+            if self._follows or told is not None:
+                self._first_is_over(first, outcome)
         if outcome.__class__ is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
@@ -135,23 +143,26 @@ class Decoration:
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> First | None:
         """What a first attempt that may be made now is made with; None where the flow has to decide."""
         plan, place, is_ready = self.plan, None, True
-        first: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
+        first_args, first_kwargs = args, kwargs
         try:
             if plan.fallback is not None:
                 first = plan.fallback.first(args, kwargs)
-            if first is None or (plan.breaker is not None and not plan.breaker.is_quiet(*first)):
+                if first is None:
+                    return None
+                first_args, first_kwargs = first
+            if plan.breaker is not None and not plan.breaker.is_quiet(first_args, first_kwargs):
                 return None
             if plan.places is not None:
-                place = plan.places.enter(*first)
+                place = plan.places.enter(first_args, first_kwargs)
                 is_ready = place is not None
             if is_ready and plan.limit is not None:
-                is_ready = self._take_slot is not None and self._take_slot(*first)
+                is_ready = self._take_slot is not None and self._take_slot(first_args, first_kwargs)
         except Exception:  # the flow asks again, and counts a value that is refused as a call that failed
-            first = None
-        if first is not None and is_ready:
+            is_ready = False
+        if is_ready:
             self.count()
-            is_told = switches.are_on or plan.on_event is not None
-            return *first, place, self._told(args, kwargs) if is_told else None, clock.now()
+            told = self._told(args, kwargs) if switches.are_on or plan.on_event is not None else None
+            return first_args, first_kwargs, place, told, clock.now()
         if place is not None:
             place[0].give_back(place[1])
         return None
@@ -168,9 +179,7 @@ class Decoration:
 
     def _first_is_over(self, first: First, outcome: Any) -> None:
         """How a first attempt has ended: ``NOT_RUN`` if Ctrl-C or the like ended it; with `Failed` the flow goes on."""
-        args, kwargs, place, told, started = first
-        if place is not None:
-            place[0].give_back(place[1])
+        args, kwargs, _, told, started = first
         if self._learn is not None and outcome is not NOT_RUN:
             self._learn(clock.now() - started)
         if outcome.__class__ is not Failed:
