@@ -20,7 +20,7 @@ from opero.core.flow import call_flow
 from opero.core.limits.rates import parse_rates
 from opero.core.parameters import Per
 from opero.core.plan import Call, Plan
-from opero.core.rate_limit import limit_policy
+from opero.core.rate_limit import FunctionLimit
 from opero.core.retry import RetryPolicy
 from opero.core.steps import Failed
 
@@ -628,7 +628,7 @@ def plan_of_limited(retry_on, per=None):
         ask,
         retry=RetryPolicy(retries=0, retry_on=retry_on),
         fallback=fallback_policy(ask, "key"),
-        limit=limit_policy(ask, 1, fallback="key", per=Per(ask, per) if per else None),
+        limit=FunctionLimit(ask, 1, fallback="key", per=Per(ask, per) if per else None),
     )
 
 

@@ -314,7 +314,7 @@ def test_idle_values_are_forgotten(world, fake_clock):
     for value in range(5_000):
         world.run(f, value) if value < 10 else f.__opero__.plan.limit.limiter.per_value.of(value).take_now()
         fake_clock.tick(0.05)
-    assert len(f.__opero__.plan.limit.limiter.per_value._busy) <= 128
+    assert len(f.__opero__.plan.limit.limiter.per_value._lines) <= 128
 
 
 def test_values_that_are_not_idle_are_remembered(fake_clock):
@@ -331,15 +331,6 @@ def test_a_value_that_is_paused_or_waited_for_is_remembered(fake_clock):
     for value in range(500):
         limiter.per_value.of(value).take_now()
     assert [limiter.per_value.of(value).take_now() for value in ("paused", "used up")] == [False, False]
-
-
-def test_a_value_is_not_forgotten_under_somebody_who_is_about_to_use_it(fake_clock):
-    limiter = RateLimiter(100)
-    mine = limiter.per_value.of("mine")
-    for value in range(500):
-        limiter.per_value.of(value).take_now()
-        fake_clock.tick(0.1)
-    assert limiter.per_value.of("mine") is mine
 
 
 def test_threads_that_use_many_values_never_get_more_than_their_limits_allow():

@@ -495,9 +495,8 @@ def test_functions_without_a_name_have_limits_of_their_own(world, scope):
 
 def test_a_function_that_cannot_be_told_apart_needs_a_name(world, scope):
     lock = threading.Lock()
-    f = limited(world.define(lambda: lock), rate_limit=5, rate_limit_options=scope)
     with pytest.raises(MisuseError, match="'name'"):
-        world.run(f)
+        limited(world.define(lambda: lock), rate_limit=5, rate_limit_options=scope)
 
 
 def test_threads_tasks_and_loops_share_the_limit(scope, name):

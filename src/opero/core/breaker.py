@@ -5,26 +5,25 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.core.checks import check_count, check_seconds
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
+from opero.core.frozen import itself
 from opero.core.keys import identity_of
 from opero.core.showing import kind_of, shown
-from opero.core.signature import MISSING
 from opero.utils.logging import log
 from opero.utils.notes import duration
 
 __all__ = ["Breaker", "Circuit"]
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from opero.core.checks import Duration
     from opero.core.parameters import ParameterSlot, Per
 
-_MOST_KEPT = 1_000
+# Of keys or hosts that failed since they last succeeded.
+_MOST_KEPT = 10_000
 
 
 class _Circuit:
@@ -81,7 +80,7 @@ class Breaker:
 
     def __init__(self, failures: int = 5, *, window: Duration | None = None, recovery: Duration = 30) -> None:
         self.failures = check_count("failures", failures, "failures in a row", smallest=1)
-        self._window = None if window is None else check_seconds("window", window, zero=False)
+        self._window = math.inf if window is None else check_seconds("window", window, zero=False)
         self.recovery = check_seconds("recovery", recovery, zero=False)
         self._lock = ForkSafeLock(threading.RLock)
         # Those that failed since they last succeeded, in the order of their last failures.
@@ -89,17 +88,13 @@ class Breaker:
         watch_forks(self)
 
     def __repr__(self) -> str:
-        window = "" if self._window is None else f", window={self._window:g}"
+        window = "" if self._window == math.inf else f", window={self._window:g}"
         return f"Breaker({self.failures}{window}, recovery={self.recovery:g})"
 
     def __reduce__(self) -> Any:
         raise TypeError(f"{self!r} belongs to its process, a copy would be another one; make one in each process")
 
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    __copy__ = __deepcopy__ = itself
 
     def after_fork(self) -> None:
         """Who is on trial is in the parent."""
@@ -133,24 +128,18 @@ class Breaker:
             circuit = self.circuits.pop(passage.key, None)
             state = "closed" if circuit is not None and circuit.trial is passage else None
             if failed:
-                circuit = self.circuits[passage.key] = circuit or self._new_circuit()
-                circuit.failures.append(clock.now())
-                if state is not None or self._are_too_many(circuit.failures):
+                circuit = self.circuits[passage.key] = circuit or _Circuit(self.failures)
+                failures = circuit.failures
+                failures.append(clock.now())
+                if state is not None or (len(failures) == self.failures and failures[-1] - failures[0] <= self._window):
                     circuit.open(self.recovery)
                     state = "open"
+                if len(self.circuits) > _MOST_KEPT:
+                    # That of the one that failed longest ago.
+                    del self.circuits[next(iter(self.circuits))]
         if state is not None:
             self._has_changed(state)
         return state
-
-    def _new_circuit(self) -> _Circuit:
-        """One more, in place of another one if there are many: of one that is closed, if there is any."""
-        if len(self.circuits) >= _MOST_KEPT:
-            closed = (key for key, other in self.circuits.items() if other.trial_at is None)
-            del self.circuits[next(closed, next(iter(self.circuits)))]
-        return _Circuit(self.failures)
-
-    def _are_too_many(self, failures: Sequence[float]) -> bool:
-        return len(failures) == self.failures and (self._window is None or failures[-1] - failures[0] <= self._window)
 
     def open(self, key: Any) -> None:
         """Let nobody through for one recovery."""
@@ -173,15 +162,6 @@ class Breaker:
         rouse_all()
 
 
-def _key_of(value: Any) -> Any:
-    """What tells a candidate from others: of text, which may be a secret, no more than a digest is kept."""
-    if value.__class__ is not str and value.__class__ is not bytes:
-        return identity_of(value)
-    from opero.core.digests import digest_of_plain
-
-    return digest_of_plain((value,))
-
-
 class FunctionBreaker:
     """One function's view of a breaker: which of its circuits a call goes through.
 
@@ -190,14 +170,21 @@ class FunctionBreaker:
         by: Gives the value that a call's circuit is known by; None where there is one circuit.
     """
 
-    def __init__(self, shared: Breaker, by: Per | ParameterSlot | None) -> None:
-        self.shared = shared
+    def __init__(self, breaker: Any, by: Per | ParameterSlot | None = None) -> None:
+        if isinstance(breaker, int) and not isinstance(breaker, bool):
+            breaker = Breaker(check_count("breaker", breaker, "failures in a row", smallest=1))
+        if not isinstance(breaker, Breaker):
+            raise TypeError(
+                f"breaker={shown(breaker)} is {kind_of(breaker)}; write a number of failures in a row, or "
+                "opero.Breaker(5, window=60, recovery=30)"
+            )
+        self.shared = breaker
         self.by = by
         # Empty while no circuit knows of a failure.
-        self._circuits = shared.circuits
+        self._circuits = breaker.circuits
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _key_of(MISSING if self.by is None else self.by.get(args, kwargs))
+        return None if self.by is None else identity_of(self.by.get(args, kwargs))
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Passage | None:
         """See `Breaker.enter`."""
@@ -223,52 +210,40 @@ class FunctionBreaker:
 class Circuit:
     """The circuit of a function, as `opero.control` gives it; with ``per`` or ``arg_fallback``, ``circuit[value]``."""
 
-    __slots__ = ("_policy", "_value")
+    __slots__ = ("_key", "_policy")
 
-    def __init__(self, policy: FunctionBreaker, value: Any = MISSING) -> None:
+    def __init__(self, policy: FunctionBreaker, key: Any = None) -> None:
         self._policy = policy
-        self._value = value
+        self._key = key
 
     def __getitem__(self, value: Any) -> Circuit:
         if self._policy.by is None:
             msg = "the function has one circuit for all calls; write control(f).circuit.state, or add per='parameter'"
             raise TypeError(msg)
-        return Circuit(self._policy, value)
+        return Circuit(self._policy, identity_of(value))
 
     @property
     def state(self) -> str:
         """``"closed"``; ``"open"``: calls fail at once; ``"half-open"``: a trial is under way, or may begin."""
-        wait = self._policy.shared.wait_of(self._key())
+        wait = self._breaker().wait_of(self._key)
         return "closed" if wait is None else "half-open" if wait in {0.0, math.inf} else "open"
 
     def reset(self) -> None:
         """Close it, and forget the failures."""
-        self._policy.shared.reset(self._key())
+        self._breaker().reset(self._key)
 
     def open(self) -> None:
         """Open it, for one ``recovery``."""
-        self._policy.shared.open(self._key())
+        self._breaker().open(self._key)
 
     def __repr__(self) -> str:
         # Not the value, which may be a secret.
         return "<circuits by value>" if self._is_of_many() else f"<{self.state} circuit>"
 
     def _is_of_many(self) -> bool:
-        return self._value is MISSING and self._policy.by is not None
+        return self._key is None and self._policy.by is not None
 
-    def _key(self) -> Any:
+    def _breaker(self) -> Breaker:
         if self._is_of_many():
             raise TypeError("each value has a circuit of its own; write control(f).circuit[value]")
-        return _key_of(self._value)
-
-
-def breaker_policy(breaker: Any, by: Per | ParameterSlot | None = None) -> FunctionBreaker:
-    """Check the option ``breaker`` and make the policy."""
-    if isinstance(breaker, int) and not isinstance(breaker, bool):
-        breaker = Breaker(check_count("breaker", breaker, "failures in a row", smallest=1))
-    if not isinstance(breaker, Breaker):
-        raise TypeError(
-            f"breaker={shown(breaker)} is {kind_of(breaker)}; write a number of failures in a row, or "
-            "opero.Breaker(5, window=60, recovery=30)"
-        )
-    return FunctionBreaker(breaker, by)
+        return self._policy.shared

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from opero.core.breaker import Passage
     from opero.core.fallback import FallbackOverParameter
-    from opero.core.limits.line import Wants
     from opero.core.limits.places import Places
     from opero.core.rate_limit import FunctionLimit
     from opero.core.steps import TimeLimit
@@ -69,7 +68,7 @@ OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = NoAttempt
 class Candidate:
     """One value to try, and how it has fared in this call."""
 
-    __slots__ = ("args", "kwargs", "number", "ready_at", "tries", "value", "wants")
+    __slots__ = ("args", "costs", "kwargs", "number", "ready_at", "tries", "value")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = MISSING, number: int = 0) -> None:
         self.args = args
@@ -78,8 +77,8 @@ class Candidate:
         self.number = number
         self.tries = 0
         self.ready_at: float | None = None
-        # What it asks of the rate limit, once that is known.
-        self.wants: Wants | None = None
+        # What it takes of each rate limit, once that is known.
+        self.costs: list[tuple[float, ...]] | None = None
 
 
 def call_flow(plan: Plan, call: Call) -> Flow:

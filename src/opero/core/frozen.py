@@ -1,8 +1,15 @@
-"""Values that do not change, as frozen dataclasses, which `import opero` would be slow to make."""
+"""Values that do not change, as frozen dataclasses, which `import opero` would be slow to make; what has no copies."""
 
 from __future__ import annotations
 
-from typing import Any, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
+
+T = TypeVar("T")
+
+
+def itself(thing: T, _memo: object = None) -> T:
+    """As ``__copy__`` and ``__deepcopy__``: a copy of what is alive, and shared, is the thing itself."""
+    return thing
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

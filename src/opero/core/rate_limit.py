@@ -18,10 +18,11 @@ from opero.core.checks import (
 )
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
+from opero.core.frozen import itself
 from opero.core.limits.line import ONE, Line, Wants, take
 from opero.core.limits.per_value import PerValue
 from opero.core.limits.rates import CALLS, Rate, parse_rates
-from opero.core.limits.shared import Scope
+from opero.core.limits.shared import sharing
 from opero.core.parameters import Per
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
@@ -88,9 +89,6 @@ class RateLimiter:
             option does not apply to the scope.
     """
 
-    # What names the limit if nobody else does.
-    _default_name: Callable[[], str] | None = None
-
     def __init__(
         self,
         rate: Rate,
@@ -106,7 +104,8 @@ class RateLimiter:
     ) -> None:
         self.when_full = check_choice("when_full", when_full, _WHEN_FULL)
         self.max_wait = math.inf if max_wait is None else check_seconds("max_wait", max_wait, zero=True)
-        self._asked = rate
+        self.scope = scope
+        self._rate = rate
         self._read = partial(parse_rates, max_burst=max_burst, spread=check_flag("spread", spread))
         self._options: dict[str, Any] = {
             "when_full": when_full,
@@ -114,15 +113,16 @@ class RateLimiter:
             "spread": spread,
             "max_burst": max_burst,
             "scope": scope,
+            "name": name,
             "url": url,
             "folder": folder,
         }
-        self.scope = shared_by = Scope(scope, name=name, url=url, folder=folder, default_name=self._default_name)
-        self.limit = limit = Line(self._read(rate), shared_by.share())
+        share_of = sharing(scope, name=name, url=url, folder=folder)
+        self.limit = limit = Line(self._read(rate), share_of())
         # Of the values of ``per``, at this rate.
-        self.per_value: PerValue[Line] = PerValue(lambda value: Line(limit.rates, shared_by.share(value)))
-        self.take_now = self.limit.take_now
-        self.expected_wait = self.limit.expected_wait
+        self.per_value: PerValue[Line] = PerValue(lambda value: Line(limit.rates, share_of(value)))
+        self.take_now = limit.take_now
+        self.expected_wait = limit.expected_wait
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -140,26 +140,22 @@ class RateLimiter:
         if rates.names != self.names:
             msg = f"rate limits {list(rates.names)}, this limiter {list(self.names)}; write a rate of the same names"
             raise ValueError(msg)
-        self._asked = rate
+        self._rate = rate
         for line in (self.limit, *self.per_value):
             line.change(rates)
 
     def __repr__(self) -> str:
-        return f"RateLimiter({self._asked!r})"
+        return f"RateLimiter({self._rate!r})"
 
     def __reduce__(self) -> Any:
-        if self.scope.kind == "process":
+        if self.scope == "process":
             raise TypeError(
                 f"{self!r} belongs to its process, a copy would be another limit; give it scope='machine' or "
                 "scope='redis' and a name to share it"
             )
-        return partial(RateLimiter, self._asked, **self._options, name=self.scope.name), ()
+        return partial(RateLimiter, self._rate, **self._options), ()
 
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    __copy__ = __deepcopy__ = itself
 
     def pause(self, seconds: Duration) -> None:
         """Let nothing start for so many seconds, or a `datetime.timedelta`; with ``per``, no value's calls either.
@@ -247,14 +243,6 @@ class RateLimiter:
         return ONE if amounts == [1] else tuple(amounts)
 
 
-class _OwnLimiter(RateLimiter):
-    """The limiter of one function, made of the function's options."""
-
-    def __init__(self, rate: Rate, options: Mapping[str, Any], default_name: Callable[[], str]) -> None:
-        self._default_name = default_name
-        super().__init__(rate, **options)
-
-
 Limits = Rate | RateLimiter | Sequence[Rate | RateLimiter]
 
 
@@ -295,22 +283,37 @@ class FunctionLimit:
 
     def __init__(
         self,
-        name: str,
-        limiters: Sequence[RateLimiter],
-        per: Per | None,
-        costs: tuple[Mapping[str, Any], Mapping[str, Callable[[Any], Any]]],
+        function: Callable[..., Any],
+        rate_limit: Any,
         *,
-        when_full: str,
-        max_wait: float,
+        per: Per | None = None,
+        cost: Any = None,
+        options: Mapping[str, Any] | None = None,
+        fallback: str | None = None,
     ) -> None:
-        """``costs`` are those before an execution, and what corrects them afterwards, by the names of the rates."""
-        self._name = name
-        self._limiters = limiters
+        if isinstance(options, str) and "://" in options:
+            # Not shown: it may hold a password.
+            msg = "rate_limit_options is a URL; write a mapping of option names to values, with the URL as 'url'"
+            raise TypeError(msg)
+        given = check_mapping("rate_limit_options", options)
+        check_known("rate_limit_options", given, _OPTIONS)
+        self._name = name_of(function)
+        self._limiters = limiters = _limiters(rate_limit, given, function)
         self.limiter = limiters[0]
         self.per = per
         self.usual = Usual()
-        self._when_full, self._max_wait = when_full, max_wait
-        self._before, self._after = costs
+        # How a call waits may also be said for each function that shares a limiter.
+        when_full, max_wait = given.get("when_full", self.limiter.when_full), given.get("max_wait")
+        self._when_full = check_choice("rate_limit_options['when_full']", when_full, _WHEN_FULL)
+        if when_full == "next" and not (fallback is not None and per is not None and per.depends_on(fallback)):
+            raise ValueError(
+                "rate_limit_options={'when_full': 'next'} has no effect without candidates that have limits of their "
+                "own; add arg_fallback='parameter' and per='parameter', or leave it out"
+            )
+        self._max_wait = min(limiter.max_wait for limiter in limiters)
+        if max_wait is not None:
+            self._max_wait = check_seconds("rate_limit_options['max_wait']", max_wait, zero=True)
+        self._before, self._after = _costs(cost, {name for limiter in limiters for name in limiter.names})
         # Known once for all, they are refused when decorating.
         is_fixed = not any(callable(cost) for cost in self._before.values())
         self._fixed = [limiter.checked(self._before) for limiter in limiters] if is_fixed else None
@@ -319,7 +322,7 @@ class FunctionLimit:
     def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
         """Takes a free slot for a call's arguments, and tells whether there was one; None if more has to be done."""
         limiter, per = self.limiter, self.per
-        if len(self._limiters) > 1 or limiter.scope.kind != "process" or self._fixed is None or self._after:
+        if len(self._limiters) > 1 or limiter.scope != "process" or self._fixed is None or self._after:
             return None
         (amounts,), of = self._fixed, limiter.per_value.of
         if per is None:
@@ -342,7 +345,7 @@ class FunctionLimit:
 
     def gives_way(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
         """Whether, with ``when_full="next"``, other processes have taken its slots and maybe not those of another."""
-        if self._when_full != "next" or self.limiter.scope.kind == "process" or not self._expected_wait(candidate):
+        if self._when_full != "next" or self.limiter.scope == "process" or not self._expected_wait(candidate):
             return False
         return not all(self._expected_wait(other) for other in others)
 
@@ -369,8 +372,6 @@ class FunctionLimit:
             return -math.inf if is_over() else min(until, deadline - self.usual.seconds)
 
         taken = yield from take(self._wants(candidate), latest, is_turn=is_turn)
-        # Those of a value that was idle until now may have been forgotten meanwhile.
-        self._lines(candidate)
         if not taken and not is_over() and (self._when_full == "raise" or latest() == until):
             raise _full(self._expected_wait(candidate), self._name)
         return taken
@@ -393,30 +394,22 @@ class FunctionLimit:
         """Let nothing of this candidate's limit start for so long."""
         for line, _ in self._wants(candidate):
             yield from line.pause(seconds)
-        self._lines(candidate)
 
     def _expected_wait(self, candidate: Candidate) -> float:
         return max([line.expected_wait(amounts) for line, amounts in self._wants(candidate)])
 
     def _wants(self, candidate: Candidate) -> Wants:
         """The lines that a call stands in, and what it takes of each."""
-        if candidate.wants is None:
-            amounts = self._amounts(candidate.args, candidate.kwargs)
-            candidate.wants = list(zip(self._lines(candidate), amounts, strict=True))
-        return candidate.wants
-
-    def _lines(self, candidate: Candidate) -> list[Line]:
-        if self.per is None:
-            return [limiter.limit for limiter in self._limiters]
-        value = self.per.get(candidate.args, candidate.kwargs)
-        return [limiter.per_value.of(value) for limiter in self._limiters]
-
-    def _amounts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[float, ...]]:
-        """What a call takes of each limiter."""
+        args, kwargs = candidate.args, candidate.kwargs
         if self._fixed is not None:
-            return self._fixed
-        asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
-        return [limiter.checked(asked) for limiter in self._limiters]
+            candidate.costs = self._fixed
+        elif candidate.costs is None:
+            asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
+            candidate.costs = [limiter.checked(asked) for limiter in self._limiters]
+        if self.per is None:
+            return list(zip([limiter.limit for limiter in self._limiters], candidate.costs, strict=True))
+        value = self.per.get(args, kwargs)
+        return list(zip([limiter.per_value.of(value) for limiter in self._limiters], candidate.costs, strict=True))
 
 
 def _full(wait: float, whose: str) -> RateLimitedError:
@@ -427,43 +420,7 @@ def _full(wait: float, whose: str) -> RateLimitedError:
 # What a function is decorated with
 
 
-def limit_policy(
-    function: Callable[..., Any],
-    rate_limit: Any,
-    *,
-    per: Per | None = None,
-    cost: Any = None,
-    options: Mapping[str, Any] | None = None,
-    fallback: str | None = None,
-) -> FunctionLimit:
-    """Check the rate limit's options and make the policy for ``function``."""
-    if isinstance(options, str) and "://" in options:
-        # Not shown: it may hold a password.
-        raise TypeError("rate_limit_options is a URL; write a mapping of option names to values, with the URL as 'url'")
-    given = check_mapping("rate_limit_options", options)
-    check_known("rate_limit_options", given, _OPTIONS)
-    limiters = _limiters(rate_limit, given, lambda: _lasting_name(function))
-    # How a call waits may also be said for each function that shares a limiter.
-    when_full = given.get("when_full", limiters[0].when_full)
-    max_wait = given.get("max_wait")
-    if when_full == "next" and not (fallback is not None and per is not None and per.depends_on(fallback)):
-        raise ValueError(
-            "rate_limit_options={'when_full': 'next'} has no effect without candidates that have limits of their own; "
-            "add arg_fallback='parameter' and per='parameter', or leave it out"
-        )
-    return FunctionLimit(
-        name_of(function),
-        limiters,
-        per,
-        _costs(cost, {name for limiter in limiters for name in limiter.names}),
-        when_full=check_choice("rate_limit_options['when_full']", when_full, _WHEN_FULL),
-        max_wait=min(limiter.max_wait for limiter in limiters)
-        if max_wait is None
-        else check_seconds("rate_limit_options['max_wait']", max_wait, zero=True),
-    )
-
-
-def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], str]) -> list[RateLimiter]:
+def _limiters(rate_limit: Any, options: Mapping[str, Any], function: Callable[..., Any]) -> list[RateLimiter]:
     """Those of the function itself first."""
     are_several = isinstance(rate_limit, Sequence) and not isinstance(rate_limit, (str, bytes))
     several: list[Any] = list(rate_limit) if are_several else [rate_limit]
@@ -471,24 +428,42 @@ def _limiters(rate_limit: Any, options: Mapping[str, Any], name: Callable[[], st
         msg = "rate_limit has the class RateLimiter; write a limiter, such as RateLimiter(5), or rate_limit=5"
         raise TypeError(msg)
     shared = [each for each in several if isinstance(each, RateLimiter)]
-    if not shared:
-        return [_OwnLimiter(rate_limit, options, name)]
     if len({id(limiter) for limiter in shared}) < len(shared):
         raise ValueError("rate_limit has one RateLimiter twice; leave out one of the two")
     own = [each for each in several if not isinstance(each, RateLimiter)]
-    if own:
-        return [_OwnLimiter(own[0] if len(own) == 1 else own, options, name), *shared]
-    others = sorted(set(options) - set(_HOW_TO_WAIT))
-    if others:
-        raise ValueError(f"rate_limit_options has {others}, which belong to the limiter; write RateLimiter(rate, …)")
-    return shared
+    if shared and not own:
+        others = sorted(set(options) - set(_HOW_TO_WAIT))
+        if others:
+            raise ValueError(
+                f"rate_limit_options has {others}, which belong to the limiter; write RateLimiter(rate, …)"
+            )
+        return shared
+    if options.get("scope", "process") != "process" and options.get("name") is None:
+        from opero.core.digests import lasting_identity
+
+        options = {**options, "name": lasting_identity(function, "rate_limit_options={'name': …}")}
+    rate = rate_limit if not shared else own[0] if len(own) == 1 else own
+    return [RateLimiter(rate, **options), *shared]
 
 
 def _costs(option: Any, names: set[str]) -> tuple[dict[str, Any], dict[str, Callable[[Any], Any]]]:
     """What a call takes by the names of the rates, and functions of the result that tell what it has really cost."""
+    costs: dict[str, Any] = {}
+    if isinstance(option, Mapping):
+        costs = check_mapping("rate_limit_cost", option)
+        check_known("rate_limit_cost", costs, tuple(sorted(names)))
+    elif callable(option) or isinstance(option, (int, float, tuple)):
+        if len(names) > 1:
+            raise ValueError(f"rate_limit_cost has to say of which rate; write a mapping with any of {sorted(names)}")
+        costs = dict.fromkeys(names, option)
+    elif option is not None:
+        raise TypeError(
+            f"rate_limit_cost={shown(option)} is {kind_of(option)}; write a number, a function of the call's "
+            "arguments, a pair of what a call takes before and after it ran, or a mapping by the names of the rates"
+        )
     before: dict[str, Any] = {CALLS: 1}
     after: dict[str, Callable[[Any], Any]] = {}
-    for name, cost in _costs_by_name(option, names).items():
+    for name, cost in costs.items():
         where = f"rate_limit_cost[{name!r}]" if isinstance(option, Mapping) else "rate_limit_cost"
         before[name] = cost
         if isinstance(cost, tuple):
@@ -503,29 +478,6 @@ def _costs(option: Any, names: set[str]) -> tuple[dict[str, Any], dict[str, Call
         msg = f"rate_limit limits {', '.join(missing)}; add rate_limit_cost={{{missing[0]!r}: …}}, what a call takes"
         raise ValueError(msg)
     return before, after
-
-
-def _costs_by_name(option: Any, names: set[str]) -> dict[str, Any]:
-    if option is None:
-        return {}
-    if isinstance(option, Mapping):
-        costs = check_mapping("rate_limit_cost", option)
-        check_known("rate_limit_cost", costs, tuple(sorted(names)))
-        return costs
-    if not callable(option) and not isinstance(option, (int, float, tuple)):
-        raise TypeError(
-            f"rate_limit_cost={shown(option)} is {kind_of(option)}; write a number, a function of the call's "
-            "arguments, a pair of what a call takes before and after it ran, or a mapping by the names of the rates"
-        )
-    if len(names) > 1:
-        raise ValueError(f"rate_limit_cost has to say of which rate; write a mapping with any of {sorted(names)}")
-    return dict.fromkeys(names, option)
-
-
-def _lasting_name(function: Callable[..., Any]) -> str:
-    from opero.core.digests import lasting_identity
-
-    return lasting_identity(function, "rate_limit_options={'name': …}")
 
 
 def get_rate_limit_decorator(
@@ -546,23 +498,13 @@ def get_rate_limit_decorator(
         TypeError: If an option has the wrong type or is not known.
         ValueError: If a rate is not finite and above 0, or its text cannot be read, or an option cannot apply.
     """
-    check_known("rate_limit_options", options, _OPTIONS)
-    _limiters(rate_limit, options, lambda: "")
-    return decorator(
-        "get_rate_limit_decorator",
-        lambda function: Plan(
-            function,
-            RetryPolicy(),
-            limit=limit_policy(
-                function,
-                rate_limit,
-                per=None if per is None else Per(function, per),
-                cost=rate_limit_cost,
-                options=options,
-            ),
-        ),
-        (
-            get_rate_limit_decorator,
-            {"rate_limit": rate_limit, "per": per, "rate_limit_cost": rate_limit_cost, **options},
-        ),
-    )
+    # Here, too: what is wrong whatever the function is told before there is one.
+    FunctionLimit(get_rate_limit_decorator, rate_limit, cost=rate_limit_cost, options=options)
+
+    def plan(function: Callable[..., Any]) -> Plan:
+        values = None if per is None else Per(function, per)
+        limit = FunctionLimit(function, rate_limit, per=values, cost=rate_limit_cost, options=options)
+        return Plan(function, RetryPolicy(), limit=limit)
+
+    recipe = {"rate_limit": rate_limit, "per": per, "rate_limit_cost": rate_limit_cost, **options}
+    return decorator("get_rate_limit_decorator", plan, (get_rate_limit_decorator, recipe))

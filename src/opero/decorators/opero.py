@@ -131,19 +131,19 @@ def _policies(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, 
 
         policies["fallback"] = fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"])
     if given["breaker"] is not None:
-        from opero.core.breaker import breaker_policy
+        from opero.core.breaker import FunctionBreaker
 
         candidates = policies["fallback"].slot if "fallback" in policies else None
-        policies["breaker"] = breaker_policy(given["breaker"], per or candidates)
+        policies["breaker"] = FunctionBreaker(given["breaker"], per or candidates)
     if given["max_concurrent"] is not None:
         from opero.core.limits.places import PlacesForFunction
 
         count = check_count("max_concurrent", given["max_concurrent"], "executions", smallest=1)
         policies["places"] = PlacesForFunction(count, per, name_of(function))
     if given["rate_limit"] is not None:
-        from opero.core.rate_limit import limit_policy
+        from opero.core.rate_limit import FunctionLimit
 
-        policies["limit"] = limit_policy(
+        policies["limit"] = FunctionLimit(
             function,
             given["rate_limit"],
             per=per,

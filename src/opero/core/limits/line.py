@@ -160,7 +160,9 @@ class Line:
     def is_idle(self) -> bool:
         """Whether a new line would not behave any differently; of what processes share, the gate knows more."""
         now = clock.now()
-        return not self.waiting and (self._is_known_elsewhere or self._ledger.idle_from(now) <= now)
+        if self.waiting or self._refused_until > now:
+            return False
+        return self._is_known_elsewhere or self._ledger.idle_from(now) <= now
 
     # Asked by a turn that holds the lock
 

@@ -8,7 +8,7 @@ import random
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.core.checks import check_choice, check_text, check_url
 from opero.core.clock import clock
@@ -19,38 +19,32 @@ from opero.core.steps import Consult
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-    from opero.core.limits.ledger import Change, Ledger
+    from opero.core.limits.ledger import Ledger
+    from opero.core.limits.machine import FileGate
     from opero.core.limits.rates import Rates
+    from opero.core.limits.redis import RedisGate
+
+# Where the bytes are that processes share. It answers a list of `opero.core.limits.ledger.Change`: for each 0 if it was
+# done, seconds until a slot comes, or the exception that prevents it. One that ``is_instant`` blocks for microseconds.
+Gate: TypeAlias = "FileGate | RedisGate"
 
 # Others were faster for so long: then the first of this process claims the next slot.
 _REFUSED_SECONDS = 0.1
 _OPTIONS_OF_SCOPES = {"process": (), "machine": ("folder", "name"), "redis": ("name", "url")}
 
 
-class Gate(Protocol):
-    """Where the bytes are that processes share. ``is_instant``: asking blocks for no longer than microseconds."""
-
-    is_instant: bool
-
-    def perform(self, requests: Sequence[Change]) -> list[Any]:
-        """For each: 0 if it was done, seconds until a slot comes, or the exception that prevents it."""
-        ...
-
-
 class Share:
     """This process's share in one limit. When the gate fails, the process goes on with a limit of its own."""
 
-    def __init__(self, open_gate: Callable[[], Gate], what: str) -> None:
+    def __init__(self, gate: Gate, what: str) -> None:
         """``what`` is what the log calls the gate."""
-        self._open_gate = open_gate
-        self._gate: Gate | None = None
+        self._gate = gate
         self._complaints = Complaints(what, "going on with a limit of this process alone")
         self._refused_since = math.inf
 
     def ask(self, rates: Rates, act: Callable[[Ledger, float], float | None]) -> Generator[Any, Any, float | None]:
         """The gate's answer; None if it failed."""
-        gate = self._gate = self._gate or self._open_gate()
-        request = partial(changed, rates, act)
+        gate, request = self._gate, partial(changed, rates, act)
         (answer,) = gate.perform([request]) if gate.is_instant else [(yield Consult(gate, request))]
         if isinstance(answer, Exception):
             self._complaints.tell(answer)
@@ -75,72 +69,62 @@ def _name_of(_process: int) -> float:
     return random.SystemRandom().random()
 
 
-class Scope:
-    """Who shares a limit, and where it is kept."""
+def sharing(
+    scope: str, *, name: str | None, url: str | None, folder: str | os.PathLike[str] | None
+) -> Callable[..., Share | None]:
+    """Give a function that gives the share in a limit, or in that of a value; None where the process has it for itself.
 
-    def __init__(
-        self,
-        kind: str,
-        *,
-        name: str | None,
-        url: str | None,
-        folder: str | os.PathLike[str] | None,
-        default_name: Callable[[], str] | None,
-    ) -> None:
-        """``default_name`` names the limit if the user has not."""
-        self.kind = check_choice("scope", kind, sorted(_OPTIONS_OF_SCOPES))
-        for option, value in {"folder": folder, "name": name, "url": url}.items():
-            if value is not None and option not in _OPTIONS_OF_SCOPES[self.kind]:
-                raise ValueError(f"{option} has no effect with scope={self.kind!r}; leave it out")
-        if name is not None:
-            check_text("name", name, "a name that no other limit has")
-        elif self.kind != "process" and default_name is None:
-            raise ValueError(f"scope={self.kind!r} needs name=, a name by which processes know the limit")
-        self._name, self._default_name = name, default_name
-        self._folder = None if folder is None else _path(folder)
-        self._url = _checked_url(url) if self.kind == "redis" else ""
-        if self.kind == "machine" and find_spec("fcntl") is None:
-            msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
-            raise ValueError(msg)
+    Raises:
+        ModuleNotFoundError: If redis-py is missing.
+        TypeError: If an option has the wrong type.
+        ValueError: If one is missing, or has no effect.
+    """
+    check_choice("scope", scope, sorted(_OPTIONS_OF_SCOPES))
+    for option, value in {"folder": folder, "name": name, "url": url}.items():
+        if value is not None and option not in _OPTIONS_OF_SCOPES[scope]:
+            raise ValueError(f"{option} has no effect with scope={scope!r}; leave it out")
+    if scope == "process":
+        return lambda *_value: None
+    if name is None:
+        raise ValueError(f"scope={scope!r} needs name=, a name by which processes know the limit")
+    known_as = check_text("name", name, "a name that no other limit has")
+    gate_of = _files(folder) if scope == "machine" else _server(url)
 
-    @property
-    def name(self) -> str:
-        if self._name is None and self._default_name is not None:
-            self._name = self._default_name()
-        return self._name or ""
+    def share(*value: Any) -> Share:
+        gate = gate_of(f"{known_as}:{_digest_of(*value)}" if value else known_as)
+        return Share(gate, f"the {scope}'s rate limit")
 
-    def share(self, *value: Any) -> Share | None:
-        """In the limit, or in that of a value; None where the process has it for itself."""
-        if self.kind == "process":
-            return None
-        return Share(lambda: self._open_gate(*value), f"the {self.kind}'s rate limit")
-
-    def _open_gate(self, *value: Any) -> Gate:
-        name = self.name
-        if value:
-            from opero.core.digests import digest_of
-
-            # A digest: the value may be a secret.
-            name = f"{name}:{digest_of(value[0]).hex()}"
-        if self.kind == "machine":
-            from opero.core.limits.machine import FileGate
-
-            return FileGate(name, self._folder)
-        from opero.core.limits.redis import RedisGate
-
-        return RedisGate(name, self._url)
+    return share
 
 
-def _path(folder: Any) -> Path:
+def _digest_of(value: Any) -> str:
+    """What stands for a value of ``per``, which may be a secret."""
+    from opero.core.digests import digest_of
+
+    return digest_of(value).hex()
+
+
+def _files(folder: Any) -> Callable[[str], Gate]:
+    if find_spec("fcntl") is None:
+        msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
+        raise ValueError(msg)
+    from opero.core.limits.machine import FileGate
+
+    if folder is None:
+        return lambda name: FileGate(name, None)
     text = check_text("folder", os.fspath(folder) if isinstance(folder, os.PathLike) else folder, "a folder's path")
     # Known by one name, whatever the working directory will be.
-    return Path(text).expanduser().resolve()
+    root = Path(text).expanduser().resolve()
+    return lambda name: FileGate(name, root)
 
 
-def _checked_url(url: Any) -> str:
+def _server(url: Any) -> Callable[[str], Gate]:
     if url is None:
         raise ValueError("scope='redis' needs url=, such as url='redis://localhost:6379/0'")
     if find_spec("redis") is None:
         msg = "scope='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")
-    return check_url("url", url)
+    check_url("url", url)
+    from opero.core.limits.redis import RedisGate
+
+    return lambda name: RedisGate(name, url)
