@@ -19,7 +19,7 @@ from side_by_side import SECONDS, results, started, until
 from test_rate_limit import Timed, limited, polled, settle, ticket_of, worst_excess
 
 import opero
-from opero.core import CallTimeoutError, MisuseError, RateLimitedError, RateLimiter, get_rate_limit_decorator
+from opero.core import CallTimeoutError, RateLimitedError, RateLimiter, get_rate_limit_decorator
 from opero.core.flow import call_flow
 from opero.core.limits.line import Turn
 from opero.core.limits.rates import Pace, Quota, parse_rates
@@ -237,13 +237,20 @@ def test_a_parameter_of_the_function_is_not_mistaken_for_the_wrappers_own(fake_c
         f("x")
 
 
-def test_a_value_that_cannot_tell_limits_apart_is_refused_at_the_call(world):
-    class Unhashable:
-        __hash__ = None
+class Unhashable:
+    __hash__ = None
 
-    f = limited(world.define(lambda key: key), **ONE_EACH)
-    with pytest.raises(MisuseError, match="Unhashable"):
-        world.run(f, Unhashable())
+
+@pytest.mark.parametrize("kind", [object, Unhashable])
+def test_each_object_has_a_limit_of_its_own(world, fake_clock, kind):
+    class Client(kind):
+        pass
+
+    f = limited(world.define(lambda key: key), total_timeout=5, **ONE_EACH)
+    one, two = Client(), Client()
+    assert [world.run(f, one), world.run(f, two)] == [one, two]
+    with pytest.raises(CallTimeoutError):
+        world.run(f, one)
 
 
 def test_each_candidate_has_a_limit_of_its_own(world, fake_clock):

@@ -221,7 +221,7 @@ KEYLESS = {
     "an argument, on disk": ({"cache": True, "cache_backend": "disk"}, threading.Lock()),
     "cache_key": ({"cache": True, "cache_key": refused_key}, 1),
     "what cache_key returns": ({"cache": True, "cache_key": lambda x: [x]}, threading.Lock()),
-    "a value to limit": ({"rate_limit": 100, "per": "x"}, Unhashable()),
+    "a value to limit": ({"rate_limit": 100, "per": refused_key}, 1),
 }
 
 

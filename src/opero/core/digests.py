@@ -12,14 +12,13 @@ import collections
 import copyreg
 import dis
 import functools
-import itertools
 import marshal
 import os
 import pickle
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from hashlib import blake2b
 from typing import Any
@@ -67,14 +66,12 @@ def spelling_of(value: Any) -> bytes:
     Raises:
         UncacheableError: If it has a state that pickle cannot take.
     """
-    found = _at_once(value)
-    return _Walk().spell(value) if found is None else found
+    return _spelled(value, {})
 
 
 def _digest(label: str, content: bytes) -> bytes:
-    made = blake2b(_marshalled(label), digest_size=_SIZE, person=b"value")
-    made.update(content)
-    # Nothing that marshal writes begins so.
+    made = blake2b(_marshalled(label) + content, digest_size=_SIZE, person=b"value")
+    # Nothing that marshal writes begins so, nor with the mark of what has been met.
     return b"#" + made.digest()
 
 
@@ -83,91 +80,66 @@ def _marshalled(value: Any) -> bytes:
     return marshal.dumps(value, 2)
 
 
-class _Walk:
-    """Takes a value apart, and its parts.
-
-    Args:
-        is_lenient: Whether classes are taken apart on the way; what cannot be told of them is left out.
-    """
-
-    def __init__(self, *, is_lenient: bool = False) -> None:
-        self._is_lenient = is_lenient
-        # By their ids: how deep those lie that are being taken apart, and what is known of those that have been.
-        self._depths: dict[int, int] = {}
-        self._known: dict[int, tuple[Any, bytes]] = {}
-        # The depth of the outermost value that has been met again inside of itself.
-        self._top = sys.maxsize
-
-    def spell(self, value: Any) -> bytes:
-        """The spelling of a value; in one frame for each level, so that it can be as deep as the stack."""
-        found = _at_once(value)
-        if found is None:
-            found = self._spelled_before(value)
-        if found is not None:
-            return found
-        label, parts = _opened(value)
-        depth = self._depths[id(value)] = len(self._depths)
-        number = len(self._known) + depth
-        top_before, self._top = self._top, sys.maxsize
-        spelled = []
-        try:
-            for part in parts:
-                try:
-                    spelled.append(self.spell(part))
-                except UncacheableError:
-                    if not self._is_lenient or label not in _LENIENT:
-                        raise
-                    spelled.append(_digest("unknown", b""))
-        finally:
-            del self._depths[id(value)]
-            top, self._top = self._top, min(self._top, top_before)
-        if label == "dict":
-            spelled = [key + held for key, held in zip(spelled[::2], spelled[1::2], strict=True)]
-        found = _digest(label, b"".join(sorted(spelled) if label in _IN_ANY_ORDER else spelled))
-        # What refers back cannot be taken for the same when it is met again: something else may be around it there.
-        self._known[id(value)] = (value, found if top >= depth else _digest("again", _marshalled(number)))
-        return found
-
-    def _spelled_before(self, value: Any) -> bytes | None:
-        if not self._is_lenient and (_is_class(value) or type(value) is _Globals):
-            return _spelled_leniently(value)
-        if id(value) in self._known:
-            return self._known[id(value)][1]
-        depth = self._depths.get(id(value))
-        if depth is None:
-            return None
-        self._top = min(self._top, depth)
-        return _digest("inside", _marshalled(len(self._depths) - depth))
-
-
 class _Unordered(list[Any]):
     """Parts whose order makes no difference, and which may be the same or have no hash."""
 
 
-_IN_ANY_ORDER = frozenset({"dict", "set", "frozenset", "_Unordered"})
-_LENIENT = frozenset({"class", "_Globals", "builtins.function"})
+class _UsedByScript(dict[str, Any]):
+    """What a function of a script uses there: another script has others of these names, and nobody imports them."""
+
+
+_IN_ANY_ORDER = frozenset({"dict", "set", "frozenset", "_Unordered", "_UsedByScript"})
+
+
+def _spelled(value: Any, met: dict[int, tuple[Any, bytes]], *, is_lenient: bool = False) -> bytes:
+    """The spelling of a value, by those of its parts; in one frame for each level, to be as deep as the stack.
+
+    Args:
+        value: Any.
+        met: What has been met on the way, by its id, and how it is spelled; until that is known, by how many were met
+            before it.
+        is_lenient: Whether what cannot be told is left out.
+    """
+    found = _at_once(value)
+    if found is not None:
+        return found
+    if id(value) in met:
+        return met[id(value)][1]
+    if not is_lenient and (_is_class(value) or type(value) is _UsedByScript):
+        return _spelled_leniently(value)
+    met[id(value)] = (value, b"@%d;" % len(met))
+    try:
+        label, parts = _opened(value)
+    except UncacheableError:
+        if not is_lenient:
+            raise
+        label, parts = "unknown", ()
+    spelled = []
+    for part in parts:
+        spelled.append(_spelled(part, met, is_lenient=is_lenient))  # noqa: PERF401 - a comprehension may have a frame
+    found = _digest(label, b"".join(sorted(spelled) if label in _IN_ANY_ORDER else spelled))
+    met[id(value)] = (value, found)
+    return found
 
 
 def _spelled_leniently(value: Any) -> bytes:
     """A class or what a script has, by itself, so that it is the same wherever it is met."""
     if not _is_class(value):
-        return _Walk(is_lenient=True).spell(value)
-    found = _classes.get(value)
-    if found is None:
-        found = _classes[value] = _Walk(is_lenient=True).spell(value)
-    return found
+        return _spelled(value, {}, is_lenient=True)
+    if value not in _classes:
+        _classes[value] = _spelled(value, {}, is_lenient=True)
+    return _classes[value]
 
 
+# To take one apart takes long.
 _classes: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
 
 
 def _at_once(value: Any) -> bytes | None:
     """The spelling of what need not be taken apart."""
     kind = type(value)
-    if kind in _LEAVES:
+    if kind in _LEAVES or (kind in {list, tuple} and _LEAVES.issuperset(map(type, value))):
         return _marshalled(value)
-    if kind in {list, tuple} and _LEAVES.issuperset(map(type, value)):
-        return _digest(kind.__name__, _marshalled(value))
     if kind is object:
         # It has no state, and can have no weak reference: kept for ever, it is told from all others, in any process.
         return _bare_objects.setdefault(id(value), (value, _digest("object", os.urandom(_SIZE))))[1]
@@ -184,18 +156,18 @@ def _opened(value: Any) -> tuple[str, Iterable[Any]]:
     kind = type(value)
     if kind in {list, tuple, set, frozenset, _Unordered}:
         return kind.__name__, value
-    if kind is dict or kind is _Globals:
-        return kind.__name__, itertools.chain.from_iterable(value.items())
+    if kind is dict or kind is _UsedByScript:
+        return kind.__name__, value.items()
     if _is_class(value):
-        return "class", [*_parts_of_class(value)]
+        return "class", _parts_of_class(value)
     if hasattr(kind, "__cache_key__"):
         return "keyed", (kind, value.__cache_key__())
     for base in kind.__mro__:
         name = f"{_module_of(base).partition('.')[0]}.{base.__name__}"
         if name in _PARTS:
             added = () if kind is base else (kind, _beside(value, base))
-            return name, [*_PARTS[name](value), *added]
-    return "object", [*_parts_by_pickle(value)]
+            return name, (*_PARTS[name](value), *added)
+    return "object", _parts_by_pickle(value)
 
 
 # Functions and classes
@@ -219,16 +191,19 @@ def _is_importable(value: Any) -> bool:
     return module not in _MAIN and is_made_by_file and find_by_name(module, value.__qualname__) is value
 
 
-def _parts_of_class(kind: type) -> Iterator[Any]:
-    """Of a class that is not known by its name alone: what it is made of."""
-    yield from (_module_of(kind), kind.__qualname__, kind.__bases__)
-    for name, value in sorted(vars(kind).items(), key=lambda item: item[0]):
-        is_known_from_others = name in {"__dict__", "__weakref__", "_abc_impl"}
-        if not is_known_from_others and (name[:2] != "__" or isinstance(value, _FUNCTIONS)):
-            yield from (name, value)
-
-
 _FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
+# Of what a script has: not what it changes while it runs.
+_TOLD_OF_SCRIPTS = (*_LEAVES, type, *_FUNCTIONS, type(functools.cache(len)))
+
+
+def _parts_of_class(kind: type) -> Iterable[Any]:
+    """Of a class that is not known by its name alone: what it is made of."""
+    members = {
+        name: value
+        for name, value in vars(kind).items()
+        if name != "_abc_impl" and (name[:2] != "__" or isinstance(value, _FUNCTIONS))
+    }
+    return (_module_of(kind), kind.__qualname__, kind.__bases__, members)
 
 
 def undecorated(function: Any) -> Any:
@@ -238,64 +213,52 @@ def undecorated(function: Any) -> Any:
     return function
 
 
-def _parts_of_function(function: Any) -> Iterator[Any]:
+def _parts_of_function(function: Any) -> Iterable[Any]:
     """Its code, and what it has captured; of one that can be imported the code of all that it wraps."""
     function = undecorated(function)
     if not isinstance(function, types.FunctionType):
-        yield function
-        return
-    yield from (_module_of(function), function.__qualname__)
+        return (function,)
+    named = (_module_of(function), function.__qualname__)
     if _is_importable(function):
-        wrapped: Any = function
-        while isinstance(wrapped, types.FunctionType):
-            yield wrapped.__code__
-            wrapped = getattr(wrapped, "__wrapped__", None)
-        return
-    yield from _captured_by(function)
+        codes = []
+        while isinstance(function, types.FunctionType):
+            codes.append(function.__code__)
+            function = getattr(function, "__wrapped__", None)
+        return (*named, *codes)
     by_keyword = function.__kwdefaults__ or {}
-    yield _by_place([*(function.__defaults__ or ()), *by_keyword, *by_keyword.values()])
-    attributes = {**vars(function)}
-    used = {"__wrapped__": attributes.pop("__wrapped__", None)}
-    yield attributes
+    defaults = _by_place([*(function.__defaults__ or ()), *by_keyword, *by_keyword.values()])
+    used = {}
     if function.__globals__.get("__name__") in _MAIN:
-        used |= {name: value for name, value in _globals_read_by(function) if isinstance(value, _TOLD_OF_SCRIPTS)}
-    yield _Globals(used)
+        used = {name: held for name, held in _read_by(function).items() if isinstance(held, _TOLD_OF_SCRIPTS)}
+    return (*named, *_captured_by(function), defaults, vars(function), _UsedByScript(used))
 
 
-class _Globals(dict[str, Any]):
-    """What a function of a script uses there: another script has others of these names, and nobody imports them."""
-
-
-# Not what it changes while it runs.
-_TOLD_OF_SCRIPTS = (*_LEAVES, type, *_FUNCTIONS, type(functools.cache(len)))
-
-
-def _captured_by(function: types.FunctionType) -> Iterator[Any]:
-    yield function.__code__
+def _captured_by(function: types.FunctionType) -> Iterable[Any]:
+    held = []
     for cell in function.__closure__ or ():
         try:
-            yield _by_place([cell.cell_contents])
+            held.append(cell.cell_contents)
         except ValueError:
-            yield "nothing yet"
-    yield _by_place(_borrowed_globals(function))
+            held.append("nothing yet")
+    # Globals of its own do what cells do elsewhere.
+    used = _read_by(function).values() if _has_own_globals(function) else ()
+    return (function.__code__, _by_place([*held, *used]))
 
 
-def _borrowed_globals(function: types.FunctionType) -> list[Any]:
-    """What a function uses that was compiled with globals of its own: they do what cells do elsewhere."""
-    known = function.__globals__
-    if "__file__" in known or known is getattr(sys.modules.get(function.__module__), "__dict__", None):
-        return []
-    return [value for _, value in _globals_read_by(function)]
-
-
-def _by_place(values: Iterable[Any]) -> list[Any]:
+def _by_place(values: list[Any]) -> list[Any]:
     """With bare objects, which mark what is missing, as what is the same in every process."""
     return ["object()" if type(value) is object else value for value in values]
 
 
-def _globals_read_by(function: types.FunctionType) -> list[tuple[str, Any]]:
+def _has_own_globals(function: types.FunctionType) -> bool:
+    """Whether it was compiled with a namespace that is no module's, as some libraries compile wrappers."""
     known = function.__globals__
-    return [(name, known[name]) for name in _names_read_by(function.__code__) if name in known]
+    return "__file__" not in known and known is not getattr(sys.modules.get(function.__module__), "__dict__", None)
+
+
+def _read_by(function: types.FunctionType) -> dict[str, Any]:
+    known = function.__globals__
+    return {name: known[name] for name in _names_read_by(function.__code__) if name in known}
 
 
 @functools.lru_cache(maxsize=1000)
@@ -307,7 +270,7 @@ def _names_read_by(code: types.CodeType) -> list[str]:
     return sorted({name for operation, name in steps if operation == "LOAD_GLOBAL"}.union(inner) - assigned)
 
 
-def _parts_of_code(code: types.CodeType) -> tuple[Any, ...]:
+def _parts_of_code(code: types.CodeType) -> Iterable[Any]:
     """What it does, and not where it stands."""
     counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
     return (code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_freevars, *counts)
@@ -316,7 +279,7 @@ def _parts_of_code(code: types.CodeType) -> tuple[Any, ...]:
 # Arrays and frames
 
 
-def _parts_of_array(array: Any) -> tuple[Any, ...]:
+def _parts_of_array(array: Any) -> Iterable[Any]:
     """The contents in one order, and whether they lie in memory by columns: sums and flat views depend on that."""
     plain = array.view(sys.modules["numpy"].ndarray)
     contents = plain.ravel().tolist() if plain.dtype.hasobject else plain.tobytes()
@@ -326,20 +289,20 @@ def _parts_of_array(array: Any) -> tuple[Any, ...]:
     return (dtype.str if is_named else dtype, plain.shape, plain.flags.fnc, contents)
 
 
-def _parts_of_frame(frame: Any) -> tuple[Any, ...]:
+def _parts_of_frame(frame: Any) -> Iterable[Any]:
     """The columns one by one: how they are grouped in memory does not matter."""
     columns = [_values_of_pandas(column) for _, column in frame.items()]
     return (frame.columns, frame.index, columns, _put_on(frame))
 
 
-def _parts_of_index(index: Any) -> tuple[Any, ...]:
+def _parts_of_index(index: Any) -> Iterable[Any]:
     """Without what it has found out of itself meanwhile, and without levels that no label has."""
     levels = [index.get_level_values(level) for level in range(index.nlevels)] if index.nlevels > 1 else [index]
     values = [(_values_of_pandas(level), getattr(level, "freq", None)) for level in levels]
     return ([*index.names], values, _put_on(index))
 
 
-def _values_of_pandas(column: Any) -> tuple[Any, ...]:
+def _values_of_pandas(column: Any) -> Iterable[Any]:
     values, dtype = column.array, column.dtype
     if isinstance(dtype, sys.modules["numpy"].dtype):
         return (column.to_numpy(),)
@@ -354,14 +317,14 @@ def _values_of_pandas(column: Any) -> tuple[Any, ...]:
     return (dtype, is_missing, values[~is_missing].tolist())
 
 
-def _values_of_polars(series: Any) -> tuple[Any, ...]:
+def _values_of_polars(series: Any) -> Iterable[Any]:
     # Not what polars pickles, which says in which chunks the values lie and what is under missing ones. Python's times
     # have no nanoseconds.
     is_finer = "'ns'" in str(series.dtype) or "Time" in str(series.dtype)
     return (series.to_list(), series.to_physical().to_list() if is_finer else None)
 
 
-def _put_on(frame: Any) -> tuple[Any, ...]:
+def _put_on(frame: Any) -> Iterable[Any]:
     """What a program has put on a frame: the library's own has an underscore, but for what subclasses list."""
     names = [*getattr(frame, "_metadata", ()), *(name for name in vars(frame) if name[0] != "_")]
     held = {name: getattr(frame, name, None) for name in names}
@@ -372,39 +335,35 @@ def _put_on(frame: Any) -> tuple[Any, ...]:
 # Objects
 
 
-def _parts_by_pickle(value: Any) -> Iterator[Any]:
+def _parts_by_pickle(value: Any) -> Iterable[Any]:
     kind = type(value)
     reduction = _reduction(value)
-    yield kind
     if isinstance(reduction, str):
         module = pickle.whichmodule(value, reduction)  # type: ignore[attr-defined]  # not in typeshed
         if find_by_name(module, reduction) is not value:
             msg = f"a {kind.__qualname__} is known by its name only, and not found by that"
             raise UncacheableError(msg)
-        yield from (module, reduction, getattr(value, "__wrapped__", None))
-        return
-    maker: Any
-    arguments: Any
+        return (kind, module, reduction, getattr(value, "__wrapped__", None))
     maker, arguments, state, items, pairs = (*reduction, None, None, None)[:5]
-    # What makes it anew is known by its name, as pickle knows it.
-    yield from (_module_of(maker), getattr(maker, "__qualname__", maker), arguments)
-    yield _without_cached_properties(state, kind)
-    yield None if items is None else [*items]
+    listed = None if items is None else [*items]
     in_order = list if isinstance(value, collections.OrderedDict) else _Unordered
-    yield None if pairs is None else in_order(pairs)
+    mapped = None if pairs is None else in_order(pairs)
     owner = next(base for base in kind.__mro__ if not _REDUCERS.isdisjoint(vars(base)))
-    yield None if owner is object or kind in copyreg.dispatch_table else _beside(value, owner)
+    added = None if owner is object or kind in copyreg.dispatch_table else _beside(value, owner)
+    # What makes it anew is known by its name, as pickle knows it.
+    made_by = (_module_of(maker), getattr(maker, "__qualname__", maker), arguments)
+    return (kind, *made_by, _without_cached_properties(state, kind), listed, mapped, added)
 
 
 _REDUCERS = frozenset({"__reduce_ex__", "__reduce__", "__getstate__"})
 
 
 def _reduction(value: Any) -> Any:
+    kind = type(value)
     try:
-        registered = copyreg.dispatch_table.get(type(value))
-        if registered is not None:
-            return registered(value)
-        if hasattr(type(value), "__getattr__"):
+        if kind in copyreg.dispatch_table:
+            return copyreg.dispatch_table[kind](value)
+        if hasattr(kind, "__getattr__"):
             # Pickle's look for what is not set changes some the first time, such as the datasets of xarray.
             value.__reduce_ex__(_PICKLE_PROTOCOL)
         return value.__reduce_ex__(_PICKLE_PROTOCOL)
@@ -412,10 +371,10 @@ def _reduction(value: Any) -> Any:
         raise
     except Exception as error:
         if isinstance(value, Mapping):
-            return (type(value), (), None, None, value.items())
+            return (kind, (), None, None, value.items())
         if isinstance(value, AbstractSet):
-            return (type(value), (), _Unordered(value))
-        msg = f"a {type(value).__qualname__} cannot be pickled ({type(error).__name__})"
+            return (kind, (), _Unordered(value))
+        msg = f"a {kind.__qualname__} cannot be pickled ({type(error).__name__})"
         raise UncacheableError(msg) from error
 
 
@@ -425,9 +384,7 @@ def _beside(value: Any, base: type) -> dict[str, Any] | None:
     state: Any = object.__getstate__(value)
     attributes, slots = state if isinstance(state, tuple) else (state, {})
     added = {} if base.__dictoffset__ else _without_cached_properties(attributes or {}, kind)
-    for name, held in slots.items():
-        if getattr(kind, name, None) is not getattr(base, name, None):
-            added[name] = held
+    added |= {name: held for name, held in slots.items() if getattr(kind, name) is not getattr(base, name, None)}
     return {name: held for name, held in added.items() if name not in _NO_STATE} or None
 
 
@@ -447,7 +404,7 @@ def _without_cached_properties(state: Any, kind: type) -> Any:
     }
 
 
-def _parts_of_exception(error: BaseException) -> tuple[Any, ...]:
+def _parts_of_exception(error: BaseException) -> Iterable[Any]:
     """Where it came from, too, which pickle leaves out."""
     import traceback
 
@@ -525,7 +482,7 @@ def _file_of_script(function: Any) -> str | None:
 
 
 def _is_reached_by_name(function: Any) -> bool:
-    if not isinstance(function, types.FunctionType) or function.__closure__ or _borrowed_globals(function):
+    if not isinstance(function, types.FunctionType) or function.__closure__ or _has_own_globals(function):
         return False
     has_file = function.__module__ not in _MAIN or _file_of_script(function) is not None
     return has_file and "<" not in function.__qualname__ and function.__code__.co_name == function.__name__

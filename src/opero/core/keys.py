@@ -1,9 +1,9 @@
 """Cache keys: the same for calls whose arguments a function could not tell apart, different for all others.
 
-Of arguments that are exactly int, or text that is not long, a key is these, or the only one of them; with a bool, None
-or bytes among them it is these with their classes, so that ``1`` and ``True`` are two; other arguments are in it by
-their digest, see `opero.core.digests`. In memory the instance that a method is called on is in it by its identity. No
-key runs code of the user's when it is looked up, and none keeps an object of the user's alive.
+Of arguments that are exactly int, or text that is not long, a key of memory is these, or the only one of them; with a
+bool, None or bytes among them it is these with their classes, so that ``1`` and ``True`` are two. All others are in a
+key by their digest, see `opero.core.digests`. In memory the instance that a method is called on is in it by its
+identity. No key runs code of the user's when it is looked up, and none keeps an object of the user's alive.
 """
 
 from __future__ import annotations
@@ -71,21 +71,15 @@ def instance_of(value: Any) -> Instance:
 
 
 def identity_of(value: Any) -> Any:
-    """What tells a value from others within this process, whatever it is."""
-    if value.__class__ in PLAIN_TYPES:
-        return (value.__class__, value)
+    """What tells a value from others within this process: its state, if it is meant to be equal to others."""
+    kind: Any = type(value)
+    if kind in PLAIN_TYPES:
+        return (kind, value)
     # What can have no weak reference is told by its state, too.
-    if is_value(value) or not type(value).__weakrefoffset__:
+    if kind.__eq__ is not object.__eq__ or not kind.__weakrefoffset__:
         with contextlib.suppress(UncacheableError):
             return digest_of(value)
     return instance_of(value)
-
-
-def is_value(value: Any) -> bool:
-    """Whether it is meant to be equal to others, and not an object with a life of its own."""
-    equality: Any = type(value).__eq__
-    is_container = isinstance(value, (list, dict, set, bytearray)) or hasattr(type(value), "__dataclass_fields__")
-    return equality is not object.__eq__ and (type(value).__hash__ is not None or is_container)
 
 
 class KeyMaker:
@@ -114,32 +108,20 @@ class KeyMaker:
         self._shape = shape = forwarding(function)
         self._name = name_of(function)
         self._names = names = tuple(name for name in shape.names if name not in ignore)
-        mark = None if digest else object()
-        # All of them can be plain; not so `*args` and `**kwargs`.
+        # All arguments can be plain; not so `*args` and `**kwargs`.
         is_quick = cache_key is None and set(names) <= set(shape.named)
         self._has_finder = is_quick and not digest
+        # Put on instances whose methods these are.
+        self._mark = None if digest else object()
         if cache_key is None:
-            make, given = _key_function(function, shape, names, mark), ", ".join(names)
+            make, given = _key_function(function, shape, names, self._mark), ", ".join(names)
         else:
             make, given = _users_key(cache_key, self._name), shape.call
-        # Functions that do not know of this object: it shall be freed with the decorated function, not by and by.
-        self._namespace: dict[str, Any] = {
-            "_opero_int": int,
-            "_opero_str": str,
-            "_opero_small": PLAIN_TYPES if digest else _SMALL,
-            "_opero_texts": _TEXTS,
-            "_opero_digest": digest_of_plain,
-            "_opero_instances": _instances,
-            "_opero_mark": mark,
-            "_opero_id": id,
-            "_opero_len": len,
-            "_opero_make": make,
-            **shape.defaults,
-        }
         lines = [f"return _opero_make({given})"]
         if is_quick and digest:
-            lines.insert(0, f"if {_all_are(_IS_SMALL, names)}: return _opero_digest({_tuple(names)})")
-        self.key_of = self._compiled(lines)
+            are_plain = _all_are("{0}.__class__ in _opero_plain", names)
+            lines.insert(0, f"if {are_plain}: return _opero_digest({_tuple(names)})")
+        self.key_of = self._compiled(lines, _opero_make=make, _opero_plain=PLAIN_TYPES, _opero_digest=digest_of_plain)
 
     def finder(
         self,
@@ -154,43 +136,54 @@ class KeyMaker:
         """
         if not self._has_finder:
             return None
-        self._namespace.update(_opero_get=get, _opero_touch=touch, _opero_tick=tick, _opero_clock=clock)
+        names = self._names
+        lines = _lines_for_key(names)
+        if names[:1] == self._shape.names[:1] != ():
+            owner, *others = names
+            is_known = f"_opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {owner}"
+            lines[-1:] = [
+                "else:",
+                f"    _opero_known = _opero_instances.get(_opero_id({owner}))",
+                f"    if not ({is_known}): return None",
+                *[f"    {line}" for line in _lines_for_key(others, "_opero_known")],
+            ]
         end = "" if clock is None else " or _opero_entry[1] <= _opero_clock.now()"
-        lines = [
-            *_lines_for_plain_arguments(self._names, may_be_method=self._names[:1] == self._shape.names[:1] != ()),
+        lines += [
             "_opero_entry = _opero_get(_opero_key)",
             f"if _opero_entry is None{end}: return None",
             "_opero_tick()",
-            # Removed since, if it is not there.
-            *([] if touch is None else ["try: _opero_touch(_opero_key)", "except KeyError: return _opero_entry"]),
-            "return _opero_entry",
         ]
-        return self._compiled(lines)
+        if touch is not None:
+            # Removed since, if it is not there.
+            lines += ["try: _opero_touch(_opero_key)", "except KeyError: pass"]
+        return self._compiled(
+            [*lines, "return _opero_entry"],
+            # Builtins may have the names of parameters.
+            _opero_int=int,
+            _opero_str=str,
+            _opero_len=len,
+            _opero_id=id,
+            _opero_small=_SMALL,
+            _opero_texts=_TEXTS,
+            _opero_instances=_instances,
+            _opero_mark=self._mark,
+            _opero_get=get,
+            _opero_touch=touch,
+            _opero_tick=tick,
+            _opero_clock=clock,
+        )
 
-    def _compiled(self, lines: list[str]) -> Callable[..., Any]:
+    def _compiled(self, lines: list[str], **namespace: Any) -> Callable[..., Any]:
         source = "".join(f"    {line}\n" for line in lines)
-        made = compile_function(f"def key_of({self._shape.parameters}):\n{source}", "key_of", {**self._namespace})
+        namespace |= self._shape.defaults
+        made = compile_function(f"def key_of({self._shape.parameters}):\n{source}", "key_of", namespace)
         # A wrong call is reported under the name that the user knows.
         made.__qualname__ = self._name
         return made
 
 
-def _lines_for_plain_arguments(names: tuple[str, ...], *, may_be_method: bool) -> list[str]:
-    """What `_key_function` does, where all arguments are plain, or all but the instance that a method is called on."""
-    if not may_be_method:
-        return _lines_for_key(names)
-    owner, *others = names
-    is_known = f"_opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {owner}"
-    return [
-        *_lines_for_key(names)[:-1],
-        "else:",
-        f"    _opero_known = _opero_instances.get(_opero_id({owner}))",
-        f"    if not ({is_known}): return None",
-        *[f"    {line}" for line in _lines_for_key(others, "_opero_known")],
-    ]
-
-
 def _lines_for_key(names: Sequence[str], *known: str) -> list[str]:
+    """What makes the key in `_key_function`, where all these arguments are plain."""
     bare = names[0] if len(names) == 1 and not known else _tuple([*known, *names])
     with_classes = _tuple([*known, *names, *(f"{name}.__class__" for name in names)])
     return [
@@ -200,17 +193,20 @@ def _lines_for_key(names: Sequence[str], *known: str) -> list[str]:
     ]
 
 
-_IS_SMALL = "{0}.__class__ in _opero_small"
 _IS_BARE = f"({{0}}.__class__ is _opero_int or {{0}}.__class__ is _opero_str and _opero_len({{0}}) < {_LONG})"
-_IS_PLAIN = f"({_IS_SMALL} or {{0}}.__class__ in _opero_texts and _opero_len({{0}}) < {_LONG})"
+_IS_PLAIN = f"({{0}}.__class__ in _opero_small or {{0}}.__class__ in _opero_texts and _opero_len({{0}}) < {_LONG})"
 
 
-def _all_are(test: str, names: Collection[str]) -> str:
+def _all_are(test: str, names: Sequence[str]) -> str:
     return " and ".join(test.format(name) for name in names) or "True"
 
 
-def _tuple(names: Collection[str]) -> str:
+def _tuple(names: Sequence[str]) -> str:
     return f"({''.join(f'{name}, ' for name in names)})"
+
+
+def _is_plain(value: Any) -> bool:
+    return value.__class__ in _SMALL or (value.__class__ in _TEXTS and len(value) < _LONG)
 
 
 def _key_function(
@@ -237,18 +233,17 @@ def _key_function(
             raise MisuseError(msg) from error
 
     def key_of(*values: Any) -> Any:
-        instance, parameters = None, names
-        if has_owner_among_others and values[0]:
-            (owner, *others), *rest = values
-            values, parameters = (owner, others, *rest), (names[0], *names)
-        if may_be_method and not _is_plain(values[0]) and is_owner(values[0]):
-            instance = _instance(values[0], name)
-        if instance is not None:
+        told, parameters = values, names
+        known: tuple[Instance, ...] = ()
+        if has_owner_among_others and told[0]:
+            (owner, *others), *rest = told
+            told, parameters = (owner, others, *rest), (names[0], *names)
+        if may_be_method and not _is_plain(told[0]) and is_owner(told[0]):
+            instance = _owning_instance(told[0], name)
             instance.users.add(mark)
-        known = () if instance is None else (instance,)
-        told = values[len(known) :]
+            told, parameters, known = told[1:], parameters[1:], (instance,)
         if mark is None or not all(map(_is_plain, told)):
-            digest = digest_of(*map(spelled, parameters[len(known) :], told))
+            digest = digest_of(*map(spelled, parameters, told))
             return (*known, digest) if known else digest
         classes = () if _BARE.issuperset(map(type, told)) else map(type, told)
         key = (*known, *told, *classes)
@@ -257,38 +252,33 @@ def _key_function(
     return key_of
 
 
-def _is_plain(value: Any) -> bool:
-    return value.__class__ in _SMALL or (value.__class__ in _TEXTS and len(value) < _LONG)
-
-
-def _instance(value: Any, function: str) -> Instance | None:
-    """The identity of what a method is called on; None if it is told by its state."""
-    kind = type(value)
-    # What has a variable size (numbers, tuples, bytes) can have no weak reference, and does not change.
-    if hasattr(kind, "__cache_key__") or kind.__itemsize__:
-        return None
+def _owning_instance(value: Any, function: str) -> Instance:
     try:
         return instance_of(value)
     except TypeError as error:
         msg = (
-            f"{function} was called on a {kind.__qualname__}, which can have no weak reference, so that a cache would "
-            "keep it alive; add '__weakref__' to its __slots__ (weakref_slot=True of a dataclass), or give it a method "
-            "__cache_key__ that returns what tells it from others"
+            f"{function} was called on a {type(value).__qualname__}, which can have no weak reference, so that a cache "
+            "would keep it alive; add '__weakref__' to its __slots__ (weakref_slot=True of a dataclass), or give it a "
+            "method __cache_key__ that returns what tells it from others"
         )
         raise MisuseError(msg) from error
 
 
 def _owner_test(function: Callable[..., Any]) -> Callable[[Any], bool]:
-    """Tells whether the class of an instance, or one of its bases, holds something that unwraps to the function."""
+    """Tells whether what a call got first is an instance whose method the function is, and known by its identity.
+
+    The class of such a one, or one of its bases, holds something that unwraps to the function.
+    """
     known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
     def is_owner(instance: Any) -> bool:
         kind = type(instance)
-        found = known.get(kind)
-        if found is None:
+        if kind not in known:
             members = (member for owner in kind.__mro__ for member in list(vars(owner).values()))
-            found = known[kind] = any(_unwraps_to(member, function) for member in members)
-        return found
+            # What has a variable size (numbers, tuples, bytes) can have no weak reference, and does not change.
+            is_told_by_state = hasattr(kind, "__cache_key__") or kind.__itemsize__
+            known[kind] = not is_told_by_state and any(_unwraps_to(member, function) for member in members)
+        return known[kind]
 
     return is_owner
 
@@ -303,8 +293,6 @@ def _unwraps_to(member: Any, function: Callable[..., Any]) -> bool:
         # What decorators of the standard library, and opero's own, call the function that they hold.
         held = (getattr(member, name, None) for name in ("__wrapped__", "func", "fget"))
         member = next((inner for inner in held if inner is not None), None)
-        if member is None:
-            return False
     return False
 
 

@@ -7,8 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from opero.core.forks import ForkSafeLock
-from opero.core.keys import identity_of, is_value
-from opero.exceptions import MisuseError
+from opero.core.keys import identity_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ class PerValue(Generic[T]):
 
     def of(self, value: Any) -> T:
         """The one of this value."""
-        key = value if value.__class__ in _PLAIN else _key(value)
+        key = value if value.__class__ in _PLAIN else identity_of(value)
         found = self._lines.get(key)
         if found is not None:
             return found
@@ -52,10 +51,3 @@ class PerValue(Generic[T]):
                         self._lines[oldest] = other
                 found = self._lines[key] = self._make(value)
             return found
-
-
-def _key(value: Any) -> Any:
-    if type(value).__hash__ is None and not is_value(value):
-        msg = f"per got a {type(value).__qualname__}, which cannot tell one limit from another; pass text"
-        raise MisuseError(msg)
-    return identity_of(value)
