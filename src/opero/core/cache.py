@@ -95,7 +95,7 @@ class Cache:
     ) -> None:
         policy = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
         given: dict[str, Any] = {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace, **policy}
-        checked = cache_settings(**given, options=settings, prefix="", option="{}")
+        checked = cache_settings(**given, options=settings, is_flat=False)
         object.__setattr__(self, "_given", {**given, **settings})
         object.__setattr__(self, "settings", checked)
 
@@ -178,7 +178,7 @@ class ResultCache:
         """Hits and misses since it was cleared, and sizes."""
         hits, calls = stats.hits - self._counted.hits, stats.calls - self._counted.calls
         with managing(self.store, "count the entries of"):
-            return CacheInfo(hits, calls - hits, self._settings.maxsize, len(self.store))
+            return CacheInfo(hits, calls - hits, self._settings.options.get("maxsize"), len(self.store))
 
     def delete(self, key: Any) -> bool:
         """Forget one entry; tells whether there was one."""
@@ -415,13 +415,13 @@ def get_cache_context(
         ValueError: If an option's value is out of range.
         OperoError: By the engine, if the backend failed.
     """
-    from opero.core.stores.twat import engine_class
+    from opero.core.stores.twat import CacheEngine
 
     settings = cache_settings(ttl=cache_ttl, backend=cache_backend, namespace=cache_namespace, options=options)
     decorate = get_cache_decorator(
         cache_ttl=cache_ttl, cache_backend=cache_backend, cache_namespace=cache_namespace, **options
     )
-    engine = engine_class()(settings, settings.store(cache_namespace), decorate)
+    engine = CacheEngine(settings, settings.store(cache_namespace), decorate)
     try:
         yield engine
     finally:

@@ -67,7 +67,6 @@ _EVICT = (
     "(SELECT rowid FROM Cache WHERE rowid != last_insert_rowid() ORDER BY rank, rowid LIMIT ?)"
 )
 _EVICTED_AT_ONCE = 10
-_SIZE_LIMIT = 16 * 2**30
 _LARGEST_LOG = 2**22
 # What a hit does to the rank.
 _TOUCH = {
@@ -137,8 +136,8 @@ class DiskStore(LastingStore):
         super().__init__(f"the disk cache {self._name}", settings)
         self._root = settings.disk_folder
         self._namespace = namespace
-        self._policy = settings.policy
-        self._size_limit = settings.options.get("size_limit", _SIZE_LIMIT)
+        self._policy: str = settings.options["policy"]
+        self._size_limit = settings.options["size_limit"]
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
         self._locks = KeyLocks()

@@ -59,9 +59,9 @@ class LastingStore:
     is_instant: ClassVar[bool] = False
 
     def __init__(self, what: str, settings: CacheSettings) -> None:
-        self.maxsize = settings.maxsize
+        self.maxsize: int | None = settings.options.get("maxsize")
         self.flights = Flights()
-        self.format = EntryFormat(settings.options.get("serializer"), compress=settings.options.get("compress", False))
+        self.format = EntryFormat(settings.options["serializer"], compress=settings.options["compress"])
         # Tells the log, the first time loudly.
         self.complain = Complaints(what).tell
         self._what = what

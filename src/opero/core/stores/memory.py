@@ -40,9 +40,8 @@ class MemoryStore:
     is_ready: ClassVar[bool] = True
 
     def __init__(self, settings: CacheSettings, namespace: str | None) -> None:
-        # There is always a bound in memory.
-        self.maxsize: Any = settings.maxsize
-        self.policy = settings.policy
+        self.maxsize: int = settings.options["maxsize"]
+        self.policy: str = settings.options["policy"]
         self.is_shared = namespace is not None
         self.flights = Flights()
         # The one that is to go first stands first, but with lfu: there it is the one that was used least.

@@ -60,7 +60,7 @@ class RedisStore(LastingStore):
     """The entries of one namespace on one server."""
 
     def __init__(self, settings: CacheSettings, namespace: str) -> None:
-        prefix = f"{slug(settings.folder_name)}:{slug(namespace)}"
+        prefix = f"{slug(settings.options['folder_name'])}:{slug(namespace)}"
         super().__init__(f"the redis cache {prefix}", settings)
         self._settings = settings
         self._prefix = prefix.encode()
@@ -81,11 +81,11 @@ class RedisStore(LastingStore):
         return server
 
     def _find_server(self) -> Server:
-        options = self._settings.options
-        if "client" in options:
-            return server_with(options["client"])
-        if "url" in options:
-            return server_at(options["url"])
+        client, url = (self._settings.options[name] for name in ("client", "url"))
+        if client is not None:
+            return server_with(client)
+        if url is not None:
+            return server_at(url)
         # twat-cache's settings know of the environment, too.
         known = self._settings.config()
         place = {"host": known.get_redis_host(), "port": known.get_redis_port(), "db": known.get_redis_db()}

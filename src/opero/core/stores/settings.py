@@ -36,16 +36,17 @@ if TYPE_CHECKING:
 
     Store: TypeAlias = MemoryStore | DiskStore | RedisStore
 
-BACKENDS = ("memory", "disk", "redis")
 Backend: TypeAlias = Literal["memory", "disk", "redis"]
-FOLDER_NAME = "opero"
-_MEMORY_MAXSIZE = 10_000
 
-_WRITTEN = ("compress", "folder_name", "serializer")
-_OPTIONS = {
-    "memory": ("maxsize", "policy"),
-    "disk": ("cache_dir", "maxsize", "policy", "size_limit", *_WRITTEN),
-    "redis": ("client", "redis_db", "redis_host", "redis_password", "redis_port", "url", *_WRITTEN),
+# The options of each backend and their defaults; None is left to twat-cache.
+_WRITTEN = {"compress": False, "folder_name": "opero", "serializer": "pickle"}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "memory": {"maxsize": 10_000, "policy": "lru"},
+    "disk": {"cache_dir": None, "maxsize": None, "policy": "fifo", "size_limit": 16 * 2**30, **_WRITTEN},
+    "redis": {
+        **dict.fromkeys(("client", "redis_db", "redis_host", "redis_password", "redis_port", "url")),
+        **_WRITTEN,
+    },
 }
 # Those that twat-cache has not, or takes for something else.
 _OWN_OPTIONS = frozenset({"client", "serializer", "size_limit", "url"})
@@ -123,8 +124,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "redis_password": _password,
     "redis_port": _port,
     "serializer": lambda option, value: check_choice(option, value, ("pickle", "json")),
-    "url": check_url,
     "size_limit": lambda option, value: check_count(option, value, "bytes", smallest=1),
+    "url": check_url,
 }
 
 
@@ -134,6 +135,7 @@ class CacheSettings:
 
     Attributes:
         ttl: Seconds that a result lives; None for ever; or a function that tells it of a result.
+        options: Of the backend, all of them.
         ignore: Names of the parameters that are not part of the key.
         keep_if: Tells whether to keep a result.
         exceptions: Classes of errors that are remembered like results.
@@ -144,51 +146,33 @@ class CacheSettings:
     ttl: float | Callable[[Any], Any] | None
     namespace: str | None
     options: Mapping[str, Any] = field(repr=False)
-    key: Callable[..., Any] | None = None
-    ignore: tuple[str, ...] = ()
-    keep_if: Callable[[Any], Any] | None = None
-    exceptions: tuple[type[Exception], ...] = ()
-    stale: float = 0.0
-
-    @property
-    def maxsize(self) -> int | None:
-        """Most entries, None for no bound."""
-        size: int | None = self.options.get("maxsize", _MEMORY_MAXSIZE if self.backend == "memory" else None)
-        return size
-
-    @property
-    def policy(self) -> str:
-        """Which entry goes when there are too many."""
-        policy: str = self.options.get("policy", "lru" if self.backend == "memory" else "fifo")
-        return policy
-
-    @property
-    def folder_name(self) -> str:
-        """Stands before all namespaces."""
-        name: str = self.options.get("folder_name", FOLDER_NAME)
-        return name
+    key: Callable[..., Any] | None
+    ignore: tuple[str, ...]
+    keep_if: Callable[[Any], Any] | None
+    exceptions: tuple[type[Exception], ...]
+    stale: float
 
     def store(self, namespace: str | None) -> Store:
         """The store of a namespace, which functions share; in memory, without one, a store of its own."""
         if namespace is None:
-            return self._new_store(None)
+            return MemoryStore(self, None)
         # In memory all functions of a namespace share one store, elsewhere those that have the same options.
         options = {name: id(value) if name == "client" else value for name, value in self.options.items()}
-        key = repr((self.backend, namespace, [] if self.backend == "memory" else sorted(options.items())))
+        key = repr((self.backend, namespace, None if self.backend == "memory" else options))
         with _lock.lock:
-            store: Store | None = _lasting_stores.get(key)
+            store: Store | None = _shared_stores.get(key)
             if store is None:
-                _lasting_stores[key] = store = self._new_store(namespace)
-        if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (self.maxsize, self.policy):
+                _shared_stores[key] = store = self._new_store(namespace)
+        if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (options["maxsize"], options["policy"]):
             raise ValueError(
                 f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
-                f"but now got maxsize={self.maxsize} and policy={self.policy!r}; give both functions the same "
-                "cache_options"
+                f"but now got maxsize={options['maxsize']} and policy={options['policy']!r}; give both functions the "
+                "same cache_options"
             )
         return store
 
-    def _new_store(self, namespace: str | None) -> Store:
-        if self.backend == "memory" or namespace is None:
+    def _new_store(self, namespace: str) -> Store:
+        if self.backend == "memory":
             return MemoryStore(self, namespace)
         if self.backend == "disk":
             from opero.core.stores.disk import DiskStore
@@ -202,25 +186,27 @@ class CacheSettings:
         """The folder in which the namespaces lie; it is not made."""
         from pathlib import Path
 
-        if "cache_dir" in self.options:
-            return Path(self.options["cache_dir"]) / self.folder_name
+        name: str = self.options["folder_name"]
+        if self.options["cache_dir"] is not None:
+            return Path(self.options["cache_dir"]) / name
         from opero.core.private_folder import folder_of_user
-        from opero.core.stores.twat import twat_cache
+        from opero.core.stores.twat import get_cache_path
 
-        return folder_of_user(lambda: twat_cache("paths").get_cache_path(self.folder_name, create=False))
+        return folder_of_user(lambda: get_cache_path(name, create=False))
 
     def config(self) -> Any:
         """twat-cache's `CacheConfig` for these settings."""
-        from opero.core.stores.twat import twat_cache
+        from opero.core.stores.twat import create_cache_config
 
-        known = {name: value for name, value in self.options.items() if name not in _OWN_OPTIONS}
-        ttl = None if callable(self.ttl) else self.ttl
-        return twat_cache("config").create_cache_config(**{**known, "folder_name": self.folder_name, "ttl": ttl})
+        known = {name: value for name, value in self.options.items() if name not in _OWN_OPTIONS and value is not None}
+        return create_cache_config(
+            **{"folder_name": _WRITTEN["folder_name"], **known}, ttl=None if callable(self.ttl) else self.ttl
+        )
 
 
 _lock = ForkSafeLock(threading.RLock)
-# Those that functions share, for as long as one of them is there.
-_lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
+# For as long as one of the functions is there.
+_shared_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def cache_settings(
@@ -230,50 +216,49 @@ def cache_settings(
     namespace: str | None = None,
     options: Mapping[str, Any] | None = None,
     key: Callable[..., Any] | None = None,
-    prefix: str = "cache_",
-    option: str = "cache_options[{!r}]",
-    **more: Any,
+    is_flat: bool = True,
+    **policy: Any,
 ) -> CacheSettings:
-    """Check the options.
-
-    Names are told with a ``prefix`` before them, and settings of the backend as ``option`` says; ``more`` is
-    ``ignore``, ``keep_if``, ``exceptions`` and ``stale``.
+    """Check the options: flat ones such as ``cache_ttl`` and ``cache_options``, or else those of a `Cache`.
 
     Raises:
         TypeError: If an option has the wrong type or does not belong to the backend.
         ValueError: If an option's value is out of range.
         ModuleNotFoundError: If the backend needs a package that is not installed.
     """
-    check_choice(f"{prefix}backend", backend, BACKENDS)
+    prefix = "cache_" if is_flat else ""
+    check_choice(f"{prefix}backend", backend, _OPTIONS)
     if backend == "redis" and importlib.util.find_spec("redis") is None:
         msg = "cache_backend='redis' needs the package redis; install it with: pip install 'opero[redis]'"
         raise ModuleNotFoundError(msg, name="redis")
-    if prefix and ttl is not None:
-        ttl = check_seconds(f"{prefix}ttl", ttl, zero=False)
-    elif callable(ttl):
+    if callable(ttl) and not is_flat:
         check_callable("ttl", ttl, "a function of the result")
     elif ttl is not None:
-        ttl = check_lifetime("ttl", ttl, zero=False)
+        check = check_seconds if is_flat else check_lifetime
+        ttl = check(f"{prefix}ttl", ttl, zero=False)
     if namespace is not None:
         check_text(f"{prefix}namespace", namespace, "a name for where the entries live")
     if key is not None:
         check_callable(f"{prefix}key", key, "a function of the same arguments that returns the key")
-    given = check_mapping("cache_options", options)
-    if prefix:
-        check_known(f"cache_options of cache_backend={backend!r}", given, _OPTIONS[backend])
+    checked = _checked_options(backend, check_mapping("cache_options", options), is_flat=is_flat)
+    return CacheSettings(backend, ttl, namespace, checked, key, *_checked_policy(ttl, key, checked, **policy))
+
+
+def _checked_options(backend: str, given: Mapping[str, Any], *, is_flat: bool) -> dict[str, Any]:
+    known = _OPTIONS[backend]
+    if is_flat:
+        check_known(f"cache_options of cache_backend={backend!r}", given, tuple(known))
     else:
-        check_known(f"Cache(backend={backend!r})", given, (*_OPTIONS[backend], *_OF_ANY_CACHE))
-    checked = {name: _CHECKS[name](option.format(name), value) for name, value in given.items()}
-    _refuse_two_places(checked)
-    return CacheSettings(backend, ttl, namespace, checked, key, **_checked_policy(ttl, key, checked, **more))
-
-
-def _refuse_two_places(options: Mapping[str, Any]) -> None:
-    named = [name for name in ("client", "url") if name in options]
-    others = [name for name in options if name.startswith("redis_")]
-    if len(named) > 1 or (named and others):
-        msg = f"{named[0]}=… says which server it is, and so does {[*named[1:], *others][0]}=…; leave one of them out"
+        check_known(f"Cache(backend={backend!r})", given, (*known, *_OF_ANY_CACHE))
+    checked = {
+        name: _CHECKS[name](f"cache_options[{name!r}]" if is_flat else name, value) for name, value in given.items()
+    }
+    named = [name for name in ("client", "url") if name in checked]
+    places = [*named, *(name for name in checked if name.startswith("redis_"))]
+    if named and len(places) > 1:
+        msg = f"{places[0]}=… says which server it is, and so does {places[1]}=…; leave one of them out"
         raise ValueError(msg)
+    return {**known, **checked}
 
 
 def _checked_policy(
@@ -285,25 +270,24 @@ def _checked_policy(
     keep_if: Any = None,
     exceptions: Any = (),
     stale: Any = None,
-) -> dict[str, Any]:
+) -> tuple[Any, ...]:
     names = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else tuple(ignore)
     for name in names:
         check_text("ignore", name, "names of parameters")
     if names and key is not None:
         raise ValueError("ignore=… has no effect beside key=…, which alone makes the key; leave one of them out")
-    classes = exceptions if isinstance(exceptions, tuple) else (exceptions,)
-    for kind in classes:
-        if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            raise TypeError(f"exceptions={shown(exceptions)} is not a class of exceptions or a tuple of them")
-    if classes and options.get("serializer") == "json":
-        raise ValueError("exceptions=… cannot apply with serializer='json', which can write no exception")
     if keep_if is not None:
         check_callable("keep_if", keep_if, "a function of the result")
+    classes = exceptions if isinstance(exceptions, tuple) else (exceptions,)
+    if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in classes):
+        raise TypeError(f"exceptions={shown(exceptions)} is not a class of exceptions or a tuple of them")
+    if classes and options.get("serializer") == "json":
+        raise ValueError("exceptions=… cannot apply with serializer='json', which can write no exception")
     if stale is not None:
         stale = check_lifetime("stale", stale, zero=False)
         if ttl is None:
             raise ValueError(f"stale={shown(stale)} has no effect without ttl=…: such an entry never ends")
-    return {"ignore": names, "keep_if": keep_if, "exceptions": classes, "stale": stale or 0.0}
+    return names, keep_if, classes, stale or 0.0
 
 
 _LIFETIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")

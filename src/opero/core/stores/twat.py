@@ -1,7 +1,7 @@
 """twat-cache: its settings, its folders, and its contract for engines, without what its import does to the program.
 
 Importing twat-cache 2.7.5 removes the program's loguru sinks (``twat_cache/logging.py``), warns through pydantic, and
-logs its settings, passwords included. When a release mends that, `twat_cache` becomes a plain import.
+logs its settings, passwords included. When a release mends that, `_without_side_effects` can go.
 
 Its engines cannot be made (`_get_cached_value` is missing, an empty cache counts as none), and where completed take a
 miss for a hit, count bytes as entries (disk), or use ``hash`` as a key (redis). Here its contract is completed: name
@@ -11,13 +11,13 @@ and statistics are twat-cache's, the entries are a `Store`'s.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import sys
 import time
 import types
 import warnings
 from typing import TYPE_CHECKING, Any
+
+from loguru import logger
 
 from opero.core.digests import digest_of
 from opero.core.faults import managing
@@ -29,66 +29,56 @@ if TYPE_CHECKING:
 
     from opero.core.stores.settings import CacheSettings, Store
 
+__all__ = ["CacheEngine", "create_cache_config", "get_cache_path"]
 
-def twat_cache(module: str) -> Any:
-    """A module of twat-cache, imported without side effects on the host program."""
-    name = f"twat_cache.{module}"
-    if name in sys.modules:
-        return sys.modules[name]
-    from loguru import logger
 
+@contextlib.contextmanager
+def _without_side_effects() -> Iterator[None]:
     logger.disable("twat_cache")
-    stand_in: Any = types.ModuleType("twat_cache.logging")
+    name = "twat_cache.logging"
+    stand_in: Any = types.ModuleType(name)
     stand_in.logger = logger
+    found = sys.modules.setdefault(name, stand_in)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fresh = sys.modules.setdefault("twat_cache.logging", stand_in) is stand_in
         try:
-            return importlib.import_module(name)
+            yield
         finally:
             # A host that asks for the real one shall get it.
-            if fresh and sys.modules.get("twat_cache.logging") is stand_in:
-                del sys.modules["twat_cache.logging"]
+            if found is stand_in:
+                sys.modules.pop(name, None)
 
 
-@functools.cache
-def engine_class() -> Any:
-    """A `CacheEngine` that is one of twat-cache's, too."""
-    return type("CacheEngine", (CacheEngine, twat_cache("engines.base").BaseCacheEngine), {})
+with _without_side_effects():
+    from twat_cache.config import create_cache_config
+    from twat_cache.engines.base import BaseCacheEngine
+    from twat_cache.paths import get_cache_path
 
 
-class CacheEngine:
-    """What `opero.core.get_cache_context` gives: stands before twat-cache's `BaseCacheEngine` among the bases.
-
-    It has what that lacks, and opens no files and connections with twat-cache's settings.
-    """
+class CacheEngine(BaseCacheEngine[..., Any]):
+    """What `opero.core.get_cache_context` gives."""
 
     def __init__(self, settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> None:
+        # Not twat-cache's own, which makes a folder by its settings.
         self._config = settings.config()
-        self._ttl: Any = settings.ttl
-        self._store = store
-        self._decorate = decorate
         self._cache_path = getattr(store, "folder", None)
-        self._is_closed = False
         self._hits = self._misses = self._size = 0
         self._last_access = self._last_update = 0.0
         self._created_at = time.time()
+        self._ttl: Any = settings.ttl
+        self._store = store
+        self._decorate = decorate
+        self._is_closed = False
 
     @classmethod
     def is_available(cls) -> bool:
         return True
 
     @property
-    def name(self) -> str:
-        """What kind of engine it is."""
-        return type(self).__name__
-
-    @property
     def stats(self) -> dict[str, Any]:
         """Hits, misses and size, and twat-cache's other facts."""
-        facts: dict[str, Any] = twat_cache("engines.base").BaseCacheEngine.stats.fget(self)
         with self._managed("count the entries of") as store:
-            return {**facts, "size": len(store)}
+            return {**super().stats, "size": len(store)}
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value of a key; ``default`` if there is none."""
