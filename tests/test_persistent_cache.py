@@ -1550,7 +1550,6 @@ def test_the_connections_of_a_function_that_is_gone_are_closed(world, own_redis,
 
     # The thread that renews leases holds the store, and looks for work a little longer than there is some.
     monkeypatch.setattr(redis, "LEASE_SECONDS", 0.3)
-    monkeypatch.setattr(redis, "_IDLE_SECONDS", 0.1)
     f = opero.opero(**own(own_redis))(world.define(lambda x: x))
     world.run(f, 1)
     with own_redis.client() as client:

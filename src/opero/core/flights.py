@@ -175,6 +175,10 @@ class Flights:
             if (wake := seat.wake) is not None:
                 wake()
 
+    def held(self) -> list[Flight]:
+        """Those whose lease this process has."""
+        return [flight for flight in self._under_way.copy().values() if flight.held]
+
     def invalidate(self, key: Any = None) -> None:
         """What is being computed, for ``key`` or for all, must not be stored; later callers compute anew."""
         for flight in self._under_way.copy().values():

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 DATABASE, _LOCKS = "cache.db", "leases.lock"
-_OFFSET_BITS = 62
 # How long to wait for another process that writes; in steps, between which others can read, and this process fork.
 _LOCK_SECONDS = 5.0
 _LOCK_STEP = 0.01
 # An open namespace has some file handles; beyond so many, those that were opened first are closed until they are used.
 _MOST_OPEN = 32
+_LARGEST_LOG = 2**22
 
 # Tells this format from all others, those of earlier versions of opero included.
 _FORMAT = 0x6F70_0003
@@ -54,6 +54,7 @@ _SCHEMA = """
     CREATE TRIGGER Came AFTER INSERT ON Cache BEGIN UPDATE Settings SET count = count + 1; END;
     CREATE TRIGGER Went AFTER DELETE ON Cache BEGIN UPDATE Settings SET count = count - 1; END;
 """
+COUNT = "SELECT COUNT(*) FROM Cache WHERE ends > ?"
 _GET = "SELECT value FROM Cache WHERE key = ?"
 _REMOVE = "DELETE FROM Cache WHERE key = ?"
 _PUT = (
@@ -67,16 +68,18 @@ _EVICT = (
     "(SELECT rowid FROM Cache WHERE rowid != last_insert_rowid() ORDER BY rank, rowid LIMIT ?)"
 )
 _EVICTED_AT_ONCE = 10
-_LARGEST_LOG = 2**22
 # What a hit does to the rank.
 _TOUCH = {
     "fifo": None,
     "lru": "UPDATE Cache SET rank = :now WHERE key = :key",
     "lfu": "UPDATE Cache SET rank = rank + 1 WHERE key = :key",
 }
+# How often the namespace was cleared; SQLite keeps this number for whoever wants it. What has been computed since an
+# earlier one is not stored: no clock is asked for that, which could be set back.
+_GENERATION = "user_version"
 
 
-def connect(folder: Path, namespace: str) -> sqlite3.Connection:
+def _connect(folder: Path, namespace: str) -> sqlite3.Connection:
     """A connection that any thread may use to read and write; the database is made if need be."""
     connection = sqlite3.connect(folder / DATABASE, timeout=_LOCK_STEP, isolation_level=None, check_same_thread=False)
     try:
@@ -123,9 +126,16 @@ def _number(connection: sqlite3.Connection, name: str) -> int:
     return int(number)
 
 
+def _begin_generation(connection: sqlite3.Connection) -> None:
+    connection.execute(f"PRAGMA {_GENERATION} = {_number(connection, _GENERATION) + 1}")
+
+
 def _is_busy(error: Exception) -> bool:
     """Whether another process writes, for longer than it was waited for."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+
+
+_open_stores: deque[weakref.ref[DiskStore]] = deque()
 
 
 class DiskStore(LastingStore):
@@ -134,10 +144,7 @@ class DiskStore(LastingStore):
     def __init__(self, settings: CacheSettings, namespace: str) -> None:
         self._name = slug(namespace)
         super().__init__(f"the disk cache {self._name}", settings)
-        self._root = settings.disk_folder
         self._namespace = namespace
-        self._policy: str = settings.options["policy"]
-        self._size_limit = settings.options["size_limit"]
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
         self._locks = KeyLocks()
@@ -167,7 +174,7 @@ class DiskStore(LastingStore):
     @property
     def folder(self) -> Path:
         """Where the entries lie."""
-        return self._root() / self._name
+        return self.settings.disk_folder() / self._name
 
     @property
     def is_ready(self) -> bool:
@@ -178,9 +185,9 @@ class DiskStore(LastingStore):
 
     def read(self, key: bytes) -> bytes | None:
         with self._lock:
-            connection = self._connection or self._open()
+            connection = self._open()
             row = connection.execute(_GET, (key,)).fetchone()
-            touch = _TOUCH[self._policy]
+            touch = _TOUCH[self.settings.options["policy"]]
             if row is not None and touch is not None and self._can_write:
                 # Where another process writes, this hit does not count for the order of eviction.
                 with contextlib.suppress(sqlite3.OperationalError):
@@ -190,17 +197,15 @@ class DiskStore(LastingStore):
 
     def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
         """Answer requests in order; what is to be kept is written down first, and then stored in one transaction."""
-        faults = {keep.flight: self.write_down(keep) for keep in requests if isinstance(keep, Keep)}
-        keeps = [keep for keep in requests if isinstance(keep, Keep) and faults[keep.flight] is None]
+        keeps = [request for request in requests if isinstance(request, Keep)]
+        faults = iter([self.write_down(keep) for keep in keeps])
         stored = self.in_spite_of_faults(self._keep, keeps) if keeps else None
-        answers = []
-        for request in requests:
-            if isinstance(request, Keep):
-                fault = faults[request.flight]
-                answers.append(stored if fault is None else fault)
-            else:
-                answers.append(self.in_spite_of_faults(self._patiently, partial(self._claim, request)))
-        return answers
+        return [
+            next(faults) or stored
+            if isinstance(request, Keep)
+            else self.in_spite_of_faults(self._patiently, partial(self._claim, request))
+            for request in requests
+        ]
 
     def let_go(self, flight: Flight) -> None:
         with Hold(), self._lock:
@@ -248,21 +253,22 @@ class DiskStore(LastingStore):
     def __del__(self, suppress: Any = contextlib.suppress) -> None:
         # Left open, SQLite's connections warn when they are collected; at the end of a program, when globals are gone.
         with suppress(Exception):
-            self.close()
+            self._disconnect()
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
-        self._locks.close()
+        if not self.flights.held():
+            self._locks.close()
         if connection is not None:
             connection.close()
 
     def _claim(self, flight: Flight) -> Answer:
-        # A key that is locked and not noted could not be given back.
-        with Hold(), self._lock:
-            connection = self._open()
-            if self._can_write and not flight.dropped:
+        connection = self._open()
+        if self._can_write and not flight.dropped:
+            # A key that is locked and not noted could not be given back.
+            with Hold():
                 flight.held = self._locks.take(flight.key)
-                flight.ticket = _number(connection, _GENERATION)
+            flight.ticket = _number(connection, _GENERATION)
         # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
         entry = self.read(flight.key)
         if entry is not None and self.is_found(flight, entry):
@@ -277,9 +283,9 @@ class DiskStore(LastingStore):
             connection.execute(_REMOVE_EXPIRED, (now,))
             for keep in keeps:
                 flight = keep.flight
-                if not flight.is_void and flight.ticket in {None, generation}:
+                if flight.written is not None and not flight.is_void and flight.ticket in {None, generation}:
                     ends = FOREVER if keep.seconds is None else now + keep.seconds
-                    rank = 0.0 if self._policy == "lfu" else now
+                    rank = 0.0 if self.settings.options["policy"] == "lfu" else now
                     connection.execute(_PUT, (flight.key, flight.written, ends, rank))
                     self._evict(connection)
 
@@ -287,12 +293,13 @@ class DiskStore(LastingStore):
         self._transact(insert, min(patience, default=None))
 
     def _evict(self, connection: sqlite3.Connection) -> None:
-        if self.maxsize is not None:
+        maxsize, size_limit = self.settings.options["maxsize"], self.settings.options["size_limit"]
+        if maxsize is not None:
             ((count,),) = connection.execute("SELECT count FROM Settings").fetchall()
-            if count > self.maxsize:
-                connection.execute(_EVICT, (count - self.maxsize,))
+            if count > maxsize:
+                connection.execute(_EVICT, (count - maxsize,))
         pages = _number(connection, "page_count") - _number(connection, "freelist_count")
-        if pages * _number(connection, "page_size") > self._size_limit:
+        if pages * _number(connection, "page_size") > size_limit:
             connection.execute(_EVICT, (_EVICTED_AT_ONCE,))
 
     def _transact(self, work: Callable[[sqlite3.Connection], R], seconds: float | None = None) -> R:
@@ -333,41 +340,26 @@ class DiskStore(LastingStore):
         return PermissionError(f"{self.folder} cannot be written to")
 
     def _open(self) -> sqlite3.Connection:
-        if self._connection is None:
-            # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
-            try:
-                with held_private_folder(self._root(), self._name, "cache_options={'cache_dir': …}") as folder:
-                    self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
-                    self._connection = connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
-                    self._locks.path = folder / _LOCKS
-            except BaseException:
-                # It may have been exchanged while it was opened.
-                self._disconnect()
-                raise
-            self.rest.end()
-            _note_opened(self)
+        if self._connection is not None:
+            return self._connection
+        # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
+        try:
+            root = self.settings.disk_folder()
+            with held_private_folder(root, self._name, "cache_options={'cache_dir': …}") as folder:
+                self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
+                self._connection = _connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
+                self._locks.path = folder / _LOCKS
+        except BaseException:
+            # It may have been exchanged while it was opened.
+            self._disconnect()
+            raise
+        self.rest.end()
+        _open_stores.append(weakref.ref(self))
+        while len(_open_stores) > _MOST_OPEN:
+            first = _open_stores.popleft()()
+            if first is not None and first is not self:
+                first.close(waits=False)
         return self._connection
-
-
-COUNT = "SELECT COUNT(*) FROM Cache WHERE ends > ?"
-# How often the namespace was cleared; SQLite keeps this number for whoever wants it. What has been computed since an
-# earlier one is not stored: no clock is asked for that, which could be set back.
-_GENERATION = "user_version"
-
-
-def _begin_generation(connection: sqlite3.Connection) -> None:
-    connection.execute(f"PRAGMA {_GENERATION} = {_number(connection, _GENERATION) + 1}")
-
-
-_open_stores: deque[weakref.ref[DiskStore]] = deque()
-
-
-def _note_opened(store: DiskStore) -> None:
-    _open_stores.append(weakref.ref(store))
-    while len(_open_stores) > _MOST_OPEN:
-        first = _open_stores.popleft()()
-        if first is not None and first is not store:
-            first.close(waits=False)
 
 
 class KeyLocks:
@@ -383,40 +375,32 @@ class KeyLocks:
 
     def __init__(self) -> None:
         self._file: int | None = None
-        self._taken: set[int] = set()
 
     def take(self, key: bytes) -> bool:
         """Lock a key unless another process has it."""
-        place = _place(key)
         if fcntl is None:
             return True
-        if place not in self._taken:
-            if self._file is None:
-                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-            except (PermissionError, BlockingIOError):
-                # Another process has it; which of the two errors it is depends on the system.
-                return False
-            self._taken.add(place)
+        if self._file is None:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(key))
+        except (PermissionError, BlockingIOError):
+            # Another process has it; which of the two errors it is depends on the system.
+            return False
         return True
 
     def release(self, key: bytes) -> None:
-        place = _place(key)
-        if fcntl is not None and self._file is not None and place in self._taken:
-            self._taken.remove(place)
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+        if fcntl is not None and self._file is not None:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _place(key))
 
     def close(self) -> None:
-        """Close the file, unless a key is locked."""
-        if self._file is not None and not self._taken:
-            file, self._file = self._file, None
+        file, self._file = self._file, None
+        if file is not None:
             os.close(file)
 
-    def __del__(self) -> None:
-        self._taken.clear()
-        self.close()
+    __del__ = close
 
 
 def _place(key: bytes) -> int:
-    return int.from_bytes(key[:8], "big") >> (64 - _OFFSET_BITS)
+    # Where a file may be locked: an offset of 63 bits.
+    return int.from_bytes(key[:7], "big")

@@ -26,7 +26,7 @@ from opero.core.steps import Failed
 from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from opero.core.flights import Flight, Keep
     from opero.core.stores.settings import CacheSettings
@@ -59,7 +59,7 @@ class LastingStore:
     is_instant: ClassVar[bool] = False
 
     def __init__(self, what: str, settings: CacheSettings) -> None:
-        self.maxsize: int | None = settings.options.get("maxsize")
+        self.settings = settings
         self.flights = Flights()
         self.format = EntryFormat(settings.options["serializer"], compress=settings.options["compress"])
         # Tells the log, the first time loudly.
@@ -77,23 +77,24 @@ class LastingStore:
         """Whether a look needs no opening first, and has to wait for nobody."""
         return False
 
+    def read(self, key: bytes) -> bytes | None:
+        """The entry of a key."""
+        raise NotImplementedError
+
+    def failed(self, error: Exception) -> None:
+        """Decide whether the backend needs a rest."""
+        raise NotImplementedError
+
     def __repr__(self) -> str:
         return self._what
 
     def look_up(self, key: bytes) -> tuple[Any] | None:
         """The result of a key; faults are None, and come to light in `perform`."""
-        rest = self.rest
-        if rest.reason() is not None:
-            return None
         try:
-            found = self.find(key)
+            found = self.in_spite_of_faults(self.find, key)
         except UnsafeCacheError:
             return None
-        except Exception as error:  # noqa: BLE001 - a map or a call asks again by `perform`, and is told
-            self.failed(error)
-            return None
-        rest.end()
-        return found
+        return None if isinstance(found, Exception) else found
 
     def find(self, key: bytes) -> tuple[Any] | None:
         """As `look_up`, but raises what the backend raises."""
@@ -107,9 +108,10 @@ class LastingStore:
 
     def in_spite_of_faults(self, work: Callable[..., Any], *args: Any) -> Any:
         """What some work with the backend gives; an exception if that failed, or is not tried now."""
-        resting = self.rest.reason()
-        if resting is not None:
-            return resting
+        rest = self.rest
+        reason = rest.reason()
+        if reason is not None:
+            return reason
         try:
             done = work(*args)
         except UnsafeCacheError:
@@ -117,7 +119,7 @@ class LastingStore:
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
             self.failed(error)
             return error
-        self.rest.end()
+        rest.end()
         return done
 
     def write_down(self, keep: Keep) -> Exception | None:
@@ -138,20 +140,6 @@ class LastingStore:
         elif ago < flight.stale and value.__class__ is not Failed:
             flight.old = value, entry
         return ago < 0
-
-    # To be filled in.
-
-    def read(self, key: bytes) -> bytes | None:
-        """The entry of a key."""
-        raise NotImplementedError
-
-    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
-        """Answer requests in order."""
-        raise NotImplementedError
-
-    def failed(self, error: Exception) -> None:
-        """Decide whether the backend needs a rest."""
-        raise NotImplementedError
 
 
 class DamagedEntryError(ValueError):
@@ -189,12 +177,10 @@ class EntryFormat:
         """
         kind, checksum, ends = _HEAD.unpack_from(entry) if len(entry) >= _PAYLOAD_AT else (b"", 0, 0.0)
         if kind not in _KINDS or zlib.crc32(memoryview(entry)[_ENDS_AT:]) != checksum:
-            msg = "the entry is damaged, or was not written by this version of opero"
-            raise DamagedEntryError(msg)
+            raise DamagedEntryError("the entry is damaged, or was not written by this version of opero")
         is_json = kind[2:3] == b"J"
         if self._is_json and not is_json:
-            msg = "the entry is a pickle, which is never read with the serializer 'json'"
-            raise DamagedEntryError(msg)
+            raise DamagedEntryError("the entry is a pickle, which is never read with the serializer 'json'")
         payload: memoryview | bytes = memoryview(entry)[_PAYLOAD_AT:]
         if kind[3:] == b"Z":
             payload = _decompressed(payload)
@@ -211,8 +197,7 @@ def _decompressed(payload: memoryview | bytes) -> bytes:
     decompressor = zlib.decompressobj()
     value = decompressor.decompress(payload, MOST_BYTES)
     if not decompressor.eof:
-        msg = "the entry is damaged, or larger than any that opero compresses"
-        raise DamagedEntryError(msg)
+        raise DamagedEntryError("the entry is damaged, or larger than any that opero compresses")
     return value
 
 
@@ -222,8 +207,7 @@ def _of_json(text: str) -> Any:
         for found in _BRACKETS.finditer(text):
             level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
             if level > _MOST_LEVELS:
-                msg = "the entry is nested too deeply"
-                raise DamagedEntryError(msg)
+                raise DamagedEntryError("the entry is nested too deeply")
     return json.loads(text)
 
 

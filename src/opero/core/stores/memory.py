@@ -1,8 +1,8 @@
 """Entries in this process.
 
 Nothing here takes a lock: every step is one operation of a dict, whose keys run no code of the user's (see
-`opero.core.keys`), and what is removed is freed after that. So a finalizer, a signal handler or the garbage collector
-may come between any two steps and use the same cache.
+`opero.core.keys`). So a finalizer, a signal handler or the garbage collector may come between any two steps and use the
+same cache.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class MemoryStore:
         self._ends: list[tuple[float, int, Any]] = []
         self._numbers = itertools.count()
         # The keys that hold each instance.
-        self._instances: dict[Instance, dict[Any, None]] = {}
+        self._instances: dict[Instance, set[Any]] = {}
         # What a look does: get the entry, and note that it was used, where something has to be noted.
         touches = {"lru": self._entries.move_to_end, "lfu": _counter(self._uses), "fifo": None}
         self.get: Callable[[Any], Entry | None] = self._entries.get
@@ -64,16 +64,15 @@ class MemoryStore:
 
     find = look_up
 
-    def _get(self, key: Any) -> Entry | None:
-        entry = self.get(key)
-        if entry is not None and self.touch is not None:
-            # Removed since, if it is not there.
-            with contextlib.suppress(KeyError):
-                self.touch(key)
-        return entry
-
     def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
-        return [self._answer(request) for request in requests]
+        answers: list[Any] = []
+        for request in requests:
+            if isinstance(request, Keep):
+                self._keep(request)
+                answers.append(None)
+            else:
+                answers.append(self._claim(request))
+        return answers
 
     def let_go(self, flight: Flight) -> None:
         """Nobody outside this process waits for it."""
@@ -83,6 +82,7 @@ class MemoryStore:
         return entry is not None and _has_not_ended(entry)
 
     def clear(self) -> None:
+        # A finalizer that comes while a dict is being emptied could put something into it.
         removed = self._entries.copy()
         self._entries.clear()
         self._uses.clear()
@@ -100,11 +100,13 @@ class MemoryStore:
     def close(self) -> None:
         """There is nothing to give back."""
 
-    def _answer(self, request: Flight | Keep) -> Answer | None:
-        if isinstance(request, Keep):
-            self._keep(request)
-            return None
-        return self._claim(request)
+    def _get(self, key: Any) -> Entry | None:
+        entry = self.get(key)
+        if entry is not None and self.touch is not None:
+            # Removed since, if it is not there.
+            with contextlib.suppress(KeyError):
+                self.touch(key)
+        return entry
 
     def _claim(self, flight: Flight) -> Answer:
         entry = self._get(flight.key)
@@ -118,66 +120,57 @@ class MemoryStore:
         return CLAIMED
 
     def _keep(self, keep: Keep) -> None:
-        flight = keep.flight
+        flight, key = keep.flight, keep.flight.key
         if flight.is_void:
             return
+        self._remove(key)
+        self._remove_expired()
         end = math.inf if keep.ttl is None else clock.now() + keep.ttl
         entry = (keep.value, -math.inf if keep.value.__class__ is Failed else end, end + keep.stale)
-        self._store(flight.key, entry)
-        if flight.is_void and self._entries.get(flight.key) is entry:
-            # Somebody has cleared meanwhile.
-            self._remove(flight.key)
-
-    def _store(self, key: Any, entry: Entry) -> None:
-        replaced = self._remove(key)
-        self._remove_expired()
         self._entries[key] = entry
         if entry[2] != math.inf:
             heapq.heappush(self._ends, (entry[2], next(self._numbers), key))
         instance = _instance_in(key)
         if instance is not None:
             instance.stores.add(weakref.ref(self))
-            self._instances.setdefault(instance, {})[key] = None
-        evicted = [self._remove(other) for other in self._surplus()]
+            self._instances.setdefault(instance, set()).add(key)
+        if len(self._entries) > self.maxsize:
+            self._evict()
         if self.policy == "lfu":
             self._uses[key] = 0
-        del replaced, evicted
+        if flight.is_void and self._entries.get(key) is entry:
+            # Somebody has cleared meanwhile.
+            self._remove(key)
+
+    def _evict(self) -> None:
+        """Remove those that are to go, but not the one that has just come: it has no uses yet, and stands last."""
+        if self.policy == "lfu":
+            # To find them takes long: of many entries some more go at once.
+            uses, surplus = self._uses.copy(), len(self._entries) - self.maxsize
+            for key in heapq.nsmallest(surplus + self.maxsize // 100, uses, key=uses.__getitem__):
+                self._remove(key)
+            return
+        while len(self._entries) > self.maxsize:
+            # Others may have emptied it meanwhile.
+            with contextlib.suppress(KeyError):
+                key, _ = self._entries.popitem(last=False)
+                self._remove(key)
 
     def _remove(self, key: Any) -> Entry | None:
         instance = _instance_in(key)
         if instance is not None:
-            self._instances.get(instance, {}).pop(key, None)
-        return self._drop(key)
-
-    def _drop(self, key: Any) -> Entry | None:
-        entry = self._entries.pop(key, None)
+            self._instances.get(instance, set()).discard(key)
         self._uses.pop(key, None)
-        return entry
-
-    def _surplus(self) -> list[Any]:
-        """The keys that are to go, but not the one that has just come: it has no uses yet, and stands last."""
-        count: int = len(self._entries) - self.maxsize
-        if count <= 0:
-            return []
-        if self.policy == "lfu":
-            # To find them takes long: of many entries some more go at once.
-            uses = self._uses.copy()
-            return heapq.nsmallest(count + self.maxsize // 100, uses, key=uses.__getitem__)
-        try:
-            return list(itertools.islice(self._entries, count))
-        except RuntimeError:
-            # Others have removed some meanwhile; the next to store looks again.
-            return []
+        return self._entries.pop(key, None)
 
     def _remove_expired(self) -> None:
-        entries, now, removed = self._entries, clock.now(), []
+        entries, now = self._entries, clock.now()
         # Until there are no more, or somebody else has taken the last one.
         with contextlib.suppress(IndexError):
             while self._ends[0][0] <= now:
                 _, _, key = heapq.heappop(self._ends)
                 if entries.get(key, _NEVER)[2] <= now:
-                    removed.append(self._remove(key))
-        del removed
+                    self._remove(key)
         if len(self._ends) > 2 * len(entries) + _FEW:
             # Of entries that went before their time.
             self._ends = [end for end in self._ends.copy() if entries.get(end[2], _NEVER)[2] == end[0]]
@@ -185,8 +178,9 @@ class MemoryStore:
 
     def forget_instance(self, instance: Instance) -> None:
         """Remove what nobody can ask for any more; also at the end of a program, when globals are gone."""
-        removed = [self._drop(key) for key in list(self._instances.pop(instance, {}))]
-        del removed
+        for key in list(self._instances.pop(instance, ())):
+            self._uses.pop(key, None)
+            self._entries.pop(key, None)
 
 
 def _has_not_ended(entry: Entry) -> bool:

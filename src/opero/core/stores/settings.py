@@ -160,9 +160,9 @@ class CacheSettings:
         options = {name: id(value) if name == "client" else value for name, value in self.options.items()}
         key = repr((self.backend, namespace, None if self.backend == "memory" else options))
         with _lock.lock:
-            store: Store | None = _shared_stores.get(key)
+            store: Store | None = _lasting_stores.get(key)
             if store is None:
-                _shared_stores[key] = store = self._new_store(namespace)
+                _lasting_stores[key] = store = self._new_store(namespace)
         if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (options["maxsize"], options["policy"]):
             raise ValueError(
                 f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
@@ -206,7 +206,7 @@ class CacheSettings:
 
 _lock = ForkSafeLock(threading.RLock)
 # For as long as one of the functions is there.
-_shared_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def cache_settings(
