@@ -15,7 +15,7 @@ import pytest
 from opero import AllFailedError, OperoError, candidates, candidates_from, opero, opmap
 from opero.core import CallTimeoutError, MisuseError, get_fallback_decorator
 from opero.core.clock import clock
-from opero.core.fallback import fallback_policy
+from opero.core.fallback import FallbackOverParameter
 from opero.core.flow import call_flow
 from opero.core.limits.rates import parse_rates
 from opero.core.parameters import Per
@@ -552,7 +552,7 @@ def test_a_call_hears_of_the_rests_of_others_before_it_chooses_its_next_candidat
 
 
 def test_rests_that_are_over_are_forgotten(fake_clock):
-    policy = fallback_policy(lambda key: key, "key")
+    policy = FallbackOverParameter(lambda key: key, "key")
     for key in range(1_000):
         policy.failed(key, 5)
         fake_clock.tick(1)
@@ -627,7 +627,7 @@ def plan_of_limited(retry_on, per=None):
     return Plan(
         ask,
         retry=RetryPolicy(retries=0, retry_on=retry_on),
-        fallback=fallback_policy(ask, "key"),
+        fallback=FallbackOverParameter(ask, "key"),
         limit=FunctionLimit(ask, 1, fallback="key", per=Per(ask, per) if per else None),
     )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from opero.core.checks import check_seconds, check_text
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
-from opero.core.forks import ForkSafeLock
+from opero.core.frozen import itself
 from opero.core.keys import identity_of
 from opero.core.parameters import ParameterSlot
 from opero.core.plan import Plan
@@ -69,11 +68,7 @@ class CandidatesFrom:
         # Decisions are made where the function is. A worker is sent one value, and must not fail for the rest.
         return CandidatesFrom, (partial(_not_here, name_of(self._function)),)
 
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    __copy__ = __deepcopy__ = itself
 
     def __repr__(self) -> str:
         return f"candidates_from({name_of(self._function)})"
@@ -146,15 +141,14 @@ class FallbackOverParameter:
     after the others: with a key that was revoked nothing is won.
     """
 
-    def __init__(self, slot: ParameterSlot, function_name: str, cooldown: float | None) -> None:
-        self.parameter = slot.name
-        self.position = slot.position
-        self.slot = slot
-        self._function_name = function_name
-        self._cooldown = cooldown or 0.0
+    def __init__(self, function: Callable[..., Any], arg_fallback: str, cooldown: Duration | None = None) -> None:
+        check_text("arg_fallback", arg_fallback, "the name of the parameter that holds the candidates")
+        self._cooldown = 0.0 if cooldown is None else check_seconds("fallback_cooldown", cooldown, zero=False)
+        self._function_name = name_of(function)
+        self.slot = ParameterSlot(function, arg_fallback, "arg_fallback")
+        self.parameter, self.position = arg_fallback, self.slot.position
         # Whether it was given up, and until when it rests.
         self._rests: dict[Any, tuple[bool, float]] = {}
-        self._lock = ForkSafeLock(threading.RLock)
 
     def values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         given = self.slot.get(args, kwargs)
@@ -193,10 +187,11 @@ class FallbackOverParameter:
         if not seconds:
             return
         key, now = identity_of(value), clock.now()
-        with self._lock.lock:
-            self._rests = {other: rest for other, rest in self._rests.items() if rest[1] > now}
-            _, before = self._rests.get(key, (False, 0.0))
-            self._rests[key] = not again, max(now + seconds, before)
+        for other, (_, until) in list(self._rests.items()):
+            if until <= now:
+                self._rests.pop(other, None)
+        _, before = self._rests.get(key, (False, 0.0))
+        self._rests[key] = not again, max(now + seconds, before)
 
     def rest_of(self, value: Any) -> tuple[bool, float] | None:
         """Whether a candidate was given up, and until when it rests, if it does."""
@@ -215,16 +210,6 @@ class FallbackOverParameter:
         return awake or [min(rests, key=lambda each: each[0] or (False, 0.0))[1]]
 
 
-def fallback_policy(
-    function: Callable[..., Any], arg_fallback: str, *, cooldown: Duration | None = None
-) -> FallbackOverParameter:
-    """Check fallback's options and make the policy for ``function``."""
-    check_text("arg_fallback", arg_fallback, "the name of the parameter that holds the candidates")
-    if cooldown is not None:
-        cooldown = check_seconds("fallback_cooldown", cooldown, zero=False)
-    return FallbackOverParameter(ParameterSlot(function, arg_fallback, "arg_fallback"), name_of(function), cooldown)
-
-
 def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | None = None) -> Callable[[F], F]:
     """Make a decorator that tries the candidate values of one parameter in order, and does nothing else.
 
@@ -241,10 +226,10 @@ def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | N
             candidates is empty.
         AllFailedError: At a call, when every candidate failed.
     """
-    return decorator(
-        "get_fallback_decorator",
-        lambda function: Plan(
-            function, RetryPolicy(), fallback=fallback_policy(function, arg_fallback, cooldown=fallback_cooldown)
-        ),
-        (get_fallback_decorator, {"arg_fallback": arg_fallback, "fallback_cooldown": fallback_cooldown}),
-    )
+
+    def plan(function: Callable[..., Any]) -> Plan:
+        fallback = FallbackOverParameter(function, arg_fallback, fallback_cooldown)
+        return Plan(function, RetryPolicy(), fallback=fallback)
+
+    recipe = {"arg_fallback": arg_fallback, "fallback_cooldown": fallback_cooldown}
+    return decorator("get_fallback_decorator", plan, (get_fallback_decorator, recipe))

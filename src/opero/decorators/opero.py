@@ -127,9 +127,9 @@ def _policies(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, 
     if given["cache"] is not False:
         policies["cache"] = _cache(function, given)
     if given["arg_fallback"] is not None:
-        from opero.core.fallback import fallback_policy
+        from opero.core.fallback import FallbackOverParameter
 
-        policies["fallback"] = fallback_policy(function, given["arg_fallback"], cooldown=given["fallback_cooldown"])
+        policies["fallback"] = FallbackOverParameter(function, given["arg_fallback"], given["fallback_cooldown"])
     if given["breaker"] is not None:
         from opero.core.breaker import FunctionBreaker
 

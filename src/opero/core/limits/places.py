@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +111,7 @@ class Places(Line):
         try:
             return await step(*given)
         finally:
-            # A task of a loop that was closed ends where it is collected, in another context.
-            with contextlib.suppress(ValueError):
-                leading.reset(token)
+            leading.reset(token)
 
 
 class PlacesForFunction:

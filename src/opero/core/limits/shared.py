@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,6 +30,8 @@ Gate: TypeAlias = "FileGate | RedisGate"
 
 # Others were faster for so long: then the first of this process claims the next slot.
 _REFUSED_SECONDS = 0.1
+# By this and their numbers processes tell each other apart, on whatever machines they run.
+_ORIGIN = random.SystemRandom().random()
 _OPTIONS_OF_SCOPES = {"process": (), "machine": ("folder", "name"), "redis": ("name", "url")}
 
 
@@ -54,19 +56,13 @@ class Share:
 
     def ask_for(self, rates: Rates, amounts: Sequence[float], *, is_late: bool) -> Generator[Any, Any, float | None]:
         """Ask for a slot: 0, or seconds to wait; None if the gate failed."""
-        now, who = clock.now(), _name_of(os.getpid())
+        now, who = clock.now(), os.getpid() + _ORIGIN
         claims = now - self._refused_since >= _REFUSED_SECONDS
         wait = yield from self.ask(
             rates, lambda ledger, now: ledger.ask(now, amounts, who, is_late=is_late, claims=claims)
         )
         self._refused_since = min(self._refused_since, now) if wait else math.inf
         return wait
-
-
-@lru_cache(maxsize=1)
-def _name_of(_process: int) -> float:
-    """By this processes tell each other apart, on whatever machines they run."""
-    return random.SystemRandom().random()
 
 
 def sharing(
