@@ -18,7 +18,6 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
 from opero.concurrency.kept import PoolSource
@@ -99,7 +98,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         if self._is_starred:
             return getattr, (self.__dict__["unstarred"], "starmap")
         if self._head:
-            return _bind, (self.__dict__["unbound"], *self._head)
+            return type(self).__get__, (self.__dict__["unbound"], *self._head)
         module, name = self.__dict__["__module__"], self.__dict__["__qualname__"]
         # What the main module has is known to other processes if those of multiprocessing are meant, and not if
         # somebody pickles functions by value.
@@ -129,33 +128,17 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         """The same map in the calling thread, or in a process if it is to be stopped: elsewhere it cannot be."""
         is_to_be_stopped = self.plan.attempt_timeout is not None and not self.plan.is_async
         pools = self.settings.pools if is_to_be_stopped else PoolSource("serial")
-        made: Self = self._with(type(self), settings=replace(self.settings, progress=False, pools=pools))
+        settings = replace(self.settings, pools=pools, progress=False, return_exceptions=False)
+        made: Self = self._with(type(self), settings=settings)
         return made
 
-    def _is_classmethod_of(self, first: type) -> bool:
+    def _is_classmethod_of(self, first: Any) -> bool:
         """Whether a call with this first argument is one through ``@classmethod``, which binds no maps since 3.13."""
-        if self._head:
+        if self._head or not isinstance(first, type):
             return False
         this: Any = self
         held = (value for owner in first.__mro__ for value in vars(owner).values())
         return any(isinstance(value, classmethod) and value.__func__ is this for value in held)
-
-    def _classmethod_hint(self) -> str:
-        first = next(iter(inspect.signature(self.plan.function).parameters), None)
-        if self._head or first != "cls":
-            return ""
-        return (
-            "; from Python 3.13 on a map below @classmethod knows its class only where it is called itself: "
-            f"write opero.control(Class.{self.plan.name.rpartition('.')[2]}).stream(items), and so with run and one"
-        )
-
-    @cached_property
-    def _signature(self) -> inspect.Signature | None:
-        """None where it is not known, as of some builtins: they will complain themselves."""
-        try:
-            return own_signature(self.plan.function)
-        except (ValueError, TypeError):
-            return None
 
     def _arguments(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Shape:
         """What all calls have in common; a wrong call raises its TypeError before anything starts."""
@@ -168,8 +151,9 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         from opero.concurrency.worker import Shape
 
         shape = Shape(self._head, rest, kwargs, self._is_starred)
-        signature = self._signature
-        if signature is None:
+        try:
+            signature = own_signature(self.plan.function)
+        except (ValueError, TypeError):  # as of some builtins: they will complain themselves
             return shape
         try:
             if self._is_starred:
@@ -177,23 +161,27 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
             else:
                 signature.bind(*self._head, None, *rest, **kwargs)
         except TypeError as error:
-            hint = self._classmethod_hint() or self._starmap_hint(signature, rest, kwargs)
-            raise TypeError(f"{name}() {error}{hint}") from None
+            raise TypeError(f"{name}() {error}{self._hint(signature, rest, kwargs)}") from None
         return shape
 
-    def _starmap_hint(self, signature: inspect.Signature, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """What to write, if positional arguments are missing and no other thing is wrong."""
+    def _hint(self, signature: inspect.Signature, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What to write instead, if positional arguments are missing and no other thing is wrong."""
+        name, parameters = self.plan.name.rpartition(".")[2], list(signature.parameters.values())
+        if not self._head and parameters and parameters[0].name == "cls":
+            return (
+                "; from Python 3.13 on a map below @classmethod knows its class only where it is called itself: "
+                f"write opero.control(Class.{name}).stream(items), and so with run and one"
+            )
         try:
             given = signature.bind_partial(*self._head, None, *rest, **kwargs).arguments
         except TypeError:
             return ""
-        positional = [p for p in signature.parameters.values() if p.kind <= p.POSITIONAL_OR_KEYWORD]
-        missing = [p.name for p in positional if p.name not in given and p.default is p.empty]
-        if not missing:
+        required = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+        missing = next((parameter for parameter in required if parameter not in given), None)
+        if missing is None:
             return ""
-        name = self.plan.name.rpartition(".")[2]
         return (
-            f"; write {name}(items, {missing[0]}=…) to give the same to every item, or {name}.starmap(tuples) if each "
+            f"; write {name}(items, {missing}=…) to give the same to every item, or {name}.starmap(tuples) if each "
             "item is a tuple of arguments"
         )
 
@@ -235,9 +223,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         """The number of items: their length, else what the user says, else what they hint at."""
         # As the built-in `list` does with something that has no length, or does not know it.
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            return len(items)
-        if self.settings.total is None:
-            with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if self.settings.total is None or hasattr(items, "__len__"):
                 hint = operator.length_hint(items, -1)
                 return None if hint < 0 else hint
         return self.settings.total
@@ -263,7 +249,7 @@ class _BlockingMap(_Map[T, P, R, L]):
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
         """
-        if isinstance(items, type) and self._is_classmethod_of(items):
+        if self._is_classmethod_of(items):
             return self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():
@@ -283,13 +269,12 @@ class _BlockingMap(_Map[T, P, R, L]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies."""
-        if self.plan.attempt_timeout is None and self.settings.batch_size is None:
-            with Shortened():
-                result: R = self.single(*self._single_arguments(item, args), **kwargs)
-            return result
-        (outcome,) = self._for_one_item().stream([item], *args, **kwargs)
         with Shortened():
-            returned: R = outcome.returned
+            if self.plan.attempt_timeout is None and self.settings.batch_size is None:
+                result: Any = self.single(*self._single_arguments(item, args), **kwargs)
+            else:
+                (result,) = self._for_one_item()([item], *args, **kwargs)
+        returned: R = result
         return returned
 
     @property
@@ -344,7 +329,7 @@ class _AwaitableMap(_Map[T, P, R, L]):
         return made
 
     async def _call(self, items: Iterable[T] | AsyncIterable[T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> L:
-        if isinstance(items, type) and self._is_classmethod_of(items):
+        if self._is_classmethod_of(items):
             return await self._bound_to(items)(*args, **kwargs)
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():
@@ -386,10 +371,10 @@ class _AwaitableMap(_Map[T, P, R, L]):
         return call
 
     async def _one_of_a_list(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        (outcome,) = [outcome async for outcome in self._for_one_item().stream([item], *args, **kwargs)]
         with Shortened():
-            returned: R = outcome.returned
-        return returned
+            results: Any = await self._for_one_item()([item], *args, **kwargs)
+        result: R = results[0]
+        return result
 
     @property
     def starmap(self) -> _AwaitableMap[tuple[Any, ...], ..., R, L]:
@@ -449,10 +434,6 @@ async def _mapped(function: Callable[[Any], Any], items: AsyncIterable[Any]) -> 
     finally:
         if isinstance(items, AsyncGenerator):
             await items.aclose()
-
-
-def _bind(unbound: Any, instance: Any) -> Any:
-    return unbound.__get__(instance)
 
 
 def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:

@@ -443,7 +443,7 @@ class Scheduler:
         self.tally.cached += outcome.cached
         if outcome.error is not None:
             self.tally.failed += 1
-            if self._stop_at_failure and self.failure is None:
+            if self._stop_at_failure and self.failure is None and not outcome.is_excused:
                 self.failure = outcome.error
         self._sink.put(outcome)
 
