@@ -6,7 +6,6 @@ import functools
 import io
 import subprocess
 import sys
-import threading
 from typing import ClassVar
 
 import pytest
@@ -14,7 +13,6 @@ from tqdm import tqdm
 
 import opero
 from opero import opmap
-from opero.concurrency.progress import TqdmProgress
 
 
 class Tee:
@@ -217,52 +215,6 @@ def test_a_bar_says_how_many_failed_where_colours_are_not_wanted(monkeypatch):
     shown = bar_of(monkeypatch, fail_on_odd)
     assert "\x1b[31m" not in shown
     assert "failed=4" in shown
-
-
-# Several at once
-
-
-class Unfinished(tqdm):
-    """A bar that cannot be drawn before it is whole, as that of notebooks."""
-
-    is_begun, may_end = threading.Event(), threading.Event()
-    is_whole = False
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.is_begun.set()
-        assert self.may_end.wait(10)
-        self.is_whole = True
-
-    def refresh(self, *args, **kwargs):
-        assert self.is_whole or not self.is_begun.is_set()
-        return super().refresh(*args, **kwargs)
-
-    clear = refresh
-
-
-def test_a_map_that_ends_leaves_the_bar_alone_that_another_map_is_making(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    ends = TqdmProgress(tqdm, {"total": 1})
-    failures = []
-
-    def run(act):
-        try:
-            act()
-        except AssertionError as error:
-            failures.append(error)
-
-    making = threading.Thread(target=run, args=(lambda: TqdmProgress(Unfinished, {"total": 1}).close(),))
-    closing = threading.Thread(target=run, args=(ends.close,))
-    making.start()
-    assert Unfinished.is_begun.wait(10)
-    closing.start()
-    # Nothing tells that it waits for the lock of all bars; without one it has failed by now.
-    closing.join(0.2)
-    Unfinished.may_end.set()
-    making.join(10)
-    closing.join(10)
-    assert failures == []
 
 
 # Off a terminal

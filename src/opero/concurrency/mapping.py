@@ -98,7 +98,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         if self._is_starred:
             return getattr, (self.__dict__["unstarred"], "starmap")
         if self._head:
-            return type(self).__get__, (self.__dict__["unbound"], *self._head)
+            return _bind, (self.__dict__["unbound"], *self._head)
         module, name = self.__dict__["__module__"], self.__dict__["__qualname__"]
         # What the main module has is known to other processes if those of multiprocessing are meant, and not if
         # somebody pickles functions by value.
@@ -273,7 +273,8 @@ class _BlockingMap(_Map[T, P, R, L]):
             if self.plan.attempt_timeout is None and self.settings.batch_size is None:
                 result: Any = self.single(*self._single_arguments(item, args), **kwargs)
             else:
-                (result,) = self._for_one_item()([item], *args, **kwargs)
+                results: Any = self._for_one_item()([item], *args, **kwargs)
+                result = results[0]
         returned: R = result
         return returned
 
@@ -434,6 +435,10 @@ async def _mapped(function: Callable[[Any], Any], items: AsyncIterable[Any]) -> 
     finally:
         if isinstance(items, AsyncGenerator):
             await items.aclose()
+
+
+def _bind(unbound: Any, instance: Any) -> Any:
+    return unbound.__get__(instance)
 
 
 def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -87,39 +88,27 @@ class TqdmProgress(Progress):
     """A bar of tqdm's."""
 
     def __init__(self, kind: type[Any], options: Mapping[str, Any]) -> None:
-        class Bar(kind):  # type: ignore[misc]  # of whichever class
-            # tqdm's monitor is a thread that would outlive the map.
-            monitor_interval = 0
-
-        # Bars of other maps, when they close, draw all that are known: from the first moment on, before they are whole.
-        with Bar.get_lock():
-            self._bar: Any = Bar(**options)
+        # tqdm's monitor is a thread that would outlive the map.
+        self._bar: Any = type("Bar", (kind,), {"monitor_interval": 0})(**options)
         self._turns_red = "colour" not in options and not os.environ.get("NO_COLOR")
         self._notes: dict[str, int] = {}
 
     def show(self, tally: Tally) -> None:
-        if not self._bar.disable:
-            # tqdm does not give its lock back, which is the same for all bars, when Ctrl-C comes while it draws.
-            with Hold():
-                self._draw(tally)
-
-    def _draw(self, tally: Tally) -> None:
-        notes = {"failed": tally.failed, "retried": tally.retried, "cached": tally.cached}
-        notes = {name: count for name, count in notes.items() if count}
-        if notes != self._notes:
-            self._notes = notes
-            if tally.failed and self._turns_red:
-                self._bar.colour = "red"
-            self._bar.set_postfix(notes, refresh=False)
-            if tally.finished == self._bar.n:
-                self._bar.refresh()
-        self._bar.update(tally.finished - self._bar.n)
-
-    def close(self) -> None:
         if self._bar.disable:
             return
-        # The last line stays above the bars of other maps: without this, those would leave parts of themselves behind.
-        with Hold(), self._bar.external_write_mode(file=self._bar.fp):
+        notes = {"failed": tally.failed, "retried": tally.retried, "cached": tally.cached}
+        notes = {name: count for name, count in notes.items() if count}
+        # tqdm does not give its lock back, which is the same for all bars, when Ctrl-C comes while it draws.
+        with Hold():
+            if notes != self._notes:
+                self._notes = notes
+                if tally.failed and self._turns_red:
+                    self._bar.colour = "red"
+                self._bar.set_postfix(notes, refresh=tally.finished == self._bar.n)
+            self._bar.update(tally.finished - self._bar.n)
+
+    def close(self) -> None:
+        with Hold():
             self._bar.close()
 
 
@@ -153,24 +142,18 @@ def make_progress(progress: ProgressOption, name: str, total: int | None) -> Pro
             kind = kind.func
     if not (_is_in_notebook() or is_terminal(sys.stderr) or options.get("disable", True) is False):
         return LoggedProgress(options["desc"])
-    return TqdmProgress(kind or _bar_of_tqdm(), options)
+    if kind is None:
+        with warnings.catch_warnings():
+            # In a notebook without ipywidgets: there it is a bar of text.
+            warnings.filterwarnings("ignore", "IProgress not found")
+            from tqdm.auto import tqdm as kind
+    return TqdmProgress(kind, options)
 
 
 def _is_bar(progress: Any) -> bool:
     """Whether it is a class like tqdm's, or a partial of one."""
     kind = through_partials(progress)
     return isinstance(kind, type) and hasattr(kind, "update") and hasattr(kind, "set_postfix")
-
-
-def _bar_of_tqdm() -> type[Any]:
-    import warnings
-
-    with warnings.catch_warnings():
-        # In a notebook without ipywidgets: there it is a bar of text.
-        warnings.filterwarnings("ignore", "IProgress not found")
-        from tqdm.auto import tqdm
-
-    return tqdm
 
 
 def _is_in_notebook() -> bool:

@@ -100,19 +100,16 @@ class AsyncSource:
         return taken
 
     async def close(self) -> None:
-        """Stop pulling, and close a generator."""
+        """Stop pulling, and close a generator that has begun."""
         import asyncio
 
         self._closing = True
-        task = self._task
-        if task is None:
-            await self._close_iterator()
-            return
-        task.cancel()
-        # Not awaited itself: its cancellation is of no interest, but one of who waits here is.
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.result()
+        if self._task is not None:
+            self._task.cancel()
+            # Not awaited itself: its cancellation is of no interest, but one of who waits here is.
+            await asyncio.wait({self._task})
+            if not self._task.cancelled():
+                self._task.result()
 
     async def _pull(self) -> None:
         try:
@@ -124,20 +121,17 @@ class AsyncSource:
                     self._wake()
             finally:
                 # Here, because what a generator has entered can be left only by the same task.
-                await self._close_iterator()
+                if isinstance(self._iterator, AsyncGenerator):
+                    await self._iterator.aclose()
         except StopAsyncIteration:
-            self._at_end = True
+            pass
         except BaseException as error:
             if self._closing:
                 raise
             # Raised by the map, a cancellation of something that the input waited for, too.
             self.error = error
-            self._at_end = True
+        self._at_end = True
         self._wake()
-
-    async def _close_iterator(self) -> None:
-        if isinstance(self._iterator, AsyncGenerator):
-            await self._iterator.aclose()
 
 
 Source: TypeAlias = IteratorSource | AsyncSource
@@ -155,27 +149,26 @@ def run_blocking(
         while True:
             while questions := run.send():
                 run.answered(consult(questions))
-            is_late = source.is_late and not run.pool.is_starting
-            if is_late:
-                # The input may take long again: what has ended meanwhile is handed out before.
-                run.take_note(inbox.collect(0.0, is_real=True))
             ready = run.outcomes()
             while ready:
                 # Nothing here keeps what has been given out.
                 yield ready.popleft()
-            run.presence.is_away = False
             if run.is_done():
                 return
-            if not is_late:
-                seconds, is_real = run.patience()
-                run.take_note(inbox.collect(seconds, is_real=is_real))
+            seconds, is_real = run.patience()
+            run.take_note(inbox.collect(seconds, is_real=is_real))
     except BaseException as error:
         _note_end(run, error)
         raise
     finally:
         with Hold() as hold, contextlib.closing(inbox):
             if run.process == os.getpid():
-                _tidy_up(run, hold)
+                try:
+                    run.close()
+                finally:
+                    if not run.keeps_pool():
+                        # Ctrl-C that comes again meanwhile leaves what cannot be ended.
+                        run.pool.stop(lambda: bool(hold.pressed))
 
 
 def _note_end(run: Scheduler, error: BaseException) -> None:
@@ -188,23 +181,8 @@ def _note_end(run: Scheduler, error: BaseException) -> None:
             add_note(error, run.story())
 
 
-def _tidy_up(run: Scheduler, hold: Hold) -> None:
-    try:
-        run.close()
-    finally:
-        if not run.keeps_pool():
-            # Ctrl-C that comes again meanwhile leaves what cannot be ended.
-            run.pool.stop(lambda: bool(hold.pressed))
-
-
 async def run_awaiting(
-    plan: Plan,
-    settings: MapSettings,
-    shape: Shape,
-    sink: Sink,
-    *,
-    items: Any,
-    total: int | None,
+    plan: Plan, settings: MapSettings, shape: Shape, sink: Sink, *, items: Any, total: int | None
 ) -> AsyncIterator[Outcome[Any, Any]]:
     """Run a map over an iterator or an async one by awaiting; yields what the sink hands out."""
     inbox = AsyncInbox()
@@ -217,31 +195,22 @@ async def run_awaiting(
         while True:
             while questions := run.send():
                 run.answered(await consult_async(questions))
-            is_late = source.is_late and not run.pool.is_starting
-            if is_late:
-                run.take_note(await inbox.collect(0.0, is_real=True))
             ready = run.outcomes()
             while ready:
                 yield ready.popleft()
-            run.presence.is_away = False
             if run.is_done():
                 return
-            if not is_late:
-                seconds, is_real = run.patience()
-                run.take_note(await inbox.collect(seconds, is_real=is_real))
+            seconds, is_real = run.patience()
+            run.take_note(await inbox.collect(seconds, is_real=is_real))
     except BaseException as error:
         _note_end(run, error)
         raise
     finally:
         if run.process == os.getpid():
-            await _tidy_up_async(run, source)
-
-
-async def _tidy_up_async(run: Scheduler, source: Source) -> None:
-    try:
-        run.close()
-        if isinstance(source, AsyncSource):
-            await source.close()
-    finally:
-        if not run.keeps_pool():
-            await run.pool.stop_async()
+            try:
+                run.close()
+                if isinstance(source, AsyncSource):
+                    await source.close()
+            finally:
+                if not run.keeps_pool():
+                    await run.pool.stop_async()

@@ -32,7 +32,7 @@ from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
 from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step, stopped
 from opero.events import switches
-from opero.exceptions import MisuseError, OperoError, WorkerCrashedError
+from opero.exceptions import MisuseError, WorkerCrashedError
 from opero.utils.notes import add_note, users_part
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ MOST_BATCH_BYTES = 2_000_000
 # Batches that wait at a worker that is far away; behind one that takes so long, none does.
 MOST_AHEAD = 3
 LONG_BATCH_SECONDS = 1.0
-# A look at the time that is so late says nothing of what came in meanwhile.
-_LATE_SECONDS = 0.05
 # Until a worker is asked to end again that is reporting, has not ended, or could not be heard before.
 _ENDING_SECONDS = 1.0
 # Between two looks at how far a worker has come.
@@ -87,16 +85,9 @@ class Entry:
 
 
 class Scheduler:
-    """One running map.
+    """One running map: its ``source`` has the input, its ``sink`` gets the outcomes, events come into its ``inbox``.
 
-    Args:
-        plan: The policies.
-        settings: The options of the map.
-        shape: What all calls have in common.
-        source: The input.
-        sink: Where outcomes go.
-        inbox: Where the driver of this scheduler finds events, from any thread.
-        total: Number of items, if it is known.
+    ``shape`` is what all calls have in common, ``total`` the number of items, if it is known.
     """
 
     def __init__(
@@ -127,13 +118,8 @@ class Scheduler:
         self._size, self._ahead = 1, 0
         # A batch that is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
-        self._one_at_a_time = (
-            plan.limit is not None
-            or plan.places is not None
-            or plan.attempt_timeout is not None
-            or plan.total_timeout is not None
-        )
-        self._can_be_called_off = plan.total_timeout is not None or plan.breaker is not None
+        in_turn = plan.limit, plan.places, plan.attempt_timeout, plan.total_timeout
+        self._one_at_a_time = any(policy is not None for policy in in_turn)
         is_asked = plan.asks_first or plan.cache is not None or bool(switches.listeners)
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
         self._list_size = settings.batch_size
@@ -147,11 +133,9 @@ class Scheduler:
         # All items that have a flow; how many of them wait for time or others, and how many of these for a turn.
         self._flying: set[Entry] = set()
         self._waiting = self._awaiting_turns = 0
-        # Who is to be looked at when (at the same time, in order), if it still waits for the same; pauses in which no
-        # time is skipped.
+        # Who is to be looked at when (at the same time, in order), if it still waits for the same.
         self._timers: list[tuple[float, int, Entry, Pause | Arrival | None]] = []
         self._ticks = itertools.count()
-        self._real_pauses = 0
         # Items that wait for the cache's store, and for a worker: with an attempt, or before they take a slot for one.
         self._consulting: list[tuple[Entry, Consult]] = []
         self._ready: deque[Entry] = deque()
@@ -190,7 +174,7 @@ class Scheduler:
                 self._look(entry)
         while not self._consulting and (batch := self._next_batch()) is not None:
             self.pool.submit(batch)
-        return [step for _, step in self._consulting] if self._consulting else []
+        return [step for _, step in self._consulting]
 
     def answered(self, answers: list[Any]) -> None:
         """Take note of what the store said."""
@@ -220,7 +204,9 @@ class Scheduler:
         # After all that has come in was seen: a report in time is no reason to kill.
         if self._watched:
             self._watch()
-        self._source.is_late, self._source.turn_ends = False, time.monotonic() + BATCH_SECONDS
+        # Nothing is taken from an input that was late before what has ended meanwhile is handed out.
+        self._source.is_late = self._source.is_late and bool(self._sink.ready)
+        self._source.turn_ends = time.monotonic() + BATCH_SECONDS
 
     def outcomes(self) -> deque[Outcome[Any, Any]]:
         """What can be handed out now; meanwhile nobody attends to the map."""
@@ -230,10 +216,8 @@ class Scheduler:
         return self._sink.ready
 
     def is_done(self) -> bool:
-        """Raises what ends the map before that."""
-        if self.process != os.getpid():
-            name = self._plan.name
-            raise OperoError(f"this stream of {name} was begun by the process that forked this one; begin another here")
+        """Whether all has been handed out; raises what ends the map before that."""
+        self.presence.is_away = False
         if self.failure is not None:
             raise self.failure
         is_done = self._source.exhausted and not (self._sent or self._flying or self._ready or self._given_back)
@@ -246,20 +230,24 @@ class Scheduler:
 
         What a worker or another process does takes real time, in which opero's clock skips none.
         """
-        due = [self._timers[0][0] - clock.now()] if self._timers else []
+        if self._source.is_late and not self.pool.is_starting:
+            return 0.0, True
+        due, is_real = [], bool(self._sent or self._ready)
+        if self._timers:
+            due.append(self._timers[0][0] - clock.now())
+            step = self._timers[0][3]
+            is_real = is_real or (isinstance(step, Pause) and step.is_real)
         if self._watched:
             due.append(min(min(batch.look_at, batch.ends_at) for batch in self._watched) - time.monotonic())
         if self._plan.total_timeout is not None:
             deadlines = [entry.call.deadline for entry in self._ready]
             due += [deadline - clock.now() for deadline in deadlines if deadline is not None]
         seconds = min(due, default=math.inf)
-        is_real = bool(self._sent or self._ready or self._real_pauses)
         return None if seconds == math.inf else max(0.0, seconds), is_real
 
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
-        if self._can_be_called_off:
-            self._call_off()
+        self._call_off()
         # No call waits at a worker that has its time.
         slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._ahead)
         while slots and self._ready and self._ready[0].attempt is None:
@@ -393,7 +381,6 @@ class Scheduler:
             entry.waits_for = step
             self._waiting += 1
             if isinstance(step, Pause):
-                self._real_pauses += step.is_real
                 self._look_again(entry, step.seconds)
             else:
                 self._awaiting_turns += step.is_turn
@@ -408,16 +395,14 @@ class Scheduler:
         step = entry.waits_for
         if step is None:
             return
-        if isinstance(step, Pause):
-            self._real_pauses -= step.is_real
-        elif step.poll():
+        if not isinstance(step, Pause):
+            if not step.poll():
+                due = step.due_in()
+                if due is not None:
+                    self._look_again(entry, due)
+                return
             step.notify(None)
             self._awaiting_turns -= step.is_turn
-        else:
-            due = step.due_in()
-            if due is not None:
-                self._look_again(entry, due)
-            return
         entry.waits_for = None
         self._waiting -= 1
         self._advance(entry, None)
@@ -578,7 +563,8 @@ class Scheduler:
             if batch.look_at <= now:
                 self._look_at(batch, now)
             if batch.ends_at <= now:
-                self._time_is_up(batch, now)
+                batch.is_overdue = self.pool.kill(batch) or batch.is_overdue
+                batch.ends_at = now + _ENDING_SECONDS
 
     def _look_at(self, batch: Batch, now: float) -> None:
         """Take back what a worker holds that is busy with one item; see `worker.run_batch`."""
@@ -589,12 +575,6 @@ class Scheduler:
             self._give_back(batch.take_from(begun - batch.reported))
             batch.look_at = math.inf
         batch.begun = begun
-
-    def _time_is_up(self, batch: Batch, now: float) -> None:
-        # Much later than that, the map was away, with its input or its consumer: a report may be on its way.
-        if now - batch.ends_at <= _LATE_SECONDS and self.pool.kill(batch):
-            batch.is_overdue = True
-        batch.ends_at = now + _ENDING_SECONDS
 
     def _batch_done(self, done: Done) -> None:
         batch, report, count = done.batch, done.report, len(done.report.values)
@@ -659,33 +639,27 @@ class Scheduler:
         self._watched.difference_update(batches)
         for batch in batches:
             batch.losses += 1
-        if batches and lost.begun is not None:
-            self._ended_by_the_last(batches[0], lost.begun - batches[0].reported, lost.reason)
-            return
         suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
-        is_sure = lost.sure and len(suspects) == 1 and len(suspects[0].items) == 1
         for batch in batches:
-            if batch in suspects and is_sure:
-                self._charge(batch, lost.reason)
-            else:
+            begun = None if lost.begun is None else lost.begun - batch.reported
+            if lost.sure and suspects == [batch] and len(batch.items) == 1:
+                begun = 1 if begun is None else begun
+            if begun is None:
                 self._give_back(batch, alone=batch in suspects)
+            else:
+                self._ended_by_one_of(batch, begun, lost.reason)
 
-    def _ended_by_the_last(self, batch: Batch, begun: int, reason: str) -> None:
+    def _ended_by_one_of(self, batch: Batch, begun: int, reason: str) -> None:
         """Charge the last item that has begun; those before it, which were fast, and those after it run again."""
         self._give_back(batch.take_from(begun))
-        last = batch.take_from(begun - 1) if begun > 1 else batch
-        if last is not batch:
-            self._give_back(batch)
+        last = batch.take_from(max(0, begun - 1))
+        self._give_back(batch)
         # Between two items it was ended by nobody's.
         if last.items:
-            self._charge(last, reason)
-
-    def _charge(self, batch: Batch, reason: str) -> None:
-        seconds = clock.now() - batch.sent_at
-        error: Any = Failed(WorkerCrashedError(f"the worker that ran {self._plan.name} ended: {reason}"))
-        if batch.is_overdue and batch.time_limit is not None:
-            error = Failed(stopped(self._plan.name, *batch.time_limit))
-        self._item_done(batch, 0, error, seconds)
+            error: Exception = WorkerCrashedError(f"the worker that ran {self._plan.name} ended: {reason}")
+            if batch.is_overdue and batch.time_limit is not None:
+                error = stopped(self._plan.name, *batch.time_limit)
+            self._item_done(last, 0, Failed(error), clock.now() - batch.sent_at)
 
 
 def _values(name: str, result: Any, count: int) -> Any:
