@@ -74,6 +74,10 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         self.single = single
         # Whether items are tuples of arguments.
         self._is_starred = False
+        # None where it is not known, as of some builtins: they will complain themselves.
+        self._signature: inspect.Signature | None = None
+        with contextlib.suppress(ValueError, TypeError):
+            self._signature = own_signature(plan.function)
 
     def pool(self) -> PoolSource:
         """A block in which the workers stay alive between the calls of this map.
@@ -132,9 +136,9 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         made: Self = self._with(type(self), settings=settings)
         return made
 
-    def _is_classmethod_of(self, first: Any) -> bool:
+    def _is_classmethod_of(self, first: type) -> bool:
         """Whether a call with this first argument is one through ``@classmethod``, which binds no maps since 3.13."""
-        if self._head or not isinstance(first, type):
+        if self._head:
             return False
         this: Any = self
         held = (value for owner in first.__mro__ for value in vars(owner).values())
@@ -151,9 +155,8 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         from opero.concurrency.worker import Shape
 
         shape = Shape(self._head, rest, kwargs, self._is_starred)
-        try:
-            signature = own_signature(self.plan.function)
-        except (ValueError, TypeError):  # as of some builtins: they will complain themselves
+        signature = self._signature
+        if signature is None:
             return shape
         try:
             if self._is_starred:
@@ -249,7 +252,7 @@ class _BlockingMap(_Map[T, P, R, L]):
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
         """
-        if self._is_classmethod_of(items):
+        if isinstance(items, type) and self._is_classmethod_of(items):
             return self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():
@@ -330,7 +333,7 @@ class _AwaitableMap(_Map[T, P, R, L]):
         return made
 
     async def _call(self, items: Iterable[T] | AsyncIterable[T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> L:
-        if self._is_classmethod_of(items):
+        if isinstance(items, type) and self._is_classmethod_of(items):
             return await self._bound_to(items)(*args, **kwargs)
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():

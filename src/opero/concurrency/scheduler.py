@@ -118,8 +118,7 @@ class Scheduler:
         self._size, self._ahead = 1, 0
         # A batch that is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
-        in_turn = plan.limit, plan.places, plan.attempt_timeout, plan.total_timeout
-        self._one_at_a_time = any(policy is not None for policy in in_turn)
+        self._one_at_a_time = any((plan.limit, plan.places, plan.attempt_timeout, plan.total_timeout))
         is_asked = plan.asks_first or plan.cache is not None or bool(switches.listeners)
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
         self._list_size = settings.batch_size
@@ -137,7 +136,7 @@ class Scheduler:
         self._timers: list[tuple[float, int, Entry, Pause | Arrival | None]] = []
         self._ticks = itertools.count()
         # Items that wait for the cache's store, and for a worker: with an attempt, or before they take a slot for one.
-        self._consulting: list[tuple[Entry, Consult]] = []
+        self._consulting: dict[Entry, Consult] = {}
         self._ready: deque[Entry] = deque()
         # Batches that are with workers, those of them that are watched, and parts that their workers have not begun.
         self._sent: set[Batch] = set()
@@ -174,13 +173,13 @@ class Scheduler:
                 self._look(entry)
         while not self._consulting and (batch := self._next_batch()) is not None:
             self.pool.submit(batch)
-        return [step for _, step in self._consulting]
+        return list(self._consulting.values())
 
     def answered(self, answers: list[Any]) -> None:
         """Take note of what the store said."""
-        asked, self._consulting = self._consulting, []
+        asked, self._consulting = self._consulting, {}
         ended = self.tally.finished
-        for (entry, _), answer in zip(asked, answers, strict=True):
+        for entry, answer in zip(asked, answers, strict=True):
             self._advance(entry, answer)
         all_found = self.tally.finished - ended == len(asked)
         self._look_ahead = min(MOST_LOOKED_UP, self._look_ahead * 2) if all_found else 1
@@ -247,7 +246,8 @@ class Scheduler:
 
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
-        self._call_off()
+        if self._ready:
+            self._call_off()
         # No call waits at a worker that has its time.
         slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._ahead)
         while slots and self._ready and self._ready[0].attempt is None:
@@ -365,7 +365,7 @@ class Scheduler:
             entry.attempt = step
             self._ready.append(entry)
         elif isinstance(step, Consult):
-            self._consulting.append((entry, step))
+            self._consulting[entry] = step
         elif isinstance(step, Prepare):
             if self.pool.slots:
                 self._advance(entry, None)
