@@ -209,13 +209,7 @@ def get_parallel_map_decorator(
 
     def decorate(function: Callable[..., Any]) -> Any:
         check_decoratable(function, "get_parallel_map_decorator")
-        options: dict[str, Any] = {
-            "mode": mode,
-            "workers": workers,
-            "ordered": ordered,
-            "progress": progress,
-            "total": total,
-        }
+        options = {"mode": mode, "workers": workers, "ordered": ordered, "progress": progress, "total": total}
         if return_exceptions is not None:
             options["return_exceptions"] = return_exceptions
         settings = map_settings(function, {**options, "pool_options": pool_options})

@@ -102,7 +102,7 @@ class Scheduler:
         total: int | None,
     ) -> None:
         self._plan = plan = plan.bare if switches.is_disabled else plan
-        self._shape, self._source, self._sink, self._inbox, self._total = shape, source, sink, inbox, total
+        self._shape, self._source, self._sink, self._inbox = shape, source, sink, inbox
         self._stream = sink if isinstance(sink, StreamSink) else None
         self._stop_at_failure = not settings.return_exceptions
         self._progress = None if settings.progress is False else make_progress(settings.progress, plan.name, total)
@@ -158,7 +158,7 @@ class Scheduler:
 
     def story(self) -> str:
         """How much was done when the map was interrupted, and what keeps it next time."""
-        plan, whole = self._plan, "" if self._total is None else f" of {self._total}"
+        plan, whole = self._plan, "" if self.tally.total is None else f" of {self.tally.total}"
         done = f"opero: {self.tally.finished}{whole} items of {plan.name} were done"
         if plan.cache is not None and plan.cache.is_lasting:
             return f"{done}; the next run finds their results in the cache"
