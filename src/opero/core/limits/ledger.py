@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from opero.core.limits.rates import EARLY
 
@@ -219,17 +219,13 @@ class Ledger:
             numbers += [*key, len(state), *state]
         return struct.pack(f"<{len(numbers)}d", *numbers)
 
-    @classmethod
-    def unpack(cls, data: bytes, rates: Rates, now: float) -> Self:
-        """What others have written, as far as it can be true; of another start of the machine nothing is."""
-        ledger = cls(rates)
-        try:
-            ledger._read(struct.unpack(f"<{len(data) // 8}d", data), now)
-        except (struct.error, ValueError, OverflowError):
-            return cls(rates)
-        return ledger
+    def unpack(self, data: bytes, now: float) -> None:
+        """Take over what others have written.
 
-    def _read(self, numbers: Sequence[float], now: float) -> None:
+        Raises:
+            ValueError: If it cannot be true; of another start of the machine nothing is.
+        """
+        numbers = struct.unpack(f"<{len(data) // 8}d", data)
         _, written_at, paused_until, claimed_until, claimed_by = numbers[:_HEAD]
         if not (0 <= written_at <= now + _SKEW and math.isfinite(sum(numbers))):
             raise ValueError
@@ -254,7 +250,11 @@ def changed(
 
     ``act`` gives 0 or None if it has changed the ledger, or seconds until a slot comes.
     """
-    ledger = Ledger.unpack(data, rates, now)
+    ledger = Ledger(rates)
+    try:
+        ledger.unpack(data, now)
+    except (struct.error, ValueError, OverflowError):
+        ledger.forget()
     claimed_until = ledger.claimed_until
     wait = act(ledger, now) or 0.0
     if wait and ledger.claimed_until == claimed_until:

@@ -305,7 +305,8 @@ class Turn:
         if wants and not self.news:
             with lines.lock:
                 self._look(clock.now())
-            _rouse_the_first_of(wants)
+            for line, _ in wants:
+                line.rouse_first()
         return bool(self.news)
 
     def _look(self, now: float) -> None:
@@ -362,9 +363,7 @@ class Turn:
             now = clock.now()
             if not wait and not any(line.wait_alone(amounts, now) for line, amounts in wants):
                 self._start(now)
-        if self.news:
-            _rouse_the_first_of(wants)
-            return
+                given.clear()
         for line, amounts in given:
             yield from line.tell(partial(_give_back, amounts))
 
@@ -388,14 +387,11 @@ class Turn:
         wants, self._wants = self._wants, ()
         # What it holds, a call and its errors, is not to wait for the garbage collector with the turn.
         self._latest = never
-        if self.number >= 0 and self.news != "taken":
-            for line, _ in wants:
+        for line, _ in wants if self.number >= 0 else ():
+            if self.news == "taken":
+                line.rouse_first()
+            else:
                 line.leave(self)
-
-
-def _rouse_the_first_of(wants: Wants) -> None:
-    for line, _ in wants:
-        line.rouse_first()
 
 
 def _give_back(amounts: Sequence[float], ledger: Ledger, now: float) -> None:

@@ -19,11 +19,6 @@ from opero.core.limits.ledger import is_over
 from opero.core.private_folder import OTHERS_WRITE, folder_of_user, private_folder
 from opero.exceptions import UnsafeCacheError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -41,13 +36,6 @@ _MOST_BYTES = 1_000_000
 _TIDIED_AT_ONCE = 2
 
 
-def default_root() -> Path:
-    """Where opero keeps the limits of this user and machine."""
-    import platformdirs
-
-    return folder_of_user(lambda: Path(platformdirs.user_cache_dir("opero", appauthor=False)))
-
-
 class FileGate:
     """A `opero.core.limits.shared.Gate` in a file.
 
@@ -58,7 +46,11 @@ class FileGate:
     is_instant = True
 
     def __init__(self, name: str, folder: Path | None) -> None:
-        self._root = default_root() if folder is None else folder
+        if folder is None:
+            import platformdirs
+
+            folder = folder_of_user(lambda: Path(platformdirs.user_cache_dir("opero", appauthor=False)))
+        self._root = folder
         self._file_name = blake2b(name.encode(), digest_size=16).hexdigest()
         self._path: str | None = None
         # Since when somebody else has been found to keep the file locked.
@@ -67,9 +59,22 @@ class FileGate:
     def perform(self, requests: Sequence[Change]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
-    def _answer(self, change: Change) -> Any:
+    def _answer(self, change: Change) -> float | OSError:
         try:
-            return self._ask(change)
+            if self._path is None:
+                # Not with its files: with one for each value, each new one would take ever longer.
+                folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}", with_files=False)
+                _tidy(str(folder))
+                self._path = str(folder / self._file_name)
+            with _locked(self._path) as file:
+                if file is None:
+                    return self._locked_by_others()
+                self._locked_since = None
+                wait, made, _ = change(os.pread(file, _MOST_BYTES, 0), clock.machine())
+                if made:
+                    os.pwrite(file, made, 0)
+                    os.ftruncate(file, len(made))
+                return wait
         except UnsafeCacheError:
             raise
         except OSError as error:
@@ -77,36 +82,32 @@ class FileGate:
             self._path = None
             return error
 
-    def _ask(self, change: Change) -> float:
-        if self._path is None:
-            # Not with its files: with one for each value, each new one would take ever longer.
-            folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}", with_files=False)
-            _tidy(str(folder))
-            self._path = str(folder / self._file_name)
-        with _locked(self._path) as file:
-            now = clock.machine()
-            if file is None:
-                self._locked_since = now if self._locked_since is None else self._locked_since
-                if now - self._locked_since < _LONGEST_LOCK:
-                    return _BUSY_SECONDS
-                msg = f"another process has kept its file locked for {_LONGEST_LOCK:g} s"
-                raise TimeoutError(errno.ETIMEDOUT, msg)
-            self._locked_since = None
-            wait, made, _ = change(os.pread(file, _MOST_BYTES, 0), now)
-            if made:
-                os.pwrite(file, made, 0)
-                os.ftruncate(file, len(made))
-            return wait
+    def _locked_by_others(self) -> float:
+        now = clock.machine()
+        self._locked_since = now if self._locked_since is None else self._locked_since
+        if now - self._locked_since < _LONGEST_LOCK:
+            return _BUSY_SECONDS
+        raise TimeoutError(errno.ETIMEDOUT, f"another process has kept its file locked for {_LONGEST_LOCK:g} s")
 
 
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[int | None]:
     """The open file, locked; None if that has to be tried again: somebody else has it, or has removed it."""
-    assert fcntl is not None  # noqa: S101 - for the type checkers
+    # Here, since Windows has none.
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     is_locked = False
     try:
-        is_locked = _lock(file)
+        for _ in range(_LOCK_TRIES):
+            try:
+                # Of this opening, and not of the process as `fcntl.lockf`: threads keep each other out, too.
+                flock(file, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_SECONDS)
+            else:
+                is_locked = True
+                break
         found = os.fstat(file)
         if found.st_uid not in {os.geteuid(), 0} or found.st_mode & OTHERS_WRITE:
             what = "can be written to by others" if found.st_mode & OTHERS_WRITE else "belongs to another user"
@@ -116,21 +117,8 @@ def _locked(path: str) -> Iterator[int | None]:
     finally:
         if is_locked:
             # A child that was forked meanwhile has it open, too.
-            fcntl.flock(file, fcntl.LOCK_UN)
+            flock(file, LOCK_UN)
         os.close(file)
-
-
-def _lock(file: int) -> bool:
-    assert fcntl is not None  # noqa: S101 - as above
-    for _ in range(_LOCK_TRIES):
-        try:
-            # Of this opening, and not of the process as `fcntl.lockf`: threads keep each other out, too.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_LOCK_SECONDS)
-        else:
-            return True
-    return False
 
 
 def _tidy(folder: str) -> None:

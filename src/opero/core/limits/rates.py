@@ -87,7 +87,9 @@ def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rat
         TypeError: If it is none of these, or ``max_burst`` is not an int.
         ValueError: If a rate cannot be read, or is not finite and above 0, or ``max_burst`` is below 1.
     """
-    burst = None if max_burst is None else _check_burst(max_burst)
+    if isinstance(max_burst, int) and max_burst > _MOST:
+        raise ValueError(f"max_burst has {len(str(max_burst))} digits; write a number up to {_MOST:,}")
+    burst = None if max_burst is None else check_count("max_burst", max_burst, "calls", smallest=1)
     named: Mapping[Any, Any] = rate if isinstance(rate, Mapping) else {CALLS: rate}
     if not named or not all(isinstance(name, str) and name for name in named):
         msg = "rate_limit has to name what it limits; write {'calls': '500/minute', 'tokens': '90000/minute'}"
@@ -106,12 +108,6 @@ def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rat
             paces.append(Pace(place, pace.seconds / pace.units, missed))
         quotas += [_whole(each, option) for each in longer]
     return Rates(tuple(named), tuple(paces), tuple(quotas), tuple(most))
-
-
-def _check_burst(max_burst: Any) -> int:
-    if isinstance(max_burst, int) and max_burst > _MOST:
-        raise ValueError(f"max_burst has {len(str(max_burst))} digits; write a number up to {_MOST:,}")
-    return check_count("max_burst", max_burst, "calls", smallest=1)
 
 
 def _parse_list(rates: Any, option: str) -> list[tuple[float, float]]:

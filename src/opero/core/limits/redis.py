@@ -37,8 +37,6 @@ end
 _TRIES, _BUSY_SECONDS = 20, 0.005
 # For so long what a process knows of the server's time is good enough.
 _FRESH_SECONDS = 1.0
-# So long is not asked again whether a slot comes earlier.
-_LONGEST_TRUST = 0.05
 _LASTING_SECONDS = 1.0
 
 
@@ -72,23 +70,21 @@ class RedisGate:
             return [error] * len(requests)
 
     def _answer(self, server: Server, change: Change) -> float:
-        is_new = False
         data, found_at, heard_at = self._found
-        for _ in range(_TRIES):
+        for times in range(_TRIES):
             # No later than the server's own.
             now = found_at + clock.machine() - heard_at
             wait, made, lasts = change(data, now)
-            is_known = is_new or clock.machine() - heard_at < _FRESH_SECONDS
-            # Others only close it for longer.
-            if not made and is_known and (is_new or wait < _LONGEST_TRUST):
+            if times and not made:
                 return wait
-            digest = sha1(data, usedforsecurity=False).hexdigest()
-            arguments = [digest if is_known else "", made, round((lasts + _LASTING_SECONDS) * 1000)]
+            is_known = times or clock.machine() - heard_at < _FRESH_SECONDS
+            digest = sha1(data, usedforsecurity=False).hexdigest() if is_known else ""
+            arguments = [digest, made, round((lasts + _LASTING_SECONDS) * 1000)]
             (other,) = server.perform([("EVAL", _SWAP, 1, self._key, *arguments)])
             server.rest.end()
             if other is None:
                 self._found = made or data, found_at, heard_at
                 return wait
             data, found_at, heard_at = other[2], float(other[0]) + float(other[1]) / 1e6, clock.machine()
-            self._found, is_new = (data, found_at, heard_at), True
+            self._found = data, found_at, heard_at
         return _BUSY_SECONDS
