@@ -60,12 +60,12 @@ _OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "t
 class LiveStats(CallStats):
     """What a decorated function has done so far: the attributes of `opero.CallStats`, each as it is when it is read."""
 
-    def __init__(self, decoration: Decoration) -> None:
-        vars(self)["_decoration"] = decoration
+    def __init__(self, stats: Stats) -> None:
+        vars(self)["_stats"] = stats
 
     def snapshot(self) -> CallStats:
         """All of them, as they are now."""
-        stats: Stats = vars(self)["_decoration"].plan.stats
+        stats: Stats = vars(self)["_stats"]
         return stats.snapshot()
 
     if not TYPE_CHECKING:  # which knows the names, and no others
@@ -91,7 +91,7 @@ class Control(Generic[P, R]):
         self._head = head
         # The first parameter of a method, where the control hangs on the function: Python does not pass that on there.
         self._missing = missing
-        self.stats = LiveStats(decoration)
+        self.stats = LiveStats(decoration.plan.stats)
 
     def _instance(self, asked_by: str) -> tuple[Any, ...]:
         if self._missing is None:
@@ -169,8 +169,8 @@ class Control(Generic[P, R]):
             ValueError: If a value is out of range, or an option cannot apply.
         """
         head = self._instance("with_options")
-        made: Any = self._decoration.under(options)
-        under: Callable[P, R] = made.__get__(head[0]) if head else made
+        made = self._decoration.under(options)
+        under: Callable[P, R] = made.__get__(*head) if head else made
         return under
 
     def __reduce__(self) -> Any:
@@ -196,10 +196,8 @@ def control(function: Any, /) -> Any:
     Raises:
         TypeError: If opero has not decorated it.
     """
-    found: Any = function
-    head: tuple[Any, ...] = ()
-    if isinstance(found, types.MethodType):
-        found, head = found.__func__, (found.__self__,)
+    is_bound = isinstance(function, types.MethodType)
+    found, head = (function.__func__, (function.__self__,)) if is_bound else (function, ())
     decoration = decoration_of(found)
     if decoration is None:
         what = getattr(function, "__qualname__", type(function).__qualname__)
@@ -208,15 +206,14 @@ def control(function: Any, /) -> Any:
     if not isinstance(found, Control):
         return Control(decoration, head)
     of_a_map: Any = found
-    return of_a_map.__get__(*head) if head else of_a_map
+    return of_a_map.__get__(*head) if is_bound else of_a_map
 
 
 def decoration_of(function: Any) -> Decoration | None:
     """What stands behind a decorated function; None behind any other."""
     # A bound method shows the attributes of its function, and a mock any that it is asked for.
-    found: Decoration | None = None
-    if not isinstance(function, types.MethodType):
-        found = getattr(function, "__dict__", {}).get("__opero__")
+    attributes = {} if isinstance(function, types.MethodType) else getattr(function, "__dict__", {})
+    found: Decoration | None = attributes.get("__opero__")
     return found
 
 

@@ -94,24 +94,23 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
     for name in ("retry_if_result", "default"):
         if given[name] is not OPERO_DEFAULTS[name]:
             refuse_generator(function, f"{name}=…")
-    attempt_timeout = _seconds("attempt_timeout", given["attempt_timeout"])
-    if attempt_timeout is not None and not killable and not is_async(function):
+    limits = {name: given[name] for name in ("attempt_timeout", "total_timeout") if given[name] is not None}
+    limits = {name: check_seconds(name, seconds, zero=False) for name, seconds in limits.items()}
+    if "attempt_timeout" in limits and not killable and not is_async(function):
         raise ValueError(
-            f"attempt_timeout={attempt_timeout!r} cannot apply to {name_of(function)}: a running `def` function cannot "
-            "be stopped; write `async def`, use the function's own timeout, or map it with @opmap(mode='process')"
+            f"attempt_timeout={limits['attempt_timeout']!r} cannot apply to {name_of(function)}: a running `def` "
+            "function cannot be stopped; write `async def`, use the function's own timeout, or map it with "
+            "@opmap(mode='process')"
         )
+    rounds = {name: given[name] for name in OPTIONS["retry"]}
+    # Given by hand, `Exception` is meant as it is written.
+    rounds["retry_on"] = options.get("retry_on", MISSING)
     return Plan(
         function,
-        total_timeout=_seconds("total_timeout", given["total_timeout"]),
-        # Given by hand, `Exception` is meant as it is written.
-        retry=RetryPolicy(
-            **{name: given[name] for name in OPTIONS["retry"] if name not in {"retry_on", "retry_options"}},
-            retry_on=options.get("retry_on", MISSING),
-            options=given["retry_options"],
-        ),
-        attempt_timeout=attempt_timeout,
+        RetryPolicy(options=rounds.pop("retry_options"), **rounds),
         on_event=None if given["on_event"] is None else Listener(given["on_event"]),
         default=given["default"],
+        **limits,
         **_policies(function, given),
     )
 
@@ -172,29 +171,22 @@ def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache:
     return cache_policy(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in _OF_CACHE}))
 
 
-def _seconds(name: str, value: Any) -> float | None:
-    return None if value is None else check_seconds(name, value, zero=False)
-
-
 _OF_CACHE = tuple(OPTIONS["cache"])[1:]
 _PER_VALUE = ("rate_limit", "max_concurrent", "breaker")
-_OF_ROUNDS = ("backoff_factor", "min_delay", "max_delay", "jitter", "retry_on")
 
 
 def _refuse_useless(given: dict[str, Any]) -> None:
     """Refuse options that have no effect without another one."""
+    of_rounds = ["backoff_factor", "min_delay", "max_delay", "jitter"] if given["retry_options"] is None else []
+    if of_rounds and given["breaker"] is None and given["arg_fallback"] is None:
+        # With these it says which errors count, and which of them another candidate may mend.
+        of_rounds.append("retry_on")
     needs = {
         "fallback_cooldown": ("arg_fallback", None, "arg_fallback='parameter'"),
         **dict.fromkeys(("rate_limit_cost", "rate_limit_options"), ("rate_limit", None, "rate_limit=5")),
-        **dict.fromkeys(_OF_ROUNDS, ("retries", 0, "retries=1")),
+        **dict.fromkeys(of_rounds, ("retries", 0, "retries=1")),
         **dict.fromkeys(_OF_CACHE, ("cache", False, "cache=True")),
     }
-    if given["retries"] != 0 or given["retry_options"] is not None:
-        for name in _OF_ROUNDS:
-            needs.pop(name)
-    elif given["breaker"] is not None or given["arg_fallback"] is not None:
-        # It says which errors count, and which of them another candidate may mend.
-        needs.pop("retry_on")
     if given["per"] is not None and all(given[name] is None for name in _PER_VALUE):
         names = ", ".join(_PER_VALUE)
         raise ValueError(f"per={shown(given['per'])} has no effect without {names}; add rate_limit=5, or leave it out")

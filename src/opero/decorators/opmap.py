@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from opero.concurrency.mapping import AsyncMap, SyncMap, make_map
@@ -174,32 +175,29 @@ def opmap(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         ValueError: When decorating: a value out of range, or an option that cannot apply.
     """
     check_known("@opmap", options, OPMAP_DEFAULTS)
+    if function is None:
+        return partial(_mapped, options)
+    if options:
+        msg = f"opmap got a function and options; write opmap({', '.join(f'{n}=…' for n in options)})(function)"
+        raise TypeError(msg)
+    return _mapped(options, function)
 
-    def decorate(decorated: Callable[..., Any]) -> Any:
-        with Shortened():
-            return make(decorated)
 
-    def make(decorated: Callable[..., Any]) -> Any:
-        check_decoratable(decorated, "opmap")
+def _mapped(options: dict[str, Any], function: Callable[..., Any]) -> Any:
+    """Check all that depends on the function, and make its map."""
+    with Shortened():
+        check_decoratable(function, "opmap")
         if options.get("default", MISSING) is not MISSING and "return_exceptions" in options:
             raise ValueError(
                 f"return_exceptions={shown(options['return_exceptions'])} has no effect beside default, which stands "
                 "for an item that failed in the list; leave one of them out"
             )
-        of_the_map = {name: value for name, value in options.items() if name in MAP_DEFAULTS}
-        settings = map_settings(decorated, of_the_map)
+        settings = map_settings(function, {name: value for name, value in options.items() if name in MAP_DEFAULTS})
         if settings.batch_size is not None:
-            _check_takes_lists(decorated, options)
+            _check_takes_lists(function, options)
         policies: Any = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}
-        plan = make_plan(decorated, policies, killable=options.get("mode", "process") in {"process", "dask", "ray"})
+        plan = make_plan(function, policies, killable=options.get("mode", "process") in {"process", "dask", "ray"})
         return make_map(plan, settings, (opmap, options))
-
-    if function is None:
-        return decorate
-    if options:
-        msg = f"opmap got a function and options; write opmap({', '.join(f'{n}=…' for n in options)})(function)"
-        raise TypeError(msg)
-    return decorate(function)
 
 
 def _check_takes_lists(function: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -210,11 +208,10 @@ def _check_takes_lists(function: Callable[..., Any], options: dict[str, Any]) ->
             "let the function return an exception in place of the result of an item that shall be tried again"
         )
     fallback = options.get("arg_fallback")
-    if fallback is not None:
-        names = [name for name in own_signature(function).parameters if name not in {"self", "cls"}]
-        if names and names[0] == fallback:
-            msg = f"arg_fallback={fallback!r} cannot name the parameter that takes the list of items; name another one"
-            raise ValueError(msg)
+    first = next((name for name in own_signature(function).parameters if name not in {"self", "cls"}), None)
+    if fallback is not None and fallback == first:
+        msg = f"arg_fallback={fallback!r} cannot name the parameter that takes the list of items; name another one"
+        raise ValueError(msg)
 
 
 opmap.__signature__ = keyword_signature(OPMAP_DEFAULTS)  # type: ignore[attr-defined]  # read by inspect and help
