@@ -18,8 +18,7 @@ from leftovers import surroundings
 from side_by_side import started, until
 
 from opero import Cache, opmap
-from opero.concurrency import ctrl_c
-from opero.concurrency.processes import Worker
+from opero.concurrency import ctrl_c, system
 from opero.concurrency.threads import ThreadPool
 
 PATIENCE = 10.0
@@ -226,15 +225,15 @@ def die(item):
 @pytest.mark.parametrize("keeps", [False, True])
 def test_ctrl_c_while_a_dead_worker_is_replaced_leaves_nothing_of_it(monkeypatch, keeps):
     mapped = opmap(mode="process", workers=2, retries=0, progress=False)(die)
-    has_ended = Worker.has_ended
+    end = system.end
 
-    def press_and_end(worker):
-        monkeypatch.setattr(Worker, "has_ended", has_ended)
+    def press_and_end(*arguments):
+        monkeypatch.setattr(system, "end", end)
         press()
-        has_ended(worker)
+        end(*arguments)
 
     def interrupted():
-        monkeypatch.setattr(Worker, "has_ended", press_and_end)
+        monkeypatch.setattr(system, "end", press_and_end)
         with pytest.raises(KeyboardInterrupt):
             mapped(itertools.count())
 

@@ -91,9 +91,17 @@ class ExecutorPool(Pool):
         self._is_paced = is_paced
 
     def prepare(self) -> None:
-        """Take the executor: the first answer tells that a worker is there."""
-        if self._executor is None:
-            self._begin()
+        """Take an executor, and send it what tells where its workers are: the answer comes when there is one."""
+        if self._executor is not None:
+            return
+        executor = self._mode if self._is_given else self._mode()
+        if not isinstance(executor, Executor):
+            msg = f"mode={shown(self._mode)} made {kind_of(executor)}, which is no concurrent.futures.Executor"
+            raise TypeError(msg)
+        self._executor, self._is_near = executor, None
+        self._size = self._workers or getattr(executor, "_max_workers", None) or default_workers("process")
+        self._probe = object()
+        self._launch(None, _echo, self._probe)
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)
@@ -122,34 +130,20 @@ class ExecutorPool(Pool):
         After Ctrl-C the processes of such an executor are ended; what runs in threads can be left to itself.
         """
         running = [future for future in self._in_flight if not future.cancel()]
+        executor = self._executor
         # The garbage collector ends an abandoned stream in any thread, also in one that runs an item of it.
-        threads = self._executor._threads if isinstance(self._executor, ThreadPoolExecutor) else ()  # noqa: SLF001 - nothing else tells
-        is_over = threading.current_thread() not in threads and (
-            wait_unless_left(lambda seconds: not wait(running, timeout=seconds).not_done, is_left)
-            or self._end_processes()
+        threads = executor._threads if isinstance(executor, ThreadPoolExecutor) else ()  # noqa: SLF001 - nothing else tells
+        is_over = threading.current_thread() not in threads and wait_unless_left(
+            lambda seconds: not wait(running, timeout=seconds).not_done, is_left
         )
-        if self._executor is not None and not self._is_given:
-            self._executor.shutdown(wait=is_over)
-
-    def _end_processes(self) -> bool:
-        """End the processes of an executor that was made here; tells whether it has any."""
-        processes = [] if self._is_given else list((getattr(self._executor, "_processes", None) or {}).values())
+        if executor is None or self._is_given:
+            return
+        processes = () if is_over else list((getattr(executor, "_processes", None) or {}).values())
         for process in processes:
             process.terminate()
-        return bool(processes)
+        executor.shutdown(wait=is_over or bool(processes))
 
     # The executor
-
-    def _begin(self) -> None:
-        """Take an executor, and send it what tells where its workers are."""
-        executor = self._mode if self._is_given else self._mode()
-        if not isinstance(executor, Executor):
-            msg = f"mode={shown(self._mode)} made {kind_of(executor)}, which is no concurrent.futures.Executor"
-            raise TypeError(msg)
-        self._executor, self._is_near = executor, None
-        self._size = self._workers or getattr(executor, "_max_workers", None) or default_workers("process")
-        self._probe = object()
-        self._launch(None, _echo, self._probe)
 
     def _pack_work(self) -> None:
         # The workers of the standard library's executor have the main module; those of others may not.
@@ -169,14 +163,15 @@ class ExecutorPool(Pool):
             return Fatal(broken)
         # All has come back then: with a result, or with this error.
         self._executor.shutdown(wait=True)
-        gone = [future for future in self._in_flight if not _has_result(future)]
+        gone = [future for future in self._in_flight if future.cancelled() or future.exception() is not None]
         batches = [batch for batch in (*lost, *map(self._in_flight.pop, gone)) if batch is not None]
         self._stillbirths = 0 if batches else self._stillbirths + 1
         if self._stillbirths >= MOST_STILLBIRTHS:
             return Fatal(
                 OperoError(f"the executors for {self._name} break before they run anything: {describe(error)}")
             )
-        self._begin()
+        self._executor = None
+        self.prepare()
         return Lost(batches, describe(error))
 
     # Batches
@@ -253,13 +248,7 @@ class ExecutorPool(Pool):
         if self._is_near:
             return Done(batch, content)
         report = unpack_report(content)
-        if not report.values:
-            return not_run(batch, report.errors[0])
-        return Done(batch, report, max(size, len(content)))
-
-
-def _has_result(future: Future[Any]) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
+        return Done(batch, report, max(size, len(content))) if report.values else not_run(batch, report.errors[0])
 
 
 def _refused(name: str, error: Exception) -> OperoError:

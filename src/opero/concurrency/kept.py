@@ -7,6 +7,7 @@ import os
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from opero.core.forks import watch_forks
@@ -14,7 +15,7 @@ from opero.core.interrupts import Hold
 from opero.exceptions import NotTransferableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from opero.concurrency.batches import Pool
     from opero.concurrency.progress import ProgressOption
@@ -140,3 +141,14 @@ class PoolSource:
         from opero.concurrency.ctrl_c import in_own_thread
 
         await in_own_thread(lambda _is_left: self.__exit__())
+
+
+def entered_multi_pool(workers: int, end: Callable[[], None]) -> Any:
+    """One of twat-mp's, for workers that ``end`` ends when it is left, each time that it asks for that."""
+    from twat_mp.mp import MultiPool
+
+    # Not one of pathos: those share their workers with every other pool of the same size.
+    pool = SimpleNamespace(map=None, close=end, join=end, terminate=end, clear=end)
+    made = MultiPool(pool_class=lambda nodes: pool, nodes=workers)  # type: ignore[arg-type]  # noqa: ARG005
+    made.__enter__()
+    return made

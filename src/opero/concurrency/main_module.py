@@ -43,13 +43,10 @@ def preloaded_for(module: str) -> None:
         named = list(vars(sys.modules["__main__"]).values())
         modules |= {value.__name__ for value in named if isinstance(value, ModuleType)}
         modules |= {value.__module__ for value in named if isinstance(value, (type, FunctionType))}
-    forkserver.set_forkserver_preload(["__main__", *filter(_is_imported, modules - {*MAINS})])
-
-
-def _is_imported(name: str) -> bool:
-    """A module that maps while it is imported would do so in the server, too."""
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    return name in sys.modules and not getattr(spec, "_initializing", False)
+    found = [sys.modules[name] for name in modules.difference(MAINS).intersection(sys.modules)]
+    # A module that maps while it is imported would do so in the server, too.
+    whole = [module.__name__ for module in found if not getattr(module.__spec__, "_initializing", False)]
+    forkserver.set_forkserver_preload(["__main__", *whole])
 
 
 def _is_imported_again() -> bool:

@@ -34,8 +34,6 @@ PROTOCOL = pickle.HIGHEST_PROTOCOL
 loads = pickle.loads
 
 _LOCKS: dict[type, Callable[[], Any]] = {type(make()): make for make in (threading.Lock, threading.RLock)}
-# By value cloudpickle reduces a class to these.
-_BY_VALUE = ("make", "its arguments", "state", "items", "pairs", "set the state")
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
@@ -97,9 +95,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         if self._goes_by_name(cls):
             return NotImplemented
         reduced: Any = super().reducer_override(cls)
-        if not isinstance(reduced, tuple) or len(reduced) != len(_BY_VALUE):
+        if not isinstance(reduced, tuple):
             return reduced
-        make, its, state, _, _, set_state = reduced
+        make, its, *by_value = reduced
+        if not by_value:
+            return reduced
+        state, *_, set_state = by_value
         its_id = its[-2]
         if self._is_answer and its_id in _arrived:
             return _known_class, (its_id,)
@@ -114,17 +115,11 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         found, depth = find_by_name(module, name), 0
         while found is not None and found is not function:
             found, depth = getattr(found, "__wrapped__", None), depth + 1
-        if found is function:
-            if module in MAINS:
-                is_there = self._has(name)
-            else:
-                # Unless the program has told cloudpickle to send what the module, or its package, has by value.
-                is_there = depth > 0 and not any(
-                    f"{module}.".startswith(f"{registered}.")
-                    for registered in cloudpickle.list_registry_pickle_by_value()
-                )
-            if is_there:
-                return _undecorated, (module, name, depth)
+        # Those of other modules, unless the program has told cloudpickle to send what the module has by value.
+        by_value = () if module in MAINS else cloudpickle.list_registry_pickle_by_value()
+        is_there = self._has(name) if module in MAINS else depth > 0
+        if found is function and is_there and not any(f"{module}.".startswith(f"{sent}.") for sent in by_value):
+            return _undecorated, (module, name, depth)
         return super().reducer_override(function)
 
 
@@ -161,19 +156,15 @@ def _known_class(its_id: str) -> type:
 
 
 def _class_by_value(its_id: str, where: tuple[type, int, str], make: Callable[..., type], its: tuple[Any, ...]) -> type:
-    known = _classes.get(its_id)
-    if known is None:
-        known = _found_in_place(*where)
-    if known is None:
-        return make(*its)
-    _classes[its_id] = known
-    return known
-
-
-def _found_in_place(base: type, address: int, qualname: str) -> type | None:
-    """The same class in a process that was forked from the other, or the reverse: it is where it was."""
-    classes: list[type] = type.__subclasses__(base)
-    return next((cls for cls in classes if id(cls) == address and cls.__qualname__ == qualname), None)
+    if its_id not in _classes:
+        base, address, qualname = where
+        classes: list[type] = type.__subclasses__(base)
+        # In a process that was forked from the other, or the reverse, the same class is where it was.
+        same = [cls for cls in classes if id(cls) == address and cls.__qualname__ == qualname]
+        if not same:
+            return make(*its)
+        _classes[its_id] = same[0]
+    return _classes[its_id]
 
 
 def _fill_class(cls: Any, state: tuple[str, str, Callable[..., None], Any]) -> None:
@@ -222,7 +213,8 @@ class _ErrorPickler(Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if obj is self._alone:
-            if _says_how(type(obj)):
+            defining = next(cls for cls in type(obj).__mro__ if vars(cls).keys() & {"__reduce__", "__reduce_ex__"})
+            if defining.__module__ != "builtins":
                 return NotImplemented
             state = obj.args, _fields(obj), vars(obj)
             return copyreg.__newobj__, (type(obj), *obj.args), state, None, None, _set_error  # type: ignore[attr-defined]
@@ -244,8 +236,8 @@ class _ErrorPickler(Pickler):
             if isinstance(obj, io.IOBase):
                 # An empty one: Python 3.12 closes that of an `HTTPError`, which cannot be None, and handlers read it.
                 return (io.StringIO if isinstance(obj, io.TextIOBase) else io.BytesIO), ()
-            # Headers are often read-only mappings, which cannot be pickled.
-            return (dict, (dict(obj),)) if isinstance(obj, Mapping) else (_left_out, ())
+            # Headers are often read-only mappings, which cannot be pickled; of anything else there is a None.
+            return (dict, (dict(obj),)) if isinstance(obj, Mapping) else (type(None), ())
         return NotImplemented
 
 
@@ -264,12 +256,6 @@ def _dumps_alone(error: BaseException) -> bytes:
     return report_dumps(remote)
 
 
-def _says_how(kind: type) -> bool:
-    """Whether its program says by itself how it is pickled."""
-    defining = [cls for cls in kind.__mro__ if vars(cls).keys() & {"__reduce__", "__reduce_ex__"}]
-    return defining[0].__module__ != "builtins"
-
-
 def _loads_alone(data: bytes, story: str) -> BaseException:
     try:
         error: BaseException = loads(data)
@@ -285,10 +271,6 @@ def _link(error: BaseException, links: tuple[Any, ...]) -> None:
     for note in notes:
         if note not in getattr(error, "__notes__", ()):
             add_note(error, note)
-
-
-def _left_out() -> None:
-    """In place of what cannot be sent."""
 
 
 def _set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:

@@ -10,7 +10,6 @@ import signal
 import struct
 import sys
 import threading
-import time
 import weakref
 from dataclasses import replace
 from enum import IntEnum
@@ -20,7 +19,7 @@ from opero.concurrency import log_records
 from opero.concurrency.pickling import loads
 from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS, fork_server
 from opero.concurrency.transport import Start, pack_report, unpack_batch
-from opero.concurrency.worker import How, Report, Work, in_time, run_batch, runner_for
+from opero.concurrency.worker import How, Report, Work, run_batch, run_one, runner_for
 from opero.core.forks import watch_forks
 from opero.utils.notes import describe
 
@@ -58,9 +57,11 @@ THREAD_SETTINGS = (
 class Parent:
     """The parent process as its worker sees it: a pipe, and ``mark``, the memory that both share.
 
-    Its element is the number of items of the batch that have begun, or `BETWEEN`; where batches of one item run
-    together, the number of those that have been received since the worker began.
+    The mark is the number of items of the batch that have begun, or `BETWEEN`; where batches of one item run together,
+    the number of those that have been received since the worker began.
     """
+
+    work: Work
 
     def __init__(self, pipe: Connection, shared: Arena) -> None:
         self.pipe = pipe
@@ -79,22 +80,29 @@ class Parent:
             self.pipe.send_bytes(HEADER.pack(kind, number) + payload)
 
     def log(self, record: bytes) -> None:
-        """Send a log record; those of exit handlers are lost."""
+        """Send a log record; those of exit handlers are lost, of which the parent hears nothing any more."""
         if not self._is_ending:
             self.tell(Kind.LOG, record)
 
-    def hear(self) -> tuple[int, int, memoryview]:
-        """The next message: its kind, the number of its batch, its payload; `Kind.STOP` if the parent is gone."""
-        try:
-            data = memoryview(self.pipe.recv_bytes())
-        except (EOFError, OSError):
-            data = memoryview(HEADER.pack(Kind.STOP, 0))
-        self._is_interrupted = False
-        kind, number = HEADER.unpack_from(data)
-        if kind == Kind.STOP:
-            # From then on the parent hears nothing any more.
-            self._is_ending = True
-        return kind, number, data[HEADER.size :]
+    def hear(self) -> tuple[int, memoryview] | None:
+        """The next batch, its number first; None at the end.
+
+        That is, too, when the parent is gone, or the arguments of the next map cannot be unpickled: the worker that
+        replaces this one has them from the start if it is forked, or says what is wrong.
+        """
+        with contextlib.suppress(Exception):
+            while True:
+                data = memoryview(self.pipe.recv_bytes())
+                self._is_interrupted = False
+                kind, number = HEADER.unpack_from(data)
+                payload = data[HEADER.size :]
+                if kind == Kind.BATCH:
+                    return number, payload
+                if kind == Kind.STOP:
+                    break
+                self.work = replace(self.work, shape=loads(payload))
+        self._is_ending = True
+        return None
 
     def report(self, number: int, report: Report, kind: Kind = Kind.REPORT) -> None:
         """Report, unless Ctrl-C has come meanwhile: what it has interrupted may look like a success.
@@ -130,37 +138,33 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at
     """Run so many batches at once until the pipe ends; the whole life of a worker."""
     parent = Parent(pipe, shared)
     # At the end, however it comes, the finalizer and the user's exit handlers run; from Python 3.13 on multiprocessing
-    # runs the latter by itself.
+    # runs the latter by itself. All reports have been sent: threads that do not end are not waited for any longer.
+    limit = threading.Timer(PEACE_SECONDS, os._exit, (0,))
+    limit.daemon = True
     with contextlib.ExitStack() as ending:
         ending.callback(atexit._run_exitfuncs)  # noqa: SLF001 - see above
-        ending.callback(_limit_the_end)
-        work = _get_ready(parent, start, threads, ending)
-        if at_once > 1:
-            import asyncio
-
-            asyncio.run(_serve_together(parent, work))
-        else:
-            with runner_for(work) as runner:
-                _serve_batches(parent, work, runner)
+        ending.callback(limit.start)
+        _get_ready(parent, start, threads, ending)
+        with runner_for(parent.work) as runner:
+            if runner is not None and at_once > 1:
+                runner.run(_serve_together(parent))
+            else:
+                _serve_batches(parent, runner)
 
 
-def _limit_the_end() -> None:
-    """Wait no longer for threads that do not end; all reports have been sent."""
-    end = threading.Timer(PEACE_SECONDS, os._exit, (0,))
-    end.daemon = True
-    end.start()
-
-
-def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contextlib.ExitStack) -> Work:
+def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contextlib.ExitStack) -> None:
     """Load the work and say hello, or tell the parent why this cannot be done."""
     parent.hear_signals()
     _forget_the_parents_own()
-    if threads is not None:
-        _limit_threads(threads)
     try:
+        if threads is not None:
+            _limit_threads(threads)
         with log_records.taken_from_handlers(start.levels, parent.log):
-            work, initializer, initargs, finalizer = start.load()
-            _seed()
+            parent.work, initializer, initargs, finalizer = start.load()
+            # Forked workers share the state of the parent's, and the main module may set one.
+            random.seed()
+            if "numpy.random" in sys.modules:
+                sys.modules["numpy.random"].seed()
             if initializer is not None:
                 initializer(*initargs)
     except Exception as error:
@@ -169,7 +173,6 @@ def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contex
     if finalizer is not None:
         ending.callback(finalizer)
     parent.tell(Kind.HELLO)
-    return work
 
 
 def _forget_the_parents_own() -> None:
@@ -185,18 +188,9 @@ def _forget_the_parents_own() -> None:
     finalize._registered_with_atexit = False  # noqa: SLF001 - as above
 
 
-def _seed() -> None:
-    """Let each worker have random numbers of its own: forked ones share the state, the main module may set one."""
-    random.seed()
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed()
-
-
 def _limit_threads(count: int) -> None:
     """Let numeric libraries have so many threads: each would have one for each CPU in each worker."""
-    for name in THREAD_SETTINGS:
-        os.environ[name] = str(count)
+    os.environ.update(dict.fromkeys(THREAD_SETTINGS, str(count)))
     if "numpy" in sys.modules:
         with contextlib.suppress(ImportError):
             import threadpoolctl
@@ -204,89 +198,57 @@ def _limit_threads(count: int) -> None:
             threadpoolctl.threadpool_limits(count)
 
 
-def _serve_batches(parent: Parent, work: Work, runner: asyncio.Runner | None) -> None:
-    while True:
-        kind, number, payload = parent.hear()
-        if kind == Kind.STOP:
-            return
-        if kind == Kind.ARGUMENTS:
-            work = _with_arguments(work, payload)
-        else:
-            _run_batch(parent, work, runner, number, payload)
-
-
-def _run_batch(parent: Parent, work: Work, runner: asyncio.Runner | None, number: int, payload: memoryview) -> None:
+def _serve_batches(parent: Parent, runner: asyncio.Runner | None) -> None:
     def report(made: Report, kind: Kind = Kind.PART) -> None:
         parent.mark[0] = BETWEEN
         parent.report(number, made, kind)
 
-    parent.mark[0] = BETWEEN
-    arrived = unpack_batch(payload)
-    if not isinstance(arrived, Report):
-        arrived = run_batch(work, *arrived, runner, How(mark=parent.mark, tell=report))
-    report(arrived, Kind.REPORT)
+    how = How(mark=parent.mark, tell=report)
+    while (message := parent.hear()) is not None:
+        parent.mark[0] = BETWEEN
+        number, payload = message
+        arrived = unpack_batch(payload)
+        del message, payload
+        if not isinstance(arrived, Report):
+            arrived = run_batch(parent.work, *arrived, runner, how)
+        report(arrived, Kind.REPORT)
+        del arrived
 
 
-def _with_arguments(work: Work, payload: memoryview) -> Work:
-    """The work of the next map.
-
-    If its arguments cannot be unpickled, this worker ends; the one that replaces it has them from the start if it is
-    forked, or says what is wrong.
-    """
-    try:
-        return replace(work, shape=loads(payload))
-    except Exception as error:
-        raise SystemExit from error
-
-
-async def _serve_together(parent: Parent, work: Work) -> None:
-    """Run every batch, of one item, in a task of its own; messages have its number before their payload."""
+async def _serve_together(parent: Parent) -> None:
+    """Run every batch, of one item, in a task of its own."""
     import asyncio
 
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[Any] = asyncio.Queue()
 
     def hear() -> None:
-        kind = None
-        while kind != Kind.STOP:
+        message: Any = ()
+        while message is not None:
             message = parent.hear()
-            kind = message[0]
             loop.call_soon_threadsafe(heard.put_nowait, message)
 
-    running: set[asyncio.Task[None]] = set()
-
-    def ended(task: asyncio.Task[None]) -> None:
-        running.discard(task)
-        if task.cancelled() or task.exception() is not None:
-            heard.put_nowait(task)
-
     threading.Thread(target=hear, daemon=True).start()
-    while True:
-        message = await heard.get()
-        if isinstance(message, asyncio.Task):
-            # As in a worker that runs plain functions, what is no `Exception` ends the worker.
-            message.result()
-        kind, number, payload = message
-        if kind == Kind.STOP:
-            return
-        if kind == Kind.ARGUMENTS:
-            work = _with_arguments(work, payload)
-        else:
-            parent.mark[0] += 1
-            task = loop.create_task(_run_one(parent, work, number, payload))
-            running.add(task)
-            task.add_done_callback(ended)
+    running: set[asyncio.Task[None]] = set()
+    while (message := await heard.get()) is not None:
+        parent.mark[0] += 1
+        task = loop.create_task(_run_one(parent, *message))
+        running.add(task)
+        task.add_done_callback(running.discard)
 
 
-async def _run_one(parent: Parent, work: Work, number: int, payload: memoryview) -> None:
-    report = unpack_batch(payload)
-    if not isinstance(report, Report):
-        (item,), limit = report
-        started = time.perf_counter()
-        value, errors = None, {}
-        try:
-            value = await in_time(work.caller(), item, limit, work)
-        except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
-            errors[0] = error
-        report = Report([value], errors, time.perf_counter() - started)
-    parent.report(number, report)
+async def _run_one(parent: Parent, number: int, payload: memoryview) -> None:
+    import asyncio
+
+    try:
+        arrived = unpack_batch(payload)
+        if not isinstance(arrived, Report):
+            (item,), limit = arrived
+            arrived = await run_one(parent.work, item, limit)
+        parent.report(number, arrived)
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, SystemExit) or (task is not None and task.cancelling()):
+            raise
+        # As in a worker that runs plain functions, what is no `Exception` ends the worker.
+        raise SystemExit(describe(error)) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import multiprocessing
 import os
 import sys
@@ -21,19 +22,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency import system
+from opero.concurrency import log_records, main_module, system
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
-from opero.concurrency.log_records import hand_on
-from opero.concurrency.main_module import names_in_fresh_workers, only_if_it_can_be_imported, preloaded_for
-from opero.concurrency.process_worker import (
-    BETWEEN,
-    HEADER,
-    PEACE_SECONDS,
-    THREAD_SETTINGS,
-    Kind,
-    serve,
-)
+from opero.concurrency.kept import entered_multi_pool
+from opero.concurrency.process_worker import BETWEEN, HEADER, PEACE_SECONDS, THREAD_SETTINGS, Kind, serve
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
@@ -82,34 +75,16 @@ class Worker:
     ends_since: float | None = None
     family: system.Family = field(default_factory=dict)
 
-    def tell(self, kind: Kind, payload: bytes = b"", number: int = 0) -> None:
+    def tell(self, kind: Kind, payload: bytes = b"") -> None:
         # If it has just died, its pipe will say so.
         with contextlib.suppress(OSError):
-            self.pipe.send_bytes(HEADER.pack(kind, number) + payload)
-
-    def end_soon(self) -> None:
-        """Let it raise `SystemExit`; if it was asked for that a second ago, kill it."""
-        self.room = 0
-        self.family |= system.family_of(self.process.pid)
-        if self.ends_since is None:
-            self.ends_since = time.monotonic()
-            self.process.terminate()
-        elif time.monotonic() - self.ends_since >= system.GRACE_SECONDS:
-            self.process.kill()
-
-    def has_ended(self) -> None:
-        """The end of its pipe has come."""
-        system.end([self.process], system.GRACE_SECONDS)
-        system.end_family(self.family)
-        self.pipe.close()
+            self.pipe.send_bytes(HEADER.pack(kind, self.count) + payload)
 
 
 class ProcessPool(Pool):
     """Runs batches in processes, which are started when there is something to run, and replaced when they end."""
 
     can_rest = can_kill = True
-    # twat-mp wraps what is there.
-    map = None
 
     def __init__(
         self,
@@ -126,7 +101,7 @@ class ProcessPool(Pool):
     ) -> None:
         self._work = work
         self._hooks = initializer, initargs, finalizer
-        self._most_items = max_tasks_per_worker
+        self._most_items = max_tasks_per_worker or sys.maxsize
         if threads_per_worker is None and not any(map(os.environ.get, THREAD_SETTINGS)):
             threads_per_worker = max(1, (os.cpu_count() or 1) // workers)
         self._threads = threads_per_worker
@@ -146,7 +121,7 @@ class ProcessPool(Pool):
     def _use(self, method: str) -> None:
         self._method = method
         self._context: Any = multiprocessing.get_context(method)
-        self._packer = Packer(None if method == "fork" else names_in_fresh_workers())
+        self._packer = Packer(None if method == "fork" else main_module.names_in_fresh_workers())
         self._start = Start(self._packer, (self._work, *self._hooks))
 
     def after_fork(self) -> None:
@@ -169,12 +144,8 @@ class ProcessPool(Pool):
 
     @property
     def largest_batch(self) -> int:
-        """Items that may be sent in one go now: as many as whichever worker gets them may still run."""
-        most = LARGEST_BATCH if self._at_once == 1 else 1
-        if self._most_items is None:
-            return most
-        rooms = [worker.room for worker in self._workers if len(worker.batches) < self._at_once and worker.room]
-        return min(most, self._most_items, *rooms)
+        # One that a worker may not run to its end would have to wait for another worker.
+        return LARGEST_BATCH if self._at_once == 1 and self._most_items == sys.maxsize else 1
 
     @property
     def is_starting(self) -> bool:
@@ -199,16 +170,26 @@ class ProcessPool(Pool):
         self._hand_out()
 
     def begun(self, batch: Batch) -> int | None:
-        begun = next((worker.mark[0] for worker in self._workers if batch in worker.batches.values()), 0)
-        return 0 if begun == BETWEEN else begun
+        worker = self._worker_with(batch)
+        return 0 if worker is None or worker.mark[0] == BETWEEN else worker.mark[0]
+
+    def _worker_with(self, batch: Batch) -> Worker | None:
+        return next((worker for worker in self._workers if batch in worker.batches.values()), None)
 
     def kill(self, batch: Batch) -> bool:
-        """End the worker that runs the batch, by force if that was asked before, unless it is reporting."""
-        for worker in self._workers:
-            if batch in worker.batches.values():
-                if worker.pipe.poll():
-                    return False
-                worker.end_soon()
+        """Let the worker that runs the batch raise `SystemExit`, unless it is reporting; a second later, kill it."""
+        worker = self._worker_with(batch)
+        if worker is None:
+            return True
+        if worker.pipe.poll():
+            return False
+        worker.room = 0
+        worker.family |= system.family_of(worker.process.pid)
+        if worker.ends_since is None:
+            worker.ends_since = time.monotonic()
+            worker.process.terminate()
+        elif time.monotonic() - worker.ends_since >= system.GRACE_SECONDS:
+            worker.process.kill()
         return True
 
     def rest(self) -> None:
@@ -240,11 +221,10 @@ class ProcessPool(Pool):
             self._stillbirths, self._most_stillbirths = 0, MOST_LATE_STILLBIRTHS
             self._hand_out()
         elif kind == Kind.LOG:
-            hand_on(payload)
+            log_records.hand_on(payload)
         elif kind == Kind.BROKEN:
-            return Fatal(
-                OperoError(f"a worker process cannot run {name_of(self._work.function)}: {bytes(payload).decode()}")
-            )
+            name = name_of(self._work.function)
+            return Fatal(OperoError(f"a worker process cannot run {name}: {bytes(payload).decode()}"))
         return None
 
     async def stop_async(self) -> None:
@@ -260,10 +240,7 @@ class ProcessPool(Pool):
             self._multi_pool.__exit__(None, None, None)
             self._multi_pool = None
 
-    # What twat-mp's `MultiPool` asks of a pool when it is left
-
-    def join(self) -> None:
-        """Let idle workers end in peace, and end the others by force."""
+    def _end_workers(self) -> None:
         idle, busy = [], []
         for worker in self._workers:
             if worker.is_ready and not worker.batches:
@@ -276,50 +253,33 @@ class ProcessPool(Pool):
         while self._workers:
             self._workers.pop().pipe.close()
 
-    def close(self) -> None:
-        """Of itself it takes on no work any more."""
-
-    terminate = clear = close
-
     # Workers
 
     def prepare(self) -> None:
         """Start workers, as many as there are batches for that no other will take."""
         missing = self._size - len(self._workers)
         if not self._is_paced:
-            waiting = -(-len(self._pending) // self._at_once)
+            waiting = math.ceil(len(self._pending) / self._at_once)
             for worker in self._workers:
                 # Those that are starting take what waits.
                 waiting -= not worker.is_ready
             missing = min(missing, waiting)
-        can_fork = self._method == "fork"
-        if missing > 0 and can_fork and not self._method_is_given and system.has_other_threads():
+        if missing > 0 and self._method == "fork" and not self._method_is_given and system.has_other_threads():
             # They have come meanwhile, and may hold locks.
             self._use("forkserver")
         for _ in range(missing):
-            try:
-                self._start_worker()
-            except NotTransferableError:
-                if not can_fork:
-                    raise
-                # What cannot be pickled can only be forked.
-                self._method_is_given = True
-                self._use("fork")
-                self._start_worker()
+            self._start_worker()
 
     def _start_worker(self) -> None:
         with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
             if self._multi_pool is None:
-                from twat_mp.mp import MultiPool
-
-                self._multi_pool = MultiPool(pool_class=lambda nodes: self, nodes=self._size)  # type: ignore[arg-type]  # noqa: ARG005
-                self._multi_pool.__enter__()
+                self._multi_pool = entered_multi_pool(self._size, self._end_workers)
             if self._method == "forkserver":
-                preloaded_for(module_of(self._work.function))
+                main_module.preloaded_for(module_of(self._work.function))
             ours, theirs = self._context.Pipe()
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
             shared = arena(4)
-            worker = Worker(ours, memoryview(shared.buffer).cast("I"), self._most_items or sys.maxsize)
+            worker = Worker(ours, memoryview(shared.buffer).cast("I"), self._most_items)
             self._workers.append(worker)
             try:
                 args = theirs, shared, self._start, self._threads, self._at_once
@@ -342,7 +302,9 @@ class ProcessPool(Pool):
     def _worker_ended(self, worker: Worker) -> Any:
         batches, mark = list(worker.batches.values()), worker.mark[0]
         with Hold():
-            worker.has_ended()
+            system.end([worker.process], system.GRACE_SECONDS)
+            system.end_family(worker.family)
+            worker.pipe.close()
             self._workers.remove(worker)
         if not worker.is_ready:
             self._stillbirths += 1
@@ -377,14 +339,14 @@ class ProcessPool(Pool):
             worker.count += 1
             worker.batches[worker.count] = batch
             worker.size = len(data)
-            worker.tell(Kind.BATCH, data, worker.count)
+            worker.tell(Kind.BATCH, data)
 
     def _free_worker(self, batch: Batch) -> Worker | None:
         """The ready one with the least to do, if the batch can be there beside that."""
         free = None
         for worker in self._workers:
             count = len(worker.batches)
-            fits = worker.is_ready and count < self._at_once and count + len(batch.items) <= worker.room
+            fits = worker.is_ready and count < min(self._at_once, worker.room)
             if fits and count:
                 fits = not (batch.alone or any(other.alone for other in worker.batches.values()))
             if fits and (free is None or count < len(free.batches)):
@@ -405,16 +367,13 @@ class ProcessPool(Pool):
         return Done(batch, report, max(len(payload), worker.size), not is_last)
 
     def _hear(self, worker: Worker) -> None:
-        """Put all that the worker has said into the inbox, with None for the end of its pipe."""
-        has_more = True
-        while has_more:
-            try:
-                message: memoryview | None = memoryview(worker.pipe.recv_bytes())
-                has_more = self._at_once > 1 and worker.pipe.poll()
-            except (EOFError, OSError):
-                message, has_more = None, False
-                self._inbox.forget(worker.pipe)
-            self._inbox.put((worker, message))
+        """Put what the worker says into the inbox, with None for the end of its pipe."""
+        try:
+            message: memoryview | None = memoryview(worker.pipe.recv_bytes())
+        except (EOFError, OSError):
+            message = None
+            self._inbox.forget(worker.pipe)
+        self._inbox.put((worker, message))
 
 
 def async_process_pool(
@@ -433,8 +392,9 @@ def _allowed_to_start(method: str) -> Iterator[None]:
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001 - it asks this
     before = config.get("daemon")
     config["daemon"] = False
+    importable = contextlib.nullcontext() if method == "fork" else main_module.only_if_it_can_be_imported()
     try:
-        with warnings.catch_warnings(), contextlib.nullcontext() if method == "fork" else only_if_it_can_be_imported():
+        with warnings.catch_warnings(), importable:
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
             yield
     finally:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import time
 
 from opero.concurrency.batches import Batch, Done, Fatal, Pool
-from opero.concurrency.worker import Report, Work, in_time
+from opero.concurrency.worker import Work, run_one
 from opero.core.steps import Failed, was_cancelled
 
 
@@ -39,14 +38,8 @@ class TaskPool(Pool):
     async def _run(self, batch: Batch) -> None:
         if self._stopping:
             return
-        started = time.perf_counter()
-        errors: dict[int, Exception] = {}
-        value = None
         try:
-            call, item, limit = self._work.caller(), batch.items[0], batch.time_limit
-            value = await (call(item) if limit is None else in_time(call, item, limit, self._work))
-        except Exception as error:  # noqa: BLE001 - the policies decide about it
-            errors[0] = error
+            report = await run_one(self._work, batch.items[0], batch.time_limit)
         except BaseException as error:
             # Exit, and a cancellation that came from the user's function, not from `stop_async`, belong to the caller.
             if not self._stopping:
@@ -57,7 +50,5 @@ class TaskPool(Pool):
                 raise
             return
         del self._tasks[batch]
-        batch.is_last = was_cancelled(Failed(errors[0]) if errors else value, 0)
-        self.deliver(Done(batch, Report([value], errors, time.perf_counter() - started)))
-        # This frame is in the error's traceback: without this they would keep each other alive.
-        del errors
+        batch.is_last = was_cancelled(Failed(report.errors[0]) if report.errors else report.values[0], 0)
+        self.deliver(Done(batch, report))

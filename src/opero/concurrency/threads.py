@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Pool
 from opero.concurrency.ctrl_c import wait_unless_left
+from opero.concurrency.kept import entered_multi_pool
 from opero.concurrency.worker import How, Work, run_batch, runner_for
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
@@ -27,8 +28,6 @@ class ThreadPool(Pool):
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
     can_rest = True
-    # twat-mp wraps what is there.
-    map = None
 
     def __init__(
         self,
@@ -77,11 +76,7 @@ class ThreadPool(Pool):
 
     def _start_thread(self) -> None:
         if self._multi_pool is None:
-            from twat_mp.mp import MultiPool
-
-            # Not pathos' own ThreadPool: that one shares its threads with every other pool of the same size.
-            self._multi_pool = MultiPool(pool_class=lambda nodes: self, nodes=self._workers)  # type: ignore[arg-type]  # noqa: ARG005
-            self._multi_pool.__enter__()
+            self._multi_pool = entered_multi_pool(self._workers, self._end_threads)
         # As those of any pool, they do not keep the program alive that has left them.
         thread = threading.Thread(target=self._serve, name=f"opero-worker-{len(self._threads) + 1}", daemon=True)
         thread.start()
@@ -97,14 +92,10 @@ class ThreadPool(Pool):
             self._multi_pool.__exit__(None, None, None)
             self._multi_pool = None
 
-    # What twat-mp's `MultiPool` asks of a pool when it is left
-
-    def close(self) -> None:
+    def _end_threads(self) -> None:
         self._stopped = True
         for _ in self._threads:
             self._batches.put(None)
-
-    def join(self) -> None:
         # The garbage collector ends an abandoned stream in any thread, also in one of its own.
         if threading.current_thread() not in self._threads:
             wait_unless_left(self._have_ended, self._is_left)
@@ -115,8 +106,6 @@ class ThreadPool(Pool):
             if thread.is_alive():
                 return False
         return True
-
-    terminate = clear = close
 
     def _serve(self) -> None:
         if self._stopped:

@@ -48,7 +48,10 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Packer:
-    """Pickles what is sent to the workers of one pool; they have these names of the main module, or with None all."""
+    """Pickles what is sent to the workers of one pool; they have these names of the main module, or with None all.
+
+    Its methods raise `NotTransferableError` if something cannot be pickled.
+    """
 
     names: frozenset[str] | None = frozenset()
 
@@ -57,14 +60,10 @@ class Packer:
 
         All goes in one pickle, so that functions share their globals there, as they do here. While a process is being
         started, ``large`` gets large arrays, and pipes and locks can be inherited.
-
-        Raises:
-            NotTransferableError: If something cannot be pickled.
         """
         work, initializer, initargs, finalizer = life
-        if large is None:
-            pickler = Pickler(self.names)
-        else:
+        pickler = Pickler(self.names)
+        if large is not None:
             reducers = ForkingPickler(io.BytesIO()).dispatch_table
             pickler = Pickler(self.names, reducers=reducers, buffer_callback=partial(_stays, large))
         the_work = f"{name_of(work.function)} or its keyword arguments"
@@ -81,28 +80,16 @@ class Packer:
         return pickler.file.getvalue()
 
     def work(self, work: Work) -> tuple[bytes, bytes]:
-        """Pickle a map's work alone; gives with it the digest by which workers know it.
-
-        Raises:
-            NotTransferableError: If it cannot be pickled.
-        """
+        """Pickle a map's work alone; gives with it the digest by which workers know it."""
         packed = self.start((work, None, (), None))
         return packed, blake2b(packed, digest_size=16).digest()
 
     def arguments(self, work: Work) -> bytes:
-        """Pickle what all calls of a map have in common, for workers that have the function.
-
-        Raises:
-            NotTransferableError: If it cannot be pickled.
-        """
+        """Pickle what all calls of a map have in common, for workers that have the function."""
         return _or_refuse(f"the keyword arguments of {name_of(work.function)}", self.dumps, work.shape)
 
     def batch(self, batch: Batch) -> bytes:
-        """Pickle what a batch sends.
-
-        Raises:
-            NotTransferableError: If an item cannot be pickled.
-        """
+        """Pickle what a batch sends."""
         # Of several, each is tried alone.
         item, *candidate = batch.items[0] if batch.has_candidates else batch.items[:1]
         what = f"the item {type(item).__qualname__}"

@@ -188,3 +188,19 @@ def runner_for(work: Work) -> AbstractContextManager[asyncio.Runner | None]:
 async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None, work: Work) -> Any:
     """Await one call, for at most the limit's seconds."""
     return raise_or_return(await run_in_time(call, (item,), {}, limit, name_of(work.function)))
+
+
+async def run_one(work: Work, item: Any, limit: TimeLimit | None) -> Report:
+    """Run one item of an async function, beside others in the same event loop."""
+    started = time.perf_counter()
+    value, errors = None, {}
+    try:
+        call = work.caller()
+        value = await (call(item) if limit is None else in_time(call, item, limit, work))
+    except Exception as error:  # noqa: BLE001 - as above
+        errors[0] = error
+    try:
+        return Report([value], errors, time.perf_counter() - started)
+    finally:
+        # As above.
+        del errors
