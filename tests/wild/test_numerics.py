@@ -103,3 +103,24 @@ def test_frames_of_polars_are_items_of_a_map(program):
             frames = [polars.DataFrame({"a": [n, n + 1]}) for n in range(3)]
             assert [frame["b"].to_list() for frame in doubled(frames)] == [[0, 2], [2, 4], [4, 6]]
     """)
+
+
+USES_JOBLIB = """
+    import time
+    from joblib import Parallel, delayed
+    from opero import opmap
+
+    def square(number):
+        return number * number
+
+    def sum_of_squares(count):
+        return sum(Parallel(n_jobs=2)(delayed(square)(number) for number in range(count)))
+
+    if __name__ == "__main__":
+        begun = time.monotonic()
+        print(opmap(workers=2, retries=0, progress=False)(sum_of_squares)([3, 4]), time.monotonic() - begun < 25)
+"""
+
+
+def test_items_that_use_joblibs_processes_do_not_hold_up_the_end_of_their_map(program):
+    assert program(USES_JOBLIB) == "[5, 14] True"

@@ -143,6 +143,7 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at
     limit.daemon = True
     with contextlib.ExitStack() as ending:
         ending.callback(atexit._run_exitfuncs)  # noqa: SLF001 - see above
+        ending.callback(_end_executors)
         ending.callback(limit.start)
         _get_ready(parent, start, threads, ending)
         with runner_for(parent.work) as runner:
@@ -186,6 +187,13 @@ def _forget_the_parents_own() -> None:
     for finalizer in finalize._registry:  # noqa: SLF001 - as above
         finalizer.atexit = False
     finalize._registered_with_atexit = False  # noqa: SLF001 - as above
+
+
+def _end_executors() -> None:
+    """Let those of joblib and the library end, as at a program's end: multiprocessing waits for their processes."""
+    handlers: list[Any] = getattr(threading, "_threading_atexits", [])
+    while handlers:
+        handlers.pop()()
 
 
 def _limit_threads(count: int) -> None:

@@ -367,13 +367,16 @@ class ProcessPool(Pool):
         return Done(batch, report, max(len(payload), worker.size), not is_last)
 
     def _hear(self, worker: Worker) -> None:
-        """Put what the worker says into the inbox, with None for the end of its pipe."""
-        try:
-            message: memoryview | None = memoryview(worker.pipe.recv_bytes())
-        except (EOFError, OSError):
-            message = None
-            self._inbox.forget(worker.pipe)
-        self._inbox.put((worker, message))
+        """Put all that the worker has said into the inbox, with None for the end of its pipe."""
+        has_more = True
+        while has_more:
+            try:
+                message: memoryview | None = memoryview(worker.pipe.recv_bytes())
+                has_more = self._at_once > 1 and worker.pipe.poll()
+            except (EOFError, OSError):
+                message, has_more = None, False
+                self._inbox.forget(worker.pipe)
+            self._inbox.put((worker, message))
 
 
 def async_process_pool(
