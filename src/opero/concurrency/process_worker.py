@@ -234,29 +234,26 @@ async def _serve_together(parent: Parent) -> None:
         message: Any = ()
         while message is not None:
             message = parent.hear()
-            loop.call_soon_threadsafe(heard.put_nowait, message)
+            # The loop may be closed: the worker ends.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(heard.put_nowait, message)
+
+    async def run(number: int, payload: memoryview) -> None:
+        try:
+            arrived = unpack_batch(payload)
+            if not isinstance(arrived, Report):
+                (item,), limit = arrived
+                arrived = await run_one(parent.work, item, limit)
+            parent.report(number, arrived)
+        except BaseException as error:  # noqa: BLE001 - as in a worker that runs plain functions, it ends the worker
+            heard.put_nowait(error)
 
     threading.Thread(target=hear, daemon=True).start()
     running: set[asyncio.Task[None]] = set()
     while (message := await heard.get()) is not None:
+        if isinstance(message, BaseException):
+            raise message
         parent.mark[0] += 1
-        task = loop.create_task(_run_one(parent, *message))
+        task = loop.create_task(run(*message))
         running.add(task)
         task.add_done_callback(running.discard)
-
-
-async def _run_one(parent: Parent, number: int, payload: memoryview) -> None:
-    import asyncio
-
-    try:
-        arrived = unpack_batch(payload)
-        if not isinstance(arrived, Report):
-            (item,), limit = arrived
-            arrived = await run_one(parent.work, item, limit)
-        parent.report(number, arrived)
-    except BaseException as error:
-        task = asyncio.current_task()
-        if isinstance(error, SystemExit) or (task is not None and task.cancelling()):
-            raise
-        # As in a worker that runs plain functions, what is no `Exception` ends the worker.
-        raise SystemExit(describe(error)) from error
