@@ -34,14 +34,9 @@ _PASSING_CODES = {
     *("api_error", "overloaded_error", "rate_limit_error", "timeout_error"),  # anthropic
     *("rate_limit_exceeded", "server_error", "server_is_overloaded"),  # openai
     *("BandwidthLimitExceeded", "EC2ThrottledException", "LimitExceededException", "PriorRequestNotComplete"),
-    *(
-        "ProvisionedThroughputExceededException",
-        "RequestLimitExceeded",
-        "RequestThrottled",
-        "RequestThrottledException",
-    ),
-    *("RequestTimeout", "RequestTimeoutException", "SlowDown", "ThrottledException", "Throttling"),
-    *("ThrottlingException", "TooManyRequestsException", "TransactionInProgressException"),
+    *("ProvisionedThroughputExceededException", "RequestLimitExceeded", "RequestThrottled"),
+    *("RequestThrottledException", "RequestTimeout", "RequestTimeoutException", "SlowDown", "ThrottledException"),
+    *("Throttling", "ThrottlingException", "TooManyRequestsException", "TransactionInProgressException"),
 }
 
 # These speak of the key, whether they come with 400 or with 429.
@@ -162,7 +157,8 @@ def _judged(error: BaseException) -> bool | float | Answer | None:
         return True if is_passing and any(library in _STREAMING for library, _ in _names(error)) else None
     if not _KEY_CODES.isdisjoint(codes):
         return False
-    delay = _asked_delay(error, status, headers)
+    delays = _asked_delays(error, status, headers)
+    delay = next((delay for delay in delays if delay is not None and delay <= LONGEST_WAIT), None)
     is_passing = is_passing or status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR
     if delay is not None and (is_passing or status == HTTPStatus.FORBIDDEN):
         return delay
@@ -216,13 +212,8 @@ def _codes(error: BaseException) -> set[str]:
     return {code for code in codes if isinstance(code, str)}
 
 
-def _asked_delay(error: BaseException, status: int, headers: Any) -> float | None:
-    """Seconds until the server wants to be asked again, if it says so."""
-    asked = _asked_delays(error, status, headers)
-    return next((delay for delay in asked if delay is not None and delay <= LONGEST_WAIT), None)
-
-
 def _asked_delays(error: BaseException, status: int, headers: Any) -> Iterator[float | None]:
+    """Seconds until the server wants to be asked again, as it says in several places, or may say."""
     yield _number(_header(headers, "retry-after-ms"), unit=0.001)
     yield _seconds(_header(headers, "Retry-After"))
     if status in {HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS}:
@@ -247,24 +238,25 @@ def _number(text: str, unit: float = 1.0) -> float | None:
 
 
 def _seconds(text: str) -> float | None:
-    number = _number(text)
-    if number is None:
-        return _seconds_until(text)
-    if number < _FIRST_MOMENT:
-        return number
-    return max(0.0, (number if number < _FIRST_IN_MILLISECONDS else number / 1000) - clock.wall())
+    moment = _number(text)
+    if moment is None:
+        moment = _date(text)
+    elif moment < _FIRST_MOMENT:
+        return moment
+    elif moment >= _FIRST_IN_MILLISECONDS:
+        moment /= 1000
+    return None if moment is None else max(0.0, moment - clock.wall())
 
 
-def _seconds_until(date: str) -> float | None:
+def _date(text: str) -> float | None:
+    """The seconds since 1970."""
     import datetime as dt
     from email.utils import parsedate_to_datetime
 
     try:
-        moment = parsedate_to_datetime(date)
-        if moment.tzinfo is None:
-            # "-0000" says of a zone that it is not known; dates of HTTP are all in UTC.
-            moment = moment.replace(tzinfo=dt.UTC)
-        return max(0.0, moment.timestamp() - clock.wall())
+        moment = parsedate_to_datetime(text)
+        # "-0000" says of a zone that it is not known; dates of HTTP are all in UTC.
+        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=dt.UTC)).timestamp()
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
 
