@@ -1015,6 +1015,8 @@ def test_a_limiter_can_be_paused(world, fake_clock):
     limiter.pause(10)
     with pytest.raises(CallTimeoutError):
         world.run(f, "a")
+    with pytest.raises(CallTimeoutError):
+        world.run(f, "a value that comes meanwhile")
     assert not limiter.take_now()
     fake_clock.tick(10)
     world.run(f, "a")

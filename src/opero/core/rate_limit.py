@@ -107,20 +107,13 @@ class RateLimiter:
         self.scope = scope
         self._rate = rate
         self._read = partial(parse_rates, max_burst=max_burst, spread=check_flag("spread", spread))
-        self._options: dict[str, Any] = {
-            "when_full": when_full,
-            "max_wait": max_wait,
-            "spread": spread,
-            "max_burst": max_burst,
-            "scope": scope,
-            "name": name,
-            "url": url,
-            "folder": folder,
-        }
-        share_of = sharing(scope, name=name, url=url, folder=folder)
+        how: dict[str, Any] = {"when_full": when_full, "max_wait": max_wait, "spread": spread, "max_burst": max_burst}
+        whose: dict[str, Any] = {"scope": scope, "name": name, "url": url, "folder": folder}
+        self._options = {**how, **whose}
+        share_of = sharing(**whose)
         self.limit = limit = Line(self._read(rate), share_of())
-        # Of the values of ``per``, at this rate.
-        self.per_value: PerValue[Line] = PerValue(lambda value: Line(limit.rates, share_of(value)))
+        # Of the values of ``per``, at the same rate and as long paused.
+        self.per_value: PerValue[Line] = PerValue(lambda value: limit.another(share_of(value)))
         self.take_now = limit.take_now
         self.expected_wait = limit.expected_wait
 

@@ -86,6 +86,12 @@ class Line:
         # Who comes before that, just after others that had waited, has missed slots, too, while it could not look.
         self._made_up_until = -math.inf
 
+    def another(self, share: Share | None) -> Line:
+        """One of the same rates, as for one more value; paused if this one is."""
+        line = Line(self.rates, share)
+        line._ledger.pause(self._ledger.paused_until)
+        return line
+
     @property
     def share(self) -> Share | None:
         """What has to be asked, too, since other processes use it: nothing under a clock that jumps."""
