@@ -11,33 +11,17 @@ import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from opero import events
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.plan import Call, Plan, Verdict
 from opero.core.signature import MISSING
 from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Prepare, Share
-from opero.events import (
-    AttemptFailed,
-    AttemptStarted,
-    CandidateSwitched,
-    CircuitChanged,
-    RetryPlanned,
-    SlotWaited,
-    begin_telling,
-    switches,
-    tell_of_the_end,
-)
-from opero.exceptions import (
-    AllFailedError,
-    CallTimeoutError,
-    CircuitOpenError,
-    MisuseError,
-    NotTransferableError,
-)
+from opero.exceptions import AllFailedError, CallTimeoutError, CircuitOpenError, MisuseError, NotTransferableError
 from opero.utils.logging import log, standard
 from opero.utils.notes import add_note, class_counts, describe, duration, folded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
     from opero.core.breaker import Passage
     from opero.core.fallback import FallbackOverParameter
@@ -47,11 +31,6 @@ if TYPE_CHECKING:
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
-# How often an item of a map looks whether a circuit has been tried: in parts of its recovery, and in seconds.
-_PART_OF_RECOVERY, _SHORTEST_LOOK = 0.1, 0.1
-_CIRCUIT_IS_OPEN = "its circuit is open"
-# No attempt could end otherwise, unless a TypeError is the function's own.
-_FINAL_ERRORS = (MisuseError, NotTransferableError, TypeError)
 
 
 class NoAttempt(Enum):
@@ -66,7 +45,14 @@ OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = NoAttempt
 
 
 class Candidate:
-    """One value to try, and how it has fared in this call."""
+    """One value to try, and how it has fared in this call.
+
+    Attributes:
+        number: Its place among the candidates.
+        tries: How often it was tried.
+        ready_at: When it may be tried again, if it has asked for a time of its own.
+        costs: What it takes of each rate limit, once that is known.
+    """
 
     __slots__ = ("args", "costs", "kwargs", "number", "ready_at", "tries", "value")
 
@@ -76,8 +62,7 @@ class Candidate:
         self.value = value
         self.number = number
         self.tries = 0
-        self.ready_at: float | None = None
-        # What it takes of each rate limit, once that is known.
+        self.ready_at = -math.inf
         self.costs: list[tuple[float, ...]] | None = None
 
 
@@ -90,10 +75,13 @@ def call_flow(plan: Plan, call: Call) -> Flow:
     outcome: Any = None
     is_over = False
     try:
-        if call.tell is None and (plan.on_event is not None or switches.listeners):
-            begin_telling(plan, call)
+        if call.tell is None and (plan.on_event is not None or events.switches.listeners):
+            events.begin_telling(plan, call)
         try:
-            outcome = yield from _through_cache(plan, call, layers.retry)
+            if call.failure is None:
+                # Otherwise it was counted with its first attempt.
+                plan.stats.flown.tick()
+            outcome = yield from layers.retry() if plan.cache is None else plan.cache.through(call, layers.retry)
         except Exception as error:  # raised by a policy or a driver: a call that failed like others
             outcome = Failed(error if layers.failed is None else _in_context_of(layers.failed.error, error))
         if outcome.__class__ is Failed:
@@ -104,14 +92,17 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         # It holds the last error, whose traceback may lead to a frame that holds the call.
         call.retry_state = None
         if call.tell is not None:
-            tell_of_the_end(call, error=outcome.error if outcome.__class__ is Failed else None, cancelled=not is_over)
+            events.tell_of_the_end(
+                call, error=outcome.error if outcome.__class__ is Failed else None, cancelled=not is_over
+            )
         # From Python 3.13 on the traceback of its error may lead to this frame.
         del outcome
 
 
 def item_flow(plan: Plan, call: Call) -> Flow:
     """One item of a function that takes lists: the layers that are by item, around what is by call."""
-    outcome = yield from _through_cache(plan, call, _share)
+    plan.stats.flown.tick()
+    outcome = yield from _share() if plan.cache is None else plan.cache.through(call, _share)
     return _replaced_by_default(plan, call, outcome) if outcome.__class__ is Failed else outcome
 
 
@@ -119,17 +110,14 @@ def _share() -> Any:
     return (yield Share())
 
 
-def _through_cache(plan: Plan, call: Call, compute: Callable[[], Flow]) -> Flow:
-    if call.failure is None:
-        # Otherwise it was counted with its first attempt.
-        plan.stats.flown.tick()
-    return compute() if plan.cache is None else plan.cache.through(call, compute)
-
-
 class Layers:
     """The layers around the function of one call.
 
     Attributes:
+        deadline: When ``total_timeout`` ends.
+        is_timed: Whether any time limit bounds its attempts.
+        candidates: Those that may be tried again, or one that stands for the arguments as they are.
+        left: Those of this round that have not been tried.
         has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
         has_slot: Whether the next attempt has its slot of the rate limit.
         places: To which its place of ``max_concurrent`` has to be given back, while it has one.
@@ -137,8 +125,8 @@ class Layers:
         patient_until: How long it waits until a trial of an open circuit begins.
         failed: The last attempt that failed; without fallback, until the next one begins.
         errors: Those of all attempts, with fallback.
-        ended_by: What else than that ended the call.
         earlier_failure: What a time limit at the end should not hide.
+        ended_by: What else than the last attempt ended the call.
     """
 
     has_own_limit = True
@@ -147,67 +135,64 @@ class Layers:
     had: TimeLimit | None = None
     patient_until: float | None = None
     failed: Verdict | None = None
-    ended_by = ""
     earlier_failure = ""
+    ended_by = ""
 
     def __init__(self, plan: Plan, call: Call) -> None:
         self.plan = plan
         self.call = call
         self.deadline = math.inf if call.deadline is None else call.deadline
         self.is_timed = plan.attempt_timeout is not None or call.deadline is not None
-        self.candidates: list[Candidate] = []
-        # Those of this round that have not been tried.
+        self.candidates = [Candidate(call.args, call.kwargs)]
         self.left: list[Candidate] = []
         self.errors: list[Exception] = []
 
     def retry(self) -> Flow:
         """One round after another until one succeeds or no other may follow."""
         plan, call = self.plan, self.call
-        self.candidates = (
-            [Candidate(call.args, call.kwargs)] if plan.fallback is None else self._candidates(plan.fallback)
-        )
+        if plan.fallback is not None:
+            self._look_for_candidates(plan.fallback)
         while True:
             if plan.retry.tells_before:
                 plan.retry.tell_before(plan, call)
-            while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN:
-                pause = self._pause_for_trial()
-                if pause is None:
-                    return self._stop(_CIRCUIT_IS_OPEN)
+            while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN and (pause := self._pause_for_trial()):
                 yield pause
+            if outcome.__class__ is NoAttempt:
+                return self._without_attempt(outcome)
             if outcome.__class__ is not Verdict:
                 return outcome
             step = plan.retry.after(plan, call, outcome, self._must_end)
             if step.__class__ is not Pause:
-                return self._finish(step, gave_up=outcome.ends)
+                return self._finish(step)
             if standard or "loguru" in sys.modules:
                 log("DEBUG", "{} failed, next round in {}", plan.name, duration(step.seconds))
             if call.tell is not None:
-                call.tell(RetryPlanned, round=call.rounds, delay=step.seconds, error=outcome.error)
+                call.tell(events.RetryPlanned, round=call.rounds, delay=step.seconds, error=outcome.error)
             del outcome
             yield step
 
-    def _candidates(self, fallback: FallbackOverParameter) -> list[Candidate]:
+    def _look_for_candidates(self, fallback: FallbackOverParameter) -> None:
         args, kwargs, limit = self.call.args, self.call.kwargs, self.plan.limit
         values = fallback.values(args, kwargs)
         if limit is not None and len(values) > 1:
             self.has_own_limit = limit.per is not None and limit.per.depends_on(fallback.parameter)
-        return [Candidate(*fallback.arguments(args, kwargs, v), v, number) for number, v in enumerate(values)]
+        self.candidates = [Candidate(*fallback.arguments(args, kwargs, v), v, n) for n, v in enumerate(values)]
 
     def fallback(self) -> Generator[Any, Any, Any]:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
         plan, call = self.plan, self.call
         speaks: Verdict | None = None
-        self.left = self._for_this_round() if self.errors else list(self.candidates)
+        self.left = self._ready() if self.errors else list(self.candidates)
         while self.left:
-            is_chosen = len(self.left) == 1 or call.failure is not None
-            candidate = self.left[0] if is_chosen else self._choose()
-            if speaks is not None and speaks.again and self._is_for_later(candidate):
+            is_chosen = plan.fallback is None or call.failure is not None
+            candidate = self.left[0] if is_chosen else self._choose(plan.fallback, speaks)
+            if candidate is None:
                 break
             outcome = yield from self.breaker(candidate)
             if outcome is GAVE_WAY:
                 continue
             if outcome is OUT_OF_TIME:
-                return self._stop(self._time_is_over())
+                return outcome
             self.left.remove(candidate)
             if outcome is CIRCUIT_OPEN:
                 self.has_slot = False
@@ -220,21 +205,7 @@ class Layers:
                 speaks = outcome
         if speaks is None:
             return CIRCUIT_OPEN
-        return speaks if plan.fallback is None or not self.candidates else self._for_the_round(speaks)
-
-    def _pause_for_trial(self) -> Pause | None:
-        """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
-        breaker, now = self.plan.breaker, clock.now()
-        if self.call.presence is None or breaker is None or now >= self.deadline:
-            return None
-        if self.patient_until is None:
-            self.patient_until = now + breaker.shared.recovery if self.call.deadline is None else self.deadline
-        waits = [breaker.wait_of(c.args, c.kwargs) or 0.0 for c in self.candidates]
-        if math.inf in waits:
-            # Nobody knows when a trial that is under way will end.
-            look = max(_PART_OF_RECOVERY * breaker.shared.recovery, _SHORTEST_LOOK)
-            return Pause(min(look, self.deadline - now))
-        return None if now + min(waits) > self.patient_until else Pause(min(waits))
+        return speaks if plan.fallback is None or not self.candidates else self._for_the_round(plan.fallback, speaks)
 
     def breaker(self, candidate: Candidate) -> Generator[Any, Any, Any]:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
@@ -273,8 +244,7 @@ class Layers:
             return OUT_OF_TIME
         attempt = Attempt(self, candidate, passage)
         outcome = yield attempt
-        call.is_last = attempt.is_last
-        self.had = attempt.limit
+        call.is_last, self.had = attempt.is_last, attempt.limit
         if outcome is NOT_RUN:
             return self._why_not()
         if plan.limit is not None:
@@ -294,27 +264,25 @@ class Layers:
             # A slot that is taken while a worker starts would be used when it is over, together with the next one.
             yield Prepare()
         asked = clock.now()
-        # Whoever stands in the line of a candidate that is put to rest meanwhile turns to another one. A call that has
-        # failed needs no worker before a candidate that rests wakes.
-        own = plan.fallback if self.has_own_limit else None
+        # A call that has failed needs no worker before a candidate that rests wakes.
+        rests = self.errors and plan.fallback is not None and plan.fallback.rest_of(candidate.value)
         taken = yield from limit.take(
             candidate,
             self.deadline,
-            is_over=lambda: _is_shut(passage) or (own is not None and self._gives_way(candidate)),
-            is_turn=own is None or not self.errors or own.rest_of(candidate.value) is None,
+            is_over=lambda: _is_shut(passage) or (self.has_own_limit and self._gives_way(candidate)),
+            is_turn=not (self.has_own_limit and rests),
         )
         waited = clock.now() - asked
         plan.stats.waited.add(waited)
         if _is_shut(passage):
             return CIRCUIT_OPEN
         if not taken:
-            return GAVE_WAY if own is not None and self._gives_way(candidate) else OUT_OF_TIME
+            return GAVE_WAY if self.has_own_limit and self._gives_way(candidate) else OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
-            call.tell(SlotWaited, seconds=waited)
-        if not self.has_own_limit and self._gives_way(candidate):
-            self.has_slot = True
-            return GAVE_WAY
-        return None
+            call.tell(events.SlotWaited, seconds=waited)
+        # A slot that all candidates share is as good for another one.
+        self.has_slot = not self.has_own_limit and self._gives_way(candidate)
+        return GAVE_WAY if self.has_slot else None
 
     def begin(self, candidate: Candidate) -> None:
         """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
@@ -330,22 +298,22 @@ class Layers:
         if candidate.tries <= call.rounds:
             stats.fallbacks.tick()
             if call.tell is not None:
-                call.tell(CandidateSwitched, place=candidate.number)
+                call.tell(events.CandidateSwitched, place=candidate.number)
         else:
             call.rounds = candidate.tries
             if call.rounds > 1:
                 stats.retries.tick()
         if call.tell is not None:
-            call.tell(AttemptStarted, attempt=call.attempts, round=call.rounds)
+            call.tell(events.AttemptStarted, attempt=call.attempts, round=call.rounds)
 
     def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
         plan, call = self.plan, self.call
         is_failed = outcome.__class__ is Failed
         if is_failed:
-            if call.tell is not None:
-                self._tell_of_failure(call.tell, outcome.error)
-            if isinstance(outcome.error, _FINAL_ERRORS) and self._is_final(outcome.error):
+            self._tell_of_failure(outcome.error)
+            # No other attempt could end otherwise.
+            if isinstance(outcome.error, NotTransferableError) or _is_misuse(plan, call, outcome.error):
                 return outcome
         try:
             verdict = plan.retry.judge(plan, call, outcome)
@@ -356,41 +324,33 @@ class Layers:
         if passage is not None and not call.is_last:
             self._tell_circuit(passage, verdict, candidate)
         if verdict is None:
-            return self._under_way(outcome) if plan.kind.endswith("generator") else outcome
+            if plan.kind.endswith("generator") and outcome[0] is not None:
+                # It has begun, and keeps its place until it ends or is closed.
+                generator, item, _ = outcome
+                outcome, self.places = (generator, item, self.places), None
+            return outcome
         if call.is_last:
             add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
             return Failed(verdict.error)
-        if call.tell is not None and not is_failed:
-            self._tell_of_failure(call.tell, verdict.error)
+        if not is_failed:
+            self._tell_of_failure(verdict.error)
         self.failed = verdict
         if plan.fallback is not None:
             self._candidate_failed(plan.fallback, candidate, verdict)
         return verdict
 
-    def _is_final(self, error: Exception) -> bool:
-        # Arguments that fit at the first attempt fit at all.
-        is_own = isinstance(error, MisuseError | NotTransferableError)
-        return is_own or (self.call.attempts == 1 and self.plan.is_wrong(self.call))
+    def _tell_of_failure(self, error: Exception) -> None:
+        call = self.call
+        if call.tell is not None:
+            call.tell(events.AttemptFailed, attempt=call.attempts, error=error, seconds=clock.now() - call.began)
 
     def _candidate_failed(self, fallback: FallbackOverParameter, candidate: Candidate, verdict: Verdict) -> None:
         self.errors.append(verdict.error)
         if not verdict.again:
             self.candidates.remove(candidate)
-        candidate.ready_at = None if verdict.delay is None else clock.now() + verdict.delay
+        candidate.ready_at = -math.inf if verdict.delay is None else clock.now() + verdict.delay
         if verdict.rests:
             fallback.failed(candidate.value, verdict.delay, again=verdict.again)
-
-    def _under_way(self, begun: Any) -> Any:
-        """A generator that has begun keeps its place until it ends or is closed."""
-        generator, item, _ = begun
-        if generator is None:
-            return begun
-        places, self.places = self.places, None
-        return generator, item, places
-
-    def _tell_of_failure(self, tell: Callable[..., None], error: Exception) -> None:
-        seconds = clock.now() - self.call.began
-        tell(AttemptFailed, attempt=self.call.attempts, error=error, seconds=seconds)
 
     def _tell_circuit(self, passage: Passage, verdict: Verdict | None, candidate: Candidate) -> None:
         """Whether it speaks against the service, of which an attempt that had too little time says nothing."""
@@ -402,114 +362,128 @@ class Layers:
         changed = passage.breaker.passed(passage, failed=failed)
         if changed is not None and self.call.tell is not None:
             place = None if self.plan.fallback is None else candidate.number
-            self.call.tell(CircuitChanged, state=changed, place=place)
+            self.call.tell(events.CircuitChanged, state=changed, place=place)
 
     # Which candidates may be tried, and when
 
-    def _of_use(self) -> list[Candidate]:
-        """Those that no call has given up, as a key that was revoked, and no circuit shuts off, if there are any."""
-        kept = [c for c in self.candidates if not self._is_given_up(c)] or self.candidates
-        return self._admitted(kept) or kept
-
-    def _for_this_round(self) -> list[Candidate]:
-        """Those that have rested for as long as they asked for, or the first that will have; last those of no use."""
-        now, of_use = clock.now(), self._of_use()
+    def _ready(self) -> list[Candidate]:
+        """Those that have rested for as long as they asked for, or the first that will have."""
+        now = clock.now()
         # A sleep can end a little early.
-        ready = [c for c in of_use if (c.ready_at or 0.0) <= now] or [min(of_use, key=lambda c: c.ready_at or 0.0)]
-        return ready + [c for c in self._admitted(self.candidates) if c not in of_use]
+        return [c for c in self.candidates if c.ready_at <= now] or [min(self.candidates, key=lambda c: c.ready_at)]
 
-    def _for_the_round(self, verdict: Verdict) -> Verdict:
-        """The next round begins as soon as one of the candidates can be tried."""
-        times = [c.ready_at for c in self._of_use()]
-        soonest = None if None in times else max(0.0, min(t for t in times if t is not None) - clock.now())
-        return verdict._replace(again=True, delay=soonest)
+    def _for_the_round(self, fallback: FallbackOverParameter, verdict: Verdict) -> Verdict:
+        """The next round begins as soon as a candidate is ready that nobody has given up and no circuit shuts off."""
+        kept = [c for c in self.candidates if not fallback.is_given_up(c.value)] or self.candidates
+        wait = min(c.ready_at for c in self._admitted(kept) or kept) - clock.now()
+        return verdict._replace(again=True, delay=None if wait == -math.inf else max(0.0, wait))
 
-    def _is_for_later(self, candidate: Candidate) -> bool:
-        """Whether it is one that was given up, which comes after all others: it has time until the last round."""
-        retry = self.plan.retry
-        return self.call.rounds <= retry.retries and "stop" not in retry.options and self._is_given_up(candidate)
+    def _choose(self, fallback: Any, speaks: Verdict | None) -> Candidate | None:
+        """The first that does not rest, or, if asked, the one that has a slot soonest.
 
-    def _is_given_up(self, candidate: Candidate) -> bool:
-        return self.plan.fallback is not None and self.plan.fallback.is_given_up(candidate.value)
-
-    def _choose(self) -> Candidate:
-        """The first that does not rest, or, if asked, the one that has a slot soonest."""
-        awake, limit = self._awake(), self.plan.limit
-        return awake[0] if limit is None or self.has_slot else limit.choose(awake)
+        None if it was given up and another may be tried again: it has time until the last round.
+        """
+        awake, limit, retry = self._awake(fallback), self.plan.limit, self.plan.retry
+        candidate = awake[0] if limit is None or self.has_slot else limit.choose(awake)
+        has_time = self.call.rounds <= retry.retries and "stop" not in retry.options
+        is_for_later = has_time and speaks is not None and speaks.again and fallback.is_given_up(candidate.value)
+        return None if is_for_later else candidate
 
     def _gives_way(self, candidate: Candidate) -> bool:
-        awake, limit = self._awake(candidate), self.plan.limit
-        return candidate not in awake or (limit is not None and limit.gives_way(candidate, awake))
+        """Whether, while it was waited for, it was put to rest, or its slots were taken by others."""
+        fallback, limit = self.plan.fallback, self.plan.limit
+        if fallback is None or limit is None:
+            return False
+        awake = self._awake(fallback, tried=candidate)
+        return candidate not in awake or limit.gives_way(candidate, awake)
 
-    def _awake(self, tried: Candidate | None = None) -> list[Candidate]:
+    def _awake(self, fallback: FallbackOverParameter, tried: Candidate | None = None) -> list[Candidate]:
         """Those that are left and do not rest; if all do, the one that wakes first.
 
         Of the others than ``tried``, which may be on trial itself, those that are shut off are no choice.
         """
-        fallback, admitted = self.plan.fallback, self._admitted(self.left)
-        choice = [c for c in self.left if c is tried or c in admitted] or self.left
-        return choice if fallback is None or len(choice) == 1 else fallback.awake(choice)
+        admitted = self._admitted(self.left)
+        return fallback.awake([c for c in self.left if c is tried or c in admitted] or self.left)
 
     def _admitted(self, candidates: list[Candidate], *, after: float = 0.0) -> list[Candidate]:
         """Those whose circuits let an attempt through, so many seconds from now."""
-        breaker = self.plan.breaker
-        if breaker is None:
+        if self.plan.breaker is None:
             return candidates
-        return [c for c in candidates if (breaker.wait_of(c.args, c.kwargs) or 0.0) <= after]
+        return [c for c, wait in zip(candidates, self._waits(candidates), strict=True) if wait <= after]
+
+    def _waits(self, candidates: list[Candidate]) -> list[float]:
+        """Seconds until an attempt, or a trial, of each may go through its circuit; infinite during a trial."""
+        breaker: Any = self.plan.breaker
+        return [breaker.wait_of(c.args, c.kwargs) or 0.0 for c in candidates]
+
+    def _pause_for_trial(self) -> Pause | None:
+        """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
+        breaker, now = self.plan.breaker, clock.now()
+        if self.call.presence is None or breaker is None or now >= self.deadline:
+            return None
+        recovery, waits = breaker.shared.recovery, self._waits(self.candidates)
+        if self.patient_until is None:
+            self.patient_until = now + recovery if self.call.deadline is None else self.deadline
+        if math.inf in waits:
+            # Nobody knows when a trial that is under way will end.
+            return Pause(min(max(0.1 * recovery, 0.1), self.deadline - now))
+        return None if now + min(waits) > self.patient_until else Pause(min(waits))
 
     # How a call ends that has not succeeded
 
     def _must_end(self, seconds: float) -> bool:
         """Whether no other round can begin after so many seconds."""
         if seconds >= self.deadline - clock.now():
-            self.ended_by = self._time_is_over()
+            self.ended_by = self._why(OUT_OF_TIME)
         elif self.plan.breaker is None or self.call.presence is not None:
             return False
         elif not self._admitted(self.candidates, after=seconds):
-            self.ended_by = _CIRCUIT_IS_OPEN
+            self.ended_by = self._why(CIRCUIT_OPEN)
         return bool(self.ended_by)
 
-    def _stop(self, ended_by: str) -> Any:
+    def _why(self, cause: NoAttempt) -> str:
+        return (
+            "its circuit is open" if cause is CIRCUIT_OPEN else f"total_timeout={self.plan.total_timeout:g} s ended it"
+        )
+
+    def _without_attempt(self, cause: NoAttempt) -> Any:
         """No attempt can follow: the call ends as the last one did, or tells why there was none."""
-        self.ended_by = ended_by
+        plan = self.plan
+        self.ended_by = self._why(cause)
         if self.failed is not None:
-            return self._finish(self.plan.retry.after(self.plan, self.call, self.failed, None))
-        if ended_by is _CIRCUIT_IS_OPEN:
+            return self._finish(plan.retry.end(plan, self.call, self.failed))
+        if cause is CIRCUIT_OPEN:
             return Failed(self._circuit_open())
-        turns = {"a place": self.plan.places, "a rate slot": self.plan.limit, "a worker": self.call.presence}
+        turns = {"a place": plan.places, "a rate slot": plan.limit, "a worker": self.call.presence}
         waited_for = " or ".join(turn for turn, has in turns.items() if has is not None)
         when = f"during the wait for {waited_for}" if waited_for else "before it began"
-        return Failed(CallTimeoutError(f"{self.plan.name} was not started: {ended_by} {when}"))
+        return Failed(CallTimeoutError(f"{plan.name} was not started: {self.ended_by} {when}"))
 
     def _circuit_open(self) -> Exception:
         breaker: Any = self.plan.breaker
-        whose = "its circuit" if len(self.candidates) == 1 else "the circuit of every candidate"
-        waits = [breaker.wait_of(each.args, each.kwargs) or 0.0 for each in self.candidates]
         # One whose trial is under way may be next.
-        soonest = min(range(len(waits)), key=lambda place: 0.0 if waits[place] == math.inf else waits[place])
-        wait = None if waits[soonest] == math.inf else waits[soonest]
-        trial = "a trial call is under way" if wait is None else f"the next trial is in {duration(wait)}"
+        waits = [-1.0 if wait == math.inf else wait for wait in self._waits(self.candidates)]
+        wait = min(waits)
+        place = None if self.plan.fallback is None else self.candidates[waits.index(wait)].number
+        trial = "a trial call is under way" if wait < 0 else f"the next trial is in {duration(wait)}"
+        whose = "its circuit" if len(waits) == 1 else "the circuit of every candidate"
         failures = _counted(breaker.shared.failures, "failure")
         message = f"{self.plan.name} was not called: {whose} opened after {failures} in a row; {trial}"
-        place = None if self.plan.fallback is None else self.candidates[soonest].number
-        return CircuitOpenError(message, wait, place)
+        return CircuitOpenError(message, None if wait < 0 else wait, place)
 
-    def _time_is_over(self) -> str:
-        return f"total_timeout={self.plan.total_timeout:g} s ended it"
-
-    def _finish(self, end: Any, *, gave_up: bool = False) -> Any:
+    def _finish(self, end: Any) -> Any:
         """The end after some attempts: what the user is told of them."""
         if end.__class__ is not Failed:
             return end
         call, plan, error = self.call, self.plan, end.error
-        took = duration(clock.now() - call.started)
+        attempts, took = _counted(call.attempts, "attempt"), duration(clock.now() - call.started)
         reason = self.ended_by and f"; {self.ended_by}"
         if plan.fallback is not None:
             whom = f"every candidate of {plan.fallback.parameter!r}"
+            gave_up = self.failed is not None and self.failed.ends
             message = (
                 f"{plan.name}: {f'gave up on {whom}' if gave_up else f'{whom} failed'} in "
-                f"{_counted(call.rounds, 'round')} ({_counted(len(self.errors), 'attempt')}, {took}{reason}): "
-                f"{class_counts(self.errors)}"
+                f"{_counted(call.rounds, 'round')} ({attempts}, {took}{reason}): {class_counts(self.errors)}"
             )
             log("WARNING", "{}", message)
             failed = AllFailedError(message, folded(self.errors))
@@ -518,7 +492,7 @@ class Layers:
         if isinstance(error, CallTimeoutError) and self.earlier_failure:
             # The library's own error must not hide the function's.
             add_note(error, f"opero: an attempt before that failed with {self.earlier_failure}")
-        summary = f"{plan.name} failed after {_counted(call.attempts, 'attempt')} in {took}{reason}"
+        summary = f"{plan.name} failed after {attempts} in {took}{reason}"
         log("WARNING", "{}", summary)
         add_note(error, f"opero: {summary}", instead_of=f"opero: {plan.name} failed after ")
         return end
@@ -527,9 +501,13 @@ class Layers:
 def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
     """Count the call that failed; its default, if there is one, hides no error of the program."""
     plan.stats.failures.tick()
-    error = failed.error
-    is_misuse = isinstance(error, MisuseError) or (isinstance(error, TypeError) and plan.is_wrong(call))
-    return failed if plan.default is MISSING or is_misuse else Failed(error, instead=plan.default)
+    is_raised = plan.default is MISSING or _is_misuse(plan, call, failed.error)
+    return failed if is_raised else Failed(failed.error, instead=plan.default)
+
+
+def _is_misuse(plan: Plan, call: Call, error: Exception) -> bool:
+    """Whether the function cannot be called so, or was decorated as it cannot be."""
+    return isinstance(error, MisuseError) or (isinstance(error, TypeError) and plan.is_wrong(call))
 
 
 def _in_context_of(error: Exception, raised: Exception) -> Exception:

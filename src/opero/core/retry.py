@@ -87,8 +87,10 @@ def retry_unless_of_the_program(error: Exception) -> bool | Answer:
     """What stands for ``retry_on`` where it was not given."""
     if matches(error, PROGRAM_ERRORS):
         return GIVE_UP
-    steers = any(cls.__name__ in _STEERING.get(cls.__module__, ()) for cls in type(error).__mro__)
-    return GIVE_UP if steers else True
+    for cls in type(error).__mro__:
+        if cls.__name__ in _STEERING.get(cls.__module__, ()):
+            return GIVE_UP
+    return True
 
 
 def jittered(delay: float, random_unit: float) -> float:
@@ -216,14 +218,14 @@ class RetryPolicy:
             return Verdict(outcome.error, outcome, again=again)
         return Verdict(self._retrying.retry_error_cls(state.outcome), outcome, again=True) if again else None
 
-    def after(self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[float], bool] | None) -> Any:
+    def after(self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[float], bool]) -> Any:
         """A `Pause` until the next round, or the end of the call: `Failed`, or a result that a hook supplies.
 
         Args:
             plan: Of the function.
             call: Whose round has failed.
             verdict: What the round means.
-            must_end: Whether no other round can begin after so many seconds; None if the call has ended in a pause.
+            must_end: Whether no other round can begin after so many seconds.
 
         Raises:
             ValueError: If a wait of less than nothing was asked for.
@@ -232,11 +234,7 @@ class RetryPolicy:
         error, settings = verdict.error, self._retrying
         if not verdict.again or settings is None or not settings.enabled:
             return Failed(error)
-        state = self._state(plan, call)
-        # A pass through candidates of which some still rested is no round of its own.
-        state.attempt_number = call.rounds
-        if self.options:
-            _set_outcome(state, verdict.outcome)
+        state = self._state(plan, call, verdict)
         try:
             seconds = self._seconds_before_next(state, verdict.delay, must_end)
         except Exception as raised:  # noqa: BLE001 - a hook with a bug ends the retries, but hides no error of the function's
@@ -245,23 +243,22 @@ class RetryPolicy:
             add_note(error, f"opero: {text}")
             return Failed(error)
         if seconds is None:
-            return self._end(call, state, error)
+            return self.end(plan, call, verdict)
         if not seconds >= 0:
             msg = f"a wait of {seconds} seconds was asked for; let it be 0 or more"
             raise ValueError(msg)
         return Pause(min(seconds, LONGEST_WAIT))
 
     def _seconds_before_next(
-        self, state: tenacity.RetryCallState, delay: float | None, must_end: Callable[[float], bool] | None
+        self, state: tenacity.RetryCallState, delay: float | None, must_end: Callable[[float], bool]
     ) -> float | None:
         """Ask tenacity's strategies and hooks, in its order; None if no round follows."""
         settings = self._retrying
-        # After a pause it has been told of this attempt.
-        if settings.after is not None and must_end is not None:
+        if settings.after is not None:
             settings.after(state)
         seconds: float = settings.wait(state) if delay is None else delay
         state.upcoming_sleep = seconds
-        if must_end is None or must_end(seconds) or settings.stop(state):
+        if must_end(seconds) or settings.stop(state):
             return None
         state.next_action = self._tenacity.RetryAction(seconds)
         state.idle_for += seconds
@@ -270,24 +267,34 @@ class RetryPolicy:
         state.prepare_for_next_attempt()
         return seconds
 
-    def _end(self, call: Call, state: tenacity.RetryCallState, error: Exception) -> Any:
+    def end(self, plan: Plan, call: Call, verdict: Verdict) -> Any:
+        """The end of a call that no other round follows: `Failed`, or a result that a hook supplies."""
         settings = self._retrying
+        if settings is None or not settings.enabled or not verdict.again:
+            return Failed(verdict.error)
+        state = self._state(plan, call, verdict)
         if settings.retry_error_callback is not None:
             call.is_made_up = True
             return settings.retry_error_callback(state)
         if settings.reraise:
-            return Failed(error)
+            return Failed(verdict.error)
         told = settings.retry_error_cls(state.outcome)
-        told.__cause__ = error
+        told.__cause__ = verdict.error
         return Failed(told)
 
-    def _state(self, plan: Plan, call: Call) -> tenacity.RetryCallState:
+    def _state(self, plan: Plan, call: Call, verdict: Verdict | None = None) -> tenacity.RetryCallState:
+        """The state, as tenacity's, of the call, with what a failed round has come to."""
         state = call.retry_state
         if state is None:
             state = self._tenacity.RetryCallState(self._retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
             # It is made after the first attempt, but shall tell of the whole call, in the time that passes here.
             state.start_time = call.started
             call.retry_state = state
+        if verdict is not None:
+            # A pass through candidates of which some still rested is no round of its own.
+            state.attempt_number = call.rounds
+            if self.options:
+                _set_outcome(state, verdict.outcome)
         return state
 
 
