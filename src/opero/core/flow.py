@@ -313,7 +313,8 @@ class Layers:
         if is_failed:
             self._tell_of_failure(outcome.error)
             # No other attempt could end otherwise.
-            if isinstance(outcome.error, NotTransferableError) or _is_misuse(plan, call, outcome.error):
+            is_misuse = isinstance(outcome.error, TypeError) and _is_misuse(plan, call, outcome.error)
+            if is_misuse or isinstance(outcome.error, NotTransferableError):
                 return outcome
         try:
             verdict = plan.retry.judge(plan, call, outcome)

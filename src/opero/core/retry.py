@@ -93,14 +93,6 @@ def retry_unless_of_the_program(error: Exception) -> bool | Answer:
     return True
 
 
-def jittered(delay: float, random_unit: float) -> float:
-    """Spread a delay over its upper half, so that callers that failed together do not come back together.
-
-    "Equal jitter" of M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    """
-    return delay * (0.5 + 0.5 * random_unit)
-
-
 class RetryPolicy:
     """How many rounds, which errors, how long between: the options of `get_retry_decorator`, which are checked here.
 
@@ -128,8 +120,7 @@ class RetryPolicy:
         self.min_delay = check_seconds("min_delay", min_delay, zero=True)
         self.max_delay = check_seconds("max_delay", max_delay, zero=True)
         if self.max_delay < self.min_delay:
-            msg = f"max_delay={max_delay!r} is below min_delay={min_delay!r}; write a max_delay that is not"
-            raise ValueError(msg)
+            raise ValueError(f"max_delay={max_delay!r} is below min_delay={min_delay!r}; write a max_delay that is not")
         self.jitter = check_flag("jitter", jitter)
         self.retry_on = retry_unless_of_the_program if retry_on is MISSING else retry_on
         _check_retry_on(self.retry_on)
@@ -157,21 +148,22 @@ class RetryPolicy:
         # Where the first delay is none, the exponential one would be the largest after a thousand rounds.
         exponential = tenacity.wait_exponential(self.min_delay, self.max_delay, self.backoff_factor)
         self._backoff = exponential if self.min_delay else tenacity.wait_none()
-        ours: dict[str, Any] = {
+        ours = {
             "retry_error_cls": RetryError,
             "stop": tenacity.stop_after_attempt(self.retries + 1),
             "wait": self._wait,
-            "reraise": True,
         }
         if self.options:
             import inspect
 
             check_known("retry_options", self.options, inspect.signature(tenacity.Retrying).parameters)
-        return tenacity.Retrying(**{**ours, **self.options})
+        return tenacity.Retrying(**{"reraise": True, **ours, **self.options})
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         delay = self._backoff(state)
-        return jittered(delay, self._random()) if self.jitter and delay else delay
+        # Anywhere in its upper half, so that callers that failed together do not come back together: "equal jitter" of
+        # M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+        return delay * (0.5 + 0.5 * self._random()) if self.jitter and delay else delay
 
     def tell_before(self, plan: Plan, call: Call) -> None:
         """Tell tenacity's ``before`` of a round that begins."""
@@ -193,27 +185,30 @@ class RetryPolicy:
         answer = retry_on(error)
         if isinstance(answer, Answer):
             return Verdict(error, outcome, rests=False, counts=False, ends=answer is GIVE_UP)
-        is_plain = answer is None or isinstance(answer, bool)
-        again, delay = (bool(answer), None) if is_plain else (True, _delay(answer, retry_on))
-        return Verdict(error, outcome, again=again, delay=delay)
+        if answer is None or isinstance(answer, bool):
+            return Verdict(error, outcome, again=bool(answer))
+        delay = seconds_of(answer)
+        if not isinstance(delay, (int, float)):
+            raise MisuseError(
+                f"retry_on={shown(retry_on)} answered with {kind_of(answer)}; let it return True, False, seconds, "
+                "a timedelta, opero.NEXT or opero.GIVE_UP"
+            )
+        delay = None if math.isnan(delay) else float(min(max(delay, 0), LONGEST_WAIT))
+        return Verdict(error, outcome, again=True, delay=delay)
 
     def _judge_result(self, plan: Plan, call: Call, result: Any) -> Verdict | None:
         rejects: Any = self.retry_if_result
         answer = rejects(result)
         if isinstance(answer, Answer):
-            msg = f"retry_if_result={shown(rejects)} answered with {answer!r}; let it return True or False"
-            raise MisuseError(msg)
+            raise MisuseError(f"retry_if_result={shown(rejects)} answered with {answer!r}; let it return True or False")
         if not answer:
             return None
         what = f"retry_if_result rejects what {plan.name} returned at attempt {call.attempts}"
         return Verdict(RejectedResultError(what, result), result, again=True)
 
     def _judged_by_tenacity(self, plan: Plan, call: Call, outcome: Any) -> Verdict | None:
-        state = self._state(plan, call)
-        _set_outcome(state, outcome)
-        is_failed = outcome.__class__ is Failed
-        wants_another = is_failed and isinstance(outcome.error, self._tenacity.TryAgain)
-        again = wants_another or bool(self._retrying.retry(state))
+        state, is_failed = self._state(plan, call, outcome), outcome.__class__ is Failed
+        again = (is_failed and isinstance(outcome.error, self._tenacity.TryAgain)) or bool(self._retrying.retry(state))
         if is_failed:
             return Verdict(outcome.error, outcome, again=again)
         return Verdict(self._retrying.retry_error_cls(state.outcome), outcome, again=True) if again else None
@@ -234,9 +229,8 @@ class RetryPolicy:
         error, settings = verdict.error, self._retrying
         if not verdict.again or settings is None or not settings.enabled:
             return Failed(error)
-        state = self._state(plan, call, verdict)
         try:
-            seconds = self._seconds_before_next(state, verdict.delay, must_end)
+            seconds = self._seconds_before_next(plan, call, verdict, must_end)
         except Exception as raised:  # noqa: BLE001 - a hook with a bug ends the retries, but hides no error of the function's
             text = f"{_fault_of_hook(plan, raised)}; not retried"
             log("WARNING", "{}", text)
@@ -245,18 +239,19 @@ class RetryPolicy:
         if seconds is None:
             return self.end(plan, call, verdict)
         if not seconds >= 0:
-            msg = f"a wait of {seconds} seconds was asked for; let it be 0 or more"
-            raise ValueError(msg)
+            raise ValueError(f"a wait of {seconds} seconds was asked for; let it be 0 or more")
         return Pause(min(seconds, LONGEST_WAIT))
 
     def _seconds_before_next(
-        self, state: tenacity.RetryCallState, delay: float | None, must_end: Callable[[float], bool]
+        self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[float], bool]
     ) -> float | None:
         """Ask tenacity's strategies and hooks, in its order; None if no round follows."""
-        settings = self._retrying
+        settings, state = self._retrying, self._state(plan, call, verdict.outcome)
+        # A pass through candidates of which some still rested is no round of its own.
+        state.attempt_number = call.rounds
         if settings.after is not None:
             settings.after(state)
-        seconds: float = settings.wait(state) if delay is None else delay
+        seconds: float = settings.wait(state) if verdict.delay is None else verdict.delay
         state.upcoming_sleep = seconds
         if must_end(seconds) or settings.stop(state):
             return None
@@ -272,7 +267,8 @@ class RetryPolicy:
         settings = self._retrying
         if settings is None or not settings.enabled or not verdict.again:
             return Failed(verdict.error)
-        state = self._state(plan, call, verdict)
+        state = self._state(plan, call, verdict.outcome)
+        state.attempt_number = call.rounds
         if settings.retry_error_callback is not None:
             call.is_made_up = True
             return settings.retry_error_callback(state)
@@ -282,19 +278,21 @@ class RetryPolicy:
         told.__cause__ = verdict.error
         return Failed(told)
 
-    def _state(self, plan: Plan, call: Call, verdict: Verdict | None = None) -> tenacity.RetryCallState:
-        """The state, as tenacity's, of the call, with what a failed round has come to."""
+    def _state(self, plan: Plan, call: Call, outcome: Any = MISSING) -> tenacity.RetryCallState:
+        """What tenacity's strategies and hooks are told, of an attempt that ended so."""
         state = call.retry_state
         if state is None:
             state = self._tenacity.RetryCallState(self._retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
             # It is made after the first attempt, but shall tell of the whole call, in the time that passes here.
             state.start_time = call.started
             call.retry_state = state
-        if verdict is not None:
-            # A pass through candidates of which some still rested is no round of its own.
-            state.attempt_number = call.rounds
-            if self.options:
-                _set_outcome(state, verdict.outcome)
+        if outcome is not MISSING and self.options:
+            if outcome.__class__ is Failed:
+                error = outcome.error
+                state.set_exception((type(error), error, error.__traceback__))
+            else:
+                state.set_result(outcome)
+            state.outcome_timestamp = clock.now()
         return state
 
 
@@ -303,72 +301,48 @@ def _fault_of_hook(plan: Plan, raised: Exception) -> str:
     return f"a hook of retry_options of {plan.name} raised {type(raised).__name__}"
 
 
-def _delay(answer: Any, retry_on: RetryOn) -> float | None:
-    delay = seconds_of(answer)
-    if not isinstance(delay, (int, float)):
-        msg = (
-            f"retry_on={shown(retry_on)} answered with {kind_of(answer)}; let it return True, False, seconds, "
-            "a timedelta, opero.NEXT or opero.GIVE_UP"
-        )
-        raise MisuseError(msg)
-    return None if math.isnan(delay) else float(min(max(delay, 0), LONGEST_WAIT))
-
-
-def _set_outcome(state: tenacity.RetryCallState, outcome: Any) -> None:
-    if outcome.__class__ is Failed:
-        error = outcome.error
-        state.set_exception((type(error), error, error.__traceback__))
-    else:
-        state.set_result(outcome)
-    state.outcome_timestamp = clock.now()
-
-
 _HOOKS = ("stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback")
 _OPTIONAL_HOOKS = _HOOKS[3:]
 
 
 def _check_hooks(options: Mapping[str, Any], retry_if_result: Any) -> None:
     if "sleep" in options:
-        msg = "retry_options['sleep'] cannot apply: opero waits by itself, sync or async; write 'wait' to say how long"
-        raise ValueError(msg)
+        raise ValueError(
+            "retry_options['sleep'] cannot apply: opero waits by itself, sync or async; write 'wait' to say how long"
+        )
     wanted = "a function of tenacity's retry state, or one of tenacity's own objects for it"
     for name in _HOOKS:
-        if name not in options or (options[name] is None and name in _OPTIONAL_HOOKS):
-            continue
-        hook, what = options[name], f"retry_options[{name!r}]"
+        hook, what = options.get(name), f"retry_options[{name!r}]"
         if isinstance(hook, type):
-            is_error = issubclass(hook, BaseException)
-            msg = f"{what}={shown(hook)} is a class; write {f'retry_on={hook.__name__}' if is_error else wanted}"
-            raise TypeError(msg)
-        check_callable(what, hook, wanted)
+            instead = f"retry_on={hook.__name__}" if issubclass(hook, BaseException) else wanted
+            raise TypeError(f"{what}={shown(hook)} is a class; write {instead}")
+        if hook is not None or (name in options and name not in _OPTIONAL_HOOKS):
+            check_callable(what, hook, wanted)
     if retry_if_result is not None:
         check_callable("retry_if_result", retry_if_result, "a function of the result that returns a bool")
         if "retry" in options:
-            msg = (
+            raise ValueError(
                 "retry_if_result cannot apply beside retry_options['retry'], which judges results, too; "
                 "write retry_on in place of that, or tenacity.retry_any(…, tenacity.retry_if_result(…)) there"
             )
-            raise ValueError(msg)
 
 
 def _check_retry_on(retry_on: Any) -> None:
     wanted = "an Exception class, a tuple of them, or a function of the exception that returns a bool or a delay"
-    if isinstance(retry_on, (type, tuple)):
-        for cls in retry_on if isinstance(retry_on, tuple) else (retry_on,):
-            if not (isinstance(cls, type) and issubclass(cls, BaseException)):
-                what = f"the class {cls.__qualname__}" if isinstance(cls, type) else type(cls).__qualname__
-                msg = f"retry_on has {what}, which is no class of exceptions; write {wanted}"
-                raise TypeError(msg)
-            if not issubclass(cls, Exception):
-                msg = (
-                    f"retry_on has {cls.__name__}, which is never handled (Ctrl-C, cancellation, exit); write {wanted}"
-                )
-                raise ValueError(msg)  # noqa: TRY004 - it is a class, but none of these
+    if not isinstance(retry_on, (type, tuple)):
+        kind = type(retry_on)
+        if kind.__module__.partition(".")[0] == "tenacity":
+            raise TypeError(f"retry_on got tenacity's {kind.__name__}; write retry_options={{'retry': …}}, or {wanted}")
+        check_callable("retry_on", retry_on, wanted)
         return
-    if type(retry_on).__module__.partition(".")[0] == "tenacity":
-        msg = f"retry_on got tenacity's {type(retry_on).__name__}; write retry_options={{'retry': …}}, or {wanted}"
-        raise TypeError(msg)
-    check_callable("retry_on", retry_on, wanted)
+    for cls in retry_on if isinstance(retry_on, tuple) else (retry_on,):
+        if not (isinstance(cls, type) and issubclass(cls, BaseException)):
+            what = f"the class {cls.__qualname__}" if isinstance(cls, type) else type(cls).__qualname__
+            raise TypeError(f"retry_on has {what}, which is no class of exceptions; write {wanted}")
+        if not issubclass(cls, Exception):
+            raise ValueError(  # noqa: TRY004 - it is a class, but none of these
+                f"retry_on has {cls.__name__}, which is never handled (Ctrl-C, cancellation, exit); write {wanted}"
+            )
 
 
 def get_retry_decorator(

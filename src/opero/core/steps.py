@@ -56,14 +56,10 @@ class Attempt:
     blocks cannot do that. One that does not run it at once asks `may_start`, and sends back `NOT_RUN` if it may not.
 
     Attributes:
-        args: Of the function.
-        kwargs: Of the function.
-        candidate: The fallback value that is among them, for drivers that send only what differs.
+        candidate: The fallback value that is among the arguments, for drivers that send only what differs.
         badges: What a call that the function makes must not wait for: the computation that others may be waiting for
             (`opero.core.flights`), and the place that it takes.
-        begins: Is told once that it begins.
-        has_begun: Whether that was told, by a driver that may have to hand it out twice.
-        is_timed: Whether it has a time limit.
+        has_begun: Whether ``begins`` was called, by a driver that may have to hand it out twice.
         limit: What `time_limit` has said last.
         is_last: Set by the driver if its task was cancelled meanwhile: whatever the function made of that, nothing is
             tried again.
@@ -80,20 +76,19 @@ class Attempt:
         self.badges = frozenset({layers.call.flight, layers.places} - {None})
         self.begins = partial(layers.begin, candidate)
         self.is_timed = layers.is_timed
-        self._timeout = layers.plan.attempt_timeout
-        self._deadline = layers.deadline
+        self._layers = layers
         self._passage = passage
 
     def may_start(self) -> bool:
-        return clock.now() < self._deadline and (self._passage is None or not self._passage.is_shut())
+        return clock.now() < self._layers.deadline and (self._passage is None or not self._passage.is_shut())
 
     def time_limit(self) -> TimeLimit | None:
         """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
         if self.is_timed:
-            left = max(0.0, self._deadline - clock.now())
+            left, timeout = max(0.0, self._layers.deadline - clock.now()), self._layers.plan.attempt_timeout
             self.limit = left, "total_timeout"
-            if self._timeout is not None and self._timeout <= left:
-                self.limit = self._timeout, "attempt_timeout"
+            if timeout is not None and timeout <= left:
+                self.limit = timeout, "attempt_timeout"
         return self.limit
 
 
@@ -128,13 +123,10 @@ class Consult(NamedTuple):
 
 def consult(steps: Sequence[Consult]) -> list[Any]:
     """Put the requests of steps, those to one store together; the answers are in the order of the steps."""
-    places: dict[int, list[int]] = {}
-    for place, step in enumerate(steps):
-        places.setdefault(id(step.store), []).append(place)
     answers: list[Any] = [None] * len(steps)
-    for of_one_store in places.values():
-        store = steps[of_one_store[0]].store
-        for place, answer in zip(of_one_store, store.perform([steps[n].request for n in of_one_store]), strict=True):
+    for store in {id(step.store): step.store for step in steps}.values():
+        places = [place for place, step in enumerate(steps) if step.store is store]
+        for place, answer in zip(places, store.perform([steps[n].request for n in places]), strict=True):
             answers[place] = answer
     return answers
 
@@ -212,7 +204,7 @@ async def run_in_time(
         return Failed(stopped(name, *limit))
 
 
-def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - more frames shorten recursions
+def drive(flow: Flow, function: Callable[..., Any]) -> Any:
     """Carry out a flow by blocking."""
     step: Any = None
     sent: Any = None
@@ -230,14 +222,9 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - m
                 finally:
                     if token is not None:
                         leading.reset(token)
-            elif isinstance(step, Pause):
-                if clock.sleep is not None and not step.is_real:
-                    clock.sleep(step.seconds)
-                elif step.seconds:
-                    time.sleep(step.seconds)
             else:
                 try:
-                    sent = _answer_to(step)
+                    sent = _carry_out(step)
                 except Exception as error:  # the flow decides what becomes of the call
                     step = flow.throw(error)
                     continue
@@ -255,19 +242,25 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:  # noqa: PLR0912 - m
         del outcome
 
 
-def _answer_to(step: Consult | Arrival) -> Any:
-    return consult([step])[0] if isinstance(step, Consult) else _await_arrival(step)
-
-
-def _await_arrival(arrival: Arrival) -> None:
+def _carry_out(step: Consult | Pause | Arrival) -> Any:
+    """Do what is asked for, and is no attempt."""
+    if isinstance(step, Consult):
+        return consult([step])[0]
+    if isinstance(step, Pause):
+        if clock.sleep is not None and not step.is_real:
+            clock.sleep(step.seconds)
+        elif step.seconds:
+            time.sleep(step.seconds)
+        return None
     event = threading.Event()
     try:
-        arrival.notify(event.set)
-        while not arrival.poll():
-            clock.wait(event.wait, arrival.due_in())
+        step.notify(event.set)
+        while not step.poll():
+            clock.wait(event.wait, step.due_in())
             event.clear()
     finally:
-        arrival.notify(None)
+        step.notify(None)
+    return None
 
 
 _NO_LOOP = (
@@ -278,7 +271,7 @@ _NO_LOOP = (
 
 async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
     """Carry out a flow by awaiting."""
-    before = cancellations()
+    before = _cancellations()
     step: Any = None
     sent: Any = None
     try:
@@ -301,7 +294,7 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
                             leading.reset(token)
                 step.is_last = was_cancelled(sent, before)
                 if sent.__class__ is Failed:
-                    before = cancellations()
+                    before = _cancellations()
             else:
                 try:
                     sent = await _carry_out_async(step)
@@ -322,15 +315,12 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
         del outcome
 
 
-async def _carry_out_async(step: Any) -> Any:
+async def _carry_out_async(step: Consult | Pause | Arrival) -> Any:
+    """The same by awaiting."""
     if isinstance(step, Consult):
         return (await consult_async([step]))[0]
-    if not isinstance(step, Pause):
-        return await _await_arrival_async(step)
-    return await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
-
-
-async def _await_arrival_async(arrival: Arrival) -> None:
+    if isinstance(step, Pause):
+        return await (asyncio_sleep if step.is_real else clock.async_sleep)(step.seconds)
     import asyncio
 
     loop = asyncio.get_running_loop()
@@ -345,12 +335,13 @@ async def _await_arrival_async(arrival: Arrival) -> None:
             loop.call_soon_threadsafe(event.set)
 
     try:
-        arrival.notify(wake)
-        while not arrival.poll():
-            await clock.wait_async(event, arrival.due_in())
+        step.notify(wake)
+        while not step.poll():
+            await clock.wait_async(event, step.due_in())
             event.clear()
     finally:
-        arrival.notify(None)
+        step.notify(None)
+    return None
 
 
 def is_in_asyncio() -> bool:
@@ -359,7 +350,7 @@ def is_in_asyncio() -> bool:
     return asyncio is not None and asyncio._get_running_loop() is not None  # noqa: SLF001
 
 
-def cancellations() -> int:
+def _cancellations() -> int:
     """How many cancellations of the running asyncio task are under way; 0 where none runs."""
     task = sys.modules["asyncio"].current_task() if is_in_asyncio() else None
     return 0 if task is None else task.cancelling()
@@ -367,7 +358,7 @@ def cancellations() -> int:
 
 def was_cancelled(outcome: Any, before: int) -> bool:
     """Whether the running task was cancelled since there were so many cancellations, whatever became of that."""
-    if cancellations() <= before:
+    if _cancellations() <= before:
         return False
     # Before Python 3.13 a task group that has failed leaves a cancellation of its own behind: there it counts only if
     # the error was made of it.
@@ -379,7 +370,7 @@ def made_an_error_of_its_cancellation(error: Exception) -> bool:
 
     A call in a ``finally`` block of a task that was cancelled before is retried as ever.
     """
-    return bool(cancellations()) and _comes_of_cancellation(error) and not _comes_of_cancellation(sys.exception())
+    return bool(_cancellations()) and _comes_of_cancellation(error) and not _comes_of_cancellation(sys.exception())
 
 
 def _comes_of_cancellation(error: BaseException | None) -> bool:
