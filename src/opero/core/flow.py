@@ -34,10 +34,10 @@ _TOLD_WAIT = 0.001
 
 
 class NoAttempt(Enum):
-    """In place of an outcome: why there was no attempt."""
+    """In place of an outcome: why there was no attempt; of two, how that is told where it ends the call."""
 
-    OUT_OF_TIME = "no time is left"
-    CIRCUIT_OPEN = "the candidate's circuit is open"
+    OUT_OF_TIME = "total_timeout={:g} s ended it"
+    CIRCUIT_OPEN = "its circuit is open"
     GAVE_WAY = "the candidate was put to rest while its slot was waited for"
 
 
@@ -114,9 +114,7 @@ class Layers:
     """The layers around the function of one call.
 
     Attributes:
-        deadline: When ``total_timeout`` ends.
-        is_timed: Whether any time limit bounds its attempts.
-        candidates: Those that may be tried again, or one that stands for the arguments as they are.
+        candidates: Those that may be tried again; without fallback one, for the arguments as they are.
         left: Those of this round that have not been tried.
         has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
         has_slot: Whether the next attempt has its slot of the rate limit.
@@ -126,7 +124,6 @@ class Layers:
         failed: The last attempt that failed; without fallback, until the next one begins.
         errors: Those of all attempts, with fallback.
         earlier_failure: What a time limit at the end should not hide.
-        ended_by: What else than the last attempt ended the call.
     """
 
     has_own_limit = True
@@ -136,7 +133,7 @@ class Layers:
     patient_until: float | None = None
     failed: Verdict | None = None
     earlier_failure = ""
-    ended_by = ""
+    ended_by: NoAttempt | None = None
 
     def __init__(self, plan: Plan, call: Call) -> None:
         self.plan = plan
@@ -276,12 +273,13 @@ class Layers:
         plan.stats.waited.add(waited)
         if _is_shut(passage):
             return CIRCUIT_OPEN
+        gives_way = self._gives_way(candidate)
         if not taken:
-            return GAVE_WAY if self.has_own_limit and self._gives_way(candidate) else OUT_OF_TIME
+            return GAVE_WAY if self.has_own_limit and gives_way else OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
             call.tell(events.SlotWaited, seconds=waited)
         # A slot that all candidates share is as good for another one.
-        self.has_slot = not self.has_own_limit and self._gives_way(candidate)
+        self.has_slot = gives_way and not self.has_own_limit
         return GAVE_WAY if self.has_slot else None
 
     def begin(self, candidate: Candidate) -> None:
@@ -435,22 +433,14 @@ class Layers:
     def _must_end(self, seconds: float) -> bool:
         """Whether no other round can begin after so many seconds."""
         if seconds >= self.deadline - clock.now():
-            self.ended_by = self._why(OUT_OF_TIME)
-        elif self.plan.breaker is None or self.call.presence is not None:
-            return False
-        elif not self._admitted(self.candidates, after=seconds):
-            self.ended_by = self._why(CIRCUIT_OPEN)
-        return bool(self.ended_by)
-
-    def _why(self, cause: NoAttempt) -> str:
-        return (
-            "its circuit is open" if cause is CIRCUIT_OPEN else f"total_timeout={self.plan.total_timeout:g} s ended it"
-        )
+            self.ended_by = OUT_OF_TIME
+        elif self.plan.breaker is not None and self.call.presence is None:
+            self.ended_by = None if self._admitted(self.candidates, after=seconds) else CIRCUIT_OPEN
+        return self.ended_by is not None
 
     def _without_attempt(self, cause: NoAttempt) -> Any:
         """No attempt can follow: the call ends as the last one did, or tells why there was none."""
-        plan = self.plan
-        self.ended_by = self._why(cause)
+        plan, self.ended_by = self.plan, cause
         if self.failed is not None:
             return self._finish(plan.retry.end(plan, self.call, self.failed))
         if cause is CIRCUIT_OPEN:
@@ -458,7 +448,8 @@ class Layers:
         turns = {"a place": plan.places, "a rate slot": plan.limit, "a worker": self.call.presence}
         waited_for = " or ".join(turn for turn, has in turns.items() if has is not None)
         when = f"during the wait for {waited_for}" if waited_for else "before it began"
-        return Failed(CallTimeoutError(f"{plan.name} was not started: {self.ended_by} {when}"))
+        reason = cause.value.format(plan.total_timeout)
+        return Failed(CallTimeoutError(f"{plan.name} was not started: {reason} {when}"))
 
     def _circuit_open(self) -> Exception:
         breaker: Any = self.plan.breaker
@@ -478,7 +469,7 @@ class Layers:
             return end
         call, plan, error = self.call, self.plan, end.error
         attempts, took = _counted(call.attempts, "attempt"), duration(clock.now() - call.started)
-        reason = self.ended_by and f"; {self.ended_by}"
+        reason = "" if self.ended_by is None else f"; {self.ended_by.value.format(plan.total_timeout)}"
         if plan.fallback is not None:
             whom = f"every candidate of {plan.fallback.parameter!r}"
             gave_up = self.failed is not None and self.failed.ends
