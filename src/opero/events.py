@@ -165,16 +165,15 @@ _telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_te
 class Listener:
     """A callback, and whether its errors have been complained of."""
 
-    __slots__ = ("_alone", "_is_complained_of", "callback")
+    __slots__ = ("_is_complained_of", "callback")
 
     def __init__(self, callback: Callable[[Any], object]) -> None:
         self.callback = check_callable("on_event", callback, "a function of one event")
-        self._alone = (self.callback,)
         self._is_complained_of = False
 
     def tell(self, event: Event) -> None:
         telling = _telling.get()
-        token = _telling.set((*telling, self.callback) if telling else self._alone)
+        token = _telling.set((*telling, self.callback))
         try:
             self.callback(event)
         except Exception as error:  # noqa: BLE001 - who listens must not change what happens

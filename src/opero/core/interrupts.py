@@ -21,9 +21,9 @@ class Hold:
     """
 
     def __init__(self) -> None:
-        self.before: Callable[..., Any] = signal.default_int_handler
+        # In whose place it hears Ctrl-C, and what it has heard.
+        self._before: Callable[..., Any] | None = None
         self.pressed: list[tuple[Any, ...]] = []
-        self._is_set = False
 
     def __call__(self, *signal_and_frame: Any) -> None:
         self.pressed.append(signal_and_frame)
@@ -32,18 +32,15 @@ class Hold:
         before = _signal.getsignal(signal.SIGINT)
         # Python runs handlers in the main thread only, whichever thread the system gives the signal to.
         if threading.current_thread() is threading.main_thread() and callable(before):
-            self.before = before
-            self._is_set = True
+            self._before = before
             _signal.signal(signal.SIGINT, self)
         return self
 
     def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            self.pressed.clear()
-        if self._is_set:
-            self._is_set = False
-            _signal.signal(signal.SIGINT, self.before)
-        # Who was there before hears what has waited.
-        pressed, self.pressed = self.pressed, []
-        for signal_and_frame in pressed:
-            self.before(*signal_and_frame)
+        if self._before is None:
+            return
+        _signal.signal(signal.SIGINT, self._before)
+        if not isinstance(error, KeyboardInterrupt):
+            # Who was there before hears what has waited.
+            for signal_and_frame in self.pressed:
+                self._before(*signal_and_frame)
