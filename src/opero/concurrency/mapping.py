@@ -119,13 +119,13 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
     def __repr__(self) -> str:
         return f"<opmap {self.plan.name}>"
 
-    def _with(self, kind: type[_Map[Any, Any, Any, Any]], **changes: Any) -> Any:
-        made = object.__new__(kind)
+    def _with(self, **changes: Any) -> Any:
+        made = object.__new__(type(self))
         made.__dict__.update(self.__dict__, **changes)
         return made
 
     def _bound_to(self, instance: Any) -> Self:
-        bound: Self = self._with(type(self), single=self.single.__get__(instance), _head=(instance,), unbound=self)
+        bound: Self = self._with(single=self.single.__get__(instance), _head=(instance,), unbound=self)
         return bound
 
     def _for_one_item(self) -> Self:
@@ -133,7 +133,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         is_to_be_stopped = self.plan.attempt_timeout is not None and not self.plan.is_async
         pools = self.settings.pools if is_to_be_stopped else PoolSource("serial")
         settings = replace(self.settings, pools=pools, progress=False, return_exceptions=False)
-        made: Self = self._with(type(self), settings=settings)
+        made: Self = self._with(settings=settings)
         return made
 
     def _is_classmethod_of(self, first: type) -> bool:
@@ -242,8 +242,8 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         return item if isinstance(item, tuple) else tuple(item)
 
 
-class _BlockingMap(_Map[T, P, R, L]):
-    """A ``def`` function as a map."""
+class SyncMap(_Map[T, P, R, L]):
+    """A ``def`` function as a map, which may be a method; made by `opero.opmap`."""
 
     __wrapped__: Callable[Concatenate[T, P], R]
 
@@ -282,14 +282,14 @@ class _BlockingMap(_Map[T, P, R, L]):
         return returned
 
     @property
-    def starmap(self) -> _BlockingMap[tuple[Any, ...], ..., R, L]:
+    def starmap(self) -> SyncMap[tuple[Any, ...], ..., R, L]:
         """The same map over tuples, each of which is the positional arguments of one call.
 
         ``fn.starmap(zip(names, sizes))`` calls ``fn(name, size)`` for each pair; keyword arguments go to every call.
         ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no tuple
         (list, or other iterable but text) ends the map with a TypeError.
         """
-        starred: _BlockingMap[tuple[Any, ...], ..., R, L] = self._with(_BlockingMap, _is_starred=True, unstarred=self)
+        starred: SyncMap[tuple[Any, ...], ..., R, L] = self._with(_is_starred=True, unstarred=self)
         return starred
 
     def _outcomes(self, items: Iterable[T], shape: Shape, sink: Sink) -> Iterator[Outcome[T, R]]:
@@ -302,20 +302,18 @@ class _BlockingMap(_Map[T, P, R, L]):
         source: Iterator[Any] = map(self._row, items) if self._is_starred else iter(items)
         return run_blocking(self.plan, self.settings, shape, sink, items=source, total=self._total(items))
 
-
-class SyncMap(_BlockingMap[T, P, R, L]):
-    """A ``def`` function as a map, which may be a method; made by `opero.opmap`."""
-
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
     @overload
     def __get__(self: _Method[S, Item, Q, R, L], instance: S, owner: type | None = None) -> SyncMap[Item, Q, R, L]: ...
+    @overload  # mypy binds what the property ``starmap`` gives, too
+    def __get__(self, instance: object, owner: type | None = None) -> Self: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else self._bound_to(instance)
 
 
-class _AwaitableMap(_Map[T, P, R, L]):
-    """An ``async def`` function as a map."""
+class AsyncMap(_Map[T, P, R, L]):
+    """An ``async def`` function as a map, which may be a method; made by `opero.opmap`."""
 
     __wrapped__: Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
 
@@ -367,28 +365,20 @@ class _AwaitableMap(_Map[T, P, R, L]):
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the function with one item, under the same policies, in this event loop."""
-        call: Coroutine[Any, Any, R] = (
-            self.single(*self._single_arguments(item, args), **kwargs)
-            if self.settings.batch_size is None
-            else self._one_of_a_list(item, *args, **kwargs)
-        )
+        if self.settings.batch_size is not None:
+            return _only(self._for_one_item()([item], *args, **kwargs))
+        call: Coroutine[Any, Any, R] = self.single(*self._single_arguments(item, args), **kwargs)
         return call
 
-    async def _one_of_a_list(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with Shortened():
-            results: Any = await self._for_one_item()([item], *args, **kwargs)
-        result: R = results[0]
-        return result
-
     @property
-    def starmap(self) -> _AwaitableMap[tuple[Any, ...], ..., R, L]:
+    def starmap(self) -> AsyncMap[tuple[Any, ...], ..., R, L]:
         """The same map over tuples, each of which is the positional arguments of one call.
 
         ``await fn.starmap(zip(names, sizes))`` awaits ``fn(name, size)`` for each pair; keyword arguments go to every
         call. ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no
         tuple (list, or other iterable but text) ends the map with a TypeError.
         """
-        starred: _AwaitableMap[tuple[Any, ...], ..., R, L] = self._with(_AwaitableMap, _is_starred=True, unstarred=self)
+        starred: AsyncMap[tuple[Any, ...], ..., R, L] = self._with(_is_starred=True, unstarred=self)
         return starred
 
     def _outcomes(
@@ -404,14 +394,12 @@ class _AwaitableMap(_Map[T, P, R, L]):
             source = map(self._row, items) if self._is_starred else iter(items)
         return run_awaiting(self.plan, self.settings, shape, sink, items=source, total=self._total(items))
 
-
-class AsyncMap(_AwaitableMap[T, P, R, L]):
-    """An ``async def`` function as a map, which may be a method; made by `opero.opmap`."""
-
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
     @overload
     def __get__(self: _Method[S, Item, Q, R, L], instance: S, owner: type | None = None) -> AsyncMap[Item, Q, R, L]: ...
+    @overload  # mypy binds what the property ``starmap`` gives, too
+    def __get__(self, instance: object, owner: type | None = None) -> Self: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else self._bound_to(instance)
 
@@ -429,6 +417,11 @@ def level_of_the_user() -> int:
         level += 1
         frame = frame.f_back
     return level
+
+
+async def _only(results: Coroutine[Any, Any, Any]) -> Any:
+    with Shortened():
+        return (await results)[0]
 
 
 async def _mapped(function: Callable[[Any], Any], items: AsyncIterable[Any]) -> AsyncIterator[Any]:

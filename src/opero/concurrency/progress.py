@@ -108,8 +108,10 @@ class TqdmProgress(Progress):
             self._bar.update(tally.finished - self._bar.n)
 
     def close(self) -> None:
-        with Hold():
-            self._bar.close()
+        if not self._bar.disable:
+            # The last line stays above the bars of other maps: else those would leave parts of themselves behind.
+            with Hold(), self._bar.external_write_mode(file=self._bar.fp):
+                self._bar.close()
 
 
 def check_progress(progress: Any) -> None:
