@@ -411,7 +411,7 @@ class Scheduler:
         self._flying.discard(entry)
         entry.flow = None
         if entry.members is not None:
-            self._list_ended(entry, list(entry.members.items()), outcome)
+            self._list_ended(entry, entry.members, outcome)
             return
         error = None
         value = outcome
@@ -468,23 +468,21 @@ class Scheduler:
             return True
         return verdict is not None and verdict.again
 
-    def _list_ended(self, entry: Entry, members: list[tuple[Entry, Exception | None]], outcome: Any) -> None:
+    def _list_ended(self, entry: Entry, members: dict[Entry, Exception | None], outcome: Any) -> None:
         """Give those items what the call has ended with that have no result: each its own error, or all the same."""
-        if not members:
-            return
-        if outcome.__class__ is not Failed:
+        if members and outcome.__class__ is not Failed:
             # What a hook of tenacity's supplied.
             outcome = _values(self._plan.name, outcome, len(members))
-        if outcome.__class__ is not Failed:
-            for (member, _), value in zip(members, outcome, strict=True):
-                self._give(entry, member, value)
-            return
-        has_own = any(error is outcome.error for _, error in members)
-        for member, error in members:
-            self._give(entry, member, Failed(error) if has_own and error is not None else outcome)
-        if not has_own and len(members) > 1:
+        error = outcome.error if outcome.__class__ is Failed else None
+        has_own = any(own is error for own in members.values())
+        for place, (member, own) in enumerate(members.items()):
+            if error is None:
+                self._give(entry, member, outcome[place])
+            else:
+                self._give(entry, member, Failed(own) if has_own and own is not None else outcome)
+        if error is not None and len(members) > 1 and not has_own:
             text = f"opero: this was item {entry.index} of the map, and {len(members) - 1} more in one list"
-            add_note(outcome.error, text, instead_of="opero: this was item ")
+            add_note(error, text, instead_of="opero: this was item ")
 
     def _give(self, entry: Entry, member: Entry, outcome: Any) -> None:
         member.call.attempts = entry.call.attempts
@@ -561,20 +559,17 @@ class Scheduler:
         now = time.monotonic()
         for batch in self._watched:
             if batch.look_at <= now:
-                self._look_at(batch, now)
+                begun = self.pool.begun(batch) or 0
+                is_busy = batch.reported < begun == batch.begun
+                if is_busy:
+                    # It will begin no other, see `worker.run_batch`.
+                    self._size = 1
+                    self._give_back(batch.take_from(begun - batch.reported))
+                is_at_last = is_busy or begun >= batch.reported + len(batch.items)
+                batch.begun, batch.look_at = begun, math.inf if is_at_last else now + _LOOKING_SECONDS
             if batch.ends_at <= now:
                 batch.is_overdue = self.pool.kill(batch) or batch.is_overdue
                 batch.ends_at = now + _ENDING_SECONDS
-
-    def _look_at(self, batch: Batch, now: float) -> None:
-        """Take back what a worker holds that is busy with one item; see `worker.run_batch`."""
-        begun = self.pool.begun(batch) or 0
-        batch.look_at = now + _LOOKING_SECONDS if begun < batch.reported + len(batch.items) else math.inf
-        if batch.reported < begun == batch.begun:
-            self._size = 1
-            self._give_back(batch.take_from(begun - batch.reported))
-            batch.look_at = math.inf
-        batch.begun = begun
 
     def _batch_done(self, done: Done) -> None:
         batch, report, count = done.batch, done.report, len(done.report.values)
