@@ -12,10 +12,12 @@ import collections
 import copyreg
 import dis
 import functools
+import inspect
 import marshal
 import os
 import pickle
 import sys
+import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -41,11 +43,7 @@ class UncacheableError(TypeError):
 
 
 def digest_of(*values: Any) -> bytes:
-    """The digest of some values.
-
-    Raises:
-        UncacheableError: If one of them has a state that pickle cannot take.
-    """
+    """The digest of some values; raises `UncacheableError` if one has a state that pickle cannot take."""
     return blake2b(b"".join(map(spelling_of, values)), digest_size=_SIZE, person=b"values").digest()
 
 
@@ -61,23 +59,56 @@ _PLAIN = blake2b(digest_size=_SIZE, person=b"plain")
 
 
 def spelling_of(value: Any) -> bytes:
-    """The bytes that tell a value from all others.
-
-    Raises:
-        UncacheableError: If it has a state that pickle cannot take.
-    """
+    """The bytes that tell a value from all others; raises as `digest_of`."""
     return _spelled(value, {})
-
-
-def _digest(label: str, content: bytes) -> bytes:
-    made = blake2b(_marshalled(label) + content, digest_size=_SIZE, person=b"value")
-    # Nothing that marshal writes begins so, nor with the mark of what has been met.
-    return b"#" + made.digest()
 
 
 def _marshalled(value: Any) -> bytes:
     # Later versions of the format note which objects are one and the same, so that equal values look different.
     return marshal.dumps(value, 2)
+
+
+def _spelled(value: Any, met: dict[int, tuple[Any, bytes]], *, is_lenient: bool = False) -> bytes:
+    """The spelling of a value, by those of its parts; in one frame for each level, to be as deep as the stack.
+
+    What has been ``met`` on the way is known by its id: how it is spelled, and until that is known, by a number. Where
+    it is lenient, what cannot be told is left out.
+    """
+    kind = type(value)
+    if kind in _LEAVES or (kind in {list, tuple} and _LEAVES.issuperset(map(type, value))):
+        return _marshalled(value)
+    if id(value) in met:
+        return met[id(value)][1]
+    if not is_lenient and (_is_class(value) or kind is _UsedByScript):
+        return _spelled_by_itself(value)
+    met[id(value)] = (value, b"@%d;" % len(met))
+    try:
+        label, parts = _opened(value)
+    except UncacheableError:
+        if not is_lenient:
+            raise
+        label, parts = "unknown", ()
+    spelled = []
+    for part in parts:
+        spelled.append(_spelled(part, met, is_lenient=is_lenient))  # noqa: PERF401 - a comprehension may have a frame
+    content = _marshalled(label) + b"".join(sorted(spelled) if label in _IN_ANY_ORDER else spelled)
+    # Nothing that marshal writes begins so, nor what stands for something met.
+    found = b"#" + blake2b(content, digest_size=_SIZE, person=b"value").digest()
+    met[id(value)] = (value, found)
+    return found
+
+
+def _spelled_by_itself(value: Any) -> bytes:
+    """The same wherever it is met: a class, which is taken apart once, or what a script has."""
+    found = _classes.get(value) if _is_class(value) else None
+    if found is None:
+        found = _spelled(value, {}, is_lenient=True)
+        if _is_class(value):
+            _classes[value] = found
+    return found
+
+
+_classes: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
 
 
 class _Unordered(list[Any]):
@@ -89,66 +120,6 @@ class _UsedByScript(dict[str, Any]):
 
 
 _IN_ANY_ORDER = frozenset({"dict", "set", "frozenset", "_Unordered", "_UsedByScript"})
-
-
-def _spelled(value: Any, met: dict[int, tuple[Any, bytes]], *, is_lenient: bool = False) -> bytes:
-    """The spelling of a value, by those of its parts; in one frame for each level, to be as deep as the stack.
-
-    Args:
-        value: Any.
-        met: What has been met on the way, by its id, and how it is spelled; until that is known, by how many were met
-            before it.
-        is_lenient: Whether what cannot be told is left out.
-    """
-    found = _at_once(value)
-    if found is not None:
-        return found
-    if id(value) in met:
-        return met[id(value)][1]
-    if not is_lenient and (_is_class(value) or type(value) is _UsedByScript):
-        return _spelled_leniently(value)
-    met[id(value)] = (value, b"@%d;" % len(met))
-    try:
-        label, parts = _opened(value)
-    except UncacheableError:
-        if not is_lenient:
-            raise
-        label, parts = "unknown", ()
-    spelled = []
-    for part in parts:
-        spelled.append(_spelled(part, met, is_lenient=is_lenient))  # noqa: PERF401 - a comprehension may have a frame
-    found = _digest(label, b"".join(sorted(spelled) if label in _IN_ANY_ORDER else spelled))
-    met[id(value)] = (value, found)
-    return found
-
-
-def _spelled_leniently(value: Any) -> bytes:
-    """A class or what a script has, by itself, so that it is the same wherever it is met."""
-    if not _is_class(value):
-        return _spelled(value, {}, is_lenient=True)
-    if value not in _classes:
-        _classes[value] = _spelled(value, {}, is_lenient=True)
-    return _classes[value]
-
-
-# To take one apart takes long.
-_classes: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
-
-
-def _at_once(value: Any) -> bytes | None:
-    """The spelling of what need not be taken apart."""
-    kind = type(value)
-    if kind in _LEAVES or (kind in {list, tuple} and _LEAVES.issuperset(map(type, value))):
-        return _marshalled(value)
-    if kind is object:
-        # It has no state, and can have no weak reference: kept for ever, it is told from all others, in any process.
-        return _bare_objects.setdefault(id(value), (value, _digest("object", os.urandom(_SIZE))))[1]
-    if _is_class(value) and _is_importable(value):
-        return _digest("type", _marshalled((_module_of(value), value.__qualname__)))
-    return None
-
-
-_bare_objects: dict[int, tuple[object, bytes]] = {}
 
 
 def _opened(value: Any) -> tuple[str, Iterable[Any]]:
@@ -197,13 +168,16 @@ _TOLD_OF_SCRIPTS = (*_LEAVES, type, *_FUNCTIONS, type(functools.cache(len)))
 
 
 def _parts_of_class(kind: type) -> Iterable[Any]:
-    """Of a class that is not known by its name alone: what it is made of."""
+    """Its name; of one that is not known by its name alone also what it is made of."""
+    named = (_module_of(kind), kind.__qualname__)
+    if _is_importable(kind):
+        return named
     members = {
         name: value
         for name, value in vars(kind).items()
         if name != "_abc_impl" and (name[:2] != "__" or isinstance(value, _FUNCTIONS))
     }
-    return (_module_of(kind), kind.__qualname__, kind.__bases__, members)
+    return (*named, kind.__bases__, members)
 
 
 def undecorated(function: Any) -> Any:
@@ -220,11 +194,7 @@ def _parts_of_function(function: Any) -> Iterable[Any]:
         return (function,)
     named = (_module_of(function), function.__qualname__)
     if _is_importable(function):
-        codes = []
-        while isinstance(function, types.FunctionType):
-            codes.append(function.__code__)
-            function = getattr(function, "__wrapped__", None)
-        return (*named, *codes)
+        return (*named, function.__code__, getattr(inspect.unwrap(function), "__code__", None))
     by_keyword = function.__kwdefaults__ or {}
     defaults = _by_place([*(function.__defaults__ or ()), *by_keyword, *by_keyword.values()])
     used = {}
@@ -234,12 +204,8 @@ def _parts_of_function(function: Any) -> Iterable[Any]:
 
 
 def _captured_by(function: types.FunctionType) -> Iterable[Any]:
-    held = []
-    for cell in function.__closure__ or ():
-        try:
-            held.append(cell.cell_contents)
-        except ValueError:
-            held.append("nothing yet")
+    cells = function.__closure__ or ()
+    held = ["nothing yet" if cell == types.CellType() else cell.cell_contents for cell in cells]
     # Globals of its own do what cells do elsewhere.
     used = _read_by(function).values() if _has_own_globals(function) else ()
     return (function.__code__, _by_place([*held, *used]))
@@ -289,19 +255,6 @@ def _parts_of_array(array: Any) -> Iterable[Any]:
     return (dtype.str if is_named else dtype, plain.shape, plain.flags.fnc, contents)
 
 
-def _parts_of_frame(frame: Any) -> Iterable[Any]:
-    """The columns one by one: how they are grouped in memory does not matter."""
-    columns = [_values_of_pandas(column) for _, column in frame.items()]
-    return (frame.columns, frame.index, columns, _put_on(frame))
-
-
-def _parts_of_index(index: Any) -> Iterable[Any]:
-    """Without what it has found out of itself meanwhile, and without levels that no label has."""
-    levels = [index.get_level_values(level) for level in range(index.nlevels)] if index.nlevels > 1 else [index]
-    values = [(_values_of_pandas(level), getattr(level, "freq", None)) for level in levels]
-    return ([*index.names], values, _put_on(index))
-
-
 def _values_of_pandas(column: Any) -> Iterable[Any]:
     values, dtype = column.array, column.dtype
     if isinstance(dtype, sys.modules["numpy"].dtype):
@@ -337,6 +290,9 @@ def _put_on(frame: Any) -> Iterable[Any]:
 
 def _parts_by_pickle(value: Any) -> Iterable[Any]:
     kind = type(value)
+    if kind is object:
+        # It has no state, and can have no weak reference: kept for ever, it is told from all others, in any process.
+        return _bare_objects.setdefault(id(value), (os.urandom(_SIZE), value))[:1]
     reduction = _reduction(value)
     if isinstance(reduction, str):
         module = pickle.whichmodule(value, reduction)  # type: ignore[attr-defined]  # not in typeshed
@@ -355,6 +311,7 @@ def _parts_by_pickle(value: Any) -> Iterable[Any]:
     return (kind, *made_by, _without_cached_properties(state, kind), listed, mapped, added)
 
 
+_bare_objects: dict[int, tuple[bytes, object]] = {}
 _REDUCERS = frozenset({"__reduce_ex__", "__reduce__", "__getstate__"})
 
 
@@ -406,8 +363,6 @@ def _without_cached_properties(state: Any, kind: type) -> Any:
 
 def _parts_of_exception(error: BaseException) -> Iterable[Any]:
     """Where it came from, too, which pickle leaves out."""
-    import traceback
-
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return (*_parts_by_pickle(error), error.__cause__, error.__context__, error.__suppress_context__, lines)
 
@@ -433,10 +388,13 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "builtins.BaseException": _parts_of_exception,
     "pathlib.PurePath": lambda value: (str(value),),
     "numpy.ndarray": _parts_of_array,
-    "pandas.DataFrame": _parts_of_frame,
+    # The columns one by one: how they are grouped in memory does not matter.
+    "pandas.DataFrame": lambda value: (value.columns, value.index, [held for _, held in value.items()], _put_on(value)),
     "pandas.Series": lambda value: (value.name, value.index, _values_of_pandas(value), _put_on(value)),
     "pandas.RangeIndex": lambda value: (value.name, range(value.start, value.stop, value.step), _put_on(value)),
-    "pandas.Index": _parts_of_index,
+    # Without levels that no label has, and what an index has found out of itself meanwhile.
+    "pandas.MultiIndex": lambda value: ([*map(value.get_level_values, range(value.nlevels))], _put_on(value)),
+    "pandas.Index": lambda value: (value.name, _values_of_pandas(value), getattr(value, "freq", None), _put_on(value)),
     "polars.DataFrame": lambda value: (value.get_columns(), _put_on(value)),
     "polars.Series": lambda value: (value.name, value.dtype, _values_of_polars(value), _put_on(value)),
 }
@@ -448,16 +406,23 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
 def lasting_identity(function: Callable[..., Any], option: str = "cache_namespace=") -> str:
     """A name that no other function has, in this process or another one; ``option`` could give it another one.
 
-    Functions that are reached by module and name are known by these. What can share a name (lambdas, functions made
-    inside functions, partials, bound methods, callable objects, sessions without a file) is known by its code and by
-    the values that it carries, too.
+    Functions that are reached by module and name are known by these, those of a script by its file in place of the
+    module. What can share a name (lambdas, functions made inside functions, partials, bound methods, callable objects,
+    sessions without a file) is known by its code and by the values that it carries, too.
 
     Raises:
         MisuseError: If these values cannot be told apart.
     """
     function = undecorated(function)
-    name = f"{_place(innermost(function))}.{name_of(function)}"
-    if isinstance(getattr(function, "__self__", None), types.ModuleType) or _is_reached_by_name(function):
+    named: Any = innermost(function)
+    module = named.__module__ or ""
+    file = getattr(named, "__globals__", {}).get("__file__") or getattr(sys.modules.get(module), "__file__", None)
+    # Every script is `__main__`, and `__mp_main__` in its own worker processes.
+    place = f"__main__({os.path.realpath(file)})" if module in _MAIN and file else _module_of(named)
+    name = f"{place}.{name_of(function)}"
+    if isinstance(getattr(function, "__self__", None), types.ModuleType):
+        return name
+    if place not in _MAIN and isinstance(function, types.FunctionType) and _has_name_of_its_own(function):
         return name
     # Not its defaults, which are among the arguments of each call.
     carried = _captured_by(function) if isinstance(function, types.FunctionType) else (function,)
@@ -468,21 +433,6 @@ def lasting_identity(function: Callable[..., Any], option: str = "cache_namespac
         raise MisuseError(msg) from error
 
 
-def _place(function: Any) -> str:
-    """Its module, and of a script the file: every one is `__main__`, and `__mp_main__` in its own worker processes."""
-    file = _file_of_script(function)
-    return _module_of(function) if file is None else f"__main__({os.path.realpath(file)})"
-
-
-def _file_of_script(function: Any) -> str | None:
-    module = getattr(function, "__module__", None)
-    if module not in _MAIN:
-        return None
-    return getattr(function, "__globals__", {}).get("__file__") or getattr(sys.modules.get(module), "__file__", None)
-
-
-def _is_reached_by_name(function: Any) -> bool:
-    if not isinstance(function, types.FunctionType) or function.__closure__ or _has_own_globals(function):
-        return False
-    has_file = function.__module__ not in _MAIN or _file_of_script(function) is not None
-    return has_file and "<" not in function.__qualname__ and function.__code__.co_name == function.__name__
+def _has_name_of_its_own(function: types.FunctionType) -> bool:
+    is_alone = not function.__closure__ and not _has_own_globals(function)
+    return is_alone and "<" not in function.__qualname__ and function.__code__.co_name == function.__name__

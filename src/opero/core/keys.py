@@ -33,9 +33,7 @@ _LONG = 1024
 class Instance(weakref.ref[Any]):
     """The identity of a living object, of which there is one for each; equal to itself only, without asking the object.
 
-    Attributes:
-        users: Marks of those `KeyMaker`s whose keys hold it.
-        stores: The stores that have such keys, which are told of the object's end.
+    It knows the marks of those `KeyMaker`s whose keys hold it, and the stores that are to be told of the object's end.
     """
 
     __slots__ = ("name", "stores", "users")
@@ -83,18 +81,10 @@ def identity_of(value: Any) -> Any:
 
 
 class KeyMaker:
-    """Gives the cache key of a call.
+    """Makes the functions that give the keys of calls, which take the same arguments.
 
-    Args:
-        function: Whose arguments the key is made of. Where it is a method, the instance that it is called on is told
-            apart by identity, and not kept alive; a key that outlives the process knows no identity: there an instance
-            is what its values are.
-        cache_key: What the user gave to make the key in their place.
-        digest: Whether the key has to be the same in every process, and to tell nothing of the arguments.
-        ignore: Names of parameters that are not part of the key.
-
-    Attributes:
-        key_of: A function of the same arguments that gives the key.
+    Where the function is a method, the instance that it is called on is told apart by identity, and not kept alive. A
+    key that outlives the process (``digest``) knows no identity: there an instance is what its values are.
     """
 
     def __init__(
