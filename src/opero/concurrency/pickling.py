@@ -11,12 +11,17 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import io
+import os
 import pickle
 import threading
 import traceback
 import weakref
 from collections import ChainMap
 from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from multiprocessing.reduction import ForkingPickler
+from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType
 from typing import TYPE_CHECKING, Any, NewType, ParamSpec, TypeVarTuple
 
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
 loads = pickle.loads
+# Below that a pipe is as fast as a file that is shared.
+_LEAST_SHARED = 1_000_000
 
 _LOCKS: dict[type, Callable[[], Any]] = {type(make()): make for make in (threading.Lock, threading.RLock)}
 
@@ -41,8 +48,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
 
     Args:
         names: Those; None for processes that have all of it, because they were forked, or are the parent.
-        reducers: More of those that a pickler's ``dispatch_table`` has.
-        buffer_callback: As in `pickle.Pickler`.
+        large: Gets large arrays, while a process is being started: pipes and locks can be inherited then.
         is_answer: Whoever unpickles it has sent the classes that have arrived here.
     """
 
@@ -50,17 +56,14 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
     copies_locks = False
 
     def __init__(
-        self,
-        names: frozenset[str] | None,
-        *,
-        reducers: Any = None,
-        buffer_callback: Any = None,
-        is_answer: bool = False,
+        self, names: frozenset[str] | None, *, large: list[memoryview] | None = None, is_answer: bool = False
     ) -> None:
-        if reducers is not None:
-            # Before the pickler in C looks for it.
+        buffer_callback = None
+        if large is not None:
+            buffer_callback = partial(_stays, large)
             of_cloudpickle: Any = cloudpickle.Pickler.dispatch_table
-            self.dispatch_table: Any = ChainMap(reducers, of_cloudpickle)
+            # Before the pickler in C looks for it.
+            self.dispatch_table: Any = ChainMap(ForkingPickler(io.BytesIO()).dispatch_table, of_cloudpickle)
         self.file = io.BytesIO()
         super().__init__(self.file, PROTOCOL, buffer_callback=buffer_callback)
         self._names = names
@@ -123,6 +126,14 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         return super().reducer_override(function)
 
 
+def _stays(large: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
+    """As a pickler's ``buffer_callback``: whether it stays in the pickle, because it is small."""
+    if os.name != "posix" or memoryview(buffer).nbytes < _LEAST_SHARED:
+        return True
+    large.append(buffer.raw())
+    return False
+
+
 def report_dumps(thing: Any) -> bytes:
     """Pickle in a worker; in C if that can do it."""
     with contextlib.suppress(Exception):
@@ -131,9 +142,7 @@ def report_dumps(thing: Any) -> bytes:
 
 
 def _undecorated(module: str, qualname: str, depth: int) -> Any:
-    found: Any = __import__(module, fromlist=["*"])
-    for part in qualname.split("."):
-        found = getattr(found, part)
+    found = attrgetter(qualname)(import_module(module))
     for _ in range(depth):
         found = getattr(found, "__wrapped__", found)
     return found

@@ -144,8 +144,12 @@ class ProcessPool(Pool):
 
     @property
     def largest_batch(self) -> int:
-        # One that a worker may not run to its end would have to wait for another worker.
-        return LARGEST_BATCH if self._at_once == 1 and self._most_items == sys.maxsize else 1
+        """Items that may be sent in one go now: as many as whichever worker gets them may still run."""
+        most = min(LARGEST_BATCH if self._at_once == 1 else 1, self._most_items)
+        for worker in self._workers:
+            if worker.room and len(worker.batches) < self._at_once:
+                most = min(most, worker.room)
+        return most
 
     @property
     def is_starting(self) -> bool:
@@ -346,7 +350,7 @@ class ProcessPool(Pool):
         free = None
         for worker in self._workers:
             count = len(worker.batches)
-            fits = worker.is_ready and count < min(self._at_once, worker.room)
+            fits = worker.is_ready and count < self._at_once and count + len(batch.items) <= worker.room
             if fits and count:
                 fits = not (batch.alone or any(other.alone for other in worker.batches.values()))
             if fits and (free is None or count < len(free.batches)):

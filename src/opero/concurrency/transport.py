@@ -9,11 +9,9 @@ import os
 import pickle
 import tempfile
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import blake2b
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.heap import Arena
-from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
@@ -41,8 +39,6 @@ _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 _NOTHING = pickle.dumps(None, PROTOCOL)
 # What a pickle that mentions the main module has in it.
 _MENTIONS_MAIN = b"_main__"
-# Below that a pipe is as fast as a file that is shared.
-_LEAST_SHARED = 1_000_000
 _ALIGNMENT = 64
 
 
@@ -62,10 +58,7 @@ class Packer:
         started, ``large`` gets large arrays, and pipes and locks can be inherited.
         """
         work, initializer, initargs, finalizer = life
-        pickler = Pickler(self.names)
-        if large is not None:
-            reducers = ForkingPickler(io.BytesIO()).dispatch_table
-            pickler = Pickler(self.names, reducers=reducers, buffer_callback=partial(_stays, large))
+        pickler = Pickler(self.names, large=large)
         the_work = f"{name_of(work.function)} or its keyword arguments"
         the_initializer = f"the initializer {initializer and name_of(initializer)} or its initargs"
         for what, is_function, thing in (
@@ -170,14 +163,6 @@ class Start:
             return unpack_start(data)
         mapped = memoryview(mmap.mmap(file.fd, file.size, flags=mmap.MAP_PRIVATE))
         return unpack_start(data, (mapped[start:end] for start, end in spans))
-
-
-def _stays(large: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
-    """As a pickler's ``buffer_callback``: whether it stays in the pickle, because it is small."""
-    if os.name != "posix" or memoryview(buffer).nbytes < _LEAST_SHARED:
-        return True
-    large.append(buffer.raw())
-    return False
 
 
 def _in_a_file(large: list[memoryview]) -> tuple[Arena | None, list[tuple[int, int]]]:
