@@ -17,7 +17,6 @@ from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
 # Items are held by reference, so a batch of large ones costs memory only for as long as they live.
@@ -71,16 +70,14 @@ class ThreadPool(Pool):
         self._in_flight += 1
         if self._in_flight > len(self._threads):
             with Hold():
-                self._start_thread()
+                if self._multi_pool is None:
+                    self._multi_pool = entered_multi_pool(self._workers, self._end_threads)
+                name = f"opero-worker-{len(self._threads) + 1}"
+                # As those of any pool, they do not keep the program alive that has left them.
+                thread = threading.Thread(target=self._serve, name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
         self._batches.put(batch)
-
-    def _start_thread(self) -> None:
-        if self._multi_pool is None:
-            self._multi_pool = entered_multi_pool(self._workers, self._end_threads)
-        # As those of any pool, they do not keep the program alive that has left them.
-        thread = threading.Thread(target=self._serve, name=f"opero-worker-{len(self._threads) + 1}", daemon=True)
-        thread.start()
-        self._threads.append(thread)
 
     def begun(self, batch: Batch) -> int:
         return batch.mark[0]
@@ -122,16 +119,12 @@ class ThreadPool(Pool):
             with runner_for(self._map[0]) as runner:
                 while (batch := self._batches.get()) is not None and not self._stopped:
                     work, context = self._map
-                    self.deliver(_run(batch, work, runner, context))
+                    how = How(context, batch.mark)
+                    # Held by no variable: the frame is reached from the traceback of an error.
+                    self.deliver(Done(batch, run_batch(work, batch.items, batch.time_limit, runner, how)))
                     del batch
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
             self.deliver(Fatal(error))
         finally:
             if self._finalizer is not None:
                 self._finalizer()
-
-
-def _run(batch: Batch, work: Work, runner: asyncio.Runner | None, context: contextvars.Context) -> Done:
-    # Held by no variable: this frame is reached from the traceback of an error, and they would keep each other alive.
-    how = How(context, batch.mark)
-    return Done(batch, run_batch(work, batch.items, batch.time_limit, runner, how))
