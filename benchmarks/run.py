@@ -65,11 +65,12 @@ def show(title: str, rows: Sequence[Row], repeat: int, unit: str = "s") -> dict[
     for _ in range(repeat):
         for name, measure in rows:
             times[name].append(measure())
+    best = max if unit.endswith("/s") else min
     base = median(times[rows[0][0]])
     print(f"\n{title}\n{'':44} {'median':>12} {'best':>12} {'ratio':>8}")
     for name, seconds in times.items():
         middle = median(seconds)
-        print(f"  {name:42} {_shown(middle, unit):>12} {_shown(min(seconds), unit):>12} {middle / base:8.2f}")
+        print(f"  {name:42} {_shown(middle, unit):>12} {_shown(best(seconds), unit):>12} {middle / base:8.2f}")
     return times
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 from side_by_side import until
 
 from opero import WorkerCrashedError, opmap
+from opero.concurrency.batches import Done, Pool
+from opero.concurrency.worker import Report
 
 PATIENCE = 10.0
 
@@ -234,3 +237,49 @@ def test_a_stream_gives_what_was_pulled_before_its_input_raised(mode):
 
 def abs_of(item):
     return abs(item)
+
+
+class FarPool(Pool):
+    """On a cluster, where the items of a batch seem to take the seconds that the test says."""
+
+    is_far = True
+    largest_batch = 10_000
+
+    def __init__(self, seconds):
+        self._seconds = itertools.chain(seconds, itertools.repeat(seconds[-1]))
+        self.sizes = []
+
+    def submit(self, batch):
+        count = len(batch.items)
+        self.sizes.append(count)
+        self.deliver(Done(batch, Report(batch.items, {}, next(self._seconds) * count)))
+
+    def stop(self, is_left):
+        """Nothing has been started."""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ([0.05], 2),
+        ([0.005], 20),
+        ([0.00002], 5_000),
+        ([1.0], 1),
+        # A late batch says little of those that follow, a slow item much.
+        ([*[0.005] * 30, 0.01, 0.005], 20),
+        ([*[0.005] * 30, 0.5], 1),
+    ],
+    ids=["slow", "fast", "trivial", "long", "late", "slower"],
+)
+def test_a_batch_for_a_cluster_takes_about_a_tenth_of_a_second(monkeypatch, seconds, expected):
+    pool = FarPool(seconds)
+    monkeypatch.setattr("opero.concurrency.threads.ThreadPool", lambda _work, _workers: pool)
+    opmap(mode="thread", progress=False)(abs)(range(1_000 + expected * 100))
+    assert pool.sizes[-2] == expected
+
+
+def test_one_late_batch_for_a_cluster_makes_no_small_ones(monkeypatch):
+    pool = FarPool([*[0.005] * 30, 0.02, 0.005])
+    monkeypatch.setattr("opero.concurrency.threads.ThreadPool", lambda _work, _workers: pool)
+    opmap(mode="thread", progress=False)(abs)(range(1_000))
+    assert min(pool.sizes[10:-1]) > 10

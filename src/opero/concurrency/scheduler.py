@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency.batches import Batch, Done, Fatal, Lost
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import Tally, make_progress
-from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, FAR_LONG_SECONDS, LONG_SECONDS, Work
+from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, Work
 from opero.core.clock import clock
 from opero.core.flights import Presence
 from opero.core.flow import call_flow, item_flow
@@ -116,6 +116,8 @@ class Scheduler:
         self.failure: Exception | None = None
         # Items in a batch, and batches that wait at a worker besides, as learnt from how long they take.
         self._size, self._ahead = 1, 0
+        # Of an item, on a cluster.
+        self._usual = 0.0
         # A batch that is with a worker when the circuit opens is run to its end.
         self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
         self._one_at_a_time = any((plan.limit, plan.places, plan.attempt_timeout, plan.total_timeout))
@@ -598,16 +600,17 @@ class Scheduler:
         To a worker that is far away some more batches, so that it has something to do while word of the last one is on
         its way; none behind one that takes long, which another worker could begin meanwhile.
         """
-        is_far, seconds = self.pool.is_far, max(seconds, 1e-9)
-        whole, longest = (FAR_BATCH_SECONDS, FAR_LONG_SECONDS) if is_far else (BATCH_SECONDS, LONG_SECONDS)
-        fitting = whole / seconds if seconds < longest else 1.0
+        if not self.pool.is_far:
+            fitting = BATCH_SECONDS / max(seconds, 1e-9) if seconds < LONG_SECONDS else 1.0
+        else:
+            # Many threads of one process hold each other up now and then, which is no reason for small batches.
+            self._usual = min(seconds, 0.9 * (self._usual or seconds) + 0.1 * seconds)
+            fitting = FAR_BATCH_SECONDS / max(self._usual, 1e-9) + 0.5
         if done.size:
             fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
-        # Many threads of one process hold each other up now and then, which is no reason for small batches.
-        least = self._size // 2 if is_far and seconds < whole else 1
-        self._size = max(1, least, min(int(fitting), self._size * 4))
-        if is_far:
-            of_a_batch = seconds * self._size
+        self._size = max(1, min(int(fitting), self._size * 4))
+        if self.pool.is_far:
+            of_a_batch = max(self._usual, 1e-9) * self._size
             self._ahead = 0 if of_a_batch >= LONG_BATCH_SECONDS else min(MOST_AHEAD, 1 + int(0.1 / of_a_batch))
 
     def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 BATCH_SECONDS = 0.02
 SLOW_SECONDS = 0.001
 LONG_SECONDS = 0.004
-# For workers that are far away, on a cluster; what takes longer than the second is sent alone.
+# For workers that are far away, on a cluster.
 FAR_BATCH_SECONDS = 0.1
-FAR_LONG_SECONDS = 0.02
 
 # Results of these types are surely no awaitables.
 _PLAIN_RESULTS = frozenset({int, float, str, bytes, bool, list, tuple, dict, set, type(None)})
