@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.core.forks import watch_forks
@@ -21,63 +22,48 @@ class Presence:
     is_away = False
 
 
+@dataclass(eq=False, repr=False)
 class Flight:
     """One computation under way, and the right to it among the processes that share the store: a lease.
 
     It stands in frames that may end up in the traceback of its outcome, and in the contexts of tasks that a run leaves
     behind: so it holds no outcome that was computed, and nothing large when it has landed.
-
-    Attributes:
-        key: Of the entry.
-        place: What it is found by; while an entry is refreshed others compute it, too.
-        stale: For how many seconds after its end an entry is of use if the call fails.
-        presence: Of the map that it is part of.
-        thread: Where it was begun.
-        seats: Those who wait for it.
-        waits_for: For which others the call waits that it belongs to.
-        landed: Whether nothing is to be waited for any more.
-        is_void: Whether the entry was deleted meanwhile, so that the outcome is not to be stored.
-        found: The entry's value, if a store has answered `FOUND`.
-        old: The value and the bytes of an entry that has ended, not more than ``stale`` seconds ago.
-        written: The entry as bytes, where results are kept so.
-        held: Whether the lease was claimed and not given back.
-        dropped: Whether it is wanted no more; a thread that is still on its way to claim it then gives it back at once.
-        ticket: By what the store tells the lease from others of the key.
     """
 
-    def __init__(
-        self, key: Any, presence: Presence | None = None, *, stale: float = 0.0, refreshes: bool = False
-    ) -> None:
-        self.key = key
-        self.place = (_REFRESH, key) if refreshes else key
-        self.stale = stale
-        self.presence = presence
-        self.thread = threading.get_ident()
-        self.seats: list[Seat] = []
-        self.waits_for: list[Flight] = []
-        self.landed = self.is_void = False
-        self.found: Any = None
-        self.old: tuple[Any, bytes | None] | None = None
-        self.written: bytes | None = None
-        self.held = self.dropped = False
-        self.ticket: Any = None
+    key: Any
+    # Of the map that it is part of.
+    presence: Presence | None = None
+    # For how many seconds after its end an entry is of use if the call fails.
+    stale: float = 0.0
+    # Others get the old entry meanwhile, or compute it, too.
+    refreshes: bool = False
+    # Where it was begun.
+    thread: int = field(default_factory=threading.get_ident)
+    # Those who wait for it, and for which others the call waits that it belongs to.
+    seats: list[Seat] = field(default_factory=list)
+    waits_for: list[Flight] = field(default_factory=list)
+    # Nothing is to be waited for any more.
+    landed: bool = False
+    # The entry was deleted meanwhile, so that the outcome is not to be stored.
+    is_void: bool = False
+    # The entry's value, if a store has answered `FOUND`, or that of one that has ended, with its bytes.
+    found: Any = None
+    old: tuple[Any, bytes | None] | None = None
+    # The entry as bytes, where results are kept so.
+    written: bytes | None = None
+    # The lease was claimed and not given back; or is wanted no more: a thread that is still on its way to claim it then
+    # gives it back at once.
+    held: bool = False
+    dropped: bool = False
+    # By what the store tells the lease from others of the key.
+    ticket: Any = None
 
     def needs(self, others: Collection[Flight]) -> bool:
         """Whether it is one of the others, or waits for one, itself or by those that it waits for."""
-        seen: set[Flight] = set()
-        left = [self]
-        while left:
-            flight = left.pop()
-            if flight in others:
-                return True
-            if flight not in seen:
-                seen.add(flight)
-                left += flight.waits_for.copy()
-        return False
-
-
-# Stands in the place of a flight that refreshes an entry.
-_REFRESH = object()
+        known = [self]
+        for flight in known:  # which grows meanwhile
+            known += [other for other in flight.waits_for if other not in known]
+        return any(flight in others for flight in known)
 
 
 # What a store answers to a flight, unless it is an exception.
@@ -105,41 +91,38 @@ class Keep(NamedTuple):
         return None if self.ttl is None else self.ttl + self.stale
 
 
+@dataclass(eq=False, repr=False)
 class Seat:
-    """One waiter's view of a flight; an `Arrival`.
-
-    Attributes:
-        outcome: What the flight has landed with; missing if there is nothing to share, as of one that was broken off.
-        written: The same as bytes, where results are kept so: all others get copies of their own.
-        traceback: Where that is an error, the way that it had come then.
-    """
+    """One waiter's view of a flight; an `Arrival`."""
 
     is_turn = False
 
-    def __init__(self, flight: Flight, time_left: Callable[[], float | None]) -> None:
-        self.outcome: Any = MISSING
-        self.written: bytes | None = None
-        self.traceback: TracebackType | None = None
-        self.wake: Callable[[], None] | None = None
-        self._flight = flight
-        self._time_left = time_left
-        flight.seats.append(self)
+    flight: Flight
+    # The time that the waiter has left.
+    due_in: Callable[[], float | None]
+    # What the flight has landed with; missing if there is nothing to share, as of one that was broken off.
+    outcome: Any = MISSING
+    # The same as bytes, where results are kept so: all others get copies of their own.
+    written: bytes | None = None
+    # Where that is an error, the way that it had come then.
+    traceback: TracebackType | None = None
+    wake: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.flight.seats.append(self)
 
     def poll(self) -> bool:
-        left = self._time_left()
-        return self._flight.landed or (left is not None and left <= 0)
-
-    def due_in(self) -> float | None:
-        return self._time_left()
+        left = self.due_in()
+        return self.flight.landed or (left is not None and left <= 0)
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self.wake = wake
-        if wake is not None and self._flight.landed:
+        if wake is not None and self.flight.landed:
             wake()
 
     def leave(self) -> None:
         """Wait no longer."""
-        self._flight.seats.remove(self)
+        self.flight.seats.remove(self)
 
 
 class Flights:
@@ -150,7 +133,8 @@ class Flights:
     """
 
     def __init__(self) -> None:
-        self._under_way: dict[Any, Flight] = {}
+        # By key, and whether they refresh the entry.
+        self._under_way: dict[tuple[Any, bool], Flight] = {}
         watch_forks(self)
 
     def after_fork(self) -> None:
@@ -159,7 +143,7 @@ class Flights:
 
     def board(self, flight: Flight) -> Flight:
         """The flight that is under way for the key, or else ``flight``, which the caller then has to fly."""
-        return self._under_way.setdefault(flight.place, flight)
+        return self._under_way.setdefault((flight.key, flight.refreshes), flight)
 
     def land(self, flight: Flight, outcome: Any = MISSING) -> None:
         """Give every waiter the outcome; without one, some waiter has to take over. What comes second says nothing."""
@@ -187,5 +171,6 @@ class Flights:
                 self._leave(flight)
 
     def _leave(self, flight: Flight) -> None:
-        if self._under_way.get(flight.place) is flight:
-            self._under_way.pop(flight.place, None)
+        place = flight.key, flight.refreshes
+        if self._under_way.get(place) is flight:
+            self._under_way.pop(place, None)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import redis.asyncio.connection
-import redis.asyncio.retry
 import redis.connection
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import ClusterError, RedisClusterException
 from redis.retry import Retry
@@ -29,39 +29,52 @@ ANSWER_SECONDS = 1.9
 # Of one event loop at once; of threads there are as many as threads in the middle of commands.
 _CONNECTIONS = 32
 
+_SETTINGS: dict[str, Any] = {
+    "socket_connect_timeout": CONNECT_SECONDS,
+    "socket_timeout": READ_SECONDS,
+    "decode_responses": False,
+    # redis-py's pools raise beyond a hundred connections; a URL may say fewer.
+    "max_connections": 2**31,
+}
+# A connection that the server has closed meanwhile is made anew; redis-py's default retries take seconds.
+_ONCE: Any = NoBackoff(), 1, (redis.ConnectionError,)
+
 
 class Server:
     """One database of one server: connections, and a rest when it fails, that all who use it share.
 
     Args:
-        place: How to connect, as keywords of redis-py's connections and the name of their class; None where a client of
-            the program's own does that in its own way.
-        own: That client.
+        kind: Name of the class of redis-py's connections.
+        place: How to connect, as keywords of that class.
+        own: A client of the program's own, which does that in its own way, in place of the others.
     """
 
-    def __init__(self, place: Mapping[str, Any] | None, own: Any = None) -> None:
-        self._place = place
+    def __init__(self, kind: str = "", place: Mapping[str, Any] | None = None, own: Any = None) -> None:
+        self._kind = kind
+        self._place = place or {}
         self._own = own
+        # By event loop: a client, places for those who ask at once, and what closes its connections.
         self._async_clients: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self.has_async_client = own is None
         self.rest = Rest()
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Use none of the parent's connections, and wait for none of its locks."""
-        self.client = self._own if self._place is None else _client(**self._place)
+        if self._own is not None:
+            self.client = self._own
+            return
+        bounded = type("Bounded", (_Bounded, getattr(redis.connection, self._kind)), {})
+        pool = _Pool(connection_class=bounded, **{**self._place, **_SETTINGS, "retry": Retry(*_ONCE)})
+        self.client = redis.Redis(connection_pool=pool)
 
     def __del__(self, suppress: Any = contextlib.suppress) -> None:
         # redis-py's pool is part of a cycle: its connections would be open until the garbage collector comes. When the
         # program ends, globals may be gone.
         with suppress(Exception):
-            if self._place is not None:
+            if self._own is None:
                 self.client.connection_pool.disconnect()
-
-    @property
-    def has_async_client(self) -> bool:
-        """Whether it can be asked in an event loop."""
-        return self._place is not None
 
     def perform(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The answers to commands; of several in one exchange an error that the server answers with is one."""
@@ -80,26 +93,26 @@ class Server:
         import asyncio
 
         loop = asyncio.get_running_loop()
-        known = self._async_clients.get(loop)
-        if known is None:
-            client = _async_client(**self._place or {})
+        if loop not in self._async_clients:
+            # What is read is bounded as a whole.
+            settings = {**self._place, **_SETTINGS, "retry": AsyncRetry(*_ONCE), "socket_timeout": None}
+            pool = redis.asyncio.ConnectionPool(getattr(redis.asyncio.connection, self._kind), **settings)
+            client = redis.asyncio.Redis(connection_pool=pool)
             # An event loop closes its generators when it ends, while it can still close connections.
-            closing = self._closing_at_the_end(client)
-            self._async_clients[loop] = known = client, asyncio.Semaphore(_CONNECTIONS), closing
+            closing = self._closing_at_the_end(loop, client)
+            self._async_clients[loop] = client, asyncio.Semaphore(_CONNECTIONS), closing
             await anext(closing)
-        client, places, _ = known
+        client, places, _ = self._async_clients[loop]
         # Not by a pool that lets tasks wait by itself, which takes a third of the time of a command.
         async with places, asyncio.timeout(ANSWER_SECONDS):
             entry: bytes | None = await client.get(key)
             return entry
 
-    async def _closing_at_the_end(self, client: Any) -> AsyncGenerator[None, None]:
-        import asyncio
-
+    async def _closing_at_the_end(self, loop: Any, client: Any) -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
-            self._async_clients.pop(asyncio.get_running_loop(), None)
+            self._async_clients.pop(loop, None)
             await client.aclose(close_connection_pool=True)
 
     def failed(self, error: Exception) -> None:
@@ -108,9 +121,7 @@ class Server:
             self.rest.begin(error)
 
 
-# The servers that are in use
-
-
+# Those that are in use.
 _servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
 
 
@@ -119,16 +130,16 @@ def server_at(url: str) -> Server:
     return server_of(**redis.connection.parse_url(url))  # type: ignore[no-untyped-call]  # redis-py's
 
 
-def server_of(*, connection_class: type | None = None, **place: Any) -> Server:
+def server_of(*, connection_class: type = redis.Connection, **place: Any) -> Server:
     """The server at a place, which is told by the keywords of a connection of redis-py and by its class."""
-    place["kind"] = "Connection" if connection_class is None else connection_class.__name__
-    return _servers.setdefault(repr(sorted(place.items())), Server(place))
+    kind = connection_class.__name__
+    return _servers.setdefault(repr((kind, sorted(place.items()))), Server(kind, place))
 
 
 def server_with(client: Any) -> Server:
     """The server that a client of the program's own is connected to."""
     place = _place_of(client)
-    return _servers.setdefault(f"client {id(client)}", Server(None, client)) if place is None else server_of(**place)
+    return _servers.setdefault(f"client {id(client)}", Server(own=client)) if place is None else server_of(**place)
 
 
 def _place_of(client: Any) -> dict[str, Any] | None:
@@ -146,32 +157,6 @@ def _place_of(client: Any) -> dict[str, Any] | None:
 
 
 # opero's own clients
-
-
-def _client(*, kind: str, **place: Any) -> Any:
-    """A client for threads that has not connected yet."""
-    settings = {**place, **_SETTINGS, "retry": Retry(*_ONCE)}
-    bounded = type("Bounded", (_Bounded, getattr(redis.connection, kind)), {})
-    return redis.Redis(connection_pool=_Pool(connection_class=bounded, **settings))
-
-
-def _async_client(*, kind: str, **place: Any) -> Any:
-    """The same for an event loop."""
-    # What is read is bounded as a whole.
-    settings = {**place, **_SETTINGS, "retry": redis.asyncio.retry.Retry(*_ONCE), "socket_timeout": None}
-    pool = redis.asyncio.ConnectionPool(getattr(redis.asyncio.connection, kind), **settings)
-    return redis.asyncio.Redis(connection_pool=pool)
-
-
-_SETTINGS: dict[str, Any] = {
-    "socket_connect_timeout": CONNECT_SECONDS,
-    "socket_timeout": READ_SECONDS,
-    "decode_responses": False,
-    # redis-py's pools raise beyond a hundred connections; a URL may say fewer.
-    "max_connections": 2**31,
-}
-# A connection that the server has closed meanwhile is made anew; redis-py's default retries take seconds.
-_ONCE: Any = NoBackoff(), 1, (redis.ConnectionError,)
 
 
 class _Pool(redis.ConnectionPool):

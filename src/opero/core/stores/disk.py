@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sqlite3
 import threading
 import time
 import weakref
 from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from opero.core.clock import clock
@@ -17,7 +17,7 @@ from opero.core.flights import BUSY, CLAIMED, FOUND, Keep
 from opero.core.forks import hold_forks
 from opero.core.interrupts import Hold
 from opero.core.private_folder import held_private_folder
-from opero.core.stores.lasting import FOREVER, LastingStore, slug
+from opero.core.stores.lasting import LastingStore, slug
 
 try:
     import fcntl
@@ -84,7 +84,11 @@ def _connect(folder: Path, namespace: str) -> sqlite3.Connection:
     connection = sqlite3.connect(folder / DATABASE, timeout=_LOCK_STEP, isolation_level=None, check_same_thread=False)
     try:
         if not is_of_this_format(connection):
-            _make_tables(connection, namespace)
+            connection.execute("PRAGMA auto_vacuum = FULL")
+            connection.execute("PRAGMA journal_mode = WAL")
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                _make_tables(connection, namespace)
         connection.execute("PRAGMA synchronous = NORMAL")
         # The log keeps the size of the largest results otherwise, also when the cache has been cleared.
         connection.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
@@ -95,16 +99,13 @@ def _connect(folder: Path, namespace: str) -> sqlite3.Connection:
 
 
 def _make_tables(connection: sqlite3.Connection, namespace: str) -> None:
-    connection.execute("PRAGMA auto_vacuum = FULL")
-    connection.execute("PRAGMA journal_mode = WAL")
-    with connection:
-        connection.execute("BEGIN IMMEDIATE")
-        # Another process may have done it meanwhile.
-        if not is_of_this_format(connection):
-            for statement in _SCHEMA.strip().splitlines():
-                connection.execute(statement)
-            connection.execute("INSERT INTO Settings VALUES (?, 0)", (namespace.encode("utf-8", "surrogatepass"),))
-            connection.execute(f"PRAGMA application_id = {_FORMAT}")
+    if is_of_this_format(connection):
+        # Another process has done it meanwhile.
+        return
+    for statement in _SCHEMA.strip().splitlines():
+        connection.execute(statement)
+    connection.execute("INSERT INTO Settings VALUES (?, 0)", (namespace.encode("utf-8", "surrogatepass"),))
+    connection.execute(f"PRAGMA application_id = {_FORMAT}")
 
 
 def connect_to_read(folder: Path) -> sqlite3.Connection:
@@ -145,9 +146,10 @@ class DiskStore(LastingStore):
         self._name = slug(namespace)
         super().__init__(f"the disk cache {self._name}", settings)
         self._namespace = namespace
+        self._touch = _TOUCH[settings.options["policy"]]
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
-        self._locks = KeyLocks()
+        self._lock_file: int | None = None
         # Held for a statement or a transaction, and never while another process is waited for.
         self._lock = threading.RLock()
         hold_forks(self)
@@ -168,8 +170,6 @@ class DiskStore(LastingStore):
 
     def after_fork(self) -> None:
         self._lock = threading.RLock()
-        # What is locked is the parent's, and stays so when the child closes the file.
-        self._locks = KeyLocks()
 
     @property
     def folder(self) -> Path:
@@ -185,13 +185,12 @@ class DiskStore(LastingStore):
 
     def read(self, key: bytes) -> bytes | None:
         with self._lock:
-            connection = self._open()
+            connection = self._connection or self._open()
             row = connection.execute(_GET, (key,)).fetchone()
-            touch = _TOUCH[self.settings.options["policy"]]
-            if row is not None and touch is not None and self._can_write:
+            if row is not None and self._touch is not None and self._can_write:
                 # Where another process writes, this hit does not count for the order of eviction.
                 with contextlib.suppress(sqlite3.OperationalError):
-                    connection.execute(touch, {"now": clock.wall(), "key": key})
+                    connection.execute(self._touch, {"now": clock.wall(), "key": key})
         entry: bytes | None = None if row is None else row[0]
         return entry
 
@@ -203,7 +202,7 @@ class DiskStore(LastingStore):
         return [
             next(faults) or stored
             if isinstance(request, Keep)
-            else self.in_spite_of_faults(self._patiently, partial(self._claim, request))
+            else self.in_spite_of_faults(self._patiently, self._claim, request)
             for request in requests
         ]
 
@@ -212,7 +211,7 @@ class DiskStore(LastingStore):
             flight.dropped = True
             if flight.held:
                 flight.held = False
-                self._locks.release(flight.key)
+                self._unlock_key(flight.key)
 
     def failed(self, error: Exception) -> None:
         # What is wrong with one entry is no reason to leave the others alone; a database that cannot be opened is.
@@ -221,8 +220,8 @@ class DiskStore(LastingStore):
 
     def delete(self, key: bytes) -> bool:
         def remove(connection: sqlite3.Connection) -> bool:
-            if self._locks.take(key):
-                self._locks.release(key)
+            if self._lock_key(key):
+                self._unlock_key(key)
             else:
                 # Another process computes it now, and shall not store it later.
                 _begin_generation(connection)
@@ -257,25 +256,50 @@ class DiskStore(LastingStore):
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
-        if not self.flights.held():
-            self._locks.close()
         if connection is not None:
             connection.close()
+        if self._lock_file is not None and not self.flights.held():
+            file, self._lock_file = self._lock_file, None
+            os.close(file)
 
     def _claim(self, flight: Flight) -> Answer:
         connection = self._open()
         if self._can_write and not flight.dropped:
             # A key that is locked and not noted could not be given back.
             with Hold():
-                flight.held = self._locks.take(flight.key)
+                flight.held = self._lock_key(flight.key)
             flight.ticket = _number(connection, _GENERATION)
         # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
         entry = self.read(flight.key)
         if entry is not None and self.is_found(flight, entry):
             return FOUND
         if not self._can_write:
-            raise self._not_writable()
+            raise PermissionError(f"{self.folder} cannot be written to")
         return CLAIMED if flight.held or flight.dropped else BUSY
+
+    def _lock_key(self, key: bytes) -> bool:
+        """Lock a key unless another process has it.
+
+        A lock is one byte of a file, locked by the system for this process and freed by the system when it ends,
+        however it ends; a forked child holds none of its parent's. When a process closes the file the system frees all
+        locks that it has on it: a second store of the same folder, with other options, may cost a key one more run in
+        another process.
+        """
+        if fcntl is None:
+            return True
+        if self._lock_file is None:
+            how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._lock_file = os.open(self.folder / _LOCKS, how, 0o600)
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int.from_bytes(key[:7]))
+        except (PermissionError, BlockingIOError):
+            # Another process has it; which of the two errors it is depends on the system.
+            return False
+        return True
+
+    def _unlock_key(self, key: bytes) -> None:
+        if fcntl is not None and self._lock_file is not None:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, int.from_bytes(key[:7]))
 
     def _keep(self, keeps: Sequence[Keep]) -> None:
         def insert(connection: sqlite3.Connection) -> None:
@@ -284,7 +308,7 @@ class DiskStore(LastingStore):
             for keep in keeps:
                 flight = keep.flight
                 if flight.written is not None and not flight.is_void and flight.ticket in {None, generation}:
-                    ends = FOREVER if keep.seconds is None else now + keep.seconds
+                    ends = math.inf if keep.seconds is None else now + keep.seconds
                     rank = 0.0 if self.settings.options["policy"] == "lfu" else now
                     connection.execute(_PUT, (flight.key, flight.written, ends, rank))
                     self._evict(connection)
@@ -308,7 +332,7 @@ class DiskStore(LastingStore):
         def transact() -> R:
             connection = self._open()
             if not self._can_write:
-                raise self._not_writable()
+                raise PermissionError(f"{self.folder} cannot be written to")
             if connection.in_transaction:
                 # A finalizer or a signal handler has come in the middle of one.
                 return work(connection)
@@ -317,16 +341,16 @@ class DiskStore(LastingStore):
                 connection.execute("BEGIN IMMEDIATE")
                 return work(connection)
 
-        return self._patiently(transact, seconds)
+        return self._patiently(transact, seconds=seconds)
 
-    def _patiently(self, work: Callable[[], R], seconds: float | None = None) -> R:
+    def _patiently(self, work: Callable[..., R], *args: Any, seconds: float | None = None) -> R:
         """Do some work, as soon as no other process writes; wait for that no longer than ``seconds``."""
         seconds = _LOCK_SECONDS if seconds is None else min(seconds, _LOCK_SECONDS)
         deadline = time.monotonic() + seconds
         while True:
             try:
                 with self._lock:
-                    return work()
+                    return work(*args)
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
@@ -335,9 +359,6 @@ class DiskStore(LastingStore):
                         self.rest.begin(error)
                     raise
             time.sleep(_LOCK_STEP)
-
-    def _not_writable(self) -> PermissionError:
-        return PermissionError(f"{self.folder} cannot be written to")
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None:
@@ -348,7 +369,6 @@ class DiskStore(LastingStore):
             with held_private_folder(root, self._name, "cache_options={'cache_dir': …}") as folder:
                 self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
                 self._connection = _connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
-                self._locks.path = folder / _LOCKS
         except BaseException:
             # It may have been exchanged while it was opened.
             self._disconnect()
@@ -360,47 +380,3 @@ class DiskStore(LastingStore):
             if first is not None and first is not self:
                 first.close(waits=False)
         return self._connection
-
-
-class KeyLocks:
-    """Locks on keys between the processes of one machine, for one thread at a time.
-
-    A lock is one byte of a file, locked by the system for this process and freed by the system when it ends, however it
-    ends. Nothing is written, and a forked child holds none of its parent's locks. When a process closes the file the
-    system frees all locks that it has on it: a second store of the same folder, with other options, may cost a key one
-    more run in another process.
-    """
-
-    path: Path
-
-    def __init__(self) -> None:
-        self._file: int | None = None
-
-    def take(self, key: bytes) -> bool:
-        """Lock a key unless another process has it."""
-        if fcntl is None:
-            return True
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(key))
-        except (PermissionError, BlockingIOError):
-            # Another process has it; which of the two errors it is depends on the system.
-            return False
-        return True
-
-    def release(self, key: bytes) -> None:
-        if fcntl is not None and self._file is not None:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _place(key))
-
-    def close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            os.close(file)
-
-    __del__ = close
-
-
-def _place(key: bytes) -> int:
-    # Where a file may be locked: an offset of 63 bits.
-    return int.from_bytes(key[:7], "big")

@@ -10,6 +10,7 @@ for damaged: whoever can write to the cache could have put it there to run code.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import struct
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from opero.core.flights import Flight, Keep
     from opero.core.stores.settings import CacheSettings
 
-FOREVER = float("inf")
-
 _VERSION = b"o2"
 # Version and kind, checksum, end.
 _HEAD = struct.Struct(">4sId")
@@ -44,12 +43,11 @@ MOST_BYTES = 2**28
 # As deep as JSON is read where the program has raised the limit of recursion: the stack of C has a limit of its own.
 _MOST_LEVELS = 1_000
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{\]}]')
-_READABLE = 48
 
 
 def slug(namespace: str) -> str:
     """A name for files and redis keys: readable, and different for different namespaces."""
-    readable = re.sub(r"[^A-Za-z0-9_.]+", "-", namespace)[-_READABLE:].strip("-.")
+    readable = re.sub(r"[^A-Za-z0-9_.]+", "-", namespace)[-48:].strip("-.")
     return f"{readable}-{blake2b(namespace.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
 
@@ -124,7 +122,7 @@ class LastingStore:
 
     def write_down(self, keep: Keep) -> Exception | None:
         """Write the entry for what is to be kept; gives why that failed."""
-        ends = FOREVER if keep.ttl is None else clock.wall() + keep.ttl
+        ends = math.inf if keep.ttl is None else clock.wall() + keep.ttl
         try:
             keep.flight.written = self.format.dumps(keep.value, ends)
         except Exception as error:  # noqa: BLE001 - a result that cannot be written costs the cache and not the call
@@ -183,7 +181,10 @@ class EntryFormat:
             raise DamagedEntryError("the entry is a pickle, which is never read with the serializer 'json'")
         payload: memoryview | bytes = memoryview(entry)[_PAYLOAD_AT:]
         if kind[3:] == b"Z":
-            payload = _decompressed(payload)
+            decompressor = zlib.decompressobj()
+            payload = decompressor.decompress(payload, MOST_BYTES)
+            if not decompressor.eof:
+                raise DamagedEntryError("the entry is damaged, or larger than any that opero compresses")
         if is_json:
             return _of_json(str(payload, "utf-8")), ends
         value = pickle.loads(payload)  # noqa: S301 - the folder is the user's alone; a redis server is trusted by whoever names it
@@ -191,14 +192,6 @@ class EntryFormat:
 
 
 _KINDS = frozenset(_VERSION + kind for kind in (b"P-", b"PZ", b"J-", b"JZ", b"E-", b"EZ"))
-
-
-def _decompressed(payload: memoryview | bytes) -> bytes:
-    decompressor = zlib.decompressobj()
-    value = decompressor.decompress(payload, MOST_BYTES)
-    if not decompressor.eof:
-        raise DamagedEntryError("the entry is damaged, or larger than any that opero compresses")
-    return value
 
 
 def _of_json(text: str) -> Any:

@@ -65,14 +65,7 @@ class MemoryStore:
     find = look_up
 
     def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
-        answers: list[Any] = []
-        for request in requests:
-            if isinstance(request, Keep):
-                self._keep(request)
-                answers.append(None)
-            else:
-                answers.append(self._claim(request))
-        return answers
+        return [self._answer(request) for request in requests]
 
     def let_go(self, flight: Flight) -> None:
         """Nobody outside this process waits for it."""
@@ -108,15 +101,16 @@ class MemoryStore:
                 self.touch(key)
         return entry
 
-    def _claim(self, flight: Flight) -> Answer:
-        entry = self._get(flight.key)
-        if entry is None:
-            return CLAIMED
-        if _has_not_ended(entry):
-            flight.found = entry[0]
+    def _answer(self, request: Flight | Keep) -> Answer | None:
+        if isinstance(request, Keep):
+            self._keep(request)
+            return None
+        entry = self._get(request.key)
+        if entry is not None and _has_not_ended(entry):
+            request.found = entry[0]
             return FOUND
-        if entry[1] + flight.stale > clock.now():
-            flight.old = entry[0], None
+        if entry is not None and entry[1] + request.stale > clock.now():
+            request.old = entry[0], None
         return CLAIMED
 
     def _keep(self, keep: Keep) -> None:

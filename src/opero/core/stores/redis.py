@@ -14,7 +14,6 @@ import struct
 import threading
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 from opero.core.clock import clock
 from opero.core.flights import BUSY, CLAIMED, FOUND, Keep
@@ -155,30 +154,32 @@ class RedisStore(LastingStore):
     def close(self) -> None:
         self.__dict__.pop("server", None)
 
-    def keep_leases(self, dropped: Sequence[Flight]) -> bool:
-        """Renew those that are held, and give back those that were dropped; tells whether there are more."""
-        tasks = [(_RELEASE, flight) for flight in dropped] + [(_RENEW, flight) for flight in self.flights.held()]
-        milliseconds = int(LEASE_SECONDS * 1000)
-        try:
-            self.server.perform(
-                [("EVAL", script, 1, self._names(f.key)[1], f.ticket, milliseconds) for script, f in tasks]
-            )
-        except Exception as error:  # noqa: BLE001 - the leases end by themselves
-            self.complain(error)
-        with self._lock:
-            is_needed = bool(self.flights.held()) or not self._dropped.empty()
-            if not is_needed:
-                self._keeper = None
-        return is_needed
-
     def _have_keeper(self) -> None:
         with self._lock:
             if self._keeper is None or not self._keeper.is_alive():
-                self._keeper = threading.Thread(
-                    target=_keep_leases, args=(ref(self), self._dropped), name="opero-leases", daemon=True
-                )
+                self._keeper = threading.Thread(target=self._keep_leases, name="opero-leases", daemon=True)
                 allow_forks(self._keeper)
                 self._keeper.start()
+
+    def _keep_leases(self) -> None:
+        """Renew the leases, give back those that nobody wants any more, and end a little after the last one."""
+        milliseconds = int(LEASE_SECONDS * 1000)
+        while True:
+            dropped = []
+            with contextlib.suppress(queue.Empty):
+                dropped.append(self._dropped.get(timeout=LEASE_SECONDS / 3))
+                while True:
+                    dropped.append(self._dropped.get_nowait())
+            tasks = [(_RELEASE, flight) for flight in dropped] + [(_RENEW, flight) for flight in self.flights.held()]
+            leases = [(script, 1, self._names(flight.key)[1], flight.ticket) for script, flight in tasks]
+            try:
+                self.server.perform([("EVAL", *lease, milliseconds) for lease in leases])
+            except Exception as error:  # noqa: BLE001 - the leases end by themselves
+                self.complain(error)
+            with self._lock:
+                if not self.flights.held() and self._dropped.empty():
+                    self._keeper = None
+                    return
 
     def _names(self, key: bytes) -> tuple[bytes, bytes]:
         """Those of the entry and its lease."""
@@ -187,8 +188,7 @@ class RedisStore(LastingStore):
         return entry, entry + b":lease"
 
     def _keys(self) -> Iterator[bytes]:
-        keys: Iterator[bytes] = self.client.scan_iter(match=self._prefix + b":*", count=_SCAN_COUNT)
-        return keys
+        return iter(self.client.scan_iter(match=self._prefix + b":*", count=_SCAN_COUNT))
 
     def _command(self, request: Flight | Keep) -> tuple[Any, ...]:
         """What the server is to do."""
@@ -225,20 +225,3 @@ class RedisStore(LastingStore):
             self.client.delete(self._names(request.key)[0])
             return error
         return CLAIMED if is_granted else BUSY
-
-
-def _keep_leases(found: ref[RedisStore], dropped: queue.SimpleQueue[Flight]) -> None:
-    """Renew the leases that a store holds, and give back those that nobody wants any more, as long as there are some.
-
-    The store is not held meanwhile, nor its connections, when nobody uses it any more.
-    """
-    while True:
-        unwanted = []
-        with contextlib.suppress(queue.Empty):
-            unwanted.append(dropped.get(timeout=LEASE_SECONDS / 3))
-            while True:
-                unwanted.append(dropped.get_nowait())
-        store = found()
-        if store is None or not store.keep_leases(unwanted):
-            return
-        del store

@@ -43,10 +43,7 @@ _WRITTEN = {"compress": False, "folder_name": "opero", "serializer": "pickle"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "memory": {"maxsize": 10_000, "policy": "lru"},
     "disk": {"cache_dir": None, "maxsize": None, "policy": "fifo", "size_limit": 16 * 2**30, **_WRITTEN},
-    "redis": {
-        **dict.fromkeys(("client", "redis_db", "redis_host", "redis_password", "redis_port", "url")),
-        **_WRITTEN,
-    },
+    "redis": {**dict.fromkeys(("client", "redis_db", "redis_host", "redis_password", "redis_port", "url")), **_WRITTEN},
 }
 # Those that twat-cache has not, or takes for something else.
 _OWN_OPTIONS = frozenset({"client", "serializer", "size_limit", "url"})
@@ -199,9 +196,7 @@ class CacheSettings:
         from opero.core.stores.twat import create_cache_config
 
         known = {name: value for name, value in self.options.items() if name not in _OWN_OPTIONS and value is not None}
-        return create_cache_config(
-            **{"folder_name": _WRITTEN["folder_name"], **known}, ttl=None if callable(self.ttl) else self.ttl
-        )
+        return create_cache_config(**known, ttl=None if callable(self.ttl) else self.ttl)
 
 
 _lock = ForkSafeLock(threading.RLock)

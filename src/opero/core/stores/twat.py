@@ -59,12 +59,9 @@ class CacheEngine(BaseCacheEngine[..., Any]):
     """What `opero.core.get_cache_context` gives."""
 
     def __init__(self, settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> None:
-        # Not twat-cache's own, which makes a folder by its settings.
-        self._config = settings.config()
-        self._cache_path = getattr(store, "folder", None)
-        self._hits = self._misses = self._size = 0
-        self._last_access = self._last_update = 0.0
-        self._created_at = time.time()
+        super().__init__(create_cache_config())
+        # Later, since twat-cache would make a folder by these settings, and log them.
+        self._config, self._cache_path = settings.config(), getattr(store, "folder", None)
         self._ttl: Any = settings.ttl
         self._store = store
         self._decorate = decorate
