@@ -120,6 +120,15 @@ def test_a_quota_is_counted_across_gates(open_gate, fake_clock):
     assert takes(open_gate([10, "3/minute"])) == 0
 
 
+def test_a_quota_of_many_calls_stays_small(open_gate, fake_clock, tmp_path):
+    gate = open_gate("100000/hour", spread=False)
+    for _ in range(2_000):
+        takes(gate)
+        fake_clock.tick(1)
+    (path,) = (tmp_path / "shared" / "limits").iterdir()
+    assert path.stat().st_size < 5_000
+
+
 def test_a_pause_holds_for_all_gates_of_the_name(open_gate, fake_clock):
     takes(open_gate(4), pause=30)
     assert takes(open_gate(4)) == pytest.approx(30)

@@ -42,15 +42,13 @@ _HEAD, _STAMPS = 5, struct.Struct("<2d")
 class QuotaMeter:
     """What was taken of a quota within its time: entries of a moment, and the amount."""
 
-    __slots__ = ("entries", "joins_until", "key", "name", "part", "seconds", "units", "used")
+    __slots__ = ("entries", "key", "name", "part", "seconds", "units", "used")
 
     def __init__(self, quota: Quota) -> None:
         self.name, self.units, self.seconds = quota
         self.key = self.name, self.seconds
         self.entries: deque[list[float]] = deque()
         self.part = self.seconds / _PARTS
-        # Until when more is added to the last entry.
-        self.joins_until = 0.0
         self.used = 0.0
 
     def has_room(self, now: float, amount: float) -> bool:
@@ -81,14 +79,13 @@ class QuotaMeter:
         if amount <= 0:
             self._give_back(-amount)
             return
-        if now < self.joins_until and self.entries:
-            last = self.entries[-1]
-            last[0] = now
-            last[1] += amount
+        entries = self.entries
+        if len(entries) > _EXACT_ENTRIES and entries[-1][0] // self.part == now // self.part:
+            entries[-1][0] = now
+            entries[-1][1] += amount
         else:
             self._forget_old(now)
-            self.entries.append([now, amount])
-            self.joins_until = now + self.part if len(self.entries) > _EXACT_ENTRIES else 0.0
+            entries.append([now, amount])
         self.used += amount
 
     def _give_back(self, amount: float) -> None:
