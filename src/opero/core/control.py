@@ -60,12 +60,13 @@ _OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "t
 class LiveStats(CallStats):
     """What a decorated function has done so far: the attributes of `opero.CallStats`, each as it is when it is read."""
 
-    def __init__(self, stats: Stats) -> None:
-        vars(self)["_stats"] = stats
+    def __init__(self, decoration: Decoration) -> None:
+        # Not its stats: in another process the decoration is made anew, with stats of its own.
+        vars(self)["_decoration"] = decoration
 
     def snapshot(self) -> CallStats:
         """All of them, as they are now."""
-        stats: Stats = vars(self)["_stats"]
+        stats: Stats = vars(self)["_decoration"].plan.stats
         return stats.snapshot()
 
     if not TYPE_CHECKING:  # which knows the names, and no others
@@ -91,7 +92,7 @@ class Control(Generic[P, R]):
         self._head = head
         # The first parameter of a method, where the control hangs on the function: Python does not pass that on there.
         self._missing = missing
-        self.stats = LiveStats(decoration.plan.stats)
+        self.stats = LiveStats(decoration)
 
     def _instance(self, asked_by: str) -> tuple[Any, ...]:
         if self._missing is None:
