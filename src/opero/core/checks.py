@@ -86,7 +86,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def check_mapping(name: str, value: Any) -> dict[str, Any]:
-    """A mapping of option names to values, or None for an empty one."""
+    """A mapping of option names to values; None is an empty one."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):

@@ -25,7 +25,7 @@ from collections.abc import Set as AbstractSet
 from hashlib import blake2b
 from typing import Any
 
-from opero.core.control import decoration_of
+from opero.core.parameters import undecorated
 from opero.core.signature import find_by_name, innermost, name_of
 from opero.exceptions import MisuseError
 
@@ -178,13 +178,6 @@ def _parts_of_class(kind: type) -> Iterable[Any]:
         if name != "_abc_impl" and (name[:2] != "__" or isinstance(value, _FUNCTIONS))
     }
     return (*named, kind.__bases__, members)
-
-
-def undecorated(function: Any) -> Any:
-    """What opero has decorated; anything else as it is."""
-    while (decoration := decoration_of(function)) is not None:
-        function = decoration.function
-    return function
 
 
 def _parts_of_function(function: Any) -> Iterable[Any]:

@@ -23,12 +23,6 @@ if TYPE_CHECKING:
     from opero.core.clock import Clock
     from opero.core.parameters import Forwarding
 
-_BARE = frozenset({int, str})
-_SMALL = frozenset({int, bool, type(None)})
-_TEXTS = frozenset({str, bytes})
-# Longer text is in a key by its digest.
-_LONG = 1024
-
 
 class Instance(weakref.ref[Any]):
     """The identity of a living object, of which there is one for each; equal to itself only, without asking the object.
@@ -98,20 +92,25 @@ class KeyMaker:
         self._shape = shape = forwarding(function)
         self._name = name_of(function)
         self._names = names = tuple(name for name in shape.names if name not in ignore)
+        self._may_be_method = not digest and names[:1] == shape.names[:1] != ()
+        # Put on the instances that are in its keys.
+        self._mark = object()
+        owner_of = _owner_function(function, self._mark) if self._may_be_method else None
         # All arguments can be plain; not so `*args` and `**kwargs`.
         is_quick = cache_key is None and set(names) <= set(shape.named)
         self._has_finder = is_quick and not digest
-        # Put on instances whose methods these are.
-        self._mark = None if digest else object()
         if cache_key is None:
-            make, given = _key_function(function, shape, names, self._mark), ", ".join(names)
+            make, given = _digest_function(self._name, shape, names, owner_of), ", ".join(names)
         else:
-            make, given = _users_key(cache_key, self._name), shape.call
-        lines = [f"return _opero_make({given})"]
-        if is_quick and digest:
+            make, given = _users_key(self._name, cache_key), shape.call
+        otherwise = f"return _opero_make({given})"
+        lines = [otherwise]
+        if self._has_finder:
+            lines = [*self._plain_key("_opero_owner({0})", "_opero_known is not None", otherwise), "return _opero_key"]
+        elif is_quick:
             are_plain = _all_are("{0}.__class__ in _opero_plain", names)
-            lines.insert(0, f"if {are_plain}: return _opero_digest({_tuple(names)})")
-        self.key_of = self._compiled(lines, _opero_make=make, _opero_plain=PLAIN_TYPES, _opero_digest=digest_of_plain)
+            lines = [f"if {are_plain}: return _opero_digest({_tuple(names)})", otherwise]
+        self.key_of = self._compiled(lines, _opero_make=make, _opero_owner=owner_of)
 
     def finder(
         self,
@@ -126,17 +125,8 @@ class KeyMaker:
         """
         if not self._has_finder:
             return None
-        names = self._names
-        lines = _lines_for_key(names)
-        if names[:1] == self._shape.names[:1] != ():
-            owner, *others = names
-            is_known = f"_opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {owner}"
-            lines[-1:] = [
-                "else:",
-                f"    _opero_known = _opero_instances.get(_opero_id({owner}))",
-                f"    if not ({is_known}): return None",
-                *[f"    {line}" for line in _lines_for_key(others, "_opero_known")],
-            ]
+        is_known = "_opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {0}"
+        lines = self._plain_key("_opero_instances.get(_opero_id({0}))", is_known, "return None")
         end = "" if clock is None else " or _opero_entry[1] <= _opero_clock.now()"
         lines += [
             "_opero_entry = _opero_get(_opero_key)",
@@ -146,45 +136,58 @@ class KeyMaker:
         if touch is not None:
             # Removed since, if it is not there.
             lines += ["try: _opero_touch(_opero_key)", "except KeyError: pass"]
-        return self._compiled(
-            [*lines, "return _opero_entry"],
-            # Builtins may have the names of parameters.
-            _opero_int=int,
-            _opero_str=str,
-            _opero_len=len,
-            _opero_id=id,
-            _opero_small=_SMALL,
-            _opero_texts=_TEXTS,
-            _opero_instances=_instances,
-            _opero_mark=self._mark,
-            _opero_get=get,
-            _opero_touch=touch,
-            _opero_tick=tick,
-            _opero_clock=clock,
-        )
+        lines.append("return _opero_entry")
+        its = {"_opero_get": get, "_opero_touch": touch, "_opero_tick": tick, "_opero_clock": clock}
+        return self._compiled(lines, _opero_mark=self._mark, **its)
+
+    def _plain_key(self, known: str, is_known: str, otherwise: str) -> list[str]:
+        """Makes the key if all arguments are plain, or all but the instance that a method is called on."""
+        lines = _lines_for_key(self._names, otherwise)
+        if self._may_be_method:
+            owner, *others = self._names
+            lines[-1:] = [
+                "else:",
+                f"    _opero_known = {known.format(owner)}",
+                f"    if not ({is_known.format(owner)}): {otherwise}",
+                *[f"    {line}" for line in _lines_for_key(others, otherwise, "_opero_known")],
+            ]
+        return lines
 
     def _compiled(self, lines: list[str], **namespace: Any) -> Callable[..., Any]:
         source = "".join(f"    {line}\n" for line in lines)
-        namespace |= self._shape.defaults
+        namespace |= _NAMES | self._shape.defaults
         made = compile_function(f"def key_of({self._shape.parameters}):\n{source}", "key_of", namespace)
         # A wrong call is reported under the name that the user knows.
         made.__qualname__ = self._name
         return made
 
 
-def _lines_for_key(names: Sequence[str], *known: str) -> list[str]:
-    """What makes the key in `_key_function`, where all these arguments are plain."""
+# Builtins may have the names of parameters.
+_NAMES = {
+    "_opero_int": int,
+    "_opero_str": str,
+    "_opero_len": len,
+    "_opero_id": id,
+    "_opero_small": frozenset({int, bool, type(None)}),
+    "_opero_texts": frozenset({str, bytes}),
+    "_opero_plain": PLAIN_TYPES,
+    "_opero_digest": digest_of_plain,
+    "_opero_instances": _instances,
+}
+# Longer text is in a key by its digest.
+_LONG = 1024
+_IS_BARE = f"({{0}}.__class__ is _opero_int or {{0}}.__class__ is _opero_str and _opero_len({{0}}) < {_LONG})"
+_IS_PLAIN = f"({{0}}.__class__ in _opero_small or {{0}}.__class__ in _opero_texts and _opero_len({{0}}) < {_LONG})"
+
+
+def _lines_for_key(names: Sequence[str], otherwise: str, *known: str) -> list[str]:
     bare = names[0] if len(names) == 1 and not known else _tuple([*known, *names])
     with_classes = _tuple([*known, *names, *(f"{name}.__class__" for name in names)])
     return [
         f"if {_all_are(_IS_BARE, names)}: _opero_key = {bare}",
         f"elif {_all_are(_IS_PLAIN, names)}: _opero_key = {with_classes}",
-        "else: return None",
+        f"else: {otherwise}",
     ]
-
-
-_IS_BARE = f"({{0}}.__class__ is _opero_int or {{0}}.__class__ is _opero_str and _opero_len({{0}}) < {_LONG})"
-_IS_PLAIN = f"({{0}}.__class__ in _opero_small or {{0}}.__class__ in _opero_texts and _opero_len({{0}}) < {_LONG})"
 
 
 def _all_are(test: str, names: Sequence[str]) -> str:
@@ -195,19 +198,10 @@ def _tuple(names: Sequence[str]) -> str:
     return f"({''.join(f'{name}, ' for name in names)})"
 
 
-def _is_plain(value: Any) -> bool:
-    return value.__class__ in _SMALL or (value.__class__ in _TEXTS and len(value) < _LONG)
-
-
-def _key_function(
-    function: Callable[..., Any], shape: Forwarding, names: tuple[str, ...], mark: object | None
+def _digest_function(
+    function: str, shape: Forwarding, names: tuple[str, ...], owner_of: Callable[[Any], Instance | None] | None
 ) -> Callable[..., Any]:
-    """Makes the key of the values of these parameters; with a ``mark``, of its users, one of memory."""
-    name = name_of(function)
-    is_owner = _owner_test(function)
-    may_be_method = mark is not None and names[:1] == shape.names[:1] != ()
-    # As a wrapper has it that takes whatever it is called with.
-    has_owner_among_others = may_be_method and shape.parameters.startswith(f"*{names[0]}")
+    """Makes the key of the values of these parameters: their digest, and the instance that a method is called on."""
 
     def spelled(parameter: str, value: Any) -> bytes:
         if type(value) is object and shape.defaults.get(f"_opero_default_{parameter}") is value:
@@ -217,60 +211,58 @@ def _key_function(
             return spelling_of(value)
         except UncacheableError as error:
             msg = (
-                f"argument {parameter!r} of {name} cannot be part of a cache key: {error}; leave it out by Cache("
+                f"argument {parameter!r} of {function} cannot be part of a cache key: {error}; leave it out by Cache("
                 f"ignore={parameter!r}), or give cache_key=, a function of the same arguments that returns the key"
             )
             raise MisuseError(msg) from error
 
+    # As a wrapper has it that takes whatever it is called with.
+    has_owner_among_others = owner_of is not None and shape.parameters.startswith(f"*{names[0]}")
+
     def key_of(*values: Any) -> Any:
-        told, parameters = values, names
-        known: tuple[Instance, ...] = ()
-        if has_owner_among_others and told[0]:
-            (owner, *others), *rest = told
-            told, parameters = (owner, others, *rest), (names[0], *names)
-        if may_be_method and not _is_plain(told[0]) and is_owner(told[0]):
-            instance = _owning_instance(told[0], name)
-            instance.users.add(mark)
-            told, parameters, known = told[1:], parameters[1:], (instance,)
-        if mark is None or not all(map(_is_plain, told)):
-            digest = digest_of(*map(spelled, parameters, told))
-            return (*known, digest) if known else digest
-        classes = () if _BARE.issuperset(map(type, told)) else map(type, told)
-        key = (*known, *told, *classes)
-        return key[0] if len(key) == 1 and not known else key
+        parameters = names
+        if owner_of is not None:
+            if has_owner_among_others and values[0]:
+                (owner, *others), *rest = values
+                values, parameters = (owner, others, *rest), (names[0], *names)
+            instance = owner_of(values[0])
+            if instance is not None:
+                return (instance, digest_of(*map(spelled, parameters[1:], values[1:])))
+        return digest_of(*map(spelled, parameters, values))
 
     return key_of
 
 
-def _owning_instance(value: Any, function: str) -> Instance:
-    try:
-        return instance_of(value)
-    except TypeError as error:
-        msg = (
-            f"{function} was called on a {type(value).__qualname__}, which can have no weak reference, so that a cache "
-            "would keep it alive; add '__weakref__' to its __slots__ (weakref_slot=True of a dataclass), or give it a "
-            "method __cache_key__ that returns what tells it from others"
-        )
-        raise MisuseError(msg) from error
+def _owner_function(function: Callable[..., Any], mark: object) -> Callable[[Any], Instance | None]:
+    """Gives the identity of what a call got first, with a mark, if that is an instance whose method the function is.
 
-
-def _owner_test(function: Callable[..., Any]) -> Callable[[Any], bool]:
-    """Tells whether what a call got first is an instance whose method the function is, and known by its identity.
-
-    The class of such a one, or one of its bases, holds something that unwraps to the function.
+    Its class, or one of the bases, holds something that unwraps to the function.
     """
+    name = name_of(function)
     known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
-    def is_owner(instance: Any) -> bool:
-        kind = type(instance)
+    def owner_of(value: Any) -> Instance | None:
+        kind = type(value)
         if kind not in known:
             members = (member for owner in kind.__mro__ for member in list(vars(owner).values()))
             # What has a variable size (numbers, tuples, bytes) can have no weak reference, and does not change.
             is_told_by_state = hasattr(kind, "__cache_key__") or kind.__itemsize__
             known[kind] = not is_told_by_state and any(_unwraps_to(member, function) for member in members)
-        return known[kind]
+        if not known[kind]:
+            return None
+        try:
+            instance = instance_of(value)
+        except TypeError as error:
+            msg = (
+                f"{name} was called on a {kind.__qualname__}, which can have no weak reference, so that a cache would "
+                "keep it alive; add '__weakref__' to its __slots__ (weakref_slot=True of a dataclass), or give it a "
+                "method __cache_key__ that returns what tells it from others"
+            )
+            raise MisuseError(msg) from error
+        instance.users.add(mark)
+        return instance
 
-    return is_owner
+    return owner_of
 
 
 def _unwraps_to(member: Any, function: Callable[..., Any]) -> bool:
@@ -289,7 +281,7 @@ def _unwraps_to(member: Any, function: Callable[..., Any]) -> bool:
 _MOST_WRAPPERS = 50
 
 
-def _users_key(cache_key: Callable[..., Any], function: str) -> Callable[..., Any]:
+def _users_key(function: str, cache_key: Callable[..., Any]) -> Callable[..., Any]:
     def users_key(*args: Any, **kwargs: Any) -> Any:
         key = cache_key(*args, **kwargs)
         try:

@@ -8,6 +8,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from opero.core.checks import check_callable
+from opero.core.control import decoration_of
 from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING, name_of
 
@@ -143,13 +144,27 @@ def forwarding(function: Callable[..., Any]) -> Forwarding:
     return Forwarding(parameters)
 
 
+def undecorated(function: Any) -> Any:
+    """What opero has decorated; anything else as it is, such as what others have put around that."""
+    while (its := decoration_of(function)) is not None and function.__wrapped__ is its.function:
+        function = its.function
+    return function
+
+
 def own_signature(function: Callable[..., Any]) -> inspect.Signature:
     """Not the signature of what it wraps: a wrapper in between may take other arguments.
 
     Raises:
         ValueError: If it is not known, as of some builtins.
     """
-    return inspect.signature(_as_it_is(function), follow_wrapped=False)
+    # opero's own wrapper takes what the function takes.
+    function = undecorated(function)
+    if isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__"):
+        # Without a `__signature__` that `functools.wraps` has copied from another one.
+        bare = types.FunctionType(function.__code__, {}, function.__name__, function.__defaults__, function.__closure__)
+        bare.__kwdefaults__ = function.__kwdefaults__
+        function = bare
+    return inspect.signature(function, follow_wrapped=False)
 
 
 def first_parameter(function: Callable[..., Any]) -> str | None:
@@ -157,20 +172,6 @@ def first_parameter(function: Callable[..., Any]) -> str | None:
     function = inspect.unwrap(function)
     code = function.__code__ if isinstance(function, types.FunctionType) else None
     return None if code is None else next(iter(code.co_varnames[: code.co_argcount]), None)
-
-
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function without a ``__signature__`` that `functools.wraps` has copied from another one."""
-    while isinstance(function, types.FunctionType) and (its := vars(function).get("__opero__")) is not None:
-        if vars(function)["__wrapped__"] is not its.function:
-            break
-        # opero's own wrapper takes what the function takes.
-        function = its.function
-    if not (isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__")):
-        return function
-    bare = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
-    bare.__defaults__, bare.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    return bare
 
 
 def compile_function(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:

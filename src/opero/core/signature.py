@@ -41,25 +41,22 @@ def find_by_name(module: str, qualname: str) -> Any:
     return found
 
 
+def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What names a function: what a partial was made of, or the class of a callable object; else itself."""
+    while isinstance(function, functools.partial) and not hasattr(function, "__qualname__"):
+        function = function.func
+    return function if hasattr(function, "__qualname__") else type(function)
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Name a function as a message should: its qualified name, through partials."""
-    return _named(function).__qualname__
+    return innermost(function).__qualname__
 
 
 def module_of(function: Callable[..., Any]) -> str:
     """The module of what `name_of` names, ``""`` if none is known."""
-    module = getattr(_named(function), "__module__", None)
+    module = getattr(innermost(function), "__module__", None)
     return module if isinstance(module, str) else ""
-
-
-def _named(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function if hasattr(function, "__qualname__") else innermost(function)
-
-
-def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a partial was made of, or the class of a callable object."""
-    function = through_partials(function)
-    return function if hasattr(function, "__qualname__") else type(function)
 
 
 Kind = Literal["def", "async def", "generator", "async generator"]
