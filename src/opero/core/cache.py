@@ -121,6 +121,12 @@ class ResultCache:
     """
 
     def __init__(self, function: Callable[..., Any], settings: CacheSettings) -> None:
+        refuse_generator(function, "cache")
+        named = forwarding(function).named
+        for name in settings.ignore:
+            if name not in named:
+                msg = f"ignore={name!r} names no parameter of {name_of(function)}; write any of {listed(named)}"
+                raise ValueError(msg)
         self.is_lasting = settings.backend != "memory"
         self.keys = KeyMaker(function, settings.key, digest=self.is_lasting, ignore=settings.ignore)
         self.stats = Stats()
@@ -346,20 +352,6 @@ _lock = threading.RLock()
 _caches: WeakSet[ResultCache] = WeakSet()
 
 
-def cache_policy(function: Callable[..., Any], settings: CacheSettings) -> ResultCache:
-    """Make the policy for ``function``."""
-    refuse_generator(function, "cache")
-    named = forwarding(function).named
-    for name in settings.ignore:
-        if name not in named:
-            msg = f"ignore={name!r} names no parameter of {name_of(function)}; write any of {listed(named)}"
-            raise ValueError(msg)
-    cache = ResultCache(function, settings)
-    if not cache.is_lasting:
-        _ = cache.store  # a namespace that others use with other options is refused when decorating
-    return cache
-
-
 def get_cache_decorator(
     *,
     cache_ttl: Duration | None = None,
@@ -385,7 +377,7 @@ def get_cache_decorator(
     settings = cache_settings(**given, options=options)
 
     def plan(function: Callable[..., Any]) -> Plan:
-        return Plan(function, RetryPolicy(), cache=cache_policy(function, settings))
+        return Plan(function, RetryPolicy(), cache=ResultCache(function, settings))
 
     recipe = {**{f"cache_{name}": value for name, value in given.items()}, **options}
     return decorator("get_cache_decorator", plan, (get_cache_decorator, recipe))

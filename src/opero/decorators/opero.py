@@ -154,7 +154,7 @@ def _policies(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, 
 
 
 def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache:
-    from opero.core.cache import Cache, cache_policy
+    from opero.core.cache import Cache, ResultCache
     from opero.core.stores.settings import cache_settings
 
     if isinstance(given["cache"], Cache):
@@ -162,13 +162,13 @@ def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache:
             if given[name] != OPERO_DEFAULTS[name]:
                 msg = f"{name}={shown(given[name])} stands beside cache=Cache(…), which says all of it; write it there"
                 raise ValueError(msg)
-        return cache_policy(function, given["cache"].settings)
+        return ResultCache(function, given["cache"].settings)
     if isinstance(given["cache"], str):
         msg = "cache=… is str; write True or False, and beside it cache_backend='disk', or cache=Cache(backend='disk')"
         raise TypeError(msg)
     if not isinstance(given["cache"], bool):
         raise wrong_type("cache", given["cache"], "True or False, or a Cache, such as cache=Cache(ttl='15 minutes')")
-    return cache_policy(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in _OF_CACHE}))
+    return ResultCache(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in _OF_CACHE}))
 
 
 _OF_CACHE = tuple(OPTIONS["cache"])[1:]

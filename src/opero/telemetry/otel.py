@@ -130,24 +130,18 @@ class _Instrument:
     def _end(self, done: CallDone) -> None:
         span, context, token = self._live.pop(done.call)
         try:
-            self._describe(span, done)
-            measured = {**_function(done), **_outcome(done)}
-            self._calls.add(1, measured, context)
-            self._durations.record(done.seconds, measured, context)
+            outcome = _outcome(done)
+            span.set_attributes({**outcome, "opero.attempts": done.attempts, "opero.cached": done.cached})
+            if done.error is not None and span.is_recording():
+                span.set_status(trace.StatusCode.ERROR)
+                span.record_exception(done.error)
+            self._calls.add(1, {**_function(done), **outcome}, context)
+            self._durations.record(done.seconds, {**_function(done), **outcome}, context)
         finally:
             # A coroutine that the garbage collector ends is in another context, and cannot change that of its own.
             if token is not None and trace.get_current_span() is span:
                 detach(token)
             span.end()
-
-    @staticmethod
-    def _describe(span: trace.Span, done: CallDone) -> None:
-        if not span.is_recording():
-            return
-        span.set_attributes({**_outcome(done), "opero.attempts": done.attempts, "opero.cached": done.cached})
-        if done.error is not None:
-            span.set_status(trace.StatusCode.ERROR)
-            span.record_exception(done.error)
 
 
 def _function(event: Event) -> dict[str, str | int | float | bool]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from opero.core.forks import ForkSafeLock
 from opero.events import AttemptStarted, CacheHit, CallDone, RetryPlanned, SlotWaited, on_event
 from opero.telemetry import function_name, outcome_of
 
@@ -44,14 +44,13 @@ def instrument(registry: CollectorRegistry | None = None) -> Subscription:
         ImportError: By the import of this module, if prometheus-client is not installed.
     """
     registry = REGISTRY if registry is None else registry
-    with _lock.lock:
-        if registry in _counting:
-            metrics, earlier = _counting[registry]
-            earlier.close()
-        else:
-            metrics = _Metrics(registry)
-        subscription = on_event(metrics)
-        _counting[registry] = metrics, subscription
+    if registry in _counting:
+        metrics, earlier = _counting[registry]
+        earlier.close()
+    else:
+        metrics = _Metrics(registry)
+    subscription = on_event(metrics)
+    _counting[registry] = metrics, subscription
     return subscription
 
 
@@ -59,25 +58,13 @@ class _Metrics:
     """The metrics of one registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        made: list[Counter | Histogram] = []
-
-        def counter(name: str, text: str, *more_labels: str) -> Counter:
-            made.append(metric := Counter(name, text, ["function", *more_labels], registry=registry))
-            return metric
-
-        try:
-            self.calls = counter("opero_calls", "Calls that have ended", "outcome")
-            self.attempts = counter("opero_attempts", "Executions of the function")
-            self.retries = counter("opero_retries", "Rounds planned after one that failed")
-            self.hits = counter("opero_cache_hits", "Results from the cache")
-            self.waited = counter("opero_rate_limit_wait_seconds", "Seconds waited for rate limits")
-            self.durations = Histogram(
-                "opero_call_duration_seconds", "Duration of calls", ["function"], registry=registry
-            )
-        except ValueError:
-            for metric in made:
-                registry.unregister(metric)
-            raise
+        counter = partial(Counter, labelnames=["function"], registry=registry)
+        self.calls = counter("opero_calls", "Calls that have ended", labelnames=["function", "outcome"])
+        self.attempts = counter("opero_attempts", "Executions of the function")
+        self.retries = counter("opero_retries", "Rounds planned after one that failed")
+        self.hits = counter("opero_cache_hits", "Results from the cache")
+        self.waited = counter("opero_rate_limit_wait_seconds", "Seconds waited for rate limits")
+        self.durations = Histogram("opero_call_duration_seconds", "Duration of calls", ["function"], registry=registry)
 
     def __call__(self, event: Event) -> None:
         function = function_name(event)
@@ -95,6 +82,5 @@ class _Metrics:
                 self.durations.labels(function).observe(event.seconds)
 
 
-_lock = ForkSafeLock()
 # Of each registry its metrics, and who was told of calls last.
 _counting: WeakKeyDictionary[CollectorRegistry, tuple[_Metrics, Subscription]] = WeakKeyDictionary()
