@@ -75,8 +75,6 @@ class Cache:
         ValueError: If a value is out of range.
     """
 
-    __slots__ = ("_given", "settings")
-
     settings: CacheSettings
     _given: dict[str, Any]
 
@@ -96,8 +94,7 @@ class Cache:
         policy = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
         given: dict[str, Any] = {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace, **policy}
         checked = cache_settings(**given, options=settings, is_flat=False)
-        object.__setattr__(self, "_given", {**given, **settings})
-        object.__setattr__(self, "settings", checked)
+        vars(self).update(_given={**given, **settings}, settings=checked)
 
     def __setattr__(self, name: str, _value: Any) -> None:
         msg = f"a Cache does not change, so {name!r} cannot be set; make another one"

@@ -19,16 +19,12 @@ else:
         __name__, {name: f"{__name__}.{name}" for name in ("lines", "otel", "prometheus")}
     )
 
-# What spans, metrics and lines call the things that they tell of.
-SUCCESS = "success"
-FAILURE = "failure"
-CANCELLED = "cancelled"
-
 
 def outcome_of(done: CallDone) -> str:
+    """What spans and metrics call the end of a call."""
     if done.cancelled:
-        return CANCELLED
-    return SUCCESS if done.error is None else FAILURE
+        return "cancelled"
+    return "success" if done.error is None else "failure"
 
 
 def function_name(event: Event) -> str:

@@ -16,7 +16,7 @@ from opero.events import (
     SlotWaited,
     on_event,
 )
-from opero.telemetry import CANCELLED, function_name, outcome_of, type_name
+from opero.telemetry import function_name, outcome_of, type_name
 
 try:
     from opentelemetry import metrics, trace
@@ -149,7 +149,5 @@ def _function(event: Event) -> dict[str, str | int | float | bool]:
 
 
 def _outcome(done: CallDone) -> dict[str, str | int | float | bool]:
-    outcome = outcome_of(done)
-    if done.error is None or outcome == CANCELLED:
-        return {"opero.outcome": outcome}
-    return {"opero.outcome": outcome, "error.type": type_name(done.error)}
+    error = {} if done.error is None or done.cancelled else {"error.type": type_name(done.error)}
+    return {"opero.outcome": outcome_of(done), **error}
