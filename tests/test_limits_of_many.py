@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import itertools
+import math
 import pickle
 import random
 import threading
@@ -20,10 +21,12 @@ from test_rate_limit import Timed, limited, polled, settle, ticket_of, worst_exc
 
 import opero
 from opero.core import CallTimeoutError, RateLimitedError, RateLimiter, get_rate_limit_decorator
-from opero.core.flow import call_flow
+from opero.core.flow import Candidate, call_flow
 from opero.core.limits.line import Turn
 from opero.core.limits.rates import Pace, Quota, parse_rates
 from opero.core.plan import Call
+from opero.core.rate_limit import FunctionLimit
+from opero.core.steps import drive
 
 thoroughly = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -314,6 +317,14 @@ def test_when_all_are_full_the_one_whose_slot_comes_first_is_waited_for(world):
     f.__opero__.plan.limit.limiter.per_value.of("a").take_now()
     f.__opero__.plan.limit.limiter.per_value.of("c").take_now()
     assert world.run(f, 2, ["a", "b", "c"]) == "b"
+
+
+def test_a_call_that_gave_way_is_not_refused_when_the_reason_is_gone_a_moment_later(fake_clock):
+    limit = FunctionLimit(lambda: None, 1)
+    limit.limiter.take_now()
+    reasons = [True]
+    waiting = limit.take(Candidate((), {}), math.inf, is_over=lambda: reasons and reasons.pop(), is_turn=True)
+    assert drive(waiting, None) is None
 
 
 def test_idle_values_are_forgotten(world, fake_clock):
@@ -827,7 +838,7 @@ def test_a_call_takes_what_it_costs(world, fake_clock):
     f = limited(world.define(lambda text: text), **TOKENS)
     world.run(f, "x" * 30)
     fake_clock.tick(29)
-    f.__opero__.plan.limit.usual.learn(58.5)
+    f.__opero__.plan.limit.learn(58.5)
     with pytest.raises(CallTimeoutError):
         world.run(f, "x")
     fake_clock.tick(1)

@@ -99,7 +99,7 @@ def test_the_estimate_follows_a_function_that_becomes_slower_and_faster_again(fa
 
 def test_a_slot_that_is_free_is_never_refused(fake_clock):
     simulation = Simulation(fake_clock, 0.05)
-    simulation.plan.limit.usual.learn(100)
+    simulation.plan.limit.learn(100)
     simulation.run(0.5)
     assert simulation.ended >= 0.98 * 0.5 * RATE * SECONDS
 
@@ -114,8 +114,8 @@ def test_calls_that_find_a_free_slot_at_once_tell_how_long_the_function_takes(wo
     f = opero.opero(retries=0, total_timeout=9, rate_limit=RATE)(world.define(lambda: fake_clock.tick(2)))
     for _ in range(3):
         world.run(f)
-    usual = f.__opero__.plan.limit.usual.seconds
+    usual = f.__opero__.plan.limit.usual
     assert 2 <= usual < 9
     for _ in range(30):
         world.run(f)
-    assert f.__opero__.plan.limit.usual.seconds == pytest.approx(2.2, rel=0.01)
+    assert f.__opero__.plan.limit.usual == pytest.approx(2.2, rel=0.01)

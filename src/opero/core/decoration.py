@@ -77,7 +77,7 @@ class Decoration:
         self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
         self._take_slot = None if limit is None else limit.take_now
         # Whether a slot would come too late to be of use is told by how long the function takes.
-        self._learn = None if limit is None or plan.total_timeout is None else limit.usual.learn
+        self._learn = None if limit is None or plan.total_timeout is None else limit.learn
         # Whether anybody else than listeners hears how a first attempt ended.
         self._follows = plan.breaker is not None or self._learn is not None
         firsts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}

@@ -273,13 +273,12 @@ class Layers:
         plan.stats.waited.add(waited)
         if _is_shut(passage):
             return CIRCUIT_OPEN
-        gives_way = self._gives_way(candidate)
         if not taken:
-            return GAVE_WAY if self.has_own_limit and gives_way else OUT_OF_TIME
+            return GAVE_WAY if taken is None else OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
             call.tell(events.SlotWaited, seconds=waited)
         # A slot that all candidates share is as good for another one.
-        self.has_slot = gives_way and not self.has_own_limit
+        self.has_slot = not self.has_own_limit and self._gives_way(candidate)
         return GAVE_WAY if self.has_slot else None
 
     def begin(self, candidate: Candidate) -> None:

@@ -243,35 +243,12 @@ def _no_function(*_args: Any, **_kwargs: Any) -> Any:
     raise AssertionError("taking a slot calls no function")
 
 
-class Usual:
-    """How long a function usually takes: an average that forgets, and how far from it single executions are."""
-
-    __slots__ = ("_mean", "_spread")
-
-    def __init__(self) -> None:
-        self._mean = self._spread = 0.0
-
-    def learn(self, seconds: float) -> None:
-        # As TCP estimates round trips (RFC 6298).
-        if not self._mean:
-            self._mean, self._spread = seconds, seconds / 2
-            return
-        self._spread += (abs(seconds - self._mean) - self._spread) / 4
-        self._mean += (seconds - self._mean) / 8
-
-    @property
-    def seconds(self) -> float:
-        """As long as nearly all take."""
-        return self._mean and 1.1 * self._mean + 4 * self._spread
-
-
 class FunctionLimit:
     """One function's view of its limiters: which of their lines apply to a call, and what it takes of each.
 
     Attributes:
         limiter: That of the function itself, or the first.
         per: What tells calls apart that have limits of their own.
-        usual: How long an execution takes.
     """
 
     def __init__(
@@ -294,7 +271,8 @@ class FunctionLimit:
         self._limiters = limiters = _limiters(rate_limit, given, function)
         self.limiter = limiters[0]
         self.per = per
-        self.usual = Usual()
+        # How long executions take, an average that forgets, and how far from it single ones are.
+        self._mean = self._spread = 0.0
         # How a call waits may also be said for each function that shares a limiter.
         when_full, max_wait = given.get("when_full", self.limiter.when_full), given.get("max_wait")
         self._when_full = check_choice("rate_limit_options['when_full']", when_full, _WHEN_FULL)
@@ -330,6 +308,20 @@ class FunctionLimit:
 
         return take_now
 
+    def learn(self, seconds: float) -> None:
+        """An execution has taken so long."""
+        # As TCP estimates round trips (RFC 6298).
+        if not self._mean:
+            self._mean, self._spread = seconds, seconds / 2
+            return
+        self._spread += (abs(seconds - self._mean) - self._spread) / 4
+        self._mean += (seconds - self._mean) / 8
+
+    @property
+    def usual(self) -> float:
+        """As long as nearly all executions take."""
+        return self._mean and 1.1 * self._mean + 4 * self._spread
+
     def choose(self, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate to try next: the first, or with ``when_full="next"`` the one whose slot comes first."""
         if self._when_full != "next":
@@ -349,29 +341,35 @@ class FunctionLimit:
         *,
         is_over: Callable[[], bool],
         is_turn: bool,
-    ) -> Generator[Any, Any, bool]:
+    ) -> Generator[Any, Any, bool | None]:
         """Wait for a slot; False, at once, if it would come too late to be of use before the ``deadline``.
 
-        A slot that is free is never refused, so that what is usual can change. It is no use either once ``is_over``
-        says so; ``is_turn`` is of `opero.core.steps.Arrival`.
+        A slot that is free is never refused, so that what is usual can change. None once ``is_over`` says that it is
+        of no use; ``is_turn`` is of `opero.core.steps.Arrival`.
 
         Raises:
             RateLimitedError: If it would come later than the limiter lets a call wait.
             ValueError: If the call costs more than the whole rate.
         """
         until = clock.now() + (0.0 if self._when_full == "raise" else self._max_wait)
+        # What was said last, which led to the end: it may be said otherwise a moment later.
+        was_over = False
 
         def latest() -> float:
-            return -math.inf if is_over() else min(until, deadline - self.usual.seconds)
+            nonlocal was_over
+            was_over = is_over()
+            return -math.inf if was_over else min(until, deadline - self.usual)
 
         taken = yield from take(self._wants(candidate), latest, is_turn=is_turn)
-        if not taken and not is_over() and (self._when_full == "raise" or latest() == until):
+        if taken or was_over:
+            return taken or None
+        if self._when_full == "raise" or until <= deadline - self.usual:
             raise _full(self._expected_wait(candidate), self._name)
-        return taken
+        return False
 
     def ended(self, candidate: Candidate, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
         """An execution has ended after so long: what its result has really cost is taken."""
-        self.usual.learn(seconds)
+        self.learn(seconds)
         if outcome.__class__ is Failed or not self._after:
             return
         truly = {
