@@ -33,15 +33,15 @@ _AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, by
 class IteratorSource:
     """A plain iterator, pulled in the thread of whoever calls the map.
 
-    ``is_late``: it has given something after ``turn_ends``; nothing more is taken before the map has looked at its
-    results. ``exhausted``: there will be no more items. ``error``: what the iterator has raised at its end.
+    ``late_by``: how long after ``turn_ends`` it has given something; nothing more is taken before the map has looked at
+    its results. ``exhausted``: there will be no more items. ``error``: what the iterator has raised at its end.
     """
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
         self._is_at_hand = isinstance(iterator, _AT_HAND)
         self.turn_ends = math.inf
-        self.is_late = False
+        self.late_by = 0.0
         self.exhausted = False
         self.error: BaseException | None = None
 
@@ -57,13 +57,13 @@ class IteratorSource:
                 with contextlib.suppress(StopIteration):
                     for _ in range(count):
                         taken.append(next(coming))
-                        if now() > turn_ends:
-                            self.is_late = True
+                        if (taken_at := now()) > turn_ends:
+                            self.late_by = taken_at - turn_ends
                             break
         except Exception as error:  # noqa: BLE001 - raised when what has been taken has its outcomes
             self.error = error
-            self.is_late = False
-        self.exhausted = len(taken) < count and not self.is_late
+            self.late_by = 0.0
+        self.exhausted = len(taken) < count and not self.late_by
         return taken
 
 
@@ -71,7 +71,7 @@ class AsyncSource:
     """An async iterable, pulled by a task of its own, one item ahead of what was asked for."""
 
     # Nothing here blocks.
-    is_late, turn_ends = False, math.inf
+    late_by, turn_ends = 0.0, math.inf
 
     def __init__(self, iterator: AsyncIterator[Any], wake: Callable[[], None]) -> None:
         import asyncio

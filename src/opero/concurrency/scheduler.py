@@ -58,6 +58,8 @@ _ENDING_SECONDS = 1.0
 _LOOKING_SECONDS = 2.5 * LONG_SECONDS
 # A coroutine is cancelled when its time is up, and may need some to tidy up; one that ends no more is ended by force.
 _UNHEEDED_SECONDS = 5.0
+# How long results are waited for after an input that was late: a part of that, and seconds.
+_PART_FOR_LATE, _MOST_FOR_LATE = 0.05, 0.05
 # Items whose entries are asked for at once; so many only while all of them are found.
 MOST_LOOKED_UP = 500
 
@@ -206,7 +208,8 @@ class Scheduler:
         if self._watched:
             self._watch()
         # Nothing is taken from an input that was late before what has ended meanwhile is handed out.
-        self._source.is_late = self._source.is_late and bool(self._sink.ready)
+        if not self._sink.ready:
+            self._source.late_by = 0.0
         self._source.turn_ends = time.monotonic() + BATCH_SECONDS
 
     def outcomes(self) -> deque[Outcome[Any, Any]]:
@@ -231,8 +234,10 @@ class Scheduler:
 
         What a worker or another process does takes real time, in which opero's clock skips none.
         """
-        if self._source.is_late and not self.pool.is_starting:
-            return 0.0, True
+        if self._source.late_by and not self.pool.is_starting:
+            # What is quick is handed out before a slow input is asked for more.
+            seconds = min(_MOST_FOR_LATE, _PART_FOR_LATE * self._source.late_by)
+            return seconds if self._stream is not None and self._sent else 0.0, True
         due, is_real = [], bool(self._sent or self._ready)
         if self._timers:
             due.append(self._timers[0][0] - clock.now())
@@ -313,7 +318,7 @@ class Scheduler:
     def _pull(self, count: int) -> list[Any]:
         if self._stream is not None:
             count = min(count, self._stream.room())
-        if count <= 0 or self._waiting >= MOST_WAITING or self._source.exhausted or self._source.is_late:
+        if count <= 0 or self._waiting >= MOST_WAITING or self._source.exhausted or self._source.late_by:
             return []
         items = self._source.take(count)
         self._next_index += len(items)
@@ -438,9 +443,8 @@ class Scheduler:
 
     def _call_for_many(self) -> None:
         members, self._gathered = self._gathered, []
-        arguments = self._shape.arguments([member.item for member in members])
-        entry = Entry(members[0].index, None, Call(arguments, self._shape.kwargs), members=dict.fromkeys(members))
-        entry.call.index, entry.call.presence = entry.index, self.presence
+        entry = self._open(members[0].index, [member.item for member in members])
+        entry.members = dict.fromkeys(members)
         self._start_flow(entry, call_flow(self._call_plan, entry.call))
 
     def _taken_apart(self, entry: Entry, members: list[Entry], outcome: Any) -> Any:
