@@ -83,7 +83,8 @@ class Line:
         self._refused_until = -math.inf
         # Whether its gate has answered last: what was taken is known there.
         self._is_known_elsewhere = False
-        # Who comes before that, just after others that had waited, has missed slots, too, while it could not look.
+        # Until when whoever comes may make up for missed slots, as those that have waited may: one who calls again and
+        # again has missed them while it ran.
         self._made_up_until = -math.inf
 
     def another(self, share: Share | None) -> Line:
@@ -393,7 +394,9 @@ class Turn:
         wants, self._wants = self._wants, ()
         # What it holds, a call and its errors, is not to wait for the garbage collector with the turn.
         self._latest = never
-        for line, _ in wants if self.number >= 0 else ():
+        if self.number < 0:
+            return
+        for line, _ in wants:
             if self.news == "taken":
                 line.rouse_first()
             else:
