@@ -400,6 +400,8 @@ class Layers:
 
         Of the others than ``tried``, which may be on trial itself, those that are shut off are no choice.
         """
+        if len(self.left) == 1:
+            return self.left
         admitted = self._admitted(self.left)
         return fallback.awake([c for c in self.left if c is tried or c in admitted] or self.left)
 
