@@ -22,8 +22,8 @@ from opero.core.steps import (
     drive,
     drive_async,
     is_in_asyncio,
-    made_an_error_of_its_cancellation,
     run_in_time,
+    was_cancelled,
 )
 from opero.events import AttemptStarted, begin_telling, switches, tell_of_the_end
 from opero.utils.notes import Shortened, shorten
@@ -190,7 +190,7 @@ class Decoration:
 
     async def go_on_async(self, call: Call) -> Any:
         """The rest of a call whose first attempt was made without a flow, and failed."""
-        call.is_last = call.failure is not None and made_an_error_of_its_cancellation(call.failure)
+        call.is_last = call.failure is not None and was_cancelled(Failed(call.failure), None)
         return await drive_async(call_flow(self.plan, call), self.function, self.plan.name)
 
     def _call_bare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -179,6 +179,7 @@ class Layers:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
         plan, call = self.plan, self.call
         speaks: Verdict | None = None
+        self.has_slot = False
         self.left = self._ready() if self.errors else list(self.candidates)
         while self.left:
             is_chosen = plan.fallback is None or call.failure is not None
@@ -192,7 +193,6 @@ class Layers:
                 return outcome
             self.left.remove(candidate)
             if outcome is CIRCUIT_OPEN:
-                self.has_slot = False
                 continue
             if outcome.__class__ is not Verdict or outcome.ends:
                 return outcome
@@ -381,7 +381,7 @@ class Layers:
 
         None if it was given up and another may be tried again: it has time until the last round.
         """
-        awake, limit, retry = self._awake(fallback), self.plan.limit, self.plan.retry
+        awake, limit, retry = fallback.awake(self.left), self.plan.limit, self.plan.retry
         candidate = awake[0] if limit is None or self.has_slot else limit.choose(awake)
         has_time = self.call.rounds <= retry.retries and "stop" not in retry.options
         is_for_later = has_time and speaks is not None and speaks.again and fallback.is_given_up(candidate.value)
@@ -392,18 +392,8 @@ class Layers:
         fallback, limit = self.plan.fallback, self.plan.limit
         if fallback is None or limit is None:
             return False
-        awake = self._awake(fallback, tried=candidate)
+        awake = fallback.awake(self.left)
         return candidate not in awake or limit.gives_way(candidate, awake)
-
-    def _awake(self, fallback: FallbackOverParameter, tried: Candidate | None = None) -> list[Candidate]:
-        """Those that are left and do not rest; if all do, the one that wakes first.
-
-        Of the others than ``tried``, which may be on trial itself, those that are shut off are no choice.
-        """
-        if len(self.left) == 1:
-            return self.left
-        admitted = self._admitted(self.left)
-        return fallback.awake([c for c in self.left if c is tried or c in admitted] or self.left)
 
     def _admitted(self, candidates: list[Candidate], *, after: float = 0.0) -> list[Candidate]:
         """Those whose circuits let an attempt through, so many seconds from now."""

@@ -20,7 +20,7 @@ from opero.core.clock import asyncio_sleep, clock
 from opero.core.forks import allow_forks
 from opero.core.signature import MISSING
 from opero.exceptions import CallTimeoutError, MisuseError
-from opero.utils.notes import duration
+from opero.utils.notes import duration, package_of, raised_in
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -356,39 +356,29 @@ def _cancellations() -> int:
     return 0 if task is None else task.cancelling()
 
 
-def was_cancelled(outcome: Any, before: int) -> bool:
-    """Whether the running task was cancelled since there were so many cancellations, whatever became of that."""
-    if _cancellations() <= before:
-        return False
-    # Before Python 3.13 a task group that has failed leaves a cancellation of its own behind: there it counts only if
-    # the error was made of it.
-    return sys.version_info >= (3, 13) or (outcome.__class__ is Failed and _comes_of_cancellation(outcome.error))
+def was_cancelled(outcome: Any, before: int | None) -> bool:
+    """Whether the running task was cancelled since there were so many cancellations, whatever became of that.
 
-
-def made_an_error_of_its_cancellation(error: Exception) -> bool:
-    """The same of an attempt whose beginning nobody has seen, where no error is handled any more.
-
-    A call in a ``finally`` block of a task that was cancelled before is retried as ever.
+    None is for an attempt before which nobody has counted: then the error tells. It does so before Python 3.13, too,
+    where a task group that has failed leaves a cancellation of its own behind.
     """
-    return bool(_cancellations()) and _comes_of_cancellation(error) and not _comes_of_cancellation(sys.exception())
+    if _cancellations() <= (before or 0):
+        return False
+    if before is not None and sys.version_info >= (3, 13):
+        return True
+    is_made_of_it = outcome.__class__ is Failed and _comes_of_cancellation(outcome.error)
+    # A call in a `finally` block of a task that was cancelled before is retried as ever.
+    return is_made_of_it and (before is not None or not _comes_of_cancellation(sys.exception()))
 
 
 def _comes_of_cancellation(error: BaseException | None) -> bool:
     """Whether it is a cancellation, or was raised while one was handled that no time limit has made and taken back."""
     cancelled = sys.modules["asyncio"].CancelledError
     while error is not None and not isinstance(error, cancelled):
-        if isinstance(error, TimeoutError) and _library_that_raised(error) in _HAVE_TIME_LIMITS:
+        if isinstance(error, TimeoutError) and package_of(raised_in(error)) in _HAVE_TIME_LIMITS:
             return False
         error = error.__context__
     return error is not None
 
 
 _HAVE_TIME_LIMITS = {"asyncio", "anyio", "aiohttp", "async_timeout"}
-
-
-def _library_that_raised(error: BaseException) -> str:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    module = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
-    return str(module).partition(".")[0]

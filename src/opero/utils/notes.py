@@ -62,7 +62,9 @@ def folded(errors: Sequence[Exception]) -> list[Exception]:
     alike: dict[Any, list[Exception]] = {}
     for error in errors:
         error.with_traceback(users_part(error.__traceback__))
-        alike.setdefault((type(error), describe(error), _raised_in(error)), []).append(error)
+        end = raised_in(error)
+        place = end and (end.tb_frame.f_code, end.tb_lineno)
+        alike.setdefault((type(error), describe(error), place), []).append(error)
     for first, *others in alike.values():
         if others:
             add_note(first, f"opero: raised {len(others) + 1} times", instead_of="opero: raised ")
@@ -81,10 +83,8 @@ def shorten(error: BaseException) -> None:
         assert trace is not None  # noqa: S101 - for the type checkers
         rest = users_part(trace.tb_next)
         is_told = isinstance(error, OperoError) or any(map(is_of_worker, getattr(error, "__notes__", ())))
-        if rest is None and not is_told:
-            rest = trace.tb_next
-            while rest is not None and rest.tb_next is not None:
-                rest = rest.tb_next
+        if rest is None and trace.tb_next is not None and not is_told:
+            rest = raised_in(error)
         trace.tb_next = rest
 
 
@@ -106,20 +106,22 @@ def is_of_worker(note: object) -> bool:
 
 def users_part(trace: TracebackType | None) -> TracebackType | None:
     """What follows the frames of opero's, and of the event loop in a worker thread, with which a traceback begins."""
-    while trace is not None and _package_of(trace) in {"opero", "asyncio"}:
+    while trace is not None and package_of(trace) in {"opero", "asyncio"}:
         trace = trace.tb_next
     return trace
 
 
-def _package_of(trace: TracebackType) -> str:
-    return str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+def package_of(trace: TracebackType | None) -> str:
+    """The package whose code is there in a traceback."""
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
 
 
-def _raised_in(error: BaseException) -> Any:
+def raised_in(error: BaseException) -> TracebackType | None:
+    """The end of a traceback, where the error was raised."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace and (trace.tb_frame.f_code, trace.tb_lineno)
+    return trace
 
 
 _UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
