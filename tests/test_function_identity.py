@@ -36,6 +36,17 @@ def wrapped(n):
     return wrapper
 
 
+def around_a_decorated_one(n):
+    decorated = opero.opero(calling(abs))
+
+    # As `functools.wraps` does it, this one looks decorated, too.
+    @functools.wraps(decorated)
+    def wrapper(x):
+        return decorated(x) * n
+
+    return wrapper
+
+
 def with_local_class(n):
     class Factor:
         value = n
@@ -65,6 +76,7 @@ MAKERS = {
     "keyword default of a captured function": with_keyword_default,
     "captured value": lambda n: lambda x: x * n,
     "wrapper": wrapped,
+    "wrapper around an opero function": around_a_decorated_one,
     "captured class": with_local_class,
     "captured opero function": lambda n: calling(opero.opero(lambda x: x * n)),
     "captured map": lambda n: calling(opero.opmap(rate_limit=opero.RateLimiter("9/s"))(lambda x: x * n)),

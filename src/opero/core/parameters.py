@@ -146,7 +146,7 @@ def forwarding(function: Callable[..., Any]) -> Forwarding:
 
 def undecorated(function: Any) -> Any:
     """What opero has decorated; anything else as it is, such as what others have put around that."""
-    while (its := decoration_of(function)) is not None and function.__wrapped__ is its.function:
+    while (its := decoration_of(function)) is not None and getattr(function, "__wrapped__", None) is its.function:
         function = its.function
     return function
 
