@@ -366,3 +366,27 @@ def test_a_scope_of_anyio_that_is_cancelled_waits_for_what_runs(kind):
         return running.copy()
 
     assert asyncio.run(main()) == []
+
+
+@pytest.mark.parametrize("mode", ["thread", "process", "async_process"])
+def test_a_map_in_a_thread_goes_on_and_ends_when_the_main_thread_has_ended(mode):
+    """Executors take nothing any more then."""
+    source = f"""
+        import asyncio, threading
+        from opero import opmap
+
+        @opmap(mode={mode!r}, workers=1, progress=False)
+        async def work(item):
+            return item
+
+        async def main():
+            while threading.main_thread().is_alive():
+                await asyncio.sleep(0.001)
+            print(await work([1]))
+
+        if __name__ == "__main__":
+            threading.Thread(target=lambda: asyncio.run(main())).start()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (run.stdout, run.stderr) == ("[1]\n", "")

@@ -77,21 +77,34 @@ async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
     ``stop`` is given what tells whether the task was cancelled again meanwhile, as by Ctrl-C pressed twice.
     """
     import asyncio
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future
 
+    over: Future[None] = Future()
     is_left = False
+
+    def run() -> None:
+        try:
+            stop(lambda: is_left)
+            over.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - raised again in the awaiting task
+            over.set_exception(error)
+
+    # Not of an executor: these take nothing any more once the main thread has ended, while others still run maps.
+    ended = asyncio.wrap_future(over)
+    thread = threading.Thread(target=run, name="opero-stop", daemon=True)
+    with Hold():
+        thread.start()
     interrupted: BaseException | None = None
-    with ThreadPoolExecutor(1, "opero-stop") as executor:
-        with Hold():
-            ended = asyncio.wrap_future(executor.submit(stop, lambda: is_left))
-        while not ended.done():
-            try:
-                await asyncio.shield(ended)
-            except asyncio.CancelledError as error:
-                interrupted = interrupted or error
-                is_left = _is_cancelled_twice()
+    while not ended.done():
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError as error:
+            interrupted = interrupted or error
+            is_left = _is_cancelled_twice()
+    thread.join()
     if interrupted is not None:
         raise interrupted
+    ended.result()
 
 
 def _is_cancelled_twice() -> bool:
