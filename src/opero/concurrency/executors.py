@@ -196,9 +196,14 @@ class ExecutorPool(Pool):
         self._launch(batch, run_parcel, self._digest, along, payload, uuid4().hex)
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
+        executor = self._executor
+        context: Any = getattr(executor, "_mp_context", None) or getattr(executor, "_context", None)
+        # Processes that are started for this map are deaf to Ctrl-C until they run an item.
+        is_own = context is not None and not self._is_given
+        start = held_back_in_children(context.get_start_method()) if is_own else contextlib.nullcontext()
         try:
-            with self._while_workers_start():
-                future = self._executor.submit(function, *arguments)
+            with start:
+                future = executor.submit(function, *arguments)
         except Exception as error:
             # Somebody may have shut it down.
             if not isinstance(error, BrokenExecutor) and (self._is_given or not isinstance(error, RuntimeError)):
@@ -209,13 +214,6 @@ class ExecutorPool(Pool):
         else:
             self._in_flight[future] = batch
             future.add_done_callback(self.deliver)
-
-    def _while_workers_start(self) -> contextlib.AbstractContextManager[None]:
-        """Processes that are started for this map are deaf to Ctrl-C until they run an item."""
-        context = getattr(self._executor, "_mp_context", None) or getattr(self._executor, "_context", None)
-        if self._is_given or context is None:
-            return contextlib.nullcontext()
-        return held_back_in_children(context.get_start_method())
 
     def _came_back(self, batch: Batch | None, future: Future[Any]) -> Any:
         try:

@@ -164,8 +164,9 @@ def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contex
             parent.work, initializer, initargs, finalizer = start.load()
             # Forked workers share the state of the parent's, and the main module may set one.
             random.seed()
-            if "numpy.random" in sys.modules:
-                sys.modules["numpy.random"].seed()
+            numpy_random = sys.modules.get("numpy.random")
+            if numpy_random is not None:
+                numpy_random.seed()
             if initializer is not None:
                 initializer(*initargs)
     except Exception as error:

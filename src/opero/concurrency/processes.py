@@ -120,7 +120,6 @@ class ProcessPool(Pool):
 
     def _use(self, method: str) -> None:
         self._method = method
-        self._context: Any = multiprocessing.get_context(method)
         self._packer = Packer(None if method == "fork" else main_module.names_in_fresh_workers())
         self._start = Start(self._packer, (self._work, *self._hooks))
 
@@ -280,14 +279,15 @@ class ProcessPool(Pool):
                 self._multi_pool = entered_multi_pool(self._size, self._end_workers)
             if self._method == "forkserver":
                 main_module.preloaded_for(module_of(self._work.function))
-            ours, theirs = self._context.Pipe()
+            context: Any = multiprocessing.get_context(self._method)
+            ours, theirs = context.Pipe()
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
             shared = arena(4)
             worker = Worker(ours, memoryview(shared.buffer).cast("I"), self._most_items)
             self._workers.append(worker)
             try:
                 args = theirs, shared, self._start, self._threads, self._at_once
-                worker.process = self._context.Process(target=serve, args=args, daemon=False)
+                worker.process = context.Process(target=serve, args=args, daemon=False)
                 worker.process.start()
             except BaseException:
                 self._workers.remove(worker)
