@@ -85,12 +85,8 @@ class Parent:
             self.tell(Kind.LOG, record)
 
     def hear(self) -> tuple[int, memoryview] | None:
-        """The next batch, its number first; None at the end.
-
-        That is, too, when the parent is gone, or the arguments of the next map cannot be unpickled: the worker that
-        replaces this one has them from the start if it is forked, or says what is wrong.
-        """
-        with contextlib.suppress(Exception):
+        """The next batch, its number first; None at the end, also when the parent is gone."""
+        with contextlib.suppress(EOFError, OSError):
             while True:
                 data = memoryview(self.pipe.recv_bytes())
                 self._is_interrupted = False
@@ -100,9 +96,16 @@ class Parent:
                     return number, payload
                 if kind == Kind.STOP:
                     break
-                self.work = replace(self.work, shape=loads(payload))
+                self._take_on(payload)
         self._is_ending = True
         return None
+
+    def _take_on(self, arguments: memoryview) -> None:
+        """Be ready for the next map; if that cannot be, the worker that replaces this one says what is wrong."""
+        try:
+            self.work = replace(self.work, shape=loads(arguments))
+        except Exception as error:
+            raise SystemExit from error
 
     def report(self, number: int, report: Report, kind: Kind = Kind.REPORT) -> None:
         """Report, unless Ctrl-C has come meanwhile: what it has interrupted may look like a success.
@@ -234,10 +237,13 @@ async def _serve_together(parent: Parent) -> None:
     def hear() -> None:
         message: Any = ()
         while message is not None:
-            message = parent.hear()
+            message = None
             # The loop may be closed: the worker ends.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(heard.put_nowait, message)
+                try:
+                    message = parent.hear()
+                finally:
+                    loop.call_soon_threadsafe(heard.put_nowait, message)
 
     async def run(number: int, payload: memoryview) -> None:
         try:
