@@ -187,7 +187,7 @@ class FallbackOverParameter:
         if not seconds:
             return
         key, now = identity_of(value), clock.now()
-        for other, (_, until) in list(self._rests.items()):
+        for other, (_, until) in self._rests.copy().items():
             if until <= now:
                 self._rests.pop(other, None)
         _, before = self._rests.get(key, (False, 0.0))
