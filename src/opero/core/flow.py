@@ -72,8 +72,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
         # It bounds the wait for somebody else's computation, too.
         call.deadline = call.started + plan.total_timeout
     layers = Layers(plan, call)
-    outcome: Any = None
-    is_over = False
+    outcome: Any = NOT_RUN
     try:
         if call.tell is None and (plan.on_event is not None or events.switches.listeners):
             events.begin_telling(plan, call)
@@ -86,15 +85,13 @@ def call_flow(plan: Plan, call: Call) -> Flow:
             outcome = Failed(error if layers.failed is None else _in_context_of(layers.failed.error, error))
         if outcome.__class__ is Failed:
             outcome = _replaced_by_default(plan, call, outcome)
-        is_over = True
         return outcome
     finally:
         # It holds the last error, whose traceback may lead to a frame that holds the call.
         call.retry_state = None
         if call.tell is not None:
-            events.tell_of_the_end(
-                call, error=outcome.error if outcome.__class__ is Failed else None, cancelled=not is_over
-            )
+            is_failed = outcome.__class__ is Failed
+            events.tell_of_the_end(call, error=outcome.error if is_failed else None, cancelled=outcome is NOT_RUN)
         # From Python 3.13 on the traceback of its error may lead to this frame.
         del outcome
 

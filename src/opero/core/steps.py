@@ -277,12 +277,12 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
     try:
         step = flow.send(None)
         while True:
-            is_attempt = isinstance(step, Attempt)
-            if not (is_attempt and not step.is_timed) and not is_in_asyncio():
+            needs_asyncio = not isinstance(step, Attempt) or step.is_timed
+            if needs_asyncio and not is_in_asyncio():
                 # Under another library only what needs no wait can be done.
                 step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
                 continue
-            if is_attempt:
+            if isinstance(step, Attempt):
                 step.begins()
                 token = leading.set(leading.get() | step.badges) if step.badges else None
                 try:
