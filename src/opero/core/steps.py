@@ -206,11 +206,11 @@ async def run_in_time(
 
 def drive(flow: Flow, function: Callable[..., Any]) -> Any:
     """Carry out a flow by blocking."""
-    step: Any = None
-    sent: Any = None
     try:
-        step = flow.send(None)
+        step: Any = flow.send(None)
         while True:
+            # The last one may hold an error, and with it the frames of an attempt.
+            sent: Any = None
             if isinstance(step, Attempt):
                 # Here and not in a function of its own, whose frame each level of a recursion would have.
                 step.begins()
@@ -229,12 +229,10 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
                     step = flow.throw(error)
                     continue
             step = flow.send(sent)
-            # It may hold an error, and with it the frames of an attempt.
-            sent = None
     except StopIteration as end:
         outcome = end.value
     finally:
-        del step, sent
+        step = sent = None
         flow.close()
     try:
         return raise_or_return(outcome)
@@ -272,11 +270,11 @@ _NO_LOOP = (
 async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
     """Carry out a flow by awaiting."""
     before = _cancellations()
-    step: Any = None
-    sent: Any = None
     try:
-        step = flow.send(None)
+        step: Any = flow.send(None)
         while True:
+            # The last one may hold an error, and with it the frames of an attempt.
+            sent: Any = None
             needs_asyncio = not isinstance(step, Attempt) or step.is_timed
             if needs_asyncio and not is_in_asyncio():
                 # Under another library only what needs no wait can be done.
@@ -302,12 +300,10 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
                     step = flow.throw(error)
                     continue
             step = flow.send(sent)
-            # It may hold an error, and with it the frames of an attempt.
-            sent = None
     except StopIteration as end:
         outcome = end.value
     finally:
-        del step, sent
+        step = sent = None
         flow.close()
     try:
         return raise_or_return(outcome)
