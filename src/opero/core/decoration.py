@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from opero.core.clock import clock
 from opero.core.control import Control, changed_options, with_shared_policies
 from opero.core.flow import call_flow
-from opero.core.plan import Call, Plan
+from opero.core.plan import ANSWER_AT_ONCE, Call, Plan
 from opero.core.signature import MISSING, check_decoratable, innermost, refuse_unfinished
 from opero.core.steps import (
     NOT_RUN,
@@ -44,7 +44,7 @@ First = tuple[tuple[Any, ...], dict[str, Any], "tuple[Places, Token[Any]] | None
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> Any:
-    """Stand for what only a cache or a limit has."""
+    """Stand for what only a cache has."""
 
 
 class Decoration:
@@ -60,7 +60,7 @@ class Decoration:
         function: What is called at once where ``is_direct``.
         run: What an attempt calls: until its first result was looked at, that is not the function itself.
         is_direct: Whether nothing has to be done before a first attempt.
-        is_let_in: Takes a slot if one is free, where nothing else has to be done before a first attempt.
+        let_in: Takes a slot if one is free, where nothing else has to be done before a first attempt.
     """
 
     def __init__(self, plan: Plan, recipe: Recipe) -> None:
@@ -72,7 +72,7 @@ class Decoration:
         self.switches = switches
         self.count, self.count_hit = plan.stats.direct.tick, plan.stats.hits.tick
         self.is_direct = self._is_quick = False
-        self.is_let_in: Callable[..., Any] = _nothing
+        self.let_in: Callable[..., bool] | None = None
         limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
         self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
         self._take_slot = None if limit is None else limit.take_now
@@ -214,13 +214,13 @@ class Decoration:
     def _looked(self) -> None:
         """From now on, let first attempts be made without a flow where no policy needs one."""
         self.run = self.function
-        self._is_quick = not self.plan.needs_flow
+        asked = self.plan.asks_first
+        self._is_quick = asked.issubset(ANSWER_AT_ONCE)
         # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
-        is_timed = self.plan.is_async and self._limit is not None
-        self.is_direct = not is_timed and not self.plan.asks_first
-        if not is_timed and self._take_slot is not None and self._learn is None:
-            is_all = not self.plan.changed(limit=None).asks_first
-            self.is_let_in = self._take_slot if is_all else _nothing
+        if not self.plan.is_async or self._limit is None:
+            self.is_direct = not asked
+            if asked == {"limit"} and self._learn is None:
+                self.let_in = self._take_slot
 
     def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, None]:
         """A generator that has begun, its first item, and no place; None and its result if it has ended."""
@@ -266,7 +266,7 @@ def _decoration_made_by(factory: Callable[..., Any], options: dict[str, Any], fu
 def _function(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Any:
         try:
-            if this.switches.are_on or not (this.is_direct or this.is_let_in(args, kwargs)):
+            if this.switches.are_on or not (this.is_direct or (this.let_in is not None and this.let_in(args, kwargs))):
                 return this.call(args, kwargs)
             this.count()
             started = this.clock.now()
@@ -334,7 +334,7 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
 def _async_function(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> Any:
         try:
-            if this.switches.are_on or not (this.is_direct or this.is_let_in(args, kwargs)):
+            if this.switches.are_on or not (this.is_direct or (this.let_in is not None and this.let_in(args, kwargs))):
                 return await this.call_async(args, kwargs)
             this.count()
             started = this.clock.now()

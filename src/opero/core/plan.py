@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from opero.events import Listener
 
 
+# The layers that `opero.core.decoration` asks before a first attempt without a flow.
+ANSWER_AT_ONCE = ("fallback", "breaker", "places", "limit", "on_event")
+
+
 class Plan:
     """The settings of one decorated function, which never change: one policy per layer, None where it is off."""
 
@@ -51,15 +55,10 @@ class Plan:
         self._own_signature = own_signature
 
     @property
-    def needs_flow(self) -> bool:
-        """Whether a layer decides about first attempts that only the flow asks; `Decoration._first` asks the others."""
-        return self.retry.watches_every_attempt
-
-    @property
-    def asks_first(self) -> bool:
-        """Whether any layer decides about first attempts, apart from the cache and time limits."""
-        asked = (self.fallback, self.breaker, self.places, self.limit, self.on_event)
-        return self.needs_flow or asked.count(None) < len(asked)
+    def asks_first(self) -> set[str]:
+        """The layers that decide about first attempts, apart from the cache and time limits."""
+        asked = {name for name in ANSWER_AT_ONCE if getattr(self, name) is not None}
+        return asked | {"retry"} if self.retry.watches_every_attempt else asked
 
     def is_wrong(self, call: Call) -> bool:
         """Whether the call's arguments do not fit the function, so that the function never began."""

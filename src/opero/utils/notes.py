@@ -82,7 +82,8 @@ def shorten(error: BaseException) -> None:
         trace = error.__traceback__
         assert trace is not None  # noqa: S101 - for the type checkers
         rest = users_part(trace.tb_next)
-        is_told = isinstance(error, OperoError) or any(map(is_of_worker, getattr(error, "__notes__", ())))
+        notes = getattr(error, "__notes__", ())
+        is_told = isinstance(error, OperoError) or any(str(note).startswith(IN_THE_WORKER) for note in notes)
         if rest is None and trace.tb_next is not None and not is_told:
             rest = raised_in(error)
         trace.tb_next = rest
@@ -97,11 +98,6 @@ class Shortened:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, (Exception, KeyboardInterrupt)):
             shorten(error)
-
-
-def is_of_worker(note: object) -> bool:
-    """Whether this is the note by which an error tells where in a worker it was raised."""
-    return str(note).startswith(IN_THE_WORKER)
 
 
 def users_part(trace: TracebackType | None) -> TracebackType | None:
