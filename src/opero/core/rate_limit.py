@@ -335,12 +335,7 @@ class FunctionLimit:
         return not all(self._expected_wait(other) for other in others)
 
     def take(
-        self,
-        candidate: Candidate,
-        deadline: float,
-        *,
-        is_over: Callable[[], bool],
-        is_turn: bool,
+        self, candidate: Candidate, deadline: float, *, is_over: Callable[[], bool], is_turn: bool
     ) -> Generator[Any, Any, bool | None]:
         """Wait for a slot; False, at once, if it would come too late to be of use before the ``deadline``.
 

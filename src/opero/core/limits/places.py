@@ -25,7 +25,7 @@ _MOST = 1_000_000
 
 
 class _FreePlaces(Ledger):
-    """A limit that opens when somebody leaves, and not with time.
+    """A limit without a rate, which opens when somebody leaves, and nobody knows when that will be.
 
     Attributes:
         free: One element for each free place: to add one to a list, or to take one off, is one step, and needs no lock.
@@ -41,10 +41,6 @@ class _FreePlaces(Ledger):
         super().forget()
         self.free: list[None] = [None] * self.count
 
-    def opens_at(self, now: float, amounts: Sequence[float], ahead: Sequence[float] | None = None) -> float:  # noqa: ARG002
-        # Nobody knows; those who have little time wait until that is over.
-        return now
-
     def wait(self, now: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
         """Take a place, if one is free: who finds it does not ask again."""
         try:
@@ -52,9 +48,6 @@ class _FreePlaces(Ledger):
         except IndexError:
             return math.inf
         return 0.0
-
-    def take(self, now: float, amounts: Sequence[float], *, is_late: bool = False) -> None:
-        """It was taken when it was found."""
 
     def idle_from(self, now: float) -> float:
         return now if len(self.free) == self.count else math.inf
