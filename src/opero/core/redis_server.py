@@ -224,6 +224,5 @@ def check_client(option: str, client: Any) -> Any:
         msg = f"{option} is {what}; give one for threads, such as redis.RedisCluster, for async functions too"
         raise TypeError(msg)
     if client.get_encoder().decode_responses:
-        msg = f"{option} gives text in place of bytes; make it without decode_responses=True"
-        raise ValueError(msg)
+        raise ValueError(f"{option} gives text in place of bytes; make it without decode_responses=True")
     return client

@@ -36,7 +36,6 @@ _VERSION = b"o2"
 # Version and kind, checksum, end.
 _HEAD = struct.Struct(">4sId")
 _ENDS = struct.Struct(">d")
-_ENDS_AT, _PAYLOAD_AT = 8, 16
 _PICKLE_PROTOCOL = 5
 # What a few kilobytes could grow to when they are decompressed.
 MOST_BYTES = 2**28
@@ -173,13 +172,14 @@ class EntryFormat:
         Raises:
             DamagedEntryError: If these are not bytes that `dumps` made, or a pickle where the serializer is JSON.
         """
-        kind, checksum, ends = _HEAD.unpack_from(entry) if len(entry) >= _PAYLOAD_AT else (b"", 0, 0.0)
-        if kind not in _KINDS or zlib.crc32(memoryview(entry)[_ENDS_AT:]) != checksum:
+        kind, checksum, ends = _HEAD.unpack_from(entry) if len(entry) >= _HEAD.size else (b"", 0, 0.0)
+        checked = memoryview(entry)[_HEAD.size - _ENDS.size :]
+        if kind not in _KINDS or zlib.crc32(checked) != checksum:
             raise DamagedEntryError("the entry is damaged, or was not written by this version of opero")
         is_json = kind[2:3] == b"J"
         if self._is_json and not is_json:
             raise DamagedEntryError("the entry is a pickle, which is never read with the serializer 'json'")
-        payload: memoryview | bytes = memoryview(entry)[_PAYLOAD_AT:]
+        payload: memoryview | bytes = checked[_ENDS.size :]
         if kind[3:] == b"Z":
             decompressor = zlib.decompressobj()
             payload = decompressor.decompress(payload, MOST_BYTES)

@@ -251,8 +251,7 @@ def _checked_options(backend: str, given: Mapping[str, Any], *, is_flat: bool) -
     named = [name for name in ("client", "url") if name in checked]
     places = [*named, *(name for name in checked if name.startswith("redis_"))]
     if named and len(places) > 1:
-        msg = f"{places[0]}=… says which server it is, and so does {places[1]}=…; leave one of them out"
-        raise ValueError(msg)
+        raise ValueError(f"{places[0]}=… says which server it is, and so does {places[1]}=…; leave one of them out")
     return {**known, **checked}
 
 

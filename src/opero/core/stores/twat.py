@@ -96,10 +96,8 @@ class CacheEngine(BaseCacheEngine[..., Any]):
                 raise fault
         self._last_update = time.time()
 
-    # twat-cache's contract has these two in place of `get` and `set`.
-
-    def _get_cached_value(self, key: Any) -> Any:
-        return self.get(key)
+    # What twat-cache's contract has in place of these.
+    _get_cached_value = get
 
     def _set_cached_value(self, key: Any, value: Any) -> None:
         self.set(key, value)
