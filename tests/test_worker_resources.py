@@ -36,7 +36,7 @@ def clean_surroundings():
 
 FORKS = """
     import os, sys, time
-    from opero import OperoError, opmap
+    from opero import opmap
 
     @opmap(mode="process", workers=2, retries=0, progress=False, pool_options={"start_method": METHOD})
     def work(item):
@@ -70,12 +70,6 @@ FORKS = """
     def drops_it(stream):
         del stream
 
-    def reads_on(stream):
-        try:
-            list(stream)
-        except OperoError as error:
-            sys.exit(7 if "forked" in str(error) else 8)
-
     def maps_itself(stream):
         assert work(range(3)) == [0, 1, 2]
 
@@ -84,7 +78,7 @@ FORKS = """
             read_with_a_child(way)
 """
 # The codes with which the children exit.
-WAYS = {"exits": 7, "raises": 1, "closes_it": 7, "drops_it": 7, "reads_on": 7, "maps_itself": 7}
+WAYS = {"exits": 7, "raises": 1, "closes_it": 7, "drops_it": 7, "maps_itself": 7}
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
