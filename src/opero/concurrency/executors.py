@@ -132,7 +132,7 @@ class ExecutorPool(Pool):
         running = [future for future in self._in_flight if not future.cancel()]
         executor = self._executor
         # The garbage collector ends an abandoned stream in any thread, also in one that runs an item of it.
-        threads = executor._threads if isinstance(executor, ThreadPoolExecutor) else ()  # noqa: SLF001 - nothing else tells
+        threads = getattr(executor, "_threads", ()) if isinstance(executor, ThreadPoolExecutor) else ()
         is_over = threading.current_thread() not in threads and wait_unless_left(
             lambda seconds: not wait(running, timeout=seconds).not_done, is_left
         )

@@ -396,16 +396,15 @@ def _allowed_to_start(method: str) -> Iterator[None]:
 
     Python 3.12 warns of forks beside threads; those are counted before, and may be the program's wish.
     """
-    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # noqa: SLF001 - it asks this
-    before = config.get("daemon")
-    config["daemon"] = False
+    this = multiprocessing.current_process()
+    before, this.daemon = this.daemon, False
     importable = contextlib.nullcontext() if method == "fork" else main_module.only_if_it_can_be_imported()
     try:
         with warnings.catch_warnings(), importable:
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
             yield
     finally:
-        config["daemon"] = before
+        this.daemon = before
 
 
 _MAIN_HINT = (
