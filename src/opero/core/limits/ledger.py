@@ -42,13 +42,14 @@ _HEAD, _STAMPS = 5, struct.Struct("<2d")
 class QuotaMeter:
     """What was taken of a quota within its time: entries of a moment, and the amount."""
 
-    __slots__ = ("entries", "key", "name", "part", "seconds", "units", "used")
+    __slots__ = ("entries", "joins_until", "key", "name", "seconds", "units", "used")
 
     def __init__(self, quota: Quota) -> None:
         self.name, self.units, self.seconds = quota
         self.key = self.name, self.seconds
         self.entries: deque[list[float]] = deque()
-        self.part = self.seconds / _PARTS
+        # Until when more is added to the last entry; it follows from that one.
+        self.joins_until = 0.0
         self.used = 0.0
 
     def has_room(self, now: float, amount: float) -> bool:
@@ -79,14 +80,21 @@ class QuotaMeter:
         if amount <= 0:
             self._give_back(-amount)
             return
-        entries = self.entries
-        if len(entries) > _EXACT_ENTRIES and entries[-1][0] // self.part == now // self.part:
-            entries[-1][0] = now
-            entries[-1][1] += amount
+        if now < self.joins_until and self.entries:
+            last = self.entries[-1]
+            last[0] = now
+            last[1] += amount
         else:
             self._forget_old(now)
-            entries.append([now, amount])
+            self.entries.append([now, amount])
+            self._end_part(now)
         self.used += amount
+
+    def _end_part(self, now: float) -> None:
+        """Where there are many entries, the last one is that of all starts in this part of the time."""
+        if len(self.entries) > _EXACT_ENTRIES:
+            part = self.seconds / _PARTS
+            self.joins_until = (now // part + 1) * part
 
     def _give_back(self, amount: float) -> None:
         """From the oldest, so that no window looks emptier than it is."""
@@ -111,6 +119,7 @@ class QuotaMeter:
             raise ValueError
         self.entries = deque([moment, amount] for moment, amount in zip(moments, amounts, strict=True))
         self.used = sum(amounts)
+        self._end_part(moments[-1] if moments else 0.0)
 
 
 class Ledger:
