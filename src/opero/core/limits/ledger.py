@@ -76,7 +76,7 @@ class QuotaMeter:
         # Those that would start before it fill the quota again, maybe more than once.
         return now + self.seconds * math.ceil(excess / self.units)
 
-    def take(self, now: float, amount: float, *, is_late: bool) -> None:  # noqa: ARG002 - of paces only
+    def take(self, now: float, amount: float) -> None:
         if amount <= 0:
             self._give_back(-amount)
             return
@@ -89,6 +89,8 @@ class QuotaMeter:
             self.entries.append([now, amount])
             self._end_part(now)
         self.used += amount
+
+    take_late = take
 
     def _end_part(self, now: float) -> None:
         """Where there are many entries, the last one is that of all starts in this part of the time."""
@@ -167,7 +169,10 @@ class Ledger:
         ``is_late``: the caller could not look when the slot came, and may make up for what has passed.
         """
         for meter in self.meters:
-            meter.take(now, amounts[meter.name], is_late=is_late)
+            if is_late:
+                meter.take_late(now, amounts[meter.name])
+            else:
+                meter.take(now, amounts[meter.name])
 
     def pause(self, until: float) -> None:
         self.paused_until = max(self.paused_until, until)

@@ -48,10 +48,15 @@ class PaceMeter:
         """When a call may start, after others that cost ``ahead``; what it costs itself only others wait for."""
         return max(now, self.free_at) + ahead * self.interval
 
-    def take(self, now: float, amount: float, *, is_late: bool) -> None:
-        slot = max(self.free_at, now - self.tolerance if is_late else now)
-        waits_in_line = is_late and amount == 1
-        self.free_at = _slot_after(slot, self) if waits_in_line else slot + amount * self.interval
+    def take(self, now: float, amount: float) -> None:
+        if self.free_at > now:
+            self.free_at += amount * self.interval
+        else:
+            self.free_at = now + amount * self.interval
+
+    def take_late(self, now: float, amount: float) -> None:
+        slot = max(self.free_at, now - self.tolerance)
+        self.free_at = _slot_after(slot, self) if amount == 1 else slot + amount * self.interval
 
     def idle_from(self) -> float:
         # Those who have waited could make up for what passed before.
