@@ -165,15 +165,17 @@ _telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_te
 class Listener:
     """A callback, and whether its errors have been complained of."""
 
-    __slots__ = ("_is_complained_of", "callback")
+    __slots__ = ("_alone", "_is_complained_of", "callback")
 
     def __init__(self, callback: Callable[[Any], object]) -> None:
         self.callback = check_callable("on_event", callback, "a function of one event")
+        # Made once, since each event needs it.
+        self._alone = (self.callback,)
         self._is_complained_of = False
 
     def tell(self, event: Event) -> None:
         telling = _telling.get()
-        token = _telling.set((*telling, self.callback))
+        token = _telling.set((*telling, self.callback) if telling else self._alone)
         try:
             self.callback(event)
         except Exception as error:  # noqa: BLE001 - who listens must not change what happens

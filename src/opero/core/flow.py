@@ -21,7 +21,7 @@ from opero.utils.logging import log, standard
 from opero.utils.notes import add_note, class_counts, describe, duration, folded
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from opero.core.breaker import Passage
     from opero.core.fallback import FallbackOverParameter
@@ -303,19 +303,19 @@ class Layers:
     def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
         plan, call = self.plan, self.call
-        is_failed = outcome.__class__ is Failed
-        if is_failed:
-            self._tell_of_failure(outcome.error)
+        error = outcome.error if outcome.__class__ is Failed else None
+        if error is not None and call.tell is not None:
+            self._tell_of_failure(call.tell, error)
+        is_misuse = isinstance(error, TypeError) and _is_misuse(plan, call, error)
+        if is_misuse or isinstance(error, NotTransferableError):
             # No other attempt could end otherwise.
-            is_misuse = isinstance(outcome.error, TypeError) and _is_misuse(plan, call, outcome.error)
-            if is_misuse or isinstance(outcome.error, NotTransferableError):
-                return outcome
+            return outcome
         try:
             verdict = plan.retry.judge(plan, call, outcome)
         except Exception as raised:  # the user's predicate: what it cannot judge ends the call
             # Not its text, which may hold arguments.
             log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
-            return Failed(_in_context_of(outcome.error, raised) if is_failed else raised)
+            return Failed(raised if error is None else _in_context_of(error, raised))
         if passage is not None and not call.is_last:
             self._tell_circuit(passage, verdict, candidate)
         if verdict is None:
@@ -327,17 +327,16 @@ class Layers:
         if call.is_last:
             add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
             return Failed(verdict.error)
-        if not is_failed:
-            self._tell_of_failure(verdict.error)
+        if call.tell is not None and error is None:
+            self._tell_of_failure(call.tell, verdict.error)
         self.failed = verdict
         if plan.fallback is not None:
             self._candidate_failed(plan.fallback, candidate, verdict)
         return verdict
 
-    def _tell_of_failure(self, error: Exception) -> None:
-        call = self.call
-        if call.tell is not None:
-            call.tell(events.AttemptFailed, attempt=call.attempts, error=error, seconds=clock.now() - call.began)
+    def _tell_of_failure(self, tell: Callable[..., None], error: Exception) -> None:
+        seconds = clock.now() - self.call.began
+        tell(events.AttemptFailed, attempt=self.call.attempts, error=error, seconds=seconds)
 
     def _candidate_failed(self, fallback: FallbackOverParameter, candidate: Candidate, verdict: Verdict) -> None:
         self.errors.append(verdict.error)
