@@ -9,6 +9,7 @@ import decimal
 import enum
 import fractions
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -768,6 +769,10 @@ LIKE = {
     "class of enum members": lambda: Color,
     "function": lambda: math.sqrt,
     "function made anew": lambda: captures([1]),
+    "function that has captured a mark": lambda: captures(object()),
+    "function that has captured nothing yet": lambda: types.FunctionType(
+        captures(1).__code__, {}, "f", None, (types.CellType(),)
+    ),
     "function of a script": lambda: defined("def step(x): return x"),
     "object of a script's class": defined("class step: n = {1}"),
     "function of a class that calls super": lambda: made_with_super().me,
@@ -1130,6 +1135,26 @@ def test_an_argument_that_contains_itself_is_told_by_its_shape(world, kind):
     f = cached(world.define(lambda a, b: object()))
     assert world.run(f, 1, containing_itself(kind)) is world.run(f, 1, containing_itself(kind))
     assert world.run(f, 1, containing_itself(kind)) is not world.run(f, 1, [containing_itself(kind)])
+
+
+def test_what_is_met_again_within_itself_is_told_by_which_one_it_is():
+    back_to_outer, back_to_inner = [[]], [[]]
+    back_to_outer[0].append(back_to_outer)
+    back_to_inner[0].append(back_to_inner[0])
+    assert not share_an_entry(back_to_outer, back_to_inner)
+
+
+def test_a_function_of_a_module_is_told_by_its_code_and_by_that_of_what_it_wraps(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = "def {name}(x): return x + {n}\nstep = functools.wraps({name})(lambda x: {name}(x) + {m})"
+    seen = set()
+    for n, m in [(1, 1), (2, 1), (1, 2)]:
+        (tmp_path / "steps.py").write_text("import functools\n" + source.format(name="step", n=n, m=m))
+        monkeypatch.delitem(sys.modules, "steps", raising=False)
+        importlib.invalidate_caches()
+        seen.add(spelling_of(importlib.import_module("steps").step))
+    assert len(seen) == 3
 
 
 def nested_so_deeply(levels):
