@@ -27,16 +27,15 @@ if TYPE_CHECKING:
 class Instance(weakref.ref[Any]):
     """The identity of a living object, of which there is one for each; equal to itself only, without asking the object.
 
-    It knows the marks of those `KeyMaker`s whose keys hold it, and the stores that are to be told of the object's end.
+    It knows the stores that are to be told of the object's end.
     """
 
-    __slots__ = ("name", "stores", "users")
+    __slots__ = ("name", "stores")
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
     name: int
-    users: set[object]
     stores: set[weakref.ref[Any]]
 
 
@@ -55,7 +54,7 @@ def _forget(gone: Instance, instances: dict[int, Instance] = _instances) -> None
 def instance_of(value: Any) -> Instance:
     """The identity of an object; raises a TypeError if it can have no weak reference."""
     made = Instance(value, _forget)
-    made.name, made.users, made.stores = id(value), set(), set()
+    made.name, made.stores = id(value), set()
     while (known := _instances.setdefault(id(value), made))() is not value:
         # Of one that was at its address before, and whose end is just being told.
         _forget(known)
@@ -93,9 +92,7 @@ class KeyMaker:
         self._name = name_of(function)
         self._names = names = tuple(name for name in shape.names if name not in ignore)
         self._may_be_method = not digest and names[:1] == shape.names[:1] != ()
-        # Put on the instances that are in its keys.
-        self._mark = object()
-        owner_of = _owner_function(function, self._mark) if self._may_be_method else None
+        owner_of = _owner_function(function) if self._may_be_method else None
         # All arguments can be plain; not so `*args` and `**kwargs`.
         is_quick = cache_key is None and set(names) <= set(shape.named)
         self._has_finder = is_quick and not digest
@@ -125,7 +122,8 @@ class KeyMaker:
         """
         if not self._has_finder:
             return None
-        is_known = "_opero_known is not None and _opero_mark in _opero_known.users and _opero_known() is {0}"
+        # What is known as the owner of another method, and an argument here, has no entry by its identity.
+        is_known = "_opero_known is not None and _opero_known() is {0}"
         lines = self._plain_key("_opero_instances.get(_opero_id({0}))", is_known, "return None")
         end = "" if clock is None else " or _opero_entry[1] <= _opero_clock.now()"
         lines += [
@@ -138,7 +136,7 @@ class KeyMaker:
             lines += ["try: _opero_touch(_opero_key)", "except KeyError: pass"]
         lines.append("return _opero_entry")
         its = {"_opero_get": get, "_opero_touch": touch, "_opero_tick": tick, "_opero_clock": clock}
-        return self._compiled(lines, _opero_mark=self._mark, **its)
+        return self._compiled(lines, **its)
 
     def _plain_key(self, known: str, is_known: str, otherwise: str) -> list[str]:
         """Makes the key if all arguments are plain, or all but the instance that a method is called on."""
@@ -233,8 +231,8 @@ def _digest_function(
     return key_of
 
 
-def _owner_function(function: Callable[..., Any], mark: object) -> Callable[[Any], Instance | None]:
-    """Gives the identity of what a call got first, with a mark, if that is an instance whose method the function is.
+def _owner_function(function: Callable[..., Any]) -> Callable[[Any], Instance | None]:
+    """Gives the identity of what a call got first, if that is an instance whose method the function is.
 
     Its class, or one of the bases, holds something that unwraps to the function.
     """
@@ -251,7 +249,7 @@ def _owner_function(function: Callable[..., Any], mark: object) -> Callable[[Any
         if not known[kind]:
             return None
         try:
-            instance = instance_of(value)
+            return instance_of(value)
         except TypeError as error:
             msg = (
                 f"{name} was called on a {kind.__qualname__}, which can have no weak reference, so that a cache would "
@@ -259,8 +257,6 @@ def _owner_function(function: Callable[..., Any], mark: object) -> Callable[[Any
                 "method __cache_key__ that returns what tells it from others"
             )
             raise MisuseError(msg) from error
-        instance.users.add(mark)
-        return instance
 
     return owner_of
 
