@@ -52,3 +52,5 @@ class TaskPool(Pool):
         del self._tasks[batch]
         batch.is_last = was_cancelled(Failed(report.errors[0]) if report.errors else report.values[0], 0)
         self.deliver(Done(batch, report))
+        # From Python 3.13 on the traceback of its error may lead to this frame.
+        del report
