@@ -20,6 +20,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -199,8 +200,10 @@ class ExecutorPool(Pool):
         executor = self._executor
         context: Any = getattr(executor, "_mp_context", None) or getattr(executor, "_context", None)
         # Processes that are started for this map are deaf to Ctrl-C until they run an item.
-        is_own = context is not None and not self._is_given
-        start = held_back_in_children(context.get_start_method()) if is_own else contextlib.nullcontext()
+        if context is None or self._is_given:
+            start: AbstractContextManager[object] = contextlib.nullcontext()
+        else:
+            start = held_back_in_children(context.get_start_method())
         try:
             with start:
                 future = executor.submit(function, *arguments)

@@ -263,6 +263,10 @@ class Scheduler:
         if self.failure is not None or len(self._sent) >= max(slots, 1):
             return None
         size = min(1 if self._one_at_a_time else self._size, self.pool.largest_batch, self._largest_batch)
+        if self.pool.is_far and self.tally.total is not None:
+            # The last ones are shared evenly: what waits at one worker cannot be given to another.
+            left = (self.tally.total - self._next_index) // max(1, self.pool.slots)
+            size = max(1, size // 2, min(size, left))
         if self._given_back:
             batch = self._given_back.popleft()
             if len(batch.items) > size:
