@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import loky
@@ -469,6 +469,25 @@ def test_what_is_no_exception_is_charged_to_its_item(processes, world, error):
     results = processes.map(world.define(work), processes.given()).run(range(6))
     assert isinstance(results.pop(3), WorkerCrashedError)
     assert results == [0, 1, 2, 4, 5]
+
+
+class BreaksSilently(ThreadPoolExecutor):
+    """Says that it is broken only to whoever submits more than two."""
+
+    def __init__(self):
+        super().__init__(2)
+        self._left = 2
+
+    def submit(self, function, /, *args, **kwargs):
+        self._left -= 1
+        if self._left < 0:
+            raise BrokenExecutor("a child process ended")
+        return super().submit(function, *args, **kwargs)
+
+
+def test_a_given_executor_that_is_found_broken_when_more_is_submitted_ends_the_map(world):
+    with BreaksSilently() as executor, pytest.raises(OperoError, match="a function that makes the executor"):
+        opmap(mode=executor, progress=False)(world.define(abs)).run(range(1_000))
 
 
 def test_exit_in_a_thread_belongs_to_the_caller(threads, world):

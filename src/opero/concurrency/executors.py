@@ -213,7 +213,11 @@ class ExecutorPool(Pool):
                 raise _refused(self._name, error) from error
             if batch is not None:
                 self._pending.appendleft(batch)
-            self.deliver(self._make_anew(error))
+            lost = self._make_anew(error)
+            if isinstance(lost, Fatal):
+                # There is no executor that could take what is pending.
+                raise lost.error from error
+            self.deliver(lost)
         else:
             self._in_flight[future] = batch
             future.add_done_callback(self.deliver)
