@@ -26,11 +26,10 @@ from test_rate_limit import Timed, limited, order_of_tasks, worst_excess
 
 import opero
 from opero.core import CallTimeoutError, MisuseError, RateLimiter, UnsafeCacheError, faults
+from opero.core.limits.gates import FileGate, RedisGate
 from opero.core.limits.ledger import changed
 from opero.core.limits.line import ONE, Line, Turn, take
-from opero.core.limits.machine import FileGate
 from opero.core.limits.rates import parse_rates
-from opero.core.limits.redis import RedisGate
 from opero.core.steps import drive
 
 thoroughly = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])

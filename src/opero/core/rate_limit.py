@@ -19,10 +19,10 @@ from opero.core.checks import (
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.frozen import itself
+from opero.core.limits.gates import gates
 from opero.core.limits.line import ONE, Line, Wants, take
 from opero.core.limits.per_value import PerValue
 from opero.core.limits.rates import CALLS, Rate, parse_rates
-from opero.core.limits.shared import sharing
 from opero.core.parameters import Per
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
@@ -110,10 +110,10 @@ class RateLimiter:
         how: dict[str, Any] = {"when_full": when_full, "max_wait": max_wait, "spread": spread, "max_burst": max_burst}
         whose: dict[str, Any] = {"scope": scope, "name": name, "url": url, "folder": folder}
         self._options = {**how, **whose}
-        share_of = sharing(**whose)
-        self.limit = limit = Line(self._read(rate), share_of())
+        gate_of = gates(**whose)
+        self.limit = limit = Line(self._read(rate), gate_of())
         # Of the values of ``per``, at the same rate and as long paused.
-        self.per_value: PerValue[Line] = PerValue(lambda value: limit.another(share_of(value)))
+        self.per_value: PerValue[Line] = PerValue(lambda value: limit.another(gate_of(value)))
         self.take_now = limit.take_now
         self.expected_wait = limit.expected_wait
 
@@ -202,7 +202,7 @@ class RateLimiter:
         """A slot is used up by the start."""
 
     def _take_one_now(self) -> bool:
-        return self.names == (CALLS,) and self.limit.share is None and self.take_now()
+        return self.names == (CALLS,) and self.limit.gate is None and self.take_now()
 
     def _acquire(self, timeout: Duration | None, costs: Mapping[str, float]) -> Generator[Any, Any, bool]:
         check_known("acquire", costs, self.names)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from opero.core.breaker import Passage
     from opero.core.flights import Seat
     from opero.core.flow import Candidate, Layers
+    from opero.core.limits.gates import Gate
     from opero.core.limits.line import Turn
-    from opero.core.limits.shared import Gate
     from opero.core.stores.settings import Store
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import random
 import threading
 from bisect import bisect_left
 from collections import deque
@@ -24,8 +26,8 @@ from opero.core.limits.rates import EARLY
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from opero.core.limits.gates import Gate
     from opero.core.limits.rates import Rates
-    from opero.core.limits.shared import Share
 
 # One further back may go on this much later for each place: those before it, in a thread or loop that is kept from
 # running, may not be able to.
@@ -35,6 +37,11 @@ _UNUSED = 0.05
 # Of what opens at no known time the first is told; so often the others look whether it has listened.
 _LONGEST_NAP = 1.0
 ONE = (1.0,)
+
+# Other processes were faster for so long: then the first of this one claims the next slot.
+_REFUSED_SECONDS = 0.1
+# By this and their numbers processes tell each other apart, on whatever machines they run.
+_ORIGIN = random.SystemRandom().random()
 
 # When a slot would be too late to be of use, as far as is known now.
 Latest = Callable[[], float]
@@ -58,13 +65,13 @@ class Line:
 
     Args:
         rates: The limit.
-        share: The same limit as other processes have it, if they do.
+        gate: Of the same limit as other processes have it, if they do.
         ledger: What lets callers go on in this process.
     """
 
-    def __init__(self, rates: Rates, share: Share | None = None, *, ledger: Ledger | None = None) -> None:
+    def __init__(self, rates: Rates, gate: Gate | None = None, *, ledger: Ledger | None = None) -> None:
         self.rates = rates
-        self._share = share
+        self._gate = gate
         self._ledger = ledger or Ledger(rates)
         self.after_fork()
         watch_forks(self)
@@ -79,24 +86,24 @@ class Line:
         self._ledger.forget()
         # When the first may ask (again), as far as is known; when one who is not the first found that it could have.
         self.opens_at, self._noticed_at = -math.inf, math.inf
-        # Until when a limit that processes share had no slot, as was said last.
-        self._refused_until = -math.inf
+        # Since when, and until when, a limit that processes share had no slot, as was said last.
+        self._refused_since, self._refused_until = math.inf, -math.inf
         # Whether its gate has answered last: what was taken is known there.
         self._is_known_elsewhere = False
         # Until when whoever comes may make up for missed slots, as those that have waited may: one who calls again and
         # again has missed them while it ran.
         self._made_up_until = -math.inf
 
-    def another(self, share: Share | None) -> Line:
+    def another(self, gate: Gate | None) -> Line:
         """One of the same rates, as for one more value; paused if this one is."""
-        line = Line(self.rates, share)
+        line = Line(self.rates, gate)
         line._ledger.pause(self._ledger.paused_until)
         return line
 
     @property
-    def share(self) -> Share | None:
+    def gate(self) -> Gate | None:
         """What has to be asked, too, since other processes use it: nothing under a clock that jumps."""
-        return None if clock.is_virtual else self._share
+        return None if clock.is_virtual else self._gate
 
     # Asked by whoever wants to start
 
@@ -135,8 +142,8 @@ class Line:
 
     def tell(self, change: Callable[[Ledger, float], None]) -> Generator[Any, Any, None]:
         """Let those who share the limit know, too."""
-        if self.share is not None:
-            yield from self.share.ask(self.rates, change)
+        if self.gate is not None:
+            yield from self.gate.ask(self.rates, change)
 
     def change(self, rates: Rates) -> None:
         """Go on at other rates; those who wait keep their places."""
@@ -156,7 +163,7 @@ class Line:
     def _expected_start(self, amounts: Sequence[float], ahead: Sequence[float], now: float) -> float:
         """When a call will start, after others that take so much together."""
         moment = max(now, self._ledger.opens_at(now, amounts, ahead))
-        if self.share is None or self._refused_until <= now:
+        if self.gate is None or self._refused_until <= now:
             return moment
         return max(moment, self._refused_until + self._seconds_of(ahead))
 
@@ -246,12 +253,16 @@ class Line:
             self._made_up_until = now + max([pace.tolerance for pace in self.rates.paces], default=0.0)
         self.let_pass(turn)
 
-    def ask_for(self, share: Share, turn: Turn, amounts: Sequence[float]) -> Generator[Any, Any, float | None]:
+    def ask(self, gate: Gate, turn: Turn, amounts: Sequence[float]) -> Generator[Any, Any, float | None]:
         """Ask the gate of a limit that processes share for a slot: seconds to wait, or None if it failed."""
-        rates = self.rates
-        wait = yield from share.ask_for(rates, amounts, is_late=self.is_late(turn, clock.now()))
+        rates, asked, who = self.rates, clock.now(), os.getpid() + _ORIGIN
+        is_late, claims = self.is_late(turn, asked), asked - self._refused_since >= _REFUSED_SECONDS
+        wait = yield from gate.ask(
+            rates, lambda ledger, now: ledger.ask(now, amounts, who, is_late=is_late, claims=claims)
+        )
         with lines.lock:
             self._is_known_elsewhere = wait is not None
+            self._refused_since = min(self._refused_since, asked) if wait else math.inf
             self._refused_until = -math.inf
             if wait and rates is self.rates:
                 self._refused_until = clock.now() + wait
@@ -327,7 +338,7 @@ class Turn:
         moments = [line.due(self, amounts, now) for line, amounts in self._wants]
         self._due = max(moments)
         if self._due <= now + EARLY:
-            if any(line.share is not None for line, _ in self._wants):
+            if any(line.gate is not None for line, _ in self._wants):
                 self.news = "asks"
             else:
                 self._start(now)
@@ -362,8 +373,8 @@ class Turn:
         wants, given = self._wants, list[tuple[Line, Sequence[float]]]()
         wait: float | None = None
         for line, amounts in wants:
-            if line.share is not None and not wait:
-                wait = yield from line.ask_for(line.share, self, amounts)
+            if line.gate is not None and not wait:
+                wait = yield from line.ask(line.gate, self, amounts)
                 # A gate that failed leaves it to this process.
                 given += [(line, amounts)] if wait == 0 else []
         with lines.lock:

@@ -1,0 +1,305 @@
+"""Limits that processes share: behind a gate, a file of the machine or a redis server keeps the ledger as bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from functools import partial
+from hashlib import blake2b, sha1
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opero.core.checks import check_choice, check_text, check_url
+from opero.core.clock import clock
+from opero.core.faults import Complaints
+from opero.core.limits.ledger import changed, is_over
+from opero.core.private_folder import OTHERS_WRITE, folder_of_user, private_folder
+from opero.core.steps import Consult
+from opero.exceptions import UnsafeCacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator, Sequence
+
+    from opero.core.limits.ledger import Change, Ledger
+    from opero.core.limits.rates import Rates
+    from opero.core.redis_server import Server
+
+_OPTIONS_OF_SCOPES = {"process": (), "machine": ("folder", "name"), "redis": ("name", "url")}
+# Who is kept from the ledger by others comes again after so long.
+_BUSY_SECONDS = 0.005
+
+
+class Gate(ABC):
+    """Where the bytes are that processes share. When it fails, the process goes on with a limit of its own.
+
+    Attributes:
+        is_instant: Whether it blocks for microseconds only.
+    """
+
+    is_instant = False
+
+    def __init__(self, scope: str) -> None:
+        self._complaints = Complaints(f"the {scope}'s rate limit", "going on with a limit of this process alone")
+
+    @abstractmethod
+    def perform(self, requests: Sequence[Change]) -> list[Any]:
+        """For each 0 if it was done, seconds until a slot comes, or the exception that prevents it."""
+
+    def ask(self, rates: Rates, act: Callable[[Ledger, float], float | None]) -> Generator[Any, Any, float | None]:
+        """What comes of doing something with the ledger; None if the gate failed."""
+        request = partial(changed, rates, act)
+        (answer,) = self.perform([request]) if self.is_instant else [(yield Consult(self, request))]
+        if isinstance(answer, Exception):
+            self._complaints.tell(answer)
+            return None
+        seconds: float = answer
+        return seconds
+
+
+def gates(
+    scope: str, *, name: str | None, url: str | None, folder: str | os.PathLike[str] | None
+) -> Callable[..., Gate | None]:
+    """Give a function that gives the gate of a limit, or that of a value; None where the process has it for itself.
+
+    Raises:
+        ModuleNotFoundError: If redis-py is missing.
+        TypeError: If an option has the wrong type.
+        ValueError: If one is missing, or has no effect.
+    """
+    check_choice("scope", scope, sorted(_OPTIONS_OF_SCOPES))
+    for option, value in {"folder": folder, "name": name, "url": url}.items():
+        if value is not None and option not in _OPTIONS_OF_SCOPES[scope]:
+            raise ValueError(f"{option} has no effect with scope={scope!r}; leave it out")
+    if scope == "process":
+        return lambda *_value: None
+    if name is None:
+        raise ValueError(f"scope={scope!r} needs name=, a name by which processes know the limit")
+    known_as = check_text("name", name, "a name that no other limit has")
+    make: Callable[[str], Gate] = _gates_of_files(folder) if scope == "machine" else _gates_of_server(url)
+
+    def gate(*value: Any) -> Gate:
+        if not value:
+            return make(known_as)
+        from opero.core.digests import digest_of
+
+        # The value may be a secret.
+        return make(f"{known_as}:{digest_of(*value).hex()}")
+
+    return gate
+
+
+# In a file
+
+_FOLDER = "limits"
+# Who holds a file holds it for microseconds, unless it was stopped: then others come again, and do not block.
+_LOCK_TRIES, _LOCK_SECONDS = 10, 0.00005
+# After so long it is a fault of the limit.
+_LONGEST_LOCK = 1.0
+# The most of a state that can be true.
+_MOST_BYTES = 1_000_000
+# Idle files that each new one is looked for among.
+_TIDIED_AT_ONCE = 2
+
+
+def _gates_of_files(folder: Any) -> Callable[[str], Gate]:
+    if find_spec("fcntl") is None:
+        msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
+        raise ValueError(msg)
+    if folder is None:
+        import platformdirs
+
+        root = folder_of_user(lambda: Path(platformdirs.user_cache_dir("opero", appauthor=False)))
+    else:
+        text = check_text("folder", os.fspath(folder) if isinstance(folder, os.PathLike) else folder, "a folder's path")
+        # Known by one name, whatever the working directory will be.
+        root = Path(text).expanduser().resolve()
+    return lambda name: FileGate(name, root)
+
+
+class FileGate(Gate):
+    """A file, which the system unlocks when its holder dies; it holds nothing of the arguments.
+
+    It is opened, locked, read and written for each start, so that it may vanish at any time, and so that no descriptor
+    has to survive a fork. The times in it are those of the system's monotonic clock, which all processes share until
+    the next start of the machine.
+    """
+
+    is_instant = True
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__("machine")
+        self._root = folder
+        self._file_name = blake2b(name.encode(), digest_size=16).hexdigest()
+        self._path: str | None = None
+        # Since when somebody else has been found to keep the file locked.
+        self._locked_since = math.inf
+
+    def perform(self, requests: Sequence[Change]) -> list[Any]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, change: Change) -> float | OSError:
+        try:
+            if self._path is None:
+                # Not with its files: with one for each value, each new one would take ever longer.
+                folder = private_folder(self._root, _FOLDER, "rate_limit_options={'folder': …}", with_files=False)
+                _tidy(str(folder))
+                self._path = str(folder / self._file_name)
+            with _locked(self._path) as file:
+                now = clock.machine()
+                if file is None:
+                    self._locked_since = min(self._locked_since, now)
+                    if now - self._locked_since < _LONGEST_LOCK:
+                        return _BUSY_SECONDS
+                    fault = f"another process has kept its file locked for {_LONGEST_LOCK:g} s"
+                    raise TimeoutError(errno.ETIMEDOUT, fault)
+                self._locked_since = math.inf
+                wait, made, _ = change(os.pread(file, _MOST_BYTES, 0), now)
+                if made:
+                    os.pwrite(file, made, 0)
+                    os.ftruncate(file, len(made))
+                return wait
+        except UnsafeCacheError:
+            raise
+        except OSError as error:
+            # The folder may have gone; the next one makes it anew.
+            self._path = None
+            return error
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[int | None]:
+    """The open file, locked; None if that has to be tried again: somebody else has it, or has removed it."""
+    # Here, since Windows has none.
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    is_locked = False
+    try:
+        for _ in range(_LOCK_TRIES):
+            try:
+                # Of this opening, and not of the process as `fcntl.lockf`: threads keep each other out, too.
+                flock(file, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_SECONDS)
+            else:
+                is_locked = True
+                break
+        found = os.fstat(file)
+        if found.st_uid not in {os.geteuid(), 0} or found.st_mode & OTHERS_WRITE:
+            what = "can be written to by others" if found.st_mode & OTHERS_WRITE else "belongs to another user"
+            raise UnsafeCacheError(f"{path} {what}; delete it, or name another folder for limits")
+        # Somebody may have tidied it away between the two; then it is to be asked for again.
+        yield file if is_locked and found.st_nlink else None
+    finally:
+        if is_locked:
+            # A child that was forked meanwhile has it open, too.
+            flock(file, LOCK_UN)
+        os.close(file)
+
+
+def _tidy(folder: str) -> None:
+    """Remove some of the files whose limits are idle; each new one goes on where the one before has stopped."""
+    paths = _being_tidied.setdefault(folder, [])
+    with contextlib.suppress(OSError, IndexError):
+        if not paths:
+            paths += os.listdir(folder)  # noqa: PTH208 - thousands of names
+        for _ in range(_TIDIED_AT_ONCE):
+            path = f"{folder}/{paths.pop()}"
+            if not os.path.exists(path):  # noqa: PTH110 - it is a str
+                continue
+            with _locked(path) as file:
+                if file is not None and is_over(os.pread(file, _MOST_BYTES, 0), clock.machine()):
+                    os.unlink(path)  # noqa: PTH108 - as above
+
+
+# By folder: to pop a name is one step, and needs no lock.
+_being_tidied: dict[str, list[str]] = {}
+
+
+# On a redis server
+
+# Others may be faster so often; then they are let go on.
+_TRIES = 20
+# For so long what a process knows of the server's time is good enough.
+_FRESH_SECONDS = 1.0
+_LASTING_SECONDS = 1.0
+# A process reckons with what it knows, and its answer holds if that is still so: of a state with this digest it makes
+# the given one, if there is one; of any other state it gives the server's time and what is there.
+# In a field of a hash: what somebody writes beside it, or in its place, does no harm.
+_SWAP = """
+local size = redis.pcall('HSTRLEN', KEYS[1], 'state')
+local data = ''
+if type(size) ~= 'number' then
+  redis.call('DEL', KEYS[1])
+elseif size > 0 and size < 1000000 then
+  data = redis.call('HGET', KEYS[1], 'state')
+end
+if redis.sha1hex(data) ~= ARGV[1] then
+  local time = redis.call('TIME')
+  return {time[1], time[2], data}
+end
+if ARGV[2] ~= '' then
+  redis.call('HSET', KEYS[1], 'state', ARGV[2])
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
+end
+"""
+
+
+def _gates_of_server(url: Any) -> Callable[[str], Gate]:
+    if url is None:
+        raise ValueError("scope='redis' needs url=, such as url='redis://localhost:6379/0'")
+    if find_spec("redis") is None:
+        msg = "scope='redis' needs the package redis; install it with: pip install 'opero[redis]'"
+        raise ModuleNotFoundError(msg, name="redis")
+    check_url("url", url)
+    return lambda name: RedisGate(name, url)
+
+
+class RedisGate(Gate):
+    """A value on a server, by the server's clock. A server that fails is left alone for a while."""
+
+    def __init__(self, name: str, url: str) -> None:
+        super().__init__("redis")
+        self._url = url
+        # The braces keep all of it on one node of a cluster.
+        self._key = f"opero:limit:{{{name}}}"
+        self._server: Server | None = None
+        # The state that was found last, and the server's time and this machine's at that moment.
+        self._found = b"", 0.0, -_FRESH_SECONDS
+
+    def perform(self, requests: Sequence[Change]) -> list[Any]:
+        try:
+            from opero.core.redis_server import server_at
+
+            server = self._server = self._server or server_at(self._url)
+            reason = server.rest.reason()
+            return [reason or self._answer(server, change) for change in requests]
+        except Exception as error:  # noqa: BLE001 - it costs the sharing and not the call
+            if self._server is not None:
+                self._server.failed(error)
+            return [error] * len(requests)
+
+    def _answer(self, server: Server, change: Change) -> float:
+        data, found_at, heard_at = self._found
+        for times in range(_TRIES):
+            # No later than the server's own.
+            now = found_at + clock.machine() - heard_at
+            wait, made, lasts = change(data, now)
+            if times and not made:
+                return wait
+            is_known = times or clock.machine() - heard_at < _FRESH_SECONDS
+            digest = sha1(data, usedforsecurity=False).hexdigest() if is_known else ""
+            arguments = [digest, made, round((lasts + _LASTING_SECONDS) * 1000)]
+            (other,) = server.perform([("EVAL", _SWAP, 1, self._key, *arguments)])
+            server.rest.end()
+            if other is None:
+                self._found = made or data, found_at, heard_at
+                return wait
+            data, found_at, heard_at = other[2], float(other[0]) + float(other[1]) / 1e6, clock.machine()
+            self._found = data, found_at, heard_at
+        return _BUSY_SECONDS
