@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -157,9 +158,10 @@ class Breaker:
         if state == "open":
             log("WARNING", "a circuit is open, the next trial is in {}", duration(self.recovery))
         # Who waits for a slot or a place cannot use it any more, or again.
-        from opero.core.limits.line import rouse_all
+        if "opero.core.limits.line" in sys.modules:
+            from opero.core.limits.line import rouse_all
 
-        rouse_all()
+            rouse_all()
 
 
 class FunctionBreaker:

@@ -20,8 +20,7 @@ from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.frozen import itself
 from opero.core.limits.gates import gates
-from opero.core.limits.line import ONE, Line, Wants, take
-from opero.core.limits.per_value import PerValue
+from opero.core.limits.line import ONE, Line, PerValue, Wants, take
 from opero.core.limits.rates import CALLS, Rate, parse_rates
 from opero.core.parameters import Per
 from opero.core.plan import Plan

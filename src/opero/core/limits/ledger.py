@@ -5,21 +5,24 @@ A limit is measured by meters, one for each of its rates. All of a ledger can be
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
+
+# The public way to get the running loop raises where there is none.
+from asyncio import _get_running_loop, _set_running_loop
 from collections import deque
 from typing import TYPE_CHECKING
+
+from asynciolimiter import Limiter
 
 from opero.core.limits.rates import EARLY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from opero.core.limits.pace import PaceMeter
-    from opero.core.limits.rates import Quota, Rates
+    from opero.core.limits.rates import Pace, Quota, Rates
 
-    # What a meter knows, as numbers, by the place of its name and the seconds of its quota (0 for a pace).
-    State = Mapping[tuple[float, float], Sequence[float]]
     # Of the bytes that processes share, and the time, it makes seconds until a slot comes (0: it was done), the bytes
     # to be kept in their place, if any, and the seconds for which they tell something.
     Change = Callable[[bytes, float], tuple[float, bytes, float]]
@@ -35,18 +38,69 @@ _MOST = 1e15
 _LONGEST_CLAIM, _CLAIM_GRACE = 1.0, 0.02
 # What processes know of a server's time may differ by so much.
 _SKEW = 0.001
-# How many numbers of a packed ledger stand before those of its meters, and the first two of them.
-_HEAD, _STAMPS = 5, struct.Struct("<2d")
+# How many numbers of a packed ledger stand before those of its meters.
+_HEAD = 5
+
+
+class PaceMeter:
+    """What is known of a pace, by the "generic cell rate algorithm" (ITU-T I.371).
+
+    Each start has a slot of its own, ``cost * interval`` after the one before it, and may begin a bounded time after
+    its slot, so that what passed while callers could not look is made up for.
+    """
+
+    __slots__ = ("burst", "free_at", "interval", "longest", "name", "tolerance")
+
+    # By which it is told apart from a quota of the same name.
+    seconds = 0.0
+
+    def __init__(self, pace: Pace, most: float) -> None:
+        """``most`` is what one call may cost."""
+        self.name, self.interval, self.burst = pace
+        self.tolerance = pace.tolerance
+        self.longest = max(1.0, most) * self.interval + self.tolerance
+        self.free_at = 0.0
+
+    def has_room(self, now: float, _amount: float) -> bool:
+        return now + EARLY >= self.free_at
+
+    def opens_at(self, now: float, _amount: float, ahead: float) -> float:
+        """When a call may start, after others that cost ``ahead``; what it costs itself only others wait for."""
+        return max(now, self.free_at) + ahead * self.interval
+
+    def take(self, now: float, amount: float) -> None:
+        if self.free_at > now:
+            self.free_at += amount * self.interval
+        else:
+            self.free_at = now + amount * self.interval
+
+    def take_late(self, now: float, amount: float) -> None:
+        slot = max(self.free_at, now - self.tolerance)
+        self.free_at = _next_slot(slot, self) if amount == 1 else slot + amount * self.interval
+
+    def idle_from(self) -> float:
+        # Those who have waited could make up for what passed before.
+        return self.free_at + self.tolerance
+
+    def state(self) -> Sequence[float]:
+        return self.free_at, self.interval
+
+    def go_on_from(self, state: Sequence[float], now: float) -> None:
+        free_at, interval = state
+        if interval <= 0:
+            raise ValueError
+        # As much as was taken ahead, at this rate.
+        ahead = (free_at - now) * self.interval / interval
+        self.free_at = free_at if ahead <= 0 else now + min(self.longest, ahead)
 
 
 class QuotaMeter:
     """What was taken of a quota within its time: entries of a moment, and the amount."""
 
-    __slots__ = ("entries", "joins_until", "key", "name", "seconds", "units", "used")
+    __slots__ = ("entries", "joins_until", "name", "seconds", "units", "used")
 
     def __init__(self, quota: Quota) -> None:
         self.name, self.units, self.seconds = quota
-        self.key = self.name, self.seconds
         self.entries: deque[list[float]] = deque()
         # Until when more is added to the last entry; it follows from that one.
         self.joins_until = 0.0
@@ -135,12 +189,7 @@ class Ledger:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.paces: list[PaceMeter] = []
-        if self.rates.paces:
-            # Here, since places need nothing of asyncio.
-            from opero.core.limits.pace import PaceMeter
-
-            self.paces = [PaceMeter(pace, self.rates.most[pace.name]) for pace in self.rates.paces]
+        self.paces = [PaceMeter(pace, self.rates.most[pace.name]) for pace in self.rates.paces]
         self.meters: list[PaceMeter | QuotaMeter] = [*self.paces, *[QuotaMeter(quota) for quota in self.rates.quotas]]
         # None where there is more to look at.
         self.only_pace = self.paces[0] if len(self.paces) == len(self.meters) == 1 else None
@@ -186,23 +235,10 @@ class Ledger:
 
     def change(self, now: float, rates: Rates) -> None:
         """Go on at other rates."""
-        state, paused_until, self.rates = self._state(), self.paused_until, rates
+        data, paused_until, self.rates = self.pack(now), self.paused_until, rates
         self.forget()
-        self._go_on_from(state, now)
+        self.unpack(data, now)
         self.pause(paused_until)
-
-    def _state(self) -> State:
-        return {meter.key: meter.state() for meter in self.meters}
-
-    def _go_on_from(self, state: State, now: float) -> None:
-        """Take over what was taken at maybe other rates, as far as there are such meters.
-
-        Raises:
-            ValueError: If it cannot be true.
-        """
-        for meter in self.meters:
-            if meter.key in state:
-                meter.go_on_from(state[meter.key], now)
 
     # Of processes that share it
 
@@ -226,12 +262,13 @@ class Ledger:
     def pack(self, now: float) -> bytes:
         """All of it as numbers: from when on it tells nothing any more, when it was written, and the rest."""
         numbers = [self.idle_from(now), now, self.paused_until, self.claimed_until, self.claimed_by]
-        for key, state in self._state().items():
-            numbers += [*key, len(state), *state]
+        for meter in self.meters:
+            state = meter.state()
+            numbers += [meter.name, meter.seconds, len(state), *state]
         return struct.pack(f"<{len(numbers)}d", *numbers)
 
     def unpack(self, data: bytes, now: float) -> None:
-        """Take over what others have written.
+        """Take over what was written, maybe at other rates, as far as there are such meters.
 
         Raises:
             ValueError: If it cannot be true; of another start of the machine nothing is.
@@ -251,7 +288,9 @@ class Ledger:
                 raise ValueError
             begin, end = end + 3, end + 3 + int(count)
             state[name, seconds] = numbers[begin:end]
-        self._go_on_from(state, written_at)
+        for meter in self.meters:
+            if (meter.name, meter.seconds) in state:
+                meter.go_on_from(state[meter.name, meter.seconds], written_at)
 
 
 def changed(
@@ -275,7 +314,40 @@ def changed(
 
 def is_over(data: bytes, now: float) -> bool:
     """Whether a state tells nothing any more."""
-    if len(data) < _STAMPS.size:
+    if len(data) < _HEAD * 8:
         return True
-    idle_from, written_at = _STAMPS.unpack_from(data)
+    idle_from, written_at = struct.unpack_from("<2d", data)
     return not written_at <= now < idle_from
+
+
+# asynciolimiter (1.2.0) says when the next one in line gets its slot. Its `Limiter` belongs to one event loop: used
+# from a second loop, thread or forked child it hangs or limits nothing, and it grants no more than one slot to each
+# look that comes late. So it is stepped on a stand-in for a loop, whose time is the slot's. Delete the stand-in when a
+# release of asynciolimiter can be shared.
+
+
+class _Moment:
+    """All that asynciolimiter asks of a running event loop: a time, and one timer."""
+
+    def __init__(self, now: float) -> None:
+        self._now = self.next_slot = now
+
+    def time(self) -> float:
+        return self._now
+
+    def call_at(self, when: float, _callback: Callable[[], None]) -> _Moment:
+        self.next_slot = when
+        return self
+
+
+def _next_slot(slot: float, pace: PaceMeter) -> float:
+    moment, outer = _Moment(slot), _get_running_loop()
+    waiting = Limiter(1 / pace.interval, max_burst=pace.burst).wait()
+    try:
+        _set_running_loop(moment)  # type: ignore[arg-type]  # it is all of a loop that asynciolimiter uses
+        with contextlib.suppress(StopIteration):
+            waiting.send(None)
+    finally:
+        _set_running_loop(outer)
+        waiting.close()
+    return moment.next_slot

@@ -12,19 +12,20 @@ import os
 import random
 import threading
 from bisect import bisect_left
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakSet
 
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
+from opero.core.keys import identity_of
 from opero.core.limits.ledger import LONGEST_PAUSE, Ledger
 from opero.core.limits.rates import EARLY
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
 
     from opero.core.limits.gates import Gate
     from opero.core.limits.rates import Rates
@@ -292,6 +293,43 @@ class Line:
         """It is forgotten later: the garbage collector may say so while the line is being changed."""
         self._left.append(turn)
         self.rouse_first(anew=True)
+
+
+L = TypeVar("L", bound=Line)
+# Values that are their own keys, which no key of another class is equal to.
+_OWN_KEYS = (str, int)
+
+
+class PerValue(Generic[L]):
+    """A line for each value, such as one for each API key; those that are idle are forgotten.
+
+    Each new one looks at two others, so that no call pays for all of them.
+    """
+
+    def __init__(self, make: Callable[[Any], L]) -> None:
+        self._make = make
+        self._lines: OrderedDict[Any, L] = OrderedDict()
+        self._lock = ForkSafeLock(threading.RLock)
+
+    def __iter__(self) -> Iterator[L]:
+        with self._lock.lock:
+            return iter(list(self._lines.values()))
+
+    def of(self, value: Any) -> L:
+        """The one of this value."""
+        key = value if value.__class__ in _OWN_KEYS else identity_of(value)
+        found = self._lines.get(key)
+        if found is not None:
+            return found
+        with self._lock.lock:
+            found = self._lines.get(key)
+            if found is None:
+                for _ in range(min(2, len(self._lines))):
+                    oldest, other = self._lines.popitem(last=False)
+                    if not other.is_idle():
+                        self._lines[oldest] = other
+                found = self._lines[key] = self._make(value)
+            return found
 
 
 class Turn:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
 from opero.core.limits.ledger import Ledger
-from opero.core.limits.line import ONE, Line, take
-from opero.core.limits.per_value import PerValue
+from opero.core.limits.line import ONE, Line, PerValue, take
 from opero.core.limits.rates import CALLS, Rates
 from opero.core.steps import leading
 from opero.exceptions import MisuseError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from opero.core.checks import UNITS, check_count
@@ -54,8 +53,7 @@ class Quota(NamedTuple):
         return self.units / self.seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     """What has to hold at once.
 
     Attributes:
