@@ -45,7 +45,6 @@ PerOption = str | tuple[str, ...] | Callable[..., Any] | None
 _OPTIONS = ("folder", "max_burst", "max_wait", "name", "scope", "spread", "url", "when_full")
 _HOW_TO_WAIT = ("max_wait", "when_full")
 _WHEN_FULL = ("next", "raise", "wait")
-_NUMBERS = (float, int)
 
 
 class RateLimiter:
@@ -223,14 +222,12 @@ class RateLimiter:
         """Costs by name, in the order of the names; ``option`` is where they were given."""
         amounts = []
         for name, most in zip(self.names, self.limit.rates.most, strict=True):
-            cost, whole = costs[name], max(1.0, most)
-            if cost.__class__ not in _NUMBERS or not 0 <= cost <= whole:
-                cost = check_number(f"{option}[{name!r}]", cost, "units", smallest=0)
-                if cost > whole:
-                    raise ValueError(
-                        f"{option}[{name!r}]={cost:g} is more than the whole rate, {most:g}: such a call could never "
-                        "start; split it, or raise the rate"
-                    )
+            cost = check_number(f"{option}[{name!r}]", costs[name], "units", smallest=0)
+            if cost > max(1.0, most):
+                raise ValueError(
+                    f"{option}[{name!r}]={cost:g} is more than the whole rate, {most:g}: such a call could never "
+                    "start; split it, or raise the rate"
+                )
             amounts.append(cost)
         return ONE if amounts == [1] else tuple(amounts)
 
@@ -260,10 +257,6 @@ class FunctionLimit:
         options: Mapping[str, Any] | None = None,
         fallback: str | None = None,
     ) -> None:
-        if isinstance(options, str) and "://" in options:
-            # Not shown: it may hold a password.
-            msg = "rate_limit_options is a URL; write a mapping of option names to values, with the URL as 'url'"
-            raise TypeError(msg)
         given = check_mapping("rate_limit_options", options)
         check_known("rate_limit_options", given, _OPTIONS)
         self._name = name_of(function)
@@ -391,10 +384,11 @@ class FunctionLimit:
         elif candidate.costs is None:
             asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
             candidate.costs = [limiter.checked(asked) for limiter in self._limiters]
-        if self.per is None:
-            return list(zip([limiter.limit for limiter in self._limiters], candidate.costs, strict=True))
-        value = self.per.get(args, kwargs)
-        return list(zip([limiter.per_value.of(value) for limiter in self._limiters], candidate.costs, strict=True))
+        lines = [limiter.limit for limiter in self._limiters]
+        if self.per is not None:
+            value = self.per.get(args, kwargs)
+            lines = [limiter.per_value.of(value) for limiter in self._limiters]
+        return list(zip(lines, candidate.costs, strict=True))
 
 
 def _full(wait: float, whose: str) -> RateLimitedError:

@@ -131,7 +131,7 @@ class Line:
         with lines.lock:
             self._ledger.take(clock.now(), amounts)
             self._refused_until = -math.inf
-        yield from self.tell(lambda ledger, now: ledger.take(now, amounts))
+        yield from self.tell(partial(Ledger.take, amounts=amounts))
         self.rouse_first(anew=True)
 
     def pause(self, seconds: float) -> Generator[Any, Any, None]:
@@ -258,9 +258,8 @@ class Line:
         """Ask the gate of a limit that processes share for a slot: seconds to wait, or None if it failed."""
         rates, asked, who = self.rates, clock.now(), os.getpid() + _ORIGIN
         is_late, claims = self.is_late(turn, asked), asked - self._refused_since >= _REFUSED_SECONDS
-        wait = yield from gate.ask(
-            rates, lambda ledger, now: ledger.ask(now, amounts, who, is_late=is_late, claims=claims)
-        )
+        request = partial(Ledger.ask, amounts=amounts, who=who, is_late=is_late, claims=claims)
+        wait = yield from gate.ask(rates, request)
         with lines.lock:
             self._is_known_elsewhere = wait is not None
             self._refused_since = min(self._refused_since, asked) if wait else math.inf
@@ -421,7 +420,7 @@ class Turn:
                 self._start(now)
                 given.clear()
         for line, amounts in given:
-            yield from line.tell(partial(_give_back, amounts))
+            yield from line.tell(partial(Ledger.take, amounts=[-amount for amount in amounts]))
 
     def due_in(self) -> float | None:
         if self.news:
@@ -450,10 +449,6 @@ class Turn:
                 line.rouse_first()
             else:
                 line.leave(self)
-
-
-def _give_back(amounts: Sequence[float], ledger: Ledger, now: float) -> None:
-    ledger.take(now, [-amount for amount in amounts])
 
 
 def rouse_all() -> None:

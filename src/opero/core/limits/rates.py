@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ CALLS = "calls"
 # Rounding must not make a slot that has come look as if it had not.
 EARLY = 1e-9
 _RATE_TEXT = re.compile(r"\s*(?P<count>\d+(?:\.\d+)?)\s*/\s*(?P<times>\d+(?:\.\d+)?)?\s*(?P<unit>[a-z]+)\s*", re.ASCII)
-_MOST = 10_000_000
 # How long a process may be kept from looking without losing slots. A quarter of it would do while nothing else runs; a
 # thread that two others compete with for the interpreter (5 ms for each) gets its turn after up to 40 ms.
 _LEAST_BURST, _BURST_SECONDS = 5, 0.04
@@ -85,8 +85,6 @@ def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rat
         TypeError: If it is none of these, or ``max_burst`` is not an int.
         ValueError: If a rate cannot be read, or is not finite and above 0, or ``max_burst`` is below 1.
     """
-    if isinstance(max_burst, int) and max_burst > _MOST:
-        raise ValueError(f"max_burst has {len(str(max_burst))} digits; write a number up to {_MOST:,}")
     burst = None if max_burst is None else check_count("max_burst", max_burst, "calls", smallest=1)
     named: Mapping[Any, Any] = rate if isinstance(rate, Mapping) else {CALLS: rate}
     if not named or not all(isinstance(name, str) and name for name in named):
@@ -104,7 +102,10 @@ def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rat
             longer = [each for each in parsed if each is not pace and each not in fast]
             missed = max(_LEAST_BURST, math.ceil(pace.per_second * _BURST_SECONDS)) if burst is None else burst
             paces.append(Pace(place, pace.seconds / pace.units, missed))
-        quotas += [_whole(each, option) for each in longer]
+        for each in longer:
+            # The same per second, in units that can be counted.
+            units = max(1, int(each.units))
+            quotas.append(Quota(place, units, units / each.per_second))
     return Rates(tuple(named), tuple(paces), tuple(quotas), tuple(most))
 
 
@@ -141,20 +142,7 @@ def _parse(rate: Any, option: str) -> tuple[float, float]:
             f"{option}={shown(asked)} is {kind_of(asked)}; write calls per second, text such as '100/minute', or a "
             "list of them"
         )
-    try:
-        count = float(rate)
-    except OverflowError:
-        count = math.inf
-    if not (math.isfinite(count) and seconds > 0 and count / seconds > 0):
+    if not (0 < rate <= sys.float_info.max and seconds > 0 and rate / seconds > 0):
         msg = f"{option}={asked!r} limits nothing; write a number of calls per second above 0, or None for no limit"
         raise ValueError(msg)
-    return count, seconds
-
-
-def _whole(quota: Quota, option: str) -> Quota:
-    """The same per second, in units that can be counted."""
-    if quota.units > _MOST:
-        msg = f"{option} has a quota of {quota.units:.3g}, too many to count; write up to {_MOST:,}, for a shorter time"
-        raise ValueError(msg)
-    units = max(1, int(quota.units))
-    return Quota(quota.name, units, units / quota.per_second)
+    return float(rate), seconds
