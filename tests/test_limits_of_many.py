@@ -960,7 +960,7 @@ def test_no_window_costs_too_much(fake_clock, tmp_path_factory, gate, events):
 def test_a_quota_of_many_calls_remembers_few_entries_and_is_exact_from_above(fake_clock):
     limiter = RateLimiter(["100000/s", "10000/minute"], max_burst=1)
     starts = starts_of(limiter, fake_clock, 70, step=0.001)
-    assert max(len(quota.entries) for quota in limiter.limit._ledger.meters[1:]) <= 300
+    assert max(len(quota.entries) for quota in limiter.limit.ledger.meters[1:]) <= 300
     early = [start for start in starts if start < starts[0] + 60 - 1e-6]
     assert len(early) == 10_000
     assert len(starts) > 10_000 + 9_000
@@ -1111,7 +1111,7 @@ def test_calls_of_several_limits_keep_them_use_them_and_all_get_their_turn(fake_
         fake_clock.tick(0.005)
     for place, limiter in enumerate(limiters[:2]):
         moments = [moment for moment, need in starts if place in need]
-        pace = limiter.limit.rates.paces[0]
+        pace = limiter.limit.ledger.rates.paces[0]
         assert worst_excess(moments, 1 / pace.interval, pace.burst) <= 1e-6 if moments else True
     moments = [moment for moment, need in starts if 2 in need]
     assert all(later - first >= 2 - 1e-6 for first, later in zip(moments, moments[10:], strict=False))

@@ -20,6 +20,7 @@ from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.frozen import itself
 from opero.core.limits.gates import gates
+from opero.core.limits.ledger import Ledger
 from opero.core.limits.line import ONE, Line, PerValue, Wants, take
 from opero.core.limits.rates import CALLS, Rate, parse_rates
 from opero.core.parameters import Per
@@ -109,21 +110,18 @@ class RateLimiter:
         whose: dict[str, Any] = {"scope": scope, "name": name, "url": url, "folder": folder}
         self._options = {**how, **whose}
         gate_of = gates(**whose)
-        self.limit = limit = Line(self._read(rate), gate_of())
+        self.limit = limit = Line(Ledger(self._read(rate)), gate_of())
+        # What is counted.
+        self.names = limit.ledger.rates.names
         # Of the values of ``per``, at the same rate and as long paused.
         self.per_value: PerValue[Line] = PerValue(lambda value: limit.another(gate_of(value)))
         self.take_now = limit.take_now
         self.expected_wait = limit.expected_wait
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What is counted."""
-        return self.limit.rates.names
-
-    @property
     def rate(self) -> float:
         """Calls per second, of a mapping the first name's; may be set, as in ``RateLimiter``, while callers wait."""
-        return self.limit.rates.per_second
+        return self.limit.ledger.rates.per_second
 
     @rate.setter
     def rate(self, rate: Rate) -> None:
@@ -221,7 +219,7 @@ class RateLimiter:
     def checked(self, costs: Mapping[str, Any], option: str = "rate_limit_cost") -> tuple[float, ...]:
         """Costs by name, in the order of the names; ``option`` is where they were given."""
         amounts = []
-        for name, most in zip(self.names, self.limit.rates.most, strict=True):
+        for name, most in zip(self.names, self.limit.ledger.rates.most, strict=True):
             cost = check_number(f"{option}[{name!r}]", costs[name], "units", smallest=0)
             if cost > max(1.0, most):
                 raise ValueError(

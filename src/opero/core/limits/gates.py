@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.core.checks import check_choice, check_text, check_url
 from opero.core.clock import clock
+from opero.core.digests import digest_of
 from opero.core.faults import Complaints
 from opero.core.limits.ledger import changed, is_over
 from opero.core.private_folder import OTHERS_WRITE, folder_of_user, private_folder
@@ -47,13 +48,16 @@ class Gate(ABC):
         self._complaints = Complaints(f"the {scope}'s rate limit", "going on with a limit of this process alone")
 
     @abstractmethod
-    def perform(self, requests: Sequence[Change]) -> list[Any]:
-        """For each 0 if it was done, seconds until a slot comes, or the exception that prevents it."""
+    def answer(self, change: Change) -> float | Exception:
+        """0 if it was done, seconds until a slot comes, or the exception that prevents it."""
+
+    def perform(self, changes: Sequence[Change]) -> list[float | Exception]:
+        return [self.answer(change) for change in changes]
 
     def ask(self, rates: Rates, act: Callable[[Ledger, float], float | None]) -> Generator[Any, Any, float | None]:
         """What comes of doing something with the ledger; None if the gate failed."""
-        request = partial(changed, rates, act)
-        (answer,) = self.perform([request]) if self.is_instant else [(yield Consult(self, request))]
+        change = partial(changed, rates, act)
+        answer = self.answer(change) if self.is_instant else (yield Consult(self, change))
         if isinstance(answer, Exception):
             self._complaints.tell(answer)
             return None
@@ -81,16 +85,8 @@ def gates(
         raise ValueError(f"scope={scope!r} needs name=, a name by which processes know the limit")
     known_as = check_text("name", name, "a name that no other limit has")
     make: Callable[[str], Gate] = _gates_of_files(folder) if scope == "machine" else _gates_of_server(url)
-
-    def gate(*value: Any) -> Gate:
-        if not value:
-            return make(known_as)
-        from opero.core.digests import digest_of
-
-        # The value may be a secret.
-        return make(f"{known_as}:{digest_of(*value).hex()}")
-
-    return gate
+    # The value may be a secret.
+    return lambda *value: make(f"{known_as}:{digest_of(*value).hex()}" if value else known_as)
 
 
 # In a file
@@ -139,10 +135,7 @@ class FileGate(Gate):
         # Since when somebody else has been found to keep the file locked.
         self._locked_since = math.inf
 
-    def perform(self, requests: Sequence[Change]) -> list[Any]:
-        return [self._answer(request) for request in requests]
-
-    def _answer(self, change: Change) -> float | OSError:
+    def answer(self, change: Change) -> float | Exception:
         try:
             if self._path is None:
                 # Not with its files: with one for each value, each new one would take ever longer.
@@ -272,19 +265,19 @@ class RedisGate(Gate):
         # The state that was found last, and the server's time and this machine's at that moment.
         self._found = b"", 0.0, -_FRESH_SECONDS
 
-    def perform(self, requests: Sequence[Change]) -> list[Any]:
+    def answer(self, change: Change) -> float | Exception:
         try:
             from opero.core.redis_server import server_at
 
             server = self._server = self._server or server_at(self._url)
-            reason = server.rest.reason()
-            return [reason or self._answer(server, change) for change in requests]
+            return server.rest.reason() or self._exchange(server, change)
         except Exception as error:  # noqa: BLE001 - it costs the sharing and not the call
             if self._server is not None:
                 self._server.failed(error)
-            return [error] * len(requests)
+            return error
 
-    def _answer(self, server: Server, change: Change) -> float:
+    def _exchange(self, server: Server, change: Change) -> float:
+        """Reckon with the state that is known, and again while the server finds that others have changed it."""
         data, found_at, heard_at = self._found
         for times in range(_TRIES):
             # No later than the server's own.

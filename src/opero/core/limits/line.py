@@ -65,15 +65,13 @@ class Line:
     """Those who wait for one limit, in this process.
 
     Args:
-        rates: The limit.
-        gate: Of the same limit as other processes have it, if they do.
         ledger: What lets callers go on in this process.
+        gate: Of the same limit as other processes have it, if they do.
     """
 
-    def __init__(self, rates: Rates, gate: Gate | None = None, *, ledger: Ledger | None = None) -> None:
-        self.rates = rates
+    def __init__(self, ledger: Ledger, gate: Gate | None = None) -> None:
+        self.ledger = ledger
         self._gate = gate
-        self._ledger = ledger or Ledger(rates)
         self.after_fork()
         watch_forks(self)
 
@@ -83,8 +81,8 @@ class Line:
         self.waiting: list[tuple[int, Turn, Sequence[float]]] = []
         self._left: deque[Turn] = deque()
         # What all in line take together.
-        self._wanted = [0.0] * len(self.rates.names)
-        self._ledger.forget()
+        self._wanted = [0.0] * len(self.ledger.rates.names)
+        self.ledger.forget()
         # When the first may ask (again), as far as is known; when one who is not the first found that it could have.
         self.opens_at, self._noticed_at = -math.inf, math.inf
         # Since when, and until when, a limit that processes share had no slot, as was said last.
@@ -97,8 +95,8 @@ class Line:
 
     def another(self, gate: Gate | None) -> Line:
         """One of the same rates, as for one more value; paused if this one is."""
-        line = Line(self.rates, gate)
-        line._ledger.pause(self._ledger.paused_until)
+        line = Line(Ledger(self.ledger.rates), gate)
+        line.ledger.pause(self.ledger.paused_until)
         return line
 
     @property
@@ -113,7 +111,7 @@ class Line:
         with lines.lock:
             if self.waiting and self.first() is not None:
                 return False
-            now, ledger = clock.now(), self._ledger
+            now, ledger = clock.now(), self.ledger
             is_late, pace = now <= self._made_up_until, ledger.only_pace
             if pace is not None and amounts is ONE and not is_late:
                 # As below, in half the time.
@@ -129,7 +127,7 @@ class Line:
     def correct(self, amounts: Sequence[float]) -> Generator[Any, Any, None]:
         """A call has cost so much more than it took, or less."""
         with lines.lock:
-            self._ledger.take(clock.now(), amounts)
+            self.ledger.take(clock.now(), amounts)
             self._refused_until = -math.inf
         yield from self.tell(partial(Ledger.take, amounts=amounts))
         self.rouse_first(anew=True)
@@ -137,20 +135,19 @@ class Line:
     def pause(self, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing start for so long."""
         with lines.lock:
-            self._ledger.pause(clock.now() + seconds)
+            self.ledger.pause(clock.now() + seconds)
         self.rouse_all()
         yield from self.tell(lambda ledger, now: ledger.pause(now + min(seconds, LONGEST_PAUSE)))
 
     def tell(self, change: Callable[[Ledger, float], None]) -> Generator[Any, Any, None]:
         """Let those who share the limit know, too."""
         if self.gate is not None:
-            yield from self.gate.ask(self.rates, change)
+            yield from self.gate.ask(self.ledger.rates, change)
 
     def change(self, rates: Rates) -> None:
         """Go on at other rates; those who wait keep their places."""
         with lines.lock:
-            self.rates = rates
-            self._ledger.change(clock.now(), rates)
+            self.ledger.change(clock.now(), rates)
             self._made_up_until = self._refused_until = -math.inf
         self.rouse_all()
 
@@ -163,21 +160,21 @@ class Line:
 
     def _expected_start(self, amounts: Sequence[float], ahead: Sequence[float], now: float) -> float:
         """When a call will start, after others that take so much together."""
-        moment = max(now, self._ledger.opens_at(now, amounts, ahead))
+        moment = max(now, self.ledger.opens_at(now, amounts, ahead))
         if self.gate is None or self._refused_until <= now:
             return moment
         return max(moment, self._refused_until + self._seconds_of(ahead))
 
     def _seconds_of(self, amounts: Sequence[float]) -> float:
         """How long the paces take to give so much."""
-        return max([amounts[pace.name] * pace.interval for pace in self.rates.paces], default=0.0)
+        return max([amounts[pace.name] * pace.interval for pace in self.ledger.paces], default=0.0)
 
     def is_idle(self) -> bool:
         """Whether a new line would not behave any differently; of what processes share, the gate knows more."""
         now = clock.now()
         if self.waiting or self._refused_until > now:
             return False
-        return self._is_known_elsewhere or self._ledger.idle_from(now) <= now
+        return self._is_known_elsewhere or self.ledger.idle_from(now) <= now
 
     # Asked by a turn that holds the lock
 
@@ -227,7 +224,7 @@ class Line:
 
     def wait_alone(self, amounts: Sequence[float], now: float) -> float:
         """Seconds until this process alone would give a slot."""
-        wait = self._ledger.wait(now, amounts)
+        wait = self.ledger.wait(now, amounts)
         if wait:
             self.close_until(now + wait)
         return wait
@@ -249,14 +246,14 @@ class Line:
 
     def start(self, turn: Turn, amounts: Sequence[float], now: float) -> None:
         """It takes its slot, and leaves."""
-        self._ledger.take(now, amounts, is_late=self.is_late(turn, now))
+        self.ledger.take(now, amounts, is_late=self.is_late(turn, now))
         if turn.has_waited:
-            self._made_up_until = now + max([pace.tolerance for pace in self.rates.paces], default=0.0)
+            self._made_up_until = now + max([pace.tolerance for pace in self.ledger.paces], default=0.0)
         self.let_pass(turn)
 
     def ask(self, gate: Gate, turn: Turn, amounts: Sequence[float]) -> Generator[Any, Any, float | None]:
         """Ask the gate of a limit that processes share for a slot: seconds to wait, or None if it failed."""
-        rates, asked, who = self.rates, clock.now(), os.getpid() + _ORIGIN
+        rates, asked, who = self.ledger.rates, clock.now(), os.getpid() + _ORIGIN
         is_late, claims = self.is_late(turn, asked), asked - self._refused_since >= _REFUSED_SECONDS
         request = partial(Ledger.ask, amounts=amounts, who=who, is_late=is_late, claims=claims)
         wait = yield from gate.ask(rates, request)
@@ -264,7 +261,7 @@ class Line:
             self._is_known_elsewhere = wait is not None
             self._refused_since = min(self._refused_since, asked) if wait else math.inf
             self._refused_until = -math.inf
-            if wait and rates is self.rates:
+            if wait and rates is self.ledger.rates:
                 self._refused_until = clock.now() + wait
                 self.close_until(self._refused_until)
         return wait

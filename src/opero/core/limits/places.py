@@ -60,7 +60,7 @@ class Places(Line):
 
     def __init__(self, count: int) -> None:
         self._places = _FreePlaces(count)
-        super().__init__(self._places.rates, ledger=self._places)
+        super().__init__(self._places)
         self._badges = frozenset({self})
 
     def enter(self, _args: Any = (), _kwargs: Any = None) -> tuple[Places, Token[Any]] | None:
