@@ -173,15 +173,13 @@ class RateLimiter:
         """
         if timeout is None and not costs and self._take_one_now():
             return True
-        taken: bool = drive(self._acquire(timeout, costs), _no_function)
-        return taken
+        return bool(drive(self._acquire(timeout, costs), _no_function))
 
     async def acquire_async(self, *, timeout: Duration | None = None, **costs: float) -> bool:  # noqa: ASYNC109 - as of `acquire`
         """Wait for a slot without blocking the event loop, and take it; otherwise like `acquire`."""
         if timeout is None and not costs and self._take_one_now():
             return True
-        taken: bool = await drive_async(self._acquire(timeout, costs), _no_function, "acquire_async")
-        return taken
+        return bool(await drive_async(self._acquire(timeout, costs), _no_function, "acquire_async"))
 
     def __enter__(self) -> Self:
         self.acquire()

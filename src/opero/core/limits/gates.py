@@ -171,27 +171,26 @@ def _locked(path: str) -> Iterator[int | None]:
     from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    is_locked = False
     try:
-        for _ in range(_LOCK_TRIES):
-            try:
-                # Of this opening, and not of the process as `fcntl.lockf`: threads keep each other out, too.
-                flock(file, LOCK_EX | LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_LOCK_SECONDS)
-            else:
-                is_locked = True
-                break
         found = os.fstat(file)
         if found.st_uid not in {os.geteuid(), 0} or found.st_mode & OTHERS_WRITE:
             what = "can be written to by others" if found.st_mode & OTHERS_WRITE else "belongs to another user"
             raise UnsafeCacheError(f"{path} {what}; delete it, or name another folder for limits")
+        for _ in range(_LOCK_TRIES):
+            try:
+                # Of this opening, and not of the process as `fcntl.lockf`: threads keep each other out, too.
+                flock(file, LOCK_EX | LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_LOCK_SECONDS)
+        else:
+            yield None
+            return
         # Somebody may have tidied it away between the two; then it is to be asked for again.
-        yield file if is_locked and found.st_nlink else None
+        yield file if os.fstat(file).st_nlink else None
     finally:
-        if is_locked:
-            # A child that was forked meanwhile has it open, too.
-            flock(file, LOCK_UN)
+        # A child that was forked meanwhile has it open, too.
+        flock(file, LOCK_UN)
         os.close(file)
 
 

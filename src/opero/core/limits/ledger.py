@@ -57,7 +57,8 @@ class PaceMeter:
     def __init__(self, pace: Pace, most: float) -> None:
         """``most`` is what one call may cost."""
         self.name, self.interval, self.burst = pace
-        self.tolerance = pace.tolerance
+        # How many seconds ahead of the pace a start may be.
+        self.tolerance = (self.burst - 1) * self.interval
         self.longest = max(1.0, most) * self.interval + self.tolerance
         self.free_at = 0.0
 

@@ -35,11 +35,6 @@ class Pace(NamedTuple):
     interval: float
     burst: int
 
-    @property
-    def tolerance(self) -> float:
-        """How many seconds ahead of the pace a start may be."""
-        return (self.burst - 1) * self.interval
-
 
 class Quota(NamedTuple):
     """No more than ``units`` in any ``seconds``, however they are spread; ``name`` as in `Pace`."""
