@@ -329,10 +329,6 @@ class FunctionLimit:
 
         A slot that is free is never refused, so that what is usual can change. None once ``is_over`` says that it is
         of no use; ``is_turn`` is of `opero.core.steps.Arrival`.
-
-        Raises:
-            RateLimitedError: If it would come later than the limiter lets a call wait.
-            ValueError: If the call costs more than the whole rate.
         """
         until = clock.now() + (0.0 if self._when_full == "raise" else self._max_wait)
         # What was said last, which led to the end: it may be said otherwise a moment later.

@@ -55,7 +55,9 @@ class Gate(ABC):
         return [self.answer(change) for change in changes]
 
     def ask(self, rates: Rates, act: Callable[[Ledger, float], float | None]) -> Generator[Any, Any, float | None]:
-        """What comes of doing something with the ledger; None if the gate failed."""
+        """What comes of doing something with the ledger; None if the gate failed, or this clock jumps."""
+        if clock.is_virtual:
+            return None
         change = partial(changed, rates, act)
         answer = self.answer(change) if self.is_instant else (yield Consult(self, change))
         if isinstance(answer, Exception):
@@ -68,13 +70,7 @@ class Gate(ABC):
 def gates(
     scope: str, *, name: str | None, url: str | None, folder: str | os.PathLike[str] | None
 ) -> Callable[..., Gate | None]:
-    """Give a function that gives the gate of a limit, or that of a value; None where the process has it for itself.
-
-    Raises:
-        ModuleNotFoundError: If redis-py is missing.
-        TypeError: If an option has the wrong type.
-        ValueError: If one is missing, or has no effect.
-    """
+    """Give a function that gives the gate of a limit, or that of a value; None where the process has it for itself."""
     check_choice("scope", scope, sorted(_OPTIONS_OF_SCOPES))
     for option, value in {"folder": folder, "name": name, "url": url}.items():
         if value is not None and option not in _OPTIONS_OF_SCOPES[scope]:

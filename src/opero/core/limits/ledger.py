@@ -271,8 +271,7 @@ class Ledger:
     def unpack(self, data: bytes, now: float) -> None:
         """Take over what was written, maybe at other rates, as far as there are such meters.
 
-        Raises:
-            ValueError: If it cannot be true; of another start of the machine nothing is.
+        It raises ValueError if that cannot be true; of another start of the machine nothing is.
         """
         numbers = struct.unpack(f"<{len(data) // 8}d", data)
         _, written_at, paused_until, claimed_until, claimed_by = numbers[:_HEAD]

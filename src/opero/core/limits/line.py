@@ -71,7 +71,7 @@ class Line:
 
     def __init__(self, ledger: Ledger, gate: Gate | None = None) -> None:
         self.ledger = ledger
-        self._gate = gate
+        self.gate = gate
         self.after_fork()
         watch_forks(self)
 
@@ -98,11 +98,6 @@ class Line:
         line = Line(Ledger(self.ledger.rates), gate)
         line.ledger.pause(self.ledger.paused_until)
         return line
-
-    @property
-    def gate(self) -> Gate | None:
-        """What has to be asked, too, since other processes use it: nothing under a clock that jumps."""
-        return None if clock.is_virtual else self._gate
 
     # Asked by whoever wants to start
 

@@ -123,11 +123,7 @@ class PlacesForFunction:
     def take(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float, passage: Passage | None
     ) -> Generator[Any, Any, Places | None]:
-        """Wait for a place; gives whom to give it back to, or None at the ``deadline`` or when the circuit opens.
-
-        Raises:
-            MisuseError: If the caller has one, and would wait for itself.
-        """
+        """Wait for a place; gives whom to give it back to, or None at the ``deadline`` or when the circuit opens."""
         places = self._of(args, kwargs)
         if places in leading.get():
             raise MisuseError(

@@ -75,10 +75,6 @@ def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rat
 
     Of several, the lowest per second is the pace; those for longer times are quotas, but for the fastest of them if
     there is nothing else. Without ``spread`` all are quotas.
-
-    Raises:
-        TypeError: If it is none of these, or ``max_burst`` is not an int.
-        ValueError: If a rate cannot be read, or is not finite and above 0, or ``max_burst`` is below 1.
     """
     burst = None if max_burst is None else check_count("max_burst", max_burst, "calls", smallest=1)
     named: Mapping[Any, Any] = rate if isinstance(rate, Mapping) else {CALLS: rate}
