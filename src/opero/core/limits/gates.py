@@ -198,11 +198,9 @@ def _tidy(folder: str) -> None:
             paths += os.listdir(folder)  # noqa: PTH208 - thousands of names
         for _ in range(_TIDIED_AT_ONCE):
             path = f"{folder}/{paths.pop()}"
-            if not os.path.exists(path):  # noqa: PTH110 - it is a str
-                continue
             with _locked(path) as file:
                 if file is not None and is_over(os.pread(file, _MOST_BYTES, 0), clock.machine()):
-                    os.unlink(path)  # noqa: PTH108 - as above
+                    os.unlink(path)  # noqa: PTH108 - it is a str
 
 
 # By folder: to pop a name is one step, and needs no lock.

@@ -79,7 +79,7 @@ class Line:
         """Forget the parent's callers, and what they took."""
         # In the order in which they came, each by its number; and those that are to be forgotten.
         self.waiting: list[tuple[int, Turn, Sequence[float]]] = []
-        self._left: deque[Turn] = deque()
+        self.left: deque[Turn] = deque()
         # What all in line take together.
         self._wanted = [0.0] * len(self.ledger.rates.names)
         self.ledger.forget()
@@ -175,8 +175,8 @@ class Line:
 
     def first(self) -> Turn | None:
         """Who may go on next."""
-        while self._left:
-            self.let_pass(self._left.popleft())
+        while self.left:
+            self.let_pass(self.left.popleft())
         return self.waiting[0][1] if self.waiting else None
 
     def due(self, turn: Turn, amounts: Sequence[float], now: float) -> float:
@@ -279,11 +279,6 @@ class Line:
             first = self.first() if self.waiting and clock.now() + EARLY >= self.opens_at else None
         if first is not None:
             first.rouse()
-
-    def leave(self, turn: Turn) -> None:
-        """It is forgotten later: the garbage collector may say so while the line is being changed."""
-        self._left.append(turn)
-        self.rouse_first(anew=True)
 
 
 L = TypeVar("L", bound=Line)
@@ -436,11 +431,12 @@ class Turn:
         self._latest = never
         if self.number < 0:
             return
+        is_served = self.news == "taken"
         for line, _ in wants:
-            if self.news == "taken":
-                line.rouse_first()
-            else:
-                line.leave(self)
+            if not is_served:
+                # It is forgotten later: this may be in the middle of a change of the line.
+                line.left.append(self)
+            line.rouse_first(anew=not is_served)
 
 
 def rouse_all() -> None:
