@@ -636,6 +636,25 @@ def test_a_map_of_tasks_that_is_cancelled_during_a_trial_leaves_it_to_the_next(f
     assert asyncio.run(main()) == ["next"]
 
 
+def test_items_that_wait_for_a_trial_go_on_when_somebody_resets_the_circuit(fake_clock):
+    async def main():
+        @opero.opmap(mode="async", breaker=opero.Breaker(1, recovery=1), retries=0)
+        async def mapped(x):
+            return x
+
+        circuit = opero.control(mapped).circuit
+        circuit.open()
+        waits = asyncio.create_task(mapped([1, 2]))
+        await asyncio.sleep(0.05)
+        assert not waits.done()
+        circuit.reset()
+        fake_clock.tick(0.1)
+        return await waits
+
+    assert asyncio.run(main()) == [1, 2]
+    assert fake_clock.time < 1_000.5
+
+
 def test_a_map_that_is_interrupted_during_a_trial_leaves_it_to_the_next(mode):
     def function(x):
         if x == "bad":

@@ -27,6 +27,10 @@ from side_by_side import until
 from test_process_mode import INTERRUPTED
 
 from opero import opmap
+from opero.concurrency.batches import Batch
+from opero.concurrency.inbox import BlockingInbox
+from opero.concurrency.processes import ProcessPool
+from opero.concurrency.worker import Shape, Work
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen
 
@@ -390,3 +394,48 @@ def test_a_map_in_a_thread_goes_on_and_ends_when_the_main_thread_has_ended(mode)
     command = [sys.executable, "-c", textwrap.dedent(source)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (run.stdout, run.stderr) == ("[1]\n", "")
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("mode", ["thread", "process"])
+def test_a_stream_that_is_open_at_the_end_of_the_program_is_silent(mode, retries, tmp_path):
+    source = f"""
+        from opero import opmap
+
+        @opmap(mode={mode!r}, workers=2, retries={retries})
+        def double(item):
+            return 2 * item
+
+        if __name__ == "__main__":
+            stream = double.stream(range(10**9))
+            print(next(stream).result)
+    """
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(source))
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=30, check=False)
+    assert (run.stdout, run.stderr) == ("0\n", "")
+
+
+def test_all_batches_with_a_worker_that_is_ended_are_out_of_time():
+    """What is heard from a worker that has been told to end is its end, and no report."""
+    pool = ProcessPool(Work(time.sleep, is_async=False, shape=Shape((), (), {}, is_starred=False), slot=None), 1)
+    inbox = BlockingInbox()
+    pool.start(inbox)
+    batches = [Batch([60], 0), Batch([60], 1)]
+
+    def has_begun():
+        for event in inbox.collect(0.01, is_real=True):
+            pool.receive(event)
+        return pool.begun(batches[0])
+
+    try:
+        pool.submit(batches[0])
+        until(has_begun)
+        (worker,) = pool._workers
+        worker.batches[2] = batches[1]
+        assert pool.kill(batches[0])
+        until(worker.pipe.poll)
+        assert pool.kill(batches[1])
+    finally:
+        pool.stop()
+        inbox.close()

@@ -113,9 +113,9 @@ class DaskPool(FarPool):
 
     def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:  # noqa: ARG002 - it does not take long
         """Withdraw what has not begun; what runs is left to its end."""
-        atexit.unregister(self.stop)
         try:
             if self._client is not None:
+                atexit.unregister(self.stop)
                 self._looking.cancel()
                 wait([self._spawn(self._withdraw(self._client))], timeout=ENDING_SECONDS)
                 self._client.close(timeout=ENDING_SECONDS)

@@ -184,7 +184,8 @@ class ProcessPool(Pool):
         worker = self._worker_with(batch)
         if worker is None:
             return True
-        if worker.pipe.poll():
+        # Once it has been told to end, what can be heard may be its end.
+        if worker.ends_since is None and worker.pipe.poll():
             return False
         worker.room = 0
         worker.family |= system.family_of(worker.process.pid)
@@ -237,9 +238,10 @@ class ProcessPool(Pool):
 
     def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:  # noqa: ARG002 - it does not take long
         """End idle workers in peace and the others by force; nothing of the pool is left."""
-        atexit.unregister(self.stop)
         self.rest()
+        # A stream that is left open at the end of the program is closed when `atexit` itself is gone.
         if self._multi_pool is not None:
+            atexit.unregister(self.stop)
             self._multi_pool.__exit__(None, None, None)
             self._multi_pool = None
 

@@ -410,10 +410,10 @@ class Layers:
         recovery, waits = breaker.shared.recovery, self._waits(self.candidates)
         if self.patient_until is None:
             self.patient_until = now + recovery if self.call.deadline is None else self.deadline
-        if math.inf in waits:
-            # Nobody knows when a trial that is under way will end.
-            return Pause(min(max(0.1 * recovery, 0.1), self.deadline - now))
-        return None if now + min(waits) > self.patient_until else Pause(min(waits))
+        if math.inf not in waits and now + min(waits) > self.patient_until:
+            return None
+        # Nobody knows when a trial that is under way will end, or whether somebody resets the circuit.
+        return Pause(min(*waits, max(0.1 * recovery, 0.1), self.deadline - now))
 
     # How a call ends that has not succeeded
 
