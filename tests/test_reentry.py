@@ -22,7 +22,7 @@ def fail_or_not(value, key=("first", "second")):
     [
         ("breaker.py", {"breaker": 2}),
         ("fallback.py", {"arg_fallback": "key", "fallback_cooldown": 0.001}),
-        ("per_value.py", {"rate_limit": 1_000_000, "per": "value"}),
+        ("limits/line.py", {"rate_limit": 1_000_000, "per": "value"}),
     ],
 )
 def test_a_call_between_any_two_lines_of_another_one_waits_for_nothing(file, policies):
