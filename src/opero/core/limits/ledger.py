@@ -8,18 +8,16 @@ from __future__ import annotations
 import contextlib
 import math
 import struct
-
-# The public way to get the running loop raises where there is none.
-from asyncio import _get_running_loop, _set_running_loop
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
-
-from asynciolimiter import Limiter
 
 from opero.core.limits.rates import EARLY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from asynciolimiter import Limiter
 
     from opero.core.limits.rates import Pace, Quota, Rates
 
@@ -49,16 +47,20 @@ class PaceMeter:
     its slot, so that what passed while callers could not look is made up for.
     """
 
-    __slots__ = ("burst", "free_at", "interval", "longest", "name", "tolerance")
+    __slots__ = ("free_at", "interval", "longest", "make_limiter", "name", "tolerance")
 
     # By which it is told apart from a quota of the same name.
     seconds = 0.0
 
     def __init__(self, pace: Pace, most: float) -> None:
         """``most`` is what one call may cost."""
-        self.name, self.interval, self.burst = pace
+        # Not with this module, since it imports asyncio, and not when a slot has come.
+        from asynciolimiter import Limiter
+
+        self.name, self.interval, burst = pace
+        self.make_limiter = partial(Limiter, 1 / self.interval, max_burst=burst)
         # How many seconds ahead of the pace a start may be.
-        self.tolerance = (self.burst - 1) * self.interval
+        self.tolerance = (burst - 1) * self.interval
         self.longest = max(1.0, most) * self.interval + self.tolerance
         self.free_at = 0.0
 
@@ -77,7 +79,7 @@ class PaceMeter:
 
     def take_late(self, now: float, amount: float) -> None:
         slot = max(self.free_at, now - self.tolerance)
-        self.free_at = _next_slot(slot, self) if amount == 1 else slot + amount * self.interval
+        self.free_at = _next_slot(slot, self.make_limiter()) if amount == 1 else slot + amount * self.interval
 
     def idle_from(self) -> float:
         # Those who have waited could make up for what passed before.
@@ -340,9 +342,11 @@ class _Moment:
         return self
 
 
-def _next_slot(slot: float, pace: PaceMeter) -> float:
-    moment, outer = _Moment(slot), _get_running_loop()
-    waiting = Limiter(1 / pace.interval, max_burst=pace.burst).wait()
+def _next_slot(slot: float, limiter: Limiter) -> float:
+    # The public way to get the running loop raises where there is none.
+    from asyncio import _get_running_loop, _set_running_loop
+
+    moment, outer, waiting = _Moment(slot), _get_running_loop(), limiter.wait()
     try:
         _set_running_loop(moment)  # type: ignore[arg-type]  # it is all of a loop that asynciolimiter uses
         with contextlib.suppress(StopIteration):
