@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from leftovers import surroundings
 
-from opero import WorkerCrashedError, opmap
+from opero import OperoError, WorkerCrashedError, opmap
 from opero.concurrency import processes
 from opero.core import CallTimeoutError
 
@@ -347,3 +347,15 @@ def test_total_timeout_bounds_the_wait_for_the_first_worker():
 
 def tell_the_time(_item):
     return time.monotonic()
+
+
+@pytest.mark.parametrize(
+    ("method", "hint"),
+    [("fork", "see what their initializer does"), ("spawn", "below `if __name__ == '__main__':`")],
+)
+def test_workers_that_an_initializer_ends_are_told_of_by_how_they_ended_and_what_to_look_at(method, hint):
+    options = {"start_method": method, "initializer": os._exit, "initargs": (5,)}
+    mapped = opmap(workers=1, progress=False, pool_options=options)(abs)
+    with pytest.raises(OperoError, match="end before they are ready \\(exit code 5\\)") as caught:
+        mapped([1])
+    assert hint in str(caught.value)

@@ -315,8 +315,9 @@ class ProcessPool(Pool):
         if not worker.is_ready:
             self._stillbirths += 1
             if self._stillbirths >= self._most_stillbirths or worker.process.exitcode == UNGUARDED_CODE:
-                name = name_of(self._work.function)
-                return Fatal(OperoError(f"worker processes for {name} end before they are ready; {_MAIN_HINT}"))
+                name, reason = name_of(self._work.function), system.how_it_ended(worker.process)
+                hint = "see what their initializer does" if self._method == "fork" else _MAIN_HINT
+                return Fatal(OperoError(f"worker processes for {name} end before they are ready ({reason}); {hint}"))
         self.prepare()
         reason = system.how_it_ended(worker.process)
         if self._at_once > 1:
