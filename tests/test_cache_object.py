@@ -414,23 +414,40 @@ def test_clearing_by_namespace_does_so_too(world):
 # Joining a computation
 
 
-def test_those_who_join_get_a_copy_each_where_a_hit_would_be_one(world, backend):
+def four_at_once(world, backend, result, **settings):
+    """What four callers get, three of whom wait for the first one; and the statistics."""
     go, began = threading.Event(), threading.Event()
 
     def make(x=0):
         began.set()
         assert go.wait(SECONDS)
-        return [x]
+        return result
 
-    f = opero(**backend.options, retries=0, cache_namespace=backend.namespace())(world.define(make))
+    place = {"backend": backend.name, "namespace": backend.namespace(), **backend.cache_options}
+    f = opero(cache=Cache(**place, **settings), retries=0)(world.define(make))
     calls = [started(world.run, f) for _ in range(4)]
     assert began.wait(SECONDS)
     flights = f.__opero__.plan.cache.store.flights
     until(lambda: sum(len(flight.seats) for flight in list(flights._under_way.values())) == 3)
     go.set()
-    got = results(calls)
+    return results(calls), f.stats
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"keep_if": lambda _: False}, {"ttl": lambda _: 0}], ids=["kept", "no", "0 s"]
+)
+def test_those_who_join_get_a_copy_each_where_a_hit_would_be_one(world, backend, settings):
+    got, _ = four_at_once(world, backend, [0], **settings)
     assert got == [[0]] * 4
     assert len({id(value) for value in got}) == 4
+
+
+def test_those_who_join_get_a_result_that_cannot_be_read_again(world, backend, warnings):
+    error = NotThereError("a", "b")
+    got, stats = four_at_once(world, backend, {"error": error})
+    assert got == [{"error": error}] * 4
+    assert (stats.attempts, stats.cache_errors) == (1, 3)
+    assert len(warnings) == 1
 
 
 def test_each_of_many_waiters_has_the_traceback_of_one():

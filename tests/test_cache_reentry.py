@@ -215,6 +215,37 @@ def test_what_was_stored_again_and_again_leaves_nothing_behind(fake_clock):
     assert len(store._ends) + len(store._uses) < 500
 
 
+def test_a_first_call_imports_nothing_that_a_forked_child_or_a_finalizer_would_miss(backend, start):
+    program = start(
+        """
+        f = cached(lambda x: x)
+        before = set(sys.modules)
+        say(f(1))
+        say(set(sys.modules) - before)
+        """,
+        {**backend.options, "cache_namespace": backend.namespace()},
+    )
+    assert [program.heard(), program.heard()] == [1, set()]
+
+
+def test_a_finalizer_that_misses_the_cache_lets_the_program_end(backend, start):
+    program = start(
+        """
+        f = cached(lambda x: x)
+
+        class Last:
+            def __del__(self):
+                say(f(2))
+
+        last = Last()
+        say(f(1))
+        """,
+        {**backend.options, "cache_namespace": backend.namespace()},
+    )
+    assert [program.heard(), program.heard()] == [1, 2]
+    program.end()
+
+
 def test_the_results_of_thousands_of_dropped_instances_are_gone():
     class Model:
         @opero.opero(cache=True, retries=0)

@@ -168,6 +168,28 @@ def test_a_warm_cache_that_cannot_be_written_gives_its_hits(policy):
         in_a_child(look)
 
 
+def test_who_cannot_write_to_a_cache_sees_what_others_write(tmp_path, monkeypatch):
+    def decorate(name, policy):
+        options = {"cache_dir": tmp_path, "policy": policy}
+        return opero(cache=True, cache_backend="disk", retries=0, cache_namespace="trust", cache_options=options)(
+            lambda x: name
+        )
+
+    writer, reader = decorate("written", "fifo"), decorate("computed", "lru")
+    writer(1)
+    writer.__opero__.plan.cache.store.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda *_: False)
+        assert reader(1) == "written"
+    writer(2)
+    assert reader(2) == "written"
+    writer.cache_delete(1)
+    writer.__opero__.plan.cache.store.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda *_: False)
+        assert [reader(1), reader(2)] == ["computed", "written"]
+
+
 @as_root
 def test_without_a_home_and_a_name_there_is_a_cache_all_the_same():
     decorate = opero(cache=True, cache_backend="disk", retries=0, cache_namespace="homeless")

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import weakref
 from concurrent.futures import Future
 from typing import Any
@@ -22,6 +23,7 @@ import opero
 from opero.core.flights import Flight, Flights, Seat
 from opero.core.signature import MISSING
 from opero.core.steps import leading
+from opero.core.stores.settings import CacheSettings
 
 
 def cached(function, **options):
@@ -191,15 +193,81 @@ def test_retries_are_shared(world, held):
 # Failure
 
 
-def test_each_waiter_gets_the_very_error(world, held):
+class StatusError(Exception):
+    def __init__(self, text, *, status):
+        super().__init__(f"{status}: {text}")
+        self.status = status
+
+
+class PlaceError(OSError):
+    __slots__ = ("place",)
+
+
+class SingleError(Exception):
+    def __new__(cls, *args):
+        assert not args, "made only once"
+        return super().__new__(cls)
+
+
+def first_of_ten(error, world, held):
+    """The errors of ten callers, the first of whom has run the function."""
     f = cached(world.define(held.function))
-    calls = [started(world.run, f, 1) for _ in range(10)]
+    first = started(world.run, f, 1)
     held.wait()
+    others = [started(world.run, f, 1) for _ in range(9)]
     until(lambda: waiters(f) == 9)
-    error = ValueError("for all")
     held.fail(error)
-    assert all(got is error for got in errors(calls))
     assert held.runs == [1]
+    return errors([first, *others])
+
+
+def test_each_waiter_gets_a_copy_of_the_error(world, held):
+    error = StatusError("for all", status=503)
+    try:
+        raise error from KeyError("its cause")
+    except StatusError:
+        error.add_note("its note")
+    first, *others = first_of_ten(error, world, held)
+    assert first is error
+    assert len({id(got) for got in [first, *others]}) == 10
+    for got in others:
+        assert (type(got), got.args, got.status, got.__cause__) == (StatusError, error.args, 503, error.__cause__)
+        assert got.__notes__[0] == "its note"
+        assert got.__notes__ is not error.__notes__
+
+
+def test_a_copy_of_an_error_has_what_its_class_keeps_beside_its_attributes(world, held):
+    error = PlaceError(2, "not there", "a file")
+    error.place = "a place"
+    for got in first_of_ten(error, world, held):
+        assert (str(got), got.errno, got.filename, got.place) == (str(error), 2, "a file", "a place")
+
+
+def test_an_error_that_cannot_be_copied_is_the_same_for_all(world, held):
+    error = SingleError()
+    error.args = ("more",)
+    assert first_of_ten(error, world, held) == [error] * 10
+
+
+def test_what_one_caller_does_with_the_error_is_not_seen_by_the_others():
+    async def main():
+        held = AsyncHeld()
+        f = cached(held.function)
+
+        async def caller(name):
+            try:
+                await f(1)
+            except ValueError as error:
+                error.add_note(name)
+                error.name = name
+                return error.__notes__[1:], error.name, traceback.extract_tb(error.__traceback__)[0].name
+
+        tasks = [asyncio.create_task(caller(name)) for name in "abc"]
+        await settle()
+        held.orders[0].set_exception(ValueError("for all"))
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(main()) == [([name], name, "caller") for name in "abc"]
 
 
 def test_each_waiter_that_got_the_error_is_a_failed_call(world, held):
@@ -221,8 +289,8 @@ def test_each_waiter_gets_the_error_of_all_candidates(world, held):
     held.wait()
     held.fail(KeyError(), run=1)
     got = errors(calls)
-    assert isinstance(got[0], opero.AllFailedError)
-    assert got == [got[0]] * 3
+    assert [type(error) for error in got] == [opero.AllFailedError] * 3
+    assert [error.errors for error in got] == [got[0].errors] * 3
 
 
 def test_after_a_failure_the_function_runs_anew(world, held):
@@ -533,7 +601,7 @@ def test_five_hundred_tasks_run_the_function_once():
     assert asyncio.run(main()) == (["result"] * 500, 1)
 
 
-def test_each_waiting_task_gets_the_very_error():
+def test_each_waiting_task_gets_the_error():
     async def main():
         held = AsyncHeld()
         f = cached(held.function)
@@ -542,9 +610,9 @@ def test_each_waiting_task_gets_the_very_error():
         error = ValueError("for all")
         held.orders[0].set_exception(error)
         got = await asyncio.gather(*tasks, return_exceptions=True)
-        return all(one is error for one in got), len(held.orders)
+        return {repr(one) for one in got}, len({id(one) for one in got}), len(held.orders)
 
-    assert asyncio.run(main()) == (True, 1)
+    assert asyncio.run(main()) == ({repr(ValueError("for all"))}, 20, 1)
 
 
 def test_when_the_running_task_is_cancelled_one_waiter_takes_over():
@@ -855,6 +923,27 @@ class TestForks:
         f = cached(world.define(lambda x: [x, os.getpid()]))
         answer = world.run(f, 1)
         assert forked(lambda: world.run(f, 1)) == repr(answer)
+
+    def test_a_child_does_not_wait_for_a_first_call_of_its_parent(self, backend, monkeypatch):
+        go, began = threading.Event(), threading.Event()
+        make = CacheSettings.store
+
+        def store(settings, namespace):
+            if "slow" in namespace:
+                began.set()
+                assert go.wait(SECONDS)
+            return make(settings, namespace)
+
+        monkeypatch.setattr(CacheSettings, "store", store)
+        f, g = [
+            opero.opero(**backend.options, cache_namespace=backend.namespace() + name, retries=0)(lambda x: x)
+            for name in ("slow", "")
+        ]
+        call = started(f, 1)
+        assert began.wait(SECONDS)
+        assert forked(lambda: g(1)) == "1"
+        go.set()
+        assert call.result(SECONDS) == 1
 
     def test_a_child_forked_in_the_middle_of_a_run_of_its_own_goes_on(self, world):
         f = cached(world.define(lambda: forked(lambda: "child") if os.getpid() == parent else None))

@@ -22,15 +22,25 @@ from functools import partial
 from importlib import import_module
 from multiprocessing.reduction import ForkingPickler
 from operator import attrgetter
-from types import BuiltinFunctionType, FunctionType, MemberDescriptorType
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, NewType, ParamSpec, TypeVarTuple
 
 import cloudpickle
 
 from opero.concurrency.main_module import MAINS
-from opero.core.signature import MISSING, find_by_name
+from opero.core.signature import find_by_name
 from opero.exceptions import RemoteError
-from opero.utils.notes import IN_THE_WORKER, add_note, describe, drop_notes, link, users_part
+from opero.utils.notes import (
+    IN_THE_WORKER,
+    add_note,
+    describe,
+    drop_notes,
+    fields_of,
+    link,
+    says_how_it_is_pickled,
+    set_error,
+    users_part,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,11 +232,10 @@ class _ErrorPickler(Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if obj is self._alone:
-            defining = next(cls for cls in type(obj).__mro__ if vars(cls).keys() & {"__reduce__", "__reduce_ex__"})
-            if defining.__module__ != "builtins":
+            if says_how_it_is_pickled(obj):
                 return NotImplemented
-            state = obj.args, _fields(obj), vars(obj)
-            return copyreg.__newobj__, (type(obj), *obj.args), state, None, None, _set_error  # type: ignore[attr-defined]
+            state = obj.args, fields_of(obj), vars(obj)
+            return copyreg.__newobj__, (type(obj), *obj.args), state, None, None, set_error  # type: ignore[attr-defined]
         if isinstance(obj, BaseException):
             notes = [str(note) for note in getattr(obj, "__notes__", ())]
             links = obj.__cause__, obj.__context__, obj.__suppress_context__, notes
@@ -280,26 +289,6 @@ def _link(error: BaseException, links: tuple[Any, ...]) -> None:
     for note in notes:
         if note not in getattr(error, "__notes__", ()):
             add_note(error, note)
-
-
-def _set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
-    args, fields, attributes = state
-    BaseException.__setattr__(error, "args", args)  # also of one that is frozen
-    vars(error).update(attributes)
-    for name, value in fields.items():
-        # What `__new__` has set cannot always be set again, and a None of an OSError's would be shown.
-        if getattr(error, name, MISSING) is not value:
-            with contextlib.suppress(AttributeError, TypeError):
-                object.__setattr__(error, name, value)
-
-
-def _fields(error: BaseException) -> dict[str, Any]:
-    """What is neither in ``args`` nor in its `__dict__`: slots, and what built-in exceptions have, as ``errno``."""
-    members = [member for cls in type(error).__mro__ for member in vars(cls).values()]
-    names = {member.__name__ for member in members if isinstance(member, MemberDescriptorType)}
-    # The object that lacked an attribute may be anything.
-    names -= {"obj", "__suppress_context__"}
-    return {name: getattr(error, name) for name in names if hasattr(error, name)}
 
 
 def _story_of(error: BaseException) -> str:

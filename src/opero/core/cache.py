@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from weakref import WeakSet
 
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
+from opero.core.digests import lasting_identity
 from opero.core.faults import managing
 from opero.core.flights import BUSY, CLAIMED, FOUND, Flight, Keep, Seat
 from opero.core.keys import KeyMaker
@@ -24,7 +24,7 @@ from opero.core.steps import Consult, Failed, Flow, Pause, leading
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
-from opero.utils.notes import link
+from opero.utils.notes import copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -130,26 +130,29 @@ class ResultCache:
         self._function = function
         self._is_async = is_async(function)
         self._settings = settings
+        # A first call that imported the backend's module could be forked, or be called by a finalizer, meanwhile.
+        settings.store_class()
+        self._store: Any = None
+        self._namespace = settings.namespace
         # What had been counted when it was cleared.
         self._counted = CallStats()
         with _lock:
             _caches.add(self)
 
-    @cached_property
+    @property
     def store(self) -> Any:
         """The `Store` where the entries live; one that outlives the process is made at the first call."""
-        return self._settings.store(self.namespace if self.is_lasting else self._settings.namespace)
+        # No `cached_property`, whose lock of Python 3.11 a forked child would wait for. Two that come at once find one.
+        if self._store is None:
+            self._store = self._settings.store(self.namespace if self.is_lasting else self._settings.namespace)
+        return self._store
 
-    @cached_property
+    @property
     def namespace(self) -> str:
         """The name under which the entries live."""
-        if self._settings.namespace is not None:
-            return self._settings.namespace
-        if not self.is_lasting:
-            return f"{getattr(self._function, '__module__', None)}.{name_of(self._function)}"
-        from opero.core.digests import lasting_identity
-
-        return lasting_identity(self._function)
+        if self._namespace is None and self.is_lasting:
+            self._namespace = lasting_identity(self._function)
+        return self._namespace or f"{getattr(self._function, '__module__', None)}.{name_of(self._function)}"
 
     # Looks that are worth it before a call gets its flow
 
@@ -248,11 +251,16 @@ class ResultCache:
     def _joined(self, call: Call, seat: Seat) -> Any:
         outcome = seat.outcome
         if outcome.__class__ is Failed:
-            # Without the frames of the others who wait for the same.
+            # Without the frames of the others who wait for the same, where it is no copy.
             outcome.error.with_traceback(seat.traceback)
             return outcome
         self.stats.joined.tick()
-        return _hit(call, outcome if seat.written is None else self.store.format.loads(seat.written)[0])
+        if seat.written is not None:
+            try:
+                outcome, _ = self.store.format.loads(seat.written)
+            except Exception as error:  # noqa: BLE001 - a result that cannot be read costs the cache and not the call
+                self._note_fault(error)
+        return _hit(call, outcome)
 
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow]) -> Flow:
         """The entry, which another leader may have stored meanwhile, or what is computed, when it has been kept."""
@@ -282,8 +290,11 @@ class ResultCache:
                 value, flight.written = flight.old
                 outcome = _hit(call, value)
             elif life != _NOT_KEPT and (claim is CLAIMED or flight.held):
-                value, stale = (Failed(_fresh(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
+                value, stale = (Failed(copied(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
                 self._note_fault((yield from self._ask(Keep(flight, value, life, stale, call.time_left()))))
+            elif self.is_lasting and flight.seats and not is_error:
+                # Those who wait get copies of what is not kept, too, if there can be any.
+                self.store.write_down(Keep(flight, outcome, _NOT_KEPT))
         land(flight, outcome)
         return outcome
 
@@ -329,19 +340,7 @@ def _hit(call: Call, value: Any) -> Any:
     if call.tell is not None:
         call.tell(CacheHit)
     # One that is raised again and again would hold the frames of all who got it.
-    return Failed(_fresh(value.error)) if value.__class__ is Failed else value
-
-
-def _fresh(error: Exception) -> Exception:
-    """The same error without the frames that it has come through; a copy, if its class can be copied."""
-    made = error
-    # A class whose `__init__` takes other arguments than it keeps cannot.
-    with contextlib.suppress(Exception):
-        made = copy.copy(error)
-        link(made, cause=error.__cause__, context=None, hides_context=error.__suppress_context__)
-        if hasattr(error, "__notes__"):
-            made.__notes__ = [*error.__notes__]
-    return made.with_traceback(None)
+    return Failed(copied(value.error)) if value.__class__ is Failed else value
 
 
 # A lock that a thread can have more than once: a finalizer, which may come at any moment, can clear caches.

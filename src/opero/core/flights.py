@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from opero.core.forks import watch_forks
 from opero.core.signature import MISSING
 from opero.core.steps import Failed
+from opero.utils.notes import copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -149,9 +150,13 @@ class Flights:
         """Give every waiter the outcome; without one, some waiter has to take over. What comes second says nothing."""
         if not flight.landed:
             self._leave(flight)
-            traceback = outcome.error.__traceback__ if outcome.__class__ is Failed else None
             for seat in flight.seats.copy():
-                seat.outcome, seat.written, seat.traceback = outcome, flight.written, traceback
+                seat.outcome, seat.written = outcome, flight.written
+                if outcome.__class__ is Failed:
+                    # Now, since whoever gets the error itself goes on with it, and may change it.
+                    error = outcome.error
+                    seat.traceback = error.__traceback__
+                    seat.outcome = outcome._replace(error=copied(error, context=error.__context__))
             # Who takes a seat from now on has come too late for this one, and begins anew.
             flight.landed = True
             flight.found = flight.old = flight.written = None

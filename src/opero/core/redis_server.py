@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import sys
 import time
@@ -21,6 +22,10 @@ from opero.core.forks import watch_forks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
+
+# What is left to the first connection is imported now: a child that was forked meanwhile would wait for that.
+codecs.lookup("idna")
+redis.Redis().connection_pool.make_connection()
 
 # A server that is away or frozen costs half a second or 0.7; one that drips its answers costs two.
 CONNECT_SECONDS = 0.5

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
+from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any
 
+from opero.core.signature import MISSING
 from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
@@ -41,6 +44,49 @@ def link(
     BaseException.__setattr__(error, "__cause__", cause)
     BaseException.__setattr__(error, "__context__", context)
     BaseException.__setattr__(error, "__suppress_context__", hides_context)
+
+
+def fields_of(error: BaseException) -> dict[str, Any]:
+    """What is neither in ``args`` nor in its `__dict__`: slots, and what built-in exceptions have, as ``errno``."""
+    members = [member for cls in type(error).__mro__ for member in vars(cls).values()]
+    names = {member.__name__ for member in members if isinstance(member, MemberDescriptorType)}
+    # The object that lacked an attribute may be anything.
+    names -= {"obj", "__suppress_context__"}
+    return {name: getattr(error, name) for name in names if hasattr(error, name)}
+
+
+def set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
+    """Give an exception the ``args``, the fields and the attributes of another of its class."""
+    args, fields, attributes = state
+    BaseException.__setattr__(error, "args", args)  # also of one that is frozen
+    vars(error).update(attributes)
+    for name, value in fields.items():
+        # What `__new__` has set cannot always be set again, and a None of an OSError's would be shown.
+        if getattr(error, name, MISSING) is not value:
+            with contextlib.suppress(AttributeError, TypeError):
+                object.__setattr__(error, name, value)
+
+
+def says_how_it_is_pickled(error: BaseException) -> bool:
+    """Whether its class does, and not only a built-in one."""
+    names = {"__reduce__", "__reduce_ex__"}
+    return next(cls for cls in type(error).__mro__ if vars(cls).keys() & names).__module__ != "builtins"
+
+
+def copied(error: Exception, *, context: BaseException | None = None) -> Exception:
+    """The same error without the frames that it has come through; a copy, if its class can be copied.
+
+    Made without its `__init__`, which may take what ``args`` does not hold, unless its class says how.
+    """
+    made = error
+    with contextlib.suppress(Exception):
+        kind = type(error)
+        made = copy.copy(error) if says_how_it_is_pickled(error) else kind.__new__(kind, *error.args)
+        set_error(made, (error.args, fields_of(error), vars(error)))
+        link(made, cause=error.__cause__, context=context, hides_context=error.__suppress_context__)
+        if hasattr(error, "__notes__"):
+            made.__notes__ = [*error.__notes__]
+    return made.with_traceback(None)
 
 
 def describe(error: BaseException) -> str:

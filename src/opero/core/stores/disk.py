@@ -117,6 +117,12 @@ def connect_to_read(folder: Path) -> sqlite3.Connection:
     return sqlite3.connect(uri, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
 
 
+def _moment(folder: Path) -> list[tuple[int, int]]:
+    """Tells what a database holds from what it held before: who only reads may hear nothing of those who write."""
+    files = [folder / DATABASE, folder / f"{DATABASE}-wal"]
+    return [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
+
+
 def is_of_this_format(connection: sqlite3.Connection) -> bool:
     """Whether its tables are those that this version makes."""
     return _number(connection, "application_id") == _FORMAT
@@ -149,6 +155,8 @@ class DiskStore(LastingStore):
         self._touch = _TOUCH[settings.options["policy"]]
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
+        # Of those who cannot write: where it lies, and as what it was opened.
+        self._seen: tuple[Path, Any] | None = None
         self._lock_file: int | None = None
         # Held for a statement or a transaction, and never while another process is waited for.
         self._lock = threading.RLock()
@@ -185,7 +193,7 @@ class DiskStore(LastingStore):
 
     def read(self, key: bytes) -> bytes | None:
         with self._lock:
-            connection = self._connection or self._open()
+            connection = self._open()
             row = connection.execute(_GET, (key,)).fetchone()
             if row is not None and self._touch is not None and self._can_write:
                 # Where another process writes, this hit does not count for the order of eviction.
@@ -362,12 +370,15 @@ class DiskStore(LastingStore):
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None:
-            return self._connection
+            if self._seen is None or self._seen[1] == _moment(self._seen[0]):
+                return self._connection
+            self._disconnect()
         # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
         try:
             root = self.settings.disk_folder()
             with held_private_folder(root, self._name, "cache_options={'cache_dir': …}") as folder:
                 self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
+                self._seen = None if self._can_write else (folder, _moment(folder))
                 self._connection = _connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
         except BaseException:
             # It may have been exchanged while it was opened.

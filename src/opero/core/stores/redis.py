@@ -11,8 +11,8 @@ import itertools
 import os
 import queue
 import struct
+import sys
 import threading
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
@@ -63,6 +63,7 @@ class RedisStore(LastingStore):
         prefix = f"{slug(settings.options['folder_name'])}:{slug(namespace)}"
         super().__init__(f"the redis cache {prefix}", settings)
         self._prefix = prefix.encode()
+        self._server: Server | None = None
         self.after_fork()
         watch_forks(self)
 
@@ -73,9 +74,16 @@ class RedisStore(LastingStore):
         self._lock = threading.RLock()
         self._keeper: threading.Thread | None = None
 
-    @cached_property
+    @property
     def server(self) -> Server:
         """The server, which is connected to when it is asked for something."""
+        # No `cached_property`, whose lock of Python 3.11 a forked child would wait for. Two that come at once find one.
+        server = self._server
+        if server is None:
+            self._server = server = self._find_server()
+        return server
+
+    def _find_server(self) -> Server:
         client, url = (self.settings.options[name] for name in ("client", "url"))
         if client is not None:
             return server_with(client)
@@ -102,7 +110,7 @@ class RedisStore(LastingStore):
 
     async def fetch(self, key: bytes) -> tuple[Any] | None:
         """As `look_up`, in the running event loop; None as long as nothing is open, which takes long."""
-        if "server" not in self.__dict__ or not self.server.has_async_client or self.rest.reason() is not None:
+        if self._server is None or not self.server.has_async_client or self.rest.reason() is not None:
             return None
         try:
             entry = await self.server.get_async(self._names(key)[0])
@@ -152,9 +160,12 @@ class RedisStore(LastingStore):
         return len({key for key in self._keys() if not key.endswith(b":lease")})
 
     def close(self) -> None:
-        self.__dict__.pop("server", None)
+        self._server = None
 
     def _have_keeper(self) -> None:
+        if sys.is_finalizing():
+            # No thread begins any more; the leases end by themselves.
+            return
         with self._lock:
             if self._keeper is None or not self._keeper.is_alive():
                 self._keeper = threading.Thread(target=self._keep_leases, name="opero-leases", daemon=True)

@@ -159,7 +159,7 @@ class CacheSettings:
         with _lock.lock:
             store: Store | None = _lasting_stores.get(key)
             if store is None:
-                _lasting_stores[key] = store = self._new_store(namespace)
+                _lasting_stores[key] = store = self.store_class()(self, namespace)
         if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (options["maxsize"], options["policy"]):
             raise ValueError(
                 f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
@@ -168,16 +168,20 @@ class CacheSettings:
             )
         return store
 
-    def _new_store(self, namespace: str) -> Store:
+    def store_class(self) -> Callable[[CacheSettings, str], Store]:
+        """What makes stores; imports what would be left to a first call, but twat-cache for where a disk cache lies."""
         if self.backend == "memory":
-            return MemoryStore(self, namespace)
+            return MemoryStore
         if self.backend == "disk":
             from opero.core.stores.disk import DiskStore
 
-            return DiskStore(self, namespace)
+            return DiskStore
         from opero.core.stores.redis import RedisStore
 
-        return RedisStore(self, namespace)
+        if self.options["client"] is None and self.options["url"] is None:
+            # Its settings say where the server is.
+            importlib.import_module("opero.core.stores.twat")
+        return RedisStore
 
     def disk_folder(self) -> Path:
         """The folder in which the namespaces lie; it is not made."""
