@@ -10,6 +10,9 @@ import multiprocessing
 import re
 import sys
 import types
+from typing import Annotated, Any, Literal, TypedDict
+
+import pydantic
 
 from opero.core.keys import KeyMaker
 
@@ -52,6 +55,27 @@ class Record:
     tags: set
 
 
+class Fields(TypedDict):
+    words: Annotated[set, frozenset({"a", "b", "c"})]
+
+
+class Model(pydantic.BaseModel):
+    words: set[str] = pydantic.Field(default={"a", "b"}, description="words")
+    part: Literal["a", "b"] | None = None
+
+    @pydantic.field_validator("words", "part")
+    @classmethod
+    def check(cls, value: Any) -> Any:
+        return value
+
+
+TABLE = [{"a", "b"}, {"c": Plain("x", "y")}]
+
+
+def looking_up(model: Model) -> Fields:
+    return TABLE[model.part]
+
+
 def function(*words):
     return words
 
@@ -73,6 +97,11 @@ def objects():
         function,
         Plain,
         Plain("a", "b").__init__,
+        Fields,
+        Model,
+        list[Model],
+        Model(words={"a", "b"}),
+        looking_up,
         types.SimpleNamespace(a={"a", "b"}),
         collections.deque([{"a", "b"}]),
         {"a": Plain("x", "y"), "b": {Plain("p", "q"), Record({"r", "s"})}},

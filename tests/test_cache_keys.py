@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import datetime as dt
 import decimal
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import threading
 import types
+import typing
 import uuid
 import weakref
 import zoneinfo
@@ -549,6 +551,24 @@ def captures(n):
     return lambda: n
 
 
+PROTOCOL = "import typing\nclass step(typing.Protocol): x: {}"
+USED = "from decimal import Decimal\nfrom enum import Enum\nfrom functools import partial\nfrom numpy import array\n"
+
+
+def described(function, text):
+    function.__doc__ = text
+    return function
+
+
+def saying(text):
+    return pydantic.create_model("Model", x=(int, pydantic.Field(description=text)))
+
+
+def checking(field):
+    validators = {"check": pydantic.field_validator(field)(abs)}
+    return pydantic.create_model("Model", __validators__=validators, x=int, y=int)
+
+
 def moment(zone=None, fold=0):
     return dt.datetime(2025, 10, 26, 2, 30, tzinfo=zone, fold=fold)
 
@@ -622,6 +642,39 @@ UNLIKE = {
     "functions of two scripts": (defined("def step(x): return x + 1"), defined("def step(x): return x * 10")),
     "classes of two scripts": (defined("class step: n = 1"), defined("class step: n = 2")),
     "objects of two scripts' classes": (defined("class step: n = 1")(), defined("class step: n = 2")()),
+    "classes with two annotations": (defined("class step: x: int"), defined("class step: x: str")),
+    "classes with annotations in two orders": (defined("class step: x: 1; y: 1"), defined("class step: y: 1; x: 1")),
+    "classes with two docstrings": (defined("class step: 'a'"), defined("class step: 'b'")),
+    "classes with two attributes for a library": (
+        defined("class step: __tablename__ = 'a'"),
+        defined("class step: __tablename__ = 'b'"),
+    ),
+    "typed dicts": (typing.TypedDict("Fields", {"x": int}), typing.TypedDict("Fields", {"x": str})),
+    "classes of named tuples": (NamedTuple("Fields", [("x", int)]), NamedTuple("Fields", [("x", str)])),
+    "protocols": (defined(PROTOCOL.format("int")), defined(PROTOCOL.format("str"))),
+    "classes of dataclasses": (
+        dataclasses.make_dataclass("Fields", [("x", int)]),
+        dataclasses.make_dataclass("Fields", [("x", str)]),
+    ),
+    "models of two types": (pydantic.create_model("Model", x=int), pydantic.create_model("Model", x=str)),
+    "models of two defaults": (pydantic.create_model("Model", x=(int, 1)), pydantic.create_model("Model", x=(int, 2))),
+    "models that say two things of a field": (saying("a"), saying("b")),
+    "models that check two fields": (checking("x"), checking("y")),
+    "lists of two models": (list[pydantic.create_model("Model", x=int)], list[pydantic.create_model("Model", x=str)]),
+    "new types": (typing.NewType("Id", int), typing.NewType("Id", str)),
+    "functions with two annotations": (defined("def step(x: int): pass"), defined("def step(x: str): pass")),
+    "functions with annotations in text that mean two classes": (
+        defined("class Part: n = 1\ndef step(x: 'list[Part]'): pass"),
+        defined("class Part: n = 2\ndef step(x: 'list[Part]'): pass"),
+    ),
+    "functions with two docstrings": (described(captures(1), "a"), described(captures(1), "b")),
+    **{
+        f"functions that use two of their script: {value}": (
+            defined(f"{USED}F = {value}\ndef step(x): return F"),
+            defined(f"{USED}F = {value.replace('2', '3')}\ndef step(x): return F"),
+        )
+        for value in ("(2,)", "[2]", "{'a': [2]}", "Decimal(2)", "Enum('E', {'a': 2}).a", "partial(pow, 2)", "array(2)")
+    },
     "functions that have captured two values": (captures(1), captures(True)),
     "functions with two defaults": (lambda x=1: x, lambda x=2: x),
     "partials": (functools.partial(captures, 1), functools.partial(captures, 2)),
@@ -774,6 +827,24 @@ LIKE = {
         captures(1).__code__, {}, "f", None, (types.CellType(),)
     ),
     "function of a script": lambda: defined("def step(x): return x"),
+    "function of a script that uses what cannot be told": lambda: defined(
+        "import threading\nF = [threading.Lock()]\ndef step(x): return F"
+    ),
+    "function of a script that uses a mark": lambda: defined("F = {1: object()}\ndef step(x): return F"),
+    "functions of a script that find each other in a table": lambda: defined(
+        "def other(x): return F\ndef step(x): return F\nF = [step, other, {1: (step, other)}]\nF.append(F)"
+    ),
+    "function with an annotation that names nothing": lambda: defined("def step(x: 'Nothing'): pass"),
+    "function with an annotation that cannot be told": lambda: defined(
+        "import threading, typing\ndef step(x: typing.Annotated[int, threading.Lock()]): pass"
+    ),
+    "class with an annotation of itself": lambda: defined("class step:\n def me(self) -> 'list[step]': return self"),
+    "class of a script with what cannot be told": lambda: defined(
+        "import threading\nclass step:\n lock = threading.Lock()\n mark = object()"
+    ),
+    "model": lambda: checking("x"),
+    "model of others": lambda: pydantic.create_model("Model", x=list[saying("a")], y=(int, 1)),
+    "typed dict": lambda: typing.TypedDict("Fields", {"x": "list[Point]"}),
     "object of a script's class": defined("class step: n = {1}"),
     "function of a class that calls super": lambda: made_with_super().me,
     "partial": lambda: functools.partial(captures, {1}),
@@ -814,6 +885,18 @@ LIKE = {
 @pytest.mark.parametrize("make", LIKE.values(), ids=LIKE)
 def test_like_arguments_share_an_entry_at_every_depth(make):
     assert [nest for nest in NESTS if not share_an_entry(*nested(nest, make(), make()))] == []
+
+
+def test_a_class_whose_objects_have_been_copied_is_the_same():
+    fresh, used = (defined("class step: x: int") for _ in range(2))
+    copy.copy(used())
+    assert share_an_entry(fresh, used)
+
+
+def test_flags_that_have_been_combined_are_the_same():
+    fresh, used = (enum.Flag("Flags", "A B") for _ in range(2))
+    used(3)
+    assert share_an_entry(fresh, used)
 
 
 def test_a_dicts_order_does_not_matter():
@@ -1144,6 +1227,18 @@ def test_what_is_met_again_within_itself_is_told_by_which_one_it_is():
     assert not share_an_entry(back_to_outer, back_to_inner)
 
 
+def test_a_function_of_a_module_is_told_by_its_signature(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    seen = set()
+    for parameter in ("x: int = 1", "x: str = 1", "x: int = 2"):
+        (tmp_path / "tools.py").write_text(f"def step({parameter}): return x")
+        monkeypatch.delitem(sys.modules, "tools", raising=False)
+        importlib.invalidate_caches()
+        seen.add(spelling_of(importlib.import_module("tools").step))
+    assert len(seen) == 3
+
+
 def test_a_function_of_a_module_is_told_by_its_code_and_by_that_of_what_it_wraps(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -1431,16 +1526,21 @@ def shifted(x): return x + SHIFT
 def doubled(x): return [double(y) for y in x]
 def squared(x): return Square().of(x)
 def indirect(x): return kept(x) if x else indirect(shifted(x))
+LIMITS = {{"most": [{limit}]}}
+def limited(x: "Answer"): return min(x, LIMITS["most"][0])
+class Answer:
+    score: "Score"
+Score = {score}
 def scaled(x): return scale(x)
 def counting(x):
     global COUNT
     COUNT += 1
     return x
-for function in (shifted, doubled, squared, kept, indirect, scaled, counting):
+for function in (shifted, doubled, squared, kept, indirect, scaled, counting, limited, Answer):
     counting(1)
     print(digest_of(function).hex())
 """
-SAME = {"shift": 1, "factor": 2, "power": 2, "kept": 1, "scale": 1}
+SAME = {"shift": 1, "factor": 2, "power": 2, "kept": 1, "scale": 1, "limit": 1, "score": "int"}
 
 
 @pytest.mark.parametrize(
@@ -1452,6 +1552,8 @@ SAME = {"shift": 1, "factor": 2, "power": 2, "kept": 1, "scale": 1}
         ({"power": 3}, [2]),
         ({"kept": 2}, [3, 4]),
         ({"scale": 2}, [5]),
+        ({"limit": 2}, [7]),
+        ({"score": "float"}, [7, 8]),
     ],
     ids=str,
 )

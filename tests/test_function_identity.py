@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -107,3 +109,15 @@ def test_a_value_that_cannot_be_told_apart_is_refused_with_the_way_out():
 
     with pytest.raises(TypeError, match="cache_namespace="):
         lasting_identity(lambda: generator)
+
+
+@pytest.mark.parametrize("way", [["-c"], ["-"]], ids=["text", "pipe"])
+def test_functions_of_programs_without_a_file_are_told_by_their_code(way):
+    program = "from opero.core.digests import lasting_identity\ndef f(x): return x + {}\nprint(lasting_identity(f))"
+
+    def identity(n):
+        text = program.format(n)
+        given = [*way, text] if way == ["-c"] else way
+        return subprocess.check_output([sys.executable, *given], input=text, text=True)
+
+    assert identity(1) == identity(1) != identity(2)

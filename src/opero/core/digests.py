@@ -19,6 +19,7 @@ import pickle
 import sys
 import traceback
 import types
+import typing
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -34,8 +35,8 @@ _LEAVES: frozenset[type] = PLAIN_TYPES | {float, complex, type(...)}
 _SIZE = 20
 _PICKLE_PROTOCOL = 4
 _MAIN = frozenset({"__main__", "__mp_main__"})
-# One module under two names: in worker processes, and in Python 3.13.
-_SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}
+# One module under two names: in worker processes, and in Python 3.13 and 3.14.
+_SAME_MODULES = {"__mp_main__": "__main__", "pathlib._local": "pathlib", "annotationlib": "typing"}
 
 
 class UncacheableError(TypeError):
@@ -68,29 +69,40 @@ def _marshalled(value: Any) -> bytes:
     return marshal.dumps(value, 2)
 
 
-def _spelled(value: Any, met: dict[int, tuple[Any, bytes]], *, is_lenient: bool = False) -> bytes:
+def _spelled(
+    value: Any, met: dict[int, tuple[Any, bytes]], *, is_within: bool = False, is_lenient: bool = False
+) -> bytes:
     """The spelling of a value, by those of its parts; in one frame for each level, to be as deep as the stack.
 
-    What has been ``met`` on the way is known by its id: how it is spelled, and until that is known, by a number. Where
-    it is lenient, what cannot be told is left out.
+    What has been ``met`` on the way is known by its id: how it is spelled, and until that is known, by a number. Within
+    a class, or what goes with a function, it is lenient: what cannot be told is left out.
     """
     kind = type(value)
     if kind in _LEAVES or (kind in {list, tuple} and _LEAVES.issuperset(map(type, value))):
         return _marshalled(value)
     if id(value) in met:
         return met[id(value)][1]
-    if not is_lenient and (_is_class(value) or kind is _UsedByScript):
-        return _spelled_by_itself(value)
+    if _is_class(value) or kind is _AsFarAsTold:
+        if not is_within:
+            return _spelled_by_itself(value)
+        is_lenient = True
+    elif kind is _IfTold:
+        return _spelled_if_told(value, met)
+    elif kind is object and is_within:
+        # It marks what is missing.
+        return _marshalled("object()")
     met[id(value)] = (value, b"@%d;" % len(met))
     try:
         label, parts = _opened(value)
-    except UncacheableError:
+    except (UncacheableError, NameError):
+        # From Python 3.12 on it may only now be found out that an alias names what is not there.
         if not is_lenient:
             raise
         label, parts = "unknown", ()
     spelled = []
     for part in parts:
-        spelled.append(_spelled(part, met, is_lenient=is_lenient))  # noqa: PERF401 - a comprehension may have a frame
+        # Not in a comprehension, which may have a frame.
+        spelled.append(_spelled(part, met, is_within=is_within, is_lenient=is_lenient))  # noqa: PERF401
     content = _marshalled(label) + b"".join(sorted(spelled) if label in _IN_ANY_ORDER else spelled)
     # Nothing that marshal writes begins so, nor what stands for something met.
     found = b"#" + blake2b(content, digest_size=_SIZE, person=b"value").digest()
@@ -99,10 +111,10 @@ def _spelled(value: Any, met: dict[int, tuple[Any, bytes]], *, is_lenient: bool 
 
 
 def _spelled_by_itself(value: Any) -> bytes:
-    """The same wherever it is met: a class, which is taken apart once, or what a script has."""
+    """The same wherever it is met: a class, which is taken apart once, or what goes with a function."""
     found = _classes.get(value) if _is_class(value) else None
     if found is None:
-        found = _spelled(value, {}, is_lenient=True)
+        found = _spelled(value, {}, is_within=True)
         if _is_class(value):
             _classes[value] = found
     return found
@@ -115,11 +127,25 @@ class _Unordered(list[Any]):
     """Parts whose order makes no difference, and which may be the same or have no hash."""
 
 
-class _UsedByScript(dict[str, Any]):
-    """What a function of a script uses there: another script has others of these names, and nobody imports them."""
+class _AsFarAsTold(dict[str, Any]):
+    """What goes with a function, and must not have it refused: its annotations, and what it uses of its script."""
 
 
-_IN_ANY_ORDER = frozenset({"dict", "set", "frozenset", "_Unordered", "_UsedByScript"})
+class _IfTold(list[Any]):
+    """One value that counts as a whole or not at all: a part of what a client is may be another one at each call."""
+
+
+def _spelled_if_told(value: _IfTold, met: dict[int, tuple[Any, bytes]]) -> bytes:
+    tried = met.copy()
+    try:
+        found = _spelled(value[0], tried, is_within=True)
+    except Exception:  # noqa: BLE001 - whatever an object does that nobody has passed
+        return _marshalled("unknown")
+    met.update(tried)
+    return found
+
+
+_IN_ANY_ORDER = frozenset({"dict", "set", "frozenset", "_Unordered", "_AsFarAsTold"})
 
 
 def _opened(value: Any) -> tuple[str, Iterable[Any]]:
@@ -127,7 +153,7 @@ def _opened(value: Any) -> tuple[str, Iterable[Any]]:
     kind = type(value)
     if kind in {list, tuple, set, frozenset, _Unordered}:
         return kind.__name__, value
-    if kind is dict or kind is _UsedByScript:
+    if kind is dict or kind is _AsFarAsTold:
         return kind.__name__, value.items()
     if _is_class(value):
         return "class", _parts_of_class(value)
@@ -162,38 +188,81 @@ def _is_importable(value: Any) -> bool:
     return module not in _MAIN and is_made_by_file and find_by_name(module, value.__qualname__) is value
 
 
-_FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)
-# Of what a script has: not what it changes while it runs.
-_TOLD_OF_SCRIPTS = (*_LEAVES, type, *_FUNCTIONS, type(functools.cache(len)))
+_FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property, type(functools.cache(len)))
 
 
-def _parts_of_class(kind: type) -> Iterable[Any]:
+def _parts_of_class(kind: Any) -> Iterable[Any]:
     """Its name; of one that is not known by its name alone also what it is made of."""
     named = (_module_of(kind), kind.__qualname__)
     if _is_importable(kind):
         return named
-    members = {
-        name: value
-        for name, value in vars(kind).items()
-        if name != "_abc_impl" and (name[:2] != "__" or isinstance(value, _FUNCTIONS))
-    }
-    return (*named, kind.__bases__, members)
+    # Of msgspec's, the metaclass keeps some of it in slots.
+    metas = inspect.getmro(type(kind))[:-2]
+    slots = [name for meta in metas for name, held in vars(meta).items() if isinstance(held, _SLOTS)]
+    held = {**vars(kind), **{name: getattr(kind, name, None) for name in slots}}
+    if "_value2member_map_" in held:
+        # Not with the combinations of flags that have been asked for.
+        held["_value2member_map_"] = [member._value_ for member in kind.__members__.values()]
+    members = {name: value for name, value in held.items() if _tells_something(name, value)}
+    annotations = _annotations_of(kind, getattr(sys.modules.get(kind.__module__), "__dict__", {}))
+    return (*named, kind.__bases__, members, annotations)
+
+
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
+def _tells_something(member: str, value: Any) -> bool:
+    """Whether what a class has says more than what else is known of it, and the same in every process."""
+    if member.startswith("__pydantic_"):
+        # The rest is made of these, and has addresses in it.
+        return member in {"__pydantic_fields__", "__pydantic_decorators__", "__pydantic_generic_metadata__"}
+    return member not in _TELL_NOTHING and not isinstance(value, weakref.ref)
+
+
+# Names, where it stands, what Python keeps of its use, and the annotations, which are told by what they stand for.
+_TELL_NOTHING = frozenset(
+    (
+        *("__module__", "__qualname__", "__firstlineno__", "__static_attributes__"),
+        *("__dict__", "__weakref__", "__slotnames__", "_abc_impl"),
+        *("__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"),
+    )
+)
+
+
+def _annotations_of(holder: Any, names: dict[str, Any]) -> list[tuple[str, Any]]:
+    """In their order, with what text in them stands for, as libraries find it."""
+
+    def meant(annotation: Any) -> Any:
+        alone = types.SimpleNamespace(__annotations__={"it": annotation})
+        try:
+            return typing.get_type_hints(alone, names, include_extras=True)["it"]
+        except Exception:  # noqa: BLE001 - it may name what is not there
+            return annotation
+
+    try:
+        return [(name, meant(annotation)) for name, annotation in inspect.get_annotations(holder).items()]
+    except NameError:
+        # Python 3.14 finds out only now what they stand for.
+        return []
 
 
 def _parts_of_function(function: Any) -> Iterable[Any]:
-    """Its code, and what it has captured; of one that can be imported the code of all that it wraps."""
+    """Its code and signature, and what it has captured; of one that can be imported those of all that it wraps."""
     function = undecorated(function)
     if not isinstance(function, types.FunctionType):
         return (function,)
     named = (_module_of(function), function.__qualname__)
-    if _is_importable(function):
-        return (*named, function.__code__, getattr(inspect.unwrap(function), "__code__", None))
     by_keyword = function.__kwdefaults__ or {}
     defaults = _by_place([*(function.__defaults__ or ()), *by_keyword, *by_keyword.values()])
-    used = {}
+    told: dict[str, Any] = {"doc": function.__doc__, "annotations": _annotations_of(function, function.__globals__)}
+    if _is_importable(function):
+        code = (function.__code__, getattr(inspect.unwrap(function), "__code__", None))
+        return (*named, *code, _AsFarAsTold(told, defaults=defaults))
     if function.__globals__.get("__name__") in _MAIN:
-        used = {name: held for name, held in _read_by(function).items() if isinstance(held, _TOLD_OF_SCRIPTS)}
-    return (*named, *_captured_by(function), defaults, vars(function), _UsedByScript(used))
+        # Another script has others of these names, and nobody imports them.
+        used = _read_by(function).items()
+        told["used"] = {name: held if isinstance(held, (type, *_FUNCTIONS)) else _IfTold([held]) for name, held in used}
+    return (*named, *_captured_by(function), defaults, vars(function), _AsFarAsTold(told))
 
 
 def _captured_by(function: types.FunctionType) -> Iterable[Any]:
@@ -364,6 +433,11 @@ def _parts_of_exception(error: BaseException) -> Iterable[Any]:
 # nothing has to be imported. Pickle lists a set in the order of its hashes, and a path by how it was put together.
 _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "builtins.function": _parts_of_function,
+    "typing.NewType": lambda value: (_module_of(value), value.__qualname__, value.__supertype__),
+    "typing.TypeAliasType": lambda value: (_module_of(value), value.__name__, value.__value__),
+    # Whether it has been looked up makes no difference, nor at which address pydantic has met a class.
+    "typing.ForwardRef": lambda value: (value.__forward_arg__,),
+    "pydantic.Decorator": lambda value: (value.cls_var_name, value.func, value.info),
     "builtins.code": _parts_of_code,
     "builtins.builtin_function_or_method": lambda value: (_module_of(value), value.__qualname__, value.__self__),
     "builtins.method": lambda value: (value.__func__, value.__self__),
@@ -410,8 +484,8 @@ def lasting_identity(function: Callable[..., Any], option: str = "cache_namespac
     named: Any = innermost(function)
     module = named.__module__ or ""
     file = getattr(named, "__globals__", {}).get("__file__") or getattr(sys.modules.get(module), "__file__", None)
-    # Every script is `__main__`, and `__mp_main__` in its own worker processes.
-    place = f"__main__({os.path.realpath(file)})" if module in _MAIN and file else _module_of(named)
+    # Every script is `__main__`, and `__mp_main__` in its own worker processes; one read from a pipe has "<stdin>".
+    place = f"__main__({os.path.realpath(file)})" if module in _MAIN and file and file[0] != "<" else _module_of(named)
     name = f"{place}.{name_of(function)}"
     if isinstance(getattr(function, "__self__", None), types.ModuleType):
         return name
