@@ -98,7 +98,7 @@ def _spelled(
         # From Python 3.12 on it may only now be found out that an alias names what is not there.
         if not is_lenient:
             raise
-        label, parts = "unknown", ()
+        label, parts = "unknown", _members_in_c(value)
     spelled = []
     for part in parts:
         # Not in a comprehension, which may have a frame.
@@ -108,6 +108,13 @@ def _spelled(
     found = b"#" + blake2b(content, digest_size=_SIZE, person=b"value").digest()
     met[id(value)] = (value, found)
     return found
+
+
+def _members_in_c(value: Any) -> list[Any]:
+    """What an object that pickle cannot take shows of itself, such as msgspec's limits of a field."""
+    members = [vars(owner).items() for owner in type(value).__mro__]
+    names = [name for pairs in members for name, held in pairs if isinstance(held, types.MemberDescriptorType)]
+    return [getattr(value, name, None) for name in names]
 
 
 def _spelled_by_itself(value: Any) -> bytes:
@@ -437,6 +444,7 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "typing.TypeAliasType": lambda value: (_module_of(value), value.__name__, value.__value__),
     # Whether it has been looked up makes no difference, nor at which address pydantic has met a class.
     "typing.ForwardRef": lambda value: (value.__forward_arg__,),
+    "msgspec.StructConfig": lambda value: ([getattr(value, name) for name in dir(value) if name[0] != "_"],),
     "pydantic.Decorator": lambda value: (value.cls_var_name, value.func, value.info),
     "builtins.code": _parts_of_code,
     "builtins.builtin_function_or_method": lambda value: (_module_of(value), value.__qualname__, value.__self__),
