@@ -162,9 +162,6 @@ class ProcessPool(Pool):
         self._inbox = inbox
         self._size = self._most_workers if most_batches is None else max(1, min(self._most_workers, most_batches))
         self._is_paced = is_paced
-        # A stream that is still open when the program ends is closed too late: threads and modules are gone by then.
-        atexit.unregister(self.stop)
-        atexit.register(self.stop)
         for worker in self._workers:
             inbox.listen(worker.pipe, partial(self._hear, worker))
 
@@ -239,7 +236,6 @@ class ProcessPool(Pool):
     def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:  # noqa: ARG002 - it does not take long
         """End idle workers in peace and the others by force; nothing of the pool is left."""
         self.rest()
-        # A stream that is left open at the end of the program is closed when `atexit` itself is gone.
         if self._multi_pool is not None:
             atexit.unregister(self.stop)
             self._multi_pool.__exit__(None, None, None)
@@ -279,6 +275,8 @@ class ProcessPool(Pool):
         with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
             if self._multi_pool is None:
                 self._multi_pool = entered_multi_pool(self._size, self._end_workers)
+                # A stream that is open when the program ends is closed too late: threads and modules are gone by then.
+                atexit.register(self.stop)
             if self._method == "forkserver":
                 main_module.preloaded_for(module_of(self._work.function))
             context: Any = multiprocessing.get_context(self._method)
