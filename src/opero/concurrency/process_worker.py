@@ -149,11 +149,18 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at
         ending.callback(_end_executors)
         ending.callback(limit.start)
         _get_ready(parent, start, threads, ending)
+        # An event loop that is half made, or a coroutine that has not begun, would complain of its end.
+        _let_sigterm(wait=parent.work.is_async and at_once > 1)
         with runner_for(parent.work) as runner:
             if runner is not None and at_once > 1:
                 runner.run(_serve_together(parent))
             else:
                 _serve_batches(parent, runner)
+
+
+def _let_sigterm(*, wait: bool) -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK if wait else signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contextlib.ExitStack) -> None:
@@ -231,6 +238,7 @@ async def _serve_together(parent: Parent) -> None:
     """Run every batch, of one item, in a task of its own."""
     import asyncio
 
+    _let_sigterm(wait=False)
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[Any] = asyncio.Queue()
 
