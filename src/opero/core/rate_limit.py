@@ -111,12 +111,15 @@ class RateLimiter:
         self._options = {**how, **whose}
         gate_of = gates(**whose)
         self.limit = limit = Line(Ledger(self._read(rate)), gate_of())
-        # What is counted.
-        self.names = limit.ledger.rates.names
         # Of the values of ``per``, at the same rate and as long paused.
         self.per_value: PerValue[Line] = PerValue(lambda value: limit.another(gate_of(value)))
         self.take_now = limit.take_now
         self.expected_wait = limit.expected_wait
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is counted."""
+        return self.limit.ledger.rates.names
 
     @property
     def rate(self) -> float:
