@@ -20,7 +20,6 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -201,7 +200,7 @@ class ExecutorPool(Pool):
         context: Any = getattr(executor, "_mp_context", None) or getattr(executor, "_context", None)
         # Processes that are started for this map are deaf to Ctrl-C until they run an item.
         if context is None or self._is_given:
-            start: AbstractContextManager[object] = contextlib.nullcontext()
+            start: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         else:
             start = held_back_in_children(context.get_start_method())
         try:

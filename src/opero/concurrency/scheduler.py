@@ -612,13 +612,13 @@ class Scheduler:
             fitting = BATCH_SECONDS / max(seconds, 1e-9) if seconds < LONG_SECONDS else 1.0
         else:
             # Many threads of one process hold each other up now and then, which is no reason for small batches.
-            self._usual = min(seconds, 0.9 * (self._usual or seconds) + 0.1 * seconds)
-            fitting = FAR_BATCH_SECONDS / max(self._usual, 1e-9) + 0.5
+            self._usual = max(1e-9, min(seconds, 0.9 * (self._usual or seconds) + 0.1 * seconds))
+            fitting = FAR_BATCH_SECONDS / self._usual + 0.5
         if done.size:
             fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
         self._size = max(1, min(int(fitting), self._size * 4))
         if self.pool.is_far:
-            of_a_batch = max(self._usual, 1e-9) * self._size
+            of_a_batch = self._usual * self._size
             self._ahead = 0 if of_a_batch >= LONG_BATCH_SECONDS else min(MOST_AHEAD, 1 + int(0.1 / of_a_batch))
 
     def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:
