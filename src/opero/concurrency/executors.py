@@ -23,10 +23,9 @@ from concurrent.futures import (
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, default_workers, not_run
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, wait_unless_left
 from opero.concurrency.far_worker import works
-from opero.concurrency.kept import default_workers
 from opero.concurrency.main_module import names_in_fresh_workers
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
 from opero.concurrency.worker import SLOW_SECONDS, How, Report, Work, run_batch, runner_for

@@ -7,20 +7,10 @@ import inspect
 import operator
 import sys
 import warnings
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-)
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
-from opero.concurrency.kept import PoolSource
 from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
@@ -34,8 +24,8 @@ from opero.utils.notes import Shortened, add_note, class_counts
 if TYPE_CHECKING:
     from types import FrameType
 
-    from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Sink
+    from opero.concurrency.pool import MapSettings, PoolSource
     from opero.concurrency.worker import Shape
     from opero.core.plan import Plan
 
@@ -74,6 +64,8 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         self.single = single
         # Whether items are tuples of arguments.
         self._is_starred = False
+        # Of a bound or starred map, what pickle makes it again by.
+        self._origin: tuple[Any, ...] | None = None
         # None where it is not known, as of some builtins: they will complain themselves.
         self._signature: inspect.Signature | None = None
         with contextlib.suppress(ValueError, TypeError):
@@ -99,10 +91,8 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         return made
 
     def __reduce__(self) -> Any:
-        if self._is_starred:
-            return getattr, (self.__dict__["unstarred"], "starmap")
-        if self._head:
-            return _bind, (self.__dict__["unbound"], *self._head)
+        if self._origin is not None:
+            return self._origin
         module, name = self.__dict__["__module__"], self.__dict__["__qualname__"]
         # What the main module has is known to other processes if those of multiprocessing are meant, and not if
         # somebody pickles functions by value.
@@ -125,16 +115,31 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         return made
 
     def _bound_to(self, instance: Any) -> Self:
-        bound: Self = self._with(single=self.single.__get__(instance), _head=(instance,), unbound=self)
+        origin = operator.methodcaller("__get__", instance), (self,)
+        bound: Self = self._with(single=self.single.__get__(instance), _head=(instance,), _origin=origin)
         return bound
+
+    def _starred(self) -> Any:
+        return self._with(_is_starred=True, _origin=(getattr, (self, "starmap")))
 
     def _for_one_item(self) -> Self:
         """The same map in the calling thread, or in a process if it is to be stopped: elsewhere it cannot be."""
         is_to_be_stopped = self.plan.attempt_timeout is not None and not self.plan.is_async
-        pools = self.settings.pools if is_to_be_stopped else PoolSource("serial")
-        settings = replace(self.settings, pools=pools, progress=False, return_exceptions=False)
-        made: Self = self._with(settings=settings)
+        settings = replace(self.settings, progress=False, return_exceptions=False)
+        made: Self = self._with(settings=settings if is_to_be_stopped else settings.serial())
         return made
+
+    def _outcomes(self, items: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> Any:
+        """Begin to map: an iterator of what the sink hands out, or of an ``async def`` function an async one."""
+        shape = self._arguments(args, kwargs)
+        self._check_items(items)
+        from opero.concurrency.running import run_awaiting, run_blocking
+
+        total = self._total(items)
+        if not self.plan.is_async:
+            return run_blocking(self.plan, self.settings, shape, sink, items=iter(items), total=total)
+        source = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
+        return run_awaiting(self.plan, self.settings, shape, sink, items=source, total=total)
 
     def _is_classmethod_of(self, first: type) -> bool:
         """Whether a call with this first argument is one through ``@classmethod``, which binds no maps since 3.13."""
@@ -199,6 +204,9 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
             hasattr(kind, "__iter__") or hasattr(kind, "__getitem__") or hasattr(kind, "__aiter__")
         ):
             ways = f"{name}.one(item) for one item, {name}([item, …]) for several"
+        elif isinstance(items, AsyncIterable) and not (self.plan.is_async or isinstance(items, Iterable)):
+            got = f"{kind.__qualname__}, an async iterable"
+            raise TypeError(f"{self.plan.name} is a `def` function and got {got}; make it `async def`")
         else:
             return
         raise TypeError(f"{self.plan.name} got {kind_of(items)} as its items; write {ways}")
@@ -234,13 +242,6 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
     def _single_arguments(self, item: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*item, *args) if self._is_starred else (item, *args)
 
-    def _row(self, item: Any) -> tuple[Any, ...]:
-        """The arguments of one call of `starmap`."""
-        if isinstance(item, (str, bytes, Mapping)) or not isinstance(item, Iterable):
-            msg = f"{self.plan.name}.starmap got {kind_of(item)} as an item; each item is a tuple of arguments"
-            raise TypeError(msg)
-        return item if isinstance(item, tuple) else tuple(item)
-
 
 class SyncMap(_Map[T, P, R, L]):
     """A ``def`` function as a map, which may be a method; made by `opero.opmap`."""
@@ -256,7 +257,7 @@ class SyncMap(_Map[T, P, R, L]):
             return self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():
-            for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
+            for _ in self._outcomes(items, args, kwargs, sink):
                 pass  # a ListSink hands nothing out
             results: L = self._list_of(sink)
         return results
@@ -268,7 +269,9 @@ class SyncMap(_Map[T, P, R, L]):
 
     def stream(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Outcome[T, R]]:
         """Yield the `Outcome` of each item as it ends, in input order unless ``ordered=False``; may be closed early."""
-        return self._outcomes(items, self._arguments(args, kwargs), StreamSink(ordered=self.settings.ordered))
+        outcomes: Iterator[Outcome[T, R]]
+        outcomes = self._outcomes(items, args, kwargs, StreamSink(ordered=self.settings.ordered))
+        return outcomes
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies."""
@@ -289,18 +292,8 @@ class SyncMap(_Map[T, P, R, L]):
         ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no tuple
         (list, or other iterable but text) ends the map with a TypeError.
         """
-        starred: SyncMap[tuple[Any, ...], ..., R, L] = self._with(_is_starred=True, unstarred=self)
+        starred: SyncMap[tuple[Any, ...], ..., R, L] = self._starred()
         return starred
-
-    def _outcomes(self, items: Iterable[T], shape: Shape, sink: Sink) -> Iterator[Outcome[T, R]]:
-        self._check_items(items)
-        if isinstance(items, AsyncIterable) and not isinstance(items, Iterable):
-            got = f"{type(items).__qualname__}, an async iterable"
-            raise TypeError(f"{self.plan.name} is a `def` function and got {got}; make it `async def`")
-        from opero.concurrency.running import run_blocking
-
-        source: Iterator[Any] = map(self._row, items) if self._is_starred else iter(items)
-        return run_blocking(self.plan, self.settings, shape, sink, items=source, total=self._total(items))
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
@@ -335,7 +328,7 @@ class AsyncMap(_Map[T, P, R, L]):
             return await self._bound_to(items)(*args, **kwargs)
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():
-            async for _ in self._outcomes(items, self._arguments(args, kwargs), sink):
+            async for _ in self._outcomes(items, args, kwargs, sink):
                 pass  # a ListSink hands nothing out
             results: L = self._list_of(sink)
         return results
@@ -361,7 +354,9 @@ class AsyncMap(_Map[T, P, R, L]):
         self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs
     ) -> AsyncIterator[Outcome[T, R]]:
         """Yield the `Outcome` of each item as it ends, in input order unless ``ordered=False``; may be closed early."""
-        return self._outcomes(items, self._arguments(args, kwargs), StreamSink(ordered=self.settings.ordered))
+        outcomes: AsyncIterator[Outcome[T, R]]
+        outcomes = self._outcomes(items, args, kwargs, StreamSink(ordered=self.settings.ordered))
+        return outcomes
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the function with one item, under the same policies, in this event loop."""
@@ -378,21 +373,8 @@ class AsyncMap(_Map[T, P, R, L]):
         call. ``fn.starmap.stream(…)``, ``.run(…)`` and ``.one(…)`` take tuples in the same way. An item that is no
         tuple (list, or other iterable but text) ends the map with a TypeError.
         """
-        starred: AsyncMap[tuple[Any, ...], ..., R, L] = self._with(_is_starred=True, unstarred=self)
+        starred: AsyncMap[tuple[Any, ...], ..., R, L] = self._starred()
         return starred
-
-    def _outcomes(
-        self, items: Iterable[T] | AsyncIterable[T], shape: Shape, sink: Sink
-    ) -> AsyncIterator[Outcome[T, R]]:
-        self._check_items(items)
-        from opero.concurrency.running import run_awaiting
-
-        source: AsyncIterator[Any] | Iterator[Any]
-        if isinstance(items, AsyncIterable):
-            source = _mapped(self._row, items) if self._is_starred else aiter(items)
-        else:
-            source = map(self._row, items) if self._is_starred else iter(items)
-        return run_awaiting(self.plan, self.settings, shape, sink, items=source, total=self._total(items))
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
@@ -422,19 +404,6 @@ def level_of_the_user() -> int:
 async def _only(results: Coroutine[Any, Any, Any]) -> Any:
     with Shortened():
         return (await results)[0]
-
-
-async def _mapped(function: Callable[[Any], Any], items: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    try:
-        async for item in items:
-            yield function(item)
-    finally:
-        if isinstance(items, AsyncGenerator):
-            await items.aclose()
-
-
-def _bind(unbound: Any, instance: Any) -> Any:
-    return unbound.__get__(instance)
 
 
 def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:

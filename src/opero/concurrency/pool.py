@@ -1,14 +1,18 @@
-"""Pools by mode: which pool runs a map, and maps without any policy."""
+"""Pools by mode: which pool runs a map, the block in which they are kept between maps, and maps without any policy."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
 import math
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from opero.concurrency.kept import POOLS, MapSettings, PoolSource
+from opero.concurrency.batches import default_workers
 from opero.concurrency.mapping import make_map
 from opero.concurrency.progress import ProgressOption, check_progress
 from opero.core.checks import (
@@ -21,14 +25,20 @@ from opero.core.checks import (
     check_number,
     check_text,
 )
+from opero.core.forks import watch_forks
+from opero.core.interrupts import Hold
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import kind_of, listed, shown
 from opero.core.signature import check_decoratable, is_async, name_of, refuse_generator
+from opero.exceptions import NotTransferableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from concurrent.futures import Executor
+
+    from opero.concurrency.batches import Pool
+    from opero.concurrency.worker import Work
 
 
 __all__ = ["get_parallel_executor", "get_parallel_map_decorator"]
@@ -37,17 +47,27 @@ ModeName: TypeAlias = Literal["process", "thread", "async", "async_process", "se
 Mode: TypeAlias = "ModeName | Executor | Callable[[], Executor]"
 
 
-_ASYNC_ONLY = ("async", "async_process")
 _HOOKS = ("initializer", "initargs", "finalizer")
-_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "process": ("start_method", *_HOOKS, "max_tasks_per_worker", "threads_per_worker"),
-    "thread": _HOOKS,
-    "async": (),
-    "serial": (),
-    "async_process": ("start_method", *_HOOKS, "max_tasks_per_worker", "threads_per_worker", "concurrency"),
-    "dask": ("client", "address", "resources", "priority", "restart_workers"),
-    "ray": ("address", "init", "num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy"),
+_OF_PROCESSES = ("start_method", *_HOOKS, "max_tasks_per_worker", "threads_per_worker")
+# The file and the class of each mode's pool, and its options. A file that needs an extra is imported when a map runs.
+POOLS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    "process": ("processes", "ProcessPool", _OF_PROCESSES),
+    "thread": ("threads", "ThreadPool", _HOOKS),
+    "async": ("tasks", "TaskPool", ()),
+    "async_process": ("processes", "async_process_pool", (*_OF_PROCESSES, "concurrency")),
+    "serial": ("serial", "serial_pool", ()),
+    "dask": ("dask", "DaskPool", ("client", "address", "resources", "priority", "restart_workers")),
+    "ray": (
+        "ray",
+        "RayPool",
+        ("address", "init", "num_cpus", "num_gpus", "memory", "resources", "runtime_env", "scheduling_strategy"),
+    ),
+    "executor": ("executors", "ExecutorPool", ("mode",)),
 }
+_MODES = tuple(mode for mode in POOLS if mode != "executor")
+_ASYNC_ONLY = ("async", "async_process")
+# Whoever makes their workers says how many there are.
+_WORKERS_ELSEWHERE = ("dask", "ray", "executor")
 # The library that a mode needs; an extra of the mode's name brings it.
 _NEEDED: Mapping[str, str] = {"dask": "distributed", "ray": "ray"}
 
@@ -98,10 +118,30 @@ MAP_DEFAULTS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class MapSettings:
+    """How a map runs; the options of `opero.opmap` that are no policies.
+
+    ``warns``: whether items that failed are worth a warning, because nobody said what shall become of them.
+    """
+
+    pools: PoolSource
+    warns: bool
+    ordered: bool
+    progress: ProgressOption
+    return_exceptions: bool
+    total: int | None
+    batch_size: int | None
+
+    def serial(self) -> MapSettings:
+        """The same in the calling thread."""
+        return replace(self, pools=PoolSource("serial"))
+
+
 def map_settings(function: Callable[..., Any], options: Mapping[str, Any]) -> MapSettings:
     """Check those options of a map of ``function`` that are no policies."""
     given = {**MAP_DEFAULTS, **options}
-    mode, workers, total, batch_size = given["mode"], given["workers"], given["total"], given["batch_size"]
+    mode, workers, pool_options = (given.pop(name) for name in ("mode", "workers", "pool_options"))
     check_mode(mode)
     refuse_generator(function, "a map")
     if mode in _ASYNC_ONLY and not is_async(function):
@@ -117,33 +157,25 @@ def map_settings(function: Callable[..., Any], options: Mapping[str, Any]) -> Ma
     check_flag("ordered", given["ordered"])
     check_progress(given["progress"])
     check_flag("return_exceptions", given["return_exceptions"])
-    if total is not None:
-        check_count("total", total, "items", smallest=0)
-    if batch_size is not None:
-        check_count("batch_size", batch_size, "items in one list", smallest=1)
-    pool_options = check_mapping("pool_options", given["pool_options"])
+    for name, what, smallest in (("total", "items", 0), ("batch_size", "items in one list", 1)):
+        if given[name] is not None:
+            check_count(name, given[name], what, smallest=smallest)
+    pool_options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, pool_options)
-    return MapSettings(
-        pools=PoolSource(mode, workers, pool_options),
-        ordered=given["ordered"],
-        progress=given["progress"],
-        return_exceptions=given["return_exceptions"],
-        warns="return_exceptions" not in options,
-        total=total,
-        batch_size=batch_size,
-    )
+    pools = PoolSource(mode, workers, pool_options)
+    return MapSettings(pools, warns="return_exceptions" not in options, **given)
 
 
 def check_mode(mode: Any) -> None:
     """Refuse what is no mode, with what to write instead."""
     if isinstance(mode, str):
-        check_choice("mode", mode, POOLS)
+        check_choice("mode", mode, _MODES)
         return
     from concurrent.futures import Executor
 
     if isinstance(mode, Executor):
         return
-    ways = f"write one of {', '.join(map(repr, sorted(POOLS)))}, an executor, or a function that makes one"
+    ways = f"write one of {', '.join(map(repr, sorted(_MODES)))}, an executor, or a function that makes one"
     if hasattr(mode, "get_executor"):
         ways = "write mode='dask', pool_options={'client': client}"
     if not callable(mode) or (isinstance(mode, type) and not issubclass(mode, Executor)):
@@ -160,7 +192,7 @@ def check_mode(mode: Any) -> None:
 
 
 def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
-    known = _OPTIONS[mode] if isinstance(mode, str) else ()
+    known = POOLS[mode][2] if isinstance(mode, str) else ()
     named = f"mode={mode!r}" if isinstance(mode, str) else "an executor as mode"
     if options and not known:
         msg = f"pool_options with {listed(options)} cannot apply with {named}, which takes none; leave it out"
@@ -176,6 +208,98 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
     library = _NEEDED.get(mode) if isinstance(mode, str) else None
     if library is not None and importlib.util.find_spec(library) is None:
         raise ImportError(f"mode={mode!r} needs {library}; install it with: pip install 'opero[{mode}]'")
+
+
+class PoolSource:
+    """Where the maps of one function get their pools, and a block in which these are kept, ``with fn.pool():``.
+
+    The workers are started by the first map and have ended when the block is left. A map has the pool that it uses to
+    itself: maps that run at the same time do not share workers, but leave theirs to later ones. A map that ends before
+    all that it has begun leaves none.
+
+    Args:
+        mode: One of ``_MODES``, an executor, or a function that makes one.
+        workers: By default as many as `default_workers` says.
+        options: For the pool.
+    """
+
+    def __init__(self, mode: Any, workers: int | None = None, options: Mapping[str, Any] | None = None) -> None:
+        if type(mode).__module__ == "distributed.cfexecutor" and not mode._kwargs:  # noqa: SLF001 - nothing else tells
+            # As dask's executor, opero sends tasks by its client, and hears more of what becomes of them.
+            mode, options = "dask", {"client": mode._client}  # noqa: SLF001 - as above
+        kind = mode if isinstance(mode, str) else "executor"
+        self._file, self._class, _ = POOLS[kind]
+        self._options = {"mode": mode} if kind == "executor" else options or {}
+        self._workers = default_workers(kind) if workers is None and kind not in _WORKERS_ELSEWHERE else workers
+        self.after_fork()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        """The workers that are kept are children of the parent."""
+        # The garbage collector may close a stream at any moment, also while its thread is in here.
+        self._lock = threading.RLock()
+        self._blocks = 0
+        self._idle: list[Pool] = []
+
+    def pool_for(self, work: Work) -> Pool:
+        """A pool that is idle, and ready for this map, or a new one."""
+        with self._lock:
+            pool = self._idle.pop() if self._idle else None
+        if pool is not None:
+            try:
+                pool.take_on(work)
+            except NotTransferableError:
+                # Forked workers can have what cannot be sent to workers that are there already.
+                pool.stop(lambda: False)
+            else:
+                return pool
+        module = importlib.import_module(f"opero.concurrency.{self._file}")
+        made: Pool = getattr(module, self._class)(work, self._workers, **self._options)
+        return made
+
+    def keep(self, pool: Pool) -> bool:
+        """Keep a pool in which nothing runs, if a block is open; tells whether it is kept."""
+        with self._lock:
+            if self._blocks and pool.can_rest:
+                pool.rest()
+                self._idle.append(pool)
+                return True
+            return False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._blocks += 1
+
+    def __exit__(self, *_exc: object) -> None:
+        """Stop what is idle, unless there is another block; what is in use is stopped by the map that uses it."""
+        with Hold(), ExitStack() as stack:
+            with self._lock:
+                # A forked child leaves the blocks of its parent, too.
+                self._blocks = max(0, self._blocks - 1)
+                if self._blocks:
+                    return
+                idle, self._idle = self._idle, []
+            for pool in idle:
+                stack.callback(pool.stop, lambda: False)
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    async def __aexit__(self, *_exc: object) -> None:
+        from opero.concurrency.ctrl_c import in_own_thread
+
+        await in_own_thread(lambda _is_left: self.__exit__())
+
+
+def entered_multi_pool(workers: int, end: Callable[[], None]) -> Any:
+    """One of twat-mp's, for workers that ``end`` ends when it is left, each time that it asks for that."""
+    from twat_mp.mp import MultiPool
+
+    # Not one of pathos: those share their workers with every other pool of the same size.
+    pool = SimpleNamespace(map=None, close=end, join=end, terminate=end, clear=end)
+    made = MultiPool(pool_class=lambda nodes: pool, nodes=workers)  # type: ignore[arg-type]  # noqa: ARG005
+    made.__enter__()
+    return made
 
 
 def get_parallel_map_decorator(

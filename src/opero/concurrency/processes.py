@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency import log_records, main_module, system
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
-from opero.concurrency.kept import entered_multi_pool
+from opero.concurrency.pool import entered_multi_pool
 from opero.concurrency.process_worker import BETWEEN, HEADER, PEACE_SECONDS, THREAD_SETTINGS, Kind, serve
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
 from opero.core.forks import ForkSafeLock, watch_forks

@@ -20,8 +20,8 @@ from opero.utils.notes import add_note, shorten
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Outcome, Sink
+    from opero.concurrency.pool import MapSettings
     from opero.concurrency.worker import Shape
     from opero.core.plan import Plan
 
@@ -82,8 +82,7 @@ class AsyncSource:
         self._ahead: deque[Any] = deque()
         self._task: Any = None
         self.error: BaseException | None = None
-        self._at_end = False
-        self._closing = False
+        self._at_end = self._closing = False
 
     @property
     def exhausted(self) -> bool:
@@ -112,17 +111,17 @@ class AsyncSource:
                 self._task.result()
 
     async def _pull(self) -> None:
+        closing: Any = contextlib.nullcontext()
+        if isinstance(self._iterator, AsyncGenerator):
+            # Here, because what a generator has entered can be left only by the same task.
+            closing = contextlib.aclosing(self._iterator)
         try:
-            try:
+            async with closing:
                 while not self._closing:
                     await self._wanted.wait()
                     self._ahead.append(await anext(self._iterator))
                     self._wanted.clear()
                     self._wake()
-            finally:
-                # Here, because what a generator has entered can be left only by the same task.
-                if isinstance(self._iterator, AsyncGenerator):
-                    await self._iterator.aclose()
         except StopAsyncIteration:
             pass
         except BaseException as error:

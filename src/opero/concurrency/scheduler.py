@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from opero.core.flights import Presence
 from opero.core.flow import call_flow, item_flow
 from opero.core.parameters import ParameterSlot
 from opero.core.plan import Call, Plan
+from opero.core.showing import kind_of
 from opero.core.signature import MISSING
 from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step, stopped
 from opero.events import switches
@@ -38,8 +39,8 @@ from opero.utils.notes import add_note, users_part
 if TYPE_CHECKING:
     from opero.concurrency.batches import Pool
     from opero.concurrency.inbox import Inbox
-    from opero.concurrency.kept import MapSettings
     from opero.concurrency.outcome import Sink
+    from opero.concurrency.pool import MapSettings
     from opero.concurrency.running import Source
     from opero.concurrency.worker import Shape
     from opero.core.steps import Arrival
@@ -326,7 +327,7 @@ class Scheduler:
             return []
         items = self._source.take(count)
         self._next_index += len(items)
-        return items
+        return [_row(self._plan.name, item) for item in items] if self._shape.is_starred else items
 
     def _take_up_input(self, size: int, slots: int) -> None:
         """Start flows until enough of them are ready, or those that end at once (cache hits) have taken their time."""
@@ -678,3 +679,10 @@ def _values(name: str, result: Any, count: int) -> Any:
     return Failed(
         MisuseError(f"{name} got a list of {count} and returned {got}; return a list with a result for each item")
     )
+
+
+def _row(name: str, item: Any) -> tuple[Any, ...]:
+    """The arguments of one call of `starmap`."""
+    if isinstance(item, (str, bytes, Mapping)) or not isinstance(item, Iterable):
+        raise TypeError(f"{name}.starmap got {kind_of(item)} as an item; each item is a tuple of arguments")
+    return item if isinstance(item, tuple) else tuple(item)

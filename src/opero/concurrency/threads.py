@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Pool
 from opero.concurrency.ctrl_c import wait_unless_left
-from opero.concurrency.kept import entered_multi_pool
+from opero.concurrency.pool import entered_multi_pool
 from opero.concurrency.worker import How, Work, run_batch, runner_for
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
