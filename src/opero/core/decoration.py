@@ -38,13 +38,12 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any]")
 
 Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a decorator, and its options
-# What a first attempt is made with: its arguments, its place and what gives that back, the call if somebody is told of
-# it, and when it began.
-First = tuple[tuple[Any, ...], dict[str, Any], "tuple[Places, Token[Any]] | None", "Call | None", float]
+# What a first attempt is made with: its arguments, its place and what gives that back.
+First = tuple[tuple[Any, ...], dict[str, Any], "tuple[Places, Token[Any]] | None"]
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> Any:
-    """Stand for what only a cache has."""
+    """Stand for a look that finds nothing."""
 
 
 class Decoration:
@@ -75,11 +74,16 @@ class Decoration:
         self.let_in: Callable[..., bool] | None = None
         limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
         self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
-        self._take_slot = None if limit is None else limit.take_now
+        # What the layers say of a first attempt.
+        self._first_candidate = None if plan.fallback is None else plan.fallback.first
+        self._is_quiet = None if plan.breaker is None else plan.breaker.is_quiet
+        self._enter = None if plan.places is None else plan.places.enter
+        self._take_slot = None if limit is None else limit.take_now or _nothing
         # Whether a slot would come too late to be of use is told by how long the function takes.
         self._learn = None if limit is None or plan.total_timeout is None else limit.learn
         # Whether anybody else than listeners hears how a first attempt ended.
         self._follows = plan.breaker is not None or self._learn is not None
+        self._tells = plan.on_event is not None
         firsts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}
         self.run: Callable[..., Any] = firsts.get(plan.kind, self.function)
         if cache is not None:
@@ -97,9 +101,12 @@ class Decoration:
         first = self._first(args, kwargs) if self._is_quick else None
         if first is None:
             return drive(call_flow(self.plan, Call(args, kwargs)), self.run)
-        first_args, first_kwargs, place, told, started = first
-        outcome: Any = NOT_RUN
+        first_args, first_kwargs, place = first
+        started, outcome = clock.now(), NOT_RUN
+        told: Call | None = None
         try:
+            if self._tells or switches.are_on:
+                told = self._told(args, kwargs)
             outcome = self.function(*first_args, **first_kwargs)
         except Exception as error:  # the flow decides what becomes of it
             outcome = Failed(error)
@@ -107,7 +114,7 @@ class Decoration:
             if place is not None:
                 place[0].give_back(place[1])
             if self._follows or told is not None:
-                self._first_is_over(first, outcome)
+                self._first_is_over(first, outcome, told, started)
         if outcome.__class__ is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
@@ -124,15 +131,18 @@ class Decoration:
         first = self._first(args, kwargs) if is_quick else None
         if first is None:
             return await drive_async(call_flow(self.plan, Call(args, kwargs)), self.run, self.plan.name)
-        first_args, first_kwargs, place, told, started = first
-        outcome: Any = NOT_RUN
+        first_args, first_kwargs, place = first
+        started, outcome = clock.now(), NOT_RUN
+        told: Call | None = None
         try:
+            if self._tells or switches.are_on:
+                told = self._told(args, kwargs)
             outcome = await run_in_time(self.function, first_args, first_kwargs, self._limit, self.plan.name)
         finally:
             if place is not None:
                 place[0].give_back(place[1])
             if self._follows or told is not None:
-                self._first_is_over(first, outcome)
+                self._first_is_over(first, outcome, told, started)
         if outcome.__class__ is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
@@ -142,27 +152,25 @@ class Decoration:
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> First | None:
         """What a first attempt that may be made now is made with; None where the flow has to decide."""
-        plan, place, is_ready = self.plan, None, True
-        first_args, first_kwargs = args, kwargs
+        place, is_ready = None, False
         try:
-            if plan.fallback is not None:
-                first = plan.fallback.first(args, kwargs)
+            if self._first_candidate is not None:
+                first = self._first_candidate(args, kwargs)
                 if first is None:
                     return None
-                first_args, first_kwargs = first
-            if plan.breaker is not None and not plan.breaker.is_quiet(first_args, first_kwargs):
+                args, kwargs = first
+            if self._is_quiet is not None and not self._is_quiet(args, kwargs):
                 return None
-            if plan.places is not None:
-                place = plan.places.enter(first_args, first_kwargs)
-                is_ready = place is not None
-            if is_ready and plan.limit is not None:
-                is_ready = self._take_slot is not None and self._take_slot(first_args, first_kwargs)
+            if self._enter is not None:
+                place = self._enter(args, kwargs)
+                if place is None:
+                    return None
+            is_ready = self._take_slot is None or self._take_slot(args, kwargs)
         except Exception:  # the flow asks again, and counts a value that is refused as a call that failed
             is_ready = False
         if is_ready:
             self.count()
-            told = self._told(args, kwargs) if switches.are_on or plan.on_event is not None else None
-            return first_args, first_kwargs, place, told, clock.now()
+            return args, kwargs, place
         if place is not None:
             place[0].give_back(place[1])
         return None
@@ -177,9 +185,9 @@ class Decoration:
             call.tell(AttemptStarted, attempt=1, round=1)
         return call
 
-    def _first_is_over(self, first: First, outcome: Any) -> None:
+    def _first_is_over(self, first: First, outcome: Any, told: Call | None, started: float) -> None:
         """How a first attempt has ended: ``NOT_RUN`` if Ctrl-C or the like ended it; with `Failed` the flow goes on."""
-        args, kwargs, _, told, started = first
+        args, kwargs, _ = first
         if self._learn is not None and outcome is not NOT_RUN:
             self._learn(clock.now() - started)
         if outcome.__class__ is not Failed:

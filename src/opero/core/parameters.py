@@ -58,7 +58,7 @@ class ParameterSlot:
             return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
         if self.position is not None and not self.keyword:
             return (*args, *self.earlier_defaults[len(args) :], value), kwargs
-        return args, {**kwargs, self.name: value}
+        return args, {**kwargs, self.name: value} if kwargs else {self.name: value}
 
 
 class Per:

@@ -34,11 +34,12 @@ class _FreePlaces(Ledger):
 
     def __init__(self, count: int) -> None:
         self.count = min(count, _MOST)
+        self.free: list[None] = []
         super().__init__(Rates((CALLS,), (), (), (math.inf,)))
 
     def forget(self) -> None:
         super().forget()
-        self.free: list[None] = [None] * self.count
+        self.free[:] = [None] * self.count
 
     def wait(self, now: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
         """Take a place, if one is free: who finds it does not ask again."""
@@ -59,8 +60,9 @@ class Places(Line):
     """
 
     def __init__(self, count: int) -> None:
-        self._places = _FreePlaces(count)
-        super().__init__(self._places)
+        places = _FreePlaces(count)
+        super().__init__(places)
+        self._free, self._count = places.free, places.count
         self._badges = frozenset({self})
 
     def enter(self, _args: Any = (), _kwargs: Any = None) -> tuple[Places, Token[Any]] | None:
@@ -69,17 +71,16 @@ class Places(Line):
         if self.waiting or (others and self in others):
             return None
         try:
-            self._places.free.pop()
+            self._free.pop()
         except IndexError:
             return None
         return self, leading.set(others | self._badges if others else self._badges)
 
     def give_back(self, token: Token[Any] | None = None) -> None:
         """Somebody leaves, with what `enter` gave if that was used: the next one may come."""
-        places = self._places
         # What a forked child does in a place of its parent takes none here.
-        if len(places.free) < places.count:
-            places.free.append(None)
+        if len(self._free) < self._count:
+            self._free.append(None)
         if self.waiting:
             self.rouse_first(anew=True)
         if token is not None:
