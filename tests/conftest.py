@@ -28,7 +28,7 @@ from redis_server import RedisServer, Sentinel, free_port, make_cluster
 from side_by_side import until
 
 from opero.core.clock import clock
-from opero.core.parameters import compile_function, forwarding
+from opero.core.parameters import Forwarding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,9 +55,10 @@ def pytest_collection_finish() -> None:
 
 def as_async(function: Callable[..., Any]) -> Callable[..., Any]:
     """An ``async def`` function with the same signature that calls ``function``."""
-    shape = forwarding(function)
-    source = f"async def call({shape.parameters}):\n    return _opero_function({shape.call})\n"
-    made = compile_function(source, "call", {**shape.defaults, "_opero_function": function})
+    shape, namespace = Forwarding(function), {"_opero_function": function}
+    exec(f"async def made({shape.parameters}): return _opero_function({shape.call})", namespace)
+    made, plain = namespace.pop("made"), shape.compiled(["pass"], {})
+    made.__defaults__, made.__kwdefaults__ = plain.__defaults__, plain.__kwdefaults__
     functools.update_wrapper(made, function)
     del made.__wrapped__
     made.__signature__ = inspect.signature(function)

@@ -14,7 +14,7 @@ from opero.core.digests import lasting_identity
 from opero.core.faults import managing
 from opero.core.flights import BUSY, CLAIMED, FOUND, Flight, Keep, Seat
 from opero.core.keys import KeyMaker
-from opero.core.parameters import forwarding
+from opero.core.parameters import Forwarding
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.showing import listed, shown
@@ -119,7 +119,7 @@ class ResultCache:
 
     def __init__(self, function: Callable[..., Any], settings: CacheSettings) -> None:
         refuse_generator(function, "cache")
-        named = forwarding(function).named
+        named = Forwarding(function).named
         for name in settings.ignore:
             if name not in named:
                 msg = f"ignore={name!r} names no parameter of {name_of(function)}; write any of {listed(named)}"

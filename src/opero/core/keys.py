@@ -13,7 +13,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from opero.core.digests import PLAIN_TYPES, UncacheableError, digest_of, digest_of_plain, spelling_of
-from opero.core.parameters import compile_function, forwarding
+from opero.core.parameters import Forwarding
 from opero.core.signature import name_of
 from opero.exceptions import MisuseError
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from opero.core.clock import Clock
-    from opero.core.parameters import Forwarding
 
 
 class Instance(weakref.ref[Any]):
@@ -88,7 +87,7 @@ class KeyMaker:
         digest: bool,
         ignore: Collection[str] = (),
     ) -> None:
-        self._shape = shape = forwarding(function)
+        self._shape = shape = Forwarding(function)
         self._name = name_of(function)
         self._names = names = tuple(name for name in shape.names if name not in ignore)
         self._may_be_method = not digest and names[:1] == shape.names[:1] != ()
@@ -152,9 +151,7 @@ class KeyMaker:
         return lines
 
     def _compiled(self, lines: list[str], **namespace: Any) -> Callable[..., Any]:
-        source = "".join(f"    {line}\n" for line in lines)
-        namespace |= _NAMES | self._shape.defaults
-        made = compile_function(f"def key_of({self._shape.parameters}):\n{source}", "key_of", namespace)
+        made = self._shape.compiled(lines, namespace | _NAMES)
         # A wrong call is reported under the name that the user knows.
         made.__qualname__ = self._name
         return made
@@ -202,7 +199,7 @@ def _digest_function(
     """Makes the key of the values of these parameters: their digest, and the instance that a method is called on."""
 
     def spelled(parameter: str, value: Any) -> bytes:
-        if type(value) is object and shape.defaults.get(f"_opero_default_{parameter}") is value:
+        if type(value) is object and shape.defaults.get(parameter) is value:
             # It marks what is missing.
             return b"default"
         try:

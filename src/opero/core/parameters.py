@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import keyword
 import types
@@ -15,7 +16,7 @@ from opero.core.signature import MISSING, name_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_VARIADIC: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 class ParameterSlot:
@@ -96,52 +97,47 @@ class Per:
 
 
 class Forwarding:
-    """Source text that takes a function's parameters exactly and hands them on.
+    """How source text takes a function's parameters exactly, and hands them on.
+
+    Where its own signature is not known, or cannot be written, they are ``*args, **kwargs``.
 
     Attributes:
-        parameters: What stands between the parentheses of the ``def``.
+        parameters: What stands between the parentheses of the ``def``; there each default is None.
         call: What stands between those of the call.
         names: The parameters, in order, ``*args`` and ``**kwargs`` by their bare names.
         named: Those of them that are neither ``*args`` nor ``**kwargs``.
-        defaults: Values for the names that stand for defaults in `parameters`.
+        defaults: By the names of their parameters.
     """
 
-    def __init__(self, parameters: Iterable[inspect.Parameter]) -> None:
-        empty = inspect.Parameter.empty
+    def __init__(self, function: Callable[..., Any]) -> None:
+        parameters = inspect.signature(lambda *args, **kwargs: (args, kwargs)).parameters
+        with contextlib.suppress(ValueError, TypeError):
+            own = own_signature(function).parameters
+            if all(n.isidentifier() and not keyword.iskeyword(n) and not n.startswith("_opero_") for n in own):
+                parameters = own
+        self.names = tuple(parameters)
+        self.named = tuple(p.name for p in parameters.values() if p.kind not in _VARIADIC)
+        self.defaults = {p.name: p.default for p in parameters.values() if p.default is not p.empty}
         bare = [
-            p.replace(annotation=empty, default=p.default if p.default is empty else _Spelled(p)) for p in parameters
+            p.replace(annotation=p.empty, default=None if p.name in self.defaults else p.empty)
+            for p in parameters.values()
         ]
-        prefixes: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         self.parameters = str(inspect.Signature(bare))[1:-1]
         self.call = ", ".join(
-            f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{prefixes.get(p.kind, '')}{p.name}" for p in bare
+            f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{_VARIADIC.get(p.kind, '')}{p.name}" for p in bare
         )
-        self.names = tuple(p.name for p in bare)
-        self.named = tuple(p.name for p in bare if p.kind not in _VARIADIC)
-        self.defaults: dict[str, Any] = {p.default.name: p.default.value for p in bare if p.default is not empty}
 
-
-class _Spelled:
-    """Stands for a default in the text of a signature."""
-
-    def __init__(self, parameter: inspect.Parameter) -> None:
-        self.name = f"_opero_default_{parameter.name}"
-        self.value = parameter.default
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-def forwarding(function: Callable[..., Any]) -> Forwarding:
-    """Describe how to forward a call to ``function``; ``*args, **kwargs`` where its own signature is not known."""
-    anything = inspect.signature(lambda *args, **kwargs: (args, kwargs)).parameters.values()
-    try:
-        parameters = list(own_signature(function).parameters.values())
-    except (ValueError, TypeError):
-        return Forwarding(anything)
-    if any(p.name.startswith("_opero_") or keyword.iskeyword(p.name) or not p.name.isidentifier() for p in parameters):
-        return Forwarding(anything)
-    return Forwarding(parameters)
+    def compiled(self, lines: Iterable[str], namespace: dict[str, Any]) -> Callable[..., Any]:
+        """A function of these parameters with this body; ``namespace`` becomes its globals."""
+        source = "\n    ".join([f"def made({self.parameters}):", *lines])
+        exec(compile(source, "<opero>", "exec"), namespace)  # noqa: S102 - opero's own text and names of parameters
+        # Taken out again: a function among its own globals could be freed by the garbage collector only.
+        made: Any = namespace.pop("made")
+        positional = len(made.__defaults__ or ())
+        made.__defaults__ = tuple(self.defaults.values())[:positional]
+        made.__kwdefaults__ = {name: self.defaults[name] for name in made.__kwdefaults__ or ()}
+        function: Callable[..., Any] = made
+        return function
 
 
 def undecorated(function: Any) -> Any:
@@ -172,11 +168,3 @@ def first_parameter(function: Callable[..., Any]) -> str | None:
     function = inspect.unwrap(function)
     code = function.__code__ if isinstance(function, types.FunctionType) else None
     return None if code is None else next(iter(code.co_varnames[: code.co_argcount]), None)
-
-
-def compile_function(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:
-    """Define function ``name`` by its source; ``namespace`` becomes its globals."""
-    exec(compile(source, "<opero>", "exec"), namespace)  # noqa: S102 - the source is opero's own text and parameter names
-    # Taken out again: a function among its own globals could be freed by the garbage collector only.
-    function: Callable[..., Any] = namespace.pop(name)
-    return function
