@@ -259,9 +259,9 @@ def test_a_forked_child_can_make_the_trial_that_its_parent_makes(fake_clock):
     with pytest.raises(ZeroDivisionError):
         f(0)
     fake_clock.tick(10)
-    trial = f.__opero__.plan.breaker.enter((), {})
+    trial = f.__opero__.plan.breaker.shared.enter(None)
     assert trial is not None
-    assert f.__opero__.plan.breaker.enter((), {}) is None
+    assert f.__opero__.plan.breaker.shared.enter(None) is None
     assert forked(lambda: f(2)) == "0.5"
 
 

@@ -24,7 +24,7 @@ from opero.core import (
     get_retry_decorator,
 )
 from opero.core.signature import MISSING
-from opero.decorators.opero import OPERO_DEFAULTS, OperoOptions
+from opero.decorators.opero import OPERO_DEFAULTS, CommonOptions
 from opero.decorators.opmap import OPMAP_DEFAULTS, OpmapOptions
 
 if TYPE_CHECKING:
@@ -524,7 +524,8 @@ def test_the_signature_shows_no_positional_parameter_but_the_function(decorator)
 
 
 def test_the_typed_options_of_opero_are_the_options():
-    assert (OperoOptions.__optional_keys__, OperoOptions.__required_keys__) == (OPERO_DEFAULTS.keys(), set())
+    assert {*CommonOptions.__optional_keys__, "default"} == OPERO_DEFAULTS.keys()
+    assert not CommonOptions.__required_keys__
 
 
 def test_the_typed_options_of_opmap_are_the_options():

@@ -38,11 +38,12 @@ class _VirtualTime:
 
     Attributes:
         skipped: Seconds that were jumped over.
+        blocks: Of `instant` that have begun and not ended.
     """
 
     def __init__(self) -> None:
         self.skipped = 0.0
-        self._skipped_before = 0.0
+        self.blocks = 0
         self.after_fork()
         watch_forks(self)
 
@@ -53,15 +54,8 @@ class _VirtualTime:
         self._moments: list[float] = []
         self._changed_at = time.monotonic()
 
-    def begin(self) -> None:
-        """From here on the time of day jumps, too; what was jumped over before is over."""
-        self._skipped_before = self.skipped
-
     def now(self) -> float:
         return time.monotonic() + self.skipped
-
-    def wall(self) -> float:
-        return time.time() + self.skipped - self._skipped_before
 
     def advance(self, seconds: float) -> None:
         """Let so many seconds pass, at once and for everybody."""
@@ -139,7 +133,6 @@ class _VirtualTime:
 
 _lock = ForkSafeLock()
 _time = _VirtualTime()
-_users = 0
 
 
 class Instant:
@@ -187,23 +180,22 @@ def instant() -> Iterator[Instant]:
         An `Instant`: ``.skipped`` is how many seconds of the block were jumped over, and ``.advance(seconds)`` lets
         more pass.
     """
-    global _users  # noqa: PLW0603 - one clock for the process
+    block = Instant()
     with _lock.lock:
-        _users += 1
-        if _users == 1:
-            _time.begin()
-        clock.now, clock.wall = _time.now, _time.wall
+        _time.blocks += 1
+        if not clock.is_virtual:
+            before = _time.skipped
+            clock.wall = lambda: time.time() + _time.skipped - before
+        clock.now, clock.is_virtual = _time.now, True
         clock.sleep, clock.async_sleep = _time.sleep, _time.async_sleep
         clock.wait, clock.wait_async = _time.wait, _time.wait_async
-        clock.is_virtual = True
-    block = Instant()
     try:
         yield block
     finally:
         block._skipped = block.skipped  # noqa: SLF001 - of this module
         with _lock.lock:
-            _users -= 1
-            if _users == 0:
+            _time.blocks -= 1
+            if _time.blocks == 0:
                 clock.reset()
                 # Time does not run back: a slot that was taken a virtual hour ahead would be waited for.
                 clock.now = _time.now

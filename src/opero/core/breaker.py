@@ -8,12 +8,11 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opero.core.checks import check_count, check_seconds
+from opero.core.checks import check_count, check_seconds, wrong_type
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.frozen import itself
 from opero.core.keys import identity_of
-from opero.core.showing import kind_of, shown
 from opero.utils.logging import log
 from opero.utils.notes import duration
 
@@ -176,25 +175,16 @@ class FunctionBreaker:
         if isinstance(breaker, int) and not isinstance(breaker, bool):
             breaker = Breaker(check_count("breaker", breaker, "failures in a row", smallest=1))
         if not isinstance(breaker, Breaker):
-            raise TypeError(
-                f"breaker={shown(breaker)} is {kind_of(breaker)}; write a number of failures in a row, or "
-                "opero.Breaker(5, window=60, recovery=30)"
-            )
+            instead = "a number of failures in a row, or opero.Breaker(5, window=60, recovery=30)"
+            raise wrong_type("breaker", breaker, instead)
         self.shared = breaker
         self.by = by
         # Empty while no circuit knows of a failure.
         self._circuits = breaker.circuits
 
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def key_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What tells the circuit of such a call from others."""
         return None if self.by is None else identity_of(self.by.get(args, kwargs))
-
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Passage | None:
-        """See `Breaker.enter`."""
-        return self.shared.enter(self._key(args, kwargs))
-
-    def wait_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-        """See `Breaker.wait_of`."""
-        return self.shared.wait_of(self._key(args, kwargs)) if self._circuits else None
 
     def is_quiet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether nothing is known that speaks against any call."""
@@ -206,46 +196,44 @@ class FunctionBreaker:
     def succeeded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An attempt that found all quiet has succeeded; others may have failed meanwhile."""
         if self._circuits:
-            self.shared.passed(Passage(self.shared, self._key(args, kwargs)), failed=False)
+            self.shared.passed(Passage(self.shared, self.key_of(args, kwargs)), failed=False)
 
 
 class Circuit:
     """The circuit of a function, as `opero.control` gives it; with ``per`` or ``arg_fallback``, ``circuit[value]``."""
 
-    __slots__ = ("_key", "_policy")
+    __slots__ = ("_are_many", "_breaker", "_key")
 
-    def __init__(self, policy: FunctionBreaker, key: Any = None) -> None:
-        self._policy = policy
+    def __init__(self, breaker: Breaker, key: Any = None, *, are_many: bool = False) -> None:
+        self._breaker = breaker
         self._key = key
+        self._are_many = are_many
 
     def __getitem__(self, value: Any) -> Circuit:
-        if self._policy.by is None:
+        if not self._are_many:
             msg = "the function has one circuit for all calls; write control(f).circuit.state, or add per='parameter'"
             raise TypeError(msg)
-        return Circuit(self._policy, identity_of(value))
+        return Circuit(self._breaker, identity_of(value))
 
     @property
     def state(self) -> str:
         """``"closed"``; ``"open"``: calls fail at once; ``"half-open"``: a trial is under way, or may begin."""
-        wait = self._breaker().wait_of(self._key)
+        wait = self._one().wait_of(self._key)
         return "closed" if wait is None else "half-open" if wait in {0.0, math.inf} else "open"
 
     def reset(self) -> None:
         """Close it, and forget the failures."""
-        self._breaker().reset(self._key)
+        self._one().reset(self._key)
 
     def open(self) -> None:
         """Open it, for one ``recovery``."""
-        self._breaker().open(self._key)
+        self._one().open(self._key)
+
+    def _one(self) -> Breaker:
+        if self._are_many:
+            raise TypeError("each value has a circuit of its own; write control(f).circuit[value]")
+        return self._breaker
 
     def __repr__(self) -> str:
         # Not the value, which may be a secret.
-        return "<circuits by value>" if self._is_of_many() else f"<{self.state} circuit>"
-
-    def _is_of_many(self) -> bool:
-        return self._key is None and self._policy.by is not None
-
-    def _breaker(self) -> Breaker:
-        if self._is_of_many():
-            raise TypeError("each value has a circuit of its own; write control(f).circuit[value]")
-        return self._policy.shared
+        return "<circuits by value>" if self._are_many else f"<{self.state} circuit>"

@@ -154,7 +154,7 @@ class Control(Generic[P, R]):
         policy = self._decoration.plan.breaker
         if policy is None:
             raise MisuseError(f"{self._decoration.plan.name} has no circuit; decorate it with breaker=5")
-        return Circuit(policy)
+        return Circuit(policy.shared, are_many=policy.by is not None)
 
     def with_options(self, **options: Any) -> Callable[P, R]:
         """Give the same function under changed options, such as ``with_options(retries=0)``.

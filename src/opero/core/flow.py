@@ -205,7 +205,8 @@ class Layers:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
         passage = None
         if self.plan.breaker is not None:
-            passage = self.plan.breaker.enter(candidate.args, candidate.kwargs)
+            key = self.plan.breaker.key_of(candidate.args, candidate.kwargs)
+            passage = self.plan.breaker.shared.enter(key)
             if passage is None and self.call.failure is None:
                 return CIRCUIT_OPEN
         try:
@@ -400,7 +401,7 @@ class Layers:
     def _waits(self, candidates: list[Candidate]) -> list[float]:
         """Seconds until an attempt, or a trial, of each may go through its circuit; infinite during a trial."""
         breaker: Any = self.plan.breaker
-        return [breaker.wait_of(c.args, c.kwargs) or 0.0 for c in candidates]
+        return [breaker.shared.wait_of(breaker.key_of(c.args, c.kwargs)) or 0.0 for c in candidates]
 
     def _pause_for_trial(self) -> Pause | None:
         """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""

@@ -113,7 +113,7 @@ class RetryPolicy:
         jitter: bool = True,
         retry_on: RetryOn = MISSING,
         retry_if_result: Callable[[Any], Any] | None = None,
-        options: Mapping[str, Any] | None = None,
+        retry_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.retries = check_count("retries", retries, "extra rounds", smallest=0)
         self.backoff_factor = check_number("backoff_factor", backoff_factor, "times", smallest=1)
@@ -125,7 +125,7 @@ class RetryPolicy:
         self.retry_on = retry_unless_of_the_program if retry_on is MISSING else retry_on
         _check_retry_on(self.retry_on)
         self.retry_if_result = retry_if_result
-        self.options = check_mapping("retry_options", options)
+        self.options = check_mapping("retry_options", retry_options)
         _check_hooks(self.options, retry_if_result)
         self.tells_before = self.options.get("before") is not None
         self.watches_every_attempt = self.tells_before or retry_if_result is not None or "retry" in self.options
@@ -385,7 +385,7 @@ def get_retry_decorator(
         "retry_on": retry_on,
         "retry_if_result": retry_if_result,
     }
-    policy = RetryPolicy(**flat, options=options)
+    policy = RetryPolicy(**flat, retry_options=options)
     return decorator(
         "get_retry_decorator", lambda function: Plan(function, policy), (get_retry_decorator, {**flat, **options})
     )

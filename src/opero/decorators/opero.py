@@ -63,12 +63,6 @@ class CommonOptions(TypedDict, total=False):
     on_event: Callable[[Any], object] | None
 
 
-class OperoOptions(CommonOptions, total=False):
-    """Types of the options of `opero`, for type checkers."""
-
-    default: Any
-
-
 OPERO_DEFAULTS: dict[str, Any] = {name: default for policy in OPTIONS.values() for name, default in policy.items()}
 
 
@@ -81,7 +75,7 @@ def keyword_signature(defaults: Mapping[str, Any]) -> inspect.Signature:
     return inspect.Signature([first, *keywords])
 
 
-def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: bool = False) -> Plan:
+def make_plan(function: Callable[..., Any], options: Mapping[str, Any], *, killable: bool = False) -> Plan:
     """Check the options and plan one function.
 
     Args:
@@ -102,12 +96,11 @@ def make_plan(function: Callable[..., Any], options: OperoOptions, *, killable: 
             "function cannot be stopped; write `async def`, use the function's own timeout, or map it with "
             "@opmap(mode='process')"
         )
-    rounds = {name: given[name] for name in OPTIONS["retry"]}
     # Given by hand, `Exception` is meant as it is written.
-    rounds["retry_on"] = options.get("retry_on", MISSING)
+    rounds = {name: given[name] for name in OPTIONS["retry"]} | {"retry_on": options.get("retry_on", MISSING)}
     return Plan(
         function,
-        RetryPolicy(options=rounds.pop("retry_options"), **rounds),
+        RetryPolicy(**rounds),
         on_event=None if given["on_event"] is None else Listener(given["on_event"]),
         default=given["default"],
         **limits,
@@ -213,7 +206,7 @@ def opero(function: F, /) -> F: ...
 def opero(*, default: D, **options: Unpack[CommonOptions]) -> _WithDefault[D]: ...
 @overload
 def opero(**options: Unpack[CommonOptions]) -> Callable[[F], F]: ...
-def opero(function: Callable[..., Any] | None = None, /, **options: Unpack[OperoOptions]) -> Any:
+def opero(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Make a function resilient: cache, time limits, retry, fallback and rate limit, in this order from outside in.
 
     Works with and without parentheses, on ``def`` and ``async def`` functions and on methods; ``@classmethod`` and

@@ -195,7 +195,7 @@ def _mapped(options: dict[str, Any], function: Callable[..., Any]) -> Any:
         settings = map_settings(function, {name: value for name, value in options.items() if name in MAP_DEFAULTS})
         if settings.batch_size is not None:
             _check_takes_lists(function, options)
-        policies: Any = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}
+        policies = {name: value for name, value in options.items() if name not in MAP_DEFAULTS}
         plan = make_plan(function, policies, killable=options.get("mode", "process") in {"process", "dask", "ray"})
         return make_map(plan, settings, (opmap, options))
 
