@@ -18,7 +18,7 @@ from opero.exceptions import (
     RejectedResultError,
     WorkerCrashedError,
 )
-from opero.utils.lazily import importing_lazily
+from opero.utils import importing_lazily
 from opero.utils.logging import configure_logging
 
 if TYPE_CHECKING:
@@ -36,19 +36,16 @@ else:
     __getattr__, __dir__ = importing_lazily(
         __name__,
         {
-            "Breaker": "opero.core.breaker",
-            "Cache": "opero.core.cache",
-            "Outcome": "opero.concurrency.outcome",
-            "RateLimiter": "opero.core.rate_limit",
-            "Results": "opero.concurrency.outcome",
-            "candidates": "opero.core.fallback",
-            "candidates_from": "opero.core.fallback",
-            "clear_cache": "opero.core.cache",
-            "concurrency": "opero.concurrency",
-            "http": "opero.http",
-            "opmap": "opero.decorators.opmap",
-            "telemetry": "opero.telemetry",
-            "testing": "opero.testing",
+            "opero.concurrency": ["concurrency"],
+            "opero.concurrency.outcome": ["Outcome", "Results"],
+            "opero.core.breaker": ["Breaker"],
+            "opero.core.cache": ["Cache", "clear_cache"],
+            "opero.core.fallback": ["candidates", "candidates_from"],
+            "opero.core.rate_limit": ["RateLimiter"],
+            "opero.decorators.opmap": ["opmap"],
+            "opero.http": ["http"],
+            "opero.telemetry": ["telemetry"],
+            "opero.testing": ["testing"],
         },
     )
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opero import __version__
+from opero.core.checks import nearest
 from opero.core.clock import clock
 from opero.core.faults import managing
 from opero.core.private_folder import refuse_unsafe
-from opero.core.showing import nearest
 from opero.core.stores.disk import COUNT, DATABASE, connect_to_read, is_of_this_format
 from opero.core.stores.lasting import slug
 from opero.core.stores.settings import cache_settings

@@ -19,8 +19,8 @@ from opero.concurrency.batches import Batch, Fatal, Lost
 from opero.concurrency.far import CONNECTING_SECONDS, ENDING_SECONDS, FarPool, tell_of_dashboard
 from opero.concurrency.far_worker import Found, end_children, load_on_dask, recover, run_on_dask
 from opero.concurrency.scheduler import MOST_AHEAD
+from opero.core.checks import kind_of
 from opero.core.forks import ForkSafeLock
-from opero.core.showing import kind_of
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
 

@@ -29,7 +29,7 @@ from opero.concurrency.far_worker import works
 from opero.concurrency.main_module import names_in_fresh_workers
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
 from opero.concurrency.worker import SLOW_SECONDS, How, Report, Work, run_batch, runner_for
-from opero.core.showing import kind_of, shown
+from opero.core.checks import kind_of, shown
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError, OperoError
 from opero.utils.notes import describe

@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
 from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
+from opero.core.checks import kind_of
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
 from opero.core.parameters import own_signature
-from opero.core.showing import kind_of
 from opero.core.signature import MISSING, find_by_name
 from opero.core.steps import is_in_asyncio
 from opero.exceptions import FailedItemsWarning

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from opero.core.showing import brief, html_table
+from opero.core.checks import brief, html_table
 from opero.core.signature import MISSING
 from opero.utils.notes import class_counts, duration
 

@@ -24,12 +24,14 @@ from opero.core.checks import (
     check_mapping,
     check_number,
     check_text,
+    kind_of,
+    listed,
+    shown,
 )
 from opero.core.forks import watch_forks
 from opero.core.interrupts import Hold
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.showing import kind_of, listed, shown
 from opero.core.signature import check_decoratable, is_async, name_of, refuse_generator
 from opero.exceptions import NotTransferableError
 

@@ -24,12 +24,12 @@ from opero.concurrency.batches import Batch, Done, Fatal, Lost
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import Tally, make_progress
 from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, Work
+from opero.core.checks import kind_of
 from opero.core.clock import clock
 from opero.core.flights import Presence
 from opero.core.flow import call_flow, item_flow
 from opero.core.parameters import ParameterSlot
 from opero.core.plan import Call, Plan
-from opero.core.showing import kind_of
 from opero.core.signature import MISSING
 from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step, stopped
 from opero.events import switches

@@ -18,7 +18,7 @@ from opero.exceptions import (
     UnsafeCacheError,
     WorkerCrashedError,
 )
-from opero.utils.lazily import importing_lazily
+from opero.utils import importing_lazily
 
 if TYPE_CHECKING:
     from opero.core.cache import clear_cache, get_cache_context, get_cache_decorator
@@ -28,12 +28,9 @@ else:
     __getattr__, __dir__ = importing_lazily(
         __name__,
         {
-            "RateLimiter": "opero.core.rate_limit",
-            "clear_cache": "opero.core.cache",
-            "get_cache_context": "opero.core.cache",
-            "get_cache_decorator": "opero.core.cache",
-            "get_fallback_decorator": "opero.core.fallback",
-            "get_rate_limit_decorator": "opero.core.rate_limit",
+            "opero.core.cache": ["clear_cache", "get_cache_context", "get_cache_decorator"],
+            "opero.core.fallback": ["get_fallback_decorator"],
+            "opero.core.rate_limit": ["RateLimiter", "get_rate_limit_decorator"],
         },
     )
 

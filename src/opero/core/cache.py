@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from weakref import WeakSet
 
+from opero.core.checks import listed, shown
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.digests import lasting_identity
@@ -17,7 +18,6 @@ from opero.core.keys import KeyMaker
 from opero.core.parameters import Forwarding
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.showing import listed, shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats, Stats
 from opero.core.steps import Consult, Failed, Flow, Pause, leading

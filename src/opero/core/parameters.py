@@ -8,9 +8,8 @@ import keyword
 import types
 from typing import TYPE_CHECKING, Any
 
-from opero.core.checks import check_callable
+from opero.core.checks import check_callable, wrong_type
 from opero.core.control import decoration_of
-from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING, name_of
 
 if TYPE_CHECKING:
@@ -81,10 +80,7 @@ class Per:
             return
         names: Any = per if isinstance(per, tuple) and per else (per,)
         if not all(isinstance(name, str) for name in names) or not all(names):
-            raise TypeError(
-                f"per={shown(per)} is {kind_of(per)}; write a parameter's name, a tuple of names, or a function of the "
-                "call's arguments"
-            )
+            raise wrong_type("per", per, "a parameter's name, a tuple of names, or a function of the call's arguments")
         self.parameters = names
         slots = [ParameterSlot(function, name, "per") for name in names]
         self.get = slots[0].get

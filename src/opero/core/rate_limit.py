@@ -15,6 +15,7 @@ from opero.core.checks import (
     check_mapping,
     check_number,
     check_seconds,
+    wrong_type,
 )
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
@@ -26,7 +27,6 @@ from opero.core.limits.rates import CALLS, Rate, parse_rates
 from opero.core.parameters import Per
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.showing import kind_of, shown
 from opero.core.signature import name_of
 from opero.core.steps import Failed, drive, drive_async
 from opero.exceptions import RateLimitedError
@@ -431,10 +431,11 @@ def _costs(option: Any, names: set[str]) -> tuple[dict[str, Any], dict[str, Call
             raise ValueError(f"rate_limit_cost has to say of which rate; write a mapping with any of {sorted(names)}")
         costs = dict.fromkeys(names, option)
     elif option is not None:
-        raise TypeError(
-            f"rate_limit_cost={shown(option)} is {kind_of(option)}; write a number, a function of the call's "
-            "arguments, a pair of what a call takes before and after it ran, or a mapping by the names of the rates"
+        instead = (
+            "a number, a function of the call's arguments, a pair of what a call takes before and after it ran, or a "
+            "mapping by the names of the rates"
         )
+        raise wrong_type("rate_limit_cost", option, instead)
     before: dict[str, Any] = {CALLS: 1}
     after: dict[str, Callable[[Any], Any]] = {}
     for name, cost in costs.items():

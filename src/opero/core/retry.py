@@ -22,12 +22,13 @@ from opero.core.checks import (
     check_mapping,
     check_number,
     check_seconds,
+    kind_of,
     seconds_of,
+    shown,
 )
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.decoration import F, decorator
 from opero.core.plan import Call, Plan, Verdict
-from opero.core.showing import kind_of, shown
 from opero.core.signature import MISSING
 from opero.core.steps import Failed, Pause
 from opero.exceptions import MisuseError, RejectedResultError, RemoteError
@@ -247,8 +248,6 @@ class RetryPolicy:
     ) -> float | None:
         """Ask tenacity's strategies and hooks, in its order; None if no round follows."""
         settings, state = self._retrying, self._state(plan, call, verdict.outcome)
-        # A pass through candidates of which some still rested is no round of its own.
-        state.attempt_number = call.rounds
         if settings.after is not None:
             settings.after(state)
         seconds: float = settings.wait(state) if verdict.delay is None else verdict.delay
@@ -268,7 +267,6 @@ class RetryPolicy:
         if settings is None or not settings.enabled or not verdict.again:
             return Failed(verdict.error)
         state = self._state(plan, call, verdict.outcome)
-        state.attempt_number = call.rounds
         if settings.retry_error_callback is not None:
             call.is_made_up = True
             return settings.retry_error_callback(state)
@@ -286,7 +284,11 @@ class RetryPolicy:
             # It is made after the first attempt, but shall tell of the whole call, in the time that passes here.
             state.start_time = call.started
             call.retry_state = state
-        if outcome is not MISSING and self.options:
+        if outcome is MISSING:
+            return state
+        # A pass through candidates of which some still rested is no round of its own.
+        state.attempt_number = call.rounds
+        if self.options:
             if outcome.__class__ is Failed:
                 error = outcome.error
                 state.set_exception((type(error), error, error.__traceback__))

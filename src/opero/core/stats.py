@@ -6,9 +6,9 @@ import itertools
 import threading
 from typing import Any
 
+from opero.core.checks import html_table
 from opero.core.forks import ForkSafeLock
 from opero.core.frozen import Frozen
-from opero.core.showing import html_table
 
 
 class CallStats(Frozen):

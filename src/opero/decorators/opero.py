@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
-from opero.core.checks import check_count, check_known, check_seconds, wrong_type
+from opero.core.checks import check_count, check_known, check_seconds, shown, wrong_type
 from opero.core.control import OPTIONS
 from opero.core.decoration import F, decorator
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.showing import shown
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator
 from opero.events import Listener
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opero.utils.lazily import importing_lazily
+from opero.utils import importing_lazily
 
 if TYPE_CHECKING:
     from opero.events import CallDone, Event
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from opero.telemetry import prometheus as prometheus
 else:
     __getattr__, __dir__ = importing_lazily(
-        __name__, {name: f"{__name__}.{name}" for name in ("lines", "otel", "prometheus")}
+        __name__, {f"{__name__}.{name}": [name] for name in ("lines", "otel", "prometheus")}
     )
 
 

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from opero.core.checks import UNITS, check_count
-from opero.core.showing import kind_of, shown
+from opero.core.checks import UNITS, check_count, kind_of, shown
 
 Rate = float | str | Sequence[float | str] | Mapping[str, float | str | Sequence[float | str]]
 

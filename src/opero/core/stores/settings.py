@@ -22,9 +22,9 @@ from opero.core.checks import (
     check_seconds,
     check_text,
     check_url,
+    shown,
 )
 from opero.core.forks import ForkSafeLock
-from opero.core.showing import shown
 from opero.core.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
