@@ -360,8 +360,10 @@ def test_who_takes_a_seat_when_the_flight_has_landed_is_woken_and_begins_anew():
     assert flights.board(own := Flight("key")) is own
 
 
-def test_a_task_that_a_run_leaves_behind_keeps_nothing_of_its_result(cache):
+@pytest.mark.parametrize("backend", ["memory", "disk"])
+def test_a_task_that_a_run_leaves_behind_keeps_nothing_of_its_result(backend, tmp_path):
     contexts = []
+    cache = opero.Cache(backend=backend, **({"cache_dir": tmp_path} if backend == "disk" else {}))
     f = opero.opero(cache=cache, retries=0)(lambda: contexts.append(contextvars.copy_context()) or ["result"])
     assert f() == ["result"]
     (flight,) = contexts[0][leading]
@@ -970,53 +972,6 @@ class TestForks:
             stop.set()
         results(threads)
         assert answers == ["[(0, 1), None, (0, 1), 0]"] * 20
-
-
-# Runs that need each other's results
-
-
-@pytest.fixture(params=["memory", "disk"])
-def cache(request, tmp_path):
-    return opero.Cache(
-        backend=request.param, namespace="f", **({"cache_dir": tmp_path} if request.param == "disk" else {})
-    )
-
-
-def test_two_threads_that_come_to_need_each_others_results_get_them(cache):
-    both, runs = threading.Barrier(2), []
-
-    @opero.opero(cache=cache, retries=0)
-    def f(x):
-        runs.append(x)
-        if len(runs) > 2:
-            return x
-        both.wait(SECONDS)
-        return f(1 - x)
-
-    assert set(results([started(f, x) for x in (0, 1)])) <= {0, 1}
-    assert len(runs) in {3, 4}
-
-
-def test_two_tasks_that_come_to_need_each_others_results_get_them(cache):
-    runs = []
-
-    async def main():
-        both = asyncio.Event()
-
-        @opero.opero(cache=cache, retries=0)
-        async def f(x):
-            runs.append(x)
-            if len(runs) == 2:
-                both.set()
-            if len(runs) > 2:
-                return x
-            await both.wait()
-            # By tasks of its own: it waits for several at once.
-            return (await asyncio.gather(f(1 - x), f(("other", x))))[0]
-
-        return await asyncio.wait_for(asyncio.gather(f(0), f(1)), SECONDS)
-
-    assert set(asyncio.run(main())) <= {0, 1}
 
 
 # Streams that nobody pulls

@@ -13,8 +13,7 @@ from opero.core.steps import Failed
 from opero.utils.notes import copied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-    from types import TracebackType
+    from collections.abc import Callable
 
 
 class Presence:
@@ -40,9 +39,8 @@ class Flight:
     refreshes: bool = False
     # Where it was begun.
     thread: int = field(default_factory=threading.get_ident)
-    # Those who wait for it, and for which others the call waits that it belongs to.
+    # Those who wait for it.
     seats: list[Seat] = field(default_factory=list)
-    waits_for: list[Flight] = field(default_factory=list)
     # Nothing is to be waited for any more.
     landed: bool = False
     # The entry was deleted meanwhile, so that the outcome is not to be stored.
@@ -58,13 +56,6 @@ class Flight:
     dropped: bool = False
     # By what the store tells the lease from others of the key.
     ticket: Any = None
-
-    def needs(self, others: Collection[Flight]) -> bool:
-        """Whether it is one of the others, or waits for one, itself or by those that it waits for."""
-        known = [self]
-        for flight in known:  # which grows meanwhile
-            known += [other for other in flight.waits_for if other not in known]
-        return any(flight in others for flight in known)
 
 
 # What a store answers to a flight, unless it is an exception.
@@ -92,25 +83,24 @@ class Keep(NamedTuple):
         return None if self.ttl is None else self.ttl + self.stale
 
 
-@dataclass(eq=False, repr=False)
 class Seat:
-    """One waiter's view of a flight; an `Arrival`."""
+    """One who waits for a flight; an `Arrival`.
+
+    Attributes:
+        due_in: The time that it has left.
+        outcome: What the flight has landed with; missing if there is nothing to share, as of one that was broken off.
+        written: The same as bytes, where results are kept so: all others get copies of their own.
+    """
 
     is_turn = False
-
-    flight: Flight
-    # The time that the waiter has left.
-    due_in: Callable[[], float | None]
-    # What the flight has landed with; missing if there is nothing to share, as of one that was broken off.
     outcome: Any = MISSING
-    # The same as bytes, where results are kept so: all others get copies of their own.
     written: bytes | None = None
-    # Where that is an error, the way that it had come then.
-    traceback: TracebackType | None = None
     wake: Callable[[], None] | None = None
 
-    def __post_init__(self) -> None:
-        self.flight.seats.append(self)
+    def __init__(self, flight: Flight, time_left: Callable[[], float | None]) -> None:
+        self.flight = flight
+        self.due_in = time_left
+        flight.seats.append(self)
 
     def poll(self) -> bool:
         left = self.due_in()
@@ -120,10 +110,6 @@ class Seat:
         self.wake = wake
         if wake is not None and self.flight.landed:
             wake()
-
-    def leave(self) -> None:
-        """Wait no longer."""
-        self.flight.seats.remove(self)
 
 
 class Flights:
@@ -154,9 +140,9 @@ class Flights:
                 seat.outcome, seat.written = outcome, flight.written
                 if outcome.__class__ is Failed:
                     # Now, since whoever gets the error itself goes on with it, and may change it.
-                    error = outcome.error
-                    seat.traceback = error.__traceback__
-                    seat.outcome = outcome._replace(error=copied(error, context=error.__context__))
+                    error, trace = outcome.error, outcome.error.__traceback__
+                    copy = copied(error, context=error.__context__).with_traceback(trace)
+                    seat.outcome = outcome._replace(error=copy)
             # Who takes a seat from now on has come too late for this one, and begins anew.
             flight.landed = True
             flight.found = flight.old = flight.written = None

@@ -370,7 +370,8 @@ class Layers:
     def _for_the_round(self, fallback: FallbackOverParameter, verdict: Verdict) -> Verdict:
         """The next round begins as soon as a candidate is ready that nobody has given up and no circuit shuts off."""
         kept = [c for c in self.candidates if not fallback.is_given_up(c.value)] or self.candidates
-        wait = min(c.ready_at for c in self._admitted(kept) or kept) - clock.now()
+        admitted = [c for c in kept if not self._wait_of(c)] or kept
+        wait = min(c.ready_at for c in admitted) - clock.now()
         return verdict._replace(again=True, delay=None if wait == -math.inf else max(0.0, wait))
 
     def _choose(self, fallback: Any, speaks: Verdict | None) -> Candidate | None:
@@ -392,23 +393,19 @@ class Layers:
         awake = fallback.awake(self.left)
         return candidate not in awake or limit.gives_way(candidate, awake)
 
-    def _admitted(self, candidates: list[Candidate], *, after: float = 0.0) -> list[Candidate]:
-        """Those whose circuits let an attempt through, so many seconds from now."""
-        if self.plan.breaker is None:
-            return candidates
-        return [c for c, wait in zip(candidates, self._waits(candidates), strict=True) if wait <= after]
-
-    def _waits(self, candidates: list[Candidate]) -> list[float]:
-        """Seconds until an attempt, or a trial, of each may go through its circuit; infinite during a trial."""
-        breaker: Any = self.plan.breaker
-        return [breaker.shared.wait_of(breaker.key_of(c.args, c.kwargs)) or 0.0 for c in candidates]
+    def _wait_of(self, candidate: Candidate) -> float:
+        """Seconds until its circuit lets an attempt, or a trial, through; infinite during a trial."""
+        breaker = self.plan.breaker
+        if breaker is None:
+            return 0.0
+        return breaker.shared.wait_of(breaker.key_of(candidate.args, candidate.kwargs)) or 0.0
 
     def _pause_for_trial(self) -> Pause | None:
         """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
         breaker, now = self.plan.breaker, clock.now()
         if self.call.presence is None or breaker is None or now >= self.deadline:
             return None
-        recovery, waits = breaker.shared.recovery, self._waits(self.candidates)
+        recovery, waits = breaker.shared.recovery, [self._wait_of(c) for c in self.candidates]
         if self.patient_until is None:
             self.patient_until = now + recovery if self.call.deadline is None else self.deadline
         if math.inf not in waits and now + min(waits) > self.patient_until:
@@ -423,7 +420,8 @@ class Layers:
         if seconds >= self.deadline - clock.now():
             self.ended_by = OUT_OF_TIME
         elif self.plan.breaker is not None and self.call.presence is None:
-            self.ended_by = None if self._admitted(self.candidates, after=seconds) else CIRCUIT_OPEN
+            is_shut = all(self._wait_of(candidate) > seconds for candidate in self.candidates)
+            self.ended_by = CIRCUIT_OPEN if is_shut else None
         return self.ended_by is not None
 
     def _without_attempt(self, cause: NoAttempt) -> Any:
@@ -442,7 +440,7 @@ class Layers:
     def _circuit_open(self) -> Exception:
         breaker: Any = self.plan.breaker
         # One whose trial is under way may be next.
-        waits = [-1.0 if wait == math.inf else wait for wait in self._waits(self.candidates)]
+        waits = [-1.0 if wait == math.inf else wait for wait in map(self._wait_of, self.candidates)]
         wait = min(waits)
         place = None if self.plan.fallback is None else self.candidates[waits.index(wait)].number
         trial = "a trial call is under way" if wait < 0 else f"the next trial is in {duration(wait)}"
