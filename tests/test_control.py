@@ -169,6 +169,17 @@ def test_a_policy_can_be_turned_off_with_all_its_options():
     assert bare.__opero__.plan.retry.retries == 0
 
 
+def test_retries_can_be_turned_off_whatever_tenacity_was_told():
+    calls = []
+    patient = opero(retry_options={"stop": lambda state: state.attempt_number == 3, "wait": lambda state: 0})
+    alone = get_retry_decorator(stop=lambda state: state.attempt_number == 3, wait=lambda state: 0)
+    for decorator, attempts in [(patient, 1), (alone, 3)]:
+        f = decorator(lambda x: calls.append(x) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            control(f).with_options(retries=0)(attempts)
+    assert calls == [1, 3, 3, 3]
+
+
 def test_the_errors_are_those_of_the_decorator():
     f = opero(fails(0))
     with pytest.raises(TypeError, match="did you mean 'retries'"):

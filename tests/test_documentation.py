@@ -15,7 +15,7 @@ import opero.core
 import opero.events
 import opero.exceptions
 import opero.testing
-from opero.decorators.opero import OPERO_DEFAULTS
+from opero.core.control import OPERO_DEFAULTS
 from opero.decorators.opmap import OPMAP_DEFAULTS
 
 ROOT = Path(__file__).parent.parent

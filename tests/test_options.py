@@ -23,8 +23,9 @@ from opero.core import (
     get_rate_limit_decorator,
     get_retry_decorator,
 )
+from opero.core.control import OPERO_DEFAULTS
 from opero.core.signature import MISSING
-from opero.decorators.opero import OPERO_DEFAULTS, CommonOptions
+from opero.decorators.opero import CommonOptions
 from opero.decorators.opmap import OPMAP_DEFAULTS, OpmapOptions
 
 if TYPE_CHECKING:

@@ -162,20 +162,17 @@ _numbers = itertools.count(1)
 _telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_telling", default=())
 
 
-class Listener:
-    """A callback, and whether its errors have been complained of."""
+class Subscription:
+    """A callback that is told of events until this is closed; also a context for a ``with`` block."""
 
-    __slots__ = ("_alone", "_is_complained_of", "callback")
+    __slots__ = ("_is_complained_of", "callback")
 
     def __init__(self, callback: Callable[[Any], object]) -> None:
         self.callback = check_callable("on_event", callback, "a function of one event")
-        # Made once, since each event needs it.
-        self._alone = (self.callback,)
         self._is_complained_of = False
 
     def tell(self, event: Event) -> None:
-        telling = _telling.get()
-        token = _telling.set((*telling, self.callback) if telling else self._alone)
+        token = _telling.set((*_telling.get(), self.callback))
         try:
             self.callback(event)
         except Exception as error:  # noqa: BLE001 - who listens must not change what happens
@@ -184,14 +181,6 @@ class Listener:
             log(level, "on_event={} raised {}, and goes on being told", name_of(self.callback), type(error).__name__)
         finally:
             _telling.reset(token)
-
-
-class Subscription(Listener):
-    """A callback that is told of all functions' events until this is closed; also a context for a ``with`` block."""
-
-    def __init__(self, callback: Callable[[Any], object]) -> None:
-        super().__init__(callback)
-        switches.change(begins=self)
 
     def close(self) -> None:
         """Tell the callback of nothing any more; calls under way still tell it of their ends."""
@@ -218,11 +207,13 @@ class Switches:
     def __init__(self) -> None:
         self._lock = ForkSafeLock()
         self._disablers = 0
-        self.listeners: tuple[Listener, ...] = ()
+        self.listeners: tuple[Subscription, ...] = ()
         is_off = os.environ.get("OPERO_DISABLED", "").strip().lower() in {"", "0", "false", "no", "off"}
         self.change(disablers=0 if is_off else 1)
 
-    def change(self, *, begins: Listener | None = None, ends: Listener | None = None, disablers: int = 0) -> None:
+    def change(
+        self, *, begins: Subscription | None = None, ends: Subscription | None = None, disablers: int = 0
+    ) -> None:
         """Somebody begins or ends to listen to all functions, or so many more, or fewer, turn all decorators off."""
         with self._lock.lock:
             self._disablers += disablers
@@ -255,7 +246,9 @@ def on_event(callback: Callable[[Any], object]) -> Subscription:
     Raises:
         TypeError: If it cannot be called, or is async.
     """
-    return Subscription(callback)
+    subscription = Subscription(callback)
+    switches.change(begins=subscription)
+    return subscription
 
 
 def begin_telling(plan: Plan, call: Call) -> None:

@@ -10,7 +10,7 @@ from opero.core.stats import CallStats
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from opero.core.breaker import Circuit
     from opero.core.cache import CacheInfo
@@ -53,6 +53,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "on_event": {"on_event": None},
     "default": {"default": MISSING},
 }
+# How those are turned off without which the others of their policy have no effect, and what to write for them.
+_TURNED_ON = {
+    "cache": (False, "cache=True"),
+    "retries": (0, "retries=1"),
+    "arg_fallback": (None, "arg_fallback='parameter'"),
+    "rate_limit": (None, "rate_limit=5"),
+}
+_PER_VALUE = [first for first, *others in OPTIONS.values() if "per" in others]
+OPERO_DEFAULTS: dict[str, Any] = {name: default for policy in OPTIONS.values() for name, default in policy.items()}
 # Options of a map that belong to no policy.
 _OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "total", "batch_size", "pool_options"}
 
@@ -218,19 +227,36 @@ def decoration_of(function: Any) -> Decoration | None:
     return found
 
 
+def reasons_against(options: Mapping[str, Any]) -> dict[str, str]:
+    """Why options have no effect beside the others, by their names."""
+    given = {**OPERO_DEFAULTS, **options}
+    reasons: dict[str, str] = {}
+    for first, *others in OPTIONS.values():
+        off, example = _TURNED_ON.get(first, (MISSING, ""))
+        if given[first] == off:
+            reason = f"has no effect with {first}={off!r}; add {example}, or leave it out"
+            reasons |= dict.fromkeys(others, reason)
+        elif hasattr(given[first], "settings"):
+            reasons |= dict.fromkeys(others, "stands beside cache=Cache(…), which says all of it; write it there")
+    works = {"retry_if_result", "retry_options"} if given["retry_options"] is None else {*OPTIONS["retry"]}
+    if given["breaker"] is not None or given["arg_fallback"] is not None:
+        # Without retries, too, it says which errors count, and which of them another candidate may mend.
+        works.add("retry_on")
+    if all(given[name] is None for name in _PER_VALUE):
+        reasons["per"] = f"has no effect without {', '.join(_PER_VALUE)}; add rate_limit=5, or leave it out"
+    else:
+        works.add("per")
+    return {name: reason for name, reason in reasons.items() if name not in works}
+
+
 def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """The options after a change; those of a policy that it turns off have no meaning any more."""
-    if "cache" in named and named["cache"] not in {True, False}:
-        # A `Cache` says all of it.
-        given = {name: value for name, value in given.items() if not name.startswith("cache_")}
-    off = {other for first, *others in OPTIONS.values() if not named.get(first, True) for other in others}
-    # Without retries, too, the one rejects results, and the other says what an error tells of a candidate or service.
-    off.discard("retry_if_result")
-    if any({**given, **named}.get(name) is not None for name in ("rate_limit", "breaker", "max_concurrent")):
-        off.discard("per")
-    if "breaker" in given or "arg_fallback" in given:
-        off.discard("retry_on")
-    return {**{name: value for name, value in given.items() if name not in off}, **named}
+    """The options after a change, without those that have no effect any more."""
+    if named.get("retries") == 0:
+        # They could ask for retries of their own.
+        given = {name: value for name, value in given.items() if name != "retry_options"}
+    changed = {**given, **named}
+    without_effect = reasons_against(changed)
+    return {name: value for name, value in changed.items() if name in named or name not in without_effect}
 
 
 def with_shared_policies(new: Plan, old: Plan, named: set[str]) -> Plan:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opero.core.limits.places import PlacesForFunction
     from opero.core.rate_limit import FunctionLimit
     from opero.core.retry import RetryPolicy
-    from opero.events import Listener
+    from opero.events import Subscription
 
 
 # The layers that `opero.core.decoration` asks before a first attempt without a flow.
@@ -37,7 +37,7 @@ class Plan:
     places: PlacesForFunction | None = None
     limit: FunctionLimit | None = None
     attempt_timeout: float | None = None
-    on_event: Listener | None = None
+    on_event: Subscription | None = None
     default: Any = MISSING
 
     def __init__(self, function: Callable[..., Any], retry: RetryPolicy, **layers: Any) -> None:

@@ -6,12 +6,12 @@ import sys
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
 from opero.core.checks import check_count, check_known, check_seconds, shown, wrong_type
-from opero.core.control import OPTIONS
+from opero.core.control import OPERO_DEFAULTS, OPTIONS, reasons_against
 from opero.core.decoration import F, decorator
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator
-from opero.events import Listener
+from opero.events import Subscription
 
 if TYPE_CHECKING:
     import inspect
@@ -62,9 +62,6 @@ class CommonOptions(TypedDict, total=False):
     on_event: Callable[[Any], object] | None
 
 
-OPERO_DEFAULTS: dict[str, Any] = {name: default for policy in OPTIONS.values() for name, default in policy.items()}
-
-
 def keyword_signature(defaults: Mapping[str, Any]) -> inspect.Signature:
     """The signature to show for a decorator whose options come as ``**options``."""
     import inspect
@@ -83,7 +80,9 @@ def make_plan(function: Callable[..., Any], options: Mapping[str, Any], *, killa
         killable: Whether an execution of a plain function can be stopped from outside, as in a process of its own.
     """
     given: dict[str, Any] = {**OPERO_DEFAULTS, **options}
-    _refuse_useless(given)
+    for name, reason in reasons_against(given).items():
+        if given[name] != OPERO_DEFAULTS[name]:
+            raise ValueError(f"{name}={shown(given[name])} {reason}")
     for name in ("retry_if_result", "default"):
         if given[name] is not OPERO_DEFAULTS[name]:
             refuse_generator(function, f"{name}=…")
@@ -100,7 +99,7 @@ def make_plan(function: Callable[..., Any], options: Mapping[str, Any], *, killa
     return Plan(
         function,
         RetryPolicy(**rounds),
-        on_event=None if given["on_event"] is None else Listener(given["on_event"]),
+        on_event=None if given["on_event"] is None else Subscription(given["on_event"]),
         default=given["default"],
         **limits,
         **_policies(function, given),
@@ -150,42 +149,14 @@ def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache:
     from opero.core.stores.settings import cache_settings
 
     if isinstance(given["cache"], Cache):
-        for name in _OF_CACHE:
-            if given[name] != OPERO_DEFAULTS[name]:
-                msg = f"{name}={shown(given[name])} stands beside cache=Cache(…), which says all of it; write it there"
-                raise ValueError(msg)
         return ResultCache(function, given["cache"].settings)
     if isinstance(given["cache"], str):
         msg = "cache=… is str; write True or False, and beside it cache_backend='disk', or cache=Cache(backend='disk')"
         raise TypeError(msg)
     if not isinstance(given["cache"], bool):
         raise wrong_type("cache", given["cache"], "True or False, or a Cache, such as cache=Cache(ttl='15 minutes')")
-    return ResultCache(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in _OF_CACHE}))
-
-
-_OF_CACHE = tuple(OPTIONS["cache"])[1:]
-_PER_VALUE = ("rate_limit", "max_concurrent", "breaker")
-
-
-def _refuse_useless(given: dict[str, Any]) -> None:
-    """Refuse options that have no effect without another one."""
-    of_rounds = ["backoff_factor", "min_delay", "max_delay", "jitter"] if given["retry_options"] is None else []
-    if of_rounds and given["breaker"] is None and given["arg_fallback"] is None:
-        # With these it says which errors count, and which of them another candidate may mend.
-        of_rounds.append("retry_on")
-    needs = {
-        "fallback_cooldown": ("arg_fallback", None, "arg_fallback='parameter'"),
-        **dict.fromkeys(("rate_limit_cost", "rate_limit_options"), ("rate_limit", None, "rate_limit=5")),
-        **dict.fromkeys(of_rounds, ("retries", 0, "retries=1")),
-        **dict.fromkeys(_OF_CACHE, ("cache", False, "cache=True")),
-    }
-    if given["per"] is not None and all(given[name] is None for name in _PER_VALUE):
-        names = ", ".join(_PER_VALUE)
-        raise ValueError(f"per={shown(given['per'])} has no effect without {names}; add rate_limit=5, or leave it out")
-    for name, (other, off, example) in needs.items():
-        if given[name] != OPERO_DEFAULTS[name] and given[other] == off:
-            msg = f"{name}={shown(given[name])} has no effect with {other}={off!r}; add {example}, or leave it out"
-            raise ValueError(msg)
+    _, *flat = OPTIONS["cache"]
+    return ResultCache(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in flat}))
 
 
 class _WithDefault(Protocol[D_co]):

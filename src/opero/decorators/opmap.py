@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol
 from opero.concurrency.mapping import AsyncMap, SyncMap, make_map
 from opero.concurrency.pool import MAP_DEFAULTS, map_settings
 from opero.core.checks import check_known, shown
+from opero.core.control import OPERO_DEFAULTS
 from opero.core.parameters import own_signature
 from opero.core.signature import MISSING, check_decoratable
-from opero.decorators.opero import OPERO_DEFAULTS, CommonOptions, keyword_signature, make_plan
+from opero.decorators.opero import CommonOptions, keyword_signature, make_plan
 from opero.utils.notes import Shortened
 
 if TYPE_CHECKING:
