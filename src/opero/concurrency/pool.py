@@ -57,7 +57,7 @@ POOLS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "thread": ("threads", "ThreadPool", _HOOKS),
     "async": ("tasks", "TaskPool", ()),
     "async_process": ("processes", "async_process_pool", (*_OF_PROCESSES, "concurrency")),
-    "serial": ("serial", "serial_pool", ()),
+    "serial": ("tasks", "serial_pool", ()),
     "dask": ("dask", "DaskPool", ("client", "address", "resources", "priority", "restart_workers")),
     "ray": (
         "ray",

@@ -75,12 +75,11 @@ class Entry:
     index: int
     item: Any
     call: Call
-    flow: Flow | None = None
+    flow: Flow
+    members: dict[Entry, Exception | None] | None = None
     attempt: Attempt | None = None
-    waits_for: Pause | Arrival | None = None
     alone: bool = False
     losses: int = 0
-    members: dict[Entry, Exception | None] | None = None
 
     def may_begin(self) -> bool:
         deadline = self.call.deadline
@@ -119,26 +118,32 @@ class Scheduler:
         self.failure: Exception | None = None
         # Items in a batch, and batches that wait at a worker besides, as learnt from how long they take.
         self._size, self._ahead = 1, 0
-        # Of an item, on a cluster.
+        # Seconds of an item, on a cluster.
         self._usual = 0.0
-        # A batch that is with a worker when the circuit opens is run to its end.
-        self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
         self._one_at_a_time = any((plan.limit, plan.places, plan.attempt_timeout, plan.total_timeout))
+        self._largest_batch = sys.maxsize
+        if self._one_at_a_time:
+            self._largest_batch = 1
+        elif plan.breaker is not None:
+            # A batch that is with a worker when the circuit opens is run to its end.
+            self._largest_batch = plan.breaker.shared.failures
         is_asked = plan.asks_first or plan.cache is not None or bool(switches.listeners)
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
         self._list_size = settings.batch_size
         self._gathered: list[Entry] = []
+        self._call_plan = plan
         if self._list_size is not None:
             self._call_plan = plan.changed(cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
         self._is_direct = not (is_asked or self._one_at_a_time or self._list_size is not None)
         self._next_index = 0
         self._look_ahead = 1
         self.presence = Presence()
-        # All items that have a flow; how many of them wait for time or others, and how many of these for a turn.
+        # All items that have a flow; what some of them wait for, and how many of these for a turn.
         self._flying: set[Entry] = set()
-        self._waiting = self._awaiting_turns = 0
+        self._waiting: dict[Entry, Pause | Arrival] = {}
+        self._awaiting_turns = 0
         # Who is to be looked at when (at the same time, in order), if it still waits for the same.
-        self._timers: list[tuple[float, int, Entry, Pause | Arrival | None]] = []
+        self._timers: list[tuple[float, int, Entry, Pause | Arrival]] = []
         self._ticks = itertools.count()
         # Items that wait for the cache's store, and for a worker: with an attempt, or before they take a slot for one.
         self._consulting: dict[Entry, Consult] = {}
@@ -174,8 +179,8 @@ class Scheduler:
         """Send workers what they can take; gives what the cache's store has to answer before there can be more."""
         while self._timers and self._timers[0][0] <= clock.now():
             _, _, entry, step = heapq.heappop(self._timers)
-            if entry.waits_for is step:
-                self._look(entry)
+            if self._waiting.get(entry) is step:
+                self._look(entry, step)
         while not self._consulting and (batch := self._next_batch()) is not None:
             self.pool.submit(batch)
         return list(self._consulting.values())
@@ -200,9 +205,11 @@ class Scheduler:
             elif isinstance(event, Fatal):
                 self.is_sound = False
                 raise event.error
-            elif isinstance(event, Entry) and not isinstance(event.waits_for, Pause):
+            elif isinstance(event, Entry):
                 # Its slot may have come.
-                self._look(event)
+                step = self._waiting.get(event)
+                if step is not None and not isinstance(step, Pause):
+                    self._look(event, step)
         # An error among them, and with it the frames of an attempt, shall not outlast this.
         events.clear()
         # After all that has come in was seen: a report in time is no reason to kill.
@@ -225,7 +232,7 @@ class Scheduler:
         self.presence.is_away = False
         if self.failure is not None:
             raise self.failure
-        is_done = self._source.exhausted and not (self._sent or self._flying or self._ready or self._given_back)
+        is_done = self._source.exhausted and not (self._sent or self._flying or self._given_back)
         if self._source.error is not None and (is_done or self._stream is None):
             raise self._source.error
         return is_done
@@ -256,14 +263,13 @@ class Scheduler:
         """What to send to a worker now, if anything."""
         if self._ready:
             self._call_off()
-        # No call waits at a worker that has its time.
-        slots = self.pool.slots * (1 if self._one_at_a_time else 1 + self._ahead)
+        slots = self.pool.slots * (1 + self._ahead)
         while slots and self._ready and self._ready[0].attempt is None:
             self._advance(self._ready.popleft(), None)
         # While no worker is ready, the first item has to tell whether one is needed.
         if self.failure is not None or len(self._sent) >= max(slots, 1):
             return None
-        size = min(1 if self._one_at_a_time else self._size, self.pool.largest_batch, self._largest_batch)
+        size = min(self._size, self.pool.largest_batch, self._largest_batch)
         if self.pool.is_far and self.tally.total is not None:
             # The last ones are shared evenly: what waits at one worker cannot be given to another.
             left = (self.tally.total - self._next_index) // max(1, self.pool.slots)
@@ -284,10 +290,8 @@ class Scheduler:
         return self._send(self._batch_of_entries(size)) if self._ready and slots else None
 
     def _call_off(self) -> None:
-        """Let those wait no longer for a worker whose time is over, and the next one if its circuit has been opened."""
-        while self._ready and not self._ready[0].may_begin():
-            self._advance(self._ready.popleft(), NOT_RUN)
-        if self._plan.total_timeout is None:
+        """Let those wait no longer for a worker whose time is over, or whose circuit has been opened."""
+        if self._plan.total_timeout is None and self._ready[0].may_begin():
             return
         for entry in [entry for entry in self._ready if not entry.may_begin()]:
             self._ready.remove(entry)
@@ -309,11 +313,11 @@ class Scheduler:
         The pool is stopped by the driver.
         """
         self._timers.clear()
+        for step in self._waiting.values():
+            if not isinstance(step, Pause):
+                step.notify(None)
         for entry in self._flying:
-            if not (entry.waits_for is None or isinstance(entry.waits_for, Pause)):
-                entry.waits_for.notify(None)
-            if entry.flow is not None:
-                entry.flow.close()
+            entry.flow.close()
         self._flying.clear()
         if self._progress is not None:
             self._progress.close()
@@ -323,7 +327,7 @@ class Scheduler:
     def _pull(self, count: int) -> list[Any]:
         if self._stream is not None:
             count = min(count, self._stream.room())
-        if count <= 0 or self._waiting >= MOST_WAITING or self._source.exhausted or self._source.late_by:
+        if count <= 0 or len(self._waiting) >= MOST_WAITING or self._source.exhausted or self._source.late_by:
             return []
         items = self._source.take(count)
         self._next_index += len(items)
@@ -340,29 +344,28 @@ class Scheduler:
             items = self._pull(1)
             if not items:
                 break
-            entry = self._open(self._next_index - 1, items[0])
-            flow = call_flow if self._list_size is None else item_flow
-            self._start_flow(entry, flow(self._plan, entry.call))
+            self._open(self._next_index - 1, items[0])
         nothing_runs = not (self._sent or self._ready or self._awaiting_turns)
         if self._gathered and not self._consulting and (self._source.exhausted or nothing_runs):
             self._call_for_many()
 
     # Flows
 
-    def _open(self, index: int, item: Any, *, started: float | None = None, failure: Exception | None = None) -> Entry:
-        arguments, kwargs = self._shape.arguments(item), self._shape.kwargs
-        call = Call(arguments, kwargs, started=started)
-        call.index, call.presence, call.failure = index, self.presence, failure
-        return Entry(index, item, call)
-
-    def _start_flow(self, entry: Entry, flow: Flow) -> None:
-        entry.flow = flow
+    def _open(
+        self, index: int, item: Any, members: dict[Entry, Exception | None] | None = None, **of_the_call: Any
+    ) -> Entry:
+        """Give an item a flow of its own, or several that share a call."""
+        call = Call(self._shape.arguments(item), self._shape.kwargs, **of_the_call)
+        call.index, call.presence = index, self.presence
+        is_of_a_list = self._list_size is not None and members is None
+        flow = item_flow(self._plan, call) if is_of_a_list else call_flow(self._call_plan, call)
+        entry = Entry(index, item, call, flow, members)
         self._flying.add(entry)
         self._advance(entry, None)
+        return entry
 
     def _advance(self, entry: Entry, sent: Any) -> None:
         """Give a flow what it asked for, and see what it asks for next."""
-        assert entry.flow is not None  # noqa: S101 - for the type checkers
         try:
             step = entry.flow.send(sent)
         except StopIteration as end:
@@ -390,38 +393,32 @@ class Scheduler:
             if len(self._gathered) == self._list_size:
                 self._call_for_many()
         else:
-            entry.waits_for = step
-            self._waiting += 1
+            self._waiting[entry] = step
             if isinstance(step, Pause):
-                self._look_again(entry, step.seconds)
+                self._look_again(entry, step, step.seconds)
             else:
                 self._awaiting_turns += step.is_turn
                 step.notify(lambda: self._inbox.put(entry))
-                self._look(entry)
+                self._look(entry, step)
 
-    def _look_again(self, entry: Entry, seconds: float) -> None:
-        heapq.heappush(self._timers, (clock.now() + seconds, next(self._ticks), entry, entry.waits_for))
+    def _look_again(self, entry: Entry, step: Pause | Arrival, seconds: float) -> None:
+        heapq.heappush(self._timers, (clock.now() + seconds, next(self._ticks), entry, step))
 
-    def _look(self, entry: Entry) -> None:
+    def _look(self, entry: Entry, step: Pause | Arrival) -> None:
         """Go on with an item whose pause has ended, or if what it waits for has come."""
-        step = entry.waits_for
-        if step is None:
-            return
         if not isinstance(step, Pause):
             if not step.poll():
                 due = step.due_in()
                 if due is not None:
-                    self._look_again(entry, due)
+                    self._look_again(entry, step, due)
                 return
             step.notify(None)
             self._awaiting_turns -= step.is_turn
-        entry.waits_for = None
-        self._waiting -= 1
+        del self._waiting[entry]
         self._advance(entry, None)
 
     def _end(self, entry: Entry, outcome: Any) -> None:
         self._flying.discard(entry)
-        entry.flow = None
         if entry.members is not None:
             self._list_ended(entry, entry.members, outcome)
             return
@@ -448,18 +445,17 @@ class Scheduler:
 
     def _call_for_many(self) -> None:
         members, self._gathered = self._gathered, []
-        entry = self._open(members[0].index, [member.item for member in members])
-        entry.members = dict.fromkeys(members)
-        self._start_flow(entry, call_flow(self._call_plan, entry.call))
+        self._open(members[0].index, [member.item for member in members], dict.fromkeys(members))
 
-    def _taken_apart(self, entry: Entry, members: list[Entry], outcome: Any) -> Any:
+    def _taken_apart(self, entry: Entry, outcome: Any) -> Any:
         """Give items what an attempt made of them; returns what that means for the call.
 
         The call goes on for those of which it returned an exception that is to be retried.
         """
-        entry.members = dict.fromkeys(members)
-        values: Any = outcome if outcome.__class__ is Failed else _values(self._plan.name, outcome, len(members))
+        members = list(entry.members or ())
+        values = _values(self._plan.name, outcome, len(members))
         if values.__class__ is Failed:
+            entry.members = dict.fromkeys(members)
             return values
         entry.members = {}
         for member, value in zip(members, values, strict=True):
@@ -481,8 +477,8 @@ class Scheduler:
 
     def _list_ended(self, entry: Entry, members: dict[Entry, Exception | None], outcome: Any) -> None:
         """Give those items what the call has ended with that have no result: each its own error, or all the same."""
-        if members and outcome.__class__ is not Failed:
-            # What a hook of tenacity's supplied.
+        if members:
+            # It may be what a hook of tenacity's supplied.
             outcome = _values(self._plan.name, outcome, len(members))
         error = outcome.error if outcome.__class__ is Failed else None
         has_own = any(own is error for own in members.values())
@@ -510,7 +506,7 @@ class Scheduler:
             if first.alone or following.alone or not following.may_begin():
                 break
             entries.append(self._ready.popleft())
-        batch = Batch([self._varying(entry) for entry in entries], first.index, entries)
+        batch = Batch(list(map(self._varying, entries)), first.index, entries)
         batch.has_candidates = self._sends_candidates
         batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
         batch.alone = first.alone
@@ -551,19 +547,15 @@ class Scheduler:
     def _give_back(self, batch: Batch, *, alone: bool = False) -> None:
         """Let its items be the next to be sent; each alone, if one of them may have ended a worker."""
         if batch.entries is not None:
-            entries = batch.entries
-            self._ready.extendleft(reversed(entries))
-        elif alone:
-            entries = [self._open(batch.start + place, item) for place, item in enumerate(batch.items)]
-            # Their flows count them anew.
-            self._plan.stats.direct.add(-len(entries))
-            for entry in entries:
-                self._start_flow(entry, call_flow(self._plan, entry.call))
-        else:
-            self._given_back.extendleft([batch.take_from(0)] if batch.items else [])
+            for entry in batch.entries:
+                entry.alone, entry.losses = alone, batch.losses
+            self._ready.extendleft(reversed(batch.entries))
             return
-        for entry in entries:
-            entry.alone, entry.losses = alone, batch.losses
+        places = reversed(range(len(batch.items))) if alone else [0] if batch.items else []
+        parts = [batch.take_from(place) for place in places]
+        for part in parts:
+            part.alone = alone
+        self._given_back.extendleft(parts)
 
     def _watch(self) -> None:
         """Look after workers that may be busy with one item, or longer than they have."""
@@ -598,8 +590,7 @@ class Scheduler:
             self._sink.put_results(batch.start, batch.items, report.values, seconds)
         else:
             for place, value in enumerate(report.values):
-                error = report.errors.get(place)
-                self._item_done(batch, place, value if error is None else Failed(error), seconds)
+                self._item_done(batch, place, value, report.errors.get(place), seconds)
         if done.is_part:
             batch.drop(count)
 
@@ -618,26 +609,22 @@ class Scheduler:
         if done.size:
             fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
         self._size = max(1, min(int(fitting), self._size * 4))
-        if self.pool.is_far:
+        # No call waits at a worker that has its time.
+        if self.pool.is_far and not self._one_at_a_time:
             of_a_batch = self._usual * self._size
             self._ahead = 0 if of_a_batch >= LONG_BATCH_SECONDS else min(MOST_AHEAD, 1 + int(0.1 / of_a_batch))
 
-    def _item_done(self, batch: Batch, place: int, outcome: Any, seconds: float) -> None:
-        if batch.entries is None:
-            index, item = batch.start + place, batch.items[place]
-            if outcome.__class__ is not Failed:
-                self._count(Outcome(index, item, outcome, None, 1, seconds, False))  # noqa: FBT003 - plain facts
-                return
-            entry = self._open(index, item, started=clock.now() - seconds, failure=outcome.error)
-            entry.call.is_last = batch.is_last
-            self._start_flow(entry, call_flow(self._plan, entry.call))
+    def _item_done(self, batch: Batch, place: int, value: Any, error: Exception | None, seconds: float) -> None:
+        if batch.entries is not None:
+            entry = batch.entries[place]
+            outcome = value if error is None else Failed(error)
+            self._advance(entry, outcome if entry.members is None else self._taken_apart(entry, outcome))
             return
-        entry = batch.entries[place]
-        if entry.attempt is not None:
-            entry.attempt.is_last = batch.is_last
-        if entry.members is not None:
-            outcome = self._taken_apart(entry, list(entry.members), outcome)
-        self._advance(entry, outcome)
+        index, item = batch.start + place, batch.items[place]
+        if error is None:
+            self._count(Outcome(index, item, value, None, 1, seconds, False))  # noqa: FBT003 - plain facts
+            return
+        self._open(index, item, started=clock.now() - seconds, failure=error).alone = batch.alone
 
     def _batches_lost(self, lost: Lost) -> None:
         """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""
@@ -648,13 +635,12 @@ class Scheduler:
             batch.losses += 1
         suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
         for batch in batches:
-            begun = None if lost.begun is None else lost.begun - batch.reported
-            if lost.sure and suspects == [batch] and len(batch.items) == 1:
-                begun = 1 if begun is None else begun
-            if begun is None:
-                self._give_back(batch, alone=batch in suspects)
+            if lost.begun is not None:
+                self._ended_by_one_of(batch, lost.begun - batch.reported, lost.reason)
+            elif lost.sure and suspects == [batch] and len(batch.items) == 1:
+                self._ended_by_one_of(batch, 1, lost.reason)
             else:
-                self._ended_by_one_of(batch, begun, lost.reason)
+                self._give_back(batch, alone=batch in suspects)
 
     def _ended_by_one_of(self, batch: Batch, begun: int, reason: str) -> None:
         """Charge the last item that has begun; those before it, which were fast, and those after it run again."""
@@ -666,11 +652,13 @@ class Scheduler:
             error: Exception = WorkerCrashedError(f"the worker that ran {self._plan.name} ended: {reason}")
             if batch.is_overdue and batch.time_limit is not None:
                 error = stopped(self._plan.name, *batch.time_limit)
-            self._item_done(last, 0, Failed(error), clock.now() - batch.sent_at)
+            self._item_done(last, 0, None, error, clock.now() - batch.sent_at)
 
 
 def _values(name: str, result: Any, count: int) -> Any:
-    """The results of a function that was given a list of so many items; `Failed` if they are not as many."""
+    """The results of a function that was given a list of so many items; `Failed` if it has, or they are not as many."""
+    if result.__class__ is Failed:
+        return result
     got = type(result).__name__
     if isinstance(result, Collection) and not isinstance(result, (str, bytes, Mapping, AbstractSet)):
         if len(result) == count:
