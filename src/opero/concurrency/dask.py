@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from opero.concurrency.batches import Batch, Fatal, Lost
-from opero.concurrency.far import CONNECTING_SECONDS, ENDING_SECONDS, FarPool, tell_of_dashboard
+from opero.concurrency.far import CONNECTING_SECONDS, ENDING_SECONDS, FarPool
 from opero.concurrency.far_worker import Found, end_children, load_on_dask, recover, run_on_dask
 from opero.concurrency.scheduler import MOST_AHEAD
 from opero.core.checks import kind_of
@@ -71,7 +71,7 @@ class DaskPool(FarPool):
         self._resources, self._priority = dict(resources or {}), priority
         self._restarts = restart_workers
         self._workers: dict[str, _Worker] = {}
-        self._pending: deque[Batch] = deque()
+        self._pending: deque[tuple[Batch, bytes]] = deque()
         # The library, most of which has no types; the map's own client, and cluster if it had to be made.
         self._distributed: Any = None
         self._client: Any = None
@@ -86,7 +86,7 @@ class DaskPool(FarPool):
     def slots(self) -> int:
         if self._client is None:
             return 0 if self._is_paced else 1
-        room = sum(worker.room for worker in self._workers.values() if worker.is_ready)
+        room = sum(worker.room for worker in list(self._workers.values()) if worker.is_ready)
         return room if self._most is None else min(room, self._most)
 
     def start(self, inbox: Inbox, **about_the_map: Any) -> None:
@@ -94,11 +94,11 @@ class DaskPool(FarPool):
         if self._client is not None:
             # They have the arguments of the last map, and what has become of them meanwhile is not known.
             self._workers.clear()
-            self._spawn(self._count(self._client))
+            self._spawn(self._count())
 
     def take_on(self, work: Work) -> None:
         if self._client is not None and self._has_limits:
-            self._spawn(self._end_children(self._client, self._digest))
+            self._spawn(self._end_children(self._digest))
         super().take_on(work)
 
     def prepare(self) -> None:
@@ -108,8 +108,11 @@ class DaskPool(FarPool):
 
     def submit(self, batch: Batch) -> None:
         self.prepare()
-        self._pending.append(batch)
-        self._hand_out()
+        payload = self.pack(batch)
+        if payload is not None:
+            self._has_limits = self._has_limits or batch.time_limit is not None
+            self._pending.append((batch, payload))
+            self._loop.call_soon_threadsafe(self._hand_out)
 
     def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:  # noqa: ARG002 - it does not take long
         """Withdraw what has not begun; what runs is left to its end."""
@@ -117,7 +120,7 @@ class DaskPool(FarPool):
             if self._client is not None:
                 atexit.unregister(self.stop)
                 self._looking.cancel()
-                wait([self._spawn(self._withdraw(self._client))], timeout=ENDING_SECONDS)
+                wait([self._spawn(self._withdraw())], timeout=ENDING_SECONDS)
                 self._client.close(timeout=ENDING_SECONDS)
         finally:
             if self._cluster is not None:
@@ -141,11 +144,11 @@ class DaskPool(FarPool):
             )
         except OSError as error:
             raise OperoError(f"the scheduler of dask at {address} cannot be reached: {describe(error)}") from error
+        self._loop = self._client.loop.asyncio_loop
         # A forgotten stream is ended while dask can still do that.
         atexit.register(self.stop)
-        tell_of_dashboard("dask", self._client.dashboard_link)
         self._client.subscribe_topic("all", self._heard)
-        self._looking = self._spawn(self._look_after(self._client))
+        self._looking = self._spawn(self._look_after())
 
     def _where(self) -> tuple[str, Any]:
         """Address and security of the scheduler: of the client that was given, or is there, or of a new cluster."""
@@ -180,57 +183,88 @@ class DaskPool(FarPool):
         return self._cluster.scheduler_address, self._cluster.security
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
-        """Run it in the client's loop, which has a thread of its own."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._client.loop.asyncio_loop)
+        """Run it in the client's loop, which has a thread of its own; an error ends the map."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future.add_done_callback(self._over)
+        return future
 
-    def _counted(self, there: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    def _over(self, future: Future[None]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            self.deliver(Fatal(error))
+
+    # In the loop of the client, which alone knows what its workers do
+
+    async def _look_after(self) -> None:
+        """See which workers there are, and tell of a scheduler that is away: its futures would never end."""
+        while True:
+            if self._client.status == "running":
+                await self._count()
+            else:
+                self.deliver(self._away())
+            await asyncio.sleep(_LOOKING_SECONDS)
+
+    def _away(self) -> Fatal:
+        return Fatal(OperoError(f"the scheduler of dask that runs {self._name} is away"))
+
+    async def _heard(self, event: Any) -> None:
+        about = event[1] if isinstance(event[1], dict) else {}
+        if about.get("action") == "remove-worker":
+            await self._gone(about["worker"], is_expected=bool(about.get("expected")))
+        elif about.get("action") == "add-worker" and self._client is not None:
+            await self._count()
+
+    async def _count(self) -> None:
         """Take in workers that are new, and see whether there is any."""
+        try:
+            there = (await self._client.scheduler.identity(n_workers=-1))["workers"]
+        except OSError:
+            # If the scheduler is away, its status will say so.
+            return
         for address, about in there.items():
             room = self._room(about)
             if address not in self._workers and room and about["status"] == "running":
                 worker = self._workers[address] = _Worker(address, about.get("nanny"), room)
-                self._spawn(self._greet(self._client, worker))
+                self._spawn(self._greet(worker))
         for address in self._workers.keys() - there.keys():
             # Its end may not have been told.
-            self._gone(address, is_expected=False)
+            await self._gone(address, is_expected=False)
         if self._workers:
             self._knock = None
         elif self._knock is None:
             # A cluster that adapts starts a worker for that.
             resources = self._resources or None
             self._knock = self._client.submit(bool, key=f"opero {self._name}-{uuid4().hex}", resources=resources)
-        return self.see_room(self._workers, self._resources)
+        self.later(self.see_room, bool(self._workers), self._resources)
 
     def _room(self, about: Mapping[str, Any]) -> int:
         rooms = [about["resources"].get(kind, 0) // need for kind, need in self._resources.items() if need]
         return int(min([about["nthreads"], *rooms]))
 
-    def _greeted(self, worker: _Worker, problem: Any) -> list[Any]:
-        """A worker has loaded the work, or says why it cannot."""
-        if isinstance(problem, OSError):
+    async def _greet(self, worker: _Worker) -> None:
+        """Let a worker load the work."""
+        there = [worker.address]
+        answers = await self._client.run(load_on_dask, self._digest, self._packed, workers=there, on_error="return")
+        problem = answers.get(worker.address)
+        if problem is None:
+            worker.is_ready = True
+            self._hand_out()
+        elif not isinstance(problem, OSError):
+            self.later(self.refused, problem)
+        elif not worker.batches:
             # It cannot be reached. It has left, or will be counted and greeted again.
-            if not worker.batches:
-                self._workers.pop(worker.address, None)
-            return []
-        if problem is not None:
-            return self.refused(problem)
-        worker.is_ready = True
-        self._hand_out()
-        return []
+            self._workers.pop(worker.address, None)
 
     def _hand_out(self) -> None:
         while self._pending:
-            worker = self._free_for(self._pending[0])
+            worker = self._free_for(self._pending[0][0])
             if worker is None:
                 return
-            batch = self._pending.popleft()
-            payload = self.pack(batch)
-            if payload is not None:
-                self._has_limits = self._has_limits or batch.time_limit is not None
-                name = worker.batches[batch] = uuid4().hex
-                # Of those with as much to do, the one that got its last batch first is done first.
-                self._workers[worker.address] = self._workers.pop(worker.address)
-                self._spawn(self._run(self._client, batch, worker, name, payload))
+            batch, payload = self._pending.popleft()
+            worker.batches[batch] = uuid4().hex
+            # Of those with as much to do, the one that got its last batch first is done first.
+            self._workers[worker.address] = self._workers.pop(worker.address)
+            self._spawn(self._run(batch, worker, payload))
 
     def _free_for(self, batch: Batch) -> _Worker | None:
         """The worker with the least to do for its room; nothing else may run beside a batch that is to be alone."""
@@ -243,81 +277,34 @@ class DaskPool(FarPool):
         ]
         return min(free, key=lambda worker: len(worker.batches) / worker.room, default=None)
 
-    def _came(self, batch: Batch, worker: _Worker, size: int, answer: Found | BaseException | None) -> list[Any]:
-        """A batch has its answer."""
+    async def _run(self, batch: Batch, worker: _Worker, payload: bytes) -> None:
+        """Run a batch, and tell what became of it."""
+        answer = await self._answer(worker, worker.batches[batch], payload)
         if self._client.status != "running":
-            return self._away()
+            self.deliver(self._away())
+            return
         # If its worker has left, what it had is searched for, or will be when that is told.
         if self._workers.get(worker.address) is not worker or isinstance(answer, self._distributed.KilledWorker):
-            return []
+            return
+        del worker.batches[batch]
+        if isinstance(answer, Found):
+            self.later(self.opened, batch, answer)
+        elif answer is None or isinstance(answer, (asyncio.CancelledError, OSError)):
+            # Somebody has cancelled its task, or the way to the scheduler is broken, which is told soon.
+            self.deliver(Lost([batch], "its task was withdrawn", innocent=[batch]))
+        else:
+            self.later(self.refused, answer)
         if answer is None:
             worker.is_ready = False
-            self._spawn(self._greet(self._client, worker))
-        elif isinstance(answer, BaseException) and not isinstance(answer, (asyncio.CancelledError, OSError)):
-            return self.refused(answer)
-        del worker.batches[batch]
+            await self._greet(worker)
         self._hand_out()
-        if isinstance(answer, Found):
-            return self.opened(batch, answer, size)
-        # Somebody has cancelled its task, or the way to the scheduler is broken, which is told soon.
-        return [Lost([batch], "its task was withdrawn", innocent=[batch])]
 
-    def _gone(self, address: str, *, is_expected: bool) -> list[Any]:
-        """A worker has left; its nanny, or a worker beside it, can read what it has left of its batches."""
-        worker = self._workers.pop(address, None)
-        if worker is not None and worker.batches:
-            host = address.rpartition(":")[0]
-            beside = (other for other in self._workers if other.rpartition(":")[0] == host)
-            reader = worker.nanny or next(beside, None)
-            self._spawn(self._search(self._client, worker, reader, is_expected=is_expected))
-        return []
-
-    def _searched(self, left: Mapping[Batch, Found | None], is_expected: bool) -> list[Any]:  # noqa: FBT001 - a plain fact
-        reason = "its worker has left the cluster" if is_expected else "its dask worker ended"
-        events = self.recovered(left, reason, is_innocent=is_expected)
-        self._hand_out()
-        return events
-
-    def _away(self) -> list[Any]:
-        return [Fatal(OperoError(f"the scheduler of dask that runs {self._name} is away"))]
-
-    # In the loop of the client
-
-    async def _look_after(self, client: Any) -> None:
-        """Tell which workers there are, and of a scheduler that is away: its futures would never end."""
-        while True:
-            if client.status == "running":
-                await self._count(client)
-            else:
-                self.later(self._away)
-            await asyncio.sleep(_LOOKING_SECONDS)
-
-    async def _count(self, client: Any) -> None:
-        # If the scheduler is away, its status will say so.
-        with contextlib.suppress(OSError):
-            self.later(self._counted, (await client.scheduler.identity(n_workers=-1))["workers"])
-
-    async def _heard(self, event: Any) -> None:
-        about = event[1] if isinstance(event[1], dict) else {}
-        if about.get("action") == "remove-worker":
-            self.later(lambda: self._gone(about["worker"], is_expected=bool(about.get("expected"))))
-        elif about.get("action") == "add-worker" and self._client is not None:
-            await self._count(self._client)
-
-    async def _greet(self, client: Any, worker: _Worker) -> None:
-        """Let a worker load the work."""
-        answers = await client.run(
-            load_on_dask, self._digest, self._packed, workers=[worker.address], on_error="return"
-        )
-        self.later(self._greeted, worker, answers.get(worker.address))
-
-    async def _run(self, client: Any, batch: Batch, worker: _Worker, name: str, payload: bytes) -> None:
-        answer: Any
+    async def _answer(self, worker: _Worker, name: str, payload: bytes) -> Any:
         try:
             sent: Any = payload
             if len(payload) > _MOST_BYTES_ALONG:
-                sent = await client.scatter(payload, workers=[worker.address], hash=False)
-            self._futures[name] = client.submit(
+                sent = await self._client.scatter(payload, workers=[worker.address], hash=False)
+            self._futures[name] = self._client.submit(
                 run_on_dask,
                 name,
                 self._digest,
@@ -330,35 +317,44 @@ class DaskPool(FarPool):
                 priority=self._priority,
                 resources=self._resources or None,
             )
-            answer = await client.gather(self._futures[name])
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - told apart in the thread of the map
-            answer = error
-        self._futures.pop(name, None)
-        self.later(self._came, batch, worker, len(payload), answer)
+            return await self._client.gather(self._futures[name])
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whoever asks tells them apart
+            return error
+        finally:
+            self._futures.pop(name, None)
 
-    async def _search(self, client: Any, worker: _Worker, reader: str | None, *, is_expected: bool) -> None:
-        """Let the nanny of a worker that is gone, or a worker beside it, read the journals of its batches."""
+    async def _gone(self, address: str, *, is_expected: bool) -> None:
+        """A worker has left; its nanny, or a worker beside it, can read what it has left of its batches."""
+        worker = self._workers.pop(address, None)
+        if worker is None or not worker.batches:
+            return
+        host = address.rpartition(":")[0]
+        beside = (other for other in self._workers if other.rpartition(":")[0] == host)
+        reader = worker.nanny or next(beside, None)
         names = list(worker.batches.values())
         found: list[Found | None] = [None] * len(names)
         with contextlib.suppress(Exception):
             # Else dask would run them if a worker came to the same address.
-            await client.cancel([self._futures[name] for name in names if name in self._futures], force=True)
+            await self._client.cancel([self._futures[name] for name in names if name in self._futures], force=True)
         with contextlib.suppress(Exception):
             if reader is not None:
-                asked = client.run(recover, names, workers=[reader], on_error="raise")
+                asked = self._client.run(recover, names, workers=[reader], on_error="raise")
                 found = (await asyncio.wait_for(asked, ENDING_SECONDS))[reader]
-        self.later(self._searched, dict(zip(worker.batches, found, strict=True)), is_expected)
+        reason = "its worker has left the cluster" if is_expected else "its dask worker ended"
+        left = dict(zip(worker.batches, found, strict=True))
+        self.later(self.recovered, left, reason, is_innocent=is_expected)
+        self._hand_out()
 
-    async def _withdraw(self, client: Any) -> None:
+    async def _withdraw(self) -> None:
         self._knock = None
         with contextlib.suppress(Exception):
-            if client.status == "running":
+            if self._client.status == "running":
                 # Else the scheduler would tell it of its own end, and log that it cannot.
-                client.unsubscribe_topic("all")
-                await client.cancel(list(self._futures.values()), force=True)
+                self._client.unsubscribe_topic("all")
+                await self._client.cancel(list(self._futures.values()), force=True)
                 if self._has_limits:
-                    await self._end_children(client, self._digest)
+                    await self._end_children(self._digest)
         self._futures.clear()
 
-    async def _end_children(self, client: Any, digest: bytes) -> None:
-        await client.run(end_children, digest, on_error="ignore")
+    async def _end_children(self, digest: bytes) -> None:
+        await self._client.run(end_children, digest, on_error="ignore")

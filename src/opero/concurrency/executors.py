@@ -23,15 +23,15 @@ from concurrent.futures import (
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, default_workers, not_run
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, default_workers
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, wait_unless_left
-from opero.concurrency.far_worker import works
+from opero.concurrency.far import FarPool
+from opero.concurrency.far_worker import Found, load, works
 from opero.concurrency.main_module import names_in_fresh_workers
-from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report
+from opero.concurrency.transport import Packer, pack_report, unpack_batch
 from opero.concurrency.worker import SLOW_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.checks import kind_of, shown
-from opero.core.signature import name_of
-from opero.exceptions import NotTransferableError, OperoError
+from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
@@ -46,18 +46,14 @@ LARGEST_BATCH = 1_000
 MOST_STILLBIRTHS = 3
 # Work up to this size goes along with every batch; larger work goes only to workers that ask for it.
 MOST_BYTES_ALONG = 4_096
-# What a worker answers: a report, that it cannot load the work, has to get it, or that something has ended a batch.
-REPORT, BROKEN, AGAIN, STOP = range(4)
 
 
-class ExecutorPool(Pool):
+class ExecutorPool(FarPool):
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
-    can_rest = True
+    is_far = False
 
     def __init__(self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor]) -> None:
-        self._name = name_of(work.function)
-        self._workers = workers
         self._mode: Any = mode
         self._is_given = isinstance(mode, Executor)
         # The executor, once something is to be run.
@@ -67,8 +63,7 @@ class ExecutorPool(Pool):
         self._in_flight: dict[Future[Any], Batch | None] = {}
         self._pending: deque[Batch] = deque()
         self._stillbirths = 0
-        self._is_paced = False
-        self.take_on(work)
+        super().__init__(work, workers)
 
     @property
     def slots(self) -> int:
@@ -85,9 +80,11 @@ class ExecutorPool(Pool):
         """Known of workers that share memory with this process."""
         return batch.mark[0] if self._is_near else None
 
-    def start(self, inbox: Inbox, *, is_paced: bool, **about_the_map: Any) -> None:
-        super().start(inbox, is_paced=is_paced, **about_the_map)
-        self._is_paced = is_paced
+    def start(self, inbox: Inbox, **about_the_map: Any) -> None:
+        super().start(inbox, **about_the_map)
+        for future in self._in_flight:
+            # What tells where the workers are: the last map may have ended before it came back.
+            future.add_done_callback(self._came_back_later)
 
     def prepare(self) -> None:
         """Take an executor, and send it what tells where its workers are: the answer comes when there is one."""
@@ -98,7 +95,7 @@ class ExecutorPool(Pool):
             msg = f"mode={shown(self._mode)} made {kind_of(executor)}, which is no concurrent.futures.Executor"
             raise TypeError(msg)
         self._executor, self._is_near = executor, None
-        self._size = self._workers or getattr(executor, "_max_workers", None) or default_workers("process")
+        self._size = self._most or getattr(executor, "_max_workers", None) or default_workers("process")
         self._probe = object()
         self._launch(None, _echo, self._probe)
 
@@ -107,21 +104,11 @@ class ExecutorPool(Pool):
         self.prepare()
         self._hand_out()
 
-    def receive(self, event: Any) -> Any:
-        if not isinstance(event, Future):
-            return event
-        if event not in self._in_flight:
-            return None
-        known = self._came_back(self._in_flight.pop(event), event)
-        if not isinstance(known, Fatal):
-            self._hand_out()
-        return known
-
     def take_on(self, work: Work) -> None:
         self._work = work
         self._context = contextvars.copy_context()
         if self._is_near is False:
-            self._pack_work()
+            super().take_on(work)
 
     def stop(self, is_left: Callable[[], bool]) -> None:
         """Withdraw what has not begun, wait for what has, and shut down an executor that was made here.
@@ -143,12 +130,6 @@ class ExecutorPool(Pool):
         executor.shutdown(wait=is_over or bool(processes))
 
     # The executor
-
-    def _pack_work(self) -> None:
-        # The workers of the standard library's executor have the main module; those of others may not.
-        is_of_the_library = isinstance(self._executor, ProcessPoolExecutor)
-        self._packer = Packer(names_in_fresh_workers() if is_of_the_library else frozenset())
-        self._packed, self._digest = self._packer.work(self._work)
 
     def _make_anew(self, error: Exception, *lost: Batch | None) -> Fatal | Lost:
         """The executor has broken, or was shut down: make another, unless it was given; what was in it is lost."""
@@ -186,13 +167,10 @@ class ExecutorPool(Pool):
             how = How(self._context, batch.mark)
             self._launch(batch, _run, self._work, batch.items, batch.time_limit, how)
             return
-        try:
-            payload = self._packer.batch(batch)
-        except NotTransferableError as error:
-            self.deliver(not_run(batch, error))
-            return
-        along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
-        self._launch(batch, run_parcel, self._digest, along, payload, uuid4().hex)
+        payload = self.pack(batch)
+        if payload is not None:
+            along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
+            self._launch(batch, run_parcel, self._digest, along, payload, uuid4().hex)
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
         executor = self._executor
@@ -218,40 +196,47 @@ class ExecutorPool(Pool):
             self.deliver(lost)
         else:
             self._in_flight[future] = batch
-            future.add_done_callback(self.deliver)
+            future.add_done_callback(self._came_back_later)
 
-    def _came_back(self, batch: Batch | None, future: Future[Any]) -> Any:
+    def _came_back_later(self, future: Future[Any]) -> None:
+        self.later(self._came_back, future)
+
+    def _came_back(self, future: Future[Any]) -> list[Any]:
+        if future not in self._in_flight:
+            return []
+        batch = self._in_flight.pop(future)
         try:
             answer = future.result()
         except BrokenExecutor as error:
-            return self._make_anew(error, batch)
+            events = [self._make_anew(error, batch)]
         except Exception as error:  # noqa: BLE001 - not the function's, which are in the report; dask's KilledWorker
             if batch is None:
-                return Fatal(_refused(self._name, error))
+                return [Fatal(_refused(self._name, error))]
             innocent = [batch] if isinstance(error, CancelledError) else []
-            return Lost([batch], describe(error), innocent, sure=batch.alone)
+            events = [Lost([batch], describe(error), innocent, sure=batch.alone)]
         except BaseException as error:  # noqa: BLE001 - exit belongs to the caller's thread
-            return Fatal(error)
-        if batch is not None:
-            return self._answered(batch, *((REPORT, answer, 0) if self._is_near else answer))
-        self._is_near = answer is self._probe
-        if not self._is_near:
-            self._pack_work()
-        return None
+            return [Fatal(error)]
+        else:
+            events = self._answered(batch, answer)
+        if not (events and isinstance(events[0], Fatal)):
+            self._hand_out()
+        return events
 
-    def _answered(self, batch: Batch, kind: int, content: Any, size: int) -> Any:
-        if kind == AGAIN:
+    def _answered(self, batch: Batch | None, answer: Any) -> list[Any]:
+        if batch is None:
+            self._is_near = answer is self._probe
+            # The workers of the standard library's executor have the main module; those of others may not.
+            is_of_the_library = isinstance(self._executor, ProcessPoolExecutor)
+            self._packer = Packer(names_in_fresh_workers() if is_of_the_library else frozenset())
+            self.take_on(self._work)
+            return []
+        if answer is None:
             self._send(batch, completely=True)
-            return None
+            return []
         self._stillbirths = 0
-        if kind == BROKEN:
-            return Fatal(OperoError(f"a worker cannot run {self._name}: {content}"))
-        if kind == STOP:
-            return Lost([batch], content)
-        if self._is_near:
-            return Done(batch, content)
-        report = unpack_report(content)
-        return Done(batch, report, max(size, len(content))) if report.values else not_run(batch, report.errors[0])
+        if isinstance(answer, str):
+            return [Fatal(OperoError(f"a worker cannot run {self._name}: {answer}"))]
+        return [Done(batch, answer)] if self._is_near else self.opened(batch, answer)
 
 
 def _refused(name: str, error: Exception) -> OperoError:
@@ -273,8 +258,10 @@ def _run(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Rep
         return run_batch(work, items, limit, runner, how)
 
 
-def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> tuple[int, Any, int]:
-    """Run one batch in a worker that shares no memory with the map; tells what came of it, and how large it was.
+def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> Found | str | None:
+    """Run one batch in a worker that shares no memory with the map; None if it lacks the map's work.
+
+    Gives a text that says why the work cannot be loaded, if that is so.
 
     Args:
         digest: The name of the map's work.
@@ -282,16 +269,16 @@ def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str
         payload: The batch.
         _number: Different for every batch: by default dask runs no call twice that has the same arguments.
     """
-    if packed is None and works.known(digest) is None:
-        return AGAIN, None, 0
+    if packed is None and digest not in works:
+        return None
     try:
-        work = works.get(digest, lambda: packed or b"")
+        work = load(digest, lambda: packed or b"")
     except Exception as error:  # noqa: BLE001 - the map raises it
-        return BROKEN, describe(error), 0
-    arrived = unpack_batch(payload)
+        return describe(error)
+    arrived, how = unpack_batch(payload), How(longest=SLOW_SECONDS)
     try:
         with hearing_interrupts():
-            report = arrived if isinstance(arrived, Report) else _run(work, *arrived, How(longest=SLOW_SECONDS))
+            report = arrived if isinstance(arrived, Report) else _run(work, *arrived, how)
     except BaseException as error:  # noqa: BLE001 - as in process mode; the executor might hand it to the caller
-        return STOP, describe(error), 0
-    return REPORT, pack_report(report), len(payload)
+        return Found(how.mark[0], [], len(payload), describe(error))
+    return Found(how.mark[0], [pack_report(report)], len(payload))

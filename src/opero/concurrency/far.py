@@ -1,25 +1,25 @@
-"""What the pools on clusters have in common, in the map: what goes to a worker, and what is made of its answer."""
+"""What pools of workers that are not opero's have in common: what goes to a worker, and what is made of its answer."""
 
 from __future__ import annotations
 
 import time
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
+from opero.concurrency.far_worker import Found
 from opero.concurrency.mapping import level_of_the_user
 from opero.concurrency.transport import Packer, unpack_report
 from opero.concurrency.worker import Report
 from opero.core.signature import name_of
 from opero.core.steps import stopped
 from opero.exceptions import NotTransferableError, OperoError
-from opero.utils.logging import log
 from opero.utils.notes import IN_THE_WORKER, add_note, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from opero.concurrency.far_worker import Found
     from opero.concurrency.inbox import Inbox
     from opero.concurrency.worker import Work
 
@@ -32,14 +32,8 @@ _WARNING_SECONDS = 30.0
 LARGEST_BATCH = 10_000
 
 
-def tell_of_dashboard(engine: str, url: str | None) -> None:
-    """Log where it is."""
-    if url:
-        log("INFO", "the dashboard of {} is at {}", engine, url)
-
-
 class FarPool(Pool):
-    """What the pools on clusters have in common.
+    """What the pools on clusters have in common, and largely that of an executor.
 
     Attributes:
         engine: What runs their workers.
@@ -47,6 +41,7 @@ class FarPool(Pool):
 
     is_far = can_rest = True
     engine = ""
+    _packer = Packer()
 
     def __init__(self, work: Work, workers: int | None) -> None:
         self._name = name_of(work.function)
@@ -63,7 +58,6 @@ class FarPool(Pool):
         return LARGEST_BATCH
 
     def take_on(self, work: Work) -> None:
-        self._packer = Packer()
         self._packed, self._digest = self._packer.work(work)
 
     def start(
@@ -76,16 +70,15 @@ class FarPool(Pool):
         """What is told of the cluster is of no interest."""
         self.deliver = lambda _event: None
 
-    def later(self, handle: Callable[..., list[Any]], *about: Any) -> None:
+    def later(self, handle: Callable[..., list[Any]], *about: Any, **more: Any) -> None:
         """Let the thread of the map call ``handle``, which gives events for its scheduler."""
-        self.deliver((handle, about))
+        self.deliver(partial(handle, *about, **more))
 
     def receive(self, event: Any) -> Any:
         """Make a scheduler's event of what was delivered; None if it is of no interest."""
-        if not isinstance(event, tuple):
+        if not isinstance(event, partial):
             return event
-        handle, about = event
-        first, *others = handle(*about) or [None]
+        first, *others = event() or [None]
         for other in others:
             self.deliver(other)
         return first
@@ -100,14 +93,14 @@ class FarPool(Pool):
             self.deliver(not_run(batch, error))
             return None
 
-    def opened(self, batch: Batch, answer: Found, size: int) -> list[Any]:
+    def opened(self, batch: Batch, answer: Found) -> list[Any]:
         """Events of what a worker has answered."""
         if answer.reason:
             return self.recovered({batch: answer}, answer.reason)
         *parts, last = _parts(batch, answer.reports)
         if last.report.errors and not last.report.values:
             return [not_run(batch, last.report.errors[0])]
-        last.is_part, last.size = False, max(size, len(answer.reports[-1]))
+        last.is_part, last.size = False, max(answer.size, len(answer.reports[-1]))
         return [*parts, last]
 
     def recovered(self, left: Mapping[Batch, Found | None], reason: str, *, is_innocent: bool = False) -> list[Any]:
@@ -116,27 +109,26 @@ class FarPool(Pool):
         The item that was running is charged, if it was the only one, and its worker has not left as it should. One that
         was stuck has ended its worker, and explains all others.
         """
-        is_innocent = is_innocent or any(found is not None and found.stuck for found in left.values())
+        is_innocent = is_innocent or any(found and found.stuck for found in left.values())
         events: list[Any] = []
         running: dict[Batch, int] = {}
-        for batch, found in left.items():
-            parts = _parts(batch, [] if found is None else found.reports)
+        for batch, its in left.items():
+            found = its or Found(0, [])
+            parts = _parts(batch, found.reports)
             events += parts
             done = sum(len(part.report.values) for part in parts)
-            if found is not None and found.stuck and batch.time_limit is not None:
+            if found.stuck and batch.time_limit is not None:
                 error = stopped(self._name, *batch.time_limit)
                 add_note(error, f"{IN_THE_WORKER}{found.stuck}")
                 events.append(Done(batch, Report([None], {0: error}, batch.time_limit[0])))
-            elif found is not None and found.begun > done and not is_innocent:
+            elif found.begun > done and not is_innocent:
                 running[batch] = found.begun
             else:
                 events.append(Lost([batch], reason, innocent=[batch]))
-        for batch, begun in running.items():
-            if len(running) > 1:
-                events.append(Lost([batch], reason, sure=False))
-            else:
-                events.append(Lost([batch], reason, begun=begun))
-        return events
+        if len(running) == 1:
+            ((batch, begun),) = running.items()
+            return [*events, Lost([batch], reason, begun=begun)]
+        return [*events, *(Lost([batch], reason, sure=False) for batch in running)]
 
     def refused(self, error: BaseException | str) -> list[Any]:
         """The end of a map whose batches cannot be run; no error of the function's, which are in the reports."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost
 from opero.concurrency.inbox import BlockingInbox
+from opero.concurrency.system import GRACE_SECONDS
 from opero.concurrency.transport import pack_report, unpack_batch, unpack_start
 from opero.concurrency.worker import (
     FAR_BATCH_SECONDS,
@@ -60,17 +61,17 @@ _MARK = struct.Struct("=Q")
 _STUCK = b"Timeout ("
 # A coroutine is cancelled when its time is up, and may need some to tidy up.
 _UNHEEDED_SECONDS = 5.0
-_POLLING_SECONDS = 0.02
 
 
 class Found(NamedTuple):
     """What became of a batch: how many of its items have begun, and the reports so far.
 
-    ``reason``: why it ended early; ``stuck``: where the item was whose time was up.
+    ``size``: bytes of the batch; ``reason``: why it ended early; ``stuck``: where the item was whose time was up.
     """
 
     begun: int
     reports: list[bytes]
+    size: int = 0
     reason: str = ""
     stuck: str = ""
 
@@ -92,10 +93,10 @@ def run_parcel(name: str, digest: bytes, fetch: Callable[[], bytes], payload: by
     Raises:
         Exception: If the work cannot be loaded; what the function raises is in the reports.
     """
-    work = works.get(digest, fetch)
+    work = load(digest, fetch)
     arrived = unpack_batch(payload)
     if isinstance(arrived, Report):
-        return Found(0, [pack_report(arrived)])
+        return Found(0, [pack_report(arrived)], len(payload))
     items, limit = arrived
     journal = _begin_journal(name)
     how = How(mark=journal.mark, tell=journal.add, longest=_MOST_SECONDS, seconds=_MOST_SECONDS)
@@ -103,8 +104,8 @@ def run_parcel(name: str, digest: bytes, fetch: Callable[[], bytes], payload: by
         run: Any = _run_here if limit is None else run_limited
         journal.add(run(work, items, limit, how))
     except BaseException as error:  # noqa: BLE001 - as in process mode exit ends the item, but not this process
-        return Found(journal.mark[0], journal.reports, describe(error))
-    return Found(journal.mark[0], journal.reports)
+        return Found(journal.mark[0], journal.reports, len(payload), describe(error))
+    return Found(journal.mark[0], journal.reports, len(payload))
 
 
 def _run_here(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:
@@ -119,29 +120,19 @@ def _run_here(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -
 _thread = threading.local()
 
 
-class _Works:
-    """The work of the latest maps."""
-
-    def __init__(self) -> None:
-        self._lock = ForkSafeLock()
-        self._works: dict[bytes, Work] = {}
-
-    def known(self, digest: bytes) -> Work | None:
-        """A map's work, if this worker has it."""
-        return self._works.get(digest)
-
-    def get(self, digest: bytes, fetch: Callable[[], bytes]) -> Work:
-        # Threads of one worker that begin together unpickle it once.
-        with self._lock.lock:
-            work = self._works.get(digest)
-            if work is None:
-                work = self._works[digest] = unpack_start(fetch())[0]
-                if len(self._works) > _MOST_REMEMBERED:
-                    del self._works[next(iter(self._works))]
-            return work
+# The work of the latest maps. Threads of one worker that begin together unpickle it once.
+works: dict[bytes, Work] = {}
+_loading = ForkSafeLock()
 
 
-works = _Works()
+def load(digest: bytes, fetch: Callable[[], bytes]) -> Work:
+    """A map's work, which is fetched if this worker does not have it."""
+    with _loading.lock:
+        if digest not in works:
+            works[digest] = unpack_start(fetch())[0]
+            if len(works) > _MOST_REMEMBERED:
+                del works[next(iter(works))]
+        return works[digest]
 
 
 # Journals
@@ -266,7 +257,7 @@ def load_on_ray(digest: bytes, work: list[Any], seconds: float) -> None:
     """Load the work before there is something to do, and take so long that no other is loaded by the same worker."""
     import ray
 
-    works.get(digest, lambda: ray.get(work[0]))
+    load(digest, lambda: ray.get(work[0]))
     time.sleep(seconds)
 
 
@@ -276,7 +267,7 @@ def load_on_ray(digest: bytes, work: list[Any], seconds: float) -> None:
 def load_on_dask(digest: bytes, packed: bytes) -> str | None:
     """Load the work; tells why that cannot be done."""
     try:
-        works.get(digest, lambda: packed)
+        load(digest, lambda: packed)
     except Exception as error:  # noqa: BLE001 - the map raises it
         return describe(error)
     return None
@@ -284,7 +275,7 @@ def load_on_dask(digest: bytes, packed: bytes) -> str | None:
 
 def run_on_dask(name: str, digest: bytes, payload: bytes, *, restarts: bool) -> Found | None:
     """One batch, in a task; None if this worker has loaded the work of many other maps meanwhile."""
-    if works.known(digest) is None:
+    if digest not in works:
         return None
     run_limited = _run_watched if restarts else functools.partial(_run_in_child, digest)
     return run_parcel(name, digest, bytes, payload, run_limited)
@@ -301,12 +292,16 @@ class _Child:
         self._pool = ProcessPool(work, 1)
         self._pool.start(self._inbox)
 
-    def run(self, batch: Batch, limit: TimeLimit) -> Report:
+    def run(self, items: list[Any], limit: TimeLimit) -> Report:
+        batch = Batch(items, 0)
+        batch.time_limit, batch.grace = limit, _UNHEEDED_SECONDS * self._work.is_async
+        if limit[1] == "total_timeout":
+            # That of an attempt begins when its process is ready.
+            batch.ends_at = time.monotonic() + limit[0] + batch.grace
         self._pool.submit(batch)
-        # The time begins with the item, not with its process.
-        ends, is_late = math.inf, False
         while True:
-            for event in self._inbox.collect(_POLLING_SECONDS, is_real=True):
+            patience = None if batch.ends_at == math.inf else max(0.0, batch.ends_at - time.monotonic())
+            for event in self._inbox.collect(patience, is_real=True):
                 known = self._pool.receive(event)
                 if isinstance(known, Fatal):
                     raise known.error
@@ -315,13 +310,10 @@ class _Child:
                 if isinstance(known, Lost):
                     name = name_of(self._work.function)
                     crash = WorkerCrashedError(f"the worker that ran {name} ended: {known.reason}")
-                    return Report([None], {0: stopped(name, *limit) if is_late else crash}, limit[0])
-            now = time.monotonic()
-            if ends == math.inf and self._pool.begun(batch):
-                ends = now + limit[0] + _UNHEEDED_SECONDS * self._work.is_async
-            if now > ends:
-                is_late = self._pool.kill(batch) or is_late
-                ends = now + 1.0
+                    return Report([None], {0: stopped(name, *limit) if batch.is_overdue else crash}, limit[0])
+            if time.monotonic() >= batch.ends_at:
+                batch.is_overdue = self._pool.kill(batch) or batch.is_overdue
+                batch.ends_at = time.monotonic() + GRACE_SECONDS
 
     def stop(self) -> None:
         self._pool.stop()
@@ -336,11 +328,9 @@ def _run_in_child(digest: bytes, work: Work, items: list[Any], limit: TimeLimit,
     """Run an item in a process below this one, which stays for the next one."""
     idle = _idle_children.setdefault(digest, [])
     child = idle.pop() if idle else _Child(work)
-    batch = Batch(items, 0)
-    batch.time_limit = limit
     how.mark[0] = 1
     try:
-        return child.run(batch, limit)
+        return child.run(items, limit)
     finally:
         if _idle_children.get(digest) is idle:
             idle.append(child)

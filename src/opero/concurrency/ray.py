@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from opero.concurrency.batches import Batch, Fatal
-from opero.concurrency.far import ENDING_SECONDS, FarPool, tell_of_dashboard
+from opero.concurrency.far import CONNECTING_SECONDS, ENDING_SECONDS, FarPool
 from opero.concurrency.far_worker import Found, load_on_ray, recover, run_on_ray
 from opero.core.forks import ForkSafeLock
 from opero.exceptions import OperoError
@@ -26,8 +26,6 @@ _LOOKING_SECONDS = 0.5
 _WARMING_SECONDS = 0.2
 # A node may have to start a process to read a journal.
 _SEARCHING_SECONDS = 60.0
-# A connection that is not made within so long is not made at all.
-_CONNECTING_SECONDS = 5.0
 
 
 class _Session:
@@ -82,7 +80,7 @@ def _start(address: str | None, init: Mapping[str, Any]) -> None:
 
 def _check_reachable(host: str, port: int) -> None:
     """Raise at once if nothing answers there: ray itself tries for minutes."""
-    socket.create_connection((host.strip("[]"), port), _CONNECTING_SECONDS).close()
+    socket.create_connection((host.strip("[]"), port), CONNECTING_SECONDS).close()
 
 
 class RayPool(FarPool):
@@ -148,14 +146,12 @@ class RayPool(FarPool):
         if payload is not None:
             name = uuid4().hex
             self._in_flight[batch] = self._run.remote(name, self._digest, self._work, payload)
-            self._in_flight[batch].future().add_done_callback(
-                lambda done: self.later(self._came, batch, name, len(payload), done)
-            )
+            self._in_flight[batch].future().add_done_callback(lambda done: self.later(self._came, batch, name, done))
 
     def take_on(self, work: Work) -> None:
         super().take_on(work)
         if self._has_begun:
-            self._share()
+            self._work = [self._ray.put(self._packed)]
 
     def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:  # noqa: ARG002 - it does not take long
         """Withdraw what waits, kill what runs, and end a ray that was started here."""
@@ -164,24 +160,22 @@ class RayPool(FarPool):
         self._has_begun = False
         atexit.unregister(self.stop)
         self._over.set()
+        references = list(self._in_flight.values())
         try:
-            if not self._is_away:
-                self._cancel_all()
-                for thread in self._looking:
-                    thread.join()
+            if self._is_away:
+                return
+            for reference in references:
+                # A finished one is left alone.
+                with contextlib.suppress(Exception):
+                    self._ray.cancel(reference, force=True)
+            if references:
+                self._ray.wait(references, num_returns=len(references), timeout=ENDING_SECONDS, fetch_local=False)
+            for thread in self._looking:
+                thread.join()
         finally:
             self._in_flight.clear()
             self._work = []
             _session.leave()
-
-    def _cancel_all(self) -> None:
-        for reference in self._in_flight.values():
-            # A finished one is left alone.
-            with contextlib.suppress(Exception):
-                self._ray.cancel(reference, force=True)
-        if self._in_flight:
-            references = list(self._in_flight.values())
-            self._ray.wait(references, num_returns=len(references), timeout=ENDING_SECONDS, fetch_local=False)
 
     # The cluster
 
@@ -193,21 +187,15 @@ class RayPool(FarPool):
         self._has_begun = True
         # A forgotten stream is ended while ray can still do that.
         atexit.register(self.stop)
-        # The public way is the result of `ray.init`.
-        url = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - see above
-        tell_of_dashboard("ray", f"http://{url}" if url else None)
         # A worker that has died is a failed attempt of opero's, not one of ray's; one with a GPU serves many batches.
         options = {"max_retries": 0, "name": f"opero: {self._name}", **self._options}
         self._run = ray.remote(max_calls=0)(run_on_ray).options(**options)
         self._load = ray.remote(max_calls=0)(load_on_ray).options(**options)
         self._context = ray.get_runtime_context()
-        self._share()
+        self._work = [ray.put(self._packed)]
         self._see()
         for thread in self._looking:
             thread.start()
-
-    def _share(self) -> None:
-        self._work = [self._ray.put(self._packed)]
 
     def _loaded(self, future: Any) -> list[Any]:
         """A worker has loaded the work; if it was killed, the next one will do."""
@@ -240,12 +228,12 @@ class RayPool(FarPool):
 
     # Batches
 
-    def _came(self, batch: Batch, name: str, size: int, future: Any) -> list[Any]:
+    def _came(self, batch: Batch, name: str, future: Any) -> list[Any]:
         """The task of a batch has ended."""
         if self._in_flight.pop(batch, None) is None:
             return []
         try:
-            return self.opened(batch, future.result(), size)
+            return self.opened(batch, future.result())
         except self._ray.exceptions.RayTaskError as error:
             return self.refused(error.cause)
         except self._ray.exceptions.RuntimeEnvSetupError as error:
