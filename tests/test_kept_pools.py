@@ -436,7 +436,7 @@ def test_ctrl_c_in_a_block_leaves_no_process_and_no_thread(start, processes, jou
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
 def test_workers_whose_message_ctrl_c_lost_are_not_used_again(lost, monkeypatch):
-    receive, heard = Connection.recv_bytes, []
+    receive, heard = Connection.recv, []
 
     def interrupted(pipe):
         message = receive(pipe)
@@ -445,7 +445,7 @@ def test_workers_whose_message_ctrl_c_lost_are_not_used_again(lost, monkeypatch)
             raise KeyboardInterrupt
         return message
 
-    monkeypatch.setattr(Connection, "recv_bytes", interrupted)
+    monkeypatch.setattr(Connection, "recv", interrupted)
     spawning = {"start_method": "spawn"}
     double = opmap(mode="process", workers=1, retries=0, pool_options=spawning)(plain_double)
     with double.pool():

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
+import pickle
 import random
 import signal
-import struct
 import sys
 import threading
 import weakref
 from dataclasses import replace
-from enum import IntEnum
+from logging.handlers import QueueHandler
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency import log_records
 from opero.concurrency.pickling import loads
 from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS, fork_server
 from opero.concurrency.transport import Start, pack_report, unpack_batch
@@ -25,18 +26,10 @@ from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Iterator
     from multiprocessing.connection import Connection
     from multiprocessing.heap import Arena
 
-
-class Kind(IntEnum):
-    """Kinds of messages."""
-
-    HELLO, BROKEN, BATCH, REPORT, PART, STOP, ARGUMENTS, LOG = range(8)
-
-
-# What a message begins with: its kind, and the number of the batch that it is about; a payload follows.
-HEADER = struct.Struct("<BI")
 # The mark of a worker that reads a batch or makes a report, and runs none of its items; see `Parent`.
 BETWEEN = 2**32 - 1
 # A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's threads and exit
@@ -57,6 +50,7 @@ THREAD_SETTINGS = (
 class Parent:
     """The parent process as its worker sees it: a pipe, and ``mark``, the memory that both share.
 
+    A message in the pipe is a triple of its kind, the number of the batch that it is about, and more.
     The mark is the number of items of the batch that have begun, or `BETWEEN`; where batches of one item run together,
     the number of those that have been received since the worker began.
     """
@@ -74,40 +68,36 @@ class Parent:
         """Leave the pipe to the worker: as long as a child of its has it open, too, a dead worker is not noticed."""
         self.pipe.close()
 
-    def tell(self, kind: Kind, payload: bytes = b"", number: int = 0) -> None:
+    def tell(self, kind: str, payload: bytes = b"", number: int = 0) -> None:
         # If it has just died, its pipe will say so.
         with self._sending, contextlib.suppress(OSError):
-            self.pipe.send_bytes(HEADER.pack(kind, number) + payload)
+            self.pipe.send((kind, number, payload))
 
     def log(self, record: bytes) -> None:
         """Send a log record; those of exit handlers are lost, of which the parent hears nothing any more."""
         if not self._is_ending:
-            self.tell(Kind.LOG, record)
+            self.tell("log", record)
 
-    def hear(self) -> tuple[int, memoryview] | None:
+    def hear(self) -> tuple[int, bytes] | None:
         """The next batch, its number first; None at the end, also when the parent is gone."""
         with contextlib.suppress(EOFError, OSError):
             while True:
-                data = memoryview(self.pipe.recv_bytes())
+                kind, number, payload = self.pipe.recv()
                 self._is_interrupted = False
-                kind, number = HEADER.unpack_from(data)
-                payload = data[HEADER.size :]
-                if kind == Kind.BATCH:
+                if kind == "batch":
                     return number, payload
-                if kind == Kind.STOP:
+                if kind == "stop":
                     break
-                self._take_on(payload)
+                try:
+                    # The arguments of the next map.
+                    self.work = replace(self.work, shape=loads(payload))
+                except Exception as error:
+                    # The worker that replaces this one says what is wrong.
+                    raise SystemExit from error
         self._is_ending = True
         return None
 
-    def _take_on(self, arguments: memoryview) -> None:
-        """Be ready for the next map; if that cannot be, the worker that replaces this one says what is wrong."""
-        try:
-            self.work = replace(self.work, shape=loads(arguments))
-        except Exception as error:
-            raise SystemExit from error
-
-    def report(self, number: int, report: Report, kind: Kind = Kind.REPORT) -> None:
+    def report(self, number: int, report: Report, kind: str = "report") -> None:
         """Report, unless Ctrl-C has come meanwhile: what it has interrupted may look like a success.
 
         Then the parent has a second to say what becomes of the map.
@@ -170,7 +160,7 @@ def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contex
     try:
         if threads is not None:
             _limit_threads(threads)
-        with log_records.taken_from_handlers(start.levels, parent.log):
+        with _logging_to(parent, start.levels):
             parent.work, initializer, initargs, finalizer = start.load()
             # Forked workers share the state of the parent's, and the main module may set one.
             random.seed()
@@ -180,11 +170,39 @@ def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contex
             if initializer is not None:
                 initializer(*initargs)
     except Exception as error:
-        parent.tell(Kind.BROKEN, describe(error).encode(errors="backslashreplace"))
+        parent.tell("broken", describe(error).encode(errors="backslashreplace"))
         raise SystemExit from error
     if finalizer is not None:
         ending.callback(finalizer)
-    parent.tell(Kind.HELLO)
+    parent.tell("hello")
+
+
+@contextlib.contextmanager
+def _logging_to(parent: Parent, levels: dict[str, int]) -> Iterator[None]:
+    """Let the parent's handlers have what a worker logs.
+
+    If the initializer, which runs in the block, gives any logger a handler, the program does that by itself.
+    """
+    for logger in known_loggers():
+        # Not closed: in a forked worker their files are the parent's, too.
+        logger.handlers.clear()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    yield
+    if any(logger.handlers for logger in known_loggers()):
+        return
+    # Of a record it sends what it says now: its arguments may not be picklable.
+    queue: Any = SimpleNamespace(put_nowait=lambda record: parent.log(pickle.dumps(record)))
+    handler = QueueHandler(queue)
+    for logger in known_loggers():
+        if logger.parent is None or not logger.propagate:
+            logger.addHandler(handler)
+
+
+def known_loggers() -> list[logging.Logger]:
+    """All that there are in this process."""
+    known = list(logging.Logger.manager.loggerDict.values())
+    return [logging.getLogger(), *(logger for logger in known if isinstance(logger, logging.Logger))]
 
 
 def _forget_the_parents_own() -> None:
@@ -218,7 +236,7 @@ def _limit_threads(count: int) -> None:
 
 
 def _serve_batches(parent: Parent, runner: asyncio.Runner | None) -> None:
-    def report(made: Report, kind: Kind = Kind.PART) -> None:
+    def report(made: Report, kind: str = "part") -> None:
         parent.mark[0] = BETWEEN
         parent.report(number, made, kind)
 
@@ -230,7 +248,7 @@ def _serve_batches(parent: Parent, runner: asyncio.Runner | None) -> None:
         del message, payload
         if not isinstance(arrived, Report):
             arrived = run_batch(parent.work, *arrived, runner, how)
-        report(arrived, Kind.REPORT)
+        report(arrived, "report")
         del arrived
 
 
@@ -253,7 +271,7 @@ async def _serve_together(parent: Parent) -> None:
                 finally:
                     loop.call_soon_threadsafe(heard.put_nowait, message)
 
-    async def run(number: int, payload: memoryview) -> None:
+    async def run(number: int, payload: bytes) -> None:
         try:
             arrived = unpack_batch(payload)
             if not isinstance(arrived, Report):

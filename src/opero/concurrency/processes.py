@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import math
 import multiprocessing
 import os
+import pickle
 import sys
 import threading
 import time
@@ -22,16 +24,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency import log_records, main_module, system
+from opero.concurrency import main_module, system
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
 from opero.concurrency.pool import entered_multi_pool
-from opero.concurrency.process_worker import BETWEEN, HEADER, PEACE_SECONDS, THREAD_SETTINGS, Kind, serve
+from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, known_loggers, serve
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import module_of, name_of
 from opero.exceptions import NotTransferableError, OperoError
+from opero.utils.logging import log
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,9 +48,8 @@ DEFAULT_CONCURRENCY = 16
 # By which a worker ends that has called a map while it imported the main module.
 UNGUARDED_CODE = 113
 # So many workers in a row that end before they are ready are not an accident: it may be the main module, or the
-# initializer. Once one has been ready it is more likely somebody who kills them.
-MOST_STILLBIRTHS = 3
-MOST_LATE_STILLBIRTHS = 100
+# initializer.
+MOST_STILLBIRTHS = 10
 
 # As long as a thread has it, no other starts a worker, which would have the ends of a pipe that is another worker's.
 _starting = ForkSafeLock(threading.RLock)
@@ -75,10 +78,10 @@ class Worker:
     ends_since: float | None = None
     family: system.Family = field(default_factory=dict)
 
-    def tell(self, kind: Kind, payload: bytes = b"") -> None:
+    def tell(self, kind: str, payload: bytes = b"") -> None:
         # If it has just died, its pipe will say so.
         with contextlib.suppress(OSError):
-            self.pipe.send_bytes(HEADER.pack(kind, self.count) + payload)
+            self.pipe.send((kind, self.count, payload))
 
 
 class ProcessPool(Pool):
@@ -113,15 +116,18 @@ class ProcessPool(Pool):
         self._pending: deque[Batch] = deque()
         self._is_paced = False
         self._stillbirths = 0
-        self._most_stillbirths = MOST_STILLBIRTHS
         method, self._method_is_given = (start_method, True) if start_method else system.start_method()
         self._use(method)
         watch_forks(self)
 
     def _use(self, method: str) -> None:
         self._method = method
-        self._packer = Packer(None if method == "fork" else main_module.names_in_fresh_workers())
-        self._start = Start(self._packer, (self._work, *self._hooks))
+        names, levels = None, {}
+        if method != "fork":
+            names = main_module.names_in_fresh_workers()
+            levels = {logger.name: logger.level for logger in known_loggers() if logger.level}
+        self._packer = Packer(names)
+        self._start = Start(self._packer, (self._work, *self._hooks), levels)
 
     def after_fork(self) -> None:
         """Leave the workers to the parent: as long as a child has their pipes open, they do not notice its death."""
@@ -202,30 +208,28 @@ class ProcessPool(Pool):
         self._work = work
         self._use(self._method)
         for worker in self._workers:
-            worker.tell(Kind.ARGUMENTS, arguments)
+            worker.tell("arguments", arguments)
 
     def receive(self, event: Any) -> Any:
         """Make sense of what was heard; None if it is of no interest to the scheduler."""
         if not isinstance(event, tuple):
             return event
-        worker, data = event
+        worker, message = event
         if worker not in self._workers:
             return None
-        if data is None:
+        if message is None:
             return self._worker_ended(worker)
-        kind, number = HEADER.unpack_from(data)
-        payload = data[HEADER.size :]
-        if kind in {Kind.REPORT, Kind.PART}:
-            return self._worker_reports(worker, number, payload, is_last=kind == Kind.REPORT)
-        if kind == Kind.HELLO:
-            worker.is_ready = True
-            self._stillbirths, self._most_stillbirths = 0, MOST_LATE_STILLBIRTHS
+        kind, number, payload = message
+        if kind in {"report", "part"}:
+            return self._worker_reports(worker, number, payload, is_last=kind == "report")
+        if kind == "hello":
+            worker.is_ready, self._stillbirths = True, 0
             self._hand_out()
-        elif kind == Kind.LOG:
-            log_records.hand_on(payload)
-        elif kind == Kind.BROKEN:
+        elif kind == "log":
+            _log_here(payload)
+        elif kind == "broken":
             name = name_of(self._work.function)
-            return Fatal(OperoError(f"a worker process cannot run {name}: {bytes(payload).decode()}"))
+            return Fatal(OperoError(f"a worker process cannot run {name}: {payload.decode()}"))
         return None
 
     async def stop_async(self) -> None:
@@ -245,7 +249,7 @@ class ProcessPool(Pool):
         idle, busy = [], []
         for worker in self._workers:
             if worker.is_ready and not worker.batches:
-                worker.tell(Kind.STOP)
+                worker.tell("stop")
                 idle.append(worker.process)
             else:
                 busy.append(worker.process)
@@ -312,7 +316,7 @@ class ProcessPool(Pool):
             self._workers.remove(worker)
         if not worker.is_ready:
             self._stillbirths += 1
-            if self._stillbirths >= self._most_stillbirths or worker.process.exitcode == UNGUARDED_CODE:
+            if self._stillbirths >= MOST_STILLBIRTHS or worker.process.exitcode == UNGUARDED_CODE:
                 name, reason = name_of(self._work.function), system.how_it_ended(worker.process)
                 hint = "see what their initializer does" if self._method == "fork" else _MAIN_HINT
                 return Fatal(OperoError(f"worker processes for {name} end before they are ready ({reason}); {hint}"))
@@ -344,7 +348,7 @@ class ProcessPool(Pool):
             worker.count += 1
             worker.batches[worker.count] = batch
             worker.size = len(data)
-            worker.tell(Kind.BATCH, data)
+            worker.tell("batch", data)
 
     def _free_worker(self, batch: Batch) -> Worker | None:
         """The ready one with the least to do, if the batch can be there beside that."""
@@ -358,14 +362,14 @@ class ProcessPool(Pool):
                 free = worker
         return free
 
-    def _worker_reports(self, worker: Worker, number: int, payload: memoryview, *, is_last: bool) -> Any:
+    def _worker_reports(self, worker: Worker, number: int, payload: bytes, *, is_last: bool) -> Any:
         report, batch = unpack_report(payload), worker.batches[number]
         ran = len(report.values)
         worker.room = max(0, worker.room - ran)
         if is_last:
             del worker.batches[number]
             if not worker.room and not worker.batches:
-                worker.tell(Kind.STOP)
+                worker.tell("stop")
             self._hand_out()
             if 0 in report.errors and not ran:
                 return not_run(batch, report.errors[0])
@@ -376,12 +380,24 @@ class ProcessPool(Pool):
         has_more = True
         while has_more:
             try:
-                message: memoryview | None = memoryview(worker.pipe.recv_bytes())
+                message = worker.pipe.recv()
                 has_more = self._at_once > 1 and worker.pipe.poll()
             except (EOFError, OSError):
                 message, has_more = None, False
                 self._inbox.forget(worker.pipe)
             self._inbox.put((worker, message))
+
+
+def _log_here(data: bytes) -> None:
+    """Let the handlers of this process have a record of a worker's."""
+    try:
+        record = pickle.loads(data)  # noqa: S301 - from a worker
+    except Exception as error:  # noqa: BLE001 - what the program has added to a record may not be known here
+        log("WARNING", "a log record of a worker cannot be unpickled: {}", describe(error))
+        return
+    logger = logging.getLogger(record.name)
+    if logger.isEnabledFor(record.levelno):
+        logger.handle(record)
 
 
 def async_process_pool(

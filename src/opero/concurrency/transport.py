@@ -8,7 +8,7 @@ import mmap
 import os
 import pickle
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.heap import Arena
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
 
-from opero.concurrency.log_records import levels_here
 from opero.concurrency.pickling import PROTOCOL, Pickler, loads, pack_error, report_dumps
 from opero.concurrency.worker import Report, Work
 from opero.core.signature import name_of
@@ -130,13 +129,13 @@ class Start:
     It is pickled while one is started afresh, which can inherit pipes and locks then. Large arrays go to a file; its
     pages are shared by all workers until one writes to them, which the others do not see.
 
-    ``levels``: in a worker that was not forked, those of the program's loggers.
+    ``levels``: for a worker that is not forked, those of the program's loggers.
     """
 
     packer: Packer
     life: WorkerLife | None
+    levels: dict[str, int]
     packed: Any = None
-    levels: dict[str, int] = field(default_factory=dict)
 
     def __getstate__(self) -> Any:
         packed = self.packed
@@ -148,11 +147,11 @@ class Start:
             packed = self.packer.start(self.life, large), *_in_a_file(large)
             if len(inherited) == count:
                 self.packed = packed
-        return packed, levels_here()
+        return self.levels, packed
 
     def __setstate__(self, state: Any) -> None:
-        self.packed, self.levels = state
         self.life = None
+        self.levels, self.packed = state
 
     def load(self) -> WorkerLife:
         """What it was made of, in a worker; one that was forked has it already."""
