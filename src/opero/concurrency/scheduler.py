@@ -82,8 +82,7 @@ class Entry:
     losses: int = 0
 
     def may_begin(self) -> bool:
-        deadline = self.call.deadline
-        return (deadline is None or clock.now() < deadline) and (self.attempt is None or self.attempt.may_start())
+        return clock.now() < self.call.deadline and (self.attempt is None or self.attempt.may_start())
 
 
 class Scheduler:
@@ -254,8 +253,7 @@ class Scheduler:
         if self._watched:
             due.append(min(min(batch.look_at, batch.ends_at) for batch in self._watched) - time.monotonic())
         if self._plan.total_timeout is not None:
-            deadlines = [entry.call.deadline for entry in self._ready]
-            due += [deadline - clock.now() for deadline in deadlines if deadline is not None]
+            due += [entry.call.deadline - clock.now() for entry in self._ready]
         seconds = min(due, default=math.inf)
         return None if seconds == math.inf else max(0.0, seconds), is_real
 

@@ -48,8 +48,6 @@ class Candidate:
     """One value to try, and how it has fared in this call.
 
     Attributes:
-        number: Its place among the candidates.
-        tries: How often it was tried.
         ready_at: When it may be tried again, if it has asked for a time of its own.
         costs: What it takes of each rate limit, once that is known.
     """
@@ -114,7 +112,6 @@ class Layers:
         candidates: Those that may be tried again; without fallback one, for the arguments as they are.
         left: Those of this round that have not been tried.
         has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
-        has_slot: Whether the next attempt has its slot of the rate limit.
         places: To which its place of ``max_concurrent`` has to be given back, while it has one.
         had: The time limit that the last attempt had.
         patient_until: How long it waits until a trial of an open circuit begins.
@@ -124,7 +121,6 @@ class Layers:
     """
 
     has_own_limit = True
-    has_slot = False
     places: Places | None = None
     had: TimeLimit | None = None
     patient_until: float | None = None
@@ -135,8 +131,7 @@ class Layers:
     def __init__(self, plan: Plan, call: Call) -> None:
         self.plan = plan
         self.call = call
-        self.deadline = math.inf if call.deadline is None else call.deadline
-        self.is_timed = plan.attempt_timeout is not None or call.deadline is not None
+        self.is_timed = plan.attempt_timeout is not None or call.deadline < math.inf
         self.candidates = [Candidate(call.args, call.kwargs)]
         self.left: list[Candidate] = []
         self.errors: list[Exception] = []
@@ -176,7 +171,6 @@ class Layers:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
         plan, call = self.plan, self.call
         speaks: Verdict | None = None
-        self.has_slot = False
         self.left = self._ready() if self.errors else list(self.candidates)
         while self.left:
             is_chosen = plan.fallback is None or call.failure is not None
@@ -227,15 +221,14 @@ class Layers:
             candidate.tries = call.attempts = call.rounds = 1
             return outcome
         if plan.places is not None:
-            self.places = yield from plan.places.take(candidate.args, candidate.kwargs, self.deadline, passage)
+            self.places = yield from plan.places.take(candidate.args, candidate.kwargs, self.call.deadline, passage)
             if self.places is None or _is_shut(passage):
                 return self._why_not()
-        if plan.limit is not None and not self.has_slot:
+        if plan.limit is not None:
             missed = yield from self._take_slot(plan.limit, candidate, passage)
             if missed is not None:
                 return missed
-        self.has_slot = False
-        if clock.now() >= self.deadline:
+        if clock.now() >= self.call.deadline:
             return OUT_OF_TIME
         attempt = Attempt(self, candidate, passage)
         outcome = yield attempt
@@ -248,7 +241,7 @@ class Layers:
 
     def _why_not(self) -> NoAttempt:
         """Why an attempt that waited for something has not begun."""
-        return OUT_OF_TIME if clock.now() >= self.deadline else CIRCUIT_OPEN
+        return OUT_OF_TIME if clock.now() >= self.call.deadline else CIRCUIT_OPEN
 
     def _take_slot(
         self, limit: FunctionLimit, candidate: Candidate, passage: Passage | None
@@ -263,8 +256,8 @@ class Layers:
         rests = self.errors and plan.fallback is not None and plan.fallback.rest_of(candidate.value)
         taken = yield from limit.take(
             candidate,
-            self.deadline,
-            is_over=lambda: _is_shut(passage) or (self.has_own_limit and self._gives_way(candidate)),
+            self.call.deadline,
+            is_over=lambda: _is_shut(passage) or self._gives_way(candidate),
             is_turn=not (self.has_own_limit and rests),
         )
         waited = clock.now() - asked
@@ -275,9 +268,7 @@ class Layers:
             return GAVE_WAY if taken is None else OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
             call.tell(events.SlotWaited, seconds=waited)
-        # A slot that all candidates share is as good for another one.
-        self.has_slot = not self.has_own_limit and self._gives_way(candidate)
-        return GAVE_WAY if self.has_slot else None
+        return None
 
     def begin(self, candidate: Candidate) -> None:
         """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
@@ -380,7 +371,7 @@ class Layers:
         None if it was given up and another may be tried again: it has time until the last round.
         """
         awake, limit, retry = fallback.awake(self.left), self.plan.limit, self.plan.retry
-        candidate = awake[0] if limit is None or self.has_slot else limit.choose(awake)
+        candidate = awake[0] if limit is None else limit.choose(awake)
         has_time = self.call.rounds <= retry.retries and "stop" not in retry.options
         is_for_later = has_time and speaks is not None and speaks.again and fallback.is_given_up(candidate.value)
         return None if is_for_later else candidate
@@ -403,21 +394,21 @@ class Layers:
     def _pause_for_trial(self) -> Pause | None:
         """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
         breaker, now = self.plan.breaker, clock.now()
-        if self.call.presence is None or breaker is None or now >= self.deadline:
+        if self.call.presence is None or breaker is None or now >= self.call.deadline:
             return None
         recovery, waits = breaker.shared.recovery, [self._wait_of(c) for c in self.candidates]
         if self.patient_until is None:
-            self.patient_until = now + recovery if self.call.deadline is None else self.deadline
+            self.patient_until = now + recovery if self.call.deadline == math.inf else self.call.deadline
         if math.inf not in waits and now + min(waits) > self.patient_until:
             return None
         # Nobody knows when a trial that is under way will end, or whether somebody resets the circuit.
-        return Pause(min(*waits, max(0.1 * recovery, 0.1), self.deadline - now))
+        return Pause(min(*waits, max(0.1 * recovery, 0.1), self.call.deadline - now))
 
     # How a call ends that has not succeeded
 
     def _must_end(self, seconds: float) -> bool:
         """Whether no other round can begin after so many seconds."""
-        if seconds >= self.deadline - clock.now():
+        if seconds >= self.call.deadline - clock.now():
             self.ended_by = OUT_OF_TIME
         elif self.plan.breaker is not None and self.call.presence is None:
             is_shut = all(self._wait_of(candidate) > seconds for candidate in self.candidates)

@@ -53,11 +53,6 @@ class ForkSafeLock:
         self.lock = self._make()
 
 
-def allow_forks(thread: threading.Thread) -> None:
-    """Promise that ``thread`` holds no lock that a forked child could miss."""
-    fork_safe_threads.add(thread)
-
-
 def _before() -> None:
     _forking.acquire()
     _held.extend(_holding)

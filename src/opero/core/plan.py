@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.core.clock import clock
@@ -49,10 +50,6 @@ class Plan:
         self.kind = calling_kind(function)
         self.is_async = self.kind in {"async def", "async generator"}
         vars(self).update(layers)
-        # Not at the top, so that `import opero` stays quick; here, because ``import`` fails when the program ends.
-        from opero.core.parameters import own_signature
-
-        self._own_signature = own_signature
 
     @property
     def asks_first(self) -> set[str]:
@@ -62,8 +59,11 @@ class Plan:
 
     def is_wrong(self, call: Call) -> bool:
         """Whether the call's arguments do not fit the function, so that the function never began."""
+        # Not at the top, so that `import opero` stays quick.
+        from opero.core.parameters import own_signature
+
         try:
-            signature = self._own_signature(self.function)
+            signature = own_signature(self.function)
         except (ValueError, TypeError):  # not known, as of some builtins
             return False
         try:
@@ -88,14 +88,10 @@ class Call:
     """What belongs to one call and to nothing else.
 
     Attributes:
-        args: As they were given.
-        kwargs: As they were given.
-        started: When it began.
         began: When its last attempt began.
-        deadline: When ``total_timeout`` ends.
+        deadline: When ``total_timeout`` ends, if there is one.
         failure: How its first attempt, which was made before the flow began, has failed.
-        attempts: Executions that have begun.
-        rounds: Of these, how often a candidate was tried.
+        attempts: Executions that have begun; ``rounds`` is how often one candidate was.
         is_last: Whether its task was cancelled during the last attempt: nothing is tried again then.
         retry_state: tenacity's, made by the policy when it is first needed.
         key: Of the cache, if it has been made.
@@ -104,11 +100,10 @@ class Call:
         refreshes: Whether the function runs, whatever the cache has.
         flight: Stands for its computation, where others may wait for that.
         presence: Of the map that it is part of, which goes on by itself.
-        index: Its place in a map.
         tell: Tells those who listen.
     """
 
-    deadline: float | None = None
+    deadline = math.inf
     attempts = 0
     rounds = 0
     is_last = False
@@ -139,7 +134,7 @@ class Call:
 
     def time_left(self) -> float | None:
         """Seconds until ``total_timeout`` ends; None without one."""
-        return None if self.deadline is None else self.deadline - clock.now()
+        return None if self.deadline == math.inf else self.deadline - clock.now()
 
 
 class Verdict(NamedTuple):

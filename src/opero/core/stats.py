@@ -38,29 +38,27 @@ class CallStats(Frozen):
         return html_table("", self.names, [self._values()])
 
 
-# Held while counters are read; a thread can have it more than once: a signal handler may read them at any moment.
-_reading = ForkSafeLock(threading.RLock)
+# A thread can have it more than once: a signal handler may count at any moment.
+_adding = ForkSafeLock(threading.RLock)
 
 
 class Counter:
     """A counter whose `tick` is one C call: cheap, and exact under any number of threads."""
 
-    __slots__ = ("_extra", "_reads", "tick")
+    __slots__ = ("_added", "_ticks", "tick")
 
     def __init__(self) -> None:
-        self.tick = itertools.count().__next__
-        self._reads = 0
-        self._extra: float = 0
+        self._ticks = itertools.count()
+        self.tick = self._ticks.__next__
+        self._added: float = 0
 
     def add(self, amount: float) -> None:
-        with _reading.lock:
-            self._extra += amount
+        with _adding.lock:
+            self._added += amount
 
     def value(self) -> Any:
-        with _reading.lock:
-            seen = self.tick() - self._reads + self._extra
-            self._reads += 1
-            return seen
+        # Its representation, as ``count(3)``, tells how far it is without counting on.
+        return int(repr(self._ticks)[len("count(") : -1]) + self._added
 
 
 class Stats:

@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from opero.core.clock import asyncio_sleep, clock
-from opero.core.forks import allow_forks
+from opero.core.forks import fork_safe_threads
 from opero.core.signature import MISSING
 from opero.exceptions import CallTimeoutError, MisuseError
 from opero.utils.notes import duration, package_of, raised_in
@@ -80,13 +80,13 @@ class Attempt:
         self._passage = passage
 
     def may_start(self) -> bool:
-        return clock.now() < self._layers.deadline and (self._passage is None or not self._passage.is_shut())
+        return clock.now() < self._layers.call.deadline and (self._passage is None or not self._passage.is_shut())
 
     def time_limit(self) -> TimeLimit | None:
         """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
         if self.is_timed:
-            left, timeout = max(0.0, self._layers.deadline - clock.now()), self._layers.plan.attempt_timeout
-            self.limit = left, "total_timeout"
+            left, timeout = self._layers.call.deadline - clock.now(), self._layers.plan.attempt_timeout
+            self.limit = max(0.0, left), "total_timeout"
             if timeout is not None and timeout <= left:
                 self.limit = timeout, "attempt_timeout"
         return self.limit
@@ -146,7 +146,7 @@ def _threads(_process: int) -> ThreadPoolExecutor:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    return ThreadPoolExecutor(16, "opero-cache", lambda: allow_forks(threading.current_thread()))
+    return ThreadPoolExecutor(16, "opero-cache", lambda: fork_safe_threads.add(threading.current_thread()))
 
 
 class Share:
@@ -211,23 +211,23 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
         while True:
             # The last one may hold an error, and with it the frames of an attempt.
             sent: Any = None
-            if isinstance(step, Attempt):
-                # Here and not in a function of its own, whose frame each level of a recursion would have.
-                step.begins()
-                token = leading.set(leading.get() | step.badges) if step.badges else None
-                try:
+            token = None
+            try:
+                if isinstance(step, Attempt):
+                    # Here and not in a function of its own, whose frame each level of a recursion would have.
+                    step.begins()
+                    token = leading.set(leading.get() | step.badges) if step.badges else None
                     sent = function(*step.args, **step.kwargs)
-                except Exception as error:  # the flow decides what becomes of it
-                    sent = Failed(error)
-                finally:
-                    if token is not None:
-                        leading.reset(token)
-            else:
-                try:
+                else:
                     sent = _carry_out(step)
-                except Exception as error:  # the flow decides what becomes of the call
+            except Exception as error:  # the flow decides what becomes of it
+                if not isinstance(step, Attempt):
                     step = flow.throw(error)
                     continue
+                sent = Failed(error)
+            finally:
+                if token is not None:
+                    leading.reset(token)
             step = flow.send(sent)
     except StopIteration as end:
         outcome = end.value
@@ -275,30 +275,28 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
         while True:
             # The last one may hold an error, and with it the frames of an attempt.
             sent: Any = None
-            needs_asyncio = not isinstance(step, Attempt) or step.is_timed
-            if needs_asyncio and not is_in_asyncio():
+            token = None
+            if (not isinstance(step, Attempt) or step.is_timed) and not is_in_asyncio():
                 # Under another library only what needs no wait can be done.
                 step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
                 continue
-            if isinstance(step, Attempt):
-                step.begins()
-                token = leading.set(leading.get() | step.badges) if step.badges else None
-                try:
+            try:
+                if isinstance(step, Attempt):
+                    step.begins()
+                    token = leading.set(leading.get() | step.badges) if step.badges else None
                     sent = await run_in_time(function, step.args, step.kwargs, step.time_limit(), name)
-                finally:
-                    if token is not None:
-                        # A task of a loop that was closed ends where it is collected, in another context.
-                        with contextlib.suppress(ValueError):
-                            leading.reset(token)
-                step.is_last = was_cancelled(sent, before)
-                if sent.__class__ is Failed:
+                    step.is_last = was_cancelled(sent, before)
                     before = _cancellations()
-            else:
-                try:
+                else:
                     sent = await _carry_out_async(step)
-                except Exception as error:
-                    step = flow.throw(error)
-                    continue
+            except Exception as error:
+                step = flow.throw(error)
+                continue
+            finally:
+                if token is not None:
+                    # A task of a loop that was closed ends where it is collected, in another context.
+                    with contextlib.suppress(ValueError):
+                        leading.reset(token)
             step = flow.send(sent)
     except StopIteration as end:
         outcome = end.value

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
 from opero.core.flights import BUSY, CLAIMED, FOUND, Keep
-from opero.core.forks import allow_forks, watch_forks
+from opero.core.forks import fork_safe_threads, watch_forks
 from opero.core.redis_server import Server, server_at, server_of, server_with
 from opero.core.stores.lasting import LastingStore, slug
 
@@ -169,7 +169,7 @@ class RedisStore(LastingStore):
         with self._lock:
             if self._keeper is None or not self._keeper.is_alive():
                 self._keeper = threading.Thread(target=self._keep_leases, name="opero-leases", daemon=True)
-                allow_forks(self._keeper)
+                fork_safe_threads.add(self._keeper)
                 self._keeper.start()
 
     def _keep_leases(self) -> None:
