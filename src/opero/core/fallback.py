@@ -200,8 +200,8 @@ class FallbackOverParameter:
 
     def is_given_up(self, value: Any) -> bool:
         """Whether it rests after an error that is not retried, such as that of a key that was revoked."""
-        rest = self.rest_of(value)
-        return rest is not None and rest[0]
+        is_given_up, _ = self.rest_of(value) or (False, 0.0)
+        return is_given_up
 
     def awake(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that do not rest, in their order; if all do, the one to be tried first."""

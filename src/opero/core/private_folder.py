@@ -126,21 +126,17 @@ def _refuse_unsafe(found: os.stat_result, folder: Path, option: str, *, within: 
 
 def _keeps_others_out(found: os.stat_result) -> bool:
     """Whether nobody else can exchange what is in a folder that more than its owner can write to."""
-    if found.st_mode & stat.S_ISVTX:
-        return True
-    return not found.st_mode & stat.S_IWOTH and _is_private_group(found.st_gid)
-
-
-def _is_private_group(group: int) -> bool:
-    """Whether it is the group that many systems make for each user, with that user's name and no other member."""
+    if found.st_mode & (stat.S_ISVTX | stat.S_IWOTH):
+        return bool(found.st_mode & stat.S_ISVTX)
     import grp
     import pwd
 
     try:
-        user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(found.st_gid)
     except KeyError:
         return False
-    return found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
+    # Many systems make a group for each user, with that user's name and no other member.
+    return group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def _refuse_foreign_files(held: int, folder: Path, option: str) -> None:

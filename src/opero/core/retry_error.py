@@ -17,5 +17,5 @@ class RetryError(tenacity.RetryError):
         return _made_again, (type(self), last.attempt_number, value, last.failed), notes
 
 
-def _made_again(kind: type[RetryError], attempt_number: int, value: Any, failed: bool) -> RetryError:  # noqa: FBT001 - as pickle calls it
-    return kind(tenacity.Future.construct(attempt_number, value, failed))
+def _made_again(kind: type[RetryError], *last_attempt: Any) -> RetryError:
+    return kind(tenacity.Future.construct(*last_attempt))
