@@ -180,6 +180,14 @@ def test_retries_can_be_turned_off_whatever_tenacity_was_told():
     assert calls == [1, 3, 3, 3]
 
 
+def test_a_decorator_of_one_policy_keeps_the_options_that_are_not_named(fake_clock):
+    f = control(get_cache_decorator(cache_ttl=60)(fails(0))).with_options(maxsize=5)
+    f(1)
+    fake_clock.tick(61)
+    f(1)
+    assert control(f).cache_info()[1:3] == (2, 5)
+
+
 def test_the_errors_are_those_of_the_decorator():
     f = opero(fails(0))
     with pytest.raises(TypeError, match="did you mean 'retries'"):

@@ -232,11 +232,12 @@ def reasons_against(options: Mapping[str, Any]) -> dict[str, str]:
     given = {**OPERO_DEFAULTS, **options}
     reasons: dict[str, str] = {}
     for first, *others in OPTIONS.values():
-        off, example = _TURNED_ON.get(first, (MISSING, ""))
-        if given[first] == off:
+        # A decorator of one policy has no option to turn that off.
+        value, (off, example) = options.get(first), _TURNED_ON.get(first, (MISSING, ""))
+        if first in options and value == off:
             reason = f"has no effect with {first}={off!r}; add {example}, or leave it out"
             reasons |= dict.fromkeys(others, reason)
-        elif hasattr(given[first], "settings"):
+        elif hasattr(value, "settings"):
             reasons |= dict.fromkeys(others, "stands beside cache=Cache(…), which says all of it; write it there")
     works = {"retry_if_result", "retry_options"} if given["retry_options"] is None else {*OPTIONS["retry"]}
     if given["breaker"] is not None or given["arg_fallback"] is not None:
