@@ -365,7 +365,7 @@ def get_cache_decorator(
         return Plan(function, RetryPolicy(), cache=ResultCache(function, settings))
 
     recipe = {**{f"cache_{name}": value for name, value in given.items()}, **options}
-    return decorator("get_cache_decorator", plan, (get_cache_decorator, recipe))
+    return decorator(plan, (get_cache_decorator, recipe))
 
 
 @contextlib.contextmanager

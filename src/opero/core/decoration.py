@@ -453,12 +453,12 @@ def decorated(plan: Plan, recipe: Recipe) -> Any:
     return made
 
 
-def decorator(name: str, make_plan: Callable[[Callable[..., Any]], Plan], recipe: Recipe) -> Callable[[F], F]:
-    """A decorator, called ``name`` in its errors, that plans each function by ``make_plan``."""
+def decorator(make_plan: Callable[[Callable[..., Any]], Plan], recipe: Recipe) -> Callable[[F], F]:
+    """A decorator that plans each function by ``make_plan``, called in its errors as what the recipe makes it by."""
 
     def decorate(function: F) -> F:
         with Shortened():
-            check_decoratable(function, name)
+            check_decoratable(function, recipe[0].__name__)
             return cast("F", decorated(make_plan(function), recipe))
 
     return decorate

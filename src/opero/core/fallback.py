@@ -137,13 +137,17 @@ class FallbackOverParameter:
 
     A list or tuple, or what `opero.core.candidates` makes, holds candidates; any other value, text included, is the
     only one. All calls know which candidates rest: those that asked for it, for as long as they did, and with a
-    ``cooldown`` all that failed, for so many seconds. Those that were given up, by an error that is not retried, come
+    cooldown all that failed, for so many seconds. Those that were given up, by an error that is not retried, come
     after the others: with a key that was revoked nothing is won.
     """
 
-    def __init__(self, function: Callable[..., Any], arg_fallback: str, cooldown: Duration | None = None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], arg_fallback: str, fallback_cooldown: Duration | None = None
+    ) -> None:
         check_text("arg_fallback", arg_fallback, "the name of the parameter that holds the candidates")
-        self._cooldown = 0.0 if cooldown is None else check_seconds("fallback_cooldown", cooldown, zero=False)
+        self._cooldown = (
+            0.0 if fallback_cooldown is None else check_seconds("fallback_cooldown", fallback_cooldown, zero=False)
+        )
         self._function_name = name_of(function)
         self.slot = ParameterSlot(function, arg_fallback, "arg_fallback")
         self.parameter, self.position = arg_fallback, self.slot.position
@@ -226,10 +230,8 @@ def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | N
             candidates is empty.
         AllFailedError: At a call, when every candidate failed.
     """
-
-    def plan(function: Callable[..., Any]) -> Plan:
-        fallback = FallbackOverParameter(function, arg_fallback, fallback_cooldown)
-        return Plan(function, RetryPolicy(), fallback=fallback)
-
-    recipe = {"arg_fallback": arg_fallback, "fallback_cooldown": fallback_cooldown}
-    return decorator("get_fallback_decorator", plan, (get_fallback_decorator, recipe))
+    options: dict[str, Any] = {"arg_fallback": arg_fallback, "fallback_cooldown": fallback_cooldown}
+    return decorator(
+        lambda function: Plan(function, RetryPolicy(), fallback=FallbackOverParameter(function, **options)),
+        (get_fallback_decorator, options),
+    )

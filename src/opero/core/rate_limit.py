@@ -482,4 +482,4 @@ def get_rate_limit_decorator(
         return Plan(function, RetryPolicy(), limit=limit)
 
     recipe = {"rate_limit": rate_limit, "per": per, "rate_limit_cost": rate_limit_cost, **options}
-    return decorator("get_rate_limit_decorator", plan, (get_rate_limit_decorator, recipe))
+    return decorator(plan, (get_rate_limit_decorator, recipe))

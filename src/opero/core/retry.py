@@ -388,6 +388,4 @@ def get_retry_decorator(
         "retry_if_result": retry_if_result,
     }
     policy = RetryPolicy(**flat, retry_options=options)
-    return decorator(
-        "get_retry_decorator", lambda function: Plan(function, policy), (get_retry_decorator, {**flat, **options})
-    )
+    return decorator(lambda function: Plan(function, policy), (get_retry_decorator, {**flat, **options}))

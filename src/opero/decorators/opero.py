@@ -266,7 +266,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     if function is not None and options:
         msg = f"opero got a function and options; write opero({', '.join(f'{n}=…' for n in options)})(function)"
         raise TypeError(msg)
-    decorate = decorator("opero", lambda f: make_plan(f, options), (opero, {**options}))
+    decorate = decorator(lambda f: make_plan(f, options), (opero, {**options}))
     return decorate if function is None else decorate(function)
 
 
