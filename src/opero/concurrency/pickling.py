@@ -94,7 +94,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return _LOCKS[kind], ()
         if kind in (NewType, ParamSpec, TypeVarTuple) and obj.__module__ in MAINS and not self._goes_by_name(obj):
             supertype = (obj.__supertype__,) if kind is NewType else ()
-            return _declare, (kind, obj.__name__, *supertype)
+            return kind, (obj.__name__, *supertype), {"__module__": "__main__"}
         return NotImplemented
 
     def _goes_by_name(self, thing: Any) -> bool:
@@ -115,10 +115,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return reduced
         state, *_, set_state = by_value
         its_id = its[-2]
-        if self._is_answer and its_id in _arrived:
-            return _known_class, (its_id,)
-        _classes[its_id] = cls
         where = (cls.__base__, id(cls), cls.__qualname__)
+        if self._is_answer and its_id in _arrived:
+            return _class_by_value, (its_id, where)
+        _classes[its_id] = cls
         state = (its_id, cls.__qualname__, set_state, state)
         return _class_by_value, (its_id, where, make, its), state, None, None, _fill_class
 
@@ -158,30 +158,21 @@ def _undecorated(module: str, qualname: str, depth: int) -> Any:
     return found
 
 
-def _declare(kind: Callable[..., Any], *its: Any) -> Any:
-    declared = kind(*its)
-    declared.__module__ = "__main__"
-    return declared
-
-
 # Classes by value, by cloudpickle's ids of them: those that this process has sent or that have arrived, the latter also
 # alone.
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
 _arrived: dict[str, type] = {}
 
 
-def _known_class(its_id: str) -> type:
-    return _classes[its_id]
-
-
-def _class_by_value(its_id: str, where: tuple[type, int, str], make: Callable[..., type], its: tuple[Any, ...]) -> type:
+def _class_by_value(its_id: str, where: tuple[type, int, str], make: Any = None, its: tuple[Any, ...] = ()) -> type:
     if its_id not in _classes:
         base, address, qualname = where
         classes: list[type] = type.__subclasses__(base)
         # In a process that was forked from the other, or the reverse, the same class is where it was.
         same = [cls for cls in classes if id(cls) == address and cls.__qualname__ == qualname]
         if not same:
-            return make(*its)
+            made: type = make(*its)
+            return made
         _classes[its_id] = same[0]
     return _classes[its_id]
 
@@ -239,7 +230,7 @@ class _ErrorPickler(Pickler):
         if isinstance(obj, BaseException):
             notes = [str(note) for note in getattr(obj, "__notes__", ())]
             links = obj.__cause__, obj.__context__, obj.__suppress_context__, notes
-            return _loads_alone, (_dumps_alone(obj), _story_of(obj)), links, None, None, _link
+            return _loads_alone, _dumps_alone(obj), links, None, None, _link
         reduced = super().reducer_override(obj)
         goes_by_name = isinstance(obj, (type, FunctionType, BuiltinFunctionType))
         if reduced is not NotImplemented or self._alone is None or goes_by_name or type(obj) in self.dispatch_table:
@@ -259,27 +250,29 @@ class _ErrorPickler(Pickler):
         return NotImplemented
 
 
-def _dumps_alone(error: BaseException) -> bytes:
-    """A pickle of it, if that can be read, and its text can be shown and is the same; else one of a `RemoteError`."""
+def _dumps_alone(error: BaseException) -> tuple[bytes, bytes, str, bool]:
+    """What `_loads_alone` takes."""
+    pickler = _ErrorPickler(error)
+    data = kind = b""
+    # Anything may happen in a user's __getstate__.
     with contextlib.suppress(Exception):
-        pickler = _ErrorPickler(error)
         data = pickler.dumps(error)
-        copy = loads(data)
-        text = str(copy)
-        if isinstance(copy, BaseException) and (not pickler.has_left_out or text == str(error)):
-            return data
-    remote = RemoteError(_story_of(error))
     with contextlib.suppress(Exception):
-        remote.error_class = loads(report_dumps(type(error)))
-    return report_dumps(remote)
+        kind = report_dumps(type(error))
+    return data, kind, f"{type(error).__module__}.{describe(error)}", pickler.has_left_out
 
 
-def _loads_alone(data: bytes, story: str) -> BaseException:
-    try:
-        error: BaseException = loads(data)
-    except Exception:  # noqa: BLE001 - anything may happen in a user's __setstate__
-        return RemoteError(story)
-    return error
+def _loads_alone(data: bytes, kind: bytes, story: str, has_left_out: bool) -> BaseException:  # noqa: FBT001 - a plain fact
+    """The exception, if it can be read and still says the same; else a `RemoteError` that does."""
+    with contextlib.suppress(Exception):
+        error = loads(data)
+        text = str(error)
+        if isinstance(error, BaseException) and (not has_left_out or story.endswith(text)):
+            return error
+    remote = RemoteError(story)
+    with contextlib.suppress(Exception):
+        remote.error_class = loads(kind)
+    return remote
 
 
 def _link(error: BaseException, links: tuple[Any, ...]) -> None:
@@ -289,7 +282,3 @@ def _link(error: BaseException, links: tuple[Any, ...]) -> None:
     for note in notes:
         if note not in getattr(error, "__notes__", ()):
             add_note(error, note)
-
-
-def _story_of(error: BaseException) -> str:
-    return f"{type(error).__module__}.{describe(error)}"
