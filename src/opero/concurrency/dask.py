@@ -222,7 +222,8 @@ class DaskPool(FarPool):
             # If the scheduler is away, its status will say so.
             return
         for address, about in there.items():
-            room = self._room(about)
+            rooms = [about["resources"].get(kind, 0) // need for kind, need in self._resources.items() if need]
+            room = int(min([about["nthreads"], *rooms]))
             if address not in self._workers and room and about["status"] == "running":
                 worker = self._workers[address] = _Worker(address, about.get("nanny"), room)
                 self._spawn(self._greet(worker))
@@ -236,10 +237,6 @@ class DaskPool(FarPool):
             resources = self._resources or None
             self._knock = self._client.submit(bool, key=f"opero {self._name}-{uuid4().hex}", resources=resources)
         self.later(self.see_room, bool(self._workers), self._resources)
-
-    def _room(self, about: Mapping[str, Any]) -> int:
-        rooms = [about["resources"].get(kind, 0) // need for kind, need in self._resources.items() if need]
-        return int(min([about["nthreads"], *rooms]))
 
     async def _greet(self, worker: _Worker) -> None:
         """Let a worker load the work."""

@@ -33,14 +33,12 @@ def end(processes: list[Any], patience: float = 0.0) -> None:
     running = _wait_for(processes, patience)
     if not running:
         return
-    family = family_of(*(process.pid for process in running))
-    for process in running:
-        process.terminate()
-    rest = _wait_for(running, GRACE_SECONDS)
-    family |= family_of(*(process.pid for process in rest))
-    for process in rest:
-        process.kill()
-    _wait_for(rest, GRACE_SECONDS)
+    family: Family = {}
+    for order in ("terminate", "kill"):
+        family |= family_of(*(process.pid for process in running))
+        for process in running:
+            getattr(process, order)()
+        running = _wait_for(running, GRACE_SECONDS)
     end_family(family)
 
 
