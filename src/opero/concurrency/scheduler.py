@@ -519,7 +519,7 @@ class Scheduler:
             item: Any = [member.item for member in entry.members]
         else:
             item = entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
-        return (item, entry.attempt.candidate) if self._sends_candidates else item
+        return (item, entry.attempt.candidate.value) if self._sends_candidates else item
 
     def _send(self, batch: Batch) -> Batch:
         for entry in batch.entries or ():

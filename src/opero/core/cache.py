@@ -20,7 +20,7 @@ from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats, Stats
-from opero.core.steps import Consult, Failed, Flow, Pause, leading
+from opero.core.steps import Consult, Failed, Flow, PartOf, Pause, leading
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
@@ -267,8 +267,8 @@ class ResultCache:
             land(flight, found)
             return _hit(call, found)
         self._note_fault(claim)
-        call.flight = flight
-        outcome = yield from compute()
+        with PartOf(flight) if call.presence is None else contextlib.nullcontext():
+            outcome = yield from compute()
         if not call.is_made_up:
             try:
                 life = self._life(call, outcome)

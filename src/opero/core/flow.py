@@ -6,6 +6,7 @@ rate limit and attempt_timeout. This order is part of opero's contract.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from enum import Enum
@@ -15,7 +16,7 @@ from opero import events
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.plan import Call, Plan, Verdict
 from opero.core.signature import MISSING
-from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, Pause, Prepare, Share
+from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, PartOf, Pause, Prepare, Share
 from opero.exceptions import AllFailedError, CallTimeoutError, CircuitOpenError, MisuseError, NotTransferableError
 from opero.utils.logging import log, standard
 from opero.utils.notes import add_note, class_counts, describe, duration, folded
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 
     from opero.core.breaker import Passage
     from opero.core.fallback import FallbackOverParameter
-    from opero.core.limits.places import Places
     from opero.core.rate_limit import FunctionLimit
-    from opero.core.steps import TimeLimit
 
 # Less than this is no wait, but the time it takes to ask.
 _TOLD_WAIT = 0.001
@@ -42,6 +41,7 @@ class NoAttempt(Enum):
 
 
 OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = NoAttempt
+_ALONE = contextlib.nullcontext()
 
 
 class Candidate:
@@ -112,8 +112,6 @@ class Layers:
         candidates: Those that may be tried again; without fallback one, for the arguments as they are.
         left: Those of this round that have not been tried.
         has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
-        places: To which its place of ``max_concurrent`` has to be given back, while it has one.
-        had: The time limit that the last attempt had.
         patient_until: How long it waits until a trial of an open circuit begins.
         failed: The last attempt that failed; without fallback, until the next one begins.
         errors: Those of all attempts, with fallback.
@@ -121,8 +119,6 @@ class Layers:
     """
 
     has_own_limit = True
-    places: Places | None = None
-    had: TimeLimit | None = None
     patient_until: float | None = None
     failed: Verdict | None = None
     earlier_failure = ""
@@ -203,36 +199,36 @@ class Layers:
             passage = self.plan.breaker.shared.enter(key)
             if passage is None and self.call.failure is None:
                 return CIRCUIT_OPEN
+        attempt = Attempt(self, candidate, passage)
         try:
-            outcome = yield from self.attempt(candidate, passage)
-            return outcome if outcome.__class__ is NoAttempt else self._judge(outcome, candidate, passage)
+            outcome = yield from self.attempt(attempt)
+            return outcome if outcome.__class__ is NoAttempt else self._judge(attempt, outcome)
         finally:
             if passage is not None:
                 passage.end()
-            if self.places is not None:
-                self.places.give_back()
-                self.places = None
+            if attempt.places is not None:
+                attempt.places.give_back()
 
-    def attempt(self, candidate: Candidate, passage: Passage | None) -> Generator[Any, Any, Any]:
+    def attempt(self, attempt: Attempt) -> Generator[Any, Any, Any]:
         """max_concurrent, the rate limit, attempt_timeout, and one execution."""
-        plan, call = self.plan, self.call
+        plan, call, candidate = self.plan, self.call, attempt.candidate
         if call.failure is not None:
             outcome, call.failure = Failed(call.failure), None
             candidate.tries = call.attempts = call.rounds = 1
             return outcome
         if plan.places is not None:
-            self.places = yield from plan.places.take(candidate.args, candidate.kwargs, self.call.deadline, passage)
-            if self.places is None or _is_shut(passage):
+            attempt.places = yield from plan.places.take(attempt.args, attempt.kwargs, call.deadline, attempt.passage)
+            if attempt.places is None or attempt.is_shut():
                 return self._why_not()
         if plan.limit is not None:
-            missed = yield from self._take_slot(plan.limit, candidate, passage)
+            missed = yield from self._take_slot(plan.limit, attempt)
             if missed is not None:
                 return missed
-        if clock.now() >= self.call.deadline:
+        if clock.now() >= call.deadline:
             return OUT_OF_TIME
-        attempt = Attempt(self, candidate, passage)
-        outcome = yield attempt
-        call.is_last, self.had = attempt.is_last, attempt.limit
+        with PartOf(attempt.places) if attempt.places is not None and call.presence is None else _ALONE:
+            outcome = yield attempt
+        call.is_last = attempt.is_last
         if outcome is NOT_RUN:
             return self._why_not()
         if plan.limit is not None:
@@ -243,11 +239,9 @@ class Layers:
         """Why an attempt that waited for something has not begun."""
         return OUT_OF_TIME if clock.now() >= self.call.deadline else CIRCUIT_OPEN
 
-    def _take_slot(
-        self, limit: FunctionLimit, candidate: Candidate, passage: Passage | None
-    ) -> Generator[Any, Any, NoAttempt | None]:
+    def _take_slot(self, limit: FunctionLimit, attempt: Attempt) -> Generator[Any, Any, NoAttempt | None]:
         """Wait for a slot; gives why there is none, if so."""
-        plan, call = self.plan, self.call
+        plan, call, candidate = self.plan, self.call, attempt.candidate
         if call.presence is not None:
             # A slot that is taken while a worker starts would be used when it is over, together with the next one.
             yield Prepare()
@@ -257,12 +251,12 @@ class Layers:
         taken = yield from limit.take(
             candidate,
             self.call.deadline,
-            is_over=lambda: _is_shut(passage) or self._gives_way(candidate),
+            is_over=lambda: attempt.is_shut() or self._gives_way(candidate),
             is_turn=not (self.has_own_limit and rests),
         )
         waited = clock.now() - asked
         plan.stats.waited.add(waited)
-        if _is_shut(passage):
+        if attempt.is_shut():
             return CIRCUIT_OPEN
         if not taken:
             return GAVE_WAY if taken is None else OUT_OF_TIME
@@ -292,7 +286,7 @@ class Layers:
         if call.tell is not None:
             call.tell(events.AttemptStarted, attempt=call.attempts, round=call.rounds)
 
-    def _judge(self, outcome: Any, candidate: Candidate, passage: Passage | None) -> Any:
+    def _judge(self, attempt: Attempt, outcome: Any) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
         plan, call = self.plan, self.call
         error = outcome.error if outcome.__class__ is Failed else None
@@ -308,13 +302,13 @@ class Layers:
             # Not its text, which may hold arguments.
             log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
             return Failed(raised if error is None else _in_context_of(error, raised))
-        if passage is not None and not call.is_last:
-            self._tell_circuit(passage, verdict, candidate)
+        if attempt.passage is not None and not call.is_last:
+            self._tell_circuit(attempt, attempt.passage, verdict)
         if verdict is None:
             if plan.kind.endswith("generator") and outcome[0] is not None:
                 # It has begun, and keeps its place until it ends or is closed.
                 generator, item, _ = outcome
-                outcome, self.places = (generator, item, self.places), None
+                outcome, attempt.places = (generator, item, attempt.places), None
             return outcome
         if call.is_last:
             add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
@@ -323,7 +317,7 @@ class Layers:
             self._tell_of_failure(call.tell, verdict.error)
         self.failed = verdict
         if plan.fallback is not None:
-            self._candidate_failed(plan.fallback, candidate, verdict)
+            self._candidate_failed(plan.fallback, attempt.candidate, verdict)
         return verdict
 
     def _tell_of_failure(self, tell: Callable[..., None], error: Exception) -> None:
@@ -338,16 +332,16 @@ class Layers:
         if verdict.rests:
             fallback.failed(candidate.value, verdict.delay, again=verdict.again)
 
-    def _tell_circuit(self, passage: Passage, verdict: Verdict | None, candidate: Candidate) -> None:
+    def _tell_circuit(self, attempt: Attempt, passage: Passage, verdict: Verdict | None) -> None:
         """Whether it speaks against the service, of which an attempt that had too little time says nothing."""
-        failed, had = verdict is not None and verdict.counts, self.had
+        failed, had = verdict is not None and verdict.counts, attempt.limit
         if verdict is not None and isinstance(verdict.error, CallTimeoutError):
             if had is not None and had[1] == "total_timeout" and had[0] < (self.plan.total_timeout or 0.0) / 2:
                 return
             failed = True
         changed = passage.breaker.passed(passage, failed=failed)
         if changed is not None and self.call.tell is not None:
-            place = None if self.plan.fallback is None else candidate.number
+            place = None if self.plan.fallback is None else attempt.candidate.number
             self.call.tell(events.CircuitChanged, state=changed, place=place)
 
     # Which candidates may be tried, and when
@@ -484,10 +478,6 @@ def _in_context_of(error: Exception, raised: Exception) -> Exception:
     if error is not raised and raised.__context__ is None:
         raised.__context__ = error
     return raised
-
-
-def _is_shut(passage: Passage | None) -> bool:
-    return passage is not None and passage.is_shut()
 
 
 def _counted(number: int, noun: str) -> str:

@@ -50,6 +50,10 @@ class Plan:
         self.kind = calling_kind(function)
         self.is_async = self.kind in {"async def", "async generator"}
         vars(self).update(layers)
+        # Not at the top, so that `import opero` stays quick; here, because ``import`` fails when the program ends.
+        from opero.core.parameters import own_signature
+
+        self._own_signature = own_signature
 
     @property
     def asks_first(self) -> set[str]:
@@ -59,11 +63,8 @@ class Plan:
 
     def is_wrong(self, call: Call) -> bool:
         """Whether the call's arguments do not fit the function, so that the function never began."""
-        # Not at the top, so that `import opero` stays quick.
-        from opero.core.parameters import own_signature
-
         try:
-            signature = own_signature(self.function)
+            signature = self._own_signature(self.function)
         except (ValueError, TypeError):  # not known, as of some builtins
             return False
         try:
@@ -98,7 +99,6 @@ class Call:
         cached: Whether the result came from the cache.
         is_made_up: Whether a user's hook supplied the result, which is not the function's, to be remembered.
         refreshes: Whether the function runs, whatever the cache has.
-        flight: Stands for its computation, where others may wait for that.
         presence: Of the map that it is part of, which goes on by itself.
         tell: Tells those who listen.
     """
@@ -110,7 +110,6 @@ class Call:
     retry_state: RetryCallState | None = None
     cached = False
     is_made_up = False
-    flight: object = None
     presence: Presence | None = None
     index: int | None = None
     tell: Callable[..., None] | None = None

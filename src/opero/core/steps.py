@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from opero.core.flow import Candidate, Layers
     from opero.core.limits.gates import Gate
     from opero.core.limits.line import Turn
+    from opero.core.limits.places import Places
     from opero.core.stores.settings import Store
 
 
@@ -56,9 +57,8 @@ class Attempt:
     blocks cannot do that. One that does not run it at once asks `may_start`, and sends back `NOT_RUN` if it may not.
 
     Attributes:
-        candidate: The fallback value that is among the arguments, for drivers that send only what differs.
-        badges: What a call that the function makes must not wait for: the computation that others may be waiting for
-            (`opero.core.flights`), and the place that it takes.
+        passage: Through the circuit, if there is one.
+        places: To which its place of ``max_concurrent`` has to be given back, while it has one.
         has_begun: Whether ``begins`` was called, by a driver that may have to hand it out twice.
         limit: What `time_limit` has said last.
         is_last: Set by the driver if its task was cancelled meanwhile: whatever the function made of that, nothing is
@@ -68,19 +68,22 @@ class Attempt:
     has_begun = False
     limit: TimeLimit | None = None
     is_last = False
+    places: Places | None = None
 
     def __init__(self, layers: Layers, candidate: Candidate, passage: Passage | None) -> None:
         self.args = candidate.args
         self.kwargs = candidate.kwargs
-        self.candidate = candidate.value
-        self.badges = frozenset({layers.call.flight, layers.places} - {None})
+        self.candidate = candidate
+        self.passage = passage
         self.begins = partial(layers.begin, candidate)
         self.is_timed = layers.is_timed
         self._layers = layers
-        self._passage = passage
+
+    def is_shut(self) -> bool:
+        return self.passage is not None and self.passage.is_shut()
 
     def may_start(self) -> bool:
-        return clock.now() < self._layers.call.deadline and (self._passage is None or not self._passage.is_shut())
+        return clock.now() < self._layers.call.deadline and not self.is_shut()
 
     def time_limit(self) -> TimeLimit | None:
         """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
@@ -178,6 +181,25 @@ def raise_or_return(outcome: Any) -> Any:
 leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozenset())
 
 
+class PartOf:
+    """A block that is part of a computation, or has a place; not for items of a map, which share one context."""
+
+    __slots__ = ("_leader", "_token")
+
+    def __init__(self, leader: Any) -> None:
+        self._leader = leader
+
+    def __enter__(self) -> None:
+        self._token = leading.set(leading.get() | {self._leader})
+
+    def __exit__(self, *_error: object) -> None:
+        try:
+            leading.reset(self._token)
+        except ValueError:
+            # A task of a loop that was closed ends where it is collected, in another context.
+            return
+
+
 async def run_in_time(
     function: Callable[..., Awaitable[Any]],
     args: tuple[Any, ...],
@@ -211,12 +233,10 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
         while True:
             # The last one may hold an error, and with it the frames of an attempt.
             sent: Any = None
-            token = None
             try:
                 if isinstance(step, Attempt):
                     # Here and not in a function of its own, whose frame each level of a recursion would have.
                     step.begins()
-                    token = leading.set(leading.get() | step.badges) if step.badges else None
                     sent = function(*step.args, **step.kwargs)
                 else:
                     sent = _carry_out(step)
@@ -225,9 +245,6 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
                     step = flow.throw(error)
                     continue
                 sent = Failed(error)
-            finally:
-                if token is not None:
-                    leading.reset(token)
             step = flow.send(sent)
     except StopIteration as end:
         outcome = end.value
@@ -275,7 +292,6 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
         while True:
             # The last one may hold an error, and with it the frames of an attempt.
             sent: Any = None
-            token = None
             if (not isinstance(step, Attempt) or step.is_timed) and not is_in_asyncio():
                 # Under another library only what needs no wait can be done.
                 step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
@@ -283,7 +299,6 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
             try:
                 if isinstance(step, Attempt):
                     step.begins()
-                    token = leading.set(leading.get() | step.badges) if step.badges else None
                     sent = await run_in_time(function, step.args, step.kwargs, step.time_limit(), name)
                     step.is_last = was_cancelled(sent, before)
                     before = _cancellations()
@@ -292,11 +307,6 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
             except Exception as error:
                 step = flow.throw(error)
                 continue
-            finally:
-                if token is not None:
-                    # A task of a loop that was closed ends where it is collected, in another context.
-                    with contextlib.suppress(ValueError):
-                        leading.reset(token)
             step = flow.send(sent)
     except StopIteration as end:
         outcome = end.value

@@ -9,7 +9,7 @@ from opero.core.clock import clock
 from opero.core.limits.ledger import Ledger
 from opero.core.limits.line import ONE, Line, PerValue, take
 from opero.core.limits.rates import CALLS, Rates
-from opero.core.steps import leading
+from opero.core.steps import PartOf, leading
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ class _FreePlaces(Ledger):
 class Places(Line):
     """The places, and those who wait for one.
 
-    What runs in one of them has them among its badges (`opero.core.steps.leading`).
+    What runs in one of them has them among what it is part of (`opero.core.steps.leading`).
     """
 
     def __init__(self, count: int) -> None:
         places = _FreePlaces(count)
         super().__init__(places)
         self._free, self._count = places.free, places.count
-        self._badges = frozenset({self})
+        self._marks = frozenset({self})
 
     def enter(self, _args: Any = (), _kwargs: Any = None) -> tuple[Places, Token[Any]] | None:
         """Take a place for the running code; gives what to give it back with, None if that has to wait, or must not."""
@@ -74,7 +74,7 @@ class Places(Line):
             self._free.pop()
         except IndexError:
             return None
-        return self, leading.set(others | self._badges if others else self._badges)
+        return self, leading.set(others | self._marks if others else self._marks)
 
     def give_back(self, token: Token[Any] | None = None) -> None:
         """Somebody leaves, with what `enter` gave if that was used: the next one may come."""
@@ -92,19 +92,13 @@ class Places(Line):
 
     def resume(self, step: Callable[..., Any], *given: Any) -> Any:
         """Take a step of a generator that has a place."""
-        token = leading.set(leading.get() | self._badges)
-        try:
+        with PartOf(self):
             return step(*given)
-        finally:
-            leading.reset(token)
 
     async def resume_async(self, step: Callable[..., Awaitable[Any]], *given: Any) -> Any:
         """The same of an async generator."""
-        token = leading.set(leading.get() | self._badges)
-        try:
+        with PartOf(self):
             return await step(*given)
-        finally:
-            leading.reset(token)
 
 
 class PlacesForFunction:
