@@ -78,9 +78,7 @@ class BlockingInbox(_Events):
         finally:
             self._waits = False
         for pipe in ready:
-            # One of them may be forgotten by another.
-            if pipe in self._heard:
-                self._heard[pipe]()
+            self._heard[pipe]()
         return bool(self._events)
 
     def close(self) -> None:

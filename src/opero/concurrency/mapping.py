@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import operator
 import sys
+import traceback
 import warnings
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -22,8 +23,6 @@ from opero.exceptions import FailedItemsWarning
 from opero.utils.notes import Shortened, add_note, class_counts
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from opero.concurrency.outcome import Sink
     from opero.concurrency.pool import MapSettings, PoolSource
     from opero.concurrency.worker import Shape
@@ -109,15 +108,14 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
     def __repr__(self) -> str:
         return f"<opmap {self.plan.name}>"
 
-    def _with(self, **changes: Any) -> Any:
+    def _with(self, **changes: Any) -> Self:
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__, **changes)
         return made
 
     def _bound_to(self, instance: Any) -> Self:
         origin = operator.methodcaller("__get__", instance), (self,)
-        bound: Self = self._with(single=self.single.__get__(instance), _head=(instance,), _origin=origin)
-        return bound
+        return self._with(single=self.single.__get__(instance), _head=(instance,), _origin=origin)
 
     def _starred(self) -> Any:
         return self._with(_is_starred=True, _origin=(getattr, (self, "starmap")))
@@ -126,8 +124,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         """The same map in the calling thread, or in a process if it is to be stopped: elsewhere it cannot be."""
         is_to_be_stopped = self.plan.attempt_timeout is not None and not self.plan.is_async
         settings = replace(self.settings, progress=False, return_exceptions=False)
-        made: Self = self._with(settings=settings if is_to_be_stopped else settings.serial())
-        return made
+        return self._with(settings=settings if is_to_be_stopped else settings.serial())
 
     def _outcomes(self, items: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> Any:
         """Begin to map: an iterator of what the sink hands out, or of an ``async def`` function an async one."""
@@ -393,12 +390,14 @@ for _method in (SyncMap.__call__, SyncMap.run, SyncMap.stream, AsyncMap.__call__
 
 def level_of_the_user() -> int:
     """How many frames above the caller of this function the program's own code is."""
-    level = 1
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as `inspect.currentframe` does
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {"opero", "asyncio"}:
-        level += 1
-        frame = frame.f_back
-    return level
+    modules = _modules_of_callers()
+    return next((level for level, name in enumerate(modules) if name.partition(".")[0] not in {"opero", "asyncio"}), 1)
+
+
+def _modules_of_callers() -> list[str]:
+    """The names of the modules of those who wait for the caller of this function to return, the caller first."""
+    frames = traceback.walk_stack(sys._getframe(1))  # noqa: SLF001 - as `inspect.currentframe` does
+    return [str(frame.f_globals.get("__name__", "")) for frame, _ in frames]
 
 
 async def _only(results: Coroutine[Any, Any, Any]) -> Any:
@@ -427,10 +426,4 @@ def _made_again(factory: Callable[..., Any], options: dict[str, Any], function: 
 
 def _is_pickled_by_value() -> bool:
     """Whether a pickler is at work here that sends functions by value: pickle does not tell who asks."""
-    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - as `inspect.currentframe` does
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__", "")).split(".")
-        if "cloudpickle" in package or "dill" in package:
-            return True
-        frame = frame.f_back
-    return False
+    return any({"cloudpickle", "dill"} & {*name.split(".")} for name in _modules_of_callers())

@@ -19,14 +19,13 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Items are held by reference, so a batch of large ones costs memory only for as long as they live.
-LARGEST_BATCH = 128
-
 
 class ThreadPool(Pool):
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
     can_rest = True
+    # Items are held by reference, so a batch of large ones costs memory only for as long as they live.
+    largest_batch = 128
 
     def __init__(
         self,
@@ -52,10 +51,6 @@ class ThreadPool(Pool):
     @property
     def slots(self) -> int:
         return self._workers
-
-    @property
-    def largest_batch(self) -> int:
-        return LARGEST_BATCH
 
     def take_on(self, work: Work) -> None:
         # What the threads run, and the context variables of whoever called it.
