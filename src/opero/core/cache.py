@@ -203,12 +203,9 @@ class ResultCache:
 
     def through(self, call: Call, compute: Callable[[], Flow]) -> Flow:
         """The call's result from the cache, from an identical call under way, or from ``compute()``."""
-        try:
-            flights = self.store.flights
-            if call.key is MISSING:
-                call.key = self.keys.key_of(*call.args, **call.kwargs)
-        except Exception as error:  # noqa: BLE001 - the call's own: arguments that cannot be a key, a user's function
-            return Failed(error)
+        flights = self.store.flights
+        if call.key is MISSING:
+            call.key = self.keys.key_of(*call.args, **call.kwargs)
         # Others get the old entry while it is refreshed, and do not wait for that.
         own = Flight(call.key, call.presence, stale=self._settings.stale, refreshes=call.refreshes)
         try:
@@ -256,10 +253,10 @@ class ResultCache:
         land, claim, look = self.store.flights.land, CLAIMED, _FIRST_LOOK
         while not call.refreshes and (claim := (yield from self._ask(flight))) is BUSY:
             # Another process computes.
-            left = call.time_left()
-            if left is not None and left <= 0:
+            left = call.deadline - clock.now()
+            if left <= 0:
                 return self._out_of_time()
-            yield Pause(look if left is None else min(look, left), is_real=True)
+            yield Pause(min(look, left), is_real=True)
             look = min(_LAST_LOOK, look * 2)
         if claim is FOUND:
             self.stats.joined.tick()

@@ -80,7 +80,7 @@ def call_flow(plan: Plan, call: Call) -> Flow:
                 plan.stats.flown.tick()
             outcome = yield from layers.retry() if plan.cache is None else plan.cache.through(call, layers.retry)
         except Exception as error:  # raised by a policy or a driver: a call that failed like others
-            outcome = Failed(error if layers.failed is None else _in_context_of(layers.failed.error, error))
+            outcome = Failed(_in_context_of(None if layers.failed is None else layers.failed.error, error))
         if outcome.__class__ is Failed:
             outcome = _replaced_by_default(plan, call, outcome)
         return outcome
@@ -97,7 +97,10 @@ def call_flow(plan: Plan, call: Call) -> Flow:
 def item_flow(plan: Plan, call: Call) -> Flow:
     """One item of a function that takes lists: the layers that are by item, around what is by call."""
     plan.stats.flown.tick()
-    outcome = yield from _share() if plan.cache is None else plan.cache.through(call, _share)
+    try:
+        outcome = yield from _share() if plan.cache is None else plan.cache.through(call, _share)
+    except Exception as error:  # arguments that cannot be a key, a user's function
+        outcome = Failed(error)
     return _replaced_by_default(plan, call, outcome) if outcome.__class__ is Failed else outcome
 
 
@@ -301,7 +304,7 @@ class Layers:
         except Exception as raised:  # the user's predicate: what it cannot judge ends the call
             # Not its text, which may hold arguments.
             log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
-            return Failed(raised if error is None else _in_context_of(error, raised))
+            return Failed(_in_context_of(error, raised))
         if attempt.passage is not None and not call.is_last:
             self._tell_circuit(attempt, attempt.passage, verdict)
         if verdict is None:
@@ -473,9 +476,9 @@ def _is_misuse(plan: Plan, call: Call, error: Exception) -> bool:
     return isinstance(error, MisuseError) or (isinstance(error, TypeError) and plan.is_wrong(call))
 
 
-def _in_context_of(error: Exception, raised: Exception) -> Exception:
+def _in_context_of(error: Exception | None, raised: Exception) -> Exception:
     """What was raised while an error was handled, with that as its context, as Python would have it."""
-    if error is not raised and raised.__context__ is None:
+    if raised.__context__ is None and raised is not error:
         raised.__context__ = error
     return raised
 
