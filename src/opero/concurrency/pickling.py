@@ -94,7 +94,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return _LOCKS[kind], ()
         if kind in (NewType, ParamSpec, TypeVarTuple) and obj.__module__ in MAINS and not self._goes_by_name(obj):
             supertype = (obj.__supertype__,) if kind is NewType else ()
-            return kind, (obj.__name__, *supertype), {"__module__": "__main__"}
+            # As of slots: some have no `__dict__`.
+            return kind, (obj.__name__, *supertype), (None, {"__module__": "__main__"})
         return NotImplemented
 
     def _goes_by_name(self, thing: Any) -> bool:
