@@ -165,8 +165,6 @@ _telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_te
 class Subscription:
     """A callback that is told of events until this is closed; also a context for a ``with`` block."""
 
-    __slots__ = ("_is_complained_of", "callback")
-
     def __init__(self, callback: Callable[[Any], object]) -> None:
         self.callback = check_callable("on_event", callback, "a function of one event")
         self._is_complained_of = False
@@ -201,8 +199,6 @@ class Switches:
         listeners: Who is told of the calls of all functions.
         is_disabled: Whether the bare functions are called.
     """
-
-    __slots__ = ("_disablers", "_lock", "are_on", "is_disabled", "listeners")
 
     def __init__(self) -> None:
         self._lock = ForkSafeLock()

@@ -29,8 +29,6 @@ _MOST_KEPT = 10_000
 class _Circuit:
     """The last failures in a row; open until a trial call succeeds, once there are too many of them."""
 
-    __slots__ = ("failures", "trial", "trial_at")
-
     def __init__(self, most: int) -> None:
         self.failures: deque[float] = deque(maxlen=most)
         # When the next trial may begin, None while the circuit is closed; and who is on trial.
@@ -201,8 +199,6 @@ class FunctionBreaker:
 
 class Circuit:
     """The circuit of a function, as `opero.control` gives it; with ``per`` or ``arg_fallback``, ``circuit[value]``."""
-
-    __slots__ = ("_are_many", "_breaker", "_key")
 
     def __init__(self, breaker: Breaker, key: Any = None, *, are_many: bool = False) -> None:
         self._breaker = breaker

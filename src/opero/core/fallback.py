@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from opero.core.checks import check_seconds, check_text
+from opero.core.checks import check_callable, check_seconds, check_text
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.frozen import itself
@@ -13,7 +13,7 @@ from opero.core.keys import identity_of
 from opero.core.parameters import ParameterSlot
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.signature import MISSING, is_async, name_of, refuse_unfinished
+from opero.core.signature import MISSING, name_of, refuse_unfinished
 from opero.events import switches
 from opero.exceptions import MisuseError
 
@@ -120,16 +120,8 @@ def candidates_from(function: Callable[[], list[T] | tuple[T, ...]]) -> T:
     Raises:
         TypeError: If it is not a function, or an async one.
     """
-    # What came in may be the secrets themselves: its type has to do.
-    if not callable(function):
-        raise TypeError(
-            f"candidates_from got {type(function).__name__}, which cannot be called; write a function that returns the "
-            "values, or candidates(…) for values that are known"
-        )
-    if is_async(function):
-        msg = f"candidates_from got the async function {name_of(function)}; write a plain one, for async functions too"
-        raise TypeError(msg)
-    return cast("T", CandidatesFrom(function))
+    wanted = "a function that returns the values, or candidates(…) for values that are known"
+    return cast("T", CandidatesFrom(check_callable("candidates_from", function, wanted)))
 
 
 class FallbackOverParameter:

@@ -25,8 +25,6 @@ class ParameterSlot:
         ValueError: If there is no parameter ``name``; ``option`` is the decorator's option that asked for it.
     """
 
-    __slots__ = ("default", "earlier_defaults", "keyword", "name", "position")
-
     def __init__(self, function: Callable[..., Any], name: str, option: str) -> None:
         try:
             parameters = inspect.signature(function).parameters
@@ -68,8 +66,6 @@ class Per:
         get: Gives it, for positional and keyword arguments.
         parameters: The names of the parameters; None where a function decides.
     """
-
-    __slots__ = ("get", "parameters")
 
     def __init__(self, function: Callable[..., Any], per: Any) -> None:
         self.get: Callable[[tuple[Any, ...], dict[str, Any]], Any]

@@ -150,11 +150,9 @@ def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache:
 
     if isinstance(given["cache"], Cache):
         return ResultCache(function, given["cache"].settings)
-    if isinstance(given["cache"], str):
-        msg = "cache=… is str; write True or False, and beside it cache_backend='disk', or cache=Cache(backend='disk')"
-        raise TypeError(msg)
     if not isinstance(given["cache"], bool):
-        raise wrong_type("cache", given["cache"], "True or False, or a Cache, such as cache=Cache(ttl='15 minutes')")
+        instead = "True or False, and beside it cache_backend='disk', or a Cache, such as cache=Cache(ttl='15 minutes')"
+        raise wrong_type("cache", given["cache"], instead)
     _, *flat = OPTIONS["cache"]
     return ResultCache(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in flat}))
 
