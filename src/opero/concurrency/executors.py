@@ -259,15 +259,10 @@ def _run(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Rep
 
 
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> Found | str | None:
-    """Run one batch in a worker that shares no memory with the map; None if it lacks the map's work.
+    """Run one batch in a worker that shares no memory with the map.
 
-    Gives a text that says why the work cannot be loaded, if that is so.
-
-    Args:
-        digest: The name of the map's work.
-        packed: The work; may be missing, so that large work does not travel with every batch.
-        payload: The batch.
-        _number: Different for every batch: by default dask runs no call twice that has the same arguments.
+    Gives None if it lacks the map's work, which is missing where it is large, and a text if that cannot be loaded.
+    ``_number`` is different for every batch: by default dask runs no call twice that has the same arguments.
     """
     if packed is None and digest not in works:
         return None

@@ -46,6 +46,7 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.concurrency.processes import ProcessPool
     from opero.core.steps import TimeLimit
 
 # A batch that takes longer than it was made for goes on for so long: what is given back costs a message.
@@ -81,17 +82,10 @@ RunLimited: TypeAlias = "Callable[[Work, list[Any], TimeLimit, How], Report]"
 
 
 def run_parcel(name: str, digest: bytes, fetch: Callable[[], bytes], payload: bytes, run_limited: RunLimited) -> Found:
-    """Run one batch in a worker.
+    """Run one batch in a worker, which keeps a journal of that name.
 
-    Args:
-        name: The name of its journal.
-        digest: The name of the map's work.
-        fetch: Gets the work, for a worker that does not have it.
-        payload: The batch.
-        run_limited: Runs an item that has a time limit.
-
-    Raises:
-        Exception: If the work cannot be loaded; what the function raises is in the reports.
+    It raises only if the work cannot be loaded, which ``fetch`` gets for a worker that lacks it: what the function
+    raises is in the reports. ``run_limited`` runs an item that has a time limit.
     """
     work = load(digest, fetch)
     arrived = unpack_batch(payload)
@@ -281,64 +275,57 @@ def run_on_dask(name: str, digest: bytes, payload: bytes, *, restarts: bool) -> 
     return run_parcel(name, digest, bytes, payload, run_limited)
 
 
-class _Child:
-    """A process below a worker, for items that have a time limit: it can be ended."""
-
-    def __init__(self, work: Work) -> None:
-        from opero.concurrency.processes import ProcessPool
-
-        self._work = work
-        self._inbox = BlockingInbox()
-        self._pool = ProcessPool(work, 1)
-        self._pool.start(self._inbox)
-
-    def run(self, items: list[Any], limit: TimeLimit) -> Report:
-        batch = Batch(items, 0)
-        batch.time_limit, batch.grace = limit, _UNHEEDED_SECONDS * self._work.is_async
-        if limit[1] == "total_timeout":
-            # That of an attempt begins when its process is ready.
-            batch.ends_at = time.monotonic() + limit[0] + batch.grace
-        self._pool.submit(batch)
-        while True:
-            patience = None if batch.ends_at == math.inf else max(0.0, batch.ends_at - time.monotonic())
-            for event in self._inbox.collect(patience, is_real=True):
-                known = self._pool.receive(event)
-                if isinstance(known, Fatal):
-                    raise known.error
-                if isinstance(known, Done):
-                    return known.report
-                if isinstance(known, Lost):
-                    name = name_of(self._work.function)
-                    crash = WorkerCrashedError(f"the worker that ran {name} ended: {known.reason}")
-                    return Report([None], {0: stopped(name, *limit) if batch.is_overdue else crash}, limit[0])
-            if time.monotonic() >= batch.ends_at:
-                batch.is_overdue = self._pool.kill(batch) or batch.is_overdue
-                batch.ends_at = time.monotonic() + GRACE_SECONDS
-
-    def stop(self) -> None:
-        self._pool.stop()
-        self._inbox.close()
-
-
-# Of each map, those that run nothing.
-_idle_children: dict[bytes, list[_Child]] = {}
+# Processes below a worker, for items that have a time limit: they can be ended. Of each map, those that run nothing.
+_idle_children: dict[bytes, list[tuple[ProcessPool, BlockingInbox]]] = {}
 
 
 def _run_in_child(digest: bytes, work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
     """Run an item in a process below this one, which stays for the next one."""
+    from opero.concurrency.processes import ProcessPool
+
     idle = _idle_children.setdefault(digest, [])
-    child = idle.pop() if idle else _Child(work)
+    pool, inbox = idle.pop() if idle else (ProcessPool(work, 1), BlockingInbox())
+    pool.start(inbox)
+    batch = Batch(items, 0, time_limit=limit, grace=_UNHEEDED_SECONDS * work.is_async)
+    if limit[1] == "total_timeout":
+        # That of an attempt begins when its process is ready.
+        batch.ends_at = time.monotonic() + limit[0] + batch.grace
     how.mark[0] = 1
     try:
-        return child.run(items, limit)
+        pool.submit(batch)
+        return _report_of(pool, inbox, batch, limit, name_of(work.function))
     finally:
         if _idle_children.get(digest) is idle:
-            idle.append(child)
+            idle.append((pool, inbox))
         else:
-            child.stop()
+            _end_child(pool, inbox)
+
+
+def _report_of(pool: ProcessPool, inbox: BlockingInbox, batch: Batch, limit: TimeLimit, name: str) -> Report:
+    """Wait for the report on a batch, and end its process when the time is up."""
+    while True:
+        patience = None if batch.ends_at == math.inf else max(0.0, batch.ends_at - time.monotonic())
+        for event in inbox.collect(patience, is_real=True):
+            known = pool.receive(event)
+            if isinstance(known, Fatal):
+                raise known.error
+            if isinstance(known, Done):
+                return known.report
+            if isinstance(known, Lost):
+                crash = WorkerCrashedError(f"the worker that ran {name} ended: {known.reason}")
+                error = stopped(name, *limit) if batch.is_overdue else crash
+                return Report([None], {0: error}, limit[0])
+        if time.monotonic() >= batch.ends_at:
+            batch.is_overdue = pool.kill(batch) or batch.is_overdue
+            batch.ends_at = time.monotonic() + GRACE_SECONDS
 
 
 def end_children(digest: bytes) -> None:
     """End the processes of a map that is over; one that runs an item when that has ended."""
     for child in _idle_children.pop(digest, []):
-        child.stop()
+        _end_child(*child)
+
+
+def _end_child(pool: ProcessPool, inbox: BlockingInbox) -> None:
+    pool.stop()
+    inbox.close()

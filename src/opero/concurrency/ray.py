@@ -28,38 +28,9 @@ _WARMING_SECONDS = 0.2
 _SEARCHING_SECONDS = 60.0
 
 
-class _Session:
-    """The ray of this process: the program's, or one that was started for maps and ends with the last of them."""
-
-    def __init__(self) -> None:
-        self._lock = ForkSafeLock()
-        self._users = 0
-        self._is_own = False
-
-    def enter(self, address: str | None, init: Mapping[str, Any]) -> None:
-        import ray
-
-        with self._lock.lock:
-            if not ray.is_initialized():
-                _start(address, init)
-                self._is_own = True
-            elif not self._is_own and (address is not None or init):
-                named = "'address'" if address is not None else "'init'"
-                msg = f"pool_options[{named}] cannot apply: ray is initialised already, and is used; leave it out"
-                raise OperoError(msg)
-            self._users += 1
-
-    def leave(self) -> None:
-        import ray
-
-        with self._lock.lock:
-            self._users -= 1
-            if not self._users and self._is_own:
-                self._is_own = False
-                ray.shutdown()
-
-
-_session = _Session()
+# The pools that use a ray which was started for maps; it ends with the last of them.
+_users: set[RayPool] = set()
+_entering = ForkSafeLock()
 
 
 def _start(address: str | None, init: Mapping[str, Any]) -> None:
@@ -175,7 +146,11 @@ class RayPool(FarPool):
         finally:
             self._in_flight.clear()
             self._work = []
-            _session.leave()
+            with _entering.lock:
+                is_last = _users == {self}
+                _users.discard(self)
+                if is_last:
+                    self._ray.shutdown()
 
     # The cluster
 
@@ -183,7 +158,15 @@ class RayPool(FarPool):
         import ray
 
         self._ray = ray
-        _session.enter(self._address, self._init)
+        with _entering.lock:
+            if _users or not ray.is_initialized():
+                if not ray.is_initialized():
+                    _start(self._address, self._init)
+                _users.add(self)
+            elif self._address is not None or self._init:
+                named = "'address'" if self._address is not None else "'init'"
+                msg = f"pool_options[{named}] cannot apply: ray is initialised already, and is used; leave it out"
+                raise OperoError(msg)
         self._has_begun = True
         # A forgotten stream is ended while ray can still do that.
         atexit.register(self.stop)
