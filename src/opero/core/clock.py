@@ -20,10 +20,6 @@ async def asyncio_sleep(seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
-def _wait(wait_for: Callable[[float | None], Any], seconds: float | None) -> None:
-    wait_for(seconds)
-
-
 async def wait_really_async(event: asyncio.Event, seconds: float | None) -> None:
     """`Clock.wait_async` in real seconds."""
     import asyncio
@@ -57,7 +53,9 @@ class Clock:
     machine: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] | None = None
     async_sleep: Callable[[float], Awaitable[None]] = staticmethod(asyncio_sleep)
-    wait: Callable[[Callable[[float | None], Any], float | None], None] = staticmethod(_wait)
+    wait: Callable[[Callable[[float | None], Any], float | None], None] = staticmethod(
+        lambda wait_for, seconds: wait_for(seconds)
+    )
     wait_async: Callable[[asyncio.Event, float | None], Awaitable[None]] = staticmethod(wait_really_async)
     is_virtual = False
 

@@ -233,18 +233,19 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
         while True:
             # The last one may hold an error, and with it the frames of an attempt.
             sent: Any = None
-            try:
-                if isinstance(step, Attempt):
-                    # Here and not in a function of its own, whose frame each level of a recursion would have.
-                    step.begins()
+            if isinstance(step, Attempt):
+                step.begins()
+                # Here and not in a function of its own, whose frame each level of a recursion would have.
+                try:
                     sent = function(*step.args, **step.kwargs)
-                else:
+                except Exception as error:  # the flow decides what becomes of it
+                    sent = Failed(error)
+            else:
+                try:
                     sent = _carry_out(step)
-            except Exception as error:  # the flow decides what becomes of it
-                if not isinstance(step, Attempt):
+                except Exception as error:
                     step = flow.throw(error)
                     continue
-                sent = Failed(error)
             step = flow.send(sent)
     except StopIteration as end:
         outcome = end.value
