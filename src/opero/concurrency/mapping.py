@@ -182,13 +182,13 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         except TypeError:
             return ""
         required = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-        missing = next((parameter for parameter in required if parameter not in given), None)
-        if missing is None:
-            return ""
-        return (
-            f"; write {name}(items, {missing}=…) to give the same to every item, or {name}.starmap(tuples) if each "
-            "item is a tuple of arguments"
-        )
+        for missing in required:
+            if missing not in given:
+                return (
+                    f"; write {name}(items, {missing}=…) to give the same to every item, or {name}.starmap(tuples) if "
+                    "each item is a tuple of arguments"
+                )
+        return ""
 
     def _check_items(self, items: Any) -> None:
         """Refuse as all items of a map what is meant as one of them."""

@@ -126,7 +126,7 @@ class Scheduler:
         elif plan.breaker is not None:
             # A batch that is with a worker when the circuit opens is run to its end.
             self._largest_batch = plan.breaker.shared.failures
-        is_asked = plan.asks_first or plan.cache is not None or bool(switches.listeners)
+        is_asked = plan.asks_first or plan.cache is not None or switches.listeners
         # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
         self._list_size = settings.batch_size
         self._gathered: list[Entry] = []
@@ -504,22 +504,20 @@ class Scheduler:
             if first.alone or following.alone or not following.may_begin():
                 break
             entries.append(self._ready.popleft())
-        batch = Batch(list(map(self._varying, entries)), first.index, entries)
+        batch = Batch([], first.index, entries)
         batch.has_candidates = self._sends_candidates
         batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
         batch.alone = first.alone
         batch.losses = max(entry.losses for entry in entries)
-        return batch
-
-    def _varying(self, entry: Entry) -> Any:
-        """What is sent for an item: the item, or the candidate that it is in this attempt, or a pair of both."""
-        assert entry.attempt is not None  # noqa: S101 - for the type checkers
         place = len(self._shape.head)
-        if entry.members is not None:
-            item: Any = [member.item for member in entry.members]
-        else:
+        for entry in entries:
+            assert entry.attempt is not None  # noqa: S101 - for the type checkers
+            # The item, or the candidate that it is in this attempt; or a pair of both.
             item = entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
-        return (item, entry.attempt.candidate.value) if self._sends_candidates else item
+            if entry.members is not None:
+                item = [member.item for member in entry.members]
+            batch.items.append((item, entry.attempt.candidate.value) if self._sends_candidates else item)
+        return batch
 
     def _send(self, batch: Batch) -> Batch:
         for entry in batch.entries or ():
