@@ -115,6 +115,7 @@ class Layers:
         candidates: Those that may be tried again; without fallback one, for the arguments as they are.
         left: Those of this round that have not been tried.
         has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
+        has_slot: Whether the next attempt has its slot of the rate limit.
         patient_until: How long it waits until a trial of an open circuit begins.
         failed: The last attempt that failed; without fallback, until the next one begins.
         errors: Those of all attempts, with fallback.
@@ -122,6 +123,7 @@ class Layers:
     """
 
     has_own_limit = True
+    has_slot = False
     patient_until: float | None = None
     failed: Verdict | None = None
     earlier_failure = ""
@@ -170,6 +172,7 @@ class Layers:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
         plan, call = self.plan, self.call
         speaks: Verdict | None = None
+        self.has_slot = False
         self.left = self._ready() if self.errors else list(self.candidates)
         while self.left:
             is_chosen = plan.fallback is None or call.failure is not None
@@ -223,10 +226,11 @@ class Layers:
             attempt.places = yield from plan.places.take(attempt.args, attempt.kwargs, call.deadline, attempt.passage)
             if attempt.places is None or attempt.is_shut():
                 return self._why_not()
-        if plan.limit is not None:
+        if plan.limit is not None and not self.has_slot:
             missed = yield from self._take_slot(plan.limit, attempt)
             if missed is not None:
                 return missed
+        self.has_slot = False
         if clock.now() >= call.deadline:
             return OUT_OF_TIME
         with PartOf(attempt.places) if attempt.places is not None and call.presence is None else _ALONE:
@@ -254,7 +258,7 @@ class Layers:
         taken = yield from limit.take(
             candidate,
             self.call.deadline,
-            is_over=lambda: attempt.is_shut() or self._gives_way(candidate),
+            is_over=lambda: attempt.is_shut() or (self.has_own_limit and self._gives_way(candidate)),
             is_turn=not (self.has_own_limit and rests),
         )
         waited = clock.now() - asked
@@ -265,7 +269,9 @@ class Layers:
             return GAVE_WAY if taken is None else OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
             call.tell(events.SlotWaited, seconds=waited)
-        return None
+        # A slot that all candidates share is as good for another one: to wait anew could take too long.
+        self.has_slot = not self.has_own_limit and self._gives_way(candidate)
+        return GAVE_WAY if self.has_slot else None
 
     def begin(self, candidate: Candidate) -> None:
         """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
@@ -368,7 +374,7 @@ class Layers:
         None if it was given up and another may be tried again: it has time until the last round.
         """
         awake, limit, retry = fallback.awake(self.left), self.plan.limit, self.plan.retry
-        candidate = awake[0] if limit is None else limit.choose(awake)
+        candidate = awake[0] if limit is None or self.has_slot else limit.choose(awake)
         has_time = self.call.rounds <= retry.retries and "stop" not in retry.options
         is_for_later = has_time and speaks is not None and speaks.again and fallback.is_given_up(candidate.value)
         return None if is_for_later else candidate
