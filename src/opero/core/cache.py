@@ -109,13 +109,7 @@ class Cache:
 
 
 class ResultCache:
-    """Key, entry, and who computes: one function's view of a store.
-
-    Attributes:
-        is_lasting: Whether entries outlast the process.
-        keys: Makes the keys.
-        stats: The counters of the function, from its decoration on.
-    """
+    """Key, entry, and who computes: one function's view of a store."""
 
     def __init__(self, function: Callable[..., Any], settings: CacheSettings) -> None:
         refuse_generator(function, "cache")
@@ -126,6 +120,7 @@ class ResultCache:
                 raise ValueError(msg)
         self.is_lasting = settings.backend != "memory"
         self.keys = KeyMaker(function, settings.key, digest=self.is_lasting, ignore=settings.ignore)
+        # Those of the function, from its decoration on.
         self.stats = Stats()
         self._function = function
         self._is_async = is_async(function)

@@ -18,19 +18,14 @@ REST_SECONDS = 5.0
 
 
 class Rest:
-    """Leaves a backend alone for a while after it failed, so that it costs time only once.
+    """Leaves a backend alone for a while after it failed, so that it costs time only once."""
 
-    Attributes:
-        error: Why; None while the backend is well.
-    """
-
-    def __init__(self) -> None:
-        self._until = 0.0
-        self.error: Exception | None = None
+    # Why it is left alone, and until when.
+    error: Exception | None = None
+    _until = 0.0
 
     def begin(self, error: Exception) -> None:
-        self.error = error
-        self._until = clock.now() + REST_SECONDS
+        self.error, self._until = error, clock.now() + REST_SECONDS
 
     def end(self) -> None:
         self.error = None
@@ -38,12 +33,10 @@ class Rest:
     def reason(self) -> Exception | None:
         """Why the backend is left alone now; at the end of a rest one caller is let through to try."""
         error = self.error
-        if error is None:
+        if error is not None and clock.now() >= self._until:
+            self.begin(error)
             return None
-        if clock.now() < self._until:
-            return error
-        self.begin(error)
-        return None
+        return error
 
 
 class Complaints:

@@ -84,16 +84,12 @@ class Keep(NamedTuple):
 
 
 class Seat:
-    """One who waits for a flight; an `Arrival`.
-
-    Attributes:
-        due_in: The time that it has left.
-        outcome: What the flight has landed with; missing if there is nothing to share, as of one that was broken off.
-        written: The same as bytes, where results are kept so: all others get copies of their own.
-    """
+    """One who waits for a flight; an `Arrival`."""
 
     is_turn = False
+    # What the flight has landed with; missing if there is nothing to share, as of one that was broken off.
     outcome: Any = MISSING
+    # The same as bytes, where results are kept so: all others get copies of their own.
     written: bytes | None = None
     wake: Callable[[], None] | None = None
 
