@@ -103,14 +103,13 @@ class Scheduler:
         total: int | None,
     ) -> None:
         self._plan = plan = plan.bare if switches.is_disabled else plan
+        self._settings = settings
         self._shape, self._source, self._sink, self._inbox = shape, source, sink, inbox
         self._stream = sink if isinstance(sink, StreamSink) else None
-        self._stop_at_failure = not settings.return_exceptions
         self._progress = None if settings.progress is False else make_progress(settings.progress, plan.name, total)
         self.tally = Tally(total=total)
         # In a child that is forked from it all of this belongs to the parent.
         self.process = os.getpid()
-        self._pools = settings.pools
         self.pool: Pool = settings.pools.pool_for(self._work())
         # Whether the pool can be used by another map, if nothing runs in it.
         self.is_sound = True
@@ -127,13 +126,12 @@ class Scheduler:
             # A batch that is with a worker when the circuit opens is run to its end.
             self._largest_batch = plan.breaker.shared.failures
         is_asked = plan.asks_first or plan.cache is not None or switches.listeners
-        # Of a function that takes lists: how long they are, the items for the next one, and what is by call.
-        self._list_size = settings.batch_size
+        # Of a function that takes lists: the items for the next one, and what is by call.
         self._gathered: list[Entry] = []
         self._call_plan = plan
-        if self._list_size is not None:
+        if settings.batch_size is not None:
             self._call_plan = plan.changed(cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
-        self._is_direct = not (is_asked or self._one_at_a_time or self._list_size is not None)
+        self._is_direct = not (is_asked or self._one_at_a_time or settings.batch_size is not None)
         self._next_index = 0
         self._look_ahead = 1
         self.presence = Presence()
@@ -303,7 +301,7 @@ class Scheduler:
         for heard in self._inbox.drain():
             if isinstance(self.pool.receive(heard), Fatal):
                 return False
-        return self._pools.keep(self.pool)
+        return self._settings.pools.keep(self.pool)
 
     def close(self) -> None:
         """Give up all flows, so that what they hold (places in a line, computations others wait for) is free.
@@ -355,7 +353,7 @@ class Scheduler:
         """Give an item a flow of its own, or several that share a call."""
         call = Call(self._shape.arguments(item), self._shape.kwargs, **of_the_call)
         call.index, call.presence = index, self.presence
-        is_of_a_list = self._list_size is not None and members is None
+        is_of_a_list = self._settings.batch_size is not None and members is None
         flow = item_flow(self._plan, call) if is_of_a_list else call_flow(self._call_plan, call)
         entry = Entry(index, item, call, flow, members)
         self._flying.add(entry)
@@ -388,7 +386,7 @@ class Scheduler:
                 self.pool.prepare()
         elif isinstance(step, Share):
             self._gathered.append(entry)
-            if len(self._gathered) == self._list_size:
+            if len(self._gathered) == self._settings.batch_size:
                 self._call_for_many()
         else:
             self._waiting[entry] = step
@@ -435,7 +433,7 @@ class Scheduler:
         self.tally.cached += outcome.cached
         if outcome.error is not None:
             self.tally.failed += 1
-            if self._stop_at_failure and self.failure is None and not outcome.is_excused:
+            if not (self._settings.return_exceptions or self.failure is not None or outcome.is_excused):
                 self.failure = outcome.error
         self._sink.put(outcome)
 
