@@ -14,7 +14,7 @@ import time
 import traceback
 import weakref
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from side_by_side import SECONDS, errors, forked, forks, results, started, until
@@ -972,6 +972,57 @@ class TestForks:
             stop.set()
         results(threads)
         assert answers == ["[(0, 1), None, (0, 1), 0]"] * 20
+
+
+# Runs that need each other's results
+
+
+@pytest.mark.parametrize("backend", ["memory", "disk"])
+class TestRunsThatNeedEachOther:
+    """Walks of a graph with a circle, each of which goes to no node twice."""
+
+    WAYS: ClassVar = {"a": ["b"], "b": ["a"]}
+
+    @pytest.fixture
+    def cache(self, backend, tmp_path):
+        return opero.Cache(backend=backend, namespace="f", **({"cache_dir": tmp_path} if backend == "disk" else {}))
+
+    def test_two_threads_get_their_results(self, cache):
+        walked, both = contextvars.ContextVar("walked", default=()), threading.Barrier(2)
+
+        @opero.opero(cache=cache, retries=0)
+        def size(node):
+            if not walked.get():
+                both.wait(SECONDS)
+            token = walked.set((*walked.get(), node))
+            try:
+                return 1 + sum(size(other) for other in self.WAYS[node] if other not in walked.get())
+            finally:
+                walked.reset(token)
+
+        assert set(results([started(size, node) for node in "ab"])) <= {2, 3}
+
+    def test_two_tasks_get_their_results(self, cache):
+        walked = contextvars.ContextVar("walked", default=())
+
+        async def main():
+            both, begun = asyncio.Event(), []
+
+            @opero.opero(cache=cache, retries=0)
+            async def size(node):
+                if not walked.get():
+                    begun.append(node)
+                    if len(begun) == len(self.WAYS):
+                        both.set()
+                    await both.wait()
+                walked.set((*walked.get(), node))
+                others = [other for other in self.WAYS[node] if other not in walked.get()]
+                # By tasks of its own: it waits for several at once.
+                return 1 + sum(await asyncio.gather(*map(size, others)))
+
+            return await asyncio.wait_for(asyncio.gather(size("a"), size("b")), SECONDS)
+
+        assert set(asyncio.run(main())) <= {2, 3}
 
 
 # Streams that nobody pulls

@@ -205,13 +205,9 @@ class ResultCache:
         own = Flight(call.key, call.presence, stale=self._settings.stale, refreshes=call.refreshes)
         try:
             while (flight := flights.board(own)) is not own:
-                if self._must_not_wait(flight, call):
+                seat = yield from self._wait(flight, call)
+                if seat is None:
                     return (yield from compute())
-                seat = Seat(flight, call.time_left)
-                try:
-                    yield seat
-                finally:
-                    flight.seats.remove(seat)
                 if not flight.landed:
                     return self._out_of_time()
                 if seat.outcome is not MISSING:
@@ -224,12 +220,25 @@ class ResultCache:
             # Ctrl-C may come between any two steps: nobody is to wait for what will not land.
             flights.land(own)
 
-    def _must_not_wait(self, flight: Flight, call: Call) -> bool:
-        """Whether the flight waits for this call, or for a consumer of a stream, who may be waiting for this call."""
-        # As a signal handler, or a blocking call of a task's, that waits for what its own thread computes.
-        is_held_up = call.presence is None and not self._is_async and flight.thread == threading.get_ident()
-        is_left_alone = flight.presence is not None and flight.presence.is_away
-        return is_held_up or is_left_alone or flight in leading.get()
+    def _wait(self, flight: Flight, call: Call) -> Generator[Seat, Any, Seat | None]:
+        """Wait until somebody else's flight has landed; None if that may wait for this call."""
+        seat = Seat(flight, call.time_left)
+        leads = [leader for leader in leading.get() if isinstance(leader, Flight)]
+        # Let others know before looking at them: of two that come to wait for each other one has to see it.
+        for leader in leads:
+            leader.waits_for.append(flight)
+        try:
+            # As a signal handler, or a blocking call of a task's, that waits for what its own thread computes.
+            is_held_up = call.presence is None and not self._is_async and flight.thread == threading.get_ident()
+            is_left_alone = flight.presence is not None and flight.presence.is_away
+            if is_held_up or is_left_alone or flight.needs(leads):
+                return None
+            yield seat
+            return seat
+        finally:
+            flight.seats.remove(seat)
+            for leader in leads:
+                leader.waits_for.remove(flight)
 
     def _joined(self, call: Call, seat: Seat) -> Any:
         outcome = seat.outcome

@@ -13,7 +13,7 @@ from opero.core.steps import Failed
 from opero.utils.notes import copied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 
 class Presence:
@@ -39,8 +39,9 @@ class Flight:
     refreshes: bool = False
     # Where it was begun.
     thread: int = field(default_factory=threading.get_ident)
-    # Those who wait for it.
+    # Those who wait for it, and for which others the call waits that it belongs to.
     seats: list[Seat] = field(default_factory=list)
+    waits_for: list[Flight] = field(default_factory=list)
     # Nothing is to be waited for any more.
     landed: bool = False
     # The entry was deleted meanwhile, so that the outcome is not to be stored.
@@ -56,6 +57,13 @@ class Flight:
     dropped: bool = False
     # By what the store tells the lease from others of the key.
     ticket: Any = None
+
+    def needs(self, others: Collection[Flight]) -> bool:
+        """Whether it is one of the others, or waits for one, itself or by those that it waits for."""
+        known = [self]
+        for flight in known:  # which grows meanwhile
+            known += [other for other in flight.waits_for if other not in known]
+        return any(flight in others for flight in known)
 
 
 # What a store answers to a flight, unless it is an exception.
