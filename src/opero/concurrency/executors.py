@@ -20,6 +20,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -84,7 +85,7 @@ class ExecutorPool(FarPool):
         super().start(inbox, **about_the_map)
         for future in self._in_flight:
             # What tells where the workers are: the last map may have ended before it came back.
-            future.add_done_callback(self._came_back_later)
+            future.add_done_callback(partial(self.later, self._came_back))
 
     def prepare(self) -> None:
         """Take an executor, and send it what tells where its workers are: the answer comes when there is one."""
@@ -196,10 +197,7 @@ class ExecutorPool(FarPool):
             self.deliver(lost)
         else:
             self._in_flight[future] = batch
-            future.add_done_callback(self._came_back_later)
-
-    def _came_back_later(self, future: Future[Any]) -> None:
-        self.later(self._came_back, future)
+            future.add_done_callback(partial(self.later, self._came_back))
 
     def _came_back(self, future: Future[Any]) -> list[Any]:
         if future not in self._in_flight:

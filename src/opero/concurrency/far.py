@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from functools import partial
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
@@ -58,7 +59,9 @@ class FarPool(Pool):
         return LARGEST_BATCH
 
     def take_on(self, work: Work) -> None:
-        self._packed, self._digest = self._packer.work(work)
+        self._packed = self._packer.start((work, None, (), None))
+        # By which workers know it.
+        self._digest = blake2b(self._packed, digest_size=16).digest()
 
     def start(
         self, inbox: Inbox, *, is_paced: bool = False, patience: float | None = None, **_about_the_map: Any

@@ -9,7 +9,6 @@ import os
 import pickle
 import tempfile
 from dataclasses import dataclass
-from hashlib import blake2b
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.heap import Arena
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -70,11 +69,6 @@ class Packer:
             pickler.copies_locks = is_function
             _or_refuse(what, pickler.dump, thing)
         return pickler.file.getvalue()
-
-    def work(self, work: Work) -> tuple[bytes, bytes]:
-        """Pickle a map's work alone; gives with it the digest by which workers know it."""
-        packed = self.start((work, None, (), None))
-        return packed, blake2b(packed, digest_size=16).digest()
 
     def arguments(self, work: Work) -> bytes:
         """Pickle what all calls of a map have in common, for workers that have the function."""
