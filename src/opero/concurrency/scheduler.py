@@ -363,15 +363,10 @@ class Scheduler:
     def _advance(self, entry: Entry, sent: Any) -> None:
         """Give a flow what it asked for, and see what it asks for next."""
         try:
-            step = entry.flow.send(sent)
+            step: Step | Share | Prepare = entry.flow.send(sent)
         except StopIteration as end:
             self._end(entry, end.value)
-        except Exception as error:  # noqa: BLE001 - a key that cannot be made, and the like: the item's error
-            self._end(entry, Failed(error))
-        else:
-            self._obey(entry, step)
-
-    def _obey(self, entry: Entry, step: Step | Share | Prepare) -> None:
+            return
         if isinstance(step, Attempt):
             entry.attempt = step
             self._ready.append(entry)
