@@ -6,12 +6,8 @@ import ast
 import contextlib
 import sys
 from functools import lru_cache
-from multiprocessing import forkserver
 from pathlib import Path
-from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING
-
-from opero.concurrency.system import fork_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +18,7 @@ MAINS = ("__main__", "__mp_main__")
 
 def names_in_fresh_workers() -> frozenset[str]:
     """Names of the main module that a process which is started afresh has, too."""
-    return _names_bound(_path_of_main()) if _is_imported_again() else frozenset()
+    return _names_bound(_path_of_main()) if is_imported_again() else frozenset()
 
 
 def _path_of_main() -> Path | None:
@@ -30,26 +26,7 @@ def _path_of_main() -> Path | None:
     return None if path is None else Path(path)
 
 
-def preloaded_for(module: str) -> None:
-    """Let the fork server import what each worker needs for a function of that module, unless the program has chosen.
-
-    Not the main module itself: before Python 3.14 a fork server does not find it (CPython's issue 126631).
-    """
-    server = fork_server()
-    if server["_forkserver_pid"] is not None or server["_preload_modules"] != ["__main__"]:
-        return
-    modules = {"opero.concurrency.process_worker", module}
-    if module in MAINS and _is_imported_again():
-        named = list(vars(sys.modules["__main__"]).values())
-        modules |= {value.__name__ for value in named if isinstance(value, ModuleType)}
-        modules |= {value.__module__ for value in named if isinstance(value, (type, FunctionType))}
-    found = [sys.modules[name] for name in modules.difference(MAINS).intersection(sys.modules)]
-    # A module that maps while it is imported would do so in the server, too.
-    whole = [module.__name__ for module in found if not getattr(module.__spec__, "_initializing", False)]
-    forkserver.set_forkserver_preload(["__main__", *whole])
-
-
-def _is_imported_again() -> bool:
+def is_imported_again() -> bool:
     """Whether multiprocessing imports it in a process that is started afresh, as `spawn.prepare` there decides."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:

@@ -17,8 +17,9 @@ from logging.handlers import QueueHandler
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from opero.concurrency import fork_server
 from opero.concurrency.pickling import loads
-from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS, fork_server
+from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
 from opero.concurrency.transport import Start, pack_report, unpack_batch
 from opero.concurrency.worker import How, Report, Work, run_batch, run_one, runner_for
 from opero.core.forks import watch_forks
@@ -208,7 +209,7 @@ def known_loggers() -> list[logging.Logger]:
 def _forget_the_parents_own() -> None:
     """Let a forked worker have exit handlers and a fork server of its own, but none of its parent's."""
     # Only the parent can wait for that one.
-    fork_server()["_forkserver_pid"] = None
+    fork_server.known()["_forkserver_pid"] = None
     if sys.version_info < (3, 13):
         # Newer ones have done so already, and use exit handlers of their own.
         atexit._clear()  # noqa: SLF001 - see above

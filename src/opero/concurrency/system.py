@@ -9,10 +9,10 @@ import signal
 import sys
 import threading
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from opero.concurrency import fork_server
 from opero.core.forks import fork_safe_threads
 
 # How long an ended process may tidy up, and how long others may take to say how it ended.
@@ -163,13 +163,8 @@ def fork_server_has_threads() -> bool:
 
     To be asked when it has just forked: OpenBLAS has ended its own for that.
     """
-    pid = fork_server()["_forkserver_pid"]
+    pid = fork_server.known()["_forkserver_pid"]
     return pid is not None and _stay(0.05, pid)
-
-
-def fork_server() -> dict[str, Any]:
-    """What multiprocessing knows of its fork server."""
-    return vars(forkserver._forkserver)  # noqa: SLF001 - there is no function that tells
 
 
 def _stay(seconds: float, pid: int | None = None) -> bool:
