@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from side_by_side import hang, until
 
-from opero import opmap
+from opero import OperoError, opmap
 from opero.core import CallTimeoutError, RemoteError
 
 PATIENCE = 10.0
@@ -290,13 +290,65 @@ def test_log_records_of_workers_reach_the_programs_handlers_once(kept, method):
     assert sorted(kept.lines) == [("of.a.program", f"item {item}", True) for item in (1, 2, 3)]
 
 
-def configure_logging():
-    logging.getLogger().addHandler(logging.NullHandler())
+def begin():
+    # As a library does that is imported there.
+    logging.getLogger("of.a.library").addHandler(logging.NullHandler())
+    logging.getLogger("of.a.program").info("begins")
+
+
+def finish():
+    # More than a pipe holds.
+    for number in range(1_000):
+        logging.getLogger("of.a.program").info("ends%s", " " * number)
 
 
 @every_method
-def test_log_records_stay_where_an_initializer_has_configured_logging(kept, method):
-    options = {"initializer": configure_logging}
+def test_log_records_of_initializer_and_finalizer_reach_the_programs_handlers_once(kept, method):
+    options = {"initializer": begin, "finalizer": finish}
+    mapped(log, method, workers=1, pool_options=options)([1])
+    said = [text.rstrip() for _, text, is_of_worker in kept.lines if is_of_worker]
+    assert said == ["begins", "item 1"] + ["ends"] * 1_000
+
+
+def log_and_fail():
+    logging.getLogger("of.a.program").info("begins")
+    raise LookupError
+
+
+@every_method
+def test_log_records_of_an_initializer_that_fails_reach_the_programs_handlers(kept, method):
+    with pytest.raises(OperoError, match="LookupError"):
+        mapped(log, method, workers=1, pool_options={"initializer": log_and_fail})([1])
+    assert [text for _, text, _ in kept.lines] == ["begins"]
+
+
+def log_for_ever(_item):
+    try:
+        hang()
+    finally:
+        logging.getLogger("of.a.program").info("tidies up")
+
+
+@every_method
+def test_log_records_of_a_worker_that_is_ended_reach_the_programs_handlers(kept, method):
+    (error,) = mapped(log_for_ever, method, workers=1, attempt_timeout=0.2)([1])
+    assert isinstance(error, CallTimeoutError)
+    assert [text for _, text, _ in kept.lines] == ["tidies up"]
+
+
+def give_the_root_a_handler():
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def configure_logging():
+    logging.basicConfig(filename=os.devnull, level=logging.INFO)
+    logging.getLogger("of.a.program").info("begins")
+
+
+@every_method
+@pytest.mark.parametrize("initializer", [give_the_root_a_handler, configure_logging])
+def test_log_records_stay_where_an_initializer_has_configured_logging(kept, method, initializer):
+    options = {"initializer": initializer, "finalizer": finish}
     assert mapped(log, method, workers=1, pool_options=options)([1, 2, 3]) == [1, 2, 3]
     assert kept.lines == []
 

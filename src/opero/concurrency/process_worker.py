@@ -62,7 +62,7 @@ class Parent:
         self.pipe = pipe
         self.mark = memoryview(shared.buffer).cast("I")
         self._sending = threading.RLock()
-        self._is_interrupted = self._is_ending = False
+        self._is_interrupted = False
         watch_forks(self)
 
     def after_fork(self) -> None:
@@ -72,12 +72,12 @@ class Parent:
     def tell(self, kind: str, payload: bytes = b"", number: int = 0) -> None:
         # If it has just died, its pipe will say so.
         with self._sending, contextlib.suppress(OSError):
-            self.pipe.send((kind, number, payload))
-
-    def log(self, record: bytes) -> None:
-        """Send a log record; those of exit handlers are lost, of which the parent hears nothing any more."""
-        if not self._is_ending:
-            self.tell("log", record)
+            try:
+                self.pipe.send((kind, number, payload))
+            except SystemExit:
+                # SIGTERM has come, and nothing can follow half a message.
+                self.pipe.close()
+                raise
 
     def hear(self) -> tuple[int, bytes] | None:
         """The next batch, its number first; None at the end, also when the parent is gone."""
@@ -95,7 +95,6 @@ class Parent:
                 except Exception as error:
                     # The worker that replaces this one says what is wrong.
                     raise SystemExit from error
-        self._is_ending = True
         return None
 
     def report(self, number: int, report: Report, kind: str = "report") -> None:
@@ -122,7 +121,6 @@ class Parent:
         self._is_interrupted = True
 
     def _terminated(self, _signal: int, _frame: Any) -> None:
-        self._is_ending = True
         # Once: the exit handlers shall not be interrupted.
         signal.signal(signal.SIGTERM, self._interrupted)
         sys.exit(ENDED_CODE)
@@ -189,15 +187,25 @@ def _logging_to(parent: Parent, levels: dict[str, int]) -> Iterator[None]:
         logger.handlers.clear()
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
-    yield
-    if any(logger.handlers for logger in known_loggers()):
-        return
     # Of a record it sends what it says now: its arguments may not be picklable.
-    queue: Any = SimpleNamespace(put_nowait=lambda record: parent.log(pickle.dumps(record)))
+    queue: Any = SimpleNamespace(put_nowait=lambda record: parent.tell("log", pickle.dumps(record)))
     handler = QueueHandler(queue)
+    # For as long as the initializer may configure logging: `basicConfig` does nothing where the root has a handler.
+    last_resort, logging.lastResort = logging.lastResort, handler
+    try:
+        yield
+    finally:
+        logging.lastResort = last_resort
+    if any(_has_own_handler(logger) for logger in known_loggers()):
+        return
     for logger in known_loggers():
         if logger.parent is None or not logger.propagate:
             logger.addHandler(handler)
+
+
+def _has_own_handler(logger: logging.Logger) -> bool:
+    """Whether the program has given it one; libraries give theirs one that does nothing, when they are imported."""
+    return any(logger.parent is None or not isinstance(handler, logging.NullHandler) for handler in logger.handlers)
 
 
 def known_loggers() -> list[logging.Logger]:

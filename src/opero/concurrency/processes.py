@@ -253,10 +253,24 @@ class ProcessPool(Pool):
                 idle.append(worker.process)
             else:
                 busy.append(worker.process)
-        system.end(busy)
-        system.end(idle, PEACE_SECONDS)
+        records: list[bytes] = []
+        hear = partial(self._hear_records, records)
+        system.end(busy, meanwhile=hear)
+        system.end(idle, PEACE_SECONDS, hear)
         while self._workers:
             self._workers.pop().pipe.close()
+        # Last: a handler of the program's may raise.
+        for record in records:
+            _log_here(record)
+
+    def _hear_records(self, records: list[bytes]) -> None:
+        """Read what ending workers say, who would wait for that; only what they log is of interest now."""
+        for worker in self._workers:
+            with contextlib.suppress(EOFError, OSError):
+                while worker.pipe.poll():
+                    kind, _, payload = worker.pipe.recv()
+                    if kind == "log":
+                        records.append(payload)
 
     # Workers
 

@@ -10,10 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import fork_server
 from opero.core.forks import fork_safe_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # How long an ended process may tidy up, and how long others may take to say how it ended.
 GRACE_SECONDS = 1.0
@@ -25,12 +28,13 @@ ENDED_CODE = 128 + signal.SIGTERM
 Family = dict[int, str]
 
 
-def end(processes: list[Any], patience: float = 0.0) -> None:
+def end(processes: list[Any], patience: float = 0.0, meanwhile: Callable[[], object] = lambda: None) -> None:
     """End processes that have not ended after so many seconds, and what they have started.
 
-    They can raise `SystemExit`; those that have not ended a second later are killed.
+    They can raise `SystemExit`; those that have not ended a second later are killed. ``meanwhile`` is called again and
+    again, and once when they have ended.
     """
-    running = _wait_for(processes, patience)
+    running = _wait_for(processes, patience, meanwhile)
     if not running:
         return
     family: Family = {}
@@ -38,11 +42,11 @@ def end(processes: list[Any], patience: float = 0.0) -> None:
         family |= family_of(*(process.pid for process in running))
         for process in running:
             getattr(process, order)()
-        running = _wait_for(running, GRACE_SECONDS)
+        running = _wait_for(running, GRACE_SECONDS, meanwhile)
     end_family(family)
 
 
-def _wait_for(processes: list[Any], seconds: float) -> list[Any]:
+def _wait_for(processes: list[Any], seconds: float, meanwhile: Callable[[], object]) -> list[Any]:
     """Wait at most so long; gives those that still run.
 
     `Process.join` waits for a pipe's end, which a child of the program's own may have open.
@@ -50,6 +54,7 @@ def _wait_for(processes: list[Any], seconds: float) -> list[Any]:
     deadline, pause = time.monotonic() + seconds, 0.001
     while True:
         processes = list(filter(_runs, processes))
+        meanwhile()
         if not processes or time.monotonic() >= deadline:
             return processes
         time.sleep(pause)
