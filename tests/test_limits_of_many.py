@@ -839,6 +839,51 @@ def test_a_call_takes_what_it_costs(world, fake_clock):
     assert world.run(f, "x") == "x"
 
 
+@pytest.mark.parametrize(
+    "cost",
+    [len, lambda it: 2 * len(it) / 2, lambda text: 2 * len(text) / 2, lambda **names: len(names["text"])],
+    ids=["builtin", "another name", "its name", "any name"],
+)
+def test_a_cost_may_be_asked_of_a_call_that_names_its_arguments(world, fake_clock, cost):
+    f = limited(world.define(lambda text: text), rate_limit={"tokens": 10}, rate_limit_cost=cost)
+    assert world.run(f, text="x" * 10) == "x" * 10
+    assert f.__opero__.plan.limit.limiter.expected_wait() == pytest.approx(1)
+
+
+def test_a_cost_is_asked_of_the_arguments_that_were_passed(world):
+    asked = []
+
+    def cost(text, **more):
+        asked.append((text, more))
+        return 1
+
+    f = limited(
+        world.define(lambda text, model="small", *, size=1: (text, model, size)),
+        rate_limit={"tokens": 1000},
+        rate_limit_cost=lambda it, *rest, size=1: cost(it, rest=rest, size=size),
+    )
+    world.run(f, "a")
+    world.run(f, text="a", size=2)
+    world.run(f, model="large", text="a")
+    assert asked == [
+        ("a", {"rest": (), "size": 1}),
+        ("a", {"rest": (), "size": 2}),
+        ("a", {"rest": ("large",), "size": 1}),
+    ]
+
+
+@pytest.mark.parametrize("per", [str.lower, lambda it: it.lower()], ids=["builtin", "another name"])
+def test_a_function_of_per_may_be_asked_of_a_call_that_names_its_arguments(world, fake_clock, per):
+    options = {"max_burst": 1, "when_full": "raise"}
+    f = opero.opero(retries=0, rate_limit=1, max_concurrent=1, breaker=1, per=per, rate_limit_options=options)(
+        world.define(lambda name: name)
+    )
+    assert world.run(f, name="A") == "A"
+    with pytest.raises(opero.RateLimitedError):
+        world.run(f, name="a")
+    assert world.run(f, name="b") == "b"
+
+
 def test_a_cost_above_the_whole_rate_is_an_error_at_once_and_not_retried(world, fake_clock):
     f = opero.opero(retries=5, **TOKENS)(world.define(lambda text: text))
     with pytest.raises(ValueError, match="could never start"):

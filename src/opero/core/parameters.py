@@ -59,6 +59,34 @@ class ParameterSlot:
         return args, {**kwargs, self.name: value} if kwargs else {self.name: value}
 
 
+def asked_of_call(
+    function: Callable[..., Any], asked: Callable[..., Any]
+) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """Hands the arguments of a call to ``asked``, those that it does not know by their names in their places."""
+
+    def parameters_of(called: Callable[..., Any]) -> list[inspect.Parameter]:
+        try:
+            return list(inspect.signature(called).parameters.values())
+        except (ValueError, TypeError):  # not known, as of some builtins
+            return []
+
+    theirs = parameters_of(asked)
+    takes_any_name = any(p.kind is p.VAR_KEYWORD for p in theirs)
+    known = {p.name for p in theirs if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
+    places = [p.name for p in parameters_of(function) if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    def of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs and not takes_any_name and not kwargs.keys() <= known:
+            kwargs = {**kwargs}
+            for name in places[len(args) :]:
+                if name not in kwargs:
+                    break
+                args = (*args, kwargs.pop(name))
+        return asked(*args, **kwargs)
+
+    return of_call
+
+
 class Per:
     """The value of a call by the option ``per``: of a parameter, of several, or what a function makes of all of them.
 
@@ -72,7 +100,7 @@ class Per:
         self.parameters: tuple[str, ...] | None = None
         if callable(per):
             made = check_callable("per", per, "a parameter's name, a tuple of names, or a function of the arguments")
-            self.get = lambda args, kwargs: made(*args, **kwargs)
+            self.get = asked_of_call(function, made)
             return
         names: Any = per if isinstance(per, tuple) and per else (per,)
         if not all(isinstance(name, str) for name in names) or not all(names):

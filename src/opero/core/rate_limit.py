@@ -24,7 +24,7 @@ from opero.core.limits.gates import gates
 from opero.core.limits.ledger import Ledger
 from opero.core.limits.line import ONE, Line, PerValue, Wants, take
 from opero.core.limits.rates import CALLS, Rate, parse_rates
-from opero.core.parameters import Per
+from opero.core.parameters import Per, asked_of_call
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.signature import name_of
@@ -275,10 +275,11 @@ class FunctionLimit:
         self._max_wait = min(limiter.max_wait for limiter in limiters)
         if max_wait is not None:
             self._max_wait = check_seconds("rate_limit_options['max_wait']", max_wait, zero=True)
-        self._before, self._after = _costs(cost, {name for limiter in limiters for name in limiter.names})
+        before, self._after = _costs(cost, {name for limiter in limiters for name in limiter.names})
+        self._asked = {name: asked_of_call(function, cost) for name, cost in before.items() if callable(cost)}
+        self._before = before
         # Known once for all, they are refused when decorating.
-        is_fixed = not any(callable(cost) for cost in self._before.values())
-        self._fixed = [limiter.checked(self._before) for limiter in limiters] if is_fixed else None
+        self._fixed = None if self._asked else [limiter.checked(before) for limiter in limiters]
 
     @property
     def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
@@ -377,8 +378,8 @@ class FunctionLimit:
         if self._fixed is not None:
             candidate.costs = self._fixed
         elif candidate.costs is None:
-            asked = {name: cost(*args, **kwargs) if callable(cost) else cost for name, cost in self._before.items()}
-            candidate.costs = [limiter.checked(asked) for limiter in self._limiters]
+            costs = {**self._before, **{name: cost(args, kwargs) for name, cost in self._asked.items()}}
+            candidate.costs = [limiter.checked(costs) for limiter in self._limiters]
         lines = [limiter.limit for limiter in self._limiters]
         if self.per is not None:
             value = self.per.get(args, kwargs)
