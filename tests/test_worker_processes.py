@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import traceback
 import types
 import weakref
 from pathlib import Path
@@ -334,6 +336,88 @@ def test_log_records_of_a_worker_that_is_ended_reach_the_programs_handlers(kept,
     (error,) = mapped(log_for_ever, method, workers=1, attempt_timeout=0.2)([1])
     assert isinstance(error, CallTimeoutError)
     assert [text for _, text, _ in kept.lines] == ["tidies up"]
+
+
+class Everything(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.records = []
+
+    def emit(self, record):
+        self.records.append(record)
+
+
+@pytest.fixture
+def records():
+    handler = Everything()
+    logging.getLogger().addHandler(handler)
+    yield handler.records
+    logging.getLogger().removeHandler(handler)
+
+
+class Request:
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __repr__(self):
+        return "the request"
+
+
+class StaysThere:
+    def __init__(self):
+        self.name = "there"
+
+    def __setstate__(self, state):
+        raise LookupError("not here")
+
+
+class RefusedError(Exception):
+    def __init__(self, code, body):
+        super().__init__(f"{code}: {body}")
+
+
+def log_extras(item):
+    extra = {"request": Request(), "other": StaysThere(), "error": RefusedError(1, "no"), "tags": ["a"]}
+    logging.getLogger("of.a.program").warning("item %s for %r", item, extra["request"], extra=extra)
+
+
+@every_method
+def test_a_log_record_says_in_words_what_of_it_cannot_travel(records, capfd, method):
+    mapped(log_extras, method, workers=1)([1])
+    (record,) = records
+    assert record.getMessage() == "item 1 for the request"
+    assert (record.request, record.tags, str(record.error)) == ("the request", ["a"], "1: no")
+    assert isinstance(record.error, RefusedError)
+    assert record.other == "cannot be unpickled: LookupError: not here"
+    assert capfd.readouterr().err == ""
+
+
+def refuse():
+    raise RefusedError(404, "gone")
+
+
+def log_an_error(item):
+    logger = logging.getLogger("of.a.program")
+    try:
+        refuse()
+    except RefusedError:
+        logger.exception("failed %d of %s", item, "two")
+    logger.warning({"event": "failed"})
+
+
+@every_method
+def test_handlers_see_the_parts_of_a_workers_log_record(records, method):
+    mapped(log_an_error, method, workers=1)([1])
+    failed, structured = records
+    assert (failed.msg, failed.args, failed.getMessage()) == ("failed %d of %s", (1, "two"), "failed 1 of two")
+    kind, error, _ = failed.exc_info
+    assert (kind, str(error)) == (RefusedError, "404: gone")
+    lines = logging.Formatter().format(failed).splitlines()
+    assert lines[:2] == ["failed 1 of two", "Traceback (most recent call last):"]
+    assert lines[-1] == f"{RefusedError.__module__}.RefusedError: 404: gone"
+    # Of those that format it by themselves.
+    assert "in refuse" in "".join(traceback.format_exception(error))
+    assert structured.msg == {"event": "failed"}
 
 
 def give_the_root_a_handler():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import io
+import logging
 import os
 import pickle
 import threading
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
 loads = pickle.loads
+# Values of these types can be pickled and unpickled in any company.
+PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 # Below that a pipe is as fast as a file that is shared.
 _LEAST_SHARED = 1_000_000
 
@@ -283,3 +286,53 @@ def _link(error: BaseException, links: tuple[Any, ...]) -> None:
     for note in notes:
         if note not in getattr(error, "__notes__", ()):
             add_note(error, note)
+
+
+# Log records
+
+
+def pack_record(record: logging.LogRecord) -> bytes:
+    """Pickle a log record as it is now, for `unpack_record`; what of it cannot be pickled becomes its ``repr``."""
+    fields = dict(vars(record))
+    args = record.args or ()
+    values = args.values() if isinstance(args, Mapping) else args
+    if type(record.msg) not in {str, dict} or not PLAIN.issuperset(map(type, values)):
+        # They may say something else there.
+        fields.update(msg=record.getMessage(), args=None)
+    if record.exc_info:
+        # Its traceback cannot travel.
+        fields["exc_info"] = record.exc_info[1]
+        fields["exc_text"] = record.exc_text or logging.Formatter().formatException(record.exc_info)
+    by_themselves = {}
+    for name, value in fields.items():
+        if type(value) not in PLAIN and name != "args":
+            by_themselves[name] = _dumps_or_text(value)
+    for name in by_themselves:
+        del fields[name]
+    return pickle.dumps((fields, by_themselves), PROTOCOL)
+
+
+def _dumps_or_text(value: Any) -> bytes:
+    # Anything may happen in a user's __getstate__ and __repr__.
+    with contextlib.suppress(Exception):
+        return _ErrorPickler().dumps(value)
+    text = object.__repr__(value)
+    with contextlib.suppress(Exception):
+        text = repr(value)
+    return pickle.dumps(text, PROTOCOL)
+
+
+def unpack_record(data: bytes) -> logging.LogRecord:
+    """What `pack_record` has packed; what cannot be unpickled here becomes a text that says why."""
+    fields, by_themselves = loads(data)
+    for name, packed in by_themselves.items():
+        try:
+            fields[name] = loads(packed)
+        except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
+            fields[name] = f"cannot be unpickled: {describe(error)}"
+    logged = fields["exc_info"]
+    if isinstance(logged, BaseException):
+        # For handlers that do not look at the record's text of it.
+        add_note(logged, f"{IN_THE_WORKER}{fields['exc_text']}")
+        fields["exc_info"] = type(logged), logged, None
+    return logging.makeLogRecord(fields)

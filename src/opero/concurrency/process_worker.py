@@ -6,19 +6,16 @@ import atexit
 import contextlib
 import logging
 import os
-import pickle
 import random
 import signal
 import sys
 import threading
 import weakref
 from dataclasses import replace
-from logging.handlers import QueueHandler
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import fork_server
-from opero.concurrency.pickling import loads
+from opero.concurrency.pickling import loads, pack_record
 from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
 from opero.concurrency.transport import Start, pack_report, unpack_batch
 from opero.concurrency.worker import How, Report, Work, run_batch, run_one, runner_for
@@ -176,6 +173,18 @@ def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contex
     parent.tell("hello")
 
 
+class _ToParent(logging.Handler):
+    def __init__(self, parent: Parent) -> None:
+        super().__init__()
+        self._parent = parent
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._parent.tell("log", pack_record(record))
+        except Exception:  # noqa: BLE001 - as all handlers: it may be a mistake in the program's line
+            self.handleError(record)
+
+
 @contextlib.contextmanager
 def _logging_to(parent: Parent, levels: dict[str, int]) -> Iterator[None]:
     """Let the parent's handlers have what a worker logs.
@@ -187,9 +196,7 @@ def _logging_to(parent: Parent, levels: dict[str, int]) -> Iterator[None]:
         logger.handlers.clear()
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
-    # Of a record it sends what it says now: its arguments may not be picklable.
-    queue: Any = SimpleNamespace(put_nowait=lambda record: parent.tell("log", pickle.dumps(record)))
-    handler = QueueHandler(queue)
+    handler = _ToParent(parent)
     # For as long as the initializer may configure logging: `basicConfig` does nothing where the root has a handler.
     last_resort, logging.lastResort = logging.lastResort, handler
     try:

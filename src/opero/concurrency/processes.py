@@ -14,7 +14,6 @@ import logging
 import math
 import multiprocessing
 import os
-import pickle
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency import fork_server, main_module, system
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
+from opero.concurrency.pickling import unpack_record
 from opero.concurrency.pool import entered_multi_pool
 from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, known_loggers, serve
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
@@ -34,8 +34,6 @@ from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import module_of, name_of
 from opero.exceptions import NotTransferableError, OperoError
-from opero.utils.logging import log
-from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -406,11 +404,7 @@ class ProcessPool(Pool):
 
 def _log_here(data: bytes) -> None:
     """Let the handlers of this process have a record of a worker's."""
-    try:
-        record = pickle.loads(data)  # noqa: S301 - from a worker
-    except Exception as error:  # noqa: BLE001 - what the program has added to a record may not be known here
-        log("WARNING", "a log record of a worker cannot be unpickled: {}", describe(error))
-        return
+    record = unpack_record(data)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         logger.handle(record)

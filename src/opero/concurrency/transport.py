@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
 
-from opero.concurrency.pickling import PROTOCOL, Pickler, loads, pack_error, report_dumps
+from opero.concurrency.pickling import PLAIN, PROTOCOL, Pickler, loads, pack_error, report_dumps
 from opero.concurrency.worker import Report, Work
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError
@@ -32,8 +32,6 @@ T = TypeVar("T")
 # What a worker runs: the work of its maps, the initializer and its arguments, the finalizer.
 WorkerLife = tuple[Work, "Callable[..., Any] | None", tuple[Any, ...], "Callable[[], Any] | None"]
 
-# Results of these types can be pickled and unpickled in any company.
-_PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 _NOTHING = pickle.dumps(None, PROTOCOL)
 # What a pickle that mentions the main module has in it.
 _MENTIONS_MAIN = b"_main__"
@@ -189,7 +187,7 @@ def arena(size: int) -> Arena:
 def pack_report(report: Report) -> bytes:
     """Pickle a worker's report; what cannot be pickled becomes the error of its item."""
     errors = {place: pack_error(error) for place, error in report.errors.items()}
-    values, is_plain = report.values, _PLAIN.issuperset(map(type, report.values))
+    values, is_plain = report.values, PLAIN.issuperset(map(type, report.values))
     if not is_plain:
         # Each by itself: one that cannot be unpickled shall not take the others with it.
         values = [_NOTHING] * len(values)
