@@ -321,3 +321,26 @@ def test_a_fork_in_the_middle_of_everything_leaves_a_cache_that_works():
         stop.set()
         for thread in threads:
             thread.join()
+
+
+@pytest.mark.parametrize("backend", ["memory", "disk"])
+def test_an_instance_whose_key_asks_the_cached_method_is_a_recursion_error_at_once(tmp_path, backend):
+    options = {"cache_backend": backend} | ({"cache_options": {"cache_dir": tmp_path}} if backend == "disk" else {})
+
+    class Circular:
+        @opero.opero(cache=True, retries=0, **options)
+        def name(self):
+            return "name"
+
+        def __cache_key__(self):
+            return self.name()
+
+        def __getstate__(self):
+            return {"name": self.name()}
+
+    def ask():
+        with pytest.raises(RecursionError):
+            Circular().name()
+        return True
+
+    assert within(20, ask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+from unittest import mock
 
 import pytest
 
@@ -246,3 +247,38 @@ def call_of(world, inner):
         return await inner(value)
 
     return outer_async if world.is_async else outer
+
+
+class Proxy:
+    """As werkzeug's and Django's: to tell its class it has to look for what it stands for."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("bound to nothing here")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cache": True}, {"breaker": 5}, {"max_concurrent": 1}, {"retry_if_result": lambda _: False}]
+)
+def test_a_result_is_not_asked_for_its_class(world, options):
+    results = []
+    f = opero(retries=1, **options)(world.define(lambda: results.append(Proxy()) or results[-1]))
+    assert world.run(f) is results[0]
+    assert len(results) == 1
+
+
+class Table:
+    """What is read anew by each `iter`, though it has a `__next__`."""
+
+    def __iter__(self):
+        return iter([1, 2])
+
+    def __next__(self):
+        return 1
+
+
+@pytest.mark.parametrize("result", [Table(), mock.MagicMock()], ids=["a table", "a mock"])
+def test_what_can_be_read_again_and_again_can_be_cached(world, result):
+    f = opero(cache=True)(world.define(lambda: result))
+    assert world.run(f) is world.run(f) is result
+    assert f.cache_info().hits == 1

@@ -10,6 +10,7 @@ import traceback
 
 import pytest
 
+from conftest import as_async
 from opero import AllFailedError, opero, opmap
 from opero.utils.notes import duration
 
@@ -210,3 +211,27 @@ def test_an_error_whose_notes_cannot_be_read_is_raised_all_the_same():
 
     with pytest.raises(ShyError):
         fail()
+
+
+def loading():
+    try:
+        raise ConnectionError("the database is away")  # noqa: TRY301 - it stands for a call that raises
+    except ConnectionError:
+        raise ValueError("cannot load")  # noqa: B904 - as most programs do
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": True}, {"breaker": 5}, {"max_concurrent": 1}, {"total_timeout": 60}])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_an_error_was_raised_during_stays_when_the_call_is_made_in_an_except_block(is_async, options, fake_clock):
+    f = opero(retries=1, retry_on=ValueError, **options)(as_async(loading) if is_async else loading)
+
+    async def load():
+        try:
+            raise KeyError("not in the cache")  # noqa: TRY301 - as above
+        except KeyError:
+            await f() if is_async else f()
+
+    with pytest.raises(ValueError, match="cannot load") as caught:
+        asyncio.run(load())
+    assert isinstance(caught.value.__context__, ConnectionError)
+    assert isinstance(caught.value.__context__.__context__, KeyError)

@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import re
 import subprocess
 import sys
+import weakref
 
 import pytest
+import tenacity
 
 from opero import AllFailedError, control, opero
 from opero.core import CallTimeoutError, CircuitOpenError
@@ -368,3 +371,44 @@ def test_a_generator_that_is_open_when_the_loop_ends_is_closed_once():
     command = [sys.executable, "-c", OPEN_GENERATOR]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (run.stdout, run.stderr) == ("closed\n", "")
+
+
+class Large:
+    pass
+
+
+def test_arguments_live_no_longer_than_the_generator_needs_them(world):
+    def items(large):
+        known = weakref.ref(large)
+        del large
+        yield 1
+        yield known() is None
+
+    async def items_async(large):
+        known = weakref.ref(large)
+        del large
+        yield 1
+        yield known() is None
+
+    generator = opero(retries=0)(items_async if world.is_async else items)(Large())
+    assert world.list(generator) == [1, True]
+
+
+def test_what_judges_results_is_told_the_first_item(world, fake_clock):
+    told = []
+    judge = tenacity.retry_if_result(told.append)
+    f = opero(retries=1, retry_options={"retry": judge})(world.define(pages(2)))
+    assert world.list(f(5)) == [5, 6]
+    assert told == [5]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"retry_options": {"retry_error_callback": lambda state: []}}, "retry_options['retry_error_callback']"),
+        ({"rate_limit": "9/s", "rate_limit_cost": (1, lambda result: 1)}, "a cost that is told by the result"),
+    ],
+)
+def test_what_is_told_the_result_or_makes_one_is_refused(world, options, what):
+    with pytest.raises(TypeError, match=re.escape(f"{what} cannot apply to the generator function")):
+        opero(**options)(world.define(pages(2)))

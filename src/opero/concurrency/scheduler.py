@@ -415,7 +415,7 @@ class Scheduler:
             return
         error = None
         value = outcome
-        if outcome.__class__ is Failed:
+        if type(outcome) is Failed:
             error, value = outcome.error, outcome.instead
             error.with_traceback(users_part(error.__traceback__))
             add_note(error, f"opero: this was item {entry.index} of the map", instead_of="opero: this was item ")
@@ -445,7 +445,7 @@ class Scheduler:
         """
         members = list(entry.members or ())
         values = _values(self._plan.name, outcome, len(members))
-        if values.__class__ is Failed:
+        if type(values) is Failed:
             entry.members = dict.fromkeys(members)
             return values
         entry.members = {}
@@ -471,7 +471,7 @@ class Scheduler:
         if members:
             # It may be what a hook of tenacity's supplied.
             outcome = _values(self._plan.name, outcome, len(members))
-        error = outcome.error if outcome.__class__ is Failed else None
+        error = outcome.error if type(outcome) is Failed else None
         has_own = any(own is error for own in members.values())
         for place, (member, own) in enumerate(members.items()):
             if error is None:
@@ -646,7 +646,7 @@ class Scheduler:
 
 def _values(name: str, result: Any, count: int) -> Any:
     """The results of a function that was given a list of so many items; `Failed` if it has, or they are not as many."""
-    if result.__class__ is Failed:
+    if type(result) is Failed:
         return result
     got = type(result).__name__
     if isinstance(result, Collection) and not isinstance(result, (str, bytes, Mapping, AbstractSet)):

@@ -153,7 +153,7 @@ def run_batch(work: Work, items: list[Any], limit: TimeLimit | None, runner: asy
             latest = begun
             try:
                 value = call(item)
-                if value.__class__ not in _PLAIN_RESULTS:
+                if type(value) not in _PLAIN_RESULTS:
                     refuse_unfinished(work.function, value, is_cached=False)
             except Exception as error:  # noqa: BLE001 - the policies of the calling process decide about it
                 errors[len(values)] = error

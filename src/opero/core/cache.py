@@ -242,7 +242,7 @@ class ResultCache:
 
     def _joined(self, call: Call, seat: Seat) -> Any:
         outcome = seat.outcome
-        if outcome.__class__ is Failed:
+        if type(outcome) is Failed:
             return outcome
         self.stats.joined.tick()
         if seat.written is not None:
@@ -275,7 +275,7 @@ class ResultCache:
                 life = self._life(call, outcome)
             except Exception as error:  # noqa: BLE001 - of the user's functions, or a result that can be used only once
                 outcome, life = Failed(error), _NOT_KEPT
-            is_error = outcome.__class__ is Failed
+            is_error = type(outcome) is Failed
             if is_error and flight.old is not None:
                 value, flight.written = flight.old
                 outcome = _hit(call, value)
@@ -291,7 +291,7 @@ class ResultCache:
     def _life(self, call: Call, outcome: Any) -> float | None:
         """How long an outcome is to be kept: seconds, None for ever, or `_NOT_KEPT`."""
         settings, value = self._settings, outcome
-        if outcome.__class__ is Failed:
+        if type(outcome) is Failed:
             value = outcome.error
             # What opero raises of its own says nothing of the function. A refresh that fails keeps what was there.
             is_own = isinstance(value, OperoError) and not isinstance(value, (AllFailedError, RejectedResultError))
@@ -330,7 +330,7 @@ def _hit(call: Call, value: Any) -> Any:
     if call.tell is not None:
         call.tell(CacheHit)
     # One that is raised again and again would hold the frames of all who got it.
-    return Failed(copied(value.error)) if value.__class__ is Failed else value
+    return Failed(copied(value.error)) if type(value) is Failed else value
 
 
 # A lock that a thread can have more than once: a finalizer, which may come at any moment, can clear caches.

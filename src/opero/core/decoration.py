@@ -115,7 +115,7 @@ class Decoration:
                 place[0].give_back(place[1])
             if self._follows or told is not None:
                 self._first_is_over(first, outcome, told, started)
-        if outcome.__class__ is not Failed:
+        if type(outcome) is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
         call.failure = outcome.error
@@ -143,7 +143,7 @@ class Decoration:
                 place[0].give_back(place[1])
             if self._follows or told is not None:
                 self._first_is_over(first, outcome, told, started)
-        if outcome.__class__ is not Failed:
+        if type(outcome) is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
         call.failure = outcome.error
@@ -190,7 +190,7 @@ class Decoration:
         args, kwargs, _ = first
         if self._learn is not None and outcome is not NOT_RUN:
             self._learn(clock.now() - started)
-        if outcome.__class__ is not Failed:
+        if type(outcome) is not Failed:
             if self.plan.breaker is not None and outcome is not NOT_RUN:
                 self.plan.breaker.succeeded(args, kwargs)
             if told is not None:
@@ -304,6 +304,8 @@ def _cached_function(this: Decoration) -> Callable[..., Any]:
                 if entry is not None:
                     this.count_hit()
                     return entry[0]
+            except RecursionError:  # to try again would double its work at each level
+                raise
             except Exception:  # a wrong call, which the flow meets again and counts
                 key = MISSING
             # Not by a method, whose frame would stay: recursions of cached functions are as deep as Python allows.
@@ -329,6 +331,8 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
                 if entry is not None:
                     this.count_hit()
                     return entry[0]
+            except RecursionError:
+                raise
             except Exception:
                 key = MISSING
             return await drive_async(call_flow(this.plan, Call(args, kwargs, key=key)), this.function, this.plan.name)
@@ -365,6 +369,8 @@ def _generator(this: Decoration) -> Callable[..., Any]:
         except Exception as error:
             shorten(error)
             raise
+        # They live no longer than the generator needs them.
+        del args, kwargs
         if source is None:
             return item
         try:
@@ -394,6 +400,8 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
         except Exception as error:
             shorten(error)
             raise
+        # They live no longer than the generator needs them.
+        del args, kwargs
         if source is None:
             return
         try:

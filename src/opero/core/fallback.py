@@ -163,9 +163,9 @@ class FallbackOverParameter:
     def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments with the first candidate; None if that cannot be told at once."""
         given = self.slot.get(args, kwargs)
-        if given.__class__ is Candidates:
+        if type(given) is Candidates:
             given = given.values()
-        if given.__class__ is not list and given.__class__ is not tuple:
+        if type(given) is not list and type(given) is not tuple:
             return None if isinstance(given, (CandidatesFrom, list, tuple)) else (args, kwargs)
         if not given or (self._rests and len(given) > 1):
             return None

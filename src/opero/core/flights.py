@@ -142,7 +142,7 @@ class Flights:
             self._leave(flight)
             for seat in flight.seats.copy():
                 seat.outcome, seat.written = outcome, flight.written
-                if outcome.__class__ is Failed:
+                if type(outcome) is Failed:
                     # Now, since whoever gets the error itself goes on with it, and may change it.
                     error, trace = outcome.error, outcome.error.__traceback__
                     copy = copied(error, context=error.__context__).with_traceback(trace)

@@ -81,14 +81,14 @@ def call_flow(plan: Plan, call: Call) -> Flow:
             outcome = yield from layers.retry() if plan.cache is None else plan.cache.through(call, layers.retry)
         except Exception as error:  # raised by a policy or a driver: a call that failed like others
             outcome = Failed(_in_context_of(None if layers.failed is None else layers.failed.error, error))
-        if outcome.__class__ is Failed:
+        if type(outcome) is Failed:
             outcome = _replaced_by_default(plan, call, outcome)
         return outcome
     finally:
         # It holds the last error, whose traceback may lead to a frame that holds the call.
         call.retry_state = None
         if call.tell is not None:
-            is_failed = outcome.__class__ is Failed
+            is_failed = type(outcome) is Failed
             events.tell_of_the_end(call, error=outcome.error if is_failed else None, cancelled=outcome is NOT_RUN)
         # From Python 3.13 on the traceback of its error may lead to this frame.
         del outcome
@@ -101,7 +101,7 @@ def item_flow(plan: Plan, call: Call) -> Flow:
         outcome = yield from _share() if plan.cache is None else plan.cache.through(call, _share)
     except Exception as error:  # arguments that cannot be a key, a user's function
         outcome = Failed(error)
-    return _replaced_by_default(plan, call, outcome) if outcome.__class__ is Failed else outcome
+    return _replaced_by_default(plan, call, outcome) if type(outcome) is Failed else outcome
 
 
 def _share() -> Any:
@@ -147,9 +147,9 @@ class Layers:
                 plan.retry.tell_before(plan, call)
             while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN and (pause := self._pause_for_trial()):
                 yield pause
-            if outcome.__class__ is NoAttempt:
+            if type(outcome) is NoAttempt:
                 return self._without_attempt(outcome)
-            if outcome.__class__ is not Verdict:
+            if type(outcome) is not Verdict:
                 return outcome
             step = plan.retry.after(plan, call, outcome, self._must_end)
             if step.__class__ is not Pause:
@@ -187,7 +187,7 @@ class Layers:
             self.left.remove(candidate)
             if outcome is CIRCUIT_OPEN:
                 continue
-            if outcome.__class__ is not Verdict or outcome.ends:
+            if type(outcome) is not Verdict or outcome.ends:
                 return outcome
             if outcome.delay and plan.limit is not None and self.has_own_limit:
                 yield from plan.limit.pause(candidate, min(outcome.delay, LONGEST_WAIT))
@@ -208,7 +208,7 @@ class Layers:
         attempt = Attempt(self, candidate, passage)
         try:
             outcome = yield from self.attempt(attempt)
-            return outcome if outcome.__class__ is NoAttempt else self._judge(attempt, outcome)
+            return outcome if type(outcome) is NoAttempt else self._judge(attempt, outcome)
         finally:
             if passage is not None:
                 passage.end()
@@ -298,7 +298,7 @@ class Layers:
     def _judge(self, attempt: Attempt, outcome: Any) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
         plan, call = self.plan, self.call
-        error = outcome.error if outcome.__class__ is Failed else None
+        error = outcome.error if type(outcome) is Failed else None
         if error is not None and call.tell is not None:
             self._tell_of_failure(call.tell, error)
         is_misuse = isinstance(error, TypeError) and _is_misuse(plan, call, error)
@@ -445,7 +445,7 @@ class Layers:
 
     def _finish(self, end: Any) -> Any:
         """The end after some attempts: what the user is told of them."""
-        if end.__class__ is not Failed:
+        if type(end) is not Failed:
             return end
         call, plan, error = self.call, self.plan, end.error
         attempts, took = _counted(call.attempts, "attempt"), duration(clock.now() - call.started)

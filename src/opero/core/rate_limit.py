@@ -27,7 +27,7 @@ from opero.core.limits.rates import CALLS, Rate, parse_rates
 from opero.core.parameters import Per, asked_of_call
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.signature import name_of
+from opero.core.signature import name_of, refuse_generator
 from opero.core.steps import Failed, drive, drive_async
 from opero.exceptions import RateLimitedError
 from opero.utils.notes import duration
@@ -278,6 +278,8 @@ class FunctionLimit:
         before, self._after = _costs(cost, {name for limiter in limiters for name in limiter.names})
         self._asked = {name: asked_of_call(function, cost) for name, cost in before.items() if callable(cost)}
         self._before = before
+        if self._after:
+            refuse_generator(function, "a cost that is told by the result")
         # Known once for all, they are refused when decorating.
         self._fixed = None if self._asked else [limiter.checked(before) for limiter in limiters]
 
@@ -353,7 +355,7 @@ class FunctionLimit:
     def ended(self, candidate: Candidate, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
         """An execution has ended after so long: what its result has really cost is taken."""
         self.learn(seconds)
-        if outcome.__class__ is Failed or not self._after:
+        if type(outcome) is Failed or not self._after:
             return
         truly = {
             name: check_number(f"the cost in {name!r} afterwards", after(outcome), "units", smallest=0)

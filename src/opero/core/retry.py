@@ -177,7 +177,7 @@ class RetryPolicy:
         """What an attempt that ended so means; None if it has succeeded. Raises what the user's predicate raises."""
         if "retry" in self.options:
             return self._judged_by_tenacity(plan, call, outcome)
-        if outcome.__class__ is not Failed:
+        if type(outcome) is not Failed:
             return None if self.retry_if_result is None else self._judge_result(plan, call, outcome)
         error, retry_on = outcome.error, self.retry_on
         if isinstance(retry_on, (type, tuple)):
@@ -208,7 +208,7 @@ class RetryPolicy:
         return Verdict(RejectedResultError(what, result), result, again=True)
 
     def _judged_by_tenacity(self, plan: Plan, call: Call, outcome: Any) -> Verdict | None:
-        state, is_failed = self._state(plan, call, outcome), outcome.__class__ is Failed
+        state, is_failed = self._state(plan, call, outcome), type(outcome) is Failed
         again = (is_failed and isinstance(outcome.error, self._tenacity.TryAgain)) or bool(self._retrying.retry(state))
         if is_failed:
             return Verdict(outcome.error, outcome, again=again)
@@ -289,11 +289,12 @@ class RetryPolicy:
         # A pass through candidates of which some still rested is no round of its own.
         state.attempt_number = call.rounds
         if self.options:
-            if outcome.__class__ is Failed:
+            if type(outcome) is Failed:
                 error = outcome.error
                 state.set_exception((type(error), error, error.__traceback__))
             else:
-                state.set_result(outcome)
+                # Of a generator its first item.
+                state.set_result(outcome[1] if plan.kind.endswith("generator") else outcome)
             state.outcome_timestamp = clock.now()
         return state
 

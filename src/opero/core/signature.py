@@ -124,12 +124,20 @@ def refuse_unfinished(function: Callable[..., Any], result: Any, *, is_cached: b
         instead = "write `async def` and await inside, so that opero can see the real result"
         _refuse(function, result, "an awaitable", instead)
     nothing_has_run = "of which nothing has run yet"
-    if isinstance(result, (types.GeneratorType, types.AsyncGeneratorType)):
+    # By its type: a proxy says that it is another, and may have to be asked somewhere for that.
+    if issubclass(kind, (types.GeneratorType, types.AsyncGeneratorType)):
         _refuse(function, result, nothing_has_run, "write `yield` in the decorated function itself, or return a list")
     if any((base.__module__, base.__name__) == _GENERATOR_MANAGER for base in kind.__mro__):
         _refuse(function, result, nothing_has_run, "put the decorator of contextlib above opero's")
-    if is_cached and hasattr(kind, "__next__") and hasattr(kind, "__iter__"):
+    if is_cached and hasattr(kind, "__next__") and hasattr(kind, "__iter__") and _is_own_iterator(result):
         _refuse(function, result, "which can be read only once, but is cached", "return a list, or what was read")
+
+
+def _is_own_iterator(result: Any) -> bool:
+    try:
+        return iter(result) is result
+    except Exception:  # noqa: BLE001 - such as of a file that is closed
+        return True
 
 
 def _refuse(function: Callable[..., Any], result: Any, why: str, instead: str) -> NoReturn:

@@ -166,15 +166,19 @@ Flow = Generator["Step", Any, Any]
 
 def raise_or_return(outcome: Any) -> Any:
     """Turn a flow's last word into what the user's call does."""
-    if outcome.__class__ is not Failed:
+    if type(outcome) is not Failed:
         return outcome
     if outcome.instead is not MISSING:
         return outcome.instead
+    error, context = outcome.error, outcome.error.__context__
     try:
-        raise outcome.error
+        raise error
     finally:
+        if context is not None:
+            # What it was raised during; not what the caller is just handling, from which that has come.
+            BaseException.__setattr__(error, "__context__", context)
         # This frame, and the caller's, are in the error's traceback: without this they would keep each other alive.
-        del outcome
+        del outcome, error, context
 
 
 # The computations and places that the running code is part of: a call of its own must not wait for one of them.
@@ -371,7 +375,7 @@ def was_cancelled(outcome: Any, before: int | None) -> bool:
         return False
     if before is not None and sys.version_info >= (3, 13):
         return True
-    is_made_of_it = outcome.__class__ is Failed and _comes_of_cancellation(outcome.error)
+    is_made_of_it = type(outcome) is Failed and _comes_of_cancellation(outcome.error)
     # A call in a `finally` block of a task that was cancelled before is retried as ever.
     return is_made_of_it and (before is not None or not _comes_of_cancellation(sys.exception()))
 

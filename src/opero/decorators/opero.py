@@ -96,9 +96,12 @@ def make_plan(function: Callable[..., Any], options: Mapping[str, Any], *, killa
         )
     # Given by hand, `Exception` is meant as it is written.
     rounds = {name: given[name] for name in OPTIONS["retry"]} | {"retry_on": options.get("retry_on", MISSING)}
+    retry = RetryPolicy(**rounds)
+    if retry.options.get("retry_error_callback") is not None:
+        refuse_generator(function, "retry_options['retry_error_callback']")
     return Plan(
         function,
-        RetryPolicy(**rounds),
+        retry,
         on_event=None if given["on_event"] is None else Subscription(given["on_event"]),
         default=given["default"],
         **limits,

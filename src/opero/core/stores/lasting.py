@@ -101,7 +101,7 @@ class LastingStore:
     def fresh(self, entry: bytes) -> tuple[Any] | None:
         """The result in an entry that has not ended."""
         value, ends = self.format.loads(entry)
-        return None if value.__class__ is Failed or ends <= clock.wall() else (value,)
+        return None if type(value) is Failed or ends <= clock.wall() else (value,)
 
     def in_spite_of_faults(self, work: Callable[..., Any], *args: Any) -> Any:
         """What some work with the backend gives; an exception if that failed, or is not tried now."""
@@ -134,7 +134,7 @@ class LastingStore:
         ago = clock.wall() - ends
         if ago < 0:
             flight.found, flight.written = value, entry
-        elif ago < flight.stale and value.__class__ is not Failed:
+        elif ago < flight.stale and type(value) is not Failed:
             flight.old = value, entry
         return ago < 0
 
@@ -152,7 +152,7 @@ class EntryFormat:
 
     def dumps(self, value: Any, ends: float) -> bytes:
         """The entry for a result, or for the error in a `Failed`; raises whatever the serializer raises."""
-        if value.__class__ is Failed:
+        if type(value) is Failed:
             kind, payload = b"E", pickle.dumps(value.error, _PICKLE_PROTOCOL)
         elif self._is_json:
             kind, payload = b"J", _json(value)

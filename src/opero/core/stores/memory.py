@@ -120,7 +120,7 @@ class MemoryStore:
         self._remove(key)
         self._remove_expired()
         end = math.inf if keep.ttl is None else clock.now() + keep.ttl
-        entry = (keep.value, -math.inf if keep.value.__class__ is Failed else end, end + keep.stale)
+        entry = (keep.value, -math.inf if type(keep.value) is Failed else end, end + keep.stale)
         self._entries[key] = entry
         if entry[2] != math.inf:
             heapq.heappush(self._ends, (entry[2], next(self._numbers), key))
@@ -178,7 +178,7 @@ class MemoryStore:
 
 
 def _has_not_ended(entry: Entry) -> bool:
-    return (entry[2] if entry[0].__class__ is Failed else entry[1]) > clock.now()
+    return (entry[2] if type(entry[0]) is Failed else entry[1]) > clock.now()
 
 
 def _instance_in(key: Any) -> Instance | None:
