@@ -39,6 +39,7 @@ from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 import opero
+from opero import MisuseError
 from opero.core.digests import spelling_of
 from opero.core.keys import KeyMaker
 
@@ -1000,6 +1001,46 @@ def test_a_dataclass_with_a_field_not_yet_set_is_an_argument():
     done.result = 1
     assert share_an_entry(Job("a"), Job("a"))
     assert not share_an_entry(Job("a"), done)
+
+
+class NotHere:
+    """As a proxy outside of its context: every attribute that it is asked for is an error of its own."""
+
+    __slots__ = ("empty",)
+
+    def __getattr__(self, name):
+        raise TypeError("not here")
+
+
+def test_an_object_of_a_script_may_have_a_class_that_holds_one_whose_attributes_cannot_be_read(world):
+    class Row:
+        listener = NotHere()
+
+        def __init__(self, name):
+            self.name = name
+
+        f = opero.opero(cache=True, retries=0)(world.define(lambda row: row.name))
+
+    g = cached(world.define(lambda row: row.name))
+    rows = [Row("a"), Row("a"), Row("b")]
+    assert [world.run(g, row) for row in rows] == ["a", "a", "b"]
+    assert g.cache_info()[:2] == (1, 2)
+    assert [world.run(Row.f, row) for row in rows] == ["a", "a", "b"]
+
+
+def test_an_argument_whose_own_code_fails_is_refused_with_the_ways_out(world):
+    class Broken:
+        def __cache_key__(self):
+            raise LookupError("no key")
+
+    f = opero.opero(cache=True, retries=3)(world.define(lambda value: value))
+    for value in (Broken(), [Broken()]):
+        with pytest.raises(
+            MisuseError, match=r"'value' of .* cannot be part of a cache key: .*LookupError.*ignore="
+        ) as caught:
+            world.run(f, value)
+        assert isinstance(caught.value.__cause__.__cause__, LookupError)
+    assert f.stats.attempts == 0
 
 
 def test_a_moment_may_be_in_a_zone_that_cannot_be_hashed():

@@ -94,8 +94,7 @@ def _spelled(
     met[id(value)] = (value, b"@%d;" % len(met))
     try:
         label, parts = _opened(value)
-    except (UncacheableError, NameError):
-        # From Python 3.12 on it may only now be found out that an alias names what is not there.
+    except UncacheableError:
         if not is_lenient:
             raise
         label, parts = "unknown", _members_in_c(value)
@@ -112,9 +111,20 @@ def _spelled(
 
 def _members_in_c(value: Any) -> list[Any]:
     """What an object that pickle cannot take shows of itself, such as msgspec's limits of a field."""
-    members = [vars(owner).items() for owner in type(value).__mro__]
-    names = [name for pairs in members for name, held in pairs if isinstance(held, types.MemberDescriptorType)]
-    return [getattr(value, name, None) for name in names]
+    return [
+        _read(held, value)
+        for owner in type(value).__mro__
+        for held in vars(owner).values()
+        if isinstance(held, types.MemberDescriptorType)
+    ]
+
+
+def _read(slot: Any, value: Any) -> Any:
+    """What a slot holds, or None; not by `getattr`, which asks a ``__getattr__`` of the object where it is empty."""
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return None
 
 
 def _spelled_by_itself(value: Any) -> bytes:
@@ -157,6 +167,17 @@ _IN_ANY_ORDER = frozenset({"dict", "set", "frozenset", "_Unordered", "_AsFarAsTo
 
 def _opened(value: Any) -> tuple[str, Iterable[Any]]:
     """A label and the parts of a value."""
+    try:
+        return _taken_apart(value)
+    except (UncacheableError, RecursionError):
+        raise
+    except Exception as error:
+        # Of its properties and hooks; from Python 3.12 on also of an alias that names what is not there.
+        msg = f"a {type(value).__qualname__} cannot be read ({type(error).__name__})"
+        raise UncacheableError(msg) from error
+
+
+def _taken_apart(value: Any) -> tuple[str, Iterable[Any]]:
     kind = type(value)
     if kind in {list, tuple, set, frozenset, _Unordered}:
         return kind.__name__, value

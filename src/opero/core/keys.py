@@ -267,7 +267,10 @@ def _unwraps_to(member: Any, function: Callable[..., Any]) -> bool:
             return True
         # What decorators of the standard library, and opero's own, call the function that they hold.
         held = (getattr(member, name, None) for name in ("__wrapped__", "func", "fget"))
-        member = next((inner for inner in held if inner is not None), None)
+        try:
+            member = next((inner for inner in held if inner is not None), None)
+        except Exception:  # noqa: BLE001 - of an object of others, such as a proxy for what is not there yet
+            return False
     return False
 
 
