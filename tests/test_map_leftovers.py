@@ -16,6 +16,7 @@ import textwrap
 import threading
 import time
 import uuid
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -439,3 +440,57 @@ def test_all_batches_with_a_worker_that_is_ended_are_out_of_time():
     finally:
         pool.stop()
         inbox.close()
+
+
+class Kept:
+    """Something that can be seen to be gone."""
+
+
+@contextlib.contextmanager
+def without_collector():
+    """What large and few objects leave behind, nothing makes the garbage collector look for."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def first_of(item, _shared):
+    return item
+
+
+@pytest.mark.parametrize("mode", ["serial", "thread", "process"])
+def test_what_all_items_share_is_free_when_the_map_has_ended(mode):
+    shared = Kept()
+    known = weakref.ref(shared)
+    with without_collector():
+        assert opmap(mode=mode, progress=False)(first_of)(range(3), shared) == [0, 1, 2]
+        del shared
+        assert known() is None
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("mode", ["serial", "thread"])
+def test_an_error_that_ends_a_map_keeps_nothing_of_it(mode, is_stream):
+    known = []
+
+    def work(item):
+        if item == 3:
+            raise SpoiledError
+        result = Kept()
+        known.append(weakref.ref(result))
+        return result
+
+    f = opmap(mode=mode, progress=False, retries=0, return_exceptions=False)(work)
+    with without_collector():
+        try:
+            if is_stream:
+                for outcome in f.stream(range(9)):
+                    del outcome
+            else:
+                f(range(9))
+        except SpoiledError:
+            pass
+        until(lambda: not any(each() for each in known))

@@ -176,6 +176,11 @@ class ListSink:
             results.extend([None] * missing)
         results[start : start + len(values)] = values
 
+    def forget(self) -> None:
+        """Nobody will ask for the results."""
+        self.results.clear()
+        self.failed.clear()
+
 
 class StreamSink:
     """Hands outcomes to a consumer, in input order if asked."""
@@ -199,6 +204,11 @@ class StreamSink:
     def put_results(self, start: int, items: Sequence[Any], values: list[Any], seconds: float, /) -> None:
         for place, (item, value) in enumerate(zip(items, values, strict=False), start):
             self.put(Outcome(place, item, value, None, 1, seconds, False))  # noqa: FBT003 - a dataclass of plain facts
+
+    def forget(self) -> None:
+        """Nobody will ask for more outcomes."""
+        self.ready.clear()
+        self._early.clear()
 
     def room(self) -> int:
         """How many more items may be begun."""

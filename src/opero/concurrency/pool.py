@@ -301,6 +301,8 @@ def entered_multi_pool(workers: int, end: Callable[[], None]) -> Any:
     pool = SimpleNamespace(map=None, close=end, join=end, terminate=end, clear=end)
     made = MultiPool(pool_class=lambda nodes: pool, nodes=workers)  # type: ignore[arg-type]  # noqa: ARG005
     made.__enter__()
+    # It puts a function there that holds the pool: what all items share would live until the garbage collector comes.
+    pool.map = None
     return made
 
 

@@ -178,6 +178,7 @@ def _note_end(run: Scheduler, error: BaseException) -> None:
         run.is_sound = False
         if type(error).__name__ in {"KeyboardInterrupt", "CancelledError"}:
             add_note(error, run.story())
+    run.forget()
 
 
 async def run_awaiting(

@@ -193,8 +193,9 @@ class Scheduler:
 
     def take_note(self, events: list[Any]) -> None:
         """Take note of what was found in the inbox, and look after workers that have told nothing."""
-        for heard in events:
-            event = self.pool.receive(heard)
+        events.reverse()
+        while events:
+            event = self.pool.receive(events.pop())
             if isinstance(event, Done):
                 self._batch_done(event)
             elif isinstance(event, Lost):
@@ -207,8 +208,8 @@ class Scheduler:
                 step = self._waiting.get(event)
                 if step is not None and not isinstance(step, Pause):
                     self._look(event, step)
-        # An error among them, and with it the frames of an attempt, shall not outlast this.
-        events.clear()
+            # An error in it, and with that the frames of an attempt, shall not outlast this.
+            event = None
         # After all that has come in was seen: a report in time is no reason to kill.
         if self._watched:
             self._watch()
@@ -302,6 +303,11 @@ class Scheduler:
             if isinstance(self.pool.receive(heard), Fatal):
                 return False
         return self._settings.pools.keep(self.pool)
+
+    def forget(self) -> None:
+        """Let go of what was done: an error ends the map, whose traceback leads here, and nothing shall lead back."""
+        self.failure = self._source.error = None
+        self._sink.forget()
 
     def close(self) -> None:
         """Give up all flows, so that what they hold (places in a line, computations others wait for) is free.
