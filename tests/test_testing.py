@@ -7,14 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import pytest
 from side_by_side import SECONDS, forked, forks, results, started, until
 
 import opero
 from opero.core import RateLimiter
-from opero.core.clock import clock
+from opero.core.clock import Clock, clock
 from opero.events import CallDone, CallStarted, RetryPlanned
 from opero.testing import disabled, instant, recorded
 
@@ -176,7 +175,8 @@ def test_a_cancelled_wait_moves_no_time(monkeypatch):
         waits = [asyncio.create_task(f([])), asyncio.create_task(limiter.acquire_async())]
         with recorded() as events, monkeypatch.context() as patch:
             # However long a busy machine takes until both are cancelled: time does not jump before.
-            patch.setattr(opero.testing, "time", standing_still())
+            now = time.monotonic()
+            patch.setattr(Clock, "now", lambda: now)
             await is_spinning_until(lambda: has_failed(events))
             for wait in waits:
                 wait.cancel()
@@ -187,12 +187,6 @@ def test_a_cancelled_wait_moves_no_time(monkeypatch):
         limiter.acquire()
         asyncio.run(main())
     assert passed.skipped == pytest.approx(5, abs=1)
-
-
-def standing_still():
-    """A `time` that does not pass."""
-    now = time.monotonic()
-    return types.SimpleNamespace(monotonic=lambda: now, time=time.time)
 
 
 def test_who_waits_at_the_end_of_the_block_goes_on():
@@ -554,3 +548,31 @@ def test_a_loop_that_was_closed_with_a_waiter_in_it_disturbs_nobody():
         loop.close()
         task._log_destroy_pending = False  # it is what is meant here
         assert opero.opero(retries=2, min_delay=20)(other)() == "result"
+
+
+IMPORTED_WHILE_TIME_IS_FROZEN = """
+import threading, time
+
+real = time.monotonic, time.time
+time.monotonic = lambda: 5.0
+time.time = lambda: 5.0
+from opero import opero
+
+runs = []
+
+@opero(cache=True, cache_ttl=60, retries=1, min_delay=0.001, rate_limit="100/s", rate_limit_options={"max_burst": 1})
+def function(x):
+    runs.append(x)
+    if len(runs) == 1:
+        raise ConnectionError
+    return x
+
+assert [function(x) for x in (1, 2, 1)] == [1, 2, 1]
+time.monotonic, time.time = real
+assert [function(x) for x in (1, 3)] == [1, 3]
+assert runs == [1, 1, 2, 3], runs
+"""
+
+
+def test_opero_may_be_imported_while_a_test_has_frozen_time():
+    subprocess.run([sys.executable, "-c", IMPORTED_WHILE_TIME_IS_FROZEN], check=True, timeout=SECONDS)

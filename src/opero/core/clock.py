@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,24 @@ if TYPE_CHECKING:
 
 # `time.sleep` and lock timeouts overflow far above this; nobody means to wait longer than a year.
 LONGEST_WAIT = 365 * 86_400.0
+
+
+def _system_time() -> Any:
+    """The module `time`; a new one where a test has put others in place of its functions before opero is imported.
+
+    Those (freezegun's) stand still, which would hold up every wait, and fail once the test is over.
+    """
+    if all(isinstance(function, types.BuiltinFunctionType) for function in (time.monotonic, time.time)):
+        return time
+    import importlib.util
+
+    spec: Any = importlib.util.find_spec("time")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+_time = _system_time()
 
 
 async def asyncio_sleep(seconds: float) -> None:
@@ -48,9 +67,9 @@ class Clock:
         is_virtual: Whether this time jumps, as no other process's does.
     """
 
-    now: Callable[[], float] = time.monotonic
-    wall: Callable[[], float] = time.time
-    machine: Callable[[], float] = time.monotonic
+    now: Callable[[], float] = _time.monotonic
+    wall: Callable[[], float] = _time.time
+    machine: Callable[[], float] = _time.monotonic
     sleep: Callable[[float], None] | None = None
     async_sleep: Callable[[float], Awaitable[None]] = staticmethod(asyncio_sleep)
     wait: Callable[[Callable[[float | None], Any], float | None], None] = staticmethod(
