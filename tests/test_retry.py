@@ -941,6 +941,22 @@ def test_what_a_framework_is_steered_by_is_not_retried(world):
     assert told_by_hand.stats.attempts > 1
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "billiard.exceptions.SoftTimeLimitExceeded",
+        "celery.exceptions.TaskPredicate",
+        "rq.timeouts.BaseTimeoutException",
+    ],
+)
+def test_what_a_queue_ends_its_task_by_is_not_retried(world, name):
+    module, _, name = name.rpartition(".")
+    error_class = type("Own", (type(name, (Exception,), {"__module__": module}),), {})
+    function = opero(retries=3, min_delay=0)(world.define(script(error_class())))
+    assert type(raised_by(world, function)) is error_class
+    assert function.stats.attempts == 1
+
+
 @pytest.mark.parametrize("hook", ["stop", "wait", "before", "after", "before_sleep"])
 def test_a_hook_that_raises_does_not_replace_the_users_error(world, fake_clock, hook):
     error = ValueError()

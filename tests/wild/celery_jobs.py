@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import celery
+from celery.exceptions import SoftTimeLimitExceeded
 
 from opero import opero, opmap
 
@@ -33,6 +34,13 @@ def bound(self: celery.Task, name: str) -> list[object]:
     if tries[name] == 1:
         raise ConnectionError
     return [self.name, tries[name]]
+
+
+@app.task
+@opero(min_delay=0)
+def out_of_time(name: str) -> None:
+    tries[name] = tries.get(name, 0) + 1
+    raise SoftTimeLimitExceeded
 
 
 @celery.shared_task

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import celery
 import celery_jobs
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +54,12 @@ def test_a_bound_task_gets_itself(eager):
 
 def test_a_shared_task_is_cached(eager):
     assert [celery_jobs.shared.delay("a").get(), celery_jobs.shared.delay("a").get()] == [1, 1]
+
+
+def test_a_task_whose_time_is_up_is_not_retried(eager):
+    with pytest.raises(SoftTimeLimitExceeded):
+        celery_jobs.out_of_time.delay("late").get()
+    assert celery_jobs.tries == {"late": 1}
 
 
 def test_wrong_arguments_are_not_retried(eager):

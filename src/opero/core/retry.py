@@ -60,14 +60,16 @@ RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], 
 # No service is at fault, and no second try can mend it.
 PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError, MemoryError)
 
-# What is raised to steer a framework: an answer, an end, a message to its queue, and not a failure.
+# What is raised to steer a framework, or when it ends a task: an answer, a message to its queue, and not a failure.
 _STEERING = {
     "aiohttp.web_exceptions": {"HTTPException"},
+    "billiard.exceptions": {"SoftTimeLimitExceeded"},
     "celery.exceptions": {"TaskPredicate"},
     "click.exceptions": {"Abort", "ClickException", "Exit"},
     "django.core.exceptions": {"BadRequest", "PermissionDenied", "SuspiciousOperation"},
     "django.http.response": {"Http404"},
     "rest_framework.exceptions": {"APIException"},
+    "rq.timeouts": {"BaseTimeoutException"},
     "starlette.exceptions": {"HTTPException"},
     "typer.exceptions": {"Abort", "Exit", "TyperException"},
     "unittest.case": {"SkipTest"},
