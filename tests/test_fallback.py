@@ -918,6 +918,44 @@ def test_the_cache_knows_a_function_by_itself_and_asks_it_only_when_it_computes(
     assert world.run(function, candidates_from(keys_of("first"))) == "good 2"
 
 
+OF_A_SCRIPT = """
+KEYS = ["bad", "good"]
+
+def keys(of="all"):
+    return KEYS
+
+class Rotation:
+    def keys(self):
+        return KEYS
+"""
+
+
+@pytest.mark.parametrize("form", ["function", "method", "partial"])
+def test_results_of_earlier_values_are_found_again_where_a_script_tells_them_by_a_global(world, form):
+    script = {"__name__": "__main__", "__file__": "script.py"}
+    exec(OF_A_SCRIPT, script)
+    forms = {
+        "function": script["keys"],
+        "method": script["Rotation"]().keys,
+        "partial": functools.partial(script["keys"], "eu"),
+    }
+    function = opero(cache=True, **ONCE)(world.define(good_ones))
+    assert world.run(function, candidates_from(forms[form])) == "good"
+    script["KEYS"] = ["bad", "good 2"]
+    assert world.run(function, candidates_from(forms[form])) == "good"
+    assert function.cache_info()[:2] == (1, 1)
+
+
+def test_functions_that_have_captured_other_values_have_other_keys(world):
+    def keys_of(key, *, default):
+        return lambda first=default: [first, key]
+
+    function = opero(cache=True, **ONCE)(world.define(good_ones))
+    for key, default in (("good 1", "bad"), ("good 2", "bad"), ("good 2", "good 3")):
+        world.run(function, candidates_from(keys_of(key, default=default)))
+    assert function.cache_info()[:2] == (0, 3)
+
+
 def test_a_lambda_for_a_default_is_cached(world):
     service = Service("b")
 

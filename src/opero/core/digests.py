@@ -293,6 +293,19 @@ def _parts_of_function(function: Any) -> Iterable[Any]:
     return (*named, *_captured_by(function), defaults, vars(function), _AsFarAsTold(told))
 
 
+def apart_from_globals(function: Any) -> Any:
+    """What a function is by its name, its code and what it carries, whatever the globals that it reads are just now."""
+    function = undecorated(function)
+    if isinstance(function, types.MethodType):
+        return (apart_from_globals(function.__func__), function.__self__)
+    if isinstance(function, functools.partial):
+        return (apart_from_globals(function.func), function.args, function.keywords)
+    if not isinstance(function, types.FunctionType) or _is_importable(function):
+        return function
+    defaults = _by_place([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()])
+    return (_module_of(function), function.__qualname__, *_captured_by(function), defaults)
+
+
 def _captured_by(function: types.FunctionType) -> Iterable[Any]:
     cells = function.__closure__ or ()
     held = ["nothing yet" if cell == types.CellType() else cell.cell_contents for cell in cells]

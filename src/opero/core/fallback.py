@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from opero.core.checks import check_callable, check_seconds, check_text
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
+from opero.core.digests import apart_from_globals
 from opero.core.frozen import itself
 from opero.core.keys import identity_of
 from opero.core.parameters import ParameterSlot
@@ -61,8 +62,9 @@ class CandidatesFrom:
         return given
 
     def __cache_key__(self) -> Any:
-        # Not what it gives: that may be another value each time, and to ask for it may take long.
-        return self._function
+        # Not what it gives, nor the globals of a script by which it does: those may be others each time, and to ask for
+        # it may take long.
+        return apart_from_globals(self._function)
 
     def __reduce__(self) -> Any:
         # Decisions are made where the function is. A worker is sent one value, and must not fail for the rest.
@@ -103,8 +105,9 @@ def candidates_from(function: Callable[[], list[T] | tuple[T, ...]]) -> T:
     For keys that rotate and services that move. The function is called once for each call of the decorated function
     that gets to the first attempt, for each item of a map, not again for later rounds, and not on a hit of the cache;
     in async functions it runs in the event loop, and should be quick. What it raises is raised by the call and not
-    retried. It is never called for a cache's key, which has the function itself in place of the values: results of
-    earlier values are found again. On disk and redis it has to be a function that can be imported by its name.
+    retried. It is never called for a cache's key, which has the function itself in place of the values, by its name,
+    its code and what it has captured: results of earlier values are found again. On disk and redis it has to be a
+    function that can be imported by its name.
 
     It stays in its process. The workers of a map are sent one value at a time; inside of another function that runs in
     a worker process, a copy that was carried there raises `MisuseError`.
