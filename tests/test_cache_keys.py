@@ -1043,6 +1043,28 @@ def test_an_argument_whose_own_code_fails_is_refused_with_the_ways_out(world):
     assert f.stats.attempts == 0
 
 
+def type_parameter(**more):
+    """One that no module has under its name."""
+    return typing.TypeVar("T", **more)
+
+
+def test_a_type_parameter_is_told_by_what_it_says():
+    assert share_an_entry(list[type_parameter()], list[type_parameter()])
+    assert not share_an_entry(list[type_parameter()], list[type_parameter(bound=int)])
+    assert not share_an_entry(type_parameter(bound=int), type_parameter(bound=str))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="has no syntax for type parameters")
+def test_an_alias_with_parameters_is_an_argument(world):
+    names = {"__name__": __name__}
+    exec("type Pair[A] = tuple[A, A]\ntype Flipped[A, B] = tuple[B, A]\ntype Kept[A, B] = tuple[A, B]", names)
+    f = cached(world.define(lambda kind: f"{kind}"))
+    kinds = [names["Pair"], names["Pair"][int], names["Pair"][str], names["Flipped"], names["Kept"]]
+    for kind in kinds * 2:
+        assert world.run(f, kind) == str(kind)
+    assert f.cache_info()[:2] == (len(kinds), len(kinds))
+
+
 def test_a_moment_may_be_in_a_zone_that_cannot_be_hashed():
     zone = UnhashableZone(1)
     assert share_an_entry(moment(zone), moment(zone))

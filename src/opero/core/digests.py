@@ -464,6 +464,12 @@ def _without_cached_properties(state: Any, kind: type) -> Any:
     }
 
 
+def _parts_of_type_parameter(value: Any) -> Iterable[Any]:
+    """What it says: those of a class, a function or an alias (PEP 695) are found under no name."""
+    said = ("__bound__", "__constraints__", "__default__", "__covariant__", "__contravariant__", "__infer_variance__")
+    return (_module_of(value), value.__name__, [getattr(value, name, None) for name in said])
+
+
 def _parts_of_exception(error: BaseException) -> Iterable[Any]:
     """Where it came from, too, which pickle leaves out."""
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
@@ -475,7 +481,10 @@ def _parts_of_exception(error: BaseException) -> Iterable[Any]:
 _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "builtins.function": _parts_of_function,
     "typing.NewType": lambda value: (_module_of(value), value.__qualname__, value.__supertype__),
-    "typing.TypeAliasType": lambda value: (_module_of(value), value.__name__, value.__value__),
+    "typing.TypeAliasType": lambda value: (_module_of(value), value.__name__, value.__type_params__, value.__value__),
+    "typing.TypeVar": _parts_of_type_parameter,
+    "typing.ParamSpec": _parts_of_type_parameter,
+    "typing.TypeVarTuple": _parts_of_type_parameter,
     # Whether it has been looked up makes no difference, nor at which address pydantic has met a class.
     "typing.ForwardRef": lambda value: (value.__forward_arg__,),
     "msgspec.StructConfig": lambda value: ([getattr(value, name) for name in dir(value) if name[0] != "_"],),
