@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import threading
 
@@ -12,6 +13,7 @@ from side_by_side import SECONDS, results, started, until
 
 import opero
 from opero import CallTimeoutError, MisuseError
+from opero.core.steps import leading
 
 
 class Busy:
@@ -195,6 +197,76 @@ def test_a_call_within_its_own_place_is_refused(world):
         world.run(f, 1)
 
 
+@pytest.mark.parametrize("per", [None, "x"])
+def test_what_an_execution_has_left_behind_may_call_when_that_is_over(world, per):
+    contexts = []
+    f = limited(per=per)(world.define(lambda x: contexts.append(contextvars.copy_context()) or x))
+    for x in range(3):
+        assert world.run(f, 1) == 1
+        # As a task or a thread that goes on, and starts others.
+        assert contexts[-1].run(world.run, f, 1) == 1
+        assert len(contexts) == 2 * x + 2
+    assert [context.run(world.run, f, 1) for context in contexts[:]] == [1] * 6
+
+
+def test_what_an_attempt_that_failed_has_left_behind_may_call(world):
+    contexts = []
+
+    def function():
+        contexts.append(contextvars.copy_context())
+        if len(contexts) < 3:
+            raise ValueError
+        return "result"
+
+    f = opero.opero(max_concurrent=1, retries=2, min_delay=0)(world.define(function))
+    assert world.run(f) == "result"
+    assert [context.run(world.run, f) for context in contexts[:3]] == ["result"] * 3
+
+
+def test_what_an_execution_has_started_is_refused_while_that_has_its_place(world, busy):
+    def function(x):
+        if x:
+            contexts.append(contextvars.copy_context())
+            busy()
+        return x
+
+    async def in_task(x):
+        if x:
+            contexts.append(contextvars.copy_context())
+            await busy.in_task()
+        return x
+
+    contexts = []
+    f = limited(2)(in_task if world.is_async else function)
+    assert world.run(f, 0) == 0
+    running = started(world.run, f, 1)
+    until(lambda: busy.running)
+    with pytest.raises(MisuseError, match="within one of its own executions"):
+        contexts[0].run(world.run, f, 0)
+    busy.go_on.set()
+    assert running.result(SECONDS) == 1
+    assert contexts[0].run(world.run, f, 0) == 0
+
+
+def test_what_an_item_of_a_map_has_left_behind_may_call(world):
+    contexts = []
+    f = limited()(world.define(lambda x: contexts.append(contextvars.copy_context()) or x))
+    mapped = opero.opmap(mode="async" if world.is_async else "thread", workers=1, progress=False)(f)
+    assert mapped.run(range(3)) == [0, 1, 2]
+    assert [context.run(world.run, f, 1) for context in contexts[:]] == [1] * 3
+
+
+def test_what_is_left_behind_by_one_after_the_other_holds_no_more_than_the_last():
+    contexts = []
+    fs = [limited()(lambda: contexts.append(contextvars.copy_context())) for _ in range(2)]
+    for f in [fs[0], fs[1]] * 20:
+        (contexts or [contextvars.copy_context()])[-1].run(f)
+    part, length = contexts[-1][leading], 0
+    while part is not None:
+        part, length = part[1], length + 1
+    assert length <= 2
+
+
 def test_each_value_has_places_of_its_own(busy):
     f = limited(per="x")(busy)
     calls = [started(f, x) for x in "ab"]
@@ -284,6 +356,65 @@ def test_a_call_within_the_place_of_its_own_async_generator_is_refused():
             await asyncio.wait_for(anext(counting), 10)
 
     asyncio.run(body())
+
+
+def test_what_a_generator_has_left_behind_may_call_when_that_is_over():
+    contexts = []
+
+    @limited(2)
+    def count():
+        contexts.append(contextvars.copy_context())
+        yield 1
+        contexts.append(contextvars.copy_context())
+        yield 2
+
+    counting = count()
+    assert [next(counting), next(counting)] == [1, 2]
+    for context in contexts[:]:
+        with pytest.raises(MisuseError, match="within one of its own executions"):
+            context.run(next, count())
+    assert list(counting) == []
+    assert [context.run(list, count()) for context in contexts[:]] == [[1, 2]] * 2
+
+
+def test_what_an_async_generator_has_left_behind_may_call_when_that_is_over():
+    contexts = []
+
+    @limited(2)
+    async def count():
+        contexts.append(contextvars.copy_context())
+        yield 1
+        contexts.append(contextvars.copy_context())
+        yield 2
+
+    async def all_of_it():
+        return [x async for x in count()]
+
+    async def body():
+        counting = count()
+        assert [await anext(counting), await anext(counting)] == [1, 2]
+        for context in contexts[:]:
+            with pytest.raises(MisuseError, match="within one of its own executions"):
+                await asyncio.create_task(all_of_it(), context=context)
+        await counting.aclose()
+        return [await asyncio.create_task(all_of_it(), context=context) for context in contexts[:]]
+
+    assert asyncio.run(body()) == [[1, 2]] * 2
+
+
+def test_a_step_of_a_generator_may_go_on_with_it_in_what_it_has_left_behind():
+    contexts = []
+
+    @limited()
+    def count():
+        contexts.append(contextvars.copy_context())
+        yield 1
+        yield 2
+
+    counting = count()
+    assert next(counting) == 1
+    assert contexts[0].run(list, counting) == [2]
+    assert contexts[0].run(list, count()) == [1, 2]
 
 
 def test_who_reads_a_generator_that_has_a_place_is_not_in_it():

@@ -366,7 +366,7 @@ def test_a_task_that_a_run_leaves_behind_keeps_nothing_of_its_result(backend, tm
     cache = opero.Cache(backend=backend, **({"cache_dir": tmp_path} if backend == "disk" else {}))
     f = opero.opero(cache=cache, retries=0)(lambda: contexts.append(contextvars.copy_context()) or ["result"])
     assert f() == ["result"]
-    (flight,) = contexts[0][leading]
+    flight, _ = contexts[0][leading]
     assert [flight.found, flight.old, flight.written, flight.seats] == [None, None, None, []]
 
 

@@ -20,7 +20,7 @@ from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats, Stats
-from opero.core.steps import Consult, Failed, Flow, PartOf, Pause, leading
+from opero.core.steps import Consult, Failed, Flow, PartOf, Pause, leaders
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
@@ -223,7 +223,7 @@ class ResultCache:
     def _wait(self, flight: Flight, call: Call) -> Generator[Seat, Any, Seat | None]:
         """Wait until somebody else's flight has landed; None if that may wait for this call."""
         seat = Seat(flight, call.time_left)
-        leads = [leader for leader in leading.get() if isinstance(leader, Flight)]
+        leads = [leader for leader in leaders() if isinstance(leader, Flight)]
         # Let others know before looking at them: of two that come to wait for each other one has to see it.
         for leader in leads:
             leader.waits_for.append(flight)
@@ -268,7 +268,7 @@ class ResultCache:
             land(flight, found)
             return _hit(call, found)
         self._note_fault(claim)
-        with PartOf(flight) if call.presence is None else contextlib.nullcontext():
+        with PartOf([flight, None]) if call.presence is None else contextlib.nullcontext():
             outcome = yield from compute()
         if not call.is_made_up:
             try:

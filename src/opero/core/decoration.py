@@ -30,16 +30,14 @@ from opero.utils.notes import Shortened, shorten
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
-    from contextvars import Token
 
-    from opero.core.limits.places import Places
-    from opero.core.steps import TimeLimit
+    from opero.core.steps import Part, TimeLimit
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
 Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a decorator, and its options
-# What a first attempt is made with: its arguments, its place and what gives that back.
-First = tuple[tuple[Any, ...], dict[str, Any], "tuple[Places, Token[Any]] | None"]
+# What a first attempt is made with: its arguments, and its place.
+First = tuple[tuple[Any, ...], dict[str, Any], "Part | None"]
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> Any:
@@ -112,7 +110,7 @@ class Decoration:
             outcome = Failed(error)
         finally:
             if place is not None:
-                place[0].give_back(place[1])
+                place[0].give_back(place)
             if self._follows or told is not None:
                 self._first_is_over(first, outcome, told, started)
         if type(outcome) is not Failed:
@@ -140,7 +138,7 @@ class Decoration:
             outcome = await run_in_time(self.function, first_args, first_kwargs, self._limit, self.plan.name)
         finally:
             if place is not None:
-                place[0].give_back(place[1])
+                place[0].give_back(place)
             if self._follows or told is not None:
                 self._first_is_over(first, outcome, told, started)
         if type(outcome) is not Failed:
@@ -172,7 +170,7 @@ class Decoration:
             self.count()
             return args, kwargs, place
         if place is not None:
-            place[0].give_back(place[1])
+            place[0].give_back(place)
         return None
 
     def _told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -381,14 +379,14 @@ def _generator(this: Decoration) -> Callable[..., Any]:
                     source.close()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    item = source.throw(error) if place is None else place.resume(source.throw, error)
+                    item = source.throw(error) if place is None else place[0].resume(place, source.throw, error)
                 else:
-                    item = source.send(sent) if place is None else place.resume(source.send, sent)
+                    item = source.send(sent) if place is None else place[0].resume(place, source.send, sent)
         except StopIteration as end:
             return end.value
         finally:
             if place is not None:
-                place.give_back()
+                place[0].give_back(place)
 
     return decorated
 
@@ -412,14 +410,18 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
                     await source.aclose()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    item = await (source.athrow(error) if place is None else place.resume_async(source.athrow, error))
+                    item = await (
+                        source.athrow(error) if place is None else place[0].resume_async(place, source.athrow, error)
+                    )
                 else:
-                    item = await (source.asend(sent) if place is None else place.resume_async(source.asend, sent))
+                    item = await (
+                        source.asend(sent) if place is None else place[0].resume_async(place, source.asend, sent)
+                    )
         except StopAsyncIteration:
             return
         finally:
             if place is not None:
-                place.give_back()
+                place[0].give_back(place)
 
     return decorated
 

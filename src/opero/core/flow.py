@@ -212,8 +212,8 @@ class Layers:
         finally:
             if passage is not None:
                 passage.end()
-            if attempt.places is not None:
-                attempt.places.give_back()
+            if attempt.place is not None:
+                attempt.place[0].give_back(attempt.place)
 
     def attempt(self, attempt: Attempt) -> Generator[Any, Any, Any]:
         """max_concurrent, the rate limit, attempt_timeout, and one execution."""
@@ -223,8 +223,8 @@ class Layers:
             candidate.tries = call.attempts = call.rounds = 1
             return outcome
         if plan.places is not None:
-            attempt.places = yield from plan.places.take(attempt.args, attempt.kwargs, call.deadline, attempt.passage)
-            if attempt.places is None or attempt.is_shut():
+            attempt.place = yield from plan.places.take(attempt.args, attempt.kwargs, call.deadline, attempt.passage)
+            if attempt.place is None or attempt.is_shut():
                 return self._why_not()
         if plan.limit is not None and not self.has_slot:
             missed = yield from self._take_slot(plan.limit, attempt)
@@ -233,7 +233,7 @@ class Layers:
         self.has_slot = False
         if clock.now() >= call.deadline:
             return OUT_OF_TIME
-        with PartOf(attempt.places) if attempt.places is not None and call.presence is None else _ALONE:
+        with PartOf(attempt.place) if attempt.place is not None and call.presence is None else _ALONE:
             outcome = yield attempt
         call.is_last = attempt.is_last
         if outcome is NOT_RUN:
@@ -317,7 +317,7 @@ class Layers:
             if plan.kind.endswith("generator") and outcome[0] is not None:
                 # It has begun, and keeps its place until it ends or is closed.
                 generator, item, _ = outcome
-                outcome, attempt.places = (generator, item, attempt.places), None
+                outcome, attempt.place = (generator, item, attempt.place), None
             return outcome
         if call.is_last:
             add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from opero.core.flow import Candidate, Layers
     from opero.core.limits.gates import Gate
     from opero.core.limits.line import Turn
-    from opero.core.limits.places import Places
     from opero.core.stores.settings import Store
 
 
@@ -58,7 +57,7 @@ class Attempt:
 
     Attributes:
         passage: Through the circuit, if there is one.
-        places: To which its place of ``max_concurrent`` has to be given back, while it has one.
+        place: Of ``max_concurrent``, while it has one.
         has_begun: Whether ``begins`` was called, by a driver that may have to hand it out twice.
         limit: What `time_limit` has said last.
         is_last: Set by the driver if its task was cancelled meanwhile: whatever the function made of that, nothing is
@@ -68,7 +67,7 @@ class Attempt:
     has_begun = False
     limit: TimeLimit | None = None
     is_last = False
-    places: Places | None = None
+    place: Part | None = None
 
     def __init__(self, layers: Layers, candidate: Candidate, passage: Passage | None) -> None:
         self.args = candidate.args
@@ -181,24 +180,49 @@ def raise_or_return(outcome: Any) -> Any:
         del outcome, error, context
 
 
-# The computations and places that the running code is part of: a call of its own must not wait for one of them.
-leading: ContextVar[frozenset[Any]] = ContextVar("opero_leading", default=frozenset())
+# What the running code is part of, so that a call of its own must not wait for it: a computation, or a place by whose
+# places it is one of; then the part that this is within. The first is None when it is over, as tasks and threads that
+# were left behind find it in their copies of the context. A list, as it is made for each call.
+Part: TypeAlias = "list[Any]"
+leading: ContextVar[Part | None] = ContextVar("opero_leading", default=None)
+
+
+def not_over(part: Part | None) -> Part | None:
+    """The part, or the innermost around it that is not over."""
+    while part is not None and part[0] is None:
+        part = part[1]
+    return part
+
+
+def leaders() -> list[Any]:
+    """The computations and places that the running code is part of, innermost first."""
+    found: list[Any] = []
+    part = leading.get()
+    while (part := not_over(part)) is not None:
+        found.append(part[0])
+        part = part[1]
+    return found
 
 
 class PartOf:
     """A block that is part of a computation, or has a place; not for items of a map, which share one context."""
 
-    __slots__ = ("_leader", "_token")
+    __slots__ = ("_part", "_token")
 
-    def __init__(self, leader: Any) -> None:
-        self._leader = leader
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._token: Token[Part | None] | None = None
 
     def __enter__(self) -> None:
-        self._token = leading.set(leading.get() | {self._leader})
+        # A generator may be gone on with from within a step of its own.
+        if self._part[0] not in leaders():
+            self._part[1] = not_over(leading.get())
+            self._token = leading.set(self._part)
 
     def __exit__(self, *_error: object) -> None:
         try:
-            leading.reset(self._token)
+            if self._token is not None:
+                leading.reset(self._token)
         except ValueError:
             # A task of a loop that was closed ends where it is collected, in another context.
             return

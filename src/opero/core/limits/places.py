@@ -9,15 +9,15 @@ from opero.core.clock import clock
 from opero.core.limits.ledger import Ledger
 from opero.core.limits.line import ONE, Line, PerValue, take
 from opero.core.limits.rates import CALLS, Rates
-from opero.core.steps import PartOf, leading
+from opero.core.steps import PartOf, leaders, leading, not_over
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Sequence
-    from contextvars import Token
 
     from opero.core.breaker import Passage
     from opero.core.parameters import Per
+    from opero.core.steps import Part
 
 # No process could have more executions under way than that.
 _MOST = 1_000_000
@@ -56,28 +56,38 @@ class _FreePlaces(Ledger):
 class Places(Line):
     """The places, and those who wait for one.
 
-    What runs in one of them has them among what it is part of (`opero.core.steps.leading`).
+    A place is what its execution is part of (`opero.core.steps.Part`), with what ends that: `enter` begins it at once.
     """
 
     def __init__(self, count: int) -> None:
         places = _FreePlaces(count)
         super().__init__(places)
         self._free, self._count = places.free, places.count
-        self._marks = frozenset({self})
 
-    def enter(self, _args: Any = (), _kwargs: Any = None) -> tuple[Places, Token[Any]] | None:
-        """Take a place for the running code; gives what to give it back with, None if that has to wait, or must not."""
-        others = leading.get()
-        if self.waiting or (others and self in others):
+    def enter(self, _args: Any = (), _kwargs: Any = None) -> Part | None:
+        """Take a place for the running code; None if that has to wait, or must not."""
+        outer = leading.get()
+        if outer is not None:
+            outer = not_over(outer)
+            if self in leaders():
+                return None
+        if self.waiting:
             return None
         try:
             self._free.pop()
         except IndexError:
             return None
-        return self, leading.set(others | self._marks if others else self._marks)
+        place: Part = [self, outer, None]
+        place[2] = leading.set(place)
+        return place
 
-    def give_back(self, token: Token[Any] | None = None) -> None:
-        """Somebody leaves, with what `enter` gave if that was used: the next one may come."""
+    def give_back(self, place: Part) -> None:
+        """Somebody leaves: the next one may come."""
+        _, outer, token = place
+        place[0] = place[2] = None
+        if outer is not None:
+            # Of a task that starts another one, and so on, no chain of parts that are over is left.
+            place[1] = not_over(outer)
         # What a forked child does in a place of its parent takes none here.
         if len(self._free) < self._count:
             self._free.append(None)
@@ -90,14 +100,14 @@ class Places(Line):
                 # A task of a loop that was closed ends where it is collected, in another context.
                 return
 
-    def resume(self, step: Callable[..., Any], *given: Any) -> Any:
+    def resume(self, place: Part, step: Callable[..., Any], *given: Any) -> Any:
         """Take a step of a generator that has a place."""
-        with PartOf(self):
+        with PartOf(place):
             return step(*given)
 
-    async def resume_async(self, step: Callable[..., Awaitable[Any]], *given: Any) -> Any:
+    async def resume_async(self, place: Part, step: Callable[..., Awaitable[Any]], *given: Any) -> Any:
         """The same of an async generator."""
-        with PartOf(self):
+        with PartOf(place):
             return await step(*given)
 
 
@@ -117,10 +127,10 @@ class PlacesForFunction:
 
     def take(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float, passage: Passage | None
-    ) -> Generator[Any, Any, Places | None]:
-        """Wait for a place; gives whom to give it back to, or None at the ``deadline`` or when the circuit opens."""
+    ) -> Generator[Any, Any, Part | None]:
+        """Wait for a place; gives None at the ``deadline`` or when the circuit opens."""
         places = self._of(args, kwargs)
-        if places in leading.get():
+        if places in leaders():
             raise MisuseError(
                 f"{self._name} was called within one of its own executions, and would wait for that one's place of "
                 "max_concurrent; call the undecorated function there"
@@ -131,4 +141,4 @@ class PlacesForFunction:
             [(places, ONE)],
             lambda: -math.inf if passage is not None and passage.is_shut() else deadline,
         )
-        return places if taken else None
+        return [places, None, None] if taken else None
