@@ -468,6 +468,21 @@ def test_numeric_libraries_have_a_share_of_the_cpus(monkeypatch, given, asked):
     assert mapped(threads_allowed, "fork", pool_options=options)([1]) == [expected]
 
 
+@pytest.mark.parametrize(("threads", "told"), [(1, 0), (3, 3)])
+def test_opencv_that_was_imported_before_a_fork_is_told_how_many_threads_it_may_have(monkeypatch, threads, told):
+    # Told 1, it would end threads of the parent's.
+    heard = []
+    monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(setNumThreads=heard.append))
+    options = {"threads_per_worker": threads}
+    assert mapped(lambda _item: heard, "fork", pool_options=options)([1]) == [[told]]
+
+
+@pytest.mark.parametrize("name", ["cv2", "numba"])
+def test_a_numeric_library_in_a_strange_state_is_no_mistake_of_a_worker(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace())
+    assert mapped(abs, "fork")([-1]) == [1]
+
+
 def change(item, *, array):
     array[item] += 1
     owner = array

@@ -72,6 +72,62 @@ def test_a_map_runs_after_the_library_was_used(program, library):
     program(PROGRAM.format(use=textwrap.dedent(USES[library])))
 
 
+COUNT_THREADS = """
+{before}
+from opero import opmap
+
+def of_numba(_item):
+    import numba
+    import numpy
+
+    @numba.njit(parallel=True)
+    def total(numbers):
+        found = 0.0
+        for i in numba.prange(len(numbers)):
+            found += numbers[i]
+        return found
+
+    return int(total(numpy.ones(1000))), numba.get_num_threads()
+
+def of_polars(_item):
+    import polars
+    return int(polars.Series([1000]).sum()), polars.thread_pool_size()
+
+if __name__ == "__main__":
+    pool_options = {{"start_method": {method!r}, "threads_per_worker": 1}}
+    print(opmap(workers=1, retries=0, progress=False, pool_options=pool_options)({function})([0]))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("before", ["", "import numba"], ids=["imported there", "imported before"])
+def test_numba_has_as_many_threads_as_a_worker_may_have(program, method, before):
+    assert program(COUNT_THREADS.format(before=before, method=method, function="of_numba")) == "[(1000, 1)]"
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_polars_has_as_many_threads_as_a_worker_may_have(program, method):
+    assert program(COUNT_THREADS.format(before="", method=method, function="of_polars")) == "[(1000, 1)]"
+
+
+def test_numba_whose_threads_have_started_compiles_in_forked_workers(program):
+    assert (
+        program("""
+        import numba
+        from opero import opmap
+
+        def work(item):
+            return numba.njit(lambda x: x + 1)(item), numba.get_num_threads()
+
+        if __name__ == "__main__":
+            numba.get_num_threads()
+            pool_options = {"start_method": "fork", "threads_per_worker": 1}
+            print(opmap(workers=1, retries=0, progress=False, pool_options=pool_options)(work)([1]))
+    """)
+        == "[(2, 1)]"
+    )
+
+
 def test_a_fitted_model_is_an_argument_of_a_map(program):
     program("""
         import numpy

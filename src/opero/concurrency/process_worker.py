@@ -34,6 +34,7 @@ BETWEEN = 2**32 - 1
 # handlers run.
 PEACE_SECONDS = 30.0
 
+_OF_NUMBA = "NUMBA_NUM_THREADS"
 # Those of the libraries that have threads of their own for what they compute.
 THREAD_SETTINGS = (
     "OMP_NUM_THREADS",
@@ -42,6 +43,9 @@ THREAD_SETTINGS = (
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
+    _OF_NUMBA,
+    "OPENCV_FOR_THREADS_NUM",
+    "POLARS_MAX_THREADS",
 )
 
 
@@ -243,12 +247,39 @@ def _end_executors() -> None:
 
 def _limit_threads(count: int) -> None:
     """Let numeric libraries have so many threads: each would have one for each CPU in each worker."""
+    numbas = os.environ.get(_OF_NUMBA)
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, str(count)))
     if "numpy" in sys.modules:
         with contextlib.suppress(ImportError):
             import threadpoolctl
 
             threadpoolctl.threadpool_limits(count)
+    # Those that the parent has imported have read the environment; whatever state they are in, the worker can work.
+    cv2, numba = sys.modules.get("cv2"), sys.modules.get("numba")
+    with contextlib.suppress(Exception):
+        if cv2 is not None:
+            # With 1 in place of 0, which means the same, it ends threads that a forked process does not have.
+            cv2.setNumThreads(count if count > 1 else 0)
+    with contextlib.suppress(Exception):
+        if numba is not None:
+            _limit_numba(numba, count, numbas)
+
+
+def _limit_numba(numba: Any, count: int, before: str | None) -> None:
+    """Not by `numba.set_num_threads` alone: that would start its threads, in workers that do not need them, too."""
+    try:
+        numba.config.reload_config()
+    except RuntimeError:
+        # Its threads have been started in the parent; it compiles nothing where the environment says something else.
+        if before is None:
+            del os.environ[_OF_NUMBA]
+        else:
+            os.environ[_OF_NUMBA] = before
+        numba.set_num_threads(count)
+    else:
+        parallel = numba.np.ufunc.parallel
+        parallel.NUM_THREADS = count
+        parallel.snt_check = parallel.gen_snt_check()
 
 
 def _serve_batches(parent: Parent, runner: asyncio.Runner | None) -> None:
