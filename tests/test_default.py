@@ -35,6 +35,12 @@ def test_a_failed_call_returns_the_default_whatever_ended_it(world, fake_clock, 
     assert function.stats.failures == 2
 
 
+def test_an_error_of_the_program_gives_the_default_after_one_attempt(world):
+    function = opero(retries=3, min_delay=0, default="default")(world.define(lambda: misspelt))  # noqa: F821 - on purpose
+    assert world.run(function) == "default"
+    assert function.stats.attempts == 1
+
+
 def test_a_call_that_succeeds_returns_its_result(world, fake_clock):
     errors = [ConnectionError()]
 

@@ -471,7 +471,7 @@ class Layers:
 
 
 def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
-    """Count the call that failed; its default, if there is one, hides no error of the program."""
+    """Count the call that failed; its default, if there is one, hides no misuse and no wrong call."""
     plan.stats.failures.tick()
     is_raised = plan.default is MISSING or _is_misuse(plan, call, failed.error)
     return failed if is_raised else Failed(failed.error, instead=plan.default)

@@ -250,7 +250,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
               had used up ``total_timeout`` says nothing.
             - ``default``: what a call that failed returns in place of raising, whatever ended it: the object itself, no
               copy. It is never cached, the call counts as a failure, and listeners are told of the error. A
-              `MisuseError` and arguments that do not fit the function are raised all the same.
+              `MisuseError` and arguments that do not fit the function are raised all the same; what the function itself
+              raises, `NameError` among it, is not.
             - ``on_event`` (None): ``callable(event)``, told of what happens during each call (`opero.events`).
 
     Raises:
