@@ -184,6 +184,26 @@ def test_an_error_that_cannot_be_copied_can_be_remembered(world):
             world.run(f)
 
 
+class ForgetfulError(LookupError):
+    def __reduce__(self):
+        return made_without_text, ()
+
+
+def made_without_text():
+    return ForgetfulError()
+
+
+@pytest.mark.parametrize("error", [ForgetfulError("no"), NotThereError("a", "b")], ids=repr)
+def test_an_error_that_would_not_come_back_from_disk_with_its_text_is_not_kept(world, tmp_path, error):
+    service = Service(error, error, "found")
+    f = cached(world, service, exceptions=LookupError, backend="disk", cache_dir=tmp_path)
+    for _ in range(2):
+        with pytest.raises(type(error)) as caught:
+            world.run(f)
+        assert str(caught.value) == str(error)
+    assert world.run(f) == "found"
+
+
 def test_an_error_of_all_candidates_can_be_remembered(world, place):
     runs = []
 

@@ -153,7 +153,7 @@ class EntryFormat:
     def dumps(self, value: Any, ends: float) -> bytes:
         """The entry for a result, or for the error in a `Failed`; raises whatever the serializer raises."""
         if type(value) is Failed:
-            kind, payload = b"E", pickle.dumps(value.error, _PICKLE_PROTOCOL)
+            kind, payload = b"E", _pickled_error(value.error)
         elif self._is_json:
             kind, payload = b"J", _json(value)
         else:
@@ -192,6 +192,15 @@ class EntryFormat:
 
 
 _KINDS = frozenset(_VERSION + kind for kind in (b"P-", b"PZ", b"J-", b"JZ", b"E-", b"EZ"))
+
+
+def _pickled_error(error: BaseException) -> bytes:
+    payload = pickle.dumps(error, _PICKLE_PROTOCOL)
+    # Where tblib pickles exceptions (dask has it do so), some are made anew without what their `__init__` has kept.
+    if str(pickle.loads(payload)) != str(error):  # noqa: S301 - made just now
+        msg = f"a {type(error).__qualname__} would be read with another text"
+        raise UncacheableError(msg)
+    return payload
 
 
 def _of_json(text: str) -> Any:
