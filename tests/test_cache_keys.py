@@ -10,6 +10,7 @@ import decimal
 import enum
 import fractions
 import functools
+import gc
 import importlib
 import io
 import itertools
@@ -29,6 +30,7 @@ import uuid
 import weakref
 import zoneinfo
 from typing import Any, NamedTuple
+from unittest import mock
 
 import attrs
 import numpy as np
@@ -124,7 +126,8 @@ def test_a_default_that_cannot_be_hashed_is_an_argument_like_any_other():
 
 
 @pytest.mark.parametrize(
-    "names", [("self", "cls"), ("args", "kwargs"), ("function", "key"), ("value", "values"), ("call", "call_")]
+    "names",
+    [("self", "cls"), ("args", "kwargs"), ("function", "key"), ("value", "values"), ("call", "call_"), ("type", "int")],
 )
 def test_parameters_can_have_any_name(names):
     one, two = names
@@ -1255,6 +1258,69 @@ def test_a_bare_object_that_marks_a_missing_argument_is_known_by_that(world):
     missing = object()
     f = cached(world.define(lambda x=missing: [x]))
     assert world.run(f) is world.run(f, missing) is not world.run(f, None)
+
+
+class Proxy:
+    """Stands for what its function gives at the time, whose class it shows, as those of werkzeug and wrapt do."""
+
+    def __init__(self, get):
+        self.get = get
+
+    __class__ = property(lambda self: type(self.get()))
+
+    def __eq__(self, other):
+        return self.get() == other
+
+    def __hash__(self):
+        return hash(self.get())
+
+    def __len__(self):
+        return len(self.get())
+
+    def __str__(self):
+        return str(self.get())
+
+
+PLAIN_VALUES = [-1, -2, True, None, "a", "b", b"a"]
+
+
+@pytest.mark.parametrize("backend", ["memory", "disk"])
+@pytest.mark.parametrize("others", [(), (1,), ("a", None)], ids=str)
+def test_a_proxy_of_a_plain_value_is_told_by_what_it_stands_for_now(world, backend, others, tmp_path):
+    current = [None]
+    proxy = Proxy(lambda: current[0])
+    options = {"cache_dir": tmp_path} if backend == "disk" else {}
+    f = opero.opero(cache=opero.Cache(backend=backend, **options), retries=0)(
+        world.define(lambda x, y=None, z=None: str(x))
+    )
+    for current[0] in PLAIN_VALUES * 2:
+        assert world.run(f, proxy, *others) == str(current[0])
+    assert f.cache_info().hits == len(PLAIN_VALUES)
+
+
+def test_an_item_of_a_map_that_is_a_proxy_is_told_by_what_it_stands_for_now(world):
+    current = [None]
+    proxy = Proxy(lambda: current[0])
+    mode = "async" if world.is_async else "thread"
+    mapped = opero.opmap(mode=mode, workers=1, cache=True, progress=False)(world.define(lambda x: [str(x)]))
+    for current[0] in PLAIN_VALUES:
+        assert mapped.run([proxy, current[0]]) == [[str(current[0])]] * 2
+
+
+@pytest.mark.parametrize("backend", ["memory", "disk"])
+@pytest.mark.parametrize("spec", [int, str, bytes, bool])
+def test_a_mock_of_a_plain_value_is_not_kept_alive_by_a_key(world, backend, spec, tmp_path):
+    options = {"cache_dir": tmp_path} if backend == "disk" else {}
+    f = opero.opero(cache=opero.Cache(backend=backend, **options), retries=0)(world.define(lambda x: 1))
+
+    def call():
+        made = mock.Mock(spec=spec)
+        assert world.run(f, made) == 1
+        return weakref.ref(made)
+
+    gone = call()
+    gc.collect()
+    assert gone() is None
 
 
 def containing_itself(kind):

@@ -275,6 +275,19 @@ def test_each_value_has_places_of_its_own(busy):
     assert results(calls) == ["a", "b"]
 
 
+def test_a_value_that_shows_another_class_is_told_by_what_it_is(world):
+    class Shown:
+        __class__ = property(lambda self: str)
+
+        def __len__(self):
+            return 1
+
+    f = limited(per="x")(world.define(lambda x: "result"))
+    shown = Shown()
+    assert world.run(f, shown) == "result"
+    assert shown not in [*f.__opero__.plan.places._of_values._lines]
+
+
 def test_between_two_attempts_the_place_is_free(world):
     runs = []
 

@@ -104,7 +104,7 @@ class KeyMaker:
         if self._has_finder:
             lines = [*self._plain_key("_opero_owner({0})", "_opero_known is not None", otherwise), "return _opero_key"]
         elif is_quick:
-            are_plain = _all_are("{0}.__class__ in _opero_plain", names)
+            are_plain = _all_are("_opero_type({0}) in _opero_plain", names)
             lines = [f"if {are_plain}: return _opero_digest({_tuple(names)})", otherwise]
         self.key_of = self._compiled(lines, _opero_make=make, _opero_owner=owner_of)
 
@@ -157,8 +157,9 @@ class KeyMaker:
         return made
 
 
-# Builtins may have the names of parameters.
+# Builtins may have the names of parameters. `type`, since a proxy's or a mock's `__class__` is another's.
 _NAMES = {
+    "_opero_type": type,
     "_opero_int": int,
     "_opero_str": str,
     "_opero_len": len,
@@ -171,13 +172,14 @@ _NAMES = {
 }
 # Longer text is in a key by its digest.
 _LONG = 1024
-_IS_BARE = f"({{0}}.__class__ is _opero_int or {{0}}.__class__ is _opero_str and _opero_len({{0}}) < {_LONG})"
-_IS_PLAIN = f"({{0}}.__class__ in _opero_small or {{0}}.__class__ in _opero_texts and _opero_len({{0}}) < {_LONG})"
+_IS_BARE = f"(_opero_type({{0}}) is _opero_int or _opero_type({{0}}) is _opero_str and _opero_len({{0}}) < {_LONG})"
+_IS_TEXT = f"_opero_type({{0}}) in _opero_texts and _opero_len({{0}}) < {_LONG}"
+_IS_PLAIN = f"(_opero_type({{0}}) in _opero_small or {_IS_TEXT})"
 
 
 def _lines_for_key(names: Sequence[str], otherwise: str, *known: str) -> list[str]:
     bare = names[0] if len(names) == 1 and not known else _tuple([*known, *names])
-    with_classes = _tuple([*known, *names, *(f"{name}.__class__" for name in names)])
+    with_classes = _tuple([*known, *names, *(f"_opero_type({name})" for name in names)])
     return [
         f"if {_all_are(_IS_BARE, names)}: _opero_key = {bare}",
         f"elif {_all_are(_IS_PLAIN, names)}: _opero_key = {with_classes}",

@@ -303,7 +303,7 @@ class PerValue(Generic[L]):
 
     def of(self, value: Any) -> L:
         """The one of this value."""
-        key = value if value.__class__ in _OWN_KEYS else identity_of(value)
+        key = value if type(value) in _OWN_KEYS else identity_of(value)
         found = self._lines.get(key)
         if found is not None:
             return found
