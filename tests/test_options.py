@@ -9,12 +9,14 @@ import inspect
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
-from opero import Breaker, opero, opmap
+from opero import Breaker, Cache, opero, opmap
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
 from opero.core import (
     RateLimiter,
@@ -880,3 +882,56 @@ def test_a_password_is_not_in_the_message_about_its_mapping():
         opero(cache_options={"redis_password": "hunter2"})(fetch)
 
     assert "hunter2" not in str(caught.value)
+
+
+# Numbers of other libraries
+
+
+def test_numbers_of_other_libraries_are_taken_for_what_they_are(world):
+    left = [ConnectionError(), "result"]
+
+    def function():
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    decorated = opero(
+        retries=np.int64(1),
+        max_delay=np.int32(3),
+        total_timeout=Fraction(9, 2),
+        retry_on=lambda _: np.float32(0),
+        cache=Cache(ttl=lambda _: np.float32(5), maxsize=np.int64(9)),
+        rate_limit=[np.int64(100), np.float32(200)],
+        rate_limit_cost=lambda: np.int64(2),
+        max_concurrent=np.int16(2),
+        breaker=np.uint8(3),
+    )(world.define(function))
+    assert [world.run(decorated), world.run(decorated)] == ["result"] * 2
+    assert decorated.stats.attempts == 2
+
+
+def test_counts_of_a_map_may_be_numpys():
+    @opmap(mode="thread", workers=np.int64(2), total=np.int64(3), batch_size=np.int64(2), progress=False)
+    def doubled(items):
+        return [2 * item for item in items]
+
+    assert doubled([1, 2, 3]) == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"retries": np.True_},
+        {"retries": np.float64(1)},
+        {"retries": np.timedelta64(5, "s")},
+        {"min_delay": np.timedelta64(5, "ms")},
+        {"min_delay": np.array(1)},
+        {"rate_limit": (np.int64(900), 15)},
+        {"rate_limit": np.int64(0)},
+    ],
+    ids=str,
+)
+def test_what_is_no_plain_number_of_numpys_is_refused(options):
+    with pytest.raises((TypeError, ValueError), match="write"):
+        opero(**options)(len)

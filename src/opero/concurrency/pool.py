@@ -152,7 +152,7 @@ def map_settings(function: Callable[..., Any], options: Mapping[str, Any]) -> Ma
             "write mode='thread' or mode='process'"
         )
     if workers is not None:
-        check_count("workers", workers, "workers", smallest=1)
+        workers = check_count("workers", workers, "workers", smallest=1)
         if mode == "serial":
             msg = f"workers={workers} cannot apply with mode='serial', in which the calling thread works; leave it out"
             raise ValueError(msg)
@@ -161,7 +161,7 @@ def map_settings(function: Callable[..., Any], options: Mapping[str, Any]) -> Ma
     check_flag("return_exceptions", given["return_exceptions"])
     for name, what, smallest in (("total", "items", 0), ("batch_size", "items in one list", 1)):
         if given[name] is not None:
-            check_count(name, given[name], what, smallest=smallest)
+            given[name] = check_count(name, given[name], what, smallest=smallest)
     pool_options = check_mapping("pool_options", pool_options)
     _check_pool_options(mode, pool_options)
     pools = PoolSource(mode, workers, pool_options)

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opero.core.checks import check_count, check_seconds, wrong_type
+from opero.core.checks import check_count, check_seconds, plain_number, wrong_type
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.frozen import itself
@@ -170,6 +170,7 @@ class FunctionBreaker:
     """
 
     def __init__(self, breaker: Any, by: Per | ParameterSlot | None = None) -> None:
+        breaker = plain_number(breaker)
         if isinstance(breaker, int) and not isinstance(breaker, bool):
             breaker = Breaker(check_count("breaker", breaker, "failures in a row", smallest=1))
         if not isinstance(breaker, Breaker):

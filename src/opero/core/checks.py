@@ -97,8 +97,24 @@ def check_seconds(name: str, value: Any, *, zero: bool) -> float:
     return check_number(name, seconds_of(value), "seconds or a timedelta", smallest=0, exclusive=not zero)
 
 
+def plain_number(value: Any) -> Any:
+    """A number of another class, such as NumPy's, as an int or float; anything else as it is."""
+    # Whoever makes such numbers has imported it.
+    numbers = sys.modules.get("numbers")
+    if isinstance(value, (int, float)) or numbers is None:
+        return value
+    try:
+        if isinstance(value, numbers.Integral):
+            return value.__index__()
+        return float(value) if isinstance(value, numbers.Real) else value
+    except (AttributeError, TypeError):
+        # A duration of NumPy's, which calls itself a number.
+        return value
+
+
 def seconds_of(value: Any) -> Any:
-    """A `datetime.timedelta` in seconds, anything else as it is."""
+    """A `datetime.timedelta` in seconds, anything else as `plain_number` gives it."""
+    value = plain_number(value)
     if isinstance(value, (int, float)):
         return value
     from datetime import timedelta
@@ -107,6 +123,7 @@ def seconds_of(value: Any) -> Any:
 
 
 def check_number(name: str, value: Any, what: str, *, smallest: float, exclusive: bool = False) -> float:
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong_type(name, value, f"a number of {what}")
     if not smallest <= value <= sys.float_info.max or (exclusive and value == smallest):
@@ -116,6 +133,7 @@ def check_number(name: str, value: Any, what: str, *, smallest: float, exclusive
 
 
 def check_count(name: str, value: Any, what: str, *, smallest: int) -> int:
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise wrong_type(name, value, f"a whole number of {what}")
     if value < smallest:

@@ -15,6 +15,7 @@ from opero.core.checks import (
     check_mapping,
     check_number,
     check_seconds,
+    plain_number,
     wrong_type,
 )
 from opero.core.clock import clock
@@ -426,6 +427,7 @@ def _limiters(rate_limit: Any, options: Mapping[str, Any], function: Callable[..
 def _costs(option: Any, names: set[str]) -> tuple[dict[str, Any], dict[str, Callable[[Any], Any]]]:
     """What a call takes by the names of the rates, and functions of the result that tell what it has really cost."""
     costs: dict[str, Any] = {}
+    option = plain_number(option)
     if isinstance(option, Mapping):
         costs = check_mapping("rate_limit_cost", option)
         check_known("rate_limit_cost", costs, tuple(sorted(names)))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from opero.core.checks import UNITS, check_count, kind_of, shown
+from opero.core.checks import UNITS, check_count, kind_of, plain_number, shown
 
 Rate = float | str | Sequence[float | str] | Mapping[str, float | str | Sequence[float | str]]
 
@@ -102,8 +102,9 @@ def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rat
 def _parse_list(rates: Any, option: str) -> list[tuple[float, float]]:
     if isinstance(rates, (str, bytes)) or not isinstance(rates, Sequence):
         return [_parse(rates, option)]
-    match rates:
-        case (int() | float() as units, int() | float() as seconds) if isinstance(rates, tuple):
+    given = [plain_number(rate) for rate in rates]
+    match given:
+        case [int() | float() as units, int() | float() as seconds] if isinstance(rates, tuple):
             raise ValueError(
                 f"{option}={shown(rates)} can be read in two ways; write text such as '{units:g}/{seconds:g} seconds' "
                 "for a count and its time, or a list of rates per second that all hold"
@@ -111,12 +112,13 @@ def _parse_list(rates: Any, option: str) -> list[tuple[float, float]]:
     if not rates:
         msg = f"{option} is empty and limits nothing; write a rate such as '100/minute', or None for no limit"
         raise ValueError(msg)
-    return [_parse(rate, option) for rate in rates]
+    return [_parse(rate, option) for rate in given]
 
 
 def _parse(rate: Any, option: str) -> tuple[float, float]:
     """How much in how many seconds."""
-    asked, seconds = rate, 1.0
+    asked, seconds = plain_number(rate), 1.0
+    rate = asked
     if isinstance(rate, str):
         match = _RATE_TEXT.fullmatch(rate)
         if match is None or match["unit"] not in UNITS:
