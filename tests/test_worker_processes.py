@@ -338,6 +338,24 @@ def test_log_records_of_a_worker_that_is_ended_reach_the_programs_handlers(kept,
     assert [text for _, text, _ in kept.lines] == ["tidies up"]
 
 
+class Slow:
+    def __del__(self):
+        hang()
+
+
+def end_something_slow(item):
+    Slow()
+    log_for_ever(item)
+
+
+@every_method
+def test_a_worker_that_is_ended_within_a_finalizer_tidies_up_without_a_word_about_that(kept, capfd, method):
+    (error,) = mapped(end_something_slow, method, workers=1, attempt_timeout=0.2)([1])
+    assert isinstance(error, CallTimeoutError)
+    assert [text for _, text, _ in kept.lines] == ["tidies up"]
+    assert capfd.readouterr().err == ""
+
+
 class Everything(logging.Handler):
     def __init__(self):
         super().__init__()

@@ -124,6 +124,20 @@ class Parent:
     def _terminated(self, _signal: int, _frame: Any) -> None:
         # Once: the exit handlers shall not be interrupted.
         signal.signal(signal.SIGTERM, self._interrupted)
+        hook = sys.unraisablehook
+
+        def come_again(lost: Any) -> None:
+            """Python would print what is raised in a `__del__` or by a weak reference, and go on."""
+            sys.unraisablehook = hook
+            if getattr(lost.exc_value, "code", None) != ENDED_CODE:
+                hook(lost)
+                return
+            signal.signal(signal.SIGTERM, self._terminated)
+            again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM))
+            again.daemon = True
+            again.start()
+
+        sys.unraisablehook = come_again
         sys.exit(ENDED_CODE)
 
 
