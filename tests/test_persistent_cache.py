@@ -33,10 +33,10 @@ from test_single_flight import Held, waiters
 
 import opero
 from opero.core import faults
-from opero.core.flights import CLAIMED
 from opero.core.keys import KeyMaker
 from opero.core.stores import disk
 from opero.core.stores.disk import DiskStore
+from opero.core.stores.flights import CLAIMED
 from opero.core.stores.redis import RedisStore
 
 

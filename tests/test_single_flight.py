@@ -20,9 +20,9 @@ import pytest
 from side_by_side import SECONDS, errors, forked, forks, results, started, until
 
 import opero
-from opero.core.flights import Flight, Flights, Seat
 from opero.core.signature import MISSING
 from opero.core.steps import leading
+from opero.core.stores.flights import Flight, Flights, Seat
 from opero.core.stores.settings import CacheSettings
 
 

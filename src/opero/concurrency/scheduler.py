@@ -26,12 +26,12 @@ from opero.concurrency.progress import Tally, make_progress
 from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, Work
 from opero.core.checks import kind_of
 from opero.core.clock import clock
-from opero.core.flights import Presence
 from opero.core.flow import call_flow, item_flow
 from opero.core.parameters import ParameterSlot
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
 from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step, stopped
+from opero.core.stores.flights import Presence
 from opero.events import switches
 from opero.exceptions import MisuseError, WorkerCrashedError
 from opero.utils.notes import add_note, users_part

@@ -13,7 +13,6 @@ from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.digests import lasting_identity
 from opero.core.faults import managing
-from opero.core.flights import BUSY, CLAIMED, FOUND, Flight, Keep, Seat
 from opero.core.keys import KeyMaker
 from opero.core.parameters import Forwarding
 from opero.core.plan import Plan
@@ -21,6 +20,7 @@ from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats, Stats
 from opero.core.steps import Consult, Failed, Flow, PartOf, Pause, leaders
+from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Flight, Keep, Seat
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from opero.core.breaker import FunctionBreaker
     from opero.core.cache import ResultCache
     from opero.core.fallback import FallbackOverParameter
-    from opero.core.flights import Presence
     from opero.core.limits.places import PlacesForFunction
     from opero.core.rate_limit import FunctionLimit
     from opero.core.retry import RetryPolicy
+    from opero.core.stores.flights import Presence
     from opero.events import Subscription
 
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from opero.core.breaker import Passage
-    from opero.core.flights import Seat
     from opero.core.flow import Candidate, Layers
     from opero.core.limits.gates import Gate
     from opero.core.limits.line import Turn
+    from opero.core.stores.flights import Seat
     from opero.core.stores.settings import Store
 
 

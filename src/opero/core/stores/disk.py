@@ -13,10 +13,10 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from opero.core.clock import clock
-from opero.core.flights import BUSY, CLAIMED, FOUND, Keep
 from opero.core.forks import hold_forks
 from opero.core.interrupts import Hold
 from opero.core.private_folder import held_private_folder
+from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Keep
 from opero.core.stores.lasting import LastingStore, slug
 
 try:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from opero.core.flights import Answer, Flight
+    from opero.core.stores.flights import Answer, Flight
     from opero.core.stores.settings import CacheSettings
 
 R = TypeVar("R")

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from opero.core.clock import clock
 from opero.core.digests import UncacheableError, spelling_of
 from opero.core.faults import Complaints, Rest
-from opero.core.flights import Flights
 from opero.core.steps import Failed
+from opero.core.stores.flights import Flights
 from opero.exceptions import UnsafeCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.core.flights import Flight, Keep
+    from opero.core.stores.flights import Flight, Keep
     from opero.core.stores.settings import CacheSettings
 
 _VERSION = b"o2"

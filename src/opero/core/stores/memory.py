@@ -16,14 +16,14 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opero.core.clock import clock
-from opero.core.flights import CLAIMED, FOUND, Flights, Keep
 from opero.core.keys import Instance
 from opero.core.steps import Failed
+from opero.core.stores.flights import CLAIMED, FOUND, Flights, Keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from opero.core.flights import Answer, Flight
+    from opero.core.stores.flights import Answer, Flight
     from opero.core.stores.settings import CacheSettings
 
 _FEW = 100

@@ -16,16 +16,16 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
-from opero.core.flights import BUSY, CLAIMED, FOUND, Keep
 from opero.core.forks import fork_safe_threads, watch_forks
 from opero.core.redis_server import Server, server_at, server_of, server_with
+from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Keep
 from opero.core.stores.lasting import LastingStore, slug
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from opero.core.faults import Rest
-    from opero.core.flights import Flight
+    from opero.core.stores.flights import Flight
     from opero.core.stores.settings import CacheSettings
 
 LEASE_SECONDS = 10.0

@@ -21,7 +21,7 @@ from loguru import logger
 
 from opero.core.digests import digest_of
 from opero.core.faults import managing
-from opero.core.flights import Flight, Keep
+from opero.core.stores.flights import Flight, Keep
 from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
