@@ -344,3 +344,12 @@ def test_an_instance_whose_key_asks_the_cached_method_is_a_recursion_error_at_on
         return True
 
     assert within(20, ask)
+
+
+def test_a_key_too_deep_for_the_stack_is_a_call_that_failed():
+    chain = None
+    for _ in range(100_000):
+        chain = [chain]
+    f = cached(lambda value: value, default="default")
+    assert within(20, lambda: f(chain)) == "default"
+    assert (f.stats.calls, f.stats.failures, f.stats.attempts) == (1, 1, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from opero import RejectedResultError, opero, opmap
@@ -187,3 +188,13 @@ def test_a_rejected_result_of_an_item_is_replaced(mode):
 
 async def _awaited(mapped, item):
     return await mapped.one(item)
+
+
+@pytest.mark.parametrize("default", [np.zeros(2), np.array([])], ids=["two numbers", "none"])
+def test_a_default_may_be_an_array(world, default):
+    def fail():
+        raise ConnectionError
+
+    f = opero(retries=0, default=default)(world.define(fail))
+    assert world.run(f) is default
+    assert world.run(f.with_options(retries=0, default=np.ones(3))).sum() == 3

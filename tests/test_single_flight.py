@@ -21,7 +21,7 @@ from side_by_side import SECONDS, errors, forked, forks, results, started, until
 
 import opero
 from opero.core.signature import MISSING
-from opero.core.steps import leading
+from opero.core.steps import leaders, leading
 from opero.core.stores.flights import Flight, Flights, Seat
 from opero.core.stores.settings import CacheSettings
 
@@ -366,8 +366,7 @@ def test_a_task_that_a_run_leaves_behind_keeps_nothing_of_its_result(backend, tm
     cache = opero.Cache(backend=backend, **({"cache_dir": tmp_path} if backend == "disk" else {}))
     f = opero.opero(cache=cache, retries=0)(lambda: contexts.append(contextvars.copy_context()) or ["result"])
     assert f() == ["result"]
-    flight, _ = contexts[0][leading]
-    assert [flight.found, flight.old, flight.written, flight.seats] == [None, None, None, []]
+    assert contexts[0][leading] == [None, None]
 
 
 # Forgetting in the middle
@@ -1023,6 +1022,53 @@ class TestRunsThatNeedEachOther:
             return await asyncio.wait_for(asyncio.gather(size("a"), size("b")), SECONDS)
 
         assert set(asyncio.run(main())) <= {2, 3}
+
+
+def test_a_computation_that_is_over_is_none_that_tasks_are_part_of_which_it_left_behind():
+    known = []
+
+    async def main():
+        left = []
+
+        @opero.opero(cache=True, retries=0)
+        async def step(number):
+            known.append(len(leaders()))
+            if number < 5:
+                left.append(asyncio.create_task(step(number + 1)))
+
+        await step(0)
+        while left:
+            await left.pop()
+
+    asyncio.run(main())
+    assert known == [1] * 6
+
+
+class UncopyableError(Exception):
+    def __new__(cls, *, text):
+        return super().__new__(cls, text)
+
+    def __init__(self, *, text):
+        super().__init__(text)
+
+
+def test_of_those_who_share_an_error_that_cannot_be_copied_none_gets_the_frames_of_others():
+    begun, goes_on = threading.Event(), threading.Event()
+
+    @opero.opero(cache=True, retries=0)
+    def fail():
+        begun.set()
+        goes_on.wait(SECONDS)
+        raise UncopyableError(text="text")
+
+    leader = started(fail)
+    begun.wait(SECONDS)
+    followers = [started(fail) for _ in range(9)]
+    (flight,) = fail.__opero__.plan.cache.store.flights._under_way.values()
+    until(lambda: len(flight.seats) == len(followers))
+    goes_on.set()
+    lengths = {len(traceback.extract_tb(error.__traceback__)) for error in errors([leader, *followers])}
+    assert max(lengths) <= 5
 
 
 # Streams that nobody pulls

@@ -19,7 +19,7 @@ from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats, Stats
-from opero.core.steps import Consult, Failed, Flow, PartOf, Pause, leaders
+from opero.core.steps import Consult, Failed, Flow, PartOf, Pause, leaders, not_over
 from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Flight, Keep, Seat
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
@@ -201,6 +201,8 @@ class ResultCache:
         flights = self.store.flights
         if call.key is MISSING:
             call.key = self.keys.key_of(*call.args, **call.kwargs)
+        elif type(call.key) is Failed:
+            raise call.key.error
         # Others get the old entry while it is refreshed, and do not wait for that.
         own = Flight(call.key, call.presence, stale=self._settings.stale, refreshes=call.refreshes)
         try:
@@ -243,6 +245,8 @@ class ResultCache:
     def _joined(self, call: Call, seat: Seat) -> Any:
         outcome = seat.outcome
         if type(outcome) is Failed:
+            # Without the frames of the others who wait for the same, where it is no copy.
+            outcome.error.with_traceback(seat.traceback)
             return outcome
         self.stats.joined.tick()
         if seat.written is not None:
@@ -268,8 +272,12 @@ class ResultCache:
             land(flight, found)
             return _hit(call, found)
         self._note_fault(claim)
-        with PartOf([flight, None]) if call.presence is None else contextlib.nullcontext():
-            outcome = yield from compute()
+        part: list[Any] = [flight, None]
+        try:
+            with PartOf(part) if call.presence is None else contextlib.nullcontext():
+                outcome = yield from compute()
+        finally:
+            part[:] = None, not_over(part[1])
         if not call.is_made_up:
             try:
                 life = self._life(call, outcome)

@@ -234,7 +234,8 @@ def reasons_against(options: Mapping[str, Any]) -> dict[str, str]:
     for first, *others in OPTIONS.values():
         # A decorator of one policy has no option to turn that off.
         value, (off, example) = options.get(first), _TURNED_ON.get(first, (MISSING, ""))
-        if first in options and value == off:
+        # What turns nothing else off is not compared: a default may be an array.
+        if others and first in options and value == off:
             reason = f"has no effect with {first}={off!r}; add {example}, or leave it out"
             reasons |= dict.fromkeys(others, reason)
         elif hasattr(value, "settings"):
@@ -256,7 +257,7 @@ def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, A
         # They could ask for retries of their own.
         given = {name: value for name, value in given.items() if name != "retry_options"}
     changed = {**given, **named}
-    without_effect = reasons_against(changed)
+    without_effect = reasons_against(changed).keys() - reasons_against(given)
     return {name: value for name, value in changed.items() if name in named or name not in without_effect}
 
 

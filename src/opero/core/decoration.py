@@ -302,8 +302,8 @@ def _cached_function(this: Decoration) -> Callable[..., Any]:
                 if entry is not None:
                     this.count_hit()
                     return entry[0]
-            except RecursionError:  # to try again would double its work at each level
-                raise
+            except RecursionError as error:  # to try again would double its work at each level
+                key = Failed(error)
             except Exception:  # a wrong call, which the flow meets again and counts
                 key = MISSING
             # Not by a method, whose frame would stay: recursions of cached functions are as deep as Python allows.
@@ -329,8 +329,8 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
                 if entry is not None:
                     this.count_hit()
                     return entry[0]
-            except RecursionError:
-                raise
+            except RecursionError as error:
+                key = Failed(error)
             except Exception:
                 key = MISSING
             return await drive_async(call_flow(this.plan, Call(args, kwargs, key=key)), this.function, this.plan.name)

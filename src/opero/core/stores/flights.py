@@ -14,6 +14,7 @@ from opero.utils.notes import copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from types import TracebackType
 
 
 class Presence:
@@ -99,6 +100,7 @@ class Seat:
     outcome: Any = MISSING
     # The same as bytes, where results are kept so: all others get copies of their own.
     written: bytes | None = None
+    traceback: TracebackType | None = None
     wake: Callable[[], None] | None = None
 
     def __init__(self, flight: Flight, time_left: Callable[[], float | None]) -> None:
@@ -146,7 +148,7 @@ class Flights:
                     # Now, since whoever gets the error itself goes on with it, and may change it.
                     error, trace = outcome.error, outcome.error.__traceback__
                     copy = copied(error, context=error.__context__).with_traceback(trace)
-                    seat.outcome = outcome._replace(error=copy)
+                    seat.outcome, seat.traceback = outcome._replace(error=copy), trace
             # Who takes a seat from now on has come too late for this one, and begins anew.
             flight.landed = True
             flight.found = flight.old = flight.written = None
