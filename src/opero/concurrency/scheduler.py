@@ -354,11 +354,17 @@ class Scheduler:
     # Flows
 
     def _open(
-        self, index: int, item: Any, members: dict[Entry, Exception | None] | None = None, **of_the_call: Any
+        self,
+        index: int,
+        item: Any,
+        members: dict[Entry, Exception | None] | None = None,
+        *,
+        is_last: bool = False,
+        **of_the_call: Any,
     ) -> Entry:
         """Give an item a flow of its own, or several that share a call."""
         call = Call(self._shape.arguments(item), self._shape.kwargs, **of_the_call)
-        call.index, call.presence = index, self.presence
+        call.index, call.presence, call.is_last = index, self.presence, is_last
         is_of_a_list = self._settings.batch_size is not None and members is None
         flow = item_flow(self._plan, call) if is_of_a_list else call_flow(self._call_plan, call)
         entry = Entry(index, item, call, flow, members)
@@ -612,6 +618,8 @@ class Scheduler:
     def _item_done(self, batch: Batch, place: int, value: Any, error: Exception | None, seconds: float) -> None:
         if batch.entries is not None:
             entry = batch.entries[place]
+            if entry.attempt is not None:
+                entry.attempt.is_last = batch.is_last
             outcome = value if error is None else Failed(error)
             self._advance(entry, outcome if entry.members is None else self._taken_apart(entry, outcome))
             return
@@ -619,7 +627,8 @@ class Scheduler:
         if error is None:
             self._count(Outcome(index, item, value, None, 1, seconds, False))  # noqa: FBT003 - plain facts
             return
-        self._open(index, item, started=clock.now() - seconds, failure=error).alone = batch.alone
+        entry = self._open(index, item, is_last=batch.is_last, started=clock.now() - seconds, failure=error)
+        entry.alone = batch.alone
 
     def _batches_lost(self, lost: Lost) -> None:
         """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""

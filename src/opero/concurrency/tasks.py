@@ -8,6 +8,7 @@ from typing import Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Pool
 from opero.concurrency.worker import How, Work, run_batch, run_one
+from opero.core.steps import Failed, was_cancelled
 
 
 class TaskPool(Pool):
@@ -50,6 +51,7 @@ class TaskPool(Pool):
                 raise
             return
         del self._tasks[batch]
+        batch.is_last = was_cancelled(Failed(report.errors[0]) if report.errors else report.values[0], 0)
         self.deliver(Done(batch, report))
         # From Python 3.13 on the traceback of its error may lead to this frame.
         del report
