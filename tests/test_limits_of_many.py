@@ -884,6 +884,64 @@ def test_a_function_of_per_may_be_asked_of_a_call_that_names_its_arguments(world
     assert world.run(f, name="b") == "b"
 
 
+class WithoutSignature:
+    __signature__ = "none"
+
+    def __call__(self, model, prompt):
+        return len(prompt) if model == "small" else 100
+
+
+@pytest.mark.parametrize(
+    ("cost", "args", "kwargs"),
+    [
+        (WithoutSignature(), (), {"prompt": "xx", "model": "small"}),
+        (lambda it, name: len(it) if name == "small" else 100, ("xx",), {"model": "small"}),
+        (lambda *, prompt, model="small", **more: len(prompt) if model == "small" else 100, (), {"prompt": "xx"}),
+    ],
+    ids=["no signature", "places", "names"],
+)
+def test_a_cost_has_the_arguments_that_were_meant(world, fake_clock, cost, args, kwargs):
+    def f(prompt, /, model="large"):
+        return prompt
+
+    def g(prompt, model="large"):
+        return prompt
+
+    f = limited(world.define(f if args else g), rate_limit={"tokens": 10}, rate_limit_cost={"tokens": cost})
+    assert world.run(f, *args, **kwargs) == "xx"
+    assert f.__opero__.plan.limit.limiter.expected_wait() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("cost", "kwargs"),
+    [
+        (lambda prompt, model="small": len(prompt), {"temperature": 2}),
+        (lambda it, name: len(it), {"seed": 7}),
+        (lambda temperature, it: len(it), {"prompt": "b", "temperature": 2}),
+    ],
+    ids=["an option of another name", "a gap", "another order"],
+)
+def test_a_cost_is_not_given_one_argument_for_another(world, cost, kwargs):
+    f = limited(
+        world.define(lambda prompt, temperature=1, seed=0: prompt),
+        rate_limit={"tokens": 1000},
+        rate_limit_cost={"tokens": cost},
+    )
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        world.run(f, *(() if "prompt" in kwargs else ("a",)), **kwargs)
+
+
+def test_a_class_without_a_signature_tells_values_of_per_apart(world, fake_clock):
+    options = {"max_burst": 1, "when_full": "raise"}
+    f = opero.opero(retries=0, rate_limit=1, per=dict, rate_limit_options=options)(
+        world.define(lambda a=1, b=2: (a, b))
+    )
+    assert world.run(f, a=1, b=2) == (1, 2)
+    with pytest.raises(opero.RateLimitedError):
+        world.run(f, b=2, a=1)
+    assert world.run(f, a=2, b=2) == (2, 2)
+
+
 def test_a_cost_above_the_whole_rate_is_an_error_at_once_and_not_retried(world, fake_clock):
     f = opero.opero(retries=5, **TOKENS)(world.define(lambda text: text))
     with pytest.raises(ValueError, match="could never start"):

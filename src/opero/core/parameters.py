@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _VARIADIC: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_PLACED = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
 class ParameterSlot:
@@ -62,26 +63,37 @@ class ParameterSlot:
 def asked_of_call(
     function: Callable[..., Any], asked: Callable[..., Any]
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """Hands the arguments of a call to ``asked``, those that it does not know by their names in their places."""
+    """Hands the arguments of a call to ``asked``, those that it does not know by their names in their places.
 
-    def parameters_of(called: Callable[..., Any]) -> list[inspect.Parameter]:
-        try:
-            return list(inspect.signature(called).parameters.values())
-        except (ValueError, TypeError):  # not known, as of some builtins
-            return []
-
-    theirs = parameters_of(asked)
+    Only arguments by name that are the parameters that follow those given by position, without a gap, have places.
+    """
+    try:
+        theirs = list(inspect.signature(asked).parameters.values())
+        ours = list(inspect.signature(function).parameters.values())
+    except (ValueError, TypeError):  # not known, as of some builtins
+        return lambda args, kwargs: asked(*args, **kwargs)
     takes_any_name = any(p.kind is p.VAR_KEYWORD for p in theirs)
     known = {p.name for p in theirs if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
-    places = [p.name for p in parameters_of(function) if p.kind is p.POSITIONAL_OR_KEYWORD]
+    # One that has a place only has no name.
+    places = [None if p.kind is p.POSITIONAL_ONLY else p.name for p in ours if p.kind in _PLACED]
+    their_places = [p for p in theirs if p.kind in _PLACED]
+
+    def in_places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
+        """The names of the arguments that may come in their places; None if these are others' places, or unknown."""
+        following = places[len(args) :]
+        named = [name for name in following if name in kwargs]
+        if named != following[: len(named)]:
+            return None
+        # An option, or what has another place, is meant for the name that it has.
+        taken = zip(named, their_places[len(args) :], strict=False)
+        if any(name != p.name and (name in known or p.default is not p.empty) for name, p in taken):
+            return None
+        return named
 
     def of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs and not takes_any_name and not kwargs.keys() <= known:
+        if kwargs and not takes_any_name and not kwargs.keys() <= known and (named := in_places(args, kwargs)):
             kwargs = {**kwargs}
-            for name in places[len(args) :]:
-                if name not in kwargs:
-                    break
-                args = (*args, kwargs.pop(name))
+            args = (*args, *[kwargs.pop(name) for name in named])
         return asked(*args, **kwargs)
 
     return of_call
