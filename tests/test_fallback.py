@@ -957,6 +957,15 @@ def test_functions_that_have_captured_other_values_have_other_keys(world):
     assert function.cache_info()[:2] == (0, 3)
 
 
+def test_functions_that_carry_other_attributes_have_other_keys(world):
+    script = {"__name__": "__main__", "__file__": "script.py"}
+    exec("def keys():\n    return keys.known", script)
+    keys = script["keys"]
+    function = opero(cache=True, **ONCE)(world.define(good_ones))
+    for keys.known in (["good 1"], ["good 2"]):
+        assert world.run(function, candidates_from(keys)) == keys.known[0]
+
+
 def test_a_lambda_for_a_default_is_cached(world):
     service = Service("b")
 

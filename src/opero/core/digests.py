@@ -303,7 +303,7 @@ def apart_from_globals(function: Any) -> Any:
     if not isinstance(function, types.FunctionType) or _is_importable(function):
         return function
     defaults = _by_place([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()])
-    return (_module_of(function), function.__qualname__, *_captured_by(function), defaults)
+    return (_module_of(function), function.__qualname__, *_captured_by(function), defaults, vars(function))
 
 
 def _captured_by(function: types.FunctionType) -> Iterable[Any]:
