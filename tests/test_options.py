@@ -935,3 +935,11 @@ def test_counts_of_a_map_may_be_numpys():
 def test_what_is_no_plain_number_of_numpys_is_refused(options):
     with pytest.raises((TypeError, ValueError), match="write"):
         opero(**options)(len)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("option", ["max_delay", "backoff_factor", "total_timeout", "rate_limit", "rate_limit_cost"])
+def test_a_number_too_large_for_a_float_is_out_of_range(option, sign):
+    options = {"rate_limit": 5, option: sign * Fraction(10**400)}
+    with pytest.raises(ValueError, match="write"):
+        opero(**options)(len)

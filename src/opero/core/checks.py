@@ -5,6 +5,7 @@ An error says what came in, as far as it can be no secret, and what to write ins
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,9 @@ def plain_number(value: Any) -> Any:
     except (AttributeError, TypeError):
         # A duration of NumPy's, which calls itself a number.
         return value
+    except OverflowError:
+        # Above all that a float can be: infinite ones are out of range wherever a number is asked for.
+        return math.inf if value > 0 else -math.inf
 
 
 def seconds_of(value: Any) -> Any:
