@@ -15,7 +15,13 @@ import pytest
 import tenacity
 
 from opero import AllFailedError, control, opero
-from opero.core import CallTimeoutError, CircuitOpenError
+from opero.core import (
+    CallTimeoutError,
+    CircuitOpenError,
+    get_cache_decorator,
+    get_rate_limit_decorator,
+    get_retry_decorator,
+)
 from opero.testing import instant
 
 
@@ -403,12 +409,17 @@ def test_what_judges_results_is_told_the_first_item(world, fake_clock):
 
 
 @pytest.mark.parametrize(
-    ("options", "what"),
+    ("decorator", "what"),
     [
-        ({"retry_options": {"retry_error_callback": lambda state: []}}, "retry_options['retry_error_callback']"),
-        ({"rate_limit": "9/s", "rate_limit_cost": (1, lambda result: 1)}, "a cost that is told by the result"),
+        (opero(retry_options={"retry_error_callback": lambda state: []}), "retry_error_callback"),
+        (opero(rate_limit="9/s", rate_limit_cost=(1, lambda result: 1)), "a cost that is told by the result"),
+        (get_retry_decorator(retry_if_result=len), "retry_if_result=…"),
+        (get_retry_decorator(retry_error_callback=lambda state: []), "retry_error_callback"),
+        (get_rate_limit_decorator("9/s", rate_limit_cost=(1, len)), "a cost that is told by the result"),
+        (get_cache_decorator(), "cache"),
     ],
+    ids=["callback", "cost", "retry_if_result", "callback of retry", "cost of rate limit", "cache"],
 )
-def test_what_is_told_the_result_or_makes_one_is_refused(world, options, what):
+def test_what_is_told_the_result_or_makes_one_is_refused(world, decorator, what):
     with pytest.raises(TypeError, match=re.escape(f"{what} cannot apply to the generator function")):
-        opero(**options)(world.define(pages(2)))
+        decorator(world.define(pages(2)))

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opero.core.clock import clock
-from opero.core.signature import MISSING, calling_kind, module_of, name_of
+from opero.core.signature import MISSING, calling_kind, module_of, name_of, refuse_generator
 from opero.core.stats import Stats
 
 if TYPE_CHECKING:
@@ -50,6 +50,15 @@ class Plan:
         self.kind = calling_kind(function)
         self.is_async = self.kind in {"async def", "async generator"}
         vars(self).update(layers)
+        needs_result = {
+            "retry_if_result=…": retry.retry_if_result is not None,
+            "retry_error_callback": retry.options.get("retry_error_callback") is not None,
+            "default=…": self.default is not MISSING,
+            "a cost that is told by the result": self.limit is not None and self.limit.is_told_results,
+        }
+        for what, is_given in needs_result.items():
+            if is_given:
+                refuse_generator(function, what)
         # Not at the top, so that `import opero` stays quick; here, because ``import`` fails when the program ends.
         from opero.core.parameters import own_signature
 

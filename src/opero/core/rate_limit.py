@@ -28,7 +28,7 @@ from opero.core.limits.rates import CALLS, Rate, parse_rates
 from opero.core.parameters import Per, asked_of_call
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.signature import name_of, refuse_generator
+from opero.core.signature import name_of
 from opero.core.steps import Failed, drive, drive_async
 from opero.exceptions import RateLimitedError
 from opero.utils.notes import duration
@@ -245,6 +245,7 @@ class FunctionLimit:
     Attributes:
         limiter: That of the function itself, or the first.
         per: What tells calls apart that have limits of their own.
+        is_told_results: Whether results tell what calls have really cost.
     """
 
     def __init__(
@@ -279,8 +280,7 @@ class FunctionLimit:
         before, self._after = _costs(cost, {name for limiter in limiters for name in limiter.names})
         self._asked = {name: asked_of_call(function, cost) for name, cost in before.items() if callable(cost)}
         self._before = before
-        if self._after:
-            refuse_generator(function, "a cost that is told by the result")
+        self.is_told_results = bool(self._after)
         # Known once for all, they are refused when decorating.
         self._fixed = None if self._asked else [limiter.checked(before) for limiter in limiters]
 
@@ -475,7 +475,8 @@ def get_rate_limit_decorator(
         **options: As ``rate_limit_options`` of `opero.opero`.
 
     Raises:
-        TypeError: If an option has the wrong type or is not known.
+        TypeError: If an option has the wrong type or is not known; when decorating, of a generator function if a cost
+            is told by the result.
         ValueError: If a rate is not finite and above 0, or its text cannot be read, or an option cannot apply.
     """
     # Here, too: what is wrong whatever the function is told before there is one.

@@ -378,7 +378,8 @@ def get_retry_decorator(
         **options: For `tenacity.Retrying` (``stop``, ``wait``, ``retry``, ``before_sleep``, …); these win.
 
     Raises:
-        TypeError: If an option has the wrong type or is not known.
+        TypeError: If an option has the wrong type or is not known; when decorating, of a generator function if there is
+            a ``retry_if_result`` or a ``retry_error_callback``.
         ValueError: If an option's value is out of range.
     """
     flat: dict[str, Any] = {

@@ -10,7 +10,7 @@ from opero.core.control import OPERO_DEFAULTS, OPTIONS, reasons_against
 from opero.core.decoration import F, decorator
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.signature import MISSING, is_async, name_of, refuse_generator
+from opero.core.signature import MISSING, is_async, name_of
 from opero.events import Subscription
 
 if TYPE_CHECKING:
@@ -83,9 +83,6 @@ def make_plan(function: Callable[..., Any], options: Mapping[str, Any], *, killa
     for name, reason in reasons_against(given).items():
         if given[name] != OPERO_DEFAULTS[name]:
             raise ValueError(f"{name}={shown(given[name])} {reason}")
-    for name in ("retry_if_result", "default"):
-        if given[name] is not OPERO_DEFAULTS[name]:
-            refuse_generator(function, f"{name}=…")
     limits = {name: given[name] for name in ("attempt_timeout", "total_timeout") if given[name] is not None}
     limits = {name: check_seconds(name, seconds, zero=False) for name, seconds in limits.items()}
     if "attempt_timeout" in limits and not killable and not is_async(function):
@@ -96,12 +93,9 @@ def make_plan(function: Callable[..., Any], options: Mapping[str, Any], *, killa
         )
     # Given by hand, `Exception` is meant as it is written.
     rounds = {name: given[name] for name in OPTIONS["retry"]} | {"retry_on": options.get("retry_on", MISSING)}
-    retry = RetryPolicy(**rounds)
-    if retry.options.get("retry_error_callback") is not None:
-        refuse_generator(function, "retry_options['retry_error_callback']")
     return Plan(
         function,
-        retry,
+        RetryPolicy(**rounds),
         on_event=None if given["on_event"] is None else Subscription(given["on_event"]),
         default=given["default"],
         **limits,
@@ -255,7 +249,9 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``on_event`` (None): ``callable(event)``, told of what happens during each call (`opero.events`).
 
     Raises:
-        TypeError: When decorating: an unknown option, a wrong type, or something that is not a function.
+        TypeError: When decorating: an unknown option, a wrong type, something that is not a function, or a generator
+            function with what needs a result: ``cache``, ``default``, ``retry_if_result``, tenacity's
+            ``retry_error_callback``, or a cost that is told by the result.
         ValueError: When decorating: a value out of range, or an option that cannot apply. At a call: no candidates.
         UnsafeCacheError: At a call: the folder of the disk cache could have been filled by somebody else.
         AllFailedError: At a call with ``arg_fallback``: every candidate failed in every round.
