@@ -207,6 +207,8 @@ class Circuit:
         self._are_many = are_many
 
     def __getitem__(self, value: Any) -> Circuit:
+        if self._key is not None:
+            raise TypeError("this is the circuit of one value; write control(f).circuit[value] for that of another one")
         if not self._are_many:
             msg = "the function has one circuit for all calls; write control(f).circuit.state, or add per='parameter'"
             raise TypeError(msg)
