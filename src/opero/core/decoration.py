@@ -41,7 +41,7 @@ First = tuple[tuple[Any, ...], dict[str, Any], "Part | None"]
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> Any:
-    """Stand for a look that finds nothing."""
+    """Stand for a look that finds nothing, and for a slot that cannot be taken at once."""
 
 
 class Decoration:
