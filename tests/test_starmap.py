@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 
+from conftest import Mode
 from opero import opmap
 
 
@@ -154,6 +155,31 @@ def test_an_item_that_is_no_tuple_of_arguments_is_refused(mode, wrong):
     mapped = opmap(**mode.options)(mode.define(join))
     with pytest.raises(TypeError, match=r"join\.starmap got .*each item is a tuple of arguments"):
         mode.run(mapped.starmap, [wrong])
+
+
+def streamed_to_the_error(mode, items):
+    """The results of a stream that ends with a `TypeError`."""
+    results = []
+    with pytest.raises(TypeError, match=r"join\.starmap got int as an item"):
+        mode.each(
+            lambda outcome: results.append(outcome.result), opmap(**mode.options)(mode.define(join)).starmap, items
+        )
+    return results
+
+
+@pytest.mark.parametrize(
+    "kind", [list, iter, lambda items: (item for item in items)], ids=["list", "iter", "generator"]
+)
+def test_a_stream_gives_what_came_before_an_item_that_is_no_tuple(mode, kind):
+    assert streamed_to_the_error(mode, kind([*PAIRS * 20, 7, *PAIRS])) == ["a-1", "b-2", "c-3"] * 20
+
+
+def test_a_stream_gives_what_an_async_input_gave_before_an_item_that_is_no_tuple():
+    async def items():
+        for item in [*PAIRS * 20, 7, *PAIRS]:
+            yield item
+
+    assert streamed_to_the_error(Mode("async"), items()) == ["a-1", "b-2", "c-3"] * 20
 
 
 def test_positional_arguments_beside_the_tuples_are_refused():

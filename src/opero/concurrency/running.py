@@ -8,11 +8,13 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
 from opero.concurrency.scheduler import Scheduler
+from opero.core.checks import kind_of
 from opero.core.interrupts import Hold
 from opero.core.steps import consult, consult_async
 from opero.utils.notes import add_note, shorten
@@ -35,10 +37,12 @@ class IteratorSource:
 
     ``late_by``: how long after ``turn_ends`` it has given something; nothing more is taken before the map has looked at
     its results. ``exhausted``: there will be no more items. ``error``: what the iterator has raised at its end.
+    ``row``: what makes an item of what the iterator gives; an error of it is the end of the input, too.
     """
 
-    def __init__(self, iterator: Iterator[Any]) -> None:
+    def __init__(self, iterator: Iterator[Any], row: Callable[[Any], Any] | None) -> None:
         self._iterator = iterator
+        self._row = row
         self._is_at_hand = isinstance(iterator, _AT_HAND)
         self.turn_ends = math.inf
         self.late_by = 0.0
@@ -48,15 +52,17 @@ class IteratorSource:
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` items; fewer, or none, if there are no more now."""
         taken: list[Any] = []
-        coming, now, turn_ends = self._iterator, time.monotonic, self.turn_ends
+        coming, row, now, turn_ends = self._iterator, self._row, time.monotonic, self.turn_ends
         try:
             if self._is_at_hand and count > 1:
-                taken.extend(itertools.islice(coming, count))
+                several = itertools.islice(coming, count)
+                taken.extend(several if row is None else map(row, several))
             else:
                 # As in a `for` loop, an iterator needs no more than `__next__`.
                 with contextlib.suppress(StopIteration):
                     for _ in range(count):
-                        taken.append(next(coming))
+                        item = next(coming)
+                        taken.append(item if row is None else row(item))
                         if (taken_at := now()) > turn_ends:
                             self.late_by = taken_at - turn_ends
                             break
@@ -68,15 +74,18 @@ class IteratorSource:
 
 
 class AsyncSource:
-    """An async iterable, pulled by a task of its own, one item ahead of what was asked for."""
+    """An async iterable, pulled by a task of its own, one item ahead of what was asked for; ``row``: as above."""
 
     # Nothing here blocks.
     late_by, turn_ends = 0.0, math.inf
 
-    def __init__(self, iterator: AsyncIterator[Any], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, iterator: AsyncIterator[Any], row: Callable[[Any], Any] | None, wake: Callable[[], None]
+    ) -> None:
         import asyncio
 
         self._iterator = iterator
+        self._row = row
         self._wanted = asyncio.Event()
         self._wake = wake
         self._ahead: deque[Any] = deque()
@@ -111,15 +120,17 @@ class AsyncSource:
                 self._task.result()
 
     async def _pull(self) -> None:
+        coming, row = self._iterator, self._row
         closing: Any = contextlib.nullcontext()
-        if isinstance(self._iterator, AsyncGenerator):
+        if isinstance(coming, AsyncGenerator):
             # Here, because what a generator has entered can be left only by the same task.
-            closing = contextlib.aclosing(self._iterator)
+            closing = contextlib.aclosing(coming)
         try:
             async with closing:
                 while not self._closing:
                     await self._wanted.wait()
-                    self._ahead.append(await anext(self._iterator))
+                    # In no variable, which would keep it until there is another one.
+                    self._ahead.append(await anext(coming) if row is None else row(await anext(coming)))
                     self._wanted.clear()
                     self._wake()
         except StopAsyncIteration:
@@ -136,13 +147,21 @@ class AsyncSource:
 Source: TypeAlias = IteratorSource | AsyncSource
 
 
+def _row(name: str, item: Any) -> tuple[Any, ...]:
+    """The arguments of one call of `starmap`."""
+    if isinstance(item, (str, bytes, Mapping)) or not isinstance(item, Iterable):
+        raise TypeError(f"{name}.starmap got {kind_of(item)} as an item; each item is a tuple of arguments")
+    return item if isinstance(item, tuple) else tuple(item)
+
+
 def run_blocking(
     plan: Plan, settings: MapSettings, shape: Shape, sink: Sink, *, items: Iterator[Any], total: int | None
 ) -> Iterator[Outcome[Any, Any]]:
     """Run a map by blocking; yields what the sink hands out."""
+    row = partial(_row, plan.name) if shape.is_starred else None
     # The first one imports packages; and an idle pool that is taken must be given back.
     with Hold():
-        inbox, source = BlockingInbox(), IteratorSource(items)
+        inbox, source = BlockingInbox(), IteratorSource(items, row)
         run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:
         while True:
@@ -185,10 +204,9 @@ async def run_awaiting(
     plan: Plan, settings: MapSettings, shape: Shape, sink: Sink, *, items: Any, total: int | None
 ) -> AsyncIterator[Outcome[Any, Any]]:
     """Run a map over an iterator or an async one by awaiting; yields what the sink hands out."""
-    inbox = AsyncInbox()
-    source: Source = (
-        AsyncSource(items, lambda: inbox.put(None)) if hasattr(items, "__anext__") else IteratorSource(items)
-    )
+    inbox, row = AsyncInbox(), partial(_row, plan.name) if shape.is_starred else None
+    is_async = hasattr(items, "__anext__")
+    source = AsyncSource(items, row, lambda: inbox.put(None)) if is_async else IteratorSource(items, row)
     with Hold():
         run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:

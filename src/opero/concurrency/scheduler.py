@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from opero.concurrency.batches import Batch, Done, Fatal, Lost
 from opero.concurrency.outcome import Outcome, StreamSink
 from opero.concurrency.progress import Tally, make_progress
 from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, Work
-from opero.core.checks import kind_of
 from opero.core.clock import clock
 from opero.core.flow import call_flow, item_flow
 from opero.core.parameters import ParameterSlot
@@ -333,7 +332,7 @@ class Scheduler:
             return []
         items = self._source.take(count)
         self._next_index += len(items)
-        return [_row(self._plan.name, item) for item in items] if self._shape.is_starred else items
+        return items
 
     def _take_up_input(self, size: int, slots: int) -> None:
         """Start flows until enough of them are ready, or those that end at once (cache hits) have taken their time."""
@@ -671,10 +670,3 @@ def _values(name: str, result: Any, count: int) -> Any:
     return Failed(
         MisuseError(f"{name} got a list of {count} and returned {got}; return a list with a result for each item")
     )
-
-
-def _row(name: str, item: Any) -> tuple[Any, ...]:
-    """The arguments of one call of `starmap`."""
-    if isinstance(item, (str, bytes, Mapping)) or not isinstance(item, Iterable):
-        raise TypeError(f"{name}.starmap got {kind_of(item)} as an item; each item is a tuple of arguments")
-    return item if isinstance(item, tuple) else tuple(item)
