@@ -709,3 +709,33 @@ def test_an_error_of_a_class_made_at_run_time_arrives_as_what_it_says_by_itself(
     assert type(error) is ClientError
     assert not isinstance(error, RemoteError)
     assert str(error) == "no key in GetObject"
+
+
+class UnanswerableError(Exception):
+    """Its text needs an answer of the server's, which cannot be sent."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.code = code
+        self.answers = OpenAnswers()
+
+    def __str__(self):
+        return (f"quota exceeded: {self.code}" if self.answers else str(self.code)).strip()
+
+
+class OpenAnswers:
+    def __reduce__(self):
+        raise TypeError("there is a connection in it")
+
+
+def ask_in_vain(code):
+    raise UnanswerableError(code)
+
+
+@every_method
+@pytest.mark.parametrize("code", ["", "5"])
+def test_an_error_whose_text_needs_what_cannot_be_sent_arrives_as_one_that_says_the_same(method, code):
+    (error,) = mapped(ask_in_vain, method)([code])
+    assert isinstance(error, RemoteError)
+    assert error.error_class.__name__ == "UnanswerableError"
+    assert str(error).endswith(f"UnanswerableError: quota exceeded: {code}".strip())

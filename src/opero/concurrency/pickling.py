@@ -254,24 +254,26 @@ class _ErrorPickler(Pickler):
         return NotImplemented
 
 
-def _dumps_alone(error: BaseException) -> tuple[bytes, bytes, str, bool]:
+def _dumps_alone(error: BaseException) -> tuple[bytes, bytes, str, str | None]:
     """What `_loads_alone` takes."""
     pickler = _ErrorPickler(error)
     data = kind = b""
-    # Anything may happen in a user's __getstate__.
+    text = None
+    # Anything may happen in a user's __getstate__ and __str__.
     with contextlib.suppress(Exception):
-        data = pickler.dumps(error)
+        packed = pickler.dumps(error)
+        text = str(error) if pickler.has_left_out else None
+        data = packed
     with contextlib.suppress(Exception):
         kind = report_dumps(type(error))
-    return data, kind, f"{type(error).__module__}.{describe(error)}", pickler.has_left_out
+    return data, kind, f"{type(error).__module__}.{describe(error)}", text
 
 
-def _loads_alone(data: bytes, kind: bytes, story: str, has_left_out: bool) -> BaseException:  # noqa: FBT001 - a plain fact
-    """The exception, if it can be read and still says the same; else a `RemoteError` that does."""
+def _loads_alone(data: bytes, kind: bytes, story: str, text: str | None) -> BaseException:
+    """The exception, if it can be read, and shown, and has the text that may be given; else a `RemoteError`."""
     with contextlib.suppress(Exception):
         error = loads(data)
-        text = str(error)
-        if isinstance(error, BaseException) and (not has_left_out or story.endswith(text)):
+        if isinstance(error, BaseException) and text in {None, str(error)}:
             return error
     remote = RemoteError(story)
     with contextlib.suppress(Exception):
