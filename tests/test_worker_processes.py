@@ -486,12 +486,21 @@ def test_numeric_libraries_have_a_share_of_the_cpus(monkeypatch, given, asked):
     assert mapped(threads_allowed, "fork", pool_options=options)([1]) == [expected]
 
 
+@pytest.mark.parametrize("name", ["NUMBA_NUM_THREADS", "POLARS_MAX_THREADS", "OPENCV_FOR_THREADS_NUM"])
+def test_a_setting_of_one_librarys_own_stays_and_leaves_the_others_their_share(monkeypatch, name):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(name, "7")
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert mapped(lambda _item: (os.environ.get("OMP_NUM_THREADS"), os.environ[name]), "fork")([1]) == [("4", "7")]
+
+
 @pytest.mark.parametrize(("threads", "told"), [(1, 0), (3, 3)])
 def test_opencv_that_was_imported_before_a_fork_is_told_how_many_threads_it_may_have(monkeypatch, threads, told):
     # Told 1, it would end threads of the parent's.
     heard = []
     monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(setNumThreads=heard.append))
     options = {"threads_per_worker": threads}
+    monkeypatch.delenv("OPENCV_FOR_THREADS_NUM", raising=False)
     assert mapped(lambda _item: heard, "fork", pool_options=options)([1]) == [[told]]
 
 

@@ -34,8 +34,7 @@ BETWEEN = 2**32 - 1
 # handlers run.
 PEACE_SECONDS = 30.0
 
-_OF_NUMBA = "NUMBA_NUM_THREADS"
-# Those of the libraries that have threads of their own for what they compute.
+# Those of the libraries that NumPy and its like compute with; who sets one of them sees to all of these.
 THREAD_SETTINGS = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -43,10 +42,9 @@ THREAD_SETTINGS = (
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
-    _OF_NUMBA,
-    "OPENCV_FOR_THREADS_NUM",
-    "POLARS_MAX_THREADS",
 )
+# Those that others look at, each only at its own.
+_OF_NUMBA, _OF_OPENCV, _OF_POLARS = "NUMBA_NUM_THREADS", "OPENCV_FOR_THREADS_NUM", "POLARS_MAX_THREADS"
 
 
 class Parent:
@@ -261,8 +259,9 @@ def _end_executors() -> None:
 
 def _limit_threads(count: int) -> None:
     """Let numeric libraries have so many threads: each would have one for each CPU in each worker."""
-    numbas = os.environ.get(_OF_NUMBA)
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, str(count)))
+    ours = [name for name in (_OF_NUMBA, _OF_OPENCV, _OF_POLARS) if not os.environ.get(name)]
+    os.environ.update(dict.fromkeys(ours, str(count)))
     if "numpy" in sys.modules:
         with contextlib.suppress(ImportError):
             import threadpoolctl
@@ -271,24 +270,21 @@ def _limit_threads(count: int) -> None:
     # Those that the parent has imported have read the environment; whatever state they are in, the worker can work.
     cv2, numba = sys.modules.get("cv2"), sys.modules.get("numba")
     with contextlib.suppress(Exception):
-        if cv2 is not None:
+        if cv2 is not None and _OF_OPENCV in ours:
             # With 1 in place of 0, which means the same, it ends threads that a forked process does not have.
             cv2.setNumThreads(count if count > 1 else 0)
     with contextlib.suppress(Exception):
-        if numba is not None:
-            _limit_numba(numba, count, numbas)
+        if numba is not None and _OF_NUMBA in ours:
+            _limit_numba(numba, count)
 
 
-def _limit_numba(numba: Any, count: int, before: str | None) -> None:
+def _limit_numba(numba: Any, count: int) -> None:
     """Not by `numba.set_num_threads` alone: that would start its threads, in workers that do not need them, too."""
     try:
         numba.config.reload_config()
     except RuntimeError:
         # Its threads have been started in the parent; it compiles nothing where the environment says something else.
-        if before is None:
-            del os.environ[_OF_NUMBA]
-        else:
-            os.environ[_OF_NUMBA] = before
+        del os.environ[_OF_NUMBA]
         numba.set_num_threads(count)
     else:
         parallel = numba.np.ufunc.parallel
