@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import resource
@@ -359,3 +360,17 @@ def test_workers_that_an_initializer_ends_are_told_of_by_how_they_ended_and_what
     with pytest.raises(OperoError, match="end before they are ready \\(exit code 5\\)") as caught:
         mapped([1])
     assert hint in str(caught.value)
+
+
+def end_if_it_is_one_of_the_first(count, folder):
+    for place in range(count):
+        with contextlib.suppress(FileExistsError):
+            (folder / str(place)).touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_map_outlives_that_all_its_workers_are_killed_before_they_are_ready(tmp_path):
+    count = processes.MOST_STILLBIRTHS + 2
+    hooks = {"initializer": end_if_it_is_one_of_the_first, "initargs": (count, tmp_path)}
+    mapped = opmap(workers=count, progress=False, pool_options={"start_method": "fork", **hooks})(abs)
+    assert mapped(range(count)) == list(range(count))

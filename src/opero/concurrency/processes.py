@@ -46,7 +46,7 @@ DEFAULT_CONCURRENCY = 16
 # By which a worker ends that has called a map while it imported the main module.
 UNGUARDED_CODE = 113
 # So many workers in a row that end before they are ready are not an accident: it may be the main module, or the
-# initializer.
+# initializer. One accident may hit all workers of a large pool, so there it is twice as many as these.
 MOST_STILLBIRTHS = 10
 
 # As long as a thread has it, no other starts a worker, which would have the ends of a pipe that is another worker's.
@@ -330,7 +330,8 @@ class ProcessPool(Pool):
             self._workers.remove(worker)
         if not worker.is_ready:
             self._stillbirths += 1
-            if self._stillbirths >= MOST_STILLBIRTHS or worker.process.exitcode == UNGUARDED_CODE:
+            most = max(MOST_STILLBIRTHS, 2 * self._most_workers)
+            if self._stillbirths >= most or worker.process.exitcode == UNGUARDED_CODE:
                 name, reason = name_of(self._work.function), system.how_it_ended(worker.process)
                 hint = "see what their initializer does" if self._method == "fork" else _MAIN_HINT
                 return Fatal(OperoError(f"worker processes for {name} end before they are ready ({reason}); {hint}"))
