@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -95,27 +96,125 @@ def test_workers_are_told_nothing_that_is_meant_for_the_server(tmp_path):
 
 
 @pytest.mark.parametrize("whose", ["opero", "the program"])
-def test_a_server_whose_processes_live_is_left_to_them(tmp_path, whose):
+def test_a_server_that_was_replaced_goes_on_for_its_processes(tmp_path, whose):
     main = {
         "opero": """
             with tell.pool():
                 print(*tell(["KEY"]))
-                os.environ["KEY"], server = "second", pid_of_the_server()
+                os.environ["KEY"] = "second"
                 print(*opmap(workers=1, retries=0, progress=False)(tools.tell)(["KEY"]), *tell(["KEY"]))
-                print(pid_of_the_server() == server)
         """,
         "the program": """
             print(*tell(["KEY"]))
-            process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(3,))
+            process = multiprocessing.get_context("forkserver").Process(target=sys.exit, args=(3,))
             process.start()
-            os.environ["KEY"], server = "second", pid_of_the_server()
-            print(*tell(["KEY"]), process.is_alive())
+            for value in ("second", "third"):
+                os.environ["KEY"] = value
+                print(*tell(["KEY"]))
             process.join()
-            print(process.exitcode, pid_of_the_server() == server)
+            print(process.exitcode)
         """,
     }
-    said = {"opero": ["first", "second", "first", "True"], "the program": ["first", "second", "True", "0", "True"]}
+    said = {"opero": ["first", "second", "first"], "the program": ["first", "second", "third", "3"]}
     assert program(tmp_path, main[whose]) == said[whose]
+
+
+def test_replaced_servers_end(tmp_path):
+    main = """
+        servers, deadline = [], time.monotonic() + 30
+        while len(servers) < 4 or Path(f"/proc/{servers[0]}").exists():
+            assert time.monotonic() < deadline, servers
+            os.environ["KEY"] = str(len(servers))
+            tell(["KEY"])
+            servers.append(pid_of_the_server())
+        print(len(servers) == len(set(servers)))
+    """
+    assert program(tmp_path, main) == ["True"]
+
+
+def test_programs_start_processes_of_their_own_while_servers_are_replaced(tmp_path):
+    main = """
+        def start_own():
+            for number in range(10):
+                here, there = multiprocessing.Pipe(duplex=False)
+                # Held until all is over: an exit code may be read by two threads at once, of which one finds none.
+                processes.append(multiprocessing.get_context("forkserver").Process(target=there.send, args=(number,)))
+                processes[-1].start()
+                heard.append(here.recv())
+
+        processes, heard, said = [], [], []
+        tell(["KEY"])
+        thread = threading.Thread(target=start_own)
+        thread.start()
+        for number in range(8):
+            os.environ["KEY"] = str(number)
+            said += tell(["KEY"])
+        thread.join()
+        print(said == [str(number) for number in range(8)], heard == list(range(10)))
+    """
+    assert program(tmp_path, main) == ["True", "True"]
+
+
+def test_a_forked_child_has_a_server_of_its_own(tmp_path):
+    main = """
+        print(*tell(["KEY"]), flush=True)
+        if os.fork() == 0:
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+            os.environ["KEY"] = "child"
+            print(*tell(["KEY"]), flush=True)
+            os._exit(0)
+        os.wait()
+        print(*tell(["KEY"]))
+    """
+    assert program(tmp_path, main) == ["first", "child", "first"]
+
+
+def test_whatever_stands_among_the_modules_is_no_matter(tmp_path):
+    main = """
+        class Lazy:
+            def __getattr__(self, name):
+                raise ImportError(name)
+
+        class Anything:
+            def __getattr__(self, name):
+                return self
+
+        sys.modules |= {"lazy": Lazy(), "anything": Anything()}
+        print(*tell(["KEY"]))
+    """
+    assert program(tmp_path, main) == ["first"]
+
+
+def test_opero_may_be_where_only_the_program_knows(tmp_path):
+    """The folders of modules that workers have are those of the program at each time, too."""
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "latecomer.py").write_text("def tell(name): return 'late'\n")
+    (tmp_path / "tools.py").write_text("import os\ndef tell(name): return os.environ.get(name, 'first')\n")
+    known = [path for path in sys.path if path and not path.startswith((sys.base_prefix, str(tmp_path)))]
+    main = """
+        names = ["OPERO_PRELOADS", "PYTHONSAFEPATH", "PYTHONPATH"]
+        print(*tell(names))
+        with multiprocessing.get_context("forkserver").Pool(1) as own:
+            print(*own.map(tools.tell, names))
+        sys.path.append("late")
+        import latecomer
+        print(*opmap(workers=1, retries=0, progress=False)(latecomer.tell)(["KEY"]))
+    """
+    source = f"import sys\nsys.path += {known!r}\n" + textwrap.dedent(PROGRAM)
+    path = tmp_path / "script.py"
+    path.write_text(source + textwrap.indent(textwrap.dedent(main), "    "))
+    environ = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    run = subprocess.run(
+        [sys._base_executable, path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+        env=environ,
+    )
+    assert run.stderr == ""
+    assert run.stdout.split() == ["first"] * 6 + ["late"]
 
 
 def test_what_a_program_has_chosen_for_its_server_is_kept(tmp_path):

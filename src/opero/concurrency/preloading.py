@@ -8,17 +8,19 @@ import json
 import os
 import sys
 
-# The variables of the environment by which the server is told, which are nobody else's.
+# The variable of the environment by which the server is told, which is nobody else's.
 PRELOADS = "OPERO_PRELOADS"
-# By this one Python leaves the current folder out of those that it finds modules in.
-SAFE_PATH = "PYTHONSAFEPATH"
 
 
-def _preload(path: list[str], modules: list[str], safe_path: str | None) -> None:
-    if safe_path is None:
-        del os.environ[SAFE_PATH]
-    else:
-        os.environ[SAFE_PATH] = safe_path
+def _preload(program: int, path: list[str], modules: list[str], environ: dict[str, str | None]) -> None:
+    """Be as the ``program`` is, whose workers have this environment; in a worker, only the latter."""
+    for name, value in environ.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if os.getppid() != program:
+        return
     sys.path[:] = path
     for module in modules:
         # What is wrong with it, a worker that needs it will tell.

@@ -14,7 +14,6 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency import fork_server
 from opero.concurrency.pickling import loads, pack_record
 from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
 from opero.concurrency.transport import Start, pack_report, unpack_batch
@@ -238,9 +237,7 @@ def known_loggers() -> list[logging.Logger]:
 
 
 def _forget_the_parents_own() -> None:
-    """Let a forked worker have exit handlers and a fork server of its own, but none of its parent's."""
-    # Only the parent can wait for that one.
-    fork_server.known()["_forkserver_pid"] = None
+    """Let a forked worker have exit handlers of its own, but none of its parent's."""
     if sys.version_info < (3, 13):
         # Newer ones have done so already, and use exit handlers of their own.
         atexit._clear()  # noqa: SLF001 - see above

@@ -293,8 +293,8 @@ class ProcessPool(Pool):
                 self._multi_pool = entered_multi_pool(self._size, self._end_workers)
                 # A stream that is open when the program ends is closed too late: threads and modules are gone by then.
                 atexit.register(self.stop)
-            if self._method == "forkserver" and not fork_server.is_fit_for(module_of(self._work.function)):
-                self._use("spawn")
+            if self._method == "forkserver":
+                fork_server.be_fit_for(module_of(self._work.function))
             context: Any = multiprocessing.get_context(self._method)
             ours, theirs = context.Pipe()
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
@@ -305,8 +305,6 @@ class ProcessPool(Pool):
                 args = theirs, shared, self._start, self._threads, self._at_once
                 worker.process = context.Process(target=serve, args=args, daemon=False)
                 worker.process.start()
-                if self._method == "forkserver":
-                    fork_server.note(worker.process)
             except BaseException:
                 self._workers.remove(worker)
                 ours.close()

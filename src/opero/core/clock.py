@@ -30,6 +30,8 @@ def _system_time() -> Any:
 
 
 _time = _system_time()
+system_now: Callable[[], float] = _time.monotonic
+system_wall: Callable[[], float] = _time.time
 
 
 async def asyncio_sleep(seconds: float) -> None:
@@ -67,9 +69,9 @@ class Clock:
         is_virtual: Whether this time jumps, as no other process's does.
     """
 
-    now: Callable[[], float] = _time.monotonic
-    wall: Callable[[], float] = _time.time
-    machine: Callable[[], float] = _time.monotonic
+    now: Callable[[], float] = system_now
+    wall: Callable[[], float] = system_wall
+    machine: Callable[[], float] = system_now
     sleep: Callable[[float], None] | None = None
     async_sleep: Callable[[float], Awaitable[None]] = staticmethod(asyncio_sleep)
     wait: Callable[[Callable[[float | None], Any], float | None], None] = staticmethod(

@@ -168,10 +168,10 @@ class FallbackOverParameter:
 
     def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments with the first candidate; None if that cannot be told at once."""
-        given = self.slot.get(args, kwargs)
+        given: Any = self.slot.get(args, kwargs)
         if type(given) is Candidates:
             given = given.values()
-        if type(given) is not list and type(given) is not tuple:
+        if type(given) not in {list, tuple}:
             return None if isinstance(given, (CandidatesFrom, list, tuple)) else (args, kwargs)
         if not given or (self._rests and len(given) > 1):
             return None

@@ -316,8 +316,7 @@ class Layers:
         if verdict is None:
             if plan.kind.endswith("generator") and outcome[0] is not None:
                 # It has begun, and keeps its place until it ends or is closed.
-                generator, item, _ = outcome
-                outcome, attempt.place = (generator, item, attempt.place), None
+                outcome, attempt.place = (*outcome[:2], attempt.place), None
             return outcome
         if call.is_last:
             add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
