@@ -106,8 +106,8 @@ def candidates_from(function: Callable[[], list[T] | tuple[T, ...]]) -> T:
     that gets to the first attempt, for each item of a map, not again for later rounds, and not on a hit of the cache;
     in async functions it runs in the event loop, and should be quick. What it raises is raised by the call and not
     retried. It is never called for a cache's key, which has the function itself in place of the values, by its name,
-    its code and what it has captured: results of earlier values are found again. On disk and redis it has to be a
-    function that can be imported by its name.
+    its code, what it has captured and its attributes: results of earlier values are found again. On disk and redis it
+    has to be a function that can be imported by its name.
 
     It stays in its process. The workers of a map are sent one value at a time; inside of another function that runs in
     a worker process, a copy that was carried there raises `MisuseError`.
