@@ -356,6 +356,28 @@ def test_a_worker_that_is_ended_within_a_finalizer_tidies_up_without_a_word_abou
     assert capfd.readouterr().err == ""
 
 
+def stand_still_while_it_logs(item, *, folder):
+    if item:
+        until((folder / "closing").exists)
+        line = "more than a pipe holds" * 200_000
+        threading.Thread(target=logging.getLogger("of.a.program").info, args=[line], daemon=True).start()
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return item
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="of POSIX")
+def test_workers_that_stand_still_within_a_message_do_not_hold_up_the_end(kept, tmp_path):
+    stream = mapped(stand_still_while_it_logs, "fork", workers=4).stream([0, 1, 1, 1], folder=tmp_path)
+    assert next(stream).result == 0
+    (tmp_path / "closing").touch()
+    time.sleep(0.5)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < PATIENCE
+    assert kept.lines == []
+
+
 class Everything(logging.Handler):
     def __init__(self):
         super().__init__()

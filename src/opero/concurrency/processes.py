@@ -14,6 +14,8 @@ import logging
 import math
 import multiprocessing
 import os
+import socket
+import struct
 import sys
 import threading
 import time
@@ -21,6 +23,7 @@ import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import fork_server, main_module, system
@@ -48,6 +51,8 @@ UNGUARDED_CODE = 113
 # So many workers in a row that end before they are ready are not an accident: it may be the main module, or the
 # initializer. One accident may hit all workers of a large pool, so there it is twice as many as these.
 MOST_STILLBIRTHS = 10
+# So long are workers that end heard between two looks at whether they have ended.
+_HEARING_SECONDS = 0.01
 
 # As long as a thread has it, no other starts a worker, which would have the ends of a pipe that is another worker's.
 _starting = ForkSafeLock(threading.RLock)
@@ -244,31 +249,30 @@ class ProcessPool(Pool):
             self._multi_pool = None
 
     def _end_workers(self) -> None:
-        idle, busy = [], []
+        idle, busy, pipes = [], [], []
         for worker in self._workers:
+            pipes.append(worker.pipe)
+            if os.name == "posix":
+                # Whoever reads half a message, whose worker stands still, gets an OSError. Windows has whole ones.
+                same = socket.socket(fileno=worker.pipe.fileno())
+                same.settimeout(None)
+                same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(system.GRACE_SECONDS), 0))
+                same.detach()
             if worker.is_ready and not worker.batches:
                 worker.tell("stop")
                 idle.append(worker.process)
             else:
                 busy.append(worker.process)
         records: list[bytes] = []
-        hear = partial(self._hear_records, records)
+        hear = partial(_hear_records, pipes, records)
         system.end(busy, meanwhile=hear)
         system.end(idle, PEACE_SECONDS, hear)
+        hear(system.GRACE_SECONDS)
         while self._workers:
             self._workers.pop().pipe.close()
         # Last: a handler of the program's may raise.
         for record in records:
             _log_here(record)
-
-    def _hear_records(self, records: list[bytes]) -> None:
-        """Read what ending workers say, who would wait for that; only what they log is of interest now."""
-        for worker in self._workers:
-            with contextlib.suppress(EOFError, OSError):
-                while worker.pipe.poll():
-                    kind, _, payload = worker.pipe.recv()
-                    if kind == "log":
-                        records.append(payload)
 
     # Workers
 
@@ -399,6 +403,26 @@ class ProcessPool(Pool):
                 message, has_more = None, False
                 self._inbox.forget(worker.pipe)
             self._inbox.put((worker, message))
+
+
+def _hear_records(pipes: list[Any], records: list[bytes], seconds: float = _HEARING_SECONDS) -> None:
+    """Read what ending workers say, who would wait for that; only what they log is of interest now."""
+    enough = time.monotonic() + seconds
+    talking: Any = pipes
+    while talking:
+        talking = wait(pipes, 0)
+        for pipe in talking:
+            if time.monotonic() >= enough:
+                return
+            try:
+                kind, _, payload = pipe.recv()
+            except (EOFError, OSError):
+                # Nothing can follow half a message.
+                pipes.remove(pipe)
+                pipe.close()
+                continue
+            if kind == "log":
+                records.append(payload)
 
 
 def _log_here(data: bytes) -> None:

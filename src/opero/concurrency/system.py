@@ -32,7 +32,7 @@ def end(processes: list[Any], patience: float = 0.0, meanwhile: Callable[[], obj
     """End processes that have not ended after so many seconds, and what they have started.
 
     They can raise `SystemExit`; those that have not ended a second later are killed. ``meanwhile`` is called again and
-    again, and once when they have ended.
+    again while they are waited for.
     """
     running = _wait_for(processes, patience, meanwhile)
     if not running:
@@ -54,9 +54,9 @@ def _wait_for(processes: list[Any], seconds: float, meanwhile: Callable[[], obje
     deadline, pause = time.monotonic() + seconds, 0.001
     while True:
         processes = list(filter(_runs, processes))
-        meanwhile()
         if not processes or time.monotonic() >= deadline:
             return processes
+        meanwhile()
         time.sleep(pause)
         pause = min(2 * pause, 0.005)
 
