@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import concurrent.futures
 import contextlib
 import logging
@@ -429,6 +430,20 @@ def test_a_log_record_says_in_words_what_of_it_cannot_travel(records, capfd, met
     assert (record.request, record.tags, str(record.error)) == ("the request", ["a"], "1: no")
     assert isinstance(record.error, RefusedError)
     assert record.other == "cannot be unpickled: LookupError: not here"
+    assert capfd.readouterr().err == ""
+
+
+def log_mappings(item):
+    logger = logging.getLogger("of.a.program")
+    logger.warning("%(item)s", collections.defaultdict(lambda: 0, item=item))
+    logger.warning("%(item)s", types.MappingProxyType({"item": item}))
+    logger.warning("%(item)s", {"item": item, Request: 0, Request(): 0})
+
+
+@every_method
+def test_log_records_whose_mapping_of_arguments_cannot_be_pickled_arrive(records, capfd, method):
+    mapped(log_mappings, method, workers=1)([1])
+    assert [record.getMessage() for record in records] == ["1", "1", "1"]
     assert capfd.readouterr().err == ""
 
 

@@ -296,10 +296,11 @@ def _link(error: BaseException, links: tuple[Any, ...]) -> None:
 def pack_record(record: logging.LogRecord) -> bytes:
     """Pickle a log record as it is now, for `unpack_record`; what of it cannot be pickled becomes its ``repr``."""
     fields = dict(vars(record))
-    args = record.args or ()
-    values = args.values() if isinstance(args, Mapping) else args
-    if type(record.msg) not in {str, dict} or not PLAIN.issuperset(map(type, values)):
-        # They may say something else there.
+    args: Any = record.args or ()
+    values = [*args, *args.values()] if type(args) is dict else args
+    is_plain = type(args) in {tuple, dict} and PLAIN.issuperset(map(type, values))
+    if type(record.msg) not in {str, dict} or not is_plain:
+        # They may say something else there, or cannot be sent.
         fields.update(msg=record.getMessage(), args=None)
     if record.exc_info:
         # Its traceback cannot travel.
