@@ -475,6 +475,21 @@ def test_handlers_see_the_parts_of_a_workers_log_record(records, method):
     assert structured.msg == {"event": "failed"}
 
 
+def log_a_missing_file(folder):
+    try:
+        (folder / "missing").read_text()
+    except FileNotFoundError:
+        logging.getLogger("of.a.program").exception("failed")
+
+
+@every_method
+def test_a_built_in_error_in_a_log_record_arrives_with_all_that_it_has(records, tmp_path, method):
+    mapped(log_a_missing_file, method, workers=1)([tmp_path])
+    kind, error, _ = records[0].exc_info
+    assert (kind, error.filename) == (FileNotFoundError, str(tmp_path / "missing"))
+    assert "in log_a_missing_file" in "".join(traceback.format_exception(error))
+
+
 def give_the_root_a_handler():
     logging.getLogger().addHandler(logging.NullHandler())
 
