@@ -180,7 +180,8 @@ class Seen:
 
 def run(mode, scenario, folder) -> Seen:
     policies: dict[str, Any] = {"retries": scenario.retries, **({"min_delay": 0} if scenario.retries else {})}
-    if scenario.alone and mode == "process":
+    if scenario.alone and mode in {"process", "async_process"}:
+        # One item in a batch: of several, those that are quick run again after a crash.
         policies["attempt_timeout"] = 60
     if scenario.alone and mode == "async_process":
         policies["pool_options"] = {"concurrency": 1}
