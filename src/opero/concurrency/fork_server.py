@@ -12,7 +12,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.main_module import MAINS, is_imported_again
-from opero.concurrency.preloading import PRELOADS
+from opero.concurrency.preloading import PRELOADS, put_back
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,9 +64,11 @@ class _Server:
             # Only this program may know where opero is.
             told["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(package)])
         before = {name: os.environ.get(name) for name in told}
-        told[PRELOADS] = json.dumps([os.getpid(), path, modules, before])
-        with _set(told):
+        os.environ.update({**told, PRELOADS: json.dumps([os.getpid(), path, modules, before])})
+        try:
             made.ensure_running()
+        finally:
+            put_back({**before, PRELOADS: None})
         self._let_go()
         server = known()
         if server["_forkserver_pid"] is not None:
@@ -116,20 +118,6 @@ def be_fit_for(module: str) -> None:
         _server.replace(_modules_for(module))
 
 
-@contextlib.contextmanager
-def _set(variables: dict[str, str]) -> Any:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _modules_for(module: str) -> list[str]:
     """Those that each worker imports; not the main one, which a fork server finds from Python 3.14 on (gh-126631)."""
     modules = {"opero.concurrency.process_worker", module}
@@ -144,9 +132,8 @@ def _modules_for(module: str) -> list[str]:
 
 
 def _attributes(module: Any) -> dict[str, Any]:
-    # Whatever a program has put among its modules may answer to anything.
-    its: Any = getattr(module, "__dict__", None) if isinstance(module, ModuleType) else None
-    return its or {}
+    # Whatever else a program has put among its modules may answer to anything.
+    return vars(module) if isinstance(module, ModuleType) else {}
 
 
 def _environ() -> dict[str, str]:

@@ -12,13 +12,18 @@ import sys
 PRELOADS = "OPERO_PRELOADS"
 
 
-def _preload(program: int, path: list[str], modules: list[str], environ: dict[str, str | None]) -> None:
-    """Be as the ``program`` is, whose workers have this environment; in a worker, only the latter."""
+def put_back(environ: dict[str, str | None]) -> None:
+    """Give variables of the environment the values that they had; None to those that were not set."""
     for name, value in environ.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def _preload(program: int, path: list[str], modules: list[str], environ: dict[str, str | None]) -> None:
+    """Be as the ``program`` is, whose workers have this environment; in a worker, only the latter."""
+    put_back(environ)
     if os.getppid() != program:
         return
     sys.path[:] = path
