@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing.connection import wait
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 # How long an ended process may tidy up, and how long others may take to say how it ended.
 GRACE_SECONDS = 1.0
 _SAYING_SECONDS = 0.05
+# Between two looks at processes that have not ended.
+_LOOKING_SECONDS = 0.005
 # What a worker exits with that was asked to end, as a shell's command would.
 ENDED_CODE = 128 + signal.SIGTERM
 
@@ -49,16 +53,15 @@ def end(processes: list[Any], patience: float = 0.0, meanwhile: Callable[[], obj
 def _wait_for(processes: list[Any], seconds: float, meanwhile: Callable[[], object]) -> list[Any]:
     """Wait at most so long; gives those that still run.
 
-    `Process.join` waits for a pipe's end, which a child of the program's own may have open.
+    The end of a process is the end of its sentinel, a pipe, but a child of the program's own may have that open.
     """
-    deadline, pause = time.monotonic() + seconds, 0.001
+    deadline = time.monotonic() + seconds
     while True:
         processes = list(filter(_runs, processes))
         if not processes or time.monotonic() >= deadline:
             return processes
         meanwhile()
-        time.sleep(pause)
-        pause = min(2 * pause, 0.005)
+        wait(map(attrgetter("sentinel"), processes), _LOOKING_SECONDS)
 
 
 def _runs(process: Any) -> bool:
