@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import email.utils
 import http.server
 import socket
@@ -260,6 +261,10 @@ def test_seconds_may_be_written_in_these_ways(text, seconds):
         (str(NOW + 9), 9.0),  # GitHub
         (f"{NOW + 9}000", 9.0),  # OpenRouter
         ("Tue, 14 Nov 2023 22:13:29 GMT", 9.0),
+        ("2023-11-14T22:13:29Z", 9.0),  # anthropic
+        ("6m0s", 360.0),  # openai
+        ("1d2h1m1.5s", 93_661.5),
+        ("250ms", 0.25),
         (str(NOW - 9), 0.0),
         ("31536001", True),
         (str(NOW + 31_536_001), True),
@@ -270,6 +275,30 @@ def test_the_end_of_a_limit_may_be_written_in_these_ways(fake_clock, name, reset
     clock.wall = lambda: NOW
     assert retry_after(answered(status=429, **{f"{name}_Remaining": "0.0", f"{name}_Reset": reset})) == seconds
     assert retry_after(answered(status=429, **{f"{name}_Reset": reset})) == seconds
+
+
+def test_of_several_limits_the_last_one_is_waited_for_of_which_nothing_is_left():
+    requests_left = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "8.64s"}
+    tokens_left = {"x-ratelimit-remaining-tokens": "7", "x-ratelimit-reset-tokens": "6m0s"}
+    assert retry_after(answered(status=429, **requests_left, **tokens_left)) == 8.64
+    tokens_left["x-ratelimit-remaining-tokens"] = "0"
+    assert retry_after(answered(status=429, **requests_left, **tokens_left)) == 360.0
+    discord = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset-After": "1.5", "X-RateLimit-Limit": "5"}
+    assert retry_after(answered(status=429, **discord)) == 1.5
+    assert retry_after(answered(status=429, **{**discord, "X-RateLimit-Remaining": "3"})) is True
+
+
+@pytest.mark.parametrize(
+    ("told", "answer"),
+    [(7, 7.0), (0.5, 0.5), (dt.timedelta(minutes=1), 60.0), (True, False), (-1, False), (1e300, False), ("7", False)],
+)
+def test_an_error_may_tell_the_seconds_itself(told, answer):
+    error = RuntimeError("flood control")
+    error.retry_after = told
+    found = retry_after(error)
+    assert (found, type(found)) == (answer, type(answer))
+    error.http_status = 401
+    assert retry_after(error) is False
 
 
 def test_what_cannot_be_read_leaves_it_to_the_next_header():

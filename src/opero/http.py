@@ -6,6 +6,7 @@ No client is imported here: its errors are known by the names of their classes a
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ _KEY_CODES = {
 }
 
 # What clients call the number, on their responses or on the errors that stand for one.
-_STATUS = ("status_code", "status")
+_STATUS = ("status_code", "status", "http_status")
 
 # Of these libraries it is also a plain ``code``; elsewhere that may be any number.
 _STATUS_IS_CODE = ("google", "urllib")
@@ -75,6 +76,9 @@ _NO_ANSWER = {
 _MOST_CAUSES = 20
 
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|[smhd])")
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_RESET = re.compile(r".*rate-?limit.*reset.*")
 
 # From here on a number is no delay but a time since 1970. In seconds the first is in 2001, in milliseconds the second.
 _FIRST_MOMENT = 1e9
@@ -105,11 +109,12 @@ def retry_after(error: Exception) -> bool | float | Answer:
     ========================================================  ==========================================================
 
     A server asks by the first of these that can be read and is not more than a year away: ``retry-after-ms``;
-    ``Retry-After``; with 403 and 429 ``X-RateLimit-Reset`` (also ``RateLimit-Reset``, ``X-Rate-Limit-Reset``), unless
-    the ``Remaining`` beside it says that something is left; Google's ``RetryInfo``. It may write seconds, a date, or
-    the seconds or milliseconds since 1970; the last three are compared with this machine's clock. ``max_delay`` does
-    not shorten what a server asks for: where it may ask for long, set ``total_timeout``, which ends the call at once
-    if the wait would exceed it.
+    ``Retry-After``; ``retry_after`` of the error itself, a number or a `datetime.timedelta` (chat clients have it on
+    errors without a status); with 403 and 429 ``X-RateLimit-Reset`` and similar names, such as
+    ``x-ratelimit-reset-tokens``, unless the ``Remaining`` beside it says that something is left (of several, the last
+    to end); Google's ``RetryInfo``. It may write seconds, ``1m30s``, a date, or the seconds or milliseconds since
+    1970; the last three are compared with this machine's clock. ``max_delay`` does not shorten what a server asks for:
+    where it may ask for long, set ``total_timeout``, which ends the call at once if the wait would exceed it.
 
     Args:
         error: What the function raised.
@@ -154,7 +159,9 @@ def _judged(error: BaseException) -> bool | float | Answer | None:
     is_passing = not _PASSING_CODES.isdisjoint(codes)
     if status is None or status < HTTPStatus.BAD_REQUEST:
         # Only in their streams an error can come after the answer has begun.
-        return True if is_passing and any(library in _STREAMING for library, _ in _names(error)) else None
+        is_broken_off = is_passing and any(library in _STREAMING for library, _ in _names(error))
+        told = _told_delay(error) if status is None else None
+        return True if is_broken_off else told
     if not _KEY_CODES.isdisjoint(codes):
         return False
     delays = _asked_delays(error, status, headers)
@@ -214,23 +221,34 @@ def _codes(error: BaseException) -> set[str]:
 
 def _asked_delays(error: BaseException, status: int, headers: Any) -> Iterator[float | None]:
     """Seconds until the server wants to be asked again, as it says in several places, or may say."""
-    yield _number(_header(headers, "retry-after-ms"), unit=0.001)
-    yield _seconds(_header(headers, "Retry-After"))
+    said = _by_name(headers)
+    yield _number(said.get("retry-after-ms", ""), unit=0.001)
+    yield _seconds(said.get("retry-after", ""))
+    yield _told_delay(error)
     if status in {HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS}:
-        for limit in ("X-RateLimit-", "RateLimit-", "X-Rate-Limit-"):
-            # Many servers tell of their limit in every answer: it is the reason only if nothing is left of it.
-            if not _number(_header(headers, limit + "Remaining")):
-                yield _seconds(_header(headers, limit + "Reset"))
+        # Many servers tell of their limits in every answer: those are the reason of which nothing is left.
+        resets = [name for name in said if _RESET.match(name)]
+        left = [_number(said.get(name.removesuffix("-after").replace("reset", "remaining"), "")) for name in resets]
+        ends = [_seconds(said[name]) for name, some in zip(resets, left, strict=True) if not some]
+        yield max((end for end in ends if end is not None), default=None)
     yield from map(_retry_info, _google_details(error))
 
 
-def _header(headers: Any, name: str) -> str:
+def _told_delay(error: BaseException) -> float | None:
+    """The seconds that the error itself tells."""
+    told = _attribute(error, "retry_after")
+    if isinstance(told, timedelta):
+        told = told.total_seconds()
+    is_delay = isinstance(told, (int, float)) and not isinstance(told, bool) and 0 <= told <= LONGEST_WAIT
+    return float(told) if is_delay else None
+
+
+def _by_name(headers: Any) -> dict[str, str]:
+    """Text by names in lower case; of headers that are none, or break, nothing."""
     try:
-        # botocore's headers are a plain dict with names in lower case.
-        text = headers.get(name) or headers.get(name.lower())
-        return text.strip() if isinstance(text, str) else ""
-    except Exception:  # noqa: BLE001 - headers that are none, or break
-        return ""
+        return {name.lower(): text.strip() for name, text in headers.items() if isinstance(text, str)}
+    except Exception:  # noqa: BLE001 - whatever they are
+        return {}
 
 
 def _number(text: str, unit: float = 1.0) -> float | None:
@@ -238,6 +256,9 @@ def _number(text: str, unit: float = 1.0) -> float | None:
 
 
 def _seconds(text: str) -> float | None:
+    parts = _DURATION.findall(text)
+    if parts and "".join(map("".join, parts)) == text:
+        return sum(float(number) * _UNITS[unit] for number, unit in parts)
     moment = _number(text)
     if moment is None:
         moment = _date(text)
@@ -250,15 +271,16 @@ def _seconds(text: str) -> float | None:
 
 def _date(text: str) -> float | None:
     """The seconds since 1970."""
-    import datetime as dt
     from email.utils import parsedate_to_datetime
 
-    try:
-        moment = parsedate_to_datetime(text)
-        # "-0000" says of a zone that it is not known; dates of HTTP are all in UTC.
-        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=dt.UTC)).timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
+    for read in (datetime.fromisoformat, parsedate_to_datetime):
+        try:
+            moment = read(text)
+            # "-0000" says of a zone that it is not known; dates of HTTP are all in UTC.
+            return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, TypeError, IndexError, OverflowError):
+            continue
+    return None
 
 
 def _google_details(error: BaseException) -> list[Any]:
