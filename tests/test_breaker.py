@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import gc
 import pickle
@@ -597,7 +598,8 @@ def test_a_trial_that_nobody_awaits_any_more_is_left_to_the_next(fake_clock):
 
     async def main():
         trial = f("abandoned")
-        trial.send(None)
+        # A task has a context of its own, too.
+        contextvars.copy_context().run(trial.send, None)
         with pytest.raises(CircuitOpenError):
             await f("other")
         del trial
@@ -775,6 +777,62 @@ def test_a_trial_that_ends_with_an_error_that_is_not_retried_closes_the_circuit(
     for _ in range(2):
         with pytest.raises(KeyError):
             world.run(f)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_call_within_a_trial_by_the_same_circuit_is_part_of_it(service, is_async, fake_clock):
+    guarded = opero.opero(retries=0, breaker=opero.Breaker(1, recovery=10))
+    if is_async:
+
+        @guarded
+        async def page():
+            return service(1)
+
+        @guarded
+        async def whole():
+            return await page()
+
+        def run():
+            return asyncio.run(whole())
+
+    else:
+        page = guarded(lambda: service(1))
+
+        @guarded
+        def run():
+            return page()
+
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            run()
+        with pytest.raises(CircuitOpenError):
+            run()
+        fake_clock.tick(10)
+    service.is_down = False
+    assert [run(), run()] == [1, 1]
+    assert opero.control(page).circuit.state == "closed"
+
+
+def test_a_call_beside_a_trial_is_refused_though_it_began_in_an_earlier_one(service, fake_clock):
+    guarded = opero.opero(retries=0, breaker=opero.Breaker(1, recovery=10))
+    page = guarded(lambda: service(1))
+    left = []
+
+    @guarded
+    def leaves_something():
+        left.append(contextvars.copy_context())
+        page()
+
+    @guarded
+    def other():
+        with pytest.raises(CircuitOpenError, match="a trial call is under way"):
+            left[-1].run(page)
+
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            leaves_something()
+        fake_clock.tick(10)
+    other()
 
 
 @pytest.mark.parametrize("option", ["attempt_timeout", "total_timeout"])

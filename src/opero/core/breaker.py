@@ -13,6 +13,7 @@ from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.frozen import itself
 from opero.core.keys import identity_of
+from opero.core.steps import leaders
 from opero.utils.logging import log
 from opero.utils.notes import duration
 
@@ -104,7 +105,9 @@ class Breaker:
         with self._lock.lock:
             wait = self.wait_of(key)
             if wait:
-                return None
+                # Calls within the trial are part of it: refused, they would let it fail for ever.
+                trial = self.circuits[key].trial
+                return next((part for part in leaders() if part is trial), None)
             passage = Passage(self, key)
             if wait is not None:
                 self.circuits[key].trial = passage

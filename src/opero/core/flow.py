@@ -207,7 +207,8 @@ class Layers:
                 return CIRCUIT_OPEN
         attempt = Attempt(self, candidate, passage)
         try:
-            outcome = yield from self.attempt(attempt)
+            with _ALONE if passage is None or self.call.presence is not None else PartOf([passage, None]):
+                outcome = yield from self.attempt(attempt)
             return outcome if type(outcome) is NoAttempt else self._judge(attempt, outcome)
         finally:
             if passage is not None:
