@@ -19,7 +19,7 @@ import zlib
 import pytest
 from side_by_side import results, started
 
-from opero import opero
+from opero import Cache, opero
 from opero.__main__ import main
 from opero.core.clock import clock
 from opero.core.private_folder import private_folder
@@ -260,6 +260,18 @@ def test_many_namespaces_hold_few_files_open_and_all_work(tmp_path):
 # Entries
 
 
+def test_what_a_fault_says_stands_in_one_line_of_the_log(backend, warnings):
+    class Odd:
+        def __reduce__(self):
+            raise RuntimeError("odd\nCRITICAL all is lost\x1b[31m")
+
+    f = opero(**backend.options, retries=0, cache_namespace=backend.namespace())(lambda kind: kind())
+    f(Odd)
+    (line,) = warnings
+    assert "odd CRITICAL all is lost" in line
+    assert line.rstrip("\n").isprintable()
+
+
 def test_an_entry_of_another_version_of_the_format_is_not_read(disk_backend, redis_backend):
     for backend in (disk_backend, redis_backend):
         namespace = backend.namespace()
@@ -330,8 +342,12 @@ def test_a_deletion_while_another_process_computes_holds_though_the_clock_jumps(
     assert f(1) == "new"
 
 
-class Dripping:
-    """A server that sends a byte now and then, of an answer that never ends."""
+class Answering:
+    """A server that gives the same answer to whatever it is sent; one that drips sends a byte now and then."""
+
+    def __init__(self, answer, *, seconds=0.0):
+        self._answer = answer
+        self._seconds = seconds
 
     def __enter__(self):
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -351,24 +367,80 @@ class Dripping:
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(target=self._drip, args=(self._socket.accept()[0],), daemon=True).start()
+                threading.Thread(target=self._serve, args=(self._socket.accept()[0],), daemon=True).start()
 
-    def _drip(self, connection):
+    def _serve(self, connection):
         with contextlib.suppress(OSError), connection:
-            connection.recv(65_536)
-            for byte in b"+" + b"O" * 100:
-                connection.sendall(bytes([byte]))
-                if self._stop.wait(0.3):
-                    return
+            while connection.recv(65_536):
+                if not self._seconds:
+                    connection.sendall(self._answer)
+                    continue
+                for byte in self._answer:
+                    connection.sendall(bytes([byte]))
+                    if self._stop.wait(self._seconds):
+                        return
 
 
-def test_a_server_that_drips_costs_two_seconds_in_all(world):
-    with Dripping() as server:
-        options = {"redis_host": "127.0.0.1", "redis_port": server.port}
+@pytest.mark.parametrize(
+    ("who", "answer"),
+    [("", b"+" + b"O" * 100), ("me:secret@", b"+OK\r\n")],
+    ids=["an-answer-that-never-ends", "signing-in"],
+)
+def test_a_server_that_drips_costs_two_seconds_in_all(world, who, answer):
+    with Answering(answer, seconds=0.2) as server:
+        options = {"url": f"redis://{who}127.0.0.1:{server.port}/1?protocol=2"}
         f = opero(cache=True, cache_backend="redis", cache_options=options, retries=0)(world.define(lambda x: x))
         before = time.monotonic()
         assert [world.run(f, 1), world.run(f, 2)] == [1, 2]
-        assert time.monotonic() - before < 4
+        assert time.monotonic() - before < 3
+
+
+def test_a_name_that_nobody_resolves_in_time_costs_two_seconds_in_all(world, monkeypatch):
+    is_over, resolve = threading.Event(), socket.getaddrinfo
+
+    def resolve_late(host, *args, **kwargs):
+        if host == "cache.invalid":
+            is_over.wait(10)
+        return resolve("127.0.0.1" if host == "cache.invalid" else host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_late)
+    options = {"redis_host": "cache.invalid", "redis_port": 1}
+    f = opero(cache=True, cache_backend="redis", cache_options=options, retries=0)(world.define(lambda x: x))
+    before = time.monotonic()
+    assert [world.run(f, 1), world.run(f, 2)] == [1, 2]
+    assert time.monotonic() - before < 3
+    is_over.set()
+
+
+@pytest.mark.parametrize("answer", [b":5\r\n", b"*3\r\n:1\r\n:2\r\n:3\r\n", b"#t\r\n", b"%1\r\n+a\r\n:1\r\n"])
+def test_what_no_redis_would_answer_costs_the_cache_and_not_the_call(world, answer):
+    with Answering(answer) as server:
+        options = {"redis_host": "127.0.0.1", "redis_port": server.port}
+        f = opero(cache=True, cache_backend="redis", cache_options=options, retries=0)(world.define(lambda x: x))
+        assert [world.run(f, 1), world.run(f, 1)] == [1, 1]
+        assert f.stats.cache_errors
+
+
+@pytest.mark.parametrize("ends", [-FOREVER, float("nan")])
+def test_an_entry_that_ends_at_no_time_is_damaged(world, backend, ends):
+    f = opero(**backend.options, retries=0, cache_namespace=backend.namespace())(world.define(lambda x: "result"))
+    world.run(f, 1)
+    assert backend.spoil(b"result", lambda _: EntryFormat().dumps("planted", ends)) == 1
+    assert results([started(world.run, f, 1)]) == ["result"]
+
+
+def test_a_damaged_entry_that_must_not_be_deleted_costs_the_cache_and_not_the_call(world, redis_backend):
+    namespace = redis_backend.namespace()
+    with redis_backend.client() as client:
+        client.acl_setuser("keeper", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-del"])
+        url = f"redis://keeper:any@{redis_backend.server.host}:{redis_backend.server.port}"
+        cache = Cache(backend="redis", url=url, namespace=namespace)
+        f = opero(cache=cache, retries=0)(world.define(lambda x: "result"))
+        world.run(f, 1)
+        (key,) = [key for key in client.scan_iter(f"*{namespace}*") if not key.endswith(b":lease")]
+        client.set(key, b"damaged")
+        assert world.run(f, 1) == "result"
+        client.acl_deluser("keeper")
 
 
 def test_a_lease_without_an_end_is_nobodys(world, redis_backend):

@@ -49,7 +49,9 @@ class Complaints:
 
     def tell(self, error: Exception) -> None:
         level, self._told = ("DEBUG" if self._told else "WARNING"), True
-        log(level, "{} failed, {}: {}", self._what, self._consequence, describe(error))
+        # What a server or a result says must not look like a line of its own, or steer a terminal.
+        text = "".join(char if char.isprintable() else " " for char in describe(error))
+        log(level, "{} failed, {}: {}", self._what, self._consequence, text)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import queue
 import sys
+import threading
 import time
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -173,9 +175,16 @@ class _Pool(redis.ConnectionPool):
 
     def get_connection(self, *_args: Any, **_options: Any) -> Any:
         try:
-            return self._free.pop()
+            connection = self._free.pop()
         except IndexError:
             return super().get_connection()
+        connection.begun_at = time.monotonic()
+        return connection
+
+    def make_connection(self) -> Any:
+        connection: Any = super().make_connection()
+        connection.begun_at = time.monotonic()
+        return connection
 
     def release(self, connection: Any) -> None:
         if not isinstance(sys.exc_info()[1], (Exception, NoneType)):
@@ -184,36 +193,56 @@ class _Pool(redis.ConnectionPool):
         self._free.append(connection)
 
 
-class _BoundedSocket:
-    """A socket on which no answer takes longer in all than it may: redis-py bounds each read."""
+class _Bounded:
+    """A connection that spends no more time on an exchange in all than it may, signing in included."""
 
-    def __init__(self, socket: Any) -> None:
+    # Of the exchange that is under way.
+    begun_at = 0.0
+
+    def time_left(self) -> float:
+        """Seconds within which the last read has to begin."""
+        return self.begun_at + ANSWER_SECONDS - READ_SECONDS - time.monotonic()
+
+    def _connect(self) -> Any:
+        """Connect in a thread, which is left alone if that takes too long: nothing bounds how a name is looked up."""
+        made: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def connect() -> None:
+            try:
+                made.put(outer())
+            except Exception as error:  # noqa: BLE001 - told below
+                made.put(error)
+
+        outer = super()._connect  # type: ignore[misc]  # of a class of connections
+        thread = threading.Thread(target=connect, name="opero-connecting", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # No thread begins any more at the end of a program.
+            connect()
+        try:
+            got = made.get(timeout=max(0.0, self.time_left()))
+        except queue.Empty:
+            raise TimeoutError from None
+        # A fork does not find it.
+        if thread.is_alive():
+            thread.join()
+        if isinstance(got, Exception):
+            raise got
+        return _BoundedSocket(got, self)
+
+
+class _BoundedSocket:
+    """The socket of a connection, from which nothing is read too late: redis-py bounds each read."""
+
+    def __init__(self, socket: Any, connection: _Bounded) -> None:
         self._socket = socket
-        self._sent_at = 0.0
+        self._connection = connection
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._socket, name)
-
-    def sendall(self, data: bytes) -> None:
-        self._sent_at = time.monotonic()
-        self._socket.sendall(data)
-
-    def recv(self, *args: Any) -> Any:
-        self._refuse_late()
-        return self._socket.recv(*args)
-
-    def recv_into(self, *args: Any) -> Any:
-        self._refuse_late()
-        return self._socket.recv_into(*args)
-
-    def _refuse_late(self) -> None:
-        if time.monotonic() - self._sent_at > ANSWER_SECONDS - READ_SECONDS:
+        if name.startswith("recv") and self._connection.time_left() <= 0:
             raise TimeoutError
-
-
-class _Bounded:
-    def _connect(self) -> Any:
-        return _BoundedSocket(super()._connect())  # type: ignore[misc]  # of a class of connections
+        return getattr(self._socket, name)
 
 
 # Options

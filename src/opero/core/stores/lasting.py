@@ -174,7 +174,8 @@ class EntryFormat:
         """
         kind, checksum, ends = _HEAD.unpack_from(entry) if len(entry) >= _HEAD.size else (b"", 0, 0.0)
         checked = memoryview(entry)[_HEAD.size - _ENDS.size :]
-        if kind not in _KINDS or zlib.crc32(checked) != checksum:
+        # An end before 1970, or one that is no number, is in no order with the times that a server compares it with.
+        if kind not in _KINDS or zlib.crc32(checked) != checksum or not ends >= 0:
             raise DamagedEntryError("the entry is damaged, or was not written by this version of opero")
         is_json = kind[2:3] == b"J"
         if self._is_json and not is_json:

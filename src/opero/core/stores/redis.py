@@ -223,16 +223,16 @@ class RedisStore(LastingStore):
         if isinstance(request, Keep):
             request.flight.held = False
             return None
-        entry, is_granted = answer
-        request.held = bool(is_granted)
-        if request.dropped:
-            self.let_go(request)
-        elif is_granted:
-            self._have_keeper()
         try:
+            entry, is_granted = answer
+            request.held = bool(is_granted)
+            if request.dropped:
+                self.let_go(request)
+            elif is_granted:
+                self._have_keeper()
             if entry is not None and self.is_found(request, entry):
                 return FOUND
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
-            self.client.delete(self._names(request.key)[0])
+            self.in_spite_of_faults(self.client.delete, self._names(request.key)[0])
             return error
         return CLAIMED if is_granted else BUSY
