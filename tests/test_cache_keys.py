@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -37,6 +38,7 @@ import numpy as np
 import pandas as pd
 import pydantic
 import pytest
+import requests
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
@@ -1182,6 +1184,65 @@ def test_what_a_cached_property_keeps_is_no_part_of_the_key():
     assert used.session is used.session
     assert share_an_entry(Client("a"), used)
     assert not share_an_entry(used, Client("b"))
+
+
+class Stateless:
+    @functools.cached_property
+    def size(self):
+        return 1
+
+
+@attrs.frozen(slots=False, cache_hash=True)
+class Hashed:
+    url: str
+
+
+class Matrix:
+    """Notes, as SciPy's do, what it has found out of itself."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def sum(self):
+        self._has_canonical_format = self._has_sorted_indices = True
+        return sum(self.values)
+
+
+def test_what_an_object_has_found_out_of_itself_is_no_part_of_the_key():
+    used = Stateless(), Hashed("a"), Matrix([1])
+    assert (used[0].size, hash(used[1]) is None, used[2].sum()) == (1, False, 1)
+    assert share_an_entry(used, (Stateless(), Hashed("a"), Matrix([1])))
+    assert not share_an_entry(used, (Stateless(), Hashed("a"), Matrix([2])))
+
+
+@pytest.mark.parametrize("drawn", [random.random, random.choice, np.random.rand, np.random.mtrand._rand])
+def test_what_the_program_has_drawn_is_no_part_of_the_key(drawn):
+    before = KeyMaker(lambda x: x, None, digest=True).key_of(drawn)
+    random.random()
+    np.random.rand()  # noqa: NPY002 - the one that it is about
+    assert KeyMaker(lambda x: x, None, digest=True).key_of(drawn) == before
+
+
+@pytest.mark.parametrize("made", [random.Random, np.random.RandomState])
+def test_what_an_own_generator_has_drawn_is_part_of_the_key(made):
+    fresh, used = made(0), made(0)
+    assert share_an_entry(fresh, used)
+    used.random()
+    assert not share_an_entry(fresh, used)
+    assert not share_an_entry(fresh.random, used.random)
+
+
+def prepared(moment, **headers):
+    with mock.patch("time.time", return_value=moment):
+        return requests.Request("GET", "http://a.example", cookies={"a": "b"}, headers=headers).prepare()
+
+
+def test_when_cookies_were_looked_at_is_no_part_of_the_key():
+    assert share_an_entry(prepared(1.0), prepared(2.0))
+    assert not share_an_entry(prepared(1.0), prepared(1.0, token="a"))
+    used = requests.Session()
+    used.cookies.set("name", "value")
+    assert not share_an_entry(used, requests.Session())
 
 
 def raised(cause=None):

@@ -411,7 +411,7 @@ def _parts_by_pickle(value: Any) -> Iterable[Any]:
     added = None if owner is object or kind in copyreg.dispatch_table else _beside(value, owner)
     # What makes it anew is known by its name, as pickle knows it.
     made_by = (_module_of(maker), getattr(maker, "__qualname__", maker), arguments)
-    return (kind, *made_by, _without_cached_properties(state, kind), listed, mapped, added)
+    return (kind, *made_by, _without_what_follows(state, kind), listed, mapped, added)
 
 
 _bare_objects: dict[int, tuple[bytes, object]] = {}
@@ -438,30 +438,33 @@ def _reduction(value: Any) -> Any:
         raise UncacheableError(msg) from error
 
 
-def _beside(value: Any, base: type) -> dict[str, Any] | None:
+def _beside(value: Any, base: type) -> Any:
     """What the classes below ``base``, which takes the state of its own instances, have added to an instance."""
     kind = type(value)
     state: Any = object.__getstate__(value)
     attributes, slots = state if isinstance(state, tuple) else (state, {})
-    added = {} if base.__dictoffset__ else _without_cached_properties(attributes or {}, kind)
+    added = {} if base.__dictoffset__ else dict(attributes or {})
     added |= {name: held for name, held in slots.items() if getattr(kind, name) is not getattr(base, name, None)}
-    return {name: held for name, held in added.items() if name not in _NO_STATE} or None
+    return _without_what_follows(added, kind)
 
 
-# msgspec keeps the hash of an instance, and NumPy the mapping of an array that lies in a file.
-_NO_STATE = frozenset({"__msgspec_cached_hash__", "_mmap"})
+# The hash of an instance (attrs, msgspec), the mapping of an array that lies in a file (NumPy), and what is known of
+# the order in a sparse matrix (SciPy).
+_FOLLOWS = {"_attrs_cached_hash", "__msgspec_cached_hash__", "_mmap", "_has_canonical_format", "_has_sorted_indices"}
 
 
-def _without_cached_properties(state: Any, kind: type) -> Any:
-    """What they keep comes of the rest, and may be a session or a lock; those of Django and werkzeug, too."""
+def _without_what_follows(state: Any, kind: type) -> Any:
+    """Cached properties keep what comes of the rest, or a session or a lock; those of Django and werkzeug, too."""
     if not isinstance(state, dict):
         return state
     # pydantic has the attributes one level deeper.
-    return {
-        name: _without_cached_properties(part, kind) if name == "__dict__" else part
+    kept = {
+        name: _without_what_follows(part, kind) if name == "__dict__" else part
         for name, part in state.items()
-        if not (isinstance(name, str) and type(getattr(kind, name, None)).__name__ == "cached_property")
+        if name not in _FOLLOWS
+        and not (isinstance(name, str) and type(getattr(kind, name, None)).__name__ == "cached_property")
     }
+    return kept or None
 
 
 def _parts_of_type_parameter(value: Any) -> Iterable[Any]:
@@ -474,6 +477,13 @@ def _parts_of_exception(error: BaseException) -> Iterable[Any]:
     """Where it came from, too, which pickle leaves out."""
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return (*_parts_by_pickle(error), error.__cause__, error.__context__, error.__suppress_context__, lines)
+
+
+def _parts_of_generator(generator: Any) -> Iterable[Any]:
+    """Its state, unless it is the one that a module's functions draw from: so is every draw of the program's."""
+    module = vars(sys.modules[type(generator).__module__])
+    is_the_modules = any(generator is module.get(name) for name in ("_inst", "_rand"))
+    return ("of its module",) if is_the_modules else _parts_by_pickle(generator)
 
 
 # What is known better than pickle knows it, by the package and the name of a class or of one of its bases, so that
@@ -504,6 +514,10 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "builtins.set": lambda value: (_Unordered(value),),
     "builtins.frozenset": lambda value: (_Unordered(value),),
     "builtins.BaseException": _parts_of_exception,
+    "random.Random": _parts_of_generator,
+    "numpy.RandomState": _parts_of_generator,
+    # But for when it was used last.
+    "requests.RequestsCookieJar": lambda jar: ([*jar], {**vars(jar.get_policy()), "_now": None}),
     "pathlib.PurePath": lambda value: (str(value),),
     "numpy.ndarray": _parts_of_array,
     # The columns one by one: how they are grouped in memory does not matter.
