@@ -182,6 +182,13 @@ def test_a_client_with_connections_of_a_class_of_its_own_is_used_itself(redis_ba
         assert [f(1), f(1), f.stats.hits, CountedConnection.made] == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("module", [redis, redis.asyncio], ids=["threads", "asyncio"])
+def test_a_client_that_gives_its_program_text_is_taken(redis_backend, module):
+    client = module.Redis(**address(redis_backend), decode_responses=True)
+    f = opero(cache=Cache(backend="redis", client=client, namespace=redis_backend.namespace()), retries=0)(lambda x: x)
+    assert [f(b"\xff"), f(b"\xff"), f.stats.hits] == [b"\xff", b"\xff", 1]
+
+
 def test_a_client_of_the_programs_own_is_not_closed(redis_backend):
     with redis.Redis(**address(redis_backend)) as client:
         f = opero(cache=Cache(backend="redis", namespace=redis_backend.namespace(), client=client), retries=0)(
@@ -291,7 +298,11 @@ def test_a_server_that_goes_away_costs_an_event_loop_little(own_redis):
         {"url": f"redis://:{SECRET}@localhost", "redis_host": "localhost"},
         {"url": f"redis://:{SECRET}@localhost", "client": redis.Redis()},
         {"client": SECRET},
-        {"client": redis.Redis(decode_responses=True, password=SECRET)},
+        {
+            "client": redis.Redis(
+                connection_pool=redis.ConnectionPool(CountedConnection, decode_responses=True, password=SECRET)
+            )
+        },
     ],
 )
 def test_a_wrong_place_is_refused_without_telling_the_password(settings):

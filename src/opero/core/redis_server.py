@@ -249,11 +249,13 @@ class _BoundedSocket:
 
 
 def check_client(option: str, client: Any) -> Any:
-    """Refuse what is no client of redis-py, or gives text in place of bytes."""
+    """Refuse what is no client of redis-py, or one that would be used itself and cannot be."""
     if not hasattr(type(client), "execute_command"):
         msg = f"{option} is {type(client).__name__}; give a client of redis-py (redis.Redis, redis.asyncio.Redis)"
         raise TypeError(msg)
-    if isinstance(client, (redis.asyncio.Redis, redis.asyncio.RedisCluster)) and _place_of(client) is None:
+    if _place_of(client) is not None:
+        return client
+    if isinstance(client, (redis.asyncio.Redis, redis.asyncio.RedisCluster)):
         what = f"a {type(client).__name__} of redis.asyncio for a cluster, for sentinels or with connections of its own"
         msg = f"{option} is {what}; give one for threads, such as redis.RedisCluster, for async functions too"
         raise TypeError(msg)
