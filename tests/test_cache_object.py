@@ -11,7 +11,18 @@ import time
 import pytest
 from side_by_side import SECONDS, results, started, until
 
-from opero import AllFailedError, Cache, CallTimeoutError, MisuseError, clear_cache, control, opero, opmap
+from opero import (
+    AllFailedError,
+    Cache,
+    CallTimeoutError,
+    MisuseError,
+    RateLimitedError,
+    RateLimiter,
+    clear_cache,
+    control,
+    opero,
+    opmap,
+)
 from opero.core.clock import clock
 
 
@@ -257,6 +268,16 @@ def test_an_entry_that_has_ended_is_given_if_the_call_fails(world, place, wall):
     wall.tick(111)
     with pytest.raises(ConnectionError):
         world.run(f)
+
+
+def test_an_entry_that_has_ended_is_given_if_a_policy_refuses_the_call(world, place, wall):
+    limit = RateLimiter("1/day", spread=False, when_full="raise")
+    f = opero(cache=Cache(10, stale=100, **place), retries=0, rate_limit=limit)(world.define(lambda x=1: x))
+    assert world.run(f) == 1
+    wall.tick(11)
+    assert [world.run(f), f.stats.failures] == [1, 0]
+    with pytest.raises(RateLimitedError):
+        world.run(f, 5)
 
 
 def test_without_stale_an_entry_that_has_ended_is_gone(world, place, wall):

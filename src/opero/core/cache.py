@@ -258,14 +258,10 @@ class ResultCache:
 
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow]) -> Flow:
         """The entry, which another leader may have stored meanwhile, or what is computed, when it has been kept."""
-        land, claim, look = self.store.flights.land, CLAIMED, _FIRST_LOOK
-        while not call.refreshes and (claim := (yield from self._ask(flight))) is BUSY:
-            # Another process computes.
-            left = call.deadline - clock.now()
-            if left <= 0:
-                return self._out_of_time()
-            yield Pause(min(look, left), is_real=True)
-            look = min(_LAST_LOOK, look * 2)
+        land = self.store.flights.land
+        claim = CLAIMED if call.refreshes else (yield from self._claim(flight, call))
+        if claim is BUSY:
+            return self._out_of_time()
         if claim is FOUND:
             self.stats.joined.tick()
             found = flight.found
@@ -276,6 +272,11 @@ class ResultCache:
         try:
             with PartOf(part) if call.presence is None else contextlib.nullcontext():
                 outcome = yield from compute()
+        except Exception as error:
+            # Of a policy, such as a limit that is full.
+            if flight.old is None:
+                raise
+            outcome = Failed(error)
         finally:
             part[:] = None, not_over(part[1])
         if not call.is_made_up:
@@ -295,6 +296,14 @@ class ResultCache:
                 self.store.write_down(Keep(flight, outcome, _NOT_KEPT))
         land(flight, outcome)
         return outcome
+
+    def _claim(self, flight: Flight, call: Call) -> Generator[Any, Any, Any]:
+        """What the store answers, once no other process computes, or too late."""
+        look = _FIRST_LOOK
+        while (claim := (yield from self._ask(flight))) is BUSY and (left := call.deadline - clock.now()) > 0:
+            yield Pause(min(look, left), is_real=True)
+            look = min(_LAST_LOOK, look * 2)
+        return claim
 
     def _life(self, call: Call, outcome: Any) -> float | None:
         """How long an outcome is to be kept: seconds, None for ever, or `_NOT_KEPT`."""
