@@ -1280,6 +1280,11 @@ LOOKING_SCRIPT = """
         number = ctypes.c_ulong()
         wait = ctypes.cast(libc.pause, ctypes.c_void_p)
         assert libc.pthread_create(ctypes.byref(number), None, wait, None) == 0
+        return number
+
+    def start_thread_of_jemalloc():
+        name = ctypes.create_string_buffer(b"jemalloc_bg_thd")
+        assert ctypes.CDLL(None).pthread_setname_np(start_native_thread(), name) == 0
 
     def use_numpy():
         import numpy as np
@@ -1328,6 +1333,11 @@ def test_nothing_is_forked_beside_threads_that_python_does_not_know(method_after
 
 def test_processes_are_forked_beside_the_threads_of_openblas(method_after):
     assert method_after("numpy = use_numpy()") == "fork"
+
+
+def test_processes_are_forked_beside_the_threads_of_jemalloc(method_after):
+    """Those of pyarrow, for example, which pandas imports."""
+    assert method_after("start_thread_of_jemalloc()") == "fork"
 
 
 def test_threads_that_have_just_ended_are_not_taken_for_ones_that_python_does_not_know(start):

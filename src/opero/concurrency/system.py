@@ -28,6 +28,9 @@ _LOOKING_SECONDS = 0.005
 # What a worker exits with that was asked to end, as a shell's command would.
 ENDED_CODE = 128 + signal.SIGTERM
 
+# Threads of jemalloc, which pyarrow brings (and pandas imports): it takes all their locks before a fork by itself.
+_SAFE_THREADS = {"jemalloc_bg_thd"}
+
 # Processes by their ids, with the times of their starts: an id may be another's later.
 Family = dict[int, str]
 
@@ -177,13 +180,18 @@ def fork_server_has_threads() -> bool:
 
 def _stay(seconds: float, pid: int | None = None) -> bool:
     """Whether there are any for so long: those of Python that have just ended are listed for a moment."""
-    deadline, tasks = time.monotonic() + seconds, f"/proc/{pid or 'self'}/task"
-    with contextlib.suppress(FileNotFoundError):
-        while len(os.listdir(tasks)) > (1 if pid else threading.active_count()):  # noqa: PTH208 - no paths are needed
-            if time.monotonic() >= deadline:
-                return True
-            time.sleep(0.001)
-    return False
+    deadline, tasks = time.monotonic() + seconds, Path(f"/proc/{pid or 'self'}/task")
+    while True:
+        count = 0
+        for name in tasks.glob("*/comm"):
+            # One that has just ended has none.
+            with contextlib.suppress(OSError):
+                count += name.read_text().strip() not in _SAFE_THREADS
+        if count <= (1 if pid else threading.active_count()):
+            return False
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(0.001)
 
 
 def _fork_for_nothing() -> None:
