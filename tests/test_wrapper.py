@@ -16,6 +16,7 @@ import sys
 import textwrap
 import typing
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cloudpickle
@@ -1380,6 +1381,17 @@ def test_a_copy_is_the_same_object(kind, copier):
     }[kind]
 
     assert copier(thing) is thing
+
+
+@pytest.mark.parametrize("options", [{}, {"total_timeout": 60}, {"default": None}])
+def test_the_first_call_may_be_a_deep_recursion(options):
+    @opero(retries=1, **options)
+    def walk(depth):
+        return 0 if depth == 0 else 1 + walk(depth - 1)
+
+    # In a thread, whose stack has nothing else on it.
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(walk, 220).result() == 220
 
 
 def test_a_deep_copy_of_what_holds_a_decorated_function_holds_the_same():

@@ -48,14 +48,13 @@ class Decoration:
     """What a wrapper holds: the plan, and the ways from the wrapper to the function.
 
     The first attempt of a call is made without a flow where all that has a say can be asked at once (`_first`), and the
-    flow begins when that has failed. Else the flow makes all attempts. So it does for the first call of a ``def``
-    function, whose result is looked at: that may not be there yet (an awaitable, a generator).
+    flow begins when that has failed. Else the flow makes all attempts.
 
     Attributes:
         plan: The policies.
         recipe: What makes the decorated function anew, in another process or under changed options.
-        function: What is called at once where ``is_direct``.
-        run: What an attempt calls: until its first result was looked at, that is not the function itself.
+        function: What an attempt calls: the function itself (a ``def`` one once its first result was looked at), or
+            what gives the first item of a generator function, too.
         is_direct: Whether nothing has to be done before a first attempt.
         let_in: Takes a slot if one is free, where nothing else has to be done before a first attempt.
     """
@@ -64,7 +63,6 @@ class Decoration:
         cache, limit = plan.cache, plan.limit
         self.plan = plan
         self.recipe = recipe
-        self.function = plan.function
         self.clock = clock
         self.switches = switches
         self.count, self.count_hit = plan.stats.direct.tick, plan.stats.hits.tick
@@ -82,15 +80,20 @@ class Decoration:
         # Whether anybody else than listeners hears how a first attempt ended.
         self._follows = plan.breaker is not None or self._learn is not None
         self._tells = plan.on_event is not None
-        firsts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}
-        self.run: Callable[..., Any] = firsts.get(plan.kind, self.function)
+        attempts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}
+        self.function: Callable[..., Any] = attempts.get(plan.kind, plan.function)
         if cache is not None:
-            self.run = self.function
+            self.function = plan.function
             self.key_of, self.look_up, self.fetch = cache.keys.key_of, cache.look_up, cache.fetch
             self.find = cache.finder(self.count_hit) or _nothing
             cache.stats = plan.stats
-        elif plan.kind == "async def":
-            self._looked()
+        elif not plan.kind.endswith("generator"):
+            self._is_quick = plan.asks_first.issubset(ANSWER_AT_ONCE)
+            # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
+            if not plan.is_async or self._limit is None:
+                self.is_direct = not plan.asks_first
+                if plan.asks_first == {"limit"} and self._learn is None:
+                    self.let_in = self._take_slot
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a ``def`` function, or the beginning of a generator."""
@@ -98,7 +101,7 @@ class Decoration:
             return self._call_bare(args, kwargs)
         first = self._first(args, kwargs) if self._is_quick else None
         if first is None:
-            return drive(call_flow(self.plan, Call(args, kwargs)), self.run)
+            return drive(call_flow(self.plan, Call(args, kwargs)), self.function)
         first_args, first_kwargs, place = first
         started, outcome = clock.now(), NOT_RUN
         told: Call | None = None
@@ -128,7 +131,7 @@ class Decoration:
         is_quick = self._is_quick and (self._limit is None or is_in_asyncio())
         first = self._first(args, kwargs) if is_quick else None
         if first is None:
-            return await drive_async(call_flow(self.plan, Call(args, kwargs)), self.run, self.plan.name)
+            return await drive_async(call_flow(self.plan, Call(args, kwargs)), self.function, self.plan.name)
         first_args, first_kwargs, place = first
         started, outcome = clock.now(), NOT_RUN
         told: Call | None = None
@@ -204,7 +207,7 @@ class Decoration:
         fallback = self.plan.fallback
         if fallback is not None:
             args, kwargs = fallback.arguments(args, kwargs, fallback.values(args, kwargs)[0])
-        return self.run(*args, **kwargs)
+        return self.function(*args, **kwargs)
 
     def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function whatever the cache has; of an ``async def`` one, a coroutine that does."""
@@ -212,32 +215,22 @@ class Decoration:
         return drive_async(flow, self.function, self.plan.name) if self.plan.is_async else drive(flow, self.function)
 
     def _look(self, /, *args: Any, **kwargs: Any) -> Any:
-        result = self.function(*args, **kwargs)
-        refuse_unfinished(self.function, result, is_cached=False)
-        self._looked()
+        """The function, until its first result shows that it is there: no awaitable, and no generator."""
+        result = self.plan.function(*args, **kwargs)
+        refuse_unfinished(self.plan.function, result, is_cached=False)
+        self.function = self.plan.function
         return result
-
-    def _looked(self) -> None:
-        """From now on, let first attempts be made without a flow where no policy needs one."""
-        self.run = self.function
-        asked = self.plan.asks_first
-        self._is_quick = asked.issubset(ANSWER_AT_ONCE)
-        # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
-        if not self.plan.is_async or self._limit is None:
-            self.is_direct = not asked
-            if asked == {"limit"} and self._learn is None:
-                self.let_in = self._take_slot
 
     def _first_item(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, None]:
         """A generator that has begun, its first item, and no place; None and its result if it has ended."""
-        generator = self.function(*args, **kwargs)
+        generator = self.plan.function(*args, **kwargs)
         try:
             return generator, next(generator), None
         except StopIteration as end:
             return None, end.value, None
 
     async def _first_item_async(self, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, None]:
-        generator = self.function(*args, **kwargs)
+        generator = self.plan.function(*args, **kwargs)
         # The event loop closes all generators that it knows: it is to know the wrapper's only, which closes this one.
         hooks = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(None, None)
@@ -254,12 +247,12 @@ class Decoration:
         """The function under changed options."""
         factory, given = self.recipe
         changed = changed_options(given, options)
-        made: Any = factory(**changed)(self.function)
+        made: Any = factory(**changed)(self.plan.function)
         plan = with_shared_policies(made.__opero__.plan, self.plan, set(options))
         return made.with_plan(plan) if hasattr(made, "with_plan") else decorated(plan, (factory, changed))
 
     def __reduce__(self) -> Any:
-        return _decoration_made_by, (*self.recipe, self.function)
+        return _decoration_made_by, (*self.recipe, self.plan.function)
 
 
 def _decoration_made_by(factory: Callable[..., Any], options: dict[str, Any], function: Callable[..., Any]) -> Any:

@@ -174,8 +174,8 @@ class Forwarding:
 
 def undecorated(function: Any) -> Any:
     """What opero has decorated; anything else as it is, such as what others have put around that."""
-    while (its := decoration_of(function)) is not None and getattr(function, "__wrapped__", None) is its.function:
-        function = its.function
+    while (its := decoration_of(function)) is not None and getattr(function, "__wrapped__", None) is its.plan.function:
+        function = its.plan.function
     return function
 
 
