@@ -28,6 +28,9 @@ __all__ = ["candidates", "candidates_from", "get_fallback_decorator"]
 
 T = TypeVar("T")
 
+# Candidates that rest, where each call has others.
+_MOST_KEPT = 10_000
+
 
 class Candidates:
     """Values that are often secrets: nothing of them is shown."""
@@ -189,10 +192,11 @@ class FallbackOverParameter:
         if not seconds:
             return
         key, now = identity_of(value), clock.now()
-        for other, (_, until) in self._rests.copy().items():
-            if until <= now:
-                self._rests.pop(other, None)
-        _, before = self._rests.get(key, (False, 0.0))
+        if len(self._rests) >= _MOST_KEPT:
+            # The older half goes, and those whose rest is over.
+            younger = list(self._rests.copy().items())[_MOST_KEPT // 2 :]
+            self._rests = {other: rest for other, rest in younger if rest[1] > now}
+        _, before = self._rests.pop(key, (False, 0.0))
         self._rests[key] = not again, max(now + seconds, before)
 
     def rest_of(self, value: Any) -> tuple[bool, float] | None:
