@@ -799,6 +799,18 @@ ENDS = {
 ends = pytest.mark.parametrize(("options", "rounds", "sleeps"), ENDS.values(), ids=ENDS)
 
 
+def test_hooks_find_the_statistics_of_their_call(world, fake_clock):
+    names = ("attempt_number", "idle_for", "delay_since_first_attempt")
+    seen = []
+    look = {"before_sleep": lambda state: seen.append([state.retry_object.statistics[name] for name in names])}
+    options = {"retries": 2, "min_delay": 1, "jitter": False, "retry_options": look}
+    function = opero(**options)(world.define(script(KeyError())))
+    for _ in range(2):
+        raised_by(world, function)
+    # As tenacity has it: the number is that of the attempt to come.
+    assert seen == [[2, 1, 0], [3, 3, 1]] * 2
+
+
 @ends
 def test_retry_error_callback_gives_the_result_whatever_ends_the_retries(world, fake_clock, options, rounds, sleeps):
     callback = {"retry_error_callback": lambda state: (type(state.outcome.exception()), state.attempt_number)}
@@ -944,12 +956,18 @@ def test_what_a_framework_is_steered_by_is_not_retried(world):
 @pytest.mark.parametrize(
     "name",
     [
+        "airflow.exceptions.AirflowSkipException",
+        "arq.worker.Retry",
         "billiard.exceptions.SoftTimeLimitExceeded",
         "celery.exceptions.TaskPredicate",
+        "dramatiq.errors.Retry",
+        "huey.exceptions.RetryTask",
         "rq.timeouts.BaseTimeoutException",
+        "starlette.exceptions.WebSocketException",
+        "tornado.web.Finish",
     ],
 )
-def test_what_a_queue_ends_its_task_by_is_not_retried(world, name):
+def test_what_a_queue_or_a_server_is_told_by_is_not_retried(world, name):
     module, _, name = name.rpartition(".")
     error_class = type("Own", (type(name, (Exception,), {"__module__": module}),), {})
     function = opero(retries=3, min_delay=0)(world.define(script(error_class())))

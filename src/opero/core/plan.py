@@ -85,7 +85,8 @@ class Plan:
     @property
     def bare(self) -> Plan:
         """The same function without any policy, for the time in which opero is disabled."""
-        return Plan(self.function, self.retry.one_round(), fallback=self.fallback, stats=self.stats)
+        one_round = type(self.retry)(retry_on=self.retry.retry_on)
+        return Plan(self.function, one_round, fallback=self.fallback, stats=self.stats)
 
     def changed(self, **changes: Any) -> Plan:
         """The same with other values of these attributes."""

@@ -63,14 +63,19 @@ PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, Recu
 # What is raised to steer a framework, or when it ends a task: an answer, a message to its queue, and not a failure.
 _STEERING = {
     "aiohttp.web_exceptions": {"HTTPException"},
+    "airflow.exceptions": {"AirflowFailException", "AirflowRescheduleException", "AirflowSkipException"},
+    "arq.worker": {"Retry", "RetryJob"},
     "billiard.exceptions": {"SoftTimeLimitExceeded"},
     "celery.exceptions": {"TaskPredicate"},
     "click.exceptions": {"Abort", "ClickException", "Exit"},
     "django.core.exceptions": {"BadRequest", "PermissionDenied", "SuspiciousOperation"},
     "django.http.response": {"Http404"},
+    "dramatiq.errors": {"Retry"},
+    "huey.exceptions": {"CancelExecution", "RetryTask"},
     "rest_framework.exceptions": {"APIException"},
     "rq.timeouts": {"BaseTimeoutException"},
-    "starlette.exceptions": {"HTTPException"},
+    "starlette.exceptions": {"HTTPException", "WebSocketException"},
+    "tornado.web": {"Finish", "HTTPError"},
     "typer.exceptions": {"Abort", "Exit", "TyperException"},
     "unittest.case": {"SkipTest"},
     "werkzeug.exceptions": {"HTTPException"},
@@ -134,10 +139,6 @@ class RetryPolicy:
         self.watches_every_attempt = self.tells_before or retry_if_result is not None or "retry" in self.options
         # Of one round tenacity need not be asked whether there is another one.
         self._retrying: Any = self._make_retrying() if retries or self.options else None
-
-    def one_round(self) -> RetryPolicy:
-        """The same without a second round."""
-        return RetryPolicy(retry_on=self.retry_on)
 
     def _make_retrying(self) -> tenacity.Retrying:
         # Not at the top, so that `import opero` stays quick, and kept, see above.
@@ -258,6 +259,9 @@ class RetryPolicy:
             return None
         state.next_action = self._tenacity.RetryAction(seconds)
         state.idle_for += seconds
+        if self.options:
+            told = {"delay_since_first_attempt": state.seconds_since_start, "idle_for": state.idle_for}
+            state.retry_object.statistics.update(told, attempt_number=state.attempt_number + 1)
         if settings.before_sleep is not None:
             settings.before_sleep(state)
         state.prepare_for_next_attempt()
@@ -282,7 +286,12 @@ class RetryPolicy:
         """What tenacity's strategies and hooks are told, of an attempt that ended so."""
         state = call.retry_state
         if state is None:
-            state = self._tenacity.RetryCallState(self._retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
+            retrying = self._retrying
+            if self.options:
+                # Hooks look at its statistics, too, which are those of one call here.
+                retrying = retrying.copy()
+                retrying.begin()
+            state = self._tenacity.RetryCallState(retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
             # It is made after the first attempt, but shall tell of the whole call, in the time that passes here.
             state.start_time = call.started
             call.retry_state = state
