@@ -383,6 +383,19 @@ def test_a_certificate_that_is_not_valid_is_not_retried(cls, depth):
     assert retry_after(raised_from(broken, depth=depth)) is True
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ssl.SSLEOFError(8, "EOF occurred in violation of protocol"),
+        socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+        http.client.BadStatusLine("HTP"),
+        urllib3.exceptions.SSLError("[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]"),
+    ],
+)
+def test_a_connection_that_breaks_below_a_client_is_retried(error):
+    assert retry_after(error) is True
+
+
 def test_a_server_that_says_nothing_is_retried(failure):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert retry_after(failure(f"http://127.0.0.1:{silent.getsockname()[1]}/", seconds=0.05)) is True

@@ -63,13 +63,15 @@ _NO_ANSWER = {
     "anthropic": {"APIConnectionError"},
     "botocore": {"ConnectionError", "HTTPClientError", "IncompleteReadError"},
     "google": {"TransportError"},
-    "http": {"IncompleteRead"},  # urllib leaves it to http.client to say that the body broke off
+    "http": {"BadStatusLine", "IncompleteRead"},  # urllib leaves it to http.client to say what broke off
     "httpx": {"NetworkError", "ProxyError", "RemoteProtocolError", "TimeoutException"},
     "httpx2": {"NetworkError", "ProxyError", "RemoteProtocolError", "TimeoutException"},
     "openai": {"APIConnectionError"},
     "requests": {"ChunkedEncodingError", "ConnectionError", "Timeout"},
+    "socket": {"gaierror"},
+    "ssl": {"SSLError"},  # while a body is read, clients let it through
     "urllib": {"URLError"},
-    "urllib3": {"NewConnectionError", "ProtocolError", "ProxyError", "TimeoutError"},
+    "urllib3": {"NewConnectionError", "ProtocolError", "ProxyError", "SSLError", "TimeoutError"},
 }
 
 # Causes may go in circles; nobody wraps an error that often.
