@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from opero import AllFailedError, MisuseError, WorkerCrashedError, opmap
@@ -247,8 +248,10 @@ def test_a_call_takes_one_slot(mode, lists):
         ({1: 1, 2: 2, 3: 3}, "dict"),
         (None, "NoneType"),
         (5, "int"),
+        (pd.DataFrame({"x": [1, 2, 3], "y": [1, 2, 3]}), "DataFrame"),
+        (pd.DataFrame({"x": [1, 2, 3], "y": [1, 2, 3], "z": [1, 2, 3]}), "DataFrame"),
     ],
-    ids=["too few", "text", "mapping", "nothing", "number"],
+    ids=["too few", "text", "mapping", "nothing", "number", "frame", "square frame"],
 )
 def test_what_is_no_list_of_as_many_results_is_a_misuse(mode, lists, result, words):
     mapped = lists(lambda items: result, retries=3)
@@ -256,6 +259,11 @@ def test_what_is_no_list_of_as_many_results_is_a_misuse(mode, lists, result, wor
     assert [type(error) for error in results] == [MisuseError] * 3
     assert f"got a list of 3 and returned {words}; return a list with a result for each item" in str(results[0])
     assert mapped.stats.attempts == 1
+
+
+def test_a_column_of_pandas_is_a_list_of_results(mode, lists):
+    results = mode.run(lists(lambda items: pd.Series(items) * 2), range(4))
+    assert results == [0, 2, 4, 6]
 
 
 def test_rows_of_an_array_are_results(mode, lists):

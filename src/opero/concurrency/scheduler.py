@@ -663,7 +663,9 @@ def _values(name: str, result: Any, count: int) -> Any:
     if type(result) is Failed:
         return result
     got = type(result).__name__
-    if isinstance(result, Collection) and not isinstance(result, (str, bytes, Mapping, AbstractSet)):
+    # A list of a table, such as a frame of pandas, would be its columns.
+    is_table = hasattr(result, "columns")
+    if isinstance(result, Collection) and not (is_table or isinstance(result, (str, bytes, Mapping, AbstractSet))):
         if len(result) == count:
             return list(result)
         got = f"a {got} of {len(result)}"
