@@ -411,6 +411,15 @@ def test_a_body_that_breaks_off_is_retried(server, failure):
     assert retry_after(failure()) is True
 
 
+def test_a_server_that_is_still_not_well_after_the_retries_of_a_session_is_retried(server):
+    server.answer(503)
+    with requests.Session() as session:
+        session.mount("http://", requests.adapters.HTTPAdapter(max_retries=urllib3.Retry(1, status_forcelist=[503])))
+        with pytest.raises(requests.exceptions.RetryError) as caught:
+            session.get(server.url)
+    assert retry_after(caught.value) is True
+
+
 @pytest.mark.parametrize(
     "error", [ConnectionResetError(), BrokenPipeError(), TimeoutError(), urllib.error.URLError("")]
 )

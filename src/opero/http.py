@@ -67,7 +67,8 @@ _NO_ANSWER = {
     "httpx": {"NetworkError", "ProxyError", "RemoteProtocolError", "TimeoutException"},
     "httpx2": {"NetworkError", "ProxyError", "RemoteProtocolError", "TimeoutException"},
     "openai": {"APIConnectionError"},
-    "requests": {"ChunkedEncodingError", "ConnectionError", "Timeout"},
+    # The last: after the retries of an adapter of its own, for the sake of statuses.
+    "requests": {"ChunkedEncodingError", "ConnectionError", "Timeout", "RetryError"},
     "socket": {"gaierror"},
     "ssl": {"SSLError"},  # while a body is read, clients let it through
     "urllib": {"URLError"},
