@@ -849,6 +849,51 @@ def test_a_database_that_breaks_in_use_costs_no_call(world, disk_backend, warnin
     assert len(warnings) <= 1
 
 
+DATABASE_DAMAGES = {"garbage": lambda found: b"garbage" * 10_000, "cut": lambda found: found[: len(found) // 3]}
+
+
+@pytest.mark.parametrize("damage", DATABASE_DAMAGES.values(), ids=DATABASE_DAMAGES)
+def test_a_damaged_database_is_made_anew(world, disk_backend, fake_clock, warnings, damage):
+    options = own(disk_backend)
+    first = opero.opero(**options)(world.define(lambda x: [x]))
+    world.run(first, 1)
+    first.__opero__.plan.cache.store.close()
+    for path in disk_backend.databases():
+        path.write_bytes(damage(path.read_bytes()))
+    f, g = (opero.opero(**options)(world.define(lambda x: [x])) for _ in range(2))
+    assert world.run(f, 1) == [1]
+    assert (f.stats.cache_errors > 0, len(warnings)) == (True, 1)
+    fake_clock.tick(faults.REST_SECONDS + 1)
+    assert [world.run(f, 1), world.run(f, 1), world.run(g, 1)] == [[1]] * 3
+    assert (f.stats.attempts, g.stats.attempts) == (2, 0)
+
+
+def test_a_damaged_database_can_be_cleared(disk_backend):
+    f = opero.opero(**own(disk_backend))(lambda x: [x])
+    f(1)
+    f.__opero__.plan.cache.store.close()
+    for path in disk_backend.databases():
+        path.write_bytes(b"garbage" * 10_000)
+    f.cache_clear()
+    assert [f(1), f(1), f.stats.attempts, f.stats.cache_errors] == [[1], [1], 2, 0]
+
+
+def test_a_database_that_another_process_has_made_anew_is_not_removed(disk_backend):
+    options = own(disk_backend)
+    others = {**options, "cache_options": {**options["cache_options"], "maxsize": 5}}
+    f, g = (opero.opero(**each)(lambda x: [x]) for each in (options, others))
+    f(1)
+    for path in disk_backend.databases():
+        path.unlink()
+    assert g(1) == [1]
+    damage = sqlite3.DatabaseError()
+    damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    f.__opero__.plan.cache.store.failed(damage)
+    assert len(disk_backend.databases()) == 1
+    f.cache_clear()
+    assert [g(1), g.stats.attempts] == [[1], 2]
+
+
 def test_a_folder_that_vanishes_costs_no_call(world, disk_backend, warnings):
     import shutil
 

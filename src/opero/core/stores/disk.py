@@ -40,6 +40,8 @@ _LOCK_STEP = 0.01
 # An open namespace has some file handles; beyond so many, those that were opened first are closed until they are used.
 _MOST_OPEN = 32
 _LARGEST_LOG = 2**22
+# By which another folder could be named.
+_OPTION = "cache_options={'cache_dir': …}"
 
 # Tells this format from all others, those of earlier versions of opero included.
 _FORMAT = 0x6F70_0003
@@ -137,9 +139,18 @@ def _begin_generation(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA {_GENERATION} = {_number(connection, _GENERATION) + 1}")
 
 
+def _is(error: Exception, *codes: int) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes
+
+
 def _is_busy(error: Exception) -> bool:
     """Whether another process writes, for longer than it was waited for."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    return _is(error, sqlite3.SQLITE_BUSY)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether what lies there is no database, or one that has been written into or cut."""
+    return _is(error, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 _open_stores: deque[weakref.ref[DiskStore]] = deque()
@@ -155,6 +166,8 @@ class DiskStore(LastingStore):
         self._touch = _TOUCH[settings.options["policy"]]
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
+        # Which file was opened.
+        self._inode = 0
         # Of those who cannot write: where it lies, and as what it was opened.
         self._seen: tuple[Path, Any] | None = None
         self._lock_file: int | None = None
@@ -222,9 +235,21 @@ class DiskStore(LastingStore):
                 self._unlock_key(flight.key)
 
     def failed(self, error: Exception) -> None:
+        if _is_damage(error):
+            self._take_away()
         # What is wrong with one entry is no reason to leave the others alone; a database that cannot be opened is.
         if self._connection is None and not _is_busy(error):
             self.rest.begin(error)
+
+    def _take_away(self) -> None:
+        """Remove the database, unless another process has done it: whoever opens it next makes it anew."""
+        with self._lock, contextlib.suppress(OSError):
+            was_open = self._connection is not None
+            self._disconnect()
+            with held_private_folder(self.settings.disk_folder(), self._name, _OPTION) as folder:
+                if not was_open or self._inode == (folder / DATABASE).stat().st_ino:
+                    for suffix in ("", "-wal", "-shm"):
+                        (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
 
     def delete(self, key: bytes) -> bool:
         def remove(connection: sqlite3.Connection) -> bool:
@@ -242,7 +267,13 @@ class DiskStore(LastingStore):
             _begin_generation(connection)
             connection.execute("DELETE FROM Cache")
 
-        self._transact(remove_all)
+        try:
+            self._transact(remove_all)
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+            self._take_away()
+            self._transact(remove_all)
 
     def __len__(self) -> int:
         with self._lock:
@@ -376,10 +407,11 @@ class DiskStore(LastingStore):
         # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
         try:
             root = self.settings.disk_folder()
-            with held_private_folder(root, self._name, "cache_options={'cache_dir': …}") as folder:
+            with held_private_folder(root, self._name, _OPTION) as folder:
                 self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
                 self._seen = None if self._can_write else (folder, _moment(folder))
                 self._connection = _connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
+                self._inode = (folder / DATABASE).stat().st_ino
         except BaseException:
             # It may have been exchanged while it was opened.
             self._disconnect()
