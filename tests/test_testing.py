@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from side_by_side import SECONDS, forked, forks, results, started, until
 
 import opero
 from opero.core import RateLimiter
-from opero.core.clock import Clock, clock
+from opero.core.clock import clock
 from opero.events import CallDone, CallStarted, RetryPlanned
 from opero.testing import disabled, instant, recorded
 
@@ -175,8 +177,8 @@ def test_a_cancelled_wait_moves_no_time(monkeypatch):
         waits = [asyncio.create_task(f([])), asyncio.create_task(limiter.acquire_async())]
         with recorded() as events, monkeypatch.context() as patch:
             # However long a busy machine takes until both are cancelled: time does not jump before.
-            now = time.monotonic()
-            patch.setattr(Clock, "now", lambda: now)
+            now = clock.real()
+            patch.setattr(clock, "real", lambda: now)
             await is_spinning_until(lambda: has_failed(events))
             for wait in waits:
                 wait.cancel()
@@ -576,3 +578,33 @@ assert runs == [1, 1, 2, 3], runs
 
 def test_opero_may_be_imported_while_a_test_has_frozen_time():
     subprocess.run([sys.executable, "-c", IMPORTED_WHILE_TIME_IS_FROZEN], check=True, timeout=SECONDS)
+
+
+@pytest.fixture
+def frozen_time(monkeypatch):
+    """As freezegun does it: what the names in modules mean tells the same time for ever."""
+    importlib.import_module("opero.concurrency.processes")
+    importlib.import_module("opero.concurrency.scheduler")
+    told = dict.fromkeys(("monotonic", "perf_counter", "time"), lambda: 5.0)
+    frozen = {time: types.SimpleNamespace(**vars(time) | told)} | {getattr(time, name): told[name] for name in told}
+    for module in [module for name, module in sys.modules.items() if name.startswith("opero")]:
+        for name, value in [*vars(module).items()]:
+            if isinstance(value, (types.ModuleType, types.BuiltinFunctionType)) and value in frozen:
+                monkeypatch.setattr(module, name, frozen[value])
+
+
+def test_backoff_is_skipped_while_time_is_frozen(frozen_time, world):
+    with instant() as passed:
+        assert world.run(opero.opero(retries=3, min_delay=3600, max_delay=1e6)(world.define(failing(3)))) == "result"
+    assert passed.skipped > 3600
+
+
+def test_a_worker_that_is_stuck_is_ended_while_time_is_frozen(frozen_time):
+    def function(x):
+        time.sleep(5 * x)
+        return x
+
+    options = {"mode": "process", "workers": 2, "retries": 0, "attempt_timeout": 0.3, "return_exceptions": True}
+    done, stuck = opero.opmap(**options)(function)([0, 1])
+    assert done == 0
+    assert isinstance(stuck, TimeoutError)

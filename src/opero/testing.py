@@ -11,7 +11,7 @@ from bisect import bisect_right, insort
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from opero.core.clock import clock, system_now, system_wall
+from opero.core.clock import Clock, clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.events import on_event, switches
 
@@ -51,10 +51,10 @@ class _VirtualTime:
         self._lock = threading.Lock()
         # The moments at which waits end, in order.
         self._moments: list[float] = []
-        self._changed_at = system_now()
+        self._changed_at = clock.real()
 
     def now(self) -> float:
-        return system_now() + self.skipped
+        return Clock.now() + self.skipped
 
     def advance(self, seconds: float) -> None:
         """Let so many seconds pass, at once and for everybody."""
@@ -110,23 +110,23 @@ class _VirtualTime:
         moment = self.now() + seconds
         with self._lock:
             insort(self._moments, moment)
-            self._changed_at = system_now()
+            self._changed_at = clock.real()
         try:
             yield moment
         finally:
             # In a forked child it has been forgotten.
             with self._lock, suppress(ValueError):
                 self._moments.remove(moment)
-                self._changed_at = system_now()
+                self._changed_at = clock.real()
 
     def _look(self, patience: float) -> float:
         """Jump if all have waited for so many real seconds, and tell the time."""
         with self._lock:
             has_come = bisect_right(self._moments, self.now())
-            unchanged = system_now() - self._changed_at
+            unchanged = clock.real() - self._changed_at
             if has_come < len(self._moments) and unchanged >= (max(patience, _TO_GO_ON) if has_come else patience):
                 self.skipped += max(0.0, self._moments[has_come] - self.now())
-                self._changed_at = system_now()
+                self._changed_at = clock.real()
             return self.now()
 
 
@@ -184,7 +184,7 @@ def instant() -> Iterator[Instant]:
         _time.blocks += 1
         if not clock.is_virtual:
             before = _time.skipped
-            clock.wall = lambda: system_wall() + _time.skipped - before
+            clock.wall = lambda: Clock.wall() + _time.skipped - before
         clock.now, clock.is_virtual = _time.now, True
         clock.sleep, clock.async_sleep = _time.sleep, _time.async_sleep
         clock.wait, clock.wait_async = _time.wait, _time.wait_async

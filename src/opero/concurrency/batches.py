@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.worker import Report
+from opero.core.clock import clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -30,7 +30,7 @@ class Batch:
     ``time_limit`` is the seconds one execution has, and the option that says so; ``grace`` is how many more its worker
     has until it is ended.
     ``alone``: nothing else may run in the worker's process meanwhile.
-    ``look_at``, ``ends_at``: by `time.monotonic`, when its worker is looked at again, how many had ``begun`` then, and
+    ``look_at``, ``ends_at``: by `clock.real`, when its worker is looked at again, how many had ``begun`` then, and
     when the worker is ended; ``is_overdue``: that has been done.
     ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
     ``mark``: for workers of this process, see `worker.run_batch`; it counts the ``reported`` ones, too.
@@ -56,7 +56,7 @@ class Batch:
     def begins(self, seconds: float, option: str) -> None:
         """A worker gets it now, which may have taken long to start: that is no part of an attempt's time."""
         if option == "attempt_timeout":
-            self.ends_at, self.is_overdue = time.monotonic() + seconds + self.grace, False
+            self.ends_at, self.is_overdue = clock.real() + seconds + self.grace, False
 
     def take_from(self, place: int) -> Batch:
         """Take the items from there on out of it, for another one."""

@@ -8,10 +8,10 @@ import math
 import signal
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING
 
 from opero.concurrency.progress import is_terminal
+from opero.core.clock import clock
 from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ def wait_unless_left(has_ended: Callable[[float], bool], is_left: Callable[[], b
 
     ``has_ended`` waits for so many seconds. A terminal is told after a while what is waited for, and how not to.
     """
-    begun, has_told = time.monotonic(), False
+    begun, has_told = clock.real(), False
     while not has_ended(0.05):
         if is_left():
             return False
-        if not has_told and time.monotonic() - begun > _LONG_SECONDS:
+        if not has_told and clock.real() - begun > _LONG_SECONDS:
             has_told = True
             if is_terminal(sys.stderr):
                 sys.stderr.write("opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n")

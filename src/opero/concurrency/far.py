@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from functools import partial
 from hashlib import blake2b
@@ -13,6 +12,7 @@ from opero.concurrency.far_worker import Found
 from opero.concurrency.mapping import level_of_the_user
 from opero.concurrency.transport import Packer, unpack_report
 from opero.concurrency.worker import Report
+from opero.core.clock import clock
 from opero.core.signature import name_of
 from opero.core.steps import stopped
 from opero.exceptions import NotTransferableError, OperoError
@@ -151,8 +151,8 @@ class FarPool(Pool):
         if has_room:
             self._roomless_since = None
             return []
-        self._roomless_since = self._roomless_since or time.monotonic()
-        waited = time.monotonic() - self._roomless_since
+        self._roomless_since = self._roomless_since or clock.real()
+        waited = clock.real() - self._roomless_since
         needed = ", ".join(f"{name}={need:g}" for name, need in needs.items())
         lacking = f"{self.engine} has no worker for {self._name}, which needs {needed or 'a thread'}"
         if self._patience is not None and waited > self._patience:

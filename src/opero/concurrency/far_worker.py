@@ -36,6 +36,7 @@ from opero.concurrency.worker import (
     run_batch,
     runner_for,
 )
+from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
 from opero.core.private_folder import folder_of_user, private_folder
 from opero.core.signature import name_of
@@ -214,7 +215,7 @@ def _read(name: str) -> Found | None:
 
 def _run_watched(work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
     """Run an item in this process, which ends when the time is up, even if no other thread is ever let run."""
-    _end_at(time.monotonic() + limit[0] + _UNHEEDED_SECONDS * work.is_async)
+    _end_at(clock.real() + limit[0] + _UNHEEDED_SECONDS * work.is_async)
     try:
         return _run_here(work, items, limit, how)
     finally:
@@ -233,7 +234,7 @@ def _end_at(ends: float) -> None:
         first, descriptor = min(_due.values())
         faulthandler.cancel_dump_traceback_later()
         if first < math.inf:
-            seconds = max(0.001, first - time.monotonic())
+            seconds = max(0.001, first - clock.real())
             faulthandler.dump_traceback_later(seconds, exit=True, file=descriptor)
 
 
@@ -289,7 +290,7 @@ def _run_in_child(digest: bytes, work: Work, items: list[Any], limit: TimeLimit,
     batch = Batch(items, 0, time_limit=limit, grace=_UNHEEDED_SECONDS * work.is_async)
     if limit[1] == "total_timeout":
         # That of an attempt begins when its process is ready.
-        batch.ends_at = time.monotonic() + limit[0] + batch.grace
+        batch.ends_at = clock.real() + limit[0] + batch.grace
     how.mark[0] = 1
     try:
         pool.submit(batch)
@@ -304,7 +305,7 @@ def _run_in_child(digest: bytes, work: Work, items: list[Any], limit: TimeLimit,
 def _report_of(pool: ProcessPool, inbox: BlockingInbox, batch: Batch, limit: TimeLimit, name: str) -> Report:
     """Wait for the report on a batch, and end its process when the time is up."""
     while True:
-        patience = None if batch.ends_at == math.inf else max(0.0, batch.ends_at - time.monotonic())
+        patience = None if batch.ends_at == math.inf else max(0.0, batch.ends_at - clock.real())
         for event in inbox.collect(patience, is_real=True):
             known = pool.receive(event)
             if isinstance(known, Fatal):
@@ -315,9 +316,9 @@ def _report_of(pool: ProcessPool, inbox: BlockingInbox, batch: Batch, limit: Tim
                 crash = WorkerCrashedError(f"the worker that ran {name} ended: {known.reason}")
                 error = stopped(name, *limit) if batch.is_overdue else crash
                 return Report([None], {0: error}, limit[0])
-        if time.monotonic() >= batch.ends_at:
+        if clock.real() >= batch.ends_at:
             batch.is_overdue = pool.kill(batch) or batch.is_overdue
-            batch.ends_at = time.monotonic() + GRACE_SECONDS
+            batch.ends_at = clock.real() + GRACE_SECONDS
 
 
 def end_children(digest: bytes) -> None:

@@ -18,7 +18,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from opero.concurrency.pickling import unpack_record
 from opero.concurrency.pool import entered_multi_pool
 from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, known_loggers, serve
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
+from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import module_of, name_of
@@ -196,9 +196,9 @@ class ProcessPool(Pool):
         worker.room = 0
         worker.family |= system.family_of(worker.process.pid)
         if worker.ends_since is None:
-            worker.ends_since = time.monotonic()
+            worker.ends_since = clock.real()
             worker.process.terminate()
-        elif time.monotonic() - worker.ends_since >= system.GRACE_SECONDS:
+        elif clock.real() - worker.ends_since >= system.GRACE_SECONDS:
             worker.process.kill()
         return True
 
@@ -407,12 +407,12 @@ class ProcessPool(Pool):
 
 def _hear_records(pipes: list[Any], records: list[bytes], seconds: float = _HEARING_SECONDS) -> None:
     """Read what ending workers say, who would wait for that; only what they log is of interest now."""
-    enough = time.monotonic() + seconds
+    enough = clock.real() + seconds
     talking: Any = pipes
     while talking:
         talking = wait(pipes, 0)
         for pipe in talking:
-            if time.monotonic() >= enough:
+            if clock.real() >= enough:
                 return
             try:
                 kind, _, payload = pipe.recv()

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 import os
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from opero.concurrency.inbox import AsyncInbox, BlockingInbox
 from opero.concurrency.scheduler import Scheduler
 from opero.core.checks import kind_of
+from opero.core.clock import clock
 from opero.core.interrupts import Hold
 from opero.core.steps import consult, consult_async
 from opero.utils.notes import add_note, shorten
@@ -52,7 +52,7 @@ class IteratorSource:
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` items; fewer, or none, if there are no more now."""
         taken: list[Any] = []
-        coming, row, now, turn_ends = self._iterator, self._row, time.monotonic, self.turn_ends
+        coming, row, now, turn_ends = self._iterator, self._row, clock.real, self.turn_ends
         try:
             if self._is_at_hand and count > 1:
                 several = itertools.islice(coming, count)

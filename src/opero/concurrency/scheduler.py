@@ -13,7 +13,6 @@ import itertools
 import math
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
@@ -150,7 +149,7 @@ class Scheduler:
         self._given_back: deque[Batch] = deque()
         self.pool.start(inbox, most_batches=total, is_paced=plan.limit is not None, patience=plan.total_timeout)
         # What it took to come here is no fault of the input.
-        source.turn_ends = time.monotonic() + BATCH_SECONDS
+        source.turn_ends = clock.real() + BATCH_SECONDS
 
     def _work(self) -> Work:
         """What workers get once: they are sent each candidate when it is its turn, and never all, often secrets."""
@@ -215,7 +214,7 @@ class Scheduler:
         # Nothing is taken from an input that was late before what has ended meanwhile is handed out.
         if not self._sink.ready:
             self._source.late_by = 0.0
-        self._source.turn_ends = time.monotonic() + BATCH_SECONDS
+        self._source.turn_ends = clock.real() + BATCH_SECONDS
 
     def outcomes(self) -> deque[Outcome[Any, Any]]:
         """What can be handed out now; meanwhile nobody attends to the map."""
@@ -249,7 +248,7 @@ class Scheduler:
             step = self._timers[0][3]
             is_real = is_real or (isinstance(step, Pause) and step.is_real)
         if self._watched:
-            due.append(min(min(batch.look_at, batch.ends_at) for batch in self._watched) - time.monotonic())
+            due.append(min(min(batch.look_at, batch.ends_at) for batch in self._watched) - clock.real())
         if self._plan.total_timeout is not None:
             due += [entry.call.deadline - clock.now() for entry in self._ready]
         seconds = min(due, default=math.inf)
@@ -537,10 +536,10 @@ class Scheduler:
         if batch.time_limit is not None and self.pool.can_kill:
             # A coroutine is cancelled in the worker, which may take some time.
             batch.grace = _UNHEEDED_SECONDS if self._plan.is_async else 0.0
-            batch.ends_at = time.monotonic() + batch.time_limit[0] + batch.grace
+            batch.ends_at = clock.real() + batch.time_limit[0] + batch.grace
             self._watched.add(batch)
         if len(batch.items) > 1 and self.pool.begun(batch) is not None:
-            batch.look_at = time.monotonic() + _LOOKING_SECONDS
+            batch.look_at = clock.real() + _LOOKING_SECONDS
             self._watched.add(batch)
         return batch
 
@@ -559,7 +558,7 @@ class Scheduler:
 
     def _watch(self) -> None:
         """Look after workers that may be busy with one item, or longer than they have."""
-        now = time.monotonic()
+        now = clock.real()
         for batch in self._watched:
             if batch.look_at <= now:
                 begun = self.pool.begun(batch) or 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import fork_server
+from opero.core.clock import clock
 from opero.core.forks import fork_safe_threads
 
 if TYPE_CHECKING:
@@ -58,10 +59,10 @@ def _wait_for(processes: list[Any], seconds: float, meanwhile: Callable[[], obje
 
     The end of a process is the end of its sentinel, a pipe, but a child of the program's own may have that open.
     """
-    deadline = time.monotonic() + seconds
+    deadline = clock.real() + seconds
     while True:
         processes = list(filter(_runs, processes))
-        if not processes or time.monotonic() >= deadline:
+        if not processes or clock.real() >= deadline:
             return processes
         meanwhile()
         wait(map(attrgetter("sentinel"), processes), _LOOKING_SECONDS)
@@ -100,12 +101,12 @@ def end_family(family: Family) -> None:
     if not family:  # always on Windows, which has no SIGKILL either
         return
     for order in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = clock.real() + GRACE_SECONDS
         left = _left_of(family)
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, order)
-        while left and time.monotonic() < deadline:
+        while left and clock.real() < deadline:
             time.sleep(0.001)
             left = _left_of(left)
 
@@ -180,7 +181,7 @@ def fork_server_has_threads() -> bool:
 
 def _stay(seconds: float, pid: int | None = None) -> bool:
     """Whether there are any for so long: those of Python that have just ended are listed for a moment."""
-    deadline, tasks = time.monotonic() + seconds, Path(f"/proc/{pid or 'self'}/task")
+    deadline, tasks = clock.real() + seconds, Path(f"/proc/{pid or 'self'}/task")
     while True:
         count = 0
         for name in tasks.glob("*/comm"):
@@ -189,7 +190,7 @@ def _stay(seconds: float, pid: int | None = None) -> bool:
                 count += name.read_text().strip() not in _SAFE_THREADS
         if count <= (1 if pid else threading.active_count()):
             return False
-        if time.monotonic() >= deadline:
+        if clock.real() >= deadline:
             return True
         time.sleep(0.001)
 

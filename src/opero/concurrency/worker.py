@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from opero.core.clock import clock
 from opero.core.signature import name_of, refuse_unfinished
 from opero.core.steps import raise_or_return, run_in_time
 
@@ -127,7 +127,7 @@ def run_batch(work: Work, items: list[Any], limit: TimeLimit | None, runner: asy
     call, mark, tell = _one_call(work, limit, runner, how.context), how.mark, how.tell
     values: list[Any] = []
     errors: dict[int, Exception] = {}
-    now = time.perf_counter
+    now = clock.real
     started = latest = now()
     ends = started + how.seconds
     # After each slow item it is past this: so most of the others cost one comparison.
@@ -194,7 +194,7 @@ async def in_time(call: Callable[[Any], Any], item: Any, limit: TimeLimit | None
 
 async def run_one(work: Work, item: Any, limit: TimeLimit | None) -> Report:
     """Run one item of an async function, beside others in the same event loop."""
-    started = time.perf_counter()
+    started = clock.real()
     value, errors = None, {}
     try:
         call = work.caller()
@@ -202,7 +202,7 @@ async def run_one(work: Work, item: Any, limit: TimeLimit | None) -> Report:
     except Exception as error:  # noqa: BLE001 - as above
         errors[0] = error
     try:
-        return Report([value], errors, time.perf_counter() - started)
+        return Report([value], errors, clock.real() - started)
     finally:
         # As above.
         del errors

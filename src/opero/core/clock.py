@@ -30,8 +30,6 @@ def _system_time() -> Any:
 
 
 _time = _system_time()
-system_now: Callable[[], float] = _time.monotonic
-system_wall: Callable[[], float] = _time.time
 
 
 async def asyncio_sleep(seconds: float) -> None:
@@ -56,7 +54,11 @@ async def wait_really_async(event: asyncio.Event, seconds: float | None) -> None
 class Clock:
     """Time, and every wait that is for time to pass, as attributes so that a test can replace them.
 
+    What a test puts in place of the functions of `time` (freezegun's stand still) does not reach it: such tests look
+    through the names of modules, and not into classes.
+
     Attributes:
+        real: Seconds that pass whatever a test does, for what depends on workers and other processes.
         now: Monotonic seconds, by which policies decide.
         wall: Seconds since the epoch, for what outlives the process: the end of an entry on disk.
         machine: Monotonic seconds that all processes of a machine agree upon.
@@ -69,9 +71,10 @@ class Clock:
         is_virtual: Whether this time jumps, as no other process's does.
     """
 
-    now: Callable[[], float] = system_now
-    wall: Callable[[], float] = system_wall
-    machine: Callable[[], float] = system_now
+    real: Callable[[], float] = _time.perf_counter
+    now: Callable[[], float] = _time.monotonic
+    wall: Callable[[], float] = _time.time
+    machine: Callable[[], float] = _time.monotonic
     sleep: Callable[[float], None] | None = None
     async_sleep: Callable[[float], Awaitable[None]] = staticmethod(asyncio_sleep)
     wait: Callable[[Callable[[float | None], Any], float | None], None] = staticmethod(

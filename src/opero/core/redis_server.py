@@ -7,7 +7,6 @@ import contextlib
 import queue
 import sys
 import threading
-import time
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -19,6 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ClusterError, RedisClusterException
 from redis.retry import Retry
 
+from opero.core.clock import clock
 from opero.core.faults import Rest
 from opero.core.forks import watch_forks
 
@@ -178,12 +178,12 @@ class _Pool(redis.ConnectionPool):
             connection = self._free.pop()
         except IndexError:
             return super().get_connection()
-        connection.begun_at = time.monotonic()
+        connection.begun_at = clock.real()
         return connection
 
     def make_connection(self) -> Any:
         connection: Any = super().make_connection()
-        connection.begun_at = time.monotonic()
+        connection.begun_at = clock.real()
         return connection
 
     def release(self, connection: Any) -> None:
@@ -201,7 +201,7 @@ class _Bounded:
 
     def time_left(self) -> float:
         """Seconds within which the last read has to begin."""
-        return self.begun_at + ANSWER_SECONDS - READ_SECONDS - time.monotonic()
+        return self.begun_at + ANSWER_SECONDS - READ_SECONDS - clock.real()
 
     def _connect(self) -> Any:
         """Connect in a thread, which is left alone if that takes too long: nothing bounds how a name is looked up."""

@@ -385,7 +385,7 @@ class DiskStore(LastingStore):
     def _patiently(self, work: Callable[..., R], *args: Any, seconds: float | None = None) -> R:
         """Do some work, as soon as no other process writes; wait for that no longer than ``seconds``."""
         seconds = _LOCK_SECONDS if seconds is None else min(seconds, _LOCK_SECONDS)
-        deadline = time.monotonic() + seconds
+        deadline = clock.real() + seconds
         while True:
             try:
                 with self._lock:
@@ -393,7 +393,7 @@ class DiskStore(LastingStore):
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
-                if time.monotonic() >= deadline:
+                if clock.real() >= deadline:
                     if seconds == _LOCK_SECONDS:
                         self.rest.begin(error)
                     raise
