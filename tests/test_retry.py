@@ -74,6 +74,20 @@ def test_a_failing_call_is_repeated_until_it_succeeds(world, fake_clock):
     assert len(fake_clock.sleeps) == 2
 
 
+def test_a_tenacity_that_cannot_be_switched_off_is_good_enough(world, fake_clock, monkeypatch):
+    class Retrying(tenacity.Retrying):
+        """That of tenacity before 9.2, which libraries beside opero ask for."""
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            vars(self).pop("enabled", None)
+
+    monkeypatch.setattr(tenacity, "Retrying", Retrying)
+    function = opero(retries=1)(world.define(script(ValueError(), "done", ValueError(), KeyError())))
+    assert world.run(function) == "done"
+    assert isinstance(raised_by(world, function), KeyError)
+
+
 def test_the_last_error_itself_is_raised_with_its_traceback(world, fake_clock):
     errors = [ValueError(1), ValueError(2), ValueError(3)]
     error = raised_by(world, opero(retries=2)(world.define(script(*errors))))

@@ -135,6 +135,8 @@ class RetryPolicy:
         self.retry_if_result = retry_if_result
         self.options = check_mapping("retry_options", retry_options)
         _check_hooks(self.options, retry_if_result)
+        # Asked here, since tenacity before 9.2, which google-genai asks for, does not know it.
+        self._is_enabled = self.options.get("enabled", True)
         self.tells_before = self.options.get("before") is not None
         self.watches_every_attempt = self.tells_before or retry_if_result is not None or "retry" in self.options
         # Of one round tenacity need not be asked whether there is another one.
@@ -231,7 +233,7 @@ class RetryPolicy:
             Exception: What ``retry_error_callback`` raises in place of a result.
         """
         error, settings = verdict.error, self._retrying
-        if not verdict.again or settings is None or not settings.enabled:
+        if not verdict.again or settings is None or not self._is_enabled:
             return Failed(error)
         try:
             seconds = self._seconds_before_next(plan, call, verdict, must_end)
@@ -270,7 +272,7 @@ class RetryPolicy:
     def end(self, plan: Plan, call: Call, verdict: Verdict) -> Any:
         """The end of a call that no other round follows: `Failed`, or a result that a hook supplies."""
         settings = self._retrying
-        if settings is None or not settings.enabled or not verdict.again:
+        if settings is None or not self._is_enabled or not verdict.again:
             return Failed(verdict.error)
         state = self._state(plan, call, verdict.outcome)
         if settings.retry_error_callback is not None:
