@@ -23,7 +23,7 @@ from opero import Cache, opero
 from opero.__main__ import main
 from opero.core.clock import clock
 from opero.core.private_folder import private_folder
-from opero.core.stores import lasting
+from opero.core.stores import disk, lasting
 from opero.core.stores.lasting import DamagedEntryError, EntryFormat
 from opero.exceptions import UnsafeCacheError
 
@@ -245,6 +245,37 @@ def in_a_child(act):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/fd").exists(), reason="counts files by /proc")
+@posix
+def test_what_is_computed_after_the_folder_was_removed_is_found_by_others(world, tmp_path):
+    runs = []
+    f = cached(world.define(runs.append), tmp_path / "cache")
+    world.run(f, 1)
+    shutil.rmtree(tmp_path / "cache")
+    world.run(f, 2)
+    # Other options are another store.
+    other = opero(
+        cache=True,
+        cache_backend="disk",
+        cache_namespace="trust",
+        cache_options={"cache_dir": tmp_path / "cache", "maxsize": 9},
+    )(world.define(runs.append))
+    world.run(other, 2)
+    world.run(f, 1)
+    assert runs == [1, 2, 1]
+
+
+@posix
+def test_the_entries_of_a_removed_folder_are_gone_after_a_second(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_LOOK_SECONDS", 0.0)
+    runs = []
+    f = cached(runs.append, tmp_path / "cache")
+    f(1)
+    f(1)
+    shutil.rmtree(tmp_path / "cache")
+    f(1)
+    assert runs == [1, 1]
+
+
 def test_many_namespaces_hold_few_files_open_and_all_work(tmp_path):
     open_files = pathlib.Path("/proc/self/fd")
     before = len(list(open_files.iterdir()))

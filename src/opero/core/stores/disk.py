@@ -37,6 +37,7 @@ DATABASE, _LOCKS = "cache.db", "leases.lock"
 # How long to wait for another process that writes; in steps, between which others can read, and this process fork.
 _LOCK_SECONDS = 5.0
 _LOCK_STEP = 0.01
+_LOOK_SECONDS = 1.0
 # An open namespace has some file handles; beyond so many, those that were opened first are closed until they are used.
 _MOST_OPEN = 32
 _LARGEST_LOG = 2**22
@@ -166,8 +167,8 @@ class DiskStore(LastingStore):
         self._touch = _TOUCH[settings.options["policy"]]
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
-        # Which file was opened.
-        self._inode = 0
+        # Which file was opened, and when it is to be looked whether it is still there: that takes a tenth of a hit.
+        self._file, self._inode, self._looks_at = "", 0, 0.0
         # Of those who cannot write: where it lies, and as what it was opened.
         self._seen: tuple[Path, Any] | None = None
         self._lock_file: int | None = None
@@ -247,7 +248,7 @@ class DiskStore(LastingStore):
             was_open = self._connection is not None
             self._disconnect()
             with held_private_folder(self.settings.disk_folder(), self._name, _OPTION) as folder:
-                if not was_open or self._inode == (folder / DATABASE).stat().st_ino:
+                if not was_open or self._is_there():
                     for suffix in ("", "-wal", "-shm"):
                         (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
 
@@ -302,7 +303,7 @@ class DiskStore(LastingStore):
             os.close(file)
 
     def _claim(self, flight: Flight) -> Answer:
-        connection = self._open()
+        connection = self._open(looks=True)
         if self._can_write and not flight.dropped:
             # A key that is locked and not noted could not be given back.
             with Hold():
@@ -369,7 +370,7 @@ class DiskStore(LastingStore):
         """Do some work in a transaction, as soon as no other process writes."""
 
         def transact() -> R:
-            connection = self._open()
+            connection = self._open(looks=True)
             if not self._can_write:
                 raise PermissionError(f"{self.folder} cannot be written to")
             if connection.in_transaction:
@@ -399,9 +400,14 @@ class DiskStore(LastingStore):
                     raise
             time.sleep(_LOCK_STEP)
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, *, looks: bool = False) -> sqlite3.Connection:
         if self._connection is not None:
-            if self._seen is None or self._seen[1] == _moment(self._seen[0]):
+            is_as_opened, now = True, clock.real()
+            if self._seen is not None:
+                is_as_opened = self._seen[1] == _moment(self._seen[0])
+            elif looks or now >= self._looks_at:
+                is_as_opened, self._looks_at = self._is_there(), now + _LOOK_SECONDS
+            if is_as_opened:
                 return self._connection
             self._disconnect()
         # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
@@ -411,7 +417,8 @@ class DiskStore(LastingStore):
                 self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
                 self._seen = None if self._can_write else (folder, _moment(folder))
                 self._connection = _connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
-                self._inode = (folder / DATABASE).stat().st_ino
+                self._file = str(folder / DATABASE)
+                self._inode = os.stat(self._file).st_ino  # noqa: PTH116 - it is a str
         except BaseException:
             # It may have been exchanged while it was opened.
             self._disconnect()
@@ -423,3 +430,13 @@ class DiskStore(LastingStore):
             if first is not None and first is not self:
                 first.close(waits=False)
         return self._connection
+
+    def _is_there(self) -> bool:
+        """Whether the file that was opened still has its name.
+
+        Who removes the folder while programs run wants its entries gone, and finds new ones in another.
+        """
+        try:
+            return os.stat(self._file).st_ino == self._inode  # noqa: PTH116 - it is a str
+        except OSError:
+            return False
