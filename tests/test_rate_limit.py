@@ -326,6 +326,20 @@ def test_who_comes_does_not_look_at_all_who_wait_before(fake_clock, latest):
     assert steps(1000) < 3 * steps(500)
 
 
+def test_who_comes_passes_nobody_however_long_those_before_cannot_look(fake_clock):
+    """Thousands of tasks begin in one pass of their event loop, which takes a second."""
+    limiter = RateLimiter(50)
+    limiter.take_now()
+    tickets = [ticket_of(limiter) for _ in range(1000)]
+    for ticket in tickets:
+        assert not ticket.poll()
+        fake_clock.tick(0.001)
+    # As many as a burst makes up for.
+    assert [ticket.poll() for ticket in tickets[:7]] == 5 * [True] + 2 * [False]
+    for ticket in tickets:
+        ticket.leave()
+
+
 # Waiters give up
 
 

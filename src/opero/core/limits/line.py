@@ -189,13 +189,14 @@ class Line:
             _waited_in.add(self)
         is_open = now + EARLY >= self.opens_at
         if before:
-            grace = min(before, _MOST_GRACES) * _GRACE
+            grace, theirs = min(before, _MOST_GRACES) * _GRACE, before * self._seconds_of(amounts)
             if not is_open:
                 # Those before it are served first. Thousands that look more often keep their event loop from all else.
-                return self.opens_at + before * self._seconds_of(amounts) + grace
+                return self.opens_at + theirs + grace
             self._noticed_at = min(self._noticed_at, now)
-            if now < self._noticed_at + grace:
-                return self._noticed_at + grace
+            if now < max(self._noticed_at, turn.looked_at) + grace:
+                # One that comes, or was kept from looking itself, may have kept those before it from that.
+                return now + min(theirs, _LONGEST_NAP) + grace
             # Those before it have not looked in time.
             for _, other, _ in self.waiting[:before]:
                 self.let_pass(other)
@@ -337,6 +338,8 @@ class Turn:
         self.is_turn = is_turn
         # When to look again, if nothing is heard before; since when it is the first everywhere.
         self._due = self._first_since = math.inf
+        # When it looked last.
+        self.looked_at = math.inf
         self._wake: Callable[[], None] | None = None
         self.news = ""
         self.has_waited = False
@@ -360,7 +363,7 @@ class Turn:
             self.news = "late"
             return
         moments = [line.due(self, amounts, now) for line, amounts in self._wants]
-        self._due = max(moments)
+        self._due, self.looked_at = max(moments), now
         if self._due <= now + EARLY:
             if any(line.gate is not None for line, _ in self._wants):
                 self.news = "asks"
