@@ -74,6 +74,14 @@ def test_a_module_is_that_of_the_program_and_not_one_of_the_current_folder(tmp_p
     assert program(tmp_path, 'print(*tell(["KEY"]))', cwd=tmp_path / "data") == ["first"]
 
 
+def test_paths_among_the_folders_of_modules_are_passed_over_as_an_import_does(tmp_path):
+    main = """
+        sys.path.insert(0, Path("plugins"))
+        print(*tell(["KEY"]), sys.path[0])
+    """
+    assert program(tmp_path, main) == ["first", "plugins"]
+
+
 def test_nothing_of_the_current_folder_is_imported_in_place_of_an_installed_package(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tqdm.py").write_text("open('was_run', 'w')")

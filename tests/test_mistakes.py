@@ -102,6 +102,21 @@ def test_a_main_module_that_is_not_guarded_is_told_once(tmp_path, method):
     assert len(run.stderr.splitlines()) <= 10
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_map_that_its_own_module_calls_while_it_is_imported_ends_soon(tmp_path, method):
+    (tmp_path / "loads.py").write_text(
+        "import os\nos.write(1, b'x')\nfrom opero import opmap\n"
+        f"@opmap(workers=1, pool_options={{'start_method': {method!r}}})\n"
+        "def double(x):\n    return 2 * x\n"
+        "double([1, 2, 3])\n"
+    )
+    (tmp_path / "program.py").write_text("if __name__ == '__main__':\n    import loads\n")
+    command = [sys.executable, tmp_path / "program.py"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "each imports the main module and that of the function" in run.stderr
+    assert run.stdout == "xx"  # here and in one worker
+
+
 NEIGHBOURS = {
     "retry_on=": "on exception exceptions",
     "retries=": "retry attempts tries max_tries",

@@ -528,11 +528,11 @@ def threads_allowed(_item):
 
 @pytest.mark.parametrize("given", [None, "7"])
 @pytest.mark.parametrize("asked", [None, 3])
-def test_numeric_libraries_have_a_share_of_the_cpus(monkeypatch, given, asked):
+def test_numeric_libraries_have_a_share_of_the_cpus_that_the_program_may_use(monkeypatch, given, asked):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: range(8), raising=False)
     options = {} if asked is None else {"threads_per_worker": asked}
     expected = "3" if asked else given or "4"
     assert mapped(threads_allowed, "fork", pool_options=options)([1]) == [expected]
@@ -542,7 +542,7 @@ def test_numeric_libraries_have_a_share_of_the_cpus(monkeypatch, given, asked):
 def test_a_setting_of_one_librarys_own_stays_and_leaves_the_others_their_share(monkeypatch, name):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv(name, "7")
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: range(8), raising=False)
     assert mapped(lambda _item: (os.environ.get("OMP_NUM_THREADS"), os.environ[name]), "fork")([1]) == [("4", "7")]
 
 
@@ -560,6 +560,36 @@ def test_opencv_that_was_imported_before_a_fork_is_told_how_many_threads_it_may_
 def test_a_numeric_library_in_a_strange_state_is_no_mistake_of_a_worker(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, types.SimpleNamespace())
     assert mapped(abs, "fork")([-1]) == [1]
+
+
+SHARES = """
+    import sys
+    from multiprocessing.shared_memory import SharedMemory
+    from opero import opmap
+
+    @opmap(workers=2, retries=0, progress=False, pool_options={"start_method": sys.argv[1]})
+    def share(number):
+        block = SharedMemory(create=True, size=1)
+        block.buf[0] = number
+        block.close()
+        return block.name
+
+    if __name__ == "__main__":
+        for name in share([1, 2, 3]):
+            block = SharedMemory(name)
+            print(block.buf[0])
+            block.close()
+            block.unlink()
+"""
+
+
+@every_method
+def test_shared_memory_that_a_worker_has_made_outlives_it(method, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(SHARES))
+    command = [sys.executable, program, method]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.stdout.split(), run.stderr) == (["1", "2", "3"], "")
 
 
 def change(item, *, array):

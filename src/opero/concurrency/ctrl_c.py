@@ -27,8 +27,9 @@ def held_back_in_children(start_method: str) -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    if start_method != "fork":
-        # Whoever starts it lets Ctrl-C through again: not while a worker starts, or the server of the workers.
+    if start_method != "fork" or "multiprocessing.shared_memory" in sys.modules:
+        # Whoever starts it lets Ctrl-C through again: not while a worker starts, or the server of the workers. One of a
+        # forked worker would end with that, and delete the shared memory that the program has from it.
         importlib.import_module("multiprocessing.resource_tracker").ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -65,9 +65,13 @@ class _Server:
             told["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(package)])
         before = {name: os.environ.get(name) for name in told}
         os.environ.update({**told, PRELOADS: json.dumps([os.getpid(), path, modules, before])})
+        paths = sys.path[:]
         try:
+            # A `Path` among them, which an import passes over, would be code there (gh-145898).
+            sys.path[:] = path
             made.ensure_running()
         finally:
+            sys.path[:] = paths
             put_back({**before, PRELOADS: None})
         self._let_go()
         server = known()

@@ -55,6 +55,8 @@ class Parent:
     """
 
     work: Work
+    # Whether this process is a worker that imports what it shall run.
+    is_loading = False
 
     def __init__(self, pipe: Connection, shared: Arena) -> None:
         self.pipe = pipe
@@ -172,7 +174,9 @@ def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contex
         if threads is not None:
             _limit_threads(threads)
         with _logging_to(parent, start.levels):
+            Parent.is_loading = True
             parent.work, initializer, initargs, finalizer = start.load()
+            Parent.is_loading = False
             # Forked workers share the state of the parent's, and the main module may set one.
             random.seed()
             numpy_random = sys.modules.get("numpy.random")

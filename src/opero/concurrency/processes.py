@@ -26,11 +26,11 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import fork_server, main_module, system
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, default_workers, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
 from opero.concurrency.pickling import unpack_record
 from opero.concurrency.pool import entered_multi_pool
-from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, known_loggers, serve
+from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, Parent, known_loggers, serve
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 LARGEST_BATCH = 10_000
 DEFAULT_CONCURRENCY = 16
-# By which a worker ends that has called a map while it imported the main module.
+# By which a worker ends that has called a map while it imported a module.
 UNGUARDED_CODE = 113
 # So many workers in a row that end before they are ready are not an accident: it may be the main module, or the
 # initializer. One accident may hit all workers of a large pool, so there it is twice as many as these.
@@ -109,7 +109,7 @@ class ProcessPool(Pool):
         self._hooks = initializer, initargs, finalizer
         self._most_items = max_tasks_per_worker or sys.maxsize
         if threads_per_worker is None and not any(map(os.environ.get, THREAD_SETTINGS)):
-            threads_per_worker = max(1, (os.cpu_count() or 1) // workers)
+            threads_per_worker = max(1, default_workers("process") // workers)
         self._threads = threads_per_worker
         self._size = self._most_workers = workers
         # Batches that run together in a worker, as coroutines, of one item each.
@@ -165,8 +165,10 @@ class ProcessPool(Pool):
 
     def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False, **_more: object) -> None:
         # A worker that imports an unguarded main module: by this mark multiprocessing itself would refuse to start
-        # another process, with a traceback from each worker. The map that has started this one tells.
-        if self._method != "fork" and getattr(multiprocessing.current_process(), "_inheriting", False):
+        # another process, with a traceback from each worker. Or it imports the module of its function, which maps
+        # then: so would the workers of that map, and theirs. The map that has started this one tells.
+        is_imported = Parent.is_loading or getattr(multiprocessing.current_process(), "_inheriting", False)
+        if self._method != "fork" and is_imported:
             raise SystemExit(UNGUARDED_CODE)
         self._inbox = inbox
         self._size = self._most_workers if most_batches is None else max(1, min(self._most_workers, most_batches))
@@ -458,6 +460,6 @@ def _allowed_to_start(method: str) -> Iterator[None]:
 
 
 _MAIN_HINT = (
-    "each imports the main module, so put what shall run only once below `if __name__ == '__main__':`, "
-    "or give pool_options={'start_method': 'fork'}"
+    "each imports the main module and that of the function, so put what shall run only once below "
+    "`if __name__ == '__main__':`, or give pool_options={'start_method': 'fork'}"
 )
