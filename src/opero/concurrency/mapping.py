@@ -132,7 +132,13 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         self._check_items(items)
         from opero.concurrency.running import run_awaiting, run_blocking
 
-        total = self._total(items)
+        # The user's, unless their length is known; else what they hint at.
+        total = self.settings.total
+        # As the built-in `list` does with something that has no length, or does not know it.
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if total is None or hasattr(items, "__len__"):
+                hint = operator.length_hint(items, -1)
+                total = None if hint < 0 else hint
         if not self.plan.is_async:
             return run_blocking(self.plan, self.settings, shape, sink, items=iter(items), total=total)
         source = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
@@ -226,15 +232,6 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
             )
             warnings.warn(warning, stacklevel=level_of_the_user())
         return results
-
-    def _total(self, items: Any) -> int | None:
-        """The number of items: their length, else what the user says, else what they hint at."""
-        # As the built-in `list` does with something that has no length, or does not know it.
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            if self.settings.total is None or hasattr(items, "__len__"):
-                hint = operator.length_hint(items, -1)
-                return None if hint < 0 else hint
-        return self.settings.total
 
     def _single_arguments(self, item: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*item, *args) if self._is_starred else (item, *args)
