@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
     from opero.concurrency.inbox import Inbox
     from opero.concurrency.scheduler import Entry
     from opero.concurrency.worker import Work
-
-DEFAULT_TASKS = 100
-MOST_DEFAULT_THREADS = 32
 
 
 @dataclass(slots=True, eq=False)
@@ -193,9 +189,3 @@ class Pool:
     async def stop_async(self) -> None:
         """End the workers without blocking the event loop."""
         await in_own_thread(self.stop)
-
-
-def default_workers(mode: str) -> int:
-    """How many workers a mode has when nobody says."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"thread": min(MOST_DEFAULT_THREADS, cpus + 4), "async": DEFAULT_TASKS, "serial": 1}.get(mode, cpus)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import os
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from opero.concurrency.batches import default_workers
 from opero.concurrency.mapping import make_map
 from opero.concurrency.progress import ProgressOption, check_progress
 from opero.core.checks import (
@@ -210,6 +210,12 @@ def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
     library = _NEEDED.get(mode) if isinstance(mode, str) else None
     if library is not None and importlib.util.find_spec(library) is None:
         raise ImportError(f"mode={mode!r} needs {library}; install it with: pip install 'opero[{mode}]'")
+
+
+def default_workers(mode: str) -> int:
+    """How many workers a mode has when nobody says."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"thread": min(32, cpus + 4), "async": 100, "serial": 1}.get(mode, cpus)
 
 
 class PoolSource:

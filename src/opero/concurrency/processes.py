@@ -26,10 +26,10 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import fork_server, main_module, system
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, default_workers, not_run
+from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
 from opero.concurrency.pickling import unpack_record
-from opero.concurrency.pool import entered_multi_pool
+from opero.concurrency.pool import default_workers, entered_multi_pool
 from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, Parent, known_loggers, serve
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
 from opero.core.clock import clock
