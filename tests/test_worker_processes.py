@@ -215,6 +215,38 @@ def test_programs_that_an_ended_worker_has_started_end_with_it(tmp_path):
     until(lambda: has_ended(path.read_text()))
 
 
+KILLED = """
+    import os, sys
+    from opero import opmap
+    from side_by_side import hang
+
+    @opmap(workers=2, retries=0, progress=False, pool_options={"start_method": sys.argv[1]})
+    def work(name):
+        with open(name, "w") as file:
+            print(os.getpid(), file=file, flush=True)
+            try:
+                hang()
+            finally:
+                print("tidy", file=file)
+
+    if __name__ == "__main__":
+        work(["first", "second"])
+"""
+
+
+@every_method
+def test_busy_workers_of_a_program_that_is_killed_tidy_up_and_end(method, tmp_path):
+    script, files = tmp_path / "script.py", [tmp_path / "first", tmp_path / "second"]
+    script.write_text(textwrap.dedent(KILLED))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    with subprocess.Popen([sys.executable, script, method], cwd=tmp_path, env=environment) as program:
+        until(lambda: all(file.exists() and file.read_text() for file in files))
+        pids = [file.read_text().strip() for file in files]
+        program.kill()
+    until(lambda: all(map(has_ended, pids)))
+    assert [file.read_text().split() for file in files] == [[pid, "tidy"] for pid in pids]
+
+
 INTERRUPTED = """
     import os, signal, subprocess, sys, time
     from opero import opmap

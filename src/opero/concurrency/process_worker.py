@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -113,6 +114,14 @@ class Parent:
         signal.signal(signal.SIGTERM, self._terminated)
         # A forked worker has the one of its parent's event loop, which would take this one's signals for its own.
         signal.set_wakeup_fd(-1)
+        parent = multiprocessing.parent_process()
+        if parent is not None and sys.platform == "linux":
+            import fcntl
+
+            # If the parent is killed, which ends a pipe, nobody hears of what runs here, and it might have no end.
+            signal.signal(signal.SIGIO, self._terminated)
+            fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, os.O_ASYNC)
         if hasattr(signal, "pthread_sigmask"):
             # Held back by the parent until here, where it can do no harm any more.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
