@@ -1482,6 +1482,21 @@ def test_the_users_key_function_gets_every_argument():
     assert got == [((1, 2), {"c": 5, "d": 6})]
 
 
+KEYS_OF_SOME = {
+    "any name": lambda a, **others: (a, others["c"]),
+    "a name only": lambda a, *, b, c: (a, c),
+    "another name first": lambda first, **others: (first, others["c"]),
+    "the name of a later one second": lambda a, c, **others: (a, c),
+}
+
+
+@pytest.mark.parametrize("key", KEYS_OF_SOME.values(), ids=KEYS_OF_SOME)
+def test_the_users_key_function_may_know_the_first_arguments_by_place_and_others_by_name(world, key):
+    f = cached(world.define(lambda a, b=2, c=3: [a, c]), cache_key=key)
+    assert world.run(f, 1) is world.run(f, 1, 5) is world.run(f, a=1, b=7, c=3)
+    assert [world.run(f, 1, 2, 4), world.run(f, 2)] == [[1, 4], [2, 3]]
+
+
 @pytest.mark.parametrize("nest", NESTS, ids=repr)
 @pytest.mark.parametrize("pair", [(1, True), (0.0, -0.0), ([1], (1,))], ids=repr)
 def test_the_users_keys_are_told_apart_like_arguments(pair, nest):

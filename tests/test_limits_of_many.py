@@ -884,6 +884,24 @@ def test_a_function_of_per_may_be_asked_of_a_call_that_names_its_arguments(world
     assert world.run(f, name="b") == "b"
 
 
+@pytest.mark.parametrize(
+    "cost",
+    [
+        lambda prompt, **options: len(prompt) if options["model"] == "small" else 100,
+        lambda it, *, model: len(it) if model == "small" else 100,
+    ],
+    ids=["any name", "a name"],
+)
+def test_a_cost_may_have_places_for_the_first_arguments_only(world, fake_clock, cost):
+    f = limited(
+        world.define(lambda prompt, model="large", seed=0: prompt),
+        rate_limit={"tokens": 10},
+        rate_limit_cost={"tokens": cost},
+    )
+    assert world.run(f, "xx", "small") == "xx"
+    assert f.__opero__.plan.limit.limiter.expected_wait() == pytest.approx(0.2)
+
+
 class WithoutSignature:
     __signature__ = "none"
 

@@ -13,7 +13,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from opero.core.digests import PLAIN_TYPES, UncacheableError, digest_of, digest_of_plain, spelling_of
-from opero.core.parameters import Forwarding
+from opero.core.parameters import Forwarding, asked_of_call
 from opero.core.signature import name_of
 from opero.exceptions import MisuseError
 
@@ -98,7 +98,7 @@ class KeyMaker:
         if cache_key is None:
             make, given = _digest_function(self._name, shape, names, owner_of), ", ".join(names)
         else:
-            make, given = _users_key(self._name, cache_key), shape.call
+            make, given = _users_key(function, cache_key), shape.call
         otherwise = f"return _opero_make({given})"
         lines = [otherwise]
         if self._has_finder:
@@ -279,13 +279,16 @@ def _unwraps_to(member: Any, function: Callable[..., Any]) -> bool:
 _MOST_WRAPPERS = 50
 
 
-def _users_key(function: str, cache_key: Callable[..., Any]) -> Callable[..., Any]:
+def _users_key(function: Callable[..., Any], cache_key: Callable[..., Any]) -> Callable[..., Any]:
+    asked = asked_of_call(function, cache_key)
+
     def users_key(*args: Any, **kwargs: Any) -> Any:
-        key = cache_key(*args, **kwargs)
+        key = asked(args, kwargs)
         try:
             return digest_of(key)
         except UncacheableError as error:
-            msg = f"cache_key= of {function} returned a {type(key).__qualname__}: {error}; return text or numbers"
+            got = f"cache_key= of {name_of(function)} returned a {type(key).__qualname__}"
+            msg = f"{got}: {error}; return text or numbers"
             raise MisuseError(msg) from error
 
     return users_key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import keyword
+import math
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def asked_of_call(
     """Hands the arguments of a call to ``asked``, those that it does not know by their names in their places.
 
     Only arguments by name that are the parameters that follow those given by position, without a gap, have places.
+    Those given by position for which it has no place come by their names, if it takes these.
     """
     try:
         theirs = list(inspect.signature(asked).parameters.values())
@@ -75,8 +77,12 @@ def asked_of_call(
     takes_any_name = any(p.kind is p.VAR_KEYWORD for p in theirs)
     known = {p.name for p in theirs if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
     # One that has a place only has no name.
-    places = [None if p.kind is p.POSITIONAL_ONLY else p.name for p in ours if p.kind in _PLACED]
+    places: list[Any] = [None if p.kind is p.POSITIONAL_ONLY else p.name for p in ours if p.kind in _PLACED]
     their_places = [p for p in theirs if p.kind in _PLACED]
+    most = math.inf if any(p.kind is p.VAR_POSITIONAL for p in theirs) else len(their_places)
+    # So many of its places do not have the name of another one of ours.
+    fits = [p.name == name or p.name not in places for p, name in zip(their_places, places, strict=False)]
+    fitting = [*fits, False].index(False)
 
     def in_places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
         """The names of the arguments that may come in their places; None if these are others' places, or unknown."""
@@ -91,6 +97,10 @@ def asked_of_call(
         return named
 
     def of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if most < len(args) <= len(places):
+            others = dict(zip(places[fitting:], args[fitting:], strict=False))
+            if None not in others and (takes_any_name or known.issuperset(others)):
+                args, kwargs = args[:fitting], {**kwargs, **others}
         if kwargs and not takes_any_name and not kwargs.keys() <= known and (named := in_places(args, kwargs)):
             kwargs = {**kwargs}
             args = (*args, *[kwargs.pop(name) for name in named])
