@@ -189,6 +189,27 @@ def test_a_stream_that_the_garbage_collector_ends_in_one_of_its_own_workers_ends
         gc.enable()
 
 
+LEFT_OPEN = """
+    import time
+    from opero import opmap
+
+    def work(item):
+        time.sleep(0.1)
+        return item
+
+    stream = opmap(mode=MODE, workers=2, retries=0, progress=False)(work).stream(range(1000))
+    print(next(stream).result)
+"""
+
+
+@pytest.mark.parametrize("mode", ["thread", "process"])
+def test_a_program_ends_though_it_has_left_a_stream_open(tmp_path, mode):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(LEFT_OPEN).replace("MODE", repr(mode)))
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert (run.stdout, run.stderr) == ("0\n", "")
+
+
 # Ctrl-C
 
 EXECUTORS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import inspect
 import math
@@ -300,7 +301,11 @@ class PoolSource:
 
 
 def entered_multi_pool(workers: int, end: Callable[[], None]) -> Any:
-    """One of twat-mp's, for workers that ``end`` ends when it is left, each time that it asks for that."""
+    """One of twat-mp's, for workers that ``end`` ends when it is left, each time that it asks for that.
+
+    Until somebody unregisters it, ``end`` is also called when the program ends: a stream that is open then is closed
+    too late, when threads and modules are gone.
+    """
     from twat_mp.mp import MultiPool
 
     # Not one of pathos: those share their workers with every other pool of the same size.
@@ -309,6 +314,7 @@ def entered_multi_pool(workers: int, end: Callable[[], None]) -> Any:
     made.__enter__()
     # It puts a function there that holds the pool: what all items share would live until the garbage collector comes.
     pool.map = None
+    atexit.register(end)
     return made
 
 

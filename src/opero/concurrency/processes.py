@@ -246,7 +246,7 @@ class ProcessPool(Pool):
         """End idle workers in peace and the others by force; nothing of the pool is left."""
         self.rest()
         if self._multi_pool is not None:
-            atexit.unregister(self.stop)
+            atexit.unregister(self._end_workers)
             self._multi_pool.__exit__(None, None, None)
             self._multi_pool = None
 
@@ -297,8 +297,6 @@ class ProcessPool(Pool):
         with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
             if self._multi_pool is None:
                 self._multi_pool = entered_multi_pool(self._size, self._end_workers)
-                # A stream that is open when the program ends is closed too late: threads and modules are gone by then.
-                atexit.register(self.stop)
             if self._method == "forkserver":
                 fork_server.be_fit_for(module_of(self._work.function))
             context: Any = multiprocessing.get_context(self._method)

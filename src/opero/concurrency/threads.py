@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextvars
 import queue
 import threading
@@ -84,6 +85,7 @@ class ThreadPool(Pool):
         """Let running items end, start no other, and join the threads, unless they are left to themselves."""
         self._is_left = is_left
         if self._multi_pool is not None:
+            atexit.unregister(self._end_threads)
             self._multi_pool.__exit__(None, None, None)
             self._multi_pool = None
 
