@@ -20,7 +20,7 @@ from opero.core import RateLimiter
 from opero.core.clock import clock
 from opero.core.flow import call_flow
 from opero.core.plan import Call
-from opero.core.steps import drive_async
+from opero.core.steps import drive_async, leaders
 from opero.events import AttemptFailed, AttemptStarted, CandidateSwitched, CircuitChanged
 from opero.testing import instant
 
@@ -833,6 +833,27 @@ def test_a_call_beside_a_trial_is_refused_though_it_began_in_an_earlier_one(serv
             leaves_something()
         fake_clock.tick(10)
     other()
+
+
+def test_tasks_that_start_each_other_within_guarded_calls_are_part_of_none_that_are_over():
+    known, tasks = [], []
+
+    @opero.opero(retries=1, min_delay=0, breaker=5, per="left")
+    async def f(left, runs):
+        runs.append(left)
+        if len(runs) == 1:
+            raise ConnectionError
+        known.append(len(leaders()))
+        if left:
+            tasks.append(asyncio.create_task(f(left - 1, [])))
+
+    async def main():
+        await f(5, [])
+        while tasks:
+            await tasks.pop()
+
+    asyncio.run(main())
+    assert known == [1] * 6
 
 
 @pytest.mark.parametrize("option", ["attempt_timeout", "total_timeout"])

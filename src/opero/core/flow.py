@@ -16,7 +16,7 @@ from opero import events
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.plan import Call, Plan, Verdict
 from opero.core.signature import MISSING
-from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, PartOf, Pause, Prepare, Share
+from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, PartOf, Pause, Prepare, Share, not_over
 from opero.exceptions import AllFailedError, CallTimeoutError, CircuitOpenError, MisuseError, NotTransferableError
 from opero.utils.logging import log, standard
 from opero.utils.notes import add_note, class_counts, describe, duration, folded
@@ -206,13 +206,15 @@ class Layers:
             if passage is None and self.call.failure is None:
                 return CIRCUIT_OPEN
         attempt = Attempt(self, candidate, passage)
+        part: list[Any] = [passage, None]
         try:
-            with _ALONE if passage is None or self.call.presence is not None else PartOf([passage, None]):
+            with PartOf(part) if passage is not None and self.call.presence is None else _ALONE:
                 outcome = yield from self.attempt(attempt)
             return outcome if type(outcome) is NoAttempt else self._judge(attempt, outcome)
         finally:
             if passage is not None:
                 passage.end()
+                part[:] = None, not_over(part[1])
             if attempt.place is not None:
                 attempt.place[0].give_back(attempt.place)
 
