@@ -642,6 +642,50 @@ def test_a_large_array_is_mapped_by_each_worker_for_itself(method):
     assert {base for _, base in results} == {"mmap"}
 
 
+def square_in_place(item, *, array):
+    array[item] **= 2
+    return type(array).__name__
+
+
+PARTS = {
+    "all": lambda array: array,
+    "a part": lambda array: array[100:][:3],
+    "a part of rows": lambda array: array[100:].reshape(-1, 2)[1:],
+    "columns": lambda array: array.reshape(2, -1).T,
+}
+
+
+@every_method
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_what_workers_write_to_a_mapped_file_is_in_the_file(tmp_path, method, part):
+    file = np.memmap(tmp_path / "numbers", dtype="int64", mode="w+", shape=(1000,), offset=8)
+    file[:] = range(1000)
+    expected = part(file.copy()) ** 4
+    square = mapped(square_in_place, method)
+    with square.pool():
+        for _ in range(2):
+            assert set(square(range(len(expected)), array=part(file))) == {"memmap"}
+    assert np.array_equal(part(file), expected)
+
+
+@every_method
+@pytest.mark.parametrize(
+    "array",
+    [lambda file: file[::2], lambda file: file[:0], lambda file: np.memmap(file.filename, dtype="int64", mode="c")],
+    ids=["strides", "nothing", "copy on write"],
+)
+def test_what_is_no_whole_piece_of_a_mapped_file_is_an_argument_too(tmp_path, method, array):
+    file = np.memmap(tmp_path / "numbers", dtype="int64", mode="w+", shape=(1000,))
+    file[:] = range(1000)
+    given = array(file)
+    given[:1] = 5
+    assert mapped(total_of, method)([0, 1], array=given) == [given.sum()] * 2
+
+
+def total_of(_item, *, array):
+    return int(array.sum())
+
+
 # Inside of workers of others
 
 

@@ -12,6 +12,7 @@ import contextlib
 import copyreg
 import io
 import logging
+import mmap
 import os
 import pickle
 import threading
@@ -95,6 +96,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return self._reduce_function(obj)
         if kind in _LOCKS and self.copies_locks:
             return _LOCKS[kind], ()
+        if kind.__module__ == "numpy" and kind.__name__ == "memmap" and not self._is_answer:
+            return _reduce_memmap(obj)
         if kind in (NewType, ParamSpec, TypeVarTuple) and obj.__module__ in MAINS and not self._goes_by_name(obj):
             supertype = (obj.__supertype__,) if kind is NewType else ()
             # As of slots: some have no `__dict__`.
@@ -138,6 +141,20 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         if found is function and is_there and not any(f"{module}.".startswith(f"{sent}.") for sent in by_value):
             return _undecorated, (module, name, depth)
         return super().reducer_override(function)
+
+
+def _reduce_memmap(array: Any) -> Any:
+    """By its file: each worker maps that, as one that was forked has done, and what it writes is there."""
+    whole = array
+    while isinstance(whole.base, type(array)):
+        whole = whole.base
+    is_in_file = isinstance(whole.base, mmap.mmap) and array.filename is not None and array.mode != "c"
+    if not (is_in_file and array.size and array.flags.forc):
+        return NotImplemented
+    offset = whole.offset + array.ctypes.data - whole.ctypes.data
+    order = "C" if array.flags.c_contiguous else "F"
+    mode = "r" if array.mode == "r" else "r+"
+    return type(array), (array.filename, array.dtype, mode, offset, array.shape, order)
 
 
 def _stays(large: list[memoryview], buffer: pickle.PickleBuffer) -> bool:

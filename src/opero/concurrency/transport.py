@@ -70,7 +70,8 @@ class Packer:
 
     def arguments(self, work: Work) -> bytes:
         """Pickle what all calls of a map have in common, for workers that have the function."""
-        return _or_refuse(f"the keyword arguments of {name_of(work.function)}", self.dumps, work.shape)
+        what = f"the keyword arguments of {name_of(work.function)}"
+        return _or_refuse(what, Pickler(self.names).dumps, work.shape)
 
     def batch(self, batch: Batch) -> bytes:
         """Pickle what a batch sends."""
