@@ -181,8 +181,6 @@ class FunctionBreaker:
             raise wrong_type("breaker", breaker, instead)
         self.shared = breaker
         self.by = by
-        # Empty while no circuit knows of a failure.
-        self._circuits = breaker.circuits
 
     def key_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What tells the circuit of such a call from others."""
@@ -193,11 +191,11 @@ class FunctionBreaker:
         if self.by is not None:
             # A function that refuses a value refuses it always.
             self.by.get(args, kwargs)
-        return not self._circuits
+        return not self.shared.circuits
 
     def succeeded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An attempt that found all quiet has succeeded; others may have failed meanwhile."""
-        if self._circuits:
+        if self.shared.circuits:
             self.shared.passed(Passage(self.shared, self.key_of(args, kwargs)), failed=False)
 
 

@@ -40,10 +40,6 @@ Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a 
 First = tuple[tuple[Any, ...], dict[str, Any], "Part | None"]
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> Any:
-    """Stand for a look that finds nothing, and for a slot that cannot be taken at once."""
-
-
 class Decoration:
     """What a wrapper holds: the plan, and the ways from the wrapper to the function.
 
@@ -74,7 +70,7 @@ class Decoration:
         self._first_candidate = None if plan.fallback is None else plan.fallback.first
         self._is_quiet = None if plan.breaker is None else plan.breaker.is_quiet
         self._enter = None if plan.places is None else plan.places.enter
-        self._take_slot = None if limit is None else limit.take_now or _nothing
+        self._take_slot = None if limit is None else limit.take_now
         # Whether a slot would come too late to be of use is told by how long the function takes.
         self._learn = None if limit is None or plan.total_timeout is None else limit.learn
         # Whether anybody else than listeners hears how a first attempt ended.
@@ -85,10 +81,11 @@ class Decoration:
         if cache is not None:
             self.function = plan.function
             self.key_of, self.look_up, self.fetch = cache.keys.key_of, cache.look_up, cache.fetch
-            self.find = cache.finder(self.count_hit) or _nothing
+            self.find = cache.finder(self.count_hit) or (lambda *_args, **_kwargs: None)
             cache.stats = plan.stats
         elif not plan.kind.endswith("generator"):
-            self._is_quick = plan.asks_first.issubset(ANSWER_AT_ONCE)
+            has_to_wait = limit is not None and self._take_slot is None
+            self._is_quick = not has_to_wait and plan.asks_first.issubset(ANSWER_AT_ONCE)
             # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
             if not plan.is_async or self._limit is None:
                 self.is_direct = not plan.asks_first

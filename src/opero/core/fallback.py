@@ -28,7 +28,6 @@ __all__ = ["candidates", "candidates_from", "get_fallback_decorator"]
 
 T = TypeVar("T")
 
-# Candidates that rest, where each call has others.
 _MOST_KEPT = 10_000
 
 
@@ -193,10 +192,9 @@ class FallbackOverParameter:
             return
         key, now = identity_of(value), clock.now()
         if len(self._rests) >= _MOST_KEPT:
-            # The older half goes, and those whose rest is over.
-            younger = list(self._rests.copy().items())[_MOST_KEPT // 2 :]
-            self._rests = {other: rest for other, rest in younger if rest[1] > now}
-        _, before = self._rests.pop(key, (False, 0.0))
+            # Each call has others; a candidate that all have will be known again when it fails again.
+            self._rests.clear()
+        _, before = self._rests.get(key, (False, 0.0))
         self._rests[key] = not again, max(now + seconds, before)
 
     def rest_of(self, value: Any) -> tuple[bool, float] | None:

@@ -52,16 +52,15 @@ class Candidate:
         costs: What it takes of each rate limit, once that is known.
     """
 
-    __slots__ = ("args", "costs", "kwargs", "number", "ready_at", "tries", "value")
+    tries = 0
+    ready_at = -math.inf
+    costs: list[tuple[float, ...]] | None = None
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = MISSING, number: int = 0) -> None:
         self.args = args
         self.kwargs = kwargs
         self.value = value
         self.number = number
-        self.tries = 0
-        self.ready_at = -math.inf
-        self.costs: list[tuple[float, ...]] | None = None
 
 
 def call_flow(plan: Plan, call: Call) -> Flow:

@@ -261,9 +261,7 @@ class RetryPolicy:
             return None
         state.next_action = self._tenacity.RetryAction(seconds)
         state.idle_for += seconds
-        if self.options:
-            told = {"delay_since_first_attempt": state.seconds_since_start, "idle_for": state.idle_for}
-            state.retry_object.statistics.update(told, attempt_number=state.attempt_number + 1)
+        settings.statistics.update(idle_for=state.idle_for, attempt_number=state.attempt_number + 1)
         if settings.before_sleep is not None:
             settings.before_sleep(state)
         state.prepare_for_next_attempt()
@@ -288,15 +286,14 @@ class RetryPolicy:
         """What tenacity's strategies and hooks are told, of an attempt that ended so."""
         state = call.retry_state
         if state is None:
-            retrying = self._retrying
-            if self.options:
-                # Hooks look at its statistics, too, which are those of one call here.
-                retrying = retrying.copy()
-                retrying.begin()
-            state = self._tenacity.RetryCallState(retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
+            state = self._tenacity.RetryCallState(self._retrying, fn=plan.function, args=call.args, kwargs=call.kwargs)
             # It is made after the first attempt, but shall tell of the whole call, in the time that passes here.
             state.start_time = call.started
             call.retry_state = state
+        if self.options:
+            # Hooks look at them, too, as soon as this has returned.
+            told = {"attempt_number": state.attempt_number, "delay_since_first_attempt": clock.now() - call.started}
+            self._retrying.statistics.update(told, start_time=state.start_time, idle_for=state.idle_for)
         if outcome is MISSING:
             return state
         # A pass through candidates of which some still rested is no round of its own.

@@ -207,9 +207,8 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
               candidate) or `opero.GIVE_UP` (the call ends, without trying other candidates); anything else is a
               `TypeError`, and an error of its own ends the call. Classes match a group of exceptions, too, if they
               match all in it. Where it is not given, errors of the program itself end the call: `NameError`,
-              `ImportError`, `SyntaxError`, `NotImplementedError`, `RecursionError`, `MemoryError`; and what celery, rq,
-              dramatiq, huey, arq, Airflow, FastAPI, Flask, tornado, aiohttp's server, Django, typer, click and unittest
-              are steered by.
+              `ImportError`, `SyntaxError`, `NotImplementedError`, `RecursionError`, `MemoryError`; and what celery, rq
+              and other queues, FastAPI, Flask, Django, other servers, Airflow, typer, click, unittest are steered by.
             - ``retry_if_result`` (None): ``callable(result)`` that says whether to reject a result: that is a failed
               attempt then, whatever ``retry_on`` says, and in the end a `RejectedResultError`.
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
