@@ -215,18 +215,13 @@ class _Bounded:
 
         outer = super()._connect  # type: ignore[misc]  # of a class of connections
         thread = threading.Thread(target=connect, name="opero-connecting", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:
-            # No thread begins any more at the end of a program.
-            connect()
+        thread.start()
         try:
             got = made.get(timeout=max(0.0, self.time_left()))
         except queue.Empty:
             raise TimeoutError from None
-        # A fork does not find it.
-        if thread.is_alive():
-            thread.join()
+        # No fork is to find it.
+        thread.join()
         if isinstance(got, Exception):
             raise got
         return _BoundedSocket(got, self)

@@ -120,12 +120,6 @@ def connect_to_read(folder: Path) -> sqlite3.Connection:
     return sqlite3.connect(uri, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
 
 
-def _moment(folder: Path) -> list[tuple[int, int]]:
-    """Tells what a database holds from what it held before: who only reads may hear nothing of those who write."""
-    files = [folder / DATABASE, folder / f"{DATABASE}-wal"]
-    return [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
-
-
 def is_of_this_format(connection: sqlite3.Connection) -> bool:
     """Whether its tables are those that this version makes."""
     return _number(connection, "application_id") == _FORMAT
@@ -167,10 +161,9 @@ class DiskStore(LastingStore):
         self._touch = _TOUCH[settings.options["policy"]]
         self._connection: sqlite3.Connection | None = None
         self._can_write = False
-        # Which file was opened, and when it is to be looked whether it is still there: that takes a tenth of a hit.
-        self._file, self._inode, self._looks_at = "", 0, 0.0
-        # Of those who cannot write: where it lies, and as what it was opened.
-        self._seen: tuple[Path, Any] | None = None
+        # Which file was opened, as what, and when to look whether it still is that, which takes a tenth of a hit.
+        self._file, self._looks_at = "", 0.0
+        self._seen: list[Any] = []
         self._lock_file: int | None = None
         # Held for a statement or a transaction, and never while another process is waited for.
         self._lock = threading.RLock()
@@ -248,7 +241,7 @@ class DiskStore(LastingStore):
             was_open = self._connection is not None
             self._disconnect()
             with held_private_folder(self.settings.disk_folder(), self._name, _OPTION) as folder:
-                if not was_open or self._is_there():
+                if not was_open or self._seen == self._as_it_lies():
                     for suffix in ("", "-wal", "-shm"):
                         (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
 
@@ -402,12 +395,11 @@ class DiskStore(LastingStore):
 
     def _open(self, *, looks: bool = False) -> sqlite3.Connection:
         if self._connection is not None:
-            is_as_opened, now = True, clock.real()
-            if self._seen is not None:
-                is_as_opened = self._seen[1] == _moment(self._seen[0])
-            elif looks or now >= self._looks_at:
-                is_as_opened, self._looks_at = self._is_there(), now + _LOOK_SECONDS
-            if is_as_opened:
+            now = clock.real()
+            if self._can_write and now < self._looks_at and not looks:
+                return self._connection
+            self._looks_at = now + _LOOK_SECONDS
+            if self._seen == self._as_it_lies():
                 return self._connection
             self._disconnect()
         # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
@@ -415,10 +407,12 @@ class DiskStore(LastingStore):
             root = self.settings.disk_folder()
             with held_private_folder(root, self._name, _OPTION) as folder:
                 self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
-                self._seen = None if self._can_write else (folder, _moment(folder))
-                self._connection = _connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
                 self._file = str(folder / DATABASE)
-                self._inode = os.stat(self._file).st_ino  # noqa: PTH116 - it is a str
+                self._seen = self._as_it_lies()
+                self._connection = _connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
+                if self._can_write:
+                    # It may have been made just now.
+                    self._seen = self._as_it_lies()
         except BaseException:
             # It may have been exchanged while it was opened.
             self._disconnect()
@@ -431,12 +425,14 @@ class DiskStore(LastingStore):
                 first.close(waits=False)
         return self._connection
 
-    def _is_there(self) -> bool:
-        """Whether the file that was opened still has its name.
+    def _as_it_lies(self) -> list[Any]:
+        """Tells the file from another one in its place, or none: folders are removed while programs run.
 
-        Who removes the folder while programs run wants its entries gone, and finds new ones in another.
+        Who only reads may hear nothing of those who write: then it tells what is in it, too.
         """
-        try:
-            return os.stat(self._file).st_ino == self._inode  # noqa: PTH116 - it is a str
-        except OSError:
-            return False
+        found: list[Any] = []
+        for suffix in ("",) if self._can_write else ("", "-wal"):
+            with contextlib.suppress(OSError):
+                file = os.stat(self._file + suffix)  # noqa: PTH116 - it is a str
+                found.append(file.st_ino if self._can_write else (file.st_ino, file.st_mtime_ns, file.st_size))
+        return found
