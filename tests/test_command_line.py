@@ -116,11 +116,11 @@ def test_it_tells_the_versions_and_the_python(command):
 def test_it_tells_the_versions_of_what_is_installed(command):
     told = command().stdout
     for package in ("redis", "tqdm", "numpy", "pandas", "twat-cache"):
-        assert re.search(rf"^{package} +{re.escape(version(package))} ", told, re.MULTILINE)
+        assert re.search(rf"^{package} +{re.escape(version(package))}$", told, re.MULTILINE)
 
 
-def test_it_tells_what_is_not_installed_and_how_to_install_it(command):
-    assert re.search(r"^ray +not installed .*pip install 'opero\[ray\]'$", command().stdout, re.MULTILINE)
+def test_it_tells_what_is_not_installed(command):
+    assert re.search(r"^ray +not installed$", command().stdout, re.MULTILINE)
 
 
 def test_it_imports_nothing_only_to_tell_of_it():

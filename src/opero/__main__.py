@@ -32,23 +32,10 @@ if TYPE_CHECKING:
 _DONE, _FAILED = 0, 1
 _OPTION = "--cache-dir"
 
-# Package and what it is for, in opero's words for it.
+# What opero uses or knows of.
 _PACKAGES = (
-    ("twat-cache", "cache_backend='disk', 'redis'"),
-    ("redis", "cache_backend='redis', pip install 'opero[redis]'"),
-    ("tenacity", "retries"),
-    ("asynciolimiter", "rate_limit"),
-    ("twat-mp", "mode='process', 'thread'"),
-    ("cloudpickle", "mode='process'"),
-    ("distributed", "mode='dask', pip install 'opero[dask]'"),
-    ("ray", "mode='ray', pip install 'opero[ray]'"),
-    ("tqdm", "progress"),
-    ("loguru", "logging"),
-    ("numpy", "arrays as arguments"),
-    ("pandas", "frames as arguments"),
-    ("httpx", "opero.http"),
-    ("requests", "opero.http"),
-    ("aiohttp", "opero.http"),
+    *("twat-cache", "redis", "tenacity", "asynciolimiter", "twat-mp", "cloudpickle", "distributed", "ray", "tqdm"),
+    *("loguru", "numpy", "pandas", "httpx", "requests", "aiohttp"),
 )
 
 
@@ -91,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(folder: Path) -> int:
     print(f"opero {__version__}, Python {platform.python_version()} ({sys.executable})\n")
-    for package, use in _PACKAGES:
+    for package in _PACKAGES:
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
-        print(f"{package:<14}  {version:<13}  {use}")
+        print(f"{package:<14}  {version}")
     print(f"\nDisk cache: {folder}")
     found = _namespaces_in(folder)
     if not found:

@@ -554,8 +554,10 @@ def lasting_identity(function: Callable[..., Any], option: str = "cache_namespac
     name = f"{place}.{name_of(function)}"
     if isinstance(getattr(function, "__self__", None), types.ModuleType):
         return name
-    if place not in _MAIN and isinstance(function, types.FunctionType) and _has_name_of_its_own(function):
-        return name
+    if place not in _MAIN and isinstance(function, types.FunctionType):
+        is_alone = not function.__closure__ and not _has_own_globals(function)
+        if is_alone and "<" not in function.__qualname__ and function.__code__.co_name == function.__name__:
+            return name
     # Not its defaults, which are among the arguments of each call.
     carried = _captured_by(function) if isinstance(function, types.FunctionType) else (function,)
     try:
@@ -563,8 +565,3 @@ def lasting_identity(function: Callable[..., Any], option: str = "cache_namespac
     except UncacheableError as error:
         msg = f"{name_of(function)} carries a value that cannot be told apart from others: {error}; give {option}"
         raise MisuseError(msg) from error
-
-
-def _has_name_of_its_own(function: types.FunctionType) -> bool:
-    is_alone = not function.__closure__ and not _has_own_globals(function)
-    return is_alone and "<" not in function.__qualname__ and function.__code__.co_name == function.__name__
