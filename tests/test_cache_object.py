@@ -581,6 +581,7 @@ def test_functions_of_one_cache_object_keep_entries_of_their_own(world):
         ({"ignore": "x", "key": len}, ValueError, "ignore=…"),
         ({"backend": "paper"}, ValueError, "backend="),
         ({"maxsize": 0}, ValueError, "maxsize=0"),
+        ({"maxsize": None}, TypeError, "maxsize=None"),
         ({"redis_host": "a"}, TypeError, "redis_host"),
         ({"backend": "disk", "serializer": "json", "exceptions": LookupError}, ValueError, "exceptions=…"),
     ],
@@ -589,6 +590,11 @@ def test_functions_of_one_cache_object_keep_entries_of_their_own(world):
 def test_wrong_settings_are_refused_at_once(settings, error, message):
     with pytest.raises(error, match=message):
         Cache(**settings)
+
+
+def test_a_disk_cache_may_be_said_to_have_no_bound(tmp_path):
+    f = opero(cache=Cache(backend="disk", maxsize=None, cache_dir=tmp_path), retries=0)(lambda x: x)
+    assert [f(1), f(1), f.cache_info()] == [1, 1, (1, 1, None, 1)]
 
 
 def test_an_ignored_parameter_has_to_be_one():

@@ -47,6 +47,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Those that twat-cache has not, or takes for something else.
 _OWN_OPTIONS = frozenset({"client", "serializer", "size_limit", "url"})
+# For which None says something, where it is the default: no bound, no password.
+_NONE_IS_SAID = frozenset({"maxsize", "redis_password"})
 _OF_ANY_CACHE = ("backend", "exceptions", "ignore", "keep_if", "key", "namespace", "stale", "ttl")
 _HIGHEST_PORT = 65_535
 
@@ -97,8 +99,8 @@ def _port(option: str, value: Any) -> int:
     return port
 
 
-def _password(option: str, value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
+def _password(option: str, value: Any) -> str:
+    if not isinstance(value, str):
         raise TypeError(f"{option} is {type(value).__name__}; write the password as text")
     return value
 
@@ -250,7 +252,9 @@ def _checked_options(backend: str, given: Mapping[str, Any], *, is_flat: bool) -
     else:
         check_known(f"Cache(backend={backend!r})", given, (*known, *_OF_ANY_CACHE))
     checked = {
-        name: _CHECKS[name](f"cache_options[{name!r}]" if is_flat else name, value) for name, value in given.items()
+        name: _CHECKS[name](f"cache_options[{name!r}]" if is_flat else name, value)
+        for name, value in given.items()
+        if value is not None or known[name] is not None or name not in _NONE_IS_SAID
     }
     named = [name for name in ("client", "url") if name in checked]
     places = [*named, *(name for name in checked if name.startswith("redis_"))]
