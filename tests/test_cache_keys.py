@@ -25,6 +25,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import types
 import typing
 import uuid
@@ -918,6 +919,24 @@ def test_a_sets_order_does_not_matter():
 def test_a_view_of_an_array_is_the_same_as_its_copy():
     rows = np.arange(6).reshape(2, 3)
     assert share_an_entry(rows[:, ::2], rows[:, ::2].copy())
+
+
+def test_a_key_takes_no_copy_of_an_array():
+    array = np.ones(1_000_000)
+    tracemalloc.start()
+    try:
+        spelling_of(array)
+        assert tracemalloc.get_traced_memory()[1] < array.nbytes / 2
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", ["U0", "V3", "M8[s]", "m8[ns]", "?", "g", "S2", "f2", "i4,f8"])
+def test_arrays_of_all_kinds_are_arguments(dtype):
+    one, same, other, column = (np.zeros(shape, dtype) for shape in [(2, 3), (2, 3), (3, 2), (0,)])
+    assert share_an_entry(one, same)
+    assert not share_an_entry(one, other)
+    assert not share_an_entry(one, column)
 
 
 def test_an_array_in_a_mapped_file_is_an_argument(tmp_path):

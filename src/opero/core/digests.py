@@ -350,9 +350,13 @@ def _parts_of_code(code: types.CodeType) -> Iterable[Any]:
 
 def _parts_of_array(array: Any) -> Iterable[Any]:
     """The contents in one order, and whether they lie in memory by columns: sums and flat views depend on that."""
-    plain = array.view(sys.modules["numpy"].ndarray)
-    contents = plain.ravel().tolist() if plain.dtype.hasobject else plain.tobytes()
+    numpy = sys.modules["numpy"]
+    plain = array.view(numpy.ndarray)
     dtype = plain.dtype
+    contents: Any = plain.ravel().tolist() if dtype.hasobject else b""
+    if plain.nbytes and not dtype.hasobject:
+        # No copy of it is made, unless it is in pieces.
+        contents = blake2b(numpy.ascontiguousarray(plain).reshape(-1).view("u1"), digest_size=_SIZE).digest()
     # Of a number, a date or text, not of what other libraries have made or what has fields.
     is_named = dtype.kind in "biufcmMSUO" and type(dtype).__module__ == "numpy.dtypes" and dtype.metadata is None
     return (dtype.str if is_named else dtype, plain.shape, plain.flags.fnc, contents)
