@@ -84,8 +84,7 @@ class Decoration:
             self.find = cache.finder(self.count_hit) or (lambda *_args, **_kwargs: None)
             cache.stats = plan.stats
         elif not plan.kind.endswith("generator"):
-            has_to_wait = limit is not None and self._take_slot is None
-            self._is_quick = not has_to_wait and plan.asks_first.issubset(ANSWER_AT_ONCE)
+            self._is_quick = (limit is None or self._take_slot is not None) and plan.asks_first.issubset(ANSWER_AT_ONCE)
             # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
             if not plan.is_async or self._limit is None:
                 self.is_direct = not plan.asks_first

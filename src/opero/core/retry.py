@@ -261,8 +261,8 @@ class RetryPolicy:
             return None
         state.next_action = self._tenacity.RetryAction(seconds)
         state.idle_for += seconds
-        settings.statistics.update(idle_for=state.idle_for, attempt_number=state.attempt_number + 1)
         if settings.before_sleep is not None:
+            settings.statistics.update(idle_for=state.idle_for, attempt_number=state.attempt_number + 1)
             settings.before_sleep(state)
         state.prepare_for_next_attempt()
         return seconds
