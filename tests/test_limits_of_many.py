@@ -1126,6 +1126,20 @@ def test_a_limiter_says_how_those_wait_who_use_it(world, fake_clock):
         world.run(opero.control(patient).with_options(total_timeout=0.5))
 
 
+def test_each_limiter_of_several_says_how_those_wait_who_use_it(world):
+    budget = RateLimiter("2/day", spread=False, when_full="raise")
+    f = limited(world.define(lambda: None), rate_limit=[budget, "100/s"])
+    for _ in range(2):
+        world.run(f)
+    with pytest.raises(RateLimitedError):
+        world.run(f)
+    patient = limited(
+        world.define(lambda: None), rate_limit=[budget, RateLimiter(100)], rate_limit_options={"when_full": "wait"}
+    )
+    with pytest.raises(CallTimeoutError):
+        world.run(opero.control(patient).with_options(total_timeout=0.5))
+
+
 def test_without_spread_a_rate_is_a_quota(fake_clock):
     limiter = RateLimiter("3/minute", spread=False)
     assert [limiter.take_now() for _ in range(4)] == [True, True, True, False]

@@ -208,15 +208,21 @@ class RateLimiter:
         if missing:
             raise TypeError(f"acquire has to be told the cost of {', '.join(missing)}; write acquire({missing[0]}=1)")
         amounts = self.checked({CALLS: 1, **costs}, "acquire")
-        if timeout is not None:
-            seconds = check_seconds("timeout", timeout, zero=True)
-        else:
-            seconds = 0.0 if self.when_full == "raise" else self.max_wait
+        seconds = self.longest_wait({}) if timeout is None else check_seconds("timeout", timeout, zero=True)
         latest = clock.now() + seconds
-        taken = yield from take([(self.limit, amounts)], lambda: latest)
+        taken = bool((yield from take([(self.limit, amounts)], lambda: latest)))
         if taken or timeout is not None:
             return taken
         raise _full(self.limit.expected_wait(amounts), repr(self))
+
+    def longest_wait(self, options: Mapping[str, Any]) -> float:
+        """Seconds for which a call waits whose function has such ``rate_limit_options``."""
+        max_wait = options.get("max_wait")
+        if max_wait is not None:
+            max_wait = check_seconds("rate_limit_options['max_wait']", max_wait, zero=True)
+        if options.get("when_full", self.when_full) == "raise":
+            return 0.0
+        return self.max_wait if max_wait is None else max_wait
 
     def checked(self, costs: Mapping[str, Any], option: str = "rate_limit_cost") -> tuple[float, ...]:
         """Costs by name, in the order of the names; ``option`` is where they were given."""
@@ -267,16 +273,15 @@ class FunctionLimit:
         # How long executions take, an average that forgets, and how far from it single ones are.
         self._mean = self._spread = 0.0
         # How a call waits may also be said for each function that shares a limiter.
-        when_full, max_wait = given.get("when_full", self.limiter.when_full), given.get("max_wait")
-        self._when_full = check_choice("rate_limit_options['when_full']", when_full, _WHEN_FULL)
-        if when_full == "next" and not (fallback is not None and per is not None and per.depends_on(fallback)):
+        hows = [given.get("when_full", limiter.when_full) for limiter in limiters]
+        check_choice("rate_limit_options['when_full']", hows[0], _WHEN_FULL)
+        self._is_next = "next" in hows
+        if self._is_next and not (fallback is not None and per is not None and per.depends_on(fallback)):
             raise ValueError(
                 "rate_limit_options={'when_full': 'next'} has no effect without candidates that have limits of their "
                 "own; add arg_fallback='parameter' and per='parameter', or leave it out"
             )
-        self._max_wait = min(limiter.max_wait for limiter in limiters)
-        if max_wait is not None:
-            self._max_wait = check_seconds("rate_limit_options['max_wait']", max_wait, zero=True)
+        self._max_waits = [limiter.longest_wait(given) for limiter in limiters]
         before, self._after = _costs(cost, {name for limiter in limiters for name in limiter.names})
         self._asked = {name: asked_of_call(function, cost) for name, cost in before.items() if callable(cost)}
         self._before = before
@@ -319,13 +324,11 @@ class FunctionLimit:
 
     def choose(self, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate to try next: the first, or with ``when_full="next"`` the one whose slot comes first."""
-        if self._when_full != "next":
-            return candidates[0]
-        return min(candidates, key=self._expected_wait)
+        return min(candidates, key=self._expected_wait) if self._is_next else candidates[0]
 
     def gives_way(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
         """Whether, with ``when_full="next"``, other processes have taken its slots and maybe not those of another."""
-        if self._when_full != "next" or self.limiter.scope == "process" or not self._expected_wait(candidate):
+        if not self._is_next or self.limiter.scope == "process" or not self._expected_wait(candidate):
             return False
         return not all(self._expected_wait(other) for other in others)
 
@@ -337,21 +340,21 @@ class FunctionLimit:
         A slot that is free is never refused, so that what is usual can change. None once ``is_over`` says that it is
         of no use; ``is_turn`` is of `opero.core.steps.Arrival`.
         """
-        until = clock.now() + (0.0 if self._when_full == "raise" else self._max_wait)
         # What was said last, which led to the end: it may be said otherwise a moment later.
         was_over = False
 
         def latest() -> float:
             nonlocal was_over
             was_over = is_over()
-            return -math.inf if was_over else min(until, deadline - self.usual)
+            return -math.inf if was_over else deadline - self.usual
 
-        taken = yield from take(self._wants(candidate), latest, is_turn=is_turn)
-        if taken or was_over:
-            return taken or None
-        if self._when_full == "raise" or until <= deadline - self.usual:
+        untils = [clock.now() + seconds for seconds in self._max_waits]
+        taken = yield from take(self._wants(candidate), latest, untils, is_turn=is_turn)
+        if not taken and was_over:
+            return None
+        if taken is None:
             raise _full(self._expected_wait(candidate), self._name)
-        return False
+        return taken
 
     def ended(self, candidate: Candidate, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
         """An execution has ended after so long: what its result has really cost is taken."""

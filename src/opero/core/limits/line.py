@@ -323,7 +323,7 @@ class Turn:
     """A caller who waits for a slot of each of some lines.
 
     An `opero.core.steps.Arrival` of news: that it has ``"taken"`` its slots, that it ``"asks"`` for those of limits
-    that processes share, or that it is ``"late"``, since they would come too late.
+    that processes share, that it is ``"late"``, since they would come too late, or that one of the lines is ``"full"``.
 
     Attributes:
         news: One of these, or nothing yet.
@@ -331,10 +331,13 @@ class Turn:
         number: Its place among all that came; below 0 before that.
     """
 
-    def __init__(self, wants: Wants, latest: Latest = never, *, is_turn: bool = True) -> None:
+    def __init__(
+        self, wants: Wants, latest: Latest = never, untils: Sequence[float] = (), *, is_turn: bool = True
+    ) -> None:
         # Nothing once it has left.
         self._wants = wants
         self._latest = latest
+        self._untils = untils
         self.is_turn = is_turn
         # When to look again, if nothing is heard before; since when it is the first everywhere.
         self._due = self._first_since = math.inf
@@ -374,6 +377,11 @@ class Turn:
             self._let_others_pass(moments, now)
         self.has_waited = True
         latest = self._latest()
+        for until, moment, (line, amounts) in zip(self._untils, moments, self._wants, strict=False):
+            is_bound = until <= max(latest, now) and moment > now + EARLY
+            if is_bound and (until <= now or line.comes_after(until, self, amounts, now)):
+                self.news = "full"
+                return
         if latest < math.inf and any(line.comes_after(latest, self, amounts, now) for line, amounts in self._wants):
             self.news = "late"
 
@@ -417,7 +425,8 @@ class Turn:
             return 0.0
         now = clock.now()
         due = now + _LONGEST_NAP if self._due == math.inf else self._due
-        return max(0.0, min(due, self._latest()) - now)
+        untils = [until for until in self._untils if until > now]
+        return max(0.0, min(due, self._latest(), *untils) - now)
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self._wake = wake
@@ -450,19 +459,22 @@ def rouse_all() -> None:
         line.rouse_all()
 
 
-def take(wants: Wants, latest: Latest = never, *, is_turn: bool = True) -> Generator[Any, Any, bool]:
+def take(
+    wants: Wants, latest: Latest = never, untils: Sequence[float] = (), *, is_turn: bool = True
+) -> Generator[Any, Any, bool | None]:
     """Wait for a slot of each line; False, at once, if they would not come before what ``latest`` says.
 
+    None, at once, if that of a line would not come until the moment among ``untils``, which is said of each line.
     Slots that are free are taken however late it is. Who changes what ``latest`` says calls `rouse_all`. ``is_turn`` is
     of `opero.core.steps.Arrival`.
     """
-    turn = Turn(wants, latest, is_turn=is_turn)
+    turn = Turn(wants, latest, untils, is_turn=is_turn)
     try:
         while True:
             if not turn.poll():
                 yield turn
             if turn.news != "asks":
-                return turn.news == "taken"
+                return None if turn.news == "full" else turn.news == "taken"
             # The gate has to be asked, which a look must not do.
             yield from turn.ask()
     finally:
