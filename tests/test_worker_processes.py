@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import weakref
 from pathlib import Path
 
@@ -287,6 +288,18 @@ def test_programs_of_workers_hear_ctrl_c_and_what_they_have_left_is_not_stored(t
     assert time.monotonic() - asked < PATIENCE / 2
     again = subprocess.run([*command, "again"], capture_output=True, text=True, check=True, env=environment)
     assert again.stdout == "0\n"
+
+
+def warn(item):
+    warnings.warn(f"item {item}", FutureWarning, stacklevel=1)
+
+
+@every_method
+def test_warnings_are_what_the_program_makes_of_them(method):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        (error,) = mapped(warn, method)([1])
+    assert (type(error), str(error)) == (FutureWarning, "item 1")
 
 
 # Logging

@@ -125,12 +125,14 @@ class ProcessPool(Pool):
 
     def _use(self, method: str) -> None:
         self._method = method
-        names, levels = None, {}
+        names, levels, filters = None, {}, []
         if method != "fork":
             names = main_module.names_in_fresh_workers()
             levels = {logger.name: logger.level for logger in known_loggers() if logger.level}
+            # Of classes for which a worker need not import anything.
+            filters = [each for each in warnings.filters if each[2].__module__ == "builtins"]
         self._packer = Packer(names)
-        self._start = Start(self._packer, (self._work, *self._hooks), levels)
+        self._start = Start(self._packer, (self._work, *self._hooks), levels, filters)
 
     def after_fork(self) -> None:
         """Leave the workers to the parent: as long as a child has their pipes open, they do not notice its death."""

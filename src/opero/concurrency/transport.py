@@ -122,12 +122,13 @@ class Start:
     It is pickled while one is started afresh, which can inherit pipes and locks then. Large arrays go to a file; its
     pages are shared by all workers until one writes to them, which the others do not see.
 
-    ``levels``: for a worker that is not forked, those of the program's loggers.
+    ``levels``, ``filters``: for a worker that is not forked, those of the program's loggers, and of its warnings.
     """
 
     packer: Packer
     life: WorkerLife | None
     levels: dict[str, int]
+    filters: list[Any]
     packed: Any = None
 
     def __getstate__(self) -> Any:
@@ -140,11 +141,11 @@ class Start:
             packed = self.packer.start(self.life, large), *_in_a_file(large)
             if len(inherited) == count:
                 self.packed = packed
-        return self.levels, packed
+        return self.levels, self.filters, packed
 
     def __setstate__(self, state: Any) -> None:
         self.life = None
-        self.levels, self.packed = state
+        self.levels, self.filters, self.packed = state
 
     def load(self) -> WorkerLife:
         """What it was made of, in a worker; one that was forked has it already."""
