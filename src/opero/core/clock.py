@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-import types
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,22 +13,11 @@ if TYPE_CHECKING:
 LONGEST_WAIT = 365 * 86_400.0
 
 
-def _system_time() -> Any:
-    """The module `time`; a new one where a test has put others in place of its functions before opero is imported.
-
-    Those (freezegun's) stand still, which would hold up every wait, and fail once the test is over.
-    """
-    if all(isinstance(function, types.BuiltinFunctionType) for function in (time.monotonic, time.time)):
-        return time
-    import importlib.util
-
-    spec: Any = importlib.util.find_spec("time")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-_time = _system_time()
+# A module of opero's own: what a test puts in place of the functions of `time` (freezegun's stand still) would hold up
+# every wait, and fail once that test is over where it has imported opero.
+_spec: Any = importlib.util.find_spec("time")
+_time = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_time)
 
 
 async def asyncio_sleep(seconds: float) -> None:
@@ -53,9 +41,6 @@ async def wait_really_async(event: asyncio.Event, seconds: float | None) -> None
 
 class Clock:
     """Time, and every wait that is for time to pass, as attributes so that a test can replace them.
-
-    What a test puts in place of the functions of `time` (freezegun's stand still) does not reach it: such tests look
-    through the names of modules, and not into classes.
 
     Attributes:
         real: Seconds that pass whatever a test does, for what depends on workers and other processes.
