@@ -634,7 +634,21 @@ def embed_or_none(texts: Sequence[str]) -> tuple[float, ...]:
     return tuple(0.5 for _ in texts)
 
 
+class Embedder:
+    @opmap(mode="thread", batch_size=16)
+    def embed(self, texts: list[str], model: str = "small") -> list[float]:
+        return [0.5 for _ in texts]
+
+    @opmap(mode="async", batch_size=16, return_exceptions=False)
+    async def embed_async(self, texts: list[str]) -> list[float]:
+        return [0.5 for _ in texts]
+
+
 async def check_maps_of_lists() -> None:
+    assert_type(Embedder().embed(["u", "v"], model="large"), Results[float])
+    assert_type(Embedder().embed.one("u"), float)
+    assert_type(await Embedder().embed_async(["u"]), list[float])
+    Embedder().embed([5])  # type: ignore[list-item]
     assert_type(embed(["u", "v"], model="large"), Results[tuple[float, ...]])
     assert_type(embed.one("u"), tuple[float, ...])
     assert_type(embed.stream(urls()), Iterator[Outcome[str, tuple[float, ...]]])

@@ -21,10 +21,16 @@ if TYPE_CHECKING:
     from opero.concurrency.pool import Mode
     from opero.concurrency.progress import ProgressOption
 
+S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
 D = TypeVar("D")
 P = ParamSpec("P")
+
+if TYPE_CHECKING:
+    # What is mapped: functions of an item, or of an instance and an item. A coroutine is an R, too: Async comes first.
+    Plain = Callable[Concatenate[T, P], R]
+    Async = Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
 
 
 class OpmapOptions(CommonOptions, total=False):
@@ -45,56 +51,58 @@ class _ToMap(Protocol[D]):
     """A decorator whose maps return results and, of items that failed, defaults or exceptions."""
 
     @overload
-    def __call__(  # type: ignore[overload-overlap]  # a coroutine is an R too: the first that fits is meant
-        self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, Results[R, D]]: ...
+    def __call__(self, function: Async[T, P, R], /) -> AsyncMap[T, P, R, Results[R, D]]: ...  # type: ignore[overload-overlap]
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R, D]]: ...
+    def __call__(self, function: Plain[T, P, R], /) -> SyncMap[T, P, R, Results[R, D]]: ...
 
 
 class _ToRaisingMap(Protocol):
     """A decorator whose maps return results, or raise."""
 
     @overload
-    def __call__(  # type: ignore[overload-overlap]  # as above
-        self, function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-    ) -> AsyncMap[T, P, R, list[R]]: ...
+    def __call__(self, function: Async[T, P, R], /) -> AsyncMap[T, P, R, list[R]]: ...  # type: ignore[overload-overlap]
     @overload
-    def __call__(self, function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, list[R]]: ...
+    def __call__(self, function: Plain[T, P, R], /) -> SyncMap[T, P, R, list[R]]: ...
 
 
 class _ToMapOfLists(Protocol[D]):
-    """The same of functions of lists."""
+    """The same of functions of lists, which may be methods."""
 
     @overload
-    def __call__(
-        self, function: Callable[Concatenate[list[T], P], Coroutine[Any, Any, Iterable[R | Exception]]], /
-    ) -> AsyncMap[T, P, R, Results[R, D]]: ...
+    def __call__(self, function: Async[list[T], P, Iterable[R | Exception]], /) -> AsyncMap[T, P, R, Results[R, D]]: ...
     @overload
     def __call__(
-        self, function: Callable[Concatenate[list[T], P], Iterable[R | Exception]], /
-    ) -> SyncMap[T, P, R, Results[R, D]]: ...
+        self, function: Async[S, Concatenate[list[T], P], Iterable[R | Exception]], /
+    ) -> AsyncMap[S, Concatenate[T, P], R, Results[R, D]]: ...
+    @overload
+    def __call__(self, function: Plain[list[T], P, Iterable[R | Exception]], /) -> SyncMap[T, P, R, Results[R, D]]: ...
+    @overload
+    def __call__(
+        self, function: Plain[S, Concatenate[list[T], P], Iterable[R | Exception]], /
+    ) -> SyncMap[S, Concatenate[T, P], R, Results[R, D]]: ...
 
 
 class _ToRaisingMapOfLists(Protocol):
-    """The same of functions of lists."""
+    """The same of functions of lists, which may be methods."""
 
     @overload
-    def __call__(
-        self, function: Callable[Concatenate[list[T], P], Coroutine[Any, Any, Iterable[R | Exception]]], /
-    ) -> AsyncMap[T, P, R, list[R]]: ...
+    def __call__(self, function: Async[list[T], P, Iterable[R | Exception]], /) -> AsyncMap[T, P, R, list[R]]: ...
     @overload
     def __call__(
-        self, function: Callable[Concatenate[list[T], P], Iterable[R | Exception]], /
-    ) -> SyncMap[T, P, R, list[R]]: ...
+        self, function: Async[S, Concatenate[list[T], P], Iterable[R | Exception]], /
+    ) -> AsyncMap[S, Concatenate[T, P], R, list[R]]: ...
+    @overload
+    def __call__(self, function: Plain[list[T], P, Iterable[R | Exception]], /) -> SyncMap[T, P, R, list[R]]: ...
+    @overload
+    def __call__(
+        self, function: Plain[S, Concatenate[list[T], P], Iterable[R | Exception]], /
+    ) -> SyncMap[S, Concatenate[T, P], R, list[R]]: ...
 
 
 @overload
-def opmap(  # type: ignore[overload-overlap]  # as above
-    function: Callable[Concatenate[T, P], Coroutine[Any, Any, R]], /
-) -> AsyncMap[T, P, R, Results[R]]: ...
+def opmap(function: Async[T, P, R], /) -> AsyncMap[T, P, R, Results[R]]: ...  # type: ignore[overload-overlap]
 @overload
-def opmap(function: Callable[Concatenate[T, P], R], /) -> SyncMap[T, P, R, Results[R]]: ...
+def opmap(function: Plain[T, P, R], /) -> SyncMap[T, P, R, Results[R]]: ...
 @overload
 def opmap(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # False is a bool too
     *, batch_size: int, return_exceptions: Literal[False], **options: Unpack[OpmapOptions]
