@@ -878,22 +878,6 @@ def test_a_damaged_database_can_be_cleared(disk_backend):
     assert [f(1), f(1), f.stats.attempts, f.stats.cache_errors] == [[1], [1], 2, 0]
 
 
-def test_a_database_that_another_process_has_made_anew_is_not_removed(disk_backend):
-    options = own(disk_backend)
-    others = {**options, "cache_options": {**options["cache_options"], "maxsize": 5}}
-    f, g = (opero.opero(**each)(lambda x: [x]) for each in (options, others))
-    f(1)
-    for path in disk_backend.databases():
-        path.unlink()
-    assert g(1) == [1]
-    damage = sqlite3.DatabaseError()
-    damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-    f.__opero__.plan.cache.store.failed(damage)
-    assert len(disk_backend.databases()) == 1
-    f.cache_clear()
-    assert [g(1), g.stats.attempts] == [[1], 2]
-
-
 def test_a_folder_that_vanishes_costs_no_call(world, disk_backend, warnings):
     import shutil
 

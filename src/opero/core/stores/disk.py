@@ -236,14 +236,12 @@ class DiskStore(LastingStore):
             self.rest.begin(error)
 
     def _take_away(self) -> None:
-        """Remove the database, unless another process has done it: whoever opens it next makes it anew."""
+        """Remove the database: whoever opens it next makes it anew. Others who have it open find that it is gone."""
         with self._lock, contextlib.suppress(OSError):
-            was_open = self._connection is not None
             self._disconnect()
             with held_private_folder(self.settings.disk_folder(), self._name, _OPTION) as folder:
-                if not was_open or self._seen == self._as_it_lies():
-                    for suffix in ("", "-wal", "-shm"):
-                        (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
+                for suffix in ("", "-wal", "-shm"):
+                    (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
 
     def delete(self, key: bytes) -> bool:
         def remove(connection: sqlite3.Connection) -> bool:
