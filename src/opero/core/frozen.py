@@ -27,9 +27,6 @@ class Frozen:
     def __setattr__(self, name: str, _value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be changed")
 
-    def __delattr__(self, name: str) -> None:
-        self.__setattr__(name, None)
-
     def _values(self) -> tuple[Any, ...]:
         return tuple([getattr(self, name) for name in self.names])
 
