@@ -208,8 +208,9 @@ def _digest_function(
             return spelling_of(value)
         except UncacheableError as error:
             msg = (
-                f"argument {parameter!r} of {function} cannot be part of a cache key: {error}; leave it out by Cache("
-                f"ignore={parameter!r}), or give cache_key=, a function of the same arguments that returns the key"
+                f"argument {parameter!r} of {function} cannot be part of a cache key: {error}; give its class a method "
+                "__cache_key__ that returns what tells it from others, or give cache_key=, a function of the same "
+                f"arguments that returns the key, or write Cache(ignore={parameter!r}) if no result depends on it"
             )
             raise MisuseError(msg) from error
 
