@@ -80,7 +80,9 @@ class _Server:
         # Not to none in between: somebody else may be about to start a process.
         server.update((name, value) for name, value in vars(made).items() if name not in {"_lock", "_inherited_fds"})
         self._pid = server["_forkserver_pid"]
-        self._files = _changes(_files_that_may_change())
+        named = [_attributes(module).get("__file__") for module in list(sys.modules.values())]
+        files = [Path(file) for file in named if isinstance(file, str)]
+        self._files = _changes(f for f in files if not (_INSTALLED.intersection(f.parts) or f.is_relative_to(_PYTHON)))
         self._environ = _environ()
 
     def _let_go(self) -> None:
@@ -142,12 +144,6 @@ def _attributes(module: Any) -> dict[str, Any]:
 
 def _environ() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _ALWAYS_NEW}
-
-
-def _files_that_may_change() -> list[Path]:
-    named = [_attributes(module).get("__file__") for module in list(sys.modules.values())]
-    files = [Path(file) for file in named if isinstance(file, str)]
-    return [file for file in files if not (_INSTALLED.intersection(file.parts) or file.is_relative_to(_PYTHON))]
 
 
 def _changes(files: Iterable[Path]) -> dict[Path, tuple[int, int]]:

@@ -93,9 +93,10 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
         if self._origin is not None:
             return self._origin
         module, name = self.__dict__["__module__"], self.__dict__["__qualname__"]
-        # What the main module has is known to other processes if those of multiprocessing are meant, and not if
-        # somebody pickles functions by value.
-        if find_by_name(module, name) is self and not (module == "__main__" and _is_pickled_by_value()):
+        # What the main module has is known to other processes if those of multiprocessing are meant, and not if a
+        # pickler is at work that sends functions by value: pickle does not tell who asks.
+        is_own = module == "__main__" and any({"cloudpickle", "dill"} & {*m.split(".")} for m in _modules_of_callers())
+        if find_by_name(module, name) is self and not is_own:
             return name
         return _made_again, (*self._decoration.recipe, self.__dict__["__wrapped__"])
 
@@ -419,8 +420,3 @@ def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:
 
 def _made_again(factory: Callable[..., Any], options: dict[str, Any], function: Callable[..., Any]) -> Any:
     return factory(**options)(function)
-
-
-def _is_pickled_by_value() -> bool:
-    """Whether a pickler is at work here that sends functions by value: pickle does not tell who asks."""
-    return any({"cloudpickle", "dill"} & {*name.split(".")} for name in _modules_of_callers())
