@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import queue
 import sys
 import threading
 from types import NoneType
@@ -205,26 +204,23 @@ class _Bounded:
 
     def _connect(self) -> Any:
         """Connect in a thread, which is left alone if that takes too long: nothing bounds how a name is looked up."""
-        made: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        made: list[Any] = []
 
         def connect() -> None:
             try:
-                made.put(outer())
+                made.append(outer())
             except Exception as error:  # noqa: BLE001 - told below
-                made.put(error)
+                made.append(error)
 
         outer = super()._connect  # type: ignore[misc]  # of a class of connections
         thread = threading.Thread(target=connect, name="opero-connecting", daemon=True)
         thread.start()
-        try:
-            got = made.get(timeout=max(0.0, self.time_left()))
-        except queue.Empty:
-            raise TimeoutError from None
-        # No fork is to find it.
-        thread.join()
-        if isinstance(got, Exception):
-            raise got
-        return _BoundedSocket(got, self)
+        thread.join(max(0.0, self.time_left()))
+        if not made:
+            raise TimeoutError
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return _BoundedSocket(made[0], self)
 
 
 class _BoundedSocket:
