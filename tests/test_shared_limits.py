@@ -551,7 +551,7 @@ def test_a_new_rate_reaches_those_who_wait(scope, name):
     limiter = RateLimiter("1/hour", max_burst=1, name=name, **scope)
     limiter.acquire()
     waiting = started(limiter.acquire)
-    until(lambda: limiter.expected_wait() > 3_000)
+    until(lambda: limiter.limit.expected_wait() > 3_000)
     limiter.rate = 1_000
     assert waiting.result(SECONDS)
 

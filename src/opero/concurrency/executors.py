@@ -33,6 +33,7 @@ from opero.concurrency.pool import default_workers
 from opero.concurrency.transport import Packer, pack_report, unpack_batch
 from opero.concurrency.worker import SLOW_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.checks import kind_of, shown
+from opero.core.frozen import itself
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
@@ -99,7 +100,7 @@ class ExecutorPool(FarPool):
         self._executor, self._is_near = executor, None
         self._size = self._most or getattr(executor, "_max_workers", None) or default_workers("process")
         self._probe = object()
-        self._launch(None, _echo, self._probe)
+        self._launch(None, itself, self._probe)
 
     def submit(self, batch: Batch) -> None:
         self._pending.append(batch)
@@ -245,10 +246,6 @@ def _refused(name: str, error: Exception) -> OperoError:
 
 
 # In the workers
-
-
-def _echo(probe: Any) -> Any:
-    return probe
 
 
 def _run(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:

@@ -115,7 +115,6 @@ class RateLimiter:
         # Of the values of ``per``, at the same rate and as long paused.
         self.per_value: PerValue[Line] = PerValue(lambda value: limit.another(gate_of(value)))
         self.take_now = limit.take_now
-        self.expected_wait = limit.expected_wait
 
     @property
     def names(self) -> tuple[str, ...]:

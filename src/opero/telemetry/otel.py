@@ -130,7 +130,9 @@ class _Instrument:
     def _end(self, done: CallDone) -> None:
         span, context, token = self._live.pop(done.call)
         try:
-            outcome = _outcome(done)
+            outcome = {"opero.outcome": outcome_of(done)}
+            if done.error is not None and not done.cancelled:
+                outcome["error.type"] = type_name(done.error)
             span.set_attributes({**outcome, "opero.attempts": done.attempts, "opero.cached": done.cached})
             if done.error is not None and span.is_recording():
                 span.set_status(trace.StatusCode.ERROR)
@@ -146,8 +148,3 @@ class _Instrument:
 
 def _function(event: Event) -> dict[str, str | int | float | bool]:
     return {"code.function.name": function_name(event)}
-
-
-def _outcome(done: CallDone) -> dict[str, str | int | float | bool]:
-    error = {} if done.error is None or done.cancelled else {"error.type": type_name(done.error)}
-    return {"opero.outcome": outcome_of(done), **error}
