@@ -119,20 +119,17 @@ class Pool:
         is_far: Whether its workers are on a cluster: longer batches, of which some wait there for each of its slots.
         can_rest: Whether its workers can run one map after the other.
         can_kill: Whether a worker can be stopped while it runs a batch.
+        largest_batch: Items that may be sent in one go now.
         deliver: Leaves an event where the map finds it, from any thread.
     """
 
     is_far = can_rest = can_kill = False
+    largest_batch = 1
     deliver: Callable[[Any], None]
 
     @property
     def slots(self) -> int:
         """Batches that can run at the same time."""
-        return 1
-
-    @property
-    def largest_batch(self) -> int:
-        """Items that may be sent in one go now."""
         return 1
 
     @property

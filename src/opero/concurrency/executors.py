@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from opero.concurrency.inbox import Inbox
     from opero.core.steps import TimeLimit
 
-# After a crash the items of a batch run one by one, with nothing beside them.
-LARGEST_BATCH = 1_000
 # An executor that breaks so often in a row, with nothing of the map in it, does not do so by accident.
 MOST_STILLBIRTHS = 3
 # Work up to this size goes along with every batch; larger work goes only to workers that ask for it.
@@ -55,6 +53,8 @@ class ExecutorPool(FarPool):
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
     is_far = False
+    # After a crash the items of a batch run one by one, with nothing beside them.
+    largest_batch = 1_000
 
     def __init__(self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor]) -> None:
         self._mode: Any = mode
@@ -74,10 +74,6 @@ class ExecutorPool(FarPool):
         if self._executor is None:
             return 0 if self._is_paced else 1
         return 0 if self._is_near is None else self._size
-
-    @property
-    def largest_batch(self) -> int:
-        return LARGEST_BATCH
 
     def begun(self, batch: Batch) -> int | None:
         """Known of workers that share memory with this process."""

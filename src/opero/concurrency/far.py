@@ -30,7 +30,6 @@ CONNECTING_SECONDS = 5.0
 ENDING_SECONDS = 5.0
 # Without a worker that has what the items need, a warning is given.
 _WARNING_SECONDS = 30.0
-LARGEST_BATCH = 10_000
 
 
 class FarPool(Pool):
@@ -41,6 +40,7 @@ class FarPool(Pool):
     """
 
     is_far = can_rest = True
+    largest_batch = 10_000
     engine = ""
     _packer = Packer()
 
@@ -53,10 +53,6 @@ class FarPool(Pool):
         self._roomless_since: float | None = None
         self.take_on(work)
         self.rest()
-
-    @property
-    def largest_batch(self) -> int:
-        return LARGEST_BATCH
 
     def take_on(self, work: Work) -> None:
         self._packed = self._packer.start((work, None, (), None))

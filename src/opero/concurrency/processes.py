@@ -153,7 +153,7 @@ class ProcessPool(Pool):
         return count
 
     @property
-    def largest_batch(self) -> int:
+    def largest_batch(self) -> int:  # type: ignore[override]  # here it is not always the same
         """Items that may be sent in one go now: as many as whichever worker gets them may still run."""
         most = min(LARGEST_BATCH if self._at_once == 1 else 1, self._most_items)
         for worker in self._workers:

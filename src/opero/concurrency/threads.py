@@ -25,6 +25,8 @@ class ThreadPool(Pool):
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
     can_rest = True
+    # Items are held by reference, so a batch of large ones costs memory only for as long as they live.
+    largest_batch = 128
 
     def __init__(
         self,
@@ -50,11 +52,6 @@ class ThreadPool(Pool):
     @property
     def slots(self) -> int:
         return self._workers
-
-    @property
-    def largest_batch(self) -> int:
-        # Items are held by reference, so a batch of large ones costs memory only for as long as they live.
-        return 128
 
     def take_on(self, work: Work) -> None:
         # What the threads run, and the context variables of whoever called it.
