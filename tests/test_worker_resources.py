@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import multiprocessing
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ import pytest
 from leftovers import surroundings
 
 from opero import OperoError, WorkerCrashedError, opmap
-from opero.concurrency import processes
+from opero.concurrency import processes, system
 from opero.core import CallTimeoutError
 
 PATIENCE = 60.0
@@ -374,3 +375,7 @@ def test_a_map_outlives_that_all_its_workers_are_killed_before_they_are_ready(tm
     hooks = {"initializer": end_if_it_is_one_of_the_first, "initargs": (count, tmp_path)}
     mapped = opmap(workers=count, progress=False, pool_options={"start_method": "fork", **hooks})(abs)
     assert mapped(range(count)) == list(range(count))
+
+
+def test_a_process_that_another_thread_is_just_starting_is_not_waited_for():
+    system.end([multiprocessing.Process(target=time.sleep, args=(PATIENCE,))])

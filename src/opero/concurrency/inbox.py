@@ -78,7 +78,9 @@ class BlockingInbox(_Events):
         finally:
             self._waits = False
         for pipe in ready:
-            self._heard[pipe]()
+            # The pool of a thread that maps while the program ends may have ended.
+            if pipe in self._heard:
+                self._heard[pipe]()
         return bool(self._events)
 
     def close(self) -> None:

@@ -246,13 +246,14 @@ class ProcessPool(Pool):
 
     def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:  # noqa: ARG002 - it does not take long
         """End idle workers in peace and the others by force; nothing of the pool is left."""
-        self.rest()
         if self._multi_pool is not None:
             atexit.unregister(self._end_workers)
             self._multi_pool.__exit__(None, None, None)
             self._multi_pool = None
 
     def _end_workers(self) -> None:
+        # Also for a thread that still maps while the program ends.
+        self.rest()
         idle, busy, pipes = [], [], []
         for worker in self._workers:
             pipes.append(worker.pipe)
@@ -306,10 +307,10 @@ class ProcessPool(Pool):
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
             shared = arena(4)
             worker = Worker(ours, memoryview(shared.buffer).cast("I"), self._most_items)
+            args = theirs, shared, self._start, self._threads, self._at_once
+            worker.process = context.Process(target=serve, args=args, daemon=False)
             self._workers.append(worker)
             try:
-                args = theirs, shared, self._start, self._threads, self._at_once
-                worker.process = context.Process(target=serve, args=args, daemon=False)
                 worker.process.start()
             except BaseException:
                 self._workers.remove(worker)

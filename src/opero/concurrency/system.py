@@ -69,7 +69,8 @@ def _wait_for(processes: list[Any], seconds: float, meanwhile: Callable[[], obje
 
 
 def _runs(process: Any) -> bool:
-    if process.exitcode is not None:
+    # A thread of a program that ends may just be starting it.
+    if process.pid is None or process.exitcode is not None:
         return False
     if os.name == "posix":
         try:
