@@ -264,6 +264,28 @@ def test_a_cancelled_hit_does_no_harm(redis_backend):
     asyncio.run(main())
 
 
+def test_an_event_loop_that_is_held_up_says_nothing_of_the_server(redis_backend, monkeypatch):
+    from opero.core import redis_server
+
+    async def double(x):
+        return 2 * x
+
+    f = opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(double)
+
+    async def main():
+        await f(1)
+        await f(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(redis_server, "ANSWER_SECONDS", 0.9)
+            asked = asyncio.ensure_future(f(1))
+            await asyncio.sleep(0)
+            time.sleep(1.2)  # noqa: ASYNC251 - as a slow computation in the loop
+            return await asked, await f(1)
+
+    assert asyncio.run(main()) == (2, 2)
+    assert [f.stats.attempts, f.stats.cache_errors] == [1, 0]
+
+
 def test_a_server_that_goes_away_costs_an_event_loop_little(own_redis):
     async def double(x):
         return 2 * x

@@ -32,6 +32,8 @@ redis.Redis().connection_pool.make_connection()
 CONNECT_SECONDS = 0.5
 READ_SECONDS = 0.7
 ANSWER_SECONDS = 1.9
+# An event loop that looks so much later was held up by something else.
+_LATE = 0.1
 # Of one event loop at once; of threads there are as many as threads in the middle of commands.
 _CONNECTIONS = 32
 
@@ -110,9 +112,16 @@ class Server:
             await anext(closing)
         client, places, _ = self._async_clients[loop]
         # Not by a pool that lets tasks wait by itself, which takes a third of the time of a command.
-        async with places, asyncio.timeout(ANSWER_SECONDS):
-            entry: bytes | None = await client.get(key)
-            return entry
+        async with places:
+            began = loop.time()
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    entry: bytes | None = await client.get(key)
+                    return entry
+            except (TimeoutError, redis.RedisError) as error:
+                if loop.time() - began > ANSWER_SECONDS + _LATE:
+                    raise RuntimeError("the event loop was held up, so that nothing is known of the server") from error
+                raise
 
     async def _closing_at_the_end(self, loop: Any, client: Any) -> AsyncGenerator[None, None]:
         try:
