@@ -11,6 +11,7 @@ import textwrap
 import pytest
 
 from opero import OperoError, configure_logging, opero
+from opero.telemetry.lines import log_events
 from opero.utils import logging as opero_logging
 
 # A program's view, in a process of its own: `fail()` is a call that opero has something to say about.
@@ -307,6 +308,14 @@ def test_a_logger_of_the_standard_library_gets_the_messages(world, fake_clock, a
         ("app", logging.DEBUG, "fail failed, next round in 2 s"),
         ("app", logging.WARNING, "fail failed after 2 attempts in 2 s"),
     ]
+
+
+def test_it_gets_each_message_whole_because_not_all_loggers_fill_in_arguments(fake_clock, app_log):
+    with log_events(logging.getLogger("app")), pytest.raises(ValueError, match="text"):
+        opero(retries=1)(lambda text: [int(text)])("text")
+    told = [(record.msg, record.args) for record in app_log.records if record.name == "app"]
+    assert len(told) == 6
+    assert all("lambda" in text and not arguments for text, arguments in told)
 
 
 def test_it_gets_no_messages_below_the_level(app_log):

@@ -58,11 +58,7 @@ def log_events(level: str | StandardLogger = "INFO", *, to: StandardLogger | Non
         number = LEVELS[name]
         if text and number >= threshold:
             item = "" if event.index is None else f", item {event.index}"
-            line = f"{function_name(event)} (call {event.call}{item}) {text}"
-            if to is None:
-                logger.log(name, "{}", line)
-            else:
-                logger.log(number, "%s", line)
+            logger.log(name if to is None else number, f"{function_name(event)} (call {event.call}{item}) {text}")
 
     return on_event(write)
 

@@ -75,7 +75,7 @@ def log(level: str, message: str, *values: object) -> None:
         if number < _threshold:
             return
         if standard:
-            standard[0].log(number, "%s", message.format(*values), stacklevel=2)
+            standard[0].log(number, message.format(*values))
         elif (logger := _listening_logger()) is not None:
             # loguru asks for the text where opero is enabled and a sink takes the level.
             logger.opt(lazy=True).log(level, "{}", lambda: message.format(*values))
