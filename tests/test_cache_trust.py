@@ -443,6 +443,12 @@ def test_a_name_that_nobody_resolves_in_time_costs_two_seconds_in_all(world, mon
     is_over.set()
 
 
+def test_a_url_whose_query_cannot_be_meant_is_refused_when_decorating():
+    with pytest.raises(ValueError, match="socket_timeout") as refused:
+        opero(cache=Cache(backend="redis", url="redis://me:secret@127.0.0.1/0?socket_timeout=soon"))(lambda x: x)
+    assert "secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize("answer", [b":5\r\n", b"*3\r\n:1\r\n:2\r\n:3\r\n", b"#t\r\n", b"%1\r\n+a\r\n:1\r\n"])
 def test_what_no_redis_would_answer_costs_the_cache_and_not_the_call(world, answer):
     with Answering(answer) as server:

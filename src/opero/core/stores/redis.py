@@ -63,7 +63,8 @@ class RedisStore(LastingStore):
         prefix = f"{slug(settings.options['folder_name'])}:{slug(namespace)}"
         super().__init__(f"the redis cache {prefix}", settings)
         self._prefix = prefix.encode()
-        self._server: Server | None = None
+        # Shared, and connected to by the first command.
+        self.server = self._find_server()
         self.after_fork()
         watch_forks(self)
 
@@ -73,15 +74,6 @@ class RedisStore(LastingStore):
         self._dropped: queue.SimpleQueue[Flight] = queue.SimpleQueue()
         self._lock = threading.RLock()
         self._keeper: threading.Thread | None = None
-
-    @property
-    def server(self) -> Server:
-        """The server, which is connected to when it is asked for something."""
-        # No `cached_property`, whose lock of Python 3.11 a forked child would wait for. Two that come at once find one.
-        server = self._server
-        if server is None:
-            self._server = server = self._find_server()
-        return server
 
     def _find_server(self) -> Server:
         client, url = (self.settings.options[name] for name in ("client", "url"))
@@ -109,8 +101,8 @@ class RedisStore(LastingStore):
         return entry
 
     async def fetch(self, key: bytes) -> tuple[Any] | None:
-        """As `look_up`, in the running event loop; None as long as nothing is open, which takes long."""
-        if self._server is None or not self.server.has_async_client or self.rest.reason() is not None:
+        """As `look_up`, in the running event loop."""
+        if not self.server.has_async_client or self.rest.reason() is not None:
             return None
         try:
             entry = await self.server.get_async(self._names(key)[0])
@@ -160,7 +152,7 @@ class RedisStore(LastingStore):
         return len({key for key in self._keys() if not key.endswith(b":lease")})
 
     def close(self) -> None:
-        self._server = None
+        """The server's connections are closed with the last who use it."""
 
     def _have_keeper(self) -> None:
         if sys.is_finalizing():

@@ -178,9 +178,13 @@ class CacheSettings:
             from opero.core.stores.disk import DiskStore
 
             return DiskStore
+        from opero.core.redis_server import server_at
         from opero.core.stores.redis import RedisStore
 
-        if self.options["client"] is None and self.options["url"] is None:
+        if self.options["url"] is not None:
+            # What its query says is read now, and refused when decorating.
+            server_at(self.options["url"])
+        elif self.options["client"] is None:
             # Its settings say where the server is.
             importlib.import_module("opero.core.stores.twat")
         return RedisStore
