@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import atexit
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import multiprocessing
 import multiprocessing.util
@@ -23,6 +25,7 @@ import warnings
 import weakref
 from pathlib import Path
 
+import attrs
 import cloudpickle
 import numpy as np
 import pytest
@@ -877,6 +880,61 @@ def test_a_class_made_in_a_function_is_one_class_in_all_processes(method):
     shape, error = work([Shape(), None])
     assert (type(shape), type(error)) == (Shape, ShapeError)
     assert work.stats.attempts == 3
+
+
+def with_slots():
+    class Point:
+        __slots__ = ("x",)
+
+        def __init__(self, x):
+            self.x = x
+
+    return Point
+
+
+def with_slots_of_dataclasses():
+    @dataclasses.dataclass(slots=True, weakref_slot=True)
+    class Point:
+        x: int
+
+    return Point
+
+
+def with_slots_of_attrs():
+    @attrs.define
+    class Point:
+        x: int
+
+    return Point
+
+
+def with_slots_below_others():
+    class Named(abc.ABC):
+        __slots__ = ("__name", "__weakref__", "_x")
+
+        @abc.abstractmethod
+        def name(self): ...
+
+    @dataclasses.dataclass(frozen=True, slots=True)
+    class Point(Named):
+        x: int
+
+        def name(self): ...
+
+    return Point
+
+
+@every_method
+@pytest.mark.parametrize("make", [with_slots, with_slots_of_dataclasses, with_slots_of_attrs, with_slots_below_others])
+def test_instances_of_a_class_with_slots_come_back(method, make):
+    cls = make()
+
+    def move(point):
+        return hasattr(point, "__dict__"), cls(point.x + 1)
+
+    ((has_more, point),) = mapped(move, method)([cls(1)])
+    assert not has_more
+    assert (type(point), point.x) == (cls, 2)
 
 
 def raise_modelled(_item):

@@ -18,6 +18,7 @@ import pickle
 import threading
 import traceback
 import weakref
+from abc import ABCMeta
 from collections import ChainMap
 from collections.abc import Mapping
 from functools import partial
@@ -123,6 +124,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         state, *_, set_state = by_value
         its_id = its[-2]
         where = (cls.__base__, id(cls), cls.__qualname__)
+        if type(cls) in {type, ABCMeta} and "__slots__" in vars(cls):
+            # cloudpickle (3.1.3) makes it without, and its instances, which have a `__dict__` then, do not come back.
+            its[-3]["__slots__"] = vars(cls)["__slots__"]
         if self._is_answer and its_id in _arrived:
             return _class_by_value, (its_id, where)
         _classes[its_id] = cls
