@@ -382,7 +382,7 @@ def test_time_does_not_run_back_at_the_end(world):
     with instant():
         for _ in range(100):
             limiter.acquire()
-    assert limiter.expected_wait() <= 61
+    assert limiter.limit.expected_wait() <= 61
 
 
 def test_waits_are_real_again_at_the_end_of_the_outermost(world):
@@ -398,7 +398,7 @@ def test_who_waits_for_a_shared_limit_when_the_block_begins_goes_on_with_that_of
     limiter = RateLimiter("1/minute", scope="machine", name="n", folder=str(tmp_path), max_burst=1)
     limiter.acquire()
     waiting = started(limiter.acquire)
-    until(lambda: limiter.expected_wait() > 100)
+    until(lambda: limiter.limit.expected_wait() > 100)
     with instant():
         limiter.rate = "2/minute"  # wakes who waits
         assert waiting.result(SECONDS)
@@ -587,7 +587,8 @@ def frozen_time(monkeypatch):
     importlib.import_module("opero.concurrency.scheduler")
     told = dict.fromkeys(("monotonic", "perf_counter", "time"), lambda: 5.0)
     frozen = {time: types.SimpleNamespace(**vars(time) | told)} | {getattr(time, name): told[name] for name in told}
-    for module in [module for name, module in sys.modules.items() if name.startswith("opero")]:
+    names = [name for name in sys.modules if name.startswith("opero")]
+    for module in [sys.modules[name] for name in [*names, "asyncio.base_events"]]:
         for name, value in [*vars(module).items()]:
             if isinstance(value, (types.ModuleType, types.BuiltinFunctionType)) and value in frozen:
                 monkeypatch.setattr(module, name, frozen[value])

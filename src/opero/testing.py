@@ -96,7 +96,8 @@ class _VirtualTime:
             if self._look(_PATIENCE) >= moment:
                 event.set()
             else:
-                loop.call_later(_PATIENCE, look)
+                # Not in so many seconds: freezegun stops the time of event loops, too.
+                loop.call_soon(look)
 
         with self._waiting(seconds) as moment:
             look()
