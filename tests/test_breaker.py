@@ -358,7 +358,7 @@ def hourly(request, tmp_path):
 
 def waits_in(limit, places):
     """Whether so many callers are in the limit's line."""
-    return limit.expected_wait() > 0 and len(limit.limit.waiting) == places
+    return limit.limit.expected_wait() > 0 and len(limit.limit.waiting) == places
 
 
 def test_threads_that_wait_for_a_slot_fail_as_soon_as_the_circuit_opens(hourly):
@@ -479,7 +479,7 @@ def test_a_slot_that_nobody_waits_for_any_more_is_left_to_others():
     until(lambda: waits_in(limit, 3))
     go_on.set()
     errors(calls)
-    assert 0 < limit.expected_wait() <= 3_600
+    assert 0 < limit.limit.expected_wait() <= 3_600
 
 
 def test_who_waits_for_the_slot_of_a_candidate_goes_on_to_the_next_when_it_is_shut_off():

@@ -256,7 +256,7 @@ def test_ctrl_c_during_the_wait_for_a_slot_gives_the_place_back(fake_clock, ctrl
     line = function.__opero__.plan.limit.limiter
 
     def interrupt():
-        until(lambda: line.expected_wait() > 1)
+        until(lambda: line.limit.expected_wait() > 1)
         ctrl_c()
 
     thread = threading.Thread(target=interrupt, daemon=True)
@@ -278,7 +278,7 @@ def test_a_task_cancelled_in_the_wait_for_a_slot_gives_the_place_back(fake_clock
         await function()  # the slot of this second, which does not pass by itself
         task = asyncio.create_task(function())
         await asyncio.sleep(0)
-        assert function.__opero__.plan.limit.limiter.expected_wait() > 1
+        assert function.__opero__.plan.limit.limiter.limit.expected_wait() > 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -87,7 +87,7 @@ def test_those_who_wait_for_a_quota_start_in_order_when_it_comes(fake_clock):
 def test_a_quota_counts_for_the_wait_that_is_foretold(fake_clock):
     limiter = RateLimiter([10, "3/minute"])
     starts_of(limiter, fake_clock, 1)
-    assert limiter.expected_wait() == pytest.approx(59, abs=0.01)
+    assert limiter.limit.expected_wait() == pytest.approx(59, abs=0.01)
 
 
 def test_a_call_that_would_wait_for_a_quota_too_long_fails_at_once(world, fake_clock):
@@ -477,7 +477,7 @@ def test_those_in_line_wait_for_the_pause_and_keep_their_order(fake_clock):
     tickets = [ticket_of(limiter) for _ in range(3)]
     assert polled(tickets) == 0
     exhaust(limiter.limit.pause(5))
-    assert limiter.expected_wait() >= 5
+    assert limiter.limit.expected_wait() >= 5
     fake_clock.tick(4.9)
     assert polled(tickets) == 0
     fake_clock.tick(0.11)
@@ -633,7 +633,7 @@ def test_a_thread_that_waits_is_let_through_by_a_new_rate():
     limiter = RateLimiter("1/hour")
     limiter.acquire()
     waiting = started(limiter.acquire)
-    until(lambda: limiter.expected_wait() > 3_600)
+    until(lambda: limiter.limit.expected_wait() > 3_600)
     limiter.rate = 100
     assert waiting.result(SECONDS)
 
@@ -682,7 +682,7 @@ def test_a_small_quota_that_is_set_while_callers_wait_breaks_nothing(fake_clock)
     limiter.rate = [10, "1/minute"]
     fake_clock.tick(1)
     assert polled(tickets) == 1
-    assert limiter.expected_wait() > 100
+    assert limiter.limit.expected_wait() > 100
     assert tickets[3].due_in() > 0
     for _ in range(3):
         fake_clock.tick(61)
@@ -695,7 +695,7 @@ def test_acquire_gives_up_as_soon_as_its_slot_will_be_late(news):
     limiter = RateLimiter(2, max_burst=1)
     limiter.acquire()
     waiting = started(lambda: limiter.acquire(timeout=60))
-    until(lambda: limiter.expected_wait() > 0.5)
+    until(lambda: limiter.limit.expected_wait() > 0.5)
     if news == "lower":
         limiter.rate = "1/hour"
     else:
@@ -716,7 +716,7 @@ def test_a_call_gives_up_as_soon_as_another_one_is_told_to_wait_for_longer(world
     told = started(world.run, f, "told")
     until(lambda: f.stats.attempts == 1)
     waiting = started(world.run, f, "waits")
-    until(lambda: f.__opero__.plan.limit.limiter.expected_wait() > 1)
+    until(lambda: f.__opero__.plan.limit.limiter.limit.expected_wait() > 1)
     gate.set()
     assert isinstance(waiting.exception(SECONDS), CallTimeoutError)
     assert isinstance(told.exception(SECONDS), BusyError)
@@ -847,7 +847,7 @@ def test_a_call_takes_what_it_costs(world, fake_clock):
 def test_a_cost_may_be_asked_of_a_call_that_names_its_arguments(world, fake_clock, cost):
     f = limited(world.define(lambda text: text), rate_limit={"tokens": 10}, rate_limit_cost=cost)
     assert world.run(f, text="x" * 10) == "x" * 10
-    assert f.__opero__.plan.limit.limiter.expected_wait() == pytest.approx(1)
+    assert f.__opero__.plan.limit.limiter.limit.expected_wait() == pytest.approx(1)
 
 
 def test_a_cost_is_asked_of_the_arguments_that_were_passed(world):
@@ -899,7 +899,7 @@ def test_a_cost_may_have_places_for_the_first_arguments_only(world, fake_clock, 
         rate_limit_cost={"tokens": cost},
     )
     assert world.run(f, "xx", "small") == "xx"
-    assert f.__opero__.plan.limit.limiter.expected_wait() == pytest.approx(0.2)
+    assert f.__opero__.plan.limit.limiter.limit.expected_wait() == pytest.approx(0.2)
 
 
 class WithoutSignature:
@@ -927,7 +927,7 @@ def test_a_cost_has_the_arguments_that_were_meant(world, fake_clock, cost, args,
 
     f = limited(world.define(f if args else g), rate_limit={"tokens": 10}, rate_limit_cost={"tokens": cost})
     assert world.run(f, *args, **kwargs) == "xx"
-    assert f.__opero__.plan.limit.limiter.expected_wait() == pytest.approx(0.2)
+    assert f.__opero__.plan.limit.limiter.limit.expected_wait() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
@@ -992,7 +992,7 @@ def test_a_cost_is_asked_for_once_for_each_attempt_and_corrected_by_it(world, fa
         world.run(f, text)
         assert asked.pop() == text
         assert not asked
-        assert f.__opero__.plan.limit.limiter.expected_wait() == pytest.approx(len(text) / 10)
+        assert f.__opero__.plan.limit.limiter.limit.expected_wait() == pytest.approx(len(text) / 10)
         fake_clock.tick(1)
 
 

@@ -593,7 +593,7 @@ def test_each_interval_serves_one_who_waits(fake_clock, rate_and_burst, events):
 def test_the_wait_of_the_next_is_foretold_within_one_interval(fake_clock, rate_and_burst, events):
     with Story(fake_clock, *rate_and_burst, all_look=True) as story:
         story.play(events)
-        foretold, now = story.limiter.expected_wait(), fake_clock.now()
+        foretold, now = story.limiter.limit.expected_wait(), fake_clock.now()
         ticket = ticket_of(story.limiter)
         while not ticket.poll():
             story.pass_time(1)
@@ -895,7 +895,7 @@ def test_a_blocking_caller_that_is_interrupted_gives_its_place_back(fake_clock):
         interrupter.result(SECONDS)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert limiter.expected_wait() == pytest.approx(3600)
+    assert limiter.limit.expected_wait() == pytest.approx(3600)
     fake_clock.tick(3600)
     assert limiter.take_now()
 
@@ -1033,7 +1033,7 @@ def test_those_in_line_count_for_the_wait(fake_clock, joined):
     limiter = RateLimiter(1)
     limiter.take_now()
     joined(limiter, 5)
-    assert limiter.expected_wait() == pytest.approx(6)
+    assert limiter.limit.expected_wait() == pytest.approx(6)
 
 
 def test_those_who_left_do_not_count_for_the_wait(fake_clock, joined):
@@ -1042,15 +1042,15 @@ def test_those_who_left_do_not_count_for_the_wait(fake_clock, joined):
     _first, *gone = joined(limiter, 100)
     for ticket in gone:
         ticket.leave()
-    assert limiter.expected_wait() == pytest.approx(2)
+    assert limiter.limit.expected_wait() == pytest.approx(2)
 
 
 def test_a_free_slot_has_no_wait(fake_clock):
     limiter = RateLimiter(1)
-    assert limiter.expected_wait() == 0
+    assert limiter.limit.expected_wait() == 0
     limiter.take_now()
     fake_clock.tick(5)
-    assert limiter.expected_wait() == 0
+    assert limiter.limit.expected_wait() == 0
 
 
 # Statistics
@@ -1244,7 +1244,7 @@ def test_a_new_rate_and_the_garbage_collector_leave_those_who_wait_in_line():
         await asyncio.gather(*[limiter.acquire_async() for _ in range(5)])
 
     waiting = [*[started(limiter.acquire) for _ in range(5)], started(asyncio.run, main())]
-    until(lambda: limiter.expected_wait() > 4)
+    until(lambda: limiter.limit.expected_wait() > 4)
     limiter.rate = 200
     gc.collect()
     results(waiting)
@@ -1274,7 +1274,7 @@ def test_waiters_that_cannot_look_hold_the_others_up_only_for_a_moment():
         await asyncio.gather(*tasks, return_exceptions=True)
 
     loop = started(asyncio.run, busy())
-    until(lambda: limiter.expected_wait() > 0.25)
+    until(lambda: limiter.limit.expected_wait() > 0.25)
     with Timed() as time_taken:
         for _ in range(50):
             limiter.acquire()

@@ -123,7 +123,7 @@ def test_waited_is_the_time_spent_on_the_rate_limit(world, fake_clock):
     world.run(function)  # takes the slot of this moment, in which the clock stands still
 
     def tick():
-        until(lambda: function.__opero__.plan.limit.limiter.expected_wait() > 0.02)
+        until(lambda: function.__opero__.plan.limit.limiter.limit.expected_wait() > 0.02)
         fake_clock.tick(0.02)
 
     with ThreadPoolExecutor(1) as pool:
