@@ -63,9 +63,9 @@ class CacheEngine(BaseCacheEngine[..., Any]):
         # Later, since twat-cache would make a folder by these settings, and log them.
         self._config, self._cache_path = settings.config(), getattr(store, "folder", None)
         self._ttl: Any = settings.ttl
-        self._store = store
+        # None once it is closed.
+        self._store: Store | None = store
         self._decorate = decorate
-        self._is_closed = False
 
     @classmethod
     def is_available(cls) -> bool:
@@ -119,12 +119,14 @@ class CacheEngine(BaseCacheEngine[..., Any]):
 
     def cleanup(self) -> None:
         """Close files and connections."""
-        self._is_closed = True
-        self._store.close()
+        if self._store is not None:
+            self._store.close()
+        # What a server's connections are open for is known by who uses them.
+        self._store = None
 
     @contextlib.contextmanager
     def _managed(self, what: str) -> Iterator[Store]:
-        if self._is_closed:
+        if self._store is None:
             raise OperoError("the cache engine is closed; use it inside of its `with` block")
         with managing(self._store, what):
             yield self._store
