@@ -124,7 +124,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         state, *_, set_state = by_value
         its_id = its[-2]
         where = (cls.__base__, id(cls), cls.__qualname__)
-        if type(cls) in {type, ABCMeta} and "__slots__" in vars(cls):
+        if type(cls) in {type, ABCMeta} and vars(cls).get("__slots__"):
             # cloudpickle (3.1.3) makes it without, and its instances, which have a `__dict__` then, do not come back.
             its[-3]["__slots__"] = vars(cls)["__slots__"]
         if self._is_answer and its_id in _arrived:
