@@ -163,17 +163,19 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at
         ending.callback(limit.start)
         _get_ready(parent, start, threads, ending)
         # An event loop that is half made, or a coroutine that has not begun, would complain of its end.
-        _let_sigterm(wait=parent.work.is_async and at_once > 1)
+        _let_signals(wait=parent.work.is_async)
         with runner_for(parent.work) as runner:
             if runner is not None and at_once > 1:
                 runner.run(_serve_together(parent))
             else:
+                _let_signals(wait=False)
                 _serve_batches(parent, runner)
 
 
-def _let_sigterm(*, wait: bool) -> None:
+def _let_signals(*, wait: bool) -> None:
+    """Those that end this process."""
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK if wait else signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK if wait else signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGIO})
 
 
 def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contextlib.ExitStack) -> None:
@@ -326,7 +328,7 @@ async def _serve_together(parent: Parent) -> None:
     """Run every batch, of one item, in a task of its own."""
     import asyncio
 
-    _let_sigterm(wait=False)
+    _let_signals(wait=False)
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[Any] = asyncio.Queue()
 
