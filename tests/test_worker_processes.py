@@ -698,6 +698,14 @@ def test_what_is_no_whole_piece_of_a_mapped_file_is_an_argument_too(tmp_path, me
     assert mapped(total_of, method)([0, 1], array=given) == [given.sum()] * 2
 
 
+@every_method
+def test_a_mapped_file_that_is_removed_is_an_argument_too(tmp_path, method):
+    file = np.memmap(tmp_path / "numbers", dtype="int64", mode="w+", shape=(1000,))
+    file[:] = range(1000)
+    (tmp_path / "numbers").unlink()
+    assert mapped(total_of, method)([0, 1], array=file) == [file.sum()] * 2
+
+
 def total_of(_item, *, array):
     return int(array.sum())
 

@@ -25,6 +25,7 @@ from functools import partial
 from importlib import import_module
 from multiprocessing.reduction import ForkingPickler
 from operator import attrgetter
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, NewType, ParamSpec, TypeVarTuple
 
@@ -153,7 +154,8 @@ def _reduce_memmap(array: Any) -> Any:
     while isinstance(whole.base, type(array)):
         whole = whole.base
     is_in_file = isinstance(whole.base, mmap.mmap) and array.filename is not None and array.mode != "c"
-    if not (is_in_file and array.size and array.flags.forc):
+    # A temporary file may be removed while it is mapped.
+    if not (is_in_file and array.size and array.flags.forc and Path(array.filename).exists()):
         return NotImplemented
     offset = whole.offset + array.ctypes.data - whole.ctypes.data
     order = "C" if array.flags.c_contiguous else "F"
