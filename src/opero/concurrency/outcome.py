@@ -99,6 +99,15 @@ class Outcome(Mapping[str, Any], Generic[T, R]):
         """Whether it failed, and has a default."""
         return self.error is not None and self._value is not MISSING
 
+    @property
+    def returned(self) -> R:
+        """What a single call would have returned: the default of an item that failed, if it has one.
+
+        Raises:
+            Exception: The item's `error`, if there is no default.
+        """
+        return self.result if self._value is MISSING else self._value
+
 
 # pandas and `dataclasses.asdict` would take it for one, and copy each result deeply.
 del Outcome.__dataclass_fields__
