@@ -96,13 +96,17 @@ async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
     with Hold():
         thread.start()
     interrupted: BaseException | None = None
-    while not ended.done():
-        try:
-            await asyncio.shield(ended)
-        except asyncio.CancelledError as error:
-            interrupted = interrupted or error
-            is_left = _is_cancelled_twice()
-    thread.join()
+    try:
+        while not ended.done():
+            try:
+                await asyncio.shield(ended)
+            except asyncio.CancelledError as error:
+                interrupted = interrupted or error
+                is_left = _is_cancelled_twice()
+    finally:
+        # Also if Python 3.11 closes this, after it has cancelled the `aclose` of a generator that had not begun.
+        if ended.done():
+            thread.join()
     if interrupted is not None:
         raise interrupted
     ended.result()
