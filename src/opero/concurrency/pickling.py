@@ -153,14 +153,15 @@ def _reduce_memmap(array: Any) -> Any:
     whole = array
     while isinstance(whole.base, type(array)):
         whole = whole.base
-    is_in_file = isinstance(whole.base, mmap.mmap) and array.filename is not None and array.mode != "c"
+    file: Any = array.filename
+    is_in_file = isinstance(whole.base, mmap.mmap) and file is not None and array.mode != "c"
     # A temporary file may be removed while it is mapped.
-    if not (is_in_file and array.size and array.flags.forc and Path(array.filename).exists()):
+    if not (is_in_file and array.size and array.flags.forc and Path(file).exists()):
         return NotImplemented
     offset = whole.offset + array.ctypes.data - whole.ctypes.data
     order = "C" if array.flags.c_contiguous else "F"
     mode = "r" if array.mode == "r" else "r+"
-    return type(array), (array.filename, array.dtype, mode, offset, array.shape, order)
+    return type(array), (file, array.dtype, mode, offset, array.shape, order)
 
 
 def _stays(large: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
