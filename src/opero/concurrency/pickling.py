@@ -153,10 +153,11 @@ def _reduce_memmap(array: Any) -> Any:
     whole = array
     while isinstance(whole.base, type(array)):
         whole = whole.base
-    file: Any = array.filename
-    is_in_file = isinstance(whole.base, mmap.mmap) and file is not None and array.mode != "c"
+    file = array.filename
+    if file is None or array.mode == "c" or not isinstance(whole.base, mmap.mmap):
+        return NotImplemented
     # A temporary file may be removed while it is mapped.
-    if not (is_in_file and array.size and array.flags.forc and Path(file).exists()):
+    if not (array.size and array.flags.forc and Path(file).exists()):
         return NotImplemented
     offset = whole.offset + array.ctypes.data - whole.ctypes.data
     order = "C" if array.flags.c_contiguous else "F"
