@@ -241,7 +241,11 @@ class DaskPool(FarPool):
     async def _greet(self, worker: _Worker) -> None:
         """Let a worker load the work."""
         there = [worker.address]
-        answers = await self._client.run(load_on_dask, self._digest, self._packed, workers=there, on_error="return")
+        try:
+            answers = await self._client.run(load_on_dask, self._digest, self._packed, workers=there, on_error="return")
+        except OSError:
+            # The way to the scheduler is broken, which is told soon.
+            return
         problem = answers.get(worker.address)
         if problem is None:
             worker.is_ready = True
