@@ -210,80 +210,68 @@ def test_more_threads_than_redis_py_has_connections_for_find_their_entries(redis
     assert [f(1), f.stats.hits] == [1, 2]
 
 
-def test_a_hit_in_an_event_loop_needs_no_thread(redis_backend, monkeypatch):
-    from opero.core import steps
-
+@pytest.fixture
+def doubled(redis_backend):
     async def double(x):
         return 2 * x
 
-    f = opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(double)
+    return opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(double)
+
+
+def test_a_hit_in_an_event_loop_needs_no_thread(doubled, monkeypatch):
+    from opero.core import steps
 
     async def main():
-        await f(1)
+        await doubled(1)
         monkeypatch.setattr(steps, "consult_async", None)
-        return [await f(1) for _ in range(5)], await asyncio.gather(*[f(1) for _ in range(200)])
+        return [await doubled(1) for _ in range(5)], await asyncio.gather(*[doubled(1) for _ in range(200)])
 
     one_by_one, at_once = asyncio.run(main())
     assert (one_by_one, at_once) == ([2] * 5, [2] * 200)
 
 
-def test_event_loops_one_after_the_other_and_side_by_side_find_the_same(redis_backend):
+def test_event_loops_one_after_the_other_and_side_by_side_find_the_same(doubled):
     from side_by_side import results, started
 
-    async def double(x):
-        return 2 * x
-
-    f = opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(double)
-
     async def main():
-        return [await f(n) for n in range(10)]
+        return [await doubled(n) for n in range(10)]
 
     for _ in range(3):
         assert asyncio.run(main()) == [2 * n for n in range(10)]
     assert results([started(asyncio.run, main()) for _ in range(4)]) == [[2 * n for n in range(10)]] * 4
-    assert f.stats.attempts == 10
+    assert doubled.stats.attempts == 10
 
 
-def test_a_cancelled_hit_does_no_harm(redis_backend):
-    async def double(x):
-        return 2 * x
-
-    f = opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(double)
-
+def test_a_cancelled_hit_does_no_harm(doubled):
     async def main():
         for n in range(5):
-            await f(n)
+            await doubled(n)
         for delay in range(30):
-            tasks = [asyncio.ensure_future(f(n)) for n in range(5)]
+            tasks = [asyncio.ensure_future(doubled(n)) for n in range(5)]
             await asyncio.sleep(delay / 20_000)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            assert await asyncio.gather(*[f(n) for n in range(5)]) == [2 * n for n in range(5)]
+            assert await asyncio.gather(*[doubled(n) for n in range(5)]) == [2 * n for n in range(5)]
 
     asyncio.run(main())
 
 
-def test_an_event_loop_that_is_held_up_says_nothing_of_the_server(redis_backend, monkeypatch):
+def test_an_event_loop_that_is_held_up_says_nothing_of_the_server(doubled, monkeypatch):
     from opero.core import redis_server
 
-    async def double(x):
-        return 2 * x
-
-    f = opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(double)
-
     async def main():
-        await f(1)
-        await f(1)
+        await doubled(1)
+        await doubled(1)
         with monkeypatch.context() as patch:
             patch.setattr(redis_server, "ANSWER_SECONDS", 0.9)
-            asked = asyncio.ensure_future(f(1))
+            asked = asyncio.ensure_future(doubled(1))
             await asyncio.sleep(0)
             time.sleep(1.2)  # noqa: ASYNC251 - as a slow computation in the loop
-            return await asked, await f(1)
+            return await asked, await doubled(1)
 
     assert asyncio.run(main()) == (2, 2)
-    assert [f.stats.attempts, f.stats.cache_errors] == [1, 0]
+    assert [doubled.stats.attempts, doubled.stats.cache_errors] == [1, 0]
 
 
 def test_a_server_that_goes_away_costs_an_event_loop_little(own_redis):
