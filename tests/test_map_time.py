@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import threading
 
 import pytest
 
-from opero import opero, opmap
+from opero import opmap
 
 PATIENCE = 20.0
 
@@ -81,20 +80,3 @@ def test_an_item_that_has_to_wait_for_years_holds_up_no_other(mode):
     )(work)
     with contextlib.closing(mapped.stream(range(5))) as stream:
         assert sorted(next(stream).result for _ in range(4)) == [0, 2, 3, 4]
-
-
-@pytest.mark.parametrize("mode", ["thread", "process"])
-def test_a_wait_that_is_no_number_fails_its_item_and_no_other(mode):
-    def work(item):
-        if item == 1:
-            raise LookupError
-        return item
-
-    options = {"retries": 1, "retry_options": {"wait": lambda _: math.nan}}
-    results = opmap(mode=mode, workers=2, progress=False, **options, return_exceptions=True)(work)(range(5))
-    error = results.pop(1)
-    assert isinstance(error, ValueError)
-    assert "nan" in str(error)
-    assert results == [0, 2, 3, 4]
-    with pytest.raises(ValueError, match="nan"):
-        opero(**options)(work)(1)

@@ -9,7 +9,6 @@ import inspect
 import math
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -899,7 +898,7 @@ def test_numbers_of_other_libraries_are_taken_for_what_they_are(world):
     decorated = opero(
         retries=np.int64(1),
         max_delay=np.int32(3),
-        total_timeout=Fraction(9, 2),
+        total_timeout=np.float32(4.5),
         retry_on=lambda _: np.float32(0),
         cache=Cache(ttl=lambda _: np.float32(5), maxsize=np.int64(9)),
         rate_limit=[np.int64(100), np.float32(200)],
@@ -926,7 +925,6 @@ def test_counts_of_a_map_may_be_numpys():
         {"retries": np.float64(1)},
         {"retries": np.timedelta64(5, "s")},
         {"min_delay": np.timedelta64(5, "ms")},
-        {"min_delay": np.array(1)},
         {"rate_limit": (np.int64(900), 15)},
         {"rate_limit": np.int64(0)},
     ],
@@ -940,6 +938,6 @@ def test_what_is_no_plain_number_of_numpys_is_refused(options):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("option", ["max_delay", "backoff_factor", "total_timeout", "rate_limit", "rate_limit_cost"])
 def test_a_number_too_large_for_a_float_is_out_of_range(option, sign):
-    options = {"rate_limit": 5, option: sign * Fraction(10**400)}
+    options = {"rate_limit": 5, option: sign * 10**400}
     with pytest.raises(ValueError, match="write"):
         opero(**options)(len)

@@ -30,7 +30,6 @@ from opero import (
     NEXT,
     AllFailedError,
     CircuitOpenError,
-    MisuseError,
     RejectedResultError,
     control,
     opero,
@@ -945,12 +944,6 @@ def test_what_retry_error_callback_raises_ends_the_call(world, fake_clock):
     raised = raised_by(world, function)
     assert isinstance(raised, ServiceDownError)
     assert raised.__context__ is error
-
-
-def test_retry_if_result_answers_yes_or_no(world):
-    function = opero(retry_if_result=lambda _: GIVE_UP)(world.define(lambda: 1))
-    with pytest.raises(MisuseError, match=r"answered with opero\.GIVE_UP; let it return True or False"):
-        world.run(function)
 
 
 def test_an_object_of_tenacitys_is_no_retry_on():

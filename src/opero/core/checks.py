@@ -5,7 +5,6 @@ An error says what came in, as far as it can be no secret, and what to write ins
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
@@ -99,31 +98,14 @@ def check_seconds(name: str, value: Any, *, zero: bool) -> float:
 
 
 def plain_number(value: Any) -> Any:
-    """A number of another class, such as NumPy's, as an int or float; anything else as it is."""
-    # Whoever makes such numbers has imported it.
-    numbers = sys.modules.get("numbers")
-    if isinstance(value, (int, float)) or numbers is None:
-        return value
-    try:
-        if isinstance(value, numbers.Integral):
-            return value.__index__()
-        return float(value) if isinstance(value, numbers.Real) else value
-    except (AttributeError, TypeError):
-        # A duration of NumPy's, which calls itself a number.
-        return value
-    except OverflowError:
-        # Above all that a float can be: infinite ones are out of range wherever a number is asked for.
-        return math.inf if value > 0 else -math.inf
+    """A number of NumPy's as an int or float, anything else as it is."""
+    is_number = getattr(getattr(value, "dtype", None), "kind", None) in {"i", "u", "f"}
+    return value.item() if is_number and value.shape == () else value
 
 
 def seconds_of(value: Any) -> Any:
     """A `datetime.timedelta` in seconds, anything else as `plain_number` gives it."""
-    value = plain_number(value)
-    if isinstance(value, (int, float)):
-        return value
-    from datetime import timedelta
-
-    return value.total_seconds() if isinstance(value, timedelta) else value
+    return value.total_seconds() if hasattr(value, "total_seconds") else plain_number(value)
 
 
 def check_number(name: str, value: Any, what: str, *, smallest: float, exclusive: bool = False) -> float:

@@ -9,7 +9,6 @@ imported.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -61,25 +60,18 @@ RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], 
 PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError, MemoryError)
 
 # What is raised to steer a framework, or when it ends a task: an answer, a message to its queue, and not a failure.
-_STEERING = {
-    "aiohttp.web_exceptions": {"HTTPException"},
-    "airflow.exceptions": {"AirflowFailException", "AirflowRescheduleException", "AirflowSkipException"},
-    "arq.worker": {"Retry", "RetryJob"},
-    "billiard.exceptions": {"SoftTimeLimitExceeded"},
-    "celery.exceptions": {"TaskPredicate"},
-    "click.exceptions": {"Abort", "ClickException", "Exit"},
-    "django.core.exceptions": {"BadRequest", "PermissionDenied", "SuspiciousOperation"},
-    "django.http.response": {"Http404"},
-    "dramatiq.errors": {"Retry"},
-    "huey.exceptions": {"CancelExecution", "RetryTask"},
-    "rest_framework.exceptions": {"APIException"},
-    "rq.timeouts": {"BaseTimeoutException"},
-    "starlette.exceptions": {"HTTPException", "WebSocketException"},
-    "tornado.web": {"Finish", "HTTPError"},
-    "typer.exceptions": {"Abort", "Exit", "TyperException"},
-    "unittest.case": {"SkipTest"},
-    "werkzeug.exceptions": {"HTTPException"},
-}
+_STEERING_CLASSES = """
+aiohttp.web_exceptions.HTTPException airflow.exceptions.AirflowFailException
+airflow.exceptions.AirflowRescheduleException airflow.exceptions.AirflowSkipException arq.worker.Retry
+arq.worker.RetryJob billiard.exceptions.SoftTimeLimitExceeded celery.exceptions.TaskPredicate
+click.exceptions.Abort click.exceptions.ClickException click.exceptions.Exit django.core.exceptions.BadRequest
+django.core.exceptions.PermissionDenied django.core.exceptions.SuspiciousOperation django.http.response.Http404
+dramatiq.errors.Retry huey.exceptions.CancelExecution huey.exceptions.RetryTask
+rest_framework.exceptions.APIException rq.timeouts.BaseTimeoutException starlette.exceptions.HTTPException
+starlette.exceptions.WebSocketException tornado.web.Finish tornado.web.HTTPError typer.exceptions.Abort
+typer.exceptions.Exit typer.exceptions.TyperException unittest.case.SkipTest werkzeug.exceptions.HTTPException
+"""
+_STEERING = frozenset(_STEERING_CLASSES.split())
 
 
 def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], ...]) -> bool:
@@ -93,12 +85,8 @@ def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], 
 
 def retry_unless_of_the_program(error: Exception) -> bool | Answer:
     """What stands for ``retry_on`` where it was not given."""
-    if matches(error, PROGRAM_ERRORS):
-        return GIVE_UP
-    for cls in type(error).__mro__:
-        if cls.__name__ in _STEERING.get(cls.__module__, ()):
-            return GIVE_UP
-    return True
+    is_steering = any(f"{cls.__module__}.{cls.__name__}" in _STEERING for cls in type(error).__mro__)
+    return GIVE_UP if is_steering or matches(error, PROGRAM_ERRORS) else True
 
 
 class RetryPolicy:
@@ -108,7 +96,6 @@ class RetryPolicy:
 
     Attributes:
         watches_every_attempt: Whether results may be rejected, or tenacity's ``before`` is told of every attempt.
-        tells_before: Whether it is.
     """
 
     def __init__(
@@ -124,52 +111,42 @@ class RetryPolicy:
         retry_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.retries = check_count("retries", retries, "extra rounds", smallest=0)
-        self.backoff_factor = check_number("backoff_factor", backoff_factor, "times", smallest=1)
-        self.min_delay = check_seconds("min_delay", min_delay, zero=True)
-        self.max_delay = check_seconds("max_delay", max_delay, zero=True)
-        if self.max_delay < self.min_delay:
-            raise ValueError(f"max_delay={max_delay!r} is below min_delay={min_delay!r}; write a max_delay that is not")
-        self.jitter = check_flag("jitter", jitter)
+        factor = check_number("backoff_factor", backoff_factor, "times", smallest=1)
+        shortest = check_seconds("min_delay", min_delay, zero=True)
+        longest = check_seconds("max_delay", max_delay, zero=True)
+        if longest < shortest:
+            raise ValueError(f"max_delay={longest!r} is below min_delay={shortest!r}; write a max_delay that is not")
+        check_flag("jitter", jitter)
         self.retry_on = retry_unless_of_the_program if retry_on is MISSING else retry_on
         _check_retry_on(self.retry_on)
         self.retry_if_result = retry_if_result
         self.options = check_mapping("retry_options", retry_options)
         _check_hooks(self.options, retry_if_result)
-        # Asked here, since tenacity before 9.2, which google-genai asks for, does not know it.
-        self._is_enabled = self.options.get("enabled", True)
-        self.tells_before = self.options.get("before") is not None
-        self.watches_every_attempt = self.tells_before or retry_if_result is not None or "retry" in self.options
+        self.watches_every_attempt = retry_if_result is not None or not {"before", "retry"}.isdisjoint(self.options)
+        self._retrying: Any = None
         # Of one round tenacity need not be asked whether there is another one.
-        self._retrying: Any = self._make_retrying() if retries or self.options else None
+        if retries or self.options:
+            self._retrying = self._make_retrying(factor, shortest, longest, jitter=jitter)
 
-    def _make_retrying(self) -> tenacity.Retrying:
+    def _make_retrying(self, factor: float, shortest: float, longest: float, *, jitter: bool) -> tenacity.Retrying:
         # Not at the top, so that `import opero` stays quick, and kept, see above.
+        import inspect
         import random
 
         import tenacity
 
         from opero.core.retry_error import RetryError
 
-        self._tenacity, self._random = tenacity, random.random
+        self._tenacity = tenacity
+        check_known("retry_options", self.options, inspect.signature(tenacity.Retrying).parameters)
         # Where the first delay is none, the exponential one would be the largest after a thousand rounds.
-        exponential = tenacity.wait_exponential(self.min_delay, self.max_delay, self.backoff_factor)
-        self._backoff = exponential if self.min_delay else tenacity.wait_none()
-        ours = {
-            "retry_error_cls": RetryError,
-            "stop": tenacity.stop_after_attempt(self.retries + 1),
-            "wait": self._wait,
-        }
-        if self.options:
-            import inspect
-
-            check_known("retry_options", self.options, inspect.signature(tenacity.Retrying).parameters)
-        return tenacity.Retrying(**{"reraise": True, **ours, **self.options})
-
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        delay = self._backoff(state)
+        backoff: Any = tenacity.wait_exponential(shortest, longest, factor) if shortest else tenacity.wait_none()
         # Anywhere in its upper half, so that callers that failed together do not come back together: "equal jitter" of
         # M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-        return delay * (0.5 + 0.5 * self._random()) if self.jitter and delay else delay
+        wait = (lambda state: backoff(state) * (0.5 + 0.5 * random.random())) if jitter else backoff  # noqa: S311 - no secret
+        stop = tenacity.stop_after_attempt(self.retries + 1)
+        ours = {"reraise": True, "retry_error_cls": RetryError, "stop": stop, "wait": wait}
+        return tenacity.Retrying(**{**ours, **self.options})
 
     def tell_before(self, plan: Plan, call: Call) -> None:
         """Tell tenacity's ``before`` of a round that begins."""
@@ -183,7 +160,9 @@ class RetryPolicy:
         if "retry" in self.options:
             return self._judged_by_tenacity(plan, call, outcome)
         if type(outcome) is not Failed:
-            return None if self.retry_if_result is None else self._judge_result(plan, call, outcome)
+            is_rejected = self.retry_if_result is not None and self.retry_if_result(outcome)
+            what = f"retry_if_result rejects what {plan.name} returned at attempt {call.attempts}"
+            return Verdict(RejectedResultError(what, outcome), outcome, again=True) if is_rejected else None
         error, retry_on = outcome.error, self.retry_on
         if isinstance(retry_on, (type, tuple)):
             is_known = matches(error, retry_on)
@@ -199,18 +178,7 @@ class RetryPolicy:
                 f"retry_on={shown(retry_on)} answered with {kind_of(answer)}; let it return True, False, seconds, "
                 "a timedelta, opero.NEXT or opero.GIVE_UP"
             )
-        delay = None if math.isnan(delay) else float(min(max(delay, 0), LONGEST_WAIT))
-        return Verdict(error, outcome, again=True, delay=delay)
-
-    def _judge_result(self, plan: Plan, call: Call, result: Any) -> Verdict | None:
-        rejects: Any = self.retry_if_result
-        answer = rejects(result)
-        if isinstance(answer, Answer):
-            raise MisuseError(f"retry_if_result={shown(rejects)} answered with {answer!r}; let it return True or False")
-        if not answer:
-            return None
-        what = f"retry_if_result rejects what {plan.name} returned at attempt {call.attempts}"
-        return Verdict(RejectedResultError(what, result), result, again=True)
+        return Verdict(error, outcome, again=True, delay=float(min(max(0.0, delay), LONGEST_WAIT)))
 
     def _judged_by_tenacity(self, plan: Plan, call: Call, outcome: Any) -> Verdict | None:
         state, is_failed = self._state(plan, call, outcome), type(outcome) is Failed
@@ -222,6 +190,8 @@ class RetryPolicy:
     def after(self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[float], bool]) -> Any:
         """A `Pause` until the next round, or the end of the call: `Failed`, or a result that a hook supplies.
 
+        tenacity's strategies and hooks are asked in its order.
+
         Args:
             plan: Of the function.
             call: Whose round has failed.
@@ -229,48 +199,35 @@ class RetryPolicy:
             must_end: Whether no other round can begin after so many seconds.
 
         Raises:
-            ValueError: If a wait of less than nothing was asked for.
             Exception: What ``retry_error_callback`` raises in place of a result.
         """
-        error, settings = verdict.error, self._retrying
-        if not verdict.again or settings is None or not self._is_enabled:
-            return Failed(error)
+        settings = self._retrying
+        if settings is None or not verdict.again:
+            return Failed(verdict.error)
         try:
-            seconds = self._seconds_before_next(plan, call, verdict, must_end)
+            state = self._state(plan, call, verdict.outcome)
+            if settings.after is not None:
+                settings.after(state)
+            seconds = state.upcoming_sleep = settings.wait(state) if verdict.delay is None else verdict.delay
+            if not (must_end(seconds) or settings.stop(state)):
+                state.next_action = self._tenacity.RetryAction(seconds)
+                state.idle_for += seconds
+                if settings.before_sleep is not None:
+                    settings.statistics.update(idle_for=state.idle_for, attempt_number=state.attempt_number + 1)
+                    settings.before_sleep(state)
+                state.prepare_for_next_attempt()
+                return Pause(min(max(0.0, seconds), LONGEST_WAIT))
         except Exception as raised:  # noqa: BLE001 - a hook with a bug ends the retries, but hides no error of the function's
             text = f"{_fault_of_hook(plan, raised)}; not retried"
             log("WARNING", "{}", text)
-            add_note(error, f"opero: {text}")
-            return Failed(error)
-        if seconds is None:
-            return self.end(plan, call, verdict)
-        if not seconds >= 0:
-            raise ValueError(f"a wait of {seconds} seconds was asked for; let it be 0 or more")
-        return Pause(min(seconds, LONGEST_WAIT))
-
-    def _seconds_before_next(
-        self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[float], bool]
-    ) -> float | None:
-        """Ask tenacity's strategies and hooks, in its order; None if no round follows."""
-        settings, state = self._retrying, self._state(plan, call, verdict.outcome)
-        if settings.after is not None:
-            settings.after(state)
-        seconds: float = settings.wait(state) if verdict.delay is None else verdict.delay
-        state.upcoming_sleep = seconds
-        if must_end(seconds) or settings.stop(state):
-            return None
-        state.next_action = self._tenacity.RetryAction(seconds)
-        state.idle_for += seconds
-        if settings.before_sleep is not None:
-            settings.statistics.update(idle_for=state.idle_for, attempt_number=state.attempt_number + 1)
-            settings.before_sleep(state)
-        state.prepare_for_next_attempt()
-        return seconds
+            add_note(verdict.error, f"opero: {text}")
+            return Failed(verdict.error)
+        return self.end(plan, call, verdict)
 
     def end(self, plan: Plan, call: Call, verdict: Verdict) -> Any:
         """The end of a call that no other round follows: `Failed`, or a result that a hook supplies."""
         settings = self._retrying
-        if settings is None or not self._is_enabled or not verdict.again:
+        if settings is None or not verdict.again:
             return Failed(verdict.error)
         state = self._state(plan, call, verdict.outcome)
         if settings.retry_error_callback is not None:
@@ -290,22 +247,19 @@ class RetryPolicy:
             # It is made after the first attempt, but shall tell of the whole call, in the time that passes here.
             state.start_time = call.started
             call.retry_state = state
-        if self.options:
-            # Hooks look at them, too, as soon as this has returned.
-            told = {"attempt_number": state.attempt_number, "delay_since_first_attempt": clock.now() - call.started}
-            self._retrying.statistics.update(told, start_time=state.start_time, idle_for=state.idle_for)
         if outcome is MISSING:
             return state
         # A pass through candidates of which some still rested is no round of its own.
         state.attempt_number = call.rounds
-        if self.options:
-            if type(outcome) is Failed:
-                error = outcome.error
-                state.set_exception((type(error), error, error.__traceback__))
-            else:
-                # Of a generator its first item.
-                state.set_result(outcome[1] if plan.kind.endswith("generator") else outcome)
-            state.outcome_timestamp = clock.now()
+        if type(outcome) is Failed:
+            error = outcome.error
+            state.set_exception((type(error), error, error.__traceback__))
+        else:
+            # Of a generator its first item.
+            state.set_result(outcome[1] if plan.kind.endswith("generator") else outcome)
+        state.outcome_timestamp = clock.now()
+        told = {"attempt_number": call.rounds, "delay_since_first_attempt": clock.now() - call.started}
+        self._retrying.statistics.update(told, start_time=state.start_time, idle_for=state.idle_for)
         return state
 
 
@@ -316,13 +270,12 @@ def _fault_of_hook(plan: Plan, raised: Exception) -> str:
 
 _HOOKS = ("stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback")
 _OPTIONAL_HOOKS = _HOOKS[3:]
+_INSTEAD = {"sleep": "opero waits by itself, sync or async; write 'wait' to say how long", "enabled": "write retries=0"}
 
 
 def _check_hooks(options: Mapping[str, Any], retry_if_result: Any) -> None:
-    if "sleep" in options:
-        raise ValueError(
-            "retry_options['sleep'] cannot apply: opero waits by itself, sync or async; write 'wait' to say how long"
-        )
+    for name in _INSTEAD.keys() & options:
+        raise ValueError(f"retry_options[{name!r}] cannot apply: {_INSTEAD[name]}")
     wanted = "a function of tenacity's retry state, or one of tenacity's own objects for it"
     for name in _HOOKS:
         hook, what = options.get(name), f"retry_options[{name!r}]"
@@ -350,8 +303,7 @@ def _check_retry_on(retry_on: Any) -> None:
         return
     for cls in retry_on if isinstance(retry_on, tuple) else (retry_on,):
         if not (isinstance(cls, type) and issubclass(cls, BaseException)):
-            what = f"the class {cls.__qualname__}" if isinstance(cls, type) else type(cls).__qualname__
-            raise TypeError(f"retry_on has {what}, which is no class of exceptions; write {wanted}")
+            raise TypeError(f"retry_on has {shown(cls)}, {kind_of(cls)}, which is no exception class; write {wanted}")
         if not issubclass(cls, Exception):
             raise ValueError(  # noqa: TRY004 - it is a class, but none of these
                 f"retry_on has {cls.__name__}, which is never handled (Ctrl-C, cancellation, exit); write {wanted}"
