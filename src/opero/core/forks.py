@@ -8,10 +8,6 @@ from typing import Any
 from weakref import WeakSet
 
 _watched: WeakSet[Any] = WeakSet()
-_holding: WeakSet[Any] = WeakSet()
-# Those that wait for the fork that is being made.
-_held: list[Any] = []
-_forking = threading.RLock()
 # Those that hold no lock which a forked child could miss.
 fork_safe_threads: WeakSet[threading.Thread] = WeakSet()
 
@@ -22,17 +18,6 @@ def watch_forks(thing: Any) -> None:
     It makes new locks, and forgets what only the parent's threads could finish.
     """
     _watched.add(thing)
-
-
-def hold_forks(thing: Any) -> None:
-    """Let this process fork only between the uses of ``thing``, of which the first comes after this.
-
-    ``thing.before_fork()`` waits until no thread is in it and lets none in, until ``thing.after_fork_in_parent()`` or,
-    in the child, ``thing.after_fork()``.
-    """
-    with _forking:
-        _holding.add(thing)
-    watch_forks(thing)
 
 
 class ForkSafeLock:
@@ -53,27 +38,10 @@ class ForkSafeLock:
         self.lock = self._make()
 
 
-def _before() -> None:
-    _forking.acquire()
-    _held.extend(_holding)
-    for thing in _held:
-        thing.before_fork()
-
-
-def _in_parent() -> None:
-    for thing in _held:
-        thing.after_fork_in_parent()
-    _held.clear()
-    _forking.release()
-
-
 def _in_child() -> None:
-    global _forking  # noqa: PLW0603 - held by a thread that is not here
-    _forking = threading.RLock()
     for thing in list(_watched):
         thing.after_fork()
-    _held.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_in_child)

@@ -8,13 +8,12 @@ import os
 import sqlite3
 import threading
 import time
-import weakref
-from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
 from opero.core.clock import clock
-from opero.core.forks import hold_forks
-from opero.core.interrupts import Hold
+from opero.core.forks import ForkSafeLock
 from opero.core.private_folder import held_private_folder
 from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Keep
 from opero.core.stores.lasting import LastingStore, slug
@@ -37,10 +36,8 @@ DATABASE, _LOCKS = "cache.db", "leases.lock"
 # How long to wait for another process that writes; in steps, between which others can read, and this process fork.
 _LOCK_SECONDS = 5.0
 _LOCK_STEP = 0.01
-_LOOK_SECONDS = 1.0
 # An open namespace has some file handles; beyond so many, those that were opened first are closed until they are used.
 _MOST_OPEN = 32
-_LARGEST_LOG = 2**22
 # By which another folder could be named.
 _OPTION = "cache_options={'cache_dir': …}"
 
@@ -53,10 +50,10 @@ _SCHEMA = """
     CREATE TABLE Cache (key BLOB PRIMARY KEY, value BLOB NOT NULL, ends REAL NOT NULL, rank REAL NOT NULL);
     CREATE INDEX ByEnd ON Cache (ends);
     CREATE INDEX ByRank ON Cache (rank);
-    CREATE TABLE Settings (namespace BLOB NOT NULL, count INTEGER NOT NULL);
-    CREATE TRIGGER Came AFTER INSERT ON Cache BEGIN UPDATE Settings SET count = count + 1; END;
-    CREATE TRIGGER Went AFTER DELETE ON Cache BEGIN UPDATE Settings SET count = count - 1; END;
+    CREATE TABLE Settings (namespace BLOB NOT NULL);
 """
+# The log keeps the size of the largest results otherwise, also when the cache has been cleared.
+_MANNERS = "PRAGMA synchronous = NORMAL", "PRAGMA journal_size_limit = 4000000"
 COUNT = "SELECT COUNT(*) FROM Cache WHERE ends > ?"
 _GET = "SELECT value FROM Cache WHERE key = ?"
 _REMOVE = "DELETE FROM Cache WHERE key = ?"
@@ -91,24 +88,18 @@ def _connect(folder: Path, namespace: str) -> sqlite3.Connection:
             connection.execute("PRAGMA journal_mode = WAL")
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
-                _make_tables(connection, namespace)
-        connection.execute("PRAGMA synchronous = NORMAL")
-        # The log keeps the size of the largest results otherwise, also when the cache has been cleared.
-        connection.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
+                # Another process may have done it meanwhile.
+                if not is_of_this_format(connection):
+                    for statement in _SCHEMA.strip().splitlines():
+                        connection.execute(statement)
+                    connection.execute("INSERT INTO Settings VALUES (?)", (namespace.encode("utf-8", "surrogatepass"),))
+                    connection.execute(f"PRAGMA application_id = {_FORMAT}")
+        for manner in _MANNERS:
+            connection.execute(manner)
     except BaseException:
         connection.close()
         raise
     return connection
-
-
-def _make_tables(connection: sqlite3.Connection, namespace: str) -> None:
-    if is_of_this_format(connection):
-        # Another process has done it meanwhile.
-        return
-    for statement in _SCHEMA.strip().splitlines():
-        connection.execute(statement)
-    connection.execute("INSERT INTO Settings VALUES (?, 0)", (namespace.encode("utf-8", "surrogatepass"),))
-    connection.execute(f"PRAGMA application_id = {_FORMAT}")
 
 
 def connect_to_read(folder: Path) -> sqlite3.Connection:
@@ -130,76 +121,75 @@ def _number(connection: sqlite3.Connection, name: str) -> int:
     return int(number)
 
 
+def _size(connection: sqlite3.Connection) -> int:
+    pages = _number(connection, "page_count") - _number(connection, "freelist_count")
+    return pages * _number(connection, "page_size")
+
+
 def _begin_generation(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA {_GENERATION} = {_number(connection, _GENERATION) + 1}")
 
 
-def _is(error: Exception, *codes: int) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes
-
-
 def _is_busy(error: Exception) -> bool:
     """Whether another process writes, for longer than it was waited for."""
-    return _is(error, sqlite3.SQLITE_BUSY)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _is_damage(error: Exception) -> bool:
     """Whether what lies there is no database, or one that has been written into or cut."""
-    return _is(error, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
-_open_stores: deque[weakref.ref[DiskStore]] = deque()
+# Held for a statement or a transaction, and never while another process is waited for.
+_guard = ForkSafeLock(threading.RLock)
+_open_stores: WeakValueDictionary[int, DiskStore] = WeakValueDictionary()
+
+
+def _close_before_fork() -> None:
+    """Let no thread in, and leave nothing open.
+
+    SQLite takes the locks of files for the child's that it has seen its parent take, also on a connection that the
+    child makes itself: other processes then remove or overwrite what it writes.
+    """
+    _guard.lock.acquire()
+    for store in list(_open_stores.values()):
+        # Whatever is wrong with the database is told to those who use it.
+        with contextlib.suppress(Exception):
+            store.close()
+
+
+if hasattr(os, "register_at_fork"):
+    # In a child it is another lock.
+    os.register_at_fork(before=_close_before_fork, after_in_parent=lambda: _guard.lock.release())  # noqa: PLW0108
 
 
 class DiskStore(LastingStore):
     """The entries of one namespace in a folder of their own."""
 
     def __init__(self, settings: CacheSettings, namespace: str) -> None:
-        self._name = slug(namespace)
-        super().__init__(f"the disk cache {self._name}", settings)
+        super().__init__(f"the disk cache {slug(namespace)}", settings)
         self._namespace = namespace
+        self._root = settings.disk_folder()
+        # Where the entries lie.
+        self.folder = self._root / slug(namespace)
+        self._file = str(self.folder / DATABASE)
         self._touch = _TOUCH[settings.options["policy"]]
         self._connection: sqlite3.Connection | None = None
+        # Who cannot write may hear nothing of those who write, and opens the database for each look.
         self._can_write = False
-        # Which file was opened, as what, and when to look whether it still is that, which takes a tenth of a hit.
-        self._file, self._looks_at = "", 0.0
-        self._seen: list[Any] = []
+        # The number of the file that was opened.
+        self._inode = 0
         self._lock_file: int | None = None
-        # Held for a statement or a transaction, and never while another process is waited for.
-        self._lock = threading.RLock()
-        hold_forks(self)
-
-    def before_fork(self) -> None:
-        """Let no thread in, and leave nothing open.
-
-        SQLite takes the locks of files for the child's that it has seen its parent take, also on a connection that the
-        child makes itself: other processes then remove or overwrite what it writes.
-        """
-        self._lock.acquire()
-        # Whatever is wrong with the database is told to those who use it.
-        with contextlib.suppress(Exception):
-            self._disconnect()
-
-    def after_fork_in_parent(self) -> None:
-        self._lock.release()
-
-    def after_fork(self) -> None:
-        self._lock = threading.RLock()
-
-    @property
-    def folder(self) -> Path:
-        """Where the entries lie."""
-        return self.settings.disk_folder() / self._name
 
     @property
     def is_ready(self) -> bool:
-        if self._connection is None or not self._lock.acquire(blocking=False):
+        if self._connection is None or not _guard.lock.acquire(blocking=False):
             return False
-        self._lock.release()
+        _guard.lock.release()
         return True
 
     def read(self, key: bytes) -> bytes | None:
-        with self._lock:
+        with _guard.lock:
             connection = self._open()
             row = connection.execute(_GET, (key,)).fetchone()
             if row is not None and self._touch is not None and self._can_write:
@@ -217,16 +207,16 @@ class DiskStore(LastingStore):
         return [
             next(faults) or stored
             if isinstance(request, Keep)
-            else self.in_spite_of_faults(self._patiently, self._claim, request)
+            else self.in_spite_of_faults(self._patiently, partial(self._claim, request))
             for request in requests
         ]
 
     def let_go(self, flight: Flight) -> None:
-        with Hold(), self._lock:
-            flight.dropped = True
+        flight.dropped = True
+        with _guard.lock:
             if flight.held:
-                flight.held = False
                 self._unlock_key(flight.key)
+                flight.held = False
 
     def failed(self, error: Exception) -> None:
         if _is_damage(error):
@@ -237,11 +227,10 @@ class DiskStore(LastingStore):
 
     def _take_away(self) -> None:
         """Remove the database: whoever opens it next makes it anew. Others who have it open find that it is gone."""
-        with self._lock, contextlib.suppress(OSError):
-            self._disconnect()
-            with held_private_folder(self.settings.disk_folder(), self._name, _OPTION) as folder:
-                for suffix in ("", "-wal", "-shm"):
-                    (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
+        self.close()
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                os.remove(f"{self._file}{suffix}")  # noqa: PTH107 - it is a str
 
     def delete(self, key: bytes) -> bool:
         def remove(connection: sqlite3.Connection) -> bool:
@@ -265,20 +254,16 @@ class DiskStore(LastingStore):
             if not _is_damage(error):
                 raise
             self._take_away()
-            self._transact(remove_all)
 
     def __len__(self) -> int:
-        with self._lock:
+        with _guard.lock:
             ((count,),) = self._open().execute(COUNT, (clock.wall(),)).fetchall()
             return int(count)
 
-    def close(self, *, waits: bool = True) -> None:
-        """Close what is open, unless somebody uses it at this moment and is not to be waited for."""
-        if self._lock.acquire(blocking=waits):
-            try:
-                self._disconnect()
-            finally:
-                self._lock.release()
+    def close(self) -> None:
+        """Close what is open, until it is used again."""
+        with _guard.lock:
+            self._disconnect()
 
     def __del__(self, suppress: Any = contextlib.suppress) -> None:
         # Left open, SQLite's connections warn when they are collected; at the end of a program, when globals are gone.
@@ -286,6 +271,7 @@ class DiskStore(LastingStore):
             self._disconnect()
 
     def _disconnect(self) -> None:
+        _open_stores.pop(id(self), None)
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -294,11 +280,11 @@ class DiskStore(LastingStore):
             os.close(file)
 
     def _claim(self, flight: Flight) -> Answer:
-        connection = self._open(looks=True)
+        connection = self._open()
         if self._can_write and not flight.dropped:
-            # A key that is locked and not noted could not be given back.
-            with Hold():
-                flight.held = self._lock_key(flight.key)
+            # After Ctrl-C it is given back, whether it was locked by then or not.
+            flight.held = True
+            flight.held = self._lock_key(flight.key)
             flight.ticket = _number(connection, _GENERATION)
         # If the entry is damaged the lease is kept: whoever asked computes, and overwrites it.
         entry = self.read(flight.key)
@@ -333,6 +319,8 @@ class DiskStore(LastingStore):
             fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, int.from_bytes(key[:7]))
 
     def _keep(self, keeps: Sequence[Keep]) -> None:
+        options = self.settings.options
+
         def insert(connection: sqlite3.Connection) -> None:
             generation, now = _number(connection, _GENERATION), clock.wall()
             connection.execute(_REMOVE_EXPIRED, (now,))
@@ -340,97 +328,66 @@ class DiskStore(LastingStore):
                 flight = keep.flight
                 if flight.written is not None and not flight.is_void and flight.ticket in {None, generation}:
                     ends = math.inf if keep.seconds is None else now + keep.seconds
-                    rank = 0.0 if self.settings.options["policy"] == "lfu" else now
+                    rank = 0.0 if options["policy"] == "lfu" else now
                     connection.execute(_PUT, (flight.key, flight.written, ends, rank))
-                    self._evict(connection)
+            if options["maxsize"] is not None:
+                ((count,),) = connection.execute("SELECT COUNT(*) FROM Cache").fetchall()
+                connection.execute(_EVICT, (max(0, count - options["maxsize"]),))
+            while _size(connection) > options["size_limit"]:
+                if not connection.execute(_EVICT, (_EVICTED_AT_ONCE,)).rowcount:
+                    break
 
         patience = [keep.patience for keep in keeps if keep.patience is not None]
-        self._transact(insert, min(patience, default=None))
+        self._transact(insert, min(patience, default=math.inf))
 
-    def _evict(self, connection: sqlite3.Connection) -> None:
-        maxsize, size_limit = self.settings.options["maxsize"], self.settings.options["size_limit"]
-        if maxsize is not None:
-            ((count,),) = connection.execute("SELECT count FROM Settings").fetchall()
-            if count > maxsize:
-                connection.execute(_EVICT, (count - maxsize,))
-        pages = _number(connection, "page_count") - _number(connection, "freelist_count")
-        if pages * _number(connection, "page_size") > size_limit:
-            connection.execute(_EVICT, (_EVICTED_AT_ONCE,))
-
-    def _transact(self, work: Callable[[sqlite3.Connection], R], seconds: float | None = None) -> R:
+    def _transact(self, work: Callable[[sqlite3.Connection], R], seconds: float = math.inf) -> R:
         """Do some work in a transaction, as soon as no other process writes."""
 
         def transact() -> R:
-            connection = self._open(looks=True)
+            connection = self._open()
             if not self._can_write:
                 raise PermissionError(f"{self.folder} cannot be written to")
-            if connection.in_transaction:
-                # A finalizer or a signal handler has come in the middle of one.
-                return work(connection)
             # At the end the connection commits, or rolls back: after Ctrl-C, too.
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
                 return work(connection)
 
-        return self._patiently(transact, seconds=seconds)
+        return self._patiently(transact, seconds)
 
-    def _patiently(self, work: Callable[..., R], *args: Any, seconds: float | None = None) -> R:
+    def _patiently(self, work: Callable[[], R], seconds: float = math.inf) -> R:
         """Do some work, as soon as no other process writes; wait for that no longer than ``seconds``."""
-        seconds = _LOCK_SECONDS if seconds is None else min(seconds, _LOCK_SECONDS)
-        deadline = clock.real() + seconds
+        deadline = clock.real() + min(seconds, _LOCK_SECONDS)
         while True:
             try:
-                with self._lock:
-                    return work(*args)
+                with _guard.lock:
+                    return work()
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
                 if clock.real() >= deadline:
-                    if seconds == _LOCK_SECONDS:
+                    if seconds >= _LOCK_SECONDS:
                         self.rest.begin(error)
                     raise
             time.sleep(_LOCK_STEP)
 
-    def _open(self, *, looks: bool = False) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection:
+        """The connection; a new one if the database was taken away: folders are removed while programs run."""
         if self._connection is not None:
-            now = clock.real()
-            if self._can_write and now < self._looks_at and not looks:
-                return self._connection
-            self._looks_at = now + _LOOK_SECONDS
-            if self._seen == self._as_it_lies():
-                return self._connection
+            with contextlib.suppress(FileNotFoundError):
+                if self._can_write and os.stat(self._file).st_ino == self._inode:  # noqa: PTH116 - it is a str
+                    return self._connection
             self._disconnect()
         # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
         try:
-            root = self.settings.disk_folder()
-            with held_private_folder(root, self._name, _OPTION) as folder:
+            with held_private_folder(self._root, self.folder.name, _OPTION) as folder:
                 self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
-                self._file = str(folder / DATABASE)
-                self._seen = self._as_it_lies()
                 self._connection = _connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
-                if self._can_write:
-                    # It may have been made just now.
-                    self._seen = self._as_it_lies()
+                self._inode = (folder / DATABASE).stat().st_ino
         except BaseException:
             # It may have been exchanged while it was opened.
             self._disconnect()
             raise
-        self.rest.end()
-        _open_stores.append(weakref.ref(self))
-        while len(_open_stores) > _MOST_OPEN:
-            first = _open_stores.popleft()()
-            if first is not None and first is not self:
-                first.close(waits=False)
+        _open_stores[id(self)] = self
+        for first in list(_open_stores.values())[:-_MOST_OPEN]:
+            first.close()
         return self._connection
-
-    def _as_it_lies(self) -> list[Any]:
-        """Tells the file from another one in its place, or none: folders are removed while programs run.
-
-        Who only reads may hear nothing of those who write: then it tells what is in it, too.
-        """
-        found: list[Any] = []
-        for suffix in ("",) if self._can_write else ("", "-wal"):
-            with contextlib.suppress(OSError):
-                file = os.stat(self._file + suffix)  # noqa: PTH116 - it is a str
-                found.append(file.st_ino if self._can_write else (file.st_ino, file.st_mtime_ns, file.st_size))
-        return found
