@@ -17,7 +17,7 @@ import pytest
 from leftovers import surroundings
 from side_by_side import started, until
 
-from opero import Cache, opmap
+from opero import opmap
 from opero.concurrency import ctrl_c, system
 from opero.concurrency.threads import ThreadPool
 
@@ -323,68 +323,12 @@ def pressing(after):
     return work
 
 
-STREAM = ".stream(items) hands out each that is done, "
-KEEP = "cache=True with cache_backend='disk' keeps their results for the next run"
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_ctrl_c_tells_how_much_was_done_and_how_to_keep_it(is_async):
-    async def work_async(item):
-        work(item)
-
-    work = pressing(after=3)
-    mapped = opmap(mode="serial", progress=False)(work_async if is_async else work)
-    with pytest.raises(KeyboardInterrupt) as raised:
-        mapped.run(range(8))
-    (note,) = raised.value.__notes__
-    assert note.startswith("opero: 3 of 8 items of ")
-    assert note.endswith(f"were done; {STREAM}{KEEP}")
-
-
-def test_a_stream_that_is_interrupted_names_the_cache_only():
-    with pytest.raises(KeyboardInterrupt) as raised:
-        list(opmap(mode="serial", progress=False)(pressing(after=0)).stream(iter("ab")))
-    (note,) = raised.value.__notes__
-    assert note.startswith("opero: 0")
-    assert note.endswith(f"were done; {KEEP}")
-
-
-def test_a_map_with_a_cache_that_lasts_says_that_the_next_run_has_it(tmp_path):
-    cache = Cache(backend="disk", cache_dir=str(tmp_path))
-    with pytest.raises(KeyboardInterrupt) as raised:
-        opmap(mode="serial", progress=False, cache=cache)(pressing(after=1))([1, 2])
-    (note,) = raised.value.__notes__
-    assert note.endswith("were done; the next run finds their results in the cache")
-
-
 def pressed_once_it_runs(begun):
     """The items of a map; Ctrl-C is pressed in its own thread when the first of them runs."""
     yield 1
     assert begun.wait(PATIENCE)
     press()
     yield 2
-
-
-def test_ctrl_c_that_leaves_what_runs_keeps_the_note(monkeypatch):
-    begun, ending = threading.Event(), threading.Event()
-    stop = ThreadPool.stop
-
-    def press_and_stop(pool, is_left):
-        press()
-        stop(pool, is_left)
-
-    def work(item):
-        begun.set()
-        ending.wait(PATIENCE)
-
-    monkeypatch.setattr(ThreadPool, "stop", press_and_stop)
-    with pytest.raises(KeyboardInterrupt) as raised:
-        opmap(mode="thread", workers=2, progress=False)(work)(pressed_once_it_runs(begun))
-    ending.set()
-    # Of the first one, where the second has come as one of its own.
-    first = raised.value.__context__ or raised.value
-    (note,) = first.__notes__
-    assert note.startswith("opero: 0 items of ")
 
 
 class Terminal(io.StringIO):

@@ -29,8 +29,8 @@ from test_process_mode import INTERRUPTED
 
 from opero import opmap
 from opero.concurrency.batches import Batch
-from opero.concurrency.inbox import BlockingInbox
 from opero.concurrency.processes import ProcessPool
+from opero.concurrency.running import BlockingInbox
 from opero.concurrency.worker import Shape, Work
 
 PATIENCE = 10.0  # seconds until a test gives up waiting for something that must happen

@@ -11,7 +11,7 @@ import pytest
 from side_by_side import started, until
 
 from opero import opmap
-from opero.concurrency.inbox import AsyncInbox, BlockingInbox
+from opero.concurrency.running import AsyncInbox, BlockingInbox
 
 
 @pytest.fixture(params=["queue", "pipes"])

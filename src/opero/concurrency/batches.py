@@ -13,7 +13,7 @@ from opero.core.clock import clock
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from opero.concurrency.inbox import Inbox
+    from opero.concurrency.running import Inbox
     from opero.concurrency.scheduler import Entry
     from opero.concurrency.worker import Work
 
@@ -35,7 +35,6 @@ class Batch:
     items: list[Any]
     start: int
     entries: list[Entry] | None = None
-    losses: int = 0
     has_candidates: bool = False
     time_limit: tuple[float, str] | None = None
     grace: float = 0.0
@@ -54,15 +53,13 @@ class Batch:
         if option == "attempt_timeout":
             self.ends_at, self.is_overdue = clock.real() + seconds + self.grace, False
 
-    def take_from(self, place: int) -> Batch:
-        """Take the items from there on out of it, for another one."""
-        entries = None if self.entries is None else self.entries[place:]
-        taken = Batch(self.items[place:], self.start + place, entries, self.losses)
-        taken.sent_at = self.sent_at
+    def cut(self, place: int) -> tuple[list[Any], list[Entry] | None]:
+        """Take the items from there on out of it, and their entries, if they have any."""
+        items, entries = self.items[place:], None if self.entries is None else self.entries[place:]
         # A worker of this process may be iterating over the list.
         self.items = self.items[:place]
         self.entries = None if self.entries is None else self.entries[:place]
-        return taken
+        return items, entries
 
     def drop(self, count: int) -> None:
         """Forget the first ones, which have been reported."""

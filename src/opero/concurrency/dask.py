@@ -27,7 +27,7 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from opero.concurrency.inbox import Inbox
+    from opero.concurrency.running import Inbox
     from opero.concurrency.worker import Work
 
 # Between two looks at the scheduler: whether it is there, and what workers it has.

@@ -40,7 +40,7 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.concurrency.inbox import Inbox
+    from opero.concurrency.running import Inbox
     from opero.core.steps import TimeLimit
 
 # An executor that breaks so often in a row, with nothing of the map in it, does not do so by accident.

@@ -21,7 +21,7 @@ from opero.utils.notes import IN_THE_WORKER, add_note, describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from opero.concurrency.inbox import Inbox
+    from opero.concurrency.running import Inbox
     from opero.concurrency.worker import Work
 
 # A connection that is not made within so long is not made at all.

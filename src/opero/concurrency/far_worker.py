@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost
-from opero.concurrency.inbox import BlockingInbox
+from opero.concurrency.running import BlockingInbox
 from opero.concurrency.system import GRACE_SECONDS
 from opero.concurrency.transport import pack_report, unpack_batch, unpack_start
 from opero.concurrency.worker import (

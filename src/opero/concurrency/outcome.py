@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,6 +151,10 @@ class Results(list[R | D]):
 class ListSink:
     """Gathers plain results for a call that returns a list."""
 
+    is_stream = False
+    # How many more items may be begun.
+    room = sys.maxsize
+
     def __init__(self, *, ordered: bool) -> None:
         self.results: list[Any] = []
         # As a stream has it; nothing is handed out before the end.
@@ -185,6 +190,8 @@ class ListSink:
 class StreamSink:
     """Hands outcomes to a consumer, in input order if asked."""
 
+    is_stream = True
+
     def __init__(self, *, ordered: bool) -> None:
         self._ordered = ordered
         # What can be handed to a consumer now.
@@ -210,6 +217,7 @@ class StreamSink:
         self.ready.clear()
         self._early.clear()
 
+    @property
     def room(self) -> int:
         """How many more items may be begun."""
         return STREAM_WINDOW - len(self._early)

@@ -41,7 +41,7 @@ from opero.exceptions import NotTransferableError, OperoError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from opero.concurrency.inbox import Inbox
+    from opero.concurrency.running import Inbox
     from opero.concurrency.worker import Work
 
 LARGEST_BATCH = 10_000

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from opero.core.checks import check_callable, check_mapping, wrong_type
 from opero.core.clock import clock
 from opero.core.interrupts import Hold
-from opero.core.signature import through_partials
 from opero.utils.logging import log
 from opero.utils.notes import duration
 
@@ -42,16 +41,6 @@ class Tally:
 
 
 class Progress:
-    """Shows how far a map has come."""
-
-    def show(self, tally: Tally) -> None:
-        """The map has come so far."""
-
-    def close(self) -> None:
-        """The map has ended."""
-
-
-class LoggedProgress(Progress):
     """Where nobody would see a bar: a line in the log now and then, at longer and longer intervals."""
 
     def __init__(self, name: str) -> None:
@@ -61,14 +50,17 @@ class LoggedProgress(Progress):
         self._due = self._begun + self._interval
 
     def show(self, tally: Tally) -> None:
+        """The map has come so far."""
         now = clock.now()
-        if now < self._due:
-            return
-        self._interval = min(2 * self._interval, _LONGEST_SILENCE)
-        self._due = now + self._interval
-        whole = "" if tally.total is None else f" of {tally.total}"
-        took = duration(now - self._begun)
-        log("INFO", "{}: {}{} items done in {}, {} failed", self._name, tally.finished, whole, took, tally.failed)
+        if now >= self._due:
+            self._interval = min(2 * self._interval, _LONGEST_SILENCE)
+            self._due = now + self._interval
+            whole = "" if tally.total is None else f" of {tally.total}"
+            took = duration(now - self._begun)
+            log("INFO", "{}: {}{} items done in {}, {} failed", self._name, tally.finished, whole, took, tally.failed)
+
+    def close(self) -> None:
+        """The map has ended."""
 
 
 class ToldProgress(Progress):
@@ -91,20 +83,17 @@ class TqdmProgress(Progress):
         # tqdm's monitor is a thread that would outlive the map.
         self._bar: Any = type("Bar", (kind,), {"monitor_interval": 0})(**options)
         self._turns_red = "colour" not in options and not os.environ.get("NO_COLOR")
-        self._notes: dict[str, int] = {}
 
     def show(self, tally: Tally) -> None:
         if self._bar.disable:
             return
-        notes = {"failed": tally.failed, "retried": tally.retried, "cached": tally.cached}
-        notes = {name: count for name, count in notes.items() if count}
         # tqdm does not give its lock back, which is the same for all bars, when Ctrl-C comes while it draws.
         with Hold():
-            if notes != self._notes:
-                self._notes = notes
-                if tally.failed and self._turns_red:
-                    self._bar.colour = "red"
-                self._bar.set_postfix(notes, refresh=tally.finished == self._bar.n)
+            if tally.failed and self._turns_red:
+                self._bar.colour = "red"
+            notes = {"failed": tally.failed, "retried": tally.retried, "cached": tally.cached}
+            notes = {name: count for name, count in notes.items() if count}
+            self._bar.set_postfix(notes, refresh=bool(notes) and tally.finished == self._bar.n)
             self._bar.update(tally.finished - self._bar.n)
 
     def close(self) -> None:
@@ -134,16 +123,14 @@ def make_progress(progress: ProgressOption, name: str, total: int | None) -> Pro
     if progress is False or _is_child_process():
         return None
     options: dict[str, Any] = {"desc": progress if isinstance(progress, str) else name, "total": total, "unit": "item"}
-    kind: Any = None
-    if isinstance(progress, Mapping):
+    kind: Any = progress if callable(progress) else None
+    if isinstance(kind, functools.partial):
+        options.update(kind.keywords)
+        kind = kind.func
+    elif isinstance(progress, Mapping):
         options.update(progress)
-    elif callable(progress):
-        kind = progress
-        while isinstance(kind, functools.partial):
-            options = {**options, **kind.keywords}
-            kind = kind.func
     if not (_is_in_notebook() or is_terminal(sys.stderr) or options.get("disable", True) is False):
-        return LoggedProgress(options["desc"])
+        return Progress(options["desc"])
     if kind is None:
         with warnings.catch_warnings():
             # In a notebook without ipywidgets: there it is a bar of text.
@@ -154,7 +141,7 @@ def make_progress(progress: ProgressOption, name: str, total: int | None) -> Pro
 
 def _is_bar(progress: Any) -> bool:
     """Whether it is a class like tqdm's, or a partial of one."""
-    kind = through_partials(progress)
+    kind = progress.func if isinstance(progress, functools.partial) else progress
     return isinstance(kind, type) and hasattr(kind, "update") and hasattr(kind, "set_postfix")
 
 

@@ -1,35 +1,160 @@
-"""The two ways of driving a map: by blocking and by awaiting. They only pull the input, wait and hand out."""
+"""The two ways of driving a map, by blocking and by awaiting: how they pull the input, wait and hand out."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import math
+import multiprocessing.connection
 import os
+import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opero.concurrency.inbox import AsyncInbox, BlockingInbox
 from opero.concurrency.scheduler import Scheduler
 from opero.core.checks import kind_of
-from opero.core.clock import clock
+from opero.core.clock import clock, wait_really_async
 from opero.core.interrupts import Hold
 from opero.core.steps import consult, consult_async
-from opero.utils.notes import add_note, shorten
+from opero.utils.notes import shorten
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from multiprocessing.connection import Connection
 
     from opero.concurrency.outcome import Outcome, Sink
     from opero.concurrency.pool import MapSettings
     from opero.concurrency.worker import Shape
     from opero.core.plan import Plan
 
-
+# Whoever has to wait longer is woken and waits again.
+_LONGEST = 86_400.0
+# Between two looks at pipes that an event loop cannot hear.
+_POLLING_SECONDS = 0.005
 # Iterators over what is there already.
 _AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, bytes, lambda: range(0)))
+
+
+# What a running map has to be told
+
+
+class _Events:
+    _events: deque[Any]
+
+    def drain(self) -> list[Any]:
+        """The events that are there already."""
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+
+class BlockingInbox(_Events):
+    """Events for a thread that blocks until there are some, and reads the pipes of its workers meanwhile."""
+
+    def __init__(self) -> None:
+        self._events = deque()
+        # A pipe to this thread itself, for those who put an event there while it waits.
+        self._own, self._door = multiprocessing.connection.Pipe(duplex=False)
+        self._heard: dict[Connection, Callable[[], object]] = {self._own: self._own.recv_bytes}
+        self._waits = False
+
+    def put(self, event: Any) -> None:
+        """Leave an event there, from any thread, and from a signal handler."""
+        self._events.append(event)
+        # Whoever puts it there may go on later than the map, and shall not keep the results alive meanwhile.
+        del event
+        if self._waits:
+            self._waits = False
+            self._door.send_bytes(b"")
+
+    def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
+        """Call ``heard`` as long as there is something to read in ``pipe``, while the map waits."""
+        self._heard[pipe] = heard
+
+    def forget(self, pipe: Connection) -> None:
+        """Listen to it no longer; it is still open."""
+        self._heard.pop(pipe, None)
+
+    def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
+        """Wait for events, at most so many seconds of opero's clock, or real ones."""
+        if is_real:
+            self._wait(seconds)
+        else:
+            clock.wait(self._wait, seconds)
+        return self.drain()
+
+    def _wait(self, seconds: float | None) -> bool:
+        """Tells whether there are events."""
+        if self._events and len(self._heard) == 1:
+            return True
+        self._waits = True
+        try:
+            # The system counts in milliseconds, and not for ever.
+            timeout = None if seconds is None else min(seconds, _LONGEST)
+            ready: Any = multiprocessing.connection.wait(list(self._heard), 0 if self._events else timeout)
+        finally:
+            self._waits = False
+        for pipe in ready:
+            # The pool of a thread that maps while the program ends may have ended.
+            if pipe in self._heard:
+                self._heard[pipe]()
+        return bool(self._events)
+
+    def close(self) -> None:
+        self._own.close()
+        self._door.close()
+
+
+class AsyncInbox(_Events):
+    """Events for a coroutine, from its own thread or any other."""
+
+    def __init__(self) -> None:
+        self._events = deque()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._arrived = asyncio.Event()
+        self._polled: dict[Connection, Callable[[], None]] = {}
+
+    def put(self, event: Any) -> None:
+        self._events.append(event)
+        if threading.get_ident() == self._thread:
+            self._arrived.set()
+        else:
+            # A closed loop has no map to tell anything any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._arrived.set)
+
+    def listen(self, pipe: Connection, heard: Callable[[], None]) -> None:
+        try:
+            self._loop.add_reader(pipe.fileno(), heard)
+        except NotImplementedError:  # Windows' default loop cannot
+            self._polled[pipe] = heard
+            if len(self._polled) == 1:
+                self._poll()
+
+    def _poll(self) -> None:
+        for pipe in multiprocessing.connection.wait(list(self._polled), 0):
+            self._polled[pipe]()  # type: ignore[index]  # it is one of these
+        if self._polled:
+            self._loop.call_later(_POLLING_SECONDS, self._poll)
+
+    def forget(self, pipe: Connection) -> None:
+        if self._polled.pop(pipe, None) is None and not self._loop.is_closed():
+            self._loop.remove_reader(pipe.fileno())
+
+    async def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
+        """Wait for events, at most so many seconds of opero's clock, or real ones."""
+        if not self._events:
+            await (wait_really_async if is_real else clock.wait_async)(self._arrived, seconds)
+        self._arrived.clear()
+        return self.drain()
+
+
+# The input
 
 
 class IteratorSource:
@@ -37,60 +162,48 @@ class IteratorSource:
 
     ``late_by``: how long after ``turn_ends`` it has given something; nothing more is taken before the map has looked at
     its results. ``exhausted``: there will be no more items. ``error``: what the iterator has raised at its end.
-    ``row``: what makes an item of what the iterator gives; an error of it is the end of the input, too.
     """
 
-    def __init__(self, iterator: Iterator[Any], row: Callable[[Any], Any] | None) -> None:
+    turn_ends = math.inf
+    late_by = 0.0
+    exhausted = False
+    error: BaseException | None = None
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
-        self._row = row
         self._is_at_hand = isinstance(iterator, _AT_HAND)
-        self.turn_ends = math.inf
-        self.late_by = 0.0
-        self.exhausted = False
-        self.error: BaseException | None = None
 
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` items; fewer, or none, if there are no more now."""
         taken: list[Any] = []
-        coming, row, now, turn_ends = self._iterator, self._row, clock.real, self.turn_ends
         try:
+            # While batches are small, workers start: what the first ones report may make others needless.
             if self._is_at_hand and count > 1:
-                several = itertools.islice(coming, count)
-                taken.extend(several if row is None else map(row, several))
+                taken.extend(itertools.islice(self._iterator, count))
             else:
-                # As in a `for` loop, an iterator needs no more than `__next__`.
-                with contextlib.suppress(StopIteration):
-                    for _ in range(count):
-                        item = next(coming)
-                        taken.append(item if row is None else row(item))
-                        if (taken_at := now()) > turn_ends:
-                            self.late_by = taken_at - turn_ends
-                            break
+                for item in itertools.islice(self._iterator, count):
+                    taken.append(item)
+                    self.late_by = max(0.0, clock.real() - self.turn_ends)
+                    if self.late_by:
+                        break
         except Exception as error:  # noqa: BLE001 - raised when what has been taken has its outcomes
             self.error = error
-            self.late_by = 0.0
         self.exhausted = len(taken) < count and not self.late_by
         return taken
 
 
 class AsyncSource:
-    """An async iterable, pulled by a task of its own, one item ahead of what was asked for; ``row``: as above."""
+    """An async iterable, pulled by a task of its own, one item ahead of what was asked for; ``row`` makes each item."""
 
     # Nothing here blocks.
     late_by, turn_ends = 0.0, math.inf
+    error: BaseException | None = None
 
-    def __init__(
-        self, iterator: AsyncIterator[Any], row: Callable[[Any], Any] | None, wake: Callable[[], None]
-    ) -> None:
-        import asyncio
-
-        self._iterator = iterator
-        self._row = row
+    def __init__(self, iterator: AsyncIterator[Any], row: Callable[[Any], Any], wake: Callable[[], None]) -> None:
+        self._iterator, self._row, self._wake = iterator, row, wake
         self._wanted = asyncio.Event()
-        self._wake = wake
         self._ahead: deque[Any] = deque()
-        self._task: Any = None
-        self.error: BaseException | None = None
+        self._task: asyncio.Task[None] | None = None
         self._at_end = self._closing = False
 
     @property
@@ -98,8 +211,6 @@ class AsyncSource:
         return self._at_end and not self._ahead
 
     def take(self, count: int) -> list[Any]:
-        import asyncio
-
         taken = [self._ahead.popleft() for _ in range(min(count, len(self._ahead)))]
         if not self._at_end and len(taken) < count:
             self._wanted.set()
@@ -109,8 +220,6 @@ class AsyncSource:
 
     async def close(self) -> None:
         """Stop pulling, and close a generator that has begun."""
-        import asyncio
-
         self._closing = True
         if self._task is not None:
             self._task.cancel()
@@ -121,16 +230,14 @@ class AsyncSource:
 
     async def _pull(self) -> None:
         coming, row = self._iterator, self._row
-        closing: Any = contextlib.nullcontext()
-        if isinstance(coming, AsyncGenerator):
-            # Here, because what a generator has entered can be left only by the same task.
-            closing = contextlib.aclosing(coming)
+        # Here, because what a generator has entered can be left only by the same task.
+        closing: Any = contextlib.aclosing(coming) if isinstance(coming, AsyncGenerator) else contextlib.nullcontext()
         try:
             async with closing:
                 while not self._closing:
                     await self._wanted.wait()
                     # In no variable, which would keep it until there is another one.
-                    self._ahead.append(await anext(coming) if row is None else row(await anext(coming)))
+                    self._ahead.append(row(await anext(coming)))
                     self._wanted.clear()
                     self._wake()
         except StopAsyncIteration:
@@ -144,6 +251,7 @@ class AsyncSource:
         self._wake()
 
 
+Inbox: TypeAlias = BlockingInbox | AsyncInbox
 Source: TypeAlias = IteratorSource | AsyncSource
 
 
@@ -154,14 +262,17 @@ def _row(name: str, item: Any) -> tuple[Any, ...]:
     return item if isinstance(item, tuple) else tuple(item)
 
 
+# The drivers
+
+
 def run_blocking(
     plan: Plan, settings: MapSettings, shape: Shape, sink: Sink, *, items: Iterator[Any], total: int | None
 ) -> Iterator[Outcome[Any, Any]]:
     """Run a map by blocking; yields what the sink hands out."""
-    row = partial(_row, plan.name) if shape.is_starred else None
     # The first one imports packages; and an idle pool that is taken must be given back.
     with Hold():
-        inbox, source = BlockingInbox(), IteratorSource(items, row)
+        inbox = BlockingInbox()
+        source = IteratorSource(map(partial(_row, plan.name), items) if shape.is_starred else items)
         run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:
         while True:
@@ -189,24 +300,16 @@ def run_blocking(
                         run.pool.stop(lambda: bool(hold.pressed))
 
 
-def _note_end(run: Scheduler, error: BaseException) -> None:
-    if isinstance(error, (Exception, KeyboardInterrupt)):
-        shorten(error)
-    if not isinstance(error, (Exception, GeneratorExit)):
-        # Something may be half done, and an event lost.
-        run.is_sound = False
-        if type(error).__name__ in {"KeyboardInterrupt", "CancelledError"}:
-            add_note(error, run.story())
-    run.forget()
-
-
 async def run_awaiting(
     plan: Plan, settings: MapSettings, shape: Shape, sink: Sink, *, items: Any, total: int | None
 ) -> AsyncIterator[Outcome[Any, Any]]:
     """Run a map over an iterator or an async one by awaiting; yields what the sink hands out."""
-    inbox, row = AsyncInbox(), partial(_row, plan.name) if shape.is_starred else None
-    is_async = hasattr(items, "__anext__")
-    source = AsyncSource(items, row, lambda: inbox.put(None)) if is_async else IteratorSource(items, row)
+    inbox, row = AsyncInbox(), partial(_row, plan.name) if shape.is_starred else (lambda item: item)
+    source: Source
+    if hasattr(items, "__anext__"):
+        source = AsyncSource(items, row, lambda: inbox.put(None))
+    else:
+        source = IteratorSource(map(row, items) if shape.is_starred else items)
     with Hold():
         run = Scheduler(plan, settings, shape=shape, source=source, sink=sink, inbox=inbox, total=total)
     try:
@@ -232,3 +335,11 @@ async def run_awaiting(
             finally:
                 if not run.keeps_pool():
                     await run.pool.stop_async()
+
+
+def _note_end(run: Scheduler, error: BaseException) -> None:
+    if isinstance(error, (Exception, KeyboardInterrupt)):
+        shorten(error)
+    # Something may be half done, and an event lost.
+    run.is_sound = run.is_sound and isinstance(error, (Exception, GeneratorExit))
+    run.forget()

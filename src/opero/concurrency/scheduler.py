@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost
-from opero.concurrency.outcome import Outcome, StreamSink
+from opero.concurrency.outcome import Outcome
 from opero.concurrency.progress import Tally, make_progress
 from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, Work
 from opero.core.clock import clock
@@ -36,10 +36,9 @@ from opero.utils.notes import add_note, users_part
 
 if TYPE_CHECKING:
     from opero.concurrency.batches import Pool
-    from opero.concurrency.inbox import Inbox
     from opero.concurrency.outcome import Sink
     from opero.concurrency.pool import MapSettings
-    from opero.concurrency.running import Source
+    from opero.concurrency.running import Inbox, Source
     from opero.concurrency.worker import Shape
     from opero.core.steps import Arrival
 
@@ -75,6 +74,7 @@ class Entry:
     call: Call
     flow: Flow
     members: dict[Entry, Exception | None] | None = None
+    waits_for: Pause | Arrival | None = None
     attempt: Attempt | None = None
     alone: bool = False
     losses: int = 0
@@ -103,7 +103,6 @@ class Scheduler:
         self._plan = plan = plan.bare if switches.is_disabled else plan
         self._settings = settings
         self._shape, self._source, self._sink, self._inbox = shape, source, sink, inbox
-        self._stream = sink if isinstance(sink, StreamSink) else None
         self._progress = None if settings.progress is False else make_progress(settings.progress, plan.name, total)
         self.tally = Tally(total=total)
         # In a child that is forked from it all of this belongs to the parent.
@@ -117,36 +116,34 @@ class Scheduler:
         # Seconds of an item, on a cluster.
         self._usual = 0.0
         self._one_at_a_time = any((plan.limit, plan.places, plan.attempt_timeout, plan.total_timeout))
-        self._largest_batch = sys.maxsize
+        # A batch that is with a worker when the circuit opens is run to its end.
+        self._largest_batch = sys.maxsize if plan.breaker is None else plan.breaker.shared.failures
         if self._one_at_a_time:
             self._largest_batch = 1
-        elif plan.breaker is not None:
-            # A batch that is with a worker when the circuit opens is run to its end.
-            self._largest_batch = plan.breaker.shared.failures
-        is_asked = plan.asks_first or plan.cache is not None or switches.listeners
         # Of a function that takes lists: the items for the next one, and what is by call.
         self._gathered: list[Entry] = []
         self._call_plan = plan
         if settings.batch_size is not None:
             self._call_plan = plan.changed(cache=None, default=MISSING, stats=plan.stats.of_calls_for_many())
+        is_asked = plan.asks_first or plan.cache is not None or switches.listeners
         self._is_direct = not (is_asked or self._one_at_a_time or settings.batch_size is not None)
         self._next_index = 0
         self._look_ahead = 1
         self.presence = Presence()
-        # All items that have a flow; what some of them wait for, and how many of these for a turn.
+        # All items that have a flow; how many of them wait, and how many of these for a turn.
         self._flying: set[Entry] = set()
-        self._waiting: dict[Entry, Pause | Arrival] = {}
-        self._awaiting_turns = 0
+        self._waiting = self._awaiting_turns = 0
         # Who is to be looked at when (at the same time, in order), if it still waits for the same.
         self._timers: list[tuple[float, int, Entry, Pause | Arrival]] = []
         self._ticks = itertools.count()
         # Items that wait for the cache's store, and for a worker: with an attempt, or before they take a slot for one.
         self._consulting: dict[Entry, Consult] = {}
         self._ready: deque[Entry] = deque()
-        # Batches that are with workers, those of them that are watched, and parts that their workers have not begun.
+        # Batches that are with workers, and those of them that are watched.
         self._sent: set[Batch] = set()
         self._watched: set[Batch] = set()
-        self._given_back: deque[Batch] = deque()
+        # What workers have not begun of first batches: items, and the index of the first one.
+        self._given_back: deque[tuple[int, list[Any]]] = deque()
         self.pool.start(inbox, most_batches=total, is_paced=plan.limit is not None, patience=plan.total_timeout)
         # What it took to come here is no fault of the input.
         source.turn_ends = clock.real() + BATCH_SECONDS
@@ -161,20 +158,13 @@ class Scheduler:
         self._sends_candidates = slot is not None
         return Work(plan.function, plan.is_async, shape, slot)
 
-    def story(self) -> str:
-        """How much was done when the map was interrupted, and what keeps it next time."""
-        plan, whole = self._plan, "" if self.tally.total is None else f" of {self.tally.total}"
-        done = f"opero: {self.tally.finished}{whole} items of {plan.name} were done"
-        if plan.cache is not None and plan.cache.is_lasting:
-            return f"{done}; the next run finds their results in the cache"
-        stream = "" if self._stream is not None else ".stream(items) hands out each that is done, "
-        return f"{done}; {stream}cache=True with cache_backend='disk' keeps their results for the next run"
+    # What a driver calls, one after the other
 
     def send(self) -> list[Consult]:
         """Send workers what they can take; gives what the cache's store has to answer before there can be more."""
         while self._timers and self._timers[0][0] <= clock.now():
             _, _, entry, step = heapq.heappop(self._timers)
-            if self._waiting.get(entry) is step:
+            if entry.waits_for is step:
                 self._look(entry, step)
         while not self._consulting and (batch := self._next_batch()) is not None:
             self.pool.submit(batch)
@@ -189,33 +179,6 @@ class Scheduler:
         all_found = self.tally.finished - ended == len(asked)
         self._look_ahead = min(MOST_LOOKED_UP, self._look_ahead * 2) if all_found else 1
 
-    def take_note(self, events: list[Any]) -> None:
-        """Take note of what was found in the inbox, and look after workers that have told nothing."""
-        events.reverse()
-        while events:
-            event = self.pool.receive(events.pop())
-            if isinstance(event, Done):
-                self._batch_done(event)
-            elif isinstance(event, Lost):
-                self._batches_lost(event)
-            elif isinstance(event, Fatal):
-                self.is_sound = False
-                raise event.error
-            elif isinstance(event, Entry):
-                # Its slot may have come.
-                step = self._waiting.get(event)
-                if step is not None and not isinstance(step, Pause):
-                    self._look(event, step)
-            # An error in it, and with that the frames of an attempt, shall not outlast this.
-            event = None
-        # After all that has come in was seen: a report in time is no reason to kill.
-        if self._watched:
-            self._watch()
-        # Nothing is taken from an input that was late before what has ended meanwhile is handed out.
-        if not self._sink.ready:
-            self._source.late_by = 0.0
-        self._source.turn_ends = clock.real() + BATCH_SECONDS
-
     def outcomes(self) -> deque[Outcome[Any, Any]]:
         """What can be handed out now; meanwhile nobody attends to the map."""
         if self._progress is not None:
@@ -229,7 +192,7 @@ class Scheduler:
         if self.failure is not None:
             raise self.failure
         is_done = self._source.exhausted and not (self._sent or self._flying or self._given_back)
-        if self._source.error is not None and (is_done or self._stream is None):
+        if self._source.error is not None and (is_done or not self._sink.is_stream):
             raise self._source.error
         return is_done
 
@@ -241,18 +204,71 @@ class Scheduler:
         if self._source.late_by and not self.pool.is_starting:
             # What is quick is handed out before a slow input is asked for more.
             seconds = min(_MOST_FOR_LATE, _PART_FOR_LATE * self._source.late_by)
-            return seconds if self._stream is not None and self._sent else 0.0, True
+            return seconds if self._sink.is_stream and self._sent else 0.0, True
         due, is_real = [], bool(self._sent or self._ready)
         if self._timers:
-            due.append(self._timers[0][0] - clock.now())
-            step = self._timers[0][3]
+            at, _, _, step = self._timers[0]
+            due.append(at - clock.now())
             is_real = is_real or (isinstance(step, Pause) and step.is_real)
         if self._watched:
-            due.append(min(min(batch.look_at, batch.ends_at) for batch in self._watched) - clock.real())
+            due += [min(batch.look_at, batch.ends_at) - clock.real() for batch in self._watched]
         if self._plan.total_timeout is not None:
             due += [entry.call.deadline - clock.now() for entry in self._ready]
         seconds = min(due, default=math.inf)
         return None if seconds == math.inf else max(0.0, seconds), is_real
+
+    def take_note(self, events: list[Any]) -> None:
+        """Take note of what was found in the inbox, and look after workers that have told nothing."""
+        events.reverse()
+        while events:
+            event = self.pool.receive(events.pop())
+            if isinstance(event, Done):
+                self._batch_done(event)
+            elif isinstance(event, Lost):
+                self._batches_lost(event)
+            elif isinstance(event, Fatal):
+                self.is_sound = False
+                raise event.error
+            elif isinstance(event, Entry) and event.waits_for is not None:
+                # What it waits for may have come.
+                self._look(event, event.waits_for)
+            # An error in it, and with that the frames of an attempt, shall not outlast this.
+            event = None
+        # After all that has come in was seen: a report in time is no reason to kill.
+        if self._watched:
+            self._watch()
+        # Nothing is taken from an input that was late before what has ended meanwhile is handed out.
+        if not self._sink.ready:
+            self._source.late_by = 0.0
+        self._source.turn_ends = clock.real() + BATCH_SECONDS
+
+    def forget(self) -> None:
+        """Let go of what was done: an error ends the map, whose traceback leads here, and nothing shall lead back."""
+        self.failure = self._source.error = None
+        self._sink.forget()
+
+    def close(self) -> None:
+        """Give up all flows, so that what they hold (places in a line, computations others wait for) is free."""
+        self._timers.clear()
+        for entry in self._flying:
+            if entry.waits_for is not None and not isinstance(entry.waits_for, Pause):
+                entry.waits_for.notify(None)
+            entry.flow.close()
+        self._flying.clear()
+        if self._progress is not None:
+            self._progress.close()
+
+    def keeps_pool(self) -> bool:
+        """Let another map have the pool, if somebody wants to keep it and nothing runs in it."""
+        if not self.is_sound or self._sent:
+            return False
+        # What an event loop has heard since the map ended: a worker may have become ready.
+        for heard in self._inbox.drain():
+            if isinstance(self.pool.receive(heard), Fatal):
+                return False
+        return self._settings.pools.keep(self.pool)
+
+    # Input
 
     def _next_batch(self) -> Batch | None:
         """What to send to a worker now, if anything."""
@@ -269,17 +285,9 @@ class Scheduler:
             # The last ones are shared evenly: what waits at one worker cannot be given to another.
             left = (self.tally.total - self._next_index) // max(1, self.pool.slots)
             size = max(1, size // 2, min(size, left))
-        if self._given_back:
-            batch = self._given_back.popleft()
-            if len(batch.items) > size:
-                self._given_back.appendleft(batch.take_from(size))
-            return self._send(batch)
         if self._is_direct and not self._ready:
-            items = self._pull(size)
-            if not items:
-                return None
-            self._plan.stats.direct.add(len(items))
-            return self._send(Batch(items, self._next_index - len(items)))
+            start, items = self._pull(size)
+            return self._send(Batch(items, start)) if items else None
         if not self._ready:
             self._take_up_input(size, max(slots, 1))
         return self._send(self._batch_of_entries(size)) if self._ready and slots else None
@@ -292,46 +300,21 @@ class Scheduler:
             self._ready.remove(entry)
             self._advance(entry, NOT_RUN)
 
-    def keeps_pool(self) -> bool:
-        """Let another map have the pool, if somebody wants to keep it and nothing runs in it."""
-        if not self.is_sound or self._sent:
-            return False
-        # What an event loop has heard since the map ended: a worker may have become ready.
-        for heard in self._inbox.drain():
-            if isinstance(self.pool.receive(heard), Fatal):
-                return False
-        return self._settings.pools.keep(self.pool)
-
-    def forget(self) -> None:
-        """Let go of what was done: an error ends the map, whose traceback leads here, and nothing shall lead back."""
-        self.failure = self._source.error = None
-        self._sink.forget()
-
-    def close(self) -> None:
-        """Give up all flows, so that what they hold (places in a line, computations others wait for) is free.
-
-        The pool is stopped by the driver.
-        """
-        self._timers.clear()
-        for step in self._waiting.values():
-            if not isinstance(step, Pause):
-                step.notify(None)
-        for entry in self._flying:
-            entry.flow.close()
-        self._flying.clear()
-        if self._progress is not None:
-            self._progress.close()
-
-    # Input
-
-    def _pull(self, count: int) -> list[Any]:
-        if self._stream is not None:
-            count = min(count, self._stream.room())
-        if count <= 0 or len(self._waiting) >= MOST_WAITING or self._source.exhausted or self._source.late_by:
-            return []
+    def _pull(self, count: int) -> tuple[int, list[Any]]:
+        """The next items for a first attempt, if there are any now, and the index of the first."""
+        if self._given_back:
+            start, items = self._given_back.popleft()
+            if len(items) > count:
+                self._given_back.appendleft((start + count, items[count:]))
+            return start, items[:count]
+        start, count = self._next_index, min(count, self._sink.room)
+        if count <= 0 or self._waiting >= MOST_WAITING or self._source.exhausted or self._source.late_by:
+            return start, []
         items = self._source.take(count)
         self._next_index += len(items)
-        return items
+        if self._is_direct:
+            self._plan.stats.direct.add(len(items))
+        return start, items
 
     def _take_up_input(self, size: int, slots: int) -> None:
         """Start flows until enough of them are ready, or those that end at once (cache hits) have taken their time."""
@@ -341,10 +324,10 @@ class Scheduler:
             busy = coming + self._awaiting_turns + len(self._sent)
             if coming >= wanted or (self._one_at_a_time and busy >= slots):
                 break
-            items = self._pull(1)
+            index, items = self._pull(1)
             if not items:
                 break
-            self._open(self._next_index - 1, items[0])
+            self._open(index, items[0])
         nothing_runs = not (self._sent or self._ready or self._awaiting_turns)
         if self._gathered and not self._consulting and (self._source.exhausted or nothing_runs):
             self._call_for_many()
@@ -394,7 +377,8 @@ class Scheduler:
             if len(self._gathered) == self._settings.batch_size:
                 self._call_for_many()
         else:
-            self._waiting[entry] = step
+            entry.waits_for = step
+            self._waiting += 1
             if isinstance(step, Pause):
                 self._look_again(entry, step, step.seconds)
             else:
@@ -415,7 +399,8 @@ class Scheduler:
                 return
             step.notify(None)
             self._awaiting_turns -= step.is_turn
-        del self._waiting[entry]
+        entry.waits_for = None
+        self._waiting -= 1
         self._advance(entry, None)
 
     def _end(self, entry: Entry, outcome: Any) -> None:
@@ -460,12 +445,13 @@ class Scheduler:
             return values
         entry.members = {}
         for member, value in zip(members, values, strict=True):
-            is_error = isinstance(value, Exception)
+            if not isinstance(value, Exception):
+                self._give(entry, member, value)
             # Another candidate may do better with all of them.
-            if is_error and (self._plan.fallback is not None or self._is_retried(entry, value)):
+            elif self._plan.fallback is not None or self._is_retried(entry, value):
                 entry.members[member] = value
             else:
-                self._give(entry, member, Failed(value) if is_error else value)
+                self._give(entry, member, Failed(value))
         errors: list[Any] = [*entry.members.values(), *(value for value in values if isinstance(value, Exception))]
         return Failed(errors[0]) if errors else values
 
@@ -502,35 +488,30 @@ class Scheduler:
         """As many ready items as fit one batch, or one that may end its worker."""
         first = self._ready.popleft()
         entries = [first]
-        while self._ready and len(entries) < size:
+        while self._ready and len(entries) < size and not first.alone:
             following = self._ready[0]
-            if first.alone or following.alone or not following.may_begin():
+            if following.alone or not following.may_begin():
                 break
             entries.append(self._ready.popleft())
-        batch = Batch([], first.index, entries)
-        batch.has_candidates = self._sends_candidates
+        batch = Batch([], first.index, entries, has_candidates=self._sends_candidates, alone=first.alone)
         batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
-        batch.alone = first.alone
-        batch.losses = max(entry.losses for entry in entries)
         place = len(self._shape.head)
         for entry in entries:
-            assert entry.attempt is not None  # noqa: S101 - for the type checkers
+            attempt: Any = entry.attempt
             # The item, or the candidate that it is in this attempt; or a pair of both.
-            item = entry.attempt.args[place:] if self._shape.is_starred else entry.attempt.args[place]
+            item = attempt.args[place:] if self._shape.is_starred else attempt.args[place]
             if entry.members is not None:
                 item = [member.item for member in entry.members]
-            batch.items.append((item, entry.attempt.candidate.value) if self._sends_candidates else item)
-        return batch
-
-    def _send(self, batch: Batch) -> Batch:
-        for entry in batch.entries or ():
-            attempt = entry.attempt
+            batch.items.append((item, attempt.candidate.value) if self._sends_candidates else item)
             # A worker may have ended, or had no time, before it began.
-            if attempt is not None and not attempt.has_begun:
+            if not attempt.has_begun:
                 attempt.has_begun = True
                 rounds = entry.call.rounds
                 attempt.begins()
                 self.tally.retried += rounds == 1 and entry.call.rounds > 1
+        return batch
+
+    def _send(self, batch: Batch) -> Batch:
         batch.sent_at = clock.now()
         self._sent.add(batch)
         if batch.time_limit is not None and self.pool.can_kill:
@@ -543,30 +524,25 @@ class Scheduler:
             self._watched.add(batch)
         return batch
 
-    def _give_back(self, batch: Batch, *, alone: bool = False) -> None:
-        """Let its items be the next to be sent; each alone, if one of them may have ended a worker."""
-        if batch.entries is not None:
-            for entry in batch.entries:
-                entry.alone, entry.losses = alone, batch.losses
-            self._ready.extendleft(reversed(batch.entries))
-            return
-        places = reversed(range(len(batch.items))) if alone else [0] if batch.items else []
-        parts = [batch.take_from(place) for place in places]
-        for part in parts:
-            part.alone = alone
-        self._given_back.extendleft(parts)
+    def _give_back(self, batch: Batch, place: int) -> None:
+        """Take the items from there on out of a batch: they are the next to be sent."""
+        items, entries = batch.cut(place)
+        if entries is not None:
+            self._ready.extendleft(reversed(entries))
+        elif items:
+            self._given_back.appendleft((batch.start + place, items))
 
     def _watch(self) -> None:
         """Look after workers that may be busy with one item, or longer than they have."""
-        now = clock.real()
         for batch in self._watched:
+            now = clock.real()
             if batch.look_at <= now:
                 begun = self.pool.begun(batch) or 0
                 is_busy = batch.reported < begun == batch.begun
                 if is_busy:
                     # It will begin no other, see `worker.run_batch`.
                     self._size = 1
-                    self._give_back(batch.take_from(begun - batch.reported))
+                    self._give_back(batch, begun - batch.reported)
                 is_at_last = is_busy or begun >= batch.reported + len(batch.items)
                 batch.begun, batch.look_at = begun, math.inf if is_at_last else now + _LOOKING_SECONDS
             if batch.ends_at <= now:
@@ -583,7 +559,7 @@ class Scheduler:
             self._watched.discard(batch)
             self._learn(done, seconds)
             if count < len(batch.items):
-                self._give_back(batch.take_from(count))
+                self._give_back(batch, count)
         if batch.entries is None and not report.errors:
             self.tally.finished += count
             self._sink.put_results(batch.start, batch.items, report.values, seconds)
@@ -624,37 +600,49 @@ class Scheduler:
         index, item = batch.start + place, batch.items[place]
         if error is None:
             self._count(Outcome(index, item, value, None, 1, seconds, False))  # noqa: FBT003 - plain facts
-            return
-        entry = self._open(index, item, is_last=batch.is_last, started=clock.now() - seconds, failure=error)
-        entry.alone = batch.alone
+        else:
+            self._open(index, item, is_last=batch.is_last, started=clock.now() - seconds, failure=error)
 
     def _batches_lost(self, lost: Lost) -> None:
         """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""
         batches = [batch for batch in lost.batches if batch in self._sent]
         self._sent.difference_update(batches)
         self._watched.difference_update(batches)
-        for batch in batches:
-            batch.losses += 1
-        suspects = [b for b in batches if b not in lost.innocent or b.losses >= MOST_INNOCENT_LOSSES]
+        suspects = [batch for batch in batches if batch not in lost.innocent or self._is_unlucky(batch)]
         for batch in batches:
             if lost.begun is not None:
-                self._ended_by_one_of(batch, lost.begun - batch.reported, lost.reason)
+                self._charge(batch, lost.begun - batch.reported, lost.reason)
             elif lost.sure and suspects == [batch] and len(batch.items) == 1:
-                self._ended_by_one_of(batch, 1, lost.reason)
+                self._charge(batch, 1, lost.reason)
             else:
-                self._give_back(batch, alone=batch in suspects)
+                self._run_again(batch, alone=batch in suspects)
 
-    def _ended_by_one_of(self, batch: Batch, begun: int, reason: str) -> None:
+    def _charge(self, batch: Batch, begun: int, reason: str) -> None:
         """Charge the last item that has begun; those before it, which were fast, and those after it run again."""
-        self._give_back(batch.take_from(begun))
-        last = batch.take_from(max(0, begun - 1))
-        self._give_back(batch)
+        self._give_back(batch, begun)
         # Between two items it was ended by nobody's.
-        if last.items:
+        if begun > 0 and batch.items:
             error: Exception = WorkerCrashedError(f"the worker that ran {self._plan.name} ended: {reason}")
             if batch.is_overdue and batch.time_limit is not None:
                 error = stopped(self._plan.name, *batch.time_limit)
-            self._item_done(last, 0, None, error, clock.now() - batch.sent_at)
+            self._item_done(batch, begun - 1, None, error, clock.now() - batch.sent_at)
+            batch.cut(begun - 1)
+        self._give_back(batch, 0)
+
+    def _is_unlucky(self, batch: Batch) -> bool:
+        return any(entry.losses + 1 >= MOST_INNOCENT_LOSSES for entry in batch.entries or ())
+
+    def _run_again(self, batch: Batch, *, alone: bool) -> None:
+        """Run the items of a lost batch again, each alone, if one of them may have ended its worker."""
+        entries = batch.entries
+        if entries is not None:
+            self._ready.extendleft(reversed(entries))
+        else:
+            # They are counted by their flows now.
+            self._plan.stats.direct.add(-len(batch.items))
+            entries = [self._open(batch.start + place, item) for place, item in enumerate(batch.items)]
+        for entry in entries:
+            entry.alone, entry.losses = alone, entry.losses + 1
 
 
 def _values(name: str, result: Any, count: int) -> Any:
