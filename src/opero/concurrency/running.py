@@ -181,11 +181,14 @@ class IteratorSource:
             if self._is_at_hand and count > 1:
                 taken.extend(itertools.islice(self._iterator, count))
             else:
-                for item in itertools.islice(self._iterator, count):
-                    taken.append(item)
+                for _ in range(count):
+                    # As in a `for` loop, an iterator needs no more than this.
+                    taken.append(next(self._iterator))
                     self.late_by = max(0.0, clock.real() - self.turn_ends)
                     if self.late_by:
                         break
+        except StopIteration:
+            pass
         except Exception as error:  # noqa: BLE001 - raised when what has been taken has its outcomes
             self.error = error
         self.exhausted = len(taken) < count and not self.late_by
