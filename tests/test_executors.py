@@ -764,7 +764,6 @@ async def make_later():
         (None, TypeError, "a function that makes one"),
         (threading.Thread, TypeError, "no concurrent.futures.Executor"),
         (make_later, TypeError, "async function"),
-        (Counting, TypeError, "without arguments"),
     ],
     ids=str,
 )

@@ -124,8 +124,10 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
     def _for_one_item(self) -> Self:
         """The same map in the calling thread, or in a process if it is to be stopped: elsewhere it cannot be."""
         is_to_be_stopped = self.plan.attempt_timeout is not None and not self.plan.is_async
-        settings = replace(self.settings, progress=False, return_exceptions=False)
-        return self._with(settings=settings if is_to_be_stopped else settings.serial())
+        from opero.concurrency.pool import PoolSource
+
+        pools = self.settings.pools if is_to_be_stopped else PoolSource("serial")
+        return self._with(settings=replace(self.settings, pools=pools, progress=False, return_exceptions=False))
 
     def _outcomes(self, items: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> Any:
         """Begin to map: an iterator of what the sink hands out, or of an ``async def`` function an async one."""

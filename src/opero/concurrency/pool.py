@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
-import inspect
 import math
+import multiprocessing
 import os
 import threading
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -28,6 +27,7 @@ from opero.core.checks import (
     kind_of,
     listed,
     shown,
+    wrong_type,
 )
 from opero.core.forks import watch_forks
 from opero.core.interrupts import Hold
@@ -56,9 +56,9 @@ _OF_PROCESSES = ("start_method", *_HOOKS, "max_tasks_per_worker", "threads_per_w
 POOLS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "process": ("processes", "ProcessPool", _OF_PROCESSES),
     "thread": ("threads", "ThreadPool", _HOOKS),
-    "async": ("tasks", "TaskPool", ()),
+    "async": ("threads", "TaskPool", ()),
     "async_process": ("processes", "async_process_pool", (*_OF_PROCESSES, "concurrency")),
-    "serial": ("tasks", "serial_pool", ()),
+    "serial": ("threads", "serial_pool", ()),
     "dask": ("dask", "DaskPool", ("client", "address", "resources", "priority", "restart_workers")),
     "ray": (
         "ray",
@@ -75,22 +75,16 @@ _WORKERS_ELSEWHERE = ("dask", "ray", "executor")
 _NEEDED: Mapping[str, str] = {"dask": "distributed", "ray": "ray"}
 
 
-def _check_start_method(name: str, method: Any) -> None:
-    import multiprocessing
-
-    check_choice(name, method, multiprocessing.get_all_start_methods())
-
-
 def _check_initargs(name: str, initargs: Any) -> None:
     if not isinstance(initargs, tuple):
-        raise TypeError(f"{name}={shown(initargs)} is {kind_of(initargs)}; write a tuple")
+        raise wrong_type(name, initargs, "a tuple")
 
 
 _needs = partial(check_number, what="what each call needs", smallest=0)
 _count = partial(check_count, smallest=1)
 # Those that are not here are the cluster's business.
 _CHECKS: Mapping[str, Callable[[str, Any], object]] = {
-    "start_method": _check_start_method,
+    "start_method": lambda name, method: check_choice(name, method, multiprocessing.get_all_start_methods()),
     "initializer": partial(check_callable, what="a function that prepares each worker"),
     "finalizer": partial(check_callable, what="a function that takes no arguments, for its end"),
     "initargs": _check_initargs,
@@ -136,10 +130,6 @@ class MapSettings:
     total: int | None
     batch_size: int | None
 
-    def serial(self) -> MapSettings:
-        """The same in the calling thread."""
-        return replace(self, pools=PoolSource("serial"))
-
 
 def map_settings(function: Callable[..., Any], options: Mapping[str, Any]) -> MapSettings:
     """Check those options of a map of ``function`` that are no policies."""
@@ -178,20 +168,12 @@ def check_mode(mode: Any) -> None:
 
     if isinstance(mode, Executor):
         return
-    ways = f"write one of {', '.join(map(repr, sorted(_MODES)))}, an executor, or a function that makes one"
+    ways = f"write one of {listed(_MODES)}, an executor, or a function that makes one"
     if hasattr(mode, "get_executor"):
         ways = "write mode='dask', pool_options={'client': client}"
     if not callable(mode) or (isinstance(mode, type) and not issubclass(mode, Executor)):
         raise TypeError(f"mode={shown(mode)} is {kind_of(mode)}, which is no concurrent.futures.Executor; {ways}")
     check_callable("mode", mode, "a function that makes an executor")
-    try:
-        inspect.signature(mode).bind()
-    except TypeError as error:
-        raise TypeError(
-            f"mode={shown(mode)} is called without arguments to make an executor, but {error}; write a lambda around it"
-        ) from None
-    except ValueError:  # a builtin whose signature is not known
-        pass
 
 
 def _check_pool_options(mode: Mode, options: dict[str, Any]) -> None:
@@ -281,15 +263,15 @@ class PoolSource:
 
     def __exit__(self, *_exc: object) -> None:
         """Stop what is idle, unless there is another block; what is in use is stopped by the map that uses it."""
-        with Hold(), ExitStack() as stack:
+        with Hold():
             with self._lock:
                 # A forked child leaves the blocks of its parent, too.
                 self._blocks = max(0, self._blocks - 1)
-                if self._blocks:
-                    return
-                idle, self._idle = self._idle, []
+                idle: list[Pool] = []
+                if not self._blocks:
+                    idle, self._idle = self._idle, idle
             for pool in idle:
-                stack.callback(pool.stop, lambda: False)
+                pool.stop(lambda: False)
 
     async def __aenter__(self) -> None:
         self.__enter__()
