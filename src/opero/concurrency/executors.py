@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 # An executor that breaks so often in a row, with nothing of the map in it, does not do so by accident.
 MOST_STILLBIRTHS = 3
-# Work up to this size goes along with every batch; larger work goes only to workers that ask for it.
-MOST_BYTES_ALONG = 4_096
 
 
 class ExecutorPool(FarPool):
@@ -168,7 +166,8 @@ class ExecutorPool(FarPool):
             return
         payload = self.pack(batch)
         if payload is not None:
-            along = self._packed if completely or len(self._packed) <= MOST_BYTES_ALONG else None
+            # The work of the map goes only to workers that have asked for it.
+            along = self._packed if completely else None
             self._launch(batch, run_parcel, self._digest, along, payload, uuid4().hex)
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
@@ -253,7 +252,7 @@ def _run(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Rep
 def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str) -> Found | str | None:
     """Run one batch in a worker that shares no memory with the map.
 
-    Gives None if it lacks the map's work, which is missing where it is large, and a text if that cannot be loaded.
+    Gives None if it lacks the map's work, and a text if that cannot be loaded.
     ``_number`` is different for every batch: by default dask runs no call twice that has the same arguments.
     """
     if packed is None and digest not in works:

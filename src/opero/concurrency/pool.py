@@ -205,8 +205,8 @@ class PoolSource:
     """Where the maps of one function get their pools, and a block in which these are kept, ``with fn.pool():``.
 
     The workers are started by the first map and have ended when the block is left. A map has the pool that it uses to
-    itself: maps that run at the same time do not share workers, but leave theirs to later ones. A map that ends before
-    all that it has begun leaves none.
+    itself: maps that run at the same time do not share workers, but leave theirs to later ones. A map that raises
+    or is closed early leaves none.
 
     Args:
         mode: One of ``_MODES``, an executor, or a function that makes one.

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import math
 import multiprocessing.connection
-import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Mapping
@@ -294,13 +293,12 @@ def run_blocking(
         raise
     finally:
         with Hold() as hold, contextlib.closing(inbox):
-            if run.process == os.getpid():
-                try:
-                    run.close()
-                finally:
-                    if not run.keeps_pool():
-                        # Ctrl-C that comes again meanwhile leaves what cannot be ended.
-                        run.pool.stop(lambda: bool(hold.pressed))
+            try:
+                run.close()
+            finally:
+                if not run.keeps_pool():
+                    # Ctrl-C that comes again meanwhile leaves what cannot be ended.
+                    run.pool.stop(lambda: bool(hold.pressed))
 
 
 async def run_awaiting(
@@ -330,19 +328,16 @@ async def run_awaiting(
         _note_end(run, error)
         raise
     finally:
-        if run.process == os.getpid():
-            try:
-                run.close()
-                if isinstance(source, AsyncSource):
-                    await source.close()
-            finally:
-                if not run.keeps_pool():
-                    await run.pool.stop_async()
+        try:
+            run.close()
+            if isinstance(source, AsyncSource):
+                await source.close()
+        finally:
+            if not run.keeps_pool():
+                await run.pool.stop_async()
 
 
 def _note_end(run: Scheduler, error: BaseException) -> None:
     if isinstance(error, (Exception, KeyboardInterrupt)):
         shorten(error)
-    # Something may be half done, and an event lost.
-    run.is_sound = run.is_sound and isinstance(error, (Exception, GeneratorExit))
     run.forget()

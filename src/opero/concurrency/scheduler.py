@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Collection, Mapping
@@ -105,11 +104,8 @@ class Scheduler:
         self._shape, self._source, self._sink, self._inbox = shape, source, sink, inbox
         self._progress = None if settings.progress is False else make_progress(settings.progress, plan.name, total)
         self.tally = Tally(total=total)
-        # In a child that is forked from it all of this belongs to the parent.
-        self.process = os.getpid()
         self.pool: Pool = settings.pools.pool_for(self._work())
-        # Whether the pool can be used by another map, if nothing runs in it.
-        self.is_sound = True
+        self._is_over = False
         self.failure: Exception | None = None
         # Items in a batch, and batches that wait at a worker besides, as learnt from how long they take.
         self._size, self._ahead = 1, 0
@@ -191,10 +187,11 @@ class Scheduler:
         self.presence.is_away = False
         if self.failure is not None:
             raise self.failure
-        is_done = self._source.exhausted and not (self._sent or self._flying or self._given_back)
-        if self._source.error is not None and (is_done or not self._sink.is_stream):
+        is_over = self._source.exhausted and not (self._sent or self._flying or self._given_back)
+        if self._source.error is not None and (is_over or not self._sink.is_stream):
             raise self._source.error
-        return is_done
+        self._is_over = is_over
+        return is_over
 
     def patience(self) -> tuple[float | None, bool]:
         """For how many seconds to wait until something comes back, None for ever; and whether these are real ones.
@@ -227,7 +224,6 @@ class Scheduler:
             elif isinstance(event, Lost):
                 self._batches_lost(event)
             elif isinstance(event, Fatal):
-                self.is_sound = False
                 raise event.error
             elif isinstance(event, Entry) and event.waits_for is not None:
                 # What it waits for may have come.
@@ -259,8 +255,8 @@ class Scheduler:
             self._progress.close()
 
     def keeps_pool(self) -> bool:
-        """Let another map have the pool, if somebody wants to keep it and nothing runs in it."""
-        if not self.is_sound or self._sent:
+        """Let another map have the pool, if somebody wants to keep it and this one has come to its end."""
+        if not self._is_over:
             return False
         # What an event loop has heard since the map ended: a worker may have become ready.
         for heard in self._inbox.drain():
@@ -608,7 +604,8 @@ class Scheduler:
         batches = [batch for batch in lost.batches if batch in self._sent]
         self._sent.difference_update(batches)
         self._watched.difference_update(batches)
-        suspects = [batch for batch in batches if batch not in lost.innocent or self._is_unlucky(batch)]
+        unlucky = [b for b in batches if any(e.losses + 1 >= MOST_INNOCENT_LOSSES for e in b.entries or ())]
+        suspects = [batch for batch in batches if batch not in lost.innocent or batch in unlucky]
         for batch in batches:
             if lost.begun is not None:
                 self._charge(batch, lost.begun - batch.reported, lost.reason)
@@ -628,9 +625,6 @@ class Scheduler:
             self._item_done(batch, begun - 1, None, error, clock.now() - batch.sent_at)
             batch.cut(begun - 1)
         self._give_back(batch, 0)
-
-    def _is_unlucky(self, batch: Batch) -> bool:
-        return any(entry.losses + 1 >= MOST_INNOCENT_LOSSES for entry in batch.entries or ())
 
     def _run_again(self, batch: Batch, *, alone: bool) -> None:
         """Run the items of a lost batch again, each alone, if one of them may have ended its worker."""

@@ -1,6 +1,4 @@
-"""The pools of this process: threads that are started through twat-mp, each taking batches from one queue; asyncio tasks
-in the caller's event loop; and no worker at all, for debuggers.
-"""
+"""The pools of this process: threads that take batches from one queue, tasks of an event loop, and no worker at all."""
 
 from __future__ import annotations
 
