@@ -258,13 +258,13 @@ def test_a_cancelled_hit_does_no_harm(doubled):
 
 
 def test_an_event_loop_that_is_held_up_says_nothing_of_the_server(doubled, monkeypatch):
-    from opero.core import redis_server
+    from opero.core.stores import redis
 
     async def main():
         await doubled(1)
         await doubled(1)
         with monkeypatch.context() as patch:
-            patch.setattr(redis_server, "ANSWER_SECONDS", 0.9)
+            patch.setattr(redis, "READ_SECONDS", 0.9)
             asked = asyncio.ensure_future(doubled(1))
             await asyncio.sleep(0)
             time.sleep(1.2)  # noqa: ASYNC251 - as a slow computation in the loop

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from opero.core.limits.ledger import Change, Ledger
     from opero.core.limits.rates import Rates
-    from opero.core.redis_server import Server
+    from opero.core.stores.redis import Server
 
 _OPTIONS_OF_SCOPES = {"process": (), "machine": ("folder", "name"), "redis": ("name", "url")}
 # Who is kept from the ledger by others comes again after so long.
@@ -260,7 +260,7 @@ class RedisGate(Gate):
 
     def answer(self, change: Change) -> float | Exception:
         try:
-            from opero.core.redis_server import server_at
+            from opero.core.stores.redis import server_at
 
             server = self._server = self._server or server_at(self._url)
             return server.rest.reason() or self._exchange(server, change)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 from opero.core.clock import clock
+from opero.core.faults import Rest
 from opero.core.forks import ForkSafeLock
 from opero.core.private_folder import held_private_folder
 from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Keep
@@ -167,7 +168,7 @@ class DiskStore(LastingStore):
     """The entries of one namespace in a folder of their own."""
 
     def __init__(self, settings: CacheSettings, namespace: str) -> None:
-        super().__init__(f"the disk cache {slug(namespace)}", settings)
+        super().__init__(f"the disk cache {slug(namespace)}", settings, Rest())
         self._namespace = namespace
         self._root = settings.disk_folder()
         # Where the entries lie.

@@ -55,24 +55,15 @@ class LastingStore:
 
     is_instant: ClassVar[bool] = False
 
-    def __init__(self, what: str, settings: CacheSettings) -> None:
+    def __init__(self, what: str, settings: CacheSettings, rest: Rest) -> None:
         self.settings = settings
         self.flights = Flights()
         self.format = EntryFormat(settings.options["serializer"], compress=settings.options["compress"])
         # Tells the log, the first time loudly.
         self.complain = Complaints(what).tell
+        # Leaves the backend alone while it is not well.
+        self.rest = rest
         self._what = what
-        self._rest = Rest()
-
-    @property
-    def rest(self) -> Rest:
-        """Leaves the backend alone while it is not well."""
-        return self._rest
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a look needs no opening first, and has to wait for nobody."""
-        return False
 
     def read(self, key: bytes) -> bytes | None:
         """The entry of a key."""
@@ -105,8 +96,7 @@ class LastingStore:
 
     def in_spite_of_faults(self, work: Callable[..., Any], *args: Any) -> Any:
         """What some work with the backend gives; an exception if that failed, or is not tried now."""
-        rest = self.rest
-        reason = rest.reason()
+        reason = self.rest.reason()
         if reason is not None:
             return reason
         try:
@@ -116,7 +106,7 @@ class LastingStore:
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs the cache and not the call
             self.failed(error)
             return error
-        rest.end()
+        self.rest.end()
         return done
 
     def write_down(self, keep: Keep) -> Exception | None:
@@ -153,7 +143,7 @@ class EntryFormat:
     def dumps(self, value: Any, ends: float) -> bytes:
         """The entry for a result, or for the error in a `Failed`; raises whatever the serializer raises."""
         if type(value) is Failed:
-            kind, payload = b"E", _pickled_error(value.error)
+            kind, payload = b"E", pickle.dumps(value.error, _PICKLE_PROTOCOL)
         elif self._is_json:
             kind, payload = b"J", _json(value)
         else:
@@ -193,20 +183,6 @@ class EntryFormat:
 
 
 _KINDS = frozenset(_VERSION + kind for kind in (b"P-", b"PZ", b"J-", b"JZ", b"E-", b"EZ"))
-
-
-# Where an object is, which its copy cannot be.
-_ADDRESS = re.compile("0x[0-9a-f]+", re.IGNORECASE)
-
-
-def _pickled_error(error: BaseException) -> bytes:
-    payload = pickle.dumps(error, _PICKLE_PROTOCOL)
-    # Where tblib pickles exceptions (dask has it do so), some are made anew without what their `__init__` has kept.
-    read = pickle.loads(payload)  # noqa: S301 - made just now
-    if _ADDRESS.sub("", str(read)) != _ADDRESS.sub("", str(error)):
-        msg = f"a {type(error).__qualname__} would be read with another text"
-        raise UncacheableError(msg)
-    return payload
 
 
 def _of_json(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Entries on a redis server.
+"""Entries on a redis server, and the connections to servers, which limits use, too.
 
 An entry is a key of its own, its lease another one beside it; both carry the namespace in front. A lease ends by itself
 when its owner is gone, and is renewed while its owner computes.
@@ -13,23 +13,45 @@ import queue
 import struct
 import sys
 import threading
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
+
+import redis.asyncio.connection
+import redis.connection
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.exceptions import ClusterError, RedisClusterException
+from redis.retry import Retry
 
 from opero.core.clock import clock
+from opero.core.faults import Rest
 from opero.core.forks import fork_safe_threads, watch_forks
-from opero.core.redis_server import Server, server_at, server_of, server_with
 from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Keep
 from opero.core.stores.lasting import LastingStore, slug
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
-    from opero.core.faults import Rest
     from opero.core.stores.flights import Flight
     from opero.core.stores.settings import CacheSettings
 
+# A server that is away or frozen costs half a second or 0.7; one that drips its answers costs two.
+READ_SECONDS = 0.7
+ANSWER_SECONDS = 1.9
 LEASE_SECONDS = 10.0
+# Of one event loop at once; of threads there are as many as threads in the middle of commands.
+_CONNECTIONS = 32
 _SCAN_COUNT = 1_000
+_SETTINGS: dict[str, Any] = {
+    "socket_connect_timeout": 0.5,
+    "socket_timeout": READ_SECONDS,
+    "decode_responses": False,
+    # redis-py's pools raise beyond a hundred connections; a URL may say fewer.
+    "max_connections": 2**31,
+}
+# A connection that the server has closed meanwhile is made anew; redis-py's default retries take seconds.
+_ONCE: Any = NoBackoff(), 1, (redis.ConnectionError,)
 
 # KEYS: entry, lease. ARGV: token, milliseconds, the time in the form that entries have of their end: as bytes these are
 # in the order of the times. A lease that would live longer than any that opero makes is nobody's.
@@ -37,7 +59,7 @@ _CLAIM = """
 local entry = redis.call('GET', KEYS[1])
 if entry and string.sub(entry, 9, 16) > ARGV[3] then return {entry, 0} end
 local left = redis.call('PTTL', KEYS[2])
-if left == -2 or left == -1 or left > tonumber(ARGV[2]) then
+if left < 0 or left > tonumber(ARGV[2]) then
     redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
     return {entry, 1}
 end
@@ -50,9 +72,7 @@ if ARGV[3] == '0' then redis.call('SET', KEYS[1], ARGV[2]) else redis.call('SET'
 redis.call('DEL', KEYS[2])
 return 1
 """
-# KEYS: lease. ARGV: token.
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
-# KEYS: lease. ARGV: token, milliseconds.
+# KEYS: lease. ARGV: token, milliseconds; none are left of one that is given back.
 _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
 
 
@@ -61,40 +81,16 @@ class RedisStore(LastingStore):
 
     def __init__(self, settings: CacheSettings, namespace: str) -> None:
         prefix = f"{slug(settings.options['folder_name'])}:{slug(namespace)}"
-        super().__init__(f"the redis cache {prefix}", settings)
+        # Shared, and connected to by the first command; all namespaces on a server leave it alone together.
+        self.server = _server_for(settings)
+        super().__init__(f"the redis cache {prefix}", settings, self.server.rest)
         self._prefix = prefix.encode()
-        # Shared, and connected to by the first command.
-        self.server = self._find_server()
-        self.after_fork()
-        watch_forks(self)
-
-    def after_fork(self) -> None:
-        """Hold none of the parent's leases."""
-        # Not an event or a lock, which a finalizer may come in the middle of, and drop a lease itself.
-        self._dropped: queue.SimpleQueue[Flight] = queue.SimpleQueue()
-        self._lock = threading.RLock()
-        self._keeper: threading.Thread | None = None
-
-    def _find_server(self) -> Server:
-        client, url = (self.settings.options[name] for name in ("client", "url"))
-        if client is not None:
-            return server_with(client)
-        if url is not None:
-            return server_at(url)
-        # twat-cache's settings know of the environment, too.
-        known = self.settings.config()
-        place = {"host": known.get_redis_host(), "port": known.get_redis_port(), "db": known.get_redis_db()}
-        return server_of(**place, password=known.get_redis_password())
+        _stores.add(self)
 
     @property
     def client(self) -> Any:
         """The connections to the server."""
         return self.server.client
-
-    @property
-    def rest(self) -> Rest:
-        """All namespaces on a server leave it alone together."""
-        return self.server.rest
 
     def read(self, key: bytes) -> bytes | None:
         entry: bytes | None = self.client.get(self._names(key)[0])
@@ -108,30 +104,30 @@ class RedisStore(LastingStore):
             entry = await self.server.get_async(self._names(key)[0])
             self.rest.end()
             return None if entry is None else self.fresh(entry)
+        except TimeoutError:
+            # It may be the event loop that was held up; the call asks again, in a thread.
+            return None
         except Exception as error:  # noqa: BLE001 - the call asks again, and is told
             self.failed(error)
             return None
 
     def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
         """Answer requests in order, in one exchange with the server."""
-        answers: list[Any] = [self.write_down(request) if isinstance(request, Keep) else None for request in requests]
-        commands = {
-            place: self._command(request)
-            for place, request in enumerate(requests)
-            if answers[place] is None and not (isinstance(request, Keep) and request.flight.is_void)
-        }
-        got = self.in_spite_of_faults(self.server.perform, [*commands.values()])
-        for number, place in enumerate(commands):
-            answers[place] = self._understood(requests[place], got if isinstance(got, Exception) else got[number])
-        return answers
+        commands = [self._command(request) for request in requests]
+        sent = [command for command in commands if isinstance(command, tuple)]
+        got = self.in_spite_of_faults(self.server.perform, sent) if sent else []
+        answers = itertools.repeat(got) if isinstance(got, Exception) else iter(got)
+        return [
+            self._understood(request, next(answers)) if isinstance(command, tuple) else command
+            for request, command in zip(requests, commands, strict=True)
+        ]
 
     def let_go(self, flight: Flight) -> None:
         # One that is still being claimed is given back as soon as it is.
         flight.dropped = True
-        if flight.held:
+        if flight.held and not sys.is_finalizing():
             flight.held = False
-            self._dropped.put(flight)
-            self._have_keeper()
+            _keeper(os.getpid()).put((self, flight))
 
     def failed(self, error: Exception) -> None:
         self.server.failed(error)
@@ -152,37 +148,12 @@ class RedisStore(LastingStore):
         return len({key for key in self._keys() if not key.endswith(b":lease")})
 
     def close(self) -> None:
-        """The server's connections are closed with the last who use it."""
+        """Close connections that nobody uses at this moment; others are made when there is a need."""
+        self.server.close()
 
-    def _have_keeper(self) -> None:
-        if sys.is_finalizing():
-            # No thread begins any more; the leases end by themselves.
-            return
-        with self._lock:
-            if self._keeper is None or not self._keeper.is_alive():
-                self._keeper = threading.Thread(target=self._keep_leases, name="opero-leases", daemon=True)
-                fork_safe_threads.add(self._keeper)
-                self._keeper.start()
-
-    def _keep_leases(self) -> None:
-        """Renew the leases, give back those that nobody wants any more, and end a little after the last one."""
-        milliseconds = int(LEASE_SECONDS * 1000)
-        while True:
-            dropped = []
-            with contextlib.suppress(queue.Empty):
-                dropped.append(self._dropped.get(timeout=LEASE_SECONDS / 3))
-                while True:
-                    dropped.append(self._dropped.get_nowait())
-            tasks = [(_RELEASE, flight) for flight in dropped] + [(_RENEW, flight) for flight in self.flights.held()]
-            leases = [(script, 1, self._names(flight.key)[1], flight.ticket) for script, flight in tasks]
-            try:
-                self.server.perform([("EVAL", *lease, milliseconds) for lease in leases])
-            except Exception as error:  # noqa: BLE001 - the leases end by themselves
-                self.complain(error)
-            with self._lock:
-                if not self.flights.held() and self._dropped.empty():
-                    self._keeper = None
-                    return
+    def renewal(self, flight: Flight, milliseconds: int) -> tuple[Any, ...]:
+        """The command by which a lease goes on for some time, or ends."""
+        return ("EVAL", _RENEW, 1, self._names(flight.key)[1], flight.ticket, milliseconds)
 
     def _names(self, key: bytes) -> tuple[bytes, bytes]:
         """Those of the entry and its lease."""
@@ -193,38 +164,292 @@ class RedisStore(LastingStore):
     def _keys(self) -> Iterator[bytes]:
         return iter(self.client.scan_iter(match=self._prefix + b":*", count=_SCAN_COUNT))
 
-    def _command(self, request: Flight | Keep) -> tuple[Any, ...]:
-        """What the server is to do."""
+    def _command(self, request: Flight | Keep) -> tuple[Any, ...] | Exception | None:
+        """What the server is to do, or the answer if there is nothing to do."""
+        lasting = int(LEASE_SECONDS * 1000)
         if not isinstance(request, Keep):
             request.ticket = os.urandom(12).hex().encode()
             # Until the answer says otherwise: after Ctrl-C it is given back, if it was granted.
             request.held = True
-            now = struct.pack(">d", clock.wall())
-            return ("EVAL", _CLAIM, 2, *self._names(request.key), request.ticket, int(LEASE_SECONDS * 1000), now)
+            return (
+                "EVAL",
+                _CLAIM,
+                2,
+                *self._names(request.key),
+                request.ticket,
+                lasting,
+                struct.pack(">d", clock.wall()),
+            )
         flight, names = request.flight, self._names(request.flight.key)
+        fault = self.write_down(request)
+        if fault is not None or flight.is_void:
+            return fault
         milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
         if flight.ticket is None:
             return ("SET", names[0], flight.written, *(("PX", milliseconds) if milliseconds else ()))
         return ("EVAL", _KEEP, 2, *names, flight.ticket, flight.written, milliseconds)
 
     def _understood(self, request: Flight | Keep, answer: Any) -> Any:
-        if isinstance(answer, Exception):
-            if not isinstance(request, Keep):
-                request.held = False
-            return answer
         if isinstance(request, Keep):
+            if isinstance(answer, Exception):
+                return answer
             request.flight.held = False
             return None
+        request.held = False
+        if isinstance(answer, Exception):
+            return answer
         try:
             entry, is_granted = answer
             request.held = bool(is_granted)
             if request.dropped:
                 self.let_go(request)
             elif is_granted:
-                self._have_keeper()
+                _keeper(os.getpid())
             if entry is not None and self.is_found(request, entry):
                 return FOUND
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
             self.in_spite_of_faults(self.client.delete, self._names(request.key)[0])
             return error
         return CLAIMED if is_granted else BUSY
+
+
+_stores: WeakSet[RedisStore] = WeakSet()
+
+
+@lru_cache(maxsize=1)
+def _keeper(_process: int) -> queue.SimpleQueue[tuple[RedisStore, Flight]]:
+    """Where to put leases that are to be given back, which a thread does; it also renews those that are held."""
+    # Not an event or a lock, which a finalizer may come in the middle of, and drop a lease itself.
+    dropped: queue.SimpleQueue[tuple[RedisStore, Flight]] = queue.SimpleQueue()
+
+    def keep_all() -> None:
+        while True:
+            _keep_leases(dropped)
+
+    thread = threading.Thread(target=keep_all, name="opero-leases", daemon=True)
+    fork_safe_threads.add(thread)
+    thread.start()
+    return dropped
+
+
+def _keep_leases(dropped: queue.SimpleQueue[tuple[RedisStore, Flight]]) -> None:
+    """Give back leases that nobody wants any more, and renew those of what is being computed."""
+    found = []
+    with contextlib.suppress(queue.Empty):
+        found.append(dropped.get(timeout=LEASE_SECONDS / 3))
+        while True:
+            found.append(dropped.get_nowait())
+    for store in list(_stores):
+        leases = [(flight, 0) for owner, flight in found if owner is store]
+        leases += [(flight, int(LEASE_SECONDS * 1000)) for flight in store.flights.held()]
+        if leases:
+            # Where that fails they end by themselves.
+            store.in_spite_of_faults(store.server.perform, [store.renewal(*lease) for lease in leases])
+
+
+# Servers
+
+
+class Server:
+    """One database of one server: connections, and a rest when it fails, that all who use it share.
+
+    Args:
+        kind: Name of the class of redis-py's connections.
+        place: How to connect, as keywords of that class.
+        own: A client of the program's own, which does that in its own way, in place of the others.
+    """
+
+    def __init__(self, kind: str = "", place: Mapping[str, Any] | None = None, own: Any = None) -> None:
+        self._kind = kind
+        self._place = place or {}
+        self._own = own
+        # By event loop: a client, places for those who ask at once, and what closes its connections.
+        self._async_clients: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self.has_async_client = own is None
+        self.rest = Rest()
+        self.after_fork()
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        """Use none of the parent's connections, and wait for none of its locks."""
+        self.client = self._own
+        if self._own is None:
+            bounded = type("Bounded", (_Bounded, getattr(redis.connection, self._kind)), {})
+            pool = _Pool(connection_class=bounded, **{**self._place, **_SETTINGS, "retry": Retry(*_ONCE)})
+            self.client = redis.Redis(connection_pool=pool)
+
+    def close(self) -> None:
+        """Close what nobody uses at this moment, unless it is the program's own."""
+        if self._own is None:
+            self.client.connection_pool.disconnect(inuse_connections=False)
+
+    def __del__(self, suppress: Any = contextlib.suppress) -> None:
+        # redis-py's pool is part of a cycle: its connections would be open until the garbage collector comes. When the
+        # program ends, globals may be gone.
+        with suppress(Exception):
+            self.close()
+
+    def perform(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers to commands; of several in one exchange an error that the server answers with is one."""
+        client = self.client
+        if len(commands) > 1 and hasattr(client, "connection_pool"):
+            pipeline = client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            answers: list[Any] = pipeline.execute(raise_on_error=False)
+            return answers
+        # A cluster takes no scripts in a pipeline.
+        return [client.execute_command(*command) for command in commands]
+
+    async def get_async(self, key: bytes) -> bytes | None:
+        """What is there under a key, asked in the running event loop."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        if loop not in self._async_clients:
+            # What is read is bounded as a whole.
+            settings = {**self._place, **_SETTINGS, "retry": AsyncRetry(*_ONCE), "socket_timeout": None}
+            pool = redis.asyncio.ConnectionPool(getattr(redis.asyncio.connection, self._kind), **settings)
+            client = redis.asyncio.Redis(connection_pool=pool)
+            # An event loop closes its generators when it ends, while it can still close connections.
+            closing = self._closing_at_the_end(loop, client)
+            self._async_clients[loop] = client, asyncio.Semaphore(_CONNECTIONS), closing
+            await anext(closing)
+        client, places, _ = self._async_clients[loop]
+        # Not by a pool that lets tasks wait by itself, which takes a third of the time of a command.
+        async with places, asyncio.timeout(READ_SECONDS):
+            entry: bytes | None = await client.get(key)
+            return entry
+
+    async def _closing_at_the_end(self, loop: Any, client: Any) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            self._async_clients.pop(loop, None)
+            await client.aclose(close_connection_pool=True)
+
+    def failed(self, error: Exception) -> None:
+        """Leave the server alone for a while if it was its fault, or its network's."""
+        if isinstance(error, (redis.ConnectionError, redis.TimeoutError, RedisClusterException, ClusterError, OSError)):
+            self.rest.begin(error)
+
+
+# Those that are in use.
+_servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
+
+
+def _server_for(settings: CacheSettings) -> Server:
+    client, url = settings.options["client"], settings.options["url"]
+    if client is not None:
+        place = _place_of(client)
+        return _servers.setdefault(f"client {id(client)}", Server(own=client)) if place is None else _server_of(**place)
+    if url is not None:
+        return server_at(url)
+    # twat-cache's settings know of the environment, too.
+    known = settings.config()
+    place = {"host": known.get_redis_host(), "port": known.get_redis_port(), "db": known.get_redis_db()}
+    return _server_of(**place, password=known.get_redis_password())
+
+
+def server_at(url: str) -> Server:
+    """The server that a URL names, as far as this process is concerned."""
+    return _server_of(**redis.connection.parse_url(url))  # type: ignore[no-untyped-call]  # redis-py's
+
+
+def _server_of(*, connection_class: type = redis.Connection, **place: Any) -> Server:
+    """The server at a place, which is told by the keywords of a connection of redis-py and by its class."""
+    kind = connection_class.__name__
+    return _servers.setdefault(repr((kind, sorted(place.items()))), Server(kind, place))
+
+
+def _place_of(client: Any) -> dict[str, Any] | None:
+    """Where a client's server is, and how to sign in; None if it finds servers by itself, or in a way of its own.
+
+    A client may wait for a frozen server for ever, and one of asyncio belongs to an event loop.
+    """
+    pool: Any = getattr(client, "connection_pool", None)
+    kind: type = getattr(pool, "connection_class", object)
+    if kind.__module__ not in {"redis.connection", "redis.asyncio.connection"}:
+        return None
+    names = {"host", "port", "path", "db", "username", "password", "credential_provider"}
+    given = {name: value for name, value in pool.connection_kwargs.items() if name in names or name.startswith("ssl")}
+    return {"connection_class": kind, **given}
+
+
+def check_client(option: str, client: Any) -> Any:
+    """Refuse what is no client of redis-py, or one that would be used itself and cannot be."""
+    if not hasattr(type(client), "execute_command"):
+        msg = f"{option} is {type(client).__name__}; give a client of redis-py (redis.Redis, redis.asyncio.Redis)"
+        raise TypeError(msg)
+    if _place_of(client) is not None:
+        return client
+    if isinstance(client, (redis.asyncio.Redis, redis.asyncio.RedisCluster)):
+        what = f"a {type(client).__name__} of redis.asyncio for a cluster, for sentinels or with connections of its own"
+        msg = f"{option} is {what}; give one for threads, such as redis.RedisCluster, for async functions too"
+        raise TypeError(msg)
+    if client.get_encoder().decode_responses:
+        raise ValueError(f"{option} gives text in place of bytes; make it without decode_responses=True")
+    return client
+
+
+# opero's own connections
+
+
+class _Pool(redis.ConnectionPool):
+    """Has no lock and no counters, which take as long as a command."""
+
+    def get_connection(self, *_args: Any, **_options: Any) -> Any:
+        try:
+            connection = self._available_connections.pop()
+        except IndexError:
+            # It connects when a command is sent.
+            connection = self.make_connection()
+        connection.last_read_at = clock.real() + ANSWER_SECONDS - READ_SECONDS
+        return connection
+
+    def release(self, connection: Any) -> None:
+        error = sys.exception()
+        if error is not None and not isinstance(error, Exception):
+            # Ctrl-C came in the middle of a command, whose answer the next one would read.
+            connection.disconnect()
+        self._available_connections.append(connection)
+
+
+class _Bounded:
+    """A connection that spends no more time on an exchange in all than it may, signing in included."""
+
+    # When the last read of the exchange has to begin.
+    last_read_at = 0.0
+
+    def _connect(self) -> Any:
+        """Connect in a thread, which is left alone if that takes too long: nothing bounds how a name is looked up."""
+        made: list[Any] = []
+        outer = super()._connect  # type: ignore[misc]  # of a class of connections
+
+        def connect() -> None:
+            try:
+                made.append(outer())
+            except Exception as error:  # noqa: BLE001 - told below
+                made.append(error)
+
+        thread = threading.Thread(target=connect, name="opero-connecting", daemon=True)
+        thread.start()
+        thread.join(max(0.0, self.last_read_at - clock.real()))
+        if not made:
+            raise TimeoutError
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return _BoundedSocket(made[0], self)
+
+
+class _BoundedSocket:
+    """The socket of a connection, from which nothing is read too late: redis-py bounds each read."""
+
+    def __init__(self, socket: Any, connection: _Bounded) -> None:
+        self._socket = socket
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("recv") and clock.real() >= self._connection.last_read_at:
+            raise TimeoutError
+        return getattr(self._socket, name)

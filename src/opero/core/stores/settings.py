@@ -106,7 +106,7 @@ def _password(option: str, value: Any) -> str:
 
 
 def _client(option: str, value: Any) -> Any:
-    from opero.core.redis_server import check_client
+    from opero.core.stores.redis import check_client
 
     return check_client(option, value)
 
@@ -178,8 +178,7 @@ class CacheSettings:
             from opero.core.stores.disk import DiskStore
 
             return DiskStore
-        from opero.core.redis_server import server_at
-        from opero.core.stores.redis import RedisStore
+        from opero.core.stores.redis import RedisStore, server_at
 
         if self.options["url"] is not None:
             # What its query says is read now, and refused when decorating.
