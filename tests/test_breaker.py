@@ -1148,12 +1148,6 @@ def test_a_function_with_one_circuit_has_none_by_value():
         opero.control(f).circuit["a"]
 
 
-def test_the_circuit_of_one_value_has_none_by_other_values():
-    circuit = opero.control(opero.opero(breaker=5, per="key")(lambda key: key)).circuit
-    with pytest.raises(TypeError, match=r"of one value.*control\(f\)\.circuit\[value\]"):
-        circuit["a"]["b"]
-
-
 def test_a_function_without_a_breaker_has_no_circuit():
     with pytest.raises(opero.MisuseError, match="breaker=5"):
         _ = opero.control(opero.opero(print)).circuit

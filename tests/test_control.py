@@ -232,17 +232,3 @@ def test_a_decorator_of_one_policy_takes_its_own_options(fake_clock):
 def test_it_can_be_carried_by_value():
     carried = cloudpickle.loads(cloudpickle.dumps(control(Client().fetch)))
     assert carried.cache_delete(3) is False
-
-
-def test_options_that_had_no_effect_before_a_change_stay_for_another_one():
-    calls = []
-
-    @get_retry_decorator(retries=0, retry_on=ValueError, min_delay=0)
-    def fail():
-        calls.append(1)
-        raise KeyError
-
-    later = control(control(fail).with_options(max_delay=9)).with_options(retries=1)
-    with pytest.raises(KeyError):
-        later()
-    assert len(calls) == 1

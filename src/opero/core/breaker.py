@@ -208,10 +208,8 @@ class Circuit:
         self._are_many = are_many
 
     def __getitem__(self, value: Any) -> Circuit:
-        if self._key is not None:
-            raise TypeError("this is the circuit of one value; write control(f).circuit[value] for that of another one")
         if not self._are_many:
-            msg = "the function has one circuit for all calls; write control(f).circuit.state, or add per='parameter'"
+            msg = "this is one circuit, and not by value; write control(f).circuit.state, or add per='parameter'"
             raise TypeError(msg)
         return Circuit(self._breaker, identity_of(value))
 
@@ -233,7 +231,3 @@ class Circuit:
         if self._are_many:
             raise TypeError("each value has a circuit of its own; write control(f).circuit[value]")
         return self._breaker
-
-    def __repr__(self) -> str:
-        # Not the value, which may be a secret.
-        return "<circuits by value>" if self._are_many else f"<{self.state} circuit>"

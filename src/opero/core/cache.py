@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from weakref import WeakSet
 
@@ -99,9 +98,6 @@ class Cache:
     def __setattr__(self, name: str, _value: Any) -> None:
         msg = f"a Cache does not change, so {name!r} cannot be set; make another one"
         raise AttributeError(msg)
-
-    def __reduce__(self) -> Any:
-        return partial(Cache, **self._given), ()
 
     def __repr__(self) -> str:
         shown_ones = [f"{name}={shown(value)}" for name, value in self._given.items() if value not in (None, ())]
@@ -258,14 +254,13 @@ class ResultCache:
 
     def _lead(self, flight: Flight, call: Call, compute: Callable[[], Flow]) -> Flow:
         """The entry, which another leader may have stored meanwhile, or what is computed, when it has been kept."""
-        land = self.store.flights.land
         claim = CLAIMED if call.refreshes else (yield from self._claim(flight, call))
         if claim is BUSY:
             return self._out_of_time()
         if claim is FOUND:
             self.stats.joined.tick()
             found = flight.found
-            land(flight, found)
+            self.store.flights.land(flight, found)
             return _hit(call, found)
         self._note_fault(claim)
         part: list[Any] = [flight, None]
@@ -280,21 +275,23 @@ class ResultCache:
         finally:
             part[:] = None, not_over(part[1])
         if not call.is_made_up:
-            try:
-                life = self._life(call, outcome)
-            except Exception as error:  # noqa: BLE001 - of the user's functions, or a result that can be used only once
-                outcome, life = Failed(error), _NOT_KEPT
-            is_error = type(outcome) is Failed
-            if is_error and flight.old is not None:
-                value, flight.written = flight.old
-                outcome = _hit(call, value)
-            elif life != _NOT_KEPT and (claim is CLAIMED or flight.held):
-                value, stale = (Failed(copied(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
-                self._note_fault((yield from self._ask(Keep(flight, value, life, stale, call.time_left()))))
-            elif self.is_lasting and flight.seats and not is_error:
-                # Those who wait get copies of what is not kept, too, if there can be any.
-                self.store.write_down(Keep(flight, outcome, _NOT_KEPT))
-        land(flight, outcome)
+            outcome = yield from self._kept(flight, call, outcome, can_be_kept=claim is CLAIMED or flight.held)
+        self.store.flights.land(flight, outcome)
+        return outcome
+
+    def _kept(self, flight: Flight, call: Call, outcome: Any, *, can_be_kept: bool) -> Generator[Any, Any, Any]:
+        """What becomes of an outcome: an entry that has ended stands for an error, any other one may be kept."""
+        try:
+            life = self._life(call, outcome)
+        except Exception as error:  # noqa: BLE001 - of the user's functions, or a result that can be used only once
+            outcome, life = Failed(error), _NOT_KEPT
+        is_error = type(outcome) is Failed
+        if is_error and flight.old is not None:
+            value, flight.written = flight.old
+            return _hit(call, value)
+        if life != _NOT_KEPT and can_be_kept:
+            value, stale = (Failed(copied(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
+            self._note_fault((yield from self._ask(Keep(flight, value, life, stale, call.time_left()))))
         return outcome
 
     def _claim(self, flight: Flight, call: Call) -> Generator[Any, Any, Any]:

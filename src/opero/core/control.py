@@ -24,7 +24,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound="Control[..., Any]")
 
-# The options of `opero` with their defaults, by the policy of a plan that they make, the one that turns it off first.
+# The options of `opero` with their defaults, by the policy of a plan that they make.
 OPTIONS: dict[str, dict[str, Any]] = {
     "cache": {
         "cache": False,
@@ -53,14 +53,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "on_event": {"on_event": None},
     "default": {"default": MISSING},
 }
-# How those are turned off without which the others of their policy have no effect, and what to write for them.
-_TURNED_ON = {
-    "cache": (False, "cache=True"),
-    "retries": (0, "retries=1"),
-    "arg_fallback": (None, "arg_fallback='parameter'"),
-    "rate_limit": (None, "rate_limit=5"),
+_BESIDE_CACHE = tuple(OPTIONS["cache"])[1:]
+_DELAYS = ("backoff_factor", "min_delay", "max_delay", "jitter")
+# What an option has no effect without, any of which will do, and what to write.
+_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(_BESIDE_CACHE, ("cache=True", ("cache",))),
+    **dict.fromkeys(_DELAYS, ("retries=1", ("retries", "retry_options"))),
+    # Without retries, too, it says which errors count, and which of them another candidate may mend.
+    "retry_on": ("retries=1", ("retries", "retry_options", "breaker", "arg_fallback")),
+    "fallback_cooldown": ("arg_fallback='parameter'", ("arg_fallback",)),
+    **dict.fromkeys(("rate_limit_cost", "rate_limit_options"), ("rate_limit=5", ("rate_limit",))),
+    "per": ("rate_limit=5", ("rate_limit", "max_concurrent", "breaker")),
 }
-_PER_VALUE = [first for first, *others in OPTIONS.values() if "per" in others]
 OPERO_DEFAULTS: dict[str, Any] = {name: default for policy in OPTIONS.values() for name, default in policy.items()}
 # Options of a map that belong to no policy.
 _OF_THE_MAP = {"mode", "workers", "ordered", "progress", "return_exceptions", "total", "batch_size", "pool_options"}
@@ -82,9 +86,6 @@ class LiveStats(CallStats):
 
         def __getattribute__(self, name: str) -> Any:
             return getattr(self.snapshot(), name) if name in CallStats.names else super().__getattribute__(name)
-
-    def __repr__(self) -> str:
-        return f"<live {self.snapshot()!r}>"
 
 
 class Control(Generic[P, R]):
@@ -183,12 +184,6 @@ class Control(Generic[P, R]):
         under: Callable[P, R] = made.__get__(*head) if head else made
         return under
 
-    def __reduce__(self) -> Any:
-        return Control, (self._decoration, self._head, self._missing)
-
-    def __repr__(self) -> str:
-        return f"<control of {self._decoration.plan.name}>"
-
 
 @overload
 def control(function: C, /) -> C: ...
@@ -229,35 +224,25 @@ def decoration_of(function: Any) -> Decoration | None:
 
 def reasons_against(options: Mapping[str, Any]) -> dict[str, str]:
     """Why options have no effect beside the others, by their names."""
-    given = {**OPERO_DEFAULTS, **options}
-    reasons: dict[str, str] = {}
-    for first, *others in OPTIONS.values():
-        # A decorator of one policy has no option to turn that off.
-        value, (off, example) = options.get(first), _TURNED_ON.get(first, (MISSING, ""))
-        # What turns nothing else off is not compared: a default may be an array.
-        if others and first in options and value == off:
-            reason = f"has no effect with {first}={off!r}; add {example}, or leave it out"
-            reasons |= dict.fromkeys(others, reason)
-        elif hasattr(value, "settings"):
-            reasons |= dict.fromkeys(others, "stands beside cache=Cache(…), which says all of it; write it there")
-    works = {"retry_if_result", "retry_options"} if given["retry_options"] is None else {*OPTIONS["retry"]}
-    if given["breaker"] is not None or given["arg_fallback"] is not None:
-        # Without retries, too, it says which errors count, and which of them another candidate may mend.
-        works.add("retry_on")
-    if all(given[name] is None for name in _PER_VALUE):
-        reasons["per"] = f"has no effect without {', '.join(_PER_VALUE)}; add rate_limit=5, or leave it out"
-    else:
-        works.add("per")
-    return {name: reason for name, reason in reasons.items() if name not in works}
+    # A decorator of the cache alone has no option to turn it off.
+    given = {**OPERO_DEFAULTS, "cache": True, **options}
+    reasons = {
+        name: f"has no effect without {' or '.join(needed)}; add {example}, or leave it out"
+        for name, (example, needed) in _NEEDS.items()
+        if not any(given[other] for other in needed)
+    }
+    if hasattr(given["cache"], "settings"):
+        reasons |= dict.fromkeys(_BESIDE_CACHE, "stands beside cache=Cache(…), which says all of it; write it there")
+    return reasons
 
 
 def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """The options after a change, without those that have no effect any more."""
+    changed = {**given, **named}
+    without_effect = set(reasons_against(changed))
     if named.get("retries") == 0:
         # They could ask for retries of their own.
-        given = {name: value for name, value in given.items() if name != "retry_options"}
-    changed = {**given, **named}
-    without_effect = reasons_against(changed).keys() - reasons_against(given)
+        without_effect.add("retry_options")
     return {name: value for name, value in changed.items() if name in named or name not in without_effect}
 
 

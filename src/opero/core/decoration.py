@@ -202,7 +202,7 @@ class Decoration:
         """What the function gives without any policy; of an ``async def`` one, what is to be awaited."""
         fallback = self.plan.fallback
         if fallback is not None:
-            args, kwargs = fallback.arguments(args, kwargs, fallback.values(args, kwargs)[0])
+            args, kwargs = fallback.slot.put(args, kwargs, fallback.values(args, kwargs)[0])
         return self.function(*args, **kwargs)
 
     def refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from opero.core.keys import identity_of
 from opero.core.parameters import ParameterSlot
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
-from opero.core.signature import MISSING, name_of, refuse_unfinished
+from opero.core.signature import name_of, refuse_unfinished
 from opero.events import switches
 from opero.exceptions import MisuseError
 
@@ -29,6 +29,7 @@ __all__ = ["candidates", "candidates_from", "get_fallback_decorator"]
 T = TypeVar("T")
 
 _MOST_KEPT = 10_000
+_NO_REST = (False, 0.0)
 
 
 class Candidates:
@@ -173,45 +174,35 @@ class FallbackOverParameter:
         given: Any = self.slot.get(args, kwargs)
         if type(given) is Candidates:
             given = given.values()
-        if type(given) not in {list, tuple}:
-            return None if isinstance(given, (CandidatesFrom, list, tuple)) else (args, kwargs)
-        if not given or (self._rests and len(given) > 1):
+        if type(given) not in {list, tuple} or not given or (self._rests and len(given) > 1):
             return None
         return self.slot.put(args, kwargs, given[0])
-
-    def arguments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with this value."""
-        return (args, kwargs) if value is MISSING else self.slot.put(args, kwargs, value)
 
     def failed(self, value: Any, asked_for: float | None, *, again: bool = True) -> None:
         """Put a candidate to rest, for as long as it asked for or the cooldown lasts; not ``again``: for good."""
         seconds = max(self._cooldown, asked_for or 0.0)
         if not seconds:
             return
-        key, now = identity_of(value), clock.now()
         if len(self._rests) >= _MOST_KEPT:
             # Each call has others; a candidate that all have will be known again when it fails again.
             self._rests.clear()
-        _, before = self._rests.get(key, (False, 0.0))
-        self._rests[key] = not again, max(now + seconds, before)
+        key = identity_of(value)
+        _, before = self._rests.get(key, _NO_REST)
+        self._rests[key] = not again, max(clock.now() + seconds, before)
 
     def rest_of(self, value: Any) -> tuple[bool, float] | None:
         """Whether a candidate was given up, and until when it rests, if it does."""
-        rest = self._rests.get(identity_of(value)) if self._rests else None
-        return None if rest is None or rest[1] <= clock.now() else rest
+        rest = self._rests.get(identity_of(value), _NO_REST) if self._rests else _NO_REST
+        return rest if rest[1] > clock.now() else None
 
     def is_given_up(self, value: Any) -> bool:
         """Whether it rests after an error that is not retried, such as that of a key that was revoked."""
-        is_given_up, _ = self.rest_of(value) or (False, 0.0)
-        return is_given_up
+        return (self.rest_of(value) or _NO_REST)[0]
 
     def awake(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that do not rest, in their order; if all do, the one to be tried first."""
-        rests = [(self.rest_of(candidate.value), candidate) for candidate in candidates]
-        awake = [candidate for rest, candidate in rests if rest is None]
-        return awake or [min(rests, key=lambda each: each[0] or (False, 0.0))[1]]
+        awake = [candidate for candidate in candidates if self.rest_of(candidate.value) is None]
+        return awake or [min(candidates, key=lambda candidate: self.rest_of(candidate.value) or _NO_REST)]
 
 
 def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | None = None) -> Callable[[F], F]:

@@ -165,7 +165,7 @@ class Layers:
         values = fallback.values(args, kwargs)
         if limit is not None and len(values) > 1:
             self.has_own_limit = limit.per is not None and limit.per.depends_on(fallback.parameter)
-        self.candidates = [Candidate(*fallback.arguments(args, kwargs, v), v, n) for n, v in enumerate(values)]
+        self.candidates = [Candidate(*fallback.slot.put(args, kwargs, v), v, n) for n, v in enumerate(values)]
 
     def fallback(self) -> Generator[Any, Any, Any]:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""

@@ -53,7 +53,9 @@ class ParameterSlot:
         return kwargs.get(self.name, self.default) if self.keyword else self.default
 
     def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments with another value for this parameter."""
+        """The same arguments with another value for this parameter, if there is one."""
+        if value is MISSING:
+            return args, kwargs
         if self.position is not None and self.position < len(args):
             return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
         if self.position is not None and not self.keyword:
