@@ -257,7 +257,7 @@ class Layers:
         asked = clock.now()
         # A call that has failed needs no worker before a candidate that rests wakes.
         rests = self.errors and plan.fallback is not None and plan.fallback.rest_of(candidate.value)
-        taken = yield from limit.take(
+        news = yield from limit.take(
             candidate,
             self.call.deadline,
             is_over=lambda: attempt.is_shut() or (self.has_own_limit and self._gives_way(candidate)),
@@ -267,8 +267,8 @@ class Layers:
         plan.stats.waited.add(waited)
         if attempt.is_shut():
             return CIRCUIT_OPEN
-        if not taken:
-            return GAVE_WAY if taken is None else OUT_OF_TIME
+        if news != "taken":
+            return GAVE_WAY if news == "over" else OUT_OF_TIME
         if call.tell is not None and waited >= _TOLD_WAIT:
             call.tell(events.SlotWaited, seconds=waited)
         # A slot that all candidates share is as good for another one: to wait anew could take too long.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import keyword
-import math
 import types
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from opero.core.checks import check_callable, wrong_type
@@ -66,46 +66,39 @@ class ParameterSlot:
 def asked_of_call(
     function: Callable[..., Any], asked: Callable[..., Any]
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """Hands the arguments of a call to ``asked``, those that it does not know by their names in their places.
+    """Hands the arguments of a call to ``asked``, in the first of these ways in which it takes them.
 
-    Only arguments by name that are the parameters that follow those given by position, without a gap, have places.
-    Those given by position for which it has no place come by their names, if it takes these.
+    As the call has them; in the places that they have for ``function``, unless it has other ones of these names; by
+    their names.
     """
     try:
-        theirs = list(inspect.signature(asked).parameters.values())
-        ours = list(inspect.signature(function).parameters.values())
+        theirs, ours = inspect.signature(asked), inspect.signature(function)
     except (ValueError, TypeError):  # not known, as of some builtins
         return lambda args, kwargs: asked(*args, **kwargs)
-    takes_any_name = any(p.kind is p.VAR_KEYWORD for p in theirs)
-    known = {p.name for p in theirs if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
-    # One that has a place only has no name.
-    places: list[Any] = [None if p.kind is p.POSITIONAL_ONLY else p.name for p in ours if p.kind in _PLACED]
-    their_places = [p for p in theirs if p.kind in _PLACED]
-    most = math.inf if any(p.kind is p.VAR_POSITIONAL for p in theirs) else len(their_places)
-    # So many of its places do not have the name of another one of ours.
-    fits = [p.name == name or p.name not in places for p, name in zip(their_places, places, strict=False)]
-    fitting = [*fits, False].index(False)
+    places, their_places = ([p for p in s.parameters.values() if p.kind in _PLACED] for s in (ours, theirs))
+    names = [p.name for p in places]
+    # An option, or what is also called so in ``function``, is meant for the parameter of its name.
+    fits = [
+        p.name == name or (p.name not in names and p.default is p.empty)
+        for p, name in zip(their_places, names, strict=False)
+    ]
 
-    def in_places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
-        """The names of the arguments that may come in their places; None if these are others' places, or unknown."""
-        following = places[len(args) :]
-        named = [name for name in following if name in kwargs]
-        if named != following[: len(named)]:
-            return None
-        # An option, or what has another place, is meant for the name that it has.
-        taken = zip(named, their_places[len(args) :], strict=False)
-        if any(name != p.name and (name in known or p.default is not p.empty) for name, p in taken):
-            return None
-        return named
+    @lru_cache(maxsize=64)
+    def takes(count: int, *by_name: str) -> bool:
+        try:
+            theirs.bind(*[None] * count, **dict.fromkeys(by_name))
+        except TypeError:
+            return False
+        return True
 
     def of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if most < len(args) <= len(places):
-            others = dict(zip(places[fitting:], args[fitting:], strict=False))
-            if None not in others and (takes_any_name or known.issuperset(others)):
-                args, kwargs = args[:fitting], {**kwargs, **others}
-        if kwargs and not takes_any_name and not kwargs.keys() <= known and (named := in_places(args, kwargs)):
-            kwargs = {**kwargs}
-            args = (*args, *[kwargs.pop(name) for name in named])
+        if not takes(len(args), *kwargs):
+            bound = ours.bind(*args, **kwargs)
+            by_name = {**dict(zip(names, bound.args, strict=False)), **bound.kwargs}
+            if all(fits[: len(bound.args)]) and takes(len(bound.args), *bound.kwargs):
+                args, kwargs = bound.args, bound.kwargs
+            elif takes(0, *by_name):
+                args, kwargs = (), by_name
         return asked(*args, **kwargs)
 
     return of_call

@@ -53,7 +53,7 @@ class RateLimiter:
     """A limit on starts per second, shared by every thread, task and event loop of the process, or by more.
 
     Slots are granted first come, first served, when they come due, never ahead. In any window of T seconds at most
-    ``rate * T + max_burst`` calls start; bursts only make up for slots that passed while the process could not run.
+    ``rate * T + max_burst`` calls start; bursts only make up for slots that passed while callers waited, or just then.
     It can be given to several functions as ``rate_limit``, which then share it, and used by itself::
 
         with limit: ...              # blocks until a slot has come
@@ -209,7 +209,7 @@ class RateLimiter:
         amounts = self.checked({CALLS: 1, **costs}, "acquire")
         seconds = self.longest_wait({}) if timeout is None else check_seconds("timeout", timeout, zero=True)
         latest = clock.now() + seconds
-        taken = bool((yield from take([(self.limit, amounts)], lambda: latest)))
+        taken = (yield from take([(self.limit, amounts)], lambda: latest)) == "taken"
         if taken or timeout is not None:
             return taken
         raise _full(self.limit.expected_wait(amounts), repr(self))
@@ -333,27 +333,19 @@ class FunctionLimit:
 
     def take(
         self, candidate: Candidate, deadline: float, *, is_over: Callable[[], bool], is_turn: bool
-    ) -> Generator[Any, Any, bool | None]:
-        """Wait for a slot; False, at once, if it would come too late to be of use before the ``deadline``.
+    ) -> Generator[Any, Any, str]:
+        """Wait for a slot; ``"late"``, at once, if it would come too late to be of use before the ``deadline``.
 
-        A slot that is free is never refused, so that what is usual can change. None once ``is_over`` says that it is
-        of no use; ``is_turn`` is of `opero.core.steps.Arrival`.
+        A slot that is free is never refused, so that what is usual can change. ``"over"`` once ``is_over`` says that it
+        is of no use; ``is_turn`` is of `opero.core.steps.Arrival`.
         """
-        # What was said last, which led to the end: it may be said otherwise a moment later.
-        was_over = False
-
-        def latest() -> float:
-            nonlocal was_over
-            was_over = is_over()
-            return -math.inf if was_over else deadline - self.usual
-
         untils = [clock.now() + seconds for seconds in self._max_waits]
-        taken = yield from take(self._wants(candidate), latest, untils, is_turn=is_turn)
-        if not taken and was_over:
-            return None
-        if taken is None:
+        news = yield from take(
+            self._wants(candidate), lambda: -math.inf if is_over() else deadline - self.usual, untils, is_turn=is_turn
+        )
+        if news == "full":
             raise _full(self._expected_wait(candidate), self._name)
-        return taken
+        return news
 
     def ended(self, candidate: Candidate, outcome: Any, seconds: float) -> Generator[Any, Any, None]:
         """An execution has ended after so long: what its result has really cost is taken."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     # to be kept in their place, if any, and the seconds for which they tell something.
     Change = Callable[[bytes, float], tuple[float, bytes, float]]
 
+# Who comes so late after a slot has missed it as one that has waited may have.
+_LATE_SECONDS = 0.04
 # A quota remembers so many starts one by one; beyond that, those within a small part of its time are one entry, which
 # counts until its last start is old enough: never too few, and for less than a hundredth of the time too many.
 _EXACT_ENTRIES, _PARTS = 128, 128
@@ -47,7 +49,7 @@ class PaceMeter:
     its slot, so that what passed while callers could not look is made up for.
     """
 
-    __slots__ = ("free_at", "interval", "longest", "make_limiter", "name", "tolerance")
+    __slots__ = ("free_at", "interval", "longest", "make_limiter", "name", "short", "tolerance")
 
     # By which it is told apart from a quota of the same name.
     seconds = 0.0
@@ -59,8 +61,9 @@ class PaceMeter:
 
         self.name, self.interval, burst = pace
         self.make_limiter = partial(Limiter, 1 / self.interval, max_burst=burst)
-        # How many seconds ahead of the pace a start may be.
+        # How many seconds ahead of the pace a start may be; and that of one who has not waited.
         self.tolerance = (burst - 1) * self.interval
+        self.short = min(self.tolerance, _LATE_SECONDS)
         self.longest = max(1.0, most) * self.interval + self.tolerance
         self.free_at = 0.0
 
@@ -71,22 +74,21 @@ class PaceMeter:
         """When a call may start, after others that cost ``ahead``; what it costs itself only others wait for."""
         return max(now, self.free_at) + ahead * self.interval
 
-    def take(self, now: float, amount: float) -> None:
-        if self.free_at > now:
+    def take(self, now: float, amount: float, is_late: bool) -> None:  # noqa: FBT001 - a loop calls it
+        if is_late and amount == 1:
+            self.free_at = _next_slot(max(self.free_at, now - self.tolerance), self.make_limiter())
+            return
+        if now - self.free_at <= self.short:
             self.free_at += amount * self.interval
         else:
-            self.free_at = now + amount * self.interval
-
-    def take_late(self, now: float, amount: float) -> None:
-        slot = max(self.free_at, now - self.tolerance)
-        self.free_at = _next_slot(slot, self.make_limiter()) if amount == 1 else slot + amount * self.interval
+            self.free_at = (now - self.tolerance if is_late else now) + amount * self.interval
 
     def idle_from(self) -> float:
         # Those who have waited could make up for what passed before.
         return self.free_at + self.tolerance
 
-    def state(self) -> Sequence[float]:
-        return self.free_at, self.interval
+    def state(self) -> list[float]:
+        return [self.free_at, self.interval]
 
     def go_on_from(self, state: Sequence[float], now: float) -> None:
         free_at, interval = state
@@ -106,20 +108,16 @@ class QuotaMeter:
         self.name, self.units, self.seconds = quota
         self.entries: deque[list[float]] = deque()
         # Until when more is added to the last entry; it follows from that one.
-        self.joins_until = 0.0
-        self.used = 0.0
+        self.joins_until = self.used = 0.0
 
     def has_room(self, now: float, amount: float) -> bool:
-        if self.used + amount > self.units:
-            self._forget_old(now)
-        return self.used + amount <= self.units + EARLY
-
-    def _forget_old(self, now: float) -> None:
         entries = self.entries
-        while entries and entries[0][0] + self.seconds <= now:
-            self.used -= entries.popleft()[1]
-        if not entries:
-            self.used = 0.0
+        if self.used + amount > self.units:
+            while entries and entries[0][0] + self.seconds <= now:
+                self.used -= entries.popleft()[1]
+            if not entries:
+                self.used = 0.0
+        return self.used + amount <= self.units + EARLY
 
     def opens_at(self, now: float, amount: float, ahead: float) -> float:
         """When so much more would fit."""
@@ -133,21 +131,21 @@ class QuotaMeter:
         # Those that would start before it fill the quota again, maybe more than once.
         return now + self.seconds * math.ceil(excess / self.units)
 
-    def take(self, now: float, amount: float) -> None:
-        if amount <= 0:
-            self._give_back(-amount)
-            return
-        if now < self.joins_until and self.entries:
-            last = self.entries[-1]
-            last[0] = now
-            last[1] += amount
-        else:
-            self._forget_old(now)
-            self.entries.append([now, amount])
-            self._end_part(now)
+    def take(self, now: float, amount: float, _is_late: bool) -> None:  # noqa: FBT001 - as of a pace
+        entries = self.entries
         self.used += amount
-
-    take_late = take
+        # What is given back comes off the oldest, so that no window looks emptier than it is.
+        while amount < 0 and entries:
+            back = min(entries[0][1], -amount)
+            entries[0][1] -= back
+            amount += back
+            if not entries[0][1]:
+                entries.popleft()
+        if now < self.joins_until and entries:
+            entries[-1] = [now, entries[-1][1] + amount]
+        elif amount > 0:
+            entries.append([now, amount])
+            self._end_part(now)
 
     def _end_part(self, now: float) -> None:
         """Where there are many entries, the last one is that of all starts in this part of the time."""
@@ -155,21 +153,10 @@ class QuotaMeter:
             part = self.seconds / _PARTS
             self.joins_until = (now // part + 1) * part
 
-    def _give_back(self, amount: float) -> None:
-        """From the oldest, so that no window looks emptier than it is."""
-        while amount > 0 and self.entries:
-            oldest = self.entries[0]
-            back = min(oldest[1], amount)
-            oldest[1] -= back
-            amount -= back
-            self.used -= back
-            if not oldest[1]:
-                self.entries.popleft()
-
     def idle_from(self) -> float:
         return self.entries[-1][0] + self.seconds if self.entries else 0.0
 
-    def state(self) -> Sequence[float]:
+    def state(self) -> list[float]:
         return [number for entry in self.entries for number in entry]
 
     def go_on_from(self, state: Sequence[float], now: float) -> None:
@@ -221,10 +208,7 @@ class Ledger:
         ``is_late``: the caller could not look when the slot came, and may make up for what has passed.
         """
         for meter in self.meters:
-            if is_late:
-                meter.take_late(now, amounts[meter.name])
-            else:
-                meter.take(now, amounts[meter.name])
+            meter.take(now, amounts[meter.name], is_late)
 
     def pause(self, until: float) -> None:
         self.paused_until = max(self.paused_until, until)

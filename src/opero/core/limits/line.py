@@ -12,7 +12,7 @@ import os
 import random
 import threading
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -30,21 +30,20 @@ if TYPE_CHECKING:
     from opero.core.limits.gates import Gate
     from opero.core.limits.rates import Rates
 
-# One further back may go on this much later for each place: those before it, in a thread or loop that is kept from
-# running, may not be able to.
+# Who cannot look, in a thread or loop that is kept from running, is passed after so long by the next one, and after so
+# much more for each place by those further back.
 _GRACE, _MOST_GRACES = 0.05, 5
 # The first in line lets so much of its time pass unused in one limit while it waits for another; others use the rest.
 _UNUSED = 0.05
 # Of what opens at no known time the first is told; so often the others look whether it has listened.
 _LONGEST_NAP = 1.0
-ONE = (1.0,)
-
 # Other processes were faster for so long: then the first of this one claims the next slot.
 _REFUSED_SECONDS = 0.1
 # By this and their numbers processes tell each other apart, on whatever machines they run.
 _ORIGIN = random.SystemRandom().random()
+ONE = (1.0,)
 
-# When a slot would be too late to be of use, as far as is known now.
+# When a slot would be too late to be of use, as far as is known now; -inf if it is of no use any more.
 Latest = Callable[[], float]
 # The lines that a call stands in, and what it takes of each.
 Wants = Sequence[tuple["Line", Sequence[float]]]
@@ -52,13 +51,7 @@ Wants = Sequence[tuple["Line", Sequence[float]]]
 # One for all lines, since a turn may stand in several. The garbage collector, or a signal handler, may use a line in a
 # thread that has it.
 lines = ForkSafeLock(threading.RLock)
-# Those in which somebody waits.
-_waited_in: WeakSet[Line] = WeakSet()
 _numbers = itertools.count()
-
-
-def never() -> float:
-    return math.inf
 
 
 class Line:
@@ -77,21 +70,17 @@ class Line:
 
     def after_fork(self) -> None:
         """Forget the parent's callers, and what they took."""
-        # In the order in which they came, each by its number; and those that are to be forgotten.
+        # In the order in which they came, each by its number.
         self.waiting: list[tuple[int, Turn, Sequence[float]]] = []
-        self.left: deque[Turn] = deque()
         # What all in line take together.
         self._wanted = [0.0] * len(self.ledger.rates.names)
         self.ledger.forget()
-        # When the first may ask (again), as far as is known; when one who is not the first found that it could have.
-        self.opens_at, self._noticed_at = -math.inf, math.inf
+        # From when on the first may look whether it can go on.
+        self.opens_at = -math.inf
         # Since when, and until when, a limit that processes share had no slot, as was said last.
         self._refused_since, self._refused_until = math.inf, -math.inf
         # Whether its gate has answered last: what was taken is known there.
         self._is_known_elsewhere = False
-        # Until when whoever comes may make up for missed slots, as those that have waited may: one who calls again and
-        # again has missed them while it ran.
-        self._made_up_until = -math.inf
 
     def another(self, gate: Gate | None) -> Line:
         """One of the same rates, as for one more value; paused if this one is."""
@@ -104,59 +93,57 @@ class Line:
     def take_now(self, amounts: Sequence[float] = ONE, *_call: Any) -> bool:
         """Take a slot if one is free and nobody waits; only where nobody outside has to be asked."""
         with lines.lock:
-            if self.waiting and self.first() is not None:
+            if self.waiting:
                 return False
             now, ledger = clock.now(), self.ledger
-            is_late, pace = now <= self._made_up_until, ledger.only_pace
-            if pace is not None and amounts is ONE and not is_late:
+            pace = ledger.only_pace
+            if pace is not None and amounts is ONE:
                 # As below, in half the time.
-                is_open = now + EARLY >= pace.free_at
-                if is_open:
-                    pace.free_at = now + pace.interval
-                return is_open
+                late = now - pace.free_at
+                if late + EARLY < 0:
+                    return False
+                pace.free_at = (pace.free_at if late <= pace.short else now) + pace.interval
+                return True
             is_open = ledger.is_open(now, amounts)
             if is_open:
-                ledger.take(now, amounts, is_late=is_late)
+                ledger.take(now, amounts)
             return is_open
 
     def correct(self, amounts: Sequence[float]) -> Generator[Any, Any, None]:
         """A call has cost so much more than it took, or less."""
         with lines.lock:
             self.ledger.take(clock.now(), amounts)
-            self._refused_until = -math.inf
+        self.reopen()
         yield from self.tell(partial(Ledger.take, amounts=amounts))
-        self.rouse_first(anew=True)
 
     def pause(self, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing start for so long."""
         with lines.lock:
             self.ledger.pause(clock.now() + seconds)
-        self.rouse_all()
+        self.reopen()
         yield from self.tell(lambda ledger, now: ledger.pause(now + min(seconds, LONGEST_PAUSE)))
+
+    def change(self, rates: Rates) -> None:
+        """Go on at other rates; those who wait keep their places."""
+        with lines.lock:
+            self.ledger.change(clock.now(), rates)
+        self.reopen()
 
     def tell(self, change: Callable[[Ledger, float], None]) -> Generator[Any, Any, None]:
         """Let those who share the limit know, too."""
         if self.gate is not None:
             yield from self.gate.ask(self.ledger.rates, change)
 
-    def change(self, rates: Rates) -> None:
-        """Go on at other rates; those who wait keep their places."""
-        with lines.lock:
-            self.ledger.change(clock.now(), rates)
-            self._made_up_until = self._refused_until = -math.inf
-        self.rouse_all()
-
     def expected_wait(self, amounts: Sequence[float] = ONE) -> float:
         """Seconds until a slot that is asked for now would come, as far as this process knows."""
         with lines.lock:
-            self.first()
             now = clock.now()
             return self._expected_start(amounts, self._wanted, now) - now
 
     def _expected_start(self, amounts: Sequence[float], ahead: Sequence[float], now: float) -> float:
         """When a call will start, after others that take so much together."""
         moment = max(now, self.ledger.opens_at(now, amounts, ahead))
-        if self.gate is None or self._refused_until <= now:
+        if self._refused_until <= now:
             return moment
         return max(moment, self._refused_until + self._seconds_of(ahead))
 
@@ -171,33 +158,39 @@ class Line:
             return False
         return self._is_known_elsewhere or self.ledger.idle_from(now) <= now
 
+    def reopen(self) -> None:
+        """The first may be able to go on earlier, or only later, than was known."""
+        with lines.lock:
+            self._refused_until, self.opens_at = -math.inf, min(self.opens_at, clock.now())
+        self.rouse_first()
+
+    def rouse_first(self) -> None:
+        """Let the first look, if it may."""
+        with lines.lock:
+            first = self.waiting[0][1] if self.waiting and clock.now() + EARLY >= self.opens_at else None
+        if first is not None:
+            first.rouse()
+
     # Asked by a turn that holds the lock
 
     def first(self) -> Turn | None:
         """Who may go on next."""
-        while self.left:
-            self.let_pass(self.left.popleft())
         return self.waiting[0][1] if self.waiting else None
 
     def due(self, turn: Turn, amounts: Sequence[float], now: float) -> float:
         """When to look again; not after ``now``: it may take its slot, or ask for that of a shared limit."""
-        self.first()
         before = bisect_left(self.waiting, (turn.number,))
         if before == len(self.waiting) or self.waiting[before][1] is not turn:
             self.waiting.insert(before, (turn.number, turn, amounts))
             self._want(amounts, 1)
-            _waited_in.add(self)
         is_open = now + EARLY >= self.opens_at
         if before:
-            grace, theirs = min(before, _MOST_GRACES) * _GRACE, before * self._seconds_of(amounts)
-            if not is_open:
+            grace = min(before, _MOST_GRACES) * _GRACE
+            if not self.opens_at < turn.looked_at <= now - grace:
                 # Those before it are served first. Thousands that look more often keep their event loop from all else.
-                return self.opens_at + theirs + grace
-            self._noticed_at = min(self._noticed_at, now)
-            if now < max(self._noticed_at, turn.looked_at) + grace:
-                # One that comes, or was kept from looking itself, may have kept those before it from that.
-                return now + min(theirs, _LONGEST_NAP) + grace
-            # Those before it have not looked in time.
+                theirs = before * self._seconds_of(amounts)
+                return now + min(theirs, _LONGEST_NAP) + grace if is_open else self.opens_at + theirs + grace
+            # They could have gone on when it looked last, and have not looked since then.
             for _, other, _ in self.waiting[:before]:
                 self.let_pass(other)
         return now + self.wait_alone(amounts, now) if is_open else self.opens_at
@@ -209,12 +202,9 @@ class Line:
             self._want(self.waiting.pop(place)[2], -1)
             if not place:
                 # When the next one may go on is not known yet.
-                self.close_until(-math.inf)
-            if not self.waiting:
-                _waited_in.discard(self)
+                self.opens_at = clock.now()
 
     def _want(self, amounts: Sequence[float], sign: int) -> None:
-        # One by one: the garbage collector may let others leave meanwhile.
         for name, amount in enumerate(amounts):
             self._wanted[name] += sign * amount
 
@@ -222,12 +212,8 @@ class Line:
         """Seconds until this process alone would give a slot."""
         wait = self.ledger.wait(now, amounts)
         if wait:
-            self.close_until(now + wait)
+            self.opens_at = now + wait
         return wait
-
-    def close_until(self, moment: float) -> None:
-        """The first may not ask again before that."""
-        self.opens_at, self._noticed_at = moment, math.inf
 
     def comes_after(self, latest: float, turn: Turn, amounts: Sequence[float], now: float) -> bool:
         """Whether its slot will come so late. Of those in the middle of the line no more is known than of the first."""
@@ -236,50 +222,19 @@ class Line:
             ahead = [all_of_it - own for all_of_it, own in zip(self._wanted, amounts, strict=True)]
         return self._expected_start(amounts, ahead, now) >= latest
 
-    def is_late(self, turn: Turn, now: float) -> bool:
-        """Whether it may have missed slots while it could not look."""
-        return turn.has_waited or now <= self._made_up_until
-
-    def start(self, turn: Turn, amounts: Sequence[float], now: float) -> None:
-        """It takes its slot, and leaves."""
-        self.ledger.take(now, amounts, is_late=self.is_late(turn, now))
-        if turn.has_waited:
-            self._made_up_until = now + max([pace.tolerance for pace in self.ledger.paces], default=0.0)
-        self.let_pass(turn)
-
     def ask(self, gate: Gate, turn: Turn, amounts: Sequence[float]) -> Generator[Any, Any, float | None]:
         """Ask the gate of a limit that processes share for a slot: seconds to wait, or None if it failed."""
         rates, asked, who = self.ledger.rates, clock.now(), os.getpid() + _ORIGIN
-        is_late, claims = self.is_late(turn, asked), asked - self._refused_since >= _REFUSED_SECONDS
-        request = partial(Ledger.ask, amounts=amounts, who=who, is_late=is_late, claims=claims)
+        claims = asked - self._refused_since >= _REFUSED_SECONDS
+        request = partial(Ledger.ask, amounts=amounts, who=who, is_late=turn.has_waited, claims=claims)
         wait = yield from gate.ask(rates, request)
         with lines.lock:
             self._is_known_elsewhere = wait is not None
             self._refused_since = min(self._refused_since, asked) if wait else math.inf
             self._refused_until = -math.inf
             if wait and rates is self.ledger.rates:
-                self._refused_until = clock.now() + wait
-                self.close_until(self._refused_until)
+                self._refused_until = self.opens_at = clock.now() + wait
         return wait
-
-    # Without the lock
-
-    def rouse_all(self) -> None:
-        """Let all look again, at once: some may not want to wait for so long."""
-        with lines.lock:
-            waiting = list(self.waiting)
-            self.close_until(-math.inf)
-        for _, turn, _ in waiting:
-            turn.rouse()
-
-    def rouse_first(self, *, anew: bool = False) -> None:
-        """Let the first look if it may go on, as far as is known, or in any case."""
-        with lines.lock:
-            if anew:
-                self.close_until(-math.inf)
-            first = self.first() if self.waiting and clock.now() + EARLY >= self.opens_at else None
-        if first is not None:
-            first.rouse()
 
 
 L = TypeVar("L", bound=Line)
@@ -323,30 +278,35 @@ class Turn:
     """A caller who waits for a slot of each of some lines.
 
     An `opero.core.steps.Arrival` of news: that it has ``"taken"`` its slots, that it ``"asks"`` for those of limits
-    that processes share, that it is ``"late"``, since they would come too late, or that one of the lines is ``"full"``.
+    that processes share, that they come ``"late"``, that one of the lines is ``"full"``, or that it is ``"over"``.
 
     Attributes:
         news: One of these, or nothing yet.
         has_waited: It has found no slot before.
+        looked_at: When it looked last.
         number: Its place among all that came; below 0 before that.
     """
 
+    news = ""
+    has_waited = False
+    number = -1
+    # When to look again, if nothing is heard before; since when it is the first everywhere.
+    _due = _first_since = looked_at = math.inf
+    _wake: Callable[[], None] | None = None
+
     def __init__(
-        self, wants: Wants, latest: Latest = never, untils: Sequence[float] = (), *, is_turn: bool = True
+        self,
+        wants: Wants,
+        latest: Latest = lambda: math.inf,
+        untils: Sequence[float] | None = None,
+        *,
+        is_turn: bool = True,
     ) -> None:
         # Nothing once it has left.
         self._wants = wants
         self._latest = latest
-        self._untils = untils
+        self._untils = untils or [math.inf] * len(wants)
         self.is_turn = is_turn
-        # When to look again, if nothing is heard before; since when it is the first everywhere.
-        self._due = self._first_since = math.inf
-        # When it looked last.
-        self.looked_at = math.inf
-        self._wake: Callable[[], None] | None = None
-        self.news = ""
-        self.has_waited = False
-        self.number = -1
 
     def poll(self) -> bool:
         wants = self._wants
@@ -359,11 +319,13 @@ class Turn:
 
     def _look(self, now: float) -> None:
         """Go on, if it may."""
+        latest = self._latest()
+        too_late = "over" if latest == -math.inf else "late"
         if self.number < 0:
             self.number = next(_numbers)
-        elif now >= self._latest():
+        elif now >= latest:
             # It has waited, and others can still use the slot.
-            self.news = "late"
+            self.news = too_late
             return
         moments = [line.due(self, amounts, now) for line, amounts in self._wants]
         self._due, self.looked_at = max(moments), now
@@ -375,15 +337,17 @@ class Turn:
             return
         if len(moments) > 1:
             self._let_others_pass(moments, now)
-        self.has_waited = True
-        latest = self._latest()
-        for until, moment, (line, amounts) in zip(self._untils, moments, self._wants, strict=False):
-            is_bound = until <= max(latest, now) and moment > now + EARLY
-            if is_bound and (until <= now or line.comes_after(until, self, amounts, now)):
-                self.news = "full"
+        if not self.has_waited:
+            self.has_waited = True
+            _all.add(self)
+        for until, moment, (line, amounts) in zip(self._untils, moments, self._wants, strict=True):
+            bound = min(latest, until)
+            is_closed = moment > now + EARLY
+            if is_closed and (bound <= now or line.comes_after(bound, self, amounts, now)):
+                self.news = "full" if until <= max(latest, now) else too_late
                 return
-        if latest < math.inf and any(line.comes_after(latest, self, amounts, now) for line, amounts in self._wants):
-            self.news = "late"
+        bounds = [bound for bound in (latest, *self._untils) if bound > now]
+        self._due = min(now + _LONGEST_NAP if self._due == math.inf else self._due, *bounds)
 
     def _let_others_pass(self, moments: Sequence[float], now: float) -> None:
         """Others use what would pass unused while it waits for another limit, unless they have done so for long."""
@@ -395,12 +359,13 @@ class Turn:
                 line.let_pass(self)
             elif line.first() is self:
                 # It lets nobody else go on meanwhile.
-                line.close_until(max(self._due, line.opens_at))
+                line.opens_at = max(self._due, line.opens_at)
 
     def _start(self, now: float) -> None:
         self.news = "taken"
         for line, amounts in self._wants:
-            line.start(self, amounts, now)
+            line.ledger.take(now, amounts, is_late=self.has_waited)
+            line.let_pass(self)
 
     def ask(self) -> Generator[Any, Any, None]:
         """Ask the gates of shared limits; what one of them gives goes back if another one has nothing to give."""
@@ -420,13 +385,8 @@ class Turn:
         for line, amounts in given:
             yield from line.tell(partial(Ledger.take, amounts=[-amount for amount in amounts]))
 
-    def due_in(self) -> float | None:
-        if self.news:
-            return 0.0
-        now = clock.now()
-        due = now + _LONGEST_NAP if self._due == math.inf else self._due
-        untils = [until for until in self._untils if until > now]
-        return max(0.0, min(due, self._latest(), *untils) - now)
+    def due_in(self) -> float:
+        return 0.0 if self.news else max(0.0, self._due - clock.now())
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self._wake = wake
@@ -440,33 +400,32 @@ class Turn:
         """It has its slots, or wants none any more; the garbage collector may say so, too."""
         wants, self._wants = self._wants, ()
         # What it holds, a call and its errors, is not to wait for the garbage collector with the turn.
-        self._latest = never
-        if self.number < 0:
-            return
-        is_served = self.news == "taken"
+        self._latest = lambda: math.inf
         for line, _ in wants:
-            if not is_served:
-                # It is forgotten later: this may be in the middle of a change of the line.
-                line.left.append(self)
-            line.rouse_first(anew=not is_served)
+            with lines.lock:
+                line.let_pass(self)
+            line.rouse_first()
+
+
+_all: WeakSet[Turn] = WeakSet()
 
 
 def rouse_all() -> None:
     """Let all who wait in this process look again: it may be of no use any more."""
     with lines.lock:
-        waited_in = list(_waited_in)
-    for line in waited_in:
-        line.rouse_all()
+        turns = list(_all)
+    for turn in turns:
+        turn.rouse()
 
 
 def take(
-    wants: Wants, latest: Latest = never, untils: Sequence[float] = (), *, is_turn: bool = True
-) -> Generator[Any, Any, bool | None]:
-    """Wait for a slot of each line; False, at once, if they would not come before what ``latest`` says.
+    wants: Wants, latest: Latest = lambda: math.inf, untils: Sequence[float] | None = None, *, is_turn: bool = True
+) -> Generator[Any, Any, str]:
+    """Wait for a slot of each line, and tell whether they are ``"taken"``.
 
-    None, at once, if that of a line would not come until the moment among ``untils``, which is said of each line.
-    Slots that are free are taken however late it is. Who changes what ``latest`` says calls `rouse_all`. ``is_turn`` is
-    of `opero.core.steps.Arrival`.
+    ``"late"``, at once, if they would not come before what ``latest`` says, and ``"over"`` once that is -inf; who
+    changes what it says calls `rouse_all`. ``"full"``, at once, if that of a line would not come until the moment among
+    ``untils``. Slots that are free are taken however late it is. ``is_turn`` is of `opero.core.steps.Arrival`.
     """
     turn = Turn(wants, latest, untils, is_turn=is_turn)
     try:
@@ -474,7 +433,7 @@ def take(
             if not turn.poll():
                 yield turn
             if turn.news != "asks":
-                return None if turn.news == "full" else turn.news == "taken"
+                return turn.news
             # The gate has to be asked, which a look must not do.
             yield from turn.ask()
     finally:

@@ -92,7 +92,7 @@ class Places(Line):
         if len(self._free) < self._count:
             self._free.append(None)
         if self.waiting:
-            self.rouse_first(anew=True)
+            self.reopen()
         if token is not None:
             try:
                 leading.reset(token)
@@ -137,8 +137,8 @@ class PlacesForFunction:
             )
         if clock.now() >= deadline:
             return None
-        taken = yield from take(
+        news = yield from take(
             [(places, ONE)],
             lambda: -math.inf if passage is not None and passage.is_shut() else deadline,
         )
-        return [places, None, None] if taken else None
+        return [places, None, None] if news == "taken" else None
