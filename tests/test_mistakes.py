@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import re
 import subprocess
 import sys
-import warnings
 
 import pytest
 
@@ -30,14 +28,6 @@ def returns_a_coroutine(url):
     return fetch_later(url)
 
 
-def forget_to_await():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        opmap(mode="async")(fetch_later)(["url"])
-        gc.collect()
-    raise caught[0].category(str(caught[0].message))
-
-
 async def run_in_a_loop():
     return opmap(mode="async")(fetch_later).run(["url"])
 
@@ -58,7 +48,6 @@ MISTAKES = {
         lambda: opero(attempt_timeout=5)(fetch),
         "write `async def`, use the function's own timeout, or map it with @opmap(mode='process')",
     ),
-    "a map without await": (forget_to_await, "coroutine 'fetch_later' was never awaited"),
     "a coroutine that is returned": (lambda: opero(returns_a_coroutine)("url"), "write `async def` and await inside"),
     "run in a notebook": (lambda: asyncio.run(run_in_a_loop()), "write await in place of .run"),
     "one item": (lambda: opmap(**THREADS)(fetch)("https://a.test"), "fetch.one("),

@@ -25,7 +25,6 @@ class Batch:
     ``items`` are the varying first arguments, if it ``has_candidates`` each in a pair with its candidate;
     ``time_limit`` is the seconds one execution has, and the option that says so; ``grace`` is how many more its worker
     has until it is ended.
-    ``alone``: nothing else may run in the worker's process meanwhile.
     ``look_at``, ``ends_at``: by `clock.real`, when its worker is looked at again, how many had ``begun`` then, and
     when the worker is ended; ``is_overdue``: that has been done.
     ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
@@ -38,7 +37,6 @@ class Batch:
     has_candidates: bool = False
     time_limit: tuple[float, str] | None = None
     grace: float = 0.0
-    alone: bool = False
     is_last: bool = False
     mark: list[int] = field(default_factory=[0].copy)
     reported: int = 0

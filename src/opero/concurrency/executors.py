@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import threading
-from collections import deque
 from concurrent.futures import (
     BrokenExecutor,
     CancelledError,
@@ -40,7 +39,6 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.concurrency.running import Inbox
     from opero.core.steps import TimeLimit
 
 # An executor that breaks so often in a row, with nothing of the map in it, does not do so by accident.
@@ -51,7 +49,6 @@ class ExecutorPool(FarPool):
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
     is_far = False
-    # After a crash the items of a batch run one by one, with nothing beside them.
     largest_batch = 1_000
 
     def __init__(self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor]) -> None:
@@ -62,7 +59,8 @@ class ExecutorPool(FarPool):
         # Whether its workers share memory with this process; None as long as that is not known.
         self._is_near: bool | None = None
         self._in_flight: dict[Future[Any], Batch | None] = {}
-        self._pending: deque[Batch] = deque()
+        # What was sent before it is known where the workers are.
+        self._pending: list[Batch] = []
         self._stillbirths = 0
         super().__init__(work, workers)
 
@@ -73,15 +71,14 @@ class ExecutorPool(FarPool):
             return 0 if self._is_paced else 1
         return 0 if self._is_near is None else self._size
 
+    @property
+    def can_rest(self) -> bool:  # type: ignore[override]  # here it is not always the same
+        """Unless it is still to be told where the workers are."""
+        return not self._in_flight
+
     def begun(self, batch: Batch) -> int | None:
         """Known of workers that share memory with this process."""
         return batch.mark[0] if self._is_near else None
-
-    def start(self, inbox: Inbox, **about_the_map: Any) -> None:
-        super().start(inbox, **about_the_map)
-        for future in self._in_flight:
-            # What tells where the workers are: the last map may have ended before it came back.
-            future.add_done_callback(partial(self.later, self._came_back))
 
     def prepare(self) -> None:
         """Take an executor, and send it what tells where its workers are: the answer comes when there is one."""
@@ -97,9 +94,11 @@ class ExecutorPool(FarPool):
         self._launch(None, itself, self._probe)
 
     def submit(self, batch: Batch) -> None:
-        self._pending.append(batch)
         self.prepare()
-        self._hand_out()
+        if self._is_near is None:
+            self._pending.append(batch)
+        else:
+            self._send(batch)
 
     def take_on(self, work: Work) -> None:
         self._work = work
@@ -128,7 +127,7 @@ class ExecutorPool(FarPool):
 
     # The executor
 
-    def _make_anew(self, error: Exception, *lost: Batch | None) -> Fatal | Lost:
+    def _make_anew(self, error: Exception, innocent: Batch | None = None, *lost: Batch | None) -> Fatal | Lost:
         """The executor has broken, or was shut down: make another, unless it was given; what was in it is lost."""
         if self._is_given:
             msg = (
@@ -149,15 +148,11 @@ class ExecutorPool(FarPool):
             )
         self._executor = None
         self.prepare()
-        return Lost(batches, describe(error))
+        if innocent is None:
+            return Lost(batches, describe(error))
+        return Lost([innocent, *batches], describe(error), [innocent])
 
     # Batches
-
-    def _hand_out(self) -> None:
-        while self._pending and self.slots and not any(batch and batch.alone for batch in self._in_flight.values()):
-            if self._pending[0].alone and self._in_flight:
-                return
-            self._send(self._pending.popleft())
 
     def _send(self, batch: Batch, *, completely: bool = False) -> None:
         if self._is_near:
@@ -185,11 +180,8 @@ class ExecutorPool(FarPool):
             # Somebody may have shut it down.
             if not isinstance(error, BrokenExecutor) and (self._is_given or not isinstance(error, RuntimeError)):
                 raise _refused(self._name, error) from error
-            if batch is not None:
-                self._pending.appendleft(batch)
-            lost = self._make_anew(error)
+            lost = self._make_anew(error, batch)
             if isinstance(lost, Fatal):
-                # There is no executor that could take what is pending.
                 raise lost.error from error
             self.deliver(lost)
         else:
@@ -203,19 +195,15 @@ class ExecutorPool(FarPool):
         try:
             answer = future.result()
         except BrokenExecutor as error:
-            events = [self._make_anew(error, batch)]
+            return [self._make_anew(error, None, batch)]
         except Exception as error:  # noqa: BLE001 - not the function's, which are in the report; dask's KilledWorker
             if batch is None:
                 return [Fatal(_refused(self._name, error))]
             innocent = [batch] if isinstance(error, CancelledError) else []
-            events = [Lost([batch], describe(error), innocent, sure=batch.alone)]
+            return [Lost([batch], describe(error), innocent, sure=not self._in_flight)]
         except BaseException as error:  # noqa: BLE001 - exit belongs to the caller's thread
             return [Fatal(error)]
-        else:
-            events = self._answered(batch, answer)
-        if not (events and isinstance(events[0], Fatal)):
-            self._hand_out()
-        return events
+        return self._answered(batch, answer)
 
     def _answered(self, batch: Batch | None, answer: Any) -> list[Any]:
         if batch is None:
@@ -224,6 +212,9 @@ class ExecutorPool(FarPool):
             is_of_the_library = isinstance(self._executor, ProcessPoolExecutor)
             self._packer = Packer(names_in_fresh_workers() if is_of_the_library else frozenset())
             self.take_on(self._work)
+            pending, self._pending = self._pending, []
+            for each in pending:
+                self._send(each)
             return []
         if answer is None:
             self._send(batch, completely=True)

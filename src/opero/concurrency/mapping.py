@@ -307,22 +307,13 @@ class AsyncMap(_Map[T, P, R, L]):
 
     __wrapped__: Callable[Concatenate[T, P], Coroutine[Any, Any, R]]
 
-    def __call__(
-        self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Coroutine[Any, Any, L]:
+    async def __call__(self, items: Iterable[T] | AsyncIterable[T], /, *args: P.args, **kwargs: P.kwargs) -> L:
         """Call the function with each item, and these arguments, and return all results.
 
         A failed item is its exception in the list, or with ``return_exceptions=False`` raises it and stops the map.
         """
-        call: Any = self._call(items, args, kwargs)
-        # Python names it when it warns that nobody has awaited it.
-        call.__qualname__ = self.plan.name
-        made: Coroutine[Any, Any, L] = call
-        return made
-
-    async def _call(self, items: Iterable[T] | AsyncIterable[T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> L:
         if isinstance(items, type) and self._is_classmethod_of(items):
-            return await self._bound_to(items)(*args, **kwargs)
+            return await self._bound_to(items)(*args, **kwargs)  # type: ignore[arg-type]  # the items are among args
         sink = ListSink(ordered=self.settings.ordered)
         with Shortened():
             async for _ in self._outcomes(items, args, kwargs, sink):
@@ -353,12 +344,16 @@ class AsyncMap(_Map[T, P, R, L]):
         outcomes = self._outcomes(items, args, kwargs, StreamSink(ordered=self.settings.ordered))
         return outcomes
 
-    def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+    async def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies, in this event loop."""
-        if self.settings.batch_size is not None:
-            return _only(self._for_one_item()([item], *args, **kwargs))
-        call: Coroutine[Any, Any, R] = self.single(*self._single_arguments(item, args), **kwargs)
-        return call
+        with Shortened():
+            if self.settings.batch_size is None:
+                result: Any = await self.single(*self._single_arguments(item, args), **kwargs)
+            else:
+                results: Any = await self._for_one_item()([item], *args, **kwargs)
+                result = results[0]
+        returned: R = result
+        return returned
 
     @property
     def starmap(self) -> AsyncMap[tuple[Any, ...], ..., R, L]:
@@ -396,11 +391,6 @@ def _modules_of_callers() -> list[str]:
     """The names of the modules of those who wait for the caller of this function to return, the caller first."""
     frames = traceback.walk_stack(sys._getframe(1))  # noqa: SLF001 - as `inspect.currentframe` does
     return [str(frame.f_globals.get("__name__", "")) for frame, _ in frames]
-
-
-async def _only(results: Coroutine[Any, Any, Any]) -> Any:
-    with Shortened():
-        return (await results)[0]
 
 
 def make_map(plan: Plan, settings: MapSettings, recipe: Recipe) -> Any:

@@ -371,13 +371,11 @@ class ProcessPool(Pool):
             worker.tell("batch", data)
 
     def _free_worker(self, batch: Batch) -> Worker | None:
-        """The ready one with the least to do, if the batch can be there beside that."""
+        """The ready one with the least to do, if it can take the batch, too."""
         free = None
         for worker in self._workers:
             count = len(worker.batches)
             fits = worker.is_ready and count < self._at_once and count + len(batch.items) <= worker.room
-            if fits and count:
-                fits = not (batch.alone or any(other.alone for other in worker.batches.values()))
             if fits and (free is None or count < len(free.batches)):
                 free = worker
         return free

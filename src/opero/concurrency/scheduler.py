@@ -135,9 +135,10 @@ class Scheduler:
         # Items that wait for the cache's store, and for a worker: with an attempt, or before they take a slot for one.
         self._consulting: dict[Entry, Consult] = {}
         self._ready: deque[Entry] = deque()
-        # Batches that are with workers, and those of them that are watched.
+        # Batches that are with workers, and those of them that are watched; whether no other shall be there.
         self._sent: set[Batch] = set()
         self._watched: set[Batch] = set()
+        self._runs_alone = False
         # What workers have not begun of first batches: items, and the index of the first one.
         self._given_back: deque[tuple[int, list[Any]]] = deque()
         self.pool.start(inbox, most_batches=total, is_paced=plan.limit is not None, patience=plan.total_timeout)
@@ -275,6 +276,9 @@ class Scheduler:
             self._advance(self._ready.popleft(), None)
         # While no worker is ready, the first item has to tell whether one is needed.
         if self.failure is not None or len(self._sent) >= max(slots, 1):
+            return None
+        # Which of several has ended a worker shows when each runs with nothing beside it.
+        if self._sent and (self._runs_alone or (self._ready and self._ready[0].alone)):
             return None
         size = min(self._size, self.pool.largest_batch, self._largest_batch)
         if self.pool.is_far and self.tally.total is not None:
@@ -489,7 +493,7 @@ class Scheduler:
             if following.alone or not following.may_begin():
                 break
             entries.append(self._ready.popleft())
-        batch = Batch([], first.index, entries, has_candidates=self._sends_candidates, alone=first.alone)
+        batch = Batch([], first.index, entries, has_candidates=self._sends_candidates)
         batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
         place = len(self._shape.head)
         for entry in entries:
@@ -510,6 +514,7 @@ class Scheduler:
     def _send(self, batch: Batch) -> Batch:
         batch.sent_at = clock.now()
         self._sent.add(batch)
+        self._runs_alone = batch.entries is not None and batch.entries[0].alone
         if batch.time_limit is not None and self.pool.can_kill:
             # A coroutine is cancelled in the worker, which may take some time.
             batch.grace = _UNHEEDED_SECONDS if self._plan.is_async else 0.0
