@@ -113,6 +113,7 @@ MAP_DEFAULTS: dict[str, Any] = {
     "batch_size": None,
     "pool_options": None,
 }
+_OF_MAPS_WITHOUT_POLICIES = ("workers", "ordered", "progress", "return_exceptions", "total")
 
 
 @dataclass(frozen=True)
@@ -300,43 +301,28 @@ def entered_multi_pool(workers: int, end: Callable[[], None]) -> Any:
     return made
 
 
-def get_parallel_map_decorator(
-    mode: Mode = "process",
-    *,
-    workers: int | None = None,
-    ordered: bool = True,
-    progress: ProgressOption = False,
-    return_exceptions: bool | None = None,
-    total: int | None = None,
-    **pool_options: Any,
-) -> Callable[[Callable[..., Any]], Any]:
+def get_parallel_map_decorator(mode: Mode = "process", **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Make a decorator that turns a function of one item into a map, and adds no policy.
 
     Args:
         mode: ``"process"``, ``"thread"``, ``"async"``, ``"async_process"``, ``"serial"``, an executor, or a function
             that makes one.
-        workers: Processes, threads or tasks; by default what `opero.opmap` has.
-        ordered: Whether results come in input order, or in order of completion.
-        progress: Whether to show a bar on a terminal, or how; see `opero.opmap`.
-        return_exceptions: Whether a failed item is its exception in the list, or stops the map and is raised. If not
-            given, it is in the list, and an `opero.FailedItemsWarning` tells of it.
-        total: Number of items, for the bar, where neither their length nor `operator.length_hint` tells it.
-        **pool_options: For the pool, such as ``start_method``.
+        **options: ``workers``, ``ordered``, ``progress`` (here False by default), ``return_exceptions`` and ``total``,
+            as of `opero.opmap`; all others are for the pool, such as ``start_method``.
 
     Raises:
         TypeError: If an option has the wrong type or is not known, or the mode does not fit the function.
         ValueError: If an option's value is out of range.
     """
     check_mode(mode)
+    given: dict[str, Any] = {"mode": mode, "progress": False, "pool_options": {}}
+    for name, value in options.items():
+        (given if name in _OF_MAPS_WITHOUT_POLICIES else given["pool_options"])[name] = value
 
     def decorate(function: Callable[..., Any]) -> Any:
         check_decoratable(function, "get_parallel_map_decorator")
-        options = {"mode": mode, "workers": workers, "ordered": ordered, "progress": progress, "total": total}
-        if return_exceptions is not None:
-            options["return_exceptions"] = return_exceptions
-        settings = map_settings(function, {**options, "pool_options": pool_options})
-        recipe = get_parallel_map_decorator, {**options, **pool_options}
-        return make_map(Plan(function, RetryPolicy()), settings, recipe)
+        recipe = get_parallel_map_decorator, {"mode": mode, **options}
+        return make_map(Plan(function, RetryPolicy()), map_settings(function, given), recipe)
 
     return decorate
 

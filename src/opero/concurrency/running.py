@@ -288,8 +288,8 @@ def run_blocking(
                 return
             seconds, is_real = run.patience()
             run.take_note(inbox.collect(seconds, is_real=is_real))
-    except BaseException as error:
-        _note_end(run, error)
+    except (Exception, KeyboardInterrupt) as error:
+        shorten(error)
         raise
     finally:
         with Hold() as hold, contextlib.closing(inbox):
@@ -324,8 +324,8 @@ async def run_awaiting(
                 return
             seconds, is_real = run.patience()
             run.take_note(await inbox.collect(seconds, is_real=is_real))
-    except BaseException as error:
-        _note_end(run, error)
+    except (Exception, KeyboardInterrupt) as error:
+        shorten(error)
         raise
     finally:
         try:
@@ -335,9 +335,3 @@ async def run_awaiting(
         finally:
             if not run.keeps_pool():
                 await run.pool.stop_async()
-
-
-def _note_end(run: Scheduler, error: BaseException) -> None:
-    if isinstance(error, (Exception, KeyboardInterrupt)):
-        shorten(error)
-    run.forget()

@@ -239,11 +239,6 @@ class Scheduler:
             self._source.late_by = 0.0
         self._source.turn_ends = clock.real() + BATCH_SECONDS
 
-    def forget(self) -> None:
-        """Let go of what was done: an error ends the map, whose traceback leads here, and nothing shall lead back."""
-        self.failure = self._source.error = None
-        self._sink.forget()
-
     def close(self) -> None:
         """Give up all flows, so that what they hold (places in a line, computations others wait for) is free."""
         self._timers.clear()
@@ -252,6 +247,10 @@ class Scheduler:
                 entry.waits_for.notify(None)
             entry.flow.close()
         self._flying.clear()
+        if not self._is_over:
+            # An error ends the map, whose traceback leads here, and nothing shall lead back.
+            self.failure = self._source.error = None
+            self._sink.forget()
         if self._progress is not None:
             self._progress.close()
 

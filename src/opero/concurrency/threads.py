@@ -45,7 +45,6 @@ class ThreadPool(Pool):
         self._workers = workers
         self.take_on(work)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._in_flight = 0
         self._multi_pool: Any = None
         self._threads: list[threading.Thread] = []
         self._stopped = False
@@ -59,14 +58,8 @@ class ThreadPool(Pool):
         # What the threads run, and the context variables of whoever called it.
         self._map = work, contextvars.copy_context()
 
-    def receive(self, event: Any) -> Any:
-        if isinstance(event, Done):
-            self._in_flight -= 1
-        return event
-
     def submit(self, batch: Batch) -> None:
-        self._in_flight += 1
-        if self._in_flight > len(self._threads):
+        if len(self._threads) < self._workers:
             with Hold():
                 if self._multi_pool is None:
                     self._multi_pool = entered_multi_pool(self._workers, self._end_threads)
