@@ -477,15 +477,15 @@ def test_an_entry_that_ends_at_no_time_is_damaged(world, backend, ends):
 def test_a_damaged_entry_that_must_not_be_deleted_costs_the_cache_and_not_the_call(world, redis_backend):
     namespace = redis_backend.namespace()
     with redis_backend.client() as client:
-        client.acl_setuser("keeper", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-del"])
-        url = f"redis://keeper:any@{redis_backend.server.host}:{redis_backend.server.port}"
+        client.acl_setuser(namespace, enabled=True, nopass=True, keys=["*"], commands=["+@all", "-del"])
+        url = f"redis://{namespace}:any@{redis_backend.server.host}:{redis_backend.server.port}"
         cache = Cache(backend="redis", url=url, namespace=namespace)
         f = opero(cache=cache, retries=0)(world.define(lambda x: "result"))
         world.run(f, 1)
         (key,) = [key for key in client.scan_iter(f"*{namespace}*") if not key.endswith(b":lease")]
         client.set(key, b"damaged")
         assert world.run(f, 1) == "result"
-        client.acl_deluser("keeper")
+        client.acl_deluser(namespace)
 
 
 def test_a_lease_without_an_end_is_nobodys(world, redis_backend):
