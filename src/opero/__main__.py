@@ -19,7 +19,7 @@ from opero.core.checks import nearest
 from opero.core.clock import clock
 from opero.core.faults import managing
 from opero.core.private_folder import refuse_unsafe
-from opero.core.stores.disk import COUNT, DATABASE, connect_to_read, is_of_this_format
+from opero.core.stores.disk import COUNT, DATABASE, DiskStore, connect_to_read, is_of_this_format
 from opero.core.stores.lasting import slug
 from opero.core.stores.settings import cache_settings
 from opero.exceptions import OperoError, UnsafeCacheError
@@ -104,7 +104,7 @@ def _clear(parser: argparse.ArgumentParser, folder: Path, options: dict[str, Any
         near = nearest(name, [namespace.name for namespace in found.values() if namespace.name is not None])
         hint = "leave out --clear to see which it has" if near is None else f"did you mean {_printable(near)}?"
         parser.error(f"--clear: no namespace {_printable(name)} in {folder}; {hint}")
-    store = cache_settings(backend="disk", options=options).store(name)
+    store = DiskStore(cache_settings(backend="disk", options=options), name)
     with managing(store, "clear"):
         store.clear()
     store.close()

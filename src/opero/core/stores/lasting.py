@@ -73,6 +73,10 @@ class LastingStore:
         """Decide whether the backend needs a rest."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Close what is open, until it is used again."""
+        raise NotImplementedError
+
     def __repr__(self) -> str:
         return self._what
 

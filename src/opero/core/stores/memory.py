@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import itertools
 import math
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opero.core.clock import clock
@@ -46,14 +45,14 @@ class MemoryStore:
         self.flights = Flights()
         # The one that is to go first stands first, but with lfu: there it is the one that was used least.
         self._entries: OrderedDict[Any, Entry] = OrderedDict()
-        self._uses: dict[Any, int] = {}
+        self._uses = uses = Counter[Any]()
         # When which entry ends; those that never do are not in it.
         self._ends: list[tuple[float, int, Any]] = []
-        self._numbers = itertools.count()
         # The keys that hold each instance.
         self._instances: dict[Instance, set[Any]] = {}
-        # What a look does: get the entry, and note that it was used, where something has to be noted.
-        touches = {"lru": self._entries.move_to_end, "lfu": _counter(self._uses), "fifo": None}
+        # What a look does: get the entry, and note that it was used, where something has to be noted. Not by methods,
+        # which would keep the store until the garbage collector comes.
+        touches = {"lru": self._entries.move_to_end, "lfu": lambda key: uses.update((key,)), "fifo": None}
         self.get: Callable[[Any], Entry | None] = self._entries.get
         self.touch: Callable[[Any], object] | None = touches[self.policy]
 
@@ -72,15 +71,13 @@ class MemoryStore:
 
     def delete(self, key: Any) -> bool:
         entry = self._remove(key)
-        return entry is not None and _has_not_ended(entry)
+        return entry is not None and entry[2] > clock.now()
 
     def clear(self) -> None:
         # A finalizer that comes while a dict is being emptied could put something into it.
         removed = self._entries.copy()
-        self._entries.clear()
-        self._uses.clear()
-        self._ends.clear()
-        self._instances.clear()
+        for part in (self._entries, self._uses, self._ends, self._instances):
+            part.clear()
         del removed
 
     def __repr__(self) -> str:
@@ -89,9 +86,6 @@ class MemoryStore:
     def __len__(self) -> int:
         self._remove_expired()
         return len(self._entries)
-
-    def close(self) -> None:
-        """There is nothing to give back."""
 
     def _get(self, key: Any) -> Entry | None:
         entry = self.get(key)
@@ -105,11 +99,11 @@ class MemoryStore:
         if isinstance(request, Keep):
             self._keep(request)
             return None
-        entry = self._get(request.key)
-        if entry is not None and _has_not_ended(entry):
+        entry, now = self._get(request.key), clock.now()
+        if entry is not None and (entry[1] > now or (type(entry[0]) is Failed and entry[2] > now)):
             request.found = entry[0]
             return FOUND
-        if entry is not None and entry[1] + request.stale > clock.now():
+        if entry is not None and entry[1] + request.stale > now:
             request.old = entry[0], None
         return CLAIMED
 
@@ -123,13 +117,12 @@ class MemoryStore:
         entry = (keep.value, -math.inf if type(keep.value) is Failed else end, end + keep.stale)
         self._entries[key] = entry
         if entry[2] != math.inf:
-            heapq.heappush(self._ends, (entry[2], next(self._numbers), key))
+            heapq.heappush(self._ends, (entry[2], id(key), key))
         instance = _instance_in(key)
         if instance is not None:
             instance.stores.add(weakref.ref(self))
             self._instances.setdefault(instance, set()).add(key)
-        if len(self._entries) > self.maxsize:
-            self._evict()
+        self._evict()
         if self.policy == "lfu":
             self._uses[key] = 0
         if flight.is_void and self._entries.get(key) is entry:
@@ -138,17 +131,16 @@ class MemoryStore:
 
     def _evict(self) -> None:
         """Remove those that are to go, but not the one that has just come: it has no uses yet, and stands last."""
-        if self.policy == "lfu":
+        surplus = len(self._entries) - self.maxsize
+        if self.policy == "lfu" and surplus > 0:
             # To find them takes long: of many entries some more go at once.
-            uses, surplus = self._uses.copy(), len(self._entries) - self.maxsize
+            uses = self._uses.copy()
             for key in heapq.nsmallest(surplus + self.maxsize // 100, uses, key=uses.__getitem__):
                 self._remove(key)
-            return
         while len(self._entries) > self.maxsize:
             # Others may have emptied it meanwhile.
             with contextlib.suppress(KeyError):
-                key, _ = self._entries.popitem(last=False)
-                self._remove(key)
+                self._remove(self._entries.popitem(last=False)[0])
 
     def _remove(self, key: Any) -> Entry | None:
         instance = _instance_in(key)
@@ -177,17 +169,5 @@ class MemoryStore:
             self._entries.pop(key, None)
 
 
-def _has_not_ended(entry: Entry) -> bool:
-    return (entry[2] if type(entry[0]) is Failed else entry[1]) > clock.now()
-
-
 def _instance_in(key: Any) -> Instance | None:
     return key[0] if key.__class__ is tuple and key and key[0].__class__ is Instance else None
-
-
-def _counter(uses: dict[Any, int]) -> Callable[[Any], object]:
-    # No method, which would keep the store until the garbage collector comes.
-    def count(key: Any) -> None:
-        uses[key] = uses[key] + 1
-
-    return count

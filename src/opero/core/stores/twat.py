@@ -22,6 +22,7 @@ from loguru import logger
 from opero.core.digests import digest_of
 from opero.core.faults import managing
 from opero.core.stores.flights import Flight, Keep
+from opero.core.stores.lasting import LastingStore
 from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
@@ -119,9 +120,8 @@ class CacheEngine(BaseCacheEngine[..., Any]):
 
     def cleanup(self) -> None:
         """Close files and connections."""
-        if self._store is not None:
+        if isinstance(self._store, LastingStore):
             self._store.close()
-        # What a server's connections are open for is known by who uses them.
         self._store = None
 
     @contextlib.contextmanager
