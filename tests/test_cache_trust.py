@@ -24,7 +24,7 @@ from opero import Cache, opero
 from opero.__main__ import main
 from opero.core.clock import clock
 from opero.core.private_folder import private_folder
-from opero.core.stores import lasting
+from opero.core.stores import disk, lasting
 from opero.core.stores.lasting import DamagedEntryError, EntryFormat
 from opero.exceptions import UnsafeCacheError
 
@@ -266,7 +266,8 @@ def test_what_is_computed_after_the_folder_was_removed_is_found_by_others(world,
 
 
 @posix
-def test_the_entries_of_a_removed_folder_are_gone(tmp_path):
+def test_the_entries_of_a_removed_folder_are_gone_after_a_second(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_LOOK_SECONDS", 0.0)
     runs = []
     f = cached(runs.append, tmp_path / "cache")
     f(1)

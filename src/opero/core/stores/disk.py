@@ -37,6 +37,7 @@ DATABASE, _LOCKS = "cache.db", "leases.lock"
 # How long to wait for another process that writes; in steps, between which others can read, and this process fork.
 _LOCK_SECONDS = 5.0
 _LOCK_STEP = 0.01
+_LOOK_SECONDS = 1.0
 # An open namespace has some file handles; beyond so many, those that were opened first are closed until they are used.
 _MOST_OPEN = 32
 # By which another folder could be named.
@@ -178,8 +179,8 @@ class DiskStore(LastingStore):
         self._connection: sqlite3.Connection | None = None
         # Who cannot write may hear nothing of those who write, and opens the database for each look.
         self._can_write = False
-        # The number of the file that was opened.
-        self._inode = 0
+        # The number of the file that was opened, and when to look again whether it is there, which takes half a hit.
+        self._inode, self._looks_at = 0, 0.0
         self._lock_file: int | None = None
 
     @property
@@ -191,7 +192,7 @@ class DiskStore(LastingStore):
 
     def read(self, key: bytes) -> bytes | None:
         with _guard.lock:
-            connection = self._open()
+            connection = self._open(looks=False)
             row = connection.execute(_GET, (key,)).fetchone()
             if row is not None and self._touch is not None and self._can_write:
                 # Where another process writes, this hit does not count for the order of eviction.
@@ -371,11 +372,15 @@ class DiskStore(LastingStore):
                     raise
             time.sleep(_LOCK_STEP)
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, *, looks: bool = True) -> sqlite3.Connection:
         """The connection; a new one if the database was taken away: folders are removed while programs run."""
         if self._connection is not None:
+            now = clock.real()
+            if now < self._looks_at and not looks:
+                return self._connection
             with contextlib.suppress(FileNotFoundError):
                 if self._can_write and os.stat(self._file).st_ino == self._inode:  # noqa: PTH116 - it is a str
+                    self._looks_at = now + _LOOK_SECONDS
                     return self._connection
             self._disconnect()
         # Looked at each time: after a fork, or an hour, another folder may have been put into its place.
@@ -383,7 +388,7 @@ class DiskStore(LastingStore):
             with held_private_folder(self._root, self.folder.name, _OPTION) as folder:
                 self._can_write = os.access(folder, os.W_OK) or not (folder / DATABASE).exists()
                 self._connection = _connect(folder, self._namespace) if self._can_write else connect_to_read(folder)
-                self._inode = (folder / DATABASE).stat().st_ino
+                self._inode, self._looks_at = (folder / DATABASE).stat().st_ino, 0.0
         except BaseException:
             # It may have been exchanged while it was opened.
             self._disconnect()
