@@ -6,7 +6,6 @@ import collections
 import copy
 import functools
 import pickle
-import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -880,11 +879,11 @@ def test_an_async_function_is_refused_with_the_way_out():
         candidates_from(keys)
 
 
-@pytest.mark.parametrize("secrets", [["sesame"], "sesame", 1234567890], ids=str)
+@pytest.mark.parametrize("secrets", [["sesame"], "sesame"], ids=str)
 def test_values_in_place_of_the_function_are_refused_and_not_shown(secrets):
     with pytest.raises(TypeError, match=rf"{type(secrets).__name__}.*candidates\(…\)") as caught:
         candidates_from(secrets)
-    assert not re.search("sesame|123", str(caught.value))
+    assert "sesame" not in str(caught.value)
 
 
 # Candidates and the cache

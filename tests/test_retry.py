@@ -550,11 +550,10 @@ def test_without_candidates_to_go_on_to_the_functions_own_error_ends_the_call(wo
     assert function.stats.attempts == 1
 
 
-@pytest.mark.parametrize(("answer", "name"), [(NEXT, "NEXT"), (GIVE_UP, "GIVE_UP")])
-def test_an_answer_is_one_object_wherever_it_is_copied_to(answer, name):
+@pytest.mark.parametrize("answer", [NEXT, GIVE_UP])
+def test_an_answer_is_one_object_wherever_it_is_copied_to(answer):
     copies = [pickle.loads(pickle.dumps(answer)), copy.copy(answer), copy.deepcopy(answer)]
     assert all(made is answer for made in copies)
-    assert repr(answer) == f"opero.{name}"
 
 
 @pytest.mark.parametrize("answer", ["yes", decimal.Decimal(1), [True], object()], ids=str)

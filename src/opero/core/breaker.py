@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opero.core.checks import check_count, check_seconds, plain_number, wrong_type
+from opero.core.checks import check_count, check_seconds
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.frozen import itself
@@ -86,12 +86,8 @@ class Breaker:
         self.circuits: dict[Any, _Circuit] = {}
         watch_forks(self)
 
-    def __repr__(self) -> str:
-        window = "" if self._window == math.inf else f", window={self._window:g}"
-        return f"Breaker({self.failures}{window}, recovery={self.recovery:g})"
-
     def __reduce__(self) -> Any:
-        raise TypeError(f"{self!r} belongs to its process, a copy would be another one; make one in each process")
+        raise TypeError("a Breaker belongs to its process, a copy would be another one; make one in each process")
 
     __copy__ = __deepcopy__ = itself
 
@@ -173,12 +169,9 @@ class FunctionBreaker:
     """
 
     def __init__(self, breaker: Any, by: Per | ParameterSlot | None = None) -> None:
-        breaker = plain_number(breaker)
-        if isinstance(breaker, int) and not isinstance(breaker, bool):
-            breaker = Breaker(check_count("breaker", breaker, "failures in a row", smallest=1))
         if not isinstance(breaker, Breaker):
-            instead = "a number of failures in a row, or opero.Breaker(5, window=60, recovery=30)"
-            raise wrong_type("breaker", breaker, instead)
+            what = "failures in a row, or opero.Breaker(5, window=60, recovery=30)"
+            breaker = Breaker(check_count("breaker", breaker, what, smallest=1))
         self.shared = breaker
         self.by = by
 

@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from weakref import WeakSet
 
-from opero.core.checks import listed, shown
+from opero.core.checks import listed
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.digests import lasting_identity
@@ -75,7 +75,6 @@ class Cache:
     """
 
     settings: CacheSettings
-    _given: dict[str, Any]
 
     def __init__(
         self,
@@ -90,18 +89,13 @@ class Cache:
         stale: Duration | str | None = None,
         **settings: Unpack[BackendSettings],
     ) -> None:
-        policy = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
-        given: dict[str, Any] = {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace, **policy}
-        checked = cache_settings(**given, options=settings, is_flat=False)
-        vars(self).update(_given={**given, **settings}, settings=checked)
+        policy: dict[str, Any] = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
+        policy |= {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace}
+        vars(self)["settings"] = cache_settings(**policy, options=settings, is_flat=False)
 
     def __setattr__(self, name: str, _value: Any) -> None:
         msg = f"a Cache does not change, so {name!r} cannot be set; make another one"
         raise AttributeError(msg)
-
-    def __repr__(self) -> str:
-        shown_ones = [f"{name}={shown(value)}" for name, value in self._given.items() if value not in (None, ())]
-        return f"Cache({', '.join(shown_ones)})"
 
 
 class ResultCache:
@@ -428,19 +422,12 @@ def clear_cache(namespace: str | None = None) -> None:
             (``"module.qualified_name"``). Default: every namespace.
 
     Raises:
-        OperoError: If a backend failed; the caches of the others are empty all the same.
+        OperoError: If a backend failed.
     """
     with _lock:
         caches = list(_caches)
-    errors = []
     for cache in caches:
-        try:
+        # One that has no name to keep anything under has kept nothing.
+        with contextlib.suppress(MisuseError):
             if namespace in {None, cache.namespace}:
                 cache.clear()
-        except MisuseError:
-            # It has no name to keep anything under, and so has kept nothing.
-            continue
-        except OperoError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]

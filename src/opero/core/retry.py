@@ -48,9 +48,6 @@ class Answer(Enum):
     NEXT = "this candidate cannot help, another one may"
     GIVE_UP = "the call is none that any candidate could answer"
 
-    def __repr__(self) -> str:
-        return f"opero.{self.name}"
-
 
 NEXT, GIVE_UP = Answer.NEXT, Answer.GIVE_UP
 
