@@ -18,7 +18,7 @@ PROGRAM = """
     from opero.concurrency import fork_server
 
     def pid_of_the_server():
-        return fork_server.known()["_forkserver_pid"]
+        return vars(fork_server._latest[0])["_forkserver_pid"]
 
     if __name__ == "__main__":
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
@@ -132,7 +132,7 @@ def test_replaced_servers_end(tmp_path):
         servers, deadline = [], time.monotonic() + 30
         while len(servers) < 4 or Path(f"/proc/{servers[0]}").exists():
             assert time.monotonic() < deadline, servers
-            os.environ["KEY"] = str(len(servers))
+            os.utime("tools.py", (0, len(servers)))
             tell(["KEY"])
             servers.append(pid_of_the_server())
         print(len(servers) == len(set(servers)))
@@ -156,6 +156,7 @@ def test_programs_start_processes_of_their_own_while_servers_are_replaced(tmp_pa
         thread.start()
         for number in range(8):
             os.environ["KEY"] = str(number)
+            os.utime("tools.py", (0, number))
             said += tell(["KEY"])
         thread.join()
         print(said == [str(number) for number in range(8)], heard == list(range(10)))
@@ -225,9 +226,12 @@ def test_opero_may_be_where_only_the_program_knows(tmp_path):
     assert run.stdout.split() == ["first"] * 6 + ["late"]
 
 
-def test_what_a_program_has_chosen_for_its_server_is_kept(tmp_path):
+def test_what_a_program_has_chosen_for_its_server_is_loaded_for_workers_too(tmp_path):
+    (tmp_path / "heavy.py").write_text("import os\nloader = os.getpid()\n")
     main = """
-        multiprocessing.set_forkserver_preload(["tools"])
-        print(*tell(["KEY"]), fork_server.known()["_preload_modules"])
+        import heavy
+        multiprocessing.set_forkserver_preload(["heavy"])
+        loaded = opmap(workers=1, retries=0, progress=False)(lambda _: __import__("heavy").loader)([1])
+        print(loaded == [pid_of_the_server()])
     """
-    assert program(tmp_path, main) == ["first", "['tools']"]
+    assert program(tmp_path, main) == ["True"]

@@ -1,159 +1,120 @@
-"""The fork server of multiprocessing, whose workers shall be as those that are started afresh, only sooner."""
+"""A fork server of multiprocessing for the workers of maps: as if they were started afresh, only sooner."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import importlib
+import multiprocessing
 import os
+import signal
 import sys
-from multiprocessing import forkserver, process, spawn
+from multiprocessing import forkserver
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from opero.concurrency.main_module import MAINS, is_imported_again
-from opero.concurrency.preloading import PRELOADS, put_back
+from opero.concurrency import system
+from opero.concurrency.main_module import MAINS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterator
 
-# What a server imports whose workers are opero's business; any other list is the program's choice.
-_PRELOADED = ["__main__", "opero.concurrency.preloading"]
-# pytest sets it anew for each test.
-_ALWAYS_NEW = {"PYTEST_CURRENT_TEST"}
-# Folders of modules that nobody changes while a program runs: Python's own, and those of installed packages.
-_PYTHON = Path(os.__file__).parent
-_INSTALLED = {"site-packages", "dist-packages"}
+# The variable of the environment that tells a server what to import.
+_PRELOADS = "OPERO_PRELOADS"
 
 
-class _Server:
-    """The server that opero has started last."""
+class Server(forkserver.ForkServer):
+    """One for opero's workers only, which has imported these modules; it ends when nobody has this object any more."""
 
-    def __init__(self) -> None:
-        # Those before it, which serve the processes that they have forked, by their ids: what they live by, None for
-        # those that may end.
-        self._replaced: dict[int, int | None] = {}
-        self._pid: int | None = None
-        # What a worker that is started afresh would have met when it was started.
-        self._environ: dict[str, str] = {}
-        self._files: dict[Path, tuple[int, int]] = {}
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.forget)
-
-    def forget(self) -> None:
-        """It belongs to the parent; a process that was forked has its own."""
-        known()["_forkserver_pid"] = self._pid = None
-        self._replaced.clear()
-
-    def has_changed(self) -> bool:
-        """Whether another one runs, or its workers would not know of what has changed meanwhile."""
-        is_there = self._pid is not None and self._pid == known()["_forkserver_pid"]
-        return not is_there or (self._environ, self._files) != (_environ(), _changes(self._files))
-
-    def replace(self, modules: list[str]) -> None:
-        """Start another one, which imports the modules from where this program has them.
-
-        It is a program of its own, whose first folder of modules would be the current one, with whatever is there.
-        """
-        made = forkserver.ForkServer()
-        made.set_forkserver_preload(_PRELOADED)
-        path = [part for part in spawn.get_preparation_data("fork server")["sys_path"] if isinstance(part, str)]
-        told = {"PYTHONSAFEPATH": "1"}
-        package = Path(__file__).parents[2]
-        if not _INSTALLED.intersection(package.parts):
-            # Only this program may know where opero is.
-            told["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(package)])
-        before = {name: os.environ.get(name) for name in told}
-        os.environ.update({**told, PRELOADS: json.dumps([os.getpid(), path, modules, before])})
-        paths = sys.path[:]
+    def __init__(self, modules: set[str]) -> None:
+        super().__init__()
+        self.modules, self.files, self.owner = modules, _files(), os.getpid()
+        self.set_forkserver_preload([__name__])
+        before = sys.path[:]
+        # An import passes over what is no string; multiprocessing would write a `Path` into code (gh-145898).
+        sys.path[:] = [part for part in before if isinstance(part, str)]
+        # Its first folder of modules is not the current one, but the program's.
+        told = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path), _PRELOADS: " ".join(modules)}
+        environ = {name: os.environ.get(name) for name in told}
         try:
-            # A `Path` among them, which an import passes over, would be code there (gh-145898).
-            sys.path[:] = path
-            made.ensure_running()
+            os.environ.update(told)
+            self.ensure_running()
         finally:
-            sys.path[:] = paths
-            put_back({**before, PRELOADS: None})
-        self._let_go()
-        server = known()
-        if server["_forkserver_pid"] is not None:
-            self._replaced[server["_forkserver_pid"]] = server["_forkserver_alive_fd"]
-        # Not to none in between: somebody else may be about to start a process.
-        server.update((name, value) for name, value in vars(made).items() if name not in {"_lock", "_inherited_fds"})
-        self._pid = server["_forkserver_pid"]
-        named = [_attributes(module).get("__file__") for module in list(sys.modules.values())]
-        files = [Path(file) for file in named if isinstance(file, str)]
-        self._files = _changes(f for f in files if not (_INSTALLED.intersection(f.parts) or f.is_relative_to(_PYTHON)))
-        self._environ = _environ()
+            sys.path[:] = before
+            for name, value in environ.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
-    def _let_go(self) -> None:
-        """Let those end that were replaced, as soon as their processes have; the program asks for exit codes of its.
+    def __del__(self) -> None:
+        its: dict[str, int] = vars(self)
+        if its["_forkserver_pid"] and self.owner == os.getpid():
+            os.close(its["_forkserver_alive_fd"])
+            with contextlib.suppress(OSError):
+                os.kill(its["_forkserver_pid"], signal.SIGTERM)
+                os.waitpid(its["_forkserver_pid"], 0)
 
-        The newest one may just be starting a process that the program does not list yet.
-        """
-        for pid, alive in list(self._replaced.items())[:-1]:
-            # Not by `active_children`, which may read an exit code that the program is just reading.
-            if alive is not None and not process._children:  # type: ignore[attr-defined]  # noqa: SLF001
-                os.close(alive)
-                self._replaced[pid] = None
-            # Somebody else may have waited for it.
-            with contextlib.suppress(ChildProcessError):
-                if not os.waitpid(pid, os.WNOHANG)[0]:
-                    continue
-            del self._replaced[pid]
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Let it make the processes that are started in the block."""
+        before = forkserver.connect_to_new_process
+        forkserver.connect_to_new_process = self.connect_to_new_process
+        try:
+            yield
+        finally:
+            forkserver.connect_to_new_process = before
 
 
-_server = _Server()
+# The one that was started last, if there is one.
+_latest: list[Server] = []
 
 
-def known() -> dict[str, Any]:
-    """What multiprocessing knows of its fork server."""
-    return vars(forkserver._forkserver)  # noqa: SLF001 - there is no function that tells
+def server_for(module: str) -> Server:
+    """One that has imported what each worker needs for a function of that module, as the files are now."""
+    modules = _modules_for(module)
+    if _latest:
+        server, files = _latest[0], _files()
+        if server.owner == os.getpid() and modules <= server.modules and server.files.items() <= files.items():
+            return server
+    _latest[:] = [Server(modules)]
+    return _latest[0]
 
 
-def be_fit_for(module: str) -> None:
-    """Have a fork server that knows what each worker needs for a function of that module.
-
-    One that the program has started or set up stays as it is. One that opero has started is replaced when variables of
-    the environment, or files of modules that are not installed, have changed since: its workers would not know of that.
-    """
-    server = known()
-    is_of_the_program = server["_preload_modules"] != _PRELOADED and (
-        server["_forkserver_pid"] is not None or server["_preload_modules"] != ["__main__"]
-    )
-    if not is_of_the_program and _server.has_changed():
-        _server.replace(_modules_for(module))
-
-
-def _modules_for(module: str) -> list[str]:
-    """Those that each worker imports; not the main one, which a fork server finds from Python 3.14 on (gh-126631)."""
-    modules = {"opero.concurrency.process_worker", module}
-    if module in MAINS and is_imported_again():
+def _modules_for(module: str) -> set[str]:
+    """Those that each worker imports; what the main module imports in place of itself."""
+    chosen: list[str] = vars(forkserver._forkserver)["_preload_modules"]  # noqa: SLF001 - nothing else tells
+    modules = {"opero.concurrency.process_worker", module, *chosen}
+    if module in MAINS:
         # By their types: a proxy says that it is another thing, or raises.
         named = [(type(value), value) for value in vars(sys.modules["__main__"]).values()]
         modules |= {value.__name__ for kind, value in named if issubclass(kind, ModuleType)}
         modules |= {value.__module__ for kind, value in named if issubclass(kind, (type, FunctionType))}
-    found = {name: _attributes(sys.modules[name]) for name in modules.difference(MAINS).intersection(sys.modules)}
-    # A module that maps while it is imported would do so in the server, too.
-    return [name for name, its in found.items() if not getattr(its.get("__spec__"), "_initializing", False)]
+    return modules.intersection(sys.modules).difference(MAINS)
 
 
-def _attributes(module: Any) -> dict[str, Any]:
-    # Whatever else a program has put among its modules may answer to anything.
-    return vars(module) if isinstance(module, ModuleType) else {}
-
-
-def _environ() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in _ALWAYS_NEW}
-
-
-def _changes(files: Iterable[Path]) -> dict[Path, tuple[int, int]]:
-    """When files were changed, and their sizes."""
+def _files() -> dict[str, int]:
+    """When the files of modules were changed."""
     changes = {}
-    for file in files:
-        try:
-            found = file.stat()
-        except OSError:
-            changes[file] = 0, 0
-        else:
-            changes[file] = found.st_mtime_ns, found.st_size
+    for module in list(sys.modules.values()):
+        # Whatever a program has put there may answer to anything.
+        with contextlib.suppress(Exception):
+            file = vars(module)["__file__"]
+            changes[file] = Path(file).stat().st_mtime_ns
     return changes
+
+
+def _preload(modules: list[str]) -> None:
+    # A module that maps, or starts a process, while it is imported is told to leave that: workers will tell.
+    this = multiprocessing.current_process()
+    this._inheriting = True  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing does in each process
+    for module in modules:
+        with contextlib.suppress(Exception, SystemExit):
+            importlib.import_module(module)
+    del this._inheriting  # type: ignore[attr-defined]  # noqa: SLF001 - as above
+    if system.has_other_threads():
+        # A worker could find a lock of theirs held for ever; let each import by itself.
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this program again
+
+
+if _PRELOADS in os.environ:
+    _preload(os.environ.pop(_PRELOADS).split())

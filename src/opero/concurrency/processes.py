@@ -25,9 +25,10 @@ from functools import partial
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency import fork_server, main_module, system
+from opero.concurrency import main_module, system
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
+from opero.concurrency.fork_server import Server, server_for
 from opero.concurrency.pickling import unpack_record
 from opero.concurrency.pool import default_workers, entered_multi_pool
 from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, Parent, known_loggers, serve
@@ -79,7 +80,7 @@ class Worker:
     count: int = 0
     size: int = 0
     ends_since: float | None = None
-    family: system.Family = field(default_factory=dict)
+    family: set[int] = field(default_factory=set)
 
     def tell(self, kind: str, payload: bytes = b"") -> None:
         # If it has just died, its pipe will say so.
@@ -116,6 +117,7 @@ class ProcessPool(Pool):
         self._at_once = at_once
         self._workers: list[Worker] = []
         self._multi_pool: Any = None
+        self._server: Server | None = None
         self._pending: deque[Batch] = deque()
         self._is_paced = False
         self._stillbirths = 0
@@ -124,7 +126,7 @@ class ProcessPool(Pool):
         watch_forks(self)
 
     def _use(self, method: str) -> None:
-        self._method = method
+        self._method, self._server = method, None
         names, levels, filters = None, {}, []
         if method != "fork":
             names = main_module.names_in_fresh_workers()
@@ -132,7 +134,8 @@ class ProcessPool(Pool):
             # Of classes for which a worker need not import anything.
             filters = [each for each in warnings.filters if each[2].__module__ == "builtins"]
         self._packer = Packer(names)
-        self._start = Start(self._packer, (self._work, *self._hooks), levels, filters)
+        environ = dict(os.environ) if method == "forkserver" else None
+        self._start = Start(self._packer, (self._work, *self._hooks), levels, filters, environ)
 
     def after_fork(self) -> None:
         """Leave the workers to the parent: as long as a child has their pipes open, they do not notice its death."""
@@ -297,11 +300,13 @@ class ProcessPool(Pool):
             self._start_worker()
 
     def _start_worker(self) -> None:
+        starting: Any = contextlib.nullcontext()
         with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
             if self._multi_pool is None:
                 self._multi_pool = entered_multi_pool(self._size, self._end_workers)
             if self._method == "forkserver":
-                fork_server.be_fit_for(module_of(self._work.function))
+                self._server = self._server or server_for(module_of(self._work.function))
+                starting = self._server.serving()
             context: Any = multiprocessing.get_context(self._method)
             ours, theirs = context.Pipe()
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
@@ -311,7 +316,8 @@ class ProcessPool(Pool):
             worker.process = context.Process(target=serve, args=args, daemon=False)
             self._workers.append(worker)
             try:
-                worker.process.start()
+                with starting:
+                    worker.process.start()
             except BaseException:
                 self._workers.remove(worker)
                 ours.close()
@@ -320,10 +326,6 @@ class ProcessPool(Pool):
                 theirs.close()
             # Multiprocessing shall not end it: not with this process, as the pool does so, nor with a forked child.
             multiprocessing.process._children.discard(worker.process)  # type: ignore[attr-defined]  # noqa: SLF001
-            if self._method == "forkserver" and system.fork_server_has_threads():
-                # The worker may find a lock of theirs held for ever; one that is spawned takes its place.
-                worker.process.kill()
-                self._use("spawn")
             self._inbox.listen(ours, partial(self._hear, worker))
 
     def _worker_ended(self, worker: Worker) -> Any:

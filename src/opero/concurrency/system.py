@@ -10,11 +10,9 @@ import sys
 import threading
 import time
 from multiprocessing.connection import wait
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency import fork_server
 from opero.core.clock import clock
 from opero.core.forks import fork_safe_threads
 
@@ -32,9 +30,6 @@ ENDED_CODE = 128 + signal.SIGTERM
 # Threads of jemalloc, which pyarrow brings (and pandas imports): it takes all their locks before a fork by itself.
 _SAFE_THREADS = {"jemalloc_bg_thd"}
 
-# Processes by their ids, with the times of their starts: an id may be another's later.
-Family = dict[int, str]
-
 
 def end(processes: list[Any], patience: float = 0.0, meanwhile: Callable[[], object] = lambda: None) -> None:
     """End processes that have not ended after so many seconds, and what they have started.
@@ -43,86 +38,63 @@ def end(processes: list[Any], patience: float = 0.0, meanwhile: Callable[[], obj
     again while they are waited for.
     """
     running = _wait_for(processes, patience, meanwhile)
-    if not running:
-        return
-    family: Family = {}
+    family: set[int] = set()
     for order in ("terminate", "kill"):
-        family |= family_of(*(process.pid for process in running))
         for process in running:
+            family |= family_of(process.pid)
             getattr(process, order)()
         running = _wait_for(running, GRACE_SECONDS, meanwhile)
     end_family(family)
 
 
 def _wait_for(processes: list[Any], seconds: float, meanwhile: Callable[[], object]) -> list[Any]:
-    """Wait at most so long; gives those that still run.
-
-    The end of a process is the end of its sentinel, a pipe, but a child of the program's own may have that open.
-    """
+    """Wait at most so long; gives those that still run."""
     deadline = clock.real() + seconds
     while True:
         processes = list(filter(_runs, processes))
         if not processes or clock.real() >= deadline:
             return processes
         meanwhile()
-        wait(map(attrgetter("sentinel"), processes), _LOOKING_SECONDS)
+        wait([process.sentinel for process in processes], _LOOKING_SECONDS)
 
 
 def _runs(process: Any) -> bool:
     # A thread of a program that ends may just be starting it.
     if process.pid is None or process.exitcode is not None:
         return False
-    if os.name == "posix":
-        try:
-            os.kill(process.pid, 0)
-        except OSError:
-            # The system keeps no exit codes, or whoever was told of it may say so in a moment.
-            process.join(_SAYING_SECONDS)
-            return False
+    if wait([process.sentinel], 0):
+        # Its exit code comes in a moment, or has been told to somebody else.
+        process.join(_SAYING_SECONDS)
+        return False
     return True
 
 
-def family_of(*pids: int) -> Family:
-    """The descendants of processes, where the system lists them."""
-    children: dict[int, Family] = {}
-    for path in Path("/proc").glob("[0-9]*") if pids else ():
-        started, parent = _status(path.name)
-        children.setdefault(parent, {})[int(path.name)] = started
-    family: Family = {}
-    coming = list(pids)
-    while coming:
-        found = children.get(coming.pop(), {})
-        coming.extend(found)
-        family |= found
+def family_of(pid: int) -> set[int]:
+    """The descendants of a process, where the system lists them."""
+    family: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        # It may just have ended.
+        with contextlib.suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                family |= {child} | family_of(child)
     return family
 
 
-def end_family(family: Family) -> None:
+def end_family(family: set[int]) -> None:
     """End those of them that are left, by force if they have not ended a second later."""
-    if not family:  # always on Windows, which has no SIGKILL either
-        return
-    for order in (signal.SIGTERM, signal.SIGKILL):
+    for order in (signal.SIGTERM, signal.SIGKILL) if family else ():  # never on Windows, which has no SIGKILL
         deadline = clock.real() + GRACE_SECONDS
-        left = _left_of(family)
-        for pid in left:
+        for pid in filter(_is_left, family):
             with contextlib.suppress(OSError):
                 os.kill(pid, order)
-        while left and clock.real() < deadline:
+        while any(map(_is_left, family)) and clock.real() < deadline:
             time.sleep(0.001)
-            left = _left_of(left)
 
 
-def _left_of(family: Family) -> Family:
-    return {pid: started for pid, started in family.items() if started and _status(str(pid))[0] == started}
-
-
-def _status(pid: str) -> tuple[str, int]:
-    """When a process has started, and its parent; the first is empty for one that has ended."""
+def _is_left(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        state, parent, *others = Path("/proc", pid, "stat").read_text(errors="replace").rpartition(")")[2].split()
-        if state != "Z":
-            return others[17], int(parent)
-    return "", 0
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def how_it_ended(process: Any) -> str:
@@ -154,59 +126,39 @@ def start_method() -> tuple[str, bool]:
     return "spawn" if sys.platform == "win32" else "forkserver", False
 
 
-# Threads, also those that Python does not know (of OpenMP, rayon), which may hold a lock when this process forks
-
-
 def has_other_threads() -> bool:
-    """Whether there are any of Python's or of the system's; where it does not list them, only of Python's.
+    """Whether there are any of Python's, or of the system's (of OpenMP, rayon), which may hold a lock in a fork.
 
     Those of OpenBLAS, which NumPy brings, do not count: it ends them before each fork by itself, and makes them anew
-    when it needs them. So a fork for nothing shows whether others are left.
+    when it needs them. So a fork for nothing shows whether others are left. By C's own function: Python's hooks, and
+    the warnings of programs in them, are for forks that somebody uses.
     """
     if set(threading.enumerate()) - set(fork_safe_threads) - {threading.current_thread()}:
         return True
-    if not _stay(0.005):
+    if not _are_there_for(0.005):
         return False
-    _fork_for_nothing()
-    return _stay(0.05)
+    import ctypes
+
+    child = ctypes.PyDLL(None).fork()
+    if child == 0:
+        os._exit(0)
+    # The program may wait for all of its children by itself.
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(child, 0)
+    return _are_there_for(0.05)
 
 
-def fork_server_has_threads() -> bool:
-    """Whether the fork server of multiprocessing, if there is one, has begun threads with what it has imported.
-
-    To be asked when it has just forked: OpenBLAS has ended its own for that.
-    """
-    pid = fork_server.known()["_forkserver_pid"]
-    return pid is not None and _stay(0.05, pid)
-
-
-def _stay(seconds: float, pid: int | None = None) -> bool:
-    """Whether there are any for so long: those of Python that have just ended are listed for a moment."""
-    deadline, tasks = clock.real() + seconds, Path(f"/proc/{pid or 'self'}/task")
+def _are_there_for(seconds: float) -> bool:
+    """Whether there are threads that Python does not know for so long: its own that have just ended take a moment."""
+    deadline = clock.real() + seconds
     while True:
         count = 0
-        for name in tasks.glob("*/comm"):
+        for name in Path("/proc/self/task").glob("*/comm"):
             # One that has just ended has none.
             with contextlib.suppress(OSError):
                 count += name.read_text().strip() not in _SAFE_THREADS
-        if count <= (1 if pid else threading.active_count()):
+        if count <= threading.active_count():
             return False
         if clock.real() >= deadline:
             return True
         time.sleep(0.001)
-
-
-def _fork_for_nothing() -> None:
-    """By C's own function: Python's hooks, and the warnings of programs in them, are for forks that somebody uses."""
-    import ctypes
-
-    fork, parent = ctypes.PyDLL(None).fork, os.getpid()
-    try:
-        child = fork()
-    finally:
-        # A signal of the parent's may raise even here.
-        if os.getpid() != parent:
-            os._exit(0)
-    # The program may wait for all of its children by itself.
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(child, 0)

@@ -123,12 +123,14 @@ class Start:
     pages are shared by all workers until one writes to them, which the others do not see.
 
     ``levels``, ``filters``: for a worker that is not forked, those of the program's loggers, and of its warnings.
+    ``environ``: the program's environment, for a worker of a server that was started before.
     """
 
     packer: Packer
     life: WorkerLife | None
     levels: dict[str, int]
     filters: list[Any]
+    environ: dict[str, str] | None
     packed: Any = None
 
     def __getstate__(self) -> Any:
@@ -141,16 +143,19 @@ class Start:
             packed = self.packer.start(self.life, large), *_in_a_file(large)
             if len(inherited) == count:
                 self.packed = packed
-        return self.levels, self.filters, packed
+        return self.levels, self.filters, self.environ, packed
 
     def __setstate__(self, state: Any) -> None:
         self.life = None
-        self.levels, self.filters, self.packed = state
+        self.levels, self.filters, self.environ, self.packed = state
 
     def load(self) -> WorkerLife:
         """What it was made of, in a worker; one that was forked has it already."""
         if self.life is not None:
             return self.life
+        if self.environ is not None:
+            os.environ.clear()
+            os.environ.update(self.environ)
         data, file, spans = self.packed
         if file is None:
             return unpack_start(data)
