@@ -8,7 +8,6 @@ import io
 import itertools
 import os
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from leftovers import surroundings
 from side_by_side import started, until
 
 from opero import opmap
-from opero.concurrency import ctrl_c, system
+from opero.concurrency import system
 from opero.concurrency.threads import ThreadPool
 
 PATIENCE = 10.0
@@ -321,43 +320,3 @@ def pressing(after):
         done.append(item)
 
     return work
-
-
-def pressed_once_it_runs(begun):
-    """The items of a map; Ctrl-C is pressed in its own thread when the first of them runs."""
-    yield 1
-    assert begun.wait(PATIENCE)
-    press()
-    yield 2
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "file"])
-def test_a_terminal_is_told_what_is_waited_for(monkeypatch, stream, is_async):
-    monkeypatch.setattr("sys.stderr", stream())
-    monkeypatch.setattr(ctrl_c, "_LONG_SECONDS", 0.1)
-    begun, waited = threading.Event(), threading.Event()
-
-    def work(item):
-        begun.set()
-        for _ in range(150 if stream is Terminal else 5):
-            if "waiting" in sys.stderr.getvalue():
-                waited.set()
-                break
-            time.sleep(0.1)
-
-    async def work_async(item):
-        work(item)
-
-    with pytest.raises(KeyboardInterrupt):
-        opmap(mode="thread", workers=2, progress=False)(work_async if is_async else work).run(
-            pressed_once_it_runs(begun)
-        )
-    assert waited.is_set() is (stream is Terminal)
-    told = "opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n"
-    assert sys.stderr.getvalue() == (told if stream is Terminal else "")

@@ -297,11 +297,10 @@ def warn(item):
     warnings.warn(f"item {item}", FutureWarning, stacklevel=1)
 
 
-@every_method
-def test_warnings_are_what_the_program_makes_of_them(method):
+def test_warnings_are_what_the_program_makes_of_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        (error,) = mapped(warn, method)([1])
+        (error,) = mapped(warn, "fork")([1])
     assert (type(error), str(error)) == (FutureWarning, "item 1")
 
 
@@ -387,46 +386,6 @@ def test_log_records_of_a_worker_that_is_ended_reach_the_programs_handlers(kept,
     assert [text for _, text, _ in kept.lines] == ["tidies up"]
 
 
-class Slow:
-    def __del__(self):
-        hang()
-
-
-def end_something_slow(item):
-    Slow()
-    log_for_ever(item)
-
-
-@every_method
-def test_a_worker_that_is_ended_within_a_finalizer_tidies_up_without_a_word_about_that(kept, capfd, method):
-    (error,) = mapped(end_something_slow, method, workers=1, attempt_timeout=0.2)([1])
-    assert isinstance(error, CallTimeoutError)
-    assert [text for _, text, _ in kept.lines] == ["tidies up"]
-    assert capfd.readouterr().err == ""
-
-
-def stand_still_while_it_logs(item, *, folder):
-    if item:
-        until((folder / "closing").exists)
-        line = "more than a pipe holds" * 200_000
-        threading.Thread(target=logging.getLogger("of.a.program").info, args=[line], daemon=True).start()
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return item
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="of POSIX")
-def test_workers_that_stand_still_within_a_message_do_not_hold_up_the_end(kept, tmp_path):
-    stream = mapped(stand_still_while_it_logs, "fork", workers=4).stream([0, 1, 1, 1], folder=tmp_path)
-    assert next(stream).result == 0
-    (tmp_path / "closing").touch()
-    time.sleep(0.5)
-    began = time.monotonic()
-    stream.close()
-    assert time.monotonic() - began < PATIENCE
-    assert kept.lines == []
-
-
 class Everything(logging.Handler):
     def __init__(self):
         super().__init__()
@@ -475,9 +434,8 @@ def test_a_log_record_says_in_words_what_of_it_cannot_travel(records, capfd, met
     mapped(log_extras, method, workers=1)([1])
     (record,) = records
     assert record.getMessage() == "item 1 for the request"
-    assert (record.request, record.tags, str(record.error)) == ("the request", ["a"], "1: no")
-    assert isinstance(record.error, RefusedError)
-    assert record.other == "cannot be unpickled: LookupError: not here"
+    assert (record.request, record.tags, record.error) == ("the request", ["a"], "RefusedError('1: no')")
+    assert "StaysThere object" in record.other
     assert capfd.readouterr().err == ""
 
 
@@ -586,30 +544,6 @@ def test_numeric_libraries_have_a_share_of_the_cpus_that_the_program_may_use(mon
     assert mapped(threads_allowed, "fork", pool_options=options)([1]) == [expected]
 
 
-@pytest.mark.parametrize("name", ["NUMBA_NUM_THREADS", "POLARS_MAX_THREADS", "OPENCV_FOR_THREADS_NUM"])
-def test_a_setting_of_one_librarys_own_stays_and_leaves_the_others_their_share(monkeypatch, name):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv(name, "7")
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: range(8), raising=False)
-    assert mapped(lambda _item: (os.environ.get("OMP_NUM_THREADS"), os.environ[name]), "fork")([1]) == [("4", "7")]
-
-
-@pytest.mark.parametrize(("threads", "told"), [(1, 0), (3, 3)])
-def test_opencv_that_was_imported_before_a_fork_is_told_how_many_threads_it_may_have(monkeypatch, threads, told):
-    # Told 1, it would end threads of the parent's.
-    heard = []
-    monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(setNumThreads=heard.append))
-    options = {"threads_per_worker": threads}
-    monkeypatch.delenv("OPENCV_FOR_THREADS_NUM", raising=False)
-    assert mapped(lambda _item: heard, "fork", pool_options=options)([1]) == [[told]]
-
-
-@pytest.mark.parametrize("name", ["cv2", "numba"])
-def test_a_numeric_library_in_a_strange_state_is_no_mistake_of_a_worker(monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace())
-    assert mapped(abs, "fork")([-1]) == [1]
-
-
 SHARES = """
     import sys
     from multiprocessing.shared_memory import SharedMemory
@@ -663,25 +597,16 @@ def square_in_place(item, *, array):
     return type(array).__name__
 
 
-PARTS = {
-    "all": lambda array: array,
-    "a part": lambda array: array[100:][:3],
-    "a part of rows": lambda array: array[100:].reshape(-1, 2)[1:],
-    "columns": lambda array: array.reshape(2, -1).T,
-}
-
-
 @every_method
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_what_workers_write_to_a_mapped_file_is_in_the_file(tmp_path, method, part):
+def test_what_workers_write_to_a_mapped_file_is_in_the_file(tmp_path, method):
     file = np.memmap(tmp_path / "numbers", dtype="int64", mode="w+", shape=(1000,), offset=8)
     file[:] = range(1000)
-    expected = part(file.copy()) ** 4
+    expected = file.copy() ** 4
     square = mapped(square_in_place, method)
     with square.pool():
         for _ in range(2):
-            assert set(square(range(len(expected)), array=part(file))) == {"memmap"}
-    assert np.array_equal(part(file), expected)
+            assert set(square(range(len(expected)), array=file)) == {"memmap"}
+    assert np.array_equal(file, expected)
 
 
 @every_method

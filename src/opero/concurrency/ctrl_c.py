@@ -10,15 +10,10 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from opero.concurrency.progress import is_terminal
-from opero.core.clock import clock
 from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-# As long as this nobody asks what a program waits for.
-_LONG_SECONDS = 0.5
 
 
 @contextlib.contextmanager
@@ -59,16 +54,11 @@ def hearing_interrupts() -> Iterator[None]:
 def wait_unless_left(has_ended: Callable[[float], bool], is_left: Callable[[], bool]) -> bool:
     """Wait until something has ended, or nobody wants to wait for it any more; tells whether it has ended.
 
-    ``has_ended`` waits for so many seconds. A terminal is told after a while what is waited for, and how not to.
+    ``has_ended`` waits for so many seconds.
     """
-    begun, has_told = clock.real(), False
     while not has_ended(0.05):
         if is_left():
             return False
-        if not has_told and clock.real() - begun > _LONG_SECONDS:
-            has_told = True
-            if is_terminal(sys.stderr):
-                sys.stderr.write("opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n")
     return True
 
 
@@ -96,28 +86,16 @@ async def in_own_thread(stop: Callable[[Callable[[], bool]], None]) -> None:
     with Hold():
         thread.start()
     interrupted: BaseException | None = None
-    try:
-        while not ended.done():
-            try:
-                await asyncio.shield(ended)
-            except asyncio.CancelledError as error:
-                interrupted = interrupted or error
-                is_left = _is_cancelled_twice()
-    finally:
-        # Also if Python 3.11 closes this, after it has cancelled the `aclose` of a generator that had not begun.
-        if ended.done():
-            thread.join()
+    while not ended.done():
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError as error:
+            interrupted = interrupted or error
+            task, anyio = asyncio.current_task(), sys.modules.get("anyio")
+            # A scope of anyio's cancels again and again until it is left, and means once.
+            is_once = anyio is not None and anyio.current_effective_deadline() == -math.inf
+            is_left = task is not None and task.cancelling() > 1 and not is_once
+    thread.join()
     if interrupted is not None:
         raise interrupted
     ended.result()
-
-
-def _is_cancelled_twice() -> bool:
-    import asyncio
-
-    task = asyncio.current_task()
-    if task is None or task.cancelling() <= 1:
-        return False
-    # A scope of anyio's cancels again and again until it is left, and means once.
-    anyio = sys.modules.get("anyio")
-    return anyio is None or anyio.current_effective_deadline() != -math.inf

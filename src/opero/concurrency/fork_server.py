@@ -14,7 +14,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
 from opero.concurrency import system
-from opero.concurrency.main_module import MAINS
+from opero.concurrency.pickling import MAINS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,29 +9,29 @@ raised from.
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import io
 import logging
 import mmap
 import os
 import pickle
+import re
+import sys
 import threading
 import traceback
 import weakref
 from abc import ABCMeta
 from collections import ChainMap
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from multiprocessing.reduction import ForkingPickler
 from operator import attrgetter
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
-from typing import TYPE_CHECKING, Any, NewType, ParamSpec, TypeVarTuple
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from opero.concurrency.main_module import MAINS
 from opero.core.signature import find_by_name
 from opero.exceptions import RemoteError
 from opero.utils.notes import (
@@ -55,8 +55,32 @@ loads = pickle.loads
 PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 # Below that a pipe is as fast as a file that is shared.
 _LEAST_SHARED = 1_000_000
-
 _LOCKS: dict[type, Callable[[], Any]] = {type(make()): make for make in (threading.Lock, threading.RLock)}
+# Names of the main module; the second is that in a process that has imported it again.
+MAINS = ("__main__", "__mp_main__")
+
+
+# The main module
+
+
+def names_in_fresh_workers() -> frozenset[str]:
+    """Names of the main module that a process which is started afresh has, too: as `spawn.prepare` decides there."""
+    main = sys.modules["__main__"]
+    path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    is_left_out = Path(path or "").stem == "ipython" if spec is None else spec.name.split(".")[-1] == "__main__"
+    return frozenset() if path is None or is_left_out else _names_bound(path)
+
+
+@lru_cache(maxsize=1)
+def _names_bound(path: str) -> frozenset[str]:
+    """Names that the file binds at the left edge: what stands below ``if __name__ == "__main__":`` does not."""
+    with contextlib.suppress(OSError):
+        found = re.findall(r"^(?:(?:async )?def |class )?(\w+)", Path(path).read_text(errors="replace"), re.MULTILINE)
+        return frozenset(found)
+    return frozenset()
+
+
+# Functions, classes, arrays
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
@@ -100,10 +124,6 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return _LOCKS[kind], ()
         if kind.__module__ == "numpy" and kind.__name__ == "memmap" and not self._is_answer:
             return _reduce_memmap(obj)
-        if kind in (NewType, ParamSpec, TypeVarTuple) and obj.__module__ in MAINS and not self._goes_by_name(obj):
-            supertype = (obj.__supertype__,) if kind is NewType else ()
-            # As of slots: some have no `__dict__`.
-            return kind, (obj.__name__, *supertype), (None, {"__module__": "__main__"})
         return NotImplemented
 
     def _goes_by_name(self, thing: Any) -> bool:
@@ -114,25 +134,20 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         return self._names is None or name.partition(".")[0] in self._names
 
     def _reduce_class(self, cls: type) -> Any:
-        if self._goes_by_name(cls):
-            return NotImplemented
-        reduced: Any = super().reducer_override(cls)
-        if not isinstance(reduced, tuple):
+        reduced: Any = NotImplemented if self._goes_by_name(cls) else super().reducer_override(cls)
+        # What is made by name, or as a built-in one, has no state.
+        if not isinstance(reduced, tuple) or len(reduced) == len(("make", "arguments")):
             return reduced
-        make, its, *by_value = reduced
-        if not by_value:
-            return reduced
-        state, *_, set_state = by_value
+        make, its, state, *_, set_state = reduced
         its_id = its[-2]
-        where = (cls.__base__, id(cls), cls.__qualname__)
+        where = cls.__base__, id(cls), cls.__qualname__
+        if self._is_answer and its_id in _arrived:
+            return _class_by_value, (its_id, where)
         if type(cls) in {type, ABCMeta} and vars(cls).get("__slots__"):
             # cloudpickle (3.1.3) makes it without, and its instances, which have a `__dict__` then, do not come back.
             its[-3]["__slots__"] = vars(cls)["__slots__"]
-        if self._is_answer and its_id in _arrived:
-            return _class_by_value, (its_id, where)
         _classes[its_id] = cls
-        state = (its_id, cls.__qualname__, set_state, state)
-        return _class_by_value, (its_id, where, make, its), state, None, None, _fill_class
+        return _class_by_value, (its_id, where, make, its), (its_id, set_state, state), None, None, _fill_class
 
     def _reduce_function(self, function: FunctionType) -> Any:
         """By name, if workers have it, also where what has that name now is wrapped around it; else as cloudpickle."""
@@ -148,21 +163,22 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         return super().reducer_override(function)
 
 
+def _undecorated(module: str, qualname: str, depth: int) -> Any:
+    found = attrgetter(qualname)(import_module(module))
+    for _ in range(depth):
+        found = getattr(found, "__wrapped__", found)
+    return found
+
+
 def _reduce_memmap(array: Any) -> Any:
-    """By its file: each worker maps that, as one that was forked has done, and what it writes is there."""
-    whole = array
-    while isinstance(whole.base, type(array)):
-        whole = whole.base
+    """A whole one by its file: each worker maps that, as one that was forked has done, and what it writes is there."""
     file = array.filename
-    if file is None or array.mode == "c" or not isinstance(whole.base, mmap.mmap):
-        return NotImplemented
     # A temporary file may be removed while it is mapped.
-    if not (array.size and array.flags.forc and Path(file).exists()):
+    if not isinstance(array.base, mmap.mmap) or array.mode == "c" or file is None or not Path(file).exists():
         return NotImplemented
-    offset = whole.offset + array.ctypes.data - whole.ctypes.data
     order = "C" if array.flags.c_contiguous else "F"
     mode = "r" if array.mode == "r" else "r+"
-    return type(array), (file, array.dtype, mode, offset, array.shape, order)
+    return type(array), (file, array.dtype, mode, array.offset, array.shape, order)
 
 
 def _stays(large: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
@@ -180,13 +196,6 @@ def report_dumps(thing: Any) -> bytes:
     return Pickler(None, is_answer=True).dumps(thing)
 
 
-def _undecorated(module: str, qualname: str, depth: int) -> Any:
-    found = attrgetter(qualname)(import_module(module))
-    for _ in range(depth):
-        found = getattr(found, "__wrapped__", found)
-    return found
-
-
 # Classes by value, by cloudpickle's ids of them: those that this process has sent or that have arrived, the latter also
 # alone.
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
@@ -194,24 +203,25 @@ _arrived: dict[str, type] = {}
 
 
 def _class_by_value(its_id: str, where: tuple[type, int, str], make: Any = None, its: tuple[Any, ...] = ()) -> type:
-    if its_id not in _classes:
-        base, address, qualname = where
-        classes: list[type] = type.__subclasses__(base)
+    if its_id in _classes:
+        return _classes[its_id]
+    base, address, qualname = where
+    subclasses: list[type] = type.__subclasses__(base)
+    for cls in subclasses:
         # In a process that was forked from the other, or the reverse, the same class is where it was.
-        same = [cls for cls in classes if id(cls) == address and cls.__qualname__ == qualname]
-        if not same:
-            made: type = make(*its)
-            return made
-        _classes[its_id] = same[0]
-    return _classes[its_id]
+        if id(cls) == address and cls.__qualname__ == qualname:
+            _classes[its_id] = cls
+            return cls
+    made: type = make(*its)
+    made.__qualname__ = qualname
+    return made
 
 
-def _fill_class(cls: Any, state: tuple[str, str, Callable[..., None], Any]) -> None:
+def _fill_class(cls: type, state: tuple[str, Callable[..., None], Any]) -> None:
     """Fill a class that has just been made; one that was here keeps what has been changed here."""
-    its_id, qualname, set_state, its = state
+    its_id, set_state, its = state
     if its_id not in _classes:
         _classes[its_id] = _arrived[its_id] = cls
-        cls.__qualname__ = qualname
         set_state(cls, its)
 
 
@@ -226,47 +236,56 @@ def pack_error(error: Exception) -> bytes:
         error.with_traceback(users_part(error.__traceback__))
         add_note(error, f"{IN_THE_WORKER}{''.join(traceback.format_exception(error)).rstrip()}")
         error.with_traceback(None)
-    try:
-        return _ErrorPickler().dumps(error)
-    except pickle.PicklingError:
-        # It comes from hundreds of others.
-        link(error, cause=None, context=None, hides_context=error.__suppress_context__)
-        return _ErrorPickler().dumps(error)
+    return pickle.dumps(_packed(error), PROTOCOL)
+
+
+def unpack_error(data: bytes) -> BaseException:
+    """What `pack_error` has packed."""
+    return _unpacked(loads(data))
+
+
+def _packed(error: BaseException) -> list[Any]:
+    """An exception and those that it was raised from, for `_unpacked`: each by itself, so that each may be lost."""
+    errors = [error]
+    for one in errors:
+        before = one.__cause__, one.__context__
+        errors.extend(new for new in before if new is not None and all(new is not known for known in errors))
+    places = {id(one): place for place, one in enumerate(errors)}
+    packed = []
+    for one in errors:
+        links = places.get(id(one.__cause__)), places.get(id(one.__context__)), one.__suppress_context__
+        packed.append((_dumps_alone(one), links, [str(note) for note in getattr(one, "__notes__", ())]))
+    return packed
+
+
+def _unpacked(packed: list[Any]) -> BaseException:
+    errors = [_loads_alone(*alone) for alone, _, _ in packed]
+    for error, (_, (*links, hides_context), notes) in zip(errors, packed, strict=True):
+        cause, context = (None if place is None else errors[place] for place in links)
+        link(error, cause=cause, context=context, hides_context=hides_context)
+        # A class that says by itself how it is pickled, as `json.JSONDecodeError` does, may have left them out.
+        for note in notes:
+            if note not in getattr(error, "__notes__", ()):
+                add_note(error, note)
+    return errors[0]
 
 
 class _ErrorPickler(Pickler):
-    """Pickles each exception by itself, so that one that cannot travel does not take with it what hangs on it.
-
-    Unless its program says how it is pickled, it is made again without its `__init__`, which may take what ``args``
-    does not hold. What cannot be sent is left out, such as the open response in an `HTTPError`; its status can be.
-
-    Args:
-        alone: The one that this pickle is of, if it is of one.
-    """
+    """Pickles one exception without what cannot be sent, such as the open response in an `HTTPError`."""
 
     has_left_out = False
 
-    def __init__(self, alone: Any = None) -> None:
+    def __init__(self, error: BaseException) -> None:
         super().__init__(None, is_answer=True)
-        self._alone = alone
+        self._error = error
 
     def reducer_override(self, obj: Any) -> Any:
-        if obj is self._alone:
-            if says_how_it_is_pickled(obj):
-                return NotImplemented
-            state = obj.args, fields_of(obj), vars(obj)
-            return copyreg.__newobj__, (type(obj), *obj.args), state, None, None, set_error  # type: ignore[attr-defined]
-        if isinstance(obj, BaseException):
-            notes = [str(note) for note in getattr(obj, "__notes__", ())]
-            links = obj.__cause__, obj.__context__, obj.__suppress_context__, notes
-            return _loads_alone, _dumps_alone(obj), links, None, None, _link
+        if isinstance(obj, BaseException) and obj is not self._error:
+            return _unpacked, (_packed(obj),)
         reduced = super().reducer_override(obj)
         goes_by_name = isinstance(obj, (type, FunctionType, BuiltinFunctionType))
-        if reduced is not NotImplemented or self._alone is None or goes_by_name or type(obj) in self.dispatch_table:
+        if reduced is not NotImplemented or goes_by_name or type(obj) in self.dispatch_table:
             return reduced
-        return self._without_what_cannot_be_sent(obj)
-
-    def _without_what_cannot_be_sent(self, obj: Any) -> Any:
         try:
             obj.__reduce_ex__(4)
         except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
@@ -281,16 +300,18 @@ class _ErrorPickler(Pickler):
 
 def _dumps_alone(error: BaseException) -> tuple[bytes, bytes, str, str | None]:
     """What `_loads_alone` takes."""
-    pickler = _ErrorPickler(error)
     data = kind = b""
     text = None
     # Anything may happen in a user's __getstate__ and __str__.
     with contextlib.suppress(Exception):
-        packed = pickler.dumps(error)
+        kind = report_dumps(type(error))
+    with contextlib.suppress(Exception):
+        pickler = _ErrorPickler(error)
+        # Unless its class says how it is pickled, its `__init__` may take what ``args`` does not hold.
+        is_whole = says_how_it_is_pickled(error)
+        packed = pickler.dumps(error if is_whole else (type(error), (error.args, fields_of(error), vars(error))))
         text = str(error) if pickler.has_left_out else None
         data = packed
-    with contextlib.suppress(Exception):
-        kind = report_dumps(type(error))
     return data, kind, f"{type(error).__module__}.{describe(error)}", text
 
 
@@ -298,21 +319,16 @@ def _loads_alone(data: bytes, kind: bytes, story: str, text: str | None) -> Base
     """The exception, if it can be read, and shown, and has the text that may be given; else a `RemoteError`."""
     with contextlib.suppress(Exception):
         error = loads(data)
+        if isinstance(error, tuple):
+            cls, state = error
+            error = cls.__new__(cls, *state[0])
+            set_error(error, state)
         if isinstance(error, BaseException) and text in {None, str(error)}:
             return error
     remote = RemoteError(story)
     with contextlib.suppress(Exception):
         remote.error_class = loads(kind)
     return remote
-
-
-def _link(error: BaseException, links: tuple[Any, ...]) -> None:
-    cause, context, hides_context, notes = links
-    link(error, cause=cause, context=context, hides_context=hides_context)
-    # A class that says by itself how it is pickled, as `json.JSONDecodeError` does, may have left them out.
-    for note in notes:
-        if note not in getattr(error, "__notes__", ()):
-            add_note(error, note)
 
 
 # Log records
@@ -329,42 +345,23 @@ def pack_record(record: logging.LogRecord) -> bytes:
         fields.update(msg=record.getMessage(), args=None)
     if record.exc_info:
         # Its traceback cannot travel.
-        fields["exc_info"] = record.exc_info[1]
+        fields["exc_info"] = record.exc_info[1] and _packed(record.exc_info[1])
         fields["exc_text"] = record.exc_text or logging.Formatter().formatException(record.exc_info)
-    by_themselves = {}
     for name, value in fields.items():
-        if type(value) not in PLAIN and name != "args":
-            by_themselves[name] = _dumps_or_text(value)
-    for name in by_themselves:
-        del fields[name]
-    return pickle.dumps((fields, by_themselves), PROTOCOL)
-
-
-def _dumps_or_text(value: Any) -> bytes:
-    # Anything may happen in a user's __getstate__ and __repr__.
-    with contextlib.suppress(Exception):
-        is_builtin = isinstance(value, BaseException) and type(value).__module__ == "builtins"
-        # Without others that hang on it, it needs no help, and takes a tenth of the time.
-        if is_builtin and value.__cause__ is value.__context__ is None and PLAIN.issuperset(map(type, value.args)):
-            return pickle.dumps(value, PROTOCOL)
-        return _ErrorPickler().dumps(value)
-    text = object.__repr__(value)
-    with contextlib.suppress(Exception):
-        text = repr(value)
-    return pickle.dumps(text, PROTOCOL)
+        if type(value) not in PLAIN:
+            try:
+                loads(report_dumps(value))
+            except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
+                fields[name] = repr(value)
+    return report_dumps(fields)
 
 
 def unpack_record(data: bytes) -> logging.LogRecord:
-    """What `pack_record` has packed; what cannot be unpickled here becomes a text that says why."""
-    fields, by_themselves = loads(data)
-    for name, packed in by_themselves.items():
-        try:
-            fields[name] = loads(packed)
-        except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
-            fields[name] = f"cannot be unpickled: {describe(error)}"
-    logged = fields["exc_info"]
-    if isinstance(logged, BaseException):
+    """What `pack_record` has packed."""
+    fields = loads(data)
+    if fields["exc_info"]:
+        error = _unpacked(fields["exc_info"])
         # For handlers that do not look at the record's text of it.
-        add_note(logged, f"{IN_THE_WORKER}{fields['exc_text']}")
-        fields["exc_info"] = type(logged), logged, None
+        add_note(error, f"{IN_THE_WORKER}{fields['exc_text']}")
+        fields["exc_info"] = type(error), error, None
     return logging.makeLogRecord(fields)

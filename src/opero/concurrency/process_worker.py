@@ -11,7 +11,6 @@ import random
 import signal
 import sys
 import threading
-import warnings
 import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterator
     from multiprocessing.connection import Connection
     from multiprocessing.heap import Arena
 
@@ -44,8 +42,6 @@ THREAD_SETTINGS = (
     "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
 )
-# Those that others look at, each only at its own.
-_OF_NUMBA, _OF_OPENCV, _OF_POLARS = "NUMBA_NUM_THREADS", "OPENCV_FOR_THREADS_NUM", "POLARS_MAX_THREADS"
 
 
 class Parent:
@@ -82,8 +78,11 @@ class Parent:
                 raise
 
     def hear(self) -> tuple[int, bytes] | None:
-        """The next batch, its number first; None at the end, also when the parent is gone."""
-        with contextlib.suppress(EOFError, OSError):
+        """The next batch, its number first; None at the end, also when the parent is gone.
+
+        Also where the arguments of the next map cannot be read: the worker that replaces this one says what is wrong.
+        """
+        with contextlib.suppress(Exception):
             while True:
                 kind, number, payload = self.pipe.recv()
                 self._is_interrupted = False
@@ -91,12 +90,7 @@ class Parent:
                     return number, payload
                 if kind == "stop":
                     break
-                try:
-                    # The arguments of the next map.
-                    self.work = replace(self.work, shape=loads(payload))
-                except Exception as error:
-                    # The worker that replaces this one says what is wrong.
-                    raise SystemExit from error
+                self.work = replace(self.work, shape=loads(payload))
         return None
 
     def report(self, number: int, report: Report, kind: str = "report") -> None:
@@ -115,8 +109,8 @@ class Parent:
         signal.signal(signal.SIGTERM, self._terminated)
         # A forked worker has the one of its parent's event loop, which would take this one's signals for its own.
         signal.set_wakeup_fd(-1)
-        parent = multiprocessing.parent_process()
-        if parent is not None and sys.platform == "linux":
+        parent: Any = multiprocessing.parent_process()
+        if sys.platform == "linux":
             import fcntl
 
             # If the parent is killed, which ends a pipe, nobody hears of what runs here, and it might have no end.
@@ -133,20 +127,6 @@ class Parent:
     def _terminated(self, _signal: int, _frame: Any) -> None:
         # Once: the exit handlers shall not be interrupted.
         signal.signal(signal.SIGTERM, self._interrupted)
-        hook = sys.unraisablehook
-
-        def come_again(lost: Any) -> None:
-            """Python would print what is raised in a `__del__` or by a weak reference, and go on."""
-            sys.unraisablehook = hook
-            if getattr(lost.exc_value, "code", None) != ENDED_CODE:
-                hook(lost)
-                return
-            signal.signal(signal.SIGTERM, self._terminated)
-            again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM))
-            again.daemon = True
-            again.start()
-
-        sys.unraisablehook = come_again
         sys.exit(ENDED_CODE)
 
 
@@ -162,51 +142,56 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at
         ending.callback(_end_executors)
         ending.callback(limit.start)
         _get_ready(parent, start, threads, ending)
-        # An event loop that is half made, or a coroutine that has not begun, would complain of its end.
-        _let_signals(wait=parent.work.is_async)
         with runner_for(parent.work) as runner:
             if runner is not None and at_once > 1:
                 runner.run(_serve_together(parent))
             else:
-                _let_signals(wait=False)
                 _serve_batches(parent, runner)
-
-
-def _let_signals(*, wait: bool) -> None:
-    """Those that end this process."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK if wait else signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGIO})
 
 
 def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contextlib.ExitStack) -> None:
     """Load the work and say hello, or tell the parent why this cannot be done."""
     parent.hear_signals()
     _forget_the_parents_own()
+    handler = _ToParent(parent)
+    for logger in known_loggers():
+        # Not closed: in a forked worker their files are the parent's, too.
+        logger.handlers.clear()
+    for name, level in start.levels.items():
+        logging.getLogger(name).setLevel(level)
+    # While the initializer may configure logging: `basicConfig` does nothing where the root has a handler.
+    logging.lastResort = handler
     try:
+        if start.environ is not None:
+            os.environ.clear()
+            os.environ.update(start.environ)
         if threads is not None:
             _limit_threads(threads)
-        with _logging_to(parent, start.levels):
-            Parent.is_loading = True
-            parent.work, initializer, initargs, finalizer = start.load()
-            Parent.is_loading = False
-            # Before those of what has just been imported.
-            warnings.filters = [*start.filters, *warnings.filters]
-            # Forked workers share the state of the parent's, and the main module may set one.
-            random.seed()
-            numpy_random = sys.modules.get("numpy.random")
-            if numpy_random is not None:
-                numpy_random.seed()
-            if initializer is not None:
-                initializer(*initargs)
+        Parent.is_loading = True
+        parent.work, initializer, initargs, finalizer = start.load()
+        Parent.is_loading = False
+        # Forked workers share the state of the parent's, and the main module may set one.
+        random.seed()
+        numpy_random = sys.modules.get("numpy.random")
+        if numpy_random is not None:
+            numpy_random.seed()
+        if initializer is not None:
+            initializer(*initargs)
     except Exception as error:
         parent.tell("broken", describe(error).encode(errors="backslashreplace"))
         raise SystemExit from error
+    # Libraries give their loggers handlers that do nothing.
+    handlers = [one for logger in known_loggers() for one in logger.handlers if type(one) is not logging.NullHandler]
+    if not handlers and not logging.root.handlers:
+        logging.root.addHandler(handler)
     if finalizer is not None:
         ending.callback(finalizer)
     parent.tell("hello")
 
 
 class _ToParent(logging.Handler):
+    """Lets the parent's handlers have what a worker logs, unless the initializer gives any logger a handler."""
+
     def __init__(self, parent: Parent) -> None:
         super().__init__()
         self._parent = parent
@@ -216,36 +201,6 @@ class _ToParent(logging.Handler):
             self._parent.tell("log", pack_record(record))
         except Exception:  # noqa: BLE001 - as all handlers: it may be a mistake in the program's line
             self.handleError(record)
-
-
-@contextlib.contextmanager
-def _logging_to(parent: Parent, levels: dict[str, int]) -> Iterator[None]:
-    """Let the parent's handlers have what a worker logs.
-
-    If the initializer, which runs in the block, gives any logger a handler, the program does that by itself.
-    """
-    for logger in known_loggers():
-        # Not closed: in a forked worker their files are the parent's, too.
-        logger.handlers.clear()
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    handler = _ToParent(parent)
-    # For as long as the initializer may configure logging: `basicConfig` does nothing where the root has a handler.
-    last_resort, logging.lastResort = logging.lastResort, handler
-    try:
-        yield
-    finally:
-        logging.lastResort = last_resort
-    if any(_has_own_handler(logger) for logger in known_loggers()):
-        return
-    for logger in known_loggers():
-        if logger.parent is None or not logger.propagate:
-            logger.addHandler(handler)
-
-
-def _has_own_handler(logger: logging.Logger) -> bool:
-    """Whether the program has given it one; libraries give theirs one that does nothing, when they are imported."""
-    return any(logger.parent is None or not isinstance(handler, logging.NullHandler) for handler in logger.handlers)
 
 
 def known_loggers() -> list[logging.Logger]:
@@ -275,36 +230,11 @@ def _end_executors() -> None:
 def _limit_threads(count: int) -> None:
     """Let numeric libraries have so many threads: each would have one for each CPU in each worker."""
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, str(count)))
-    ours = [name for name in (_OF_NUMBA, _OF_OPENCV, _OF_POLARS) if not os.environ.get(name)]
-    os.environ.update(dict.fromkeys(ours, str(count)))
     if "numpy" in sys.modules:
         with contextlib.suppress(ImportError):
             import threadpoolctl
 
             threadpoolctl.threadpool_limits(count)
-    # Those that the parent has imported have read the environment; whatever state they are in, the worker can work.
-    cv2, numba = sys.modules.get("cv2"), sys.modules.get("numba")
-    with contextlib.suppress(Exception):
-        if cv2 is not None and _OF_OPENCV in ours:
-            # With 1 in place of 0, which means the same, it ends threads that a forked process does not have.
-            cv2.setNumThreads(count if count > 1 else 0)
-    with contextlib.suppress(Exception):
-        if numba is not None and _OF_NUMBA in ours:
-            _limit_numba(numba, count)
-
-
-def _limit_numba(numba: Any, count: int) -> None:
-    """Not by `numba.set_num_threads` alone: that would start its threads, in workers that do not need them, too."""
-    try:
-        numba.config.reload_config()
-    except RuntimeError:
-        # Its threads have been started in the parent; it compiles nothing where the environment says something else.
-        del os.environ[_OF_NUMBA]
-        numba.set_num_threads(count)
-    else:
-        parallel = numba.np.ufunc.parallel
-        parallel.NUM_THREADS = count
-        parallel.snt_check = parallel.gen_snt_check()
 
 
 def _serve_batches(parent: Parent, runner: asyncio.Runner | None) -> None:
@@ -328,20 +258,16 @@ async def _serve_together(parent: Parent) -> None:
     """Run every batch, of one item, in a task of its own."""
     import asyncio
 
-    _let_signals(wait=False)
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[Any] = asyncio.Queue()
 
     def hear() -> None:
         message: Any = ()
-        while message is not None:
-            message = None
-            # The loop may be closed: the worker ends.
-            with contextlib.suppress(RuntimeError):
-                try:
-                    message = parent.hear()
-                finally:
-                    loop.call_soon_threadsafe(heard.put_nowait, message)
+        # The loop may be closed: the worker ends.
+        with contextlib.suppress(RuntimeError):
+            while message is not None:
+                message = parent.hear()
+                loop.call_soon_threadsafe(heard.put_nowait, message)
 
     async def run(number: int, payload: bytes) -> None:
         try:

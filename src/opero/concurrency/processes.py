@@ -14,8 +14,6 @@ import logging
 import math
 import multiprocessing
 import os
-import socket
-import struct
 import sys
 import threading
 import warnings
@@ -23,13 +21,14 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency import main_module, system
+from opero.concurrency import system
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
 from opero.concurrency.fork_server import Server, server_for
-from opero.concurrency.pickling import unpack_record
+from opero.concurrency.pickling import names_in_fresh_workers, unpack_record
 from opero.concurrency.pool import default_workers, entered_multi_pool
 from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, Parent, known_loggers, serve
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
@@ -127,15 +126,13 @@ class ProcessPool(Pool):
 
     def _use(self, method: str) -> None:
         self._method, self._server = method, None
-        names, levels, filters = None, {}, []
+        names, levels = None, {}
         if method != "fork":
-            names = main_module.names_in_fresh_workers()
+            names = names_in_fresh_workers()
             levels = {logger.name: logger.level for logger in known_loggers() if logger.level}
-            # Of classes for which a worker need not import anything.
-            filters = [each for each in warnings.filters if each[2].__module__ == "builtins"]
-        self._packer = Packer(names)
         environ = dict(os.environ) if method == "forkserver" else None
-        self._start = Start(self._packer, (self._work, *self._hooks), levels, filters, environ)
+        self._packer = Packer(names)
+        self._start = Start(self._packer, (self._work, *self._hooks), levels, environ)
 
     def after_fork(self) -> None:
         """Leave the workers to the parent: as long as a child has their pipes open, they do not notice its death."""
@@ -257,15 +254,9 @@ class ProcessPool(Pool):
     def _end_workers(self) -> None:
         # Also for a thread that still maps while the program ends.
         self.rest()
-        idle, busy, pipes = [], [], []
+        pipes, idle, busy = [], [], []
         for worker in self._workers:
             pipes.append(worker.pipe)
-            if os.name == "posix":
-                # Whoever reads half a message, whose worker stands still, gets an OSError. Windows has whole ones.
-                same = socket.socket(fileno=worker.pipe.fileno())
-                same.settimeout(None)
-                same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(system.GRACE_SECONDS), 0))
-                same.detach()
             if worker.is_ready and not worker.batches:
                 worker.tell("stop")
                 idle.append(worker.process)
@@ -412,17 +403,14 @@ def _hear_records(pipes: list[Any], records: list[bytes], seconds: float = _HEAR
     """Read what ending workers say, who would wait for that; only what they log is of interest now."""
     enough = clock.real() + seconds
     talking: Any = pipes
-    while talking:
+    while talking and clock.real() < enough:
         talking = wait(pipes, 0)
         for pipe in talking:
-            if clock.real() >= enough:
-                return
             try:
                 kind, _, payload = pipe.recv()
             except (EOFError, OSError):
                 # Nothing can follow half a message.
                 pipes.remove(pipe)
-                pipe.close()
                 continue
             if kind == "log":
                 records.append(payload)
@@ -449,14 +437,17 @@ def _allowed_to_start(method: str) -> Iterator[None]:
 
     Python 3.12 warns of forks beside threads; those are counted before, and may be the program's wish.
     """
-    this = multiprocessing.current_process()
+    this, its = multiprocessing.current_process(), vars(sys.modules["__main__"])
     before, this.daemon = this.daemon, False
-    importable = contextlib.nullcontext() if method == "fork" else main_module.only_if_it_can_be_imported()
+    # New processes would import the main module from its file, which is not there if it is read as input.
+    is_hidden = method != "fork" and "__file__" in its and not Path(its["__file__"]).exists()
+    hidden = {"__file__": its.pop("__file__")} if is_hidden else {}
     try:
-        with warnings.catch_warnings(), importable:
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
             yield
     finally:
+        its.update(hidden)
         this.daemon = before
 
 

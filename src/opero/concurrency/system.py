@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from multiprocessing.connection import wait
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ def end(processes: list[Any], patience: float = 0.0, meanwhile: Callable[[], obj
     again while they are waited for.
     """
     running = _wait_for(processes, patience, meanwhile)
+    if not running:
+        return
     family: set[int] = set()
     for order in ("terminate", "kill"):
         for process in running:
@@ -55,7 +58,7 @@ def _wait_for(processes: list[Any], seconds: float, meanwhile: Callable[[], obje
         if not processes or clock.real() >= deadline:
             return processes
         meanwhile()
-        wait([process.sentinel for process in processes], _LOOKING_SECONDS)
+        wait(map(attrgetter("sentinel"), processes), _LOOKING_SECONDS)
 
 
 def _runs(process: Any) -> bool:

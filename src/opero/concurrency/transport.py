@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
 
-from opero.concurrency.pickling import PLAIN, PROTOCOL, Pickler, loads, pack_error, report_dumps
+from opero.concurrency.pickling import PLAIN, PROTOCOL, Pickler, loads, pack_error, report_dumps, unpack_error
 from opero.concurrency.worker import Report, Work
 from opero.core.signature import name_of
 from opero.exceptions import NotTransferableError
@@ -48,24 +48,24 @@ class Packer:
     names: frozenset[str] | None = frozenset()
 
     def start(self, life: WorkerLife, large: list[memoryview] | None = None) -> bytes:
-        """Pickle a map's work and what a worker does before and after it.
+        """Pickle a map's work and what a worker does before and after it, for `unpack_start`.
 
-        All goes in one pickle, so that functions share their globals there, as they do here. While a process is being
+        One pickler has all, so that functions share their globals there, as they do here. While a process is being
         started, ``large`` gets large arrays, and pipes and locks can be inherited.
         """
         work, initializer, initargs, finalizer = life
         pickler = Pickler(self.names, large=large)
-        the_work = f"{name_of(work.function)} or its keyword arguments"
+        its = work.is_async, work.shape, work.slot
         the_initializer = f"the initializer {initializer and name_of(initializer)} or its initargs"
-        for what, is_function, thing in (
-            (the_work, True, work.function),
-            (the_work, False, (work.is_async, work.shape, work.slot)),
-            (the_initializer, True, initializer),
-            (the_initializer, False, initargs),
-            ("the finalizer", True, finalizer),
+        for what, function, arguments in (
+            (f"{name_of(work.function)} or its keyword arguments", work.function, its),
+            (the_initializer, initializer, initargs),
+            ("the finalizer", finalizer, ()),
         ):
-            pickler.copies_locks = is_function
-            _or_refuse(what, pickler.dump, thing)
+            pickler.copies_locks = True
+            _or_refuse(what, pickler.dump, function)
+            pickler.copies_locks = False
+            _or_refuse(what, pickler.dump, arguments)
         return pickler.file.getvalue()
 
     def arguments(self, work: Work) -> bytes:
@@ -102,7 +102,7 @@ def _or_refuse(what: str, pickle_it: Callable[[Any], T], thing: Any) -> T:
 
 def unpack_start(data: bytes, buffers: Iterable[memoryview] = ()) -> WorkerLife:
     unpickler = pickle.Unpickler(io.BytesIO(data), buffers=buffers)  # noqa: S301 - made by `Packer.start`
-    function, its, initializer, initargs, finalizer = (unpickler.load() for _ in range(5))
+    function, its, initializer, initargs, finalizer, _ = (unpickler.load() for _ in range(6))
     return Work(function, *its), initializer, initargs, finalizer
 
 
@@ -117,23 +117,21 @@ def unpack_batch(payload: bytes | memoryview) -> tuple[list[Any], TimeLimit | No
 
 @dataclass
 class Start:
-    """What a worker process begins with.
+    """What a worker process begins with; ``life`` is packed while one is started, if it is not forked.
 
-    It is pickled while one is started afresh, which can inherit pipes and locks then. Large arrays go to a file; its
-    pages are shared by all workers until one writes to them, which the others do not see.
+    Large arrays go to a file; its pages are shared by all workers until one writes to them, which the others do not
+    see.
 
-    ``levels``, ``filters``: for a worker that is not forked, those of the program's loggers, and of its warnings.
-    ``environ``: the program's environment, for a worker of a server that was started before.
+    ``levels``, ``environ``: those of the program's loggers, and its environment, where a worker has not got them yet.
     """
 
     packer: Packer
     life: WorkerLife | None
     levels: dict[str, int]
-    filters: list[Any]
     environ: dict[str, str] | None
     packed: Any = None
 
-    def __getstate__(self) -> Any:
+    def __getstate__(self) -> dict[str, Any]:
         packed = self.packed
         if packed is None and self.life is not None:
             # Files that the process inherits are listed there; without any, others can be sent the same.
@@ -143,19 +141,12 @@ class Start:
             packed = self.packer.start(self.life, large), *_in_a_file(large)
             if len(inherited) == count:
                 self.packed = packed
-        return self.levels, self.filters, self.environ, packed
-
-    def __setstate__(self, state: Any) -> None:
-        self.life = None
-        self.levels, self.filters, self.environ, self.packed = state
+        return {**vars(self), "life": None, "packed": packed}
 
     def load(self) -> WorkerLife:
         """What it was made of, in a worker; one that was forked has it already."""
         if self.life is not None:
             return self.life
-        if self.environ is not None:
-            os.environ.clear()
-            os.environ.update(self.environ)
         data, file, spans = self.packed
         if file is None:
             return unpack_start(data)
@@ -165,19 +156,15 @@ class Start:
 
 def _in_a_file(large: list[memoryview]) -> tuple[Arena | None, list[tuple[int, int]]]:
     """Write them to a file that multiprocessing chooses, in memory if there is room; gives where each is there."""
-    spans: list[tuple[int, int]] = []
-    size = 0
-    for view in large:
-        spans.append((size, size + view.nbytes))
-        size += view.nbytes + -view.nbytes % _ALIGNMENT
     if not large:
-        return None, spans
-    made: Any = arena(size)
+        return None, []
+    made: Any = arena(sum(view.nbytes + _ALIGNMENT for view in large))
+    spans = []
     # Twice as fast as to write to the memory into which it is mapped.
     with open(made.fd, "wb", closefd=False) as file:
-        for view, (start, _) in zip(large, spans, strict=True):
-            file.seek(start)
-            file.write(view)
+        for view in large:
+            start = file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+            spans.append((start, start + file.write(view)))
     return made, spans
 
 
@@ -211,7 +198,7 @@ def unpack_report(payload: bytes | memoryview) -> Report:
     """What `pack_report` has packed; what cannot be unpickled here becomes the error of its item."""
     values, is_plain, errors, seconds = loads(payload)
     for place, data in errors.items():
-        errors[place] = loads(data)
+        errors[place] = unpack_error(data)
     if not is_plain:
         for place, data in enumerate(values):
             try:
