@@ -35,6 +35,47 @@ _OPTIONS_OF_SCOPES = {"process": (), "machine": ("folder", "name"), "redis": ("n
 _BUSY_SECONDS = 0.005
 
 
+def gates(
+    scope: str, *, name: str | None, url: str | None, folder: str | os.PathLike[str] | None
+) -> Callable[..., Gate | None]:
+    """Give a function that gives the gate of a limit, or that of a value; None where the process has it for itself."""
+    check_choice("scope", scope, sorted(_OPTIONS_OF_SCOPES))
+    for option, value in {"folder": folder, "name": name, "url": url}.items():
+        if value is not None and option not in _OPTIONS_OF_SCOPES[scope]:
+            raise ValueError(f"{option} has no effect with scope={scope!r}; leave it out")
+    if scope == "process":
+        return lambda *_value: None
+    if name is None:
+        raise ValueError(f"scope={scope!r} needs name=, a name by which processes know the limit")
+    known_as = check_text("name", name, "a name that no other limit has")
+    make: Callable[[str], Gate]
+    if scope == "machine":
+        if find_spec("fcntl") is None:
+            msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
+            raise ValueError(msg)
+        make = partial(FileGate, folder=_folder_of_limits(folder))
+    else:
+        if url is None:
+            raise ValueError("scope='redis' needs url=, such as url='redis://localhost:6379/0'")
+        if find_spec("redis") is None:
+            msg = "scope='redis' needs the package redis; install it with: pip install 'opero[redis]'"
+            raise ModuleNotFoundError(msg, name="redis")
+        check_url("url", url)
+        make = partial(RedisGate, url=url)
+    # The value may be a secret.
+    return lambda *value: make(f"{known_as}:{digest_of(*value).hex()}" if value else known_as)
+
+
+def _folder_of_limits(folder: str | os.PathLike[str] | None) -> Path:
+    if folder is None:
+        import platformdirs
+
+        return folder_of_user(lambda: Path(platformdirs.user_cache_dir("opero", appauthor=False)))
+    text = check_text("folder", os.fspath(folder) if isinstance(folder, os.PathLike) else folder, "a folder's path")
+    # Known by one name, whatever the working directory will be.
+    return Path(text).expanduser().resolve()
+
+
 class Gate(ABC):
     """Where the bytes are that processes share. When it fails, the process goes on with a limit of its own.
 
@@ -67,24 +108,6 @@ class Gate(ABC):
         return seconds
 
 
-def gates(
-    scope: str, *, name: str | None, url: str | None, folder: str | os.PathLike[str] | None
-) -> Callable[..., Gate | None]:
-    """Give a function that gives the gate of a limit, or that of a value; None where the process has it for itself."""
-    check_choice("scope", scope, sorted(_OPTIONS_OF_SCOPES))
-    for option, value in {"folder": folder, "name": name, "url": url}.items():
-        if value is not None and option not in _OPTIONS_OF_SCOPES[scope]:
-            raise ValueError(f"{option} has no effect with scope={scope!r}; leave it out")
-    if scope == "process":
-        return lambda *_value: None
-    if name is None:
-        raise ValueError(f"scope={scope!r} needs name=, a name by which processes know the limit")
-    known_as = check_text("name", name, "a name that no other limit has")
-    make: Callable[[str], Gate] = _gates_of_files(folder) if scope == "machine" else _gates_of_server(url)
-    # The value may be a secret.
-    return lambda *value: make(f"{known_as}:{digest_of(*value).hex()}" if value else known_as)
-
-
 # In a file
 
 _FOLDER = "limits"
@@ -96,21 +119,6 @@ _LONGEST_LOCK = 1.0
 _MOST_BYTES = 1_000_000
 # Idle files that each new one is looked for among.
 _TIDIED_AT_ONCE = 2
-
-
-def _gates_of_files(folder: Any) -> Callable[[str], Gate]:
-    if find_spec("fcntl") is None:
-        msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
-        raise ValueError(msg)
-    if folder is None:
-        import platformdirs
-
-        root = folder_of_user(lambda: Path(platformdirs.user_cache_dir("opero", appauthor=False)))
-    else:
-        text = check_text("folder", os.fspath(folder) if isinstance(folder, os.PathLike) else folder, "a folder's path")
-        # Known by one name, whatever the working directory will be.
-        root = Path(text).expanduser().resolve()
-    return lambda name: FileGate(name, root)
 
 
 class FileGate(Gate):
@@ -211,39 +219,22 @@ _being_tidied: dict[str, list[str]] = {}
 
 # Others may be faster so often; then they are let go on.
 _TRIES = 20
-# For so long what a process knows of the server's time is good enough.
-_FRESH_SECONDS = 1.0
 _LASTING_SECONDS = 1.0
-# A process reckons with what it knows, and its answer holds if that is still so: of a state with this digest it makes
-# the given one, if there is one; of any other state it gives the server's time and what is there.
-# In a field of a hash: what somebody writes beside it, or in its place, does no harm.
+# The answer that a process has reckoned holds if the state is still the one with this digest, and is kept in its place;
+# of any other state, which nobody knows or others have changed, it is told the server's time and what is there.
 _SWAP = """
-local size = redis.pcall('HSTRLEN', KEYS[1], 'state')
-local data = ''
-if type(size) ~= 'number' then
+local size = redis.pcall('STRLEN', KEYS[1])
+if type(size) ~= 'number' or size > 1000000 then
   redis.call('DEL', KEYS[1])
-elseif size > 0 and size < 1000000 then
-  data = redis.call('HGET', KEYS[1], 'state')
 end
-if redis.sha1hex(data) ~= ARGV[1] then
-  local time = redis.call('TIME')
-  return {time[1], time[2], data}
+local data = redis.call('GET', KEYS[1]) or ''
+if redis.sha1hex(data) == ARGV[1] then
+  redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+  return
 end
-if ARGV[2] ~= '' then
-  redis.call('HSET', KEYS[1], 'state', ARGV[2])
-  redis.call('PEXPIRE', KEYS[1], ARGV[3])
-end
+local time = redis.call('TIME')
+return {time[1], time[2], data}
 """
-
-
-def _gates_of_server(url: Any) -> Callable[[str], Gate]:
-    if url is None:
-        raise ValueError("scope='redis' needs url=, such as url='redis://localhost:6379/0'")
-    if find_spec("redis") is None:
-        msg = "scope='redis' needs the package redis; install it with: pip install 'opero[redis]'"
-        raise ModuleNotFoundError(msg, name="redis")
-    check_url("url", url)
-    return lambda name: RedisGate(name, url)
 
 
 class RedisGate(Gate):
@@ -255,8 +246,6 @@ class RedisGate(Gate):
         # The braces keep all of it on one node of a cluster.
         self._key = f"opero:limit:{{{name}}}"
         self._server: Server | None = None
-        # The state that was found last, and the server's time and this machine's at that moment.
-        self._found = b"", 0.0, -_FRESH_SECONDS
 
     def answer(self, change: Change) -> float | Exception:
         try:
@@ -270,22 +259,17 @@ class RedisGate(Gate):
             return error
 
     def _exchange(self, server: Server, change: Change) -> float:
-        """Reckon with the state that is known, and again while the server finds that others have changed it."""
-        data, found_at, heard_at = self._found
-        for times in range(_TRIES):
-            # No later than the server's own.
-            now = found_at + clock.machine() - heard_at
-            wait, made, lasts = change(data, now)
-            if times and not made:
-                return wait
-            is_known = times or clock.machine() - heard_at < _FRESH_SECONDS
-            digest = sha1(data, usedforsecurity=False).hexdigest() if is_known else ""
-            arguments = [digest, made, round((lasts + _LASTING_SECONDS) * 1000)]
-            (other,) = server.perform([("EVAL", _SWAP, 1, self._key, *arguments)])
+        """Change the state, and again while others have changed it meanwhile."""
+        digest, made, lasts, wait = "", b"", 0.0, 0.0
+        for _ in range(_TRIES):
+            milliseconds = round((lasts + _LASTING_SECONDS) * 1000)
+            (other,) = server.perform([("EVAL", _SWAP, 1, self._key, digest, made, milliseconds)])
             server.rest.end()
             if other is None:
-                self._found = made or data, found_at, heard_at
                 return wait
-            data, found_at, heard_at = other[2], float(other[0]) + float(other[1]) / 1e6, clock.machine()
-            self._found = data, found_at, heard_at
+            seconds, microseconds, data = other
+            wait, made, lasts = change(data, float(seconds) + float(microseconds) / 1e6)
+            if not made:
+                return wait
+            digest = sha1(data, usedforsecurity=False).hexdigest()
         return _BUSY_SECONDS

@@ -36,8 +36,6 @@ LONGEST_PAUSE = 3600.0
 _MOST = 1e15
 # Who claims the next slot has to ask again by then, or a little after the slot has come, or loses the claim.
 _LONGEST_CLAIM, _CLAIM_GRACE = 1.0, 0.02
-# What processes know of a server's time may differ by so much.
-_SKEW = 0.001
 # How many numbers of a packed ledger stand before those of its meters.
 _HEAD = 5
 
@@ -261,7 +259,7 @@ class Ledger:
         """
         numbers = struct.unpack(f"<{len(data) // 8}d", data)
         _, written_at, paused_until, claimed_until, claimed_by = numbers[:_HEAD]
-        if not (0 <= written_at <= now + _SKEW and math.isfinite(sum(numbers))):
+        if not (0 <= written_at <= now and math.isfinite(sum(numbers))):
             raise ValueError
         if paused_until <= written_at + LONGEST_PAUSE:
             self.paused_until = paused_until
