@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from opero.core.clock import clock
@@ -19,6 +20,7 @@ from opero.core.signature import MISSING, check_decoratable, innermost, refuse_u
 from opero.core.steps import (
     NOT_RUN,
     Failed,
+    PartOf,
     drive,
     drive_async,
     is_in_asyncio,
@@ -368,9 +370,11 @@ def _generator(this: Decoration) -> Callable[..., Any]:
                     source.close()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    item = source.throw(error) if place is None else place[0].resume(place, source.throw, error)
+                    with PartOf(place) if place is not None else nullcontext():
+                        item = source.throw(error)
                 else:
-                    item = source.send(sent) if place is None else place[0].resume(place, source.send, sent)
+                    with PartOf(place) if place is not None else nullcontext():
+                        item = source.send(sent)
         except StopIteration as end:
             return end.value
         finally:
@@ -399,13 +403,11 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
                     await source.aclose()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    item = await (
-                        source.athrow(error) if place is None else place[0].resume_async(place, source.athrow, error)
-                    )
+                    with PartOf(place) if place is not None else nullcontext():
+                        item = await source.athrow(error)
                 else:
-                    item = await (
-                        source.asend(sent) if place is None else place[0].resume_async(place, source.asend, sent)
-                    )
+                    with PartOf(place) if place is not None else nullcontext():
+                        item = await source.asend(sent)
         except StopAsyncIteration:
             return
         finally:

@@ -9,11 +9,11 @@ from opero.core.clock import clock
 from opero.core.limits.ledger import Ledger
 from opero.core.limits.line import ONE, Line, PerValue, take
 from opero.core.limits.rates import CALLS, Rates
-from opero.core.steps import PartOf, leaders, leading, not_over
+from opero.core.steps import leaders, leading, not_over
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Sequence
+    from collections.abc import Generator, Sequence
 
     from opero.core.breaker import Passage
     from opero.core.parameters import Per
@@ -23,46 +23,33 @@ if TYPE_CHECKING:
 _MOST = 1_000_000
 
 
-class _FreePlaces(Ledger):
-    """A limit without a rate, which opens when somebody leaves, and nobody knows when that will be.
-
-    Attributes:
-        free: One element for each free place: to add one to a list, or to take one off, is one step, and needs no lock.
-    """
-
-    __slots__ = ("count", "free")
-
-    def __init__(self, count: int) -> None:
-        self.count = min(count, _MOST)
-        self.free: list[None] = []
-        super().__init__(Rates((CALLS,), (), (), (math.inf,)))
-
-    def forget(self) -> None:
-        super().forget()
-        self.free[:] = [None] * self.count
-
-    def wait(self, now: float, amounts: Sequence[float]) -> float:  # noqa: ARG002
-        """Take a place, if one is free: who finds it does not ask again."""
-        try:
-            self.free.pop()
-        except IndexError:
-            return math.inf
-        return 0.0
-
-    def idle_from(self, now: float) -> float:
-        return now if len(self.free) == self.count else math.inf
-
-
 class Places(Line):
     """The places, and those who wait for one.
 
-    A place is what its execution is part of (`opero.core.steps.Part`), with what ends that: `enter` begins it at once.
+    It opens when somebody leaves, and nobody knows when that will be. A place is what its execution is part of
+    (`opero.core.steps.Part`), with what ends that: `enter` begins it at once.
     """
 
     def __init__(self, count: int) -> None:
-        places = _FreePlaces(count)
-        super().__init__(places)
-        self._free, self._count = places.free, places.count
+        self._count = min(count, _MOST)
+        super().__init__(Ledger(Rates((CALLS,), (), (), (math.inf,))))
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        # One element for each free place: to add one to a list, or to take one off, is one step, and needs no lock.
+        self._free: list[None] = [None] * self._count
+
+    def wait_alone(self, amounts: Sequence[float], now: float) -> float:  # noqa: ARG002 - as of a line
+        """Take a place, if one is free: who finds it does not ask again."""
+        try:
+            self._free.pop()
+        except IndexError:
+            self.opens_at = math.inf
+            return math.inf
+        return 0.0
+
+    def is_idle(self) -> bool:
+        return len(self._free) == self._count
 
     def enter(self, _args: Any = (), _kwargs: Any = None) -> Part | None:
         """Take a place for the running code; None if that has to wait, or must not."""
@@ -99,16 +86,6 @@ class Places(Line):
             except ValueError:
                 # A task of a loop that was closed ends where it is collected, in another context.
                 return
-
-    def resume(self, place: Part, step: Callable[..., Any], *given: Any) -> Any:
-        """Take a step of a generator that has a place."""
-        with PartOf(place):
-            return step(*given)
-
-    async def resume_async(self, place: Part, step: Callable[..., Awaitable[Any]], *given: Any) -> Any:
-        """The same of an async generator."""
-        with PartOf(place):
-            return await step(*given)
 
 
 class PlacesForFunction:
