@@ -813,8 +813,7 @@ LIMITER = RateLimiter({"calls": 5, "tokens": 900})
         ({"rate_limit": [LIMITER, LIMITER], "rate_limit_cost": {"tokens": 1}}, ValueError, "twice"),
         ({"rate_limit": (900, 15)}, ValueError, "'900/15 seconds'"),
         ({"rate_limit": {}}, ValueError, "name what it limits"),
-        ({"rate_limit": RateLimiter}, TypeError, r"RateLimiter\(5\)"),
-        ({"rate_limit": [5, RateLimiter]}, TypeError, r"RateLimiter\(5\)"),
+        ({"rate_limit": RateLimiter}, TypeError, "calls per second"),
     ],
 )
 def test_costs_and_rates_that_cannot_be_meant_are_refused(options, error, shows):

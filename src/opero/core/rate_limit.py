@@ -107,10 +107,10 @@ class RateLimiter:
         self.scope = scope
         self._rate = rate
         self._read = partial(parse_rates, max_burst=max_burst, spread=check_flag("spread", spread))
-        how: dict[str, Any] = {"when_full": when_full, "max_wait": max_wait, "spread": spread, "max_burst": max_burst}
         whose: dict[str, Any] = {"scope": scope, "name": name, "url": url, "folder": folder}
-        self._options = {**how, **whose}
         gate_of = gates(**whose)
+        how: dict[str, Any] = {"when_full": when_full, "max_wait": max_wait, "spread": spread, "max_burst": max_burst}
+        self._recipe = partial(RateLimiter, **how, **whose)
         self.limit = limit = Line(Ledger(self._read(rate)), gate_of())
         # Of the values of ``per``, at the same rate and as long paused.
         self.per_value: PerValue[Line] = PerValue(lambda value: limit.another(gate_of(value)))
@@ -145,7 +145,7 @@ class RateLimiter:
                 f"{self!r} belongs to its process, a copy would be another limit; give it scope='machine' or "
                 "scope='redis' and a name to share it"
             )
-        return partial(RateLimiter, self._rate, **self._options), ()
+        return self._recipe, (self._rate,)
 
     __copy__ = __deepcopy__ = itself
 
@@ -282,11 +282,11 @@ class FunctionLimit:
             )
         self._max_waits = [limiter.longest_wait(given) for limiter in limiters]
         before, self._after = _costs(cost, {name for limiter in limiters for name in limiter.names})
-        self._asked = {name: asked_of_call(function, cost) for name, cost in before.items() if callable(cost)}
-        self._before = before
+        self._before = {n: asked_of_call(function, cost) if callable(cost) else cost for n, cost in before.items()}
         self.is_told_results = bool(self._after)
         # Known once for all, they are refused when decorating.
-        self._fixed = None if self._asked else [limiter.checked(before) for limiter in limiters]
+        is_asked = any(callable(cost) for cost in before.values())
+        self._fixed = None if is_asked else [limiter.checked(before) for limiter in limiters]
 
     @property
     def take_now(self) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
@@ -372,13 +372,12 @@ class FunctionLimit:
     def _wants(self, candidate: Candidate) -> Wants:
         """The lines that a call stands in, and what it takes of each."""
         args, kwargs = candidate.args, candidate.kwargs
-        if self._fixed is not None:
-            candidate.costs = self._fixed
-        elif candidate.costs is None:
-            costs = {**self._before, **{name: cost(args, kwargs) for name, cost in self._asked.items()}}
-            candidate.costs = [limiter.checked(costs) for limiter in self._limiters]
-        lines = [limiter.limit for limiter in self._limiters]
-        if self.per is not None:
+        if candidate.costs is None:
+            costs = {n: cost(args, kwargs) if callable(cost) else cost for n, cost in self._before.items()}
+            candidate.costs = self._fixed or [limiter.checked(costs) for limiter in self._limiters]
+        if self.per is None:
+            lines = [limiter.limit for limiter in self._limiters]
+        else:
             value = self.per.get(args, kwargs)
             lines = [limiter.per_value.of(value) for limiter in self._limiters]
         return list(zip(lines, candidate.costs, strict=True))
@@ -396,9 +395,6 @@ def _limiters(rate_limit: Any, options: Mapping[str, Any], function: Callable[..
     """Those of the function itself first."""
     are_several = isinstance(rate_limit, Sequence) and not isinstance(rate_limit, (str, bytes))
     several: list[Any] = list(rate_limit) if are_several else [rate_limit]
-    if any(each is RateLimiter for each in several):
-        msg = "rate_limit has the class RateLimiter; write a limiter, such as RateLimiter(5), or rate_limit=5"
-        raise TypeError(msg)
     shared = [each for each in several if isinstance(each, RateLimiter)]
     if len({id(limiter) for limiter in shared}) < len(shared):
         raise ValueError("rate_limit has one RateLimiter twice; leave out one of the two")

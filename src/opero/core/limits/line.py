@@ -138,14 +138,19 @@ class Line:
         """Seconds until a slot that is asked for now would come, as far as this process knows."""
         with lines.lock:
             now = clock.now()
-            return self._expected_start(amounts, self._wanted, now) - now
+            return self.expected_start(amounts, now, self._wanted) - now
 
-    def _expected_start(self, amounts: Sequence[float], ahead: Sequence[float], now: float) -> float:
+    def expected_start(self, amounts: Sequence[float], now: float, ahead: Sequence[float]) -> float:
         """When a call will start, after others that take so much together."""
         moment = max(now, self.ledger.opens_at(now, amounts, ahead))
         if self._refused_until <= now:
             return moment
         return max(moment, self._refused_until + self._seconds_of(ahead))
+
+    def ahead_of(self, turn: Turn, amounts: Sequence[float]) -> list[float]:
+        """What those before it take; of those in the middle of the line no more is known than of the first."""
+        is_last = bool(self.waiting) and self.waiting[-1][1] is turn
+        return [all_of_it - own if is_last else 0.0 for all_of_it, own in zip(self._wanted, amounts, strict=True)]
 
     def _seconds_of(self, amounts: Sequence[float]) -> float:
         """How long the paces take to give so much."""
@@ -214,13 +219,6 @@ class Line:
         if wait:
             self.opens_at = now + wait
         return wait
-
-    def comes_after(self, latest: float, turn: Turn, amounts: Sequence[float], now: float) -> bool:
-        """Whether its slot will come so late. Of those in the middle of the line no more is known than of the first."""
-        ahead = [0.0] * len(amounts)
-        if self.waiting and self.waiting[-1][1] is turn:
-            ahead = [all_of_it - own for all_of_it, own in zip(self._wanted, amounts, strict=True)]
-        return self._expected_start(amounts, ahead, now) >= latest
 
     def ask(self, gate: Gate, turn: Turn, amounts: Sequence[float]) -> Generator[Any, Any, float | None]:
         """Ask the gate of a limit that processes share for a slot: seconds to wait, or None if it failed."""
@@ -343,7 +341,7 @@ class Turn:
         for until, moment, (line, amounts) in zip(self._untils, moments, self._wants, strict=True):
             bound = min(latest, until)
             is_closed = moment > now + EARLY
-            if is_closed and (bound <= now or line.comes_after(bound, self, amounts, now)):
+            if is_closed and (bound <= now or line.expected_start(amounts, now, line.ahead_of(self, amounts)) >= bound):
                 self.news = "full" if until <= max(latest, now) else too_late
                 return
         bounds = [bound for bound in (latest, *self._untils) if bound > now]
