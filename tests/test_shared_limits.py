@@ -245,15 +245,15 @@ def test_what_cannot_be_true_stops_nobody(open_gate, fake_clock, tmp_path, place
 @pytest.mark.parametrize(
     "written", ["text", bytes(64), b"\xff" * 64, b"x" * 2_000_000], ids=["text", "zeros", "ones", "long"]
 )
-@pytest.mark.parametrize("how", ["as the state", "as a hash", "as a list"])
+@pytest.mark.parametrize("how", ["as the state", "beside it", "in place of the hash", "as a list"])
 def test_what_cannot_be_true_on_a_server_stops_nobody(redis_backend, name, how, written):
     limiter = RateLimiter([100, "1000/hour"], scope="redis", name=name, url=url_of(redis_backend))
     limiter.acquire()
     with redis_backend.client() as client:
-        client.delete(key_of(name))
-        if how == "as a hash":
-            client.hset(key_of(name), "state", written)
+        if how in {"as the state", "beside it"}:
+            assert client.hset(key_of(name), "state" if how == "as the state" else "paused", written) in {0, 1}
         else:
+            client.delete(key_of(name))
             (client.rpush if how == "as a list" else client.set)(key_of(name), written)
     assert limiter.acquire(timeout=SECONDS)
 

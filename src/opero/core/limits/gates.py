@@ -221,15 +221,18 @@ _being_tidied: dict[str, list[str]] = {}
 _TRIES = 20
 _LASTING_SECONDS = 1.0
 # The answer that a process has reckoned holds if the state is still the one with this digest, and is kept in its place;
-# of any other state, which nobody knows or others have changed, it is told the server's time and what is there.
+# of any other state, which nobody knows or others have changed, it is told the server's time and what is there. It is a
+# field of a hash: what somebody writes beside it, or in its place, does no harm.
 _SWAP = """
-local size = redis.pcall('STRLEN', KEYS[1])
+local size, data = redis.pcall('HSTRLEN', KEYS[1], 'state'), ''
 if type(size) ~= 'number' or size > 1000000 then
   redis.call('DEL', KEYS[1])
+elseif size > 0 then
+  data = redis.call('HGET', KEYS[1], 'state')
 end
-local data = redis.call('GET', KEYS[1]) or ''
 if redis.sha1hex(data) == ARGV[1] then
-  redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+  redis.call('HSET', KEYS[1], 'state', ARGV[2])
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
   return
 end
 local time = redis.call('TIME')
