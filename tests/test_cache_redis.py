@@ -202,7 +202,7 @@ def test_a_client_of_the_programs_own_is_not_closed(redis_backend):
 def test_more_threads_than_redis_py_has_connections_for_find_their_entries(redis_backend):
     f = opero(**redis_backend.options, cache_namespace=redis_backend.namespace(), retries=0)(lambda x: x)
     f(1)
-    pool = f.__opero__.plan.cache.store.client.connection_pool
+    pool = f.__opero__.plan.cache.store.server.client.connection_pool
     busy = [pool.get_connection() for _ in range(150)]
     assert [f(1), f.stats.hits, f.stats.cache_errors] == [1, 1, 0]
     for connection in busy:

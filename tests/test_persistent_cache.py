@@ -736,7 +736,7 @@ class TestForks:
     def test_a_child_waits_for_no_lock_of_its_parents_connections(self, world, redis_backend):
         f = opero.opero(**own(redis_backend))(world.define(lambda x: x))
         world.run(f, 0)
-        with f.__opero__.plan.cache.store.client.connection_pool._lock:
+        with f.__opero__.plan.cache.store.server.client.connection_pool._lock:
             child = started(forked, lambda: world.run(f, 1))
             assert child.result(2 * SECONDS) == "1"
 

@@ -153,9 +153,6 @@ class EntryFormat:
         else:
             kind, payload = b"P", pickle.dumps(value, _PICKLE_PROTOCOL)
         if self._compress:
-            if len(payload) > MOST_BYTES:
-                msg = f"a result of {len(payload)} bytes is too large to be compressed; store it without 'compress'"
-                raise UncacheableError(msg)
             payload = zlib.compress(payload)
         rest = _ENDS.pack(ends) + payload
         return _VERSION + kind + (b"Z" if self._compress else b"-") + zlib.crc32(rest).to_bytes(4, "big") + rest

@@ -87,13 +87,8 @@ class RedisStore(LastingStore):
         self._prefix = prefix.encode()
         _stores.add(self)
 
-    @property
-    def client(self) -> Any:
-        """The connections to the server."""
-        return self.server.client
-
     def read(self, key: bytes) -> bytes | None:
-        entry: bytes | None = self.client.get(self._names(key)[0])
+        entry: bytes | None = self.server.client.get(self._names(key)[0])
         return entry
 
     async def fetch(self, key: bytes) -> tuple[Any] | None:
@@ -135,14 +130,14 @@ class RedisStore(LastingStore):
     def delete(self, key: bytes) -> bool:
         entry, lease = self._names(key)
         # First the lease: what is being computed now will not be stored.
-        self.client.delete(lease)
-        return bool(self.client.delete(entry))
+        self.server.client.delete(lease)
+        return bool(self.server.client.delete(entry))
 
     def clear(self) -> None:
         # The leases go too, as above.
         keys = self._keys()
         while found := list(itertools.islice(keys, _SCAN_COUNT)):
-            self.client.unlink(*found)
+            self.server.client.unlink(*found)
 
     def __len__(self) -> int:
         return len({key for key in self._keys() if not key.endswith(b":lease")})
@@ -162,7 +157,7 @@ class RedisStore(LastingStore):
         return entry, entry + b":lease"
 
     def _keys(self) -> Iterator[bytes]:
-        return iter(self.client.scan_iter(match=self._prefix + b":*", count=_SCAN_COUNT))
+        return iter(self.server.client.scan_iter(match=self._prefix + b":*", count=_SCAN_COUNT))
 
     def _command(self, request: Flight | Keep) -> tuple[Any, ...] | Exception | None:
         """What the server is to do, or the answer if there is nothing to do."""
@@ -208,7 +203,7 @@ class RedisStore(LastingStore):
             if entry is not None and self.is_found(request, entry):
                 return FOUND
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
-            self.in_spite_of_faults(self.client.delete, self._names(request.key)[0])
+            self.in_spite_of_faults(self.server.client.delete, self._names(request.key)[0])
             return error
         return CLAIMED if is_granted else BUSY
 
@@ -311,8 +306,16 @@ class Server:
             settings = {**self._place, **_SETTINGS, "retry": AsyncRetry(*_ONCE), "socket_timeout": None}
             pool = redis.asyncio.ConnectionPool(getattr(redis.asyncio.connection, self._kind), **settings)
             client = redis.asyncio.Redis(connection_pool=pool)
+
+            async def close_at_the_end() -> AsyncGenerator[None, None]:
+                try:
+                    yield
+                finally:
+                    self._async_clients.pop(loop, None)
+                    await client.aclose(close_connection_pool=True)
+
             # An event loop closes its generators when it ends, while it can still close connections.
-            closing = self._closing_at_the_end(loop, client)
+            closing = close_at_the_end()
             self._async_clients[loop] = client, asyncio.Semaphore(_CONNECTIONS), closing
             await anext(closing)
         client, places, _ = self._async_clients[loop]
@@ -320,13 +323,6 @@ class Server:
         async with places, asyncio.timeout(READ_SECONDS):
             entry: bytes | None = await client.get(key)
             return entry
-
-    async def _closing_at_the_end(self, loop: Any, client: Any) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            self._async_clients.pop(loop, None)
-            await client.aclose(close_connection_pool=True)
 
     def failed(self, error: Exception) -> None:
         """Leave the server alone for a while if it was its fault, or its network's."""

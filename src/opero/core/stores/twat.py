@@ -23,7 +23,6 @@ from opero.core.digests import digest_of
 from opero.core.faults import managing
 from opero.core.stores.flights import Flight, Keep
 from opero.core.stores.lasting import LastingStore
-from opero.exceptions import OperoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,8 +63,7 @@ class CacheEngine(BaseCacheEngine[..., Any]):
         # Later, since twat-cache would make a folder by these settings, and log them.
         self._config, self._cache_path = settings.config(), getattr(store, "folder", None)
         self._ttl: Any = settings.ttl
-        # None once it is closed.
-        self._store: Store | None = store
+        self._store = store
         self._decorate = decorate
 
     @classmethod
@@ -75,13 +73,13 @@ class CacheEngine(BaseCacheEngine[..., Any]):
     @property
     def stats(self) -> dict[str, Any]:
         """Hits, misses and size, and twat-cache's other facts."""
-        with self._managed("count the entries of") as store:
-            return {**super().stats, "size": len(store)}
+        with managing(self._store, "count the entries of"):
+            return {**super().stats, "size": len(self._store)}
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value of a key; ``default`` if there is none."""
-        with self._managed("read from") as store:
-            found = store.find(digest_of(key))
+        with managing(self._store, "read from"):
+            found = self._store.find(digest_of(key))
         self._last_access = time.time()
         if found is None:
             self._misses += 1
@@ -91,8 +89,8 @@ class CacheEngine(BaseCacheEngine[..., Any]):
 
     def set(self, key: Any, value: Any) -> None:
         """Store a value under a key."""
-        with self._managed("write to") as store:
-            (fault,) = store.perform([Keep(Flight(digest_of(key)), value, self._ttl)])
+        with managing(self._store, "write to"):
+            (fault,) = self._store.perform([Keep(Flight(digest_of(key)), value, self._ttl)])
             if fault is not None:
                 raise fault
         self._last_update = time.time()
@@ -105,13 +103,13 @@ class CacheEngine(BaseCacheEngine[..., Any]):
 
     def delete(self, key: Any) -> bool:
         """Forget the value of a key; tells whether there was one."""
-        with self._managed("delete from") as store:
-            return store.delete(digest_of(key))
+        with managing(self._store, "delete from"):
+            return self._store.delete(digest_of(key))
 
     def clear(self) -> None:
         """Forget all values of the namespace."""
-        with self._managed("clear") as store:
-            store.clear()
+        with managing(self._store, "clear"):
+            self._store.clear()
 
     def cache(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate a function to keep its results in the namespace."""
@@ -122,11 +120,3 @@ class CacheEngine(BaseCacheEngine[..., Any]):
         """Close files and connections."""
         if isinstance(self._store, LastingStore):
             self._store.close()
-        self._store = None
-
-    @contextlib.contextmanager
-    def _managed(self, what: str) -> Iterator[Store]:
-        if self._store is None:
-            raise OperoError("the cache engine is closed; use it inside of its `with` block")
-        with managing(self._store, what):
-            yield self._store
