@@ -25,6 +25,7 @@ class Batch:
     ``items`` are the varying first arguments, if it ``has_candidates`` each in a pair with its candidate;
     ``time_limit`` is the seconds one execution has, and the option that says so; ``grace`` is how many more its worker
     has until it is ended.
+    ``alone``: nothing else may run in the worker's process meanwhile.
     ``look_at``, ``ends_at``: by `clock.real`, when its worker is looked at again, how many had ``begun`` then, and
     when the worker is ended; ``is_overdue``: that has been done.
     ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
@@ -37,6 +38,7 @@ class Batch:
     has_candidates: bool = False
     time_limit: tuple[float, str] | None = None
     grace: float = 0.0
+    alone: bool = False
     is_last: bool = False
     mark: list[int] = field(default_factory=[0].copy)
     reported: int = 0
@@ -114,11 +116,13 @@ class Pool:
         is_far: Whether its workers are on a cluster: longer batches, of which some wait there for each of its slots.
         can_rest: Whether its workers can run one map after the other.
         can_kill: Whether a worker can be stopped while it runs a batch.
+        isolates: Whether it lets a batch that is to be alone run so; otherwise no other is sent meanwhile.
         largest_batch: Items that may be sent in one go now.
         deliver: Leaves an event where the map finds it, from any thread.
     """
 
     is_far = can_rest = can_kill = False
+    isolates = True
     largest_batch = 1
     deliver: Callable[[Any], None]
 

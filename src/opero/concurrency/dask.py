@@ -258,7 +258,7 @@ class DaskPool(FarPool):
 
     def _hand_out(self) -> None:
         while self._pending:
-            worker = self._least_busy()
+            worker = self._free_for(self._pending[0][0])
             if worker is None:
                 return
             batch, payload = self._pending.popleft()
@@ -267,9 +267,15 @@ class DaskPool(FarPool):
             self._workers[worker.address] = self._workers.pop(worker.address)
             self._spawn(self._run(batch, worker, payload))
 
-    def _least_busy(self) -> _Worker | None:
-        """The worker with the least to do for its room, if one can take more."""
-        free = [w for w in self._workers.values() if w.is_ready and len(w.batches) < w.room * _PER_THREAD]
+    def _free_for(self, batch: Batch) -> _Worker | None:
+        """The worker with the least to do for its room; nothing else may run beside a batch that is to be alone."""
+        free = [
+            worker
+            for worker in self._workers.values()
+            if worker.is_ready
+            and len(worker.batches) < (1 if batch.alone else worker.room * _PER_THREAD)
+            and not any(other.alone for other in worker.batches)
+        ]
         return min(free, key=lambda worker: len(worker.batches) / worker.room, default=None)
 
     async def _run(self, batch: Batch, worker: _Worker, payload: bytes) -> None:

@@ -48,7 +48,7 @@ MOST_STILLBIRTHS = 3
 class ExecutorPool(FarPool):
     """Runs batches in an executor: one that was given, or one that is made, and made anew when it breaks."""
 
-    is_far = False
+    is_far = isolates = False
     largest_batch = 1_000
 
     def __init__(self, work: Work, workers: int | None, *, mode: Executor | Callable[[], Executor]) -> None:

@@ -369,6 +369,8 @@ class ProcessPool(Pool):
         for worker in self._workers:
             count = len(worker.batches)
             fits = worker.is_ready and count < self._at_once and count + len(batch.items) <= worker.room
+            if fits and count:
+                fits = not (batch.alone or any(other.alone for other in worker.batches.values()))
             if fits and (free is None or count < len(free.batches)):
                 free = worker
         return free

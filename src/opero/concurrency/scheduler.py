@@ -276,8 +276,7 @@ class Scheduler:
         # While no worker is ready, the first item has to tell whether one is needed.
         if self.failure is not None or len(self._sent) >= max(slots, 1):
             return None
-        # Which of several has ended a worker shows when each runs with nothing beside it.
-        if self._sent and (self._runs_alone or (self._ready and self._ready[0].alone)):
+        if self._sent and not self.pool.isolates and (self._runs_alone or (self._ready and self._ready[0].alone)):
             return None
         size = min(self._size, self.pool.largest_batch, self._largest_batch)
         if self.pool.is_far and self.tally.total is not None:
@@ -492,7 +491,7 @@ class Scheduler:
             if following.alone or not following.may_begin():
                 break
             entries.append(self._ready.popleft())
-        batch = Batch([], first.index, entries, has_candidates=self._sends_candidates)
+        batch = Batch([], first.index, entries, has_candidates=self._sends_candidates, alone=first.alone)
         batch.time_limit = None if first.attempt is None else first.attempt.time_limit()
         place = len(self._shape.head)
         for entry in entries:
@@ -513,7 +512,7 @@ class Scheduler:
     def _send(self, batch: Batch) -> Batch:
         batch.sent_at = clock.now()
         self._sent.add(batch)
-        self._runs_alone = batch.entries is not None and batch.entries[0].alone
+        self._runs_alone = batch.alone
         if batch.time_limit is not None and self.pool.can_kill:
             # A coroutine is cancelled in the worker, which may take some time.
             batch.grace = _UNHEEDED_SECONDS if self._plan.is_async else 0.0
