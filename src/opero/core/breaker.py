@@ -161,12 +161,7 @@ class Breaker:
 
 
 class FunctionBreaker:
-    """One function's view of a breaker: which of its circuits a call goes through.
-
-    Attributes:
-        shared: The breaker.
-        by: Gives the value that a call's circuit is known by; None where there is one circuit.
-    """
+    """One function's view of a breaker: each value that ``by`` gives of a call has a circuit, or all have one."""
 
     def __init__(self, breaker: Any, by: Per | ParameterSlot | None = None) -> None:
         if not isinstance(breaker, Breaker):
@@ -179,11 +174,8 @@ class FunctionBreaker:
         """What tells the circuit of such a call from others."""
         return None if self.by is None else identity_of(self.by.get(args, kwargs))
 
-    def is_quiet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def is_quiet(self, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
         """Whether nothing is known that speaks against any call."""
-        if self.by is not None:
-            # A function that refuses a value refuses it always.
-            self.by.get(args, kwargs)
         return not self.shared.circuits
 
     def succeeded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -189,9 +189,7 @@ def check_url(option: str, value: Any) -> str:
 # What to write for names that tenacity, backoff, joblib, concurrent.futures, tqdm and cachetools have for what is here,
 # and for options of maps where there is no map.
 _NEIGHBOURS = {
-    "retries=…, the attempts after the first": (
-        "retry attempts tries times max_attempts max_tries max_retries num_retries retry_count"
-    ),
+    "retries=…, the attempts after the first": "retry attempts tries max_attempts max_tries max_retries num_retries",
     "attempt_timeout=… for one execution, or total_timeout=… for all": "timeout deadline max_time time_limit",
     "retry_on=…, a class of exceptions, several, or a function of one": "on exception exceptions retry_exceptions",
     "min_delay=…, the seconds before the first retry": ("delay wait wait_initial initial_delay base_delay wait_fixed"),
@@ -214,10 +212,7 @@ _NEIGHBOURS = {
     "progress='label', or a mapping of options": "progress desc progress_bar tqdm show_progress verbose",
     "ordered=False": "ordered unordered",
     "batch_size=… if the function takes lists; opero sizes batches by itself": "batch_size chunksize chunk_size",
-    "pool_options={…}": (
-        "pool_options initializer initargs start_method mp_context maxtasksperchild max_tasks_per_child worker_init "
-        "worker_exit"
-    ),
+    "pool_options={…}": "pool_options initializer initargs start_method mp_context maxtasksperchild worker_init",
     "total=…": "total length",
 }
 _BY_NEIGHBOUR = {name: ours for ours, names in _NEIGHBOURS.items() for name in names.split()}

@@ -142,7 +142,7 @@ class Layers:
         if plan.fallback is not None:
             self._look_for_candidates(plan.fallback)
         while True:
-            if plan.retry.options.get("before") is not None:
+            if "before" in plan.retry.options:
                 plan.retry.tell_before(plan, call)
             while (outcome := (yield from self.fallback())) is CIRCUIT_OPEN and (pause := self._pause_for_trial()):
                 yield pause

@@ -52,7 +52,7 @@ class Plan:
         vars(self).update(layers)
         needs_result = {
             "retry_if_result=…": retry.retry_if_result is not None,
-            "retry_error_callback": retry.options.get("retry_error_callback") is not None,
+            "retry_error_callback": "retry_error_callback" in retry.options,
             "default=…": self.default is not MISSING,
             "a cost that is told by the result": self.limit is not None and self.limit.is_told_results,
         }

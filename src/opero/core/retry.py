@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from opero.core.checks import (
@@ -90,9 +91,6 @@ class RetryPolicy:
     """How many rounds, which errors, how long between: the options of `get_retry_decorator`, which are checked here.
 
     A failing call has a state of tenacity's of its own, ``call.retry_state``, which is made when it is first needed.
-
-    Attributes:
-        watches_every_attempt: Whether results may be rejected, or tenacity's ``before`` is told of every attempt.
     """
 
     def __init__(
@@ -117,8 +115,10 @@ class RetryPolicy:
         self.retry_on = retry_unless_of_the_program if retry_on is MISSING else retry_on
         _check_retry_on(self.retry_on)
         self.retry_if_result = retry_if_result
-        self.options = check_mapping("retry_options", retry_options)
+        given = check_mapping("retry_options", retry_options)
+        self.options = {name: option for name, option in given.items() if option is not None}
         _check_hooks(self.options, retry_if_result)
+        # Results may be rejected, or tenacity's `before` is told of every attempt.
         self.watches_every_attempt = retry_if_result is not None or not {"before", "retry"}.isdisjoint(self.options)
         self._retrying: Any = None
         # Of one round tenacity need not be asked whether there is another one.
@@ -132,8 +132,6 @@ class RetryPolicy:
 
         import tenacity
 
-        from opero.core.retry_error import RetryError
-
         self._tenacity = tenacity
         check_known("retry_options", self.options, inspect.signature(tenacity.Retrying).parameters)
         # Where the first delay is none, the exponential one would be the largest after a thousand rounds.
@@ -142,7 +140,7 @@ class RetryPolicy:
         # M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
         wait = (lambda state: backoff(state) * (0.5 + 0.5 * random.random())) if jitter else backoff  # noqa: S311 - no secret
         stop = tenacity.stop_after_attempt(self.retries + 1)
-        ours = {"reraise": True, "retry_error_cls": RetryError, "stop": stop, "wait": wait}
+        ours = {"reraise": True, "retry_error_cls": _retry_error_class(), "stop": stop, "wait": wait}
         return tenacity.Retrying(**{**ours, **self.options})
 
     def tell_before(self, plan: Plan, call: Call) -> None:
@@ -185,26 +183,16 @@ class RetryPolicy:
         return Verdict(self._retrying.retry_error_cls(state.outcome), outcome, again=True) if again else None
 
     def after(self, plan: Plan, call: Call, verdict: Verdict, must_end: Callable[[float], bool]) -> Any:
-        """A `Pause` until the next round, or the end of the call: `Failed`, or a result that a hook supplies.
+        """Ask tenacity's strategies and hooks, in its order: a `Pause` until the next round, or how the call ends.
 
-        tenacity's strategies and hooks are asked in its order.
-
-        Args:
-            plan: Of the function.
-            call: Whose round has failed.
-            verdict: What the round means.
-            must_end: Whether no other round can begin after so many seconds.
-
-        Raises:
-            Exception: What ``retry_error_callback`` raises in place of a result.
+        ``must_end`` tells whether no other round can begin after so many seconds.
         """
         settings = self._retrying
         if settings is None or not verdict.again:
             return Failed(verdict.error)
         try:
             state = self._state(plan, call, verdict.outcome)
-            if settings.after is not None:
-                settings.after(state)
+            settings.after(state)
             seconds = state.upcoming_sleep = settings.wait(state) if verdict.delay is None else verdict.delay
             if not (must_end(seconds) or settings.stop(state)):
                 state.next_action = self._tenacity.RetryAction(seconds)
@@ -222,7 +210,7 @@ class RetryPolicy:
         return self.end(plan, call, verdict)
 
     def end(self, plan: Plan, call: Call, verdict: Verdict) -> Any:
-        """The end of a call that no other round follows: `Failed`, or a result that a hook supplies."""
+        """How a call ends that no other round follows: `Failed`, or what ``retry_error_callback`` gives or raises."""
         settings = self._retrying
         if settings is None or not verdict.again:
             return Failed(verdict.error)
@@ -260,13 +248,33 @@ class RetryPolicy:
         return state
 
 
+@lru_cache(maxsize=1)
+def _retry_error_class() -> Any:
+    """Tenacity's `RetryError`, which cannot be pickled or copied, as one that can: its last attempt holds a lock."""
+    import tenacity
+
+    return type("RetryError", (tenacity.RetryError,), {"__module__": __name__, "__reduce__": _reduced_retry_error})
+
+
+def _reduced_retry_error(error: tenacity.RetryError) -> Any:
+    last = error.last_attempt
+    value = last.exception() if last.failed else last.result()
+    notes = {name: value for name, value in vars(error).items() if name != "last_attempt"}
+    return _made_retry_error, (last.attempt_number, value, last.failed), notes
+
+
+def _made_retry_error(*last_attempt: Any) -> Any:
+    import tenacity
+
+    return _retry_error_class()(tenacity.Future.construct(*last_attempt))
+
+
 def _fault_of_hook(plan: Plan, raised: Exception) -> str:
     # Not its text, which may hold arguments.
     return f"a hook of retry_options of {plan.name} raised {type(raised).__name__}"
 
 
 _HOOKS = ("stop", "wait", "retry", "before", "after", "before_sleep", "retry_error_callback")
-_OPTIONAL_HOOKS = _HOOKS[3:]
 _INSTEAD = {"sleep": "opero waits by itself, sync or async; write 'wait' to say how long", "enabled": "write retries=0"}
 
 
@@ -279,7 +287,7 @@ def _check_hooks(options: Mapping[str, Any], retry_if_result: Any) -> None:
         if isinstance(hook, type):
             instead = f"retry_on={hook.__name__}" if issubclass(hook, BaseException) else wanted
             raise TypeError(f"{what}={shown(hook)} is a class; write {instead}")
-        if hook is not None or (name in options and name not in _OPTIONAL_HOOKS):
+        if hook is not None:
             check_callable(what, hook, wanted)
     if retry_if_result is not None:
         check_callable("retry_if_result", retry_if_result, "a function of the result that returns a bool")
