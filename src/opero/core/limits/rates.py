@@ -42,10 +42,6 @@ class Quota(NamedTuple):
     units: float
     seconds: float
 
-    @property
-    def per_second(self) -> float:
-        return self.units / self.seconds
-
 
 class Rates(NamedTuple):
     """What has to hold at once.
@@ -55,18 +51,14 @@ class Rates(NamedTuple):
         paces: At most one for each name.
         quotas: Bounds over longer times, without a pace of their own.
         most: What one call may cost of each name: what the rate itself allows in its time.
+        per_second: The lowest rate of the first name.
     """
 
     names: tuple[str, ...]
     paces: tuple[Pace, ...]
     quotas: tuple[Quota, ...]
     most: tuple[float, ...]
-
-    @property
-    def per_second(self) -> float:
-        """The lowest rate of the first name."""
-        paces = [1 / pace.interval for pace in self.paces if not pace.name]
-        return min(paces + [quota.per_second for quota in self.quotas if not quota.name])
+    per_second: float = math.inf
 
 
 def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rates:
@@ -80,23 +72,22 @@ def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rat
     if not named or not all(isinstance(name, str) and name for name in named):
         msg = "rate_limit has to name what it limits; write {'calls': '500/minute', 'tokens': '90000/minute'}"
         raise ValueError(msg)
-    paces, quotas, most = [], [], []
+    paces, quotas, most, lowest = [], [], [], []
     for place, (name, rates) in enumerate(named.items()):
-        option = f"rate_limit[{shown(name)}]" if named is rate else "rate_limit"
-        parsed = [Quota(place, *each) for each in _parse_list(rates, option)]
-        most.append(min(each.units for each in parsed))
-        longer = parsed
+        parsed = _parse_list(rates, f"rate_limit[{shown(name)}]" if named is rate else "rate_limit")
+        most.append(min(units for units, _ in parsed))
+        lowest.append(min(units / seconds for units, seconds in parsed))
         if spread:
-            fast = [each for each in parsed if each.seconds == 1]
-            pace = min(fast) if fast else max(parsed, key=lambda each: each.per_second)
-            longer = [each for each in parsed if each is not pace and each not in fast]
-            missed = max(_LEAST_BURST, math.ceil(pace.per_second * _BURST_SECONDS)) if burst is None else burst
-            paces.append(Pace(place, pace.seconds / pace.units, missed))
-        for each in longer:
+            fast = [each for each in parsed if each[1] == 1]
+            units, seconds = min(fast) if fast else max(parsed, key=lambda each: each[0] / each[1])
+            missed = max(_LEAST_BURST, math.ceil(units / seconds * _BURST_SECONDS)) if burst is None else burst
+            paces.append(Pace(place, seconds / units, missed))
+            parsed = [each for each in parsed if each != (units, seconds) and each not in fast]
+        for units, seconds in parsed:
             # The same per second, in units that can be counted.
-            units = max(1, int(each.units))
-            quotas.append(Quota(place, units, units / each.per_second))
-    return Rates(tuple(named), tuple(paces), tuple(quotas), tuple(most))
+            whole = max(1, int(units))
+            quotas.append(Quota(place, whole, seconds * whole / units))
+    return Rates(tuple(named), tuple(paces), tuple(quotas), tuple(most), lowest[0])
 
 
 def _parse_list(rates: Any, option: str) -> list[tuple[float, float]]:
