@@ -10,7 +10,8 @@ import math
 import struct
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from opero.core.limits.rates import EARLY
 
@@ -310,30 +311,18 @@ def is_over(data: bytes, now: float) -> bool:
 # release of asynciolimiter can be shared.
 
 
-class _Moment:
-    """All that asynciolimiter asks of a running event loop: a time, and one timer."""
-
-    def __init__(self, now: float) -> None:
-        self._now = self.next_slot = now
-
-    def time(self) -> float:
-        return self._now
-
-    def call_at(self, when: float, _callback: Callable[[], None]) -> _Moment:
-        self.next_slot = when
-        return self
-
-
 def _next_slot(slot: float, limiter: Limiter) -> float:
     # The public way to get the running loop raises where there is none.
     from asyncio import _get_running_loop, _set_running_loop
 
-    moment, outer, waiting = _Moment(slot), _get_running_loop(), limiter.wait()
+    slots: list[float] = []
+    # All that it asks of a running event loop: a time, and one timer.
+    loop: Any = SimpleNamespace(time=lambda: slot, call_at=lambda when, _callback: slots.append(when))
+    outer = _get_running_loop()
     try:
-        _set_running_loop(moment)  # type: ignore[arg-type]  # it is all of a loop that asynciolimiter uses
+        _set_running_loop(loop)
         with contextlib.suppress(StopIteration):
-            waiting.send(None)
+            limiter.wait().send(None)
     finally:
         _set_running_loop(outer)
-        waiting.close()
-    return moment.next_slot
+    return slots[0]
