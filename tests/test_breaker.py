@@ -20,7 +20,7 @@ from opero.core import RateLimiter
 from opero.core.clock import clock
 from opero.core.flow import call_flow
 from opero.core.plan import Call
-from opero.core.steps import drive_async, leaders
+from opero.core.steps import drive_async, within
 from opero.events import AttemptFailed, AttemptStarted, CandidateSwitched, CircuitChanged
 from opero.testing import instant
 
@@ -843,7 +843,7 @@ def test_tasks_that_start_each_other_within_guarded_calls_are_part_of_none_that_
         runs.append(left)
         if len(runs) == 1:
             raise ConnectionError
-        known.append(len(leaders()))
+        known.append(len(within.get()))
         if left:
             tasks.append(asyncio.create_task(f(left - 1, [])))
 

@@ -686,25 +686,6 @@ def test_a_time_limit_that_the_function_makes_an_error_of_is_no_cancellation():
     assert len(service.asked) == 3
 
 
-@pytest.mark.parametrize("options", [{}, {"total_timeout": 100}], ids=["batch", "flow"])
-def test_no_attempt_of_an_item_follows_once_its_task_was_cancelled(options):
-    tried = []
-
-    @opmap(mode="async", workers=1, progress=False, retries=2, min_delay=0, **options, return_exceptions=True)
-    async def function(item):
-        tried.append(item)
-        if item == 1:
-            asyncio.current_task().cancel()
-            try:
-                await asyncio.sleep(0)
-            except asyncio.CancelledError:
-                raise ConnectionError("closed") from None
-        raise ConnectionError
-
-    assert [type(result) for result in function.run([1, 2])] == [ConnectionError, ConnectionError]
-    assert tried == [1, 2, 2, 2]
-
-
 # Where no asyncio loop runs, as under trio
 
 

@@ -21,12 +21,12 @@ from test_rate_limit import Timed, limited, polled, settle, ticket_of, worst_exc
 
 import opero
 from opero.core import CallTimeoutError, RateLimitedError, RateLimiter, get_rate_limit_decorator
-from opero.core.flow import Candidate, call_flow
+from opero.core.flow import call_flow
 from opero.core.limits.line import Turn
 from opero.core.limits.rates import Pace, Quota, parse_rates
 from opero.core.plan import Call
 from opero.core.rate_limit import FunctionLimit
-from opero.core.steps import drive
+from opero.core.steps import Candidate, drive
 
 thoroughly = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -323,7 +323,9 @@ def test_a_call_that_gave_way_is_not_refused_when_the_reason_is_gone_a_moment_la
     limit = FunctionLimit(lambda: None, 1)
     limit.limiter.take_now()
     reasons = [True]
-    waiting = limit.take(Candidate((), {}), math.inf, is_over=lambda: reasons and reasons.pop(), is_turn=True)
+    waiting = limit.take(
+        Candidate(None, None, ((), {})), math.inf, is_over=lambda: reasons and reasons.pop(), is_turn=True
+    )
     assert drive(waiting, None) == "over"
 
 

@@ -9,7 +9,7 @@ import pytest
 import opero
 from opero.core.flow import call_flow
 from opero.core.plan import Call
-from opero.core.steps import Attempt, Failed, stopped
+from opero.core.steps import Candidate, Failed, stopped
 
 RATE, SECONDS, STEP = 50, 6.0, 0.004
 
@@ -59,7 +59,7 @@ class Simulation:
             step = flow.send(sent)
         except StopIteration:
             return
-        if not isinstance(step, Attempt):
+        if not isinstance(step, Candidate):
             due = [0.0]
             step.notify(lambda: due.__setitem__(0, 0.0))
             self.waiting.append((flow, step, due))

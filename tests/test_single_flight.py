@@ -21,7 +21,7 @@ from side_by_side import SECONDS, errors, forked, forks, results, started, until
 
 import opero
 from opero.core.signature import MISSING
-from opero.core.steps import leaders, leading
+from opero.core.steps import leaders, within
 from opero.core.stores.flights import Flight, Flights, Seat
 from opero.core.stores.settings import CacheSettings
 
@@ -366,7 +366,9 @@ def test_a_task_that_a_run_leaves_behind_keeps_nothing_of_its_result(backend, tm
     cache = opero.Cache(backend=backend, **({"cache_dir": tmp_path} if backend == "disk" else {}))
     f = opero.opero(cache=cache, retries=0)(lambda: contexts.append(contextvars.copy_context()) or ["result"])
     assert f() == ["result"]
-    assert contexts[0][leading] == [None, None]
+    (flight,) = contexts[0][within]
+    assert flight.is_over
+    assert (flight.found, flight.old, flight.written) == (None, None, None)
 
 
 # Forgetting in the middle

@@ -276,11 +276,7 @@ def begin_telling(plan: Plan, call: Call) -> None:
 def tell_of_the_end(call: Call, *, error: Exception | None = None, cancelled: bool = False) -> None:
     """Tell those who listen, if anybody does, that the call is over."""
     if call.tell is not None:
+        seconds = clock.now() - call.started
         call.tell(
-            CallDone,
-            error=error,
-            attempts=call.attempts,
-            seconds=clock.now() - call.started,
-            cached=call.cached,
-            cancelled=cancelled,
+            CallDone, error=error, attempts=call.attempts, seconds=seconds, cached=call.cached, cancelled=cancelled
         )

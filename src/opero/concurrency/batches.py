@@ -28,7 +28,6 @@ class Batch:
     ``alone``: nothing else may run in the worker's process meanwhile.
     ``look_at``, ``ends_at``: by `clock.real`, when its worker is looked at again, how many had ``begun`` then, and
     when the worker is ended; ``is_overdue``: that has been done.
-    ``is_last``: the task that ran it was cancelled meanwhile, see `opero.core.steps.Attempt`.
     ``mark``: for workers of this process, see `worker.run_batch`; it counts the ``reported`` ones, too.
     """
 
@@ -39,7 +38,6 @@ class Batch:
     time_limit: tuple[float, str] | None = None
     grace: float = 0.0
     alone: bool = False
-    is_last: bool = False
     mark: list[int] = field(default_factory=[0].copy)
     reported: int = 0
     sent_at: float = 0.0

@@ -27,7 +27,7 @@ from opero.core.flow import call_flow, item_flow
 from opero.core.parameters import ParameterSlot
 from opero.core.plan import Call, Plan
 from opero.core.signature import MISSING
-from opero.core.steps import NOT_RUN, Attempt, Consult, Failed, Flow, Pause, Prepare, Share, Step, stopped
+from opero.core.steps import NOT_RUN, Candidate, Consult, Failed, Flow, Pause, Prepare, Share, Step, stopped
 from opero.core.stores.flights import Presence
 from opero.events import switches
 from opero.exceptions import MisuseError, WorkerCrashedError
@@ -74,7 +74,7 @@ class Entry:
     flow: Flow
     members: dict[Entry, Exception | None] | None = None
     waits_for: Pause | Arrival | None = None
-    attempt: Attempt | None = None
+    attempt: Candidate | None = None
     alone: bool = False
     losses: int = 0
 
@@ -337,13 +337,11 @@ class Scheduler:
         index: int,
         item: Any,
         members: dict[Entry, Exception | None] | None = None,
-        *,
-        is_last: bool = False,
         **of_the_call: Any,
     ) -> Entry:
         """Give an item a flow of its own, or several that share a call."""
         call = Call(self._shape.arguments(item), self._shape.kwargs, **of_the_call)
-        call.index, call.presence, call.is_last = index, self.presence, is_last
+        call.index, call.presence = index, self.presence
         is_of_a_list = self._settings.batch_size is not None and members is None
         flow = item_flow(self._plan, call) if is_of_a_list else call_flow(self._call_plan, call)
         entry = Entry(index, item, call, flow, members)
@@ -358,7 +356,7 @@ class Scheduler:
         except StopIteration as end:
             self._end(entry, end.value)
             return
-        if isinstance(step, Attempt):
+        if isinstance(step, Candidate):
             entry.attempt = step
             self._ready.append(entry)
         elif isinstance(step, Consult):
@@ -500,10 +498,9 @@ class Scheduler:
             item = attempt.args[place:] if self._shape.is_starred else attempt.args[place]
             if entry.members is not None:
                 item = [member.item for member in entry.members]
-            batch.items.append((item, attempt.candidate.value) if self._sends_candidates else item)
+            batch.items.append((item, attempt.value) if self._sends_candidates else item)
             # A worker may have ended, or had no time, before it began.
             if not attempt.has_begun:
-                attempt.has_begun = True
                 rounds = entry.call.rounds
                 attempt.begins()
                 self.tally.retried += rounds == 1 and entry.call.rounds > 1
@@ -591,8 +588,6 @@ class Scheduler:
     def _item_done(self, batch: Batch, place: int, value: Any, error: Exception | None, seconds: float) -> None:
         if batch.entries is not None:
             entry = batch.entries[place]
-            if entry.attempt is not None:
-                entry.attempt.is_last = batch.is_last
             outcome = value if error is None else Failed(error)
             self._advance(entry, outcome if entry.members is None else self._taken_apart(entry, outcome))
             return
@@ -600,7 +595,7 @@ class Scheduler:
         if error is None:
             self._count(Outcome(index, item, value, None, 1, seconds, False))  # noqa: FBT003 - plain facts
         else:
-            self._open(index, item, is_last=batch.is_last, started=clock.now() - seconds, failure=error)
+            self._open(index, item, started=clock.now() - seconds, failure=error)
 
     def _batches_lost(self, lost: Lost) -> None:
         """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""

@@ -15,7 +15,6 @@ from opero.concurrency.pool import entered_multi_pool
 from opero.concurrency.worker import How, Work, run_batch, run_one, runner_for
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
-from opero.core.steps import Failed, was_cancelled
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
@@ -162,7 +161,6 @@ class TaskPool(Pool):
                 raise
             return
         del self._tasks[batch]
-        batch.is_last = was_cancelled(Failed(report.errors[0]) if report.errors else report.values[0], 0)
         self.deliver(Done(batch, report))
         # From Python 3.13 on the traceback of its error may lead to this frame.
         del report

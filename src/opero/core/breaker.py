@@ -46,6 +46,12 @@ class Passage(NamedTuple):
     breaker: Breaker
     key: Any
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it is no trial, or not any more; see `opero.core.steps.within`."""
+        circuit = self.breaker.circuits.get(self.key)
+        return circuit is None or circuit.trial is not self
+
     def is_shut(self) -> bool:
         """Whether the circuit has opened since; then the attempt must not begin, after it waited for something else."""
         circuit = self.breaker.circuits.get(self.key)

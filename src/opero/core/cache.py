@@ -18,7 +18,7 @@ from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
 from opero.core.stats import CallStats, Stats
-from opero.core.steps import Consult, Failed, Flow, PartOf, Pause, leaders, not_over
+from opero.core.steps import Consult, Failed, Flow, Pause, leaders, part_of
 from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Flight, Keep, Seat
 from opero.core.stores.settings import cache_settings, check_lifetime
 from opero.events import CacheHit
@@ -148,10 +148,8 @@ class ResultCache:
         return found
 
     async def fetch(self, key: Any) -> tuple[Any, ...] | None:
-        """The same by awaiting."""
-        if self._settings.backend != "redis":
-            return self.look_up(key)
-        entry: tuple[Any] | None = await self.store.fetch(key)
+        """The same where it has to be awaited."""
+        entry: tuple[Any] | None = await self.store.fetch(key) if self._settings.backend == "redis" else None
         return entry
 
     def finder(self, tick: Callable[[], object]) -> Callable[..., Any] | None:
@@ -257,17 +255,14 @@ class ResultCache:
             self.store.flights.land(flight, found)
             return _hit(call, found)
         self._note_fault(claim)
-        part: list[Any] = [flight, None]
         try:
-            with PartOf(part) if call.presence is None else contextlib.nullcontext():
+            with part_of(flight) if call.presence is None else contextlib.nullcontext():
                 outcome = yield from compute()
         except Exception as error:
             # Of a policy, such as a limit that is full.
             if flight.old is None:
                 raise
             outcome = Failed(error)
-        finally:
-            part[:] = None, not_over(part[1])
         if not call.is_made_up:
             outcome = yield from self._kept(flight, call, outcome, can_be_kept=claim is CLAIMED or flight.held)
         self.store.flights.land(flight, outcome)

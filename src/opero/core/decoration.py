@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from opero.core.clock import clock
@@ -17,35 +16,27 @@ from opero.core.control import Control, changed_options, with_shared_policies
 from opero.core.flow import call_flow
 from opero.core.plan import ANSWER_AT_ONCE, Call, Plan
 from opero.core.signature import MISSING, check_decoratable, innermost, refuse_unfinished
-from opero.core.steps import (
-    NOT_RUN,
-    Failed,
-    PartOf,
-    drive,
-    drive_async,
-    is_in_asyncio,
-    run_in_time,
-    was_cancelled,
-)
+from opero.core.steps import NOT_RUN, Failed, drive, drive_async, part_of, run_in_time
 from opero.events import AttemptStarted, begin_telling, switches, tell_of_the_end
 from opero.utils.notes import Shortened, shorten
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
 
-    from opero.core.steps import Part, TimeLimit
+    from opero.core.limits.places import Place
+    from opero.core.steps import TimeLimit
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
 Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a decorator, and its options
-# What a first attempt is made with: its arguments, and its place.
-First = tuple[tuple[Any, ...], dict[str, Any], "Part | None"]
+# What a first attempt is made with: its arguments, its place, the call if somebody is told of it, and when it began.
+First = tuple[tuple[Any, ...], dict[str, Any], "Place | None", "Call | None", float]
 
 
 class Decoration:
     """What a wrapper holds: the plan, and the ways from the wrapper to the function.
 
-    The first attempt of a call is made without a flow where all that has a say can be asked at once (`_first`), and the
+    The first attempt of a call is made without a flow where all that has a say can be asked at once (`_begin`), and the
     flow begins when that has failed. Else the flow makes all attempts.
 
     Attributes:
@@ -53,19 +44,19 @@ class Decoration:
         recipe: What makes the decorated function anew, in another process or under changed options.
         function: What an attempt calls: the function itself (a ``def`` one once its first result was looked at), or
             what gives the first item of a generator function, too.
-        is_direct: Whether nothing has to be done before a first attempt.
-        let_in: Takes a slot if one is free, where nothing else has to be done before a first attempt.
+        find: Gives the entry of a call of a cached function, if it can be told at once.
+        let_in: True if nothing has to be done before a first attempt; what takes a slot for a call, if one is free,
+            where nothing else has to be done.
     """
 
     def __init__(self, plan: Plan, recipe: Recipe) -> None:
-        cache, limit = plan.cache, plan.limit
+        cache, limit, asked = plan.cache, plan.limit, plan.asks_first
         self.plan = plan
         self.recipe = recipe
         self.clock = clock
         self.switches = switches
+        self.part_of = part_of
         self.count, self.count_hit = plan.stats.direct.tick, plan.stats.hits.tick
-        self.is_direct = self._is_quick = False
-        self.let_in: Callable[..., bool] | None = None
         limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
         self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
         # What the layers say of a first attempt.
@@ -80,40 +71,40 @@ class Decoration:
         self._tells = plan.on_event is not None
         attempts = {"def": self._look, "generator": self._first_item, "async generator": self._first_item_async}
         self.function: Callable[..., Any] = attempts.get(plan.kind, plan.function)
+        self._is_quick = False
+        self.find: Any = None
+        self.let_in: Any = None
         if cache is not None:
             self.function = plan.function
-            self.key_of, self.look_up, self.fetch = cache.keys.key_of, cache.look_up, cache.fetch
-            self.find = cache.finder(self.count_hit) or (lambda *_args, **_kwargs: None)
+            self.key_of, self.look_up = cache.keys.key_of, cache.look_up
+            if plan.on_event is None:
+                # A listener is told of hits by the flow.
+                self.find = cache.finder(self.count_hit) or (lambda *_args, **_kwargs: None)
             cache.stats = plan.stats
         elif not plan.kind.endswith("generator"):
-            self._is_quick = (limit is None or self._take_slot is not None) and plan.asks_first.issubset(ANSWER_AT_ONCE)
+            self._is_quick = (limit is None or self._take_slot is not None) and asked.issubset(ANSWER_AT_ONCE)
             # A `def` function cannot be stopped: its time limit ends what comes after the first attempt.
             if not plan.is_async or self._limit is None:
-                self.is_direct = not plan.asks_first
-                if plan.asks_first == {"limit"} and self._learn is None:
-                    self.let_in = self._take_slot
+                self.let_in = not asked or (asked == {"limit"} and self._learn is None and self._take_slot)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a ``def`` function, or the beginning of a generator."""
         if switches.is_disabled:
             return self._call_bare(args, kwargs)
-        first = self._first(args, kwargs) if self._is_quick else None
+        first = self._begin(args, kwargs)
         if first is None:
             return drive(call_flow(self.plan, Call(args, kwargs)), self.function)
-        first_args, first_kwargs, place = first
-        started, outcome = clock.now(), NOT_RUN
-        told: Call | None = None
+        first_args, first_kwargs, place, told, started = first
+        outcome = NOT_RUN
         try:
-            if self._tells or switches.are_on:
-                told = self._told(args, kwargs)
             outcome = self.function(*first_args, **first_kwargs)
         except Exception as error:  # the flow decides what becomes of it
             outcome = Failed(error)
         finally:
             if place is not None:
-                place[0].give_back(place)
+                place.give_back()
             if self._follows or told is not None:
-                self._first_is_over(first, outcome, told, started)
+                self._end(first, outcome)
         if type(outcome) is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
@@ -125,33 +116,52 @@ class Decoration:
         """The same for ``async def``."""
         if switches.is_disabled:
             return await self._call_bare(args, kwargs)
-        # Under another library than asyncio the flow refuses what has a time limit.
-        is_quick = self._is_quick and (self._limit is None or is_in_asyncio())
-        first = self._first(args, kwargs) if is_quick else None
+        first = self._begin(args, kwargs)
         if first is None:
             return await drive_async(call_flow(self.plan, Call(args, kwargs)), self.function, self.plan.name)
-        first_args, first_kwargs, place = first
-        started, outcome = clock.now(), NOT_RUN
-        told: Call | None = None
+        first_args, first_kwargs, place, told, started = first
+        outcome = NOT_RUN
         try:
-            if self._tells or switches.are_on:
-                told = self._told(args, kwargs)
             outcome = await run_in_time(self.function, first_args, first_kwargs, self._limit, self.plan.name)
         finally:
             if place is not None:
-                place[0].give_back(place)
+                place.give_back()
             if self._follows or told is not None:
-                self._first_is_over(first, outcome, told, started)
+                self._end(first, outcome)
         if type(outcome) is not Failed:
             return outcome
         call = told or Call(args, kwargs, started=started)
         call.failure = outcome.error
         del outcome
-        return await self.go_on_async(call)
+        return await drive_async(call_flow(self.plan, call), self.function, self.plan.name)
 
-    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> First | None:
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The key of a call, and its entry, if a look that cannot block finds it."""
+        try:
+            key = self.key_of(*args, **kwargs)
+            entry = self.look_up(key)
+        except RecursionError as error:  # to try again would double its work at each level
+            return Failed(error), None
+        except Exception:  # which the flow meets again and counts
+            return MISSING, None
+        if entry is not None:
+            self.count_hit()
+        return key, entry
+
+    async def look_async(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The same, or what can be awaited."""
+        key, entry = self.look(args, kwargs)
+        if entry is None and self.plan.cache is not None and isinstance(key, bytes):
+            entry = await self.plan.cache.fetch(key)
+            if entry is not None:
+                self.count_hit()
+        return key, entry
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> First | None:
         """What a first attempt that may be made now is made with; None where the flow has to decide."""
-        place, is_ready = None, False
+        if not self._is_quick:
+            return None
+        given, place, is_ready = (args, kwargs), None, False
         try:
             if self._first_candidate is not None:
                 first = self._first_candidate(args, kwargs)
@@ -169,9 +179,10 @@ class Decoration:
             is_ready = False
         if is_ready:
             self.count()
-            return args, kwargs, place
+            told = self._told(*given) if self._tells or switches.are_on else None
+            return args, kwargs, place, told, clock.now()
         if place is not None:
-            place[0].give_back(place)
+            place.give_back()
         return None
 
     def _told(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -184,9 +195,9 @@ class Decoration:
             call.tell(AttemptStarted, attempt=1, round=1)
         return call
 
-    def _first_is_over(self, first: First, outcome: Any, told: Call | None, started: float) -> None:
+    def _end(self, first: First, outcome: Any) -> None:
         """How a first attempt has ended: ``NOT_RUN`` if Ctrl-C or the like ended it; with `Failed` the flow goes on."""
-        args, kwargs, _ = first
+        args, kwargs, _, told, started = first
         if self._learn is not None and outcome is not NOT_RUN:
             self._learn(clock.now() - started)
         if type(outcome) is not Failed:
@@ -194,11 +205,6 @@ class Decoration:
                 self.plan.breaker.succeeded(args, kwargs)
             if told is not None:
                 tell_of_the_end(told, cancelled=outcome is NOT_RUN)
-
-    async def go_on_async(self, call: Call) -> Any:
-        """The rest of a call whose first attempt was made without a flow, and failed."""
-        call.is_last = call.failure is not None and was_cancelled(Failed(call.failure), None)
-        return await drive_async(call_flow(self.plan, call), self.function, self.plan.name)
 
     def _call_bare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the function gives without any policy; of an ``async def`` one, what is to be awaited."""
@@ -263,68 +269,26 @@ def _decoration_made_by(factory: Callable[..., Any], options: dict[str, Any], fu
 def _function(this: Decoration) -> Callable[..., Any]:
     def decorated(*args: Any, **kwargs: Any) -> Any:
         try:
-            if this.switches.are_on or not (this.is_direct or (this.let_in is not None and this.let_in(args, kwargs))):
-                return this.call(args, kwargs)
-            this.count()
-            started = this.clock.now()
-            try:
-                return this.function(*args, **kwargs)
-            except Exception as error:  # the flow decides what becomes of it
-                call = Call(args, kwargs, started=started, failure=error)
-            return drive(call_flow(this.plan, call), this.function)
-        except Exception as error:
-            shorten(error)
-            raise
-
-    return decorated
-
-
-def _cached_function(this: Decoration) -> Callable[..., Any]:
-    def decorated(*args: Any, **kwargs: Any) -> Any:
-        try:
+            find, let_in = this.find, this.let_in
             if this.switches.are_on:
                 return this.call(args, kwargs)
-            try:
-                entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
+            if find is not None:
+                entry = find(*args, **kwargs) if kwargs else find(*args)
+                key, entry = this.look(args, kwargs) if entry is None else (None, entry)
                 if entry is not None:
                     return entry[0]
-                key = this.key_of(*args, **kwargs)
-                entry = this.look_up(key)
-                if entry is not None:
-                    this.count_hit()
-                    return entry[0]
-            except RecursionError as error:  # to try again would double its work at each level
-                key = Failed(error)
-            except Exception:  # a wrong call, which the flow meets again and counts
-                key = MISSING
+                call = Call(args, kwargs, key=key)
+            elif let_in is True or (let_in and let_in(args, kwargs)):
+                this.count()
+                started = this.clock.now()
+                try:
+                    return this.function(*args, **kwargs)
+                except Exception as error:  # the flow decides what becomes of it
+                    call = Call(args, kwargs, started=started, failure=error)
+            else:
+                return this.call(args, kwargs)
             # Not by a method, whose frame would stay: recursions of cached functions are as deep as Python allows.
-            return drive(call_flow(this.plan, Call(args, kwargs, key=key)), this.function)
-        except Exception as error:
-            shorten(error)
-            raise
-
-    return decorated
-
-
-def _cached_async_function(this: Decoration) -> Callable[..., Any]:
-    async def decorated(*args: Any, **kwargs: Any) -> Any:
-        try:
-            if this.switches.are_on:
-                return await this.call_async(args, kwargs)
-            try:
-                entry = this.find(*args, **kwargs) if kwargs else this.find(*args)
-                if entry is not None:
-                    return entry[0]
-                key = this.key_of(*args, **kwargs)
-                entry = await this.fetch(key)
-                if entry is not None:
-                    this.count_hit()
-                    return entry[0]
-            except RecursionError as error:
-                key = Failed(error)
-            except Exception:
-                key = MISSING
-            return await drive_async(call_flow(this.plan, Call(args, kwargs, key=key)), this.function, this.plan.name)
+            return drive(call_flow(this.plan, call), this.function)
         except Exception as error:
             shorten(error)
             raise
@@ -335,15 +299,25 @@ def _cached_async_function(this: Decoration) -> Callable[..., Any]:
 def _async_function(this: Decoration) -> Callable[..., Any]:
     async def decorated(*args: Any, **kwargs: Any) -> Any:
         try:
-            if this.switches.are_on or not (this.is_direct or (this.let_in is not None and this.let_in(args, kwargs))):
+            find, let_in = this.find, this.let_in
+            if this.switches.are_on:
                 return await this.call_async(args, kwargs)
-            this.count()
-            started = this.clock.now()
-            try:
-                return await this.function(*args, **kwargs)
-            except Exception as error:
-                call = Call(args, kwargs, started=started, failure=error)
-            return await this.go_on_async(call)
+            if find is not None:
+                entry = find(*args, **kwargs) if kwargs else find(*args)
+                key, entry = await this.look_async(args, kwargs) if entry is None else (None, entry)
+                if entry is not None:
+                    return entry[0]
+                call = Call(args, kwargs, key=key)
+            elif let_in is True or (let_in and let_in(args, kwargs)):
+                this.count()
+                started = this.clock.now()
+                try:
+                    return await this.function(*args, **kwargs)
+                except Exception as error:
+                    call = Call(args, kwargs, started=started, failure=error)
+            else:
+                return await this.call_async(args, kwargs)
+            return await drive_async(call_flow(this.plan, call), this.function, this.plan.name)
         except Exception as error:
             shorten(error)
             raise
@@ -365,21 +339,19 @@ def _generator(this: Decoration) -> Callable[..., Any]:
         try:
             while True:
                 try:
-                    sent = yield item
+                    go_on, sent = source.send, (yield item)
                 except GeneratorExit:
                     source.close()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    with PartOf(place) if place is not None else nullcontext():
-                        item = source.throw(error)
-                else:
-                    with PartOf(place) if place is not None else nullcontext():
-                        item = source.send(sent)
+                    go_on, sent = source.throw, error
+                with this.part_of(place):
+                    item = go_on(sent)
         except StopIteration as end:
             return end.value
         finally:
             if place is not None:
-                place[0].give_back(place)
+                place.give_back()
 
     return decorated
 
@@ -398,21 +370,19 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
         try:
             while True:
                 try:
-                    sent = yield item
+                    go_on, sent = source.asend, (yield item)
                 except GeneratorExit:
                     await source.aclose()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    with PartOf(place) if place is not None else nullcontext():
-                        item = await source.athrow(error)
-                else:
-                    with PartOf(place) if place is not None else nullcontext():
-                        item = await source.asend(sent)
+                    go_on, sent = source.athrow, error
+                with this.part_of(place):
+                    item = await go_on(sent)
         except StopAsyncIteration:
             return
         finally:
             if place is not None:
-                place[0].give_back(place)
+                place.give_back()
 
     return decorated
 
@@ -423,17 +393,14 @@ _MAKERS: dict[str, Callable[[Decoration], Callable[..., Any]]] = {
     "generator": _generator,
     "async generator": _async_generator,
 }
-_CACHED_MAKERS = {"def": _cached_function, "async def": _cached_async_function}
 
 
 def decorated(plan: Plan, recipe: Recipe) -> Any:
     """The function that the user gets; ``recipe`` makes it again from the bare one."""
     decoration, function = Decoration(plan, recipe), plan.function
-    # A listener is told of hits by the flow.
-    makers = _MAKERS if plan.cache is None or plan.on_event is not None else _CACHED_MAKERS
     # What an object with a `__call__` keeps for itself, a mock its calls, is not the wrapper's.
     updated = functools.WRAPPER_UPDATES if hasattr(function, "__qualname__") else ()
-    made: Any = functools.update_wrapper(makers[plan.kind](decoration), function, updated=updated)
+    made: Any = functools.update_wrapper(_MAKERS[plan.kind](decoration), function, updated=updated)
     like: Any = innermost(function)
     if like is not function:
         made.__name__, made.__qualname__ = plan.name.rpartition(".")[2], plan.name

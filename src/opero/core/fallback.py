@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from opero.core.checks import Duration
-    from opero.core.flow import Candidate
+    from opero.core.steps import Candidate
 
 __all__ = ["candidates", "candidates_from", "get_fallback_decorator"]
 

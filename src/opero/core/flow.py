@@ -16,10 +16,10 @@ from opero import events
 from opero.core.clock import LONGEST_WAIT, clock
 from opero.core.plan import Call, Plan, Verdict
 from opero.core.signature import MISSING
-from opero.core.steps import NOT_RUN, Attempt, Failed, Flow, PartOf, Pause, Prepare, Share, not_over
+from opero.core.steps import NOT_RUN, Candidate, Failed, Flow, Pause, Prepare, Share, is_in_asyncio, part_of
 from opero.exceptions import AllFailedError, CallTimeoutError, CircuitOpenError, MisuseError, NotTransferableError
 from opero.utils.logging import log, standard
-from opero.utils.notes import add_note, class_counts, describe, duration, folded
+from opero.utils.notes import add_note, class_counts, describe, duration, folded, package_of, raised_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -44,25 +44,6 @@ OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = NoAttempt
 _ALONE = contextlib.nullcontext()
 
 
-class Candidate:
-    """One value to try, and how it has fared in this call.
-
-    Attributes:
-        ready_at: When it may be tried again, if it has asked for a time of its own.
-        costs: What it takes of each rate limit, once that is known.
-    """
-
-    tries = 0
-    ready_at = -math.inf
-    costs: list[tuple[float, ...]] | None = None
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = MISSING, number: int = 0) -> None:
-        self.args = args
-        self.kwargs = kwargs
-        self.value = value
-        self.number = number
-
-
 def call_flow(plan: Plan, call: Call) -> Flow:
     """One call from cache to function."""
     if plan.total_timeout is not None:
@@ -71,21 +52,21 @@ def call_flow(plan: Plan, call: Call) -> Flow:
     layers = Layers(plan, call)
     outcome: Any = NOT_RUN
     try:
-        if call.tell is None and (plan.on_event is not None or events.switches.listeners):
+        if call.failure is None:
+            # Otherwise it was told of, and counted, with its first attempt.
             events.begin_telling(plan, call)
         try:
             if call.failure is None:
-                # Otherwise it was counted with its first attempt.
                 plan.stats.flown.tick()
             outcome = yield from layers.retry() if plan.cache is None else plan.cache.through(call, layers.retry)
         except Exception as error:  # raised by a policy or a driver: a call that failed like others
-            outcome = Failed(_in_context_of(None if layers.failed is None else layers.failed.error, error))
+            outcome = Failed(_in_context_of(None if call.failed is None else call.failed.error, error))
         if type(outcome) is Failed:
             outcome = _replaced_by_default(plan, call, outcome)
         return outcome
     finally:
         # It holds the last error, whose traceback may lead to a frame that holds the call.
-        call.retry_state = None
+        call.retry_state = call.failed = None
         if call.tell is not None:
             is_failed = type(outcome) is Failed
             events.tell_of_the_end(call, error=outcome.error if is_failed else None, cancelled=outcome is NOT_RUN)
@@ -116,7 +97,6 @@ class Layers:
         has_own_limit: Whether a limit holds for one candidate only, so that it can be held up while others are tried.
         has_slot: Whether the next attempt has its slot of the rate limit.
         patient_until: How long it waits until a trial of an open circuit begins.
-        failed: The last attempt that failed; without fallback, until the next one begins.
         errors: Those of all attempts, with fallback.
         earlier_failure: What a time limit at the end should not hide.
     """
@@ -124,15 +104,13 @@ class Layers:
     has_own_limit = True
     has_slot = False
     patient_until: float | None = None
-    failed: Verdict | None = None
     earlier_failure = ""
     ended_by: NoAttempt | None = None
 
     def __init__(self, plan: Plan, call: Call) -> None:
         self.plan = plan
         self.call = call
-        self.is_timed = plan.attempt_timeout is not None or call.deadline < math.inf
-        self.candidates = [Candidate(call.args, call.kwargs)]
+        self.candidates = [Candidate(plan, call, (call.args, call.kwargs))]
         self.left: list[Candidate] = []
         self.errors: list[Exception] = []
 
@@ -151,7 +129,7 @@ class Layers:
             if type(outcome) is not Verdict:
                 return outcome
             step = plan.retry.after(plan, call, outcome, self._must_end)
-            if step.__class__ is not Pause:
+            if type(step) is not Pause:
                 return self._finish(step)
             if standard or "loguru" in sys.modules:
                 log("DEBUG", "{} failed, next round in {}", plan.name, duration(step.seconds))
@@ -165,24 +143,25 @@ class Layers:
         values = fallback.values(args, kwargs)
         if limit is not None and len(values) > 1:
             self.has_own_limit = limit.per is not None and limit.per.depends_on(fallback.parameter)
-        self.candidates = [Candidate(*fallback.slot.put(args, kwargs, v), v, n) for n, v in enumerate(values)]
+        self.candidates = [
+            Candidate(self.plan, self.call, fallback.slot.put(args, kwargs, value), value, number)
+            for number, value in enumerate(values)
+        ]
 
     def fallback(self) -> Generator[Any, Any, Any]:
         """One round through the candidates; gives the `Verdict` that speaks for it where none succeeded."""
-        plan, call = self.plan, self.call
+        plan = self.plan
         speaks: Verdict | None = None
         self.has_slot = False
         self.left = self._ready() if self.errors else list(self.candidates)
         while self.left:
-            is_chosen = plan.fallback is None or call.failure is not None
+            is_chosen = plan.fallback is None or self.call.failure is not None
             candidate = self.left[0] if is_chosen else self._choose(plan.fallback, speaks)
             if candidate is None:
                 break
             outcome = yield from self.breaker(candidate)
             if outcome is GAVE_WAY:
                 continue
-            if outcome is OUT_OF_TIME:
-                return outcome
             self.left.remove(candidate)
             if outcome is CIRCUIT_OPEN:
                 continue
@@ -200,44 +179,40 @@ class Layers:
         """One attempt through the candidate's circuit: the call's outcome, or the `Verdict` on its failure."""
         passage = None
         if self.plan.breaker is not None:
-            key = self.plan.breaker.key_of(candidate.args, candidate.kwargs)
-            passage = self.plan.breaker.shared.enter(key)
+            passage = self.plan.breaker.shared.enter(self.plan.breaker.key_of(candidate.args, candidate.kwargs))
             if passage is None and self.call.failure is None:
                 return CIRCUIT_OPEN
-        attempt = Attempt(self, candidate, passage)
-        part: list[Any] = [passage, None]
+        candidate.passage, candidate.place, candidate.limit, candidate.has_begun = passage, None, None, False
         try:
-            with PartOf(part) if passage is not None and self.call.presence is None else _ALONE:
-                outcome = yield from self.attempt(attempt)
-            return outcome if type(outcome) is NoAttempt else self._judge(attempt, outcome)
+            outcome = yield from self.attempt(candidate)
+            return outcome if type(outcome) is NoAttempt else self._judge(candidate, outcome)
         finally:
             if passage is not None:
                 passage.end()
-                part[:] = None, not_over(part[1])
-            if attempt.place is not None:
-                attempt.place[0].give_back(attempt.place)
+            if candidate.place is not None:
+                candidate.place.give_back()
 
-    def attempt(self, attempt: Attempt) -> Generator[Any, Any, Any]:
+    def attempt(self, candidate: Candidate) -> Generator[Any, Any, Any]:
         """max_concurrent, the rate limit, attempt_timeout, and one execution."""
-        plan, call, candidate = self.plan, self.call, attempt.candidate
+        plan, call = self.plan, self.call
         if call.failure is not None:
             outcome, call.failure = Failed(call.failure), None
             candidate.tries = call.attempts = call.rounds = 1
             return outcome
         if plan.places is not None:
-            attempt.place = yield from plan.places.take(attempt.args, attempt.kwargs, call.deadline, attempt.passage)
-            if attempt.place is None or attempt.is_shut():
+            candidate.place = yield from plan.places.take(candidate, call.deadline)
+            if candidate.place is None or candidate.is_shut():
                 return self._why_not()
         if plan.limit is not None and not self.has_slot:
-            missed = yield from self._take_slot(plan.limit, attempt)
+            missed = yield from self._take_slot(plan.limit, candidate)
             if missed is not None:
                 return missed
         self.has_slot = False
         if clock.now() >= call.deadline:
             return OUT_OF_TIME
-        with PartOf(attempt.place) if attempt.place is not None and call.presence is None else _ALONE:
-            outcome = yield attempt
-        call.is_last = attempt.is_last
+        is_part = call.presence is None and (candidate.passage or candidate.place)
+        with part_of(candidate.passage, candidate.place) if is_part else _ALONE:
+            outcome = yield candidate
         if outcome is NOT_RUN:
             return self._why_not()
         if plan.limit is not None:
@@ -248,24 +223,23 @@ class Layers:
         """Why an attempt that waited for something has not begun."""
         return OUT_OF_TIME if clock.now() >= self.call.deadline else CIRCUIT_OPEN
 
-    def _take_slot(self, limit: FunctionLimit, attempt: Attempt) -> Generator[Any, Any, NoAttempt | None]:
+    def _take_slot(self, limit: FunctionLimit, candidate: Candidate) -> Generator[Any, Any, NoAttempt | None]:
         """Wait for a slot; gives why there is none, if so."""
-        plan, call, candidate = self.plan, self.call, attempt.candidate
+        call, fallback = self.call, self.plan.fallback
         if call.presence is not None:
             # A slot that is taken while a worker starts would be used when it is over, together with the next one.
             yield Prepare()
         asked = clock.now()
-        # A call that has failed needs no worker before a candidate that rests wakes.
-        rests = self.errors and plan.fallback is not None and plan.fallback.rest_of(candidate.value)
         news = yield from limit.take(
             candidate,
-            self.call.deadline,
-            is_over=lambda: attempt.is_shut() or (self.has_own_limit and self._gives_way(candidate)),
-            is_turn=not (self.has_own_limit and rests),
+            call.deadline,
+            is_over=lambda: candidate.is_shut() or (self.has_own_limit and self._gives_way(candidate)),
+            # A call that has failed needs no worker before a candidate that rests wakes.
+            is_turn=not (self.errors and self.has_own_limit and fallback and fallback.rest_of(candidate.value)),
         )
         waited = clock.now() - asked
-        plan.stats.waited.add(waited)
-        if attempt.is_shut():
+        self.plan.stats.waited.add(waited)
+        if candidate.is_shut():
             return CIRCUIT_OPEN
         if news != "taken":
             return GAVE_WAY if news == "over" else OUT_OF_TIME
@@ -275,29 +249,7 @@ class Layers:
         self.has_slot = not self.has_own_limit and self._gives_way(candidate)
         return GAVE_WAY if self.has_slot else None
 
-    def begin(self, candidate: Candidate) -> None:
-        """Count an attempt that begins now; one begins a round whose candidate was tried as often as none before."""
-        call, stats, failed = self.call, self.plan.stats, self.failed
-        if failed is not None and self.is_timed and not isinstance(failed.error, CallTimeoutError):
-            self.earlier_failure = describe(failed.error)
-        # Free what the attempt before this one held: its frames, and all that is in them.
-        self.failed = failed = None
-        call.began = clock.now()
-        call.attempts += 1
-        stats.attempts.tick()
-        candidate.tries += 1
-        if candidate.tries <= call.rounds:
-            stats.fallbacks.tick()
-            if call.tell is not None:
-                call.tell(events.CandidateSwitched, place=candidate.number)
-        else:
-            call.rounds = candidate.tries
-            if call.rounds > 1:
-                stats.retries.tick()
-        if call.tell is not None:
-            call.tell(events.AttemptStarted, attempt=call.attempts, round=call.rounds)
-
-    def _judge(self, attempt: Attempt, outcome: Any) -> Any:
+    def _judge(self, candidate: Candidate, outcome: Any) -> Any:
         """The call's outcome, or the `Verdict` on an attempt that failed."""
         plan, call = self.plan, self.call
         error = outcome.error if type(outcome) is Failed else None
@@ -313,28 +265,29 @@ class Layers:
             # Not its text, which may hold arguments.
             log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
             return Failed(_in_context_of(error, raised))
-        if attempt.passage is not None and not call.is_last:
-            self._tell_circuit(attempt, attempt.passage, verdict)
-        if verdict is None:
-            if plan.kind.endswith("generator") and outcome[0] is not None:
-                # It has begun, and keeps its place until it ends or is closed.
-                outcome, attempt.place = (*outcome[:2], attempt.place), None
+        if error is not None and plan.is_async and call.presence is None and _comes_of_cancellation(error):
+            add_note(error, f"opero: {plan.name} was not tried again: its task is being cancelled")
             return outcome
-        if call.is_last:
-            add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
-            return Failed(verdict.error)
-        if call.tell is not None and error is None:
-            self._tell_of_failure(call.tell, verdict.error)
-        self.failed = verdict
-        if plan.fallback is not None:
-            self._candidate_failed(plan.fallback, attempt.candidate, verdict)
-        return verdict
+        if candidate.passage is not None:
+            self._tell_circuit(candidate, candidate.passage, verdict)
+        if verdict is not None:
+            self._note(candidate, verdict)
+            return verdict
+        if plan.kind.endswith("generator") and outcome[0] is not None:
+            # It has begun, and keeps its place until it ends or is closed.
+            outcome, candidate.place = (*outcome[:2], candidate.place), None
+        return outcome
 
-    def _tell_of_failure(self, tell: Callable[..., None], error: Exception) -> None:
-        seconds = clock.now() - self.call.began
-        tell(events.AttemptFailed, attempt=self.call.attempts, error=error, seconds=seconds)
-
-    def _candidate_failed(self, fallback: FallbackOverParameter, candidate: Candidate, verdict: Verdict) -> None:
+    def _note(self, candidate: Candidate, verdict: Verdict) -> None:
+        """Remember a failure for the rounds that follow, and for the end."""
+        self.call.failed, fallback = verdict, self.plan.fallback
+        if self.call.tell is not None and type(verdict.outcome) is not Failed:
+            self._tell_of_failure(self.call.tell, verdict.error)
+        is_timed = self.call.deadline < math.inf or self.plan.attempt_timeout is not None
+        if is_timed and not isinstance(verdict.error, CallTimeoutError):
+            self.earlier_failure = describe(verdict.error)
+        if fallback is None:
+            return
         self.errors.append(verdict.error)
         if not verdict.again:
             self.candidates.remove(candidate)
@@ -342,16 +295,20 @@ class Layers:
         if verdict.rests:
             fallback.failed(candidate.value, verdict.delay, again=verdict.again)
 
-    def _tell_circuit(self, attempt: Attempt, passage: Passage, verdict: Verdict | None) -> None:
+    def _tell_of_failure(self, tell: Callable[..., None], error: Exception) -> None:
+        seconds = clock.now() - self.call.began
+        tell(events.AttemptFailed, attempt=self.call.attempts, error=error, seconds=seconds)
+
+    def _tell_circuit(self, candidate: Candidate, passage: Passage, verdict: Verdict | None) -> None:
         """Whether it speaks against the service, of which an attempt that had too little time says nothing."""
-        failed, had = verdict is not None and verdict.counts, attempt.limit
+        failed, limit = verdict is not None and verdict.counts, candidate.limit
         if verdict is not None and isinstance(verdict.error, CallTimeoutError):
-            if had is not None and had[1] == "total_timeout" and had[0] < (self.plan.total_timeout or 0.0) / 2:
+            if limit is not None and limit[1] == "total_timeout" and limit[0] < (self.plan.total_timeout or 0.0) / 2:
                 return
             failed = True
         changed = passage.breaker.passed(passage, failed=failed)
         if changed is not None and self.call.tell is not None:
-            place = None if self.plan.fallback is None else attempt.candidate.number
+            place = None if self.plan.fallback is None else candidate.number
             self.call.tell(events.CircuitChanged, state=changed, place=place)
 
     # Which candidates may be tried, and when
@@ -374,7 +331,8 @@ class Layers:
 
         None if it was given up and another may be tried again: it has time until the last round.
         """
-        awake, limit, retry = fallback.awake(self.left), self.plan.limit, self.plan.retry
+        limit, retry = self.plan.limit, self.plan.retry
+        awake = fallback.awake(self.left)
         candidate = awake[0] if limit is None or self.has_slot else limit.choose(awake)
         has_time = self.call.rounds <= retry.retries and "stop" not in retry.options
         is_for_later = has_time and speaks is not None and speaks.again and fallback.is_given_up(candidate.value)
@@ -397,16 +355,16 @@ class Layers:
 
     def _pause_for_trial(self) -> Pause | None:
         """All circuits are open: a call by itself fails, an item of a map waits until one may be tried."""
-        breaker, now = self.plan.breaker, clock.now()
-        if self.call.presence is None or breaker is None or now >= self.call.deadline:
+        breaker, call, now = self.plan.breaker, self.call, clock.now()
+        if call.presence is None or breaker is None or now >= call.deadline:
             return None
         recovery, waits = breaker.shared.recovery, [self._wait_of(c) for c in self.candidates]
         if self.patient_until is None:
-            self.patient_until = now + recovery if self.call.deadline == math.inf else self.call.deadline
+            self.patient_until = now + recovery if call.deadline == math.inf else call.deadline
         if math.inf not in waits and now + min(waits) > self.patient_until:
             return None
         # Nobody knows when a trial that is under way will end, or whether somebody resets the circuit.
-        return Pause(min(*waits, max(0.1 * recovery, 0.1), self.call.deadline - now))
+        return Pause(min(*waits, max(0.1 * recovery, 0.1), call.deadline - now))
 
     # How a call ends that has not succeeded
 
@@ -422,8 +380,8 @@ class Layers:
     def _without_attempt(self, cause: NoAttempt) -> Any:
         """No attempt can follow: the call ends as the last one did, or tells why there was none."""
         plan, self.ended_by = self.plan, cause
-        if self.failed is not None:
-            return self._finish(plan.retry.end(plan, self.call, self.failed))
+        if self.call.failed is not None:
+            return self._finish(plan.retry.end(plan, self.call, self.call.failed))
         if cause is CIRCUIT_OPEN:
             return Failed(self._circuit_open())
         turns = {"a place": plan.places, "a rate slot": plan.limit, "a worker": self.call.presence}
@@ -453,7 +411,7 @@ class Layers:
         reason = "" if self.ended_by is None else f"; {self.ended_by.value.format(plan.total_timeout)}"
         if plan.fallback is not None:
             whom = f"every candidate of {plan.fallback.parameter!r}"
-            gave_up = self.failed is not None and self.failed.ends
+            gave_up = self.call.failed is not None and self.call.failed.ends
             message = (
                 f"{plan.name}: {f'gave up on {whom}' if gave_up else f'{whom} failed'} in "
                 f"{_counted(call.rounds, 'round')} ({attempts}, {took}{reason}): {class_counts(self.errors)}"
@@ -481,6 +439,28 @@ def _replaced_by_default(plan: Plan, call: Call, failed: Failed) -> Failed:
 def _is_misuse(plan: Plan, call: Call, error: Exception) -> bool:
     """Whether the function cannot be called so, or was decorated as it cannot be."""
     return isinstance(error, MisuseError) or (isinstance(error, TypeError) and plan.is_wrong(call))
+
+
+def _comes_of_cancellation(error: Exception) -> bool:
+    """Whether the running task is being cancelled, and the error is what the function made of that."""
+    task = sys.modules["asyncio"].current_task() if is_in_asyncio() else None
+    if task is None or not task.cancelling():
+        return False
+    # A call in a `finally` block of a task that was cancelled before is retried as ever.
+    return _is_made_of_cancellation(error) and not _is_made_of_cancellation(sys.exception())
+
+
+def _is_made_of_cancellation(error: BaseException | None) -> bool:
+    """Whether it is a cancellation, or was raised while one was handled that no time limit has made and taken back."""
+    cancelled = sys.modules["asyncio"].CancelledError
+    while error is not None and not isinstance(error, cancelled):
+        if isinstance(error, TimeoutError) and package_of(raised_in(error)) in _HAVE_TIME_LIMITS:
+            return False
+        error = error.__context__
+    return error is not None
+
+
+_HAVE_TIME_LIMITS = {"asyncio", "anyio", "aiohttp", "async_timeout"}
 
 
 def _in_context_of(error: Exception | None, raised: Exception) -> Exception:

@@ -59,10 +59,6 @@ class Plan:
         for what, is_given in needs_result.items():
             if is_given:
                 refuse_generator(function, what)
-        # Not at the top, so that `import opero` stays quick; here, because ``import`` fails when the program ends.
-        from opero.core.parameters import own_signature
-
-        self._own_signature = own_signature
 
     @property
     def asks_first(self) -> set[str]:
@@ -72,8 +68,11 @@ class Plan:
 
     def is_wrong(self, call: Call) -> bool:
         """Whether the call's arguments do not fit the function, so that the function never began."""
+        # Not at the top, so that `import opero` stays quick.
+        from opero.core.parameters import own_signature
+
         try:
-            signature = self._own_signature(self.function)
+            signature = own_signature(self.function)
         except (ValueError, TypeError):  # not known, as of some builtins
             return False
         try:
@@ -102,8 +101,8 @@ class Call:
         began: When its last attempt began.
         deadline: When ``total_timeout`` ends, if there is one.
         failure: How its first attempt, which was made before the flow began, has failed.
+        failed: The last attempt that failed, until the next one begins.
         attempts: Executions that have begun; ``rounds`` is how often one candidate was.
-        is_last: Whether its task was cancelled during the last attempt: nothing is tried again then.
         retry_state: tenacity's, made by the policy when it is first needed.
         key: Of the cache, if it has been made.
         cached: Whether the result came from the cache.
@@ -116,7 +115,7 @@ class Call:
     deadline = math.inf
     attempts = 0
     rounds = 0
-    is_last = False
+    failed: Verdict | None = None
     retry_state: RetryCallState | None = None
     cached = False
     is_made_up = False

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from opero.core.checks import Duration
-    from opero.core.flow import Candidate
+    from opero.core.steps import Candidate
 
 __all__ = ["RateLimiter", "get_rate_limit_decorator"]
 

@@ -7,28 +7,31 @@ blocks, `drive_async` awaits; the scheduler of a map is the third driver. None o
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextvars import ContextVar, Token
-from functools import lru_cache, partial
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from opero.core.clock import asyncio_sleep, clock
 from opero.core.forks import fork_safe_threads
 from opero.core.signature import MISSING
+from opero.events import AttemptStarted, CandidateSwitched
 from opero.exceptions import CallTimeoutError, MisuseError
-from opero.utils.notes import duration, package_of, raised_in
+from opero.utils.notes import duration
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from opero.core.breaker import Passage
-    from opero.core.flow import Candidate, Layers
     from opero.core.limits.gates import Gate
     from opero.core.limits.line import Turn
+    from opero.core.limits.places import Place
+    from opero.core.plan import Call, Plan
     from opero.core.stores.flights import Seat
     from opero.core.stores.settings import Store
 
@@ -49,48 +52,79 @@ NOT_RUN: Any = object()
 TimeLimit = tuple[float, str]  # seconds, and the option that set them
 
 
-class Attempt:
-    """Step: run the user's function once; sent back: its result, or `Failed`.
+class Candidate:
+    """Step: run the user's function once with these arguments; sent back: its result, or `Failed`.
 
-    A driver calls ``begins`` when it runs it, and ends it when it has taken as long as `time_limit` says then; one that
+    A driver calls `begins` when it runs it, and ends it when it has taken as long as `time_limit` says then; one that
     blocks cannot do that. One that does not run it at once asks `may_start`, and sends back `NOT_RUN` if it may not.
 
     Attributes:
-        passage: Through the circuit, if there is one.
+        value: That of the parameter which has several, and its ``number`` among them.
+        tries: How often it was tried in this call.
+        ready_at: When it may be tried again, if it has asked for a time of its own.
+        costs: What it takes of each rate limit, once that is known.
+        passage: Through the circuit, if there is one, in this attempt.
         place: Of ``max_concurrent``, while it has one.
-        has_begun: Whether ``begins`` was called, by a driver that may have to hand it out twice.
+        has_begun: Whether the attempt has, for a driver that may have to hand it out twice.
         limit: What `time_limit` has said last.
-        is_last: Set by the driver if its task was cancelled meanwhile: whatever the function made of that, nothing is
-            tried again.
     """
 
-    has_begun = False
-    limit: TimeLimit | None = None
-    is_last = False
-    place: Part | None = None
+    passage: Passage | None
+    place: Place | None
+    has_begun: bool
+    limit: TimeLimit | None
+    tries = 0
+    ready_at = -math.inf
+    costs: list[tuple[float, ...]] | None = None
 
-    def __init__(self, layers: Layers, candidate: Candidate, passage: Passage | None) -> None:
-        self.args = candidate.args
-        self.kwargs = candidate.kwargs
-        self.candidate = candidate
-        self.passage = passage
-        self.begins = partial(layers.begin, candidate)
-        self.is_timed = layers.is_timed
-        self._layers = layers
+    def __init__(
+        self,
+        plan: Plan,
+        call: Call,
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+        value: Any = MISSING,
+        number: int = 0,
+    ) -> None:
+        self.args, self.kwargs = given
+        self._plan = plan
+        self._call = call
+        self.value = value
+        self.number = number
+
+    def begins(self) -> None:
+        """Count an attempt that begins now; it begins a round if this was tried as often as none before."""
+        call, stats = self._call, self._plan.stats
+        self.has_begun = True
+        # Free what the attempt before this one held: its frames, and all that is in them.
+        call.failed = None
+        call.began = clock.now()
+        call.attempts += 1
+        stats.attempts.tick()
+        self.tries += 1
+        if self.tries <= call.rounds:
+            stats.fallbacks.tick()
+            if call.tell is not None:
+                call.tell(CandidateSwitched, place=self.number)
+        else:
+            call.rounds = self.tries
+            if call.rounds > 1:
+                stats.retries.tick()
+        if call.tell is not None:
+            call.tell(AttemptStarted, attempt=call.attempts, round=call.rounds)
 
     def is_shut(self) -> bool:
         return self.passage is not None and self.passage.is_shut()
 
     def may_start(self) -> bool:
-        return clock.now() < self._layers.call.deadline and not self.is_shut()
+        return clock.now() < self._call.deadline and not self.is_shut()
 
     def time_limit(self) -> TimeLimit | None:
         """The seconds that it has from now on, and by which option; None if it has as many as it needs."""
-        if self.is_timed:
-            left, timeout = self._layers.call.deadline - clock.now(), self._layers.plan.attempt_timeout
+        left, timeout = self._call.deadline - clock.now(), self._plan.attempt_timeout
+        if timeout is not None and timeout <= left:
+            self.limit = timeout, "attempt_timeout"
+        elif left < math.inf:
             self.limit = max(0.0, left), "total_timeout"
-            if timeout is not None and timeout <= left:
-                self.limit = timeout, "attempt_timeout"
         return self.limit
 
 
@@ -152,14 +186,14 @@ def _threads(_process: int) -> ThreadPoolExecutor:
 
 
 class Share:
-    """Step of an item, in a map of lists: call the function with this item among others; sent back as by `Attempt`."""
+    """Step of an item, in a map of lists: call the function with this item among others; sent back its outcome."""
 
 
 class Prepare:
     """Step of a call in a map, before it takes its slot: wait until a worker can begin it at once; sent back: None."""
 
 
-Step: TypeAlias = "Attempt | Pause | Consult | Arrival"
+Step: TypeAlias = "Candidate | Pause | Consult | Arrival"
 Flow = Generator["Step", Any, Any]
 
 
@@ -180,52 +214,32 @@ def raise_or_return(outcome: Any) -> Any:
         del outcome, error, context
 
 
-# What the running code is part of, so that a call of its own must not wait for it: a computation, or a place by whose
-# places it is one of; then the part that this is within. The first is None when it is over, as tasks and threads that
-# were left behind find it in their copies of the context. A list, as it is made for each call.
-Part: TypeAlias = "list[Any]"
-leading: ContextVar[Part | None] = ContextVar("opero_leading", default=None)
-
-
-def not_over(part: Part | None) -> Part | None:
-    """The part, or the innermost around it that is not over."""
-    while part is not None and part[0] is None:
-        part = part[1]
-    return part
+# What the running code is part of, innermost last: computations, trials of circuits and places, for which a call of its
+# own must not wait. Tasks and threads that were left behind find what is over in their copies of the context.
+within: ContextVar[tuple[Any, ...]] = ContextVar("opero_within", default=())
 
 
 def leaders() -> list[Any]:
-    """The computations and places that the running code is part of, innermost first."""
-    found: list[Any] = []
-    part = leading.get()
-    while (part := not_over(part)) is not None:
-        found.append(part[0])
-        part = part[1]
-    return found
+    """Those of them that are not over."""
+    return [part for part in within.get() if not part.is_over]
 
 
-class PartOf:
-    """A block that is part of a computation, or has a place; not for items of a map, which share one context."""
+@contextlib.contextmanager
+def part_of(*parts: Any) -> Iterator[None]:
+    """A block that is part of those that are not None; not for items of a map, which share one context."""
+    token = within.set((*leaders(), *(part for part in parts if part is not None)))
+    try:
+        yield
+    finally:
+        # A task of a loop that was closed ends where it is collected, in another context.
+        with contextlib.suppress(ValueError):
+            within.reset(token)
 
-    __slots__ = ("_part", "_token")
 
-    def __init__(self, part: Part) -> None:
-        self._part = part
-        self._token: Token[Part | None] | None = None
-
-    def __enter__(self) -> None:
-        # A generator may be gone on with from within a step of its own.
-        if self._part[0] not in leaders():
-            self._part[1] = not_over(leading.get())
-            self._token = leading.set(self._part)
-
-    def __exit__(self, *_error: object) -> None:
-        try:
-            if self._token is not None:
-                leading.reset(self._token)
-        except ValueError:
-            # A task of a loop that was closed ends where it is collected, in another context.
-            return
+_NO_LOOP = (
+    "opero waits with asyncio, and no asyncio loop is running here: call {} under asyncio, or decorate a plain "
+    "function and call that in a thread (trio.to_thread.run_sync), or leave out what has to wait (retries=0, no limits)"
+)
 
 
 async def run_in_time(
@@ -241,6 +255,8 @@ async def run_in_time(
             return await function(*args, **kwargs)
         except Exception as error:  # the flow decides what becomes of it
             return Failed(error)
+    if not is_in_asyncio():
+        return Failed(MisuseError(_NO_LOOP.format(name)))
     import asyncio
 
     try:
@@ -256,25 +272,51 @@ async def run_in_time(
 
 def drive(flow: Flow, function: Callable[..., Any]) -> Any:
     """Carry out a flow by blocking."""
+    go_on: Callable[[Any], Any] = flow.send
+    step: Any = None
+    sent: Any = None
     try:
-        step: Any = flow.send(None)
         while True:
+            step = go_on(sent)
             # The last one may hold an error, and with it the frames of an attempt.
-            sent: Any = None
-            if isinstance(step, Attempt):
-                step.begins()
-                # Here and not in a function of its own, whose frame each level of a recursion would have.
-                try:
+            go_on, sent = flow.send, None
+            try:
+                if isinstance(step, Candidate):
+                    step.begins()
+                    # Not by a function of its own, whose frame each level of a recursion would have.
                     sent = function(*step.args, **step.kwargs)
-                except Exception as error:  # the flow decides what becomes of it
-                    sent = Failed(error)
-            else:
-                try:
+                else:
                     sent = _carry_out(step)
-                except Exception as error:
-                    step = flow.throw(error)
-                    continue
-            step = flow.send(sent)
+            except Exception as error:  # the flow decides what becomes of it
+                go_on, sent = (go_on, Failed(error)) if isinstance(step, Candidate) else (flow.throw, error)
+    except StopIteration as end:
+        outcome = end.value
+    finally:
+        step = sent = None
+        flow.close()
+    try:
+        return raise_or_return(outcome)
+    finally:
+        del outcome
+
+
+async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
+    """Carry out a flow by awaiting."""
+    go_on: Callable[[Any], Any] = flow.send
+    step: Any = None
+    sent: Any = None
+    try:
+        while True:
+            step = go_on(sent)
+            go_on, sent = flow.send, None
+            try:
+                if isinstance(step, Candidate):
+                    step.begins()
+                    sent = await run_in_time(function, step.args, step.kwargs, step.time_limit(), name)
+                else:
+                    sent = await _carry_out_async(step, name)
+            except Exception as error:
+                go_on, sent = flow.throw, error
     except StopIteration as end:
         outcome = end.value
     finally:
@@ -307,49 +349,10 @@ def _carry_out(step: Consult | Pause | Arrival) -> Any:
     return None
 
 
-_NO_LOOP = (
-    "opero waits with asyncio, and no asyncio loop is running here: call {name} under asyncio, or decorate a plain "
-    "function and call that in a thread (trio.to_thread.run_sync), or leave out what has to wait (retries=0, no limits)"
-)
-
-
-async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
-    """Carry out a flow by awaiting."""
-    before = _cancellations()
-    try:
-        step: Any = flow.send(None)
-        while True:
-            # The last one may hold an error, and with it the frames of an attempt.
-            sent: Any = None
-            if (not isinstance(step, Attempt) or step.is_timed) and not is_in_asyncio():
-                # Under another library only what needs no wait can be done.
-                step = flow.throw(MisuseError(_NO_LOOP.format(name=name)))
-                continue
-            try:
-                if isinstance(step, Attempt):
-                    step.begins()
-                    sent = await run_in_time(function, step.args, step.kwargs, step.time_limit(), name)
-                    step.is_last = was_cancelled(sent, before)
-                    before = _cancellations()
-                else:
-                    sent = await _carry_out_async(step)
-            except Exception as error:
-                step = flow.throw(error)
-                continue
-            step = flow.send(sent)
-    except StopIteration as end:
-        outcome = end.value
-    finally:
-        step = sent = None
-        flow.close()
-    try:
-        return raise_or_return(outcome)
-    finally:
-        del outcome
-
-
-async def _carry_out_async(step: Consult | Pause | Arrival) -> Any:
-    """The same by awaiting."""
+async def _carry_out_async(step: Consult | Pause | Arrival, name: str) -> Any:
+    """The same by awaiting; under another library than asyncio only what needs no wait can be done."""
+    if not is_in_asyncio():
+        raise MisuseError(_NO_LOOP.format(name))
     if isinstance(step, Consult):
         return (await consult_async([step]))[0]
     if isinstance(step, Pause):
@@ -360,9 +363,6 @@ async def _carry_out_async(step: Consult | Pause | Arrival) -> Any:
     event = asyncio.Event()
 
     def wake() -> None:
-        if asyncio._get_running_loop() is loop:  # noqa: SLF001 - the public way raises where there is none
-            event.set()
-            return
         # The loop may have been closed with this waiter still in it, which ends when its task is destroyed.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(event.set)
@@ -381,37 +381,3 @@ def is_in_asyncio() -> bool:
     asyncio = sys.modules.get("asyncio")
     # The public way raises where there is no loop.
     return asyncio is not None and asyncio._get_running_loop() is not None  # noqa: SLF001
-
-
-def _cancellations() -> int:
-    """How many cancellations of the running asyncio task are under way; 0 where none runs."""
-    task = sys.modules["asyncio"].current_task() if is_in_asyncio() else None
-    return 0 if task is None else task.cancelling()
-
-
-def was_cancelled(outcome: Any, before: int | None) -> bool:
-    """Whether the running task was cancelled since there were so many cancellations, whatever became of that.
-
-    None is for an attempt before which nobody has counted: then the error tells. It does so before Python 3.13, too,
-    where a task group that has failed leaves a cancellation of its own behind.
-    """
-    if _cancellations() <= (before or 0):
-        return False
-    if before is not None and sys.version_info >= (3, 13):
-        return True
-    is_made_of_it = type(outcome) is Failed and _comes_of_cancellation(outcome.error)
-    # A call in a `finally` block of a task that was cancelled before is retried as ever.
-    return is_made_of_it and (before is not None or not _comes_of_cancellation(sys.exception()))
-
-
-def _comes_of_cancellation(error: BaseException | None) -> bool:
-    """Whether it is a cancellation, or was raised while one was handled that no time limit has made and taken back."""
-    cancelled = sys.modules["asyncio"].CancelledError
-    while error is not None and not isinstance(error, cancelled):
-        if isinstance(error, TimeoutError) and package_of(raised_in(error)) in _HAVE_TIME_LIMITS:
-            return False
-        error = error.__context__
-    return error is not None
-
-
-_HAVE_TIME_LIMITS = {"asyncio", "anyio", "aiohttp", "async_timeout"}

@@ -9,83 +9,84 @@ from opero.core.clock import clock
 from opero.core.limits.ledger import Ledger
 from opero.core.limits.line import ONE, Line, PerValue, take
 from opero.core.limits.rates import CALLS, Rates
-from opero.core.steps import leaders, leading, not_over
+from opero.core.steps import leaders, within
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from opero.core.breaker import Passage
     from opero.core.parameters import Per
-    from opero.core.steps import Part
+    from opero.core.steps import Candidate
 
 # No process could have more executions under way than that.
 _MOST = 1_000_000
 
 
-class Places(Line):
-    """The places, and those who wait for one.
+class Place:
+    """One of them, which an execution has; `opero.core.steps.within` knows what is part of it until it is over."""
 
-    It opens when somebody leaves, and nobody knows when that will be. A place is what its execution is part of
-    (`opero.core.steps.Part`), with what ends that: `enter` begins it at once.
-    """
+    # Without an `__init__`, which would take as long as all the rest of a call.
+    places: Places
+    token: Any = None
+    is_over = False
+
+    def give_back(self) -> None:
+        """Somebody leaves: the next one may come."""
+        places, token, self.is_over = self.places, self.token, True
+        # What a forked child does in a place of its parent takes none here.
+        if len(places.free) < places.count:
+            places.free.append(None)
+        if places.waiting:
+            places.reopen()
+        if token is not None:
+            try:
+                within.reset(token)
+            except ValueError:
+                # A task of a loop that was closed ends where it is collected, in another context.
+                return
+
+
+class Places(Line):
+    """The places, and those who wait for one; it opens when somebody leaves, and nobody knows when that will be."""
 
     def __init__(self, count: int) -> None:
-        self._count = min(count, _MOST)
+        self.count = min(count, _MOST)
         super().__init__(Ledger(Rates((CALLS,), (), (), (math.inf,))))
 
     def after_fork(self) -> None:
         super().after_fork()
         # One element for each free place: to add one to a list, or to take one off, is one step, and needs no lock.
-        self._free: list[None] = [None] * self._count
+        self.free: list[None] = [None] * self.count
 
     def wait_alone(self, amounts: Sequence[float], now: float) -> float:  # noqa: ARG002 - as of a line
         """Take a place, if one is free: who finds it does not ask again."""
         try:
-            self._free.pop()
+            self.free.pop()
         except IndexError:
             self.opens_at = math.inf
             return math.inf
         return 0.0
 
     def is_idle(self) -> bool:
-        return len(self._free) == self._count
+        return len(self.free) == self.count
 
-    def enter(self, _args: Any = (), _kwargs: Any = None) -> Part | None:
-        """Take a place for the running code; None if that has to wait, or must not."""
-        outer = leading.get()
-        if outer is not None:
-            outer = not_over(outer)
-            if self in leaders():
-                return None
-        if self.waiting:
+    def enter(self, _args: Any = (), _kwargs: Any = None) -> Place | None:
+        """Take a place for the running code, and begin it; None if that has to wait, or must not."""
+        outer = within.get()
+        if self.waiting or (outer and self.is_taken_by_caller()):
             return None
         try:
-            self._free.pop()
+            self.free.pop()
         except IndexError:
             return None
-        place: Part = [self, outer, None]
-        place[2] = leading.set(place)
+        place = Place()
+        place.places = self
+        place.token = within.set((*leaders(), place) if outer else (place,))
         return place
 
-    def give_back(self, place: Part) -> None:
-        """Somebody leaves: the next one may come."""
-        _, outer, token = place
-        place[0] = place[2] = None
-        if outer is not None:
-            # Of a task that starts another one, and so on, no chain of parts that are over is left.
-            place[1] = not_over(outer)
-        # What a forked child does in a place of its parent takes none here.
-        if len(self._free) < self._count:
-            self._free.append(None)
-        if self.waiting:
-            self.reopen()
-        if token is not None:
-            try:
-                leading.reset(token)
-            except ValueError:
-                # A task of a loop that was closed ends where it is collected, in another context.
-                return
+    def is_taken_by_caller(self) -> bool:
+        """Whether the running code has one of them."""
+        return any(isinstance(part, Place) and part.places is self for part in leaders())
 
 
 class PlacesForFunction:
@@ -102,20 +103,18 @@ class PlacesForFunction:
     def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Places:
         return self._places if self._per is None else self._of_values.of(self._per.get(args, kwargs))
 
-    def take(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float, passage: Passage | None
-    ) -> Generator[Any, Any, Part | None]:
+    def take(self, candidate: Candidate, deadline: float) -> Generator[Any, Any, Place | None]:
         """Wait for a place; gives None at the ``deadline`` or when the circuit opens."""
-        places = self._of(args, kwargs)
-        if places in leaders():
+        places = self._of(candidate.args, candidate.kwargs)
+        if places.is_taken_by_caller():
             raise MisuseError(
                 f"{self._name} was called within one of its own executions, and would wait for that one's place of "
                 "max_concurrent; call the undecorated function there"
             )
         if clock.now() >= deadline:
             return None
-        news = yield from take(
-            [(places, ONE)],
-            lambda: -math.inf if passage is not None and passage.is_shut() else deadline,
-        )
-        return [places, None, None] if news == "taken" else None
+        if (yield from take([(places, ONE)], lambda: -math.inf if candidate.is_shut() else deadline)) != "taken":
+            return None
+        place = Place()
+        place.places = places
+        return place

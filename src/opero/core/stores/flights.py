@@ -59,6 +59,11 @@ class Flight:
     # By what the store tells the lease from others of the key.
     ticket: Any = None
 
+    @property
+    def is_over(self) -> bool:
+        """See `opero.core.steps.within`."""
+        return self.landed
+
     def needs(self, others: Collection[Flight]) -> bool:
         """Whether it is one of the others, or waits for one, itself or by those that it waits for."""
         known = [self]
