@@ -39,7 +39,6 @@ import numpy as np
 import pandas as pd
 import pydantic
 import pytest
-import requests
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
@@ -397,13 +396,6 @@ class Session:
         self._token = token
 
 
-class Switch(enum.Enum):
-    """An enum with a value that cannot be told."""
-
-    ON = (threading.Lock(), 1)
-    OFF = (threading.Lock(), 0)
-
-
 class Label(str):  # noqa: SLOT000 - its attributes are what is tried
     """Text that knows its language."""
 
@@ -642,7 +634,6 @@ UNLIKE = {
     "numbers with two attributes": (ratio("a"), ratio("b")),
     "objects that are equal in their own opinion": (Length(1, "km"), Length(1000, "m")),
     "objects with values of two types": (Valued(1), Valued(True)),
-    "bare objects": (object(), object()),
     "queries with a name twice": (Query(("a", 1), ("a", 2)), Query(("a", 2))),
     "deques": (collections.deque([1]), collections.deque([1], maxlen=2)),
     "slices": (slice(1, 2), slice(1, 2, 1)),
@@ -666,9 +657,7 @@ UNLIKE = {
     "models of two types": (pydantic.create_model("Model", x=int), pydantic.create_model("Model", x=str)),
     "models of two defaults": (pydantic.create_model("Model", x=(int, 1)), pydantic.create_model("Model", x=(int, 2))),
     "models that say two things of a field": (saying("a"), saying("b")),
-    "models that check two fields": (checking("x"), checking("y")),
     "lists of two models": (list[pydantic.create_model("Model", x=int)], list[pydantic.create_model("Model", x=str)]),
-    "new types": (typing.NewType("Id", int), typing.NewType("Id", str)),
     "functions with two annotations": (defined("def step(x: int): pass"), defined("def step(x: str): pass")),
     "functions with annotations in text that mean two classes": (
         defined("class Part: n = 1\ndef step(x: 'list[Part]'): pass"),
@@ -687,7 +676,6 @@ UNLIKE = {
     "partials": (functools.partial(captures, 1), functools.partial(captures, 2)),
     "bound methods": (Keyed(1).__cache_key__, Keyed(2).__cache_key__),
     "methods of two objects": ([1].index, [2].index),
-    "enum members whose values cannot be told": (Switch.ON, Switch.OFF),
     "tuple and named tuple": ((1, 0), PointTuple(1)),
     "two classes of named tuples": (PointTuple(1), PlaceTuple(1)),
     "two dataclasses": (Point(1), Place(1)),
@@ -812,7 +800,6 @@ LIKE = {
     "named tuple": lambda: PointTuple([1]),
     "enum member": lambda: Color(1),
     "flag without a name": lambda: Permission(8),
-    "enum member whose value cannot be told": lambda: Switch.ON,
     "class of bytearrays": lambda: Buffer(b"a"),
     "path": lambda: pathlib.Path("a") / "b",
     "date": lambda: dt.date(2025, 1, 1),
@@ -829,7 +816,6 @@ LIKE = {
     "class of enum members": lambda: Color,
     "function": lambda: math.sqrt,
     "function made anew": lambda: captures([1]),
-    "function that has captured a mark": lambda: captures(object()),
     "function that has captured nothing yet": lambda: types.FunctionType(
         captures(1).__code__, {}, "f", None, (types.CellType(),)
     ),
@@ -1067,17 +1053,6 @@ def test_an_argument_whose_own_code_fails_is_refused_with_the_ways_out(world):
     assert f.stats.attempts == 0
 
 
-def type_parameter(**more):
-    """One that no module has under its name."""
-    return typing.TypeVar("T", **more)
-
-
-def test_a_type_parameter_is_told_by_what_it_says():
-    assert share_an_entry(list[type_parameter()], list[type_parameter()])
-    assert not share_an_entry(list[type_parameter()], list[type_parameter(bound=int)])
-    assert not share_an_entry(type_parameter(bound=int), type_parameter(bound=str))
-
-
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="has no syntax for type parameters")
 def test_an_alias_with_parameters_is_an_argument(world):
     names = {"__name__": __name__}
@@ -1137,28 +1112,6 @@ def test_a_changed_object_is_another_argument(kind):
     assert f(changing) == "a"
     changing.name = "b"
     assert f(changing) == "b"
-
-
-class Dataset:
-    """As xarray's: pickle looks for what has not been set, and that fills in something else."""
-
-    __slots__ = ("attributes", "unset")
-
-    def __init__(self):
-        self.attributes = None
-
-    def __getattr__(self, name):
-        self.attributes = {}
-        raise AttributeError(name)
-
-
-def test_an_object_that_changes_when_it_is_looked_at_is_one_argument():
-    f = cached(lambda x: 1)
-    dataset = Dataset()
-    f(dataset)
-    f(dataset)
-    f(Dataset())
-    assert f.stats.hits == 2
 
 
 @pytest.mark.parametrize("nest", NESTS, ids=repr)
@@ -1234,12 +1187,11 @@ def test_what_an_object_has_found_out_of_itself_is_no_part_of_the_key():
     assert not share_an_entry(used, (Stateless(), Hashed("a"), Matrix([2])))
 
 
-@pytest.mark.parametrize("drawn", [random.random, random.choice, np.random.rand, np.random.mtrand._rand])
+@pytest.mark.parametrize("drawn", [np.random.rand, np.random.mtrand._rand])
 def test_what_the_program_has_drawn_is_no_part_of_the_key(drawn):
-    before = KeyMaker(lambda x: x, None, digest=True).key_of(drawn)
-    random.random()
+    before = spelling_of(drawn)
     np.random.rand()  # noqa: NPY002 - the one that it is about
-    assert KeyMaker(lambda x: x, None, digest=True).key_of(drawn) == before
+    assert spelling_of(drawn) == before
 
 
 @pytest.mark.parametrize("made", [random.Random, np.random.RandomState])
@@ -1249,19 +1201,6 @@ def test_what_an_own_generator_has_drawn_is_part_of_the_key(made):
     used.random()
     assert not share_an_entry(fresh, used)
     assert not share_an_entry(fresh.random, used.random)
-
-
-def prepared(moment, **headers):
-    with mock.patch("time.time", return_value=moment):
-        return requests.Request("GET", "http://a.example", cookies={"a": "b"}, headers=headers).prepare()
-
-
-def test_when_cookies_were_looked_at_is_no_part_of_the_key():
-    assert share_an_entry(prepared(1.0), prepared(2.0))
-    assert not share_an_entry(prepared(1.0), prepared(1.0, token="a"))
-    used = requests.Session()
-    used.cookies.set("name", "value")
-    assert not share_an_entry(used, requests.Session())
 
 
 def raised(cause=None):
@@ -1290,6 +1229,7 @@ def test_an_object_that_cannot_be_hashed_is_an_argument_like_any_other():
 
 UNUSABLE = {
     "generator": (n for n in range(2)),
+    "bare object": object(),
     "in a list": [1, threading.Lock()],
     "in a dict in a tuple": ({"a": threading.Lock()},),
     "in a dataclass": Point(threading.Lock()),

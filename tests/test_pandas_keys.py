@@ -27,11 +27,6 @@ def with_attribute():
     return made
 
 
-def with_unit(made):
-    made.unit = "m"
-    return made
-
-
 def dates(zone):
     return pd.Series(pd.to_datetime(["2020-01-01"]).tz_localize(zone))
 
@@ -69,7 +64,6 @@ MAKERS = {
     "intervals": lambda: pd.Series([pd.Interval(0, 1)]),
     "range": lambda: pd.RangeIndex(3),
     "index": lambda: pd.Index([0, 1, 2]),
-    "index with an attribute": lambda: with_unit(pd.Index([0, 1, 2])),
     "several levels": lambda: pd.MultiIndex.from_tuples([(1, 2)]),
     "names of several levels": lambda: pd.MultiIndex.from_tuples([(1, 2)], names=["a", "b"]),
     "days": lambda: pd.date_range("2020", periods=3),

@@ -59,10 +59,6 @@ def private(number):
     return made
 
 
-def made_with(field):
-    return msgspec.defstruct("Made", [("x", Any, field)])
-
-
 MAKERS = {
     "pydantic": lambda: Model(value=1),
     "pydantic, bool": lambda: Model(value=True),
@@ -80,9 +76,6 @@ MAKERS = {
     "msgspec, class of another type": lambda: msgspec.defstruct("Made", [("x", str)]),
     "msgspec, class with a default": lambda: msgspec.defstruct("Made", [("x", int, 1)]),
     "msgspec, class with another default": lambda: msgspec.defstruct("Made", [("x", int, 2)]),
-    "msgspec, class with a tag": lambda: msgspec.defstruct("Made", [("x", int)], tag="a"),
-    "msgspec, class that makes a default": lambda: made_with(msgspec.field(default_factory=list)),
-    "msgspec, class that makes another default": lambda: made_with(msgspec.field(default_factory=dict)),
     "msgspec, class with a limit": lambda: msgspec.defstruct("Made", [("x", Annotated[int, msgspec.Meta(gt=1)])]),
     "msgspec, class with another limit": lambda: msgspec.defstruct("Made", [("x", Annotated[int, msgspec.Meta(gt=2)])]),
     "attrs, class": lambda: attrs.make_class("Made", {"x": attrs.field(type=int, default=1)}),

@@ -1,9 +1,9 @@
 """Cache keys: the same for calls whose arguments a function could not tell apart, different for all others.
 
-Of arguments that are exactly int, or text that is not long, a key of memory is these, or the only one of them; with a
-bool, None or bytes among them it is these with their classes, so that ``1`` and ``True`` are two. All others are in a
-key by their digest, see `opero.core.digests`. In memory the instance that a method is called on is in it by its
-identity. No key runs code of the user's when it is looked up, and none keeps an object of the user's alive.
+Of arguments that are None, exactly int, or text that is not long, a key of memory is these, or the only one of them;
+with a bool among them it is these with their classes, so that ``1`` and ``True`` are two. All others are in a key by
+their digest, see `opero.core.digests`. In memory the instance that a method is called on is in it by its identity. No
+key runs code of the user's when it is looked up, and none keeps an object of the user's alive.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from opero.core.digests import PLAIN_TYPES, UncacheableError, digest_of, digest_of_plain, spelling_of
+from opero.core.digests import UncacheableError, digest_of, spelling_of
 from opero.core.parameters import Forwarding, asked_of_call
 from opero.core.signature import name_of
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable
 
     from opero.core.clock import Clock
 
@@ -63,8 +63,6 @@ def instance_of(value: Any) -> Instance:
 def identity_of(value: Any) -> Any:
     """What tells a value from others within this process: its state, if it is meant to be equal to others."""
     kind: Any = type(value)
-    if kind in PLAIN_TYPES:
-        return (kind, value)
     # What can have no weak reference is told by its state, too.
     if kind.__eq__ is not object.__eq__ or not kind.__weakrefoffset__:
         with contextlib.suppress(UncacheableError):
@@ -77,6 +75,9 @@ class KeyMaker:
 
     Where the function is a method, the instance that it is called on is told apart by identity, and not kept alive. A
     key that outlives the process (``digest``) knows no identity: there an instance is what its values are.
+
+    Attributes:
+        key_of: Gives the key of a call.
     """
 
     def __init__(
@@ -89,24 +90,15 @@ class KeyMaker:
     ) -> None:
         self._shape = shape = Forwarding(function)
         self._name = name_of(function)
-        self._names = names = tuple(name for name in shape.names if name not in ignore)
-        self._may_be_method = not digest and names[:1] == shape.names[:1] != ()
-        owner_of = _owner_function(function) if self._may_be_method else None
-        # All arguments can be plain; not so `*args` and `**kwargs`.
-        is_quick = cache_key is None and set(names) <= set(shape.named)
-        self._has_finder = is_quick and not digest
-        if cache_key is None:
-            make, given = _digest_function(self._name, shape, names, owner_of), ", ".join(names)
-        else:
+        self._names = tuple(name for name in shape.names if name not in ignore)
+        self._has_finder = cache_key is None and not digest
+        self._may_be_method = self._has_finder and self._names[:1] == shape.names[:1] != ()
+        if cache_key is not None:
             make, given = _users_key(function, cache_key), shape.call
-        otherwise = f"return _opero_make({given})"
-        lines = [otherwise]
-        if self._has_finder:
-            lines = [*self._plain_key("_opero_owner({0})", "_opero_known is not None", otherwise), "return _opero_key"]
-        elif is_quick:
-            are_plain = _all_are("_opero_type({0}) in _opero_plain", names)
-            lines = [f"if {are_plain}: return _opero_digest({_tuple(names)})", otherwise]
-        self.key_of = self._compiled(lines, _opero_make=make, _opero_owner=owner_of)
+        else:
+            owner_of = _owner_function(function) if self._may_be_method else None
+            make, given = _key_function(self._name, shape, self._names, owner_of, digest=digest), ", ".join(self._names)
+        self.key_of = self._compiled([f"return _opero_make({given})"], _opero_make=make)
 
     def finder(
         self,
@@ -121,11 +113,19 @@ class KeyMaker:
         """
         if not self._has_finder:
             return None
-        # What is known as the owner of another method, and an argument here, has no entry by its identity.
-        is_known = "_opero_known is not None and _opero_known() is {0}"
-        lines = self._plain_key("_opero_instances.get(_opero_id({0}))", is_known, "return None")
+        names = self._names
+        lines = [f"if {_all_plain(names)}: _opero_key = {names[0] if len(names) == 1 else _tuple(names)}"]
+        if self._may_be_method:
+            owner, *others = names
+            # What is known as the owner of another method, and an argument here, has no entry by its identity.
+            known = f"(_opero_known := _opero_instances.get(_opero_id({owner})))"
+            lines += [
+                f"elif {known} is not None and _opero_known() is {owner} and {_all_plain(others)}:",
+                f"    _opero_key = {_tuple(['_opero_known', *others])}",
+            ]
         end = "" if clock is None else " or _opero_entry[1] <= _opero_clock.now()"
         lines += [
+            f"elif (_opero_key := _opero_nearly_plain({_tuple(names)})) is None: return None",
             "_opero_entry = _opero_get(_opero_key)",
             f"if _opero_entry is None{end}: return None",
             "_opero_tick()",
@@ -137,24 +137,23 @@ class KeyMaker:
         its = {"_opero_get": get, "_opero_touch": touch, "_opero_tick": tick, "_opero_clock": clock}
         return self._compiled(lines, **its)
 
-    def _plain_key(self, known: str, is_known: str, otherwise: str) -> list[str]:
-        """Makes the key if all arguments are plain, or all but the instance that a method is called on."""
-        lines = _lines_for_key(self._names, otherwise)
-        if self._may_be_method:
-            owner, *others = self._names
-            lines[-1:] = [
-                "else:",
-                f"    _opero_known = {known.format(owner)}",
-                f"    if not ({is_known.format(owner)}): {otherwise}",
-                *[f"    {line}" for line in _lines_for_key(others, otherwise, "_opero_known")],
-            ]
-        return lines
-
     def _compiled(self, lines: list[str], **namespace: Any) -> Callable[..., Any]:
         made = self._shape.compiled(lines, namespace | _NAMES)
         # A wrong call is reported under the name that the user knows.
         made.__qualname__ = self._name
         return made
+
+
+# Longer text is in a key by its digest.
+_LONG = 1024
+
+
+def _plain_key(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The key of plain values, as a finder makes it, and of those among which there is a bool; None of others."""
+    for value in values:
+        if type(value) not in {int, bool, type(None)} and not (type(value) is str and len(value) < _LONG):
+            return None
+    return (*values, *map(type, values)) if bool in map(type, values) else values
 
 
 # Builtins may have the names of parameters. `type`, since a proxy's or a mock's `__class__` is another's.
@@ -164,41 +163,30 @@ _NAMES = {
     "_opero_str": str,
     "_opero_len": len,
     "_opero_id": id,
-    "_opero_small": frozenset({int, bool, type(None)}),
-    "_opero_texts": frozenset({str, bytes}),
-    "_opero_plain": PLAIN_TYPES,
-    "_opero_digest": digest_of_plain,
     "_opero_instances": _instances,
+    "_opero_nearly_plain": _plain_key,
 }
-# Longer text is in a key by its digest.
-_LONG = 1024
-_IS_BARE = f"(_opero_type({{0}}) is _opero_int or _opero_type({{0}}) is _opero_str and _opero_len({{0}}) < {_LONG})"
-_IS_TEXT = f"_opero_type({{0}}) in _opero_texts and _opero_len({{0}}) < {_LONG}"
-_IS_PLAIN = f"(_opero_type({{0}}) in _opero_small or {_IS_TEXT})"
+_IS_TEXT = f"_opero_type({{0}}) is _opero_str and _opero_len({{0}}) < {_LONG}"
+_IS_PLAIN = f"(_opero_type({{0}}) is _opero_int or {{0}} is None or {_IS_TEXT})"
 
 
-def _lines_for_key(names: Sequence[str], otherwise: str, *known: str) -> list[str]:
-    bare = names[0] if len(names) == 1 and not known else _tuple([*known, *names])
-    with_classes = _tuple([*known, *names, *(f"_opero_type({name})" for name in names)])
-    return [
-        f"if {_all_are(_IS_BARE, names)}: _opero_key = {bare}",
-        f"elif {_all_are(_IS_PLAIN, names)}: _opero_key = {with_classes}",
-        f"else: {otherwise}",
-    ]
+def _all_plain(names: Iterable[str]) -> str:
+    return " and ".join(_IS_PLAIN.format(name) for name in names) or "True"
 
 
-def _all_are(test: str, names: Sequence[str]) -> str:
-    return " and ".join(test.format(name) for name in names) or "True"
-
-
-def _tuple(names: Sequence[str]) -> str:
+def _tuple(names: Iterable[str]) -> str:
     return f"({''.join(f'{name}, ' for name in names)})"
 
 
-def _digest_function(
-    function: str, shape: Forwarding, names: tuple[str, ...], owner_of: Callable[[Any], Instance | None] | None
+def _key_function(
+    function: str,
+    shape: Forwarding,
+    names: tuple[str, ...],
+    owner_of: Callable[[Any], Instance | None] | None,
+    *,
+    digest: bool,
 ) -> Callable[..., Any]:
-    """Makes the key of the values of these parameters: their digest, and the instance that a method is called on."""
+    """Makes the key of the values of these parameters."""
 
     def spelled(parameter: str, value: Any) -> bytes:
         if type(value) is object and shape.defaults.get(parameter) is value:
@@ -219,14 +207,18 @@ def _digest_function(
 
     def key_of(*values: Any) -> Any:
         parameters = names
-        if owner_of is not None:
-            if has_owner_among_others and values[0]:
-                (owner, *others), *rest = values
-                values, parameters = (owner, others, *rest), (names[0], *names)
-            instance = owner_of(values[0])
-            if instance is not None:
-                return (instance, digest_of(*map(spelled, parameters[1:], values[1:])))
-        return digest_of(*map(spelled, parameters, values))
+        if has_owner_among_others and values[0]:
+            (owner, *others), *rest = values
+            values, parameters = (owner, others, *rest), (names[0], *names)
+        instance = None if owner_of is None else owner_of(values[0])
+        if instance is not None:
+            values, parameters = values[1:], parameters[1:]
+        key = None if digest else _plain_key(values)
+        if key is None:
+            key = (digest_of(*map(spelled, parameters, values)),)
+        if instance is not None:
+            return (instance, *key)
+        return key[0] if len(key) == 1 else key
 
     return key_of
 
