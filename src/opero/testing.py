@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right, insort
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import Clock, clock
-from opero.core.forks import ForkSafeLock, watch_forks
+from opero.core.forks import ForkSafeLock
 from opero.events import on_event, switches
 
 if TYPE_CHECKING:
@@ -47,13 +47,8 @@ class _VirtualTime:
     def __init__(self) -> None:
         self.skipped = 0.0
         self.blocks = 0
-        self.after_fork()
-        watch_forks(self)
-
-    def after_fork(self) -> None:
-        """Forget the waits of threads that do not exist in this child."""
-        self._lock = threading.Lock()
-        # The moments at which waits end, in order.
+        self._lock = ForkSafeLock()
+        # The moments at which waits end, in order; those of a parent's threads do no harm in a forked child.
         self._moments: list[float] = []
         self._changed_at = clock.real()
 
@@ -62,7 +57,7 @@ class _VirtualTime:
 
     def advance(self, seconds: float) -> None:
         """Let so many seconds pass, at once and for everybody."""
-        with self._lock:
+        with self._lock.lock:
             self.skipped += max(0.0, seconds)
 
     def sleep(self, seconds: float) -> None:
@@ -79,10 +74,8 @@ class _VirtualTime:
             wait_for(seconds)
             return
         with self._waiting(seconds) as moment:
-            # Without other threads there is nobody to be patient with.
-            while not wait_for(patience := 0.0 if threading.active_count() == 1 else _PATIENCE):
-                if self._look(patience) >= moment:
-                    return
+            while not wait_for(_PATIENCE) and self._look() < moment:
+                continue
 
     async def wait_async(self, event: asyncio.Event, seconds: float | None) -> None:
         """See `opero.core.clock.Clock`."""
@@ -91,45 +84,31 @@ class _VirtualTime:
         if seconds is None:
             await event.wait()
             return
-        loop = asyncio.get_running_loop()
-        is_over = False
-
-        def look() -> None:
-            if is_over:
-                return
-            if self._look(_PATIENCE) >= moment:
-                event.set()
-            else:
-                # Not in so many seconds: freezegun stops the time of event loops, too.
-                loop.call_soon(look)
-
         with self._waiting(seconds) as moment:
-            look()
-            try:
-                await event.wait()
-            finally:
-                is_over = True
+            while not event.is_set() and self._look() < moment:
+                # Not for a millisecond: freezegun stops the time of event loops, too.
+                await asyncio.sleep(0)
+        event.set()
 
     @contextmanager
     def _waiting(self, seconds: float) -> Iterator[float]:
         moment = self.now() + seconds
-        with self._lock:
+        with self._lock.lock:
             insort(self._moments, moment)
             self._changed_at = clock.real()
         try:
             yield moment
         finally:
-            # In a forked child it has been forgotten.
-            with self._lock, suppress(ValueError):
+            with self._lock.lock:
                 self._moments.remove(moment)
                 self._changed_at = clock.real()
 
-    def _look(self, patience: float) -> float:
-        """Jump if all have waited for so many real seconds, and tell the time."""
-        with self._lock:
+    def _look(self) -> float:
+        """Jump if nothing has changed for long enough, and tell the time."""
+        with self._lock.lock:
             has_come = bisect_right(self._moments, self.now())
-            unchanged = clock.real() - self._changed_at
-            if has_come < len(self._moments) and unchanged >= (max(patience, _TO_GO_ON) if has_come else patience):
+            patience = _TO_GO_ON if has_come else _PATIENCE
+            if has_come < len(self._moments) and clock.real() - self._changed_at >= patience:
                 self.skipped += max(0.0, self._moments[has_come] - self.now())
                 self._changed_at = clock.real()
             return self.now()
@@ -168,8 +147,7 @@ def instant() -> Iterator[Instant]:
 
     There is one time for all. When for a real millisecond no call of opero's has begun or ended a wait, all are taken
     to wait, and time jumps to the earliest moment that one of them waits for: tasks of one event loop that back off
-    side by side for an hour skip one hour. A program with a single thread and no event loop does not even wait for the
-    millisecond.
+    side by side for an hour skip one hour.
 
     Nobody knows what the rest of the program is about to do. A thread that computes, or a function that waits for a
     server or a sleep of its own, for longer than the millisecond is not waited for: time may jump meanwhile, and counts
