@@ -11,7 +11,6 @@ import platform
 import sqlite3
 import stat
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opero import __version__
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _FAILED
 
 
-def _show(folder: Path) -> int:
+def _show(root: Path) -> int:
     print(f"opero {__version__}, Python {platform.python_version()} ({sys.executable})\n")
     for package in _PACKAGES:
         try:
@@ -84,32 +83,29 @@ def _show(folder: Path) -> int:
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
         print(f"{package:<14}  {version}")
-    print(f"\nDisk cache: {folder}")
-    found = _namespaces_in(folder)
-    if not found:
+    print(f"\nDisk cache: {root}")
+    rows = [_row(folder) for folder in _namespaces_in(root)]
+    if not rows:
         print("empty")
         return _DONE
     print(f"{'entries':>10}  {'bytes':>14}  namespace")
-    for namespace in sorted(found, key=lambda namespace: (namespace.name is None, namespace.name, namespace.folder)):
-        entries = "?" if namespace.entries is None else namespace.entries
-        text = f"{namespace.folder.name}: {namespace.remark}" if namespace.name is None else namespace.name
-        print(f"{entries:>10}  {namespace.size:>14}  {_printable(text)}")
-    print(f"{'':>10}  {sum(namespace.size for namespace in found):>14}  in all")
-    return _FAILED if any(namespace.entries is None for namespace in found) else _DONE
+    for entries, size, name in sorted(rows, key=lambda row: row[2]):
+        print(f"{entries:>10}  {size:>14}  {_printable(name)}")
+    print(f"{'':>10}  {sum(size for _, size, _ in rows):>14}  in all")
+    return _FAILED if any(entries == "?" for entries, _, _ in rows) else _DONE
 
 
-def _clear(parser: argparse.ArgumentParser, folder: Path, options: dict[str, Any], name: str) -> int:
-    found = {namespace.folder.name: namespace for namespace in _namespaces_in(folder)}
-    if slug(name) not in found:
-        near = nearest(name, [namespace.name for namespace in found.values() if namespace.name is not None])
+def _clear(parser: argparse.ArgumentParser, root: Path, options: dict[str, Any], name: str) -> int:
+    found = _namespaces_in(root)
+    if slug(name) not in [folder.name for folder in found]:
+        near = nearest(name, [told for _, _, told in map(_row, found)])
         hint = "leave out --clear to see which it has" if near is None else f"did you mean {_printable(near)}?"
-        parser.error(f"--clear: no namespace {_printable(name)} in {folder}; {hint}")
+        parser.error(f"--clear: no namespace {_printable(name)} in {root}; {hint}")
     store = DiskStore(cache_settings(backend="disk", options=options), name)
     with managing(store, "clear"):
         store.clear()
     store.close()
-    entries = found[slug(name)].entries
-    print(f"cleared {_printable(name)} (entries: {'unknown' if entries is None else entries})")
+    print(f"cleared {_printable(name)}")
     return _DONE
 
 
@@ -121,21 +117,12 @@ def _printable(text: str) -> str:
 # What lies in the cache, found out without making, changing or unpickling anything
 
 
-@dataclass
-class _Namespace:
-    """One folder of a disk cache, and a remark where its name is not known; where entries are not, it is a fault."""
-
-    folder: Path
-    size: int = 0
-    name: str | None = None
-    entries: int | None = None
-    remark: str = ""
-
-
-def _namespaces_in(root: Path) -> list[_Namespace]:
+def _namespaces_in(root: Path) -> list[Path]:
     try:
         refuse_unsafe(root, _OPTION)
-        return [_namespace(folder) for folder in sorted(root.iterdir()) if _may_have_entries(folder)]
+        # Of one that cannot be entered a line that tells why is better than none.
+        folders = [each for each in root.iterdir() if each.is_dir()]
+        return [each for each in folders if os.path.lexists(each / DATABASE) or not os.access(each, os.X_OK)]
     except FileNotFoundError:
         return []
     except UnsafeCacheError:
@@ -144,31 +131,25 @@ def _namespaces_in(root: Path) -> list[_Namespace]:
         raise OperoError(f"the folder {root} cannot be read: {error.strerror}") from error
 
 
-def _may_have_entries(folder: Path) -> bool:
-    # Of one that cannot be entered a line that tells why is better than none.
-    return os.path.lexists(folder / DATABASE) or (folder.is_dir() and not os.access(folder, os.X_OK))
-
-
-def _namespace(folder: Path) -> _Namespace:
-    found = _Namespace(folder)
+def _row(folder: Path) -> tuple[str, int, str]:
+    """The entries of a namespace, its bytes and its name; with a remark where the name is not known."""
+    size = 0
     try:
         refuse_unsafe(folder, _OPTION)
         # Another process may take a file away meanwhile.
         with contextlib.suppress(FileNotFoundError):
-            found.size = sum(file.lstat().st_size for file in folder.iterdir() if stat.S_ISREG(file.lstat().st_mode))
+            size = sum(file.lstat().st_size for file in folder.iterdir() if stat.S_ISREG(file.lstat().st_mode))
         with contextlib.closing(connect_to_read(folder)) as connection:
-            if is_of_this_format(connection):
-                ((name,),) = connection.execute("SELECT namespace FROM Settings").fetchall()
-                ((entries,),) = connection.execute(COUNT, (clock.wall(),)).fetchall()
-                found.name, found.entries = name.decode("utf-8", "surrogatepass"), entries
-            else:
+            if not is_of_this_format(connection):
                 # It is emptied when it is used next.
-                found.entries, found.remark = 0, "made by another version of opero"
+                return "0", size, f"{folder.name}: made by another version of opero"
+            ((name,),) = connection.execute("SELECT namespace FROM Settings").fetchall()
+            ((entries,),) = connection.execute(COUNT, (clock.wall(),)).fetchall()
+            return str(entries), size, name.decode("utf-8", "surrogatepass")
     except UnsafeCacheError as error:
-        found.remark = str(error)
+        return "?", size, f"{folder.name}: {error}"
     except (sqlite3.Error, OSError, ValueError) as error:
-        found.remark = f"cannot be read ({describe(error)})"
-    return found
+        return "?", size, f"{folder.name}: cannot be read ({describe(error)})"
 
 
 if __name__ == "__main__":
