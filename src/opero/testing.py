@@ -85,7 +85,7 @@ class _VirtualTime:
             await event.wait()
             return
         with self._waiting(seconds) as moment:
-            while not event.is_set() and self._look() < moment:
+            while not event.is_set() and self._look() < moment:  # noqa: ASYNC110 - this time does not pass by itself
                 # Not for a millisecond: freezegun stops the time of event loops, too.
                 await asyncio.sleep(0)
         event.set()
