@@ -1444,7 +1444,6 @@ def test_the_users_key_function_gets_every_argument():
 KEYS_OF_SOME = {
     "any name": lambda a, **others: (a, others["c"]),
     "a name only": lambda a, *, b, c: (a, c),
-    "another name first": lambda first, **others: (first, others["c"]),
     "the name of a later one second": lambda a, c, **others: (a, c),
 }
 

@@ -485,22 +485,6 @@ def test_a_listener_is_not_told_of_calls_that_it_makes(listens):
     assert send.stats.calls == 3
 
 
-def test_the_others_are_told_of_the_calls_that_a_listener_makes(heard):
-    send = opero.opero(lambda: None)
-    f = opero.opero(on_event=lambda event: send())(lambda: None)
-    f()
-    assert len(heard) == 3 + 3 * 3
-
-
-def test_two_listeners_that_make_calls_come_to_an_end():
-    send = opero.opero(retries=0)(lambda: None)
-    f = opero.opero(lambda: None)
-    with on_event(lambda event: send()), on_event(lambda event: send()):
-        f()
-    # Each of the 3 events has both listeners call, and each event of these calls the other one.
-    assert send.stats.calls == 3 * 2 + 3 * 2 * 3
-
-
 def test_a_map_that_a_listener_runs_is_not_told_to_it(mode):
     told = []
     mapped = opero.opmap(**mode.options)(mode.define(abs))

@@ -157,9 +157,9 @@ class CallDone(Event):
 
 
 _numbers = itertools.count(1)
-# The callbacks that have called the running code, while they were told of something: what that causes is not told to
-# them again. Not by thread: tasks that a callback starts are its doing, too.
-_telling: ContextVar[tuple[Callable[[Any], object], ...]] = ContextVar("opero_telling", default=())
+# Whether a callback has called the running code, while it was told of something: nobody is told of what that causes.
+# Not by thread: tasks that a callback starts are its doing, too.
+_telling: ContextVar[bool] = ContextVar("opero_telling", default=False)
 
 
 class Subscription:
@@ -170,7 +170,7 @@ class Subscription:
         self._is_complained_of = False
 
     def tell(self, event: Event) -> None:
-        token = _telling.set((*_telling.get(), self.callback))
+        token = _telling.set(True)
         try:
             self.callback(event)
         except Exception as error:  # noqa: BLE001 - who listens must not change what happens
@@ -229,9 +229,9 @@ def on_event(callback: Callable[[Any], object]) -> Subscription:
     An `Exception` that it raises changes nothing; of the first a warning is logged. While somebody listens, every call
     takes some microseconds more.
 
-    It may call decorated functions itself: of calls that it makes, in its own thread or in tasks that it starts, the
-    others are told, but it is not. This does not reach calls that another thread makes for it. A forked child inherits
-    it, as it inherits all objects: its copy is told of the child's calls.
+    It may call decorated functions itself: of calls that it makes, in its own thread or in tasks that it starts, nobody
+    is told. This does not reach calls that another thread makes for it. A forked child inherits it, as it inherits all
+    objects: its copy is told of the child's calls.
 
     Args:
         callback: A plain function of one event.
@@ -250,10 +250,7 @@ def on_event(callback: Callable[[Any], object]) -> Subscription:
 def begin_telling(plan: Plan, call: Call) -> None:
     """Tell those who listen, if anybody does, that the call has started; ``call.tell`` is for what follows."""
     listeners = switches.listeners if plan.on_event is None else (plan.on_event, *switches.listeners)
-    telling = _telling.get()
-    if telling:
-        listeners = tuple(each for each in listeners if not any(each.callback is callback for callback in telling))
-    if not listeners:
+    if not listeners or _telling.get():
         return
     same: dict[str, Any] = {"function": plan.name, "module": plan.module, "call": next(_numbers), "index": call.index}
 

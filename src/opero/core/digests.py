@@ -289,18 +289,20 @@ def _parts_of_function(function: Any) -> Iterable[Any]:
     function = undecorated(function)
     if not isinstance(function, types.FunctionType):
         return (function,)
-    told: dict[str, Any] = {"doc": function.__doc__, "annotations": _annotations_of(function)}
+    told: dict[str, Any] = {
+        "doc": function.__doc__,
+        "annotations": _annotations_of(function),
+        "defaults": (function.__defaults__, function.__kwdefaults__),
+    }
     if _is_importable(function):
-        told |= {"defaults": _defaults_of(function), "wrapped": getattr(function, "__wrapped__", None)}
+        told["wrapped"] = getattr(function, "__wrapped__", None)
         return (_module_of(function), function.__qualname__, function.__code__, _AsFarAsTold(told))
     if function.__globals__.get("__name__") in _MAIN:
         # Another script has others of these names, and nobody imports them.
+        kinds = (type, types.FunctionType)
         used = _read_by(function).items()
-        told["used"] = {name: held if isinstance(held, _EVER_TOLD) else _IfTold([held]) for name, held in used}
+        told["used"] = {name: held if isinstance(held, kinds) else _IfTold([held]) for name, held in used}
     return (*apart_from_globals(function), _AsFarAsTold(told))
-
-
-_EVER_TOLD = (type, types.FunctionType)
 
 
 def apart_from_globals(function: Any) -> Any:
@@ -308,12 +310,8 @@ def apart_from_globals(function: Any) -> Any:
     function = undecorated(function)
     if not isinstance(function, types.FunctionType) or _is_importable(function):
         return function
-    defaults = _AsFarAsTold(defaults=_defaults_of(function))
+    defaults = _AsFarAsTold(defaults=(function.__defaults__, function.__kwdefaults__))
     return (_module_of(function), function.__qualname__, *_captured_by(function), defaults, vars(function))
-
-
-def _defaults_of(function: types.FunctionType) -> Any:
-    return (function.__defaults__, function.__kwdefaults__)
 
 
 def _captured_by(function: types.FunctionType) -> tuple[Any, ...]:
@@ -366,10 +364,6 @@ def _parts_of_array(array: Any) -> Iterable[Any]:
     return (plain.dtype, plain.shape, plain.flags.fnc, contents)
 
 
-def _numpys_generator() -> Any:
-    return vars(sys.modules["numpy.random.mtrand"])["_rand"]
-
-
 def _parts_of_pandas(values: Any) -> Iterable[Any]:
     """A column, or an index; a frame is taken for its columns, however they are grouped in memory."""
     held = values.to_numpy() if isinstance(values.dtype, sys.modules["numpy"].dtype) else values.array
@@ -408,7 +402,9 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "pathlib.PurePath": lambda value: (str(value),),
     "numpy.ndarray": _parts_of_array,
     # What numpy's functions and SciPy's distributions draw from changes with every draw of the program's.
-    "numpy.RandomState": lambda value: () if value is _numpys_generator() else _parts_by_pickle(value),
+    "numpy.RandomState": lambda value: (
+        () if value is sys.modules["numpy.random.mtrand"]._rand else _parts_by_pickle(value)  # noqa: SLF001 - that one
+    ),
     "pandas.DataFrame": lambda value: (
         value.columns,
         value.index,
