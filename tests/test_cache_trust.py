@@ -113,7 +113,7 @@ def test_a_file_that_others_can_write_to_is_refused(tmp_path):
     folder = private_folder(tmp_path / "opero", "ns", "cache_dir")
     (folder / "cache.db").touch()
     (folder / "cache.db").chmod(0o666)
-    with pytest.raises(UnsafeCacheError, match="has files that others can write to"):
+    with pytest.raises(UnsafeCacheError, match="has a file that can be written to by others"):
         private_folder(tmp_path / "opero", "ns", "cache_dir")
 
 
@@ -121,7 +121,7 @@ def test_a_file_that_others_can_write_to_is_refused(tmp_path):
 def test_a_link_in_the_folder_is_refused(tmp_path):
     folder = private_folder(tmp_path / "opero", "ns", "cache_dir")
     (folder / "cache.db").symlink_to(tmp_path / "elsewhere.db")
-    with pytest.raises(UnsafeCacheError, match="has links in it"):
+    with pytest.raises(UnsafeCacheError, match="has a file that is a link"):
         private_folder(tmp_path / "opero", "ns", "cache_dir")
 
 

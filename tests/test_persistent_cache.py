@@ -1170,7 +1170,7 @@ def test_a_private_folder_with_a_file_of_somebody_elses_is_refused(world, tmp_pa
     gc.collect()
     (database,) = (tmp_path / "cache").rglob("*.db")
     os.chown(database, 12345, 12345)
-    with pytest.raises(PermissionError, match="has files of another user"):
+    with pytest.raises(PermissionError, match="has a file that belongs to another user"):
         use(world, tmp_path / "cache")
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _MODE = 0o700
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_WRITABLE = "can be written to by others"
 # To look at a folder and to go on into it no right to list it is needed.
 _LOOK = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 
@@ -44,14 +44,7 @@ def held_private_folder(root: Path, name: str, option: str, *, with_files: bool 
     exchanged meanwhile. Those up to the user's home or the system's folder for temporary files have to be the user's or
     root's, too: whoever can write to one of them could put another folder into the place of this one.
 
-    Args:
-        root: The folder of all; made if need be, and looked at as well.
-        name: The folder inside.
-        option: What the user can write to name another root.
-        with_files: Whether to look at the files in it, too; else whoever opens one has to.
-
-    Raises:
-        UnsafeCacheError: If others own one of the folders or can write to it, or own a file in it.
+    ``option`` is what names another root. Without ``with_files`` whoever opens a file has to look whose it is.
     """
     folder = root / name
     if not hasattr(os, "geteuid"):  # Windows: the folders of a user are that user's by default
@@ -103,6 +96,15 @@ def _opened(held: int, part: str) -> int:
         return os.open(part, _LOOK, dir_fd=held)
 
 
+def fault_of(found: os.stat_result) -> str | None:
+    """Why what lies there cannot be trusted, if it cannot."""
+    if found.st_uid not in {os.geteuid(), 0}:
+        return "belongs to another user"
+    if stat.S_ISLNK(found.st_mode):
+        return "is a link"
+    return _WRITABLE if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
+
+
 def refuse_unsafe(folder: Path, option: str) -> None:
     """Raise `UnsafeCacheError` if others own the folder or can write to it."""
     if hasattr(os, "geteuid"):
@@ -110,13 +112,8 @@ def refuse_unsafe(folder: Path, option: str) -> None:
 
 
 def _refuse_unsafe(found: os.stat_result, folder: Path, option: str, *, within: Path | None = None) -> None:
-    if not stat.S_ISDIR(found.st_mode):
-        reason = "is not a folder"
-    elif found.st_uid not in {os.geteuid(), 0}:
-        reason = "belongs to another user"
-    elif found.st_mode & OTHERS_WRITE and not (within is not None and _keeps_others_out(found)):
-        reason = "can be written to by others"
-    else:
+    reason = fault_of(found) if stat.S_ISDIR(found.st_mode) else "is not a folder"
+    if reason is None or (within is not None and reason == _WRITABLE and _keeps_others_out(found)):
         return
     if within is None:
         raise _unsafe(folder, reason, option)
@@ -131,12 +128,11 @@ def _keeps_others_out(found: os.stat_result) -> bool:
     import grp
     import pwd
 
-    try:
+    with contextlib.suppress(KeyError):
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(found.st_gid)
-    except KeyError:
-        return False
-    # Many systems make a group for each user, with that user's name and no other member.
-    return group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+        # Many systems make a group for each user, with that user's name and no other member.
+        return group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    return False
 
 
 def _refuse_foreign_files(held: int, folder: Path, option: str) -> None:
@@ -146,13 +142,9 @@ def _refuse_foreign_files(held: int, folder: Path, option: str) -> None:
         for name in os.listdir(listed):  # noqa: PTH208 - pathlib knows no descriptors
             # SQLite takes its files away when another process closes the database.
             with contextlib.suppress(FileNotFoundError):
-                found = os.stat(name, dir_fd=listed, follow_symlinks=False)
-                if found.st_uid not in {os.geteuid(), 0}:
-                    raise _unsafe(folder, "has files of another user", option)
-                if stat.S_ISLNK(found.st_mode):
-                    raise _unsafe(folder, "has links in it", option)
-                if stat.S_ISREG(found.st_mode) and found.st_mode & OTHERS_WRITE:
-                    raise _unsafe(folder, "has files that others can write to", option)
+                reason = fault_of(os.stat(name, dir_fd=listed, follow_symlinks=False))
+                if reason is not None:
+                    raise _unsafe(folder, f"has a file that {reason}", option)
     finally:
         os.close(listed)
 

@@ -19,7 +19,7 @@ from opero.core.clock import clock
 from opero.core.digests import digest_of
 from opero.core.faults import Complaints
 from opero.core.limits.ledger import changed, is_over
-from opero.core.private_folder import OTHERS_WRITE, folder_of_user, private_folder
+from opero.core.private_folder import fault_of, folder_of_user, private_folder
 from opero.core.steps import Consult
 from opero.exceptions import UnsafeCacheError
 
@@ -177,9 +177,9 @@ def _locked(path: str) -> Iterator[int | None]:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         found = os.fstat(file)
-        if found.st_uid not in {os.geteuid(), 0} or found.st_mode & OTHERS_WRITE:
-            what = "can be written to by others" if found.st_mode & OTHERS_WRITE else "belongs to another user"
-            raise UnsafeCacheError(f"{path} {what}; delete it, or name another folder for limits")
+        fault = fault_of(found)
+        if fault is not None:
+            raise UnsafeCacheError(f"{path} {fault}; delete it, or name another folder for limits")
         for _ in range(_LOCK_TRIES):
             try:
                 # Of this opening, and not of the process as `fcntl.lockf`: threads keep each other out, too.

@@ -154,10 +154,11 @@ def _close_before_fork() -> None:
     child makes itself: other processes then remove or overwrite what it writes.
     """
     _guard.lock.acquire()
-    for store in list(_open_stores.values()):
+    for known in _open_stores.valuerefs():
         # Whatever is wrong with the database is told to those who use it.
         with contextlib.suppress(Exception):
-            store.close()
+            if (store := known()) is not None:
+                store.close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -394,6 +395,7 @@ class DiskStore(LastingStore):
             self._disconnect()
             raise
         _open_stores[id(self)] = self
-        for first in list(_open_stores.values())[:-_MOST_OPEN]:
-            first.close()
+        for known in _open_stores.valuerefs()[:-_MOST_OPEN]:
+            if (first := known()) is not None:
+                first.close()
         return self._connection
