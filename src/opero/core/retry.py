@@ -236,6 +236,9 @@ class RetryPolicy:
             return state
         # A pass through candidates of which some still rested is no round of its own.
         state.attempt_number = call.rounds
+        if not self.options:
+            # The strategies of opero's own look at nothing else.
+            return state
         if type(outcome) is Failed:
             error = outcome.error
             state.set_exception((type(error), error, error.__traceback__))
