@@ -23,7 +23,7 @@ import pytest
 from side_by_side import eventually, hang
 
 from conftest import as_async
-from opero import CallStats, OperoError, opmap
+from opero import CallStats, FailedItemsWarning, OperoError, opmap
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
 
 MODES = ("thread", "process", "async", "async_process")
@@ -154,6 +154,12 @@ def test_a_failed_item_is_its_exception_or_raises(mode):
             mode.define(fail_on_odd),
             itertools.count(),
         )
+
+
+def test_none_for_return_exceptions_is_as_if_it_were_not_given():
+    mapped = get_parallel_map_decorator("serial", return_exceptions=None)(fail_on_odd)
+    with pytest.warns(FailedItemsWarning):
+        assert [type(result) for result in mapped([0, 1])] == [int, SpoiledError]
 
 
 @pytest.mark.parametrize(("ordered", "expected"), [(True, [0, 1]), (False, [1, 0])])

@@ -317,6 +317,9 @@ def get_parallel_map_decorator(mode: Mode = "process", **options: Any) -> Callab
     check_mode(mode)
     given: dict[str, Any] = {"mode": mode, "progress": False, "pool_options": {}}
     for name, value in options.items():
+        if name == "return_exceptions" and value is None:
+            # As if it were not given.
+            continue
         (given if name in _OF_MAPS_WITHOUT_POLICIES else given["pool_options"])[name] = value
 
     def decorate(function: Callable[..., Any]) -> Any:
