@@ -161,13 +161,13 @@ class Decoration:
         """What a first attempt that may be made now is made with; None where the flow has to decide."""
         if not self._is_quick:
             return None
-        given, place, is_ready = (args, kwargs), None, False
+        given, place, is_ready = None, None, False
         try:
             if self._first_candidate is not None:
                 first = self._first_candidate(args, kwargs)
                 if first is None:
                     return None
-                args, kwargs = first
+                given, (args, kwargs) = (args, kwargs), first
             if self._is_quiet is not None and not self._is_quiet(args, kwargs):
                 return None
             if self._enter is not None:
@@ -179,7 +179,7 @@ class Decoration:
             is_ready = False
         if is_ready:
             self.count()
-            told = self._told(*given) if self._tells or switches.are_on else None
+            told = self._told(*(given or (args, kwargs))) if self._tells or switches.are_on else None
             return args, kwargs, place, told, clock.now()
         if place is not None:
             place.give_back()
@@ -274,7 +274,8 @@ def _function(this: Decoration) -> Callable[..., Any]:
                 return this.call(args, kwargs)
             if find is not None:
                 entry = find(*args, **kwargs) if kwargs else find(*args)
-                key, entry = this.look(args, kwargs) if entry is None else (None, entry)
+                if entry is None:
+                    key, entry = this.look(args, kwargs)
                 if entry is not None:
                     return entry[0]
                 call = Call(args, kwargs, key=key)
@@ -304,7 +305,8 @@ def _async_function(this: Decoration) -> Callable[..., Any]:
                 return await this.call_async(args, kwargs)
             if find is not None:
                 entry = find(*args, **kwargs) if kwargs else find(*args)
-                key, entry = await this.look_async(args, kwargs) if entry is None else (None, entry)
+                if entry is None:
+                    key, entry = await this.look_async(args, kwargs)
                 if entry is not None:
                     return entry[0]
                 call = Call(args, kwargs, key=key)

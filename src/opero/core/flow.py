@@ -77,15 +77,15 @@ def call_flow(plan: Plan, call: Call) -> Flow:
 def item_flow(plan: Plan, call: Call) -> Flow:
     """One item of a function that takes lists: the layers that are by item, around what is by call."""
     plan.stats.flown.tick()
+
+    def share() -> Any:
+        return (yield Share())
+
     try:
-        outcome = yield from _share() if plan.cache is None else plan.cache.through(call, _share)
+        outcome = yield from share() if plan.cache is None else plan.cache.through(call, share)
     except Exception as error:  # arguments that cannot be a key, a user's function
         outcome = Failed(error)
     return _replaced_by_default(plan, call, outcome) if type(outcome) is Failed else outcome
-
-
-def _share() -> Any:
-    return (yield Share())
 
 
 class Layers:
@@ -153,7 +153,11 @@ class Layers:
         plan = self.plan
         speaks: Verdict | None = None
         self.has_slot = False
-        self.left = self._ready() if self.errors else list(self.candidates)
+        self.left = list(self.candidates)
+        if self.errors:
+            # Those that have rested for as long as they asked for, or the first that will have: a sleep may end early.
+            rested = [c for c in self.left if c.ready_at <= clock.now()]
+            self.left = rested or [min(self.left, key=lambda c: c.ready_at)]
         while self.left:
             is_chosen = plan.fallback is None or self.call.failure is not None
             candidate = self.left[0] if is_chosen else self._choose(plan.fallback, speaks)
@@ -202,26 +206,21 @@ class Layers:
         if plan.places is not None:
             candidate.place = yield from plan.places.take(candidate, call.deadline)
             if candidate.place is None or candidate.is_shut():
-                return self._why_not()
+                return OUT_OF_TIME if clock.now() >= call.deadline else CIRCUIT_OPEN
         if plan.limit is not None and not self.has_slot:
             missed = yield from self._take_slot(plan.limit, candidate)
             if missed is not None:
                 return missed
-        self.has_slot = False
-        if clock.now() >= call.deadline:
-            return OUT_OF_TIME
+        self.has_slot, outcome = False, NOT_RUN
         is_part = call.presence is None and (candidate.passage or candidate.place)
         with part_of(candidate.passage, candidate.place) if is_part else _ALONE:
-            outcome = yield candidate
+            if clock.now() < call.deadline:
+                outcome = yield candidate
         if outcome is NOT_RUN:
-            return self._why_not()
+            return OUT_OF_TIME if clock.now() >= call.deadline else CIRCUIT_OPEN
         if plan.limit is not None:
             yield from plan.limit.ended(candidate, outcome, clock.now() - call.began)
         return outcome
-
-    def _why_not(self) -> NoAttempt:
-        """Why an attempt that waited for something has not begun."""
-        return OUT_OF_TIME if clock.now() >= self.call.deadline else CIRCUIT_OPEN
 
     def _take_slot(self, limit: FunctionLimit, candidate: Candidate) -> Generator[Any, Any, NoAttempt | None]:
         """Wait for a slot; gives why there is none, if so."""
@@ -312,12 +311,6 @@ class Layers:
             self.call.tell(events.CircuitChanged, state=changed, place=place)
 
     # Which candidates may be tried, and when
-
-    def _ready(self) -> list[Candidate]:
-        """Those that have rested for as long as they asked for, or the first that will have."""
-        now = clock.now()
-        # A sleep can end a little early.
-        return [c for c in self.candidates if c.ready_at <= now] or [min(self.candidates, key=lambda c: c.ready_at)]
 
     def _for_the_round(self, fallback: FallbackOverParameter, verdict: Verdict) -> Verdict:
         """The next round begins as soon as a candidate is ready that nobody has given up and no circuit shuts off."""

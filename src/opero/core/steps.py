@@ -290,14 +290,12 @@ def drive(flow: Flow, function: Callable[..., Any]) -> Any:
             except Exception as error:  # the flow decides what becomes of it
                 go_on, sent = (go_on, Failed(error)) if isinstance(step, Candidate) else (flow.throw, error)
     except StopIteration as end:
-        outcome = end.value
+        outcome = [end.value]
     finally:
         step = sent = None
         flow.close()
-    try:
-        return raise_or_return(outcome)
-    finally:
-        del outcome
+    # Taken out of the list, since an error's traceback leads to this frame: they would keep each other alive.
+    return raise_or_return(outcome.pop())
 
 
 async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name: str) -> Any:
@@ -318,14 +316,12 @@ async def drive_async(flow: Flow, function: Callable[..., Awaitable[Any]], name:
             except Exception as error:
                 go_on, sent = flow.throw, error
     except StopIteration as end:
-        outcome = end.value
+        outcome = [end.value]
     finally:
         step = sent = None
         flow.close()
-    try:
-        return raise_or_return(outcome)
-    finally:
-        del outcome
+    # Taken out of the list, since an error's traceback leads to this frame: they would keep each other alive.
+    return raise_or_return(outcome.pop())
 
 
 def _carry_out(step: Consult | Pause | Arrival) -> Any:

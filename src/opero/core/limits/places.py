@@ -26,16 +26,15 @@ class Place:
     """One of them, which an execution has; `opero.core.steps.within` knows what is part of it until it is over."""
 
     # Without an `__init__`, which would take as long as all the rest of a call.
+    __slots__ = ("is_over", "places", "token")
     places: Places
-    token: Any = None
-    is_over = False
+    token: Any
+    is_over: bool
 
     def give_back(self) -> None:
         """Somebody leaves: the next one may come."""
         places, token, self.is_over = self.places, self.token, True
-        # What a forked child does in a place of its parent takes none here.
-        if len(places.free) < places.count:
-            places.free.append(None)
+        places.free.append(None)
         if places.waiting:
             places.reopen()
         if token is not None:
@@ -68,7 +67,7 @@ class Places(Line):
         return 0.0
 
     def is_idle(self) -> bool:
-        return len(self.free) == self.count
+        return len(self.free) >= self.count
 
     def enter(self, _args: Any = (), _kwargs: Any = None) -> Place | None:
         """Take a place for the running code, and begin it; None if that has to wait, or must not."""
@@ -80,7 +79,7 @@ class Places(Line):
         except IndexError:
             return None
         place = Place()
-        place.places = self
+        place.places, place.is_over = self, False
         place.token = within.set((*leaders(), place) if outer else (place,))
         return place
 
@@ -116,5 +115,5 @@ class PlacesForFunction:
         if (yield from take([(places, ONE)], lambda: -math.inf if candidate.is_shut() else deadline)) != "taken":
             return None
         place = Place()
-        place.places = places
+        place.places, place.is_over, place.token = places, False, None
         return place
