@@ -340,6 +340,18 @@ def test_who_comes_passes_nobody_however_long_those_before_cannot_look(fake_cloc
         ticket.leave()
 
 
+def test_who_looks_again_before_it_had_to_passes_nobody(fake_clock, joined):
+    """A driver looks once more before it waits; between the two the garbage collector may take half a second."""
+    limiter = RateLimiter(50)
+    limiter.take_now()
+    first, *_ = joined(limiter, 40)
+    fake_clock.tick(0.1)
+    [last] = joined(limiter, 1)
+    fake_clock.tick(0.5)
+    assert not last.poll()
+    assert first.poll()
+
+
 # Waiters give up
 
 

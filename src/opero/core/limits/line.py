@@ -99,10 +99,10 @@ class Line:
             pace = ledger.only_pace
             if pace is not None and amounts is ONE:
                 # As below, in half the time.
-                late = now - pace.free_at
-                if late + EARLY < 0:
+                free_at = pace.free_at
+                if now + EARLY < free_at:
                     return False
-                pace.free_at = (pace.free_at if late <= pace.short else now) + pace.interval
+                pace.free_at = (free_at if now - free_at <= pace.short else now) + pace.interval
                 return True
             is_open = ledger.is_open(now, amounts)
             if is_open:
@@ -191,11 +191,11 @@ class Line:
         is_open = now + EARLY >= self.opens_at
         if before:
             grace = min(before, _MOST_GRACES) * _GRACE
-            if not self.opens_at < turn.looked_at <= now - grace:
+            if turn.due_at > now or turn.looked_at <= self.opens_at:
                 # Those before it are served first. Thousands that look more often keep their event loop from all else.
                 theirs = before * self._seconds_of(amounts)
                 return now + min(theirs, _LONGEST_NAP) + grace if is_open else self.opens_at + theirs + grace
-            # They could have gone on when it looked last, and have not looked since then.
+            # They could have gone on when it looked last, and have not done so until it had to look again.
             for _, other, _ in self.waiting[:before]:
                 self.let_pass(other)
         return now + self.wait_alone(amounts, now) if is_open else self.opens_at
@@ -281,15 +281,16 @@ class Turn:
     Attributes:
         news: One of these, or nothing yet.
         has_waited: It has found no slot before.
-        looked_at: When it looked last.
+        looked_at: When it looked last, and ``due_at`` when it has to look again, if nothing is heard before.
         number: Its place among all that came; below 0 before that.
     """
 
     news = ""
     has_waited = False
     number = -1
-    # When to look again, if nothing is heard before; since when it is the first everywhere.
-    _due = _first_since = looked_at = math.inf
+    looked_at = due_at = math.inf
+    # Since when it is the first everywhere.
+    _first_since = math.inf
     _wake: Callable[[], None] | None = None
 
     def __init__(
@@ -326,8 +327,8 @@ class Turn:
             self.news = too_late
             return
         moments = [line.due(self, amounts, now) for line, amounts in self._wants]
-        self._due, self.looked_at = max(moments), now
-        if self._due <= now + EARLY:
+        self.due_at, self.looked_at = max(moments), now
+        if self.due_at <= now + EARLY:
             if any(line.gate is not None for line, _ in self._wants):
                 self.news = "asks"
             else:
@@ -345,7 +346,7 @@ class Turn:
                 self.news = "full" if until <= max(latest, now) else too_late
                 return
         bounds = [bound for bound in (latest, *self._untils) if bound > now]
-        self._due = min(now + _LONGEST_NAP if self._due == math.inf else self._due, *bounds)
+        self.due_at = min(now + _LONGEST_NAP if self.due_at == math.inf else self.due_at, *bounds)
 
     def _let_others_pass(self, moments: Sequence[float], now: float) -> None:
         """Others use what would pass unused while it waits for another limit, unless they have done so for long."""
@@ -353,11 +354,11 @@ class Turn:
             self._first_since = min(self._first_since, now)
         unused = EARLY + max(0.0, now - self._first_since) * _UNUSED
         for (line, _), moment in zip(self._wants, moments, strict=True):
-            if self._due - max(moment, now) > unused:
+            if self.due_at - max(moment, now) > unused:
                 line.let_pass(self)
             elif line.first() is self:
                 # It lets nobody else go on meanwhile.
-                line.opens_at = max(self._due, line.opens_at)
+                line.opens_at = max(self.due_at, line.opens_at)
 
     def _start(self, now: float) -> None:
         self.news = "taken"
@@ -384,7 +385,7 @@ class Turn:
             yield from line.tell(partial(Ledger.take, amounts=[-amount for amount in amounts]))
 
     def due_in(self) -> float:
-        return 0.0 if self.news else max(0.0, self._due - clock.now())
+        return 0.0 if self.news else max(0.0, self.due_at - clock.now())
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self._wake = wake
