@@ -544,6 +544,14 @@ def test_numeric_libraries_have_a_share_of_the_cpus_that_the_program_may_use(mon
     assert mapped(threads_allowed, "fork", pool_options=options)([1]) == [expected]
 
 
+@pytest.mark.parametrize("name", ["NUMBA_NUM_THREADS", "POLARS_MAX_THREADS", "OPENCV_FOR_THREADS_NUM"])
+def test_a_setting_of_one_librarys_own_stays_and_leaves_the_others_their_share(monkeypatch, name):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(name, "7")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: range(8), raising=False)
+    assert mapped(lambda _item: (os.environ.get("OMP_NUM_THREADS"), os.environ[name]), "fork")([1]) == [("4", "7")]
+
+
 SHARES = """
     import sys
     from multiprocessing.shared_memory import SharedMemory

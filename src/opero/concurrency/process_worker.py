@@ -42,6 +42,8 @@ THREAD_SETTINGS = (
     "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
 )
+# Those that others look at when they are imported, each only at its own.
+_SETTINGS_OF_OTHERS = {"numba": "NUMBA_NUM_THREADS", "cv2": "OPENCV_FOR_THREADS_NUM", "polars": "POLARS_MAX_THREADS"}
 
 
 class Parent:
@@ -230,6 +232,14 @@ def _end_executors() -> None:
 def _limit_threads(count: int) -> None:
     """Let numeric libraries have so many threads: each would have one for each CPU in each worker."""
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, str(count)))
+    for library, name in _SETTINGS_OF_OTHERS.items():
+        if library not in sys.modules:
+            os.environ.setdefault(name, str(count))
+    # It compiles nothing where the environment says another number than that which it has read.
+    numba = sys.modules.get("numba")
+    if numba is not None and not os.environ.get("NUMBA_NUM_THREADS"):
+        with contextlib.suppress(Exception):
+            numba.set_num_threads(count)
     if "numpy" in sys.modules:
         with contextlib.suppress(ImportError):
             import threadpoolctl
