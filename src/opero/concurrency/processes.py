@@ -125,7 +125,7 @@ class ProcessPool(Pool):
         watch_forks(self)
 
     def _use(self, method: str) -> None:
-        self._method, self._server = method, None
+        self._method = method
         names, levels = None, {}
         if method != "fork":
             names = names_in_fresh_workers()
