@@ -110,6 +110,7 @@ def test_a_server_that_was_replaced_goes_on_for_its_processes(tmp_path, whose):
             with tell.pool():
                 print(*tell(["KEY"]))
                 os.environ["KEY"] = "second"
+                os.utime("tools.py", (0, 1))
                 print(*opmap(workers=1, retries=0, progress=False)(tools.tell)(["KEY"]), *tell(["KEY"]))
         """,
         "the program": """
