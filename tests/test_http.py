@@ -374,15 +374,6 @@ def test_a_refused_connection_is_retried(failure):
     assert retry_after(failure(f"http://127.0.0.1:{port}/")) is True
 
 
-@pytest.mark.parametrize("cls", [httpx.ConnectError, requests.exceptions.SSLError, urllib.error.URLError])
-@pytest.mark.parametrize("depth", [1, 2])
-def test_a_certificate_that_is_not_valid_is_not_retried(cls, depth):
-    refused = cls(ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"))
-    assert retry_after(raised_from(refused, depth=depth)) is False
-    broken = cls(ssl.SSLEOFError(8, "[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred"))
-    assert retry_after(raised_from(broken, depth=depth)) is True
-
-
 @pytest.mark.parametrize(
     "error",
     [

@@ -54,8 +54,6 @@ _STATUS = ("status_code", "status", "http_status")
 # Of these libraries it is also a plain ``code``; elsewhere that may be any number.
 _STATUS_IS_CODE = ("google", "urllib")
 
-_STREAMING = ("anthropic", "openai")
-
 # By library. Not here: what no second try can mend, such as a wrong URL or too many redirects.
 _NO_ANSWER = {
     "aiohttp": {"ClientConnectionError", "ClientPayloadError"},
@@ -106,8 +104,7 @@ def retry_after(error: Exception) -> bool | float | Answer:
     431, 451
     401, 402, 403 and other 4xx; codes of a key that is       False: not with this candidate, which rests
     invalid, expired or used up (openai's 429
-    ``insufficient_quota``); a certificate of the server
-    that is not valid
+    ``insufficient_quota``)
     Anything else                                             False
     ========================================================  ==========================================================
 
@@ -157,14 +154,12 @@ def _judged(error: BaseException) -> bool | float | Answer | None:
     status, headers = _answer(error)
     is_no_answer = any(name in _NO_ANSWER.get(library, ()) for library, name in _names(error))
     if status is None and (is_no_answer or isinstance(error, (ConnectionError, TimeoutError))):
-        return not _is_about_a_certificate(error)
+        return True
     codes = _codes(error)
     is_passing = not _PASSING_CODES.isdisjoint(codes)
     if status is None or status < HTTPStatus.BAD_REQUEST:
-        # Only in their streams an error can come after the answer has begun.
-        is_broken_off = is_passing and any(library in _STREAMING for library, _ in _names(error))
-        told = _told_delay(error) if status is None else None
-        return True if is_broken_off else told
+        # In the streams of openai and anthropic an error can come after the answer has begun.
+        return True if is_passing else _told_delay(error)
     if not _KEY_CODES.isdisjoint(codes):
         return False
     delays = _asked_delays(error, status, headers)
@@ -175,15 +170,6 @@ def _judged(error: BaseException) -> bool | float | Answer | None:
     if is_passing:
         return True
     return GIVE_UP if status in _ABOUT_THE_REQUEST else False
-
-
-def _is_about_a_certificate(error: BaseException) -> bool:
-    """Whether there was no connection since the server's certificate is not valid, which it will not be soon."""
-    try:
-        # What OpenSSL calls it, which all clients pass on; some hide the error itself.
-        return any("CERTIFICATE_VERIFY_FAILED" in str(link) for link in _causes(error))
-    except Exception:  # noqa: BLE001 - an error without a text
-        return False
 
 
 def _answer(error: BaseException) -> tuple[int | None, Any]:
