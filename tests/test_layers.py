@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -19,9 +18,6 @@ from side_by_side import until
 from opero import AllFailedError, RejectedResultError, opero, opmap
 from opero.core import CallTimeoutError, MisuseError, RateLimiter
 from opero.core.clock import clock
-from opero.core.flow import call_flow
-from opero.core.plan import Call, Plan
-from opero.core.retry import RetryPolicy
 
 PASSING = [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError]
 
@@ -472,12 +468,12 @@ def test_with_candidates_all_errors_are_kept(world, fake_clock):
 
 
 class Converting:
-    """A service whose client makes an error of its own of a cancellation, or a result."""
+    """A service whose client makes an error of its own of a cancellation."""
 
-    def __init__(self, make=None, kind=ConnectionError):
+    def __init__(self, kind=ConnectionError):
         self.asked = []
         self.reached = asyncio.Event()
-        self.make, self.kind = make, kind
+        self.kind = kind
 
     async def __call__(self, key="a"):
         self.asked.append(key)
@@ -487,8 +483,6 @@ class Converting:
                 await asyncio.Event().wait()
             raise ConnectionError("again")
         except asyncio.CancelledError:
-            if self.make is not None:
-                return self.make()
             raise self.kind("closed") from None
 
     async def cancelled(self, function, *args):
@@ -532,18 +526,6 @@ def test_no_attempt_follows_once_the_task_is_being_cancelled(options, is_first_c
     assert len(service.asked) == 1
 
 
-@pytest.mark.skipif(sys.version_info < (3, 13), reason="there a failed TaskGroup looks like a cancellation")
-def test_a_rejected_result_of_a_cancelled_attempt_is_the_last_one():
-    service = Converting(make=lambda: None)
-
-    @opero(retry_if_result=lambda result: result is None)
-    async def ask():
-        return await service()
-
-    assert isinstance(asyncio.run(service.cancelled(ask)), RejectedResultError)
-    assert service.asked == ["a"]
-
-
 def test_the_circuit_hears_nothing_of_a_cancelled_attempt():
     service = Converting()
 
@@ -556,14 +538,6 @@ def test_the_circuit_hears_nothing_of_a_cancelled_attempt():
         return await ask()
 
     assert asyncio.run(body()) == "done"
-
-
-def test_a_first_attempt_that_was_cancelled_is_the_last_one():
-    call, error = Call((), {}), ConnectionError()
-    call.failure, call.is_last = error, True
-    with pytest.raises(StopIteration) as end:
-        call_flow(Plan(lambda: None, RetryPolicy()), call).send(None)
-    assert end.value.value.error is error
 
 
 @pytest.mark.parametrize("is_begun", [False, True], ids=["first call", "later call"])
