@@ -7,54 +7,68 @@ one worker; when that is gone its batches are withdrawn, and its nanny reads the
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 from collections import deque
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+
+import distributed
 
 from opero.concurrency.batches import Batch, Fatal, Lost
-from opero.concurrency.far import CONNECTING_SECONDS, ENDING_SECONDS, FarPool
-from opero.concurrency.far_worker import Found, end_children, load_on_dask, recover, run_on_dask
-from opero.concurrency.scheduler import MOST_AHEAD
+from opero.concurrency.far import (
+    CONNECTING_SECONDS,
+    ENDING_SECONDS,
+    FarPool,
+    Found,
+    load,
+    recover,
+    run_parcel,
+    run_watched,
+    works,
+)
+from opero.concurrency.outcome import StreamSink
+from opero.concurrency.pool import MapSettings, PoolSource
+from opero.concurrency.running import run_blocking
+from opero.concurrency.worker import How, Report, Shape, Work
 from opero.core.checks import kind_of
 from opero.core.forks import ForkSafeLock
+from opero.core.plan import Plan
+from opero.core.retry import RetryPolicy
+from opero.core.signature import name_of
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Coroutine, Mapping
+    from concurrent.futures import Future
 
-    from opero.concurrency.running import Inbox
-    from opero.concurrency.worker import Work
+    from opero.core.steps import TimeLimit
 
 # Between two looks at the scheduler: whether it is there, and what workers it has.
 _LOOKING_SECONDS = 1.0
-# Batches at a worker for each of its threads.
-_PER_THREAD = 1 + MOST_AHEAD
-# Larger batches go past the scheduler's graph, which warns of them.
-_MOST_BYTES_ALONG = 65_536
-# The first use of some parts of the library imports them, which it does not survive in two threads at once.
-_making = ForkSafeLock()
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A worker of the cluster: where it is, how many items it can run at once, and what it has to do, by name."""
+    """A worker of the cluster, as long as it is there.
+
+    ``room``: items that it can run at once, none before it has loaded the work; ``batches``: what it has to do, by name
+    and as dask's future.
+    """
 
     address: str
     nanny: str | None
-    room: int
-    is_ready: bool = False
-    batches: dict[Batch, str] = field(default_factory=dict)
+    room: int = 0
+    batches: dict[Batch, tuple[str, Any]] = field(default_factory=dict)
 
 
 class DaskPool(FarPool):
     """Runs batches on the workers of a dask cluster."""
 
     engine = "dask"
+    isolates = False
 
     def __init__(
         self,
@@ -68,101 +82,54 @@ class DaskPool(FarPool):
         restart_workers: bool = False,
     ) -> None:
         self._given, self._address = client, address
-        self._resources, self._priority = dict(resources or {}), priority
-        self._restarts = restart_workers
+        self.needs = dict(resources or {})
+        self._priority, self._restarts = priority, restart_workers
         self._workers: dict[str, _Worker] = {}
-        self._pending: deque[tuple[Batch, bytes]] = deque()
-        # The library, most of which has no types; the map's own client, and cluster if it had to be made.
-        self._distributed: Any = None
+        self._pending: deque[tuple[Batch, str, bytes]] = deque()
+        # The map's own, of a library that has no types; and what waits there for a first worker.
         self._client: Any = None
-        self._cluster: Any = None
-        # Those of batches by their names, and one that waits for a first worker.
-        self._futures: dict[str, Any] = {}
         self._knock: Any = None
-        self._has_limits = self._has_seceded = False
+        self._has_limits = False
         super().__init__(work, workers)
 
-    @property
-    def slots(self) -> int:
-        if self._client is None:
-            return 0 if self._is_paced else 1
-        room = sum(worker.room for worker in list(self._workers.values()) if worker.is_ready)
-        return room if self._most is None else min(room, self._most)
+    def room(self) -> int:
+        return sum(worker.room for worker in list(self._workers.values()))
 
-    def start(self, inbox: Inbox, **about_the_map: Any) -> None:
-        super().start(inbox, **about_the_map)
-        if self._client is not None:
-            # They have the arguments of the last map, and what has become of them meanwhile is not known.
-            self._workers.clear()
-            self._spawn(self._count())
-
-    def take_on(self, work: Work) -> None:
-        if self._client is not None and self._has_limits:
-            self._spawn(self._end_children(self._digest))
-        super().take_on(work)
-
-    def prepare(self) -> None:
-        """Look for workers, for calls that take no slot before there is one."""
-        if self._client is None:
-            self._begin()
-
-    def submit(self, batch: Batch) -> None:
-        self.prepare()
-        payload = self.pack(batch)
-        if payload is not None:
-            self._has_limits = self._has_limits or batch.time_limit is not None
-            self._pending.append((batch, payload))
-            self._loop.call_soon_threadsafe(self._hand_out)
-
-    def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:  # noqa: ARG002 - it does not take long
-        """Withdraw what has not begun; what runs is left to its end."""
-        try:
-            if self._client is not None:
-                atexit.unregister(self.stop)
-                self._looking.cancel()
-                wait([self._spawn(self._withdraw())], timeout=ENDING_SECONDS)
-                self._client.close(timeout=ENDING_SECONDS)
-        finally:
-            if self._cluster is not None:
-                self._cluster.close(timeout=ENDING_SECONDS)
-            if self._has_seceded:
-                self._distributed.rejoin()
-            self._client = self._cluster = None
-            self._has_seceded = False
+    def send(self, batch: Batch, name: str, payload: bytes) -> None:
+        if batch.time_limit is not None and not self._has_limits:
+            self._has_limits = True
+            self.ends.callback(lambda: wait([self._spawn(self._end_children())], timeout=ENDING_SECONDS))
+        self._pending.append((batch, name, payload))
+        self._loop.call_soon_threadsafe(self._hand_out)
 
     # In the thread of the map
 
-    def _begin(self) -> None:
-        import distributed
-
-        self._distributed = distributed
-        address, security = self._where()
+    def begin(self) -> None:
+        where = self._where()
         try:
             # One of the map's own: what others subscribe to, cancel or restart is theirs.
-            self._client = self._distributed.Client(
-                address, security=security, set_as_default=False, timeout=CONNECTING_SECONDS, name="opero"
-            )
+            self._client = distributed.Client(**where, set_as_default=False, timeout=CONNECTING_SECONDS, name="opero")
         except OSError as error:
+            address = where.get("address", "127.0.0.1")
             raise OperoError(f"the scheduler of dask at {address} cannot be reached: {describe(error)}") from error
+        # With it goes what has not begun, and a cluster of its own.
+        self.ends.callback(self._client.close, timeout=ENDING_SECONDS)
         self._loop = self._client.loop.asyncio_loop
-        # A forgotten stream is ended while dask can still do that.
-        atexit.register(self.stop)
         self._client.subscribe_topic("all", self._heard)
-        self._looking = self._spawn(self._look_after())
+        self.ends.callback(self._spawn(self._look_after()).cancel)
 
-    def _where(self) -> tuple[str, Any]:
-        """Address and security of the scheduler: of the client that was given, or is there, or of a new cluster."""
-        distributed = self._distributed
+    def _where(self) -> dict[str, Any]:
+        """What a client needs for the scheduler of the client that was given, or is there, or for a new cluster."""
         if self._address is not None:
-            return self._address, None
+            return {"address": self._address}
         client = self._given
         if client is None:
             with contextlib.suppress(ValueError):
                 worker = distributed.get_worker()
                 # In a task, whose thread would be missing to those that it waits for.
                 distributed.secede()
-                self._has_seceded = True
-                return worker.scheduler.address, worker.security
+                self.ends.callback(distributed.rejoin)
+                return {"address": worker.scheduler.address, "security": worker.security}
             with contextlib.suppress(ValueError):
                 client = distributed.Client.current()
         if client is not None:
@@ -170,192 +137,186 @@ class DaskPool(FarPool):
                 raise TypeError(f"pool_options['client'] is {kind_of(client)}; write a distributed.Client")
             if client.scheduler is None or client.status != "running":
                 raise OperoError(f"the client of dask that is to run {self._name} is not connected ({client.status})")
-            return client.scheduler.address, client.security
+            return {"address": client.scheduler.address, "security": client.security}
         # dask's web servers would listen on all interfaces.
-        with _making.lock:
-            self._cluster = distributed.LocalCluster(
-                n_workers=self._most,
-                threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                worker_dashboard_address="127.0.0.1:0",
-            )
-        return self._cluster.scheduler_address, self._cluster.security
+        here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0"}
+        return {"n_workers": self._most, "threads_per_worker": 1, **here}
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
-        """Run it in the client's loop, which has a thread of its own; an error ends the map."""
+        """Run it in the client's loop, which has a thread of its own; an error ends the map.
+
+        One of the way to the scheduler does not: what looks after that will say so.
+        """
+
+        def over(future: Future[None]) -> None:
+            error = None if future.cancelled() else future.exception()
+            if error is not None and not isinstance(error, OSError):
+                self.deliver(Fatal(error))
+
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        future.add_done_callback(self._over)
+        future.add_done_callback(over)
         return future
 
-    def _over(self, future: Future[None]) -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            self.deliver(Fatal(error))
-
     # In the loop of the client, which alone knows what its workers do
+
+    async def _end_children(self) -> None:
+        if self._client.status == "running":
+            await self._client.run(_end_children, self._digest, on_error="ignore")
 
     async def _look_after(self) -> None:
         """See which workers there are, and tell of a scheduler that is away: its futures would never end."""
         while True:
             if self._client.status == "running":
-                await self._count()
+                self._spawn(self._count())
             else:
-                self.deliver(self._away())
+                self.deliver(Fatal(OperoError(f"the scheduler of dask that runs {self._name} is away")))
             await asyncio.sleep(_LOOKING_SECONDS)
-
-    def _away(self) -> Fatal:
-        return Fatal(OperoError(f"the scheduler of dask that runs {self._name} is away"))
 
     async def _heard(self, event: Any) -> None:
         about = event[1] if isinstance(event[1], dict) else {}
         if about.get("action") == "remove-worker":
             await self._gone(about["worker"], is_expected=bool(about.get("expected")))
-        elif about.get("action") == "add-worker" and self._client is not None:
+        elif about.get("action") == "add-worker":
             await self._count()
 
     async def _count(self) -> None:
         """Take in workers that are new, and see whether there is any."""
-        try:
-            there = (await self._client.scheduler.identity(n_workers=-1))["workers"]
-        except OSError:
-            # If the scheduler is away, its status will say so.
-            return
+        there = (await self._client.scheduler.identity(n_workers=-1))["workers"]
         for address, about in there.items():
-            rooms = [about["resources"].get(kind, 0) // need for kind, need in self._resources.items() if need]
-            room = int(min([about["nthreads"], *rooms]))
+            rooms = [about["resources"].get(kind, 0) // need for kind, need in self.needs.items() if need]
+            # What restarts a worker, restarts all that runs there.
+            room = int(min([1 if self._restarts else about["nthreads"], *rooms]))
             if address not in self._workers and room and about["status"] == "running":
-                worker = self._workers[address] = _Worker(address, about.get("nanny"), room)
-                self._spawn(self._greet(worker))
+                worker = self._workers[address] = _Worker(address, about.get("nanny"))
+                self._spawn(self._greet(worker, room))
         for address in self._workers.keys() - there.keys():
             # Its end may not have been told.
             await self._gone(address, is_expected=False)
-        if self._workers:
+        if self.room():
             self._knock = None
-        elif self._knock is None:
-            # A cluster that adapts starts a worker for that.
-            resources = self._resources or None
-            self._knock = self._client.submit(bool, key=f"opero {self._name}-{uuid4().hex}", resources=resources)
-        self.later(self.see_room, bool(self._workers), self._resources)
+        elif self._knock is None and not self._workers:
+            # A cluster that adapts starts a worker for that, and keeps it until there is more to do.
+            self._knock = self._client.submit(bool, pure=False, resources=self.needs or None)
+        self.later(self.see_room, bool(self._workers))
 
-    async def _greet(self, worker: _Worker) -> None:
+    async def _greet(self, worker: _Worker, room: int) -> None:
         """Let a worker load the work."""
         there = [worker.address]
-        try:
-            answers = await self._client.run(load_on_dask, self._digest, self._packed, workers=there, on_error="return")
-        except OSError:
-            # The way to the scheduler is broken, which is told soon.
-            return
+        answers = await self._client.run(_load, self._digest, self._packed, workers=there, on_error="return")
         problem = answers.get(worker.address)
         if problem is None:
-            worker.is_ready = True
+            worker.room = room
             self._hand_out()
+            self.later(self.see_room, has_room=True)
         elif not isinstance(problem, OSError):
             self.later(self.refused, problem)
-        elif not worker.batches:
+        elif self._workers.get(worker.address) is worker and not worker.batches:
             # It cannot be reached. It has left, or will be counted and greeted again.
-            self._workers.pop(worker.address, None)
+            del self._workers[worker.address]
 
     def _hand_out(self) -> None:
-        while self._pending:
-            worker = self._free_for(self._pending[0][0])
-            if worker is None:
-                return
-            batch, payload = self._pending.popleft()
-            worker.batches[batch] = uuid4().hex
-            # Of those with as much to do, the one that got its last batch first is done first.
-            self._workers[worker.address] = self._workers.pop(worker.address)
-            self._spawn(self._run(batch, worker, payload))
-
-    def _free_for(self, batch: Batch) -> _Worker | None:
-        """The worker with the least to do for its room; nothing else may run beside a batch that is to be alone."""
-        free = [
-            worker
-            for worker in self._workers.values()
-            if worker.is_ready
-            and len(worker.batches) < (1 if batch.alone else worker.room * _PER_THREAD)
-            and not any(other.alone for other in worker.batches)
-        ]
-        return min(free, key=lambda worker: len(worker.batches) / worker.room, default=None)
-
-    async def _run(self, batch: Batch, worker: _Worker, payload: bytes) -> None:
-        """Run a batch, and tell what became of it."""
-        answer = await self._answer(worker, worker.batches[batch], payload)
-        if self._client.status != "running":
-            self.deliver(self._away())
-            return
-        # If its worker has left, what it had is searched for, or will be when that is told.
-        if self._workers.get(worker.address) is not worker or isinstance(answer, self._distributed.KilledWorker):
-            return
-        del worker.batches[batch]
-        if isinstance(answer, Found):
-            self.later(self.opened, batch, answer)
-        elif answer is None or isinstance(answer, (asyncio.CancelledError, OSError)):
-            # Somebody has cancelled its task, or the way to the scheduler is broken, which is told soon.
-            self.deliver(Lost([batch], "its task was withdrawn", innocent=[batch]))
-        else:
-            self.later(self.refused, answer)
-        if answer is None:
-            worker.is_ready = False
-            await self._greet(worker)
-        self._hand_out()
-
-    async def _answer(self, worker: _Worker, name: str, payload: bytes) -> Any:
-        try:
-            sent: Any = payload
-            if len(payload) > _MOST_BYTES_ALONG:
-                sent = await self._client.scatter(payload, workers=[worker.address], hash=False)
-            self._futures[name] = self._client.submit(
-                run_on_dask,
+        """Give each batch to the worker that has the least to do for its room."""
+        ready = [worker for worker in self._workers.values() if worker.room]
+        while self._pending and ready:
+            batch, name, payload = self._pending.popleft()
+            worker = min(ready, key=lambda worker: len(worker.batches) / worker.room)
+            future = self._client.submit(
+                _run,
                 name,
                 self._digest,
-                sent,
+                payload,
                 restarts=self._restarts,
                 key=f"opero {self._name}-{name}",
                 workers=[worker.address],
                 allow_other_workers=False,
                 retries=0,
                 priority=self._priority,
-                resources=self._resources or None,
+                resources=self.needs or None,
             )
-            return await self._client.gather(self._futures[name])
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whoever asks tells them apart
-            return error
-        finally:
-            self._futures.pop(name, None)
+            worker.batches[batch] = name, future
+            self._spawn(self._wait_for(future, batch, worker))
+
+    async def _wait_for(self, future: Any, batch: Batch, worker: _Worker) -> None:
+        """Tell what became of a batch."""
+        answer: Any
+        try:
+            answer = await self._client.gather(future)
+        except Exception as error:  # noqa: BLE001 - told apart below
+            answer = error
+        if self._workers.get(worker.address) is not worker or isinstance(answer, distributed.KilledWorker):
+            # Its worker has left: what it had is searched for, or will be when that is told.
+            return
+        del worker.batches[batch]
+        if isinstance(answer, Found):
+            self.later(self.opened, batch, answer)
+        elif answer is None or isinstance(answer, (CancelledError, OSError)):
+            # Somebody has cancelled its task; or the worker has forgotten the work, or the scheduler is away.
+            self.deliver(Lost([batch], "its task was withdrawn", innocent=[batch]))
+            self._spawn(self._greet(worker, worker.room))
+        else:
+            self.later(self.refused, answer)
 
     async def _gone(self, address: str, *, is_expected: bool) -> None:
-        """A worker has left; its nanny, or a worker beside it, can read what it has left of its batches."""
+        """A worker has left; its nanny, if it has one, can read what it has left of its batches."""
         worker = self._workers.pop(address, None)
         if worker is None or not worker.batches:
             return
-        host = address.rpartition(":")[0]
-        beside = (other for other in self._workers if other.rpartition(":")[0] == host)
-        reader = worker.nanny or next(beside, None)
-        names = list(worker.batches.values())
+        names, futures = zip(*worker.batches.values(), strict=True)
         found: list[Found | None] = [None] * len(names)
         with contextlib.suppress(Exception):
             # Else dask would run them if a worker came to the same address.
-            await self._client.cancel([self._futures[name] for name in names if name in self._futures], force=True)
-        with contextlib.suppress(Exception):
-            if reader is not None:
-                asked = self._client.run(recover, names, workers=[reader], on_error="raise")
-                found = (await asyncio.wait_for(asked, ENDING_SECONDS))[reader]
+            await self._client.cancel(list(futures), force=True)
+            asked = self._client.run(recover, list(names), workers=[worker.nanny], on_error="raise")
+            found = (await asyncio.wait_for(asked, ENDING_SECONDS))[worker.nanny]
         reason = "its worker has left the cluster" if is_expected else "its dask worker ended"
         left = dict(zip(worker.batches, found, strict=True))
         self.later(self.recovered, left, reason, is_innocent=is_expected)
-        self._hand_out()
 
-    async def _withdraw(self) -> None:
-        self._knock = None
-        with contextlib.suppress(Exception):
-            if self._client.status == "running":
-                # Else the scheduler would tell it of its own end, and log that it cannot.
-                self._client.unsubscribe_topic("all")
-                await self._client.cancel(list(self._futures.values()), force=True)
-                if self._has_limits:
-                    await self._end_children(self._digest)
-        self._futures.clear()
 
-    async def _end_children(self, digest: bytes) -> None:
-        await self._client.run(end_children, digest, on_error="ignore")
+# In the workers
+
+
+def _load(digest: bytes, packed: bytes) -> str | None:
+    """Load the work; tells why that cannot be done."""
+    try:
+        load(digest, lambda: packed)
+    except Exception as error:  # noqa: BLE001 - the map raises it
+        return describe(error)
+    return None
+
+
+def _run(name: str, digest: bytes, payload: bytes, *, restarts: bool) -> Found | None:
+    """One batch, in a task; None if this worker has loaded the work of many other maps meanwhile."""
+    if digest not in works:
+        return None
+    return run_parcel(name, digest, bytes, payload, run_watched if restarts else partial(_run_in_child, digest))
+
+
+# By maps: processes below this one that run nothing, which the next item gets.
+_children: dict[bytes, PoolSource] = {}
+_making = ForkSafeLock()
+
+
+def _run_in_child(digest: bytes, work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
+    """Run an item that has a time limit in a process below this one, by a map of that item alone."""
+    with _making.lock:
+        if digest not in _children:
+            _children[digest] = PoolSource("process", 1)
+            _children[digest].__enter__()
+        pools = _children[digest]
+    how.mark[0] = 1
+    seconds, option = limit
+    of_item = {"name": name_of(work.function), "is_async": work.is_async, option: seconds}
+    plan = Plan(work.caller(), RetryPolicy(), **of_item)
+    settings = MapSettings(
+        pools, warns=False, ordered=True, progress=False, return_exceptions=True, total=1, batch_size=None
+    )
+    shape, sink = Shape((), (), {}, is_starred=False), StreamSink(ordered=True)
+    (outcome,) = run_blocking(plan, settings, shape, sink, items=iter(items), total=1)
+    return Report([outcome["result"]], {} if outcome.error is None else {0: outcome.error}, outcome.seconds)
+
+
+def _end_children(digest: bytes) -> None:
+    """End the processes of a map that is over; one that runs an item when that has ended."""
+    if digest in _children:
+        _children.pop(digest).__exit__()

@@ -25,8 +25,7 @@ from uuid import uuid4
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, wait_unless_left
-from opero.concurrency.far import FarPool
-from opero.concurrency.far_worker import Found, load, works
+from opero.concurrency.far import FarPool, Found, load, works
 from opero.concurrency.pickling import names_in_fresh_workers
 from opero.concurrency.pool import default_workers
 from opero.concurrency.transport import Packer, pack_report, unpack_batch

@@ -1,18 +1,38 @@
-"""What pools of workers that are not opero's have in common: what goes to a worker, and what is made of its answer."""
+"""What pools of workers that are not opero's have in common: what goes to a worker, and what is made of its answer.
+
+A worker keeps a journal of each batch: how many of its items have begun, and the reports on those that were slow. That
+is a file on the worker's machine, so it outlives a worker that is killed, and whoever is still there reads it for the
+map: a crash is charged to the item that was running, without a message for each item that begins.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import faulthandler
+import io
+import mmap
+import os
+import pickle
+import sys
+import threading
+import time
 import warnings
+import weakref
+from collections import deque
 from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
-from opero.concurrency.far_worker import Found
 from opero.concurrency.mapping import level_of_the_user
-from opero.concurrency.transport import Packer, unpack_report
-from opero.concurrency.worker import Report
+from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
+from opero.concurrency.worker import FAR_BATCH_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.clock import clock
+from opero.core.forks import ForkSafeLock
+from opero.core.private_folder import folder_of_user, private_folder
 from opero.core.signature import name_of
 from opero.core.steps import stopped
 from opero.exceptions import NotTransferableError, OperoError
@@ -22,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from opero.concurrency.running import Inbox
-    from opero.concurrency.worker import Work
+    from opero.core.steps import TimeLimit
 
 # A connection that is not made within so long is not made at all.
 CONNECTING_SECONDS = 5.0
@@ -30,27 +50,57 @@ CONNECTING_SECONDS = 5.0
 ENDING_SECONDS = 5.0
 # Without a worker that has what the items need, a warning is given.
 _WARNING_SECONDS = 30.0
+# A batch that takes longer than it was made for goes on for so long: what is given back costs a message.
+_MOST_SECONDS = 2 * FAR_BATCH_SECONDS
+# Maps whose work a worker remembers.
+_MOST_REMEMBERED = 16
+# Journals that each thread of a worker keeps: the last reports may not have reached the map yet.
+_MOST_KEPT = 3
+# Those of workers that were killed are removed by others that start later than so.
+_STALE_SECONDS = 7 * 86_400.0
+_MARK_BYTES = 8
+# So begins what `faulthandler` writes into a journal when the time is up.
+_STUCK = b"Timeout ("
+# A coroutine is cancelled when its time is up, and may need some to tidy up.
+_UNHEEDED_SECONDS = 5.0
+
+
+class Found(NamedTuple):
+    """What became of a batch: how many of its items have begun, and the reports so far.
+
+    ``size``: bytes of the batch; ``reason``: why it ended early; ``stuck``: where the item was whose time was up.
+    """
+
+    begun: int
+    reports: list[bytes]
+    size: int = 0
+    reason: str = ""
+    stuck: str = ""
 
 
 class FarPool(Pool):
-    """What the pools on clusters have in common, and largely that of an executor.
+    """What the pools on clusters have in common, and partly that of an executor.
 
     Attributes:
         engine: What runs their workers.
+        needs: What an item takes of a worker.
+        ends: What has to be done when the pool is stopped, last things first.
     """
 
-    is_far = can_rest = True
+    is_far = True
     largest_batch = 10_000
     engine = ""
+    needs: Mapping[str, float]
     _packer = Packer()
+    _is_paced = _has_begun = _has_warned = False
+    _patience: float | None = None
+    # Since when no worker has what the items need.
+    _roomless_since: float | None = None
 
     def __init__(self, work: Work, workers: int | None) -> None:
         self._name = name_of(work.function)
         self._most = workers
-        self._is_paced = self._has_warned = False
-        self._patience: float | None = None
-        # Since when no worker has what the items need.
-        self._roomless_since: float | None = None
+        self.ends = contextlib.ExitStack()
         self.take_on(work)
         self.rest()
 
@@ -69,6 +119,32 @@ class FarPool(Pool):
         """What is told of the cluster is of no interest."""
         self.deliver = lambda _event: None
 
+    @property
+    def slots(self) -> int:
+        if not self._has_begun:
+            return 0 if self._is_paced else 1
+        room = self.room()
+        return room if self._most is None else min(room, self._most)
+
+    def prepare(self) -> None:
+        """Connect to the cluster, which a map does only if it has an item that is to be run."""
+        if not self._has_begun:
+            self._has_begun = True
+            # A forgotten stream is ended while the engine can still do that.
+            atexit.register(self.ends.close)
+            self.ends.callback(atexit.unregister, self.ends.close)
+            self.begin()
+
+    def submit(self, batch: Batch) -> None:
+        self.prepare()
+        payload = self.pack(batch)
+        if payload is not None:
+            self.send(batch, uuid4().hex, payload)
+
+    def stop(self, is_left: Callable[[], bool]) -> None:  # noqa: ARG002 - it does not take long
+        """Withdraw what has not begun, and end what was started for the pool."""
+        self.ends.close()
+
     def later(self, handle: Callable[..., list[Any]], *about: Any, **more: Any) -> None:
         """Let the thread of the map call ``handle``, which gives events for its scheduler."""
         self.deliver(partial(handle, *about, **more))
@@ -81,6 +157,20 @@ class FarPool(Pool):
         for other in others:
             self.deliver(other)
         return first
+
+    # What each engine does
+
+    def begin(self) -> None:
+        """Connect to the cluster, or start one."""
+        raise NotImplementedError
+
+    def room(self) -> int:
+        """Items that the cluster can run at the same time."""
+        raise NotImplementedError
+
+    def send(self, batch: Batch, name: str, payload: bytes) -> None:
+        """Let a worker run a packed batch, which keeps a journal of that name."""
+        raise NotImplementedError
 
     # Batches
 
@@ -139,7 +229,7 @@ class FarPool(Pool):
 
     # The cluster
 
-    def see_room(self, has_room: object, needs: Mapping[str, float]) -> list[Any]:
+    def see_room(self, has_room: object) -> list[Any]:
         """Take note of whether any worker has what the items need, as far as is known now.
 
         Gives the end of the map, if its calls have waited for one as long as they may.
@@ -149,7 +239,7 @@ class FarPool(Pool):
             return []
         self._roomless_since = self._roomless_since or clock.real()
         waited = clock.real() - self._roomless_since
-        needed = ", ".join(f"{name}={need:g}" for name, need in needs.items())
+        needed = ", ".join(f"{name}={need:g}" for name, need in self.needs.items())
         lacking = f"{self.engine} has no worker for {self._name}, which needs {needed or 'a thread'}"
         if self._patience is not None and waited > self._patience:
             return [Fatal(OperoError(f"{lacking}, for {self._patience:g} s"))]
@@ -161,3 +251,135 @@ class FarPool(Pool):
 
 def _parts(batch: Batch, reports: list[bytes]) -> list[Done]:
     return [Done(batch, unpack_report(data), is_part=True) for data in reports]
+
+
+# In the workers
+
+
+def run_parcel(
+    name: str, digest: bytes, fetch: Callable[[], bytes], payload: bytes, run_limited: Callable[..., Report]
+) -> Found:
+    """Run one batch in a worker, which keeps a journal of that name.
+
+    It raises only if the work cannot be loaded, which ``fetch`` gets for a worker that lacks it: what the function
+    raises is in the reports. ``run_limited`` runs an item that has a time limit.
+    """
+    work = load(digest, fetch)
+    arrived = unpack_batch(payload)
+    if isinstance(arrived, Report):
+        return Found(0, [pack_report(arrived)], len(payload))
+    items, limit = arrived
+    journal, reason = _begin_journal(name), ""
+    how = How(mark=journal.mark, tell=journal.add, longest=_MOST_SECONDS, seconds=_MOST_SECONDS)
+    try:
+        run: Any = _run_here if limit is None else run_limited
+        journal.add(run(work, items, limit, how))
+    except BaseException as error:  # noqa: BLE001 - as in process mode exit ends the item, but not this process
+        reason = describe(error)
+    return Found(journal.mark[0], journal.reports, len(payload), reason)
+
+
+def _run_here(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:
+    """Run a batch; coroutines in the event loop that this thread has for all of them."""
+    if not work.is_async:
+        return run_batch(work, items, limit, None, how)
+    runner: Any = getattr(_thread, "runner", None) or runner_for(work)
+    _thread.runner = runner
+    return run_batch(work, items, limit, runner, how)
+
+
+_thread = threading.local()
+_watching = ForkSafeLock()
+
+
+# The work of the latest maps. Threads of one worker that begin together unpickle it once.
+works: dict[bytes, Work] = {}
+_loading = ForkSafeLock()
+
+
+def load(digest: bytes, fetch: Callable[[], bytes]) -> Work:
+    """A map's work, which is fetched if this worker does not have it."""
+    with _loading.lock:
+        if digest not in works:
+            works[digest] = unpack_start(fetch())[0]
+            if len(works) > _MOST_REMEMBERED:
+                del works[next(iter(works))]
+        return works[digest]
+
+
+# Journals
+
+
+def _folder() -> Path:
+    """The folder of all workers of this user on this machine, which nobody else can write to."""
+    folder = folder_of_user(lambda: Path("workers"))
+    return private_folder(folder.parent, folder.name, "TMPDIR")
+
+
+class _Journal:
+    """The file with what a batch has come to: how many items have begun, and after that the reports.
+
+    It is removed when nobody has this object any more, and when the program ends.
+    """
+
+    def __init__(self, name: str) -> None:
+        path = _folder() / name
+        self.reports: list[bytes] = []
+        self.file = open(path, "x+b", buffering=0, opener=partial(os.open, mode=0o600))  # noqa: SIM115
+        self.file.write(bytes(_MARK_BYTES))
+        # What is written there is in the file even if the process is killed.
+        self.mark: Any = memoryview(mmap.mmap(self.file.fileno(), _MARK_BYTES)).cast("Q")
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+    def add(self, report: Report) -> None:
+        data = pack_report(report)
+        self.reports.append(data)
+        self.file.write(pickle.dumps(data))
+
+
+def _begin_journal(name: str) -> _Journal:
+    """Begin one, and forget the oldest of this thread."""
+    if not hasattr(_thread, "journals"):
+        _thread.journals = deque(maxlen=_MOST_KEPT)
+        for path in _folder().iterdir():
+            # Another worker may do the same.
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+    _thread.journals.append(_Journal(name))
+    journal: _Journal = _thread.journals[-1]
+    return journal
+
+
+def recover(names: list[str]) -> list[Found | None]:
+    """Read journals that are on this machine; None for those that are not."""
+    return [_read(name) for name in names]
+
+
+def _read(name: str) -> Found | None:
+    try:
+        data = (_folder() / name).read_bytes()
+    except OSError:
+        return None
+    begun = int.from_bytes(data[:_MARK_BYTES], sys.byteorder)
+    file = io.BytesIO(data)
+    file.seek(_MARK_BYTES)
+    reports: list[bytes] = []
+    # The last one may be half written.
+    with contextlib.suppress(EOFError, pickle.UnpicklingError):
+        while not data.startswith(_STUCK, file.tell()):
+            reports.append(pickle.load(file))  # noqa: S301 - nobody else can write there
+    rest = file.read()
+    return Found(begun, reports, stuck=rest.decode(errors="replace") if rest.startswith(_STUCK) else "")
+
+
+def run_watched(work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
+    """Run an item in this process, which ends when the time is up, even if no other thread is ever let run."""
+    # A process has only one such timer.
+    with _watching.lock:
+        seconds = max(0.001, limit[0] + _UNHEEDED_SECONDS * work.is_async)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_thread.journals[-1].file)
+        try:
+            return _run_here(work, items, limit, how)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
