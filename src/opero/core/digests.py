@@ -361,7 +361,10 @@ def _parts_of_array(array: Any) -> Iterable[Any]:
     elif plain.nbytes:
         # No copy of it is made, unless it is in pieces.
         contents = blake2b(numpy.ascontiguousarray(plain).reshape(-1).view("u1"), digest_size=_SIZE).digest()
-    return (plain.dtype, plain.shape, plain.flags.fnc, contents)
+    dtype = plain.dtype
+    # Of a number, a date or text, not of what other libraries have made or what has fields.
+    is_named = dtype.kind in "biufcmMSUO" and type(dtype).__module__ == "numpy.dtypes" and dtype.metadata is None
+    return (dtype.str if is_named else dtype, plain.shape, plain.flags.fnc, contents)
 
 
 def _parts_of_pandas(values: Any) -> Iterable[Any]:

@@ -213,9 +213,11 @@ def _key_function(
         instance = None if owner_of is None else owner_of(values[0])
         if instance is not None:
             values, parameters = values[1:], parameters[1:]
-        key = None if digest else _plain_key(values)
+        key = _plain_key(values)
         if key is None:
             key = (digest_of(*map(spelled, parameters, values)),)
+        elif digest:
+            return digest_of(key)
         if instance is not None:
             return (instance, *key)
         return key[0] if len(key) == 1 else key
