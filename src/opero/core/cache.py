@@ -198,7 +198,7 @@ class ResultCache:
                 seat = yield from self._wait(flight, call)
                 if seat is None:
                     return (yield from compute())
-                if not flight.landed:
+                if not flight.is_over:
                     return self._out_of_time()
                 if seat.outcome is not MISSING:
                     return self._joined(call, seat)

@@ -43,8 +43,8 @@ class Flight:
     # Those who wait for it, and for which others the call waits that it belongs to.
     seats: list[Seat] = field(default_factory=list)
     waits_for: list[Flight] = field(default_factory=list)
-    # Nothing is to be waited for any more.
-    landed: bool = False
+    # It has landed: nothing is to be waited for any more, see `opero.core.steps.within`.
+    is_over: bool = False
     # The entry was deleted meanwhile, so that the outcome is not to be stored.
     is_void: bool = False
     # The entry's value, if a store has answered `FOUND`, or that of one that has ended, with its bytes.
@@ -58,11 +58,6 @@ class Flight:
     dropped: bool = False
     # By what the store tells the lease from others of the key.
     ticket: Any = None
-
-    @property
-    def is_over(self) -> bool:
-        """See `opero.core.steps.within`."""
-        return self.landed
 
     def needs(self, others: Collection[Flight]) -> bool:
         """Whether it is one of the others, or waits for one, itself or by those that it waits for."""
@@ -115,11 +110,11 @@ class Seat:
 
     def poll(self) -> bool:
         left = self.due_in()
-        return self.flight.landed or (left is not None and left <= 0)
+        return self.flight.is_over or (left is not None and left <= 0)
 
     def notify(self, wake: Callable[[], None] | None) -> None:
         self.wake = wake
-        if wake is not None and self.flight.landed:
+        if wake is not None and self.flight.is_over:
             wake()
 
 
@@ -145,7 +140,7 @@ class Flights:
 
     def land(self, flight: Flight, outcome: Any = MISSING) -> None:
         """Give every waiter the outcome; without one, some waiter has to take over. What comes second says nothing."""
-        if not flight.landed:
+        if not flight.is_over:
             self._leave(flight)
             for seat in flight.seats.copy():
                 seat.outcome, seat.written = outcome, flight.written
@@ -155,7 +150,7 @@ class Flights:
                     copy = copied(error, context=error.__context__).with_traceback(trace)
                     seat.outcome, seat.traceback = outcome._replace(error=copy), trace
             # Who takes a seat from now on has come too late for this one, and begins anew.
-            flight.landed = True
+            flight.is_over = True
             flight.found = flight.old = flight.written = None
         for seat in flight.seats.copy():
             if (wake := seat.wake) is not None:
