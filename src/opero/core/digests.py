@@ -44,6 +44,16 @@ def digest_of(*values: Any) -> bytes:
     return blake2b(b"".join(map(spelling_of, values)), digest_size=_SIZE, person=b"values").digest()
 
 
+def digest_of_plain(values: tuple[Any, ...]) -> bytes:
+    """The digest of values that are all text, int or None, quickly: a copy takes half of the time of a new one."""
+    made = _PLAIN.copy()
+    made.update(_marshalled(values))
+    return made.digest()
+
+
+_PLAIN = blake2b(digest_size=_SIZE, person=b"plain")
+
+
 def spelling_of(value: Any) -> bytes:
     """The bytes that tell a value from all others; raises as `digest_of`."""
     return _spelled(value, {}, _STRICT)

@@ -12,7 +12,7 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from opero.core.digests import UncacheableError, digest_of, spelling_of
+from opero.core.digests import UncacheableError, digest_of, digest_of_plain, spelling_of
 from opero.core.parameters import Forwarding, asked_of_call
 from opero.core.signature import name_of
 from opero.exceptions import MisuseError
@@ -98,7 +98,10 @@ class KeyMaker:
         else:
             owner_of = _owner_function(function) if self._may_be_method else None
             make, given = _key_function(self._name, shape, self._names, owner_of, digest=digest), ", ".join(self._names)
-        self.key_of = self._compiled([f"return _opero_make({given})"], _opero_make=make)
+        lines = [f"return _opero_make({given})"]
+        if digest and cache_key is None:
+            lines = [f"if {_all_plain(self._names)}: return _opero_digest({_tuple(self._names)})", *lines]
+        self.key_of = self._compiled(lines, _opero_make=make)
 
     def finder(
         self,
@@ -165,6 +168,7 @@ _NAMES = {
     "_opero_id": id,
     "_opero_instances": _instances,
     "_opero_nearly_plain": _plain_key,
+    "_opero_digest": digest_of_plain,
 }
 _IS_TEXT = f"_opero_type({{0}}) is _opero_str and _opero_len({{0}}) < {_LONG}"
 _IS_PLAIN = f"(_opero_type({{0}}) is _opero_int or {{0}} is None or {_IS_TEXT})"
@@ -213,11 +217,9 @@ def _key_function(
         instance = None if owner_of is None else owner_of(values[0])
         if instance is not None:
             values, parameters = values[1:], parameters[1:]
-        key = _plain_key(values)
+        key = None if digest else _plain_key(values)
         if key is None:
             key = (digest_of(*map(spelled, parameters, values)),)
-        elif digest:
-            return digest_of(key)
         if instance is not None:
             return (instance, *key)
         return key[0] if len(key) == 1 else key
