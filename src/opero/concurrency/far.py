@@ -322,8 +322,7 @@ class _Journal:
     It is removed when nobody has this object any more, and when the program ends.
     """
 
-    def __init__(self, name: str) -> None:
-        path = _folder() / name
+    def __init__(self, path: Path) -> None:
         self.reports: list[bytes] = []
         self.file = open(path, "x+b", buffering=0, opener=partial(os.open, mode=0o600))  # noqa: SIM115
         self.file.write(bytes(_MARK_BYTES))
@@ -340,14 +339,18 @@ class _Journal:
 def _begin_journal(name: str) -> _Journal:
     """Begin one, and forget the oldest of this thread."""
     if not hasattr(_thread, "journals"):
-        _thread.journals = deque(maxlen=_MOST_KEPT)
-        for path in _folder().iterdir():
+        _thread.journals, _thread.folder = deque(maxlen=_MOST_KEPT), _folder()
+        for path in _thread.folder.iterdir():
             # Another worker may do the same.
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
-    _thread.journals.append(_Journal(name))
-    journal: _Journal = _thread.journals[-1]
+    try:
+        journal = _Journal(_thread.folder / name)
+    except FileNotFoundError:
+        # Somebody has tidied up.
+        journal = _Journal(_folder() / name)
+    _thread.journals.append(journal)
     return journal
 
 
