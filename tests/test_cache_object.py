@@ -592,6 +592,11 @@ def test_a_cache_object_does_not_change():
         assert copied.settings.ttl == 5
 
 
+def test_its_repr_shows_no_text():
+    cache = Cache(ttl=5, backend="redis", redis_password="secret", keep_if=bool)
+    assert repr(cache) == "Cache(keep_if=bool, ttl=5, backend=…, redis_password=…)"
+
+
 def test_with_options_takes_another_cache(world):
     service = Service(1, 2)
     f = opero(cache=True, cache_ttl=5, retries=0)(world.define(lambda x=0: service.ask(x)))

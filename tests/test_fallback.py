@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import pickle
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -859,7 +860,7 @@ def test_anything_but_a_list_or_tuple_from_the_function_is_an_error_that_does_no
     with pytest.raises(MisuseError, match="return a list or a tuple") as caught:
         world.run(opero(arg_fallback="key")(service.function(world)), candidates_from(lambda: given))
     assert type(given).__name__ in str(caught.value)
-    assert "sesame" not in str(caught.value)
+    assert not re.search("sesame|123", str(caught.value))
     assert service.asked == []
 
 
@@ -879,7 +880,7 @@ def test_an_async_function_is_refused_with_the_way_out():
         candidates_from(keys)
 
 
-@pytest.mark.parametrize("secrets", [["sesame"], "sesame"], ids=str)
+@pytest.mark.parametrize("secrets", [["sesame"], "sesame", 1234567890], ids=str)
 def test_values_in_place_of_the_function_are_refused_and_not_shown(secrets):
     with pytest.raises(TypeError, match=rf"{type(secrets).__name__}.*candidates\(…\)") as caught:
         candidates_from(secrets)

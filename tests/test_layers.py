@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -468,12 +469,12 @@ def test_with_candidates_all_errors_are_kept(world, fake_clock):
 
 
 class Converting:
-    """A service whose client makes an error of its own of a cancellation."""
+    """A service whose client makes an error of its own of a cancellation, or a result."""
 
-    def __init__(self, kind=ConnectionError):
+    def __init__(self, make=None, kind=ConnectionError):
         self.asked = []
         self.reached = asyncio.Event()
-        self.kind = kind
+        self.make, self.kind = make, kind
 
     async def __call__(self, key="a"):
         self.asked.append(key)
@@ -483,6 +484,8 @@ class Converting:
                 await asyncio.Event().wait()
             raise ConnectionError("again")
         except asyncio.CancelledError:
+            if self.make is not None:
+                return self.make()
             raise self.kind("closed") from None
 
     async def cancelled(self, function, *args):
@@ -524,6 +527,18 @@ def test_no_attempt_follows_once_the_task_is_being_cancelled(options, is_first_c
     assert isinstance(error, kind)
     assert any("its task is being cancelled" in note for note in error.__notes__)
     assert len(service.asked) == 1
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="there a failed TaskGroup looks like a cancellation")
+def test_a_rejected_result_of_a_cancelled_attempt_is_the_last_one():
+    service = Converting(make=lambda: None)
+
+    @opero(retry_if_result=lambda result: result is None)
+    async def ask():
+        return await service()
+
+    assert isinstance(asyncio.run(service.cancelled(ask)), RejectedResultError)
+    assert service.asked == ["a"]
 
 
 def test_the_circuit_hears_nothing_of_a_cancelled_attempt():

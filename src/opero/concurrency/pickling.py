@@ -171,14 +171,20 @@ def _undecorated(module: str, qualname: str, depth: int) -> Any:
 
 
 def _reduce_memmap(array: Any) -> Any:
-    """A whole one by its file: each worker maps that, as one that was forked has done, and what it writes is there."""
+    """By its file: each worker maps that, as one that was forked has done, and what it writes is there."""
+    whole = array
+    while isinstance(whole.base, type(array)):
+        whole = whole.base
     file = array.filename
-    # A temporary file may be removed while it is mapped.
-    if not isinstance(array.base, mmap.mmap) or array.mode == "c" or file is None or not Path(file).exists():
+    if file is None or array.mode == "c" or not isinstance(whole.base, mmap.mmap):
         return NotImplemented
+    # A temporary file may be removed while it is mapped.
+    if not (array.size and array.flags.forc and Path(file).exists()):
+        return NotImplemented
+    offset = whole.offset + array.ctypes.data - whole.ctypes.data
     order = "C" if array.flags.c_contiguous else "F"
     mode = "r" if array.mode == "r" else "r+"
-    return type(array), (file, array.dtype, mode, array.offset, array.shape, order)
+    return type(array), (file, array.dtype, mode, offset, array.shape, order)
 
 
 def _stays(large: list[memoryview], buffer: pickle.PickleBuffer) -> bool:

@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import threading
+import warnings
 import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,8 @@ def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contex
         Parent.is_loading = True
         parent.work, initializer, initargs, finalizer = start.load()
         Parent.is_loading = False
+        # Before those of what has just been imported.
+        warnings.filters = [*start.filters, *warnings.filters]
         # Forked workers share the state of the parent's, and the main module may set one.
         random.seed()
         numpy_random = sys.modules.get("numpy.random")

@@ -126,13 +126,15 @@ class ProcessPool(Pool):
 
     def _use(self, method: str) -> None:
         self._method = method
-        names, levels = None, {}
+        names, levels, filters = None, {}, []
         if method != "fork":
             names = names_in_fresh_workers()
             levels = {logger.name: logger.level for logger in known_loggers() if logger.level}
+            # Of classes for which a worker need not import anything.
+            filters = [each for each in warnings.filters if each[2].__module__ == "builtins"]
         environ = dict(os.environ) if method == "forkserver" else None
         self._packer = Packer(names)
-        self._start = Start(self._packer, (self._work, *self._hooks), levels, environ)
+        self._start = Start(self._packer, (self._work, *self._hooks), levels, filters, environ)
 
     def after_fork(self) -> None:
         """Leave the workers to the parent: as long as a child has their pipes open, they do not notice its death."""

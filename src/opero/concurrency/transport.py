@@ -122,12 +122,14 @@ class Start:
     Large arrays go to a file; its pages are shared by all workers until one writes to them, which the others do not
     see.
 
-    ``levels``, ``environ``: those of the program's loggers, and its environment, where a worker has not got them yet.
+    ``levels``, ``filters``, ``environ``: those of the program's loggers and warnings, and its environment, where a
+    worker has not got them yet.
     """
 
     packer: Packer
     life: WorkerLife | None
     levels: dict[str, int]
+    filters: list[Any]
     environ: dict[str, str] | None
     packed: Any = None
 

@@ -92,6 +92,10 @@ class Breaker:
         self.circuits: dict[Any, _Circuit] = {}
         watch_forks(self)
 
+    def __repr__(self) -> str:
+        window = "" if self._window == math.inf else f", window={self._window:g}"
+        return f"Breaker({self.failures}{window}, recovery={self.recovery:g})"
+
     def __reduce__(self) -> Any:
         raise TypeError("a Breaker belongs to its process, a copy would be another one; make one in each process")
 

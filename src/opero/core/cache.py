@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from weakref import WeakSet
 
-from opero.core.checks import listed
+from opero.core.checks import listed, shown
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.digests import lasting_identity
@@ -75,6 +75,7 @@ class Cache:
     """
 
     settings: CacheSettings
+    _given: dict[str, Any]
 
     def __init__(
         self,
@@ -91,11 +92,16 @@ class Cache:
     ) -> None:
         policy: dict[str, Any] = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
         policy |= {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace}
-        vars(self)["settings"] = cache_settings(**policy, options=settings, is_flat=False)
+        checked = cache_settings(**policy, options=settings, is_flat=False)
+        vars(self).update(settings=checked, _given={**policy, **settings})
 
     def __setattr__(self, name: str, _value: Any) -> None:
         msg = f"a Cache does not change, so {name!r} cannot be set; make another one"
         raise AttributeError(msg)
+
+    def __repr__(self) -> str:
+        shown_ones = [f"{name}={shown(value)}" for name, value in self._given.items() if value not in (None, ())]
+        return f"Cache({', '.join(shown_ones)})"
 
 
 class ResultCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from opero.core.checks import check_callable, check_seconds, check_text
+from opero.core.checks import check_callable, check_seconds, check_text, kind_of
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.digests import apart_from_globals
@@ -127,6 +127,9 @@ def candidates_from(function: Callable[[], list[T] | tuple[T, ...]]) -> T:
         TypeError: If it is not a function, or an async one.
     """
     wanted = "a function that returns the values, or candidates(…) for values that are known"
+    if not callable(function):
+        # No number either, which may be one of the values.
+        raise TypeError(f"candidates_from got {kind_of(function)}, which cannot be called; write {wanted}")
     return cast("T", CandidatesFrom(check_callable("candidates_from", function, wanted)))
 
 

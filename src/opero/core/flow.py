@@ -99,6 +99,7 @@ class Layers:
         patient_until: How long it waits until a trial of an open circuit begins.
         errors: Those of all attempts, with fallback.
         earlier_failure: What a time limit at the end should not hide.
+        cancellations: Of the running task, when they were counted last; None if nobody has before the first attempt.
     """
 
     has_own_limit = True
@@ -113,6 +114,7 @@ class Layers:
         self.candidates = [Candidate(plan, call, (call.args, call.kwargs))]
         self.left: list[Candidate] = []
         self.errors: list[Exception] = []
+        self.cancellations = _cancellations() if plan.is_async and call.failure is None else None
 
     def retry(self) -> Flow:
         """One round after another until one succeeds or no other may follow."""
@@ -264,9 +266,9 @@ class Layers:
             # Not its text, which may hold arguments.
             log("WARNING", "{} ended: what judges its attempts raised {}", plan.name, type(raised).__name__)
             return Failed(_in_context_of(error, raised))
-        if error is not None and plan.is_async and call.presence is None and _comes_of_cancellation(error):
-            add_note(error, f"opero: {plan.name} was not tried again: its task is being cancelled")
-            return outcome
+        if verdict is not None and plan.is_async and call.presence is None and self._is_being_cancelled(error):
+            add_note(verdict.error, f"opero: {plan.name} was not tried again: its task is being cancelled")
+            return Failed(verdict.error)
         if candidate.passage is not None:
             self._tell_circuit(candidate, candidate.passage, verdict)
         if verdict is not None:
@@ -276,6 +278,20 @@ class Layers:
             # It has begun, and keeps its place until it ends or is closed.
             outcome, candidate.place = (*outcome[:2], candidate.place), None
         return outcome
+
+    def _is_being_cancelled(self, error: Exception | None) -> bool:
+        """Whether the running task was cancelled since the call began, whatever the function made of that.
+
+        Of a first attempt that was made without a flow the error has to tell; and before Python 3.13, where a task
+        group that has failed leaves a cancellation of its own behind.
+        """
+        before, self.cancellations = self.cancellations, _cancellations()
+        if self.cancellations <= (before or 0):
+            return False
+        if before is not None and sys.version_info >= (3, 13):
+            return True
+        # A call in a `finally` block of a task that was cancelled before is retried as ever.
+        return _comes_of_cancellation(error) and (before is not None or not _comes_of_cancellation(sys.exception()))
 
     def _note(self, candidate: Candidate, verdict: Verdict) -> None:
         """Remember a failure for the rounds that follow, and for the end."""
@@ -434,16 +450,13 @@ def _is_misuse(plan: Plan, call: Call, error: Exception) -> bool:
     return isinstance(error, MisuseError) or (isinstance(error, TypeError) and plan.is_wrong(call))
 
 
-def _comes_of_cancellation(error: Exception) -> bool:
-    """Whether the running task is being cancelled, and the error is what the function made of that."""
+def _cancellations() -> int:
+    """How many cancellations of the running asyncio task are under way; 0 where none runs."""
     task = sys.modules["asyncio"].current_task() if is_in_asyncio() else None
-    if task is None or not task.cancelling():
-        return False
-    # A call in a `finally` block of a task that was cancelled before is retried as ever.
-    return _is_made_of_cancellation(error) and not _is_made_of_cancellation(sys.exception())
+    return 0 if task is None else task.cancelling()
 
 
-def _is_made_of_cancellation(error: BaseException | None) -> bool:
+def _comes_of_cancellation(error: BaseException | None) -> bool:
     """Whether it is a cancellation, or was raised while one was handled that no time limit has made and taken back."""
     cancelled = sys.modules["asyncio"].CancelledError
     while error is not None and not isinstance(error, cancelled):
