@@ -112,11 +112,17 @@ class DaskPool(FarPool):
         except OSError as error:
             address = where.get("address", "127.0.0.1")
             raise OperoError(f"the scheduler of dask at {address} cannot be reached: {describe(error)}") from error
-        # With it goes what has not begun, and a cluster of its own.
-        self.ends.callback(self._client.close, timeout=ENDING_SECONDS)
+        self.ends.callback(self._leave)
         self._loop = self._client.loop.asyncio_loop
         self._client.subscribe_topic("all", self._heard)
         self.ends.callback(self._spawn(self._look_after()).cancel)
+
+    def _leave(self) -> None:
+        """Close the client; with it goes what has not begun, and a cluster of its own."""
+        with contextlib.suppress(Exception):
+            # Else the scheduler would tell it of its own end, and log that it cannot.
+            self._client.unsubscribe_topic("all")
+        self._client.close(timeout=ENDING_SECONDS)
 
     def _where(self) -> dict[str, Any]:
         """What a client needs for the scheduler of the client that was given, or is there, or for a new cluster."""
