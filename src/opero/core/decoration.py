@@ -274,8 +274,9 @@ def _function(this: Decoration) -> Callable[..., Any]:
                 return this.call(args, kwargs)
             if find is not None:
                 entry = find(*args, **kwargs) if kwargs else find(*args)
-                if entry is None:
-                    key, entry = this.look(args, kwargs)
+                if entry is not None:
+                    return entry[0]
+                key, entry = this.look(args, kwargs)
                 if entry is not None:
                     return entry[0]
                 call = Call(args, kwargs, key=key)
@@ -305,8 +306,9 @@ def _async_function(this: Decoration) -> Callable[..., Any]:
                 return await this.call_async(args, kwargs)
             if find is not None:
                 entry = find(*args, **kwargs) if kwargs else find(*args)
-                if entry is None:
-                    key, entry = await this.look_async(args, kwargs)
+                if entry is not None:
+                    return entry[0]
+                key, entry = await this.look_async(args, kwargs)
                 if entry is not None:
                     return entry[0]
                 call = Call(args, kwargs, key=key)

@@ -368,9 +368,10 @@ class Layers:
         if call.presence is None or breaker is None or now >= call.deadline:
             return None
         recovery, waits = breaker.shared.recovery, [self._wait_of(c) for c in self.candidates]
-        if self.patient_until is None:
-            self.patient_until = now + recovery if call.deadline == math.inf else call.deadline
-        if math.inf not in waits and now + min(waits) > self.patient_until:
+        until = self.patient_until
+        if until is None:
+            until = self.patient_until = now + recovery if call.deadline == math.inf else call.deadline
+        if math.inf not in waits and now + min(waits) > until:
             return None
         # Nobody knows when a trial that is under way will end, or whether somebody resets the circuit.
         return Pause(min(*waits, max(0.1 * recovery, 0.1), call.deadline - now))

@@ -88,7 +88,8 @@ class RedisStore(LastingStore):
         _stores.add(self)
 
     def read(self, key: bytes) -> bytes | None:
-        entry: bytes | None = self.server.client.get(self._names(key)[0])
+        client: Any = self.server.client
+        entry: bytes | None = client.get(self._names(key)[0])
         return entry
 
     async def fetch(self, key: bytes) -> tuple[Any] | None:
@@ -395,6 +396,7 @@ class _Pool(redis.ConnectionPool):
     """Has no lock and no counters, which take as long as a command."""
 
     def get_connection(self, *_args: Any, **_options: Any) -> Any:
+        connection: Any
         try:
             connection = self._available_connections.pop()
         except IndexError:
