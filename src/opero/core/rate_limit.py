@@ -53,7 +53,7 @@ class RateLimiter:
     """A limit on starts per second, shared by every thread, task and event loop of the process, or by more.
 
     Slots are granted first come, first served, when they come due, never ahead. In any window of T seconds at most
-    ``rate * T + max_burst`` calls start; bursts only make up for slots that passed while callers waited, or just then.
+    ``rate * T + max_burst`` calls start; bursts only make up for slots that passed while callers waited, or just now.
     It can be given to several functions as ``rate_limit``, which then share it, and used by itself::
 
         with limit: ...              # blocks until a slot has come
