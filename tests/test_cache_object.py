@@ -594,7 +594,7 @@ def test_a_cache_object_does_not_change():
 
 def test_its_repr_shows_no_text():
     cache = Cache(ttl=5, backend="redis", redis_password="secret", keep_if=bool)
-    assert repr(cache) == "Cache(keep_if=bool, ttl=5, backend=…, redis_password=…)"
+    assert repr(cache) == "Cache(ttl=5, backend=…, keep_if=bool, redis_password=…)"
 
 
 def test_with_options_takes_another_cache(world):

@@ -171,8 +171,9 @@ def test_a_policy_can_be_turned_off_with_all_its_options():
 
 def test_retries_can_be_turned_off_whatever_tenacity_was_told():
     calls = []
-    patient = opero(retry_options={"stop": lambda state: state.attempt_number == 3, "wait": lambda state: 0})
-    alone = get_retry_decorator(stop=lambda state: state.attempt_number == 3, wait=lambda state: 0)
+    options = {"stop": lambda state: state.attempt_number == 3, "wait": lambda state: 0}
+    patient = opero(min_delay=0, retry_options=options)
+    alone = get_retry_decorator(**options)
     for decorator, attempts in [(patient, 1), (alone, 3)]:
         f = decorator(lambda x: calls.append(x) or 1 / 0)
         with pytest.raises(ZeroDivisionError):

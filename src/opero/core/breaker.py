@@ -175,7 +175,7 @@ class FunctionBreaker:
 
     def __init__(self, breaker: Any, by: Per | ParameterSlot | None = None) -> None:
         if not isinstance(breaker, Breaker):
-            what = "failures in a row, or opero.Breaker(5, window=60, recovery=30)"
+            what = "failures in a row (or an opero.Breaker)"
             breaker = Breaker(check_count("breaker", breaker, what, smallest=1))
         self.shared = breaker
         self.by = by

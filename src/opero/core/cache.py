@@ -90,8 +90,8 @@ class Cache:
         stale: Duration | str | None = None,
         **settings: Unpack[BackendSettings],
     ) -> None:
-        policy: dict[str, Any] = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
-        policy |= {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace}
+        policy: dict[str, Any] = {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace}
+        policy |= {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
         checked = cache_settings(**policy, options=settings, is_flat=False)
         vars(self).update(settings=checked, _given={**policy, **settings})
 

@@ -238,11 +238,11 @@ def reasons_against(options: Mapping[str, Any]) -> dict[str, str]:
 
 def changed_options(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
     """The options after a change, without those that have no effect any more."""
-    changed = {**given, **named}
-    without_effect = set(reasons_against(changed))
     if named.get("retries") == 0:
         # They could ask for retries of their own.
-        without_effect.add("retry_options")
+        given = {name: value for name, value in given.items() if name != "retry_options"}
+    changed = {**given, **named}
+    without_effect = reasons_against(changed)
     return {name: value for name, value in changed.items() if name in named or name not in without_effect}
 
 

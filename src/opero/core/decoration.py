@@ -343,14 +343,16 @@ def _generator(this: Decoration) -> Callable[..., Any]:
         try:
             while True:
                 try:
-                    go_on, sent = source.send, (yield item)
+                    sent = yield item
                 except GeneratorExit:
                     source.close()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    go_on, sent = source.throw, error
-                with this.part_of(place):
-                    item = go_on(sent)
+                    with this.part_of(place):
+                        item = source.throw(error)
+                else:
+                    with this.part_of(place):
+                        item = source.send(sent)
         except StopIteration as end:
             return end.value
         finally:
@@ -374,14 +376,16 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
         try:
             while True:
                 try:
-                    go_on, sent = source.asend, (yield item)
+                    sent = yield item
                 except GeneratorExit:
                     await source.aclose()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    go_on, sent = source.athrow, error
-                with this.part_of(place):
-                    item = await go_on(sent)
+                    with this.part_of(place):
+                        item = await source.athrow(error)
+                else:
+                    with this.part_of(place):
+                        item = await source.asend(sent)
         except StopAsyncIteration:
             return
         finally:

@@ -311,7 +311,7 @@ def _check_retry_on(retry_on: Any) -> None:
         return
     for cls in retry_on if isinstance(retry_on, tuple) else (retry_on,):
         if not (isinstance(cls, type) and issubclass(cls, BaseException)):
-            raise TypeError(f"retry_on has {shown(cls)}, {kind_of(cls)}, which is no exception class; write {wanted}")
+            raise TypeError(f"retry_on has {shown(cls)} ({kind_of(cls)}), which is no exception class; write {wanted}")
         if not issubclass(cls, Exception):
             raise ValueError(  # noqa: TRY004 - it is a class, but none of these
                 f"retry_on has {cls.__name__}, which is never handled (Ctrl-C, cancellation, exit); write {wanted}"
