@@ -603,8 +603,11 @@ def test_a_class_that_the_file_shows_is_the_workers_own_and_is_not_copied(tmp_pa
 
 DECLARED = """
     import concurrent.futures, multiprocessing
-    from typing import NamedTuple
+    from typing import Generic, NamedTuple, NewType, ParamSpec
     from opero import opmap
+
+    UserId = NewType("UserId", int)
+    P = ParamSpec("P")
 
     class Pair(NamedTuple):
         x: int
@@ -613,8 +616,11 @@ DECLARED = """
         def total(self):
             return self.x + self.y
 
-    def work(x):
-        return Pair(x).total()
+    class Call(Generic[P]):
+        value = 4
+
+    def work(x) -> UserId:
+        return UserId(x), Pair(x).total(), Call().value
 
     if __name__ == "__main__":
         for mode in EACH_MODE:
@@ -623,8 +629,8 @@ DECLARED = """
 """
 
 
-def test_a_named_tuple_of_the_main_module_is_whole_in_workers(tmp_path):
-    assert run_main(tmp_path, in_each(["spawn", "loky"], DECLARED), way="-c") == "[6] [6]\n" * 2
+def test_what_typing_declares_in_the_main_module_is_whole_in_workers(tmp_path):
+    assert run_main(tmp_path, in_each(["spawn", "loky"], DECLARED), way="-c") == "[(1, 6, 4)] [6]\n" * 2
 
 
 HELD = """

@@ -28,7 +28,7 @@ from multiprocessing.reduction import ForkingPickler
 from operator import attrgetter
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NewType, ParamSpec, TypeVarTuple
 
 import cloudpickle
 
@@ -124,6 +124,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return _LOCKS[kind], ()
         if kind.__module__ == "numpy" and kind.__name__ == "memmap" and not self._is_answer:
             return _reduce_memmap(obj)
+        if kind in (NewType, ParamSpec, TypeVarTuple) and obj.__module__ in MAINS and not self._goes_by_name(obj):
+            supertype = (obj.__supertype__,) if kind is NewType else ()
+            # As of slots: some have no `__dict__`.
+            return kind, (obj.__name__, *supertype), (None, {"__module__": "__main__"})
         return NotImplemented
 
     def _goes_by_name(self, thing: Any) -> bool:
