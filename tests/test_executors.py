@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import loky
 import pytest
-from side_by_side import hang, until
+from side_by_side import forked, hang, until
 
 from opero import CallStats, OperoError, WorkerCrashedError, opmap
 from opero.concurrency import get_parallel_executor, get_parallel_map_decorator
@@ -795,3 +795,16 @@ def test_an_executor_that_is_shut_down_raises(kind, world):
     executor.shutdown()
     with pytest.raises(OperoError, match="takes no work"):
         kind.map(world.define(double), executor).run([1])
+
+
+def nap(item):
+    time.sleep(0.3)
+    return item
+
+
+def test_a_stream_that_is_closed_in_a_forked_child_is_still_its_parents():
+    mapped = opmap(mode=lambda: ProcessPoolExecutor(2), progress=False)(nap)
+    stream = mapped.stream(range(6))
+    first = next(stream)
+    assert forked(stream.close) == "None"
+    assert [first.result, *(outcome.result for outcome in stream)] == list(range(6))

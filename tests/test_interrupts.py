@@ -16,8 +16,8 @@ import pytest
 from leftovers import surroundings
 from side_by_side import started, until
 
-from opero import opmap
-from opero.concurrency import system
+from opero import Cache, opmap
+from opero.concurrency import ctrl_c, system
 from opero.concurrency.threads import ThreadPool
 
 PATIENCE = 10.0
@@ -320,3 +320,51 @@ def pressing(after):
         done.append(item)
 
     return work
+
+
+STREAM = ".stream(items) hands out each that is done, "
+KEEP = "cache=True with cache_backend='disk' keeps their results for the next run"
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_ctrl_c_tells_how_much_was_done_and_how_to_keep_it(is_async):
+    async def work_async(item):
+        work(item)
+
+    work = pressing(after=3)
+    mapped = opmap(mode="serial", progress=False)(work_async if is_async else work)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        mapped.run(range(8))
+    (note,) = raised.value.__notes__
+    assert note.startswith("opero: 3 of 8 items of ")
+    assert note.endswith(f"were done; {STREAM}{KEEP}")
+
+
+def test_a_stream_that_is_interrupted_names_the_cache_only():
+    with pytest.raises(KeyboardInterrupt) as raised:
+        list(opmap(mode="serial", progress=False)(pressing(after=0)).stream(iter("ab")))
+    (note,) = raised.value.__notes__
+    assert note.startswith("opero: 0")
+    assert note.endswith(f"were done; {KEEP}")
+
+
+def test_a_map_with_a_cache_that_lasts_says_that_the_next_run_has_it(tmp_path):
+    cache = Cache(backend="disk", cache_dir=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt) as raised:
+        opmap(mode="serial", progress=False, cache=cache)(pressing(after=1))([1, 2])
+    (note,) = raised.value.__notes__
+    assert note.endswith("were done; the next run finds their results in the cache")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "file"])
+def test_a_terminal_is_told_what_is_waited_for(monkeypatch, stream):
+    monkeypatch.setattr("sys.stderr", stream())
+    looks = iter([False] * 15)
+    assert ctrl_c.wait_unless_left(lambda _: next(looks, True), lambda: False)
+    told = "opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n"
+    assert ctrl_c.sys.stderr.getvalue() == (told if stream is Terminal else "")

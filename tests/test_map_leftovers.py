@@ -262,11 +262,11 @@ class Interrupted:
         if on_a_terminal:
             os.close(stderr)
 
-    def read_terminal(self):
-        """Until its program has ended."""
+    def read_terminal(self, wanted=None):
+        """Until it shows that, or its program has ended."""
         # At the end Linux has no more to read, but an error.
         with contextlib.suppress(OSError):
-            while True:
+            while wanted is None or wanted not in self._shown:
                 readable, _, _ = select.select([self._terminal], [], [], PATIENCE)
                 assert readable, self._shown
                 self._shown += os.read(self._terminal, 4096).decode()
@@ -335,7 +335,7 @@ def test_ctrl_c_ends_a_map_with_one_traceback_and_leaves_nothing(start, mode, fu
 def test_ctrl_c_again_while_a_map_waits_for_its_threads_ends_it(start, mode, function, seconds):
     program = start(mode, function, seconds, on_a_terminal=True)
     program.press()
-    time.sleep(0.5)
+    program.read_terminal("waiting for running items to end; Ctrl-C, pressed now, leaves them")
     program.press()
     program.end(presses=2)
 

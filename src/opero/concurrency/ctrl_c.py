@@ -10,10 +10,14 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from opero.concurrency.progress import is_terminal
 from opero.core.interrupts import Hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+# So often in vain, and somebody asks what the program waits for.
+_MANY_LOOKS = 10
 
 
 @contextlib.contextmanager
@@ -54,11 +58,15 @@ def hearing_interrupts() -> Iterator[None]:
 def wait_unless_left(has_ended: Callable[[float], bool], is_left: Callable[[], bool]) -> bool:
     """Wait until something has ended, or nobody wants to wait for it any more; tells whether it has ended.
 
-    ``has_ended`` waits for so many seconds.
+    ``has_ended`` waits for so many seconds. A terminal is told after a while what is waited for, and how not to.
     """
+    looks = 0
     while not has_ended(0.05):
         if is_left():
             return False
+        looks += 1
+        if looks == _MANY_LOOKS and is_terminal(sys.stderr):
+            sys.stderr.write("opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n")
     return True
 
 

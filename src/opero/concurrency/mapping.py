@@ -20,7 +20,7 @@ from opero.core.parameters import own_signature
 from opero.core.signature import MISSING, find_by_name
 from opero.core.steps import is_in_asyncio
 from opero.exceptions import FailedItemsWarning
-from opero.utils.notes import Shortened, class_counts
+from opero.utils.notes import Shortened, add_note, class_counts
 
 if TYPE_CHECKING:
     from opero.concurrency.outcome import Sink
@@ -332,7 +332,9 @@ class AsyncMap(_Map[T, P, R, L]):
             with Shortened():
                 return asyncio.run(self(items, *args, **kwargs))
         except KeyboardInterrupt as interrupt:
-            # asyncio raises it while it handles the cancellation.
+            # asyncio raises it while it handles the cancellation, whose notes tell how much was done.
+            for note in getattr(interrupt.__context__, "__notes__", ()):
+                add_note(interrupt, note)
             interrupt.__context__ = None
             raise
 

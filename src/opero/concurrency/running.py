@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import math
 import multiprocessing.connection
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Mapping
@@ -18,7 +19,7 @@ from opero.core.checks import kind_of
 from opero.core.clock import clock, wait_really_async
 from opero.core.interrupts import Hold
 from opero.core.steps import consult, consult_async
-from opero.utils.notes import shorten
+from opero.utils.notes import add_note, shorten
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -271,6 +272,7 @@ def run_blocking(
     plan: Plan, settings: MapSettings, shape: Shape, sink: Sink, *, items: Iterator[Any], total: int | None
 ) -> Iterator[Outcome[Any, Any]]:
     """Run a map by blocking; yields what the sink hands out."""
+    process = os.getpid()
     # The first one imports packages; and an idle pool that is taken must be given back.
     with Hold():
         inbox = BlockingInbox()
@@ -289,16 +291,25 @@ def run_blocking(
             seconds, is_real = run.patience()
             run.take_note(inbox.collect(seconds, is_real=is_real))
     except (Exception, KeyboardInterrupt) as error:
-        shorten(error)
+        _tell(run, error)
         raise
     finally:
         with Hold() as hold, contextlib.closing(inbox):
-            try:
-                run.close()
-            finally:
-                if not run.keeps_pool():
-                    # Ctrl-C that comes again meanwhile leaves what cannot be ended.
-                    run.pool.stop(lambda: bool(hold.pressed))
+            # In a child that was forked meanwhile, all of it belongs to the parent.
+            if process == os.getpid():
+                try:
+                    run.close()
+                finally:
+                    if not run.keeps_pool():
+                        # Ctrl-C that comes again meanwhile leaves what cannot be ended.
+                        run.pool.stop(lambda: bool(hold.pressed))
+
+
+def _tell(run: Scheduler, error: BaseException) -> None:
+    if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
+        add_note(error, run.story())
+    if not isinstance(error, asyncio.CancelledError):
+        shorten(error)
 
 
 async def run_awaiting(
@@ -324,8 +335,8 @@ async def run_awaiting(
                 return
             seconds, is_real = run.patience()
             run.take_note(await inbox.collect(seconds, is_real=is_real))
-    except (Exception, KeyboardInterrupt) as error:
-        shorten(error)
+    except (Exception, KeyboardInterrupt, asyncio.CancelledError) as error:
+        _tell(run, error)
         raise
     finally:
         try:

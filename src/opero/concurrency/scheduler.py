@@ -239,6 +239,15 @@ class Scheduler:
             self._source.late_by = 0.0
         self._source.turn_ends = clock.real() + BATCH_SECONDS
 
+    def story(self) -> str:
+        """How much was done when the map was interrupted, and what keeps it next time."""
+        plan, whole = self._plan, "" if self.tally.total is None else f" of {self.tally.total}"
+        done = f"opero: {self.tally.finished}{whole} items of {plan.name} were done"
+        if plan.cache is not None and plan.cache.is_lasting:
+            return f"{done}; the next run finds their results in the cache"
+        stream = "" if self._sink.is_stream else ".stream(items) hands out each that is done, "
+        return f"{done}; {stream}cache=True with cache_backend='disk' keeps their results for the next run"
+
     def close(self) -> None:
         """Give up all flows, so that what they hold (places in a line, computations others wait for) is free."""
         self._timers.clear()
