@@ -656,6 +656,11 @@ UNLIKE = {
     ),
     "models of two types": (pydantic.create_model("Model", x=int), pydantic.create_model("Model", x=str)),
     "models of two defaults": (pydantic.create_model("Model", x=(int, 1)), pydantic.create_model("Model", x=(int, 2))),
+    "models that check two fields": (checking("x"), checking("y")),
+    "classes of two metaclasses": (
+        defined("class Meta(type): n = 1\nclass step(metaclass=Meta): pass"),
+        defined("class Meta(type): n = 2\nclass step(metaclass=Meta): pass"),
+    ),
     "models that say two things of a field": (saying("a"), saying("b")),
     "lists of two models": (list[pydantic.create_model("Model", x=int)], list[pydantic.create_model("Model", x=str)]),
     "functions with two annotations": (defined("def step(x: int): pass"), defined("def step(x: str): pass")),

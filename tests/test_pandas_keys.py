@@ -27,6 +27,11 @@ def with_attribute():
     return made
 
 
+def with_unit(made):
+    made.unit = "m"
+    return made
+
+
 def dates(zone):
     return pd.Series(pd.to_datetime(["2020-01-01"]).tz_localize(zone))
 
@@ -47,6 +52,9 @@ MAKERS = {
     "empty": pd.DataFrame,
     "with a note": noted,
     "with an attribute": with_attribute,
+    "each label once": lambda: frame().set_flags(allows_duplicate_labels=False),
+    "index with an attribute": lambda: with_unit(pd.Index([0, 1, 2])),
+    "several levels with an attribute": lambda: with_unit(pd.MultiIndex.from_tuples([(1, 2)])),
     "series with a note": lambda: noted()["a"],
     "missing float": lambda: pd.DataFrame({"a": [1.0, np.nan]}),
     "missing integer": lambda: pd.DataFrame({"a": pd.array([1, None], dtype="Int64")}),
@@ -90,6 +98,22 @@ def test_how_columns_are_grouped_in_memory_does_not_matter():
     two["b"] = [3, 4]
 
     assert digest_of(one) == digest_of(two)
+
+
+ARRAYS = {
+    "nullable": lambda: pd.array([1, None, 3], dtype="Int64"),
+    "intervals": lambda: pd.array([pd.Interval(0, 1), None, pd.Interval(2, 3)]),
+    "hidden": lambda: pd.arrays.IntegerArray(np.array([1, 7, 3]), np.array([False, True, False])),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_what_lies_beside_the_values_of_an_array_does_not_matter(name):
+    known = ARRAYS[name]()
+    part = pd.Series(known).iloc[:2]
+    assert known.dtype.itemsize > 0
+
+    assert digest_of(part) == digest_of(pd.Series([part[0], None], dtype=known.dtype))
 
 
 def test_what_an_index_has_found_out_of_itself_does_not_matter():

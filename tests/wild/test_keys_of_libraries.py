@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
 from typing import Annotated, Any
 
 import attrs
@@ -59,6 +62,10 @@ def private(number):
     return made
 
 
+def made_with(field):
+    return msgspec.defstruct("Made", [("x", Any, field)])
+
+
 MAKERS = {
     "pydantic": lambda: Model(value=1),
     "pydantic, bool": lambda: Model(value=True),
@@ -78,6 +85,13 @@ MAKERS = {
     "msgspec, class with another default": lambda: msgspec.defstruct("Made", [("x", int, 2)]),
     "msgspec, class with a limit": lambda: msgspec.defstruct("Made", [("x", Annotated[int, msgspec.Meta(gt=1)])]),
     "msgspec, class with another limit": lambda: msgspec.defstruct("Made", [("x", Annotated[int, msgspec.Meta(gt=2)])]),
+    "msgspec, limit": lambda: list[Annotated[int, msgspec.Meta(gt=1)]],
+    "msgspec, another limit": lambda: list[Annotated[int, msgspec.Meta(gt=2)]],
+    "msgspec, class with a tag": lambda: msgspec.defstruct("Made", [("x", int)], tag="a"),
+    "msgspec, class with another tag": lambda: msgspec.defstruct("Made", [("x", int)], tag="b"),
+    "msgspec, class with other names": lambda: msgspec.defstruct("Made", [("x", int)], rename="upper"),
+    "msgspec, class that makes a default": lambda: made_with(msgspec.field(default_factory=list)),
+    "msgspec, class that makes another default": lambda: made_with(msgspec.field(default_factory=dict)),
     "attrs, class": lambda: attrs.make_class("Made", {"x": attrs.field(type=int, default=1)}),
     "attrs, class of another type": lambda: attrs.make_class("Made", {"x": attrs.field(type=str, default=1)}),
     "attrs, class with a converter": lambda: attrs.make_class("Made", {"x": attrs.field(type=int, converter=abs)}),
@@ -133,3 +147,22 @@ def test_what_lies_under_the_missing_values_of_a_polars_column_does_not_matter()
 
     assert digest_of(hidden) == digest_of(pl.Series("a", [None, None, 3]))
     assert digest_of(hidden.drop_nulls()) == digest_of(pl.Series("a", [3]))
+
+
+ATTRS = """
+import attrs
+from opero.core.digests import digest_of
+@attrs.frozen
+class Part:
+    x: int
+print(digest_of(Part(1)).hex())
+"""
+
+
+def test_a_frozen_class_of_a_script_has_one_key_in_each_process():
+    runs = [
+        subprocess.run([sys.executable, "-c", ATTRS], env=os.environ | {"PYTHONHASHSEED": seed}, check=True, stdout=-1)
+        for seed in "12"
+    ]
+
+    assert runs[0].stdout == runs[1].stdout

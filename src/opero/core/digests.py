@@ -269,19 +269,22 @@ def _parts_of_class(kind: Any) -> Iterable[Any]:
     if _is_importable(kind):
         return named
     members = {name: value for name, value in vars(kind).items() if _tells_something(name)}
-    # Of msgspec's, the metaclass keeps the defaults.
-    return (*named, kind.__bases__, members, getattr(kind, "__struct_defaults__", None), _annotations_of(kind))
+    # Of msgspec's, the metaclass keeps what is no member.
+    kept = [getattr(kind, f"__struct_{what}__", None) for what in ("config", "encode_fields", "defaults")]
+    return (*named, type(kind), kind.__bases__, members, kept, _annotations_of(kind))
 
 
 def _tells_something(member: str) -> bool:
     """Whether it says more than what else is known of a class, and the same in every process."""
-    # The rest of pydantic's is made of its fields, and has addresses in it.
-    return member not in _TELL_NOTHING and (member == "__pydantic_fields__" or not member.startswith("__pydantic_"))
+    return member in _TOLD_BY_PYDANTIC or not (member in _TELL_NOTHING or member.startswith("__pydantic_"))
 
 
-# Where it stands, what Python keeps of its use, and the annotations, which are told by what they stand for.
+# The rest of pydantic's is made of these, and has addresses in it.
+_TOLD_BY_PYDANTIC = {f"__pydantic_{what}__" for what in ("fields", "decorators", "config", "generic_metadata")}
+# Where it stands, what Python keeps of its use, the annotations, which are told by what they stand for, and its hash,
+# in which attrs has a number of this process.
 _TELL_NOTHING = {
-    *("__module__", "__firstlineno__", "__static_attributes__", "__slotnames__", "_value2member_map_"),
+    *("__module__", "__firstlineno__", "__static_attributes__", "__slotnames__", "_value2member_map_", "__hash__"),
     *("__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"),
 }
 
@@ -392,8 +395,13 @@ def _parts_of_polars(series: Any) -> Iterable[Any]:
 
 def _put_on(frame: Any) -> Iterable[Any]:
     """What a program has put on a frame: the library's own has an underscore, but for what subclasses list."""
-    names = [*getattr(frame, "_metadata", ()), *(name for name in vars(frame) if name[0] != "_")]
-    return ({name: getattr(frame, name, None) for name in names}, getattr(frame, "attrs", None))
+    names = [*getattr(frame, "_metadata", ()), *(name for name in vars(frame) if name[0] != "_"), "attrs", "_flags"]
+    return [{name: getattr(frame, name, None) for name in names}]
+
+
+def _shown_by(value: Any) -> Iterable[Any]:
+    """All that an object shows, which pickle cannot take."""
+    return [(name, getattr(value, name)) for name in dir(value) if name[0] != "_"]
 
 
 # What is known better than pickle knows it, by the package and the name of a class or of one of its bases, so that
@@ -418,16 +426,20 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "numpy.RandomState": lambda value: (
         () if value is sys.modules["numpy.random.mtrand"]._rand else _parts_by_pickle(value)  # noqa: SLF001 - that one
     ),
-    "pandas.DataFrame": lambda value: (
-        value.columns,
-        value.index,
-        [held for _, held in value.items()],
-        *_put_on(value),
-    ),
+    "pandas.DataFrame": lambda value: (value.columns, value.index, [*value.items()], *_put_on(value)),
+    "pandas.Flags": lambda value: (value.allows_duplicate_labels,),
     "pandas.Series": lambda value: (*_parts_of_pandas(value), value.index, *_put_on(value)),
     "pandas.NDArrayBackedExtensionArray": lambda value: (value.dtype, value._ndarray),  # noqa: SLF001 - all it is
+    "pandas.IntervalArray": lambda value: (value.dtype, value.left, value.right),
+    # Not what lies under the mask.
+    "pandas.BaseMaskedArray": lambda value: (value.dtype.name, value.isna(), value[~value.isna()].to_numpy()),
     # Without levels that no label has, and what an index has found out of itself meanwhile.
-    "pandas.MultiIndex": lambda value: [*map(value.get_level_values, range(value.nlevels))],
+    "pandas.MultiIndex": lambda value: (*map(value.get_level_values, range(value.nlevels)), *_put_on(value)),
+    "pandas.Index": lambda value: (*_parts_by_pickle(value), *_put_on(value)),
+    "msgspec.Meta": _shown_by,
+    "msgspec.StructConfig": _shown_by,
+    "msgspec.Factory": _shown_by,
+    "pydantic.Decorator": lambda value: (value.cls_var_name, value.func, value.info),
     "polars.DataFrame": lambda value: (value.get_columns(), *_put_on(value)),
     "polars.Series": lambda value: (*_parts_of_polars(value), *_put_on(value)),
 }
