@@ -7,6 +7,7 @@ by what it holds, carries it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -31,6 +32,7 @@ F = TypeVar("F", bound="Callable[..., Any]")
 Recipe = tuple["Callable[..., Any]", dict[str, Any]]  # a function that makes a decorator, and its options
 # What a first attempt is made with: its arguments, its place, the call if somebody is told of it, and when it began.
 First = tuple[tuple[Any, ...], dict[str, Any], "Place | None", "Call | None", float]
+_ALONE = contextlib.nullcontext()
 
 
 class Decoration:
@@ -55,7 +57,6 @@ class Decoration:
         self.recipe = recipe
         self.clock = clock
         self.switches = switches
-        self.part_of = part_of
         self.count, self.count_hit = plan.stats.direct.tick, plan.stats.hits.tick
         limits = [(plan.attempt_timeout, "attempt_timeout"), (plan.total_timeout, "total_timeout")]
         self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
@@ -247,6 +248,10 @@ class Decoration:
         except StopAsyncIteration:
             return None, None, None
 
+    def step_of(self, place: Place | None) -> contextlib.AbstractContextManager[None]:
+        """A block in which a generator goes on, as part of its place; there may be millions."""
+        return _ALONE if place is None else part_of(place)
+
     def under(self, options: dict[str, Any]) -> Any:
         """The function under changed options."""
         factory, given = self.recipe
@@ -348,10 +353,10 @@ def _generator(this: Decoration) -> Callable[..., Any]:
                     source.close()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    with this.part_of(place):
+                    with this.step_of(place):
                         item = source.throw(error)
                 else:
-                    with this.part_of(place):
+                    with this.step_of(place):
                         item = source.send(sent)
         except StopIteration as end:
             return end.value
@@ -381,10 +386,10 @@ def _async_generator(this: Decoration) -> Callable[..., Any]:
                     await source.aclose()
                     raise
                 except BaseException as error:  # the generator decides what becomes of it
-                    with this.part_of(place):
+                    with this.step_of(place):
                         item = await source.athrow(error)
                 else:
-                    with this.part_of(place):
+                    with this.step_of(place):
                         item = await source.asend(sent)
         except StopAsyncIteration:
             return
