@@ -352,7 +352,7 @@ def test_arguments_arrive_as_they_were_given_when_the_first_attempt_fails(functi
 
 
 def test_a_default_arrives_as_the_same_object(world, way):
-    default = [DEFAULT]
+    default = [1]
 
     def give(first=default, *, second=default):
         return first, second
@@ -364,7 +364,7 @@ def test_a_default_arrives_as_the_same_object(world, way):
 
 
 def test_an_argument_arrives_as_the_same_object(world, way):
-    given = [object()]
+    given = [1]
 
     def give(argument):
         return argument
