@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import opero
 from opero import opmap
+from opero.concurrency.progress import Tally, make_progress
 
 
 class Tee:
@@ -215,6 +216,16 @@ def test_a_bar_says_how_many_failed_where_colours_are_not_wanted(monkeypatch):
     shown = bar_of(monkeypatch, fail_on_odd)
     assert "\x1b[31m" not in shown
     assert "failed=4" in shown
+
+
+def test_a_bar_is_not_drawn_again_while_nothing_ends(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = make_progress("label", "name", 9)
+    for _ in range(50):
+        bar.show(Tally(finished=3, failed=1, total=9))
+    drawn = sys.stderr.getvalue().count("\r")
+    bar.close()
+    assert drawn < 5
 
 
 # Off a terminal

@@ -76,15 +76,16 @@ class ToldProgress(Progress):
             self._tell(replace(tally))
 
 
-class TqdmProgress(Progress):
+class TqdmProgress(ToldProgress):
     """A bar of tqdm's."""
 
     def __init__(self, kind: type[Any], options: Mapping[str, Any]) -> None:
+        super().__init__(self._draw)
         # tqdm's monitor is a thread that would outlive the map.
         self._bar: Any = type("Bar", (kind,), {"monitor_interval": 0})(**options)
         self._turns_red = "colour" not in options and not os.environ.get("NO_COLOR")
 
-    def show(self, tally: Tally) -> None:
+    def _draw(self, tally: Tally) -> None:
         if self._bar.disable:
             return
         # tqdm does not give its lock back, which is the same for all bars, when Ctrl-C comes while it draws.
