@@ -892,7 +892,7 @@ def test_an_exit_handler_may_map(tmp_path, method):
 
 def test_a_script_maps_under_the_debugger(tmp_path):
     path = tmp_path / "script.py"
-    path.write_text(in_each(["fork"], SCRIPT))
+    path.write_text(in_each(["fork", "spawn", "forkserver"], SCRIPT))
     command = [sys.executable, "-m", "pdb", "-c", "continue", path]
     run = subprocess.run(command, input="quit\n", capture_output=True, text=True, timeout=60, check=False)
-    assert run.stdout.count("True 1\n") == 1
+    assert run.stdout.count("True 1\n") == 3

@@ -66,7 +66,9 @@ MAINS = ("__main__", "__mp_main__")
 def names_in_fresh_workers() -> frozenset[str]:
     """Names of the main module that a process which is started afresh has, too: as `spawn.prepare` decides there."""
     main = sys.modules["__main__"]
-    path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    # The debugger pdb forgets it, and multiprocessing looks at it.
+    spec = vars(main).setdefault("__spec__", None)
+    path = getattr(main, "__file__", None)
     is_left_out = Path(path or "").stem == "ipython" if spec is None else spec.name.split(".")[-1] == "__main__"
     return frozenset() if path is None or is_left_out else _names_bound(path)
 

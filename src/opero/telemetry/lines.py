@@ -67,10 +67,8 @@ def _line(event: Any) -> tuple[str, str]:
     """Level and text; without a text there is nothing to say."""
     match event:
         case AttemptFailed():
-            return (
-                "INFO",
-                f"failed in attempt {event.attempt} after {duration(event.seconds)}: {type_name(event.error)}",
-            )
+            seconds, kind = duration(event.seconds), type_name(event.error)
+            return "INFO", f"failed in attempt {event.attempt} after {seconds}: {kind}"
         case RetryPlanned():
             return "INFO", f"begins round {event.round + 1} in {duration(event.delay)}"
         case CandidateSwitched():
