@@ -236,3 +236,15 @@ def test_what_a_program_has_chosen_for_its_server_is_loaded_for_workers_too(tmp_
         print(loaded == [pid_of_the_server()])
     """
     assert program(tmp_path, main) == ["True"]
+
+
+def test_what_a_module_prints_while_it_is_imported_is_printed_by_the_server_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    (tmp_path / "loud.py").write_text("print('imported')\ndef tell(name): return name\n")
+    main = """
+        import loud
+        multiprocessing.set_forkserver_preload(["loud"])
+        for _ in range(2):
+            opmap(workers=1, retries=0, progress=False)(loud.tell)(["KEY"])
+    """
+    assert program(tmp_path, main) == ["imported"] * 2

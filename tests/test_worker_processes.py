@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib
 import logging
 import multiprocessing
 import multiprocessing.util
@@ -438,6 +439,19 @@ def test_a_log_record_says_in_words_what_of_it_cannot_travel(records, capfd, met
     assert (record.request, record.tags, record.error) == ("the request", ["a"], "RefusedError('1: no')")
     assert "StaysThere object" in record.other
     assert capfd.readouterr().err == ""
+
+
+def log_what_only_workers_know(folder):
+    sys.path.append(str(folder))
+    logging.getLogger("of.a.program").warning("known", extra={"plugin": importlib.import_module("plugin").Plugin()})
+    return 1
+
+
+@every_method
+def test_a_log_record_with_what_only_workers_know_arrives(records, tmp_path, method):
+    (tmp_path / "plugin.py").write_text("class Plugin: pass")
+    assert mapped(log_what_only_workers_know, method, workers=1)([tmp_path]) == [1]
+    assert [(record.msg, record.plugin) for record in records] == [("known", "cannot be unpickled")]
 
 
 def log_mappings(item):

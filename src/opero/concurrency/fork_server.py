@@ -11,7 +11,7 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import system
 from opero.concurrency.pickling import MAINS
@@ -110,10 +110,26 @@ def _preload(modules: list[str]) -> None:
     for module in modules:
         with contextlib.suppress(Exception, SystemExit):
             importlib.import_module(module)
+            # What it has printed is not to be printed by each worker, too.
+            sys.stdout.flush()
     del this._inheriting  # type: ignore[attr-defined]  # noqa: SLF001 - as above
     if system.has_other_threads():
         # A worker could find a lock of theirs held for ever; let each import by itself.
-        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this program again
+        _begin_anew()
+
+
+def _begin_anew() -> None:
+    """Run the program of this server again, without imports."""
+    main: Any = sys._getframe()  # noqa: SLF001 - nothing else knows
+    while main.f_code is not forkserver.main.__code__:
+        main = main.f_back
+    its = main.f_locals
+    if its.get("authkey") is not None:
+        # From Python 3.14 on it has read from a pipe by what it knows its program.
+        reader, writer = os.pipe()
+        os.write(writer, its["authkey"])
+        os.dup2(reader, its["authkey_r"])
+    os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - the same
 
 
 if _PRELOADS in os.environ:

@@ -362,15 +362,22 @@ def pack_record(record: logging.LogRecord) -> bytes:
     for name, value in fields.items():
         if type(value) not in PLAIN:
             try:
-                loads(report_dumps(value))
+                fields[name] = [report_dumps(value)]
+                loads(*fields[name])
             except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
                 fields[name] = repr(value)
-    return report_dumps(fields)
+    return pickle.dumps(fields, PROTOCOL)
 
 
 def unpack_record(data: bytes) -> logging.LogRecord:
     """What `pack_record` has packed."""
     fields = loads(data)
+    for name, value in fields.items():
+        if type(value) is list:
+            # Where a worker has read it, this process may not know its module.
+            fields[name] = "cannot be unpickled"
+            with contextlib.suppress(Exception):
+                fields[name] = loads(*value)
     if fields["exc_info"]:
         error = _unpacked(fields["exc_info"])
         # For handlers that do not look at the record's text of it.
