@@ -968,7 +968,7 @@ def test_the_initializer_runs_once_in_each_worker_and_in_each_that_replaces_it(p
 
 @pytest.mark.parametrize("mode", PROCESS_MODES)
 def test_a_coroutine_that_does_not_end_when_it_is_cancelled_is_ended_with_its_worker(mode, monkeypatch):
-    monkeypatch.setattr(scheduler, "_UNHEEDED_SECONDS", 0.3)
+    monkeypatch.setattr(scheduler, "UNHEEDED_SECONDS", 0.3)
 
     @opmap(mode=mode, workers=2, retries=0, attempt_timeout=0.3, progress=False, return_exceptions=True)
     async def work(item):

@@ -29,7 +29,7 @@ from uuid import uuid4
 from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
 from opero.concurrency.mapping import level_of_the_user
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
-from opero.concurrency.worker import FAR_BATCH_SECONDS, How, Report, Work, run_batch, runner_for
+from opero.concurrency.worker import FAR_BATCH_SECONDS, UNHEEDED_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
 from opero.core.private_folder import folder_of_user, private_folder
@@ -61,8 +61,6 @@ _STALE_SECONDS = 7 * 86_400.0
 _MARK_BYTES = 8
 # So begins what `faulthandler` writes into a journal when the time is up.
 _STUCK = b"Timeout ("
-# A coroutine is cancelled when its time is up, and may need some to tidy up.
-_UNHEEDED_SECONDS = 5.0
 
 
 class Found(NamedTuple):
@@ -380,7 +378,7 @@ def run_watched(work: Work, items: list[Any], limit: TimeLimit, how: How) -> Rep
     """Run an item in this process, which ends when the time is up, even if no other thread is ever let run."""
     # A process has only one such timer.
     with _watching.lock:
-        seconds = max(0.001, limit[0] + _UNHEEDED_SECONDS * work.is_async)
+        seconds = max(0.001, limit[0] + UNHEEDED_SECONDS * work.is_async)
         faulthandler.dump_traceback_later(seconds, exit=True, file=_thread.journals[-1].file)
         try:
             return _run_here(work, items, limit, how)

@@ -19,7 +19,7 @@ from opero.core.checks import kind_of
 from opero.core.clock import clock, wait_really_async
 from opero.core.interrupts import Hold
 from opero.core.steps import consult, consult_async
-from opero.utils.notes import add_note, shorten
+from opero.utils.notes import shorten
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -291,7 +291,8 @@ def run_blocking(
             seconds, is_real = run.patience()
             run.take_note(inbox.collect(seconds, is_real=is_real))
     except (Exception, KeyboardInterrupt) as error:
-        _tell(run, error)
+        shorten(error)
+        run.tell(error)
         raise
     finally:
         with Hold() as hold, contextlib.closing(inbox):
@@ -303,13 +304,6 @@ def run_blocking(
                     if not run.keeps_pool():
                         # Ctrl-C that comes again meanwhile leaves what cannot be ended.
                         run.pool.stop(lambda: bool(hold.pressed))
-
-
-def _tell(run: Scheduler, error: BaseException) -> None:
-    if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
-        add_note(error, run.story())
-    if not isinstance(error, asyncio.CancelledError):
-        shorten(error)
 
 
 async def run_awaiting(
@@ -336,7 +330,8 @@ async def run_awaiting(
             seconds, is_real = run.patience()
             run.take_note(await inbox.collect(seconds, is_real=is_real))
     except (Exception, KeyboardInterrupt, asyncio.CancelledError) as error:
-        _tell(run, error)
+        shorten(error)
+        run.tell(error)
         raise
     finally:
         try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency.batches import Batch, Done, Fatal, Lost
 from opero.concurrency.outcome import Outcome
 from opero.concurrency.progress import Tally, make_progress
-from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, Work
+from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, UNHEEDED_SECONDS, Work
 from opero.core.clock import clock
 from opero.core.flow import call_flow, item_flow
 from opero.core.parameters import ParameterSlot
@@ -53,8 +53,6 @@ LONG_BATCH_SECONDS = 1.0
 _ENDING_SECONDS = 1.0
 # Between two looks at how far a worker has come.
 _LOOKING_SECONDS = 2.5 * LONG_SECONDS
-# A coroutine is cancelled when its time is up, and may need some to tidy up; one that ends no more is ended by force.
-_UNHEEDED_SECONDS = 5.0
 # How long results are waited for after an input that was late: a part of that, and seconds.
 _PART_FOR_LATE, _MOST_FOR_LATE = 0.05, 0.05
 # Items whose entries are asked for at once; so many only while all of them are found.
@@ -239,14 +237,16 @@ class Scheduler:
             self._source.late_by = 0.0
         self._source.turn_ends = clock.real() + BATCH_SECONDS
 
-    def story(self) -> str:
-        """How much was done when the map was interrupted, and what keeps it next time."""
+    def tell(self, interrupt: BaseException) -> None:
+        """Say in a note how much was done, and what keeps it next time, if the map was interrupted."""
+        if isinstance(interrupt, Exception):
+            return
         plan, whole = self._plan, "" if self.tally.total is None else f" of {self.tally.total}"
-        done = f"opero: {self.tally.finished}{whole} items of {plan.name} were done"
-        if plan.cache is not None and plan.cache.is_lasting:
-            return f"{done}; the next run finds their results in the cache"
         stream = "" if self._sink.is_stream else ".stream(items) hands out each that is done, "
-        return f"{done}; {stream}cache=True with cache_backend='disk' keeps their results for the next run"
+        kept = f"{stream}cache=True with cache_backend='disk' keeps their results for the next run"
+        if plan.cache is not None and plan.cache.is_lasting:
+            kept = "the next run finds their results in the cache"
+        add_note(interrupt, f"opero: {self.tally.finished}{whole} items of {plan.name} were done; {kept}")
 
     def close(self) -> None:
         """Give up all flows, so that what they hold (places in a line, computations others wait for) is free."""
@@ -521,7 +521,7 @@ class Scheduler:
         self._runs_alone = batch.alone
         if batch.time_limit is not None and self.pool.can_kill:
             # A coroutine is cancelled in the worker, which may take some time.
-            batch.grace = _UNHEEDED_SECONDS if self._plan.is_async else 0.0
+            batch.grace = UNHEEDED_SECONDS if self._plan.is_async else 0.0
             batch.ends_at = clock.real() + batch.time_limit[0] + batch.grace
             self._watched.add(batch)
         if len(batch.items) > 1 and self.pool.begun(batch) is not None:

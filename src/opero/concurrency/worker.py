@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 BATCH_SECONDS = 0.02
 SLOW_SECONDS = 0.001
 LONG_SECONDS = 0.004
+# A coroutine is cancelled when its time is up, and may need some to tidy up; one that ends no more is ended by force.
+UNHEEDED_SECONDS = 5.0
 # For workers that are far away, on a cluster.
 FAR_BATCH_SECONDS = 0.1
 
