@@ -221,6 +221,43 @@ def test_what_is_defined_only_where_the_file_is_run_reaches_fresh_workers(tmp_pa
     assert run_main(tmp_path, source, way="file") == "[('Point', True)]\n"
 
 
+WORDS_AND_CASES = '''
+    """Add what was set.
+
+    work is no function where this file is imported.
+    """
+    if __name__ == "__main__":
+        import multiprocessing
+        multiprocessing.freeze_support()
+    from opero import opmap
+
+    def prepare(value):
+        global SET
+        SET = value
+
+    try:
+        from nowhere import add
+    except ImportError:
+        def add(item):
+            return item + SET
+
+    if __name__ == "__main__":
+        def work(item):
+            return item + 1
+
+        options = {"start_method": "METHOD", "initializer": prepare, "initargs": (10,)}
+        print(*(opmap(workers=1, retries=0, progress=False, pool_options=options)(each)([1]) for each in (work, add)))
+'''
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_fresh_workers_have_what_the_file_binds_in_whichever_way_and_not_what_it_mentions(tmp_path, method):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(WORDS_AND_CASES).replace("METHOD", method))
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert (run.stdout, run.stderr) == ("[2] [11]\n", "")
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_functions_of_a_package_that_is_run_reach_fresh_workers(tmp_path, method):
     package = tmp_path / "package"

@@ -8,13 +8,14 @@ raised from.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
 import mmap
 import os
 import pickle
-import re
+import symtable
 import sys
 import threading
 import traceback
@@ -75,10 +76,14 @@ def names_in_fresh_workers() -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _names_bound(path: str) -> frozenset[str]:
-    """Names that the file binds at the left edge: what stands below ``if __name__ == "__main__":`` does not."""
-    with contextlib.suppress(OSError):
-        found = re.findall(r"^(?:(?:async )?def |class )?(\w+)", Path(path).read_text(errors="replace"), re.MULTILINE)
-        return frozenset(found)
+    """Names that the file binds where it is imported: not those below ``if __name__ == "__main__":``."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
+        file = ast.parse(Path(path).read_bytes())
+        file.body = [
+            node for node in file.body if not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))
+        ]
+        symbols = symtable.symtable(ast.unparse(file), path, "exec").get_symbols()
+        return frozenset(symbol.get_name() for symbol in symbols if symbol.is_assigned())
     return frozenset()
 
 
