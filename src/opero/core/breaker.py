@@ -184,12 +184,8 @@ class FunctionBreaker:
         """What tells the circuit of such a call from others."""
         return None if self.by is None else identity_of(self.by.get(args, kwargs))
 
-    def is_quiet(self, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
-        """Whether nothing is known that speaks against any call."""
-        return not self.shared.circuits
-
     def succeeded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An attempt that found all quiet has succeeded; others may have failed meanwhile."""
+        """An attempt that found no circuit has succeeded; others may have failed meanwhile."""
         if self.shared.circuits:
             self.shared.passed(Passage(self.shared, self.key_of(args, kwargs)), failed=False)
 

@@ -62,7 +62,7 @@ class Decoration:
         self._limit: TimeLimit | None = min(((s, name) for s, name in limits if s is not None), default=None)
         # What the layers say of a first attempt.
         self._first_candidate = None if plan.fallback is None else plan.fallback.first
-        self._is_quiet = None if plan.breaker is None else plan.breaker.is_quiet
+        self._circuits = {} if plan.breaker is None else plan.breaker.shared.circuits
         self._enter = None if plan.places is None else plan.places.enter
         self._take_slot = None if limit is None else limit.take_now
         # Whether a slot would come too late to be of use is told by how long the function takes.
@@ -160,7 +160,8 @@ class Decoration:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> First | None:
         """What a first attempt that may be made now is made with; None where the flow has to decide."""
-        if not self._is_quick:
+        if not self._is_quick or self._circuits:
+            # A circuit is known while something has failed.
             return None
         given, place, is_ready = None, None, False
         try:
@@ -169,8 +170,6 @@ class Decoration:
                 if first is None:
                     return None
                 given, (args, kwargs) = (args, kwargs), first
-            if self._is_quiet is not None and not self._is_quiet(args, kwargs):
-                return None
             if self._enter is not None:
                 place = self._enter(args, kwargs)
                 if place is None:
