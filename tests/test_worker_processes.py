@@ -942,3 +942,32 @@ def test_an_error_whose_text_needs_what_cannot_be_sent_arrives_as_one_that_says_
     assert isinstance(error, RemoteError)
     assert error.error_class.__name__ == "UnanswerableError"
     assert str(error).endswith(f"UnanswerableError: quota exceeded: {code}".strip())
+
+
+ENDED_EARLY = """
+import os, signal, socket
+from opero import opmap
+
+parent, make = os.getpid(), socket.socketpair
+
+
+def make_and_end():
+    if os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return make()
+
+
+async def echo(item):
+    return item
+
+
+socket.socketpair = make_and_end
+options = {"mode": "process", "workers": 1, "retries": 0, "progress": False, "return_exceptions": True}
+print(*map(type, opmap(**options, pool_options={"start_method": "fork"})(echo).run([1])))
+"""
+
+
+def test_a_worker_that_is_ended_while_it_makes_its_event_loop_says_nothing():
+    run = subprocess.run([sys.executable, "-c", ENDED_EARLY], capture_output=True, text=True, check=True, timeout=60)
+    assert "WorkerCrashedError" in run.stdout
+    assert run.stderr == ""

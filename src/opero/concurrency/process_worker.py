@@ -145,7 +145,12 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at
         ending.callback(_end_executors)
         ending.callback(limit.start)
         _get_ready(parent, start, threads, ending)
+        if hasattr(signal, "pthread_sigmask"):
+            # An event loop that is half made would complain of its end.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGIO})
         with runner_for(parent.work) as runner:
+            if hasattr(signal, "pthread_sigmask"):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGIO})
             if runner is not None and at_once > 1:
                 runner.run(_serve_together(parent))
             else:
