@@ -102,6 +102,7 @@ def test_how_columns_are_grouped_in_memory_does_not_matter():
 
 ARRAYS = {
     "nullable": lambda: pd.array([1, None, 3], dtype="Int64"),
+    "text": lambda: pd.array(["a", None, "c"], dtype="str"),
     "intervals": lambda: pd.array([pd.Interval(0, 1), None, pd.Interval(2, 3)]),
     "hidden": lambda: pd.arrays.IntegerArray(np.array([1, 7, 3]), np.array([False, True, False])),
 }
@@ -111,7 +112,7 @@ ARRAYS = {
 def test_what_lies_beside_the_values_of_an_array_does_not_matter(name):
     known = ARRAYS[name]()
     part = pd.Series(known).iloc[:2]
-    assert known.dtype.itemsize > 0
+    assert known.dtype.kind
 
     assert digest_of(part) == digest_of(pd.Series([part[0], None], dtype=known.dtype))
 

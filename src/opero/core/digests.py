@@ -125,12 +125,11 @@ def _spelled(value: Any, met: dict[int, tuple[Any, bytes]], mode: int) -> bytes:
 
 def _spelled_by_itself(value: Any) -> bytes:
     """The same wherever it is met: a class, which is taken apart once, or what goes with a function."""
-    found = _classes.get(value) if _is_class(value) else None
-    if found is None:
-        found = _spelled(value, {}, _LENIENT)
-        if _is_class(value):
-            _classes[value] = found
-    return found
+    if not _is_class(value):
+        return _spelled(value, {}, _LENIENT)
+    if value not in _classes:
+        _classes[value] = _spelled(value, {}, _LENIENT)
+    return _classes[value]
 
 
 _classes: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
@@ -202,8 +201,13 @@ _REDUCERS = frozenset({"__reduce_ex__", "__reduce__", "__getstate__"})
 
 
 def _reduction(value: Any) -> Any:
-    reduce: Any = copyreg.dispatch_table.get(type(value))
-    return value.__reduce_ex__(_PICKLE_PROTOCOL) if reduce is None else reduce(value)
+    kind = type(value)
+    if kind in copyreg.dispatch_table:
+        return copyreg.dispatch_table[kind](value)
+    if hasattr(kind, "__getattr__"):
+        # Pickle's look for what is not set changes some the first time, such as the datasets of xarray.
+        value.__reduce_ex__(_PICKLE_PROTOCOL)
+    return value.__reduce_ex__(_PICKLE_PROTOCOL)
 
 
 def _beside(value: Any, base: type) -> Any:
@@ -431,14 +435,13 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "pandas.Series": lambda value: (*_parts_of_pandas(value), value.index, *_put_on(value)),
     "pandas.NDArrayBackedExtensionArray": lambda value: (value.dtype, value._ndarray),  # noqa: SLF001 - all it is
     "pandas.IntervalArray": lambda value: (value.dtype, value.left, value.right),
-    # Not what lies under the mask.
+    # Not in which chunks its text or numbers lie, nor what lies under a mask.
+    "pandas.ArrowExtensionArray": lambda value: (repr(value.dtype), value.tolist()),
     "pandas.BaseMaskedArray": lambda value: (value.dtype.name, value.isna(), value[~value.isna()].to_numpy()),
     # Without levels that no label has, and what an index has found out of itself meanwhile.
     "pandas.MultiIndex": lambda value: (*map(value.get_level_values, range(value.nlevels)), *_put_on(value)),
     "pandas.Index": lambda value: (*_parts_by_pickle(value), *_put_on(value)),
-    "msgspec.Meta": _shown_by,
-    "msgspec.StructConfig": _shown_by,
-    "msgspec.Factory": _shown_by,
+    **dict.fromkeys(("msgspec.Meta", "msgspec.StructConfig", "msgspec.Factory"), _shown_by),
     "pydantic.Decorator": lambda value: (value.cls_var_name, value.func, value.info),
     "polars.DataFrame": lambda value: (value.get_columns(), *_put_on(value)),
     "polars.Series": lambda value: (*_parts_of_polars(value), *_put_on(value)),
