@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import redis.asyncio.connection
@@ -78,6 +78,9 @@ _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPI
 
 class RedisStore(LastingStore):
     """The entries of one namespace on one server."""
+
+    # An event loop does not wait for a look, it awaits `fetch`.
+    is_ready: ClassVar[bool] = False
 
     def __init__(self, settings: CacheSettings, namespace: str) -> None:
         prefix = f"{slug(settings.options['folder_name'])}:{slug(namespace)}"
