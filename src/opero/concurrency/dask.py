@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 from collections import deque
 from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import distributed
 
 from opero.concurrency.batches import Batch, Fatal, Lost
 from opero.concurrency.far import (
@@ -45,6 +44,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from opero.core.steps import TimeLimit
+
+# Who makes a pool of this kind has been told what to install where it is missing; the module is there all the same.
+distributed: Any = importlib.import_module("distributed") if importlib.util.find_spec("distributed") else None
 
 # Between two looks at the scheduler: whether it is there, and what workers it has.
 _LOOKING_SECONDS = 1.0

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from multiprocessing import forkserver
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -56,13 +57,25 @@ class Server(forkserver.ForkServer):
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        """Let it make the processes that are started in the block."""
-        before = forkserver.connect_to_new_process
-        forkserver.connect_to_new_process = self.connect_to_new_process
+        """Let it make the processes that this thread starts in the block."""
+        _serving.server = self
         try:
             yield
         finally:
-            forkserver.connect_to_new_process = before
+            _serving.server = None
+
+
+# Whether a thread starts a worker; the program's other threads may start processes of its own meanwhile.
+_serving = threading.local()
+_connect_to_the_programs = forkserver.connect_to_new_process
+
+
+def _connect_to_new_process(fds: Any) -> tuple[int, int]:
+    server: Server | None = getattr(_serving, "server", None)
+    return _connect_to_the_programs(fds) if server is None else server.connect_to_new_process(fds)
+
+
+forkserver.connect_to_new_process = _connect_to_new_process
 
 
 # The one that was started last, if there is one.
@@ -132,5 +145,7 @@ def _begin_anew() -> None:
     os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - the same
 
 
-if _PRELOADS in os.environ:
-    _preload(os.environ.pop(_PRELOADS).split())
+_told = os.environ.pop(_PRELOADS, None)
+# Another process that the program has started in that moment has the variable, too.
+if _told is not None and __name__ in sys.orig_argv[-1]:
+    _preload(_told.split())

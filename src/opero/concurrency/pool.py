@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import math
-import multiprocessing
 import os
 import threading
 from dataclasses import dataclass
@@ -75,6 +74,12 @@ _WORKERS_ELSEWHERE = ("dask", "ray", "executor")
 _NEEDED: Mapping[str, str] = {"dask": "distributed", "ray": "ray"}
 
 
+def _check_start_method(name: str, method: Any) -> None:
+    import multiprocessing
+
+    check_choice(name, method, multiprocessing.get_all_start_methods())
+
+
 def _check_initargs(name: str, initargs: Any) -> None:
     if not isinstance(initargs, tuple):
         raise wrong_type(name, initargs, "a tuple")
@@ -84,7 +89,7 @@ _needs = partial(check_number, what="what each call needs", smallest=0)
 _count = partial(check_count, smallest=1)
 # Those that are not here are the cluster's business.
 _CHECKS: Mapping[str, Callable[[str, Any], object]] = {
-    "start_method": lambda name, method: check_choice(name, method, multiprocessing.get_all_start_methods()),
+    "start_method": _check_start_method,
     "initializer": partial(check_callable, what="a function that prepares each worker"),
     "finalizer": partial(check_callable, what="a function that takes no arguments, for its end"),
     "initargs": _check_initargs,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from opero.concurrency.batches import Batch, Fatal
 from opero.concurrency.far import (
@@ -31,6 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from opero.concurrency.worker import Work
+
+# Who makes a pool of this kind has been told what to install where it is missing; the module is there all the same.
+ray: Any = importlib.import_module("ray") if importlib.util.find_spec("ray") else None
 
 # Between two looks at the cluster: whether it is there, and how large it is.
 _LOOKING_SECONDS = 0.5
@@ -199,7 +200,8 @@ class RayPool(FarPool):
         found: Found | None = None
         with contextlib.suppress(Exception):
             reader = ray.remote(num_cpus=0, runtime_env=self._options.get("runtime_env"))(recover)
-            there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in self._nodes]
+            on_node = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+            there = [on_node(node["NodeID"], soft=False) for node in self._nodes]
             asked = [reader.options(scheduling_strategy=strategy).remote([name]) for strategy in there]
             for reference in asked:
                 # A node may be gone, too.
