@@ -11,6 +11,7 @@ import enum
 import fractions
 import functools
 import gc
+import http.cookiejar
 import importlib
 import io
 import itertools
@@ -28,6 +29,7 @@ import threading
 import tracemalloc
 import types
 import typing
+import urllib.request
 import uuid
 import weakref
 import zoneinfo
@@ -39,6 +41,7 @@ import numpy as np
 import pandas as pd
 import pydantic
 import pytest
+import requests
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
@@ -1214,11 +1217,22 @@ def test_an_object_that_changes_when_it_is_looked_at_is_one_argument():
     assert f.stats.hits == 2
 
 
-@pytest.mark.parametrize("drawn", [np.random.rand, np.random.mtrand._rand])
+@pytest.mark.parametrize("drawn", [np.random.rand, np.random.mtrand._rand, random.random, random.choice])
 def test_what_the_program_has_drawn_is_no_part_of_the_key(drawn):
     before = spelling_of(drawn)
     np.random.rand()  # noqa: NPY002 - the one that it is about
+    random.random()
     assert spelling_of(drawn) == before
+
+
+@pytest.mark.parametrize("made", [http.cookiejar.CookieJar, requests.cookies.RequestsCookieJar])
+def test_cookies_are_the_same_after_they_were_looked_at(made):
+    jar, changed = made(), made()
+    before = spelling_of(jar)
+    jar.add_cookie_header(urllib.request.Request("http://example.org"))
+    assert spelling_of(jar) == before
+    changed.set_cookie(requests.cookies.create_cookie("name", "value"))
+    assert spelling_of(changed) != before
 
 
 @pytest.mark.parametrize("made", [random.Random, np.random.RandomState])

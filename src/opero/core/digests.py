@@ -408,6 +408,13 @@ def _shown_by(value: Any) -> Iterable[Any]:
     return [(name, getattr(value, name)) for name in dir(value) if name[0] != "_"]
 
 
+def _parts_of_generator(generator: Any) -> Iterable[Any]:
+    """Its state, unless it is what a module's functions draw from, which changes with every draw of the program's."""
+    module = vars(sys.modules[type(generator).__module__])
+    is_the_modules = any(generator is module.get(name) for name in ("_inst", "_rand"))
+    return () if is_the_modules else _parts_by_pickle(generator)
+
+
 # What is known better than pickle knows it, by the package and the name of a class or of one of its bases, so that
 # nothing has to be imported. Pickle lists a set in the order of its hashes, and a path by how it was put together.
 _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
@@ -426,10 +433,10 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "builtins.BaseException": _parts_of_exception,
     "pathlib.PurePath": lambda value: (str(value),),
     "numpy.ndarray": _parts_of_array,
-    # What numpy's functions and SciPy's distributions draw from changes with every draw of the program's.
-    "numpy.RandomState": lambda value: (
-        () if value is sys.modules["numpy.random.mtrand"]._rand else _parts_by_pickle(value)  # noqa: SLF001 - that one
-    ),
+    "random.Random": _parts_of_generator,
+    "numpy.RandomState": _parts_of_generator,
+    # Without the time of its last look at what has expired.
+    "http.CookieJar": lambda jar: ([*jar], {**vars(jar._policy), "_now": None}),  # noqa: SLF001 - not public in all
     "pandas.DataFrame": lambda value: (value.columns, value.index, [*value.items()], *_put_on(value)),
     "pandas.Flags": lambda value: (value.allows_duplicate_labels,),
     "pandas.Series": lambda value: (*_parts_of_pandas(value), value.index, *_put_on(value)),
