@@ -364,6 +364,13 @@ def test_threads_that_use_many_values_never_get_more_than_their_limits_allow():
     assert sorted(taken) == sorted(set(taken))
 
 
+def test_a_limit_that_was_just_asked_for_is_not_forgotten_for_a_new_value():
+    limits = RateLimiter("1/hour").per_value
+    asked_for = limits.of("asked for")
+    limits.of("new")
+    assert limits.of("asked for") is asked_for
+
+
 def test_the_limits_of_a_function_go_with_it():
     f = limited(lambda key: key, **ONE_EACH)
     f("a")

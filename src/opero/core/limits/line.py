@@ -62,6 +62,9 @@ class Line:
         gate: Of the same limit as other processes have it, if they do.
     """
 
+    # Of a value: that nobody has asked for it lately.
+    is_unasked = False
+
     def __init__(self, ledger: Ledger, gate: Gate | None = None) -> None:
         self.ledger = ledger
         self.gate = gate
@@ -241,9 +244,10 @@ _OWN_KEYS = (str, int)
 
 
 class PerValue(Generic[L]):
-    """A line for each value, such as one for each API key; those that are idle are forgotten.
+    """A line for each value, such as one for each API key; those that stay idle are forgotten.
 
-    Each new one looks at two others, so that no call pays for all of them.
+    Each new one looks at two others, so that no call pays for all of them. Nobody has asked for one between two looks
+    that is forgotten: who has just done so is about to take a slot of it.
     """
 
     def __init__(self, make: Callable[[Any], L]) -> None:
@@ -260,15 +264,18 @@ class PerValue(Generic[L]):
         key = value if type(value) in _OWN_KEYS else identity_of(value)
         found = self._lines.get(key)
         if found is not None:
+            found.is_unasked = False
             return found
         with self._lock.lock:
             found = self._lines.get(key)
             if found is None:
                 for _ in range(min(2, len(self._lines))):
                     oldest, other = self._lines.popitem(last=False)
-                    if not other.is_idle():
+                    if not (other.is_unasked and other.is_idle()):
+                        other.is_unasked = True
                         self._lines[oldest] = other
                 found = self._lines[key] = self._make(value)
+            found.is_unasked = False
             return found
 
 
