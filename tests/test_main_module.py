@@ -670,6 +670,69 @@ def test_what_typing_declares_in_the_main_module_is_whole_in_workers(tmp_path):
     assert run_main(tmp_path, in_each(["spawn", "loky"], DECLARED), way="-c") == "[(1, 6, 4)] [6]\n" * 2
 
 
+CACHED = """
+    import concurrent.futures, functools, multiprocessing, sys
+    from opero import opmap
+
+    @functools.lru_cache(maxsize=8)
+    def fib(n):
+        return n if n < 2 else fib(n - 1) + fib(n - 2)
+
+    if sys.version_info >= (3, 12):
+        exec("type Number = int")
+    else:
+        Number = int
+
+    def work(n) -> Number:
+        return fib(n), fib.cache_parameters()["maxsize"]
+
+    if __name__ == "__main__":
+        for mode in EACH_MODE:
+            mapped = opmap(**mode, workers=1, retries=0, progress=False)
+            print(mapped(work)([90]), mapped(fib)([5]))
+"""
+
+
+def test_cached_functions_and_aliases_of_the_main_module_go_where_it_is_not(tmp_path):
+    expected = "[(2880067194370816120, 8)] [5]\n" * 2
+    assert run_main(tmp_path, in_each(["spawn", "loky"], CACHED), way="-c") == expected
+
+
+EACH_A_MAIN = """
+    import sys, types
+
+    def run(name):
+        sys.modules["__main__"] = module = types.ModuleType("__main__")
+        module.__file__ = name
+        exec(compile(open(name).read(), name, "exec"), vars(module))
+
+    if __name__ == "__main__":
+        with open("page.py", "w") as file:
+            file.write(PAGE)
+        for _ in range(2):
+            run("page.py")
+"""
+PAGE = """
+from opero import opmap
+
+class Point:
+    pass
+
+def work(item):
+    return Point()
+
+if __name__ == "__main__":
+    mapped = opmap(workers=1, retries=0, progress=False, pool_options={"start_method": "spawn"})(work)
+    print(type(mapped([1])[0]) is Point)
+"""
+
+
+def test_results_are_of_the_classes_of_whichever_main_module_is_there_now(tmp_path):
+    # As streamlit runs a page, and IPython a script.
+    source = textwrap.dedent(EACH_A_MAIN).replace("PAGE", repr(PAGE))
+    assert run_main(tmp_path, source, way="file") == "True\nTrue\n"
+
+
 HELD = """
     import concurrent.futures, enum, functools, multiprocessing, threading
     from typing import Generic, TypeVar

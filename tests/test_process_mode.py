@@ -662,6 +662,25 @@ def test_an_exception_that_says_how_it_is_pickled_keeps_its_notes(processes):
     assert "return json.loads(text)" in second
 
 
+class PlacedError(Exception):
+    def __new__(cls, message, line):
+        return super().__new__(cls, message)
+
+    def __init__(self, message, line):
+        super().__init__(message)
+        self.line = line
+
+
+def test_an_exception_keeps_its_class_that_cannot_be_made_of_its_args(processes):
+    # Nor can lxml's `XMLSyntaxError`, which inherits the `__new__` of another base.
+    def work(item):
+        raise PlacedError("no end", item)
+
+    (error,) = processes.map(work, retries=0).run([7])
+    assert isinstance(error, PlacedError)
+    assert (error.args, error.line) == (("no end",), 7)
+
+
 @pytest.mark.parametrize("kind", [OtherArgumentsError, LockedError])
 def test_an_exception_that_travels_badly_is_retried_by_its_class(processes, kind):
     def work(item):

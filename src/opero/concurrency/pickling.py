@@ -42,6 +42,7 @@ from opero.utils.notes import (
     drop_notes,
     fields_of,
     link,
+    new_error,
     says_how_it_is_pickled,
     set_error,
     users_part,
@@ -66,7 +67,8 @@ MAINS = ("__main__", "__mp_main__")
 
 def names_in_fresh_workers() -> frozenset[str]:
     """Names of the main module that a process which is started afresh has, too: as `spawn.prepare` decides there."""
-    main = sys.modules["__main__"]
+    # Streamlit, IPython and debuggers may have put another one there since multiprocessing did this; results name it.
+    main = sys.modules["__mp_main__"] = sys.modules["__main__"]
     # The debugger pdb forgets it, and multiprocessing looks at it.
     spec = vars(main).setdefault("__spec__", None)
     path = getattr(main, "__file__", None)
@@ -131,10 +133,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return _LOCKS[kind], ()
         if kind.__module__ == "numpy" and kind.__name__ == "memmap" and not self._is_answer:
             return _reduce_memmap(obj)
-        if kind in (NewType, ParamSpec, TypeVarTuple) and obj.__module__ in MAINS and not self._goes_by_name(obj):
-            supertype = (obj.__supertype__,) if kind is NewType else ()
-            # As of slots: some have no `__dict__`.
-            return kind, (obj.__name__, *supertype), (None, {"__module__": "__main__"})
+        if kind in _NAMED and obj.__module__ in MAINS and not self._goes_by_name(obj):
+            return _NAMED[kind](obj)
         return NotImplemented
 
     def _goes_by_name(self, thing: Any) -> bool:
@@ -172,6 +172,30 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         if found is function and is_there and not any(f"{module}.".startswith(f"{sent}.") for sent in by_value):
             return _undecorated, (module, name, depth)
         return super().reducer_override(function)
+
+
+def _reduce_type(thing: Any) -> Any:
+    supertype = (thing.__supertype__,) if type(thing) is NewType else ()
+    # As of slots: some have no `__dict__`.
+    return type(thing), (thing.__name__, *supertype), (None, {"__module__": "__main__"})
+
+
+def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return lru_cache(**parameters)(function)
+
+
+# What Python itself pickles by name only.
+_NAMED: dict[type, Callable[[Any], Any]] = {
+    **dict.fromkeys((NewType, ParamSpec, TypeVarTuple), _reduce_type),
+    type(lru_cache(len)): lambda cached: (_cached, (cached.__wrapped__, cached.cache_parameters())),
+}
+if sys.version_info >= (3, 12):
+    from typing import TypeAliasType
+
+    _NAMED[TypeAliasType] = lambda alias: (
+        partial(TypeAliasType, type_params=alias.__type_params__),
+        (alias.__name__, alias.__value__),
+    )
 
 
 def _undecorated(module: str, qualname: str, depth: int) -> Any:
@@ -338,7 +362,7 @@ def _loads_alone(data: bytes, kind: bytes, story: str, text: str | None) -> Base
         error = loads(data)
         if isinstance(error, tuple):
             cls, state = error
-            error = cls.__new__(cls, *state[0])
+            error = new_error(cls, state[0])
             set_error(error, state)
         if isinstance(error, BaseException) and text in {None, str(error)}:
             return error

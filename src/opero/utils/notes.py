@@ -55,6 +55,17 @@ def fields_of(error: BaseException) -> dict[str, Any]:
     return {name: getattr(error, name) for name in names if hasattr(error, name)}
 
 
+def new_error(kind: type[Any], args: tuple[Any, ...]) -> Any:
+    """An exception made without its `__init__`, by the first class above it that can do that.
+
+    Those of lxml have two built-in bases, and inherit `__new__` from the one that may not be asked.
+    """
+    for cls in kind.__mro__:
+        with contextlib.suppress(TypeError):
+            return cls.__new__(kind, *args)
+    raise TypeError(kind)
+
+
 def set_error(error: BaseException, state: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
     """Give an exception the ``args``, the fields and the attributes of another of its class."""
     args, fields, attributes = state
@@ -81,7 +92,7 @@ def copied(error: Exception, *, context: BaseException | None = None) -> Excepti
     made = error
     with contextlib.suppress(Exception):
         kind = type(error)
-        made = copy.copy(error) if says_how_it_is_pickled(error) else kind.__new__(kind, *error.args)
+        made = copy.copy(error) if says_how_it_is_pickled(error) else new_error(kind, error.args)
         set_error(made, (error.args, fields_of(error), vars(error)))
         link(made, cause=error.__cause__, context=context, hides_context=error.__suppress_context__)
         if hasattr(error, "__notes__"):
