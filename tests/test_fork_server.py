@@ -74,6 +74,17 @@ def test_a_module_is_that_of_the_program_and_not_one_of_the_current_folder(tmp_p
     assert program(tmp_path, 'print(*tell(["KEY"]))', cwd=tmp_path / "data") == ["first"]
 
 
+def test_where_its_socket_has_no_place_workers_are_started_without_one(tmp_path, monkeypatch):
+    # A path of a socket has at most 108 characters.
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    main = """
+        print(*tell(["KEY"]), len(fork_server._latest))
+    """
+    assert program(tmp_path, main) == ["first", "0"]
+
+
 def test_paths_among_the_folders_of_modules_are_passed_over_as_an_import_does(tmp_path):
     main = """
         sys.path.insert(0, Path("plugins"))

@@ -351,16 +351,13 @@ def tell_the_time(_item):
     return time.monotonic()
 
 
-@pytest.mark.parametrize(
-    ("method", "hint"),
-    [("fork", "see what their initializer does"), ("spawn", "below `if __name__ == '__main__':`")],
-)
-def test_workers_that_an_initializer_ends_are_told_of_by_how_they_ended_and_what_to_look_at(method, hint):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_that_an_initializer_ends_are_told_of_by_how_they_ended_and_what_to_look_at(method):
     options = {"start_method": method, "initializer": os._exit, "initargs": (5,)}
     mapped = opmap(workers=1, progress=False, pool_options=options)(abs)
     with pytest.raises(OperoError, match="end before they are ready \\(exit code 5\\)") as caught:
         mapped([1])
-    assert hint in str(caught.value)
+    assert str(caught.value).endswith("see what their initializer does")
 
 
 def end_if_it_is_one_of_the_first(count, folder):

@@ -293,13 +293,17 @@ class ProcessPool(Pool):
             self._start_worker()
 
     def _start_worker(self) -> None:
-        starting: Any = contextlib.nullcontext()
         with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
             if self._multi_pool is None:
                 self._multi_pool = entered_multi_pool(self._size, self._end_workers)
-            if self._method == "forkserver":
-                self._server = self._server or server_for(module_of(self._work.function))
-                starting = self._server.serving()
+            if self._method == "forkserver" and self._server is None:
+                try:
+                    self._server = server_for(module_of(self._work.function))
+                except OSError:
+                    # There may be no temporary folder for its socket, or only one with too long a path.
+                    if self._method_is_given:
+                        raise
+                    self._use("spawn")
             context: Any = multiprocessing.get_context(self._method)
             ours, theirs = context.Pipe()
             # Not in the memory of the program's own shared values: a pipe to that can be passed on only once.
@@ -309,7 +313,7 @@ class ProcessPool(Pool):
             worker.process = context.Process(target=serve, args=args, daemon=False)
             self._workers.append(worker)
             try:
-                with starting:
+                with self._server.serving() if self._server else contextlib.nullcontext():
                     worker.process.start()
             except BaseException:
                 self._workers.remove(worker)
@@ -331,9 +335,11 @@ class ProcessPool(Pool):
         if not worker.is_ready:
             self._stillbirths += 1
             most = max(MOST_STILLBIRTHS, 2 * self._most_workers)
-            if self._stillbirths >= most or worker.process.exitcode == UNGUARDED_CODE:
+            is_unguarded = worker.process.exitcode == UNGUARDED_CODE
+            if self._stillbirths >= most or is_unguarded:
                 name, reason = name_of(self._work.function), system.how_it_ended(worker.process)
-                hint = "see what their initializer does" if self._method == "fork" else _MAIN_HINT
+                is_initializers = self._method == "fork" or (self._hooks[0] is not None and not is_unguarded)
+                hint = "see what their initializer does" if is_initializers else _MAIN_HINT
                 return Fatal(OperoError(f"worker processes for {name} end before they are ready ({reason}); {hint}"))
         self.prepare()
         reason = system.how_it_ended(worker.process)
