@@ -19,6 +19,7 @@ import symtable
 import sys
 import threading
 import traceback
+import typing
 import weakref
 from abc import ABCMeta
 from collections import ChainMap
@@ -134,7 +135,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         if kind.__module__ == "numpy" and kind.__name__ == "memmap" and not self._is_answer:
             return _reduce_memmap(obj)
         if kind in _NAMED and obj.__module__ in MAINS and not self._goes_by_name(obj):
-            return _NAMED[kind](obj)
+            return _reduce_named(obj)
         return NotImplemented
 
     def _goes_by_name(self, thing: Any) -> bool:
@@ -174,28 +175,19 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         return super().reducer_override(function)
 
 
-def _reduce_type(thing: Any) -> Any:
-    supertype = (thing.__supertype__,) if type(thing) is NewType else ()
+# What Python itself pickles by name only; and the aliases of Python 3.12.
+_NAMED = {NewType, ParamSpec, TypeVarTuple, type(lru_cache(len)), getattr(typing, "TypeAliasType", NewType)}
+
+
+def _reduce_named(thing: Any) -> Any:
+    kind: Any = type(thing)
+    if kind.__name__ == "TypeAliasType":
+        return partial(kind, type_params=thing.__type_params__), (thing.__name__, thing.__value__)
+    if hasattr(thing, "cache_parameters"):
+        return lru_cache(**thing.cache_parameters()), (thing.__wrapped__,)
+    supertype = (thing.__supertype__,) if kind is NewType else ()
     # As of slots: some have no `__dict__`.
-    return type(thing), (thing.__name__, *supertype), (None, {"__module__": "__main__"})
-
-
-def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
-    return lru_cache(**parameters)(function)
-
-
-# What Python itself pickles by name only.
-_NAMED: dict[type, Callable[[Any], Any]] = {
-    **dict.fromkeys((NewType, ParamSpec, TypeVarTuple), _reduce_type),
-    type(lru_cache(len)): lambda cached: (_cached, (cached.__wrapped__, cached.cache_parameters())),
-}
-if sys.version_info >= (3, 12):
-    from typing import TypeAliasType
-
-    _NAMED[TypeAliasType] = lambda alias: (
-        partial(TypeAliasType, type_params=alias.__type_params__),
-        (alias.__name__, alias.__value__),
-    )
+    return kind, (thing.__name__, *supertype), (None, {"__module__": "__main__"})
 
 
 def _undecorated(module: str, qualname: str, depth: int) -> Any:

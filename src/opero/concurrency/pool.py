@@ -56,7 +56,7 @@ POOLS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "process": ("processes", "ProcessPool", _OF_PROCESSES),
     "thread": ("threads", "ThreadPool", _HOOKS),
     "async": ("threads", "TaskPool", ()),
-    "async_process": ("processes", "async_process_pool", (*_OF_PROCESSES, "concurrency")),
+    "async_process": ("processes", "ProcessPool", (*_OF_PROCESSES, "concurrency")),
     "serial": ("threads", "serial_pool", ()),
     "dask": ("dask", "DaskPool", ("client", "address", "resources", "priority", "restart_workers")),
     "ray": (
@@ -70,6 +70,8 @@ _MODES = tuple(mode for mode in POOLS if mode != "executor")
 _ASYNC_ONLY = ("async", "async_process")
 # Whoever makes their workers says how many there are.
 _WORKERS_ELSEWHERE = ("dask", "ray", "executor")
+# Coroutines in each process.
+_CONCURRENCY = 16
 # The library that a mode needs; an extra of the mode's name brings it.
 _NEEDED: Mapping[str, str] = {"dask": "distributed", "ray": "ray"}
 
@@ -226,7 +228,9 @@ class PoolSource:
             mode, options = "dask", {"client": mode._client}  # noqa: SLF001 - as above
         kind = mode if isinstance(mode, str) else "executor"
         self._file, self._class, _ = POOLS[kind]
-        self._options = {"mode": mode} if kind == "executor" else options or {}
+        self._options = {"mode": mode} if kind == "executor" else dict(options or {})
+        if kind == "async_process":
+            self._options.setdefault("concurrency", _CONCURRENCY)
         self._workers = default_workers(kind) if workers is None and kind not in _WORKERS_ELSEWHERE else workers
         self.after_fork()
         watch_forks(self)

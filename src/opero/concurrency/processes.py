@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from opero.concurrency.worker import Work
 
 LARGEST_BATCH = 10_000
-DEFAULT_CONCURRENCY = 16
 # By which a worker ends that has called a map while it imported a module.
 UNGUARDED_CODE = 113
 # So many workers in a row that end before they are ready are not an accident: it may be the main module, or the
@@ -103,7 +102,7 @@ class ProcessPool(Pool):
         finalizer: Callable[[], Any] | None = None,
         max_tasks_per_worker: int | None = None,
         threads_per_worker: int | None = None,
-        at_once: int = 1,
+        concurrency: int = 1,
     ) -> None:
         self._work = work
         self._hooks = initializer, initargs, finalizer
@@ -113,7 +112,7 @@ class ProcessPool(Pool):
         self._threads = threads_per_worker
         self._size = self._most_workers = workers
         # Batches that run together in a worker, as coroutines, of one item each.
-        self._at_once = at_once
+        self._at_once = concurrency
         self._workers: list[Worker] = []
         self._multi_pool: Any = None
         self._server: Server | None = None
@@ -335,11 +334,11 @@ class ProcessPool(Pool):
         if not worker.is_ready:
             self._stillbirths += 1
             most = max(MOST_STILLBIRTHS, 2 * self._most_workers)
-            is_unguarded = worker.process.exitcode == UNGUARDED_CODE
-            if self._stillbirths >= most or is_unguarded:
+            code = worker.process.exitcode
+            if self._stillbirths >= most or code == UNGUARDED_CODE:
                 name, reason = name_of(self._work.function), system.how_it_ended(worker.process)
-                is_initializers = self._method == "fork" or (self._hooks[0] is not None and not is_unguarded)
-                hint = "see what their initializer does" if is_initializers else _MAIN_HINT
+                is_main = code == UNGUARDED_CODE or (self._method != "fork" and self._hooks[0] is None)
+                hint = _MAIN_HINT if is_main else "see what their initializer does"
                 return Fatal(OperoError(f"worker processes for {name} end before they are ready ({reason}); {hint}"))
         self.prepare()
         reason = system.how_it_ended(worker.process)
@@ -432,13 +431,6 @@ def _log_here(data: bytes) -> None:
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         logger.handle(record)
-
-
-def async_process_pool(
-    work: Work, workers: int, *, concurrency: int = DEFAULT_CONCURRENCY, **options: Any
-) -> ProcessPool:
-    """What runs single items in event loops of several processes, each of which runs many coroutines at a time."""
-    return ProcessPool(work, workers, at_once=concurrency, **options)
 
 
 @contextlib.contextmanager

@@ -56,10 +56,7 @@ def fields_of(error: BaseException) -> dict[str, Any]:
 
 
 def new_error(kind: type[Any], args: tuple[Any, ...]) -> Any:
-    """An exception made without its `__init__`, by the first class above it that can do that.
-
-    Those of lxml have two built-in bases, and inherit `__new__` from the one that may not be asked.
-    """
+    """An exception made without its `__init__`; lxml's inherit a `__new__` that refuses them, where another serves."""
     for cls in kind.__mro__:
         with contextlib.suppress(TypeError):
             return cls.__new__(kind, *args)
