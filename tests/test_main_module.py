@@ -670,6 +670,34 @@ def test_what_typing_declares_in_the_main_module_is_whole_in_workers(tmp_path):
     assert run_main(tmp_path, in_each(["spawn", "loky"], DECLARED), way="-c") == "[(1, 6, 4)] [6]\n" * 2
 
 
+OWN_METHODS = """
+    import concurrent.futures, multiprocessing
+    from opero import opmap
+
+    class Model:
+        @classmethod
+        def check(cls, value):
+            return cls, value
+
+    # As pydantic notes the validators of a class.
+    Model.checks = [Model.check]
+
+    def work(value, model=Model):
+        cls, checked = model.checks[0](value)
+        return cls is Model and model is Model, checked
+
+    if __name__ == "__main__":
+        for mode in EACH_MODE:
+            mapped = opmap(**mode, workers=1, retries=0, progress=False)
+            print(mapped(work)([1]), mapped(work)([2], model=Model))
+"""
+
+
+def test_a_class_of_the_main_module_may_hold_methods_of_its_own(tmp_path):
+    expected = "[(True, 1)] [(True, 2)]\n" * 3
+    assert run_main(tmp_path, in_each(["spawn", "forkserver", "loky"], OWN_METHODS), way="-c") == expected
+
+
 CACHED = """
     import concurrent.futures, functools, multiprocessing, sys
     from opero import opmap

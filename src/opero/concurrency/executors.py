@@ -168,12 +168,9 @@ class ExecutorPool(FarPool):
         executor = self._executor
         context: Any = getattr(executor, "_mp_context", None) or getattr(executor, "_context", None)
         # Processes that are started for this map are deaf to Ctrl-C until they run an item.
-        if context is None or self._is_given:
-            start: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        else:
-            start = held_back_in_children(context.get_start_method())
+        is_made_here = context is not None and not self._is_given
         try:
-            with start:
+            with held_back_in_children(context.get_start_method()) if is_made_here else contextlib.nullcontext():
                 future = executor.submit(function, *arguments)
         except Exception as error:
             # Somebody may have shut it down.

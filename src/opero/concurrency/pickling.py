@@ -112,8 +112,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         if large is not None:
             buffer_callback = partial(_stays, large)
             of_cloudpickle: Any = cloudpickle.Pickler.dispatch_table
-            # Before the pickler in C looks for it.
-            self.dispatch_table: Any = ChainMap(ForkingPickler(io.BytesIO()).dispatch_table, of_cloudpickle)
+            # Before the pickler in C looks for it. Cloudpickle first: a class may hold its own methods, by no name yet.
+            self.dispatch_table: Any = ChainMap(of_cloudpickle, ForkingPickler(io.BytesIO()).dispatch_table)
         self.file = io.BytesIO()
         super().__init__(self.file, PROTOCOL, buffer_callback=buffer_callback)
         self._names = names
