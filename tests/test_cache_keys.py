@@ -1062,8 +1062,10 @@ def test_an_argument_whose_own_code_fails_is_refused_with_the_ways_out(world):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="has no syntax for type parameters")
-def test_an_alias_with_parameters_is_an_argument(world):
-    names = {"__name__": __name__}
+def test_an_alias_with_parameters_is_an_argument(world, monkeypatch):
+    module = types.ModuleType("aliases")
+    monkeypatch.setitem(sys.modules, "aliases", module)
+    names = vars(module)
     exec("type Pair[A] = tuple[A, A]\ntype Flipped[A, B] = tuple[B, A]\ntype Kept[A, B] = tuple[A, B]", names)
     f = cached(world.define(lambda kind: f"{kind}"))
     kinds = [names["Pair"], names["Pair"][int], names["Pair"][str], names["Flipped"], names["Kept"]]

@@ -289,24 +289,11 @@ def test_workers_says_how_many_batches_are_in_the_executor(world, size, workers,
 
 def test_an_executor_that_does_not_tell_its_size_gets_a_batch_for_each_cpu(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2, 3}, raising=False)
-    with Counting(8) as executor:
-        del executor._max_workers
-        executor._max_workers = None
-        executor._adjust_thread_count = lambda: None
-        threads = [threading.Thread(target=_serve, args=(executor,)) for _ in range(3)]
-        for thread in threads:
-            thread.start()
+    with Counting(8) as threads:
+        executor = Executor()
+        executor.submit = threads.submit
         Kind.map(double, executor).run(range(2000))
-        assert executor.most == 3
-        executor._work_queue.put(None)
-    for thread in threads:
-        thread.join()
-
-
-def _serve(executor):
-    while (task := executor._work_queue.get()) is not None:
-        task.run()
-    executor._work_queue.put(None)
+    assert threads.most == 3
 
 
 # Crashes

@@ -82,7 +82,8 @@ def test_where_its_socket_has_no_place_workers_are_started_without_one(tmp_path,
     main = """
         print(*tell(["KEY"]), len(fork_server._latest))
     """
-    assert program(tmp_path, main) == ["first", "0"]
+    # Python 3.14 looks for a shorter path itself.
+    assert program(tmp_path, main) == ["first", "1" if sys.version_info >= (3, 14) else "0"]
 
 
 def test_paths_among_the_folders_of_modules_are_passed_over_as_an_import_does(tmp_path):

@@ -256,7 +256,7 @@ class Interrupted:
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env={**os.environ, "OPERO_TEST_MARK": self._mark, "TMPDIR": str(self._folder)},
+            env={**os.environ, "OPERO_TEST_MARK": self._mark, "TMPDIR": str(self._folder), "PYTHON_COLORS": "0"},
             start_new_session=True,
         )
         if on_a_terminal:

@@ -1397,6 +1397,8 @@ def test_a_closed_stream_gives_up_the_items_that_others_may_wait_for(mode, journ
         journal.add(item)
         if item == 1 and journal.count(1) == 1:
             raise SpoiledError(item)
+        while not journal.count(1):
+            time.sleep(0.001)
         return item
 
     mapped = opmap(**mode.options, ordered=False, cache=True, min_delay=30, jitter=False)(mode.define(work))

@@ -257,3 +257,14 @@ def test_where_nobody_would_see_a_bar_the_log_has_a_line_now_and_then(monkeypatc
         "work: 70 of 100 items done in 1.2 min, 35 failed\n",
     ]
     assert with_bar > len(lines)
+
+
+def test_a_bar_leaves_the_start_method_of_multiprocessing_to_the_program():
+    source = """if True:
+        import multiprocessing
+        from opero import opmap
+
+        opmap(mode="thread", progress={"disable": False}, retries=0)(abs)([1])
+        multiprocessing.set_start_method("spawn")
+    """
+    subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, timeout=60)

@@ -147,5 +147,5 @@ def _begin_anew() -> None:
 
 _told = os.environ.pop(_PRELOADS, None)
 # Another process that the program has started in that moment has the variable, too.
-if _told is not None and __name__ in sys.orig_argv[-1]:
+if _told is not None and any(__name__ in argument for argument in sys.orig_argv):
     _preload(_told.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import sys
 import warnings
@@ -81,8 +82,12 @@ class TqdmProgress(ToldProgress):
 
     def __init__(self, kind: type[Any], options: Mapping[str, Any]) -> None:
         super().__init__(self._draw)
+        start_method = multiprocessing.get_start_method(allow_none=True)
         # tqdm's monitor is a thread that would outlive the map.
         self._bar: Any = type("Bar", (kind,), {"monitor_interval": 0})(**options)
+        if start_method is None:
+            # tqdm makes a lock, by which the system's own start method counts as chosen by the program.
+            multiprocessing.set_start_method(None, force=True)
         self._turns_red = "colour" not in options and not os.environ.get("NO_COLOR")
 
     def _draw(self, tally: Tally) -> None:

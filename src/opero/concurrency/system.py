@@ -120,9 +120,10 @@ def start_method() -> tuple[str, bool]:
     Else ``fork`` where it is safe, that is with no other thread that could hold a lock; else a fresh process.
     """
     method = multiprocessing.get_start_method(allow_none=True)
-    # The first one, the system's own, need not have been set: it is noted, too, when a program makes a lock of
-    # multiprocessing. One that is not its own is of a worker of loky's.
-    if method in multiprocessing.get_all_start_methods()[1:]:
+    # The first of all, the system's own, need not have been set: it is noted, too, when a program makes a lock of
+    # multiprocessing, and ``fork``, which Linux had before Python 3.14, is no wish then. Others are of loky's workers.
+    is_a_wish = method != "fork" or multiprocessing.get_all_start_methods()[0] != "fork"
+    if method in {"fork", "spawn", "forkserver"} and is_a_wish:
         return method, True
     if sys.platform == "linux" and not has_other_threads():
         return "fork", False
