@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import sys
 import warnings
@@ -81,6 +80,8 @@ class TqdmProgress(ToldProgress):
     """A bar of tqdm's."""
 
     def __init__(self, kind: type[Any], options: Mapping[str, Any]) -> None:
+        import multiprocessing
+
         super().__init__(self._draw)
         start_method = multiprocessing.get_start_method(allow_none=True)
         # tqdm's monitor is a thread that would outlive the map.
