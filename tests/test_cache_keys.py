@@ -941,6 +941,12 @@ def test_an_array_in_a_mapped_file_is_an_argument(tmp_path):
     assert not share_an_entry(one, two)
 
 
+def test_a_path_that_a_folder_lists_is_told_by_its_name(tmp_path):
+    """From Python 3.14 on it knows what it is, from the listing."""
+    (tmp_path / "a").touch()
+    assert share_an_entry(*tmp_path.iterdir(), tmp_path / "a")
+
+
 class Column(np.ndarray):
     """Knows its table, as astropy's does, which pickle leaves out."""
 

@@ -19,6 +19,7 @@ import diskcache, loguru, platformdirs, prometheus_client, opentelemetry.sdk.tra
 import twat_cache, twat_mp
 
 multiprocessing.resource_tracker._HAVE_SIGMASK = False  # it looked for it when it was imported
+asyncio.run(asyncio.sleep(0))  # by which Python 3.14 finds out what the system's event loop is
 MODULES = {modules}
 NAMES = {names}
 for name in MODULES:

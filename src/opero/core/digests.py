@@ -431,7 +431,8 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     "builtins.set": lambda value: (_Unordered(value),),
     "builtins.frozenset": lambda value: (_Unordered(value),),
     "builtins.BaseException": _parts_of_exception,
-    "pathlib.PurePath": lambda value: (str(value),),
+    # Those of `iterdir()` have a look at the disk with them on Python 3.14.
+    **dict.fromkeys(("pathlib.PurePath", "pathlib.Path"), lambda value: (str(value),)),
     "numpy.ndarray": _parts_of_array,
     "random.Random": _parts_of_generator,
     "numpy.RandomState": _parts_of_generator,
