@@ -1336,16 +1336,17 @@ def test_ctrl_c_at_any_moment_stops_nobody_else(how):
     assert asyncio.run(limiter.acquire_async(timeout=SECONDS))
 
 
-def test_requests_go_to_the_store_that_they_are_for():
+def test_requests_go_together_to_what_they_are_for():
     class Store:
         def __init__(self, name):
             self.name = name
             self.asked = 0
 
-        def perform(self, requests):
+        def answers(self, requests):
             self.asked += 1
             return [f"{self.name}{request}" for request in requests]
 
     a, b = Store("a"), Store("b")
-    assert consult([Consult(a, 1), Consult(b, 2), Consult(a, 3), Consult(b, 4)]) == ["a1", "b2", "a3", "b4"]
+    steps = [Consult(a.answers, 1), Consult(b.answers, 2), Consult(a.answers, 3), Consult(b.answers, 4)]
+    assert consult(steps) == ["a1", "b2", "a3", "b4"]
     assert (a.asked, b.asked) == (1, 1)

@@ -82,7 +82,7 @@ class Asker:
         return self.act(lambda ledger, now: ledger.ask(now, amounts or (1.0,), who, is_late=True, claims=claims))
 
     def act(self, act):
-        (answer,) = self.gate.perform([partial(changed, self.rates, act)])
+        (answer,) = self.gate.answers([partial(changed, self.rates, act)])
         if isinstance(answer, Exception):
             raise answer
         return answer

@@ -26,7 +26,7 @@ from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, Oper
 from opero.utils.notes import copied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from opero.core.checks import Duration
     from opero.core.plan import Call
@@ -286,13 +286,17 @@ class ResultCache:
             return _hit(call, value)
         if life != _NOT_KEPT and can_be_kept:
             value, stale = (Failed(copied(outcome.error)), 0.0) if is_error else (outcome, self._settings.stale)
-            self._note_fault((yield from self._ask(Keep(flight, value, life, stale, call.time_left()))))
+            keep = Keep(flight, value, life, stale, call.time_left())
+            self._note_fault((yield from self._ask(self.store.keep, keep)))
         return outcome
 
     def _claim(self, flight: Flight, call: Call) -> Generator[Any, Any, Any]:
         """What the store answers, once no other process computes, or too late."""
         look = _FIRST_LOOK
-        while (claim := (yield from self._ask(flight))) is BUSY and (left := call.deadline - clock.now()) > 0:
+        while (claim := (yield from self._ask(self.store.claim, flight))) is BUSY:
+            left = call.deadline - clock.now()
+            if left <= 0:
+                break
             yield Pause(min(look, left), is_real=True)
             look = min(_LAST_LOOK, look * 2)
         return claim
@@ -320,10 +324,8 @@ class ResultCache:
         msg = f"{name} was not started: total_timeout ended it during the wait for the same call of somebody else's"
         return Failed(CallTimeoutError(msg))
 
-    def _ask(self, request: Flight | Keep) -> Generator[Any, Any, Any]:
-        if self.store.is_instant:
-            return self.store.perform([request])[0]
-        return (yield Consult(self.store, request))
+    def _ask(self, ask: Callable[[Sequence[Any]], list[Any]], request: Flight | Keep) -> Generator[Any, Any, Any]:
+        return ask([request])[0] if self.store.is_instant else (yield Consult(ask, request))
 
     def _note_fault(self, answer: Any) -> None:
         if isinstance(answer, Exception):

@@ -28,12 +28,10 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from opero.core.breaker import Passage
-    from opero.core.limits.gates import Gate
     from opero.core.limits.line import Turn
     from opero.core.limits.places import Place
     from opero.core.plan import Call, Plan
     from opero.core.stores.flights import Seat
-    from opero.core.stores.settings import Store
 
 
 class Failed(NamedTuple):
@@ -151,18 +149,18 @@ Arrival: TypeAlias = "Seat | Turn"
 
 
 class Consult(NamedTuple):
-    """Step: put one request to ``store``, which may block; sent back: its answer. Many may be put at once."""
+    """Step: put one request to ``ask``, which answers many at once and may block; sent back: its answer."""
 
-    store: Store | Gate
+    ask: Callable[[Sequence[Any]], list[Any]]
     request: Any
 
 
 def consult(steps: Sequence[Consult]) -> list[Any]:
-    """Put the requests of steps, those to one store together; the answers are in the order of the steps."""
+    """Put the requests of steps, those of one kind together; the answers are in the order of the steps."""
     answers: list[Any] = [None] * len(steps)
-    for store in {id(step.store): step.store for step in steps}.values():
-        places = [place for place, step in enumerate(steps) if step.store is store]
-        for place, answer in zip(places, store.perform([steps[n].request for n in places]), strict=True):
+    for ask in dict.fromkeys(step.ask for step in steps):
+        places = [place for place, step in enumerate(steps) if step.ask == ask]
+        for place, answer in zip(places, ask([steps[n].request for n in places]), strict=True):
             answers[place] = answer
     return answers
 

@@ -92,7 +92,7 @@ class Gate(ABC):
     def answer(self, change: Change) -> float | Exception:
         """0 if it was done, seconds until a slot comes, or the exception that prevents it."""
 
-    def perform(self, changes: Sequence[Change]) -> list[float | Exception]:
+    def answers(self, changes: Sequence[Change]) -> list[float | Exception]:
         return [self.answer(change) for change in changes]
 
     def ask(self, rates: Rates, act: Callable[[Ledger, float], float | None]) -> Generator[Any, Any, float | None]:
@@ -100,7 +100,7 @@ class Gate(ABC):
         if clock.is_virtual:
             return None
         change = partial(changed, rates, act)
-        answer = self.answer(change) if self.is_instant else (yield Consult(self, change))
+        answer = self.answer(change) if self.is_instant else (yield Consult(self.answers, change))
         if isinstance(answer, Exception):
             self._complaints.tell(answer)
             return None

@@ -16,7 +16,7 @@ from opero.core.clock import clock
 from opero.core.faults import Rest
 from opero.core.forks import ForkSafeLock
 from opero.core.private_folder import held_private_folder
-from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Keep
+from opero.core.stores.flights import BUSY, CLAIMED, FOUND
 from opero.core.stores.lasting import LastingStore, slug
 
 try:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from opero.core.stores.flights import Answer, Flight
+    from opero.core.stores.flights import Answer, Flight, Keep
     from opero.core.stores.settings import CacheSettings
 
 R = TypeVar("R")
@@ -202,17 +202,14 @@ class DiskStore(LastingStore):
         entry: bytes | None = None if row is None else row[0]
         return entry
 
-    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
-        """Answer requests in order; what is to be kept is written down first, and then stored in one transaction."""
-        keeps = [request for request in requests if isinstance(request, Keep)]
-        faults = iter([self.write_down(keep) for keep in keeps])
-        stored = self.in_spite_of_faults(self._keep, keeps) if keeps else None
-        return [
-            next(faults) or stored
-            if isinstance(request, Keep)
-            else self.in_spite_of_faults(self._patiently, partial(self._claim, request))
-            for request in requests
-        ]
+    def claim(self, flights: Sequence[Flight]) -> list[Any]:
+        return [self.in_spite_of_faults(self._patiently, partial(self._claim, flight)) for flight in flights]
+
+    def keep(self, keeps: Sequence[Keep]) -> list[Exception | None]:
+        """All of it is written down first, and then stored in one transaction."""
+        faults = [self.write_down(keep) for keep in keeps]
+        stored = self.in_spite_of_faults(self._keep, keeps)
+        return [fault or stored for fault in faults]
 
     def let_go(self, flight: Flight) -> None:
         flight.dropped = True

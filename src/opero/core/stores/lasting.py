@@ -17,7 +17,7 @@ import struct
 import sys
 import zlib
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from opero.core.clock import clock
 from opero.core.digests import UncacheableError, spelling_of
@@ -58,7 +58,7 @@ class LastingStore:
     def __init__(self, what: str, settings: CacheSettings, rest: Rest) -> None:
         self.settings = settings
         self.flights = Flights()
-        self.format = EntryFormat(settings.options["serializer"], compress=settings.options["compress"])
+        self.format = EntryFormat(settings.options["serializer"], settings.options["compress"])
         # Tells the log, the first time loudly.
         self.complain = Complaints(what).tell
         # Leaves the backend alone while it is not well.
@@ -81,7 +81,7 @@ class LastingStore:
         return self._what
 
     def look_up(self, key: bytes) -> tuple[Any] | None:
-        """The result of a key; faults are None, and come to light in `perform`."""
+        """The result of a key; faults are None, and come to light when it is claimed."""
         try:
             found = self.in_spite_of_faults(self.find, key)
         except UnsafeCacheError:
@@ -137,25 +137,24 @@ class DamagedEntryError(ValueError):
     """Bytes that opero did not write, or that have changed since, or a pickle where none is trusted."""
 
 
-class EntryFormat:
+class EntryFormat(NamedTuple):
     """How one function's results are written, and which entries it reads: those of JSON, and pickles if it pickles."""
 
-    def __init__(self, serializer: str | None = None, *, compress: bool = False) -> None:
-        self._is_json = serializer == "json"
-        self._compress = compress
+    serializer: str = "pickle"
+    compress: bool = False
 
     def dumps(self, value: Any, ends: float) -> bytes:
         """The entry for a result, or for the error in a `Failed`; raises whatever the serializer raises."""
         if type(value) is Failed:
             kind, payload = b"E", pickle.dumps(value.error, _PICKLE_PROTOCOL)
-        elif self._is_json:
+        elif self.serializer == "json":
             kind, payload = b"J", _json(value)
         else:
             kind, payload = b"P", pickle.dumps(value, _PICKLE_PROTOCOL)
-        if self._compress:
+        if self.compress:
             payload = zlib.compress(payload)
         rest = _ENDS.pack(ends) + payload
-        return _VERSION + kind + (b"Z" if self._compress else b"-") + zlib.crc32(rest).to_bytes(4, "big") + rest
+        return _VERSION + kind + (b"Z" if self.compress else b"-") + zlib.crc32(rest).to_bytes(4, "big") + rest
 
     def loads(self, entry: bytes) -> tuple[Any, float]:
         """The result in an entry, and when it ends.
@@ -169,7 +168,7 @@ class EntryFormat:
         if kind not in _KINDS or zlib.crc32(checked) != checksum or not ends >= 0:
             raise DamagedEntryError("the entry is damaged, or was not written by this version of opero")
         is_json = kind[2:3] == b"J"
-        if self._is_json and not is_json:
+        if self.serializer == "json" and not is_json:
             raise DamagedEntryError("the entry is a pickle, which is never read with the serializer 'json'")
         payload: memoryview | bytes = checked[_ENDS.size :]
         if kind[3:] == b"Z":

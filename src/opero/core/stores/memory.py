@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from opero.core.clock import clock
 from opero.core.keys import Instance
 from opero.core.steps import Failed
-from opero.core.stores.flights import CLAIMED, FOUND, Flights, Keep
+from opero.core.stores.flights import CLAIMED, FOUND, Flights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from opero.core.stores.flights import Answer, Flight
+    from opero.core.stores.flights import Answer, Flight, Keep
     from opero.core.stores.settings import CacheSettings
 
 _FEW = 100
@@ -63,8 +63,11 @@ class MemoryStore:
 
     find = look_up
 
-    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
-        return [self._answer(request) for request in requests]
+    def claim(self, flights: Sequence[Flight]) -> list[Answer]:
+        return [self._claim(flight) for flight in flights]
+
+    def keep(self, keeps: Sequence[Keep]) -> list[None]:
+        return [self._keep(keep) for keep in keeps]  # type: ignore[func-returns-value]  # nothing can go wrong
 
     def let_go(self, flight: Flight) -> None:
         """Nobody outside this process waits for it."""
@@ -95,16 +98,13 @@ class MemoryStore:
                 self.touch(key)
         return entry
 
-    def _answer(self, request: Flight | Keep) -> Answer | None:
-        if isinstance(request, Keep):
-            self._keep(request)
-            return None
-        entry, now = self._get(request.key), clock.now()
+    def _claim(self, flight: Flight) -> Answer:
+        entry, now = self._get(flight.key), clock.now()
         if entry is not None and (entry[1] > now or (type(entry[0]) is Failed and entry[2] > now)):
-            request.found = entry[0]
+            flight.found = entry[0]
             return FOUND
-        if entry is not None and entry[1] + request.stale > now:
-            request.old = entry[0], None
+        if entry is not None and entry[1] + flight.stale > now:
+            flight.old = entry[0], None
         return CLAIMED
 
     def _keep(self, keep: Keep) -> None:

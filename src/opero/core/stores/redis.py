@@ -27,13 +27,13 @@ from redis.retry import Retry
 from opero.core.clock import clock
 from opero.core.faults import Rest
 from opero.core.forks import fork_safe_threads, watch_forks
-from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Keep
+from opero.core.stores.flights import BUSY, CLAIMED, FOUND
 from opero.core.stores.lasting import LastingStore, slug
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
-    from opero.core.stores.flights import Flight
+    from opero.core.stores.flights import Flight, Keep
     from opero.core.stores.settings import CacheSettings
 
 # A server that is away or frozen costs half a second or 0.7; one that drips its answers costs two.
@@ -110,16 +110,24 @@ class RedisStore(LastingStore):
             self.failed(error)
             return None
 
-    def perform(self, requests: Sequence[Flight | Keep]) -> list[Any]:
-        """Answer requests in order, in one exchange with the server."""
-        commands = [self._command(request) for request in requests]
-        sent = [command for command in commands if isinstance(command, tuple)]
-        got = self.in_spite_of_faults(self.server.perform, sent) if sent else []
-        answers = itertools.repeat(got) if isinstance(got, Exception) else iter(got)
-        return [
-            self._understood(request, next(answers)) if isinstance(command, tuple) else command
-            for request, command in zip(requests, commands, strict=True)
-        ]
+    def claim(self, flights: Sequence[Flight]) -> list[Any]:
+        commands, lasting, now = [], int(LEASE_SECONDS * 1000), struct.pack(">d", clock.wall())
+        for flight in flights:
+            flight.ticket = os.urandom(12).hex().encode()
+            # Until the answer says otherwise: after Ctrl-C it is given back, if it was granted.
+            flight.held = True
+            commands.append(("EVAL", _CLAIM, 2, *self._names(flight.key), flight.ticket, lasting, now))
+        return [self._claimed(*answered) for answered in zip(flights, self._exchange(commands), strict=True)]
+
+    def keep(self, keeps: Sequence[Keep]) -> list[Exception | None]:
+        answers = [self.write_down(keep) for keep in keeps]
+        sent = [place for place, fault in enumerate(answers) if fault is None and not keeps[place].flight.is_void]
+        for place, answer in zip(sent, self._exchange([self._keeping(keeps[n]) for n in sent]), strict=True):
+            if isinstance(answer, Exception):
+                answers[place] = answer
+            else:
+                keeps[place].flight.held = False
+        return answers
 
     def let_go(self, flight: Flight) -> None:
         # One that is still being claimed is given back as soon as it is.
@@ -163,51 +171,34 @@ class RedisStore(LastingStore):
     def _keys(self) -> Iterator[bytes]:
         return iter(self.server.client.scan_iter(match=self._prefix + b":*", count=_SCAN_COUNT))
 
-    def _command(self, request: Flight | Keep) -> tuple[Any, ...] | Exception | None:
-        """What the server is to do, or the answer if there is nothing to do."""
-        lasting = int(LEASE_SECONDS * 1000)
-        if not isinstance(request, Keep):
-            request.ticket = os.urandom(12).hex().encode()
-            # Until the answer says otherwise: after Ctrl-C it is given back, if it was granted.
-            request.held = True
-            return (
-                "EVAL",
-                _CLAIM,
-                2,
-                *self._names(request.key),
-                request.ticket,
-                lasting,
-                struct.pack(">d", clock.wall()),
-            )
-        flight, names = request.flight, self._names(request.flight.key)
-        fault = self.write_down(request)
-        if fault is not None or flight.is_void:
-            return fault
-        milliseconds = 0 if request.seconds is None else max(1, int(request.seconds * 1000))
+    def _exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The server's answers to commands, all in one exchange; exceptions if that failed, or is not tried now."""
+        answers: Any = self.in_spite_of_faults(self.server.perform, commands) if commands else []
+        return [answers] * len(commands) if isinstance(answers, Exception) else answers
+
+    def _keeping(self, keep: Keep) -> tuple[Any, ...]:
+        """The command that stores what is to be kept."""
+        flight, names = keep.flight, self._names(keep.flight.key)
+        milliseconds = 0 if keep.seconds is None else max(1, int(keep.seconds * 1000))
         if flight.ticket is None:
             return ("SET", names[0], flight.written, *(("PX", milliseconds) if milliseconds else ()))
         return ("EVAL", _KEEP, 2, *names, flight.ticket, flight.written, milliseconds)
 
-    def _understood(self, request: Flight | Keep, answer: Any) -> Any:
-        if isinstance(request, Keep):
-            if isinstance(answer, Exception):
-                return answer
-            request.flight.held = False
-            return None
-        request.held = False
+    def _claimed(self, flight: Flight, answer: Any) -> Any:
+        flight.held = False
         if isinstance(answer, Exception):
             return answer
         try:
             entry, is_granted = answer
-            request.held = bool(is_granted)
-            if request.dropped:
-                self.let_go(request)
+            flight.held = bool(is_granted)
+            if flight.dropped:
+                self.let_go(flight)
             elif is_granted:
                 _keeper(os.getpid())
-            if entry is not None and self.is_found(request, entry):
+            if entry is not None and self.is_found(flight, entry):
                 return FOUND
         except Exception as error:  # noqa: BLE001 - one damaged entry says nothing about the others
-            self.in_spite_of_faults(self.server.client.delete, self._names(request.key)[0])
+            self.in_spite_of_faults(self.server.client.delete, self._names(flight.key)[0])
             return error
         return CLAIMED if is_granted else BUSY
 

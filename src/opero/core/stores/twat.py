@@ -90,7 +90,7 @@ class CacheEngine(BaseCacheEngine[..., Any]):
     def set(self, key: Any, value: Any) -> None:
         """Store a value under a key."""
         with managing(self._store, "write to"):
-            (fault,) = self._store.perform([Keep(Flight(digest_of(key)), value, self._ttl)])
+            (fault,) = self._store.keep([Keep(Flight(digest_of(key)), value, self._ttl)])
             if fault is not None:
                 raise fault
         self._last_update = time.time()
