@@ -18,7 +18,8 @@ import pytest
 from side_by_side import until
 
 from opero import WorkerCrashedError, opmap
-from opero.concurrency.batches import Done, Pool
+from opero.concurrency.batches import Pool
+from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.worker import Report
 
 PATIENCE = 10.0
@@ -253,7 +254,7 @@ class FarPool(Pool):
     def submit(self, batch):
         count = len(batch.items)
         self.sizes.append(count)
-        self.deliver(Done(batch, Report(batch.items, {}, next(self._seconds) * count)))
+        self.deliver(Scheduler.done, batch, Report(batch.items, {}, next(self._seconds) * count))
 
     def stop(self, is_left):
         """Nothing has been started."""

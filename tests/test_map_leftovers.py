@@ -447,7 +447,8 @@ def test_all_batches_with_a_worker_that_is_ended_are_out_of_time():
 
     def has_begun():
         for event in inbox.collect(0.01, is_real=True):
-            pool.receive(event)
+            handle, about, _ = event
+            handle(None, *about)
         return pool.begun(batches[0])
 
     try:

@@ -25,16 +25,16 @@ def inbox(request):
 
 def test_an_event_of_another_thread_ends_the_wait(inbox):
     for number in range(200):
-        putting = started(inbox.put, number)
-        assert inbox.collect(None) == [number]
+        putting = started(inbox.put, print, number)
+        assert inbox.collect(None) == [(print, (number,), {})]
         putting.result()
 
 
 def test_an_event_of_a_signal_handler_ends_the_wait(inbox):
-    before = signal.signal(signal.SIGALRM, lambda *_: inbox.put("alarm"))
+    before = signal.signal(signal.SIGALRM, lambda *_: inbox.put(print, "alarm"))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
-        assert inbox.collect(None) == ["alarm"]
+        assert inbox.collect(None) == [(print, ("alarm",), {})]
     finally:
         signal.signal(signal.SIGALRM, before)
 
@@ -141,9 +141,9 @@ async def hear_and_forget():
     ours, theirs = multiprocessing.Pipe()
     inbox = AsyncInbox()
     with closing(ours), closing(theirs):
-        inbox.listen(ours, lambda: inbox.put(ours.recv_bytes()))
+        inbox.listen(ours, lambda: inbox.put(print, ours.recv_bytes()))
         theirs.send_bytes(b"first")
-        assert await inbox.collect(None) == [b"first"]
+        assert await inbox.collect(None) == [(print, (b"first",), {})]
         inbox.forget(ours)
         theirs.send_bytes(b"second")
         assert await inbox.collect(0.01) == []

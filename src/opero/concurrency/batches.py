@@ -1,4 +1,7 @@
-"""What a map and its pool say to each other: batches, what became of them, and what is asked of a pool."""
+"""What a map and its pool say to each other: batches, and what is asked of a pool.
+
+A pool answers by the methods of the `Scheduler` that tell what became of a batch: `done`, `lost`, `not_sent`, `fail`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency.ctrl_c import in_own_thread
-from opero.concurrency.worker import Report
 from opero.core.clock import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from opero.concurrency.running import Inbox
     from opero.concurrency.scheduler import Entry
@@ -65,48 +67,6 @@ class Batch:
         self.entries = None if self.entries is None else self.entries[count:]
 
 
-@dataclass(slots=True)
-class Done:
-    """A worker has reported; ``size`` is that of the batch or its report in bytes.
-
-    Unless it is a part, after which the worker has gone on, items for which there is no value have not begun.
-    """
-
-    batch: Batch
-    report: Report
-    size: int = 0
-    is_part: bool = False
-
-
-@dataclass(slots=True)
-class Lost:
-    """A worker ended; ``batches`` were with it, of which it had not begun the ``innocent`` ones.
-
-    ``begun``: how many items of the only batch have begun, if it is known; the last of them was running.
-    ``sure``: nothing else can have ended it.
-    """
-
-    batches: list[Batch]
-    reason: str
-    innocent: Collection[Batch] = ()
-    sure: bool = True
-    begun: int | None = None
-
-
-def not_run(batch: Batch, error: Exception) -> Done | Lost:
-    """An item of the batch cannot travel; alone, it is known which."""
-    if len(batch.items) == 1:
-        return Done(batch, Report([None], {0: error}, 0.0))
-    return Lost([batch], str(error))
-
-
-@dataclass(slots=True)
-class Fatal:
-    """Something that ends the whole map: Ctrl-C or exit in a worker thread, a pool that cannot work."""
-
-    error: BaseException
-
-
 class Pool:
     """Runs a function on the items of batches, and tells each outcome. Each kind of pool is one file.
 
@@ -116,13 +76,13 @@ class Pool:
         can_kill: Whether a worker can be stopped while it runs a batch.
         isolates: Whether it lets a batch that is to be alone run so; otherwise no other is sent meanwhile.
         largest_batch: Items that may be sent in one go now.
-        deliver: Leaves an event where the map finds it, from any thread.
+        deliver: Lets the thread of the map call a function with its scheduler and these arguments.
     """
 
     is_far = can_rest = can_kill = False
     isolates = True
     largest_batch = 1
-    deliver: Callable[[Any], None]
+    deliver: Callable[..., None]
 
     @property
     def slots(self) -> int:
@@ -159,10 +119,6 @@ class Pool:
         Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
         """
         raise NotImplementedError
-
-    def receive(self, event: Any) -> Any:
-        """Make a scheduler's event of what was delivered; None if it is of no interest."""
-        return event
 
     def rest(self) -> None:
         """The map has ended and nothing runs; listen to nobody until the next one starts."""

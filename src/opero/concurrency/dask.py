@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.batches import Batch, Fatal, Lost
 from opero.concurrency.far import (
     CONNECTING_SECONDS,
     ENDING_SECONDS,
@@ -30,6 +29,7 @@ from opero.concurrency.far import (
 from opero.concurrency.outcome import StreamSink
 from opero.concurrency.pool import MapSettings, PoolSource
 from opero.concurrency.running import run_blocking
+from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.worker import How, Report, Shape, Work
 from opero.core.checks import kind_of
 from opero.core.forks import ForkSafeLock
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
     from concurrent.futures import Future
 
+    from opero.concurrency.batches import Batch
     from opero.core.steps import TimeLimit
 
 # Who makes a pool of this kind has been told what to install where it is missing; the module is there all the same.
@@ -159,7 +160,7 @@ class DaskPool(FarPool):
         def over(future: Future[None]) -> None:
             error = None if future.cancelled() else future.exception()
             if error is not None and not isinstance(error, OSError):
-                self.deliver(Fatal(error))
+                self.deliver(Scheduler.fail, error)
 
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         future.add_done_callback(over)
@@ -177,7 +178,8 @@ class DaskPool(FarPool):
             if self._client.status == "running":
                 self._spawn(self._count())
             else:
-                self.deliver(Fatal(OperoError(f"the scheduler of dask that runs {self._name} is away")))
+                away = OperoError(f"the scheduler of dask that runs {self._name} is away")
+                self.deliver(Scheduler.fail, away)
             await asyncio.sleep(_LOOKING_SECONDS)
 
     async def _heard(self, event: Any) -> None:
@@ -205,7 +207,7 @@ class DaskPool(FarPool):
         elif self._knock is None and not self._workers:
             # A cluster that adapts starts a worker for that, and keeps it until there is more to do.
             self._knock = self._client.submit(bool, pure=False, resources=self.needs or None)
-        self.later(self.see_room, bool(self._workers))
+        self.deliver(self.see_room, bool(self._workers))
 
     async def _greet(self, worker: _Worker, room: int) -> None:
         """Let a worker load the work."""
@@ -215,9 +217,9 @@ class DaskPool(FarPool):
         if problem is None:
             worker.room = room
             self._hand_out()
-            self.later(self.see_room, has_room=True)
+            self.deliver(self.see_room, has_room=True)
         elif not isinstance(problem, OSError):
-            self.later(self.refused, problem)
+            self.deliver(self.refused, problem)
         elif self._workers.get(worker.address) is worker and not worker.batches:
             # It cannot be reached. It has left, or will be counted and greeted again.
             del self._workers[worker.address]
@@ -256,13 +258,13 @@ class DaskPool(FarPool):
             return
         del worker.batches[batch]
         if isinstance(answer, Found):
-            self.later(self.opened, batch, answer)
+            self.deliver(self.opened, batch, answer)
         elif answer is None or isinstance(answer, (CancelledError, OSError)):
             # Somebody has cancelled its task; or the worker has forgotten the work, or the scheduler is away.
-            self.deliver(Lost([batch], "its task was withdrawn", innocent=[batch]))
+            self.deliver(Scheduler.lost, [batch], "its task was withdrawn", [batch])
             self._spawn(self._greet(worker, worker.room))
         else:
-            self.later(self.refused, answer)
+            self.deliver(self.refused, answer)
 
     async def _gone(self, address: str, *, is_expected: bool) -> None:
         """A worker has left; its nanny, if it has one, can read what it has left of its batches."""
@@ -278,7 +280,7 @@ class DaskPool(FarPool):
             found = (await asyncio.wait_for(asked, ENDING_SECONDS))[worker.nanny]
         reason = "its worker has left the cluster" if is_expected else "its dask worker ended"
         left = dict(zip(worker.batches, found, strict=True))
-        self.later(self.recovered, left, reason, is_innocent=is_expected)
+        self.deliver(self.recovered, left, reason, is_innocent=is_expected)
 
 
 # In the workers

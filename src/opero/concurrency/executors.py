@@ -23,11 +23,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, wait_unless_left
 from opero.concurrency.far import FarPool, Found, load, works
 from opero.concurrency.pickling import names_in_fresh_workers
 from opero.concurrency.pool import default_workers
+from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.transport import Packer, pack_report, unpack_batch
 from opero.concurrency.worker import SLOW_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.checks import kind_of, shown
@@ -38,6 +38,7 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from opero.concurrency.batches import Batch
     from opero.core.steps import TimeLimit
 
 # An executor that breaks so often in a row, with nothing of the map in it, does not do so by accident.
@@ -126,30 +127,25 @@ class ExecutorPool(FarPool):
 
     # The executor
 
-    def _make_anew(self, error: Exception, innocent: Batch | None = None, *lost: Batch | None) -> Fatal | Lost:
+    def _make_anew(self, error: Exception, batch: Batch | None, *, is_innocent: bool = False) -> None:
         """The executor has broken, or was shut down: make another, unless it was given; what was in it is lost."""
         if self._is_given:
             msg = (
                 f"the executor that runs {self._name} broke, and only whoever made it can make it anew "
                 f"({describe(error)}); let mode be a function that makes the executor"
             )
-            broken = OperoError(msg)
-            broken.__cause__ = error
-            return Fatal(broken)
+            raise OperoError(msg) from error
         # All has come back then: with a result, or with this error.
         self._executor.shutdown(wait=True)
         gone = [future for future in self._in_flight if future.cancelled() or future.exception() is not None]
-        batches = [batch for batch in (*lost, *map(self._in_flight.pop, gone)) if batch is not None]
-        self._stillbirths = 0 if batches else self._stillbirths + 1
+        batches = [each for each in (batch, *map(self._in_flight.pop, gone)) if each is not None]
+        innocent = [each for each in batches if each is batch and is_innocent]
+        self._stillbirths = 0 if len(batches) > len(innocent) else self._stillbirths + 1
         if self._stillbirths >= MOST_STILLBIRTHS:
-            return Fatal(
-                OperoError(f"the executors for {self._name} break before they run anything: {describe(error)}")
-            )
+            raise OperoError(f"the executors for {self._name} break before they run anything: {describe(error)}")
         self._executor = None
         self.prepare()
-        if innocent is None:
-            return Lost(batches, describe(error))
-        return Lost([innocent, *batches], describe(error), [innocent])
+        self.deliver(Scheduler.lost, batches, describe(error), innocent)
 
     # Batches
 
@@ -175,33 +171,33 @@ class ExecutorPool(FarPool):
         except Exception as error:
             # Somebody may have shut it down.
             if not isinstance(error, BrokenExecutor) and (self._is_given or not isinstance(error, RuntimeError)):
-                raise _refused(self._name, error) from error
-            lost = self._make_anew(error, batch)
-            if isinstance(lost, Fatal):
-                raise lost.error from error
-            self.deliver(lost)
+                raise self._refused(error) from error
+            self._make_anew(error, batch, is_innocent=True)
         else:
             self._in_flight[future] = batch
-            future.add_done_callback(partial(self.later, self._came_back))
+            future.add_done_callback(partial(self.deliver, self._came_back))
 
-    def _came_back(self, future: Future[Any]) -> list[Any]:
+    def _refused(self, error: Exception) -> OperoError:
+        return OperoError(f"the executor that is to run {self._name} takes no work: {describe(error)}")
+
+    def _came_back(self, run: Scheduler, future: Future[Any]) -> None:
         if future not in self._in_flight:
-            return []
+            return
         batch = self._in_flight.pop(future)
         try:
             answer = future.result()
         except BrokenExecutor as error:
-            return [self._make_anew(error, None, batch)]
-        except Exception as error:  # noqa: BLE001 - not the function's, which are in the report; dask's KilledWorker
+            self._make_anew(error, batch)
+        except Exception as error:
+            # Not the function's, which are in the report: such as dask's KilledWorker.
             if batch is None:
-                return [Fatal(_refused(self._name, error))]
+                raise self._refused(error) from error
             innocent = [batch] if isinstance(error, CancelledError) else []
-            return [Lost([batch], describe(error), innocent, sure=not self._in_flight)]
-        except BaseException as error:  # noqa: BLE001 - exit belongs to the caller's thread
-            return [Fatal(error)]
-        return self._answered(batch, answer)
+            run.lost([batch], describe(error), innocent, sure=not self._in_flight)
+        else:
+            self._answered(run, batch, answer)
 
-    def _answered(self, batch: Batch | None, answer: Any) -> list[Any]:
+    def _answered(self, run: Scheduler, batch: Batch | None, answer: Any) -> None:
         if batch is None:
             self._is_near = answer is self._probe
             # The workers of the standard library's executor have the main module; those of others may not.
@@ -211,20 +207,17 @@ class ExecutorPool(FarPool):
             pending, self._pending = self._pending, []
             for each in pending:
                 self._send(each)
-            return []
+            return
         if answer is None:
             self._send(batch, completely=True)
-            return []
+            return
         self._stillbirths = 0
         if isinstance(answer, str):
-            return [Fatal(OperoError(f"a worker cannot run {self._name}: {answer}"))]
-        return [Done(batch, answer)] if self._is_near else self.opened(batch, answer)
-
-
-def _refused(name: str, error: Exception) -> OperoError:
-    refused = OperoError(f"the executor that is to run {name} takes no work: {describe(error)}")
-    refused.__cause__ = error
-    return refused
+            raise OperoError(f"a worker cannot run {self._name}: {answer}")
+        if self._is_near:
+            run.done(batch, answer)
+        else:
+            self.opened(run, batch, answer)
 
 
 # In the workers

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
+from opero.concurrency.batches import Batch, Pool
 from opero.concurrency.mapping import level_of_the_user
+from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
 from opero.concurrency.worker import FAR_BATCH_SECONDS, UNHEEDED_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.clock import clock
@@ -115,7 +116,7 @@ class FarPool(Pool):
 
     def rest(self) -> None:
         """What is told of the cluster is of no interest."""
-        self.deliver = lambda _event: None
+        self.deliver = lambda *_about, **_more: None
 
     @property
     def slots(self) -> int:
@@ -143,19 +144,6 @@ class FarPool(Pool):
         """Withdraw what has not begun, and end what was started for the pool."""
         self.ends.close()
 
-    def later(self, handle: Callable[..., list[Any]], *about: Any, **more: Any) -> None:
-        """Let the thread of the map call ``handle``, which gives events for its scheduler."""
-        self.deliver(partial(handle, *about, **more))
-
-    def receive(self, event: Any) -> Any:
-        """Make a scheduler's event of what was delivered; None if it is of no interest."""
-        if not isinstance(event, partial):
-            return event
-        first, *others = event() or [None]
-        for other in others:
-            self.deliver(other)
-        return first
-
     # What each engine does
 
     def begin(self) -> None:
@@ -177,78 +165,81 @@ class FarPool(Pool):
         try:
             return self._packer.batch(batch)
         except NotTransferableError as error:
-            self.deliver(not_run(batch, error))
+            self.deliver(Scheduler.not_sent, batch, error)
             return None
 
-    def opened(self, batch: Batch, answer: Found) -> list[Any]:
-        """Events of what a worker has answered."""
-        if answer.reason:
-            return self.recovered({batch: answer}, answer.reason)
-        *parts, last = _parts(batch, answer.reports)
-        if last.report.errors and not last.report.values:
-            return [not_run(batch, last.report.errors[0])]
-        last.is_part, last.size = False, max(answer.size, len(answer.reports[-1]))
-        return [*parts, last]
+    # What the thread of the map makes of the answers
 
-    def recovered(self, left: Mapping[Batch, Found | None], reason: str, *, is_innocent: bool = False) -> list[Any]:
-        """Events of what a worker that is gone has left of its batches; of nothing, it has not begun, or is lost.
+    def opened(self, run: Scheduler, batch: Batch, answer: Found) -> None:
+        """A worker has answered."""
+        if answer.reason:
+            self.recovered(run, {batch: answer}, answer.reason)
+            return
+        _tell_parts(run, batch, answer.reports[:-1])
+        last = unpack_report(answer.reports[-1])
+        if last.errors and not last.values:
+            run.not_sent(batch, last.errors[0])
+        else:
+            run.done(batch, last, max(answer.size, len(answer.reports[-1])))
+
+    def recovered(
+        self, run: Scheduler, left: Mapping[Batch, Found | None], reason: str, *, is_innocent: bool = False
+    ) -> None:
+        """A worker is gone, and this is what it has left of its batches; of nothing, it has not begun, or is lost.
 
         The item that was running is charged, if it was the only one, and its worker has not left as it should. One that
         was stuck has ended its worker, and explains all others.
         """
         is_innocent = is_innocent or any(found and found.stuck for found in left.values())
-        events: list[Any] = []
         running: dict[Batch, int] = {}
         for batch, its in left.items():
             found = its or Found(0, [])
-            parts = _parts(batch, found.reports)
-            events += parts
-            done = sum(len(part.report.values) for part in parts)
+            done = _tell_parts(run, batch, found.reports)
             if found.stuck and batch.time_limit is not None:
                 error = stopped(self._name, *batch.time_limit)
                 add_note(error, f"{IN_THE_WORKER}{found.stuck}")
-                events.append(Done(batch, Report([None], {0: error}, batch.time_limit[0])))
+                run.done(batch, Report([None], {0: error}, batch.time_limit[0]))
             elif found.begun > done and not is_innocent:
                 running[batch] = found.begun
             else:
-                events.append(Lost([batch], reason, innocent=[batch]))
-        if len(running) == 1:
-            ((batch, begun),) = running.items()
-            return [*events, Lost([batch], reason, begun=begun)]
-        return [*events, *(Lost([batch], reason, sure=False) for batch in running)]
+                run.lost([batch], reason, [batch])
+        for batch, begun in running.items():
+            run.lost([batch], reason, sure=False, begun=begun if len(running) == 1 else None)
 
-    def refused(self, error: BaseException | str) -> list[Any]:
+    def refused(self, _run: Scheduler, error: BaseException | str) -> None:
         """The end of a map whose batches cannot be run; no error of the function's, which are in the reports."""
         msg = (
             f"{self.engine} cannot run {self._name}: {error if isinstance(error, str) else describe(error)}; "
             f"the whole cluster needs opero, and its workers what {self._name} imports"
         )
-        return [Fatal(OperoError(msg))]
+        raise OperoError(msg)
 
-    # The cluster
-
-    def see_room(self, has_room: object) -> list[Any]:
+    def see_room(self, _run: Scheduler, has_room: object) -> None:
         """Take note of whether any worker has what the items need, as far as is known now.
 
-        Gives the end of the map, if its calls have waited for one as long as they may.
+        The map ends if its calls have waited for one as long as they may.
         """
         if has_room:
             self._roomless_since = None
-            return []
+            return
         self._roomless_since = self._roomless_since or clock.real()
         waited = clock.real() - self._roomless_since
         needed = ", ".join(f"{name}={need:g}" for name, need in self.needs.items())
         lacking = f"{self.engine} has no worker for {self._name}, which needs {needed or 'a thread'}"
         if self._patience is not None and waited > self._patience:
-            return [Fatal(OperoError(f"{lacking}, for {self._patience:g} s"))]
+            raise OperoError(f"{lacking}, for {self._patience:g} s")
         if waited > _WARNING_SECONDS and not self._has_warned:
             self._has_warned = True
             warnings.warn(f"{lacking}; the map waits for one", RuntimeWarning, stacklevel=level_of_the_user())
-        return []
 
 
-def _parts(batch: Batch, reports: list[bytes]) -> list[Done]:
-    return [Done(batch, unpack_report(data), is_part=True) for data in reports]
+def _tell_parts(run: Scheduler, batch: Batch, reports: list[bytes]) -> int:
+    """Tell the map of reports after which the worker has gone on; gives how many items these are about."""
+    count = 0
+    for report in map(unpack_report, reports):
+        count += len(report.values)
+        run.done(batch, report, is_part=True)
+    return count
 
 
 # In the workers

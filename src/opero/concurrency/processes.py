@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import system
-from opero.concurrency.batches import Batch, Done, Fatal, Lost, Pool, not_run
+from opero.concurrency.batches import Batch, Pool
 from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
 from opero.concurrency.fork_server import Server, server_for
 from opero.concurrency.pickling import names_in_fresh_workers, unpack_record
 from opero.concurrency.pool import default_workers, entered_multi_pool
 from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, Parent, known_loggers, serve
+from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
@@ -173,7 +174,7 @@ class ProcessPool(Pool):
         is_imported = Parent.is_loading or getattr(multiprocessing.current_process(), "_inheriting", False)
         if self._method != "fork" and is_imported:
             raise SystemExit(UNGUARDED_CODE)
-        self._inbox = inbox
+        self._inbox, self.deliver = inbox, inbox.put
         self._size = self._most_workers if most_batches is None else max(1, min(self._most_workers, most_batches))
         self._is_paced = is_paced
         for worker in self._workers:
@@ -218,27 +219,24 @@ class ProcessPool(Pool):
         for worker in self._workers:
             worker.tell("arguments", arguments)
 
-    def receive(self, event: Any) -> Any:
-        """Make sense of what was heard; None if it is of no interest to the scheduler."""
-        if not isinstance(event, tuple):
-            return event
-        worker, message = event
+    def _heard(self, run: Scheduler, worker: Worker, message: tuple[str, int, bytes] | None) -> None:
+        """Make sense of what a worker has said, None at its end."""
         if worker not in self._workers:
-            return None
+            return
         if message is None:
-            return self._worker_ended(worker)
+            self._worker_ended(run, worker)
+            return
         kind, number, payload = message
         if kind in {"report", "part"}:
-            return self._worker_reports(worker, number, payload, is_last=kind == "report")
-        if kind == "hello":
+            self._worker_reports(run, worker, number, payload, is_last=kind == "report")
+        elif kind == "hello":
             worker.is_ready, self._stillbirths = True, 0
             self._hand_out()
         elif kind == "log":
             _log_here(payload)
         elif kind == "broken":
             name = name_of(self._work.function)
-            return Fatal(OperoError(f"a worker process cannot run {name}: {payload.decode()}"))
-        return None
+            raise OperoError(f"a worker process cannot run {name}: {payload.decode()}")
 
     async def stop_async(self) -> None:
         # Here: an event loop is told by its own thread.
@@ -324,7 +322,7 @@ class ProcessPool(Pool):
             multiprocessing.process._children.discard(worker.process)  # type: ignore[attr-defined]  # noqa: SLF001
             self._inbox.listen(ours, partial(self._hear, worker))
 
-    def _worker_ended(self, worker: Worker) -> Any:
+    def _worker_ended(self, run: Scheduler, worker: Worker) -> None:
         batches, mark = list(worker.batches.values()), worker.mark[0]
         with Hold():
             system.end([worker.process], system.GRACE_SECONDS)
@@ -339,13 +337,14 @@ class ProcessPool(Pool):
                 name, reason = name_of(self._work.function), system.how_it_ended(worker.process)
                 is_main = code == UNGUARDED_CODE or (self._method != "fork" and self._hooks[0] is None)
                 hint = _MAIN_HINT if is_main else "see what their initializer does"
-                return Fatal(OperoError(f"worker processes for {name} end before they are ready ({reason}); {hint}"))
+                raise OperoError(f"worker processes for {name} end before they are ready ({reason}); {hint}")
         self.prepare()
         reason = system.how_it_ended(worker.process)
         if self._at_once > 1:
             not_begun = [batch for number, batch in worker.batches.items() if number > mark]
-            return Lost(batches, reason, innocent=not_begun)
-        return Lost(batches, reason, innocent=[] if mark else batches, begun=None if mark in {0, BETWEEN} else mark)
+            run.lost(batches, reason, not_begun)
+        else:
+            run.lost(batches, reason, [] if mark else batches, begun=None if mark in {0, BETWEEN} else mark)
 
     # Batches
 
@@ -361,7 +360,7 @@ class ProcessPool(Pool):
             try:
                 data = self._packer.batch(batch)
             except NotTransferableError as error:
-                self._inbox.put(not_run(batch, error))
+                self.deliver(Scheduler.not_sent, batch, error)
                 continue
             if self._at_once == 1:
                 worker.mark[0] = 0
@@ -382,7 +381,7 @@ class ProcessPool(Pool):
                 free = worker
         return free
 
-    def _worker_reports(self, worker: Worker, number: int, payload: bytes, *, is_last: bool) -> Any:
+    def _worker_reports(self, run: Scheduler, worker: Worker, number: int, payload: bytes, *, is_last: bool) -> None:
         report, batch = unpack_report(payload), worker.batches[number]
         ran = len(report.values)
         worker.room = max(0, worker.room - ran)
@@ -392,8 +391,9 @@ class ProcessPool(Pool):
                 worker.tell("stop")
             self._hand_out()
             if 0 in report.errors and not ran:
-                return not_run(batch, report.errors[0])
-        return Done(batch, report, max(len(payload), worker.size), not is_last)
+                run.not_sent(batch, report.errors[0])
+                return
+        run.done(batch, report, max(len(payload), worker.size), is_part=not is_last)
 
     def _hear(self, worker: Worker) -> None:
         """Put all that the worker has said into the inbox, with None for the end of its pipe."""
@@ -405,7 +405,7 @@ class ProcessPool(Pool):
             except (EOFError, OSError):
                 message, has_more = None, False
                 self._inbox.forget(worker.pipe)
-            self._inbox.put((worker, message))
+            self.deliver(self._heard, worker, message)
 
 
 def _hear_records(pipes: list[Any], records: list[bytes], seconds: float = _HEARING_SECONDS) -> None:

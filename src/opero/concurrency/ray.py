@@ -9,7 +9,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.batches import Batch, Fatal
 from opero.concurrency.far import (
     CONNECTING_SECONDS,
     ENDING_SECONDS,
@@ -20,6 +19,7 @@ from opero.concurrency.far import (
     run_parcel,
     run_watched,
 )
+from opero.concurrency.scheduler import Scheduler
 from opero.core.checks import listed
 from opero.core.forks import ForkSafeLock
 from opero.exceptions import OperoError
@@ -28,6 +28,7 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from opero.concurrency.batches import Batch
     from opero.concurrency.worker import Work
 
 # Who makes a pool of this kind has been told what to install where it is missing; the module is there all the same.
@@ -83,7 +84,7 @@ class RayPool(FarPool):
 
     def send(self, batch: Batch, name: str, payload: bytes) -> None:
         reference = self._in_flight[batch] = self._run.remote(name, self._digest, self._work, payload)
-        reference.future().add_done_callback(lambda done: self.later(self._came, batch, name, done))
+        reference.future().add_done_callback(lambda done: self.deliver(self._came, batch, name, done))
 
     # The cluster
 
@@ -113,7 +114,9 @@ class RayPool(FarPool):
         if self._is_paced:
             warming = ray.remote(max_calls=0)(_load).options(**options)
             for _ in range(max(1, min(self._capacity, self._most or self._capacity))):
-                warming.remote(self._digest, self._work).future().add_done_callback(self._loaded)
+                warming.remote(self._digest, self._work).future().add_done_callback(
+                    lambda _: self.deliver(self._loaded)
+                )
 
     def _start(self) -> None:
         address = str(self._init.get("address", ""))
@@ -150,10 +153,9 @@ class RayPool(FarPool):
         for thread in threads:
             thread.join()
 
-    def _loaded(self, _future: Any) -> None:
+    def _loaded(self, _run: Scheduler) -> None:
         """A worker has loaded the work; if it could not, the first batch will tell."""
         self._warm += 1
-        self.deliver(None)
 
     def _repeat(self, look: Callable[[], None]) -> None:
         """In a thread: ray itself says late or never that it is away, and then ends this process."""
@@ -162,7 +164,7 @@ class RayPool(FarPool):
                 look()
             except Exception as error:  # noqa: BLE001 - whatever it is, the map shall know
                 self._over.set()
-                self.deliver(Fatal(OperoError(f"ray is away: {describe(error)}")))
+                self.deliver(Scheduler.fail, OperoError(f"ray is away: {describe(error)}"))
 
     def _check(self) -> None:
         host, _, port = self._context.gcs_address.rpartition(":")
@@ -176,24 +178,24 @@ class RayPool(FarPool):
         self._nodes = [node for node in ray.nodes() if node["Alive"]]
         rooms = ([node["Resources"].get(kind, 0) // need for kind, need in self.needs.items()] for node in self._nodes)
         self._capacity = int(sum(map(min, rooms)))
-        self.later(self.see_room, self._capacity)
+        self.deliver(self.see_room, self._capacity)
 
     # Batches
 
-    def _came(self, batch: Batch, name: str, future: Any) -> list[Any]:
+    def _came(self, run: Scheduler, batch: Batch, name: str, future: Any) -> None:
         """The task of a batch has ended."""
         if self._in_flight.pop(batch, None) is None:
-            return []
+            return
         error, errors = future.exception(), ray.exceptions
         if error is None:
-            return self.opened(batch, future.result())
-        if isinstance(error, errors.RayError) and not isinstance(
+            self.opened(run, batch, future.result())
+        elif isinstance(error, errors.RayError) and not isinstance(
             error, (errors.RayTaskError, errors.RuntimeEnvSetupError)
         ):
             # Its worker has ended, or its whole machine.
             threading.Thread(target=self._search, args=(batch, name, describe(error)), daemon=True).start()
-            return []
-        return self.refused(getattr(error, "cause", error))
+        else:
+            self.refused(run, getattr(error, "cause", error))
 
     def _search(self, batch: Batch, name: str, reason: str) -> None:
         """In a thread, ask all nodes for the journal: ray does not tell on which of them a task was."""
@@ -207,7 +209,7 @@ class RayPool(FarPool):
                 # A node may be gone, too.
                 with contextlib.suppress(Exception):
                     found = ray.get(reference, timeout=_SEARCHING_SECONDS)[0] or found
-        self.later(self.recovered, {batch: found}, reason)
+        self.deliver(self.recovered, {batch: found}, reason)
 
 
 # In the workers

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from opero.concurrency.outcome import Outcome, Sink
     from opero.concurrency.pool import MapSettings
+    from opero.concurrency.scheduler import Event
     from opero.concurrency.worker import Shape
     from opero.core.plan import Plan
 
@@ -42,9 +43,9 @@ _AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, by
 
 
 class _Events:
-    _events: deque[Any]
+    _events: deque[Event]
 
-    def drain(self) -> list[Any]:
+    def drain(self) -> list[Event]:
         """The events that are there already."""
         events = []
         while self._events:
@@ -62,11 +63,11 @@ class BlockingInbox(_Events):
         self._heard: dict[Connection, Callable[[], object]] = {self._own: self._own.recv_bytes}
         self._waits = False
 
-    def put(self, event: Any) -> None:
-        """Leave an event there, from any thread, and from a signal handler."""
-        self._events.append(event)
-        # Whoever puts it there may go on later than the map, and shall not keep the results alive meanwhile.
-        del event
+    def put(self, handle: Callable[..., object], *about: Any, **more: Any) -> None:
+        """Let the map's own thread call ``handle`` with its scheduler and these; from any thread or signal handler."""
+        self._events.append((handle, about, more))
+        # Whoever calls this may go on later than the map, and shall not keep the results alive meanwhile.
+        del about
         if self._waits:
             self._waits = False
             self._door.send_bytes(b"")
@@ -79,7 +80,7 @@ class BlockingInbox(_Events):
         """Listen to it no longer; it is still open."""
         self._heard.pop(pipe, None)
 
-    def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
+    def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Event]:
         """Wait for events, at most so many seconds of opero's clock, or real ones."""
         if is_real:
             self._wait(seconds)
@@ -119,8 +120,8 @@ class AsyncInbox(_Events):
         self._arrived = asyncio.Event()
         self._polled: dict[Connection, Callable[[], None]] = {}
 
-    def put(self, event: Any) -> None:
-        self._events.append(event)
+    def put(self, handle: Callable[..., object], *about: Any, **more: Any) -> None:
+        self._events.append((handle, about, more))
         if threading.get_ident() == self._thread:
             self._arrived.set()
         else:
@@ -146,7 +147,7 @@ class AsyncInbox(_Events):
         if self._polled.pop(pipe, None) is None and not self._loop.is_closed():
             self._loop.remove_reader(pipe.fileno())
 
-    async def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Any]:
+    async def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Event]:
         """Wait for events, at most so many seconds of opero's clock, or real ones."""
         if not self._events:
             await (wait_really_async if is_real else clock.wait_async)(self._arrived, seconds)
@@ -313,7 +314,7 @@ async def run_awaiting(
     inbox, row = AsyncInbox(), partial(_row, plan.name) if shape.is_starred else (lambda item: item)
     source: Source
     if hasattr(items, "__anext__"):
-        source = AsyncSource(items, row, lambda: inbox.put(None))
+        source = AsyncSource(items, row, lambda: inbox.put(lambda _run: None))
     else:
         source = IteratorSource(map(row, items) if shape.is_starred else items)
     with Hold():

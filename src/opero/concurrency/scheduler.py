@@ -16,12 +16,12 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opero.concurrency.batches import Batch, Done, Fatal, Lost
+from opero.concurrency.batches import Batch
 from opero.concurrency.outcome import Outcome
 from opero.concurrency.progress import Tally, make_progress
-from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, UNHEEDED_SECONDS, Work
+from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, UNHEEDED_SECONDS, Report, Work
 from opero.core.clock import clock
 from opero.core.flow import call_flow, item_flow
 from opero.core.parameters import ParameterSlot
@@ -34,6 +34,8 @@ from opero.exceptions import MisuseError, WorkerCrashedError
 from opero.utils.notes import add_note, users_part
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opero.concurrency.batches import Pool
     from opero.concurrency.outcome import Sink
     from opero.concurrency.pool import MapSettings
@@ -57,6 +59,9 @@ _LOOKING_SECONDS = 2.5 * LONG_SECONDS
 _PART_FOR_LATE, _MOST_FOR_LATE = 0.05, 0.05
 # Items whose entries are asked for at once; so many only while all of them are found.
 MOST_LOOKED_UP = 500
+
+# What comes into a map's inbox: a function that its own thread calls with its scheduler, and further arguments.
+Event: TypeAlias = "tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]"
 
 
 @dataclass(slots=True, eq=False)
@@ -159,8 +164,7 @@ class Scheduler:
         """Send workers what they can take; gives what the cache's store has to answer before there can be more."""
         while self._timers and self._timers[0][0] <= clock.now():
             _, _, entry, step = heapq.heappop(self._timers)
-            if entry.waits_for is step:
-                self._look(entry, step)
+            self._look(entry, step)
         while not self._consulting and (batch := self._next_batch()) is not None:
             self.pool.submit(batch)
         return list(self._consulting.values())
@@ -213,22 +217,14 @@ class Scheduler:
         seconds = min(due, default=math.inf)
         return None if seconds == math.inf else max(0.0, seconds), is_real
 
-    def take_note(self, events: list[Any]) -> None:
+    def take_note(self, events: list[Event]) -> None:
         """Take note of what was found in the inbox, and look after workers that have told nothing."""
         events.reverse()
         while events:
-            event = self.pool.receive(events.pop())
-            if isinstance(event, Done):
-                self._batch_done(event)
-            elif isinstance(event, Lost):
-                self._batches_lost(event)
-            elif isinstance(event, Fatal):
-                raise event.error
-            elif isinstance(event, Entry) and event.waits_for is not None:
-                # What it waits for may have come.
-                self._look(event, event.waits_for)
+            handle, about, more = events.pop()
+            handle(self, *about, **more)
             # An error in it, and with that the frames of an attempt, shall not outlast this.
-            event = None
+            about = ()
         # After all that has come in was seen: a report in time is no reason to kill.
         if self._watched:
             self._watch()
@@ -267,10 +263,11 @@ class Scheduler:
         """Let another map have the pool, if somebody wants to keep it and this one has come to its end."""
         if not self._is_over:
             return False
-        # What an event loop has heard since the map ended: a worker may have become ready.
-        for heard in self._inbox.drain():
-            if isinstance(self.pool.receive(heard), Fatal):
-                return False
+        try:
+            # What an event loop has heard since the map ended: a worker may have become ready.
+            self.take_note(self._inbox.drain())
+        except Exception:  # noqa: BLE001 - the map has its results; another one will meet what is wrong
+            return False
         return self._settings.pools.keep(self.pool)
 
     # Input
@@ -388,14 +385,16 @@ class Scheduler:
                 self._look_again(entry, step, step.seconds)
             else:
                 self._awaiting_turns += step.is_turn
-                step.notify(lambda: self._inbox.put(entry))
+                step.notify(lambda: self._inbox.put(Scheduler._look, entry, step))
                 self._look(entry, step)
 
     def _look_again(self, entry: Entry, step: Pause | Arrival, seconds: float) -> None:
         heapq.heappush(self._timers, (clock.now() + seconds, next(self._ticks), entry, step))
 
     def _look(self, entry: Entry, step: Pause | Arrival) -> None:
-        """Go on with an item whose pause has ended, or if what it waits for has come."""
+        """Go on with an item whose pause has ended, or if what it waits for has come; unless it has done so already."""
+        if entry.waits_for is not step:
+            return
         if not isinstance(step, Pause):
             if not step.poll():
                 due = step.due_in()
@@ -554,15 +553,21 @@ class Scheduler:
                 batch.is_overdue = self.pool.kill(batch) or batch.is_overdue
                 batch.ends_at = now + _ENDING_SECONDS
 
-    def _batch_done(self, done: Done) -> None:
-        batch, report, count = done.batch, done.report, len(done.report.values)
+    # What became of them, as the pool tells
+
+    def done(self, batch: Batch, report: Report, size: int = 0, *, is_part: bool = False) -> None:
+        """A worker has reported; ``size`` is that of the batch or its report in bytes.
+
+        Unless it is a part, after which the worker has gone on, items for which there is no value have not begun.
+        """
         if batch not in self._sent:
             return
+        count = len(report.values)
         seconds = report.seconds / max(1, batch.reported + count)
-        if not done.is_part:
+        if not is_part:
             self._sent.discard(batch)
             self._watched.discard(batch)
-            self._learn(done, seconds)
+            self._learn(batch, seconds, size)
             if count < len(batch.items):
                 self._give_back(batch, count)
         if batch.entries is None and not report.errors:
@@ -571,10 +576,10 @@ class Scheduler:
         else:
             for place, value in enumerate(report.values):
                 self._item_done(batch, place, value, report.errors.get(place), seconds)
-        if done.is_part:
+        if is_part:
             batch.drop(count)
 
-    def _learn(self, done: Done, seconds: float) -> None:
+    def _learn(self, batch: Batch, seconds: float, size: int) -> None:
         """How many items to send at once: as many as fill a batch's time, one by one those that take longer.
 
         To a worker that is far away some more batches, so that it has something to do while word of the last one is on
@@ -586,8 +591,8 @@ class Scheduler:
             # Many threads of one process hold each other up now and then, which is no reason for small batches.
             self._usual = max(1e-9, min(seconds, 0.9 * (self._usual or seconds) + 0.1 * seconds))
             fitting = FAR_BATCH_SECONDS / self._usual + 0.5
-        if done.size:
-            fitting = min(fitting, MOST_BATCH_BYTES * len(done.batch.items) / done.size)
+        if size:
+            fitting = min(fitting, MOST_BATCH_BYTES * len(batch.items) / size)
         self._size = max(1, min(int(fitting), self._size * 4))
         # No call waits at a worker that has its time.
         if self.pool.is_far and not self._one_at_a_time:
@@ -606,18 +611,47 @@ class Scheduler:
         else:
             self._open(index, item, started=clock.now() - seconds, failure=error)
 
-    def _batches_lost(self, lost: Lost) -> None:
-        """Charge the item that surely ran; run again, one by one, those of which only one can be guilty."""
-        batches = [batch for batch in lost.batches if batch in self._sent]
+    def not_sent(self, batch: Batch, error: Exception) -> None:
+        """An item of the batch cannot travel; alone, it is known which."""
+        if len(batch.items) == 1:
+            self.done(batch, Report([None], {0: error}, 0.0))
+        else:
+            self.lost([batch], str(error))
+
+    def fail(self, error: BaseException) -> None:
+        """Something ends the whole map: Ctrl-C or exit in a worker thread, a pool that cannot work."""
+        raise error
+
+    def lost(
+        self,
+        lost: list[Batch],
+        reason: str,
+        innocent: Collection[Batch] = (),
+        *,
+        sure: bool = True,
+        begun: int | None = None,
+    ) -> None:
+        """A worker ended, with which these were, of which it had not begun the ``innocent`` ones.
+
+        The item that surely ran is charged; those of which only one can be guilty run again, one by one.
+
+        Args:
+            lost: Those batches.
+            reason: How it ended.
+            innocent: Some of them.
+            sure: Whether nothing else can have ended it.
+            begun: How many items of the only batch have begun, if it is known; the last of them was running.
+        """
+        batches = [batch for batch in lost if batch in self._sent]
         self._sent.difference_update(batches)
         self._watched.difference_update(batches)
         unlucky = [b for b in batches if any(e.losses + 1 >= MOST_INNOCENT_LOSSES for e in b.entries or ())]
-        suspects = [batch for batch in batches if batch not in lost.innocent or batch in unlucky]
+        suspects = [batch for batch in batches if batch not in innocent or batch in unlucky]
         for batch in batches:
-            if lost.begun is not None:
-                self._charge(batch, lost.begun - batch.reported, lost.reason)
-            elif lost.sure and suspects == [batch] and len(batch.items) == 1:
-                self._charge(batch, 1, lost.reason)
+            if begun is not None:
+                self._charge(batch, begun - batch.reported, reason)
+            elif sure and suspects == [batch] and len(batch.items) == 1:
+                self._charge(batch, 1, reason)
             else:
                 self._run_again(batch, alone=batch in suspects)
 

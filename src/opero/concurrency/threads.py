@@ -9,9 +9,10 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.batches import Batch, Done, Fatal, Pool
+from opero.concurrency.batches import Batch, Pool
 from opero.concurrency.ctrl_c import wait_unless_left
 from opero.concurrency.pool import entered_multi_pool
+from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.worker import How, Work, run_batch, run_one, runner_for
 from opero.core.interrupts import Hold
 from opero.core.signature import name_of
@@ -104,7 +105,7 @@ class ThreadPool(Pool):
         except Exception as error:  # noqa: BLE001 - the user's code
             refused = OperoError(f"a worker thread cannot run {name_of(self._map[0].function)}: {describe(error)}")
             refused.__cause__ = error
-            self.deliver(Fatal(refused))
+            self.deliver(Scheduler.fail, refused)
             return
         try:
             with runner_for(self._map[0]) as runner:
@@ -112,10 +113,10 @@ class ThreadPool(Pool):
                     work, context = self._map
                     how = How(context, batch.mark)
                     # Held by no variable: the frame is reached from the traceback of an error.
-                    self.deliver(Done(batch, run_batch(work, batch.items, batch.time_limit, runner, how)))
+                    self.deliver(Scheduler.done, batch, run_batch(work, batch.items, batch.time_limit, runner, how))
                     del batch
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
-            self.deliver(Fatal(error))
+            self.deliver(Scheduler.fail, error)
         finally:
             if self._finalizer is not None:
                 self._finalizer()
@@ -156,12 +157,12 @@ class TaskPool(Pool):
             if not self._stopping:
                 # Before the map hears of it other tasks may have their turn: none shall begin an item.
                 self._stopping = True
-                self.deliver(Fatal(error))
+                self.deliver(Scheduler.fail, error)
             if isinstance(error, asyncio.CancelledError):
                 raise
             return
         del self._tasks[batch]
-        self.deliver(Done(batch, report))
+        self.deliver(Scheduler.done, batch, report)
         # From Python 3.13 on the traceback of its error may lead to this frame.
         del report
 
@@ -177,13 +178,11 @@ class SerialPool(Pool):
         self._context = contextvars.copy_context()
 
     def submit(self, batch: Batch) -> None:
-        self.deliver(batch)
+        self.deliver(self._run, batch)
 
-    def receive(self, event: Any) -> Any:
-        if not isinstance(event, Batch):
-            return event
+    def _run(self, run: Scheduler, batch: Batch) -> None:
         # Held by no variable: this frame is reached from the traceback of an error; they would keep each other alive.
-        return Done(event, run_batch(self._work, event.items, None, None, How(self._context)))
+        run.done(batch, run_batch(self._work, batch.items, None, None, How(self._context)))
 
 
 def serial_pool(work: Work, _workers: int = 1) -> Pool:
