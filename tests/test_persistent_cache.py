@@ -419,6 +419,25 @@ def test_forgetting_in_the_middle_is_not_undone_by_the_late_result(world, cached
     assert again.result(SECONDS) == "new"
 
 
+def test_a_thread_that_the_main_thread_leaves_behind_has_the_cache(cached, options, start, world):
+    """Nobody else begins a thread for it then."""
+    program = start(
+        """
+        import threading
+        DEF f(x):
+            return x
+        f = cached(f)
+        def call():
+            threading.main_thread().join()
+            say([run(f, 1), run(f, 1)])
+        threading.Thread(target=call).start()
+        """,
+        options,
+        world=world,
+    )
+    assert program.end() == [[1, 1]]
+
+
 @pytest.mark.parametrize("name", ["cache_clear", "cache_delete"])
 def test_another_process_that_forgets_in_the_middle_is_obeyed(cached, options, start, name):
     program = start(

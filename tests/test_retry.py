@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import tenacity
 
@@ -427,8 +428,9 @@ def test_an_error_of_the_program_itself_is_retried_if_retry_on_says_so(world, fa
     assert function.stats.attempts == 2
 
 
-def test_a_group_of_errors_of_the_program_ends_the_call(world):
-    function = opero(world.define(script(ExceptionGroup("", [NameError(), ImportError()]))))
+@pytest.mark.parametrize("other", [ImportError(), unittest.SkipTest(), ExceptionGroup("", [NameError()])], ids=repr)
+def test_a_group_of_errors_that_end_the_call_ends_it(world, other):
+    function = opero(world.define(script(ExceptionGroup("", [NameError(), other]))))
     raised_by(world, function)
     assert function.stats.attempts == 1
 
@@ -463,10 +465,12 @@ class Row:
 
 TABLE = {
     "True": Row(lambda error: True, "aba", rests=True, counts=True),
+    "NumPy's True": Row(lambda error: np.bool_(True), "aba", rests=True, counts=True),
     "a delay": Row(lambda error: 0.5, "aba", rests=True, counts=True),
     "a timedelta": Row(lambda error: dt.timedelta(seconds=0.5), "aba", rests=True, counts=True),
     "a class that matches": Row(ValueError, "aba", rests=True, counts=True),
     "False": Row(lambda error: False, "ab", rests=True, counts=True),
+    "NumPy's False": Row(lambda error: np.bool_(False), "ab", rests=True, counts=True),
     "None": Row(lambda error: None, "ab", rests=True, counts=True),
     "no class matches": Row(OSError, "ab", rests=True),
     "NEXT": Row(lambda error: NEXT, "ab"),

@@ -98,8 +98,8 @@ def check_seconds(name: str, value: Any, *, zero: bool) -> float:
 
 
 def plain_number(value: Any) -> Any:
-    """A number of NumPy's as an int or float, anything else as it is."""
-    is_number = getattr(getattr(value, "dtype", None), "kind", None) in {"i", "u", "f"}
+    """A number or truth value of NumPy's as Python has it, anything else as it is."""
+    is_number = getattr(getattr(value, "dtype", None), "kind", None) in {"b", "i", "u", "f"}
     return value.item() if is_number and value.shape == () else value
 
 

@@ -83,6 +83,8 @@ def matches(error: Exception, classes: type[Exception] | tuple[type[Exception], 
 
 def retry_unless_of_the_program(error: Exception) -> bool | Answer:
     """What stands for ``retry_on`` where it was not given."""
+    if isinstance(error, ExceptionGroup):
+        return True if any(retry_unless_of_the_program(part) is True for part in error.exceptions) else GIVE_UP
     is_steering = any(f"{cls.__module__}.{cls.__name__}" in _STEERING for cls in type(error).__mro__)
     return GIVE_UP if is_steering or matches(error, PROGRAM_ERRORS) else True
 
@@ -165,9 +167,9 @@ class RetryPolicy:
         answer = retry_on(error)
         if isinstance(answer, Answer):
             return Verdict(error, outcome, rests=False, counts=False, ends=answer is GIVE_UP)
-        if answer is None or isinstance(answer, bool):
-            return Verdict(error, outcome, again=bool(answer))
-        delay = seconds_of(answer)
+        delay = answer if isinstance(answer, bool) else seconds_of(answer)
+        if delay is None or isinstance(delay, bool):
+            return Verdict(error, outcome, again=bool(delay))
         if not isinstance(delay, (int, float)):
             raise MisuseError(
                 f"retry_on={shown(retry_on)} answered with {kind_of(answer)}; let it return True, False, seconds, "

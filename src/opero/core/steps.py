@@ -169,7 +169,11 @@ async def consult_async(steps: Sequence[Consult]) -> list[Any]:
     """The same in a thread, so that the event loop goes on; a request goes on to its end even if this is cancelled."""
     import asyncio
 
-    return await asyncio.get_running_loop().run_in_executor(_threads(os.getpid()), consult, steps)
+    try:
+        answers = asyncio.get_running_loop().run_in_executor(_threads(os.getpid()), consult, steps)
+    except RuntimeError:  # the program is at its end, where no thread begins any more
+        return consult(steps)
+    return await answers
 
 
 @lru_cache(maxsize=1)
