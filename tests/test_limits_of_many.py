@@ -23,7 +23,7 @@ import opero
 from opero.core import CallTimeoutError, RateLimitedError, RateLimiter, get_rate_limit_decorator
 from opero.core.flow import call_flow
 from opero.core.limits.line import Turn
-from opero.core.limits.rates import Pace, Quota, parse_rates
+from opero.core.limits.rates import parse_rates
 from opero.core.plan import Call
 from opero.core.rate_limit import FunctionLimit
 from opero.core.steps import Candidate, drive
@@ -45,23 +45,23 @@ def starts_of(limiter, fake_clock, seconds, *, step=0.01):
 
 
 @pytest.mark.parametrize(
-    ("rate", "expected"),
+    ("rate", "paces", "quotas"),
     [
-        ([5], [Pace(0, 1 / 5, 5)]),
-        ([5, 2], [Pace(0, 1 / 2, 5)]),
-        (["5/s", 2.5], [Pace(0, 1 / 2.5, 5)]),
-        ([10, "100/minute"], [Pace(0, 1 / 10, 5), Quota(0, 100, 60)]),
-        (["100/minute", "10/s", "1000/day"], [Pace(0, 1 / 10, 5), Quota(0, 100, 60), Quota(0, 1000, 86_400)]),
-        (["100/minute", "1000/day"], [Pace(0, 0.6, 5), Quota(0, 1000, 86_400)]),
-        ([1000, "0.5/hour"], [Pace(0, 1 / 1000, 40), Quota(0, 1, 7200)]),
-        ([1, "1.5/minute"], [Pace(0, 1, 5), Quota(0, 1, 40)]),
-        ("900/15 minutes", [Pace(0, 1, 5)]),
-        ({"calls": 10, "tokens": ["1000/s", "90000/min"]}, [Pace(0, 0.1, 5), Pace(1, 0.001, 40), Quota(1, 90_000, 60)]),
+        ([5], [(0, 1 / 5, 5)], []),
+        ([5, 2], [(0, 1 / 2, 5)], []),
+        (["5/s", 2.5], [(0, 1 / 2.5, 5)], []),
+        ([10, "100/minute"], [(0, 1 / 10, 5)], [(0, 100, 60)]),
+        (["100/minute", "10/s", "1000/day"], [(0, 1 / 10, 5)], [(0, 100, 60), (0, 1000, 86_400)]),
+        (["100/minute", "1000/day"], [(0, 0.6, 5)], [(0, 1000, 86_400)]),
+        ([1000, "0.5/hour"], [(0, 1 / 1000, 40)], [(0, 1, 7200)]),
+        ([1, "1.5/minute"], [(0, 1, 5)], [(0, 1, 40)]),
+        ("900/15 minutes", [(0, 1, 5)], []),
+        ({"calls": 10, "tokens": ["1000/s", "90000/min"]}, [(0, 0.1, 5), (1, 0.001, 40)], [(1, 90_000, 60)]),
     ],
 )
-def test_the_lowest_rate_per_second_is_the_pace_and_longer_ones_are_quotas(rate, expected):
+def test_the_lowest_rate_per_second_is_the_pace_and_longer_ones_are_quotas(rate, paces, quotas):
     rates = parse_rates(rate)
-    assert [*rates.paces, *rates.quotas] == expected
+    assert ([*rates.paces], [*rates.quotas]) == (paces, quotas)
 
 
 def test_a_quota_is_used_at_the_pace_and_then_waited_for(fake_clock):
@@ -177,9 +177,9 @@ def test_no_window_has_too_many_starts_under_any_of_several_rates(fake_clock, pa
     queue.play(events)
     queue.serve_all(within=2 * 86_400)
     assert worst_excess(queue.starts, pace, burst) <= 1e-6
-    for quota in parse_rates([pace, *quotas]).quotas:
-        for first, later in zip(queue.starts, queue.starts[quota.units :], strict=False):
-            assert later - first >= quota.seconds - 1e-6
+    for _, units, seconds in parse_rates([pace, *quotas]).quotas:
+        for first, later in zip(queue.starts, queue.starts[units:], strict=False):
+            assert later - first >= seconds - 1e-6
     for begin, end in queue.quiet:
         assert not any(begin < start < end - 1e-9 for start in queue.starts)
 
@@ -1249,8 +1249,8 @@ def test_calls_of_several_limits_keep_them_use_them_and_all_get_their_turn(fake_
         fake_clock.tick(0.005)
     for place, limiter in enumerate(limiters[:2]):
         moments = [moment for moment, need in starts if place in need]
-        pace = limiter.limit.ledger.rates.paces[0]
-        assert worst_excess(moments, 1 / pace.interval, pace.burst) <= 1e-6 if moments else True
+        _, interval, burst = limiter.limit.ledger.rates.paces[0]
+        assert worst_excess(moments, 1 / interval, burst) <= 1e-6 if moments else True
     moments = [moment for moment, need in starts if 2 in need]
     assert all(later - first >= 2 - 1e-6 for first, later in zip(moments, moments[10:], strict=False))
     assert sum(0 in need for _, need in starts) >= 0.85 * 12 * limiters[0].rate

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from asynciolimiter import Limiter
 
-    from opero.core.limits.rates import Pace, Quota, Rates
+    from opero.core.limits.rates import Rates
 
     # Of the bytes that processes share, and the time, it makes seconds until a slot comes (0: it was done), the bytes
     # to be kept in their place, if any, and the seconds for which they tell something.
@@ -53,12 +53,12 @@ class PaceMeter:
     # By which it is told apart from a quota of the same name.
     seconds = 0.0
 
-    def __init__(self, pace: Pace, most: float) -> None:
+    def __init__(self, name: int, interval: float, burst: int, most: float) -> None:
         """``most`` is what one call may cost."""
         # Not with this module, since it imports asyncio, and not when a slot has come.
         from asynciolimiter import Limiter
 
-        self.name, self.interval, burst = pace
+        self.name, self.interval = name, interval
         self.make_limiter = partial(Limiter, 1 / self.interval, max_burst=burst)
         # How many seconds ahead of the pace a start may be; and that of one who has not waited.
         self.tolerance = (burst - 1) * self.interval
@@ -103,8 +103,8 @@ class QuotaMeter:
 
     __slots__ = ("entries", "joins_until", "name", "seconds", "units", "used")
 
-    def __init__(self, quota: Quota) -> None:
-        self.name, self.units, self.seconds = quota
+    def __init__(self, name: int, units: float, seconds: float) -> None:
+        self.name, self.units, self.seconds = name, units, seconds
         self.entries: deque[list[float]] = deque()
         # Until when more is added to the last entry; it follows from that one.
         self.joins_until = self.used = 0.0
@@ -178,8 +178,8 @@ class Ledger:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.paces = [PaceMeter(pace, self.rates.most[pace.name]) for pace in self.rates.paces]
-        self.meters: list[PaceMeter | QuotaMeter] = [*self.paces, *[QuotaMeter(quota) for quota in self.rates.quotas]]
+        self.paces = [PaceMeter(*pace, self.rates.most[pace[0]]) for pace in self.rates.paces]
+        self.meters: list[PaceMeter | QuotaMeter] = [*self.paces, *[QuotaMeter(*quota) for quota in self.rates.quotas]]
         # None where there is more to look at.
         self.only_pace = self.paces[0] if len(self.paces) == len(self.meters) == 1 else None
         self.paused_until = self.claimed_until = self.claimed_by = 0.0

@@ -175,7 +175,7 @@ class Line:
     def rouse_first(self) -> None:
         """Let the first look, if it may."""
         with lines.lock:
-            first = self.waiting[0][1] if self.waiting and clock.now() + EARLY >= self.opens_at else None
+            first = self.first() if clock.now() + EARLY >= self.opens_at else None
         if first is not None:
             first.rouse()
 

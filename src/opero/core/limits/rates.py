@@ -21,42 +21,21 @@ _RATE_TEXT = re.compile(r"\s*(?P<count>\d+(?:\.\d+)?)\s*/\s*(?P<times>\d+(?:\.\d
 _LEAST_BURST, _BURST_SECONDS = 5, 0.04
 
 
-class Pace(NamedTuple):
-    """Starts are spread: any T seconds see at most ``T / interval + burst``, and one start's cost, of it.
-
-    Attributes:
-        name: The place among `Rates.names` of what is counted.
-        interval: Seconds for each unit.
-        burst: How many missed units may be made up at once.
-    """
-
-    name: int
-    interval: float
-    burst: int
-
-
-class Quota(NamedTuple):
-    """No more than ``units`` in any ``seconds``, however they are spread; ``name`` as in `Pace`."""
-
-    name: int
-    units: float
-    seconds: float
-
-
 class Rates(NamedTuple):
     """What has to hold at once.
 
     Attributes:
         names: What is counted: calls, and what else costs are told of.
-        paces: At most one for each name.
-        quotas: Bounds over longer times, without a pace of their own.
+        paces: At most one for each name: its place among the names, the seconds for each unit, and how many missed
+            units may be made up at once. Any T seconds see ``T / interval + burst`` at most, and one start's cost.
+        quotas: A name's place, and how many units in how many seconds at most, however they are spread.
         most: What one call may cost of each name: what the rate itself allows in its time.
         per_second: The lowest rate of the first name.
     """
 
     names: tuple[str, ...]
-    paces: tuple[Pace, ...]
-    quotas: tuple[Quota, ...]
+    paces: tuple[tuple[int, float, int], ...]
+    quotas: tuple[tuple[int, float, float], ...]
     most: tuple[float, ...]
     per_second: float = math.inf
 
@@ -81,12 +60,12 @@ def parse_rates(rate: Any, max_burst: Any = None, *, spread: bool = True) -> Rat
             fast = [each for each in parsed if each[1] == 1]
             units, seconds = min(fast) if fast else max(parsed, key=lambda each: each[0] / each[1])
             missed = max(_LEAST_BURST, math.ceil(units / seconds * _BURST_SECONDS)) if burst is None else burst
-            paces.append(Pace(place, seconds / units, missed))
+            paces.append((place, seconds / units, missed))
             parsed = [each for each in parsed if each != (units, seconds) and each not in fast]
         for units, seconds in parsed:
             # The same per second, in units that can be counted.
             whole = max(1, int(units))
-            quotas.append(Quota(place, whole, seconds * whole / units))
+            quotas.append((place, whole, seconds * whole / units))
     return Rates(tuple(named), tuple(paces), tuple(quotas), tuple(most), lowest[0])
 
 
