@@ -352,14 +352,6 @@ def get_retry_decorator(
             a ``retry_if_result`` or a ``retry_error_callback``.
         ValueError: If an option's value is out of range.
     """
-    flat: dict[str, Any] = {
-        "retries": retries,
-        "backoff_factor": backoff_factor,
-        "min_delay": min_delay,
-        "max_delay": max_delay,
-        "jitter": jitter,
-        "retry_on": retry_on,
-        "retry_if_result": retry_if_result,
-    }
-    policy = RetryPolicy(**flat, retry_options=options)
-    return decorator(lambda function: Plan(function, policy), (get_retry_decorator, {**flat, **options}))
+    own = {name: value for name, value in locals().items() if name != "options"}
+    policy = RetryPolicy(**own, retry_options=options)
+    return decorator(lambda function: Plan(function, policy), (get_retry_decorator, {**own, **options}))
