@@ -85,7 +85,7 @@ def test_a_lifetime_can_be_told_in_many_ways(world, fake_clock, ttl):
     ("text", "seconds"), [("90 s", 90), ("15 minutes", 900), ("2 h", 7200), ("1 day", 86_400), ("1.5 Hours", 5400)]
 )
 def test_units_are_words_or_letters(text, seconds):
-    assert Cache(ttl=text).settings.ttl == seconds
+    assert Cache(ttl=text).ttl == seconds
 
 
 def test_the_result_can_tell_how_long_it_lives(world, place, wall):
@@ -587,9 +587,9 @@ def test_flat_options_beside_a_cache_object_are_refused(option, decorate):
 def test_a_cache_object_does_not_change():
     made = Cache(ttl=5)
     with pytest.raises(AttributeError):
-        made.settings = None
+        made.ttl = None
     for copied in (pickle.loads(pickle.dumps(made)), copy.copy(made)):
-        assert copied.settings.ttl == 5
+        assert copied.ttl == 5
 
 
 def test_its_repr_shows_no_text():

@@ -20,10 +20,10 @@ import pytest
 from side_by_side import SECONDS, errors, forked, forks, results, started, until
 
 import opero
+import opero.core.cache
 from opero.core.signature import MISSING
 from opero.core.steps import leaders, within
 from opero.core.stores.flights import Flight, Flights, Seat
-from opero.core.stores.settings import CacheSettings
 
 
 def cached(function, **options):
@@ -929,7 +929,7 @@ class TestForks:
 
     def test_a_child_does_not_wait_for_a_first_call_of_its_parent(self, backend, monkeypatch):
         go, began = threading.Event(), threading.Event()
-        make = CacheSettings.store
+        make = opero.core.cache.store_of
 
         def store(settings, namespace):
             if "slow" in namespace:
@@ -937,7 +937,7 @@ class TestForks:
                 assert go.wait(SECONDS)
             return make(settings, namespace)
 
-        monkeypatch.setattr(CacheSettings, "store", store)
+        monkeypatch.setattr(opero.core.cache, "store_of", store)
         f, g = [
             opero.opero(**backend.options, cache_namespace=backend.namespace() + name, retries=0)(lambda x: x)
             for name in ("slow", "")

@@ -18,9 +18,9 @@ from opero.core.checks import nearest
 from opero.core.clock import clock
 from opero.core.faults import managing
 from opero.core.private_folder import refuse_unsafe
-from opero.core.stores.disk import COUNT, DATABASE, DiskStore, connect_to_read, is_of_this_format
+from opero.core.stores.disk import COUNT, DATABASE, DiskStore, connect_to_read, disk_folder, is_of_this_format
 from opero.core.stores.lasting import slug
-from opero.core.stores.settings import cache_settings
+from opero.core.stores.settings import flat_cache
 from opero.exceptions import OperoError, UnsafeCacheError
 from opero.utils.notes import describe
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     places = {"cache_dir": given.cache_dir, "folder_name": given.folder_name}
     options = {name: value for name, value in places.items() if value is not None}
     try:
-        folder = cache_settings(backend="disk", options=options).disk_folder()
+        folder = disk_folder(flat_cache(backend="disk", options=options))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     try:
@@ -101,7 +101,7 @@ def _clear(parser: argparse.ArgumentParser, root: Path, options: dict[str, Any],
         near = nearest(name, [told for _, _, told in map(_row, found)])
         hint = "leave out --clear to see which it has" if near is None else f"did you mean {_printable(near)}?"
         parser.error(f"--clear: no namespace {_printable(name)} in {root}; {hint}")
-    store = DiskStore(cache_settings(backend="disk", options=options), name)
+    store = DiskStore(flat_cache(backend="disk", options=options), name)
     with managing(store, "clear"):
         store.clear()
     store.close()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
-from opero.core.checks import listed, shown
+from opero.core.checks import listed
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.digests import lasting_identity
@@ -20,17 +20,17 @@ from opero.core.signature import MISSING, is_async, name_of, refuse_generator, r
 from opero.core.stats import CallStats, Stats
 from opero.core.steps import Consult, Failed, Flow, Pause, leaders, part_of
 from opero.core.stores.flights import BUSY, CLAIMED, FOUND, Flight, Keep, Seat
-from opero.core.stores.settings import cache_settings, check_lifetime
+from opero.core.stores.settings import Cache, check_lifetime, flat_cache, store_class, store_of
 from opero.events import CacheHit
 from opero.exceptions import AllFailedError, CallTimeoutError, MisuseError, OperoError, RejectedResultError
 from opero.utils.notes import copied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from opero.core.checks import Duration
     from opero.core.plan import Call
-    from opero.core.stores.settings import Backend, BackendSettings, CacheSettings
+    from opero.core.stores.settings import Backend
     from opero.core.stores.twat import CacheEngine
 
 __all__ = ["Cache", "clear_cache", "get_cache_context", "get_cache_decorator"]
@@ -49,65 +49,10 @@ class CacheInfo(NamedTuple):
     currsize: int
 
 
-class Cache:
-    """Settings of a cache, for ``cache=`` of `opero.opero` and `opero.opmap`; they never change.
-
-    Functions that are given one object keep entries of their own (unless it has a ``namespace``).
-
-    Args:
-        ttl: How long a result lives: seconds, a `datetime.timedelta`, text such as ``"90 s"``, ``"15 minutes"`` or
-            ``"2 h"``, or a function of the result that returns one of these, None (for ever) or 0 (not kept). Default:
-            for ever.
-        backend: ``"memory"``, ``"disk"`` or ``"redis"``.
-        key: Function of the same arguments that returns the key to use in their place.
-        namespace: Functions with one namespace share entries. Default: each function has its own.
-        ignore: Name of a parameter that is not part of the key, or several; such as an API key.
-        keep_if: Function of a result; only results for which it is true are kept.
-        exceptions: Class of exceptions that are remembered like results, or a tuple of them.
-        stale: How long after its end a result is still given if the call fails (``stale-if-error`` of RFC 5861).
-        **settings: Of the backend, as ``cache_options`` of `opero.opero`.
-
-    An error of a function that is given here is raised by the call, and nothing is kept.
-
-    Raises:
-        TypeError: If something has the wrong type or does not belong to the backend.
-        ValueError: If a value is out of range.
-    """
-
-    settings: CacheSettings
-    _given: dict[str, Any]
-
-    def __init__(
-        self,
-        ttl: Duration | str | Callable[[Any], Duration | str | None] | None = None,
-        *,
-        backend: Backend = "memory",
-        key: Callable[..., Any] | None = None,
-        namespace: str | None = None,
-        ignore: str | Iterable[str] = (),
-        keep_if: Callable[[Any], object] | None = None,
-        exceptions: type[Exception] | tuple[type[Exception], ...] = (),
-        stale: Duration | str | None = None,
-        **settings: Unpack[BackendSettings],
-    ) -> None:
-        policy: dict[str, Any] = {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace}
-        policy |= {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
-        checked = cache_settings(**policy, options=settings, is_flat=False)
-        vars(self).update(settings=checked, _given={**policy, **settings})
-
-    def __setattr__(self, name: str, _value: Any) -> None:
-        msg = f"a Cache does not change, so {name!r} cannot be set; make another one"
-        raise AttributeError(msg)
-
-    def __repr__(self) -> str:
-        shown_ones = [f"{name}={shown(value)}" for name, value in self._given.items() if value not in (None, ())]
-        return f"Cache({', '.join(shown_ones)})"
-
-
 class ResultCache:
     """Key, entry, and who computes: one function's view of a store."""
 
-    def __init__(self, function: Callable[..., Any], settings: CacheSettings) -> None:
+    def __init__(self, function: Callable[..., Any], settings: Cache) -> None:
         refuse_generator(function, "cache")
         named = Forwarding(function).named
         for name in settings.ignore:
@@ -122,7 +67,7 @@ class ResultCache:
         self._is_async = is_async(function)
         self._settings = settings
         # A first call that imported the backend's module could be forked, or be called by a finalizer, meanwhile.
-        settings.store_class()
+        store_class(settings)
         self._store: Any = None
         self._namespace = settings.namespace
         # What had been counted when it was cleared.
@@ -135,7 +80,7 @@ class ResultCache:
         """The `Store` where the entries live; one that outlives the process is made at the first call."""
         # No `cached_property`, whose lock of Python 3.11 a forked child would wait for. Two that come at once find one.
         if self._store is None:
-            self._store = self._settings.store(self.namespace if self.is_lasting else self._settings.namespace)
+            self._store = store_of(self._settings, self.namespace if self.is_lasting else self._settings.namespace)
         return self._store
 
     @property
@@ -371,7 +316,7 @@ def get_cache_decorator(
         ValueError: If an option's value is out of range.
     """
     given: dict[str, Any] = {"ttl": cache_ttl, "backend": cache_backend, "key": cache_key, "namespace": cache_namespace}
-    settings = cache_settings(**given, options=options)
+    settings = flat_cache(**given, options=options)
 
     def plan(function: Callable[..., Any]) -> Plan:
         return Plan(function, RetryPolicy(), cache=ResultCache(function, settings))
@@ -406,11 +351,11 @@ def get_cache_context(
     """
     from opero.core.stores.twat import CacheEngine
 
-    settings = cache_settings(ttl=cache_ttl, backend=cache_backend, namespace=cache_namespace, options=options)
+    settings = flat_cache(ttl=cache_ttl, backend=cache_backend, namespace=cache_namespace, options=options)
     decorate = get_cache_decorator(
         cache_ttl=cache_ttl, cache_backend=cache_backend, cache_namespace=cache_namespace, **options
     )
-    engine = CacheEngine(settings, settings.store(cache_namespace), decorate)
+    engine = CacheEngine(settings, store_of(settings, cache_namespace), decorate)
     try:
         yield engine
     finally:

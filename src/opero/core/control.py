@@ -231,7 +231,7 @@ def reasons_against(options: Mapping[str, Any]) -> dict[str, str]:
         for name, (example, needed) in _NEEDS.items()
         if not any(given[other] for other in needed)
     }
-    if hasattr(given["cache"], "settings"):
+    if hasattr(given["cache"], "keep_if"):
         reasons |= dict.fromkeys(_BESIDE_CACHE, "stands beside cache=Cache(…), which says all of it; write it there")
     return reasons
 

@@ -143,15 +143,15 @@ def _policies(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, 
 
 def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache:
     from opero.core.cache import Cache, ResultCache
-    from opero.core.stores.settings import cache_settings
+    from opero.core.stores.settings import flat_cache
 
     if isinstance(given["cache"], Cache):
-        return ResultCache(function, given["cache"].settings)
+        return ResultCache(function, given["cache"])
     if not isinstance(given["cache"], bool):
         instead = "True or False, and beside it cache_backend='disk', or a Cache, such as cache=Cache(ttl='15 minutes')"
         raise wrong_type("cache", given["cache"], instead)
     _, *flat = OPTIONS["cache"]
-    return ResultCache(function, cache_settings(**{name.removeprefix("cache_"): given[name] for name in flat}))
+    return ResultCache(function, flat_cache(**{name.removeprefix("cache_"): given[name] for name in flat}))
 
 
 class _WithDefault(Protocol[D_co]):

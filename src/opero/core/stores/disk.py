@@ -9,13 +9,14 @@ import sqlite3
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 from opero.core.clock import clock
 from opero.core.faults import Rest
 from opero.core.forks import ForkSafeLock
-from opero.core.private_folder import held_private_folder
+from opero.core.private_folder import folder_of_user, held_private_folder
 from opero.core.stores.flights import BUSY, CLAIMED, FOUND
 from opero.core.stores.lasting import LastingStore, slug
 
@@ -26,10 +27,9 @@ except ImportError:  # Windows: one run per key in each process, but not across 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from opero.core.stores.flights import Answer, Flight, Keep
-    from opero.core.stores.settings import CacheSettings
+    from opero.core.stores.settings import Cache
 
 R = TypeVar("R")
 
@@ -166,13 +166,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_close_before_fork, after_in_parent=lambda: _guard.lock.release())  # noqa: PLW0108
 
 
+def disk_folder(settings: Cache) -> Path:
+    """The folder in which the namespaces lie; it is not made."""
+    name: str = settings.options["folder_name"]
+    if settings.options["cache_dir"] is not None:
+        return Path(settings.options["cache_dir"]) / name
+    from opero.core.stores.twat import get_cache_path
+
+    return folder_of_user(lambda: get_cache_path(name, create=False))
+
+
 class DiskStore(LastingStore):
     """The entries of one namespace in a folder of their own."""
 
-    def __init__(self, settings: CacheSettings, namespace: str) -> None:
+    def __init__(self, settings: Cache, namespace: str) -> None:
         super().__init__(f"the disk cache {slug(namespace)}", settings, Rest())
         self._namespace = namespace
-        self._root = settings.disk_folder()
+        self._root = disk_folder(settings)
         # Where the entries lie.
         self.folder = self._root / slug(namespace)
         self._file = str(self.folder / DATABASE)

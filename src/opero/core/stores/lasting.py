@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opero.core.stores.flights import Flight, Keep
-    from opero.core.stores.settings import CacheSettings
+    from opero.core.stores.settings import Cache
 
 _VERSION = b"o2"
 # Version and kind, checksum, end.
@@ -55,7 +55,7 @@ class LastingStore:
 
     is_instant: ClassVar[bool] = False
 
-    def __init__(self, what: str, settings: CacheSettings, rest: Rest) -> None:
+    def __init__(self, what: str, settings: Cache, rest: Rest) -> None:
         self.settings = settings
         self.flights = Flights()
         self.format = EntryFormat(settings.options["serializer"], settings.options["compress"])

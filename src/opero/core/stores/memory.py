@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from opero.core.stores.flights import Answer, Flight, Keep
-    from opero.core.stores.settings import CacheSettings
+    from opero.core.stores.settings import Cache
 
 _FEW = 100
 # A value, until when a quick look finds it, and until when it is of use if the call fails. An error that is remembered
@@ -38,7 +38,7 @@ class MemoryStore:
     is_instant: ClassVar[bool] = True
     is_ready: ClassVar[bool] = True
 
-    def __init__(self, settings: CacheSettings, namespace: str | None) -> None:
+    def __init__(self, settings: Cache, namespace: str | None) -> None:
         self.maxsize: int = settings.options["maxsize"]
         self.policy: str = settings.options["policy"]
         self.is_shared = namespace is not None

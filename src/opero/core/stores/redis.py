@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
     from opero.core.stores.flights import Flight, Keep
-    from opero.core.stores.settings import CacheSettings
+    from opero.core.stores.settings import Cache
 
 # A server that is away or frozen costs half a second or 0.7; one that drips its answers costs two.
 READ_SECONDS = 0.7
@@ -82,7 +82,7 @@ class RedisStore(LastingStore):
     # An event loop does not wait for a look, it awaits `fetch`.
     is_ready: ClassVar[bool] = False
 
-    def __init__(self, settings: CacheSettings, namespace: str) -> None:
+    def __init__(self, settings: Cache, namespace: str) -> None:
         prefix = f"{slug(settings.options['folder_name'])}:{slug(namespace)}"
         # Shared, and connected to by the first command; all namespaces on a server leave it alone together.
         self.server = _server_for(settings)
@@ -329,15 +329,17 @@ class Server:
 _servers: WeakValueDictionary[str, Server] = WeakValueDictionary()
 
 
-def _server_for(settings: CacheSettings) -> Server:
+def _server_for(settings: Cache) -> Server:
     client, url = settings.options["client"], settings.options["url"]
     if client is not None:
         place = _place_of(client)
         return _servers.setdefault(f"client {id(client)}", Server(own=client)) if place is None else _server_of(**place)
     if url is not None:
         return server_at(url)
-    # twat-cache's settings know of the environment, too.
-    known = settings.config()
+    from opero.core.stores.twat import config_of
+
+    # They know of the environment, too.
+    known = config_of(settings)
     place = {"host": known.get_redis_host(), "port": known.get_redis_port(), "db": known.get_redis_db()}
     return _server_of(**place, password=known.get_redis_password())
 

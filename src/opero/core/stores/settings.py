@@ -7,8 +7,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack
 from weakref import WeakValueDictionary
 
 from opero.core.checks import (
@@ -29,8 +28,8 @@ from opero.core.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
+    from opero.core.checks import Duration
     from opero.core.stores.disk import DiskStore
     from opero.core.stores.redis import RedisStore
 
@@ -45,8 +44,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "disk": {"cache_dir": None, "maxsize": None, "policy": "fifo", "size_limit": 16 * 2**30, **_WRITTEN},
     "redis": {**dict.fromkeys(("client", "redis_db", "redis_host", "redis_password", "redis_port", "url")), **_WRITTEN},
 }
-# Those that twat-cache has not, or takes for something else.
-_OWN_OPTIONS = frozenset({"client", "serializer", "size_limit", "url"})
 # For which None says something, where it is the default: no bound, no password.
 _NONE_IS_SAID = frozenset({"maxsize", "redis_password"})
 _OF_ANY_CACHE = ("backend", "exceptions", "ignore", "keep_if", "key", "namespace", "stale", "ttl")
@@ -128,108 +125,93 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class CacheSettings:
-    """Checked options of one cache.
+class Cache:
+    """Settings of a cache, for ``cache=`` of `opero.opero` and `opero.opmap`; they never change.
 
-    Attributes:
-        ttl: Seconds that a result lives; None for ever; or a function that tells it of a result.
-        options: Of the backend, all of them.
-        ignore: Names of the parameters that are not part of the key.
-        keep_if: Tells whether to keep a result.
-        exceptions: Classes of errors that are remembered like results.
-        stale: Seconds after its end for which a result is given if the call fails.
+    Functions that are given one object keep entries of their own (unless it has a ``namespace``).
+
+    Args:
+        ttl: How long a result lives: seconds, a `datetime.timedelta`, text such as ``"90 s"``, ``"15 minutes"`` or
+            ``"2 h"``, or a function of the result that returns one of these, None (for ever) or 0 (not kept). Default:
+            for ever.
+        backend: ``"memory"``, ``"disk"`` or ``"redis"``.
+        key: Function of the same arguments that returns the key to use in their place.
+        namespace: Functions with one namespace share entries. Default: each function has its own.
+        ignore: Name of a parameter that is not part of the key, or several; such as an API key.
+        keep_if: Function of a result; only results for which it is true are kept.
+        exceptions: Class of exceptions that are remembered like results, or a tuple of them.
+        stale: How long after its end a result is still given if the call fails (``stale-if-error`` of RFC 5861).
+        **settings: Of the backend, as ``cache_options`` of `opero.opero`.
+
+    An error of a function that is given here is raised by the call, and nothing is kept.
+
+    Raises:
+        TypeError: If something has the wrong type or does not belong to the backend.
+        ValueError: If a value is out of range.
     """
 
-    backend: str
+    # As they were checked, durations in seconds; of the backend all of its options.
     ttl: float | Callable[[Any], Any] | None
-    namespace: str | None
-    options: Mapping[str, Any] = field(repr=False)
+    backend: str
     key: Callable[..., Any] | None
+    namespace: str | None
     ignore: tuple[str, ...]
-    keep_if: Callable[[Any], Any] | None
+    keep_if: Callable[[Any], object] | None
     exceptions: tuple[type[Exception], ...]
     stale: float
+    options: Mapping[str, Any]
+    _given: dict[str, Any]
 
-    def store(self, namespace: str | None) -> Store:
-        """The store of a namespace, which functions share; in memory, without one, a store of its own."""
-        if namespace is None:
-            return MemoryStore(self, None)
-        # In memory all functions of a namespace share one store, elsewhere those that have the same options.
-        options = {name: id(value) if name == "client" else value for name, value in self.options.items()}
-        key = repr((self.backend, namespace, None if self.backend == "memory" else options))
-        with _lock.lock:
-            store: Store | None = _lasting_stores.get(key)
-            if store is None:
-                _lasting_stores[key] = store = self.store_class()(self, namespace)
-        if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (options["maxsize"], options["policy"]):
-            raise ValueError(
-                f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
-                f"but now got maxsize={options['maxsize']} and policy={options['policy']!r}; give both functions the "
-                "same cache_options"
-            )
-        return store
+    def __init__(
+        self,
+        ttl: Duration | str | Callable[[Any], Duration | str | None] | None = None,
+        *,
+        backend: Backend = "memory",
+        key: Callable[..., Any] | None = None,
+        namespace: str | None = None,
+        ignore: str | Iterable[str] = (),
+        keep_if: Callable[[Any], object] | None = None,
+        exceptions: type[Exception] | tuple[type[Exception], ...] = (),
+        stale: Duration | str | None = None,
+        **settings: Unpack[BackendSettings],
+    ) -> None:
+        policy: dict[str, Any] = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
+        given: dict[str, Any] = {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace}
+        checked = _checked(**given, options=settings, is_flat=False)
+        vars(self).update(checked | _checked_policy(checked, **policy), _given=given | policy | {**settings})
 
-    def store_class(self) -> Callable[[CacheSettings, str], Store]:
-        """What makes stores; imports what would be left to a first call, but twat-cache for where a disk cache lies."""
-        if self.backend == "memory":
-            return MemoryStore
-        if self.backend == "disk":
-            from opero.core.stores.disk import DiskStore
+    def __setattr__(self, name: str, _value: Any) -> None:
+        msg = f"a Cache does not change, so {name!r} cannot be set; make another one"
+        raise AttributeError(msg)
 
-            return DiskStore
-        from opero.core.stores.redis import RedisStore, server_at
-
-        if self.options["url"] is not None:
-            # What its query says is read now, and refused when decorating.
-            server_at(self.options["url"])
-        elif self.options["client"] is None:
-            # Its settings say where the server is.
-            importlib.import_module("opero.core.stores.twat")
-        return RedisStore
-
-    def disk_folder(self) -> Path:
-        """The folder in which the namespaces lie; it is not made."""
-        from pathlib import Path
-
-        name: str = self.options["folder_name"]
-        if self.options["cache_dir"] is not None:
-            return Path(self.options["cache_dir"]) / name
-        from opero.core.private_folder import folder_of_user
-        from opero.core.stores.twat import get_cache_path
-
-        return folder_of_user(lambda: get_cache_path(name, create=False))
-
-    def config(self) -> Any:
-        """twat-cache's `CacheConfig` for these settings."""
-        from opero.core.stores.twat import create_cache_config
-
-        known = {name: value for name, value in self.options.items() if name not in _OWN_OPTIONS and value is not None}
-        return create_cache_config(**known, ttl=None if callable(self.ttl) else self.ttl)
+    def __repr__(self) -> str:
+        shown_ones = [f"{name}={shown(value)}" for name, value in self._given.items() if value not in (None, ())]
+        return f"Cache({', '.join(shown_ones)})"
 
 
-_lock = ForkSafeLock(threading.RLock)
-# For as long as one of the functions is there.
-_lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
-
-
-def cache_settings(
-    *,
-    ttl: Any = None,
-    backend: str = "memory",
-    namespace: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    key: Callable[..., Any] | None = None,
-    is_flat: bool = True,
-    **policy: Any,
-) -> CacheSettings:
-    """Check the options: flat ones such as ``cache_ttl`` and ``cache_options``, or else those of a `Cache`.
+def flat_cache(**given: Any) -> Cache:
+    """The same, of the options of `opero.opero`: ``ttl`` was given as ``cache_ttl``, ``options`` as ``cache_options``.
 
     Raises:
         TypeError: If an option has the wrong type or does not belong to the backend.
         ValueError: If an option's value is out of range.
         ModuleNotFoundError: If the backend needs a package that is not installed.
     """
+    made = Cache()
+    vars(made).update(_checked(**given, is_flat=True))
+    return made
+
+
+def _checked(
+    *,
+    is_flat: bool,
+    ttl: Any = None,
+    backend: Any = "memory",
+    key: Any = None,
+    namespace: Any = None,
+    options: Any = None,
+) -> dict[str, Any]:
+    """The attributes of a `Cache` that flat options have, too."""
     prefix = "cache_" if is_flat else ""
     check_choice(f"{prefix}backend", backend, _OPTIONS)
     if backend == "redis" and importlib.util.find_spec("redis") is None:
@@ -238,14 +220,36 @@ def cache_settings(
     if callable(ttl) and not is_flat:
         check_callable("ttl", ttl, "a function of the result")
     elif ttl is not None:
-        check = check_seconds if is_flat else check_lifetime
-        ttl = check(f"{prefix}ttl", ttl, zero=False)
+        ttl = (check_seconds if is_flat else check_lifetime)(f"{prefix}ttl", ttl, zero=False)
     if namespace is not None:
         check_text(f"{prefix}namespace", namespace, "a name for where the entries live")
     if key is not None:
         check_callable(f"{prefix}key", key, "a function of the same arguments that returns the key")
-    checked = _checked_options(backend, check_mapping("cache_options", options), is_flat=is_flat)
-    return CacheSettings(backend, ttl, namespace, checked, key, *_checked_policy(ttl, key, checked, **policy))
+    options = _checked_options(backend, check_mapping("cache_options", options), is_flat=is_flat)
+    return {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace, "options": options}
+
+
+def _checked_policy(
+    checked: Mapping[str, Any], *, ignore: Any, keep_if: Any, exceptions: Any, stale: Any
+) -> dict[str, Any]:
+    """Those that only a `Cache` has, beside the others, which are ``checked``."""
+    names = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else tuple(ignore)
+    for name in names:
+        check_text("ignore", name, "names of parameters")
+    if names and checked["key"] is not None:
+        raise ValueError("ignore=… has no effect beside key=…, which alone makes the key; leave one of them out")
+    if keep_if is not None:
+        check_callable("keep_if", keep_if, "a function of the result")
+    classes = exceptions if isinstance(exceptions, tuple) else (exceptions,)
+    if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in classes):
+        raise TypeError(f"exceptions={shown(exceptions)} is not a class of exceptions or a tuple of them")
+    if classes and checked["options"].get("serializer") == "json":
+        raise ValueError("exceptions=… cannot apply with serializer='json', which can write no exception")
+    if stale is not None:
+        stale = check_lifetime("stale", stale, zero=False)
+        if checked["ttl"] is None:
+            raise ValueError(f"stale={shown(stale)} has no effect without ttl=…: such an entry never ends")
+    return {"ignore": names, "keep_if": keep_if, "exceptions": classes, "stale": stale or 0.0}
 
 
 def _checked_options(backend: str, given: Mapping[str, Any], *, is_flat: bool) -> dict[str, Any]:
@@ -266,35 +270,6 @@ def _checked_options(backend: str, given: Mapping[str, Any], *, is_flat: bool) -
     return {**known, **checked}
 
 
-def _checked_policy(
-    ttl: Any,
-    key: Any,
-    options: Mapping[str, Any],
-    *,
-    ignore: Any = (),
-    keep_if: Any = None,
-    exceptions: Any = (),
-    stale: Any = None,
-) -> tuple[Any, ...]:
-    names = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else tuple(ignore)
-    for name in names:
-        check_text("ignore", name, "names of parameters")
-    if names and key is not None:
-        raise ValueError("ignore=… has no effect beside key=…, which alone makes the key; leave one of them out")
-    if keep_if is not None:
-        check_callable("keep_if", keep_if, "a function of the result")
-    classes = exceptions if isinstance(exceptions, tuple) else (exceptions,)
-    if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in classes):
-        raise TypeError(f"exceptions={shown(exceptions)} is not a class of exceptions or a tuple of them")
-    if classes and options.get("serializer") == "json":
-        raise ValueError("exceptions=… cannot apply with serializer='json', which can write no exception")
-    if stale is not None:
-        stale = check_lifetime("stale", stale, zero=False)
-        if ttl is None:
-            raise ValueError(f"stale={shown(stale)} has no effect without ttl=…: such an entry never ends")
-    return names, keep_if, classes, stale or 0.0
-
-
 _LIFETIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
 
@@ -308,3 +283,50 @@ def check_lifetime(name: str, value: Any, *, zero: bool) -> float:
             raise ValueError(msg)
         value = float(found[1]) * unit
     return check_seconds(name, value, zero=zero)
+
+
+# Where the entries live
+
+
+_lock = ForkSafeLock(threading.RLock)
+# For as long as one of the functions is there.
+_lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+
+def store_of(cache: Cache, namespace: str | None) -> Store:
+    """The store of a namespace, which functions share; in memory, without one, a store of its own."""
+    if namespace is None:
+        return MemoryStore(cache, None)
+    # In memory all functions of a namespace share one store, elsewhere those that have the same options.
+    options = {name: id(value) if name == "client" else value for name, value in cache.options.items()}
+    key = repr((cache.backend, namespace, None if cache.backend == "memory" else options))
+    with _lock.lock:
+        store: Store | None = _lasting_stores.get(key)
+        if store is None:
+            _lasting_stores[key] = store = store_class(cache)(cache, namespace)
+    if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (options["maxsize"], options["policy"]):
+        raise ValueError(
+            f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
+            f"but now got maxsize={options['maxsize']} and policy={options['policy']!r}; give both functions the "
+            "same cache_options"
+        )
+    return store
+
+
+def store_class(cache: Cache) -> Callable[[Cache, str], Store]:
+    """What makes stores; imports what would be left to a first call, but twat-cache for where a disk cache lies."""
+    if cache.backend == "memory":
+        return MemoryStore
+    if cache.backend == "disk":
+        from opero.core.stores.disk import DiskStore
+
+        return DiskStore
+    from opero.core.stores.redis import RedisStore, server_at
+
+    if cache.options["url"] is not None:
+        # What its query says is read now, and refused when decorating.
+        server_at(cache.options["url"])
+    elif cache.options["client"] is None:
+        # Its settings say where the server is.
+        importlib.import_module("opero.core.stores.twat")
+    return RedisStore

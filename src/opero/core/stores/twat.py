@@ -27,9 +27,9 @@ from opero.core.stores.lasting import LastingStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from opero.core.stores.settings import CacheSettings, Store
+    from opero.core.stores.settings import Cache, Store
 
-__all__ = ["CacheEngine", "create_cache_config", "get_cache_path"]
+__all__ = ["CacheEngine", "config_of", "get_cache_path"]
 
 
 @contextlib.contextmanager
@@ -55,13 +55,23 @@ with _without_side_effects():
     from twat_cache.paths import get_cache_path
 
 
+# Those that twat-cache has not, or takes for something else.
+_OWN_OPTIONS = frozenset({"client", "serializer", "size_limit", "url"})
+
+
+def config_of(settings: Cache) -> Any:
+    """twat-cache's `CacheConfig` for these settings."""
+    known = {n: value for n, value in settings.options.items() if n not in _OWN_OPTIONS and value is not None}
+    return create_cache_config(**known, ttl=None if callable(settings.ttl) else settings.ttl)
+
+
 class CacheEngine(BaseCacheEngine[..., Any]):
     """What `opero.core.get_cache_context` gives."""
 
-    def __init__(self, settings: CacheSettings, store: Store, decorate: Callable[..., Any]) -> None:
+    def __init__(self, settings: Cache, store: Store, decorate: Callable[..., Any]) -> None:
         super().__init__(create_cache_config())
         # Later, since twat-cache would make a folder by these settings, and log them.
-        self._config, self._cache_path = settings.config(), getattr(store, "folder", None)
+        self._config, self._cache_path = config_of(settings), getattr(store, "folder", None)
         self._ttl: Any = settings.ttl
         self._store = store
         self._decorate = decorate
