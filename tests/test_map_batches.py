@@ -18,7 +18,7 @@ import pytest
 from side_by_side import until
 
 from opero import WorkerCrashedError, opmap
-from opero.concurrency.batches import Pool
+from opero.concurrency.pool import Pool
 from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.worker import Report
 

@@ -28,7 +28,7 @@ from side_by_side import until
 from test_process_mode import INTERRUPTED
 
 from opero import opmap
-from opero.concurrency.batches import Batch
+from opero.concurrency.pool import Batch
 from opero.concurrency.processes import ProcessPool
 from opero.concurrency.running import BlockingInbox
 from opero.concurrency.worker import Shape, Work
@@ -446,8 +446,9 @@ def test_all_batches_with_a_worker_that_is_ended_are_out_of_time():
     batches = [Batch([60], 0), Batch([60], 1)]
 
     def has_begun():
-        for event in inbox.collect(0.01, is_real=True):
-            handle, about, _ = event
+        inbox.wait(0.01, is_real=True)
+        while inbox.events:
+            handle, about, _ = inbox.events.popleft()
             handle(None, *about)
         return pool.begun(batches[0])
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
     from concurrent.futures import Future
 
-    from opero.concurrency.batches import Batch
+    from opero.concurrency.pool import Batch
     from opero.core.steps import TimeLimit
 
 # Who makes a pool of this kind has been told what to install where it is missing; the module is there all the same.

@@ -8,7 +8,6 @@ the executor breaks, everything that was in flight is suspected.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import threading
 from concurrent.futures import (
     BrokenExecutor,
@@ -26,7 +25,7 @@ from uuid import uuid4
 from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, wait_unless_left
 from opero.concurrency.far import FarPool, Found, load, works
 from opero.concurrency.pickling import names_in_fresh_workers
-from opero.concurrency.pool import default_workers
+from opero.concurrency.pool import Batch, Pool, default_workers
 from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.transport import Packer, pack_report, unpack_batch
 from opero.concurrency.worker import SLOW_SECONDS, How, Report, Work, run_batch, runner_for
@@ -38,7 +37,6 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.concurrency.batches import Batch
     from opero.core.steps import TimeLimit
 
 # An executor that breaks so often in a row, with nothing of the map in it, does not do so by accident.
@@ -101,12 +99,12 @@ class ExecutorPool(FarPool):
             self._send(batch)
 
     def take_on(self, work: Work) -> None:
-        self._work = work
-        self._context = contextvars.copy_context()
         if self._is_near is False:
             super().take_on(work)
+        else:
+            Pool.take_on(self, work)
 
-    def stop(self, is_left: Callable[[], bool]) -> None:
+    def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:
         """Withdraw what has not begun, wait for what has, and shut down an executor that was made here.
 
         After Ctrl-C the processes of such an executor are ended; what runs in threads can be left to itself.

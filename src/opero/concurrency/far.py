@@ -26,15 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from opero.concurrency.batches import Batch, Pool
 from opero.concurrency.mapping import level_of_the_user
+from opero.concurrency.pool import Batch, Pool
 from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
 from opero.concurrency.worker import FAR_BATCH_SECONDS, UNHEEDED_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock
 from opero.core.private_folder import folder_of_user, private_folder
-from opero.core.signature import name_of
 from opero.core.steps import stopped
 from opero.exceptions import NotTransferableError, OperoError
 from opero.utils.notes import IN_THE_WORKER, add_note, describe
@@ -42,7 +41,6 @@ from opero.utils.notes import IN_THE_WORKER, add_note, describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from opero.concurrency.running import Inbox
     from opero.core.steps import TimeLimit
 
 # A connection that is not made within so long is not made at all.
@@ -83,7 +81,6 @@ class FarPool(Pool):
     Attributes:
         engine: What runs their workers.
         needs: What an item takes of a worker.
-        ends: What has to be done when the pool is stopped, last things first.
     """
 
     is_far = True
@@ -91,28 +88,20 @@ class FarPool(Pool):
     engine = ""
     needs: Mapping[str, float]
     _packer = Packer()
-    _is_paced = _has_begun = _has_warned = False
-    _patience: float | None = None
+    _has_begun = _has_warned = False
     # Since when no worker has what the items need.
     _roomless_since: float | None = None
 
     def __init__(self, work: Work, workers: int | None) -> None:
-        self._name = name_of(work.function)
-        self._most = workers
-        self.ends = contextlib.ExitStack()
+        super().__init__(work, workers)
         self.take_on(work)
         self.rest()
 
     def take_on(self, work: Work) -> None:
+        super().take_on(work)
         self._packed = self._packer.start((work, None, (), None))
         # By which workers know it.
         self._digest = blake2b(self._packed, digest_size=16).digest()
-
-    def start(
-        self, inbox: Inbox, *, is_paced: bool = False, patience: float | None = None, **_about_the_map: Any
-    ) -> None:
-        self.deliver = inbox.put
-        self._is_paced, self._patience = is_paced, patience
 
     def rest(self) -> None:
         """What is told of the cluster is of no interest."""
@@ -139,10 +128,6 @@ class FarPool(Pool):
         payload = self.pack(batch)
         if payload is not None:
             self.send(batch, uuid4().hex, payload)
-
-    def stop(self, is_left: Callable[[], bool]) -> None:  # noqa: ARG002 - it does not take long
-        """Withdraw what has not begun, and end what was started for the pool."""
-        self.ends.close()
 
     # What each engine does
 

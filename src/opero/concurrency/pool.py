@@ -1,17 +1,20 @@
-"""Pools by mode: which pool runs a map, the block in which they are kept between maps, and maps without any policy."""
+"""Pools: which one runs a map, the block in which they are kept, what all of them can; and maps without any policy."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import contextvars
 import importlib.util
 import math
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.mapping import make_map
 from opero.concurrency.progress import ProgressOption, check_progress
 from opero.core.checks import (
@@ -28,6 +31,7 @@ from opero.core.checks import (
     shown,
     wrong_type,
 )
+from opero.core.clock import clock
 from opero.core.forks import watch_forks
 from opero.core.interrupts import Hold
 from opero.core.plan import Plan
@@ -39,7 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from concurrent.futures import Executor
 
-    from opero.concurrency.batches import Pool
+    from opero.concurrency.running import Inbox
+    from opero.concurrency.scheduler import Entry
     from opero.concurrency.worker import Work
 
 
@@ -251,7 +256,7 @@ class PoolSource:
                 pool.take_on(work)
             except NotTransferableError:
                 # Forked workers can have what cannot be sent to workers that are there already.
-                pool.stop(lambda: False)
+                pool.stop()
             else:
                 return pool
         module = importlib.import_module(f"opero.concurrency.{self._file}")
@@ -281,33 +286,173 @@ class PoolSource:
                 if not self._blocks:
                     idle, self._idle = self._idle, idle
             for pool in idle:
-                pool.stop(lambda: False)
+                pool.stop()
 
     async def __aenter__(self) -> None:
         self.__enter__()
 
     async def __aexit__(self, *_exc: object) -> None:
-        from opero.concurrency.ctrl_c import in_own_thread
-
         await in_own_thread(lambda _is_left: self.__exit__())
 
 
-def entered_multi_pool(workers: int, end: Callable[[], None]) -> Any:
-    """One of twat-mp's, for workers that ``end`` ends when it is left, each time that it asks for that.
+@dataclass(slots=True, eq=False)
+class Batch:
+    """What is sent to a worker in one go.
 
-    Until somebody unregisters it, ``end`` is also called when the program ends: a stream that is open then is closed
-    too late, when threads and modules are gone.
+    ``items`` are the varying first arguments, if it ``has_candidates`` each in a pair with its candidate;
+    ``time_limit`` is the seconds one execution has, and the option that says so; ``grace`` is how many more its worker
+    has until it is ended.
+    ``alone``: nothing else may run in the worker's process meanwhile.
+    ``look_at``, ``ends_at``: by `clock.real`, when its worker is looked at again, how many had ``begun`` then, and
+    when the worker is ended; ``is_overdue``: that has been done.
+    ``mark``: for workers of this process, see `worker.run_batch`; it counts the ``reported`` ones, too.
     """
-    from twat_mp.mp import MultiPool
 
-    # Not one of pathos: those share their workers with every other pool of the same size.
-    pool = SimpleNamespace(map=None, close=end, join=end, terminate=end, clear=end)
-    made = MultiPool(pool_class=lambda nodes: pool, nodes=workers)  # type: ignore[arg-type]  # noqa: ARG005
-    made.__enter__()
-    # It puts a function there that holds the pool: what all items share would live until the garbage collector comes.
-    pool.map = None
-    atexit.register(end)
-    return made
+    items: list[Any]
+    start: int
+    entries: list[Entry] | None = None
+    has_candidates: bool = False
+    time_limit: tuple[float, str] | None = None
+    grace: float = 0.0
+    alone: bool = False
+    mark: list[int] = field(default_factory=[0].copy)
+    reported: int = 0
+    sent_at: float = 0.0
+    look_at: float = math.inf
+    begun: int = 0
+    ends_at: float = math.inf
+    is_overdue: bool = False
+
+    def begins(self, seconds: float, option: str) -> None:
+        """A worker gets it now, which may have taken long to start: that is no part of an attempt's time."""
+        if option == "attempt_timeout":
+            self.ends_at, self.is_overdue = clock.real() + seconds + self.grace, False
+
+    def cut(self, place: int) -> tuple[list[Any], list[Entry] | None]:
+        """Take the items from there on out of it, and their entries, if they have any."""
+        items, entries = self.items[place:], None if self.entries is None else self.entries[place:]
+        # A worker of this process may be iterating over the list.
+        self.items = self.items[:place]
+        self.entries = None if self.entries is None else self.entries[:place]
+        return items, entries
+
+    def drop(self, count: int) -> None:
+        """Forget the first ones, which have been reported."""
+        self.items, self.start, self.reported = self.items[count:], self.start + count, self.reported + count
+        self.entries = None if self.entries is None else self.entries[count:]
+
+
+class Pool:
+    """Runs a function on the items of batches, and tells the map what became of them. Each kind of pool is one file.
+
+    It tells by the methods `done`, `lost`, `not_sent` and `fail` of the map's `Scheduler`.
+
+    Attributes:
+        is_far: Whether its workers are on a cluster: longer batches, of which some wait there for each of its slots.
+        can_rest: Whether its workers can run one map after the other.
+        can_kill: Whether a worker can be stopped while it runs a batch.
+        isolates: Whether it lets a batch that is to be alone run so; otherwise no other is sent meanwhile.
+        largest_batch: Items that may be sent in one go now.
+        deliver: Lets the thread of the map call a function with its scheduler and these arguments.
+        ends: What has to be done when the pool is stopped, last things first.
+    """
+
+    is_far = can_rest = can_kill = False
+    isolates = True
+    largest_batch = 1
+    deliver: Callable[..., None]
+
+    def __init__(self, work: Work, workers: int | None) -> None:
+        self._name = name_of(work.function)
+        self._most = workers
+        self.ends = contextlib.ExitStack()
+        self._is_left: Callable[[], bool] = lambda: False
+        self._work, self._context = work, contextvars.copy_context()
+
+    def take_on(self, work: Work) -> None:
+        """Be ready for a map, the first one or, after a `rest`, another one of the same function.
+
+        Raises:
+            NotTransferableError: If its arguments cannot be sent to the workers.
+        """
+        # With the context variables of whoever calls it.
+        self._work, self._context = work, contextvars.copy_context()
+
+    @property
+    def slots(self) -> int:
+        """Batches that can run at the same time."""
+        return self._most or 1
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether a batch waits for the first worker, and begins only if somebody listens when that is ready."""
+        return False
+
+    def start(
+        self,
+        inbox: Inbox,
+        *,
+        most_batches: int | None = None,
+        is_paced: bool = False,
+        patience: float | None = None,
+    ) -> None:
+        """Begin, or go on with the next map; what is delivered goes to the ``inbox``.
+
+        There will be at most so many batches. ``is_paced``: none is to be sent before a worker can begin it at once,
+        and ``slots`` are those of workers that can. ``patience``: seconds that a call has in all.
+        """
+        self.deliver = inbox.put
+        self._most_batches, self._is_paced, self._patience = most_batches, is_paced, patience
+
+    def prepare(self) -> None:
+        """Start workers, if there are none that a batch could begin in."""
+
+    def submit(self, batch: Batch) -> None:
+        """Run a batch as soon as a worker is free."""
+        raise NotImplementedError
+
+    def begun(self, batch: Batch) -> int | None:  # noqa: ARG002 - not all need it
+        """How many items of a batch have begun, see `worker.run_batch`; None if that cannot be known."""
+        return None
+
+    def kill(self, batch: Batch) -> bool:
+        """End the worker that runs a batch, by force if it is asked again.
+
+        Gives False if the worker has ended the batch and its report is arriving: it may be asked again soon.
+        """
+        raise NotImplementedError
+
+    def rest(self) -> None:
+        """The map has ended and nothing runs; listen to nobody until the next one starts."""
+
+    def enter_multi_pool(self, workers: int, end: Callable[[], None]) -> None:
+        """Enter one of twat-mp's, for workers that ``end`` ends when it is left, each time that it asks for that."""
+        from twat_mp.mp import MultiPool
+
+        # A stream that is open when the program ends is closed too late, when threads and modules are gone.
+        atexit.register(self.ends.close)
+        self.ends.callback(atexit.unregister, self.ends.close)
+        # Not one of pathos: those share their workers with every other pool of the same size.
+        pool = SimpleNamespace(map=None, close=end, join=end, terminate=end, clear=end)
+        made = MultiPool(pool_class=lambda nodes: pool, nodes=workers)  # type: ignore[arg-type]  # noqa: ARG005
+        self.ends.enter_context(made)
+        # It puts a function there that holds the pool: what all items share would live until the garbage collector
+        # comes.
+        pool.map = None
+
+    def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:
+        """End the workers; blocks until they have ended, unless it is called in one of them.
+
+        What cannot be ended is waited for as long as ``is_left`` does not tell that nobody wants to any more.
+        """
+        self._is_left = is_left
+        self.ends.close()
+
+    async def stop_async(self) -> None:
+        """End the workers without blocking the event loop."""
+        # An event loop is told by its own thread to listen no longer.
+        self.rest()
+        await in_own_thread(self.stop)
 
 
 def get_parallel_map_decorator(mode: Mode = "process", **options: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -8,7 +8,6 @@ that was in it. A worker gets its next batch when it has reported on the one bef
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import math
@@ -25,18 +24,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import system
-from opero.concurrency.batches import Batch, Pool
-from opero.concurrency.ctrl_c import held_back_in_children, in_own_thread
+from opero.concurrency.ctrl_c import held_back_in_children
 from opero.concurrency.fork_server import Server, server_for
 from opero.concurrency.pickling import names_in_fresh_workers, unpack_record
-from opero.concurrency.pool import default_workers, entered_multi_pool
+from opero.concurrency.pool import Batch, Pool, default_workers
 from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, Parent, known_loggers, serve
 from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.transport import Packer, Start, arena, unpack_report
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
-from opero.core.signature import module_of, name_of
+from opero.core.signature import module_of
 from opero.exceptions import NotTransferableError, OperoError
 
 if TYPE_CHECKING:
@@ -105,7 +103,7 @@ class ProcessPool(Pool):
         threads_per_worker: int | None = None,
         concurrency: int = 1,
     ) -> None:
-        self._work = work
+        super().__init__(work, workers)
         self._hooks = initializer, initargs, finalizer
         self._most_items = max_tasks_per_worker or sys.maxsize
         if threads_per_worker is None and not any(map(os.environ.get, THREAD_SETTINGS)):
@@ -115,10 +113,9 @@ class ProcessPool(Pool):
         # Batches that run together in a worker, as coroutines, of one item each.
         self._at_once = concurrency
         self._workers: list[Worker] = []
-        self._multi_pool: Any = None
         self._server: Server | None = None
         self._pending: deque[Batch] = deque()
-        self._is_paced = False
+        self._has_begun = False
         self._stillbirths = 0
         method, self._method_is_given = (start_method, True) if start_method else system.start_method()
         self._use(method)
@@ -167,16 +164,16 @@ class ProcessPool(Pool):
     def is_starting(self) -> bool:
         return bool(self._pending) and not any(worker.is_ready for worker in self._workers)
 
-    def start(self, inbox: Inbox, *, most_batches: int | None = None, is_paced: bool = False, **_more: object) -> None:
+    def start(self, inbox: Inbox, **about: Any) -> None:
         # A worker that imports an unguarded main module: by this mark multiprocessing itself would refuse to start
         # another process, with a traceback from each worker. Or it imports the module of its function, which maps
         # then: so would the workers of that map, and theirs. The map that has started this one tells.
         is_imported = Parent.is_loading or getattr(multiprocessing.current_process(), "_inheriting", False)
         if self._method != "fork" and is_imported:
             raise SystemExit(UNGUARDED_CODE)
-        self._inbox, self.deliver = inbox, inbox.put
-        self._size = self._most_workers if most_batches is None else max(1, min(self._most_workers, most_batches))
-        self._is_paced = is_paced
+        super().start(inbox, **about)
+        self._inbox, most = inbox, self._most_batches
+        self._size = self._most_workers if most is None else max(1, min(self._most_workers, most))
         for worker in self._workers:
             inbox.listen(worker.pipe, partial(self._hear, worker))
 
@@ -235,22 +232,10 @@ class ProcessPool(Pool):
         elif kind == "log":
             _log_here(payload)
         elif kind == "broken":
-            name = name_of(self._work.function)
-            raise OperoError(f"a worker process cannot run {name}: {payload.decode()}")
-
-    async def stop_async(self) -> None:
-        # Here: an event loop is told by its own thread.
-        self.rest()
-        await in_own_thread(self.stop)
-
-    def stop(self, is_left: Callable[[], bool] = lambda: False) -> None:  # noqa: ARG002 - it does not take long
-        """End idle workers in peace and the others by force; nothing of the pool is left."""
-        if self._multi_pool is not None:
-            atexit.unregister(self._end_workers)
-            self._multi_pool.__exit__(None, None, None)
-            self._multi_pool = None
+            raise OperoError(f"a worker process cannot run {self._name}: {payload.decode()}")
 
     def _end_workers(self) -> None:
+        """End idle workers in peace and the others by force; nothing of the pool is left."""
         # Also for a thread that still maps while the program ends.
         self.rest()
         pipes, idle, busy = [], [], []
@@ -291,8 +276,9 @@ class ProcessPool(Pool):
 
     def _start_worker(self) -> None:
         with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
-            if self._multi_pool is None:
-                self._multi_pool = entered_multi_pool(self._size, self._end_workers)
+            if not self._has_begun:
+                self._has_begun = True
+                self.enter_multi_pool(self._size, self._end_workers)
             if self._method == "forkserver" and self._server is None:
                 try:
                     self._server = server_for(module_of(self._work.function))
@@ -334,7 +320,7 @@ class ProcessPool(Pool):
             most = max(MOST_STILLBIRTHS, 2 * self._most_workers)
             code = worker.process.exitcode
             if self._stillbirths >= most or code == UNGUARDED_CODE:
-                name, reason = name_of(self._work.function), system.how_it_ended(worker.process)
+                name, reason = self._name, system.how_it_ended(worker.process)
                 is_main = code == UNGUARDED_CODE or (self._method != "fork" and self._hooks[0] is None)
                 hint = _MAIN_HINT if is_main else "see what their initializer does"
                 raise OperoError(f"worker processes for {name} end before they are ready ({reason}); {hint}")

@@ -28,7 +28,7 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from opero.concurrency.batches import Batch
+    from opero.concurrency.pool import Batch
     from opero.concurrency.worker import Work
 
 # Who makes a pool of this kind has been told what to install where it is missing; the module is there all the same.
@@ -83,7 +83,7 @@ class RayPool(FarPool):
         return min(self._capacity, self._warm) if self._is_paced else self._capacity
 
     def send(self, batch: Batch, name: str, payload: bytes) -> None:
-        reference = self._in_flight[batch] = self._run.remote(name, self._digest, self._work, payload)
+        reference = self._in_flight[batch] = self._run.remote(name, self._digest, self._there, payload)
         reference.future().add_done_callback(lambda done: self.deliver(self._came, batch, name, done))
 
     # The cluster
@@ -101,9 +101,9 @@ class RayPool(FarPool):
         # A worker that has died is a failed attempt of opero's, not one of ray's; one with a GPU serves many batches.
         options = {"max_retries": 0, "name": f"opero: {self._name}", **self._options}
         self._run = ray.remote(max_calls=0)(_run).options(**options)
-        self._context = ray.get_runtime_context()
+        self._runtime = ray.get_runtime_context()
         # In a list, so that only workers which lack it fetch it.
-        self._work = [ray.put(self._packed)]
+        self._there = [ray.put(self._packed)]
         self._see()
         # Apart, because whoever looks at the nodes while the head dies hangs.
         looks = (self._check, self._see)
@@ -114,7 +114,7 @@ class RayPool(FarPool):
         if self._is_paced:
             warming = ray.remote(max_calls=0)(_load).options(**options)
             for _ in range(max(1, min(self._capacity, self._most or self._capacity))):
-                warming.remote(self._digest, self._work).future().add_done_callback(
+                warming.remote(self._digest, self._there).future().add_done_callback(
                     lambda _: self.deliver(self._loaded)
                 )
 
@@ -167,10 +167,10 @@ class RayPool(FarPool):
                 self.deliver(Scheduler.fail, OperoError(f"ray is away: {describe(error)}"))
 
     def _check(self) -> None:
-        host, _, port = self._context.gcs_address.rpartition(":")
+        host, _, port = self._runtime.gcs_address.rpartition(":")
         _check_reachable(host, int(port))
         for node in self._nodes:
-            if node["NodeID"] == self._context.get_node_id():
+            if node["NodeID"] == self._runtime.get_node_id():
                 _check_reachable(node["NodeManagerAddress"], node["NodeManagerPort"])
 
     def _see(self) -> None:

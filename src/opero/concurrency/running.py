@@ -42,22 +42,11 @@ _AT_HAND = tuple(type(iter(kind())) for kind in (list, tuple, dict, set, str, by
 # What a running map has to be told
 
 
-class _Events:
-    _events: deque[Event]
-
-    def drain(self) -> list[Event]:
-        """The events that are there already."""
-        events = []
-        while self._events:
-            events.append(self._events.popleft())
-        return events
-
-
-class BlockingInbox(_Events):
+class BlockingInbox:
     """Events for a thread that blocks until there are some, and reads the pipes of its workers meanwhile."""
 
     def __init__(self) -> None:
-        self._events = deque()
+        self.events: deque[Event] = deque()
         # A pipe to this thread itself, for those who put an event there while it waits.
         self._own, self._door = multiprocessing.connection.Pipe(duplex=False)
         self._heard: dict[Connection, Callable[[], object]] = {self._own: self._own.recv_bytes}
@@ -65,7 +54,7 @@ class BlockingInbox(_Events):
 
     def put(self, handle: Callable[..., object], *about: Any, **more: Any) -> None:
         """Let the map's own thread call ``handle`` with its scheduler and these; from any thread or signal handler."""
-        self._events.append((handle, about, more))
+        self.events.append((handle, about, more))
         # Whoever calls this may go on later than the map, and shall not keep the results alive meanwhile.
         del about
         if self._waits:
@@ -80,48 +69,47 @@ class BlockingInbox(_Events):
         """Listen to it no longer; it is still open."""
         self._heard.pop(pipe, None)
 
-    def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Event]:
+    def wait(self, seconds: float | None, *, is_real: bool = False) -> None:
         """Wait for events, at most so many seconds of opero's clock, or real ones."""
         if is_real:
             self._wait(seconds)
         else:
             clock.wait(self._wait, seconds)
-        return self.drain()
 
     def _wait(self, seconds: float | None) -> bool:
         """Tells whether there are events."""
-        if self._events and len(self._heard) == 1:
+        if self.events and len(self._heard) == 1:
             return True
         self._waits = True
         try:
             # The system counts in milliseconds, and not for ever.
             timeout = None if seconds is None else min(seconds, _LONGEST)
-            ready: Any = multiprocessing.connection.wait(list(self._heard), 0 if self._events else timeout)
+            ready: Any = multiprocessing.connection.wait(list(self._heard), 0 if self.events else timeout)
         finally:
             self._waits = False
         for pipe in ready:
             # The pool of a thread that maps while the program ends may have ended.
             if pipe in self._heard:
                 self._heard[pipe]()
-        return bool(self._events)
+        return bool(self.events)
 
     def close(self) -> None:
         self._own.close()
         self._door.close()
 
 
-class AsyncInbox(_Events):
+class AsyncInbox:
     """Events for a coroutine, from its own thread or any other."""
 
     def __init__(self) -> None:
-        self._events = deque()
+        self.events: deque[Event] = deque()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._arrived = asyncio.Event()
         self._polled: dict[Connection, Callable[[], None]] = {}
 
     def put(self, handle: Callable[..., object], *about: Any, **more: Any) -> None:
-        self._events.append((handle, about, more))
+        self.events.append((handle, about, more))
         if threading.get_ident() == self._thread:
             self._arrived.set()
         else:
@@ -147,12 +135,11 @@ class AsyncInbox(_Events):
         if self._polled.pop(pipe, None) is None and not self._loop.is_closed():
             self._loop.remove_reader(pipe.fileno())
 
-    async def collect(self, seconds: float | None, *, is_real: bool = False) -> list[Event]:
+    async def wait(self, seconds: float | None, *, is_real: bool = False) -> None:
         """Wait for events, at most so many seconds of opero's clock, or real ones."""
-        if not self._events:
+        if not self.events:
             await (wait_really_async if is_real else clock.wait_async)(self._arrived, seconds)
         self._arrived.clear()
-        return self.drain()
 
 
 # The input
@@ -290,7 +277,8 @@ def run_blocking(
             if run.is_done():
                 return
             seconds, is_real = run.patience()
-            run.take_note(inbox.collect(seconds, is_real=is_real))
+            inbox.wait(seconds, is_real=is_real)
+            run.take_note()
     except (Exception, KeyboardInterrupt) as error:
         shorten(error)
         run.tell(error)
@@ -299,10 +287,11 @@ def run_blocking(
         with Hold() as hold, contextlib.closing(inbox):
             # In a child that was forked meanwhile, all of it belongs to the parent.
             if process == os.getpid():
+                is_kept = False
                 try:
-                    run.close()
+                    is_kept = run.close()
                 finally:
-                    if not run.keeps_pool():
+                    if not is_kept:
                         # Ctrl-C that comes again meanwhile leaves what cannot be ended.
                         run.pool.stop(lambda: bool(hold.pressed))
 
@@ -329,16 +318,18 @@ async def run_awaiting(
             if run.is_done():
                 return
             seconds, is_real = run.patience()
-            run.take_note(await inbox.collect(seconds, is_real=is_real))
+            await inbox.wait(seconds, is_real=is_real)
+            run.take_note()
     except (Exception, KeyboardInterrupt, asyncio.CancelledError) as error:
         shorten(error)
         run.tell(error)
         raise
     finally:
+        is_kept = False
         try:
-            run.close()
+            is_kept = run.close()
             if isinstance(source, AsyncSource):
                 await source.close()
         finally:
-            if not run.keeps_pool():
+            if not is_kept:
                 await run.pool.stop_async()

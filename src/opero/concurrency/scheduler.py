@@ -18,8 +18,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opero.concurrency.batches import Batch
 from opero.concurrency.outcome import Outcome
+from opero.concurrency.pool import Batch
 from opero.concurrency.progress import Tally, make_progress
 from opero.concurrency.worker import BATCH_SECONDS, FAR_BATCH_SECONDS, LONG_SECONDS, UNHEEDED_SECONDS, Report, Work
 from opero.core.clock import clock
@@ -36,9 +36,8 @@ from opero.utils.notes import add_note, users_part
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opero.concurrency.batches import Pool
     from opero.concurrency.outcome import Sink
-    from opero.concurrency.pool import MapSettings
+    from opero.concurrency.pool import MapSettings, Pool
     from opero.concurrency.running import Inbox, Source
     from opero.concurrency.worker import Shape
     from opero.core.steps import Arrival
@@ -217,11 +216,10 @@ class Scheduler:
         seconds = min(due, default=math.inf)
         return None if seconds == math.inf else max(0.0, seconds), is_real
 
-    def take_note(self, events: list[Event]) -> None:
-        """Take note of what was found in the inbox, and look after workers that have told nothing."""
-        events.reverse()
-        while events:
-            handle, about, more = events.pop()
+    def take_note(self) -> None:
+        """Take note of what is in the inbox, and look after workers that have told nothing."""
+        while self._inbox.events:
+            handle, about, more = self._inbox.events.popleft()
             handle(self, *about, **more)
             # An error in it, and with that the frames of an attempt, shall not outlast this.
             about = ()
@@ -244,28 +242,27 @@ class Scheduler:
             kept = "the next run finds their results in the cache"
         add_note(interrupt, f"opero: {self.tally.finished}{whole} items of {plan.name} were done; {kept}")
 
-    def close(self) -> None:
-        """Give up all flows, so that what they hold (places in a line, computations others wait for) is free."""
+    def close(self) -> bool:
+        """Give up all flows, so that what they hold (places in a line, computations others wait for) is free.
+
+        If the map has come to its end, another one may have its pool; tells whether somebody keeps it.
+        """
         self._timers.clear()
         for entry in self._flying:
             if entry.waits_for is not None and not isinstance(entry.waits_for, Pause):
                 entry.waits_for.notify(None)
             entry.flow.close()
         self._flying.clear()
+        if self._progress is not None:
+            self._progress.close()
         if not self._is_over:
             # An error ends the map, whose traceback leads here, and nothing shall lead back.
             self.failure = self._source.error = None
             self._sink.forget()
-        if self._progress is not None:
-            self._progress.close()
-
-    def keeps_pool(self) -> bool:
-        """Let another map have the pool, if somebody wants to keep it and this one has come to its end."""
-        if not self._is_over:
             return False
         try:
             # What an event loop has heard since the map ended: a worker may have become ready.
-            self.take_note(self._inbox.drain())
+            self.take_note()
         except Exception:  # noqa: BLE001 - the map has its results; another one will meet what is wrong
             return False
         return self._settings.pools.keep(self.pool)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextvars
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.batches import Batch, Pool
 from opero.concurrency.ctrl_c import wait_unless_left
-from opero.concurrency.pool import entered_multi_pool
+from opero.concurrency.pool import Batch, Pool
 from opero.concurrency.scheduler import Scheduler
 from opero.concurrency.worker import How, Work, run_batch, run_one, runner_for
 from opero.core.interrupts import Hold
-from opero.core.signature import name_of
 from opero.exceptions import OperoError
 from opero.utils.notes import describe
 
@@ -39,30 +35,19 @@ class ThreadPool(Pool):
         initargs: tuple[Any, ...] = (),
         finalizer: Callable[[], Any] | None = None,
     ) -> None:
+        super().__init__(work, workers)
         self._initializer = initializer
         self._initargs = initargs
         self._finalizer = finalizer
-        self._workers = workers
-        self.take_on(work)
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._multi_pool: Any = None
         self._threads: list[threading.Thread] = []
         self._stopped = False
-        self._is_left: Callable[[], bool] = lambda: False
-
-    @property
-    def slots(self) -> int:
-        return self._workers
-
-    def take_on(self, work: Work) -> None:
-        # What the threads run, and the context variables of whoever called it.
-        self._map = work, contextvars.copy_context()
 
     def submit(self, batch: Batch) -> None:
-        if len(self._threads) < self._workers:
+        if len(self._threads) < self.slots:
             with Hold():
-                if self._multi_pool is None:
-                    self._multi_pool = entered_multi_pool(self._workers, self._end_threads)
+                if not self._threads:
+                    self.enter_multi_pool(self.slots, self._end_threads)
                 name = f"opero-worker-{len(self._threads) + 1}"
                 # As those of any pool, they do not keep the program alive that has left them.
                 thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -73,15 +58,8 @@ class ThreadPool(Pool):
     def begun(self, batch: Batch) -> int:
         return batch.mark[0]
 
-    def stop(self, is_left: Callable[[], bool]) -> None:
-        """Let running items end, start no other, and join the threads, unless they are left to themselves."""
-        self._is_left = is_left
-        if self._multi_pool is not None:
-            atexit.unregister(self._end_threads)
-            self._multi_pool.__exit__(None, None, None)
-            self._multi_pool = None
-
     def _end_threads(self) -> None:
+        """Let running items end, start no other, and join the threads, unless they are left to themselves."""
         self._stopped = True
         for _ in self._threads:
             self._batches.put(None)
@@ -103,15 +81,14 @@ class ThreadPool(Pool):
             if self._initializer is not None:
                 self._initializer(*self._initargs)
         except Exception as error:  # noqa: BLE001 - the user's code
-            refused = OperoError(f"a worker thread cannot run {name_of(self._map[0].function)}: {describe(error)}")
+            refused = OperoError(f"a worker thread cannot run {self._name}: {describe(error)}")
             refused.__cause__ = error
             self.deliver(Scheduler.fail, refused)
             return
         try:
-            with runner_for(self._map[0]) as runner:
+            with runner_for(self._work) as runner:
                 while (batch := self._batches.get()) is not None and not self._stopped:
-                    work, context = self._map
-                    how = How(context, batch.mark)
+                    work, how = self._work, How(self._context, batch.mark)
                     # Held by no variable: the frame is reached from the traceback of an error.
                     self.deliver(Scheduler.done, batch, run_batch(work, batch.items, batch.time_limit, runner, how))
                     del batch
@@ -126,15 +103,9 @@ class TaskPool(Pool):
     """Runs single items in tasks; each has a copy of the caller's context variables."""
 
     def __init__(self, work: Work, workers: int) -> None:
-        self._workers = workers
-        self._work = work
-        self._context = contextvars.copy_context()
+        super().__init__(work, workers)
         self._tasks: dict[Batch, asyncio.Task[None]] = {}
         self._stopping = False
-
-    @property
-    def slots(self) -> int:
-        return self._workers
 
     def submit(self, batch: Batch) -> None:
         # A task has a copy of the context in which it is made.
@@ -173,10 +144,6 @@ class SerialPool(Pool):
     It does so when the map would wait for a worker: then all results before have been handed out.
     """
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._context = contextvars.copy_context()
-
     def submit(self, batch: Batch) -> None:
         self.deliver(self._run, batch)
 
@@ -185,6 +152,6 @@ class SerialPool(Pool):
         run.done(batch, run_batch(self._work, batch.items, None, None, How(self._context)))
 
 
-def serial_pool(work: Work, _workers: int = 1) -> Pool:
+def serial_pool(work: Work, workers: int) -> Pool:
     """What runs a map in the calling thread; coroutines in the event loop there."""
-    return TaskPool(work, 1) if work.is_async else SerialPool(work)
+    return TaskPool(work, workers) if work.is_async else SerialPool(work, workers)

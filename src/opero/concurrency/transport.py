@@ -24,7 +24,7 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from opero.concurrency.batches import Batch
+    from opero.concurrency.pool import Batch
     from opero.core.steps import TimeLimit
 
 T = TypeVar("T")
