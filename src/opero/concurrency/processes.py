@@ -14,7 +14,6 @@ import math
 import multiprocessing
 import os
 import sys
-import threading
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -53,7 +52,7 @@ MOST_STILLBIRTHS = 10
 _HEARING_SECONDS = 0.01
 
 # As long as a thread has it, no other starts a worker, which would have the ends of a pipe that is another worker's.
-_starting = ForkSafeLock(threading.RLock)
+_starting = ForkSafeLock()
 
 
 @dataclass(eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,7 +86,7 @@ class Breaker:
         self.failures = check_count("failures", failures, "failures in a row", smallest=1)
         self._window = math.inf if window is None else check_seconds("window", window, zero=False)
         self.recovery = check_seconds("recovery", recovery, zero=False)
-        self._lock = ForkSafeLock(threading.RLock)
+        self._lock = ForkSafeLock()
         # Those that failed since they last succeeded, in the order of their last failures.
         self.circuits: dict[Any, _Circuit] = {}
         watch_forks(self)

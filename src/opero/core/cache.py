@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from opero.core.checks import listed
 from opero.core.clock import clock
@@ -72,8 +72,7 @@ class ResultCache:
         self._namespace = settings.namespace
         # What had been counted when it was cleared.
         self._counted = CallStats()
-        with _lock:
-            _caches.add(self)
+        _caches[id(self)] = self
 
     @property
     def store(self) -> Any:
@@ -289,9 +288,7 @@ def _hit(call: Call, value: Any) -> Any:
     return Failed(copied(value.error)) if type(value) is Failed else value
 
 
-# A lock that a thread can have more than once: a finalizer, which may come at any moment, can clear caches.
-_lock = threading.RLock()
-_caches: WeakSet[ResultCache] = WeakSet()
+_caches: WeakValueDictionary[int, ResultCache] = WeakValueDictionary()
 
 
 def get_cache_decorator(
@@ -372,9 +369,7 @@ def clear_cache(namespace: str | None = None) -> None:
     Raises:
         OperoError: If a backend failed.
     """
-    with _lock:
-        caches = list(_caches)
-    for cache in caches:
+    for cache in [cache for known in _caches.valuerefs() if (cache := known()) is not None]:
         # One that has no name to keep anything under has kept nothing.
         with contextlib.suppress(MisuseError):
             if namespace in {None, cache.namespace}:

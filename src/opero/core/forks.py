@@ -24,18 +24,17 @@ class ForkSafeLock:
     """A lock that is free in a forked child, whoever held it in the parent; to be used by its ``lock``.
 
     It has no ``with`` of its own: an interrupt between Python's `__enter__` and the block would leave it locked. A
-    thread has it once, or with `threading.RLock` again: in a finalizer that the garbage collector runs in its block.
+    thread can have it more than once: in a signal handler, or a finalizer that the garbage collector runs in its block.
     """
 
-    __slots__ = ("__weakref__", "_make", "lock")
+    __slots__ = ("__weakref__", "lock")
 
-    def __init__(self, make: Any = threading.Lock) -> None:
-        self._make = make
+    def __init__(self) -> None:
         self.after_fork()
         watch_forks(self)
 
     def after_fork(self) -> None:
-        self.lock = self._make()
+        self.lock = threading.RLock()
 
 
 def _in_child() -> None:

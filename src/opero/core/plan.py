@@ -72,11 +72,9 @@ class Plan:
         from opero.core.parameters import own_signature
 
         try:
-            signature = own_signature(self.function)
-        except (ValueError, TypeError):  # not known, as of some builtins
+            own_signature(self.function).bind(*call.args, **call.kwargs)
+        except ValueError:  # its parameters are not known, as of some builtins
             return False
-        try:
-            signature.bind(*call.args, **call.kwargs)
         except TypeError:
             return True
         return False

@@ -26,13 +26,6 @@ class _Missing:
 MISSING: Any = _Missing()
 
 
-def through_partials(function: Any) -> Any:
-    """What a partial, or a partial of one, was made of; anything else as it is."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
-
-
 def find_by_name(module: str, qualname: str) -> Any:
     """What a module that is imported has by that name; None if it has nothing."""
     found: Any = sys.modules.get(module)
@@ -67,7 +60,8 @@ def calling_kind(function: Callable[..., Any]) -> Kind:
     # Here, since tenacity, which a decorator needs, imports it in any case, and `import opero` does not need it.
     import inspect
 
-    function = through_partials(function)
+    while isinstance(function, functools.partial):
+        function = function.func
     if isinstance(function, type):
         # Calling it gives an instance, whatever calling that one gives.
         return "def"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from typing import Any
 
 from opero.core.checks import html_table
@@ -38,8 +37,7 @@ class CallStats(Frozen):
         return html_table("", self.names, [self._values()])
 
 
-# A thread can have it more than once: a signal handler may count at any moment.
-_adding = ForkSafeLock(threading.RLock)
+_adding = ForkSafeLock()
 
 
 class Counter:

@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import random
-import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -50,7 +49,7 @@ Wants = Sequence[tuple["Line", Sequence[float]]]
 
 # One for all lines, since a turn may stand in several. The garbage collector, or a signal handler, may use a line in a
 # thread that has it.
-lines = ForkSafeLock(threading.RLock)
+lines = ForkSafeLock()
 _numbers = itertools.count()
 
 
@@ -253,7 +252,7 @@ class PerValue(Generic[L]):
     def __init__(self, make: Callable[[Any], L]) -> None:
         self._make = make
         self._lines: OrderedDict[Any, L] = OrderedDict()
-        self._lock = ForkSafeLock(threading.RLock)
+        self._lock = ForkSafeLock()
 
     def __iter__(self) -> Iterator[L]:
         with self._lock.lock:

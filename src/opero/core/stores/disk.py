@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import sqlite3
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -143,7 +142,7 @@ def _is_damage(error: Exception) -> bool:
 
 
 # Held for a statement or a transaction, and never while another process is waited for.
-_guard = ForkSafeLock(threading.RLock)
+_guard = ForkSafeLock()
 _open_stores: WeakValueDictionary[int, DiskStore] = WeakValueDictionary()
 
 

@@ -158,9 +158,10 @@ class RedisStore(LastingStore):
         """Close connections that nobody uses at this moment; others are made when there is a need."""
         self.server.close()
 
-    def renewal(self, flight: Flight, milliseconds: int) -> tuple[Any, ...]:
-        """The command by which a lease goes on for some time, or ends."""
-        return ("EVAL", _RENEW, 1, self._names(flight.key)[1], flight.ticket, milliseconds)
+    def renew(self, leases: Sequence[tuple[Flight, int]]) -> None:
+        """Let leases go on for so many milliseconds, or end; where that fails they end by themselves."""
+        commands = [("EVAL", _RENEW, 1, self._names(flight.key)[1], flight.ticket, left) for flight, left in leases]
+        self._exchange(commands)
 
     def _names(self, key: bytes) -> tuple[bytes, bytes]:
         """Those of the entry and its lease."""
@@ -232,9 +233,7 @@ def _keep_leases(dropped: queue.SimpleQueue[tuple[RedisStore, Flight]]) -> None:
     for store in list(_stores):
         leases = [(flight, 0) for owner, flight in found if owner is store]
         leases += [(flight, int(LEASE_SECONDS * 1000)) for flight in store.flights.held()]
-        if leases:
-            # Where that fails they end by themselves.
-            store.in_spite_of_faults(store.server.perform, [store.renewal(*lease) for lease in leases])
+        store.renew(leases)
 
 
 # Servers

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack
 from weakref import WeakValueDictionary
@@ -288,7 +287,7 @@ def check_lifetime(name: str, value: Any, *, zero: bool) -> float:
 # Where the entries live
 
 
-_lock = ForkSafeLock(threading.RLock)
+_lock = ForkSafeLock()
 # For as long as one of the functions is there.
 _lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
