@@ -301,16 +301,8 @@ def get_cache_decorator(
 ) -> Callable[[F], F]:
     """Make a decorator that caches, and does nothing else.
 
-    Args:
-        cache_ttl: Seconds an entry lives, or a `datetime.timedelta`; None keeps it for ever.
-        cache_backend: ``"memory"``, ``"disk"`` or ``"redis"``.
-        cache_key: Function of the same arguments that returns the key to use in their place.
-        cache_namespace: Functions with one namespace share entries. Default: each function has its own.
-        **options: As ``cache_options`` of `opero.opero`, such as ``maxsize`` or ``cache_dir``.
-
-    Raises:
-        TypeError: If an option has the wrong type or is not known.
-        ValueError: If an option's value is out of range.
+    Its options are those of `opero.opero`, and are checked before there is a function; all others are those of
+    ``cache_options`` there, such as ``maxsize`` or ``cache_dir``.
     """
     given: dict[str, Any] = {"ttl": cache_ttl, "backend": cache_backend, "key": cache_key, "namespace": cache_namespace}
     settings = flat_cache(**given, options=options)
@@ -329,13 +321,8 @@ def get_cache_context(
     """Give the cache engine of a namespace for a ``with`` block, and close its files and connections at the end.
 
     Functions that are decorated with the same namespace, backend and options share its entries by ``engine.cache``;
-    ``engine.get`` and ``engine.set`` have keys of their own. In memory, entries go when nothing uses the namespace.
-
-    Args:
-        cache_namespace: Where the entries live.
-        cache_backend: ``"memory"``, ``"disk"`` or ``"redis"``.
-        cache_ttl: Seconds an entry lives, or a `datetime.timedelta`; None keeps it for ever.
-        **options: As ``cache_options`` of `opero.opero`.
+    ``engine.get`` and ``engine.set`` have keys of their own. In memory, entries go when nothing uses the namespace. The
+    options are those of `get_cache_decorator`.
 
     Yields:
         A `twat_cache.engines.base.BaseCacheEngine` with ``get(key, default=None)``, ``set(key, value)``,

@@ -208,18 +208,7 @@ class FallbackOverParameter:
 def get_fallback_decorator(arg_fallback: str, *, fallback_cooldown: Duration | None = None) -> Callable[[F], F]:
     """Make a decorator that tries the candidate values of one parameter in order, and does nothing else.
 
-    Args:
-        arg_fallback: Name of the parameter. A list or tuple passed for it (by position, by keyword or as the default)
-            holds the candidates and the function gets one of them at a time; `opero.candidates` and
-            `opero.candidates_from` do the same for type checkers; any other value is the only candidate.
-        fallback_cooldown: Seconds (or a `datetime.timedelta`) for which a candidate that failed is tried last. Default:
-            it is tried in its turn.
-
-    Raises:
-        TypeError: If an option has the wrong type.
-        ValueError: If the function has no such parameter, or the cooldown is not above 0; at a call, if the sequence of
-            candidates is empty.
-        AllFailedError: At a call, when every candidate failed.
+    Its options are those of `opero.opero`.
     """
     options: dict[str, Any] = {"arg_fallback": arg_fallback, "fallback_cooldown": fallback_cooldown}
     return decorator(

@@ -455,19 +455,8 @@ def get_rate_limit_decorator(
 ) -> Callable[[F], F]:
     """Make a decorator that limits how often calls start, and does nothing else.
 
-    Args:
-        rate_limit: Calls per second (fractions too), text such as ``"100/minute"``, a `RateLimiter` that functions
-            share, a list of such limits that all hold, or a mapping of names to rates. Without a `RateLimiter`, each
-            decorated function has a limit of its own, shared by all its callers in the process.
-        per: A parameter's name, a tuple of names, or a function of the call's arguments: each of its values has its own
-            limit.
-        rate_limit_cost: What a call takes, as of `opero.opero`.
-        **options: As ``rate_limit_options`` of `opero.opero`.
-
-    Raises:
-        TypeError: If an option has the wrong type or is not known; when decorating, of a generator function if a cost
-            is told by the result.
-        ValueError: If a rate is not finite and above 0, or its text cannot be read, or an option cannot apply.
+    Its options are those of `opero.opero`, and are checked before there is a function; all others are those of
+    ``rate_limit_options`` there.
     """
     # Here, too: what is wrong whatever the function is told before there is one.
     FunctionLimit(get_rate_limit_decorator, rate_limit, cost=rate_limit_cost, options=options)

@@ -333,24 +333,8 @@ def get_retry_decorator(
 ) -> Callable[[F], F]:
     """Make a decorator that retries, and does nothing else.
 
-    Args:
-        retries: Extra executions after the first.
-        backoff_factor: By how much each delay is longer than the one before.
-        min_delay: Seconds before the first retry, or a `datetime.timedelta`.
-        max_delay: Seconds that no delay exceeds, or a `datetime.timedelta`.
-        jitter: Whether each delay is drawn from its upper half at random.
-        retry_on: Exception class, tuple of classes, or ``callable(exception)`` that answers with True, False, a delay
-            (seconds or a `datetime.timedelta`), `opero.NEXT` or `opero.GIVE_UP`. One that raises ends the call.
-            Default: every `Exception` but those of the program itself (`NameError`, `ImportError`, `SyntaxError`,
-            `NotImplementedError`, `RecursionError`, `MemoryError`).
-        retry_if_result: ``callable(result)``: whether to reject a result, as if the execution had failed. When retries
-            have run out then, `opero.RejectedResultError` is raised.
-        **options: For `tenacity.Retrying` (``stop``, ``wait``, ``retry``, ``before_sleep``, …); these win.
-
-    Raises:
-        TypeError: If an option has the wrong type or is not known; when decorating, of a generator function if there is
-            a ``retry_if_result`` or a ``retry_error_callback``.
-        ValueError: If an option's value is out of range.
+    Its options are those of `opero.opero`, and are checked before there is a function; all others are for
+    `tenacity.Retrying` (``stop``, ``wait``, ``retry``, ``before_sleep``, …), and win.
     """
     own = {name: value for name, value in locals().items() if name != "options"}
     policy = RetryPolicy(**own, retry_options=options)

@@ -213,7 +213,7 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
               attempt then, whatever ``retry_on`` says, and in the end a `RejectedResultError`.
             - ``retry_options`` (None): mapping for `tenacity.Retrying`; it wins over the above.
             - ``arg_fallback`` (None): name of the parameter whose list or tuple, `opero.candidates` or
-              `opero.candidates_from`, holds candidates to try in order.
+              `opero.candidates_from`, holds candidates to try in order; any other value is the only one.
             - ``fallback_cooldown`` (None): seconds for which a candidate that failed is tried last.
             - ``rate_limit`` (None): calls per second, text such as ``"100/minute"``, an `opero.RateLimiter` that
               functions share, a list of such limits that all hold, or a mapping of names to rates, as
