@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -124,6 +126,13 @@ def test_a_given_executor_runs_the_items_and_stays_open(kind, world):
     assert mapped.run(range(300)) == [n * 2 for n in range(300)]
     assert mapped.run(range(3)) == [0, 2, 4]
     assert executor.submit(double, 4).result(PATIENCE) == 8
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="has no interpreters beside the main one")
+def test_interpreters_run_the_items():
+    with concurrent.futures.InterpreterPoolExecutor(2) as executor:
+        assert Kind.map(math.sqrt, executor)([4, 9, -1])[:2] == [2, 3]
+        assert Kind.map(lambda item: item * 2, executor)([4, 9]) == [8, 18]
 
 
 # Whose executor it is, is the same in both worlds, and each of loky's costs a second.

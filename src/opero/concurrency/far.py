@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import faulthandler
 import io
 import mmap
 import os
@@ -352,6 +351,9 @@ def _read(name: str) -> Found | None:
 
 def run_watched(work: Work, items: list[Any], limit: TimeLimit, how: How) -> Report:
     """Run an item in this process, which ends when the time is up, even if no other thread is ever let run."""
+    # Not at the top: interpreters of `InterpreterPoolExecutor` cannot have it.
+    import faulthandler
+
     # A process has only one such timer.
     with _watching.lock:
         seconds = max(0.001, limit[0] + UNHEEDED_SECONDS * work.is_async)
