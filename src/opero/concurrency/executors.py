@@ -244,5 +244,5 @@ def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str
         with hearing_interrupts():
             report = arrived if isinstance(arrived, Report) else _run(work, *arrived, how)
     except BaseException as error:  # noqa: BLE001 - as in process mode; the executor might hand it to the caller
-        return Found(how.mark[0], [], len(payload), describe(error))
-    return Found(how.mark[0], [pack_report(report)], len(payload))
+        return Found(how.mark[0], [], describe(error))
+    return Found(how.mark[0], [pack_report(report)])

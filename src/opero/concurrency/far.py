@@ -64,12 +64,11 @@ _STUCK = b"Timeout ("
 class Found(NamedTuple):
     """What became of a batch: how many of its items have begun, and the reports so far.
 
-    ``size``: bytes of the batch; ``reason``: why it ended early; ``stuck``: where the item was whose time was up.
+    ``reason``: why it ended early; ``stuck``: where the item was whose time was up.
     """
 
     begun: int
     reports: list[bytes]
-    size: int = 0
     reason: str = ""
     stuck: str = ""
 
@@ -160,11 +159,7 @@ class FarPool(Pool):
             self.recovered(run, {batch: answer}, answer.reason)
             return
         _tell_parts(run, batch, answer.reports[:-1])
-        last = unpack_report(answer.reports[-1])
-        if last.errors and not last.values:
-            run.not_sent(batch, last.errors[0])
-        else:
-            run.done(batch, last, max(answer.size, len(answer.reports[-1])))
+        run.done(batch, unpack_report(answer.reports[-1]))
 
     def recovered(
         self, run: Scheduler, left: Mapping[Batch, Found | None], reason: str, *, is_innocent: bool = False
@@ -240,7 +235,7 @@ def run_parcel(
     work = load(digest, fetch)
     arrived = unpack_batch(payload)
     if isinstance(arrived, Report):
-        return Found(0, [pack_report(arrived)], len(payload))
+        return Found(0, [pack_report(arrived)])
     items, limit = arrived
     journal, reason = _begin_journal(name), ""
     how = How(mark=journal.mark, tell=journal.add, longest=_MOST_SECONDS, seconds=_MOST_SECONDS)
@@ -249,7 +244,7 @@ def run_parcel(
         journal.add(run(work, items, limit, how))
     except BaseException as error:  # noqa: BLE001 - as in process mode exit ends the item, but not this process
         reason = describe(error)
-    return Found(journal.mark[0], journal.reports, len(payload), reason)
+    return Found(journal.mark[0], journal.reports, reason)
 
 
 def _run_here(work: Work, items: list[Any], limit: TimeLimit | None, how: How) -> Report:

@@ -305,6 +305,7 @@ class Batch:
     ``alone``: nothing else may run in the worker's process meanwhile.
     ``look_at``, ``ends_at``: by `clock.real`, when its worker is looked at again, how many had ``begun`` then, and
     when the worker is ended; ``is_overdue``: that has been done.
+    ``size``: its bytes, where it goes to a process.
     ``mark``: for workers of this process, see `worker.run_batch`; it counts the ``reported`` ones, too.
     """
 
@@ -315,6 +316,7 @@ class Batch:
     time_limit: tuple[float, str] | None = None
     grace: float = 0.0
     alone: bool = False
+    size: int = 0
     mark: list[int] = field(default_factory=[0].copy)
     reported: int = 0
     sent_at: float = 0.0

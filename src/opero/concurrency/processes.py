@@ -63,7 +63,7 @@ class Worker:
     ``room``: items that it may still run, those that are with it included.
     ``process``: it is started when its pipe is known, so that a forked one can leave that to its parent.
     ``batches``: what is with it, by numbers that count from 1.
-    ``count``, ``size``: how many it has been sent, and the bytes of the latest one.
+    ``count``: how many it has been sent.
     ``ends_since``, ``family``: when it was told to end, and the processes that it had started then.
     """
 
@@ -74,7 +74,6 @@ class Worker:
     is_ready: bool = False
     batches: dict[int, Batch] = field(default_factory=dict)
     count: int = 0
-    size: int = 0
     ends_since: float | None = None
     family: set[int] = field(default_factory=set)
 
@@ -351,7 +350,6 @@ class ProcessPool(Pool):
                 worker.mark[0] = 0
             worker.count += 1
             worker.batches[worker.count] = batch
-            worker.size = len(data)
             worker.tell("batch", data)
 
     def _free_worker(self, batch: Batch) -> Worker | None:
@@ -368,17 +366,13 @@ class ProcessPool(Pool):
 
     def _worker_reports(self, run: Scheduler, worker: Worker, number: int, payload: bytes, *, is_last: bool) -> None:
         report, batch = unpack_report(payload), worker.batches[number]
-        ran = len(report.values)
-        worker.room = max(0, worker.room - ran)
+        worker.room = max(0, worker.room - len(report.values))
         if is_last:
             del worker.batches[number]
             if not worker.room and not worker.batches:
                 worker.tell("stop")
             self._hand_out()
-            if 0 in report.errors and not ran:
-                run.not_sent(batch, report.errors[0])
-                return
-        run.done(batch, report, max(len(payload), worker.size), is_part=not is_last)
+        run.done(batch, report, is_part=not is_last)
 
     def _hear(self, worker: Worker) -> None:
         """Put all that the worker has said into the inbox, with None for the end of its pipe."""

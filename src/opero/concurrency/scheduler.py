@@ -552,19 +552,23 @@ class Scheduler:
 
     # What became of them, as the pool tells
 
-    def done(self, batch: Batch, report: Report, size: int = 0, *, is_part: bool = False) -> None:
-        """A worker has reported; ``size`` is that of the batch or its report in bytes.
+    def done(self, batch: Batch, report: Report, *, is_part: bool = False) -> None:
+        """A worker has reported.
 
-        Unless it is a part, after which the worker has gone on, items for which there is no value have not begun.
+        Unless it is a part, after which the worker has gone on, items for which there is no value have not begun. An
+        error of one that has no value is that of a batch that could not be read.
         """
         if batch not in self._sent:
+            return
+        if report.errors and not report.values:
+            self.not_sent(batch, report.errors[0])
             return
         count = len(report.values)
         seconds = report.seconds / max(1, batch.reported + count)
         if not is_part:
             self._sent.discard(batch)
             self._watched.discard(batch)
-            self._learn(batch, seconds, size)
+            self._learn(batch, seconds, max(batch.size, report.size))
             if count < len(batch.items):
                 self._give_back(batch, count)
         if batch.entries is None and not report.errors:

@@ -80,7 +80,9 @@ class Packer:
         what = f"the item {type(item).__qualname__}"
         if candidate:
             what += f" or the candidate {type(candidate[0]).__qualname__}"
-        return _or_refuse(what, self.dumps, (batch.items, batch.time_limit))
+        data = _or_refuse(what, self.dumps, (batch.items, batch.time_limit))
+        batch.size = len(data)
+        return data
 
     def dumps(self, thing: Any) -> bytes:
         """Pickle it; in C alone if nothing in it has to go by value."""
@@ -208,4 +210,4 @@ def unpack_report(payload: bytes | memoryview) -> Report:
             except Exception as error:  # noqa: BLE001 - anything may happen in a user's __setstate__
                 values[place] = None
                 errors[place] = NotTransferableError(f"the result cannot be unpickled: {describe(error)}")
-    return Report(values, errors, seconds)
+    return Report(values, errors, seconds, len(payload))

@@ -105,11 +105,15 @@ class How:
 
 @dataclass(slots=True)
 class Report:
-    """Results in order, of fewer items than were sent if time was up; errors by place, seconds of running."""
+    """Results in order, of fewer items than were sent if time was up; errors by place, seconds of running.
+
+    ``size``: its bytes, where it came from a process.
+    """
 
     values: list[Any]
     errors: dict[int, Exception]
     seconds: float
+    size: int = 0
 
 
 def run_batch(work: Work, items: list[Any], limit: TimeLimit | None, runner: asyncio.Runner | None, how: How) -> Report:
