@@ -17,7 +17,7 @@ from leftovers import surroundings
 from side_by_side import started, until
 
 from opero import Cache, opmap
-from opero.concurrency import ctrl_c, system
+from opero.concurrency import system
 from opero.concurrency.threads import ThreadPool
 
 PATIENCE = 10.0
@@ -365,6 +365,6 @@ class Terminal(io.StringIO):
 def test_a_terminal_is_told_what_is_waited_for(monkeypatch, stream):
     monkeypatch.setattr("sys.stderr", stream())
     looks = iter([False] * 15)
-    assert ctrl_c.wait_unless_left(lambda _: next(looks, True), lambda: False)
+    assert system.wait_unless_left(lambda _: next(looks, True), lambda: False)
     told = "opero: waiting for running items to end; Ctrl-C, pressed now, leaves them\n"
-    assert ctrl_c.sys.stderr.getvalue() == (told if stream is Terminal else "")
+    assert system.sys.stderr.getvalue() == (told if stream is Terminal else "")

@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 
-from opero.concurrency.transport import Packer
+from opero.concurrency.pickling import Packer
 
 SCRIPT = """
     import concurrent.futures, multiprocessing, sys, threading

@@ -22,12 +22,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from opero.concurrency.ctrl_c import hearing_interrupts, held_back_in_children, wait_unless_left
 from opero.concurrency.far import FarPool, Found, load, works
-from opero.concurrency.pickling import names_in_fresh_workers
+from opero.concurrency.pickling import Packer, names_in_fresh_workers, pack_report, unpack_batch
 from opero.concurrency.pool import Batch, Pool, default_workers
 from opero.concurrency.scheduler import Scheduler
-from opero.concurrency.transport import Packer, pack_report, unpack_batch
+from opero.concurrency.system import hearing_interrupts, held_back_in_children, wait_unless_left
 from opero.concurrency.worker import SLOW_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.checks import kind_of, shown
 from opero.core.frozen import itself

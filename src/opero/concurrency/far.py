@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from opero.concurrency.mapping import level_of_the_user
+from opero.concurrency.pickling import Packer, pack_report, unpack_batch, unpack_report, unpack_start
 from opero.concurrency.pool import Batch, Pool
 from opero.concurrency.scheduler import Scheduler
-from opero.concurrency.transport import Packer, pack_report, unpack_batch, unpack_report, unpack_start
 from opero.concurrency.worker import FAR_BATCH_SECONDS, UNHEEDED_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock

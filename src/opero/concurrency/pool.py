@@ -14,7 +14,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from opero.concurrency.ctrl_c import in_own_thread
 from opero.concurrency.mapping import make_map
 from opero.concurrency.progress import ProgressOption, check_progress
 from opero.core.checks import (
@@ -292,6 +291,8 @@ class PoolSource:
         self.__enter__()
 
     async def __aexit__(self, *_exc: object) -> None:
+        from opero.concurrency.system import in_own_thread
+
         await in_own_thread(lambda _is_left: self.__exit__())
 
 
@@ -452,6 +453,8 @@ class Pool:
 
     async def stop_async(self) -> None:
         """End the workers without blocking the event loop."""
+        from opero.concurrency.system import in_own_thread
+
         # An event loop is told by its own thread to listen no longer.
         self.rest()
         await in_own_thread(self.stop)

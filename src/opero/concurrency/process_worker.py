@@ -5,20 +5,23 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import mmap
 import multiprocessing
 import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.heap import Arena
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.pickling import loads, pack_record
+from opero.concurrency.pickling import Packer, WorkerLife, loads, pack_record, pack_report, unpack_batch, unpack_start
 from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
-from opero.concurrency.transport import Start, pack_report, unpack_batch
 from opero.concurrency.worker import How, Report, Work, run_batch, run_one, runner_for
 from opero.core.forks import watch_forks
 from opero.utils.notes import describe
@@ -26,10 +29,10 @@ from opero.utils.notes import describe
 if TYPE_CHECKING:
     import asyncio
     from multiprocessing.connection import Connection
-    from multiprocessing.heap import Arena
 
 # The mark of a worker that reads a batch or makes a report, and runs none of its items; see `Parent`.
 BETWEEN = 2**32 - 1
+_ALIGNMENT = 64
 # A worker that has nothing to do may take so long to end: the interpreter tidies up, and the user's threads and exit
 # handlers run.
 PEACE_SECONDS = 30.0
@@ -45,6 +48,71 @@ THREAD_SETTINGS = (
 )
 # Those that others look at when they are imported, each only at its own.
 _SETTINGS_OF_OTHERS = {"numba": "NUMBA_NUM_THREADS", "cv2": "OPENCV_FOR_THREADS_NUM", "polars": "POLARS_MAX_THREADS"}
+
+
+@dataclass
+class Start:
+    """What a worker process begins with; ``life`` is packed while one is started, if it is not forked.
+
+    Large arrays go to a file; its pages are shared by all workers until one writes to them, which the others do not
+    see.
+
+    ``levels``, ``filters``, ``environ``: those of the program's loggers and warnings, and its environment, where a
+    worker has not got them yet.
+    """
+
+    packer: Packer
+    life: WorkerLife | None
+    levels: dict[str, int]
+    filters: list[Any]
+    environ: dict[str, str] | None
+    packed: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        packed = self.packed
+        if packed is None and self.life is not None:
+            # Files that the process inherits are listed there; without any, others can be sent the same.
+            inherited: Any = getattr(get_spawning_popen(), "_fds", [])
+            count = len(inherited)
+            large: list[memoryview] = []
+            packed = self.packer.start(self.life, large), *_in_a_file(large)
+            if len(inherited) == count:
+                self.packed = packed
+        return {**vars(self), "life": None, "packed": packed}
+
+    def load(self) -> WorkerLife:
+        """What it was made of, in a worker; one that was forked has it already."""
+        if self.life is not None:
+            return self.life
+        data, file, spans = self.packed
+        if file is None:
+            return unpack_start(data)
+        mapped = memoryview(mmap.mmap(file.fd, file.size, flags=mmap.MAP_PRIVATE))
+        return unpack_start(data, (mapped[start:end] for start, end in spans))
+
+
+def _in_a_file(large: list[memoryview]) -> tuple[Arena | None, list[tuple[int, int]]]:
+    """Write them to a file that multiprocessing chooses, in memory if there is room; gives where each is there."""
+    if not large:
+        return None, []
+    made: Any = arena(sum(view.nbytes + _ALIGNMENT for view in large))
+    spans = []
+    # Twice as fast as to write to the memory into which it is mapped.
+    with open(made.fd, "wb", closefd=False) as file:
+        for view in large:
+            start = file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+            spans.append((start, start + file.write(view)))
+    return made, spans
+
+
+def arena(size: int) -> Arena:
+    """Memory of multiprocessing for processes that it starts; a file where it finds no place, such as in AWS Lambda."""
+    try:
+        return Arena(size)
+    except OSError:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(size)
+            return Arena(size, os.dup(file.fileno()))
 
 
 class Parent:

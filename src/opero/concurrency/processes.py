@@ -23,13 +23,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import system
-from opero.concurrency.ctrl_c import held_back_in_children
 from opero.concurrency.fork_server import Server, server_for
-from opero.concurrency.pickling import names_in_fresh_workers, unpack_record
+from opero.concurrency.pickling import Packer, names_in_fresh_workers, unpack_record, unpack_report
 from opero.concurrency.pool import Batch, Pool, default_workers
-from opero.concurrency.process_worker import BETWEEN, PEACE_SECONDS, THREAD_SETTINGS, Parent, known_loggers, serve
+from opero.concurrency.process_worker import (
+    BETWEEN,
+    PEACE_SECONDS,
+    THREAD_SETTINGS,
+    Parent,
+    Start,
+    arena,
+    known_loggers,
+    serve,
+)
 from opero.concurrency.scheduler import Scheduler
-from opero.concurrency.transport import Packer, Start, arena, unpack_report
 from opero.core.clock import clock
 from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
@@ -273,7 +280,7 @@ class ProcessPool(Pool):
             self._start_worker()
 
     def _start_worker(self) -> None:
-        with Hold(), _starting.lock, held_back_in_children(self._method), _allowed_to_start(self._method):
+        with Hold(), _starting.lock, system.held_back_in_children(self._method), _allowed_to_start(self._method):
             if not self._has_begun:
                 self._has_begun = True
                 self.enter_multi_pool(self._size, self._end_workers)

@@ -7,9 +7,9 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any
 
-from opero.concurrency.ctrl_c import wait_unless_left
 from opero.concurrency.pool import Batch, Pool
 from opero.concurrency.scheduler import Scheduler
+from opero.concurrency.system import wait_unless_left
 from opero.concurrency.worker import How, Work, run_batch, run_one, runner_for
 from opero.core.interrupts import Hold
 from opero.exceptions import OperoError
