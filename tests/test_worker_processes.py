@@ -166,6 +166,33 @@ def test_exit_handlers_of_the_program_do_not_run_in_forked_workers(tmp_path):
     finalizer.detach()
 
 
+OF_THE_MAIN_MODULE = """
+import os, sys, tempfile
+from opero import opmap
+
+folder = tempfile.TemporaryDirectory(dir=sys.argv[1])
+
+
+def has_folder(item):
+    return os.path.isdir(folder.name)
+
+
+if __name__ == "__main__":
+    options = {"mode": "process", "workers": 1, "retries": 0, "progress": False}
+    for _ in range(2):
+        assert opmap(**options, pool_options={"start_method": sys.argv[2]})(has_folder)([1, 2]) == [True, True]
+"""
+
+
+@every_method
+def test_exit_handlers_of_a_main_module_run_in_each_process_that_has_imported_it(method, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(OF_THE_MAIN_MODULE)
+    (tmp_path / "folders").mkdir()
+    subprocess.run([sys.executable, program, tmp_path / "folders", method], check=True, timeout=60)
+    assert list((tmp_path / "folders").iterdir()) == []
+
+
 def stay_in_block(path):
     try:
         path.with_suffix(".begun").touch()
@@ -971,3 +998,30 @@ def test_a_worker_that_is_ended_while_it_makes_its_event_loop_says_nothing():
     run = subprocess.run([sys.executable, "-c", ENDED_EARLY], capture_output=True, text=True, check=True, timeout=60)
     assert "WorkerCrashedError" in run.stdout
     assert run.stderr == ""
+
+
+ENDED_WHILE_FORKED = """
+import os, pathlib, signal, sys
+from opero import opmap
+
+once = pathlib.Path(sys.argv[1])
+
+
+def end_the_first():
+    if not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+signal.signal(signal.SIGTERM, lambda *_: print("the handler of the program", file=sys.stderr))
+os.register_at_fork(after_in_child=end_the_first)
+print(opmap(mode="process", workers=1, retries=0, progress=False, pool_options={"start_method": "fork"})(abs)([-1]))
+"""
+
+
+def test_a_worker_that_is_ended_while_it_is_forked_runs_no_handler_of_the_program(tmp_path):
+    command = [sys.executable, "-c", ENDED_WHILE_FORKED, tmp_path / "once"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout == "[1]\n"
+    assert run.stderr == ""
+    assert (tmp_path / "once").exists()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import system
 from opero.concurrency.pickling import MAINS
+from opero.core.forks import forget_exit_handlers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,3 +150,5 @@ _told = os.environ.pop(_PRELOADS, None)
 # Another process that the program has started in that moment has the variable, too.
 if _told is not None and any(__name__ in argument for argument in sys.orig_argv):
     _preload(_told.split())
+    # Before they import the main module, whose exit handlers are their own.
+    os.register_at_fork(after_in_child=forget_exit_handlers)

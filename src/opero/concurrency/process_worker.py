@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import warnings
-import weakref
 from dataclasses import dataclass, replace
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.heap import Arena
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from opero.concurrency.pickling import Packer, WorkerLife, loads, pack_record, pack_report, unpack_batch, unpack_start
 from opero.concurrency.system import ENDED_CODE, GRACE_SECONDS
 from opero.concurrency.worker import How, Report, Work, run_batch, run_one, runner_for
-from opero.core.forks import watch_forks
+from opero.core.forks import forget_exit_handlers, watch_forks
 from opero.utils.notes import describe
 
 if TYPE_CHECKING:
@@ -189,8 +188,8 @@ class Parent:
             fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
             fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, os.O_ASYNC)
         if hasattr(signal, "pthread_sigmask"):
-            # Held back by the parent until here, where it can do no harm any more.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            # Held back by the parent until here, where they can do no harm any more.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
     def _interrupted(self, _signal: int, _frame: Any) -> None:
         self._is_interrupted = True
@@ -227,8 +226,8 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at
 
 def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contextlib.ExitStack) -> None:
     """Load the work and say hello, or tell the parent why this cannot be done."""
-    parent.hear_signals()
-    _forget_the_parents_own()
+    if start.life is not None:
+        forget_exit_handlers()
     handler = _ToParent(parent)
     for logger in known_loggers():
         # Not closed: in a forked worker their files are the parent's, too.
@@ -237,6 +236,7 @@ def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contex
         logging.getLogger(name).setLevel(level)
     # While the initializer may configure logging: `basicConfig` does nothing where the root has a handler.
     logging.lastResort = handler
+    parent.hear_signals()
     try:
         if start.environ is not None:
             os.environ.clear()
@@ -285,17 +285,6 @@ def known_loggers() -> list[logging.Logger]:
     """All that there are in this process."""
     known = list(logging.Logger.manager.loggerDict.values())
     return [logging.getLogger(), *(logger for logger in known if isinstance(logger, logging.Logger))]
-
-
-def _forget_the_parents_own() -> None:
-    """Let a forked worker have exit handlers of its own, but none of its parent's."""
-    if sys.version_info < (3, 13):
-        # Newer ones have done so already, and use exit handlers of their own.
-        atexit._clear()  # noqa: SLF001 - see above
-    finalize: Any = weakref.finalize
-    for finalizer in finalize._registry:  # noqa: SLF001 - as above
-        finalizer.atexit = False
-    finalize._registered_with_atexit = False  # noqa: SLF001 - as above
 
 
 def _end_executors() -> None:

@@ -13,6 +13,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections import deque
@@ -280,7 +281,10 @@ class ProcessPool(Pool):
             self._start_worker()
 
     def _start_worker(self) -> None:
-        with Hold(), _starting.lock, system.held_back_in_children(self._method), _allowed_to_start(self._method):
+        # A forked one has the handlers of this process, and hooks in which no exception is heard.
+        more = {signal.SIGTERM} if self._method == "fork" else ()
+        held_back = system.held_back_in_children(self._method, *more)
+        with Hold(), _starting.lock, held_back, _allowed_to_start(self._method):
             if not self._has_begun:
                 self._has_begun = True
                 self.enter_multi_pool(self._size, self._end_workers)

@@ -179,8 +179,8 @@ def _are_there_for(seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def held_back_in_children(start_method: str) -> Iterator[None]:
-    """Let processes that are started in the block begin with Ctrl-C held back, until they ask for it."""
+def held_back_in_children(start_method: str, *signals: signal.Signals) -> Iterator[None]:
+    """Let processes that are started in the block begin with Ctrl-C, and these, held back, until they ask for it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -188,7 +188,7 @@ def held_back_in_children(start_method: str) -> Iterator[None]:
         # Whoever starts it lets Ctrl-C through again: not while a worker starts, or the server of the workers. One of a
         # forked worker would end with that, and delete the shared memory that the program has from it.
         importlib.import_module("multiprocessing.resource_tracker").ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *signals})
     try:
         yield
     finally:

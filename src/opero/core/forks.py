@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import threading
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 _watched: WeakSet[Any] = WeakSet()
 # Those that hold no lock which a forked child could miss.
@@ -35,6 +37,17 @@ class ForkSafeLock:
 
     def after_fork(self) -> None:
         self.lock = threading.RLock()
+
+
+def forget_exit_handlers() -> None:
+    """Let a forked worker have exit handlers of its own, but none of the process that it was forked from."""
+    if sys.version_info < (3, 13):
+        # Newer ones do so already, and use exit handlers of their own.
+        atexit._clear()  # noqa: SLF001 - see above
+    its: Any = finalize
+    for finalizer in its._registry:  # noqa: SLF001 - as above
+        finalizer.atexit = False
+    its._registered_with_atexit = False  # noqa: SLF001 - as above
 
 
 def _in_child() -> None:
