@@ -223,12 +223,9 @@ def opero(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             - ``rate_limit_cost`` (None): what a call takes of the limit: a number, or ``callable(*args, **kwargs)``; a
               pair ``(before, after)`` is corrected by ``after(result)``; or a mapping of the limit's names to these.
               ``calls`` is 1. More than the whole rate is a `ValueError`.
-            - ``rate_limit_options`` (None): mapping of keywords of `opero.RateLimiter`. ``max_burst`` of
-              `asynciolimiter.Limiter` (40 ms worth of calls, at least 5). ``when_full``: ``"wait"``, ``"raise"`` a
-              `RateLimitedError`, or ``"next"`` to try a candidate that has a slot free now first. ``max_wait``: seconds
-              after which a call raises that error. ``spread`` (True): whether starts are spread over the rate's time.
-              ``scope``: ``"process"``, ``"machine"`` (with ``folder``) or ``"redis"`` (with ``url``), who shares the
-              limit; ``name`` by which they know it (the function's identity).
+            - ``rate_limit_options`` (None): mapping of keywords of `opero.RateLimiter`: ``when_full`` and ``max_wait``,
+              ``spread`` and ``max_burst`` (of `asynciolimiter.Limiter`), ``scope`` with ``name`` (here the function's
+              identity by default), ``folder`` and ``url``.
             - ``max_concurrent`` (None): executions under way at once, for all callers of the process, first come, first
               served. Of a generator function one lasts until it ends or is closed. A call within its own place is a
               `MisuseError`.

@@ -73,10 +73,6 @@ class LastingStore:
         """Decide whether the backend needs a rest."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Close what is open, until it is used again."""
-        raise NotImplementedError
-
     def __repr__(self) -> str:
         return self._what
 

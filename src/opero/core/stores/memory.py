@@ -72,6 +72,9 @@ class MemoryStore:
     def let_go(self, flight: Flight) -> None:
         """Nobody outside this process waits for it."""
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def delete(self, key: Any) -> bool:
         entry = self._remove(key)
         return entry is not None and entry[2] > clock.now()

@@ -22,7 +22,6 @@ from loguru import logger
 from opero.core.digests import digest_of
 from opero.core.faults import managing
 from opero.core.stores.flights import Flight, Keep
-from opero.core.stores.lasting import LastingStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,5 +127,4 @@ class CacheEngine(BaseCacheEngine[..., Any]):
 
     def cleanup(self) -> None:
         """Close files and connections."""
-        if isinstance(self._store, LastingStore):
-            self._store.close()
+        self._store.close()
