@@ -203,6 +203,9 @@ class Parent:
 def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at_once: int) -> None:
     """Run so many batches at once until the pipe ends; the whole life of a worker."""
     parent = Parent(pipe, shared)
+    if start.life is not None:
+        # It was forked.
+        forget_exit_handlers()
     # At the end, however it comes, the finalizer and the user's exit handlers run; from Python 3.13 on multiprocessing
     # runs the latter by itself. All reports have been sent: threads that do not end are not waited for any longer.
     limit = threading.Timer(PEACE_SECONDS, os._exit, (0,))
@@ -226,8 +229,6 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at
 
 def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contextlib.ExitStack) -> None:
     """Load the work and say hello, or tell the parent why this cannot be done."""
-    if start.life is not None:
-        forget_exit_handlers()
     handler = _ToParent(parent)
     for logger in known_loggers():
         # Not closed: in a forked worker their files are the parent's, too.
