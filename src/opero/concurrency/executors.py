@@ -73,10 +73,6 @@ class ExecutorPool(FarPool):
         """Unless it is still to be told where the workers are."""
         return not self._in_flight
 
-    def begun(self, batch: Batch) -> int | None:
-        """Known of workers that share memory with this process."""
-        return batch.mark[0] if self._is_near else None
-
     def prepare(self) -> None:
         """Take an executor, and send it what tells where its workers are: the answer comes when there is one."""
         if self._executor is not None:
@@ -92,10 +88,7 @@ class ExecutorPool(FarPool):
 
     def submit(self, batch: Batch) -> None:
         self.prepare()
-        if self._is_near is None:
-            self._pending.append(batch)
-        else:
-            self._send(batch)
+        self._send(batch)
 
     def take_on(self, work: Work) -> None:
         if self._is_near is False:
@@ -147,6 +140,9 @@ class ExecutorPool(FarPool):
     # Batches
 
     def _send(self, batch: Batch, *, completely: bool = False) -> None:
+        if self._is_near is None:
+            self._pending.append(batch)
+            return
         if self._is_near:
             how = How(self._context, batch.mark)
             self._launch(batch, _run, self._work, batch.items, batch.time_limit, how)
@@ -196,7 +192,7 @@ class ExecutorPool(FarPool):
 
     def _answered(self, run: Scheduler, batch: Batch | None, answer: Any) -> None:
         if batch is None:
-            self._is_near = answer is self._probe
+            self._is_near = self.marks = answer is self._probe
             # The workers of the standard library's executor have the main module; those of others may not.
             is_of_the_library = isinstance(self._executor, ProcessPoolExecutor)
             self._packer = Packer(names_in_fresh_workers() if is_of_the_library else frozenset())

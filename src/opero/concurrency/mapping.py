@@ -16,6 +16,7 @@ from opero.concurrency.outcome import ListSink, Outcome, Results, StreamSink
 from opero.core.checks import kind_of
 from opero.core.control import Control
 from opero.core.decoration import Recipe, decorated
+from opero.core.frozen import itself
 from opero.core.parameters import own_signature
 from opero.core.signature import MISSING, find_by_name
 from opero.core.steps import is_in_asyncio
@@ -100,11 +101,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
             return name
         return _made_again, (*self._decoration.recipe, self.__dict__["__wrapped__"])
 
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    __copy__ = __deepcopy__ = itself
 
     def __repr__(self) -> str:
         return f"<opmap {self.plan.name}>"

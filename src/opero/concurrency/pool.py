@@ -307,7 +307,8 @@ class Batch:
     ``look_at``, ``ends_at``: by `clock.real`, when its worker is looked at again, how many had ``begun`` then, and
     when the worker is ended; ``is_overdue``: that has been done.
     ``size``: its bytes, where it goes to a process.
-    ``mark``: for workers of this process, see `worker.run_batch`; it counts the ``reported`` ones, too.
+    ``mark``: where its worker notes how many have begun, see `worker.run_batch`, or that it is between two; it counts
+    the ``reported`` ones, too.
     """
 
     items: list[Any]
@@ -318,7 +319,7 @@ class Batch:
     grace: float = 0.0
     alone: bool = False
     size: int = 0
-    mark: list[int] = field(default_factory=[0].copy)
+    mark: list[int] | memoryview = field(default_factory=[0].copy)
     reported: int = 0
     sent_at: float = 0.0
     look_at: float = math.inf
@@ -330,6 +331,11 @@ class Batch:
         """A worker gets it now, which may have taken long to start: that is no part of an attempt's time."""
         if option == "attempt_timeout":
             self.ends_at, self.is_overdue = clock.real() + seconds + self.grace, False
+
+    def begun_now(self) -> int:
+        """How many have begun; 0 if its worker is between two of them."""
+        begun = self.mark[0]
+        return begun if begun <= self.reported + len(self.items) else 0
 
     def cut(self, place: int) -> tuple[list[Any], list[Entry] | None]:
         """Take the items from there on out of it, and their entries, if they have any."""
@@ -354,13 +360,15 @@ class Pool:
         is_far: Whether its workers are on a cluster: longer batches, of which some wait there for each of its slots.
         can_rest: Whether its workers can run one map after the other.
         can_kill: Whether a worker can be stopped while it runs a batch.
+        marks: Whether the marks of its batches tell here how many items have begun.
+        is_starting: Whether a batch waits for the first worker, and begins only if somebody listens when that is ready.
         isolates: Whether it lets a batch that is to be alone run so; otherwise no other is sent meanwhile.
         largest_batch: Items that may be sent in one go now.
         deliver: Lets the thread of the map call a function with its scheduler and these arguments.
         ends: What has to be done when the pool is stopped, last things first.
     """
 
-    is_far = can_rest = can_kill = False
+    is_far = can_rest = can_kill = marks = is_starting = False
     isolates = True
     largest_batch = 1
     deliver: Callable[..., None]
@@ -386,11 +394,6 @@ class Pool:
         """Batches that can run at the same time."""
         return self._most or 1
 
-    @property
-    def is_starting(self) -> bool:
-        """Whether a batch waits for the first worker, and begins only if somebody listens when that is ready."""
-        return False
-
     def start(
         self,
         inbox: Inbox,
@@ -413,10 +416,6 @@ class Pool:
     def submit(self, batch: Batch) -> None:
         """Run a batch as soon as a worker is free."""
         raise NotImplementedError
-
-    def begun(self, batch: Batch) -> int | None:  # noqa: ARG002 - not all need it
-        """How many items of a batch have begun, see `worker.run_batch`; None if that cannot be known."""
-        return None
 
     def kill(self, batch: Batch) -> bool:
         """End the worker that runs a batch, by force if it is asked again.

@@ -94,7 +94,7 @@ class Worker:
 class ProcessPool(Pool):
     """Runs batches in processes, which are started when there is something to run, and replaced when they end."""
 
-    can_rest = can_kill = True
+    can_rest = can_kill = marks = True
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class ProcessPool(Pool):
         return most
 
     @property
-    def is_starting(self) -> bool:
+    def is_starting(self) -> bool:  # type: ignore[override]  # as above
         return bool(self._pending) and not any(worker.is_ready for worker in self._workers)
 
     def start(self, inbox: Inbox, **about: Any) -> None:
@@ -187,16 +187,9 @@ class ProcessPool(Pool):
         self._pending.append(batch)
         self._hand_out()
 
-    def begun(self, batch: Batch) -> int | None:
-        worker = self._worker_with(batch)
-        return 0 if worker is None or worker.mark[0] == BETWEEN else worker.mark[0]
-
-    def _worker_with(self, batch: Batch) -> Worker | None:
-        return next((worker for worker in self._workers if batch in worker.batches.values()), None)
-
     def kill(self, batch: Batch) -> bool:
         """Let the worker that runs the batch raise `SystemExit`, unless it is reporting; a second later, kill it."""
-        worker = self._worker_with(batch)
+        worker = next((worker for worker in self._workers if batch in worker.batches.values()), None)
         if worker is None:
             return True
         # Once it has been told to end, what can be heard may be its end.
@@ -358,7 +351,7 @@ class ProcessPool(Pool):
                 self.deliver(Scheduler.not_sent, batch, error)
                 continue
             if self._at_once == 1:
-                worker.mark[0] = 0
+                worker.mark[0], batch.mark = 0, worker.mark
             worker.count += 1
             worker.batches[worker.count] = batch
             worker.tell("batch", data)

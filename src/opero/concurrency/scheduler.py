@@ -520,7 +520,7 @@ class Scheduler:
             batch.grace = UNHEEDED_SECONDS if self._plan.is_async else 0.0
             batch.ends_at = clock.real() + batch.time_limit[0] + batch.grace
             self._watched.add(batch)
-        if len(batch.items) > 1 and self.pool.begun(batch) is not None:
+        if len(batch.items) > 1 and self.pool.marks:
             batch.look_at = clock.real() + _LOOKING_SECONDS
             self._watched.add(batch)
         return batch
@@ -538,7 +538,7 @@ class Scheduler:
         for batch in self._watched:
             now = clock.real()
             if batch.look_at <= now:
-                begun = self.pool.begun(batch) or 0
+                begun = batch.begun_now()
                 is_busy = batch.reported < begun == batch.begun
                 if is_busy:
                     # It will begin no other, see `worker.run_batch`.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class ThreadPool(Pool):
     """Runs batches in threads; each item has a copy of the caller's context variables."""
 
-    can_rest = True
+    can_rest = marks = True
     # Items are held by reference, so a batch of large ones costs memory only for as long as they live.
     largest_batch = 128
 
@@ -54,9 +54,6 @@ class ThreadPool(Pool):
                 thread.start()
                 self._threads.append(thread)
         self._batches.put(batch)
-
-    def begun(self, batch: Batch) -> int:
-        return batch.mark[0]
 
     def _end_threads(self) -> None:
         """Let running items end, start no other, and join the threads, unless they are left to themselves."""
