@@ -223,7 +223,7 @@ EXECUTORS = {
 }
 IN_EXECUTORS = [
     *[(name, "work", None) for name in EXECUTORS],
-    ("processes of an executor, fork", "work_async", None),
+    ("processes of an executor, spawn", "work_async", None),
     ("reusable loky", "work_async", None),
 ]
 KINDS = [
@@ -334,6 +334,15 @@ def test_ctrl_c_ends_a_map_with_one_traceback_and_leaves_nothing(start, mode, fu
 )
 def test_ctrl_c_again_while_a_map_waits_for_its_threads_ends_it(start, mode, function, seconds):
     program = start(mode, function, seconds, on_a_terminal=True)
+    program.press()
+    program.read_terminal("waiting for running items to end; Ctrl-C, pressed now, leaves them")
+    program.press()
+    program.end(presses=2)
+
+
+def test_ctrl_c_again_ends_coroutines_in_forked_processes_of_an_executor(start):
+    """They have the handler of the event loop that has forked them."""
+    program = start("processes of an executor, fork", "work_async", 60, on_a_terminal=True)
     program.press()
     program.read_terminal("waiting for running items to end; Ctrl-C, pressed now, leaves them")
     program.press()

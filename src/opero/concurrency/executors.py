@@ -7,7 +7,6 @@ the executor breaks, everything that was in flight is suspected.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from concurrent.futures import (
     BrokenExecutor,
@@ -26,7 +25,7 @@ from opero.concurrency.far import FarPool, Found, load, works
 from opero.concurrency.pickling import Packer, names_in_fresh_workers, pack_report, unpack_batch
 from opero.concurrency.pool import Batch, Pool, default_workers
 from opero.concurrency.scheduler import Scheduler
-from opero.concurrency.system import hearing_interrupts, held_back_in_children, wait_unless_left
+from opero.concurrency.system import wait_unless_left
 from opero.concurrency.worker import SLOW_SECONDS, How, Report, Work, run_batch, runner_for
 from opero.core.checks import kind_of, shown
 from opero.core.frozen import itself
@@ -154,13 +153,8 @@ class ExecutorPool(FarPool):
             self._launch(batch, run_parcel, self._digest, along, payload, uuid4().hex)
 
     def _launch(self, batch: Batch | None, function: Callable[..., Any], *arguments: Any) -> None:
-        executor = self._executor
-        context: Any = getattr(executor, "_mp_context", None) or getattr(executor, "_context", None)
-        # Processes that are started for this map are deaf to Ctrl-C until they run an item.
-        is_made_here = context is not None and not self._is_given
         try:
-            with held_back_in_children(context.get_start_method()) if is_made_here else contextlib.nullcontext():
-                future = executor.submit(function, *arguments)
+            future = self._executor.submit(function, *arguments)
         except Exception as error:
             # Somebody may have shut it down.
             if not isinstance(error, BrokenExecutor) and (self._is_given or not isinstance(error, RuntimeError)):
@@ -236,8 +230,7 @@ def run_parcel(digest: bytes, packed: bytes | None, payload: bytes, _number: str
         return describe(error)
     arrived, how = unpack_batch(payload), How(longest=SLOW_SECONDS)
     try:
-        with hearing_interrupts():
-            report = arrived if isinstance(arrived, Report) else _run(work, *arrived, how)
+        report = arrived if isinstance(arrived, Report) else _run(work, *arrived, how)
     except BaseException as error:  # noqa: BLE001 - as in process mode; the executor might hand it to the caller
         return Found(how.mark[0], [], describe(error))
     return Found(how.mark[0], [pack_report(report)])

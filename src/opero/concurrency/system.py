@@ -195,24 +195,6 @@ def held_back_in_children(start_method: str, *signals: signal.Signals) -> Iterat
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@contextlib.contextmanager
-def hearing_interrupts() -> Iterator[None]:
-    """In a process that began with Ctrl-C held back: hear one for the time of the block, but none from before."""
-    if not hasattr(signal, "sigtimedwait") or signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-        yield
-        return
-    if threading.current_thread() is threading.main_thread():
-        # A process that was forked in the middle of something has a handler for that.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    while signal.sigtimedwait({signal.SIGINT}, 0) is not None:
-        pass
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-
 def wait_unless_left(has_ended: Callable[[float], bool], is_left: Callable[[], bool]) -> bool:
     """Wait until something has ended, or nobody wants to wait for it any more; tells whether it has ended.
 
