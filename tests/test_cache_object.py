@@ -188,15 +188,63 @@ def test_a_remembered_error_has_a_traceback_of_its_own_each_time(world):
     assert len(set(lengths[1:])) == 1
 
 
-def test_an_error_that_cannot_be_copied_can_be_remembered(world):
-    f = cached(world, Service(NotThereError("a", "b")), exceptions=LookupError)
+class OfKeywordsError(OSError):
+    def __init__(self, path, *, code):
+        super().__init__(2, "gone", path)
+        self.code = code
+
+
+class WithSlotsError(LookupError):
+    __slots__ = ("name",)
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def __str__(self):
+        return f"no {self.name}"
+
+
+def undecodable():
+    try:
+        b"\xff".decode()
+    except UnicodeDecodeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotThereError("a", "b"),
+        OfKeywordsError("/data", code=5),
+        WithSlotsError("door"),
+        undecodable(),
+        SyntaxError("odd", ("file.py", 1, 2, "text")),
+        ExceptionGroup("both", [NotThereError("a", "b"), OfKeywordsError("/data", code=5)]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_are_remembered_whatever_their_classes_want_to_be_made_of(world, place, error):
+    f = cached(world, Service(error), exceptions=Exception, **place)
     for _ in range(3):
-        with pytest.raises(NotThereError, match="a is not in b"):
+        with pytest.raises(type(error)) as caught:
             world.run(f)
+        assert str(caught.value) == str(error)
+        assert getattr(caught.value, "code", 5) == 5
+        assert [*map(str, getattr(caught.value, "exceptions", ()))] == [*map(str, getattr(error, "exceptions", ()))]
+    assert f.stats.cache_errors == 0
+
+
+class OnlyHereError(LookupError):
+    def __reduce__(self):
+        return OnlyHereError, (1, 2, 3), {"what": 4}
+
+    def __init__(self, what):
+        super().__init__(what)
 
 
 def test_an_error_that_would_not_come_back_from_disk_costs_the_cache_and_not_the_call(world, tmp_path):
-    error = NotThereError("a", "b")
+    error = OnlyHereError("a")
     service = Service(error, error, "found")
     f = cached(world, service, exceptions=LookupError, backend="disk", cache_dir=tmp_path)
     for _ in range(2):

@@ -43,11 +43,8 @@ from opero.utils.notes import (
     add_note,
     describe,
     drop_notes,
-    fields_of,
     link,
-    new_error,
-    says_how_it_is_pickled,
-    set_error,
+    reduced_error,
     users_part,
 )
 
@@ -439,8 +436,8 @@ class _ErrorPickler(Pickler):
         self._error = error
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, BaseException) and obj is not self._error:
-            return _unpacked, (_packed(obj),)
+        if isinstance(obj, BaseException):
+            return reduced_error(obj) if obj is self._error else (_unpacked, (_packed(obj),))
         reduced = super().reducer_override(obj)
         goes_by_name = isinstance(obj, (type, FunctionType, BuiltinFunctionType))
         if reduced is not NotImplemented or goes_by_name or type(obj) in self.dispatch_table:
@@ -466,9 +463,7 @@ def _dumps_alone(error: BaseException) -> tuple[bytes, bytes, str, str | None]:
         kind = report_dumps(type(error))
     with contextlib.suppress(Exception):
         pickler = _ErrorPickler(error)
-        # Unless its class says how it is pickled, its `__init__` may take what ``args`` does not hold.
-        is_whole = says_how_it_is_pickled(error)
-        packed = pickler.dumps(error if is_whole else (type(error), (error.args, fields_of(error), vars(error))))
+        packed = pickler.dumps(error)
         text = str(error) if pickler.has_left_out else None
         data = packed
     return data, kind, f"{type(error).__module__}.{describe(error)}", text
@@ -478,10 +473,6 @@ def _loads_alone(data: bytes, kind: bytes, story: str, text: str | None) -> Base
     """The exception, if it can be read, and shown, and has the text that may be given; else a `RemoteError`."""
     with contextlib.suppress(Exception):
         error = loads(data)
-        if isinstance(error, tuple):
-            cls, state = error
-            error = new_error(cls, state[0])
-            set_error(error, state)
         if isinstance(error, BaseException) and text in {None, str(error)}:
             return error
     remote = RemoteError(story)

@@ -46,13 +46,13 @@ def link(
     BaseException.__setattr__(error, "__suppress_context__", hides_context)
 
 
-def fields_of(error: BaseException) -> dict[str, Any]:
-    """What is neither in ``args`` nor in its `__dict__`: slots, and what built-in exceptions have, as ``errno``."""
+def state_of(error: BaseException) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """For `set_error`: ``args``; fields, that is slots and what built-in exceptions have, as ``errno``; attributes."""
     members = [member for cls in type(error).__mro__ for member in vars(cls).values()]
     names = {member.__name__ for member in members if isinstance(member, MemberDescriptorType)}
     # The object that lacked an attribute may be anything.
     names -= {"obj", "__suppress_context__"}
-    return {name: getattr(error, name) for name in names if hasattr(error, name)}
+    return error.args, {name: getattr(error, name) for name in names if hasattr(error, name)}, vars(error)
 
 
 def new_error(kind: type[Any], args: tuple[Any, ...]) -> Any:
@@ -81,6 +81,13 @@ def says_how_it_is_pickled(error: BaseException) -> bool:
     return next(cls for cls in type(error).__mro__ if vars(cls).keys() & names).__module__ != "builtins"
 
 
+def reduced_error(error: BaseException) -> Any:
+    """For a pickler's `reducer_override`: it is made without its `__init__`, as by `copied`."""
+    if says_how_it_is_pickled(error):
+        return NotImplemented
+    return new_error, (type(error), error.args), state_of(error), None, None, set_error
+
+
 def copied(error: Exception, *, context: BaseException | None = None) -> Exception:
     """The same error without the frames that it has come through; a copy, if its class can be copied.
 
@@ -90,7 +97,7 @@ def copied(error: Exception, *, context: BaseException | None = None) -> Excepti
     with contextlib.suppress(Exception):
         kind = type(error)
         made = copy.copy(error) if says_how_it_is_pickled(error) else new_error(kind, error.args)
-        set_error(made, (error.args, fields_of(error), vars(error)))
+        set_error(made, state_of(error))
         link(made, cause=error.__cause__, context=context, hides_context=error.__suppress_context__)
         if hasattr(error, "__notes__"):
             made.__notes__ = [*error.__notes__]

@@ -9,6 +9,7 @@ for damaged: whoever can write to the cache could have put it there to run code.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -25,6 +26,7 @@ from opero.core.faults import Complaints, Rest
 from opero.core.steps import Failed
 from opero.core.stores.flights import Flights
 from opero.exceptions import UnsafeCacheError
+from opero.utils.notes import reduced_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,7 +144,7 @@ class EntryFormat(NamedTuple):
     def dumps(self, value: Any, ends: float) -> bytes:
         """The entry for a result, or for the error in a `Failed`; raises whatever the serializer raises."""
         if type(value) is Failed:
-            kind, payload = b"E", pickle.dumps(value.error, _PICKLE_PROTOCOL)
+            kind, payload = b"E", _error(value.error)
         elif self.serializer == "json":
             kind, payload = b"J", _json(value)
         else:
@@ -179,6 +181,19 @@ class EntryFormat(NamedTuple):
 
 
 _KINDS = frozenset(_VERSION + kind for kind in (b"P-", b"PZ", b"J-", b"JZ", b"E-", b"EZ"))
+
+
+class _ErrorPickler(pickle.Pickler):
+    """Pickles an exception, and those in it, whatever their `__init__` takes."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return reduced_error(obj) if isinstance(obj, BaseException) else NotImplemented
+
+
+def _error(error: Exception) -> bytes:
+    file = io.BytesIO()
+    _ErrorPickler(file, _PICKLE_PROTOCOL).dump(error)
+    return file.getvalue()
 
 
 def _of_json(text: str) -> Any:
