@@ -318,11 +318,8 @@ def _run_in_child(digest: bytes, work: Work, items: list[Any], limit: TimeLimit,
     seconds, option = limit
     of_item = {"name": name_of(work.function), "is_async": work.is_async, option: seconds}
     plan = Plan(work.caller(), RetryPolicy(), **of_item)
-    settings = MapSettings(
-        pools, warns=False, ordered=True, progress=False, return_exceptions=True, total=1, batch_size=None
-    )
     shape, sink = Shape((), (), {}, is_starred=False), StreamSink(ordered=True)
-    (outcome,) = run_blocking(plan, settings, shape, sink, items=iter(items), total=1)
+    (outcome,) = run_blocking(plan, MapSettings(pools), shape, sink, items=iter(items), total=1)
     return Report([outcome["result"]], {} if outcome.error is None else {0: outcome.error}, outcome.seconds)
 
 

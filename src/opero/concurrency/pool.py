@@ -135,12 +135,12 @@ class MapSettings:
     """
 
     pools: PoolSource
-    warns: bool
-    ordered: bool
-    progress: ProgressOption
-    return_exceptions: bool
-    total: int | None
-    batch_size: int | None
+    warns: bool = False
+    ordered: bool = True
+    progress: ProgressOption = False
+    return_exceptions: bool = True
+    total: int | None = None
+    batch_size: int | None = None
 
 
 def map_settings(function: Callable[..., Any], options: Mapping[str, Any]) -> MapSettings:

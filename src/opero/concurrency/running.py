@@ -122,14 +122,6 @@ class AsyncInbox:
             self._loop.add_reader(pipe.fileno(), heard)
         except NotImplementedError:  # Windows' default loop cannot
             self._polled[pipe] = heard
-            if len(self._polled) == 1:
-                self._poll()
-
-    def _poll(self) -> None:
-        for pipe in multiprocessing.connection.wait(list(self._polled), 0):
-            self._polled[pipe]()  # type: ignore[index]  # it is one of these
-        if self._polled:
-            self._loop.call_later(_POLLING_SECONDS, self._poll)
 
     def forget(self, pipe: Connection) -> None:
         if self._polled.pop(pipe, None) is None and not self._loop.is_closed():
@@ -137,9 +129,13 @@ class AsyncInbox:
 
     async def wait(self, seconds: float | None, *, is_real: bool = False) -> None:
         """Wait for events, at most so many seconds of opero's clock, or real ones."""
+        if self._polled:
+            seconds, is_real = _POLLING_SECONDS, True
         if not self.events:
             await (wait_really_async if is_real else clock.wait_async)(self._arrived, seconds)
         self._arrived.clear()
+        for pipe in multiprocessing.connection.wait(list(self._polled), 0) if self._polled else ():
+            self._polled[pipe]()  # type: ignore[index]  # it is one of these
 
 
 # The input

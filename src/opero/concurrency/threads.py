@@ -36,9 +36,7 @@ class ThreadPool(Pool):
         finalizer: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__(work, workers)
-        self._initializer = initializer
-        self._initargs = initargs
-        self._finalizer = finalizer
+        self._hooks = initializer, initargs, finalizer
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._stopped = False
@@ -74,9 +72,10 @@ class ThreadPool(Pool):
     def _serve(self) -> None:
         if self._stopped:
             return
+        initializer, initargs, finalizer = self._hooks
         try:
-            if self._initializer is not None:
-                self._initializer(*self._initargs)
+            if initializer is not None:
+                initializer(*initargs)
         except Exception as error:  # noqa: BLE001 - the user's code
             refused = OperoError(f"a worker thread cannot run {self._name}: {describe(error)}")
             refused.__cause__ = error
@@ -92,8 +91,8 @@ class ThreadPool(Pool):
         except BaseException as error:  # noqa: BLE001 - Ctrl-C and exit belong to the caller's thread
             self.deliver(Scheduler.fail, error)
         finally:
-            if self._finalizer is not None:
-                self._finalizer()
+            if finalizer is not None:
+                finalizer()
 
 
 class TaskPool(Pool):
