@@ -28,7 +28,7 @@ import opero
 from opero.core import CallTimeoutError, MisuseError, RateLimiter, UnsafeCacheError, faults
 from opero.core.limits.gates import FileGate, RedisGate
 from opero.core.limits.ledger import changed
-from opero.core.limits.line import ONE, Line, Turn, take
+from opero.core.limits.line import ONE, Line, Turn
 from opero.core.limits.rates import parse_rates
 from opero.core.steps import drive
 
@@ -437,7 +437,7 @@ def test_of_two_shared_limits_no_slot_is_taken_before_both_have_one(tmp_path, fa
         RateLimiter(rate, name=name, **options) for rate, name in [(10, "fast"), (10, "fast"), ("1/minute", "slow")]
     )
     slow.acquire()
-    waiting = take([(fast.limit, (1.0,)), (slow.limit, (1.0,))][::order])
+    waiting = Turn([(fast.limit, (1.0,)), (slow.limit, (1.0,))][::order]).wait()
     fake_clock.tick(0.1)
     arrival = waiting.send(None)
     for _ in range(5):
@@ -852,7 +852,7 @@ def test_each_of_many_values_costs_as_much_as_one_of_few(tmp_path, name):
 
     def take_slots(values):
         for value in values:
-            drive(take([(limiter.per_value.of(f"value {value}"), ONE)]), None)
+            drive(Turn([(limiter.per_value.of(f"value {value}"), ONE)]).wait(), None)
 
     def note(event, _frame, _arg):
         looked_at.append(event)

@@ -23,7 +23,7 @@ from opero.core.decoration import F, decorator
 from opero.core.frozen import itself
 from opero.core.limits.gates import gates
 from opero.core.limits.ledger import Ledger
-from opero.core.limits.line import ONE, Line, PerValue, Wants, take
+from opero.core.limits.line import ONE, Line, PerValue, Turn, Wants
 from opero.core.limits.rates import CALLS, Rate, parse_rates
 from opero.core.parameters import Per, asked_of_call
 from opero.core.plan import Plan
@@ -209,7 +209,7 @@ class RateLimiter:
         amounts = self.checked({CALLS: 1, **costs}, "acquire")
         seconds = self.longest_wait({}) if timeout is None else check_seconds("timeout", timeout, zero=True)
         latest = clock.now() + seconds
-        taken = (yield from take([(self.limit, amounts)], lambda: latest)) == "taken"
+        taken = (yield from Turn([(self.limit, amounts)], lambda: latest).wait()) == "taken"
         if taken or timeout is not None:
             return taken
         raise _full(self.limit.expected_wait(amounts), repr(self))
@@ -340,9 +340,10 @@ class FunctionLimit:
         is of no use; ``is_turn`` is of `opero.core.steps.Arrival`.
         """
         untils = [clock.now() + seconds for seconds in self._max_waits]
-        news = yield from take(
+        turn = Turn(
             self._wants(candidate), lambda: -math.inf if is_over() else deadline - self.usual, untils, is_turn=is_turn
         )
+        news = yield from turn.wait()
         if news == "full":
             raise _full(self._expected_wait(candidate), self._name)
         return news

@@ -48,6 +48,7 @@ class Failed(NamedTuple):
 NOT_RUN: Any = object()
 
 TimeLimit = tuple[float, str]  # seconds, and the option that set them
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Candidate:
@@ -75,14 +76,7 @@ class Candidate:
     ready_at = -math.inf
     costs: list[tuple[float, ...]] | None = None
 
-    def __init__(
-        self,
-        plan: Plan,
-        call: Call,
-        given: tuple[tuple[Any, ...], dict[str, Any]],
-        value: Any = MISSING,
-        number: int = 0,
-    ) -> None:
+    def __init__(self, plan: Plan, call: Call, given: Arguments, value: Any = MISSING, number: int = 0) -> None:
         self.args, self.kwargs = given
         self._plan = plan
         self._call = call

@@ -1,6 +1,6 @@
 """Lines of callers who wait for limits, first come, first served.
 
-A call takes what it needs of all its limits at one moment (`take`): its `Turn` stands in the line of each. Whoever
+A call takes what it needs of all its limits at one moment by its `Turn`, which stands in the line of each. Whoever
 looks takes its slots, if all have come and nobody is before it; no slot is granted ahead of its time.
 """
 
@@ -282,7 +282,9 @@ class Turn:
     """A caller who waits for a slot of each of some lines.
 
     An `opero.core.steps.Arrival` of news: that it has ``"taken"`` its slots, that it ``"asks"`` for those of limits
-    that processes share, that they come ``"late"``, that one of the lines is ``"full"``, or that it is ``"over"``.
+    that processes share, that they would come too ``"late"`` by what ``latest`` says, that it is ``"over"`` once that
+    is -inf (who changes what it says calls `rouse_all`), or that one of the lines is ``"full"``: its slot would not
+    come until the moment among ``untils``. Slots that are free are taken however late it is.
 
     Attributes:
         news: One of these, or nothing yet.
@@ -300,18 +302,26 @@ class Turn:
     _wake: Callable[[], None] | None = None
 
     def __init__(
-        self,
-        wants: Wants,
-        latest: Latest = lambda: math.inf,
-        untils: Sequence[float] | None = None,
-        *,
-        is_turn: bool = True,
+        self, wants: Wants, latest: Latest = lambda: math.inf, untils: Sequence[float] = (), *, is_turn: bool = True
     ) -> None:
         # Nothing once it has left.
         self._wants = wants
         self._latest = latest
         self._untils = untils or [math.inf] * len(wants)
         self.is_turn = is_turn
+
+    def wait(self) -> Generator[Any, Any, str]:
+        """Wait for news other than that it asks, and give them."""
+        try:
+            while True:
+                if not self.poll():
+                    yield self
+                if self.news != "asks":
+                    return self.news
+                # The gate has to be asked, which a look must not do.
+                yield from self.ask()
+        finally:
+            self.leave()
 
     def poll(self) -> bool:
         wants = self._wants
@@ -421,25 +431,3 @@ def rouse_all() -> None:
         turns = list(_all)
     for turn in turns:
         turn.rouse()
-
-
-def take(
-    wants: Wants, latest: Latest = lambda: math.inf, untils: Sequence[float] | None = None, *, is_turn: bool = True
-) -> Generator[Any, Any, str]:
-    """Wait for a slot of each line, and tell whether they are ``"taken"``.
-
-    ``"late"``, at once, if they would not come before what ``latest`` says, and ``"over"`` once that is -inf; who
-    changes what it says calls `rouse_all`. ``"full"``, at once, if that of a line would not come until the moment among
-    ``untils``. Slots that are free are taken however late it is. ``is_turn`` is of `opero.core.steps.Arrival`.
-    """
-    turn = Turn(wants, latest, untils, is_turn=is_turn)
-    try:
-        while True:
-            if not turn.poll():
-                yield turn
-            if turn.news != "asks":
-                return turn.news
-            # The gate has to be asked, which a look must not do.
-            yield from turn.ask()
-    finally:
-        turn.leave()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.core.clock import clock
 from opero.core.limits.ledger import Ledger
-from opero.core.limits.line import ONE, Line, PerValue, take
+from opero.core.limits.line import ONE, Line, PerValue, Turn
 from opero.core.limits.rates import CALLS, Rates
 from opero.core.steps import leaders, within
 from opero.exceptions import MisuseError
@@ -112,7 +112,7 @@ class PlacesForFunction:
             )
         if clock.now() >= deadline:
             return None
-        if (yield from take([(places, ONE)], lambda: -math.inf if candidate.is_shut() else deadline)) != "taken":
+        if (yield from Turn([(places, ONE)], lambda: -math.inf if candidate.is_shut() else deadline).wait()) != "taken":
             return None
         place = Place()
         place.places, place.is_over, place.token = places, False, None
