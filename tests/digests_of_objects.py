@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import pydantic
 
+import opero
 from opero.core.keys import KeyMaker
 
 
@@ -109,7 +110,7 @@ def objects():
 
 
 def digests():
-    key_of = KeyMaker(lambda x: None, None, digest=True).key_of
+    key_of = KeyMaker(lambda x: None, opero.Cache(backend="disk")).key_of
     return [key_of(value).hex() for value in objects()]
 
 

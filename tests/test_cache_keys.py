@@ -1598,7 +1598,7 @@ def test_a_long_chain_of_objects_is_as_good_a_key_as_its_pickle():
     def function(x):
         pass
 
-    key_of = KeyMaker(function, None, digest=True).key_of
+    key_of = KeyMaker(function, opero.Cache(backend="disk")).key_of
     assert key_of(chain(150)) == key_of(chain(150)) != key_of(chain(151))
 
 
@@ -1611,7 +1611,7 @@ def test_objects_that_all_know_each_other_are_a_key_after_bounded_work():
         pass
 
     # Followed along every path, these would be 60! objects.
-    assert KeyMaker(function, None, digest=True).key_of(nodes[0])
+    assert KeyMaker(function, opero.Cache(backend="disk")).key_of(nodes[0])
 
 
 # Against an oracle: pickle, of a form that is the same for equal values

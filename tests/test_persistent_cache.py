@@ -216,7 +216,7 @@ def key_makers():
     def function(first, second=(), *more, third=None, **rest):
         pass
 
-    return KeyMaker(function, None, digest=True).key_of
+    return KeyMaker(function, opero.Cache(backend="disk")).key_of
 
 
 @thoroughly
@@ -239,7 +239,7 @@ def test_digests_are_equal_for_values_that_are_alike_and_only_for_them(one, two)
     def function(x):
         pass
 
-    key_of = KeyMaker(function, None, digest=True).key_of
+    key_of = KeyMaker(function, opero.Cache(backend="disk")).key_of
     assert (key_of(one) == key_of(two)) == are_alike(one, two)
 
 

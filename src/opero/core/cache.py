@@ -7,13 +7,11 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from opero.core.checks import listed
 from opero.core.clock import clock
 from opero.core.decoration import F, decorator
 from opero.core.digests import lasting_identity
 from opero.core.faults import managing
 from opero.core.keys import KeyMaker
-from opero.core.parameters import Forwarding
 from opero.core.plan import Plan
 from opero.core.retry import RetryPolicy
 from opero.core.signature import MISSING, is_async, name_of, refuse_generator, refuse_unfinished
@@ -54,13 +52,8 @@ class ResultCache:
 
     def __init__(self, function: Callable[..., Any], settings: Cache) -> None:
         refuse_generator(function, "cache")
-        named = Forwarding(function).named
-        for name in settings.ignore:
-            if name not in named:
-                msg = f"ignore={name!r} names no parameter of {name_of(function)}; write any of {listed(named)}"
-                raise ValueError(msg)
         self.is_lasting = settings.backend != "memory"
-        self.keys = KeyMaker(function, settings.key, digest=self.is_lasting, ignore=settings.ignore)
+        self.keys = KeyMaker(function, settings)
         # Those of the function, from its decoration on.
         self.stats = Stats()
         self._function = function
@@ -104,12 +97,7 @@ class ResultCache:
 
     def finder(self, tick: Callable[[], object]) -> Callable[..., Any] | None:
         """See `KeyMaker.finder`; None where a look takes longer."""
-        if self.is_lasting:
-            return None
-        store, settings = self.store, self._settings
-        # A remembered error has expired for a quick look.
-        may_expire = settings.ttl is not None or settings.exceptions or store.is_shared
-        return self.keys.finder(store.get, store.touch, tick, clock if may_expire else None)
+        return None if self.is_lasting else self.keys.finder(self.store, tick)
 
     # What users manage
 

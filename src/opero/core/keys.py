@@ -12,15 +12,18 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from opero.core.checks import listed
+from opero.core.clock import clock
 from opero.core.digests import UncacheableError, digest_of, digest_of_plain, spelling_of
 from opero.core.parameters import Forwarding, asked_of_call
 from opero.core.signature import name_of
 from opero.exceptions import MisuseError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Iterable
 
-    from opero.core.clock import Clock
+    from opero.core.stores.memory import MemoryStore
+    from opero.core.stores.settings import Cache
 
 
 class Instance(weakref.ref[Any]):
@@ -80,43 +83,34 @@ class KeyMaker:
         key_of: Gives the key of a call.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        cache_key: Callable[..., Any] | None,
-        *,
-        digest: bool,
-        ignore: Collection[str] = (),
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], settings: Cache) -> None:
         self._shape = shape = Forwarding(function)
         self._name = name_of(function)
-        self._names = tuple(name for name in shape.names if name not in ignore)
-        self._has_finder = cache_key is None and not digest
-        self._may_be_method = self._has_finder and self._names[:1] == shape.names[:1] != ()
-        if cache_key is not None:
-            make, given = _users_key(function, cache_key), shape.call
+        for name in settings.ignore:
+            if name not in shape.named:
+                msg = f"ignore={name!r} names no parameter of {self._name}; write any of {listed(shape.named)}"
+                raise ValueError(msg)
+        self._names = tuple(name for name in shape.names if name not in settings.ignore)
+        self._settings = settings
+        self._is_digest = settings.backend != "memory"
+        self._may_be_method = not self._is_digest and self._names[:1] == shape.names[:1] != ()
+        if settings.key is not None:
+            make, given = _users_key(function, settings.key), shape.call
         else:
-            owner_of = _owner_function(function) if self._may_be_method else None
-            make, given = _key_function(self._name, shape, self._names, owner_of, digest=digest), ", ".join(self._names)
+            make, given = self._key_function(function), ", ".join(self._names)
         lines = [f"return _opero_make({given})"]
-        if digest and cache_key is None:
+        if self._is_digest and settings.key is None:
             lines = [f"if {_all_plain(self._names)}: return _opero_digest({_tuple(self._names)})", *lines]
         self.key_of = self._compiled(lines, _opero_make=make)
 
-    def finder(
-        self,
-        get: Callable[[Any], Any],
-        touch: Callable[[Any], object] | None,
-        tick: Callable[[], object],
-        clock: Clock | None,
-    ) -> Callable[..., Any] | None:
-        """A function of the same arguments that gives the entry of plain ones at once, and counts it.
+    def finder(self, store: MemoryStore, tick: Callable[[], object]) -> Callable[..., Any] | None:
+        """A function of the same arguments that gives the entry of plain ones at once, and counts it by ``tick``.
 
-        It gives None for others, where there is no entry, and for one that has ended by the ``clock``.
+        It gives None for others, where there is no entry, and for one that has ended. None if the user makes the keys.
         """
-        if not self._has_finder:
+        settings, names, touch = self._settings, self._names, store.touch
+        if settings.key is not None:
             return None
-        names = self._names
         lines = [f"if {_all_plain(names)}: _opero_key = {names[0] if len(names) == 1 else _tuple(names)}"]
         if self._may_be_method:
             owner, *others = names
@@ -126,7 +120,9 @@ class KeyMaker:
                 f"elif {known} is not None and _opero_known() is {owner} and {_all_plain(others)}:",
                 f"    _opero_key = {_tuple(['_opero_known', *others])}",
             ]
-        end = "" if clock is None else " or _opero_entry[1] <= _opero_clock.now()"
+        # A remembered error has expired for a quick look.
+        may_expire = settings.ttl is not None or settings.exceptions or store.is_shared
+        end = " or _opero_entry[1] <= _opero_clock.now()" if may_expire else ""
         lines += [
             f"elif (_opero_key := _opero_nearly_plain({_tuple(names)})) is None: return None",
             "_opero_entry = _opero_get(_opero_key)",
@@ -137,8 +133,47 @@ class KeyMaker:
             # Removed since, if it is not there.
             lines += ["try: _opero_touch(_opero_key)", "except KeyError: pass"]
         lines.append("return _opero_entry")
-        its = {"_opero_get": get, "_opero_touch": touch, "_opero_tick": tick, "_opero_clock": clock}
+        its = {"_opero_get": store.get, "_opero_touch": touch, "_opero_tick": tick, "_opero_clock": clock}
         return self._compiled(lines, **its)
+
+    def _key_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Makes the key of the values of the parameters."""
+        shape, name, names, is_digest = self._shape, self._name, self._names, self._is_digest
+        owner_of = _owner_function(function) if self._may_be_method else None
+
+        def spelled(parameter: str, value: Any) -> bytes:
+            if type(value) is object and shape.defaults.get(parameter) is value:
+                # It marks what is missing.
+                return b"default"
+            try:
+                return spelling_of(value)
+            except UncacheableError as error:
+                msg = (
+                    f"argument {parameter!r} of {name} cannot be part of a cache key: {error}; give its class a method "
+                    "__cache_key__ that returns what tells it from others, or give cache_key=, a function of the same "
+                    f"arguments that returns the key, or write Cache(ignore={parameter!r}) if no result depends on it"
+                )
+                raise MisuseError(msg) from error
+
+        # As a wrapper has it that takes whatever it is called with.
+        has_owner_among_others = owner_of is not None and shape.parameters.startswith(f"*{names[0]}")
+
+        def key_of(*values: Any) -> Any:
+            parameters = names
+            if has_owner_among_others and values[0]:
+                (owner, *others), *rest = values
+                values, parameters = (owner, others, *rest), (names[0], *names)
+            instance = None if owner_of is None else owner_of(values[0])
+            if instance is not None:
+                values, parameters = values[1:], parameters[1:]
+            key = None if is_digest else _plain_key(values)
+            if key is None:
+                key = (digest_of(*map(spelled, parameters, values)),)
+            if instance is not None:
+                return (instance, *key)
+            return key[0] if len(key) == 1 else key
+
+        return key_of
 
     def _compiled(self, lines: list[str], **namespace: Any) -> Callable[..., Any]:
         made = self._shape.compiled(lines, namespace | _NAMES)
@@ -180,51 +215,6 @@ def _all_plain(names: Iterable[str]) -> str:
 
 def _tuple(names: Iterable[str]) -> str:
     return f"({''.join(f'{name}, ' for name in names)})"
-
-
-def _key_function(
-    function: str,
-    shape: Forwarding,
-    names: tuple[str, ...],
-    owner_of: Callable[[Any], Instance | None] | None,
-    *,
-    digest: bool,
-) -> Callable[..., Any]:
-    """Makes the key of the values of these parameters."""
-
-    def spelled(parameter: str, value: Any) -> bytes:
-        if type(value) is object and shape.defaults.get(parameter) is value:
-            # It marks what is missing.
-            return b"default"
-        try:
-            return spelling_of(value)
-        except UncacheableError as error:
-            msg = (
-                f"argument {parameter!r} of {function} cannot be part of a cache key: {error}; give its class a method "
-                "__cache_key__ that returns what tells it from others, or give cache_key=, a function of the same "
-                f"arguments that returns the key, or write Cache(ignore={parameter!r}) if no result depends on it"
-            )
-            raise MisuseError(msg) from error
-
-    # As a wrapper has it that takes whatever it is called with.
-    has_owner_among_others = owner_of is not None and shape.parameters.startswith(f"*{names[0]}")
-
-    def key_of(*values: Any) -> Any:
-        parameters = names
-        if has_owner_among_others and values[0]:
-            (owner, *others), *rest = values
-            values, parameters = (owner, others, *rest), (names[0], *names)
-        instance = None if owner_of is None else owner_of(values[0])
-        if instance is not None:
-            values, parameters = values[1:], parameters[1:]
-        key = None if digest else _plain_key(values)
-        if key is None:
-            key = (digest_of(*map(spelled, parameters, values)),)
-        if instance is not None:
-            return (instance, *key)
-        return key[0] if len(key) == 1 else key
-
-    return key_of
 
 
 def _owner_function(function: Callable[..., Any]) -> Callable[[Any], Instance | None]:
