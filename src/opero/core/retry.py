@@ -27,6 +27,7 @@ from opero.core.checks import (
     shown,
 )
 from opero.core.clock import LONGEST_WAIT, clock
+from opero.core.control import OPTIONS
 from opero.core.decoration import F, decorator
 from opero.core.plan import Call, Plan, Verdict
 from opero.core.signature import MISSING
@@ -90,41 +91,31 @@ def retry_unless_of_the_program(error: Exception) -> bool | Answer:
 
 
 class RetryPolicy:
-    """How many rounds, which errors, how long between: the options of `get_retry_decorator`, which are checked here.
+    """How many rounds, which errors, how long between: those options of `opero.opero`, which are checked here.
 
     A failing call has a state of tenacity's of its own, ``call.retry_state``, which is made when it is first needed.
     """
 
-    def __init__(
-        self,
-        *,
-        retries: int = 0,
-        backoff_factor: float = 2.0,
-        min_delay: Duration = 0.1,
-        max_delay: Duration = 30.0,
-        jitter: bool = True,
-        retry_on: RetryOn = MISSING,
-        retry_if_result: Callable[[Any], Any] | None = None,
-        retry_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.retries = check_count("retries", retries, "extra rounds", smallest=0)
-        factor = check_number("backoff_factor", backoff_factor, "times", smallest=1)
-        shortest = check_seconds("min_delay", min_delay, zero=True)
-        longest = check_seconds("max_delay", max_delay, zero=True)
+    def __init__(self, **options: Any) -> None:
+        given = {**OPTIONS["retry"], "retries": 0, "retry_on": MISSING, **options}
+        self.retries = check_count("retries", given["retries"], "extra rounds", smallest=0)
+        factor = check_number("backoff_factor", given["backoff_factor"], "times", smallest=1)
+        shortest = check_seconds("min_delay", given["min_delay"], zero=True)
+        longest = check_seconds("max_delay", given["max_delay"], zero=True)
         if longest < shortest:
             raise ValueError(f"max_delay={longest!r} is below min_delay={shortest!r}; write a max_delay that is not")
-        check_flag("jitter", jitter)
-        self.retry_on = retry_unless_of_the_program if retry_on is MISSING else retry_on
+        jitter = check_flag("jitter", given["jitter"])
+        self.retry_on = retry_unless_of_the_program if given["retry_on"] is MISSING else given["retry_on"]
         _check_retry_on(self.retry_on)
-        self.retry_if_result = retry_if_result
-        given = check_mapping("retry_options", retry_options)
-        self.options = {name: option for name, option in given.items() if option is not None}
-        _check_hooks(self.options, retry_if_result)
+        self.retry_if_result = judge = given["retry_if_result"]
+        hooks = check_mapping("retry_options", given["retry_options"])
+        self.options = {name: option for name, option in hooks.items() if option is not None}
+        _check_hooks(self.options, judge)
         # Results may be rejected, or tenacity's `before` is told of every attempt.
-        self.watches_every_attempt = retry_if_result is not None or not {"before", "retry"}.isdisjoint(self.options)
+        self.watches_every_attempt = judge is not None or not {"before", "retry"}.isdisjoint(self.options)
         self._retrying: Any = None
         # Of one round tenacity need not be asked whether there is another one.
-        if retries or self.options:
+        if self.retries or self.options:
             self._retrying = self._make_retrying(factor, shortest, longest, jitter=jitter)
 
     def _make_retrying(self, factor: float, shortest: float, longest: float, *, jitter: bool) -> tenacity.Retrying:

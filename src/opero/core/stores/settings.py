@@ -176,7 +176,7 @@ class Cache:
     ) -> None:
         policy: dict[str, Any] = {"ignore": ignore, "keep_if": keep_if, "exceptions": exceptions, "stale": stale}
         given: dict[str, Any] = {"ttl": ttl, "backend": backend, "key": key, "namespace": namespace}
-        checked = _checked(**given, options=settings, is_flat=False)
+        checked = _checked(given, settings, is_flat=False)
         vars(self).update(checked | _checked_policy(checked, **policy), _given=given | policy | {**settings})
 
     def __setattr__(self, name: str, _value: Any) -> None:
@@ -188,7 +188,7 @@ class Cache:
         return f"Cache({', '.join(shown_ones)})"
 
 
-def flat_cache(**given: Any) -> Cache:
+def flat_cache(options: Mapping[str, Any] | None = None, **given: Any) -> Cache:
     """The same, of the options of `opero.opero`: ``ttl`` was given as ``cache_ttl``, ``options`` as ``cache_options``.
 
     Raises:
@@ -197,21 +197,14 @@ def flat_cache(**given: Any) -> Cache:
         ModuleNotFoundError: If the backend needs a package that is not installed.
     """
     made = Cache()
-    vars(made).update(_checked(**given, is_flat=True))
+    vars(made).update(_checked({**vars(made), **given}, options, is_flat=True))
     return made
 
 
-def _checked(
-    *,
-    is_flat: bool,
-    ttl: Any = None,
-    backend: Any = "memory",
-    key: Any = None,
-    namespace: Any = None,
-    options: Any = None,
-) -> dict[str, Any]:
+def _checked(given: Mapping[str, Any], options: Any, *, is_flat: bool) -> dict[str, Any]:
     """The attributes of a `Cache` that flat options have, too."""
     prefix = "cache_" if is_flat else ""
+    ttl, backend, key, namespace = (given[name] for name in ("ttl", "backend", "key", "namespace"))
     check_choice(f"{prefix}backend", backend, _OPTIONS)
     if backend == "redis" and importlib.util.find_spec("redis") is None:
         msg = "cache_backend='redis' needs the package redis; install it with: pip install 'opero[redis]'"
