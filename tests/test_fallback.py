@@ -629,7 +629,7 @@ def plan_of_limited(retry_on, per=None):
         ask,
         retry=RetryPolicy(retries=0, retry_on=retry_on),
         fallback=FallbackOverParameter(ask, "key"),
-        limit=FunctionLimit(ask, 1, fallback="key", per=Per(ask, per) if per else None),
+        limit=FunctionLimit(ask, Per(ask, per) if per else None, rate_limit=1, arg_fallback="key"),
     )
 
 

@@ -320,7 +320,7 @@ def test_when_all_are_full_the_one_whose_slot_comes_first_is_waited_for(world):
 
 
 def test_a_call_that_gave_way_is_not_refused_when_the_reason_is_gone_a_moment_later(fake_clock):
-    limit = FunctionLimit(lambda: None, 1)
+    limit = FunctionLimit(lambda: None, rate_limit=1)
     limit.limiter.take_now()
     reasons = [True]
     waiting = limit.take(

@@ -253,20 +253,12 @@ class FunctionLimit:
         is_told_results: Whether results tell what calls have really cost.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        rate_limit: Any,
-        *,
-        per: Per | None = None,
-        cost: Any = None,
-        options: Mapping[str, Any] | None = None,
-        fallback: str | None = None,
-    ) -> None:
-        given = check_mapping("rate_limit_options", options)
+    def __init__(self, function: Callable[..., Any], per: Per | None = None, **options: Any) -> None:
+        """``options`` are those of `opero.opero`: of the limit, and ``arg_fallback``."""
+        given = check_mapping("rate_limit_options", options.get("rate_limit_options"))
         check_known("rate_limit_options", given, _OPTIONS)
         self._name = name_of(function)
-        self._limiters = limiters = _limiters(rate_limit, given, function)
+        self._limiters = limiters = _limiters(options["rate_limit"], given, function)
         self.limiter = limiters[0]
         self.per = per
         # How long executions take, an average that forgets, and how far from it single ones are.
@@ -275,13 +267,15 @@ class FunctionLimit:
         hows = [given.get("when_full", limiter.when_full) for limiter in limiters]
         check_choice("rate_limit_options['when_full']", hows[0], _WHEN_FULL)
         self._is_next = "next" in hows
+        fallback = options.get("arg_fallback")
         if self._is_next and not (fallback is not None and per is not None and per.depends_on(fallback)):
             raise ValueError(
                 "rate_limit_options={'when_full': 'next'} has no effect without candidates that have limits of their "
                 "own; add arg_fallback='parameter' and per='parameter', or leave it out"
             )
         self._max_waits = [limiter.longest_wait(given) for limiter in limiters]
-        before, self._after = _costs(cost, {name for limiter in limiters for name in limiter.names})
+        names = {name for limiter in limiters for name in limiter.names}
+        before, self._after = _costs(options.get("rate_limit_cost"), names)
         self._before = {n: asked_of_call(function, cost) if callable(cost) else cost for n, cost in before.items()}
         self.is_told_results = bool(self._after)
         # Known once for all, they are refused when decorating.
@@ -459,13 +453,12 @@ def get_rate_limit_decorator(
     Its options are those of `opero.opero`, and are checked before there is a function; all others are those of
     ``rate_limit_options`` there.
     """
+    own = {"rate_limit": rate_limit, "rate_limit_cost": rate_limit_cost}
     # Here, too: what is wrong whatever the function is told before there is one.
-    FunctionLimit(get_rate_limit_decorator, rate_limit, cost=rate_limit_cost, options=options)
+    FunctionLimit(get_rate_limit_decorator, **own, rate_limit_options=options)
 
     def plan(function: Callable[..., Any]) -> Plan:
         values = None if per is None else Per(function, per)
-        limit = FunctionLimit(function, rate_limit, per=values, cost=rate_limit_cost, options=options)
-        return Plan(function, RetryPolicy(), limit=limit)
+        return Plan(function, RetryPolicy(), limit=FunctionLimit(function, values, **own, rate_limit_options=options))
 
-    recipe = {"rate_limit": rate_limit, "per": per, "rate_limit_cost": rate_limit_cost, **options}
-    return decorator(plan, (get_rate_limit_decorator, recipe))
+    return decorator(plan, (get_rate_limit_decorator, {**own, "per": per, **options}))

@@ -130,14 +130,7 @@ def _policies(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, 
     if given["rate_limit"] is not None:
         from opero.core.rate_limit import FunctionLimit
 
-        policies["limit"] = FunctionLimit(
-            function,
-            given["rate_limit"],
-            per=per,
-            cost=given["rate_limit_cost"],
-            options=given["rate_limit_options"],
-            fallback=given["arg_fallback"],
-        )
+        policies["limit"] = FunctionLimit(function, **{**given, "per": per})
     return policies
 
 
