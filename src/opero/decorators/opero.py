@@ -93,14 +93,9 @@ def make_plan(function: Callable[..., Any], options: Mapping[str, Any], *, killa
         )
     # Given by hand, `Exception` is meant as it is written.
     rounds = {name: given[name] for name in OPTIONS["retry"]} | {"retry_on": options.get("retry_on", MISSING)}
-    return Plan(
-        function,
-        RetryPolicy(**rounds),
-        on_event=None if given["on_event"] is None else Subscription(given["on_event"]),
-        default=given["default"],
-        **limits,
-        **_policies(function, given),
-    )
+    told = None if given["on_event"] is None else Subscription(given["on_event"])
+    layers = {"on_event": told, "default": given["default"], **limits}
+    return Plan(function, RetryPolicy(**rounds), **layers, **_policies(function, given))
 
 
 def _policies(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
