@@ -330,12 +330,20 @@ def _carry_out(step: Consult | Pause | Arrival) -> Any:
         elif step.seconds:
             time.sleep(step.seconds)
         return None
-    event = threading.Event()
+    # A bare lock, which lets it go on once it is released: the one within an event of `threading` may be held by this very
+    # thread when a signal handler, or a finalizer, in it is the one that would set the event.
+    asleep = threading.Lock()
+    asleep.acquire()
+
+    def wake() -> None:
+        # It may be awake already.
+        with contextlib.suppress(RuntimeError):
+            asleep.release()
+
     try:
-        step.notify(event.set)
+        step.notify(wake)
         while not step.poll():
-            clock.wait(event.wait, step.due_in())
-            event.clear()
+            clock.wait(lambda seconds: asleep.acquire(timeout=-1 if seconds is None else seconds), step.due_in())
     finally:
         step.notify(None)
     return None
