@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import attrs
 import msgspec
+import numba
+import numpy as np
 import polars as pl
 import pydantic
 import pytest
@@ -66,6 +68,14 @@ def made_with(field):
     return msgspec.defstruct("Made", [("x", Any, field)])
 
 
+def one_more(x):
+    return x + 1
+
+
+def one_less(x):
+    return x - 1
+
+
 MAKERS = {
     "pydantic": lambda: Model(value=1),
     "pydantic, bool": lambda: Model(value=True),
@@ -95,6 +105,13 @@ MAKERS = {
     "attrs, class": lambda: attrs.make_class("Made", {"x": attrs.field(type=int, default=1)}),
     "attrs, class of another type": lambda: attrs.make_class("Made", {"x": attrs.field(type=str, default=1)}),
     "attrs, class with a converter": lambda: attrs.make_class("Made", {"x": attrs.field(type=int, converter=abs)}),
+    "NumPy, masked": lambda: np.ma.array([1, 2], mask=[0, 1]),
+    "NumPy, masked elsewhere": lambda: np.ma.array([1, 2], mask=[1, 0]),
+    "NumPy, masked by another value": lambda: np.ma.array([1, 2], mask=[0, 1], fill_value=7),
+    "NumPy, not masked": lambda: np.array([1, 2]),
+    "numba": lambda: numba.njit(one_more),
+    "numba, other function": lambda: numba.njit(one_less),
+    "numba, other options": lambda: numba.njit(fastmath=True)(one_more),
     "polars": lambda: pl.DataFrame({"a": [1, 2], "b": ["x", None]}),
     "polars, other type": lambda: pl.DataFrame({"a": [1, 2], "b": ["x", None]}, schema_overrides={"a": pl.Int8}),
     "polars, other value": lambda: pl.DataFrame({"a": [1, 3], "b": ["x", None]}),
@@ -123,6 +140,7 @@ USES = {
     "hash of attrs": (lambda: FrozenAttrs(1), hash),
     "hash of msgspec": (lambda: FrozenStruct(1), hash),
     "cached property of pydantic": (lambda: Model(value=1), lambda model: model.length),
+    "fill value of NumPy": (lambda: np.ma.array([1, 2], mask=[0, 1]), lambda array: array.filled()),
     "order that polars has found": (lambda: pl.Series("a", [1, 2]), lambda series: series.sort(in_place=True)),
 }
 
@@ -164,5 +182,31 @@ def test_a_frozen_class_of_a_script_has_one_key_in_each_process():
         subprocess.run([sys.executable, "-c", ATTRS], env=os.environ | {"PYTHONHASHSEED": seed}, check=True, stdout=-1)
         for seed in "12"
     ]
+
+    assert runs[0].stdout == runs[1].stdout
+
+
+# Too large for the environment of these tests; they run where it is.
+OF_TORCH = """
+import torch
+from opero.core.digests import digest_of
+torch.manual_seed(0)
+ones = torch.ones(2, 3)
+made = [
+    ones, ones.double(), ones.bfloat16(), ones + 1, ones.t(), ones[0], ones.to_sparse(), torch.tensor(1.0),
+    torch.empty(0), torch.ones(2, 3, requires_grad=True), torch.nn.Parameter(ones),
+    torch.ones(2, dtype=torch.complex64).conj(), torch.nn.Linear(3, 1),
+    torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.BatchNorm1d(1)),
+]
+keys = [digest_of(value).hex() for value in made]
+assert len({*keys}) == len(keys)
+assert digest_of(ones.clone()) == digest_of(ones) and digest_of(ones * 2) == digest_of(ones + 1)
+print(keys)
+"""
+
+
+def test_tensors_and_modules_of_torch_are_told_by_their_contents_in_each_process():
+    pytest.importorskip("torch")
+    runs = [subprocess.run([sys.executable, "-c", OF_TORCH], check=True, stdout=-1) for _ in range(2)]
 
     assert runs[0].stdout == runs[1].stdout

@@ -220,9 +220,12 @@ def _beside(value: Any, base: type) -> Any:
     return _without_what_follows(added, kind)
 
 
-# The hash of an instance (attrs, msgspec), the mapping of an array that lies in a file (NumPy), and what is known of
-# the order in a sparse matrix (SciPy).
-_FOLLOWS = {"_attrs_cached_hash", "__msgspec_cached_hash__", "_mmap", "_has_canonical_format", "_has_sorted_indices"}
+# The hash of an instance (attrs, msgspec), the mapping of an array that lies in a file (NumPy), what is known of the
+# order in a sparse matrix (SciPy), and what a unit is made of (Astropy).
+_FOLLOWS = {
+    *("_attrs_cached_hash", "__msgspec_cached_hash__", "_mmap", "_decomposed_cache"),
+    *("_has_canonical_format", "_has_sorted_indices"),
+}
 
 
 def _without_what_follows(state: Any, kind: type) -> Any:
@@ -384,6 +387,16 @@ def _parts_of_array(array: Any) -> Iterable[Any]:
     return (dtype.str if is_named else dtype, plain.shape, plain.flags.fnc, contents)
 
 
+def _parts_of_tensor(tensor: Any) -> Iterable[Any]:
+    """What pickle writes of a tensor has the address of its memory in it."""
+    if tensor.is_quantized or str(tensor.layout) != "torch.strided":
+        return (*_parts_by_pickle(tensor), vars(tensor))
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    contents = blake2b(plain.view(sys.modules["torch"].uint8).numpy(), digest_size=_SIZE).digest()
+    told = (tensor.dtype, tensor.device, tensor.requires_grad, tuple(tensor.shape), tensor.stride())
+    return (*told, contents, vars(tensor))
+
+
 def _parts_of_pandas(values: Any) -> Iterable[Any]:
     """A column, or an index; a frame is taken for its columns, however they are grouped in memory."""
     held = values.to_numpy() if isinstance(values.dtype, sys.modules["numpy"].dtype) else values.array
@@ -434,6 +447,11 @@ _PARTS: dict[str, Callable[[Any], Iterable[Any]]] = {
     # Those of `iterdir()` have a look at the disk with them on Python 3.14.
     **dict.fromkeys(("pathlib.PurePath", "pathlib.Path"), lambda value: (str(value),)),
     "numpy.ndarray": _parts_of_array,
+    # The value for what is masked is found when it is asked for.
+    "numpy.MaskedArray": lambda value: (*_parts_of_array(value), {**vars(value), "_fill_value": value.fill_value}),
+    "torch.Tensor": _parts_of_tensor,
+    # Pickle gives each process' own a number.
+    "numba.Dispatcher": lambda value: (value.py_func, value.targetoptions),
     "random.Random": _parts_of_generator,
     "numpy.RandomState": _parts_of_generator,
     # Without the time of its last look at what has expired.
