@@ -227,7 +227,8 @@ def test_the_number_of_items_in_backoff_is_bounded(mode, monkeypatch):
         await stream.aclose()
 
     asyncio.run(main())
-    assert pulled < 2_000  # those that run when the bound is reached come on top, and batches that are on their way
+    # Those that run when the bound is reached come on top, and batches that are on their way.
+    assert pulled < 5_000
 
 
 # Maps in maps
