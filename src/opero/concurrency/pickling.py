@@ -232,13 +232,6 @@ def _stays(large: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
     return False
 
 
-def report_dumps(thing: Any) -> bytes:
-    """Pickle in a worker; in C if that can do it."""
-    with contextlib.suppress(Exception):
-        return pickle.dumps(thing, PROTOCOL)
-    return Pickler(None, is_answer=True).dumps(thing)
-
-
 # Classes by value, by cloudpickle's ids of them: those that this process has sent or that have arrived, the latter also
 # alone.
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
@@ -275,10 +268,11 @@ def _fill_class(cls: type, state: tuple[str, Callable[..., None], Any]) -> None:
 class Packer:
     """Pickles what is sent to the workers of one pool; they have these names of the main module, or with None all.
 
-    Its methods raise `NotTransferableError` if something cannot be pickled.
+    Its methods raise `NotTransferableError` if something cannot be pickled. ``is_answer``: see `Pickler`.
     """
 
     names: frozenset[str] | None = frozenset()
+    is_answer: bool = False
 
     def start(self, life: WorkerLife, large: list[memoryview] | None = None) -> bytes:
         """Pickle a map's work and what a worker does before and after it, for `unpack_start`.
@@ -324,7 +318,11 @@ class Packer:
                 data = pickle.dumps(thing, PROTOCOL)
                 if self.names is None or _MENTIONS_MAIN not in data:
                     return data
-        return Pickler(self.names).dumps(thing)
+        return Pickler(self.names, is_answer=self.is_answer).dumps(thing)
+
+
+# That of a worker.
+_answers = Packer(None, is_answer=True)
 
 
 def _or_refuse(what: str, pickle_it: Callable[[Any], T], thing: Any) -> T:
@@ -359,7 +357,7 @@ def pack_report(report: Report) -> bytes:
         values = [_NOTHING] * len(values)
         for place, value in enumerate(report.values):
             try:
-                values[place] = report_dumps(value)
+                values[place] = _answers.dumps(value)
             except Exception as error:  # noqa: BLE001 - anything may happen in a user's __getstate__
                 text = f"the result {type(value).__qualname__} cannot be pickled: {describe(error)}"
                 errors[place] = pack_error(NotTransferableError(text))
@@ -370,7 +368,7 @@ def unpack_report(payload: bytes | memoryview) -> Report:
     """What `pack_report` has packed; what cannot be unpickled here becomes the error of its item."""
     values, is_plain, errors, seconds = loads(payload)
     for place, data in errors.items():
-        errors[place] = unpack_error(data)
+        errors[place] = _unpacked(loads(data))
     if not is_plain:
         for place, data in enumerate(values):
             try:
@@ -385,7 +383,7 @@ def unpack_report(payload: bytes | memoryview) -> Report:
 
 
 def pack_error(error: Exception) -> bytes:
-    """Pickle an exception, for `loads`; what cannot be pickled arrives as a `RemoteError` that says the same."""
+    """Pickle an exception, for `_unpacked`; what cannot be pickled arrives as a `RemoteError` that says the same."""
     if error.__traceback__ is not None:
         # The function may raise one object again and again, with what it got here before.
         drop_notes(error, IN_THE_WORKER)
@@ -393,11 +391,6 @@ def pack_error(error: Exception) -> bytes:
         add_note(error, f"{IN_THE_WORKER}{''.join(traceback.format_exception(error)).rstrip()}")
         error.with_traceback(None)
     return pickle.dumps(_packed(error), PROTOCOL)
-
-
-def unpack_error(data: bytes) -> BaseException:
-    """What `pack_error` has packed."""
-    return _unpacked(loads(data))
 
 
 def _packed(error: BaseException) -> list[Any]:
@@ -460,7 +453,7 @@ def _dumps_alone(error: BaseException) -> tuple[bytes, bytes, str, str | None]:
     text = None
     # Anything may happen in a user's __getstate__ and __str__.
     with contextlib.suppress(Exception):
-        kind = report_dumps(type(error))
+        kind = _answers.dumps(type(error))
     with contextlib.suppress(Exception):
         pickler = _ErrorPickler(error)
         packed = pickler.dumps(error)
@@ -500,7 +493,7 @@ def pack_record(record: logging.LogRecord) -> bytes:
     for name, value in fields.items():
         if type(value) not in PLAIN:
             try:
-                fields[name] = [report_dumps(value)]
+                fields[name] = [_answers.dumps(value)]
                 loads(*fields[name])
             except Exception:  # noqa: BLE001 - anything may happen in a user's __getstate__
                 fields[name] = repr(value)
