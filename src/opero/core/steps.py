@@ -330,8 +330,8 @@ def _carry_out(step: Consult | Pause | Arrival) -> Any:
         elif step.seconds:
             time.sleep(step.seconds)
         return None
-    # A bare lock, which lets it go on once it is released: the one within an event of `threading` may be held by this very
-    # thread when a signal handler, or a finalizer, in it is the one that would set the event.
+    # A bare lock, which lets it go on once it is released: that of an event of `threading` may be held by this very
+    # thread, when a signal handler or a finalizer in it is the one that would set the event.
     asleep = threading.Lock()
     asleep.acquire()
 
