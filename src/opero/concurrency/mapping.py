@@ -118,7 +118,7 @@ class _Map(Control[Concatenate[T, P], R], Generic[T, P, R, L]):
     def _starred(self) -> Any:
         return self._with(_is_starred=True, _origin=(getattr, (self, "starmap")))
 
-    def _for_one_item(self) -> Self:
+    def _for_one_item(self) -> Any:
         """The same map in the calling thread, or in a process if it is to be stopped: elsewhere it cannot be."""
         is_to_be_stopped = self.plan.attempt_timeout is not None and not self.plan.is_async
         from opero.concurrency.pool import PoolSource
@@ -263,20 +263,19 @@ class SyncMap(_Map[T, P, R, L]):
 
     def stream(self, items: Iterable[T], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Outcome[T, R]]:
         """Yield the `Outcome` of each item as it ends, in input order unless ``ordered=False``; may be closed early."""
-        outcomes: Iterator[Outcome[T, R]]
-        outcomes = self._outcomes(items, args, kwargs, StreamSink(ordered=self.settings.ordered))
+        outcomes: Iterator[Outcome[T, R]] = self._outcomes(
+            items, args, kwargs, StreamSink(ordered=self.settings.ordered)
+        )
         return outcomes
 
     def one(self, item: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function with one item, under the same policies."""
         with Shortened():
             if self.plan.attempt_timeout is None and self.settings.batch_size is None:
-                result: Any = self.single(*self._single_arguments(item, args), **kwargs)
+                result: R = self.single(*self._single_arguments(item, args), **kwargs)
             else:
-                results: Any = self._for_one_item()([item], *args, **kwargs)
-                result = results[0]
-        returned: R = result
-        return returned
+                result = self._for_one_item()([item], *args, **kwargs)[0]
+        return result
 
     @property
     def starmap(self) -> SyncMap[tuple[Any, ...], ..., R, L]:
@@ -347,12 +346,10 @@ class AsyncMap(_Map[T, P, R, L]):
         """Call the function with one item, under the same policies, in this event loop."""
         with Shortened():
             if self.settings.batch_size is None:
-                result: Any = await self.single(*self._single_arguments(item, args), **kwargs)
+                result: R = await self.single(*self._single_arguments(item, args), **kwargs)
             else:
-                results: Any = await self._for_one_item()([item], *args, **kwargs)
-                result = results[0]
-        returned: R = result
-        return returned
+                result = (await self._for_one_item()([item], *args, **kwargs))[0]
+        return result
 
     @property
     def starmap(self) -> AsyncMap[tuple[Any, ...], ..., R, L]:
