@@ -925,6 +925,24 @@ def test_a_full_disk_costs_no_call(disk_backend, start, limit):
     assert program.end() == [[1_000_000] * 3, (True, 1)]
 
 
+def test_a_cache_that_has_filled_its_disk_can_be_cleared(disk_backend, start):
+    program = start(
+        """
+        import resource
+        DEF f(x):
+            return os.urandom(1_000_000)
+        f = cached(f)
+        for limit in (3_000_000, 1_900_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            [run(f, x) for x in range(5)]
+            f.cache_clear()
+        say(run(f, 1) == run(f, 1))
+        """,
+        own(disk_backend),
+    )
+    assert program.end() == [True]
+
+
 def leave(server):
     server.stop()
 

@@ -131,14 +131,16 @@ def _begin_generation(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA {_GENERATION} = {_number(connection, _GENERATION) + 1}")
 
 
-def _is_busy(error: Exception) -> bool:
-    """Whether another process writes, for longer than it was waited for."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+def _is(error: Exception, *codes: int) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes
 
 
-def _is_damage(error: Exception) -> bool:
-    """Whether what lies there is no database, or one that has been written into or cut."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+# Another process writes, for longer than it was waited for.
+_BUSY = sqlite3.SQLITE_BUSY
+# What lies there is no database, or one that has been written into or cut.
+_DAMAGE = sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB
+# To remove entries takes room, too.
+_NO_ROOM = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR
 
 
 # Held for a statement or a transaction, and never while another process is waited for.
@@ -228,10 +230,10 @@ class DiskStore(LastingStore):
                 flight.held = False
 
     def failed(self, error: Exception) -> None:
-        if _is_damage(error):
+        if _is(error, *_DAMAGE):
             self._take_away()
         # What is wrong with one entry is no reason to leave the others alone; a database that cannot be opened is.
-        if self._connection is None and not _is_busy(error):
+        if self._connection is None and not _is(error, _BUSY):
             self.rest.begin(error)
 
     def _take_away(self) -> None:
@@ -260,7 +262,7 @@ class DiskStore(LastingStore):
         try:
             self._transact(remove_all)
         except sqlite3.DatabaseError as error:
-            if not _is_damage(error):
+            if not _is(error, *_DAMAGE, *_NO_ROOM):
                 raise
             self._take_away()
 
@@ -371,7 +373,7 @@ class DiskStore(LastingStore):
                 with _guard.lock:
                     return work()
             except sqlite3.OperationalError as error:
-                if not _is_busy(error):
+                if not _is(error, _BUSY):
                     raise
                 if clock.real() >= deadline:
                     if seconds >= _LOCK_SECONDS:
