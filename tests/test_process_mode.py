@@ -11,6 +11,7 @@ import gc
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import queue
 import signal
@@ -1359,6 +1360,21 @@ def test_processes_are_forked_beside_the_threads_of_openblas(method_after):
 def test_processes_are_forked_beside_the_threads_of_jemalloc(method_after):
     """Those of pyarrow, for example, which pandas imports."""
     assert method_after("start_thread_of_jemalloc()") == "fork"
+
+
+def test_processes_are_forked_beside_the_thread_of_a_queue_that_has_been_used(method_after):
+    """Which is for workers that are forked: else it could not be an argument any more."""
+    assert method_after("queue = multiprocessing.Queue(); queue.put(1)") == "fork"
+
+
+@pytest.mark.parametrize("make", ["Lock", "Queue", "Event"])
+def test_a_lock_for_forked_workers_is_refused_in_others_with_the_ways_out(processes, make):
+    shared = getattr(multiprocessing.get_context("fork"), make)()
+    options = {"start_method": "forkserver", "initializer": id, "initargs": (shared,)}
+    mapped = processes.map(double, pool_options=options)
+    ways = r"make it by multiprocessing.get_context\('spawn'\), or give pool_options={'start_method': 'fork'}"
+    with pytest.raises(NotTransferableError, match=ways):
+        mapped.run([1])
 
 
 def test_threads_that_have_just_ended_are_not_taken_for_ones_that_python_does_not_know(start):

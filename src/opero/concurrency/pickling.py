@@ -330,6 +330,8 @@ def _or_refuse(what: str, pickle_it: Callable[[Any], T], thing: Any) -> T:
         return pickle_it(thing)
     except Exception as error:
         ways = "give what can be pickled, or use threads"
+        if "SemLock created in a fork context" in str(error):
+            ways = "make it by multiprocessing.get_context('spawn'), or give pool_options={'start_method': 'fork'}"
         raise NotTransferableError(f"{what} cannot be sent to a worker process: {describe(error)}; {ways}") from error
 
 

@@ -37,6 +37,8 @@ _MANY_LOOKS = 10
 
 # Threads of jemalloc, which pyarrow brings (and pandas imports): it takes all their locks before a fork by itself.
 _SAFE_THREADS = {"jemalloc_bg_thd"}
+# The one that a queue of multiprocessing has once something was put there, which makes its locks anew in a child.
+_FEEDER = "QueueFeederThread"
 
 
 def end(processes: list[Any], patience: float = 0.0, meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -144,8 +146,9 @@ def has_other_threads() -> bool:
     when it needs them. So a fork for nothing shows whether others are left. By C's own function: Python's hooks, and
     the warnings of programs in them, are for forks that somebody uses.
     """
-    if set(threading.enumerate()) - set(fork_safe_threads) - {threading.current_thread()}:
-        return True
+    for thread in set(threading.enumerate()) - set(fork_safe_threads) - {threading.current_thread()}:
+        if thread.name != _FEEDER:
+            return True
     if not _are_there_for(0.005):
         return False
     import ctypes
