@@ -1122,6 +1122,48 @@ def test_a_failing_call_imports_nothing(said_after_failures, options):
     assert said_after_failures(source, options) == []
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "rate_limit=100",
+        "rate_limit={'calls': 100, 'tokens': '900/minute'}, rate_limit_cost={'tokens': 2}, per='rows'",
+        "rate_limit=100, rate_limit_options={'scope': 'machine', 'folder': 'limits', 'name': 'last'}",
+        "cache=True",
+        "cache=Cache(backend='disk', cache_dir='entries', ignore='self')",
+    ],
+)
+def test_a_failing_function_has_its_first_calls_when_nothing_can_be_imported_any_more(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = said_by_program(f"""
+        import sys
+        from opero import Cache, opero
+
+        class Buffer:
+            tries = 0
+
+            @opero(retries=1, min_delay=0, {options})
+            def flush(self, rows):
+                self.tries += 1
+                if self.tries < 2:
+                    raise ConnectionError
+                if rows == 2:
+                    raise TypeError("own")
+                return rows
+
+            def __del__(self, sys=sys):
+                print(sys.meta_path, self.flush(1))
+                for arguments in (2,), (1, 2):
+                    try:
+                        self.flush(*arguments)
+                    except TypeError as error:
+                        print(error)
+
+        buffer = Buffer()
+    """)
+    assert " ".join(said) == "None 1 own Buffer.flush() takes 2 positional arguments but 3 were given"
+
+
 def test_a_finalizer_retries_when_the_program_ends():
     said = said_by_program("""
         from opero import opero

@@ -60,7 +60,7 @@ class ResultCache:
         self._is_async = is_async(function)
         self._settings = settings
         # A first call that imported the backend's module could be forked, or be called by a finalizer, meanwhile.
-        store_class(settings)
+        self._make_store = store_class(settings)
         self._store: Any = None
         self._namespace = settings.namespace
         # What had been counted when it was cleared.
@@ -72,7 +72,8 @@ class ResultCache:
         """The `Store` where the entries live; one that outlives the process is made at the first call."""
         # No `cached_property`, whose lock of Python 3.11 a forked child would wait for. Two that come at once find one.
         if self._store is None:
-            self._store = store_of(self._settings, self.namespace if self.is_lasting else self._settings.namespace)
+            namespace = self.namespace if self.is_lasting else self._settings.namespace
+            self._store = store_of(self._settings, namespace, self._make_store)
         return self._store
 
     @property
@@ -327,7 +328,7 @@ def get_cache_context(
     decorate = get_cache_decorator(
         cache_ttl=cache_ttl, cache_backend=cache_backend, cache_namespace=cache_namespace, **options
     )
-    engine = CacheEngine(settings, store_of(settings, cache_namespace), decorate)
+    engine = CacheEngine(settings, store_of(settings, cache_namespace, store_class(settings)), decorate)
     try:
         yield engine
     finally:

@@ -42,6 +42,10 @@ class Plan:
     default: Any = MISSING
 
     def __init__(self, function: Callable[..., Any], retry: RetryPolicy, **layers: Any) -> None:
+        # Not at the top, so that `import opero` stays quick, and not when a call fails: the program may be ending.
+        from opero.core.parameters import own_signature
+
+        self._signature_of = own_signature
         self.function = function
         self.retry = retry
         self.stats = Stats()
@@ -68,11 +72,8 @@ class Plan:
 
     def is_wrong(self, call: Call) -> bool:
         """Whether the call's arguments do not fit the function, so that the function never began."""
-        # Not at the top, so that `import opero` stays quick.
-        from opero.core.parameters import own_signature
-
         try:
-            own_signature(self.function).bind(*call.args, **call.kwargs)
+            self._signature_of(self.function).bind(*call.args, **call.kwargs)
         except ValueError:  # its parameters are not known, as of some builtins
             return False
         except TypeError:

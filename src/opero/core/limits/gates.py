@@ -23,6 +23,9 @@ from opero.core.private_folder import fault_of, folder_of_user, private_folder
 from opero.core.steps import Consult
 from opero.exceptions import UnsafeCacheError
 
+with contextlib.suppress(ImportError):  # as on Windows
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
@@ -171,9 +174,6 @@ class FileGate(Gate):
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[int | None]:
     """The open file, locked; None if that has to be tried again: somebody else has it, or has removed it."""
-    # Here, since Windows has none.
-    from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
-
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         found = os.fstat(file)

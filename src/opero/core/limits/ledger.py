@@ -9,7 +9,7 @@ import contextlib
 import math
 import struct
 from collections import deque
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +55,8 @@ class PaceMeter:
 
     def __init__(self, name: int, interval: float, burst: int, most: float) -> None:
         """``most`` is what one call may cost."""
-        # Not with this module, since it imports asyncio, and not when a slot has come.
-        from asynciolimiter import Limiter
-
         self.name, self.interval = name, interval
-        self.make_limiter = partial(Limiter, 1 / self.interval, max_burst=burst)
+        self.make_limiter = partial(_pacing()[0], 1 / self.interval, max_burst=burst)
         # How many seconds ahead of the pace a start may be; and that of one who has not waited.
         self.tolerance = (burst - 1) * self.interval
         self.short = min(self.tolerance, _LATE_SECONDS)
@@ -311,18 +308,27 @@ def is_over(data: bytes, now: float) -> bool:
 # release of asynciolimiter can be shared.
 
 
-def _next_slot(slot: float, limiter: Limiter) -> float:
-    # The public way to get the running loop raises where there is none.
+@lru_cache(maxsize=1)
+def _pacing() -> tuple[Any, ...]:
+    # Not with this module, since it imports asyncio, and kept: when a program ends nothing can be imported. The public
+    # way to get the running loop raises where there is none.
     from asyncio import _get_running_loop, _set_running_loop
 
+    from asynciolimiter import Limiter
+
+    return Limiter, _get_running_loop, _set_running_loop
+
+
+def _next_slot(slot: float, limiter: Limiter) -> float:
+    _, get_running_loop, set_running_loop = _pacing()
     slots: list[float] = []
     # All that it asks of a running event loop: a time, and one timer.
     loop: Any = SimpleNamespace(time=lambda: slot, call_at=lambda when, _callback: slots.append(when))
-    outer = _get_running_loop()
+    outer = get_running_loop()
     try:
-        _set_running_loop(loop)
+        set_running_loop(loop)
         with contextlib.suppress(StopIteration):
             limiter.wait().send(None)
     finally:
-        _set_running_loop(outer)
+        set_running_loop(outer)
     return slots[0]

@@ -285,7 +285,7 @@ _lock = ForkSafeLock()
 _lasting_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
-def store_of(cache: Cache, namespace: str | None) -> Store:
+def store_of(cache: Cache, namespace: str | None, make: Callable[[Cache, str], Store]) -> Store:
     """The store of a namespace, which functions share; in memory, without one, a store of its own."""
     if namespace is None:
         return MemoryStore(cache, None)
@@ -295,7 +295,7 @@ def store_of(cache: Cache, namespace: str | None) -> Store:
     with _lock.lock:
         store: Store | None = _lasting_stores.get(key)
         if store is None:
-            _lasting_stores[key] = store = store_class(cache)(cache, namespace)
+            _lasting_stores[key] = store = make(cache, namespace)
     if isinstance(store, MemoryStore) and (store.maxsize, store.policy) != (options["maxsize"], options["policy"]):
         raise ValueError(
             f"cache_namespace={namespace!r} is in use with maxsize={store.maxsize} and policy={store.policy!r}, "
