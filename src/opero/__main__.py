@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     places = {"cache_dir": given.cache_dir, "folder_name": given.folder_name}
     options = {name: value for name, value in places.items() if value is not None}
     try:
-        folder = disk_folder(flat_cache(backend="disk", options=options))
+        folder = disk_folder(flat_cache(cache_backend="disk", cache_options=options))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     try:
@@ -101,7 +101,7 @@ def _clear(parser: argparse.ArgumentParser, root: Path, options: dict[str, Any],
         near = nearest(name, [told for _, _, told in map(_row, found)])
         hint = "leave out --clear to see which it has" if near is None else f"did you mean {_printable(near)}?"
         parser.error(f"--clear: no namespace {_printable(name)} in {root}; {hint}")
-    store = DiskStore(flat_cache(backend="disk", options=options), name)
+    store = DiskStore(flat_cache(cache_backend="disk", cache_options=options), name)
     with managing(store, "clear"):
         store.clear()
     store.close()

@@ -293,14 +293,13 @@ def get_cache_decorator(
     Its options are those of `opero.opero`, and are checked before there is a function; all others are those of
     ``cache_options`` there, such as ``maxsize`` or ``cache_dir``.
     """
-    given: dict[str, Any] = {"ttl": cache_ttl, "backend": cache_backend, "key": cache_key, "namespace": cache_namespace}
-    settings = flat_cache(**given, options=options)
+    own: dict[str, Any] = {name: value for name, value in locals().items() if name != "options"}
+    settings = flat_cache(**own, cache_options=options)
 
     def plan(function: Callable[..., Any]) -> Plan:
         return Plan(function, RetryPolicy(), cache=ResultCache(function, settings))
 
-    recipe = {**{f"cache_{name}": value for name, value in given.items()}, **options}
-    return decorator(plan, (get_cache_decorator, recipe))
+    return decorator(plan, (get_cache_decorator, {**own, **options}))
 
 
 @contextlib.contextmanager
@@ -324,10 +323,8 @@ def get_cache_context(
     """
     from opero.core.stores.twat import CacheEngine
 
-    settings = flat_cache(ttl=cache_ttl, backend=cache_backend, namespace=cache_namespace, options=options)
-    decorate = get_cache_decorator(
-        cache_ttl=cache_ttl, cache_backend=cache_backend, cache_namespace=cache_namespace, **options
-    )
+    own: dict[str, Any] = {"cache_namespace": cache_namespace, "cache_backend": cache_backend, "cache_ttl": cache_ttl}
+    settings, decorate = flat_cache(**own, cache_options=options), get_cache_decorator(**own, **options)
     engine = CacheEngine(settings, store_of(settings, cache_namespace, store_class(settings)), decorate)
     try:
         yield engine

@@ -139,7 +139,7 @@ def _cache(function: Callable[..., Any], given: dict[str, Any]) -> ResultCache:
         instead = "True or False, and beside it cache_backend='disk', or a Cache, such as cache=Cache(ttl='15 minutes')"
         raise wrong_type("cache", given["cache"], instead)
     _, *flat = OPTIONS["cache"]
-    return ResultCache(function, flat_cache(**{name.removeprefix("cache_"): given[name] for name in flat}))
+    return ResultCache(function, flat_cache(**{name: given[name] for name in flat}))
 
 
 class _WithDefault(Protocol[D_co]):

@@ -188,8 +188,8 @@ class Cache:
         return f"Cache({', '.join(shown_ones)})"
 
 
-def flat_cache(options: Mapping[str, Any] | None = None, **given: Any) -> Cache:
-    """The same, of the options of `opero.opero`: ``ttl`` was given as ``cache_ttl``, ``options`` as ``cache_options``.
+def flat_cache(cache_options: Mapping[str, Any] | None = None, **given: Any) -> Cache:
+    """The same, of the options of `opero.opero`, such as ``cache_ttl``.
 
     Raises:
         TypeError: If an option has the wrong type or does not belong to the backend.
@@ -197,7 +197,8 @@ def flat_cache(options: Mapping[str, Any] | None = None, **given: Any) -> Cache:
         ModuleNotFoundError: If the backend needs a package that is not installed.
     """
     made = Cache()
-    vars(made).update(_checked({**vars(made), **given}, options, is_flat=True))
+    named = {name.removeprefix("cache_"): value for name, value in given.items()}
+    vars(made).update(_checked({**vars(made), **named}, cache_options, is_flat=True))
     return made
 
 
