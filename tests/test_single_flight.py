@@ -931,11 +931,11 @@ class TestForks:
         go, began = threading.Event(), threading.Event()
         make = opero.core.cache.store_of
 
-        def store(settings, namespace):
+        def store(settings, namespace, made_by):
             if "slow" in namespace:
                 began.set()
                 assert go.wait(SECONDS)
-            return make(settings, namespace)
+            return make(settings, namespace, made_by)
 
         monkeypatch.setattr(opero.core.cache, "store_of", store)
         f, g = [
