@@ -1307,6 +1307,8 @@ def test_an_argument_that_cannot_be_told_is_refused_by_its_name(world, value):
 
 def test_the_refusal_names_the_type(world):
     f = cached(world.define(lambda x: x))
+    with pytest.raises(TypeError, match=r": object cannot be pickled \(a bare object has no state\);"):
+        world.run(f, [object()])
     with pytest.raises(TypeError, match=r"memoryview.*Cache\(ignore='x'\)"):
         world.run(f, [memoryview(b"a")])
 

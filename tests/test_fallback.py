@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextvars
 import copy
 import functools
 import pickle
@@ -643,6 +644,23 @@ def test_who_waits_for_the_slot_of_a_candidate_turns_to_another_one_when_it_is_p
     with pytest.raises(StopIteration):
         first.send(Failed(LookupError("a")))
     assert woken
+    assert wait.poll()
+    assert second.send(None).args == ("b",)
+
+
+@pytest.mark.parametrize("per", [None, "key"])
+def test_who_waits_for_a_place_turns_to_another_candidate_when_the_first_is_put_to_rest(fake_clock, per):
+    def ask(key):
+        raise AssertionError
+
+    options = {"arg_fallback": "key", "retries": 0, "retry_on": retry_after(a=30)}
+    plan = opero(**options, max_concurrent=1, per=per)(ask).__opero__.plan
+    elsewhere = contextvars.copy_context()
+    first, _ = elsewhere.run(begun, plan, "a")
+    second, wait = begun(plan, "a", "b")
+    assert not wait.poll()
+    with pytest.raises(StopIteration):
+        elsewhere.run(first.send, Failed(LookupError("a")))
     assert wait.poll()
     assert second.send(None).args == ("b",)
 

@@ -159,6 +159,15 @@ def test_a_level_that_loguru_does_not_know_is_refused():
         log_events("LOUD")
 
 
+def test_a_logger_that_is_neither_is_refused_as_such():
+    class Logger:
+        def log(self, level, event):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match="log_events got a Logger as to; write a logger of the standard library"):
+        log_events(Logger())
+
+
 @pytest.mark.parametrize(
     ("arguments", "levels"),
     [

@@ -109,7 +109,8 @@ def _spelled(value: Any, met: dict[int, tuple[Any, bytes]], mode: int) -> bytes:
         raise
     except Exception as error:
         if mode != _LENIENT:
-            msg = f"a {kind.__qualname__} cannot be pickled ({type(error).__name__})"
+            reason = error if isinstance(error, UncacheableError) else type(error).__name__
+            msg = f"{kind.__qualname__} cannot be pickled ({reason})"
             raise UncacheableError(msg) from error
         label, parts = "unknown", [kind]
     spelled = []

@@ -37,7 +37,7 @@ class NoAttempt(Enum):
 
     OUT_OF_TIME = "total_timeout={:g} s ended it"
     CIRCUIT_OPEN = "its circuit is open"
-    GAVE_WAY = "the candidate was put to rest while its slot was waited for"
+    GAVE_WAY = "the candidate was put to rest while its place or slot was waited for"
 
 
 OUT_OF_TIME, CIRCUIT_OPEN, GAVE_WAY = NoAttempt
@@ -166,10 +166,9 @@ class Layers:
             if candidate is None:
                 break
             outcome = yield from self.breaker(candidate)
-            if outcome is GAVE_WAY:
-                continue
-            self.left.remove(candidate)
-            if outcome is CIRCUIT_OPEN:
+            if outcome is not GAVE_WAY:
+                self.left.remove(candidate)
+            if outcome is GAVE_WAY or outcome is CIRCUIT_OPEN:
                 continue
             if type(outcome) is not Verdict or outcome.ends:
                 return outcome
@@ -209,6 +208,8 @@ class Layers:
             candidate.place = yield from plan.places.take(candidate, call.deadline)
             if candidate.place is None or candidate.is_shut():
                 return OUT_OF_TIME if clock.now() >= call.deadline else CIRCUIT_OPEN
+            if plan.fallback is not None and candidate not in plan.fallback.awake(self.left):
+                return GAVE_WAY
         if plan.limit is not None and not self.has_slot:
             missed = yield from self._take_slot(plan.limit, candidate)
             if missed is not None:

@@ -44,7 +44,7 @@ def log_events(level: str | StandardLogger = "INFO", *, to: StandardLogger | Non
         TypeError: If ``to`` is no such logger.
         ValueError: If there is no such level.
     """
-    if to is None and hasattr(level, "isEnabledFor"):
+    if to is None and hasattr(level, "log"):
         level, to = "DEBUG", cast("StandardLogger", level)
     threshold = number_of(level, to, "log_events")
     logger: Any = to
