@@ -1081,6 +1081,21 @@ def test_no_window_costs_too_much(fake_clock, tmp_path_factory, gate, events):
             assert len(window) <= calls
 
 
+@pytest.mark.parametrize("costs", [[1.0, 5.0], [2.0, 20.0, 0.5], [0.5, 4.0], [1.0, 1.0, 10.0]])
+def test_who_has_waited_for_one_rate_makes_up_for_no_time_twice_in_another(fake_clock, costs):
+    limiter = RateLimiter({"calls": 1, "tokens": "20/10 s"}, max_burst=5)
+    began, taken = fake_clock.now(), []
+    for tokens in itertools.cycle(costs):
+        turn = Turn([(limiter.limit, (1.0, tokens))])
+        while not turn.poll():
+            fake_clock.tick(turn.due_in())
+        turn.leave()
+        if fake_clock.now() >= began + 100:
+            break
+        taken.append(tokens)
+    assert 2 * 100 - max(costs) <= sum(taken) <= 2 * 100 + 5 + max(costs)
+
+
 def test_a_quota_of_many_calls_remembers_few_entries_and_is_exact_from_above(fake_clock):
     limiter = RateLimiter(["100000/s", "10000/minute"], max_burst=1)
     starts = starts_of(limiter, fake_clock, 70, step=0.001)

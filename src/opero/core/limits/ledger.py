@@ -71,13 +71,12 @@ class PaceMeter:
         return max(now, self.free_at) + ahead * self.interval
 
     def take(self, now: float, amount: float, is_late: bool) -> None:  # noqa: FBT001 - a loop calls it
+        is_made_up = is_late or now - self.free_at <= self.short
+        slot = max(self.free_at, now - self.tolerance) if is_made_up else now
         if is_late and amount == 1:
-            self.free_at = _next_slot(max(self.free_at, now - self.tolerance), self.make_limiter())
-            return
-        if now - self.free_at <= self.short:
-            self.free_at += amount * self.interval
+            self.free_at = _next_slot(slot, self.make_limiter())
         else:
-            self.free_at = (now - self.tolerance if is_late else now) + amount * self.interval
+            self.free_at = slot + amount * self.interval
 
     def idle_from(self) -> float:
         # Those who have waited could make up for what passed before.
