@@ -121,6 +121,17 @@ MAKERS = {
     "polars, column": lambda: pl.Series("a", [1, 2]),
     "polars, names": lambda: pl.Series("a", ["x"], dtype=pl.Enum(["x", "y"])),
     "polars, names in another order": lambda: pl.Series("a", ["x"], dtype=pl.Enum(["y", "x"])),
+    "polars, moments": lambda: pl.Series("a", [1, None], dtype=pl.Datetime("us")),
+    "polars, finer moments": lambda: pl.Series("a", [1, None], dtype=pl.Datetime("ns")),
+    "polars, later moments": lambda: pl.Series("a", [2, None], dtype=pl.Datetime("ns")),
+    "polars, moments in a zone": lambda: pl.Series("a", [1, None], dtype=pl.Datetime("ns", "UTC")),
+    "polars, days": lambda: pl.Series("a", [1, None], dtype=pl.Date),
+    "polars, lists of moments": lambda: pl.Series("a", [[1]], dtype=pl.List(pl.Datetime("ns"))),
+    "polars, lists of later moments": lambda: pl.Series("a", [[2]], dtype=pl.List(pl.Datetime("ns"))),
+    "polars, money": lambda: pl.Series("a", [1], dtype=pl.Decimal(10, 2)),
+    "polars, finer money": lambda: pl.Series("a", [1], dtype=pl.Decimal(10, 3)),
+    "polars, categories": lambda: pl.Series("a", ["x"], dtype=pl.Categorical),
+    "polars, other categories": lambda: pl.Series("a", ["y"], dtype=pl.Categorical),
     "polars, expression": lambda: pl.col("a") + 1,
 }
 

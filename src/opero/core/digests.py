@@ -405,10 +405,13 @@ def _parts_of_pandas(values: Any) -> Iterable[Any]:
 
 
 def _parts_of_polars(series: Any) -> Iterable[Any]:
-    # Not what polars pickles, which says in which chunks the values lie and what is under missing ones. Python's times
-    # have no nanoseconds.
-    is_finer = "'ns'" in str(series.dtype) or "Time" in str(series.dtype)
-    return (series.name, series.dtype, series.to_list(), series.to_physical().to_list() if is_finer else None)
+    # Not what polars pickles, which says in which chunks the values lie and what is under missing ones. Numbers stand
+    # for times, which are slow in Python and have no nanoseconds there; those of categories are this process' own.
+    dtype = str(series.dtype)
+    is_named = "Categorical" in dtype
+    has_numbers = not is_named or "'ns'" in dtype or "Time" in dtype
+    numbers = series.to_physical().to_list() if has_numbers else None
+    return (series.name, series.dtype, series.to_list() if is_named else None, numbers)
 
 
 def _put_on(frame: Any) -> Iterable[Any]:
