@@ -23,8 +23,10 @@ from opero.core.private_folder import fault_of, folder_of_user, private_folder
 from opero.core.steps import Consult
 from opero.exceptions import UnsafeCacheError
 
-with contextlib.suppress(ImportError):  # as on Windows
-    from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+try:
+    import fcntl
+except ImportError:  # as on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -53,7 +55,7 @@ def gates(
     known_as = check_text("name", name, "a name that no other limit has")
     make: Callable[[str], Gate]
     if scope == "machine":
-        if find_spec("fcntl") is None:
+        if fcntl is None:
             msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
             raise ValueError(msg)
         make = partial(FileGate, folder=_folder_of_limits(folder))
@@ -183,7 +185,7 @@ def _locked(path: str) -> Iterator[int | None]:
         for _ in range(_LOCK_TRIES):
             try:
                 # Of this opening, and not of the process as `fcntl.lockf`: threads keep each other out, too.
-                flock(file, LOCK_EX | LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(_LOCK_SECONDS)
@@ -194,7 +196,7 @@ def _locked(path: str) -> Iterator[int | None]:
         yield file if os.fstat(file).st_nlink else None
     finally:
         # A child that was forked meanwhile has it open, too.
-        flock(file, LOCK_UN)
+        fcntl.flock(file, fcntl.LOCK_UN)
         os.close(file)
 
 
