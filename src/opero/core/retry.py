@@ -60,14 +60,21 @@ PROGRAM_ERRORS = (NameError, ImportError, SyntaxError, NotImplementedError, Recu
 
 # What is raised to steer a framework, or when it ends a task: an answer, a message to its queue, and not a failure.
 _STEERING_CLASSES = """
+aiogram.dispatcher.event.bases.CancelHandler aiogram.dispatcher.event.bases.SkipHandler
 aiohttp.web_exceptions.HTTPException airflow.exceptions.AirflowFailException
 airflow.exceptions.AirflowRescheduleException airflow.exceptions.AirflowSkipException arq.worker.Retry
-arq.worker.RetryJob billiard.exceptions.SoftTimeLimitExceeded celery.exceptions.TaskPredicate
-click.exceptions.Abort click.exceptions.ClickException click.exceptions.Exit django.core.exceptions.BadRequest
-django.core.exceptions.PermissionDenied django.core.exceptions.SuspiciousOperation django.http.response.Http404
-dramatiq.errors.Retry huey.exceptions.CancelExecution huey.exceptions.RetryTask
-rest_framework.exceptions.APIException rq.timeouts.BaseTimeoutException starlette.exceptions.HTTPException
-starlette.exceptions.WebSocketException tornado.web.Finish tornado.web.HTTPError typer.exceptions.Abort
+arq.worker.RetryJob billiard.exceptions.SoftTimeLimitExceeded bottle.HTTPResponse celery.exceptions.TaskPredicate
+channels.exceptions.DenyConnection channels.exceptions.StopConsumer cherrypy._cperror.CherryPyException
+click.exceptions.Abort click.exceptions.ClickException click.exceptions.Exit
+dagster._core.definitions.events.RetryRequested django.core.exceptions.BadRequest
+django.core.exceptions.PermissionDenied django.core.exceptions.SuspiciousOperation
+django.core.management.base.CommandError django.http.response.Http404 dramatiq.errors.Retry falcon.http_error.HTTPError
+falcon.http_status.HTTPStatus grpc._cython.cygrpc.AbortError huey.exceptions.CancelExecution huey.exceptions.RetryTask
+invoke.exceptions.Exit litestar.exceptions.http_exceptions.HTTPException ninja.errors.HttpError
+pyramid.httpexceptions.HTTPException rest_framework.exceptions.APIException rq.timeouts.BaseTimeoutException
+sanic.exceptions.SanicException scrapy.exceptions.CloseSpider scrapy.exceptions.DropItem
+scrapy.exceptions.IgnoreRequest starlette.exceptions.HTTPException starlette.exceptions.WebSocketException
+telegram.ext._application.ApplicationHandlerStop tornado.web.Finish tornado.web.HTTPError typer.exceptions.Abort
 typer.exceptions.Exit typer.exceptions.TyperException unittest.case.SkipTest werkzeug.exceptions.HTTPException
 """
 _STEERING = frozenset(_STEERING_CLASSES.split())
