@@ -6,6 +6,7 @@ import contextlib
 import errno
 import math
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from functools import partial
@@ -23,10 +24,8 @@ from opero.core.private_folder import fault_of, folder_of_user, private_folder
 from opero.core.steps import Consult
 from opero.exceptions import UnsafeCacheError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # as on Windows
-    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -55,7 +54,7 @@ def gates(
     known_as = check_text("name", name, "a name that no other limit has")
     make: Callable[[str], Gate]
     if scope == "machine":
-        if fcntl is None:
+        if find_spec("fcntl") is None:
             msg = "scope='machine' needs the file locks of POSIX, which this system has not; write scope='redis'"
             raise ValueError(msg)
         make = partial(FileGate, folder=_folder_of_limits(folder))
