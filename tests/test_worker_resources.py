@@ -271,10 +271,15 @@ def test_nothing_is_left_of_workers_for_which_no_thread_can_be_started(monkeypat
 
 
 WITHOUT_FILES = """
-    import os, resource
+    import os, resource, time
     from opero import opmap
 
     def work(item):
+        if item < WORKERS:
+            # Each worker has one of these.
+            open(f"begun {item}", "w").close()
+            while not all(os.path.exists(f"begun {each}") for each in range(WORKERS)):
+                time.sleep(0.001)
         if item == 30:
             os._exit(1)
         return item
@@ -295,17 +300,31 @@ WITHOUT_FILES = """
     if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         try:
-            opmap(workers=1, retries=0, progress=False, pool_options={"start_method": "fork"})(work)(items())
+            options = {"workers": WORKERS, "pool_options": {"start_method": "fork"}, "return_exceptions": True}
+            results = opmap(retries=0, progress=False, **options)(work)(items())
+            print([type(result).__name__ if isinstance(result, Exception) else result for result in results])
         except OSError as error:
             print(error.strerror)
 """
 
 
-def test_a_worker_that_cannot_be_replaced_ends_the_map(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(WITHOUT_FILES))
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=PATIENCE, check=True)
-    assert run.stdout == "Too many open files\n"
+def results_without_files(folder, workers):
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(WITHOUT_FILES).replace("WORKERS", str(workers)))
+    command = [sys.executable, script]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    return run.stdout, run.stderr
+
+
+def test_a_worker_that_cannot_be_replaced_ends_the_map_if_there_is_no_other(tmp_path):
+    assert results_without_files(tmp_path, 1) == ("Too many open files\n", "")
+
+
+def test_a_map_goes_on_with_the_workers_that_there_are(tmp_path):
+    results, warnings = results_without_files(tmp_path, 2)
+    assert results == f"{[*range(30), 'WorkerCrashedError', *range(31, 100)]}\n"
+    assert "RuntimeWarning: no more than 1 of work's workers can be started: OSError: [Errno 24] Too many" in warnings
+    assert "script.py" in warnings
 
 
 @pytest.mark.parametrize("mode", ["process", "async_process"])

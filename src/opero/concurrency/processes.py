@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from opero.concurrency import system
 from opero.concurrency.fork_server import Server, server_for
+from opero.concurrency.mapping import level_of_the_user
 from opero.concurrency.pickling import Packer, names_in_fresh_workers, unpack_record, unpack_report
 from opero.concurrency.pool import Batch, Pool, default_workers
 from opero.concurrency.process_worker import (
@@ -43,6 +44,7 @@ from opero.core.forks import ForkSafeLock, watch_forks
 from opero.core.interrupts import Hold
 from opero.core.signature import module_of
 from opero.exceptions import NotTransferableError, OperoError
+from opero.utils.notes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -271,7 +273,16 @@ class ProcessPool(Pool):
             # They have come meanwhile, and may hold locks.
             self._use("forkserver")
         for _ in range(missing):
-            self._start_worker()
+            try:
+                self._start_worker()
+            except OSError as error:
+                # There are no more processes, files or memory for now. That shall cost no results of a long map.
+                self._size = len(self._workers)
+                if not self._size:
+                    raise
+                text = f"no more than {self._size} of {self._name}'s workers can be started: {describe(error)}"
+                warnings.warn(text, RuntimeWarning, stacklevel=level_of_the_user())
+                break
 
     def _start_worker(self) -> None:
         # A forked one has the handlers of this process, and hooks in which no exception is heard.
