@@ -979,6 +979,7 @@ def test_what_a_framework_is_steered_by_is_not_retried(world):
         "sanic.exceptions.SanicException",
         "scrapy.exceptions.DropItem",
         "starlette.exceptions.WebSocketException",
+        "starlette.websockets.WebSocketDisconnect",
         "tornado.web.Finish",
     ],
 )

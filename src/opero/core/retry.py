@@ -69,13 +69,15 @@ click.exceptions.Abort click.exceptions.ClickException click.exceptions.Exit
 dagster._core.definitions.events.RetryRequested django.core.exceptions.BadRequest
 django.core.exceptions.PermissionDenied django.core.exceptions.SuspiciousOperation
 django.core.management.base.CommandError django.http.response.Http404 dramatiq.errors.Retry falcon.http_error.HTTPError
-falcon.http_status.HTTPStatus grpc._cython.cygrpc.AbortError huey.exceptions.CancelExecution huey.exceptions.RetryTask
-invoke.exceptions.Exit litestar.exceptions.http_exceptions.HTTPException ninja.errors.HttpError
-pyramid.httpexceptions.HTTPException rest_framework.exceptions.APIException rq.timeouts.BaseTimeoutException
-sanic.exceptions.SanicException scrapy.exceptions.CloseSpider scrapy.exceptions.DropItem
-scrapy.exceptions.IgnoreRequest starlette.exceptions.HTTPException starlette.exceptions.WebSocketException
-telegram.ext._application.ApplicationHandlerStop tornado.web.Finish tornado.web.HTTPError typer.exceptions.Abort
-typer.exceptions.Exit typer.exceptions.TyperException unittest.case.SkipTest werkzeug.exceptions.HTTPException
+falcon.http_status.HTTPStatus fastapi.exceptions.ValidationException grpc._cython.cygrpc.AbortError
+huey.exceptions.CancelExecution huey.exceptions.RetryTask invoke.exceptions.Exit
+litestar.exceptions.http_exceptions.HTTPException ninja.errors.HttpError pyramid.httpexceptions.HTTPException
+rest_framework.exceptions.APIException rq.timeouts.BaseTimeoutException sanic.exceptions.SanicException
+scrapy.exceptions.CloseSpider scrapy.exceptions.DropItem scrapy.exceptions.IgnoreRequest
+starlette.exceptions.HTTPException starlette.exceptions.WebSocketException starlette.requests.ClientDisconnect
+starlette.websockets.WebSocketDisconnect telegram.ext._application.ApplicationHandlerStop tornado.web.Finish
+tornado.web.HTTPError typer.exceptions.Abort typer.exceptions.Exit typer.exceptions.TyperException
+unittest.case.SkipTest werkzeug.exceptions.HTTPException
 """
 _STEERING = frozenset(_STEERING_CLASSES.split())
 
