@@ -609,3 +609,25 @@ def test_a_worker_that_is_stuck_is_ended_while_time_is_frozen(frozen_time):
     done, stuck = opero.opmap(**options)(function)([0, 1])
     assert done == 0
     assert isinstance(stuck, TimeoutError)
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        ({"max_concurrent": 3, "total_timeout": 20}, 0),
+        ({"rate_limit": {"tokens": "6000/minute"}, "rate_limit_cost": {"tokens": (500, lambda used: used)}}, 299),
+    ],
+    ids=["a place that was left", "a cost that was less"],
+)
+def test_no_time_is_skipped_beyond_what_has_just_woken_one_of_hundreds_of_tasks(options, seconds):
+    @opero.opero(retries=0, **options)
+    async def use():
+        await asyncio.sleep(0)
+        return 100
+
+    async def main():
+        await asyncio.gather(*(use() for _ in range(300)))
+
+    with instant() as passed:
+        asyncio.run(main())
+    assert passed.skipped == pytest.approx(seconds, abs=2)

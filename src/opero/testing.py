@@ -25,6 +25,8 @@ __all__ = ["Instant", "disabled", "instant", "recorded"]
 
 # Real seconds without a change after which everybody is taken to wait.
 _PATIENCE = 0.001
+# Of an event loop from one look to the next: however many wait in it, one that was woken can go on meanwhile.
+_ROUNDS = 3
 # Real seconds for which those whose moment has come may take to go on. Some never will: their event loop has stopped.
 _TO_GO_ON = 0.05
 
@@ -74,8 +76,9 @@ class _VirtualTime:
             wait_for(seconds)
             return
         with self._waiting(seconds) as moment:
-            while not wait_for(_PATIENCE) and self._look() < moment:
-                continue
+            seen = 0.0
+            while not wait_for(_PATIENCE) and self._look(seen) < moment:
+                seen = self._changed_at
 
     async def wait_async(self, event: asyncio.Event, seconds: float | None) -> None:
         """See `opero.core.clock.Clock`."""
@@ -85,9 +88,12 @@ class _VirtualTime:
             await event.wait()
             return
         with self._waiting(seconds) as moment:
-            while not event.is_set() and self._look() < moment:  # noqa: ASYNC110 - this time does not pass by itself
-                # Not for a millisecond: freezegun stops the time of event loops, too.
-                await asyncio.sleep(0)
+            seen = 0.0
+            while not event.is_set() and self._look(seen) < moment:
+                seen = self._changed_at
+                for _ in range(_ROUNDS):
+                    # Not for a millisecond: freezegun stops the time of event loops, too.
+                    await asyncio.sleep(0)
         event.set()
 
     @contextmanager
@@ -103,12 +109,13 @@ class _VirtualTime:
                 self._moments.remove(moment)
                 self._changed_at = clock.real()
 
-    def _look(self) -> float:
-        """Jump if nothing has changed for long enough, and tell the time."""
+    def _look(self, seen: float) -> float:
+        """Jump if nothing has changed for long enough, nor since the last change that was ``seen``; tell the time."""
         with self._lock.lock:
             has_come = bisect_right(self._moments, self.now())
             patience = _TO_GO_ON if has_come else _PATIENCE
-            if has_come < len(self._moments) and clock.real() - self._changed_at >= patience:
+            is_still = self._changed_at == seen and clock.real() - seen >= patience
+            if is_still and has_come < len(self._moments):
                 self.skipped += max(0.0, self._moments[has_come] - self.now())
                 self._changed_at = clock.real()
             return self.now()
