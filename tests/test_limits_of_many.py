@@ -999,6 +999,32 @@ def test_a_cost_is_asked_for_once_for_each_attempt_and_corrected_by_it(world, fa
         fake_clock.tick(1)
 
 
+@pytest.fixture(params=["process", "machine"])
+def quota(request, fake_clock, tmp_path):
+    """60 tokens a minute, of the process or shared with others."""
+    options = {"scope": "machine", "name": "n", "folder": tmp_path} if request.param == "machine" else {}
+    return RateLimiter({"tokens": "60/minute"}, spread=False, **options)
+
+
+def test_what_a_long_call_gives_back_makes_no_room_once_it_is_too_old_to_count(world, fake_clock, quota):
+    def call():
+        fake_clock.tick(65)
+        assert quota.acquire(tokens=50, timeout=0)
+
+    world.run(limited(world.define(call), rate_limit=quota, rate_limit_cost=(40, lambda _: 10)))
+    assert not quota.acquire(tokens=11, timeout=0)
+    assert quota.acquire(tokens=10, timeout=0)
+
+
+def test_what_a_call_gives_back_counts_no_longer_than_what_others_took_before(world, fake_clock, quota):
+    quota.acquire(tokens=40)
+    fake_clock.tick(30)
+    world.run(limited(world.define(lambda: fake_clock.tick(10)), rate_limit=quota, rate_limit_cost=(20, lambda _: 5)))
+    assert [quota.acquire(tokens=16, timeout=0), fake_clock.tick(21)] == [False, None]
+    assert not quota.acquire(tokens=56, timeout=0)
+    assert quota.acquire(tokens=55, timeout=0)
+
+
 def test_a_cost_of_a_call_that_waits_is_asked_for_once(world):
     asked = []
     options = {"rate_limit": {"tokens": 100}, "rate_limit_cost": lambda text: asked.append(text) or len(text)}

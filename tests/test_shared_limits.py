@@ -628,7 +628,7 @@ def test_who_was_refused_gets_what_others_give_back(scope, name):
     options = {"spread": False, "name": name, **scope}
     one, other = (RateLimiter({"tokens": "100/hour"}, **options) for _ in range(2))
     assert [one.acquire(tokens=90, timeout=0), other.acquire(tokens=50, timeout=0)] == [True, False]
-    drive(one.limit.correct((-80.0,)), None)
+    drive(one.limit.correct((-80.0,), 0.0), None)
     assert other.acquire(tokens=50, timeout=0)
 
 

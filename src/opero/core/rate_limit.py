@@ -354,7 +354,7 @@ class FunctionLimit:
         for limiter, (line, amounts) in zip(self._limiters, self._wants(candidate), strict=True):
             more = [truly.get(name, amount) - amount for name, amount in zip(limiter.names, amounts, strict=True)]
             if any(more):
-                yield from line.correct(more)
+                yield from line.correct(more, seconds)
 
     def pause(self, candidate: Candidate, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing of this candidate's limit start for so long."""

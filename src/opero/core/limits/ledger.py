@@ -70,7 +70,7 @@ class PaceMeter:
         """When a call may start, after others that cost ``ahead``; what it costs itself only others wait for."""
         return max(now, self.free_at) + ahead * self.interval
 
-    def take(self, now: float, amount: float, is_late: bool) -> None:  # noqa: FBT001 - a loop calls it
+    def take(self, now: float, amount: float, is_late: bool, _age: float) -> None:  # noqa: FBT001 - a loop calls it
         is_made_up = is_late or now - self.free_at <= self.short
         slot = max(self.free_at, now - self.tolerance) if is_made_up else now
         if is_late and amount == 1:
@@ -126,21 +126,21 @@ class QuotaMeter:
         # Those that would start before it fill the quota again, maybe more than once.
         return now + self.seconds * math.ceil(excess / self.units)
 
-    def take(self, now: float, amount: float, _is_late: bool) -> None:  # noqa: FBT001 - as of a pace
+    def take(self, now: float, amount: float, _is_late: bool, age: float) -> None:  # noqa: FBT001 - as of a pace
         entries = self.entries
-        self.used += amount
-        # What is given back comes off the oldest, so that no window looks emptier than it is.
-        while amount < 0 and entries:
-            back = min(entries[0][1], -amount)
-            entries[0][1] -= back
-            amount += back
-            if not entries[0][1]:
-                entries.popleft()
-        if now < self.joins_until and entries:
+        if amount > 0 and now < self.joins_until and entries:
             entries[-1] = [now, entries[-1][1] + amount]
         elif amount > 0:
             entries.append([now, amount])
             self._end_part(now)
+        self.used += max(0.0, amount)
+        # What is given back was taken until then: what is too old to count makes room for nothing.
+        for entry in reversed(entries) if amount < 0 else ():
+            if entry[0] <= now - age + EARLY:
+                back = min(entry[1], -amount)
+                entry[1] -= back
+                self.used -= back
+                amount += back
 
     def _end_part(self, now: float) -> None:
         """Where there are many entries, the last one is that of all starts in this part of the time."""
@@ -197,13 +197,13 @@ class Ledger:
         # Rounding must not make a refusal look like a slot.
         return 0.0 if self.is_open(now, amounts) else max(2 * EARLY, self.opens_at(now, amounts) - now)
 
-    def take(self, now: float, amounts: Sequence[float], *, is_late: bool = False) -> None:
-        """Take a slot, whether it has come or not; or, with amounts below 0, give some back.
+    def take(self, now: float, amounts: Sequence[float], *, is_late: bool = False, age: float = 0.0) -> None:
+        """Take a slot, whether it has come or not; or, with amounts below 0, give some back that is of such an age.
 
         ``is_late``: the caller could not look when the slot came, and may make up for what has passed.
         """
         for meter in self.meters:
-            meter.take(now, amounts[meter.name], is_late)
+            meter.take(now, amounts[meter.name], is_late, age)
 
     def pause(self, until: float) -> None:
         self.paused_until = max(self.paused_until, until)

@@ -111,12 +111,12 @@ class Line:
                 ledger.take(now, amounts)
             return is_open
 
-    def correct(self, amounts: Sequence[float]) -> Generator[Any, Any, None]:
-        """A call has cost so much more than it took, or less."""
+    def correct(self, amounts: Sequence[float], age: float) -> Generator[Any, Any, None]:
+        """A call that began so many seconds ago has cost so much more than it took, or less."""
         with lines.lock:
-            self.ledger.take(clock.now(), amounts)
+            self.ledger.take(clock.now(), amounts, age=age)
         self.reopen()
-        yield from self.tell(partial(Ledger.take, amounts=amounts))
+        yield from self.tell(partial(Ledger.take, amounts=amounts, age=age))
 
     def pause(self, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing start for so long."""
