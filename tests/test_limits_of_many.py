@@ -699,6 +699,20 @@ def test_a_small_quota_that_is_set_while_callers_wait_breaks_nothing(fake_clock)
     assert polled(tickets) == 4
 
 
+@pytest.mark.parametrize("spread", [True, False])
+def test_a_call_that_costs_more_than_a_new_rate_starts_and_holds_up_nobody_for_ever(fake_clock, spread):
+    limiter = RateLimiter({"tokens": "100/minute"}, spread=spread, max_burst=1)
+    assert limiter.acquire(tokens=50)
+    dear, cheap = (Turn([(limiter.limit, (tokens,))]) for tokens in (80.0, 10.0))
+    assert [dear.poll(), cheap.poll()] == [False, False]
+    limiter.rate = {"tokens": "50/minute"}
+    fake_clock.tick(60)
+    assert [dear.poll(), cheap.poll()] == [True, False]
+    assert limiter.limit.expected_wait((60.0,)) >= 60
+    fake_clock.tick(100)
+    assert cheap.poll()
+
+
 @pytest.mark.parametrize("news", ["lower", "pause"])
 def test_acquire_gives_up_as_soon_as_its_slot_will_be_late(news):
     limiter = RateLimiter(2, max_burst=1)

@@ -112,13 +112,15 @@ class QuotaMeter:
                 self.used -= entries.popleft()[1]
             if not entries:
                 self.used = 0.0
+            # Who was let in at a higher rate takes all that there is at this one.
+            amount = min(amount, self.units)
         return self.used + amount <= self.units + EARLY
 
     def opens_at(self, now: float, amount: float, ahead: float) -> float:
         """When so much more would fit."""
-        if self.has_room(now, amount + ahead):
+        excess = self.used + min(amount, self.units) + ahead - self.units
+        if excess <= EARLY:
             return now
-        excess = self.used + amount + ahead - self.units
         for moment, taken in self.entries:
             excess -= taken
             if excess <= EARLY:
