@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from opero.concurrency.worker import Shape
     from opero.core.plan import Plan
 
-# Whoever has to wait longer is woken and waits again.
-_LONGEST = 86_400.0
+# Whoever has to wait longer is woken and waits again: Ctrl-C that came just before the thread was put to sleep is heard
+# then.
+_LONGEST = 1.0
 # Between two looks at pipes that an event loop cannot hear.
 _POLLING_SECONDS = 0.005
 # Iterators over what is there already.
@@ -82,8 +83,7 @@ class BlockingInbox:
             return True
         self._waits = True
         try:
-            # The system counts in milliseconds, and not for ever.
-            timeout = None if seconds is None else min(seconds, _LONGEST)
+            timeout = _LONGEST if seconds is None else min(seconds, _LONGEST)
             ready: Any = multiprocessing.connection.wait(list(self._heard), 0 if self.events else timeout)
         finally:
             self._waits = False
