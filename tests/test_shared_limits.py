@@ -632,6 +632,18 @@ def test_who_was_refused_gets_what_others_give_back(scope, name):
     assert other.acquire(tokens=50, timeout=0)
 
 
+def test_who_waits_looks_again_once_all_can_hear_what_was_given_back(scope, name):
+    options = {"spread": False, "name": name, **scope}
+    one, other = (RateLimiter({"tokens": "100/hour"}, **options) for _ in range(2))
+    one.acquire(tokens=90)
+    turn, found = Turn([(one.limit, (50.0,))]), []
+    turn.notify(lambda: found.append(other.acquire(tokens=50, timeout=0)))
+    assert not turn.poll()
+    drive(one.limit.correct((-80.0,), 0.0), None)
+    turn.leave()
+    assert found == [True]
+
+
 def test_seconds_from_retry_on_hold_for_everybody(world, scope, name):
     def function(x):
         if x == 1:

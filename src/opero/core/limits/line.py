@@ -115,8 +115,9 @@ class Line:
         """A call that began so many seconds ago has cost so much more than it took, or less."""
         with lines.lock:
             self.ledger.take(clock.now(), amounts, age=age)
-        self.reopen()
         yield from self.tell(partial(Ledger.take, amounts=amounts, age=age))
+        # Not before those who look then could hear of it.
+        self.reopen()
 
     def pause(self, seconds: float) -> Generator[Any, Any, None]:
         """Let nothing start for so long."""
