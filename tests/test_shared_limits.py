@@ -409,10 +409,10 @@ def test_lines_claim_slots_that_others_were_faster_to_take(open_gate, fake_clock
         while turn.poll() and turn.news != "taken":
             assert list(turn.ask()) == []
 
-    for _ in range(2):
+    for seconds in (60, 1):
         assert takes(other) == 0
         looks()
-        fake_clock.tick(turn.due_in())
+        fake_clock.tick(seconds)
     # The claim has to be kept up.
     for _ in range(70):
         assert takes(other) > 0
@@ -642,6 +642,16 @@ def test_who_waits_looks_again_once_all_can_hear_what_was_given_back(scope, name
     drive(one.limit.correct((-80.0,), 0.0), None)
     turn.leave()
     assert found == [True]
+
+
+def test_who_waits_for_a_distant_slot_notices_within_a_second_that_another_process_gives_back(scope, name):
+    options = {"spread": False, "name": name, **scope}
+    one, other = (RateLimiter({"tokens": "100/hour"}, **options) for _ in range(2))
+    one.acquire(tokens=90)
+    waiting = started(lambda: other.acquire(tokens=50))
+    until(lambda: other.limit.expected_wait() > 3_000)
+    drive(one.limit.correct((-80.0,), 0.0), None)
+    assert waiting.result(SECONDS)
 
 
 def test_seconds_from_retry_on_hold_for_everybody(world, scope, name):

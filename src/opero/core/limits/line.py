@@ -226,7 +226,7 @@ class Line:
     def ask(self, gate: Gate, turn: Turn, amounts: Sequence[float]) -> Generator[Any, Any, float | None]:
         """Ask the gate of a limit that processes share for a slot: seconds to wait, or None if it failed."""
         rates, asked, who = self.ledger.rates, clock.now(), os.getpid() + _ORIGIN
-        claims = asked - self._refused_since >= _REFUSED_SECONDS
+        claims = asked - self._refused_since >= _REFUSED_SECONDS and asked + EARLY >= self._refused_until
         request = partial(Ledger.ask, amounts=amounts, who=who, is_late=turn.has_waited, claims=claims)
         wait = yield from gate.ask(rates, request)
         with lines.lock:
@@ -234,7 +234,9 @@ class Line:
             self._refused_since = min(self._refused_since, asked) if wait else math.inf
             self._refused_until = -math.inf
             if wait and rates is self.ledger.rates:
-                self._refused_until = self.opens_at = clock.now() + wait
+                self._refused_until = clock.now() + wait
+                # What others give back may bring it earlier.
+                self.opens_at = min(self._refused_until, clock.now() + _LONGEST_NAP)
         return wait
 
 
