@@ -202,7 +202,8 @@ CALLERS: dict[str, Callable[[float, float], list[float]]] = {
 
 def excess(starts: list[float], rate: float, window: float) -> int:
     """By how many starts the fullest window of this length has too many."""
-    allowed = rate * window + parse_rates(rate).paces[0].burst
+    ((_, _, burst),) = parse_rates(rate).paces
+    allowed = rate * window + burst
     fullest = max(bisect.bisect_left(starts, moment + window) - place for place, moment in enumerate(starts))
     return math.ceil(fullest - allowed - 1e-9)
 
