@@ -215,16 +215,19 @@ def serve(pipe: Connection, shared: Arena, start: Start, threads: int | None, at
         ending.callback(_end_executors)
         ending.callback(limit.start)
         _get_ready(parent, start, threads, ending)
-        if hasattr(signal, "pthread_sigmask"):
-            # An event loop that is half made would complain of its end.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGIO})
+        # An event loop that is half made, or a coroutine that has not begun, would complain of its end.
+        _hold_back_the_end("SIG_BLOCK")
         with runner_for(parent.work) as runner:
-            if hasattr(signal, "pthread_sigmask"):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGIO})
             if runner is not None and at_once > 1:
                 runner.run(_serve_together(parent))
             else:
+                _hold_back_the_end("SIG_UNBLOCK")
                 _serve_batches(parent, runner)
+
+
+def _hold_back_the_end(how: str) -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(getattr(signal, how), {signal.SIGTERM, signal.SIGIO})
 
 
 def _get_ready(parent: Parent, start: Start, threads: int | None, ending: contextlib.ExitStack) -> None:
@@ -334,6 +337,7 @@ async def _serve_together(parent: Parent) -> None:
     """Run every batch, of one item, in a task of its own."""
     import asyncio
 
+    _hold_back_the_end("SIG_UNBLOCK")
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[Any] = asyncio.Queue()
 
